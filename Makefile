@@ -1,0 +1,31 @@
+# Both targets do all their own set-up; they need Python 3.11 or newer, pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+export AFTERIMAGE_WEIGHTS ?= $(wildcard ../shared/weights)
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/afterimage study quickstart --root demo
+
+test: $(VENV)/.ready-test
+	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "afterimage needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: $(VENV)/bin/python pyproject.toml
+	@echo "installing afterimage into $(VENV) (PyTorch is large: this takes minutes the first time)"
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist

@@ -1,0 +1,305 @@
+"""What a run is: frozen dataclasses, strict TOML in and out, and the content hash that names a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LPIPS_NETS = ("alex", "vgg", "squeeze")
+T = typing.TypeVar("T")
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+class AfterimageError(Exception):
+    """Something the user can put right. The command line prints it as one message, without a traceback."""
+
+
+def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> AfterimageError:
+    """The error for a name that does not exist: it suggests near matches and lists what would be valid."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
+    listed = ", ".join(valid[:limit]) + (f", … ({len(valid) - limit} more)" if len(valid) > limit else "")
+    return AfterimageError(f"unknown {kind} {name!r}{hint} Valid: {listed}")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """The measured shape of one layer's features, as a decoder is built from it: `(channels, height, width)`."""
+
+    source: str
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def locations(self) -> int:
+        return self.height * self.width
+
+    @property
+    def values(self) -> int:
+        return self.channels * self.height * self.width
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and value > 0):
+            raise AfterimageError(f"{name} must be greater than 0, got {value}")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder by name, an optional number of parameters to build it at, and its own options."""
+
+    name: str = "attention"
+    parameters: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.parameters is not None:
+            _positive(self, "parameters")
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How several feature maps become one: `channels` wide, `size` locations a side (None: the finest present)."""
+
+    name: str = "attention"
+    channels: int = 256
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "channels")
+        if self.size is not None:
+            _positive(self, "size")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pictures come from and how they are split.
+
+    `source` and `test` are `div2k`, `div2k:PATH`, `folder:PATH`, `procedural`, `procedural:COUNT` or
+    `photographs`. Where `test` is empty, the source's own test split is used, else `test_fraction` of it.
+    `validation_fraction` is taken from what is not test. Limits keep the first pictures of a split.
+    """
+
+    source: str = "div2k"
+    test: str = ""
+    resize: int = 256
+    crop: int = 224
+    validation_fraction: float = 0.2
+    test_fraction: float = 0.1
+    split_seed: int = 42
+    limit_train: int | None = None
+    limit_validation: int | None = None
+    limit_test: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "resize", "crop")
+        if self.crop > self.resize:
+            raise AfterimageError(f"crop ({self.crop}) must not be larger than resize ({self.resize})")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        for name in ("limit_train", "limit_validation", "limit_test"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """How a decoder is trained. The defaults are the published study's."""
+
+    epochs: int = 30
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-5
+    scheduler: str = "plateau"
+    plateau_factor: float = 0.5
+    plateau_patience: int = 5
+    loss: str = "mse"
+    augment: bool = True
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "learning_rate", "plateau_factor")
+        if self.weight_decay < 0 or not math.isfinite(self.weight_decay):
+            raise AfterimageError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if self.plateau_patience < 0:
+            raise AfterimageError(f"plateau_patience must be 0 or more, got {self.plateau_patience}")
+        if self.scheduler not in ("plateau", "cosine", "constant"):
+            raise unknown("scheduler", self.scheduler, ("plateau", "cosine", "constant"))
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: which features, which decoder, which pictures, which recipe.
+
+    `sources` are `model:layer` with the weights' tag pinned; `weights` is `pretrained`, `random` or a path.
+    `lpips` only chooses how the result is measured, so it is not part of the run's hash.
+    """
+
+    sources: tuple[str, ...]
+    weights: str = "pretrained"
+    fusion: FusionConfig | None = None
+    decoder: DecoderConfig = DecoderConfig()
+    data: DataConfig = DataConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    seed: int = 42
+    lpips: str = "alex"
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise AfterimageError("a run needs at least one source, written model:layer")
+        for source in self.sources:
+            split_source(source)
+        if len(self.sources) > 1 and self.fusion is None:
+            object.__setattr__(self, "fusion", FusionConfig())
+        if self.lpips not in LPIPS_NETS:
+            raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of everything that changes the result."""
+        settings = to_dict(self)
+        settings.pop("lpips")
+        text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The run folder's name: a readable slug and the first eight digits of the hash."""
+        parts = [*self.sources, self.decoder.name]
+        if self.fusion is not None:
+            parts.insert(-1, self.fusion.name)
+        if self.weights == "random":
+            parts.append("random")
+        slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts)).strip("-.")
+        return f"{slug[:100]}-{self.digest[:8]}"
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """A reference line: what a picture keeps when it is reduced by other means, measured like any decoder.
+
+    `reference` is `mean`, `thumbnail-SIZE` or `jpeg-QUALITY`.
+    """
+
+    reference: str
+    data: DataConfig = DataConfig()
+    lpips: str = "alex"
+
+    @property
+    def digest(self) -> str:
+        settings = to_dict(self)
+        settings.pop("lpips")
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        return f"reference-{self.reference}-{self.digest[:8]}"
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """Split `model:layer`; the model's name may itself hold no colon."""
+    model, colon, layer = source.partition(":")
+    if not (model and colon and layer):
+        raise AfterimageError(
+            f"{source!r} names no layer; write model:layer, for example resnet34.tv_in1k:layer1 "
+            f"(`afterimage layers {model or 'MODEL'}` lists the layers)"
+        )
+    return model, layer
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON and TOML values; settings that are None are left out."""
+    return _plain(config)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: _plain(v) for name, v in pairs if v is not None}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
+    """Build a config from plain values. Unknown settings and wrong types are errors that name the setting."""
+    hints = typing.get_type_hints(cls)
+    for key in settings:
+        if key not in hints:
+            raise unknown("setting", f"{where}{key}", [f"{where}{name}" for name in hints])
+    values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in settings.items()}
+    try:
+        return cls(**values)
+    except TypeError:
+        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        missing = [f"{where}{name}" for name in required if name not in settings]
+        raise AfterimageError(f"missing setting: {', '.join(missing)}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = next(a for a in arguments if a is not type(None))
+        return None if value is None else _convert(inner, value, where)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and any(f.name == "name" for f in dataclasses.fields(hint)):
+            return hint(name=value)
+        if not isinstance(value, Mapping):
+            raise AfterimageError(f"{where} must be a table, got {value!r}")
+        return from_dict(hint, value, f"{where}.")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise AfterimageError(f"{where} must be a list, got {value!r}")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is Any:
+        return value
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise AfterimageError(f"{where} must be a table, got {value!r}")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise AfterimageError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def load_toml(cls: type[T], path: str | Path) -> T:
+    """Read a config from a TOML file; every error names the file."""
+    try:
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return from_dict(cls, settings)
+    except OSError as error:
+        raise AfterimageError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise AfterimageError(f"{path} is not valid TOML: {error}") from None
+    except AfterimageError as error:
+        raise AfterimageError(f"{path}: {error}") from None
+
+
+def dump_toml(config: Any) -> str:
+    """A config as TOML text that `load_toml` reads back to an equal config."""
+    import tomli_w
+
+    return tomli_w.dumps(to_dict(config))

@@ -1,0 +1,9 @@
+"""Where pictures come from: found, split, decoded once into a shared cache, cropped on the device."""
+
+from afterimage.data.decode import load_picture
+from afterimage.data.load import Data, default_cache, load_data
+from afterimage.data.pictures import Pictures
+from afterimage.data.sampling import order
+from afterimage.data.sources import SOURCES
+
+__all__ = ["SOURCES", "Data", "Pictures", "default_cache", "load_data", "load_picture", "order"]

@@ -1,0 +1,101 @@
+"""Pictures: decoded once, cropped as they are asked for, on the device where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from afterimage.data.blob import Blob
+from afterimage.data.sampling import centre_places, crop_places
+
+Indices = Sequence[int] | np.ndarray | Tensor
+
+
+class Pictures:
+    """One split: pictures with stable, unique ids, each whole (after resizing), as uint8.
+
+    `ids[i]` names picture `i`, `content[i]` is the SHA-256 of its original, `crop` the side of its crops.
+    """
+
+    def __init__(self, ids: Sequence[str], content: Sequence[str], blob: Blob, crop: int) -> None:
+        self.ids = list(ids)
+        self.content = list(content)
+        self.blob = blob
+        self.crop = crop
+        slots = np.array([blob.slots[c] for c in self.content], np.int64).reshape(-1, 4)
+        self._offsets, self._heights, self._widths, _ = slots.T
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """Picture `index`, uncropped, uint8 in [0, 255]."""
+        return torch.from_numpy(self.blob.picture(self.content[index]).copy())
+
+    def crops(
+        self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
+    ) -> Float[Tensor, "batch 3 crop crop"]:
+        """Crops of the pictures at `indices`, float32 in [0, 1].
+
+        Without a seed the centre crop, where torchvision's CenterCrop takes it. With a seed a random crop,
+        flipped half of the time: a pure function of (seed, epoch, index), whatever batch or process asks.
+        """
+        indices = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices, np.int64).reshape(-1)
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"indices {indices.min()} .. {indices.max()} of {len(self)} pictures")
+        heights, widths = self._heights[indices], self._widths[indices]
+        if seed is None:
+            top, left = centre_places(heights, widths, self.crop)
+            flip = np.zeros(len(indices), bool)
+        else:
+            top, left, flip = crop_places(heights, widths, self.crop, indices, seed, epoch)
+        device = torch.device(device)
+        if device.type == "cpu":
+            return torch.from_numpy(self._copy(indices, top, left, flip, np.float32))
+        pixels = self.blob.on(device)
+        if pixels is not None:
+            starts = self._offsets[indices] + top * widths + left
+            crops = gather_crops(pixels, starts, heights, widths, flip, self.crop)
+        else:
+            crops = torch.from_numpy(self._copy(indices, top, left, flip, np.uint8))
+            crops = (crops.pin_memory() if device.type == "cuda" else crops).to(device, non_blocking=True)
+        return crops.to(torch.float32).div_(255)
+
+    def _copy(
+        self, indices: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray, dtype: type
+    ) -> np.ndarray:
+        """The crops as `(batch, 3, crop, crop)`: uint8, or float32 in [0, 1].
+
+        NumPy, picture by picture: each stays in the processor's cache, and no thread pool has to wake up.
+        """
+        crops = np.empty((len(indices), 3, self.crop, self.crop), dtype)
+        for i, (index, y, x) in enumerate(zip(indices, top, left, strict=True)):
+            picture = self.blob.picture(self.content[index])[:, y : y + self.crop, x : x + self.crop]
+            if flip[i]:
+                picture = np.ascontiguousarray(picture[:, :, ::-1])
+            if dtype is np.float32:
+                np.divide(picture, np.float32(255), out=crops[i], dtype=np.float32)
+            else:
+                crops[i] = picture
+        return crops
+
+
+def gather_crops(
+    pixels: UInt8[Tensor, " size"],
+    starts: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    flip: np.ndarray,
+    crop: int,
+) -> UInt8[Tensor, "batch 3 crop crop"]:
+    """All crops in one gather on the device of `pixels`; `starts` are the places of their top left pixels."""
+    numbers = torch.from_numpy(np.stack([starts, heights * widths, widths, flip.astype(np.int64)]))
+    start, plane, row, flipped = numbers.to(pixels.device, non_blocking=True)[..., None, None, None]
+    along = torch.arange(crop, device=pixels.device)
+    channel = torch.arange(3, device=pixels.device)[:, None, None]
+    across = torch.where(flipped == 1, crop - 1 - along, along)
+    return pixels[start + channel * plane + along[:, None] * row + across]

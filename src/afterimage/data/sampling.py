@@ -1,0 +1,51 @@
+"""Randomness as pure functions: what a picture's crop is, and in which order pictures come.
+
+Each draw is a hash of what it is for (seed, epoch, number), so that resuming a run, grouping runs or
+spreading them over processes changes nothing. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood,
+"Fast splittable pseudorandom number generators", 2014).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_MASK = 2**64 - 1
+_ORDER, _CROP = 1, 2
+
+
+def order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `n` pictures in an epoch: `(n,)` int64, a permutation of 0 .. n - 1."""
+    return np.argsort(_hash(np.arange(n), _ORDER, seed, epoch), kind="stable")
+
+
+def crop_places(
+    heights: np.ndarray, widths: np.ndarray, crop: int, indices: np.ndarray, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Top, left and whether to flip, one of each a picture; uniform over all places that fit."""
+    bits = _hash(indices, _CROP, seed, epoch)
+    high = (bits >> np.uint64(33)).astype(np.int64)
+    low = ((bits >> np.uint64(2)) & np.uint64(2**31 - 1)).astype(np.int64)
+    top = (high * (heights - crop + 1)) >> 31
+    left = (low * (widths - crop + 1)) >> 31
+    return top, left, (bits & np.uint64(1)).astype(bool)
+
+
+def centre_places(heights: np.ndarray, widths: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Top and left of the centre crop, rounded half to even as torchvision's CenterCrop is."""
+    return tuple(np.rint((sides - crop) / 2).astype(np.int64) for sides in (heights, widths))
+
+
+def _hash(numbers: Sequence[int] | np.ndarray, purpose: int, seed: int, epoch: int) -> np.ndarray:
+    key = 0
+    for part in (purpose, seed, epoch):
+        key = int(_mix(np.array([(key ^ part) & _MASK], np.uint64))[0])
+    return _mix(_mix(np.asarray(numbers).astype(np.uint64)) ^ np.uint64(key))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,46 @@
+"""Sources by name: `folder:PATH`, `div2k`, `div2k:PATH`, `procedural`, `procedural:COUNT`, `photographs`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from afterimage.config import AfterimageError, unknown
+from afterimage.data.div2k import read_div2k
+from afterimage.data.folder import read_folder
+from afterimage.data.originals import DeadLeaves
+from afterimage.data.parallel import Progress
+from afterimage.data.photographs import read_photographs
+from afterimage.data.split import Source
+
+SOURCES = ("folder:PATH", "div2k", "div2k:PATH", "procedural", "procedural:COUNT", "photographs")
+DEFAULT_COUNT = 1000
+MAX_COUNT = 1_000_000
+
+
+def read_source(name: str, parts: Collection[str], cache: Path, progress: Progress | None = None) -> Source:
+    """The pictures of a source, not yet read.
+
+    `parts` are those that are used, `train`, `test` or both: of DIV2K only these are downloaded, and
+    procedural pictures that only test are another series than those that train.
+    """
+    kind, _, argument = name.partition(":")
+    if kind == "folder" and argument:
+        return read_folder(argument)
+    if kind == "div2k":
+        return read_div2k(argument, parts, cache, progress)
+    if kind == "procedural":
+        count = _count(name, argument) if argument else DEFAULT_COUNT
+        series = 0 if "train" in parts else 1
+        return Source([DeadLeaves(series, index) for index in range(count)])
+    if name == "photographs":
+        return read_photographs()
+    if name and Path(name).expanduser().is_dir():
+        raise AfterimageError(f"unknown source {name!r}; did you mean 'folder:{name}'?")
+    raise unknown("source", name, SOURCES)
+
+
+def _count(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 7 and 1 <= int(text) <= MAX_COUNT):
+        raise AfterimageError(f"{name!r}: the count must be a whole number between 1 and {MAX_COUNT:,}")
+    return int(text)

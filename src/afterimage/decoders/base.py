@@ -1,0 +1,103 @@
+"""What every decoder is: built from measured shapes alone, returns pictures in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, FeatureSpec
+
+
+class Decoder(nn.Module, ABC):
+    """A map from feature maps `[(B, C, h, w), ...]` to pictures `(B, 3, H, W)` in [0, 1].
+
+    A decoder with `closed_form` is first shown the data once (`prepare`, `accumulate`, `solve`); one with
+    `trainable` is then trained by gradient descent. The two may go together.
+    """
+
+    closed_form = False
+    trainable = True
+    size_option: str | None = None
+    """The option that makes the decoder larger or smaller, in steps of `size_step`."""
+    size_step = 1
+    fine_option: str | None = None
+    """A second option, between half and twice its default, that evens out what a step leaves."""
+
+    def __init__(self, specs: Sequence[FeatureSpec], image_size: tuple[int, int]) -> None:
+        super().__init__()
+        if len(specs) != 1:
+            names = ", ".join(spec.source for spec in specs)
+            raise AfterimageError(f"{type(self).__name__} takes one feature map, got {len(specs)} ({names}); fuse them first")
+        self.spec = specs[0]
+        self.image_size = image_size
+
+    def forward(
+        self, features: Sequence[Float[Tensor, "batch _ _ _"]]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Rebuild pictures `(B, 3, H, W)` in [0, 1] from a list with one feature map `(B, C, h, w)`."""
+        (features,) = features
+        expected = (self.spec.channels, self.spec.height, self.spec.width)
+        if features.shape[1:] != expected:
+            raise AfterimageError(
+                f"this decoder was built for {self.spec.source} with features of shape {expected}, "
+                f"got {tuple(features.shape[1:])}"
+            )
+        return clamp(self.decode(features))
+
+    @abstractmethod
+    def decode(self, features: Tensor) -> Tensor:
+        """Rebuild pictures, not yet held to [0, 1]."""
+
+    def prepare(self, pictures: int, seed: int) -> None:
+        """Announce how many pictures `accumulate` will see in training."""
+
+    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+        """Take in a batch for the closed-form solution."""
+
+    def solve(self) -> list[str]:
+        """Compute the closed-form solution; returns notes for the report."""
+        return []
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pictures):
+        return pictures.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def clamp(pictures: Tensor) -> Tensor:
+    """Hold pictures to [0, 1] and let gradients pass unchanged.
+
+    A sigmoid saturates where photographs have most of their black and white; a plain clamp has no gradient to
+    bring a value back. Straight through, a value beyond the range is drawn back unless its target is the bound.
+    """
+    return _Clamp.apply(pictures)
+
+
+def adapter(channels: int, wanted: int | None) -> nn.Module:
+    """A 1x1 convolution to `wanted` channels; nothing where none are asked for."""
+    return nn.Identity() if wanted is None else nn.Conv2d(channels, wanted, kernel_size=1)
+
+
+def stages_between(size: tuple[int, int], target: tuple[int, int]) -> int:
+    """The number of doublings that brings `size` nearest to `target`."""
+    ratio = math.sqrt((target[0] * target[1]) / (size[0] * size[1]))
+    return max(0, round(math.log2(ratio)))
+
+
+def resize(pictures: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Float[Tensor, "batch c _ _"]:
+    """Bilinear, antialiased when it shrinks; the identity where the size already fits."""
+    if tuple(pictures.shape[-2:]) == tuple(size):
+        return pictures
+    shrinks = size[0] < pictures.shape[-2] or size[1] < pictures.shape[-1]
+    return F.interpolate(pictures, size=tuple(size), mode="bilinear", antialias=shrinks, align_corners=False)

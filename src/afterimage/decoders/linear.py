@@ -1,0 +1,174 @@
+"""Ridge regression from a neighbourhood of features to a block of pixels, in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, FeatureSpec
+from afterimage.decoders.base import Decoder, resize
+
+RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class LinearDecoder(Decoder):
+    """The best linear map from each 3x3 neighbourhood of features to the block of pixels at its centre.
+
+    Ridge regression (Hoerl & Kennard 1970): `W = (X'X + lambda D)^-1 X'Y` with D the diagonal of X'X, so that
+    channels of different scale are held back alike. X'X and X'Y are summed over one pass; lambda is the best
+    of `RIDGES` on the validation pictures. Above `rows_per_input` rows an input, locations are sampled and
+    `solve` says so. Where the picture is not a whole multiple of the features, blocks are rounded up and the
+    result is resampled.
+
+    Parameters are counted as any convolution's: `9 C (3 b^2) + 3 b^2` for blocks of b x b pixels.
+    """
+
+    closed_form = True
+    trainable = False
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        image_size: tuple[int, int],
+        *,
+        kernel: int = 3,
+        rows_per_input: int = 1000,
+    ) -> None:
+        super().__init__(specs, image_size)
+        if kernel % 2 == 0:
+            raise AfterimageError(f"the linear decoder's kernel must be odd, got {kernel}")
+        self.kernel = kernel
+        self.rows_per_input = rows_per_input
+        self.block = tuple(
+            max(1, math.ceil(pixels / cells - 1e-6))
+            for pixels, cells in zip(image_size, (self.spec.height, self.spec.width), strict=True)
+        )
+        inputs = self.spec.channels * kernel**2
+        self.weight = nn.Parameter(torch.zeros(self.outputs, inputs), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)
+        self._sums: dict[bool, _Sums] = {}
+
+    @property
+    def outputs(self) -> int:
+        return 3 * self.block[0] * self.block[1]
+
+    def decode(self, features: Tensor) -> Tensor:
+        c, k = self.spec.channels, self.kernel
+        kernel = self.weight.view(self.outputs, k, k, c).permute(0, 3, 1, 2)
+        blocks = F.conv2d(features.to(self.weight.dtype), kernel, self.bias, padding=k // 2)
+        return resize(self.unblock(blocks), self.image_size)
+
+    def unblock(self, blocks: Tensor) -> Tensor:
+        """`(B, 3 bh bw, h, w)` to `(B, 3, h bh, w bw)`: a pixel shuffle whose blocks need not be square."""
+        b, _, h, w = blocks.shape
+        bh, bw = self.block
+        return blocks.view(b, 3, bh, bw, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, 3, h * bh, w * bw)
+
+    def blocks_of(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` to one row of pixels a location: `(B, h w, 3 bh bw)`."""
+        h, w = self.spec.height, self.spec.width
+        images = resize(images, (h * self.block[0], w * self.block[1]))
+        parts = images.view(images.shape[0], 3, h, self.block[0], w, self.block[1])
+        return parts.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], h * w, self.outputs)
+
+    def prepare(self, pictures: int, seed: int) -> None:
+        inputs = self.weight.shape[1] + 1
+        budget = max(self.rows_per_input * inputs, 100_000)
+        self._quota = min(self.spec.locations, math.ceil(budget / max(1, pictures)))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sums = {}
+
+    @torch.no_grad()
+    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+        (maps,) = features
+        b, c, h, w = maps.shape
+        pad = self.kernel // 2
+        rows = F.pad(maps.float(), (pad,) * 4).permute(0, 2, 3, 1).reshape(-1, c)
+        picture, location = self._locations(b, maps.device)
+        corner = picture * (h + 2 * pad) * (w + 2 * pad) + (location // w) * (w + 2 * pad) + location % w
+        steps = torch.arange(self.kernel, device=maps.device)
+        offsets = (steps[:, None] * (w + 2 * pad) + steps).flatten()
+        inputs = rows[corner[:, None] + offsets].flatten(1)
+        targets = self.blocks_of(images.float())[picture, location]
+        if validation not in self._sums:
+            shift, scale = (self._sums[False].frame if validation else _frame(inputs))
+            self._sums[validation] = _Sums(shift, scale, targets.shape[1])
+        self._sums[validation].add(inputs, targets)
+
+    def _locations(self, pictures: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        n = self.spec.locations
+        if self._quota >= n:
+            location = torch.arange(n).repeat(pictures)
+        else:
+            location = torch.rand(pictures, n, generator=self._generator).topk(self._quota).indices.flatten()
+        picture = torch.arange(pictures).repeat_interleave(min(self._quota, n))
+        return picture.to(device), location.to(device)
+
+    @torch.no_grad()
+    def solve(self) -> list[str]:
+        train = self._sums[False]
+        judge = self._sums.get(True, train)
+        best = None
+        for ridge in RIDGES:
+            solution = train.solve(ridge)
+            if solution is not None:
+                error = judge.error(solution)
+                if best is None or error < best[0]:
+                    best = (error, ridge, solution)
+        if best is None:
+            raise AfterimageError(f"the linear decoder found no finite solution for {self.spec.source}")
+        _, ridge, solution = best
+        weight = solution[:-1].T / train.scale
+        self.weight.copy_(weight)
+        self.bias.copy_(solution[-1] - weight @ train.shift)
+        notes = [f"ridge {ridge:g}, chosen on the validation pictures"]
+        if self._quota < self.spec.locations:
+            share = self._quota / self.spec.locations
+            notes.append(f"fitted on {train.rows:,} locations, a random {share:.0%} of each training picture's")
+        self._sums = {}
+        return notes
+
+
+def _frame(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and scale that keep the sums well conditioned; the solution does not depend on them."""
+    return inputs.mean(0).double(), inputs.std(0).double().clamp(min=1e-6 * float(inputs.std()) + 1e-12)
+
+
+class _Sums:
+    """`X'X`, `X'Y` and `Y'Y`'s trace, with a column of ones for the bias. Summed in float64 batch by batch."""
+
+    def __init__(self, shift: Tensor, scale: Tensor, outputs: int) -> None:
+        self.shift, self.scale = shift, scale
+        n = shift.numel() + 1
+        self.xx = torch.zeros(n, n, dtype=torch.float64, device=shift.device)
+        self.xy = torch.zeros(n, outputs, dtype=torch.float64, device=shift.device)
+        self.yy = torch.zeros((), dtype=torch.float64, device=shift.device)
+        self.rows = 0
+
+    @property
+    def frame(self) -> tuple[Tensor, Tensor]:
+        return self.shift, self.scale
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        x = torch.ones(len(inputs), inputs.shape[1] + 1, device=inputs.device)
+        torch.sub(inputs, self.shift.float(), out=x[:, :-1])
+        x[:, :-1] /= self.scale.float()
+        self.xx += x.T @ x
+        self.xy += x.T @ targets
+        self.yy += targets.square().sum()
+        self.rows += len(x)
+
+    def solve(self, ridge: float) -> Tensor | None:
+        penalty = ridge * self.xx.diagonal()
+        penalty[-1] = 0  # the bias is free
+        factor, failed = torch.linalg.cholesky_ex(self.xx + penalty.diag())
+        return None if failed else torch.cholesky_solve(self.xy, factor)
+
+    def error(self, solution: Tensor) -> float:
+        """The mean squared error of a solution on the summed rows."""
+        explained = (solution * (self.xx @ solution - 2 * self.xy)).sum()
+        return float((self.yy + explained) / (self.rows * self.xy.shape[1]))

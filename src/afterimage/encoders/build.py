@@ -1,0 +1,192 @@
+"""Building the network itself: at the picture's size, from a seed, or with weights from a file."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import _builder, get_pretrained_cfg
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from afterimage.config import AfterimageError
+
+Size = tuple[int, int]
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed on the CPU and leave the global generator as it was."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class Blank(TorchFunctionMode):
+    """Leave parameters as they were allocated where a model would draw them at random: they are loaded anyway.
+
+    Drawing them takes far longer than all the rest of building a network.
+    """
+
+    DRAWS = frozenset(
+        [Tensor.normal_, Tensor.uniform_, Tensor.erfinv_]
+        + [getattr(nn.init, f"{name}_") for name in ("normal", "uniform", "trunc_normal", "orthogonal")]
+        + [
+            getattr(nn.init, f"{name}_{kind}_")
+            for name in ("kaiming", "xavier")
+            for kind in ("normal", "uniform")
+        ]
+    )
+    SCALINGS = frozenset([Tensor.mul_, Tensor.div_, Tensor.add_, Tensor.clamp_])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blank: set[int] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.DRAWS or func in self.SCALINGS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter) and (func in self.DRAWS or id(tensor) in self.blank):
+                self.blank.add(id(tensor))
+                return tensor
+        return func(*args, **(kwargs or {}))
+
+
+def pretrained_config(name: str) -> dict[str, Any]:
+    """timm's description of a model's weights: mean, std, the picture size they were made for, where they are."""
+    config = get_pretrained_cfg(name, allow_unregistered=True)
+    return config.to_dict() if config is not None else {}
+
+
+def has_fixed_size(name: str) -> bool:
+    """Whether a model is built for one picture size; any other takes what it is given."""
+    return bool(pretrained_config(name).get("fixed_input_size"))
+
+
+def runnable_sizes(name: str) -> str:
+    height, width = pretrained_config(name).get("input_size", (3, 224, 224))[-2:]
+    return f"{height}x{width}, the size of its pretraining"
+
+
+def create_model(name: str, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
+    """A timm model in eval mode for pictures of `image_size`."""
+    if has_fixed_size(name):
+        options["img_size"] = image_size
+    with warnings.catch_warnings(), torch.device(device):
+        warnings.simplefilter("ignore")
+        return timm.create_model(name, **options).eval()
+
+
+def create_random(name: str, image_size: Size, seed: int) -> nn.Module:
+    with seeded(seed):
+        return create_model(name, image_size)
+
+
+def create_loaded(
+    name: str, image_size: Size, state: Mapping[str, Tensor], used: Sequence[tuple[str, ...]], file: str
+) -> nn.Module:
+    """A model with the weights of a state dict, in timm's names or in their publisher's.
+
+    Position embeddings and the like are resampled to `image_size` by the model's own filter. The state dict may
+    hold a part of the network only. `used` are the tensors that must be in it, each by all the names it goes by.
+
+    Raises:
+        AfterimageError: one of them is missing, does not fit or is not finite; it names `file`.
+    """
+    load = functools.partial(_load, state=state, used=used, file=file)
+    with seeded(0), _intercept(load), Blank():
+        return create_model(name, image_size, pretrained=True)
+
+
+@contextlib.contextmanager
+def _intercept(load: Callable[[nn.Module, Callable | None], None]) -> Iterator[None]:
+    """Have timm call `load(model, filter)` where it would load weights itself.
+
+    The filter, which brings weights into a model's own names and shapes, is an argument of that one call: timm has
+    no public way to it.
+    """
+
+    def replacement(model: nn.Module, *_: Any, filter_fn: Callable | None = None, **__: Any) -> None:
+        load(model, filter_fn)
+
+    with _LOCK:
+        original = _builder.load_pretrained
+        _builder.load_pretrained = replacement
+        try:
+            yield
+        finally:
+            _builder.load_pretrained = original
+
+
+def _load(
+    model: nn.Module,
+    filter_fn: Callable | None,
+    state: Mapping[str, Tensor],
+    used: Sequence[tuple[str, ...]],
+    file: str,
+) -> None:
+    name, own = model.pretrained_cfg["architecture"], model.state_dict()
+    fitted = _fit(model, filter_fn, dict(state), own, file)
+    required = [names for names in used if own[names[0]].is_floating_point()]
+    missing = [names[0] for names in required if not fitted.keys() & set(names)]
+    if missing:
+        raise AfterimageError(f"{file} lacks {_listed(missing)}, which the layers in use of {name} read")
+    read = {key for names in used for key in names}
+    classifiers = tuple(_as_tuple(model.pretrained_cfg.get("classifier")))
+    known = {key: value for key, value in fitted.items() if key in own}
+    misfits = {key: value for key, value in known.items() if value.shape != own[key].shape}
+    wrong = [
+        f"{key} is {_shape(value)} there and {_shape(own[key])} in the model"
+        for key, value in misfits.items()
+        if key in read or not key.startswith(classifiers)
+    ]
+    if wrong:
+        raise AfterimageError(f"{file} does not fit {name}: {_listed(wrong)}")
+    broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
+    if broken:
+        raise AfterimageError(f"{file} holds values that are not finite, in {_listed(broken)}")
+    model.load_state_dict({key: value for key, value in known.items() if key not in misfits}, strict=False)
+
+
+def _fit(
+    model: nn.Module, filter_fn: Callable | None, state: dict[str, Tensor], own: dict[str, Tensor], file: str
+) -> dict[str, Tensor]:
+    """Bring a state dict into the model's names and shapes.
+
+    Where the names are the model's already, a filter must not see a part of the network: some tell formats apart by
+    the classifier's key. It then gets the rest from the model itself, which is taken out again.
+    """
+    if filter_fn is None or all(key in own and value.shape == own[key].shape for key, value in state.items()):
+        return state
+    added = own.keys() - state.keys() if state.keys() <= own.keys() else ()
+    try:
+        fitted = filter_fn({**state, **{key: own[key] for key in added}}, model)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise AfterimageError(
+            f"{file} does not fit {model.pretrained_cfg['architecture']}; its tensors cannot be converted ({reason})"
+        ) from error
+    return {key: value for key, value in fitted.items() if key not in added}
+
+
+def _as_tuple(value: str | Sequence[str] | None) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value or ()
+
+
+def _listed(items: Sequence[str], limit: int = 10) -> str:
+    more = f" and {len(items) - limit} more ({len(items)} in all)" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"

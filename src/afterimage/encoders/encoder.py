@@ -1,0 +1,161 @@
+"""Encoder: any timm model, frozen, normalising inside, run only as deep as the deepest layer asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, FeatureSpec, split_source
+from afterimage.encoders.build import create_loaded, create_random, pretrained_config
+from afterimage.encoders.layers import describe_tap, picture_size
+from afterimage.encoders.layout import reorder
+from afterimage.encoders.names import resolve_model
+from afterimage.encoders.tracing import Tap, trace
+from afterimage.weights import Weights, find_weights, random_weights, read_weights
+
+
+class _Done(Exception):
+    """Ends a forward pass once the deepest layer has run."""
+
+
+class _Hook:
+    """Keeps one layer's feature map; the last one ends the pass."""
+
+    def __init__(self, features: list, index: int, tap: Tap, roll: Callable | None, *, last: bool) -> None:
+        self.features, self.index, self.layout, self.roll = features, index, tap.layout, roll
+        self.copy = tap.overwritten and not last
+        self.last = last
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.roll is not None:
+            output = self.roll(output)
+        feature = self.layout(output)
+        self.features[self.index] = feature.clone() if self.copy else feature
+        if self.last:
+            raise _Done
+
+
+class Encoder(nn.Module):
+    """The features of one or more layers of a frozen timm model, on pictures in [0, 1].
+
+    `Encoder("resnet34.tv_in1k:layer1")`, or `Encoder("resnet34", layers=["layer1", "layer2"])`: several layers cost
+    one pass. `weights` is `pretrained` (see `weights.find_weights`), `random` (drawn from `seed`), or a path to a
+    file or folder. The model keeps its own mean and std, stays in eval mode and never requires gradients; parameters
+    and buffers that the layers in use do not read are dropped.
+
+    Attributes:
+        model_name: timm's name, with the tag of the weights
+        sources: `model:layer` for each layer, as it was written, with the tag pinned
+        specs: the measured shape of each layer's features
+        weights: where the weights come from
+
+    Raises:
+        AfterimageError: unknown model or layer, a layer that is no feature map, a picture size at which the model
+            cannot run, or weights that are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        layers: Sequence[str] | None = None,
+        *,
+        weights: str | Path = "pretrained",
+        image_size: int | tuple[int, int] = 224,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if layers is None:
+            source, layer = split_source(source)
+            layers = [layer]
+        elif isinstance(layers, str) or not layers:
+            raise AfterimageError(f"layers must be a list of one layer or more, got {layers!r}")
+        self.model_name = resolve_model(source)
+        self.image_size = picture_size(image_size)
+        traced = trace(self.model_name, self.image_size)
+        self._taps = [traced.tap(layer) for layer in layers]
+        self.sources = tuple(f"{self.model_name}:{layer}" for layer in layers)
+        self.specs = tuple(
+            FeatureSpec(source, tap.layout.channels, tap.layout.height, tap.layout.width)
+            for source, tap in zip(self.sources, self._taps, strict=True)
+        )
+        used = traced.used(self._taps)
+        if str(weights) == "random":
+            self.weights = random_weights(self.model_name, seed)
+            self.model = create_random(self.model_name, self.image_size, seed)
+        else:
+            self.weights = find_weights(self.model_name, weights)
+            state = read_weights(self.weights.file)
+            self.model = create_loaded(self.model_name, self.image_size, state, used, str(self.weights.file))
+        _drop(self.model, {name for names in used for name in names})
+        self.model.to(memory_format=torch.channels_last)
+        self.requires_grad_(False).train(False)
+        config = pretrained_config(self.model_name)
+        for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            values = torch.tensor(config.get(name, default), dtype=torch.float32).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+        self._gradients = False
+        self._features: list[Tensor | None] = [None] * len(layers)
+        deepest = max(range(len(layers)), key=lambda i: self._taps[i].order)
+        for index, tap in enumerate(self._taps):
+            hook = _Hook(self._features, index, tap, reorder(self.model, tap.module), last=index == deepest)
+            self.model.get_submodule(tap.module).register_forward_hook(hook)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> list[Float[Tensor, "batch channels h w"]]:
+        """Feature maps of pictures in [0, 1], one `(B, C, h, w)` a layer, in the order of `sources`.
+
+        Without gradients, unless inside `gradients()`. Raises AfterimageError for pictures of another size.
+        """
+        if images.ndim != 4 or images.shape[1:] != (3, *self.image_size):
+            height, width = self.image_size
+            raise AfterimageError(
+                f"{self.model_name} was built for pictures (B, 3, {height}, {width}), got {tuple(images.shape)}"
+            )
+        images = images.contiguous(memory_format=torch.channels_last)
+        try:
+            with torch.set_grad_enabled(self._gradients and torch.is_grad_enabled()):
+                self.model((images - self.mean) / self.std)
+        except _Done:
+            return list(self._features)
+        finally:
+            self._features[:] = [None] * len(self._features)
+        raise RuntimeError(f"{self.model_name} ended before {self._taps[-1].module} ran")
+
+    @contextlib.contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Inside this context the features can be differentiated with respect to the pictures."""
+        before, self._gradients = self._gradients, True
+        try:
+            yield
+        finally:
+            self._gradients = before
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stay in eval mode: the encoder is frozen, its batch statistics too."""
+        return super().train(False)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Per layer: source, module, shape, reduction, order of execution, and the encoder's cost up to there."""
+        return [
+            {"source": source, **describe_tap(tap, self.image_size)}
+            for source, tap in zip(self.sources, self._taps, strict=True)
+        ]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{s.source} {s.channels}x{s.height}x{s.width}" for s in self.specs)
+
+
+def _drop(model: nn.Module, used: set[str]) -> None:
+    """Let go of every parameter and saved buffer that is not used, so that none is moved, stored or counted."""
+    for key in model.state_dict().keys() - used:
+        owner, _, name = key.rpartition(".")
+        module = model.get_submodule(owner)
+        kept = module._parameters if name in module._parameters else module._buffers
+        kept[name] = None

@@ -1,0 +1,78 @@
+"""What can be inverted: the layers of a model, measured on pictures of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from afterimage.config import AfterimageError
+from afterimage.encoders.names import resolve_model
+from afterimage.encoders.tracing import Tap, cannot_run, trace
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer that can be inverted, and what the encoder costs up to there (multiply-adds for one picture)."""
+
+    name: str
+    module: str
+    channels: int
+    height: int
+    width: int
+    reduction: float
+    locations: int
+    values_per_pixel_value: float
+    order: int
+    encoder_parameters: int
+    encoder_macs: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def picture_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """`(height, width)` from one number or two."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
+        raise AfterimageError(f"image_size must be one whole number greater than 0, or two, got {size!r}")
+    return pair
+
+
+def describe_tap(tap: Tap, image_size: Sequence[int]) -> dict[str, Any]:
+    """Shape and cost of a layer. `reduction` is the picture's height over the features'; `values_per_pixel_value`
+    the number of feature values over the number of values in the picture, so that 1 keeps their count."""
+    layout, (height, width) = tap.layout, image_size
+    reduction = height / layout.height
+    return {
+        "module": tap.module,
+        "channels": layout.channels,
+        "height": layout.height,
+        "width": layout.width,
+        "reduction": int(reduction) if reduction.is_integer() else reduction,
+        "locations": layout.height * layout.width,
+        "values_per_pixel_value": layout.channels * layout.height * layout.width / (3 * height * width),
+        "order": tap.order,
+        "encoder_parameters": tap.parameters,
+        "encoder_macs": tap.macs,
+    }
+
+
+def list_layers(
+    model: str, image_size: int | Sequence[int] | None = None, *, every: bool = False
+) -> list[LayerInfo]:
+    """The layers of a timm model that can be inverted, in order of execution; no weights are needed.
+
+    Stages and blocks, under the study's names where it has one; `every` module on request. `image_size` is 224 by
+    default. Raises AfterimageError for a model that is unknown or that cannot run on pictures of that size.
+    """
+    size = picture_size(224 if image_size is None else image_size)
+    traced = trace(resolve_model(model), size)
+    if not traced.taps:
+        raise cannot_run(traced.model, size, traced.failure or "no module returns a feature map")
+    names = traced.by_order if every else traced.names or traced.by_order
+    return [LayerInfo(name=name, **describe_tap(traced.tap(name), size)) for name in names]

@@ -1,0 +1,179 @@
+"""Layouts: how what a module returns becomes `(B, C, h, w)`.
+
+Which axes are spatial is measured, not declared: the network is run on two picture sizes (and two batch sizes),
+and the axes that grow with the picture are its height and width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+Shape = tuple[int, ...]
+Key = tuple[int | str, ...]
+Shapes = list[tuple[Key, Shape]]
+
+
+class Refused(Exception):
+    """Why a module's output is no feature map."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One module's output: the tensor at `key`, its axes, the prefix tokens before the grid, and its measured shape."""
+
+    axes: str
+    channels: int
+    height: int
+    width: int
+    prefix: int = 0
+    key: Key = ()
+
+    def __call__(self, output: Any) -> Tensor:
+        """The feature map `(B, C, h, w)` inside a module's output; a view of it wherever that is possible."""
+        for step in self.key:
+            output = output[step]
+        if self.axes == "NHWC":
+            return output.permute(0, 3, 1, 2)
+        if self.axes == "NLC":
+            output = output[:, self.prefix :].transpose(1, 2)
+        if self.axes in ("NLC", "NCL"):
+            return output.unflatten(2, (self.height, self.width))
+        return output
+
+
+def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
+    """Every tensor in an output, with the indices that lead to it."""
+    if isinstance(output, Tensor):
+        return [(key, output)]
+    items = output.items() if isinstance(output, dict) else ()
+    if isinstance(output, list | tuple):
+        items = enumerate(output)
+    return [found for step, item in items for found in tensors(item, (*key, step))]
+
+
+def shapes(output: Any) -> Shapes:
+    """The shape of every tensor in an output."""
+    return [(key, tuple(tensor.shape)) for key, tensor in tensors(output)]
+
+
+def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
+    """What puts a module's tokens into raster order first, for models that keep them in another order.
+
+    Hiera unrolls its tokens so that pooling is a maximum over contiguous ones (Ryali et al., 2023); only at the
+    end of a block does it say how to roll them back, into (B, h, w, C).
+    """
+    if not hasattr(model, "reroll") or path.partition(".")[0] == "patch_embed":
+        return None
+    stem, _, index = path.rpartition(".")
+    if stem == "blocks" and index.isdigit():
+        return functools.partial(model.reroll.forward, block_idx=int(index))
+    raise Refused("its tokens are not in raster order; take patch_embed or a whole block, blocks.0 and on")
+
+
+def find_layout(
+    first: Shapes, second: Shapes, sizes: tuple[Size, Size], prefix: int = 0, prefers_nhwc: bool = False
+) -> Layout:
+    """The layout of one module's output, from its tensors' shapes on one picture and on two of another size.
+
+    `sizes` are the pictures', `prefix` the number of prefix tokens that the model declares. Where both passes had
+    the same size, `prefers_nhwc` decides what the shapes leave open.
+    Raises Refused with the reason where no tensor, or more than one, is a feature map.
+    """
+    later = dict(second)
+    found: dict[Layout, None] = {}
+    reasons: dict[str, None] = {} if first else {"it returns no tensor": None}
+    for key, shape in first:
+        try:
+            if key not in later:
+                raise Refused("what it returns changes with the picture's size")
+            found[_layout(key, shape, later[key], sizes, prefix, prefers_nhwc)] = None
+        except Refused as reason:
+            reasons[f"{'x'.join(map(str, shape))}: {reason}"] = None
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        maps = ", ".join(f"{layout.channels}x{layout.height}x{layout.width}" for layout in found)
+        raise Refused(
+            f"it returns {len(found)} feature maps ({maps}); take a module inside it that returns one"
+        )
+    raise Refused("; ".join(reasons))
+
+
+def _layout(
+    key: Key, shape: Shape, later: Shape, sizes: tuple[Size, Size], prefix: int, prefers_nhwc: bool
+) -> Layout:
+    if len(shape) != len(later) or (shape[:1], later[:1]) != ((1,), (2,)):
+        raise Refused("its first axis is not the batch (windows, or a table)")
+    if len(shape) == 2:
+        raise Refused("a vector has no locations")
+    both, found = (shape, later), []
+    if len(shape) == 4:
+        for axes, channel, row, column in (("NCHW", 1, 2, 3), ("NHWC", 3, 1, 2)):
+            grids = [(s[row], s[column]) for s in both]
+            if shape[channel] == later[channel] and all(map(_is_grid, grids, sizes)) and _grows(grids, sizes):
+                found.append(Layout(axes, shape[channel], *grids[0], key=key))
+        if prefers_nhwc:
+            found.reverse()
+    if len(shape) == 3:
+        measured = _prefix(shape[1], later[1], sizes)
+        for axes, channel, token, skipped in (
+            ("NLC", 2, 1, prefix),
+            ("NLC", 2, 1, 0),
+            ("NLC", 2, 1, measured),
+            ("NCL", 1, 2, 0),
+        ):
+            grids = [find_grid(s[token] - skipped, size) for s, size in zip(both, sizes, strict=True)]
+            if shape[channel] == later[channel] and all(grids) and _grows(grids, sizes):
+                found.append(Layout(axes, shape[channel], *grids[0], prefix=skipped, key=key))
+    if not found:
+        raise Refused(
+            "no axes of it grow with the picture's height and width as a map's, or a grid of tokens, do"
+        )
+    return found[0]
+
+
+def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
+    """How many of the tokens did not grow in number with the picture's area, if a few did not."""
+    small, large = (math.prod(size) for size in sizes)
+    if large == small:
+        return 0
+    count, rest = divmod(large * before - small * after, large - small)
+    return count if rest == 0 and 0 < count <= 16 else 0
+
+
+def _is_grid(grid: Size, size: Size) -> bool:
+    """Whether a grid has the picture's aspect, up to what padding (or its absence) adds and takes away."""
+    if not all(grid) or (size[0] == size[1] and grid[0] != grid[1]):
+        return False
+    reduction = math.sqrt(math.prod(size) / math.prod(grid))
+    return all(abs(g - s / reduction) <= max(1.5, 0.1 * g) for g, s in zip(grid, size, strict=True))
+
+
+def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
+    """Whether a grid has grown along each axis about as much as the picture has.
+
+    An attention map has the aspect of a square picture too, but grows with its area.
+    """
+    (before, after), (small, large) = grids, sizes
+    return all(
+        a == b if s1 == s2 else a < b and 0.6 <= (b / a) / (s2 / s1) <= 1.6
+        for a, b, s1, s2 in zip(before, after, small, large, strict=True)
+    )
+
+
+def find_grid(count: int, size: Size) -> Size | None:
+    """The `(h, w)` with h w = count that comes closest to the picture's aspect; None where none is within one."""
+    if count < 1:
+        return None
+    reduction = math.sqrt(math.prod(size) / count)
+    height, width = (s / reduction for s in size)
+    candidates = [(h, count // h) for h in range(max(1, int(height) - 1), int(height) + 3) if count % h == 0]
+    candidates = [c for c in candidates if abs(c[0] - height) < 1 and abs(c[1] - width) < 1]
+    return min(candidates, key=lambda c: abs(c[0] - height) + abs(c[1] - width), default=None)

@@ -1,0 +1,91 @@
+"""Names: `model:layer` with the weights' tag pinned, and the study's own layer names as aliases."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+
+import timm
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from afterimage.config import AfterimageError, split_source, unknown
+
+
+def resolve(source: str) -> str:
+    """`model:layer` with the weights' tag pinned: `vgg16:block1` becomes `vgg16.tv_in1k:block1`.
+
+    The layer keeps the word it was written with; whether the model has it is seen when it is measured.
+    Raises AfterimageError for a model or tag that timm does not know.
+    """
+    model, layer = split_source(source.strip())
+    return f"{resolve_model(model)}:{layer}"
+
+
+@functools.cache
+def resolve_model(name: str) -> str:
+    """A timm model's name with the tag of its weights: the one given, else timm's default.
+
+    A model for which no weights were ever published has no tag and stays as it is.
+    """
+    architecture, _, tag = name.partition(".")
+    current = _renamed(architecture)
+    if current is not None:
+        architecture, _, current_tag = current.partition(".")
+        tag = tag or current_tag
+    elif not timm.is_model(architecture):
+        raise _unknown_model(name)
+    if not tag:
+        config = get_pretrained_cfg(architecture, allow_unregistered=True)
+        tag = (config.tag if config is not None else None) or ""
+        return f"{architecture}.{tag}" if tag else architecture
+    pinned = f"{architecture}.{tag}"
+    if get_pretrained_cfg(pinned, allow_unregistered=True) is None:
+        raise unknown("weights' tag", pinned, _tags(architecture) or [architecture])
+    return pinned
+
+
+def _renamed(architecture: str) -> str | None:
+    """What timm calls a model today whose old name it still knows."""
+    from timm.models._registry import _deprecated_models
+
+    if architecture not in _deprecated_models:
+        return None
+    current = _deprecated_models[architecture]
+    if not current:
+        raise AfterimageError(f"timm has removed the model {architecture!r} and names no successor")
+    return current
+
+
+def _tags(architecture: str) -> list[str]:
+    return [name for name in timm.list_models(f"{architecture}.*", include_tags=True) if "." in name]
+
+
+def _unknown_model(name: str) -> AfterimageError:
+    """Near matches only: timm knows over a thousand models, too many to list."""
+    known = timm.list_models(pretrained=True)
+    architectures = dict.fromkeys(known_name.partition(".")[0] for known_name in known)
+    near = difflib.get_close_matches(name, [*known, *architectures], n=5, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else "."
+    return AfterimageError(
+        f"unknown model {name!r}{hint} Valid: any of timm's {len(architectures)} pretrained models, "
+        "for example resnet34, vgg16, vit_base_patch16_224, convnext_tiny "
+        '(python -c "import timm; print(timm.list_models(pretrained=True))")'
+    )
+
+
+def aliases(model: nn.Module, name: str) -> dict[str, str]:
+    """The study's names for layers, as `{alias: module path}`; a real module path always wins over an alias.
+
+    VGG's `block1` .. `block5` are the pooled outputs; `block0` .. of anything made of `blocks` are its blocks in
+    order; PVT-v2's `stage1` .. `stage4` are its stages. ResNet's `layer1` .. `layer4` are module paths as they are.
+    """
+    if name.startswith("vgg"):
+        pools = [f"features.{i}" for i, m in model.features.named_children() if isinstance(m, nn.MaxPool2d)]
+        return {f"block{n}": path for n, path in enumerate(pools, start=1)}
+    if name.startswith("pvt_v2"):
+        return {f"stage{n}": f"stages.{i}" for n, (i, _) in enumerate(model.stages.named_children(), start=1)}
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, nn.Sequential | nn.ModuleList):
+        return {f"block{i}": f"blocks.{i}" for i in range(len(blocks))}
+    return {}

@@ -1,0 +1,101 @@
+"""Observation: one forward pass of a model, seen module by module and operation by operation."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from afterimage.encoders.layout import Refused, Shapes, reorder, shapes, tensors
+
+
+@dataclass
+class Event:
+    """One module that has finished: the how-manieth, after how many operations and multiply-adds, with what shapes."""
+
+    order: int
+    clock: int
+    macs: int
+    shapes: Shapes
+    runs: int
+    refused: str
+    returned: list[tuple[Tensor, int]]
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether something has since changed a returned tensor in place."""
+        return any(tensor._version != version for tensor, version in self.returned)
+
+
+class Observation(TorchDispatchMode):
+    """Runs a model on `images` once and keeps, by module path, what finished; and when each tensor was first read.
+
+    On the meta device that takes neither weights nor memory. A pass that fails leaves what had finished by then and
+    says why in `failure`.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.events: dict[str, Event] = {}
+        self.first_read: dict[int, int] = {}
+        self.failure = ""
+        self._clock = self._flops = self._finished = 0
+        hooks = [
+            module.register_forward_hook(functools.partial(self._finish, path))
+            for path, module in model.named_modules()
+            if path
+        ]
+        try:
+            with torch.no_grad(), torch.device(images.device), self:
+                model(images)
+        except Exception as error:
+            self.failure = (str(error).splitlines() or [""])[0] or type(error).__name__
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self._clock += 1
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self.first_read.setdefault(storage(leaf), self._clock)
+        result = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self._flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        elif packet is torch.ops.aten.mkldnn_rnn_layer:
+            sequence, input_weights, hidden_weights = args[:3]
+            steps = sequence.shape[0] * sequence.shape[1]
+            self._flops += 2 * steps * (input_weights.numel() + hidden_weights.numel())
+        return result
+
+    def _finish(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        refused = ""
+        try:
+            roll = reorder(self.model, path)
+            output = roll(output) if roll else output
+        except Refused as reason:
+            refused = str(reason)
+        self.events[path] = Event(
+            order=self._finished,
+            clock=self._clock,
+            macs=self._flops // 2,
+            shapes=shapes(output),
+            runs=self.events[path].runs + 1 if path in self.events else 1,
+            refused=refused,
+            returned=[(tensor, tensor._version) for _, tensor in tensors(output)],
+        )
+        self._finished += 1
+
+
+def storage(tensor: Tensor) -> int:
+    """What a tensor shares with its views, so that reading a view counts as reading the parameter."""
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,187 @@
+"""Tracing: which modules of a model can be inverted, their shapes, and what the network costs up to each.
+
+Nothing is declared. The model is observed twice, on pictures of two sizes, before any weights are loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from afterimage.config import AfterimageError, unknown
+from afterimage.encoders.build import Blank, create_model, has_fixed_size, runnable_sizes, seeded
+from afterimage.encoders.layout import Layout, Refused, Size, find_layout
+from afterimage.encoders.names import aliases
+from afterimage.encoders.observe import Observation, storage
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A module whose output is a feature map.
+
+    `order` counts finished modules, `clock` operations; `parameters` and `macs` (of one picture) are the network's
+    up to there. `overwritten` says that the network later changes what the module returned.
+    """
+
+    module: str
+    layout: Layout
+    order: int
+    clock: int
+    parameters: int
+    macs: int
+    overwritten: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A model on pictures of `image_size`: what can be inverted (`taps`) and why the rest cannot (`refused`).
+
+    `reads` are the saved tensors in the order in which they are first read: clock, names, number of parameters.
+    """
+
+    model: str
+    image_size: Size
+    modules: Sequence[str]
+    taps: Mapping[str, Tap]
+    refused: Mapping[str, str]
+    reads: Sequence[tuple[int, tuple[str, ...], int]]
+    aliases: Mapping[str, str]
+    stages: Sequence[str]
+    failure: str
+
+    def tap(self, layer: str) -> Tap:
+        """The tap of a layer by module path or alias. Raises AfterimageError that says what would be valid."""
+        path = layer if layer in self.modules else self.aliases.get(layer, layer)
+        if path in self.taps:
+            return self.taps[path]
+        if path not in self.modules:
+            raise unknown(f"layer of {self.model}", layer, dict.fromkeys([*self.names, *self.by_order]))
+        if path not in self.refused and self.failure:
+            raise cannot_run(self.model, self.image_size, self.failure)
+        reason = self.refused.get(path, "it does not run as a module of its own")
+        raise AfterimageError(
+            f"{self.model}:{layer} cannot be inverted: {reason}. Valid: {', '.join(self.names)}; "
+            f"`afterimage layers {self.model} --every` lists every module"
+        )
+
+    @property
+    def by_order(self) -> list[str]:
+        """Every module that can be inverted, in order of execution."""
+        return sorted(self.taps, key=lambda path: self.taps[path].order)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers worth listing, in order of execution, by alias where there is one."""
+        short = {path: alias for alias, path in self.aliases.items()}
+        listed = {*short, *self.stages}
+        return [short.get(path, path) for path in self.by_order if path in listed]
+
+    def used(self, taps: Sequence[Tap]) -> list[tuple[str, ...]]:
+        """The saved tensors that the layers in use read, each by all the names that it goes by."""
+        last = max(tap.clock for tap in taps)
+        return [names for clock, names, _ in self.reads if clock <= last]
+
+
+def cannot_run(model: str, size: Size, reason: str) -> AfterimageError:
+    return AfterimageError(
+        f"{model} cannot run on {size[0]}x{size[1]} pictures ({reason}); it can on {runnable_sizes(model)}"
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def trace(name: str, image_size: Size) -> Trace:
+    """Trace a timm model (name with tag). Raises AfterimageError where it cannot be built for `image_size`."""
+    model = _blank(name, image_size)
+    first = Observation(model, _pictures(model, 1, image_size))
+    second, size = _observe_again(name, model, image_size, first)
+    reads = _reads(model, first)
+    clocks = [clock for clock, _, _ in reads]
+    totals = [0, *itertools.accumulate(count for _, _, count in reads)]
+    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
+    nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    taps, refused = {}, {}
+    for path, event in first.events.items():
+        try:
+            if event.refused:
+                raise Refused(event.refused)
+            if event.runs > 1:
+                raise Refused(f"it runs {event.runs} times in one pass, so that its output is not one thing")
+            if path not in second.events:
+                raise Refused("it does not run on pictures of every size")
+            layout = find_layout(event.shapes, second.events[path].shapes, (image_size, size), prefix, nhwc)
+        except Refused as reason:
+            refused[path] = str(reason)
+            continue
+        total = totals[bisect_right(clocks, event.clock)]
+        taps[path] = Tap(path, layout, event.order, event.clock, total, event.macs, event.overwritten)
+    modules = tuple(path for path, _ in model.named_modules() if path)
+    stages = _stages(model, taps)
+    return Trace(name, image_size, modules, taps, refused, reads, aliases(model, name), stages, first.failure)
+
+
+def _blank(name: str, image_size: Size) -> nn.Module:
+    """The model without storage; on the CPU where it is recurrent, as the meta device unrolls that very slowly."""
+    try:
+        with seeded(0), Blank():
+            model = create_model(name, image_size, device="meta")
+            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+                model = create_model(name, image_size)
+        return model
+    except Exception as error:
+        raise cannot_run(name, image_size, f"{type(error).__name__}: {error}") from error
+
+
+def _pictures(model: nn.Module, count: int, size: Size) -> torch.Tensor:
+    return torch.zeros(count, 3, *size, device=next(model.parameters()).device)
+
+
+def _observe_again(name: str, model: nn.Module, size: Size, first: Observation) -> tuple[Observation, Size]:
+    """Two pictures that are wider, or larger, or at least two: the first that gets as far as one picture did."""
+    height, width = size
+    for other in ((height, 2 * width), (2 * height, 2 * width), size):
+        try:
+            candidate = _blank(name, other) if has_fixed_size(name) and other != size else model
+        except AfterimageError:
+            continue
+        second = Observation(candidate, _pictures(candidate, 2, other))
+        if len(second.events) >= len(first.events):
+            break
+    return second, other
+
+
+def _reads(model: nn.Module, seen: Observation) -> list[tuple[int, tuple[str, ...], int]]:
+    names: dict[int, list[str]] = {}
+    counts: dict[int, int] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(storage(tensor), []).append(name)
+        counts[storage(tensor)] = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+    return sorted((seen.first_read[s], tuple(names[s]), counts[s]) for s in names if s in seen.first_read)
+
+
+def _stages(model: nn.Module, taps: Mapping[str, Tap]) -> tuple[str, ...]:
+    """What timm declares as stages, and the members of the outermost sequences of stages or blocks.
+
+    Single operations are left out where there is anything larger.
+    """
+    declared = [
+        info["module"] for info in getattr(model, "feature_info", None) or () if isinstance(info, dict)
+    ]
+    composite = {path for path, module in model.named_modules() if any(True for _ in module.children())}
+    sequences = {n for n, m in model.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList)}
+    for depth in range(1, 4):
+        members = [
+            path
+            for path in taps
+            if path in composite and path.count(".") == depth and path.rpartition(".")[0] in sequences
+            and not any(path.startswith(f"{stage}.") for stage in declared if stage in taps)
+        ]  # fmt: skip
+        found = [path for path in dict.fromkeys([*declared, *members]) if path in taps]
+        if any(path in composite for path in found):
+            return tuple(path for path in found if path in composite or path in declared)
+    return tuple(path for path in declared if path in taps)

@@ -1,0 +1,233 @@
+"""Per-picture scores of reconstructions, and their summary."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError
+from afterimage.data import Pictures, load_data, load_picture
+from afterimage.data.decode import shorter_side
+from afterimage.data.sampling import centre_places
+from afterimage.metrics import PSNR_CAP, Metrics, problem
+from afterimage.progress import Progress, silent
+from afterimage.reconstructor import Reconstructor
+from afterimage.runs import Run, write_atomic
+
+SCORES = ("psnr", "ssim", "lpips")
+
+Images = Float[Tensor, "batch 3 height width"]
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` returns.
+
+    `rows` holds one row a picture, in the pictures' order: `id`, `psnr` in dB, `ssim`, `lpips` (None where
+    unavailable). `pictures` holds the first ones, as many as asked for: `(id, original, reconstruction)`,
+    uint8 `(H, W, 3)`.
+    """
+
+    rows: list[dict[str, Any]]
+    pictures: list[tuple[str, np.ndarray, np.ndarray]]
+
+
+def evaluate(
+    reconstruct: Callable[[Images], Images],
+    pictures: Pictures,
+    metrics: Metrics,
+    *,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+    keep: int = 0,
+) -> Evaluation:
+    """Measure `reconstruct`, which takes pictures `(B, 3, H, W)` in [0, 1] to pictures like them.
+
+    A module is put into evaluation mode and back. See `evaluate_together` for `keep`, `progress` and errors.
+    """
+    modules = [reconstruct] if isinstance(reconstruct, nn.Module) else []
+    with evaluating(*modules):
+        (result,) = evaluate_together(
+            lambda images: [reconstruct(images)],
+            pictures,
+            metrics,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+            keep=keep,
+        )
+    return result
+
+
+@torch.inference_mode()
+def evaluate_together(
+    reconstruct: Callable[[Images], Sequence[Images]],
+    pictures: Pictures,
+    metrics: Metrics,
+    *,
+    names: Sequence[str] = (),
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+    keep: int = 0,
+) -> list[Evaluation]:
+    """Measure several reconstructions of each picture; what they share, such as an encoder, runs once.
+
+    `reconstruct` takes pictures `(B, 3, H, W)` in [0, 1] to a list of such pictures, always of one length;
+    modules behind it belong in evaluation mode (see `evaluating`). The first `keep` pictures are returned
+    as uint8. Raises `AfterimageError` that names the picture, and the reconstruction by `names`, where
+    shapes differ or values are not finite or leave [0, 1].
+    """
+    if len(pictures) == 0:
+        raise AfterimageError("there are no pictures to evaluate on")
+    metrics.to(device)
+    ids = list(pictures.ids)
+    results: list[Evaluation] = []
+    for indices in torch.arange(len(ids)).split(batch_size):
+        batch = [ids[index] for index in indices.tolist()]
+        images = pictures.crops(indices, device=device)
+        outputs = list(reconstruct(images))
+        results = results or [Evaluation([], []) for _ in outputs]
+        for index, output in enumerate(outputs):
+            _check(output, images, batch, names[index] if names else "")
+        for result, output, scores in zip(results, outputs, metrics.compare(outputs, images), strict=True):
+            columns = [scores[name] or [None] * len(batch) for name in SCORES]
+            rows = zip(batch, *columns, strict=True)
+            result.rows.extend(dict(zip(("id", *SCORES), row, strict=True)) for row in rows)
+            wanted = max(0, keep - len(result.pictures))
+            result.pictures.extend(
+                zip(batch, to_uint8(images[:wanted]), to_uint8(output[:wanted]), strict=False)
+            )
+        progress("evaluating", len(results[0].rows), len(ids))
+    return results
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    data: str | None = None,
+    weights: str | None = None,
+    lpips: str = "alex",
+    cache: Path | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress = silent,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any] | None], dict[str, Any]]:
+    """Measure a finished run's decoder again: its rows, their summary, and the state of LPIPS.
+
+    `data` is another source, all of whose pictures are measured; None means the run's own test pictures.
+    Pictures that the run was trained on are an error. `weights` says where the encoder's are, if not where
+    they were in training.
+    """
+    config, device = run.config.data, device or _default_device()
+    if data is not None:
+        config = replace(config, test=data, limit_test=None)
+    reconstructor = Reconstructor.open(run, weights=weights).to(device)
+    metrics = Metrics(lpips, size=config.crop)
+    pictures = load_data(config, cache=cache, progress=progress).test
+    rows = evaluate(reconstructor, pictures, metrics, device=device, progress=progress).rows
+    return rows, summarise(rows), metrics.lpips_status
+
+
+def reconstruct_picture(
+    picture: str | Path,
+    run: Run,
+    output: str | Path,
+    *,
+    weights: str | None = None,
+    lpips: str = "alex",
+    device: torch.device | str | None = None,
+) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """Rebuild one picture file through a finished run, resized and cropped as the run's test pictures were.
+
+    Writes original and reconstruction side by side to `output`, a PNG. Returns the scores `psnr`, `ssim` and
+    `lpips`, and the state of LPIPS. Raises `AfterimageError` where there is no picture or no decoder.
+    """
+    if Path(output).suffix.lower() != ".png":
+        raise AfterimageError(f"a reconstruction is saved as PNG; {output} must end in .png")
+    device = device or _default_device()
+    images = _centre_crop(picture, run.config.data.resize, run.config.data.crop).to(device)
+    reconstructor = Reconstructor.open(run, weights=weights).to(device)
+    metrics = Metrics(lpips, size=run.config.data.crop).to(device)
+    result = reconstructor.reconstruct(images)
+    _check(result, images, [str(picture)], "")
+    scores = metrics(result, images)
+    file = io.BytesIO()
+    Image.fromarray(np.concatenate([to_uint8(images)[0], to_uint8(result)[0]], 1)).save(file, "PNG")
+    write_atomic(output, file.getvalue())
+    return {name: None if scores[name] is None else scores[name][0] for name in SCORES}, metrics.lpips_status
+
+
+def _centre_crop(picture: str | Path, resize: int, crop: int) -> Tensor:
+    pixels = torch.from_numpy(np.asarray(shorter_side(load_picture(picture), resize)).copy())
+    height, width, _ = pixels.shape
+    (top,), (left,) = centre_places(np.array([height]), np.array([width]), crop)
+    return pixels[top : top + crop, left : left + crop].permute(2, 0, 1)[None].float() / 255
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def to_uint8(images: Images) -> np.ndarray:
+    """Pictures in [0, 1] as uint8 `(B, H, W, 3)`, rounded to nearest."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode inside the block; afterwards every submodule is back in the mode it had."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
+    """`{"psnr": {"mean", "std", "count"}, "ssim": {...}, "lpips": {...}}` over pictures.
+
+    `std` is the sample standard deviation (n - 1); None for a single picture, which has none. A score that
+    no row has is None; one that only some rows have is an `AfterimageError`.
+    """
+    if not rows:
+        raise AfterimageError("there are no scores to summarise")
+    return {name: _summary(name, [row[name] for row in rows]) for name in SCORES}
+
+
+def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the scores has to know: pictures that came back exactly count as `PSNR_CAP` dB."""
+    exact = sum(row["psnr"] >= PSNR_CAP for row in rows)
+    return (
+        [f"{exact} of {len(rows)} pictures came back exactly and count as {PSNR_CAP:g} dB"] if exact else []
+    )
+
+
+def _summary(name: str, values: list[float | None]) -> dict[str, Any] | None:
+    if all(value is None for value in values):
+        return None
+    if None in values:
+        raise AfterimageError(f"{name} is missing for {values.count(None)} of {len(values)} pictures")
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": spread, "count": len(values)}
+
+
+def _check(output: Tensor, images: Tensor, ids: Sequence[str], name: str) -> None:
+    who = f"the reconstruction by {name}" if name else "the reconstruction"
+    if output.shape != images.shape:
+        raise AfterimageError(f"{who} has shape {tuple(output.shape)}, its pictures {tuple(images.shape)}")
+    if found := problem(output):
+        raise AfterimageError(f"{who} of picture {ids[found[0]]} {found[1]}")

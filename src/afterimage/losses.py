@@ -1,0 +1,127 @@
+"""What a decoder is trained to make small: MSE, L1, LPIPS, and weighted sums of them.
+
+Every loss takes pictures `(B, 3, H, W)` in [0, 1] and is a mean over the batch, in float32 also under
+autocast. Values are not checked: that would make every step wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, unknown
+from afterimage.lpips import LPIPS
+
+Images = Float[Tensor, "batch 3 height width"]
+
+
+class Loss(nn.Module):
+    """A distance of two pictures, one value a picture; calling it gives the mean over the batch."""
+
+    @abstractmethod
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]: ...
+
+    def forward(self, prediction: Images, target: Images) -> Float[Tensor, ""]:
+        return self.per_picture(prediction, target).mean()
+
+
+class MSE(Loss):
+    """Mean squared error: what PSNR counts (Dosovitskiy and Brox, 2016, invert features with it)."""
+
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+        _same_shape(prediction, target)
+        return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+class L1(Loss):
+    """Mean absolute error (Zhao et al., 2017, Loss Functions for Image Restoration with Neural Networks)."""
+
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+        _same_shape(prediction, target)
+        return (prediction.float() - target.float()).abs().flatten(1).mean(1)
+
+
+class Perceptual(Loss):
+    """LPIPS (Zhang et al., 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric).
+
+    Raises `AfterimageError` where the network's weights cannot be had: a loss has no stand-in.
+    """
+
+    def __init__(self, net: str = "alex", weights: str | Path = "pretrained") -> None:
+        super().__init__()
+        self.lpips = LPIPS(net, weights)
+
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+        _same_shape(prediction, target)
+        return self.lpips(prediction, target)
+
+
+class WeightedSum(Loss):
+    """Several losses, each times its weight, added."""
+
+    def __init__(self, terms: Mapping[Loss, float]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+        self.weights = tuple(terms.values())
+
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+        values = (
+            w * term.per_picture(prediction, target) for w, term in zip(self.weights, self.terms, strict=True)
+        )
+        return torch.stack(list(values)).sum(0)
+
+
+LOSSES: dict[str, type[Loss]] = {"mse": MSE, "l1": L1, "lpips": Perceptual}
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """`"0.5*mse + 0.5*lpips"` as `{"mse": 0.5, "lpips": 0.5}`; a missing weight is 1.
+
+    Raises `AfterimageError` for unknown names, names given twice, and weights that are not positive numbers.
+    """
+    terms: dict[str, float] = {}
+    for term in re.split(r"(?<!\d[eE])\+", text):
+        weight, star, name = (part.strip() for part in term.rpartition("*"))
+        if name not in LOSSES:
+            raise unknown("loss", name, LOSSES) if name else _malformed(text)
+        if name in terms:
+            raise AfterimageError(f"loss {text!r} names {name} twice")
+        try:
+            terms[name] = float(weight) if star else 1.0
+        except ValueError:
+            raise _malformed(text) from None
+        if not (math.isfinite(terms[name]) and terms[name] > 0):
+            raise AfterimageError(f"loss {text!r}: the weight of {name} must be greater than 0, got {weight}")
+    return terms
+
+
+def create_loss(text: str, *, lpips_net: str = "alex", lpips_weights: str | Path = "pretrained") -> Loss:
+    """The loss that `text` describes (see `parse_loss`); the network and weights are for LPIPS."""
+    weights = parse_loss(text)
+    terms = [
+        LOSSES[name](lpips_net, lpips_weights) if name == "lpips" else LOSSES[name]() for name in weights
+    ]
+    if list(weights.values()) == [1.0]:
+        return terms[0]
+    return WeightedSum(dict(zip(terms, weights.values(), strict=True)))
+
+
+def _malformed(text: str) -> AfterimageError:
+    return AfterimageError(
+        f"cannot read loss {text!r}; write a sum of {', '.join(LOSSES)}, each with an optional weight, "
+        "for example 0.5*mse+0.5*lpips"
+    )
+
+
+def _same_shape(prediction: Tensor, target: Tensor) -> None:
+    if prediction.shape != target.shape:
+        raise AfterimageError(
+            f"prediction and target differ in shape: {tuple(prediction.shape)} and {tuple(target.shape)}"
+        )

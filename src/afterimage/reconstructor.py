@@ -1,0 +1,140 @@
+"""Encoders, fusion and decoder as one module: picture in, picture rebuilt from features out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, FeatureSpec, RunConfig, split_source
+from afterimage.decoders import Decoder, create_decoder
+from afterimage.encoders import Encoder, resolve
+from afterimage.runs import Run
+
+
+class Encoders(nn.Module):
+    """Any number of `model:layer` sources; each network runs once, as deep as its deepest layer."""
+
+    def __init__(
+        self, sources: Sequence[str], *, weights: str = "pretrained", image_size: int = 224, seed: int = 0
+    ) -> None:
+        super().__init__()
+        sources = [resolve(source) for source in sources]
+        layers: dict[str, list[str]] = {}
+        for source in sources:
+            model, layer = split_source(source)
+            if layer not in layers.setdefault(model, []):
+                layers[model].append(layer)
+        self.encoders = nn.ModuleList(
+            Encoder(model, layers=names, weights=weights, image_size=image_size, seed=seed)
+            for model, names in layers.items()
+        )
+        position = {s: i for i, s in enumerate(s for encoder in self.encoders for s in encoder.sources)}
+        self.sources = tuple(sources)
+        self._picks = [position[source] for source in sources]
+
+    @property
+    def specs(self) -> tuple[FeatureSpec, ...]:
+        specs = [spec for encoder in self.encoders for spec in encoder.specs]
+        return tuple(specs[i] for i in self._picks)
+
+    def describe(self) -> list[dict]:
+        """`Encoder.describe` for every source, in order."""
+        entries = [entry for encoder in self.encoders for entry in encoder.describe()]
+        return [entries[i] for i in self._picks]
+
+    def weights_of(self, sources: Sequence[str]) -> list[dict]:
+        """Where the weights behind `sources` come from, one entry a network."""
+        used = set(sources)
+        return [e.weights.as_dict() for e in self.encoders if used.intersection(e.sources)]
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
+        """Feature maps `(B, C, h, w)` of pictures in [0, 1], in the order of `sources`."""
+        features = [feature for encoder in self.encoders for feature in encoder(images)]
+        return [features[i] for i in self._picks]
+
+
+class Head(nn.Module):
+    """What is trained: an optional fusion and a decoder. Feature maps in, pictures `(B, 3, H, W)` in [0, 1] out."""
+
+    def __init__(self, decoder: Decoder, fusion: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.decoder = decoder
+
+    def fuse(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return list(features) if self.fusion is None else [self.fusion(features)]
+
+    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+        self.decoder.accumulate(self.fuse(features), images, validation=validation)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.decoder(self.fuse(features))
+
+
+def build_head(config: RunConfig, specs: Sequence[FeatureSpec]) -> Head:
+    """Fusion and decoder for features of the given shapes; initial weights depend on the run's seed alone."""
+    if len(specs) > 1:
+        raise AfterimageError("fusing several sources is not available yet; give one model:layer")
+    decoder = create_decoder(
+        config.decoder.name, specs, config.data.crop, seed=config.seed, **config.decoder.options
+    )
+    return Head(decoder)
+
+
+class Reconstructor(nn.Module):
+    """`images -> encoder(s) -> [fusion ->] decoder -> images`, all in [0, 1]. Encoders stay frozen."""
+
+    def __init__(self, encoders: Encoder | Encoders, decoder: Decoder | Head) -> None:
+        super().__init__()
+        self.encoders = encoders
+        self.head = decoder if isinstance(decoder, Head) else Head(decoder)
+
+    @classmethod
+    def open(cls, run: Run | str | Path, *, weights: str | None = None) -> Reconstructor:
+        """Rebuild a finished run's reconstructor from its folder, in evaluation mode.
+
+        Raises `AfterimageError` where the run is not finished, its decoder does not fit, or the encoder's weights
+        are not those it was trained on.
+        """
+        run = run if isinstance(run, Run) else Run.open(run)
+        config = run.config
+        path = run.file("decoder.safetensors")
+        if not path.exists():
+            raise AfterimageError(f"run {run.name} has no decoder yet (state: {run.state})")
+        encoders = Encoders(
+            config.sources, weights=weights or config.weights, image_size=config.data.crop, seed=config.seed
+        )
+        _same_weights(run, encoders)
+        head = build_head(config, encoders.specs)
+        try:
+            head.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise AfterimageError(f"cannot load {path}: {error}") from None
+        return cls(encoders, head).eval()
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        return self.head(self.encoders(images))
+
+    @torch.inference_mode()
+    def reconstruct(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """`forward` without gradients."""
+        return self(images)
+
+
+def _same_weights(run: Run, encoders: Encoders) -> None:
+    if not run.file("summary.json").exists():
+        return
+    recorded = {entry["model"]: entry for entry in run.summary["weights"]}
+    for entry in encoders.weights_of(encoders.sources):
+        before = recorded.get(entry["model"])
+        if before is not None and before["sha256"] != entry["sha256"]:
+            raise AfterimageError(
+                f"run {run.name} was trained on weights of {entry['model']} with digest {before['sha256'][:12] or 'none'} "
+                f"({before['location']}), but these have {entry['sha256'][:12] or 'none'} ({entry['location']})"
+            )

@@ -1,0 +1,20 @@
+"""Reports from run folders alone: tables, figures, report.md. No torch; matplotlib only once it draws."""
+
+from afterimage.report.console import console_table
+from afterimage.report.read import read_rows
+from afterimage.report.rows import Row, Rows, Score, Unfinished
+from afterimage.report.tables import csv_table, latex_table, markdown_table
+from afterimage.report.write import write_report
+
+__all__ = [
+    "Row",
+    "Rows",
+    "Score",
+    "Unfinished",
+    "console_table",
+    "csv_table",
+    "latex_table",
+    "markdown_table",
+    "read_rows",
+    "write_report",
+]

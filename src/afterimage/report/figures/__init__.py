@@ -1,0 +1,39 @@
+"""The figures of a report, each drawn from plain rows. Importing this imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from afterimage.report.figures.depth import quality_by_depth
+from afterimage.report.figures.distribution import distributions
+from afterimage.report.figures.grid import grid, pages
+from afterimage.report.figures.scatter import quality_by_locations, quality_by_parameters
+from afterimage.report.figures.style import Drawing, render, style
+from afterimage.report.figures.training import training_curves
+from afterimage.report.rows import Rows
+
+__all__ = ["Drawing", "draw", "render"]
+
+BEFORE_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {"quality by depth": quality_by_depth}
+AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
+    "quality by locations": quality_by_locations,
+    "quality by parameters": quality_by_parameters,
+    "training curves": training_curves,
+    "distributions": distributions,
+}
+
+
+def draw(rows: Rows, progress: Callable[[str, int, int], None] | None = None) -> Iterator[Drawing]:
+    """Every figure that the rows can fill, one at a time: they are large."""
+    jobs = [(name, partial(make, rows)) for name, make in BEFORE_GRIDS.items()]
+    jobs += [(page.title, partial(grid, page)) for page in pages(rows)]
+    jobs += [(name, partial(make, rows)) for name, make in AFTER_GRIDS.items()]
+    for i, (name, job) in enumerate(jobs):
+        if progress:
+            progress(name, i, len(jobs))
+        with style():
+            drawings = job()
+        yield from drawings
+    if progress:
+        progress("figures", len(jobs), len(jobs))

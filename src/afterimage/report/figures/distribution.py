@@ -1,0 +1,108 @@
+"""Per-picture distributions: every test picture's score in every row, not only the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from afterimage.report.escape import plain
+from afterimage.report.figures.style import (
+    INK,
+    MUTED,
+    Drawing,
+    decoder_styles,
+    has,
+    lpips_note,
+    metric_label,
+    metrics_of,
+    short_encoders,
+)
+from afterimage.report.rows import Row, Rows
+
+ROWS_A_FIGURE = 36
+ROW_INCHES = 0.2
+GOLDEN = 0.618034
+
+
+def distributions(rows: Rows) -> list[Drawing]:
+    """Box and dots for each row; a figure for every 36 rows, split between encoders."""
+    pages = _pages([row for row in rows.all if len(row.pictures) > 1])
+    looks = decoder_styles(rows.decoders)
+    colors = {name: look.color for name, look in looks.items()}
+    return [_page(page, rows, colors, f"-{i}" if len(pages) > 1 else "") for i, page in enumerate(pages, 1)]
+
+
+def _pages(rows: Sequence[Row]) -> list[list[Row]]:
+    pages: list[list[Row]] = []
+    for name in dict.fromkeys(row.encoder for row in rows):
+        group = [row for row in rows if row.encoder == name]
+        for start in range(0, len(group), ROWS_A_FIGURE):
+            part = group[start : start + ROWS_A_FIGURE]
+            if pages and len(pages[-1]) + len(part) <= ROWS_A_FIGURE:
+                pages[-1] += part
+            else:
+                pages.append(part)
+    return pages
+
+
+def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) -> Drawing:
+    metrics, names = metrics_of(page), short_encoders(rows.decoders)
+    groups = list(dict.fromkeys((r.encoder, r.is_random) for r in page))
+    # A group's heading takes a place of its own above its rows.
+    places, headings, place = [], [], 0.0
+    for encoder, is_random in groups:
+        headings.append((place, _heading(names, encoder, is_random), is_random))
+        for row in (r for r in page if (r.encoder, r.is_random) == (encoder, is_random)):
+            place += 1
+            places.append((place, row))
+        place += 1.3
+    figure = Figure((2.0 + 2.3 * len(metrics), 0.7 + ROW_INCHES * (place + 0.5)), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, (metric, net) in zip(panels, metrics, strict=True):
+        for y, row in places:
+            values = list(row.values(metric).values()) if has(row, metric, net) else []
+            if values:
+                _box(axes, y, values, colors.get(row.decoder_label, MUTED), row.is_random)
+        axes.set_xlabel(metric_label(metric, net))
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_ylim(place - 0.6, -0.7)
+    has_seeds = len({row.seed for row in page if row.kind == "decoder"}) > 1
+    labels = [_label(row, has_seeds) for _, row in places]
+    panels[0].set_yticks([y for y, _ in places], labels)
+    for y, text, is_random in headings:
+        panels[0].annotate(
+            text, (0, y), (-4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+            va="center", weight="bold", fontsize=7.5, color="#b00020" if is_random else INK,
+        )  # fmt: skip
+    caption = (
+        "Every dot is a test picture; the box holds the middle half with the median, whiskers reach the "
+        f"farthest picture within 1.5 box lengths.{lpips_note(page)}"
+    )
+    return Drawing(f"distributions{suffix}", "Picture by picture", caption, figure)
+
+
+def _heading(names: dict[str, str], encoder: str, is_random: bool) -> str:
+    return f"{names.get(encoder, 'reference lines')}{', RANDOM weights' if is_random else ''}"
+
+
+def _label(row: Row, has_seeds: bool) -> str:
+    if row.kind == "reference":
+        return plain(row.label, 34)
+    seed = f", seed {row.seed}" if has_seeds else ""
+    return plain(f"{row.layer} · {row.decoder_label}{seed}", 44)
+
+
+def _box(axes: Axes, y: float, values: Sequence[float], color: str, is_random: bool) -> None:
+    # Dots are moved up and down by the golden ratio: even, without chance, the same in every report.
+    shift = (np.arange(len(values)) * GOLDEN % 1 - 0.5) * 0.62
+    axes.scatter(values, y + shift, s=3.5, color=color, alpha=0.35, lw=0, zorder=2, rasterized=True)
+    line = {"color": color, "lw": 1.0}
+    axes.boxplot(
+        [list(values)], positions=[y], orientation="horizontal", widths=0.62, showfliers=False,
+        manage_ticks=False, boxprops=line | {"ls": "--" if is_random else "-"}, whiskerprops=line,
+        capprops=line, medianprops=line | {"lw": 2.0}, zorder=3,
+    )  # fmt: skip

@@ -1,0 +1,201 @@
+"""Quality against what the decoder is given (feature locations) and against what it costs (parameters)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from afterimage.report.escape import plain
+from afterimage.report.figures.labels import point_labels
+from afterimage.report.figures.style import (
+    MUTED,
+    Drawing,
+    Style,
+    decoder_styles,
+    encoder_styles,
+    grid_y,
+    has,
+    legend,
+    lpips_note,
+    metric_label,
+    metrics_of,
+    short_encoders,
+)
+from afterimage.report.rows import Row, Rows, Score, pool
+
+PANEL = (2.35, 1.95)
+Point = tuple[float, Score, Row]
+
+
+def quality_by_locations(rows: Rows) -> list[Drawing]:
+    """A column a decoder, a line an encoder. Empty unless at least two numbers of locations occur."""
+    shown = [row for row in rows.decoders if row.locations]
+    counts = sorted({row.locations for row in shown})
+    if len(counts) < 2:
+        return []
+    names = short_encoders(shown)
+    looks = encoder_styles(list(names))
+    # Encoders stand side by side where they share a number of locations.
+    beside = {name: 1.09 ** (i - (len(names) - 1) / 2) for i, name in enumerate(names)}
+    columns = list(dict.fromkeys(r.decoder_label for r in sorted(shown, key=lambda r: r.decoder_order)))
+    figure, panels = _panels(shown, columns)
+    for axes, metric, members in _members(shown, columns, panels, lambda r: r.decoder_label):
+        _draw(
+            axes,
+            members,
+            metric,
+            lambda r: r.locations * beside[r.encoder],
+            lambda r: looks[r.encoder],
+            lambda r: r.encoder,
+        )
+        axes.set_xscale("log")
+        axes.set_xlim(counts[0] / 1.8, counts[-1] * 1.8)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(_apart(counts), [f"{count:,}" for count in _apart(counts)])
+    _heads(figure, panels, shown, columns, "feature locations (log scale)")
+    legend(figure, _handles(looks, names.get, shown), columns=4)
+    caption = (
+        "Every layer by the number of its feature locations (height × width), a column a decoder, a line an "
+        "encoder through its layers in execution order; mean over test pictures with its 95 % t interval."
+        f"{_random(shown)}{lpips_note(shown)}"
+    )
+    return [Drawing("quality-by-locations", "Quality and spatial resolution", caption, figure)]
+
+
+def quality_by_parameters(rows: Rows) -> list[Drawing]:
+    """A column an encoder, a line a decoder through its layers. Empty unless parameters differ."""
+    shown = [row for row in rows.decoders if row.parameters]
+    if len({row.parameters for row in shown}) < 2:
+        return []
+    names, looks = short_encoders(shown), decoder_styles(shown)
+    columns = list(names)
+    figure, panels = _panels(shown, columns)
+    low, high = min(r.parameters for r in shown), max(r.parameters for r in shown)
+    panels[0][0].set_xlim(low / 2, high * 2)
+    named = {}
+    for axes, metric, members in _members(shown, columns, panels, lambda r: r.encoder):
+        points = _draw(
+            axes,
+            members,
+            metric,
+            lambda r: r.parameters,
+            lambda r: looks[r.decoder_label],
+            lambda r: r.decoder_label,
+        )
+        if metric == "psnr":
+            named[axes] = [(x, score.mean, plain(row.layer, 18)) for x, score, row in points]
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 30 else (1, 2, 5), numticks=6))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short_count))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    _heads(figure, panels, shown, [names[c] for c in columns], "decoder parameters (log scale)")
+    legend(figure, _handles(looks, lambda name: plain(name, 48), shown), columns=4)
+    figure.draw_without_rendering()
+    for axes, points in named.items():
+        point_labels(axes, points)
+    caption = (
+        "Every row by the size of its decoder, a column an encoder, a line a decoder through the layers in "
+        "execution order (named where there is room); mean over test pictures with its 95 % t interval."
+        f"{_random(shown)}{lpips_note(shown)}"
+    )
+    return [Drawing("quality-by-parameters", "Quality and decoder size", caption, figure)]
+
+
+def _panels(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Figure, list[list[Axes]]]:
+    """Metrics down and columns across; a single column turns into a single row."""
+    metrics = metrics_of(rows)
+    down, across = (1, len(metrics)) if len(columns) == 1 else (len(metrics), len(columns))
+    size = max(4.4, 0.8 + PANEL[0] * across), 1.1 + PANEL[1] * down
+    figure = Figure((size[0], max(size[1], 2.9)), layout="constrained")
+    panels = figure.subplots(
+        down, across, squeeze=False, sharex=True, sharey="row" if len(columns) > 1 else False
+    )
+    return figure, [list(panels[0])] if len(columns) == 1 else [list(line) for line in panels]
+
+
+def _members(
+    rows: Sequence[Row], columns: Sequence[str], panels: list[list[Axes]], column: Callable[[Row], str]
+):
+    for i, (metric, net) in enumerate(metrics_of(rows)):
+        for j, name in enumerate(columns):
+            axes = panels[0][i] if len(columns) == 1 else panels[i][j]
+            yield axes, metric, [r for r in rows if column(r) == name and has(r, metric, net)]
+
+
+def _draw(
+    axes: Axes, rows: Sequence[Row], metric: str, x: Callable[[Row], float], look: Callable[[Row], Style],
+    line: Callable[[Row], str],
+) -> list[Point]:  # fmt: skip
+    drawn: list[Point] = []
+    cells: dict[tuple[str, bool], dict[tuple[object, ...], list[Row]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for row in rows:
+        cells[line(row), row.is_random][(*row.sources, row.fusion_letter, row.decoder_label)].append(row)
+    for (_, is_random), members in cells.items():
+        points = [(x(m[0]), s, m[0]) for m in members.values() if (s := pool(m, metric))]
+        if not points:
+            continue
+        points.sort(key=lambda p: (p[2].order, p[0]))
+        drawn += points
+        style, fused = look(points[0][2]), len(points[0][2].sources) > 1
+        axes.errorbar(
+            [p[0] for p in points], [p[1].mean for p in points], [p[1].margin or 0 for p in points],
+            color=style.color, marker=style.marker, mfc="white" if is_random else style.color, elinewidth=0.9,
+            capsize=1.5, lw=0.8, ls="none" if fused else "--" if is_random else "-",
+        )  # fmt: skip
+    grid_y(axes)
+    return drawn
+
+
+def _heads(
+    figure: Figure, panels: list[list[Axes]], rows: Sequence[Row], names: Sequence[str], x: str
+) -> None:
+    metrics = metrics_of(rows)
+    if len(names) == 1:
+        for axes, metric in zip(panels[0], metrics, strict=True):
+            axes.set_title(metric_label(*metric))
+    else:
+        for axes, name in zip(panels[0], names, strict=True):
+            axes.set_title(plain(name, 28))
+        for line, metric in zip(panels, metrics, strict=True):
+            line[0].set_ylabel(metric_label(*metric))
+    for axes in panels[-1]:
+        axes.set_xlabel(x)
+
+
+def _handles(looks: dict[str, Style], names: Callable[[str], str], rows: Sequence[Row]) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=s.color, marker=s.marker, lw=0.8, label=names(n)) for n, s in looks.items()
+    ]
+    if any(r.is_random for r in rows):
+        handles.append(
+            Line2D([], [], color=MUTED, marker="o", mfc="white", lw=0.8, ls="--", label="RANDOM weights")
+        )
+    return handles
+
+
+def _random(rows: Sequence[Row]) -> str:
+    return " Open markers and broken lines: RANDOM weights." if any(r.is_random for r in rows) else ""
+
+
+def _apart(counts: Sequence[int]) -> list[int]:
+    """The counts that can be printed without touching on a logarithmic axis, the smallest first."""
+    kept = [counts[0]]
+    span = counts[-1] / counts[0]
+    for count in counts[1:]:
+        if count / kept[-1] > span ** (1 / 6):
+            kept.append(count)
+    return kept
+
+
+def _short_count(value: float, _: object) -> str:
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if value >= unit:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"

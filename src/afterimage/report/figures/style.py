@@ -1,0 +1,143 @@
+"""One look for every figure: print sizes, colour-blind safe colours, output that repeats byte for byte."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from afterimage.report.escape import plain
+from afterimage.report.layout import HIGHER_IS_BETTER
+from afterimage.report.rows import Row
+
+DPI = 200
+INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
+# Names are set as they are: a `$` in one must not start a formula. Text in SVG becomes outlines, so that it
+# looks the same without the font.
+RC = {
+    "font.family": "DejaVu Sans", "font.size": 8, "text.parse_math": False, "text.color": INK,
+    "axes.labelsize": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED, "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": "#ececec", "grid.linewidth": 0.7,
+    "lines.linewidth": 1.4, "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 7.5,
+    "svg.hashsalt": "afterimage", "svg.fonttype": "path", "savefig.dpi": DPI, "figure.dpi": 100,
+    "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
+}  # fmt: skip
+# Okabe and Ito's colours (2008) for decoders, Tol's (2021) for encoders, so that the two are not confused.
+DECODER_STYLES = {
+    "linear": ("#000000", "o"), "transposed": ("#56B4E9", "s"), "attention": ("#0072B2", "^"),
+    "wavelet": ("#009E73", "D"), "frequency": ("#CC79A7", "v"), "residual": ("#D55E00", "P"),
+}  # fmt: skip
+SPARE_COLORS = ["#E69F00", "#882255", "#999999", "#999933", *(color for color, _ in DECODER_STYLES.values())]
+SPARE_MARKERS = "X<>hdp*8"
+ENCODER_COLORS = ["#332288", "#DDAA33", "#117733", "#CC6677", "#33BBEE", "#882255", "#777777"]
+ENCODER_MARKERS = "ospD^vPX*<>h"
+METRIC_LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
+
+
+@dataclass(frozen=True)
+class Style:
+    color: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A finished figure. `name` is the files' stem, `caption` says what is shown and how."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw and save inside: matplotlib's own defaults and ours, whatever the user's matplotlibrc says."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        yield
+
+
+def render(figure: Figure) -> tuple[bytes, bytes]:
+    """The figure as PNG and SVG bytes, without dates or versions, so that equal rows give equal files."""
+    with style():
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.savefig(
+            png, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"compress_level": 4}
+        )
+        figure.set_layout_engine("none")  # the SVG keeps the PNG's layout, and half the time
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return png.getvalue(), svg.getvalue()
+
+
+def decoder_styles(rows: Iterable[Row]) -> dict[str, Style]:
+    """A colour and marker for each decoder label; the project's decoders keep theirs in every report."""
+    decoders = {row.decoder_label: row.decoder for row in sorted(rows, key=lambda r: r.decoder_order)}
+    styles: dict[str, Style] = {}
+    for label, decoder in decoders.items():
+        look = DECODER_STYLES.get(decoder)
+        if look and Style(*look) not in styles.values():
+            styles[label] = Style(*look)
+    taken = {style.color for style in styles.values()}
+    colors = sorted(SPARE_COLORS, key=lambda color: color in taken)
+    spare = zip(itertools.cycle(colors), itertools.cycle(SPARE_MARKERS), strict=False)
+    return {label: styles[label] if label in styles else Style(*next(spare)) for label in decoders}
+
+
+def encoder_styles(names: Sequence[str]) -> dict[str, Style]:
+    looks = zip(names, itertools.cycle(ENCODER_COLORS), itertools.cycle(ENCODER_MARKERS), strict=False)
+    return {name: Style(color, marker) for name, color, marker in looks}
+
+
+def short_encoders(rows: Iterable[Row]) -> dict[str, str]:
+    """Encoder names as figures print them: without the weights' tag where that loses nothing."""
+    names = list(dict.fromkeys(row.encoder for row in rows if row.sources))
+    bare = [name.partition(".")[0] for name in names]
+    return {n: plain(b if bare.count(b) == 1 else n, 40) for n, b in zip(names, bare, strict=True)}
+
+
+def metrics_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The panels that these rows can fill: `(metric, LPIPS net)`; one LPIPS panel a network."""
+    nets = sorted({r.lpips_net for r in rows if r.scores["lpips"] is not None})
+    return [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
+
+
+def has(row: Row, metric: str, net: str) -> bool:
+    return row.scores[metric] is not None and (metric != "lpips" or row.lpips_net == net)
+
+
+def metric_label(metric: str, net: str = "", *, arrow: bool = True) -> str:
+    name = METRIC_LABELS[metric] + (f" ({plain(net, 16)})" if net else "")
+    return name + (" ↑" if HIGHER_IS_BETTER[metric] else " ↓") if arrow else name
+
+
+def lpips_note(rows: Sequence[Row]) -> str:
+    """What a caption must say about LPIPS that is missing."""
+    missing = sum(r.scores["lpips"] is None for r in rows)
+    if not missing:
+        return ""
+    who = "any row" if missing == len(rows) else f"{missing} of {len(rows)} rows"
+    return f" LPIPS is not available for {who}."
+
+
+def legend(figure: Figure, handles: Sequence[object], *, columns: int, title: str = "") -> None:
+    """One legend below the whole figure."""
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, title=title or None, title_fontsize=7.5
+    )
+
+
+def grid_y(axes: Axes) -> None:
+    axes.grid(axis="y")
+    axes.tick_params(length=2.5)

@@ -1,0 +1,162 @@
+"""Training curves: what the validation pictures came to, epoch by epoch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from afterimage.report.escape import plain
+from afterimage.report.figures.labels import margin_labels, wrap
+from afterimage.report.figures.style import MUTED, Drawing, grid_y, legend, short_encoders
+from afterimage.report.read import DAMAGE
+from afterimage.report.rows import Row, Rows
+
+DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
+PANELS = 12
+Epochs = list[dict[str, Any]]
+Panel = tuple[str, bool, str, str]
+# A step that leaves less than this part of the learning rate is a drop; smooth schedules have none.
+DROP = 0.9
+
+
+def training_curves(rows: Rows) -> list[Drawing]:
+    """A panel for each encoder and decoder, a line a layer; a figure an encoder where panels are many.
+
+    Empty where no row was trained by epochs.
+    """
+    found = [(row, _history(row)) for row in rows.decoders]
+    trained = [(row, epochs) for row, epochs in found if len(epochs) > 1]
+    groups: dict[Panel, list[tuple[Row, Epochs]]] = defaultdict(list)
+    for row, epochs in sorted(
+        trained, key=lambda pair: (*pair[0].order[:3], pair[0].decoder_order, pair[0].order)
+    ):
+        groups[row.encoder, row.is_random, row.decoder_label, _loss(row)].append((row, epochs))
+    caption, names = _caption(trained, len(rows.decoders)), short_encoders(rows.decoders)
+    if len(groups) <= PANELS:
+        return [Drawing("training-curves", "Training", caption, _figure(groups, names))] if groups else []
+    drawings = []
+    for i, encoder in enumerate(dict.fromkeys(panel[0] for panel in groups), 1):
+        own = {panel: members for panel, members in groups.items() if panel[0] == encoder}
+        drawings.append(
+            Drawing(f"training-curves-{i}", f"Training: {names[encoder]}", caption, _figure(own, names))
+        )
+    return drawings
+
+
+def _figure(groups: dict[Panel, list[tuple[Row, Epochs]]], names: dict[str, str]) -> Figure:
+    places, down, across = _places(list(groups))
+    figure = Figure((max(4.4, 0.4 + 2.7 * across), max(3.0, 0.6 + 2.1 * down)), layout="constrained")
+    panels = {place: figure.add_subplot(down, across, place) for place in places}
+    ends = {}
+    for axes, (encoder, is_random, decoder, loss) in zip(panels.values(), groups, strict=True):
+        ends[axes] = _draw(axes, groups[encoder, is_random, decoder, loss], loss == "mse")
+        who = f"{names[encoder]}{', RANDOM weights' if is_random else ''}"
+        extra = "" if loss == "mse" else f"\nloss: {plain(loss, 34)}"
+        axes.set_title(f"{wrap(who, 36)}\n{wrap(plain(decoder, 72), 36)}{extra}")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("validation PSNR (dB) ↑" if loss == "mse" else "validation loss ↓")
+    _share_heights([axes for axes, panel in zip(panels.values(), groups, strict=True) if panel[-1] == "mse"])
+    legend(figure, _handles(any(_drops(e) for members in groups.values() for _, e in members)), columns=2)
+    figure.draw_without_rendering()
+    for axes, labels in ends.items():
+        margin_labels(axes, labels)
+    return figure
+
+
+def _places(groups: Sequence[Panel]) -> tuple[list[int], int, int]:
+    """Where each panel goes, counted from 1 by row, and the rows and columns: every encoder begins a row."""
+    counts = Counter((encoder, is_random) for encoder, is_random, *_ in groups)
+    most = max(counts.values())
+    across = most if most <= 4 else 3
+    places, start = [], 1
+    for count in counts.values():
+        places += range(start, start + count)
+        start += -(-count // across) * across
+    return places, (start - 1) // across, across
+
+
+def _history(row: Row) -> Epochs:
+    """The epochs whose loss is a number above 0; none where the file is damaged, which the caption counts."""
+    try:
+        epochs = [
+            e for e in row.run.history if math.isfinite(e["validation_loss"]) and e["validation_loss"] > 0
+        ]
+        return [e for e in epochs if math.isfinite(e["epoch"]) and math.isfinite(e["learning_rate"])]
+    except DAMAGE:
+        return []
+
+
+def _loss(row: Row) -> str:
+    return str(row.settings.get("recipe", {}).get("loss", "unknown"))
+
+
+def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> list[tuple[float, str, str]]:
+    """Draw the lines; return what to write at their ends."""
+    layers: dict[str, list[Epochs]] = defaultdict(list)
+    for row, epochs in members:
+        layers[row.layer].append(epochs)
+    shades = [0.75 * i / max(1, len(layers) - 1) for i in range(len(layers))]
+    ends = []
+    for i, (layer, histories) in enumerate(layers.items()):
+        color = matplotlib.colors.to_hex(matplotlib.colormaps["cividis"](shades[i]))
+        for epochs in histories:
+            x = [e["epoch"] for e in epochs]
+            y = [-10 * math.log10(e["validation_loss"]) if is_mse else e["validation_loss"] for e in epochs]
+            axes.plot(x, y, color=color, ls=DASHES[i % len(DASHES)], lw=1.2)
+            drops = _drops(epochs)
+            axes.plot(
+                [x[d] for d in drops], [y[d] for d in drops], "v", color=color, ms=4.5, mec="white", mew=0.5
+            )
+            best = (max if is_mse else min)(range(len(y)), key=y.__getitem__)
+            axes.plot(x[best], y[best], "o", mfc="white", mec=color, ms=4.5)
+        ends.append((y[-1], plain(layer, 18), color))
+    grid_y(axes)
+    return ends
+
+
+def _drops(epochs: Epochs) -> list[int]:
+    """The epochs that began with a clearly lower learning rate than the one before."""
+    pairs = enumerate(itertools.pairwise(e["learning_rate"] for e in epochs), 1)
+    drops = [i for i, (before, after) in pairs if after < DROP * before]
+    return drops if len(drops) <= max(1, len(epochs) // 3) else []
+
+
+def _share_heights(panels: Sequence[Axes]) -> None:
+    if not panels:
+        return
+    limits = [axes.get_ylim() for axes in panels]
+    low, high = min(limit[0] for limit in limits), max(limit[1] for limit in limits)
+    for axes in panels:
+        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+
+
+def _handles(has_drops: bool) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=MUTED, marker="o", mfc="white", ls="none", label="best epoch, which is kept")
+    ]
+    if has_drops:
+        handles.append(Line2D([], [], color=MUTED, marker="v", ls="none", label="learning rate lowered"))
+    return handles
+
+
+def _caption(trained: Sequence[tuple[Row, Epochs]], count: int) -> str:
+    text = (
+        "Validation loss by epoch, a panel for each encoder and decoder, a line a layer (dark: shallow, "
+        "light: deep)."
+    )
+    if any(_loss(row) == "mse" for row, _ in trained):
+        text += (
+            " As PSNR of the mean squared error, which is lower than the table's mean of the pictures' PSNR."
+        )
+    missing = count - len(trained)
+    return text + (
+        f" {missing} of {count} rows have no epochs to show (closed form, or no history)." if missing else ""
+    )

@@ -1,0 +1,171 @@
+"""The published study's figures, set beside ours with the reason for the difference.
+
+They are Blazanovic and Khan's (2025), "Input Image Reconstruction from CNN Features", measured on DIV2K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from afterimage.config import split_source
+from afterimage.report.ceiling import Ceiling, originals, published_ceiling
+from afterimage.runs import Run
+from afterimage.statistics.phrases import number
+from afterimage.statistics.rows import METRICS
+
+_VGG16_POOLS = {f"features.{i}": f"block{n}" for n, i in enumerate((4, 9, 16, 23, 30), start=1)}
+
+RESNET, VGG, VIT = "resnet34.tv_in1k", "vgg16.tv_in1k", "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published row: means and deviations as printed, minutes of training, and its decoder's parameters.
+
+    `parameters` is the models' own count; the study's table rounds some of them wrongly. Its deviations are
+    over batch means, not over pictures. None: not published.
+    """
+
+    sources: tuple[str, ...]
+    decoder: str
+    psnr: tuple[float, float | None]
+    ssim: tuple[float, float | None]
+    lpips: tuple[float, float] | None
+    minutes: float | None
+    parameters: int | None
+
+
+def _row(source: str, parameters: int, psnr: Any, ssim: Any, lpips: Any, minutes: float) -> Published:
+    return Published((source,), "attention", psnr, ssim, lpips, minutes, parameters)
+
+
+FUSION = Published(
+    (
+        f"{RESNET}:layer1",
+        f"{VGG}:block1",
+        "vit_small_patch16_224.augreg_in21k_ft_in1k:block1",
+        "pvt_v2_b2.in1k:stage1",
+    ),
+    "transposed",
+    (17.57, None),
+    (0.586, None),
+    None,
+    None,
+    None,
+)
+PUBLISHED = (
+    _row(f"{RESNET}:layer1", 250_147, (14.32, 0.94), (0.474, 0.045), (0.455, 0.031), 69.8),
+    _row(f"{RESNET}:layer2", 974_563, (14.04, 0.86), (0.390, 0.042), (0.555, 0.029), 30.0),
+    _row(f"{RESNET}:layer3", 3_865_187, (13.12, 0.71), (0.283, 0.045), (0.782, 0.025), 29.9),
+    _row(f"{RESNET}:layer4", 15_413_603, (12.72, 0.63), (0.272, 0.046), (0.867, 0.023), 30.0),
+    _row(f"{VGG}:block1", 233_667, (14.45, 2.27), (0.530, 0.121), (0.398, 0.109), 162.8),
+    _row(f"{VGG}:block2", 958_083, (14.34, 0.94), (0.495, 0.045), (0.432, 0.031), 12.9),
+    _row(f"{VGG}:block3", 3_848_707, (14.01, 0.85), (0.405, 0.044), (0.536, 0.031), 11.4),
+    _row(f"{VGG}:block4", 15_397_123, (13.40, 0.69), (0.305, 0.048), (0.709, 0.038), 11.5),
+    _row(f"{VGG}:block5", 15_413_603, (12.68, 0.59), (0.273, 0.047), (0.880, 0.030), 11.5),
+    _row(f"{VIT}:block0", 34_621_827, (14.29, 0.93), (0.454, 0.045), (0.509, 0.033), 32.2),
+    _row(f"{VIT}:block1", 34_621_827, (14.01, 0.87), (0.377, 0.043), (0.611, 0.027), 32.5),
+    _row(f"{VIT}:block5", 34_621_827, (13.89, 0.82), (0.346, 0.044), (0.654, 0.027), 33.1),
+    _row(f"{VIT}:block8", 34_621_827, (13.33, 0.71), (0.289, 0.047), (0.790, 0.031), 33.7),
+    _row(f"{VIT}:block11", 34_621_827, (12.85, 0.65), (0.278, 0.046), (0.861, 0.026), 34.2),
+    FUSION,
+)
+
+
+def published(sources: Iterable[str], decoder: str) -> Published | None:
+    """The published row for these sources (tags pinned, layers by alias or module path) and this decoder."""
+    key = frozenset(_canonical(source) for source in sources)
+    for row in PUBLISHED:
+        if row.decoder == decoder and frozenset(row.sources) == key:
+            return row
+    return None
+
+
+def _canonical(source: str) -> str:
+    """The study's own name of a layer that is written as a module path."""
+    model, layer = split_source(source)
+    if model.startswith("vgg16."):
+        layer = _VGG16_POOLS.get(layer, layer)
+    elif model.startswith("vit_") and layer.startswith("blocks."):
+        layer = f"block{layer.removeprefix('blocks.')}"
+    elif model.startswith("pvt_v2") and layer in {f"stages.{i}" for i in range(4)}:
+        layer = f"stage{int(layer.removeprefix('stages.')) + 1}"
+    return f"{model}:{layer}"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One run with the published row it repeats; `reason` says in words why the two differ."""
+
+    run: str
+    published: Published
+    ours: dict[str, float | None]
+    ceiling: Ceiling | None
+    reason: str
+
+
+def beside_published(runs: Iterable[Run]) -> list[Beside]:
+    """Every finished run that repeats a published row, with the ceiling of the test pictures that are kept.
+
+    A run repeats a row when sources, decoder and its parameters agree (for the fusion: its name and size) and
+    its weights are pretrained. The data need not be DIV2K.
+    """
+    finished = [run for run in runs if run.file("summary.json").exists() and run.state in ("done", "new")]
+    by_data: dict[str, list[Run]] = {}
+    for run in finished:
+        by_data.setdefault(run.summary["data"]["digest"], []).append(run)
+    results = []
+    for same in by_data.values():
+        pictures = originals(same)
+        ceiling = published_ceiling(pictures) if pictures else None
+        for run in same:
+            row = _counterpart(run)
+            if row is not None:
+                scores = run.summary["scores"]
+                ours = {metric: (scores.get(metric) or {}).get("mean") for metric in METRICS}
+                results.append(Beside(run.name, row, ours, ceiling, explain(row, ours, ceiling)))
+    return results
+
+
+def _counterpart(run: Run) -> Published | None:
+    summary = run.summary
+    if summary["kind"] != "decoder" or any(w["label"] == "random" for w in summary["weights"]):
+        return None
+    row = published(summary["sources"], summary["decoder"])
+    if row is FUSION:
+        fusion = run.config.fusion
+        return row if fusion and (fusion.name, fusion.size) == ("attention", 28) else None
+    return row if row and row.parameters == summary["parameters"] else None
+
+
+def explain(row: Published, ours: Mapping[str, float | None], ceiling: Ceiling | None) -> str:
+    """Ours beside the published PSNR, and why they differ, in sentences.
+
+    Args:
+        ours: our mean `psnr` (and other metrics) for the same sources and decoder; None where unavailable.
+        ceiling: of the pictures that are kept in the run folders; None where there are none.
+    """
+    psnr = ours["psnr"]
+    if psnr is None:
+        return f"No PSNR here; {number(row.psnr[0], 'psnr')} dB published."
+    gap = number(psnr - row.psnr[0], "psnr", signed=True)
+    text = f"{number(psnr, 'psnr')} dB here, {number(row.psnr[0], 'psnr')} dB published on DIV2K ({gap} dB)."
+    if row is FUSION:
+        return (
+            f"{text} The two cannot be compared: the published fusion was scored against the normalised "
+            "picture clipped to [0, 1], not against the picture, so its lead over the published single rows "
+            "is a change of scale as well."
+        )
+    if ceiling is None:
+        return f"{text} No test pictures are kept, so the published pipeline's ceiling is not known."
+    pictures = f"the {ceiling.count} test pictures kept" if ceiling.count > 1 else "the one test picture kept"
+    text += (
+        f" The published decoders end in a sigmoid and their targets are normalised: "
+        f"{100 * ceiling.unreachable:.0f} % of the values of {pictures} are out of their reach, and a "
+        f"perfect decoder would have scored {number(ceiling.psnr, 'psnr')} dB on them."
+    )
+    if psnr > ceiling.psnr:
+        return f"{text} Ours is above that, where no training could have taken the published decoders."
+    return f"{text} Ours is below that, so their range alone does not explain the difference."

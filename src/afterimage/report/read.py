@@ -1,0 +1,137 @@
+"""Run folders become plain rows. What cannot be read is listed with its error, never guessed."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from afterimage.config import AfterimageError, unknown
+from afterimage.report.rows import METRICS, Row, Rows, Score, Unfinished, natural
+from afterimage.report.variants import fusion_letters, mixed_settings, variants
+from afterimage.runs import Run, read_json
+
+KINDS = ("decoder", "reference")
+# What a damaged or foreign file can raise while it is read; anything else is a bug here and should show.
+DAMAGE = (AfterimageError, AttributeError, KeyError, TypeError, ValueError)
+
+
+def read_rows(runs: Iterable[Run]) -> Rows:
+    """Read every run. Raises `AfterimageError` where none is finished, with what is wrong with each."""
+    finished, unfinished = [], []
+    for run in runs:
+        try:
+            state, error = _state(run)
+            if state == "done":
+                finished.append(_read(run))
+                continue
+        except DAMAGE as damage:
+            state, error = "damaged", f"{type(damage).__name__}: {damage}"
+            if isinstance(damage, AfterimageError):
+                error = str(damage)
+        unfinished.append(Unfinished(run, state, error))
+    if not finished:
+        states = "".join(
+            f"\n  {u.run.name}: {u.state}{': ' if u.error else ''}{u.error}" for u in unfinished[:20]
+        )
+        more = f"\n  … {len(unfinished) - 20} more" if len(unfinished) > 20 else ""
+        raise AfterimageError(
+            f"no finished run to report{states}{more}" if unfinished else "there is no run to report"
+        )
+    decoders = [r for r in finished if r.kind == "decoder"]
+    decoders = variants(fusion_letters(decoders))
+    references = sorted((r for r in finished if r.kind == "reference"), key=_reference_order)
+    rows = tuple(sorted(decoders, key=lambda r: r.order))
+    return Rows(rows, tuple(references), tuple(unfinished), tuple(_warnings([*rows, *references])))
+
+
+def _state(run: Run) -> tuple[str, str]:
+    if not run.file("status.json").exists():
+        return ("done" if run.file("summary.json").exists() else "new"), ""
+    status = read_json(run.file("status.json"))
+    return str(status.get("state", "new")), str(status.get("error") or "")
+
+
+def _read(run: Run) -> Row:
+    path = run.file("summary.json")
+    summary = read_json(path)
+    for key in ("kind", "label", "scores"):
+        if key not in summary:
+            raise AfterimageError(f"{path} has no {key!r}")
+    if summary["kind"] not in KINDS:
+        raise unknown("kind of row", str(summary["kind"]), KINDS)
+    lpips = summary.get("lpips") or {}
+    sources = tuple(map(str, summary.get("sources") or ()))
+    if summary["kind"] == "decoder" and not sources:
+        raise AfterimageError(f"{path} names no sources")
+    row = Row(
+        run=run,
+        kind=summary["kind"],
+        label=str(summary["label"]),
+        sources=sources,
+        features=tuple(summary.get("features") or ()),
+        decoder=str(summary.get("decoder") or ""),
+        fusion=summary.get("fusion"),
+        weights=tuple(summary.get("weights") or ()),
+        parameters=_number(path, summary, "parameters"),
+        seed=_number(path, summary, "seed"),
+        train_seconds=_number(path, summary, "train_seconds"),
+        lpips_net=str(lpips.get("net") or "unknown net"),
+        lpips_reason=str(lpips.get("reason") or "not measured"),
+        scores={metric: _score(path, summary["scores"], metric) for metric in METRICS},
+        pictures=tuple(run.scores),
+        data=summary.get("data") or {},
+        notes=tuple(map(str, summary.get("notes") or ())),
+        settings=_settings(run),
+    )
+    # Whatever tables and figures compute from the files is computed once here, where damage is caught.
+    _ = row.shapes, row.grid, row.locations, row.order, row.weights_label, row.data.get("digest")
+    _ = [row.values(metric) for metric in METRICS]
+    return row
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    path = run.file("config.toml")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise AfterimageError(f"cannot read {path}: {error}") from None
+
+
+def _number(path: object, summary: Mapping[str, Any], key: str) -> Any:
+    value = summary.get(key)
+    if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+        return value
+    raise AfterimageError(f"{path}: {key} must be a number, got {value!r}")
+
+
+def _score(path: object, scores: Mapping[str, Any], metric: str) -> Score | None:
+    entry = scores.get(metric)
+    if entry is None:
+        if metric == "lpips":
+            return None
+        raise AfterimageError(f"{path} has no scores.{metric}")
+    std = entry.get("std")
+    score = Score(float(entry["mean"]), None if std is None else float(std), int(entry["count"]))
+    if not math.isfinite(score.mean) or not math.isfinite(score.std or 0):
+        raise AfterimageError(f"{path}: scores.{metric} is not finite")
+    return score
+
+
+def _reference_order(row: Row) -> tuple[Any, ...]:
+    return row.scores["psnr"].mean, natural(row.label)
+
+
+def _warnings(rows: Sequence[Row]) -> Iterable[str]:
+    digests = {r.data.get("digest") for r in rows}
+    counts = sorted({r.scores["psnr"].count for r in rows})
+    if len(digests) > 1:
+        yield f"The rows were measured on {len(digests)} sets of pictures: their scores do not compare."
+    elif len(counts) > 1:
+        yield f"The rows were measured on different numbers of pictures ({counts[0]} to {counts[-1]})."
+    mixed = mixed_settings(rows)
+    if mixed:
+        yield f"The rows were not all made with the same settings: {'; '.join(mixed)}."
+    if any(r.is_random for r in rows):
+        yield "Rows marked RANDOM used an encoder with random weights: a control, not a pretrained network."

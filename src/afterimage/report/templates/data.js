@@ -1,0 +1,102 @@
+// What the page knows, and its one state. Everything that shows something subscribes to changes of the state.
+const DATA = JSON.parse(byId("data").textContent);
+const RUNS = DATA.runs;
+const PICTURES = DATA.pictures;
+const ORIGINAL = null;
+
+// Series (an encoder, or the reference lines) -> decoder -> runs from shallow to deep.
+const SERIES = new Map();
+RUNS.forEach((run, index) => {
+  if (!SERIES.has(run.series)) SERIES.set(run.series, new Map());
+  const decoders = SERIES.get(run.series);
+  if (!decoders.has(run.decoder)) decoders.set(run.decoder, []);
+  decoders.get(run.decoder).push(index);
+});
+
+const walkOf = (index) => SERIES.get(RUNS[index].series).get(RUNS[index].decoder);
+
+const ROW_OF_ID = new Map(DATA.ids.map((id, row) => [id, row]));
+const PICTURE_OF_ID = new Map();
+const AMBIGUOUS = new Set();
+PICTURES.forEach((picture, index) => {
+  if (PICTURE_OF_ID.has(picture.id)) AMBIGUOUS.add(picture.id);
+  PICTURE_OF_ID.set(picture.id, index);
+});
+
+/** The run's score on one picture, or null: unavailable, or its picture of that id is another one. */
+function scoreOf(index, pictureIndex, metric) {
+  const picture = PICTURES[pictureIndex];
+  if (AMBIGUOUS.has(picture.id) && !picture.runs.includes(index)) return null;
+  return RUNS[index].perPicture[metric][ROW_OF_ID.get(picture.id)] ?? null;
+}
+
+/** Whether two runs' scores compare: LPIPS distances of different networks do not. */
+const sameScale = (one, other, metric) => metric !== "lpips" || RUNS[one].net === RUNS[other].net;
+
+/** The run's score over all pictures, or null where a chart cannot show it beside the others. */
+const meanOf = (run, metric) => (metric === "lpips" && run.net !== DATA.net ? null : run.scores[metric]);
+
+function firstChoice() {
+  const decoders = RUNS.findIndex((run) => !run.reference && !run.random);
+  const start = Math.max(0, decoders);
+  const walks = [...SERIES.get(RUNS[start].series).values()];
+  const mean = (walk) => walk.reduce((sum, run) => sum + RUNS[run].scores.psnr.mean, 0) / walk.length;
+  walks.sort((one, other) => other.length - one.length || mean(other) - mean(one));
+  const place = Math.floor((walks[0].length - 1) / 2);
+  const a = walks[0][place];
+  if (walks.length > 1) return [a, walks[1][Math.min(place, walks[1].length - 1)]];
+  const foreign = RUNS.findIndex((run, index) => index !== a && !run.reference && run.series !== RUNS[a].series);
+  if (foreign >= 0) {
+    const walk = walkOf(foreign);
+    return [a, walk[Math.min(place, walk.length - 1)]];
+  }
+  return [a, RUNS.length > 1 ? (a + 1) % RUNS.length : a];
+}
+
+const narrow = matchMedia("(max-width: 700px)");
+const [firstA, firstB] = firstChoice();
+const state = {
+  picture: 0,
+  a: firstA,
+  b: firstB,
+  view: narrow.matches ? "wipe" : "layers",
+  wipeLeft: "original",
+  wipe: 0.5,
+  errors: false,
+  linked: true,
+  gain: 4,
+  zoom: { scale: 1, x: 0, y: 0 },
+  metric: "psnr",
+};
+
+const subscribers = [];
+const subscribe = (keys, react) => subscribers.push({ keys, react });
+
+function update(changes) {
+  const changed = Object.keys(changes).filter((key) => state[key] !== changes[key]);
+  Object.assign(state, changes);
+  for (const { keys, react } of subscribers) if (keys.some((key) => changed.includes(key))) react();
+}
+
+const showsB = () => state.view === "runs" || (state.view === "wipe" && state.wipeLeft === "b");
+
+/** Put a run into slot "a" or "b". B follows A's place in depth where the two are linked. */
+function choose(slot, index) {
+  const changes = { [slot]: index };
+  if (slot === "a" && state.linked && showsB()) {
+    const walk = walkOf(state.b);
+    const layer = walk.find((run) => RUNS[run].layer === RUNS[index].layer);
+    const place = walkOf(index).indexOf(index);
+    changes.b = RUNS[state.b].reference ? state.b : layer ?? walk[Math.min(place, walk.length - 1)];
+  }
+  update(changes);
+}
+
+function stepLayer(slot, step) {
+  const walk = walkOf(state[slot]);
+  choose(slot, walk[clamp(walk.indexOf(state[slot]) + step, 0, walk.length - 1)]);
+}
+
+function stepPicture(step) {
+  update({ picture: clamp(state.picture + step, 0, PICTURES.length - 1) });
+}

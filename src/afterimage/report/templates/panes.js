@@ -1,0 +1,162 @@
+// The large pictures: which panes a view has, what each shows, and the words and scores below it.
+const panes = new Map();
+let paneTurn = 0;
+
+const VIEWS = {
+  layers: () => ["original", "a", "error-a"],
+  wipe: () => ["wipe"],
+  runs: () => (state.errors ? ["error-a", "original", "error-b"] : ["a", "original", "b"]),
+};
+
+function makePane(key) {
+  const canvas = el("canvas", { role: "img", width: 1, height: 1 });
+  const message = el("p", { class: "missing-note", hidden: true });
+  const stage = el("div", { class: "stage", tabindex: 0, role: "group" }, el("div", { class: "layer" }, canvas), message);
+  const caption = el("figcaption");
+  const pane = { key, canvas, stage, message, caption, root: el("figure", { class: "pane", id: `pane-${key}` }, stage, caption) };
+  if (key === "wipe") addWipe(pane);
+  return pane;
+}
+
+function addWipe(pane) {
+  pane.over = el("canvas", { role: "img", width: 1, height: 1 });
+  pane.clip = el("div", { class: "clip" }, el("div", { class: "layer" }, pane.over));
+  pane.handle = el("div", {
+    class: "handle", role: "slider", tabindex: 0, "aria-label": "Wipe: share of the width that shows the left picture",
+    "aria-valuemin": 0, "aria-valuemax": 100, "aria-orientation": "horizontal",
+  });
+  pane.tags = [el("span", { class: "tag left" }), el("span", { class: "tag right" })];
+  pane.stage.append(pane.clip, pane.handle, ...pane.tags);
+  pane.handle.addEventListener("keydown", (event) => {
+    const steps = { ArrowLeft: -0.02, ArrowRight: 0.02, Home: -1, End: 1, PageDown: -0.1, PageUp: 0.1 };
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    update({ wipe: clamp(state.wipe + steps[event.key], 0, 1) });
+  });
+}
+
+function renderWipe() {
+  const pane = panes.get("wipe");
+  if (!pane) return;
+  const percent = Math.round(state.wipe * 100);
+  pane.clip.style.setProperty("clip-path", `inset(0 ${100 - state.wipe * 100}% 0 0)`);
+  pane.handle.style.setProperty("left", `${state.wipe * 100}%`);
+  pane.handle.setAttribute("aria-valuenow", percent);
+  pane.handle.setAttribute("aria-valuetext", `${percent} % ${pane.tags[0].textContent}`);
+}
+
+function scoreList(index, against = null) {
+  const list = el("dl", { class: "scores" });
+  for (const [metric, { name, unit }] of Object.entries(METRICS)) {
+    const value = scoreOf(index, state.picture, metric);
+    const mean = RUNS[index].scores[metric];
+    const other = against === null || !sameScale(index, against, metric) ? null : scoreOf(against, state.picture, metric);
+    const number = el("dd", { class: value === null ? "none" : "" }, format(value, metric), value === null ? "" : el("small", {}, unit));
+    const below = value !== null && other !== null
+      ? el("dd", { class: "aside" }, `${signed(value - other, metric)} to A`)
+      : el("dd", { class: "aside" }, mean ? `mean ${format(mean.mean, metric)}` : "");
+    list.append(el("div", {}, el("dt", {}, name), number, below));
+  }
+  return list;
+}
+
+function runTitle(slot) {
+  const run = RUNS[state[slot]];
+  const detail = run.reference ? "reference line" : [run.series, run.decoder, run.shape].filter(Boolean).join(" · ");
+  return el(
+    "div", { class: "title" }, el("span", { class: `chip ${slot}` }, slot.toUpperCase()),
+    el("span", {}, el("strong", {}, run.layer), " ", run.random ? el("strong", { class: "badge" }, "random weights") : "", el("small", {}, detail)),
+  );
+}
+
+function pictureTitle() {
+  const picture = PICTURES[state.picture];
+  const step = (by, text, label) => el("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick: () => stepPicture(by) }, text);
+  return el(
+    "div", { class: "title" },
+    el("span", {}, el("strong", {}, "Original"), el("small", { class: "clip-text", title: picture.id }, picture.id)),
+    el("span", { class: "pager" }, step(-1, "‹", "Previous picture"), `${state.picture + 1} / ${PICTURES.length}`, step(1, "›", "Next picture")),
+  );
+}
+
+function errorTitle(slot) {
+  const scale = el("span", { class: "heat", "aria-hidden": "true" });
+  return el(
+    "div", { class: "title" }, el("span", { class: `chip ${slot}` }, slot.toUpperCase()),
+    el("span", {}, el("strong", {}, "Error"), el("small", {}, "absolute difference, mean of channels")),
+    el("span", { class: "scale" }, "0", scale, (1 / state.gain).toFixed(2)),
+  );
+}
+
+const CAPTIONS = {
+  original: () => [pictureTitle()],
+  a: () => [runTitle("a"), scoreList(state.a)],
+  b: () => [runTitle("b"), scoreList(state.b, state.a)],
+  "error-a": () => (state.view === "layers" ? [errorTitle("a")] : [runTitle("a"), errorTitle("a")]),
+  "error-b": () => [runTitle("b"), errorTitle("b")],
+  wipe: () => [pictureTitle(), runTitle("a"), scoreList(state.a), ...(showsB() ? [runTitle("b"), scoreList(state.b, state.a)] : [])],
+};
+
+function nameOf(key) {
+  const picture = PICTURES[state.picture].id;
+  if (key === "original") return `Original of ${picture}`;
+  const run = RUNS[state[key.endsWith("b") ? "b" : "a"]];
+  return key.startsWith("error") ? `Error map of ${picture} by ${run.name}` : `${picture} reconstructed by ${run.name}`;
+}
+
+function showPane(pane, images) {
+  const slot = pane.key.endsWith("b") ? "b" : "a";
+  const pair = pane.key === "original" ? [images.original] : [images[slot]];
+  if (pane.key === "wipe") pair.push(state.wipeLeft === "b" ? images.b : images.original);
+  const whole = pair.every(Boolean) && (!pane.key.startsWith("error") || images.original);
+  pane.message.hidden = whole;
+  pane.message.textContent = whole ? "" : "This run saved no reconstruction of this picture.";
+  pane.stage.classList.toggle("empty", !whole);
+  pane.stage.setAttribute("aria-label", "Picture. Arrow keys: left and right change the layer, up and down the picture; plus and minus zoom.");
+  if (whole && pane.key.startsWith("error")) drawError(pane.canvas, images.original, pair[0], state.gain);
+  else if (whole) draw(pane.canvas, pair[0]);
+  pane.canvas.setAttribute("aria-label", nameOf(pane.key === "wipe" ? "a" : pane.key));
+  if (pane.key === "wipe") {
+    if (whole) draw(pane.over, pair[1]);
+    pane.over.setAttribute("aria-label", nameOf(state.wipeLeft));
+    pane.tags[0].textContent = state.wipeLeft === "b" ? `B ${RUNS[state.b].layer}` : "Original";
+    pane.tags[1].textContent = `A ${RUNS[state.a].layer}`;
+    renderWipe();
+  }
+}
+
+async function renderPanes() {
+  paneTurn += 1;
+  const turn = paneTurn;
+  const none = (error) => { console.error(error); return null; };
+  const [original, a, b] = await Promise.all([ORIGINAL, state.a, state.b].map((run) => bitmapOf(state.picture, run).catch(none)));
+  if (turn !== paneTurn) return;
+  const shown = VIEWS[state.view]();
+  const host = byId("panes");
+  if (host.dataset.shown !== shown.join()) {
+    host.replaceChildren(...shown.map((key) => {
+      if (!panes.has(key)) panes.set(key, makePane(key));
+      return panes.get(key).root;
+    }));
+    host.dataset.shown = shown.join();
+    byId("viewer").dataset.view = state.view;
+    applyZoom();
+  }
+  for (const key of shown) {
+    const pane = panes.get(key);
+    showPane(pane, { original, a, b });
+    const focused = pane.caption.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
+    pane.caption.replaceChildren(...CAPTIONS[key]());
+    if (focused) pane.caption.querySelector(`[aria-label="${focused}"]`)?.focus();
+  }
+  host.dataset.ready = `${state.picture}/${state.a}/${state.b}`;
+  announce();
+}
+
+function announce() {
+  const words = (slot) => Object.keys(METRICS)
+    .map((metric) => `${METRICS[metric].name} ${format(scoreOf(state[slot], state.picture, metric), metric)}${METRICS[metric].unit}`).join(", ");
+  const parts = (showsB() ? ["a", "b"] : ["a"]).map((slot) => `${RUNS[state[slot]].name}: ${words(slot)}`);
+  byId("announce").textContent = `${PICTURES[state.picture].id}. ${parts.join(". ")}.`;
+}

@@ -1,0 +1,178 @@
+"""A report as files: report.md, the table in three formats, and the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from afterimage.report.escape import markdown, markdown_block, markdown_code, plain
+from afterimage.report.layout import Spread
+from afterimage.report.read import DAMAGE, read_rows
+from afterimage.report.rows import Row, Rows
+from afterimage.report.tables import csv_table, latex_table, markdown_table
+from afterimage.report.variants import flatten
+from afterimage.runs import Run, read_json, write_atomic
+
+TITLE = "How much of a picture is left in the features?"
+Progress = Callable[[str, int, int], None]
+
+
+def write_report(
+    runs: Iterable[Run], out: str | Path, *, title: str = TITLE, sections: Sequence[tuple[str, str]] = (),
+    spread: Spread = "std", progress: Progress | None = None,
+) -> dict[str, Path]:  # fmt: skip
+    """Write the report of these runs below `out` and return the files written, by their path below `out`.
+
+    `sections` are `(heading, Markdown)` pairs that come between the figures and the notes. `spread` is what
+    follows ± in the tables: `std` or `interval`. Raises `AfterimageError` where no run is finished or a file
+    cannot be written.
+    """
+    from afterimage.report.figures import draw, render
+
+    rows, out, written = read_rows(runs), Path(out), {}
+
+    def write(name: str, content: str | bytes) -> None:
+        written[name] = out / name
+        write_atomic(written[name], content)
+
+    write("table.md", markdown_table(rows, spread=spread))
+    write("table.csv", csv_table(rows))
+    write("table.tex", latex_table(rows, spread=spread))
+    figures = []
+    for drawing in draw(rows, progress):
+        png, svg = render(drawing.figure)
+        write(f"figures/{drawing.name}.png", png)
+        write(f"figures/{drawing.name}.svg", svg)
+        figures.append((drawing.name, drawing.title, drawing.caption))
+    parts = [
+        f"# {markdown(title)}", _sentence(rows), *_alarms(rows), "## Results",
+        markdown_table(rows, spread=spread).rstrip(),
+        "Also as [CSV](table.csv) and [LaTeX](table.tex).", "## Figures", *(_figure(*f) for f in figures),
+        *(part for heading, text in sections for part in (f"## {markdown(heading)}", text.strip())),
+        *_unfinished(rows), "## Weights", *_weights(rows), "## How each row was made", *_origins(rows, out),
+    ]  # fmt: skip
+    write("report.md", "\n\n".join(parts) + "\n")
+    return written
+
+
+def _sentence(rows: Rows) -> str:
+    models = {model for row in rows.decoders for model in row.models}
+    sources = {source for row in rows.decoders for source in row.sources}
+    decoders = {row.decoder for row in rows.decoders}
+    pictures = {markdown(r.data.get("test") or r.data.get("source") or "unknown pictures") for r in rows.all}
+    parts = []
+    if rows.decoders:
+        layers = f"{_count(len(sources), 'layer')} of {_count(len(models), 'frozen encoder')}"
+        parts.append(
+            f"{_count(len(rows.decoders), 'run')} on {layers} with {_count(len(decoders), 'decoder')}"
+        )
+    if rows.references:
+        parts.append(_count(len(rows.references), "reference line"))
+    return (
+        "A decoder rebuilds pictures from the features of a frozen vision encoder; what comes back, measured "
+        f"on pictures that it was not trained on, tells what the features kept. {', '.join(parts)}. "
+        f"Test pictures: {', '.join(sorted(pictures))}."
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _alarms(rows: Rows) -> Iterable[str]:
+    """What a reader must know before the first number."""
+    loud = [f"> **{markdown(warning)}**" for warning in rows.warnings]
+    if rows.unfinished:
+        loud.append(f"> **{_count(len(rows.unfinished), 'run')} not finished: see below.**")
+    if loud:
+        yield "\n>\n".join(["> [!WARNING]", *loud])
+
+
+def _figure(name: str, title: str, caption: str) -> str:
+    image = f"![{markdown(title)}](figures/{name}.png)\n\n{markdown(caption)} ([SVG](figures/{name}.svg))"
+    if name.endswith("-detail"):
+        return f"<details><summary>{markdown(title)}</summary>\n\n{image}\n\n</details>"
+    return f"### {markdown(title)}\n\n{image}"
+
+
+def _unfinished(rows: Rows) -> Iterable[str]:
+    if rows.unfinished:
+        yield "## Not finished"
+        lines = [
+            f"| {markdown_code(u.run.name)} | {markdown(u.state)} | {markdown(u.error)} |"
+            for u in rows.unfinished
+        ]
+        yield "\n".join(["| run | state | error |", "| --- | --- | --- |", *lines])
+
+
+def _weights(rows: Rows) -> Iterable[str]:
+    lines = {}
+    for weights in (w for row in rows.decoders for w in row.weights):
+        model, where = (
+            markdown_code(weights.get("model", "unknown")),
+            markdown_code(weights.get("location", "unknown")),
+        )
+        if weights.get("label") == "random":
+            lines[f"- {model}: **RANDOM**, {where}: a control, not a pretrained network"] = None
+        else:
+            digest = str(weights.get("sha256") or "")[:12]
+            proof = f", SHA-256 {markdown_code(digest)}…" if digest else ""
+            origin = f"{markdown(weights.get('label'))}, from {markdown(weights.get('origin'))} {where}"
+            lines[f"- {model}: {origin}{proof}"] = None
+    yield "\n".join(lines) if lines else "No encoder was used: these are reference lines."
+
+
+def _origins(rows: Rows, out: Path) -> Iterable[str]:
+    """What all rows share once, then where each row's own settings stand."""
+    settings = [flatten(row.settings) for row in rows.decoders or rows.references]
+    keys = sorted(set().union(*settings))
+    shared = [k for k in keys if all(k in each and each[k] == settings[0][k] for each in settings)]
+    if shared:
+        yield f"Settings that all {'decoder' if rows.decoders else 'reference'} rows share:"
+        yield markdown_block(
+            "\n".join(f"{k} = {json.dumps(settings[0][k], default=str)}" for k in shared), "toml"
+        )
+    commands = {row.run.name: _command(row.run) for row in rows.all}
+    is_one = len(set(commands.values())) == 1
+    yield (
+        f"Every row was made by {commands[rows.all[0].run.name]}."
+        if is_one
+        else "The commands stand beside the rows."
+    )
+    lines = [
+        f"| row | configuration |{'' if is_one else ' command |'}",
+        f"| --- | --- |{'' if is_one else ' --- |'}",
+    ]
+    for row in rows.all:
+        command = "" if is_one else f" {commands[row.run.name]} |"
+        lines.append(f"| {markdown(_label(row))} | {_link(row.run, out)} |{command}")
+    yield "\n".join(lines)
+
+
+def _label(row: Row) -> str:
+    tail = [row.variant, f"seed {row.seed}" if row.kind == "decoder" and row.seed is not None else ""]
+    return ", ".join([row.label, *filter(None, tail)]) + (" (RANDOM weights)" if row.is_random else "")
+
+
+def _link(run: Run, out: Path) -> str:
+    file = run.file("config.toml")
+    return (
+        f"[{markdown(run.name)}]({quote(os.path.relpath(file, out))})"
+        if file.exists()
+        else markdown_code(run.name)
+    )
+
+
+def _command(run: Run) -> str:
+    try:
+        facts: Mapping[str, Any] = read_json(run.file("environment.json"))
+        command = facts.get("command")
+    except DAMAGE:
+        return "an unknown command"
+    text = shlex.join(map(str, command)) if isinstance(command, list) else command
+    return markdown_code(plain(text)) if text else "an unknown command"

@@ -1,0 +1,224 @@
+"""The run folder: create, open, scan, atomic write, status. Holds no torch, so that reports start at once.
+
+    config.toml           what was asked for
+    environment.json      versions, commit, device, weights' tag and digest
+    history.csv           one row an epoch
+    scores.csv            one row a test picture: id, psnr, ssim, lpips
+    summary.json          what a report needs (see `Run.summary`)
+    decoder.safetensors   the best decoder by validation loss
+    reconstructions/      a fixed set of test pictures: NAME.original.png and NAME.png
+    status.json           state: running, done or failed; with the error
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from afterimage.config import AfterimageError, ReferenceConfig, RunConfig, dump_toml, load_toml
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it."""
+    path = Path(path)
+    content = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise AfterimageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AfterimageError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise AfterimageError(f"{path} is not valid JSON: {error}") from None
+
+
+def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows under a header; None becomes an empty cell, floats keep every digit."""
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def read_csv(path: str | Path) -> list[dict[str, Any]]:
+    """Read rows back; cells that are numbers become numbers, empty cells None. The id stays text."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [{k: v if k == "id" else _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise AfterimageError(f"cannot read {path}: {error}") from None
+
+
+def _number(cell: str | None) -> Any:
+    if not cell:
+        return None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return cell
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Every property reads the file anew; nothing is cached."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: str | Path, config: RunConfig | ReferenceConfig) -> Run:
+        """Make (or find) the folder that this configuration names. An existing one is left as it is."""
+        run = cls(Path(root) / config.name)
+        if not run.file("config.toml").exists():
+            write_atomic(run.file("config.toml"), dump_toml(config))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        run = cls(Path(path))
+        if not run.file("config.toml").exists() and not run.file("summary.json").exists():
+            raise AfterimageError(f"{path} is not a run folder: it holds neither config.toml nor summary.json")
+        return run
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> RunConfig:
+        return load_toml(RunConfig, self.file("config.toml"))
+
+    @property
+    def state(self) -> str:
+        """`new`, `running`, `done` or `failed`."""
+        path = self.file("status.json")
+        return read_json(path).get("state", "new") if path.exists() else "new"
+
+    def set_state(self, state: str, **details: Any) -> None:
+        write_json(self.file("status.json"), {"state": state, **details})
+
+    def save_environment(self, facts: Mapping[str, Any]) -> None:
+        write_json(self.file("environment.json"), facts)
+
+    def save_history(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        write_csv(self.file("history.csv"), rows)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the run came to. Keys are those of `evaluate.summarise`; scores are None where unavailable."""
+        return read_json(self.file("summary.json"))
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        return read_csv(self.file("scores.csv"))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One row an epoch; empty for rows that are not trained by epochs."""
+        path = self.file("history.csv")
+        return read_csv(path) if path.exists() else []
+
+    def save_result(
+        self, summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], pictures: Iterable[tuple[str, Any, Any]]
+    ) -> None:
+        """Write scores, pictures as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the summary."""
+        from PIL import Image
+
+        index = []
+        for i, (identity, *pair) in enumerate(pictures):
+            names = [f"{i:03}.original.png", f"{i:03}.png"]
+            for name, pixels in zip(names, pair, strict=True):
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                write_atomic(self.file("reconstructions") / name, buffer.getvalue())
+            index.append({"id": identity, "original": names[0], "reconstruction": names[1]})
+        write_json(self.file("reconstructions") / "index.json", index)
+        write_csv(self.file("scores.csv"), rows)
+        write_json(self.file("summary.json"), summary)
+
+    @property
+    def pictures(self) -> list[tuple[str, Path, Path]]:
+        """The saved test pictures as `(id, original, reconstruction)`, in their fixed order."""
+        folder = self.file("reconstructions")
+        index = folder / "index.json"
+        if not index.exists():
+            return []
+        return [(e["id"], folder / e["original"], folder / e["reconstruction"]) for e in read_json(index)]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine: what one needs to explain a number that does not come out again."""
+    packages = ("afterimage", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "safetensors")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "commit": _commit(),
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this package runs from, with `+changes` where it was edited since."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    git = ["git", "-C", str(folder)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def scan(root: str | Path) -> Iterator[Run]:
+    """Every run folder directly below `root`, by name."""
+    root = Path(root)
+    if not root.is_dir():
+        raise AfterimageError(f"there is no folder {root}")
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and (path / "config.toml").exists():
+            yield Run(path)

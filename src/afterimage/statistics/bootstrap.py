@@ -1,0 +1,123 @@
+"""Bootstrap intervals over pictures: vectorised, seeded, independent of the order of the pictures' ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy import special
+
+from afterimage.config import AfterimageError
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+_CHUNK = 4_000_000  # resampled values held at a time: 32 MB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval, from `count` pictures."""
+
+    estimate: float
+    low: float
+    high: float
+    count: int
+    confidence: float = CONFIDENCE
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+    def within(self, margin: float) -> bool:
+        return -margin <= self.low and self.high <= margin
+
+
+def _draw(random: np.random.Generator, rows: int, count: int) -> np.ndarray:
+    """How often each of `count` pictures is drawn in each of `rows` resamples: `(rows, count)`."""
+    drawn = random.integers(0, count, (rows, count)) + np.arange(rows)[:, None] * count
+    return np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(float)
+
+
+@lru_cache(maxsize=4)
+def _drawn(count: int, resamples: int, seed: int) -> np.ndarray:
+    return _draw(np.random.default_rng(seed), resamples, count)
+
+
+def _chunks(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    if count * resamples <= _CHUNK:
+        yield _drawn(count, resamples, seed)
+        return
+    random, rows = np.random.default_rng(seed), max(1, _CHUNK // count)
+    for start in range(0, resamples, rows):
+        yield _draw(random, min(rows, resamples - start), count)
+
+
+def resampled_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Means over pictures in each bootstrap resample.
+
+    The same seed draws the same pictures whatever is measured on them, so that columns stay paired.
+
+    Args:
+        values: `(pictures,)` or `(pictures, columns)`.
+
+    Returns:
+        `(resamples,)` or `(resamples, columns)`.
+    """
+    count = len(values)
+    return np.concatenate([drawn @ values / count for drawn in _chunks(count, resamples, seed)])
+
+
+def mean_interval(
+    values: np.ndarray,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    expand: bool = True,
+) -> Interval:
+    """BCa interval of a mean over pictures; of a mean difference when given paired differences.
+
+    Bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). `expand` widens the
+    levels as Student's t does (Hesterberg 2015, "What teachers should know about the bootstrap"): without it,
+    intervals over fewer than about 30 pictures are too short. With it off, this is scipy's `method="BCa"`.
+
+    Args:
+        values: `(pictures,)`, finite.
+
+    Raises:
+        AfterimageError: fewer than two pictures, or values that are not finite.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) < 2:
+        raise AfterimageError(
+            f"an interval needs the scores of at least 2 pictures, got shape {values.shape}"
+        )
+    if not np.isfinite(values).all():
+        raise AfterimageError("an interval needs finite scores")
+    count, centre = len(values), float(values.mean())
+    deviations = values - centre
+    scale = float((deviations**2).sum())
+    if scale <= (1e-12 * max(1.0, abs(centre))) ** 2 * count:
+        return Interval(centre, centre, centre, count, confidence)
+
+    # The order of the pictures must not move the interval, and exchanging the two sides must only mirror it.
+    sign = -1.0 if centre < 0 else 1.0
+    centre, deviations = sign * centre, sign * deviations
+    means = resampled_means(np.sort(sign * values), resamples=resamples, seed=seed)
+    level = (1 - confidence) / 2
+    if expand:
+        level = special.ndtr(np.sqrt(count / (count - 1)) * special.stdtrit(count - 1, level))
+    below = ((means < centre).mean() + (means <= centre).mean()) / 2
+    bias = special.ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
+    acceleration = float((deviations**3).sum()) / (6 * scale**1.5)
+    z = bias + special.ndtri(np.array([level, 1 - level]))
+    ends = sign * np.quantile(means, special.ndtr(bias + z / (1 - acceleration * z)))
+    return Interval(sign * centre, float(ends.min()), float(ends.max()), count, confidence)
+
+
+def percentile_interval(estimate: float, resampled: np.ndarray, count: int, confidence: float) -> Interval:
+    """Percentile interval (Efron 1979) of any statistic from its bootstrap values `(resamples,)`."""
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(estimate), float(low), float(high), count, confidence)

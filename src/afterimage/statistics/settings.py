@@ -1,0 +1,93 @@
+"""Settings: which rows were decoded alike, and the shortest names that tell rows and settings apart."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from afterimage.config import split_source
+
+if TYPE_CHECKING:
+    from afterimage.statistics.rows import Row
+
+
+def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
+    """Give rows short names, and settings that differ a label that says in what."""
+    tags = defaultdict(set)
+    for row in rows:
+        for source in row.sources:
+            model = split_source(source)[0]
+            tags[model.partition(".")[0]].add(model)
+
+    def short(model: str) -> str:
+        architecture = model.partition(".")[0]
+        return architecture if len(tags[architecture]) == 1 else model
+
+    coarse: dict[str, list[int]] = defaultdict(list)
+    for i, (row, config) in enumerate(zip(rows, configs, strict=True)):
+        if row.sources:
+            coarse[json.dumps(_setting(config), sort_keys=True)].append(i)
+    settings: list[tuple[dict[str, Any], list[int]]] = []
+    for members in coarse.values():
+        sources = [rows[i].sources for i in members if not rows[i].fused]
+        fine: dict[str, list[int]] = defaultdict(list)
+        for i in members:
+            # A recipe splits a setting only where one layer was trained with several.
+            detail = _flat(configs[i]) if len(set(sources)) < len(sources) else _setting(configs[i])
+            fine[json.dumps(detail, sort_keys=True)].append(i)
+        settings += [(json.loads(detail), indices) for detail, indices in fine.items()]
+
+    labels = _distinct([_label(detail) for detail, _ in settings], [detail for detail, _ in settings])
+    renamed = list(rows)
+    for label, (_, indices) in zip(labels, settings, strict=True):
+        for i in indices:
+            row = rows[i]
+            names = [f"{short(split_source(s)[0])} {split_source(s)[1]}" for s in row.sources]
+            name = names[0]
+            if row.fused:
+                fusion = configs[i]["fusion"]
+                side = fusion.get("size")
+                size = f" at {side}x{side}" if side else " at the finest size"
+                name = f"{fusion['name']} fusion{size} of {' + '.join(names)}"
+            renamed[i] = replace(row, name=name, encoder=short(row.encoder), setting=label)
+    return sorted(renamed, key=lambda r: (r.setting, r.fused, r.encoder, r.order, r.name))
+
+
+def _setting(config: dict[str, Any]) -> dict[str, Any]:
+    decoder = config["decoder"]
+    return {
+        "decoder": decoder["name"],
+        "parameters": decoder.get("parameters"),
+        "weights": config["origin"],
+        "loss": config["recipe"]["loss"],
+        "options": decoder.get("options") or None,
+        "data": config["digest"],
+    }
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    recipe = {k: v for k, v in config["recipe"].items() if k != "loss"}
+    other = {"weights from": config["weights"], "fusion": config.get("fusion"), "pictures": config["data"]}
+    return _setting(config) | recipe | other
+
+
+def _label(setting: dict[str, Any]) -> str:
+    label = setting["decoder"]
+    if setting["parameters"]:
+        label += f" at {setting['parameters'] / 1e6:.3g} M parameters"
+    if setting["loss"] != "mse":
+        label += f", loss {setting['loss']}"
+    return label + (", random weights" if setting["weights"] == "random" else "")
+
+
+def _distinct(labels: list[str], details: list[dict[str, Any]]) -> list[str]:
+    """Add to labels that coincide what tells them apart."""
+    distinct = []
+    for label, detail in zip(labels, details, strict=True):
+        rivals = [d for other, d in zip(labels, details, strict=True) if other == label]
+        keys = [k for k in detail if any(d.get(k) != detail[k] for d in rivals)]
+        told = [f"{k} {detail[k][:8] if k == 'data' else detail[k]}" for k in keys]
+        distinct.append(f"{label} ({', '.join(told)})" if told else label)
+    return distinct

@@ -1,0 +1,171 @@
+"""A study: a grid of sources, decoders and seeds that becomes runs. Finished runs are skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from afterimage.config import (
+    LPIPS_NETS,
+    AfterimageError,
+    DataConfig,
+    DecoderConfig,
+    FusionConfig,
+    RecipeConfig,
+    RunConfig,
+    dump_toml,
+    from_dict,
+    load_toml,
+    split_source,
+    to_dict,
+    unknown,
+)
+from afterimage.progress import Progress, silent
+from afterimage.runs import Run, write_atomic
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Rows with settings of their own. With a fusion all sources are one row; without, each is a row."""
+
+    sources: tuple[str, ...]
+    decoders: tuple[DecoderConfig, ...] = ()
+    fusion: FusionConfig | None = None
+    weights: str = ""
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Sources x decoders x seeds on the same pictures by the same recipe; `rows` adds what does not fit the grid.
+
+    A layer may be a glob (`resnet34.tv_in1k:layer*`). `lpips` may be `any`: the first network whose weights are
+    found. With `missing_weights = "random"` an encoder without pretrained weights goes on with random ones, said
+    in every output; otherwise it is an error.
+    """
+
+    title: str = ""
+    sources: tuple[str, ...] = ()
+    decoders: tuple[DecoderConfig, ...] = (DecoderConfig(),)
+    seeds: tuple[int, ...] = (42,)
+    weights: str = "pretrained"
+    missing_weights: str = "error"
+    references: bool = True
+    keep: int = 8
+    lpips: str = "alex"
+    data: DataConfig = DataConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    rows: tuple[RowConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sources and not self.rows:
+            raise AfterimageError("a study needs sources (or rows), for example sources = ['resnet34:layer*']")
+        if self.missing_weights not in ("error", "random"):
+            raise unknown("missing_weights", self.missing_weights, ("error", "random"))
+        if self.lpips not in (*LPIPS_NETS, "any"):
+            raise unknown("LPIPS network", self.lpips, (*LPIPS_NETS, "any"))
+
+
+def shipped() -> list[str]:
+    """The names of the studies that come with the package."""
+    folder = resources.files("afterimage") / "studies"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_study(name: str) -> StudyConfig:
+    """A shipped study by name, or any TOML file by path."""
+    if name.endswith(".toml"):
+        return load_toml(StudyConfig, name)
+    if name not in shipped():
+        raise unknown("study", name, [*shipped(), "or the path of a .toml file"])
+    with resources.as_file(resources.files("afterimage") / "studies" / f"{name}.toml") as path:
+        return load_toml(StudyConfig, path)
+
+
+def expand(study: StudyConfig, progress: Progress = silent) -> list[RunConfig]:
+    """The study's runs, with globs resolved, tags pinned and weights looked for."""
+    rows = [RowConfig((source,)) for source in study.sources] + list(study.rows)
+    lpips = _first_lpips() if study.lpips == "any" else study.lpips
+    configs = []
+    for i, row in enumerate(rows):
+        sources = [match for source in row.sources for match in _matches(source)]
+        recipe = from_dict(RecipeConfig, {**to_dict(study.recipe), **row.recipe}, f"rows[{i}].recipe.")
+        for group in [tuple(sources)] if row.fusion else [(source,) for source in sources]:
+            weights = row.weights or study.weights
+            if study.missing_weights == "random":
+                weights = _weights_or_random(group, weights, progress)
+            for decoder in row.decoders or study.decoders:
+                for seed in study.seeds:
+                    configs.append(
+                        RunConfig(
+                            sources=group,
+                            weights=weights,
+                            fusion=row.fusion,
+                            decoder=decoder,
+                            data=study.data,
+                            recipe=recipe,
+                            seed=seed,
+                            lpips=lpips,
+                        )
+                    )
+    return list({config.digest: config for config in configs}.values())
+
+
+def _matches(source: str) -> list[str]:
+    from afterimage.encoders import list_layers, resolve
+
+    model, layer = split_source(source)
+    if not any(sign in layer for sign in "*?["):
+        return [resolve(source)]
+    names = [info.name for info in list_layers(model)]
+    matches = [resolve(f"{model}:{name}") for name in names if fnmatch.fnmatchcase(name, layer)]
+    if not matches:
+        raise AfterimageError(f"{source!r} matches no layer of {model}. Layers: {', '.join(names)}")
+    return matches
+
+
+def _weights_or_random(sources: Sequence[str], weights: str, progress: Progress) -> str:
+    from afterimage.weights import find_weights
+
+    for model in dict.fromkeys(split_source(source)[0] for source in sources):
+        try:
+            find_weights(model, weights)
+        except AfterimageError as error:
+            progress(f"WARNING: no pretrained weights for {model}: going on with RANDOM weights ({error})", 1, 1)
+            return "random"
+    return weights
+
+
+def _first_lpips() -> str:
+    from afterimage.metrics import Metrics
+
+    return next((net for net in LPIPS_NETS if Metrics(net).lpips_status["available"]), LPIPS_NETS[0])
+
+
+def run_study(
+    study: StudyConfig,
+    root: str | Path,
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+) -> tuple[list[Run], list[AfterimageError]]:
+    """Run what is not done yet. A run that fails is recorded and the others go on; returns runs and failures."""
+    from afterimage.controls import run_references
+    from afterimage.train import train_runs
+
+    configs = expand(study, progress)
+    write_atomic(Path(root) / "study.toml", dump_toml(study))
+    failures: list[AfterimageError] = []
+    runs: list[Run] = []
+    if study.references:
+        runs += run_references(study.data, root, lpips=configs[0].lpips, cache=cache, progress=progress, keep=study.keep)
+    trained = train_runs(
+        configs, root, cache=cache, accelerator=accelerator, progress=progress, keep=study.keep, failures=failures
+    )
+    return trained + runs, failures

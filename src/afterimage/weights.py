@@ -1,0 +1,311 @@
+"""Where pretrained weights come from: a path, a folder, a local cache, the hub, or a seed; never unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import pickle
+import re
+import tempfile
+import threading
+import urllib.request
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afterimage.config import AfterimageError, unknown
+
+SUFFIXES = (".safetensors", ".pth")
+FOLDER = "AFTERIMAGE_WEIGHTS"
+CONNECT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights a network has, and where they were found.
+
+    `origin` is `path`, `folder` (the one that AFTERIMAGE_WEIGHTS names), `cache`, `hub` or `random`; `location` a
+    path, a repository, an address, or `seed N`; `sha256` the file's digest, empty for random ones.
+    """
+
+    model: str
+    origin: str
+    location: str
+    sha256: str = ""
+    file: Path | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        return "random" if self.origin == "random" else "pretrained"
+
+    def as_dict(self) -> dict[str, str]:
+        values = asdict(self)
+        del values["file"]
+        return {**values, "label": self.label}
+
+
+def random_weights(model: str, seed: int) -> Weights:
+    return Weights(model, "random", f"seed {seed}")
+
+
+def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
+    """Find a file of weights for a timm model, named with its tag.
+
+    `weights` is a path to a file or a folder, or `pretrained`: then the folder that AFTERIMAGE_WEIGHTS names, the
+    local caches of the hub and of torch.hub, and the hub itself are tried in this order.
+
+    Raises:
+        AfterimageError: nothing was found; it says what was tried and how to go on.
+    """
+    from timm.models import get_pretrained_cfg
+
+    architecture = model.partition(".")[0]
+    names = [f"{stem}{suffix}" for stem in dict.fromkeys([model, architecture]) for suffix in SUFFIXES]
+    config = get_pretrained_cfg(model, allow_unregistered=True)
+    hub = _hub_files(config.hf_hub_id, config.hf_hub_filename) if config and config.hf_hub_id else ()
+    url = config.url if config and isinstance(config.url, str) and not config.url.endswith(".npz") else None
+    return _find(model, weights, names, hub, url)
+
+
+def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> Weights:
+    """Find torchvision's ImageNet weights for a network by torchvision's name, as LPIPS needs them.
+
+    In folders the file is `<name>.torchvision.safetensors` or `.pth`; the cache is torch.hub's.
+    Raises AfterimageError as `find_weights` does.
+    """
+    from torchvision.models import get_model_weights, list_models
+
+    if name not in list_models():
+        raise unknown("torchvision model", name, list_models())
+    names = [f"{name}.torchvision{suffix}" for suffix in SUFFIXES]
+    return _find(f"torchvision/{name}", weights, names, (), get_model_weights(name).IMAGENET1K_V1.url)
+
+
+def _find(model: str, weights: str | Path, names: list[str], hub: tuple, url: str | None) -> Weights:
+    if str(weights) != "pretrained":
+        return _from_path(model, Path(weights).expanduser(), names)
+    tried = []
+    folder = os.environ.get(FOLDER)
+    if folder:
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise AfterimageError(f"{FOLDER} names {folder}, which is not a folder")
+        file = next((path / name for name in names if (path / name).is_file()), None)
+        if file is not None:
+            return _weights(model, "folder", str(file), file)
+        tried.append(f"the folder {folder} that {FOLDER} names (no {', '.join(names)})")
+    else:
+        tried.append(f"no folder, as {FOLDER} is not set")
+    for find in (_in_cache, _from_hub):
+        found = find(model, hub, url, tried)
+        if found is not None:
+            return found
+    raise AfterimageError(
+        f"no weights for {model}. Tried: {'; '.join(tried)}. Go on with --weights PATH (a file, or a folder that "
+        f"holds {' or '.join(names[:2])}), with {FOLDER}=FOLDER, or with --weights random, a control that has "
+        "learned nothing"
+    )
+
+
+def _from_path(model: str, path: Path, names: list[str]) -> Weights:
+    if path.is_dir():
+        file = next((path / name for name in names if (path / name).is_file()), None)
+        if file is None:
+            raise AfterimageError(
+                f"the folder {path} holds no weights for {model}: none of {', '.join(names)}"
+            )
+        return _weights(model, "path", str(file), file)
+    if not path.is_file():
+        raise AfterimageError(f"there are no weights at {path}; write a file, a folder, pretrained or random")
+    return _weights(model, "path", str(path), path)
+
+
+def _weights(model: str, origin: str, location: str, file: Path) -> Weights:
+    return Weights(model, origin, location, file_digest(file), file)
+
+
+def _hub_files(repository: str, filename: str | None) -> tuple[str, str | None, list[str]]:
+    """Repository, revision, and the file names to try, safetensors first."""
+    repository, _, revision = repository.partition("@")
+    names = [filename] if filename else ["model.safetensors", "pytorch_model.bin"]
+    if filename and not filename.endswith(".safetensors"):
+        names.insert(0, f"{Path(filename).stem}.safetensors")
+    return repository, revision or None, names
+
+
+def _in_cache(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weights | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if hub:
+        repository, revision, names = hub
+        for name in names:
+            file = try_to_load_from_cache(repository, name, cache_dir=HF_HUB_CACHE, revision=revision)
+            if isinstance(file, str):
+                return _weights(model, "cache", repository, Path(file))
+        tried.append(f"the hub's cache {HF_HUB_CACHE} (no {repository})")
+    if url:
+        file = _torch_hub_file(url)
+        if file.is_file():
+            return _weights(model, "cache", url, file)
+        tried.append(f"torch.hub's cache (no {file})")
+    return None
+
+
+def _from_hub(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weights | None:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        tried.append("no download, as HF_HUB_OFFLINE is set")
+        return None
+    if hub:
+        file = _download_from_hub(*hub, tried)
+        if file is not None:
+            return _weights(model, "hub", hub[0], file)
+    if url:
+        try:
+            _knock(url)
+            return _weights(model, "hub", url, _download(url, _torch_hub_file(url)))
+        except OSError as error:
+            tried.append(f"{url} ({getattr(error, 'reason', None) or error})")
+    if not hub and not url:
+        tried.append("no download, as none is published")
+    return None
+
+
+def _download_from_hub(
+    repository: str, revision: str | None, names: list[str], tried: list[str]
+) -> Path | None:
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        _knock(hf_hub_url(repository, names[0], revision=revision))
+        for name in names:
+            with contextlib.suppress(EntryNotFoundError):
+                return Path(
+                    hf_hub_download(repository, name, revision=revision, etag_timeout=CONNECT_SECONDS)
+                )
+        tried.append(f"the hub's {repository} (it holds no {' or '.join(names)})")
+    except Exception as error:
+        tried.append(f"the hub at {constants.ENDPOINT} ({_first_line(error)})")
+    return None
+
+
+def _knock(url: str) -> None:
+    """Raise OSError unless something answers at an address within CONNECT_SECONDS, looking up its name included.
+
+    The hub's client tries for half a minute where there is no network, and a name server that never answers holds
+    up any client for longer.
+    """
+    failures: list[BaseException | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(url, timeout=CONNECT_SECONDS)
+            failures.append(None)
+        except Exception as error:
+            failures.append(error)
+
+    from huggingface_hub.utils import get_session
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS + 1)
+    if not failures:
+        raise OSError(f"no answer within {CONNECT_SECONDS:.0f} s")
+    if failures[0] is not None:
+        raise OSError(_first_line(failures[0]))
+
+
+def _torch_hub_file(url: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def _download(url: str, file: Path) -> Path:
+    """Download whole or not at all; the digest that torch.hub's file names carry is checked."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    expected = re.search(r"-([0-9a-f]{8,})\.", file.name)
+    with (
+        urllib.request.urlopen(url, timeout=CONNECT_SECONDS) as response,
+        tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as part,
+    ):
+        digest = hashlib.sha256()
+        try:
+            while block := response.read(1 << 20):
+                digest.update(block)
+                part.write(block)
+            if expected and not digest.hexdigest().startswith(expected[1]):
+                raise OSError("what it sent does not have the digest in its name")
+            os.replace(part.name, file)
+        except BaseException:
+            os.unlink(part.name)
+            raise
+    return file
+
+
+def file_digest(file: str | Path) -> str:
+    """SHA-256 of a file, computed once for as long as its size and time of change stay the same."""
+    path = Path(file).resolve()
+    try:
+        status = path.stat()
+        return _digest(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise AfterimageError(f"cannot read {file}: {error.strerror}") from None
+
+
+@functools.cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from safetensors, or from what torch.save wrote; no code in it is ever run.
+
+    A checkpoint that nests its state dict (`state_dict`, `model`, and their averaged versions first) is opened.
+    Raises AfterimageError that names the file where it is truncated, corrupt, or holds anything but tensors.
+    """
+    path = Path(file)
+    try:
+        state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except pickle.UnpicklingError as error:
+        raise AfterimageError(
+            f"{path} holds more than tensors, or is corrupt: {_first_line(error)}"
+        ) from None
+    except Exception as error:
+        raise AfterimageError(f"cannot read weights from {path}: {_first_line(error)}") from None
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise AfterimageError(f"{path} holds no named tensors")
+    return {_strip(str(key)): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _strip(key: str) -> str:
+    """Take off what torch.compile and data-parallel training put before a name."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("AFTERIMAGE_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def _folder(name: str, *contents: str) -> Path:
+    path = SHARED / name
+    if not all((path / content).exists() for content in contents or ("",)):
+        pytest.skip(f"needs {path}: real {name} are not part of the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def weights_folder() -> Path:
+    """A folder of real pretrained weights; the test skips where it is missing."""
+    return _folder("weights")
+
+
+@pytest.fixture(scope="session")
+def photos_folder() -> Path:
+    """A folder with `train` and `test` photographs; the test skips where it is missing."""
+    return _folder("photos", "train", "test")

@@ -1,0 +1,272 @@
+"""Any picture file becomes 8-bit sRGB or one error that names the file."""
+
+import io
+import os
+import re
+import struct
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as reference
+
+from afterimage.config import AfterimageError
+from afterimage.data import load_picture
+from afterimage.data.decode import MAX_ASPECT, decode, shorter_side
+from some_pictures import png, some_picture, swapped_profile
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def colour(content: bytes) -> tuple[int, ...]:
+    picture = decode(content, "x")
+    assert picture.mode == "RGB"
+    return picture.getpixel((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind", "expected"),
+    [
+        (Image.new("RGB", (2, 2), (10, 20, 30)), "PNG", (10, 20, 30)),
+        (Image.new("L", (2, 2), 77), "PNG", (77, 77, 77)),
+        (Image.new("1", (2, 2), 1), "PNG", (255, 255, 255)),
+        (Image.new("I;16", (2, 2), 0x8080), "PNG", (128, 128, 128)),
+        (Image.new("I;16", (2, 2), 0xFFFF), "TIFF", (255, 255, 255)),
+        (Image.new("I", (2, 2), 65535), "TIFF", (255, 255, 255)),
+        (Image.new("F", (2, 2), 0.5), "TIFF", (128, 128, 128)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 255)), "PNG", (10, 20, 30)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (0, 0, 0, 51)), "PNG", (204, 204, 204)),
+        (Image.new("LA", (2, 2), (0, 51)), "PNG", (204, 204, 204)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF", (255, 0, 0)),
+    ],
+    ids=lambda value: getattr(value, "mode", None),
+)
+def test_every_mode_has_the_expected_colour(picture, kind, expected):
+    assert colour(encoded(picture, kind)) == expected
+
+
+def test_lab():
+    content = encoded(Image.new("LAB", (2, 2), (255, 128, 128)), "TIFF")
+    assert np.abs(np.subtract(colour(content), (255, 255, 255))).max() <= 1
+
+
+def test_cmyk_jpeg():
+    content = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert np.abs(np.subtract(colour(content), (255, 0, 0))).max() <= 2
+
+
+@pytest.mark.parametrize("transparent", [0, bytes([0, 255])])
+def test_palette_with_transparency_is_laid_on_white(transparent):
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([200, 0, 0, 0, 0, 200])
+    picture.putdata([0, 1])
+    result = decode(encoded(picture, "PNG", transparency=transparent), "x")
+    assert [result.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (0, 0, 200)]
+
+
+def test_transparent_colour_key():
+    picture = Image.new("RGB", (2, 1), (9, 9, 9))
+    picture.putpixel((1, 0), (1, 2, 3))
+    result = decode(encoded(picture, "PNG", transparency=(9, 9, 9)), "x")
+    assert [result.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (1, 2, 3)]
+
+
+def test_sixteen_bits_a_channel():
+    rows = b"\0" + struct.pack(">6H", 0xFFFF, 0x8080, 0, 0, 0xFFFF, 0)
+    result = decode(png(2, 1, 16, 2, rows), "x")
+    assert [result.getpixel((x, 0)) for x in range(2)] == [(255, 128, 0), (0, 255, 0)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_as_exif_says(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(some_picture(1), kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert decode(content, "x").size == ((40, 30) if orientation < 5 else (30, 40))
+    assert np.array_equal(decode(content, "x"), expected)
+
+
+def test_damaged_exif_is_no_reason_to_refuse_a_picture():
+    content = encoded(some_picture(1), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert np.array_equal(decode(content, "x"), some_picture(1))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_several(kind):
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert colour(encoded(red, kind, save_all=True, append_images=[blue], **options)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_another_colour_profile_is_converted(kind):
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
+    content = encoded(Image.new("RGB", (16, 16), "red"), kind, icc_profile=swapped_profile(), **options)
+    assert np.abs(np.subtract(colour(content), (0, 0, 255))).max() <= 4
+
+
+def test_profile_of_a_transparent_picture():
+    content = encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 51)), "PNG", icc_profile=swapped_profile())
+    assert np.abs(np.subtract(colour(content), (204, 204, 255))).max() <= 4
+
+
+def test_srgb_and_damaged_profiles_change_nothing():
+    from PIL import ImageCms
+
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"no profile", swapped_profile()[:200]):
+        content = encoded(some_picture(2), "PNG", icc_profile=profile)
+        assert np.array_equal(decode(content, "x"), some_picture(2))
+    grey = encoded(some_picture(2, mode="L"), "PNG", icc_profile=swapped_profile())  # a profile for RGB
+    assert np.array_equal(decode(grey, "x"), some_picture(2, mode="L").convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_truncated(tmp_path, kind):
+    path = tmp_path / "half.jpg"
+    content = encoded(some_picture(3, 80, 60), kind)
+    path.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(AfterimageError, match=r"half\.jpg: is "):
+        load_picture(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"not a picture at all", "not a picture in a format that is read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in a format that is read"),
+        (png(60_000, 60_000, 8, 2, b""), "too large"),
+        (png(15_000, 12_000, 8, 2, b""), "too large"),
+        (encoded(Image.new("F", (2, 2), 300.0), "TIFF"), "floating-point"),
+        (encoded(Image.new("F", (2, 2), float("nan")), "TIFF"), "floating-point"),
+        (encoded(Image.new("I", (2, 2), 2**20), "TIFF"), "32-bit"),
+    ],
+    ids=["empty", "text", "postscript", "bomb", "large", "float", "nan", "int"],
+)
+def test_bad_content_is_one_error(tmp_path, content, message):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    with pytest.raises(AfterimageError, match=rf"bad\.png: .*{message}"):
+        load_picture(path)
+
+
+def test_half_as_large_as_pillow_refuses_is_read_without_a_warning(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(encoded(some_picture(1), "PNG"), "x").size == (40, 30)
+
+
+def test_not_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "dangling.png").symlink_to("nowhere")
+    cases = {".": "is a folder", "pipe.png": "not a regular file", "loop.png": "too many levels"}
+    cases |= {"dangling.png": "no such file", "missing.png": "no such file", "a\0b.png": "null"}
+    for name, message in cases.items():
+        with pytest.raises(AfterimageError, match=message):
+            load_picture(f"{tmp_path}/{name}")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_unreadable_file():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder, "secret.png")
+        some_picture(1).save(path)
+        path.chmod(0)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(AfterimageError, match=r"secret\.png: permission denied"):
+                load_picture(path)
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["café ☕ <script>.png".encode(), b"\xff\xfe.png", b"a\nb\x1b[31m.png"])
+def test_odd_names_are_read_and_can_be_printed(tmp_path, name):
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/" + name))
+    some_picture(1).save(path, "PNG")
+    assert load_picture(path).size == (40, 30)
+    path.write_bytes(b"no picture")
+    with pytest.raises(AfterimageError) as error:
+        load_picture(path)
+    assert str(error.value).encode() and str(error.value).isprintable()
+
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")
+FILES = {kind: encoded(some_picture(4, 24, 16), kind) for kind in FORMATS}
+
+
+@given(st.sampled_from(sorted(FILES)), st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_file_is_a_picture_or_an_error(kind, data):
+    content = bytearray(FILES[kind])
+    for _ in range(data.draw(st.integers(1, 6))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + 1] = data.draw(st.binary(max_size=4))
+        if not content:
+            break
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = decode(bytes(content), "x.png")
+        except AfterimageError as error:
+            assert str(error).startswith("x.png: is ")
+        else:
+            assert picture.mode == "RGB"
+
+
+@given(st.integers(1, 120), st.integers(1, 120), st.integers(1, 64))
+@settings(max_examples=60, deadline=None)
+def test_shorter_side_is_what_torchvision_does(width, height, size):
+    picture = some_picture(5, width, height)
+    result = shorter_side(picture, size)
+    assert min(result.size) == size
+    if max(width, height) <= MAX_ASPECT * min(width, height):
+        assert np.array_equal(result, reference.resize(picture, [size], InterpolationMode.BICUBIC))
+
+
+def test_shorter_side_is_antialiased():
+    picture = some_picture(6, 300, 200)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    expected = torch.nn.functional.interpolate(pixels, (50, 75), mode="bicubic", antialias=True)
+    result = torch.from_numpy(np.array(shorter_side(picture, 50))).permute(2, 0, 1)
+    assert (expected[0].clamp(0, 255) - result).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1), (3, 4000)])
+def test_strips_are_bounded(size):
+    result = shorter_side(some_picture(7, *size), 256)
+    assert min(result.size) == 256
+    assert max(result.size) <= 256 * MAX_ASPECT
+
+
+def test_a_strip_keeps_its_middle():
+    strip = Image.new("RGB", (1000, 1))
+    strip.putpixel((500, 0), (255, 255, 255))
+    bright = np.asarray(shorter_side(strip, 8).convert("L"))[0].argmax()
+    assert abs(bright - 8 * MAX_ASPECT / 2) <= 8
+
+
+def test_messages_name_the_limits(tmp_path):
+    with pytest.raises(AfterimageError, match=re.escape("178,956,970")):
+        decode(png(60_000, 60_000, 8, 2, b""), "x")

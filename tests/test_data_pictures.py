@@ -1,0 +1,160 @@
+"""Crops and orders: right, reproducible, and the same however they are asked for."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms.functional import center_crop
+
+from afterimage.config import DataConfig
+from afterimage.data import Pictures, load_data, order
+from afterimage.data.blob import Blob, Slot
+from afterimage.data.pictures import gather_crops
+from afterimage.data.sampling import centre_places, crop_places
+from some_pictures import write_pictures
+
+numbers = st.integers(-(2**70), 2**70)
+
+
+def make_pictures(sizes: list[tuple[int, int]], crop: int) -> Pictures:
+    """Pictures of these heights and widths in which every value is different from its neighbours'."""
+    parts, slots, offset = [], {}, 0
+    for number, (height, width) in enumerate(sizes):
+        parts.append(np.random.default_rng(number).integers(0, 256, 3 * height * width, np.uint8))
+        slots[f"content {number}"] = Slot(offset, height, width, 0)
+        offset += 3 * height * width
+    ids = [f"picture {number}" for number in range(len(sizes))]
+    return Pictures(ids, list(slots), Blob(np.concatenate(parts), slots, "none"), crop)
+
+
+@given(st.integers(0, 200), numbers, numbers)
+@settings(deadline=None)
+def test_order_is_a_permutation(n, seed, epoch):
+    result = order(n, seed, epoch)
+    assert sorted(result.tolist()) == list(range(n))
+    assert np.array_equal(result, order(n, seed, epoch))
+
+
+def test_order_never_changes_between_versions():
+    assert order(8, seed=42, epoch=0).tolist() == [6, 2, 1, 5, 4, 3, 7, 0]
+    assert not np.array_equal(order(100, 42, 0), order(100, 42, 1))
+    assert not np.array_equal(order(100, 42, 0), order(100, 43, 0))
+
+
+def test_every_place_in_the_order_is_equally_likely():
+    first = np.bincount([order(5, seed, epoch)[0] for seed in range(50) for epoch in range(40)], minlength=5)
+    assert abs(first / 2000 - 0.2).max() < 0.04
+
+
+@given(st.integers(1, 500), st.integers(0, 300), st.integers(0, 300), numbers, numbers, st.integers(0, 10**6))
+@settings(deadline=None)
+def test_random_crops_fit(crop, down, right, seed, epoch, index):
+    height, width = np.array([crop + down]), np.array([crop + right])
+    top, left, _ = crop_places(height, width, crop, np.array([index]), seed, epoch)
+    assert 0 <= top[0] <= down
+    assert 0 <= left[0] <= right
+
+
+def test_random_crops_are_uniform_and_independent():
+    n = 20_000
+    sides = np.full(n, 227)
+    top, left, flip = crop_places(sides, sides, 224, np.arange(n), 42, 3)
+    together = np.bincount(top * 8 + left * 2 + flip, minlength=32)
+    assert abs(together / n * 32 - 1).max() < 0.15
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 300))
+@settings(max_examples=50, deadline=None)
+def test_centre_crop_is_where_torchvision_takes_it(height, width, crop):
+    height, width = max(height, crop), max(width, crop)
+    rows = torch.arange(height)[:, None].expand(height, width)
+    columns = torch.arange(width).expand(height, width)
+    expected = center_crop(torch.stack([rows, columns]), [crop])[:, 0, 0]
+    top, left = centre_places(np.array([height]), np.array([width]), crop)
+    assert [top[0], left[0]] == expected.tolist()
+
+
+def test_centre_crops_are_exact():
+    pictures = make_pictures([(30, 45), (51, 31), (24, 24)], crop=24)
+    crops = pictures.crops([2, 0, 1])
+    assert crops.shape == (3, 3, 24, 24)
+    assert crops.dtype == torch.float32
+    for crop, index in zip(crops, [2, 0, 1], strict=True):
+        assert torch.equal(crop, center_crop(pictures.whole(index), [24]).to(torch.float32) / 255)
+
+
+def test_random_crops_are_parts_of_the_picture_flipped_or_not():
+    pictures = make_pictures([(30, 45)] * 12, crop=24)
+    crops = pictures.crops(range(12), seed=1, epoch=2)
+    top, left, flip = crop_places(np.full(12, 30), np.full(12, 45), 24, np.arange(12), 1, 2)
+    assert flip.any() and not flip.all()
+    for index, crop in enumerate(crops):
+        part = pictures.whole(index)[:, top[index] : top[index] + 24, left[index] : left[index] + 24]
+        part = part.flip(-1) if flip[index] else part
+        assert torch.equal(crop, part.to(torch.float32) / 255)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.integers(0, 2**40), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_a_crop_depends_on_nothing_but_seed_epoch_and_index(indices, seed, epoch):
+    pictures = make_pictures([(20, 33), (41, 20), (20, 20), (29, 27), (20, 21), (22, 50)], crop=20)
+    everything = pictures.crops(range(6), seed=seed, epoch=epoch)
+    assert torch.equal(pictures.crops(indices, seed=seed, epoch=epoch), everything[indices])
+    assert torch.equal(pictures.crops(torch.tensor(indices), seed=seed, epoch=epoch), everything[indices])
+
+
+@given(st.integers(0, 2**40), st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_the_gather_on_a_device_equals_the_copies(seed, epoch):
+    sizes = [(20, 33), (41, 20), (20, 20), (29, 27), (20, 21), (22, 50)]
+    pictures = make_pictures(sizes, crop=20)
+    heights, widths = np.array(sizes).T
+    top, left, flip = crop_places(heights, widths, 20, np.arange(6), seed, epoch)
+    offsets = np.array([pictures.blob.slots[content].offset for content in pictures.content])
+    pixels = torch.from_numpy(pictures.blob.pixels)
+    crops = gather_crops(pixels, offsets + top * widths + left, heights, widths, flip, 20)
+    assert torch.equal(crops.to(torch.float32) / 255, pictures.crops(range(6), seed=seed, epoch=epoch))
+
+
+def test_another_device_gets_its_crops_there():
+    pictures = make_pictures([(20, 33), (41, 20)], crop=20)
+    crops = pictures.crops([0, 1], seed=1, device="meta")
+    assert crops.device.type == "meta"
+    assert crops.shape == (2, 3, 20, 20)
+    assert pictures.blob.on(torch.device("meta")) is pictures.blob.on(torch.device("meta"))
+
+
+def test_pixels_that_do_not_fit_on_a_device_are_cropped_before(monkeypatch):
+    monkeypatch.setattr("afterimage.data.blob.RESIDENT_LIMIT", 100)
+    pictures = make_pictures([(20, 33)], crop=20)
+    assert pictures.blob.on(torch.device("meta")) is None
+    assert pictures.crops([0], device="meta").shape == (1, 3, 20, 20)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_crops_on_cuda_equal_those_on_the_cpu(monkeypatch):
+    pictures = make_pictures([(20, 33), (41, 20), (20, 20)], crop=20)
+    for seed in (None, 5):
+        expected = pictures.crops([2, 0, 1], seed=seed)
+        assert torch.equal(pictures.crops([2, 0, 1], seed=seed, device="cuda").cpu(), expected)
+    monkeypatch.setattr(Blob, "on", lambda self, device: None)
+    assert torch.equal(pictures.crops([2, 0, 1], seed=5, device="cuda").cpu(), expected)
+
+
+def test_indices_outside_are_errors():
+    pictures = make_pictures([(20, 33)], crop=20)
+    for index in (-1, 1):
+        with pytest.raises(IndexError, match="of 1 pictures"):
+            pictures.crops([index])
+    assert pictures.crops([]).shape == (0, 3, 20, 20)
+
+
+def test_loaded_pictures_have_the_size_asked_for(tmp_path):
+    write_pictures(tmp_path / "pictures", 6)
+    config = DataConfig(f"folder:{tmp_path / 'pictures'}", resize=24, crop=16)
+    data = load_data(config, cache=tmp_path / "cache")
+    crops = data.train.crops(range(len(data.train)), seed=0)
+    assert crops.shape == (len(data.train), 3, 16, 16)
+    assert 0 <= crops.min() < crops.max() <= 1
+    assert data.train.whole(0).shape == (3, 24, 32)

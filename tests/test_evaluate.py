@@ -1,0 +1,261 @@
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from afterimage.checkpoint import save_tensors
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
+from afterimage.evaluate import (
+    evaluate,
+    evaluate_run,
+    evaluate_together,
+    evaluating,
+    reconstruct_picture,
+    score_notes,
+    summarise,
+    to_uint8,
+)
+from afterimage.metrics import PSNR_CAP, Metrics, psnr, ssim
+from afterimage.reconstructor import Encoders, Reconstructor, build_head
+from afterimage.runs import Run
+
+
+class FakePictures:
+    """What `evaluate` needs of `data.Pictures`: seven random pictures."""
+
+    def __init__(self, count: int = 7, size: int = 16) -> None:
+        self.ids = [f"picture-{i}" for i in range(count)]
+        self.images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def crops(self, indices, *, device="cpu"):
+        return self.images[torch.as_tensor(indices)].to(device)
+
+
+@pytest.fixture
+def pictures() -> FakePictures:
+    return FakePictures()
+
+
+@pytest.fixture
+def metrics(monkeypatch, tmp_path) -> Metrics:
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return Metrics("alex")
+
+
+def darker(images: torch.Tensor) -> torch.Tensor:
+    return images * 0.9
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 16])
+def test_one_row_a_picture_whatever_the_batch(pictures, metrics, batch_size):
+    rows = evaluate(darker, pictures, metrics, batch_size=batch_size).rows
+    assert [row["id"] for row in rows] == pictures.ids
+    assert all(list(row) == ["id", "psnr", "ssim", "lpips"] and row["lpips"] is None for row in rows)
+    expected = darker(pictures.images), pictures.images
+    assert [row["psnr"] for row in rows] == pytest.approx(psnr(*expected).tolist(), abs=1e-5)
+    assert [row["ssim"] for row in rows] == pytest.approx(ssim(*expected).tolist(), abs=1e-6)
+
+
+def test_lpips_of_real_weights_is_in_the_rows(pictures, weights_folder):
+    pictures = FakePictures(3, 32)
+    metrics = Metrics("squeeze", weights=weights_folder)
+    rows = evaluate(darker, pictures, metrics, batch_size=2).rows
+    expected = metrics.lpips(darker(pictures.images), pictures.images).tolist()
+    assert [row["lpips"] for row in rows] == pytest.approx(expected, abs=1e-6)
+    assert summarise(rows)["lpips"]["mean"] == pytest.approx(sum(expected) / 3, abs=1e-6)
+
+
+def test_together_is_each_alone_and_asks_once(pictures, metrics):
+    calls = []
+
+    def both(images):
+        calls.append(len(images))
+        return [darker(images), 1 - images]
+
+    first, second = evaluate_together(both, pictures, metrics, batch_size=4)
+    assert calls == [4, 3]
+    assert first.rows == evaluate(darker, pictures, metrics, batch_size=4).rows
+    assert second.rows == evaluate(lambda images: 1 - images, pictures, metrics, batch_size=4).rows
+
+
+@pytest.mark.parametrize("keep", [0, 2, 5, 100])
+def test_the_first_pictures_are_kept_as_a_png_holds_them(pictures, metrics, keep):
+    kept = evaluate(darker, pictures, metrics, batch_size=3, keep=keep).pictures
+    assert [name for name, _, _ in kept] == pictures.ids[:keep]
+    for index, (_, original, reconstruction) in enumerate(kept):
+        assert original.shape == reconstruction.shape == (16, 16, 3)
+        assert original.dtype == reconstruction.dtype == np.uint8
+        image = pictures.images[index].permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(original / 255, image, atol=0.5001 / 255)
+        np.testing.assert_allclose(reconstruction / 255, image * 0.9, atol=0.5001 / 255)
+
+
+def test_uint8_is_rounded_and_never_wraps():
+    values = (
+        torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 1.0, 1 + 1e-7, -1e-7]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    )
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 1, 255, 255, 0]
+
+
+def test_progress_counts_pictures(pictures, metrics):
+    seen = []
+    evaluate(darker, pictures, metrics, batch_size=3, progress=lambda *told: seen.append(told))
+    assert seen == [("evaluating", 3, 7), ("evaluating", 6, 7), ("evaluating", 7, 7)]
+
+
+class Odd(nn.Module):
+    """Right in evaluation mode only; one part is frozen in it for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.trained = nn.Identity(), nn.Dropout(0.9)
+        self.frozen.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert torch.is_inference_mode_enabled()
+        return self.trained(images)
+
+
+def test_a_module_is_measured_in_evaluation_mode_which_is_taken_back(pictures, metrics):
+    module = Odd()
+    rows = evaluate(module, pictures, metrics).rows
+    assert all(row["psnr"] == PSNR_CAP for row in rows)
+    assert (module.training, module.trained.training, module.frozen.training) == (True, True, False)
+    with pytest.raises(ZeroDivisionError), evaluating(module):
+        assert not module.trained.training
+        raise ZeroDivisionError
+    assert (module.training, module.trained.training, module.frozen.training) == (True, True, False)
+
+
+def spoiled(value: float, index: int = 4):
+    """A reconstruction that is wrong in one value of picture `index`."""
+
+    def reconstruct(images: torch.Tensor) -> torch.Tensor:
+        result = images.clone()
+        for picture, original in zip(result, images, strict=True):
+            if torch.equal(original, FakePictures().images[index]):
+                picture[1, 2, 3] = value
+        return result
+
+    return reconstruct
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "not finite"),
+        (float("inf"), "not finite"),
+        (1.5, "to 1.5; pictures lie in"),
+        (-0.1, "from -0.1"),
+    ],
+)
+def test_a_bad_reconstruction_is_an_error_that_names_the_picture(pictures, metrics, value, message):
+    with pytest.raises(AfterimageError, match=f"the reconstruction of picture picture-4 .*{message}"):
+        evaluate(spoiled(value), pictures, metrics, batch_size=3)
+    with pytest.raises(AfterimageError, match="the reconstruction by second of picture picture-4"):
+        evaluate_together(
+            lambda images: [images, spoiled(value)(images)], pictures, metrics, names=["first", "second"]
+        )
+
+
+def test_a_reconstruction_of_another_size_is_an_error(pictures, metrics):
+    with pytest.raises(AfterimageError, match=r"shape \(7, 3, 8, 16\), its pictures \(7, 3, 16, 16\)"):
+        evaluate(lambda images: images[:, :, ::2], pictures, metrics)
+
+
+def test_no_pictures_is_an_error(metrics):
+    with pytest.raises(AfterimageError, match="no pictures"):
+        evaluate(darker, FakePictures(0), metrics)
+
+
+def test_summary_is_over_pictures_with_the_sample_standard_deviation():
+    rows = [{"id": str(i), "psnr": 20.0 + i, "ssim": 0.5, "lpips": None} for i in range(5)]
+    summary = summarise(rows)
+    assert summary["psnr"] == {"mean": 22.0, "std": pytest.approx(statistics.stdev(range(5))), "count": 5}
+    assert summary["ssim"] == {"mean": 0.5, "std": 0.0, "count": 5}
+    assert summary["lpips"] is None
+    assert summarise(rows[:1])["psnr"] == {"mean": 20.0, "std": None, "count": 1}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_summary_refuses_scores_of_some_pictures_only():
+    rows = [
+        {"id": "a", "psnr": 20.0, "ssim": 0.5, "lpips": 0.1},
+        {"id": "b", "psnr": 20.0, "ssim": 0.5, "lpips": None},
+    ]
+    with pytest.raises(AfterimageError, match="lpips is missing for 1 of 2"):
+        summarise(rows)
+    with pytest.raises(AfterimageError, match="no scores"):
+        summarise([])
+
+
+def test_pictures_that_came_back_exactly_are_noted(pictures, metrics):
+    assert score_notes(evaluate(darker, pictures, metrics).rows) == []
+    rows = evaluate(lambda images: images, pictures, metrics).rows
+    assert score_notes(rows) == ["7 of 7 pictures came back exactly and count as 100 dB"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """A run whose decoder has learned nothing, on ten procedural pictures."""
+    config = RunConfig(
+        sources=("test_resnet.r160_in1k:layer1",),
+        weights="random",
+        decoder=DecoderConfig("transposed"),
+        data=DataConfig(source="procedural:10", resize=48, crop=40, test_fraction=0.3),
+    )
+    run = Run.create(tmp_path_factory.mktemp("runs"), config)
+    encoders = Encoders(config.sources, weights="random", image_size=40, seed=config.seed)
+    save_tensors(run.file("decoder.safetensors"), build_head(config, encoders.specs).state_dict())
+    return run
+
+
+def test_a_finished_run_is_measured_again(run, metrics, tmp_path):
+    rows, summary, status = evaluate_run(run, cache=tmp_path, device="cpu")
+    assert len(rows) == 3 and summary == summarise(rows)
+    assert status["net"] == "alex" and not status["available"]
+    again, _, _ = evaluate_run(run, cache=tmp_path, device="cpu")
+    assert again == rows
+
+
+def test_a_finished_run_is_measured_on_all_pictures_of_a_folder(run, metrics, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (60, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    rows, _, _ = evaluate_run(run, data=f"folder:{folder}", cache=tmp_path / "cache", device="cpu")
+    assert sorted(row["id"] for row in rows) == ["0.png", "1.png", "2.png"]
+
+
+def test_one_picture_is_rebuilt_beside_its_original(run, metrics, tmp_path):
+    picture, output = tmp_path / "mine.png", tmp_path / "out" / "mine.reconstruction.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 61, 3), np.uint8)
+    Image.fromarray(pixels).save(picture)
+    scores, status = reconstruct_picture(picture, run, output, device="cpu")
+    saved = np.asarray(Image.open(output))
+    assert saved.shape == (40, 80, 3)
+    np.testing.assert_array_equal(saved[:, :40], pixels[4:44, 10:50])
+    images = torch.from_numpy(pixels[4:44, 10:50].copy()).permute(2, 0, 1)[None] / 255
+    expected = Reconstructor.open(run).reconstruct(images)
+    np.testing.assert_array_equal(saved[:, 40:], to_uint8(expected)[0])
+    assert scores["psnr"] == pytest.approx(psnr(expected, images).item(), abs=1e-4)
+    assert scores["lpips"] is None and not status["available"]
+
+
+def test_a_reconstruction_is_saved_as_png_only(run, tmp_path):
+    with pytest.raises(AfterimageError, match=r"must end in \.png"):
+        reconstruct_picture(tmp_path / "mine.png", run, tmp_path / "mine.jpg")
+    with pytest.raises(AfterimageError, match=r"mine\.png"):
+        reconstruct_picture(tmp_path / "mine.png", run, tmp_path / "out.png")

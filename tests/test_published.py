@@ -1,0 +1,181 @@
+"""The published figures and what their pipeline could reach."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from afterimage.config import AfterimageError, DecoderConfig, FusionConfig
+from afterimage.report.ceiling import MEAN, STD, originals, published_ceiling
+from afterimage.report.published import FUSION, PUBLISHED, beside_published, explain, published
+from afterimage.runs import write_json
+from simulated_study import LAYERS_OF_FUSION, scores, write_run
+
+SOURCE = "vgg16.tv_in1k:block1"
+
+
+def picture(seed=0, size=16):
+    return np.random.default_rng(seed).random((3, size, size))
+
+
+def test_table_is_the_studys():
+    assert len(PUBLISHED) == 15
+    assert published(["resnet34.tv_in1k:layer1"], "attention").psnr == (14.32, 0.94)
+    assert max(PUBLISHED[:-1], key=lambda row: row.psnr[0]).sources == (SOURCE,)
+    assert [row.parameters for row in PUBLISHED[:9]] == [
+        *(250_147, 974_563, 3_865_187, 15_413_603),
+        *(233_667, 958_083, 3_848_707, 15_397_123, 15_413_603),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "alias"),
+    [
+        ("vgg16.tv_in1k:features.4", SOURCE),
+        ("vgg16.tv_in1k:features.30", "vgg16.tv_in1k:block5"),
+        *(
+            (
+                f"vit_base_patch16_224.augreg2_in21k_ft_in1k:blocks.{i}",
+                f"vit_base_patch16_224.augreg2_in21k_ft_in1k:block{i}",
+            )
+            for i in (0, 11)
+        ),
+    ],
+)
+def test_layers_are_found_by_module_path_too(source, alias):
+    assert published([source], "attention") is published([alias], "attention") is not None
+
+
+def test_other_decoders_models_and_layers_have_no_counterpart():
+    assert published([SOURCE], "linear") is None
+    assert published(["vgg16.tv_in1k:features.5"], "attention") is None
+    assert published(["vgg16.other:block1"], "attention") is None
+    assert published(FUSION.sources[::-1], "transposed") is FUSION
+    assert published(FUSION.sources[:3], "transposed") is None
+
+
+def test_ceiling_is_what_the_nearest_reachable_picture_scores():
+    x = picture()
+    mean, std = MEAN[:, None, None], STD[:, None, None]
+    target = (x - mean) / std
+    answer = target.clip(0, 1) * std + mean
+    expected = 10 * np.log10(1 / ((answer - x) ** 2).mean())
+    ceiling = published_ceiling([x])
+    assert ceiling.psnr == pytest.approx(expected) == ceiling.psnr_of_mean_error
+    assert ceiling.unreachable == pytest.approx(((target < 0) | (target > 1)).mean())
+    assert ceiling.count == 1 and ceiling.psnr_std is None and ceiling.batch_std is None
+
+
+def test_no_answer_of_a_sigmoid_scores_above_the_ceiling():
+    x, random = picture(), np.random.default_rng(1)
+    ceiling = published_ceiling([x]).psnr
+    for spread in (0.1, 1.0, 10.0):
+        logits = spread * ((x - MEAN[:, None, None]) / STD[:, None, None] - 0.5) + random.normal(
+            0, 0.1, x.shape
+        )
+        answer = 1 / (1 + np.exp(-logits)) * STD[:, None, None] + MEAN[:, None, None]
+        assert -10 * np.log10(((answer - x) ** 2).mean()) < ceiling
+
+
+def test_ceiling_by_hand():
+    """Black: nearest reachable is the mean colour. White: mean + std."""
+    black, white = np.zeros((3, 4, 4)), np.ones((3, 4, 4))
+    assert published_ceiling([black]).psnr == pytest.approx(-10 * np.log10((MEAN**2).mean()))
+    assert published_ceiling([white]).psnr == pytest.approx(-10 * np.log10(((1 - MEAN - STD) ** 2).mean()))
+    both = published_ceiling([black, white])
+    assert both.unreachable == 1 and both.psnr_of_mean_error < both.psnr
+    within = np.broadcast_to((MEAN + STD / 2)[:, None, None], (3, 4, 4))
+    assert published_ceiling([within]).unreachable == 0 and published_ceiling([within]).psnr == 100
+
+
+def test_deviation_of_batch_means_is_smaller_by_the_root_of_the_batch():
+    dim = [np.random.default_rng(i).random((3, 8, 8)) * np.random.default_rng(i).random() for i in range(400)]
+    ceiling = published_ceiling(dim)
+    assert ceiling.psnr_std / ceiling.batch_std == pytest.approx(8**0.5, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((16, 16, 3)), np.zeros((3, 0, 4)), np.full((3, 4, 4), 1.1), np.full((3, 4, 4), np.nan)]
+)
+def test_ceiling_refuses_what_is_no_picture(image):
+    with pytest.raises(AfterimageError):
+        published_ceiling([image])
+
+
+def test_ceiling_names_an_unreadable_file_and_needs_pictures(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(AfterimageError, match=r"broken\.png"):
+        published_ceiling([tmp_path / "broken.png"])
+    with pytest.raises(AfterimageError, match="at least one"):
+        published_ceiling([])
+
+
+def test_ceiling_on_photographs_is_about_what_the_published_table_shows(photos_folder):
+    def crop(path):
+        image = Image.open(path).convert("RGB")
+        scale = 256 / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+        left, top = (image.width - 224) // 2, (image.height - 224) // 2
+        return np.asarray(image.crop((left, top, left + 224, top + 224))).transpose(2, 0, 1) / 255
+
+    ceiling = published_ceiling(crop(path) for path in sorted((photos_folder / "test").iterdir()))
+    assert 13.9 < ceiling.psnr < 15.0
+    assert 13.4 < ceiling.psnr_of_mean_error < 14.1
+    assert 0.7 < ceiling.unreachable < 0.85
+    assert ceiling.batch_std < 1.2 < 2.2 < ceiling.psnr_std
+
+
+def keep(run, *seeds):
+    """Keep pictures in a run folder, as training does."""
+    index = []
+    for seed in seeds:
+        name = f"picture-{seed}"
+        path = run.file(f"reconstructions/{name}.original.png")
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((picture(seed) * 255).astype(np.uint8).transpose(1, 2, 0)).save(path)
+        index.append({"id": name, "original": path.name, "reconstruction": path.name})
+    write_json(run.file("reconstructions/index.json"), index)
+    return run
+
+
+def with_mean(run, psnr):
+    summary = run.summary
+    summary["scores"] = {"psnr": {"mean": psnr, "std": 1.0, "count": 100}, "ssim": None, "lpips": None}
+    write_json(run.file("summary.json"), summary)
+    run.set_state("done")
+    return run
+
+
+def test_rows_stand_beside_their_published_counterparts(tmp_path):
+    ours = keep(with_mean(write_run(tmp_path, SOURCE, scores(29)), 29.0), 3, 1)
+    random = with_mean(write_run(tmp_path, SOURCE, scores(20), weights="random"), 20.0)
+    resized = with_mean(write_run(tmp_path, SOURCE, scores(20), parameters=4_000_000, seed=1), 20.0)
+    linear = with_mean(write_run(tmp_path, SOURCE, scores(20), decoder=DecoderConfig("linear")), 20.0)
+    assert [path.name[:9] for path in originals([ours, random])] == ["picture-1", "picture-3"]
+    (beside,) = beside_published([ours, random, resized, linear])
+    assert beside.run == ours.name and beside.published.psnr == (14.45, 2.27)
+    assert beside.ceiling.count == 2
+    assert "29.00 dB here, 14.45 dB published on DIV2K (+14.55 dB)" in beside.reason
+    assert (
+        f"would have scored {beside.ceiling.psnr:.2f} dB" in beside.reason and "above that" in beside.reason
+    )
+
+
+def test_explanation_without_pictures_or_below_the_ceiling():
+    row = published([SOURCE], "attention")
+    assert "not known" in explain(row, {"psnr": 20.0}, None)
+    assert "alone does not explain" in explain(row, {"psnr": 5.0}, published_ceiling([picture()]))
+    assert "No PSNR" in explain(row, {"psnr": None}, None)
+
+
+@pytest.mark.parametrize(("size", "found"), [(28, 1), (None, 0)])
+def test_only_the_published_fusion_is_the_published_fusion(tmp_path, size, found):
+    run = write_run(
+        tmp_path,
+        LAYERS_OF_FUSION,
+        scores(20),
+        decoder=DecoderConfig("transposed"),
+        fusion=FusionConfig(size=size),
+    )
+    beside = beside_published([with_mean(run, 20.0)])
+    assert len(beside) == found
+    assert all("cannot be compared" in b.reason for b in beside)

@@ -1,0 +1,208 @@
+"""Intervals, tests and ranks against scipy and against laws whose answer is known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import stats
+
+from afterimage.config import AfterimageError
+from afterimage.statistics.bootstrap import mean_interval, resampled_means
+from afterimage.statistics.ranks import (
+    epsilon_squared,
+    holm,
+    kendall_within,
+    separable,
+    spearman,
+    spearman_p,
+)
+
+samples = arrays(float, st.integers(3, 40), elements=st.floats(-100, 100, width=32), unique=True)
+
+
+@pytest.fixture(scope="module")
+def skewed():
+    return np.random.default_rng(5).gamma(2.0, 1.5, 80)
+
+
+def test_interval_agrees_with_scipys_bca(skewed):
+    ours = mean_interval(skewed, expand=False, resamples=40_000)
+    scipys = stats.bootstrap(
+        (skewed,), np.mean, n_resamples=40_000, method="BCa", rng=np.random.default_rng(2)
+    ).confidence_interval
+    standard_error = skewed.std(ddof=1) / np.sqrt(len(skewed))
+    assert ours.estimate == pytest.approx(skewed.mean())
+    assert ours.low == pytest.approx(scipys.low, abs=0.05 * standard_error)
+    assert ours.high == pytest.approx(scipys.high, abs=0.05 * standard_error)
+
+
+def test_expanded_interval_of_few_normal_values_is_students():
+    values = np.random.default_rng(3).normal(0, 1, 12)
+    interval = mean_interval(values, resamples=40_000)
+    low, high = stats.t.interval(0.95, 11, values.mean(), values.std(ddof=1) / np.sqrt(12))
+    assert high - low == pytest.approx(interval.high - interval.low, rel=0.1)
+    assert mean_interval(values, expand=False).high < interval.high
+
+
+@pytest.mark.parametrize(
+    ("count", "skew", "low", "high"),
+    [(100, False, 0.93, 0.97), (12, False, 0.92, 0.97), (100, True, 0.92, 0.97)],
+)
+def test_intervals_cover_the_truth_about_95_times_in_100(count, skew, low, high):
+    random = np.random.default_rng(11)
+    trials, covered = 1000, 0
+    for _ in range(trials):
+        values = random.exponential(1.0, count) - 1 if skew else random.normal(0, 1, count)
+        interval = mean_interval(values, resamples=1000)
+        covered += interval.low <= 0 <= interval.high
+    assert low <= covered / trials <= high
+
+
+def test_columns_of_one_table_share_their_resamples():
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    together = resampled_means(values, resamples=50)
+    assert together.shape == (50, 2)
+    np.testing.assert_allclose(together[:, 1], resampled_means(values[:, 1], resamples=50))
+
+
+def test_chunked_resampling_equals_resampling_at_once(monkeypatch):
+    values = np.random.default_rng(0).normal(size=40)
+    at_once = resampled_means(values, resamples=101)
+    monkeypatch.setattr("afterimage.statistics.bootstrap._CHUNK", 1000)
+    np.testing.assert_allclose(resampled_means(values, resamples=101), at_once)
+
+
+@settings(max_examples=40, deadline=None)
+@given(samples, st.randoms())
+def test_interval_ignores_the_order_of_pictures(values, random):
+    shuffled = values.copy()
+    random.shuffle(shuffled)
+    first, second = mean_interval(values, resamples=200), mean_interval(shuffled, resamples=200)
+    assert (first.low, first.high) == pytest.approx((second.low, second.high), rel=1e-6, abs=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(samples)
+def test_interval_of_the_opposite_is_the_mirror_image(values):
+    one, other = mean_interval(values, resamples=200), mean_interval(-values, resamples=200)
+    if one.estimate != 0:
+        assert (one.low, one.high) == pytest.approx((-other.high, -other.low), rel=1e-6, abs=1e-6)
+    assert one.low <= one.estimate <= one.high
+
+
+def test_interval_of_equal_scores_is_a_point():
+    interval = mean_interval(np.full(7, 0.3))
+    assert interval.low == interval.high == interval.estimate == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("values", [[1.0], [], [1.0, float("nan")], [[1.0, 2.0], [3.0, 4.0]]])
+def test_interval_refuses_what_has_none(values):
+    with pytest.raises(AfterimageError, match="interval needs"):
+        mean_interval(np.array(values))
+
+
+def test_holm_agrees_with_his_procedure_done_by_hand():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert holm([]).shape == (0,)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_lies_between_no_correction_and_bonferroni(p_values):
+    adjusted = holm(p_values)
+    p = np.array(p_values)
+    assert (adjusted >= p).all() and (adjusted <= np.minimum(p * len(p), 1) + 1e-12).all()
+    assert (np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0).all()
+
+
+def test_holm_keeps_the_familys_error_at_five_per_cent():
+    """20 true nulls and 5 clear effects on 100 pictures each: some false positive in 5 % of families."""
+    random = np.random.default_rng(17)
+    families = 600
+    shift = np.array([0.0] * 20 + [1.0] * 5)
+    false, found = 0, 0
+    for _ in range(families):
+        differences = random.normal(shift, 1.0, (100, 25))
+        rejected = holm(stats.ttest_1samp(differences, 0).pvalue) < 0.05
+        false += rejected[:20].any()
+        found += rejected[20:].all()
+    assert 0.02 <= false / families <= 0.08
+    assert found / families > 0.99
+
+
+def test_kendall_within_agrees_with_scipy():
+    quality = np.random.default_rng(1).normal(size=(20, 6))
+    expected = [stats.kendalltau(np.arange(6), row).statistic for row in quality]
+    np.testing.assert_allclose(kendall_within(quality), expected)
+
+
+def test_spearman_agrees_with_scipy_ties_included():
+    x = np.array([1, 1, 2, 2, 2, 5, 6, 7])
+    y = np.random.default_rng(2).normal(size=(10, 8))
+    np.testing.assert_allclose(spearman(x, y), [stats.spearmanr(x, row).statistic for row in y])
+    assert spearman(x, np.ones(8)) == 0
+
+
+def test_partial_spearman_agrees_with_the_textbook_formula():
+    random = np.random.default_rng(3)
+    z = random.normal(size=12)
+    x, y = z + random.normal(size=12), z + random.normal(size=12)
+    xy, xz, yz = (stats.spearmanr(a, b).statistic for a, b in ((x, y), (x, z), (y, z)))
+    expected = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+    assert spearman(x, y, z) == pytest.approx(expected)
+
+
+def test_partial_spearman_removes_what_the_covariate_explains():
+    random = np.random.default_rng(4)
+    z = random.normal(size=2000)
+    x, y = z + 0.5 * random.normal(size=2000), z + 0.5 * random.normal(size=2000)
+    assert spearman(x, y) > 0.6
+    assert abs(spearman(x, y, z)) < 0.1
+    assert separable(x, z) and not separable(z, np.exp(z)) and not separable(z, -z)
+
+
+def test_exact_permutation_p_agrees_with_enumeration():
+    x = np.arange(5)
+    assert spearman_p(x, x) == pytest.approx(2 / 120)
+    y = np.array([2.0, 1.0, 3.0, 5.0, 4.0])
+    expected = stats.permutation_test(
+        (y,), lambda v: stats.spearmanr(x, v).statistic, permutation_type="pairings", n_resamples=np.inf
+    )
+    assert spearman_p(x, y) == pytest.approx(expected.pvalue)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_permutation_p_is_uniform_under_the_null(partial):
+    random = np.random.default_rng(6)
+    p = []
+    for _ in range(200):
+        z = random.normal(size=7)
+        x, y = z + random.normal(size=7), (z if partial else 0) + random.normal(size=7)
+        p.append(spearman_p(x, y, z if partial else None))
+    assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.09
+    assert stats.kstest(p, "uniform").pvalue > 0.001
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.permutations(range(9)), st.permutations(range(9)))
+def test_ranks_ignore_the_order_of_layers_and_flip_with_the_sign(y, order):
+    x, y, z = np.arange(9), np.array(y), np.array([3, 1, 4, 1, 5, 9, 2, 6, 5])
+    assert spearman(x[order], y[order], z[order]) == pytest.approx(spearman(x, y, z))
+    assert spearman(x, -y, z) == pytest.approx(-spearman(x, y, z))
+    assert spearman(x, np.exp(y)) == pytest.approx(spearman(x, y))
+
+
+def test_epsilon_squared_is_the_adjusted_r_squared_of_a_one_way_layout():
+    groups = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    values = np.random.default_rng(7).normal(size=8) + groups
+    within = sum(((values[groups == g] - values[groups == g].mean()) ** 2).sum() for g in range(3))
+    expected = 1 - (within / (8 - 3)) / values.var(ddof=1)
+    assert epsilon_squared(values, groups) == pytest.approx(expected)
+    np.testing.assert_allclose(epsilon_squared(np.stack([values, 3 * values - 7]), groups), [expected] * 2)
+
+
+def test_epsilon_squared_knows_all_and_nothing():
+    groups = np.repeat(np.arange(50), 4)
+    assert epsilon_squared(groups.astype(float), groups) == pytest.approx(1)
+    assert abs(epsilon_squared(np.random.default_rng(8).normal(size=200), groups)) < 0.15
+    assert epsilon_squared(np.ones(200), groups) == 0
