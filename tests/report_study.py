@@ -29,11 +29,11 @@ VIT = (
 PARAMETERS = {"linear": 1728, "transposed": 90_000, "attention": 250_147}
 BONUS = {"linear": 0.0, "transposed": 0.05, "attention": 0.08}
 REFERENCES = {
-    "mean": ("mean colour", 12.4, 0.26, 0.90), "thumbnail-7": ("7-pixel thumbnail", 16.1, 0.33, 0.80),
-    "thumbnail-14": ("14-pixel thumbnail", 18.0, 0.40, 0.70),
-    "thumbnail-28": ("28-pixel thumbnail", 20.2, 0.50, 0.57),
-    "thumbnail-56": ("56-pixel thumbnail", 23.0, 0.66, 0.40),
-    "thumbnail-112": ("112-pixel thumbnail", 27.2, 0.85, 0.2),
+    "mean": ("Mean colour", 12.4, 0.26, 0.90), "thumbnail-7": ("Bicubic thumbnail 7×7", 16.1, 0.33, 0.80),
+    "thumbnail-14": ("Bicubic thumbnail 14×14", 18.0, 0.40, 0.70),
+    "thumbnail-28": ("Bicubic thumbnail 28×28", 20.2, 0.50, 0.57),
+    "thumbnail-56": ("Bicubic thumbnail 56×56", 23.0, 0.66, 0.40),
+    "thumbnail-112": ("Bicubic thumbnail 112×112", 27.2, 0.85, 0.2),
     "jpeg-50": ("JPEG quality 50", 31.1, 0.91, 0.08),
 }  # fmt: skip
 
@@ -90,7 +90,8 @@ def write_run(
              "encoder_parameters": 1000, "encoder_macs": 1000}
             for s in sources
         ],
-        "parameters": size, "macs": 123_456_789, "seed": seed, "train_seconds": 20 + size / 5000, "pictures_seen": 19200,
+        "parameters": size, "macs": 123_456_789, "seed": seed, "train_seconds": 20 + size / 5000,
+        "pictures_seen": 19200,
         "epochs": 30, "best_epoch": 28, "best_validation_loss": 0.004, "batch_size": 8,
     }  # fmt: skip
     history = []
@@ -117,7 +118,8 @@ def write_reference(
     run = Run.create(root, ReferenceConfig(name, DataConfig("procedural")))
     summary = {
         "kind": "reference", "label": label, "sources": [], "decoder": None, "reference": name,
-        "fusion": None, "weights": [], "features": [], "parameters": 0, "macs": None, "seed": 0, "train_seconds": None,
+        "fusion": None, "weights": [], "features": [], "parameters": 0, "macs": None, "seed": 0,
+        "train_seconds": None,
     }  # fmt: skip
     return _finish(run, summary, np.array(mean), (mean[0] - 12) / 14, originals, count, lpips, ())
 

@@ -1,11 +1,15 @@
 """Every original is decoded once; the cache is shared, whole, checked and mended."""
 
+import json
 import logging
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import struct
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,7 @@ import pytest
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data import Data, default_cache, load_data
 from afterimage.data import cache as cache_module
-from afterimage.data.blob import Damaged, map_blob
+from afterimage.data.blob import MAGIC, Damaged, map_blob
 from afterimage.data.digests import FileDigests
 from afterimage.data.originals import FileOriginal
 from some_pictures import some_picture, write_pictures
@@ -159,25 +163,27 @@ def test_any_cut_and_any_flipped_bit_is_seen(tmp_path, seed):
     path = tmp_path / "a.pictures"
     with open(path, "wb") as file:
         cache_module.write_blob(file, slots.items(), "t")
-    assert cache_module._open(path).slots.keys() == slots.keys()
+    assert cache_module._open(path, slots.keys()).slots.keys() == slots.keys()
     content = bytearray(path.read_bytes())
     if seed % 2:
         content[random.integers(len(content))] ^= 1 << random.integers(8)
     else:
         content = content[: random.integers(len(content))]
     path.write_bytes(content)
-    assert cache_module._open(path) is None
+    assert cache_module._open(path, slots.keys()) is None
 
 
 def test_an_index_that_points_outside_is_refused(tmp_path):
-    path = tmp_path / "a.pictures"
-    with open(path, "wb") as file:
-        file.write(b"12")
-        cache_module.write_blob(file, [("a", np.zeros((3, 2, 2), np.uint8))], "t")
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"[2, 2, 2,", b"[9, 2, 2,"))
-    with pytest.raises(Damaged):
-        map_blob(path)
+    for numbers in ([0, 2, 2, 0], [1, 2, 2, 0], [-1, 2, 2, 0], [0, 3, 2, 0], [0, 0, 2, 0], [0, 2], "x", None):
+        index = json.dumps({"transform": "t", "pictures": {"a": numbers}}).encode()
+        footer = struct.pack("<QQI8s", 12, len(index), zlib.crc32(index), MAGIC)
+        path = tmp_path / "a.pictures"
+        path.write_bytes(bytes(12) + index + footer)
+        if numbers == [0, 2, 2, 0]:
+            assert map_blob(path).picture("a").shape == (3, 2, 2)
+        else:
+            with pytest.raises(Damaged, match="its index"):
+                map_blob(path)
 
 
 def run_together(target, *arguments, processes: int = 3) -> list[int]:
@@ -195,6 +201,7 @@ def test_processes_that_start_together_share_one_file(folder, cache, tmp_path):
     original = FileOriginal.picture
 
     def picture(self, size, content):
+        time.sleep(0.01)  # so that the others come while it goes on
         with open(decoded, "a") as file:
             file.write("x")
         return original(self, size, content)
@@ -266,6 +273,18 @@ def test_remembered_digests_that_cannot_be_read_are_taken_anew(folder, cache):
     for content in ("{", "[1]", '{"a": 1}', file.read_text().replace("[", '["x", ')):
         file.write_text(content)
         assert load(folder, cache).digest == first.digest
+
+
+def test_a_broken_picture_stays_an_error_and_costs_no_more_than_itself(folder, cache, work):
+    whole = (folder / "0003.png").read_bytes()
+    (folder / "0003.png").write_bytes(whole[:-40])
+    for attempt in (0, 1):
+        with pytest.raises(AfterimageError, match=r"0003\.png: is damaged"):
+            load(folder, cache)
+        assert len(work["decoded"]) == COUNT + attempt
+    (folder / "0003.png").write_bytes(whole)
+    assert len(pixels(load(folder, cache))) == COUNT
+    assert work["decoded"][COUNT:] == ["0003.png", "0003.png"]
 
 
 def test_progress_counts_to_the_end(folder, cache):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data import load_data
+from afterimage.data import load_data, procedural
 from afterimage.data.folder import read_folder
 from afterimage.data.originals import DeadLeaves, Original
 from afterimage.data.photographs import read_photographs
@@ -166,8 +166,9 @@ def test_an_empty_folder_says_what_was_looked_for(tmp_path):
     (tmp_path / "photo.heic").write_text("x")
     with pytest.raises(AfterimageError, match=r"no pictures in .*\.jpg, .* found only 1 \.txt, 1 \.heic"):
         read_folder(str(tmp_path))
-    with pytest.raises(AfterimageError, match="no such file"):
-        read_folder(str(tmp_path / "missing"))
+    for missing in (str(tmp_path / "missing"), "~nobody-at-all/pictures"):
+        with pytest.raises(AfterimageError, match="no such file"):
+            read_folder(missing)
     with pytest.raises(AfterimageError, match="not a directory"):
         read_folder(str(tmp_path / "notes.txt"))
 
@@ -336,6 +337,20 @@ def test_dead_leaves_have_the_statistics_of_photographs():
     steps = np.diff(grey, axis=2)
     assert (steps**4).mean() / (steps**2).mean() ** 2 > 8
     assert grey.std() > 30
+
+
+def test_leaf_radii_fall_as_their_third_power():
+    random = np.random.default_rng(0)
+    slopes = []
+    for _ in range(10):
+        radii = procedural._radii(random, 320, 256)
+        # Large leaves reach in from further away: seen over the whole plane they are rarer by as much.
+        weights = 1 / ((320 + 2 * radii) * (256 + 2 * radii))
+        edges = np.geomspace(radii.min(), 60, 9)
+        density = np.histogram(radii, edges, weights=weights)[0] / np.diff(edges)
+        middles = np.sqrt(edges[1:] * edges[:-1])
+        slopes.append(np.polyfit(np.log(middles), np.log(density), 1)[0])
+    assert abs(np.mean(slopes) + 3) < 0.15
 
 
 def test_procedural_pictures_to_test_on_are_others_than_those_to_train_on(tmp_path):

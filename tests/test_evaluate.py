@@ -9,6 +9,7 @@ from torch import nn
 
 from afterimage.checkpoint import save_tensors
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
+from afterimage.data import Pictures
 from afterimage.evaluate import (
     evaluate,
     evaluate_run,
@@ -24,8 +25,8 @@ from afterimage.reconstructor import Encoders, Reconstructor, build_head
 from afterimage.runs import Run
 
 
-class FakePictures:
-    """What `evaluate` needs of `data.Pictures`: seven random pictures."""
+class FakePictures(Pictures):
+    """What `evaluate` needs of `Pictures`: seven random ones."""
 
     def __init__(self, count: int = 7, size: int = 16) -> None:
         self.ids = [f"picture-{i}" for i in range(count)]

@@ -122,7 +122,7 @@ class Evaluate:
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
     """A run folder."""
     data: str | None = None
-    """Another source of pictures to measure on, all of them (default: the run's own test pictures)."""
+    """Another source of pictures to measure on, such as folder:PATH (default: the run's own test pictures)."""
     weights: str | None = None
     """Where the encoder's weights are, if not where they were in training."""
     lpips: str = "alex"
@@ -133,24 +133,22 @@ class Evaluate:
     """Where decoded pictures are kept."""
 
     def run(self) -> None:
-        from afterimage.evaluate import evaluate_run
+        from afterimage.evaluate import summarise
+        from afterimage.metrics import Metrics
         from afterimage.progress import Display
+        from afterimage.rerun import evaluate_run
         from afterimage.runs import Run, write_csv
 
+        run, metrics = Run.open(self.run_folder), Metrics(self.lpips)
         with Display() as display:
-            rows, scores, status = evaluate_run(
-                Run.open(self.run_folder),
-                data=self.data,
-                weights=self.weights,
-                lpips=self.lpips,
-                cache=self.cache,
-                progress=display,
+            rows, _ = evaluate_run(
+                run, metrics, test=self.data, weights=self.weights, cache=self.cache, progress=display
             )
         if self.output is not None:
             write_csv(self.output, rows)
             print(f"scores of {len(rows)} pictures: {self.output}")
-        for name, score in scores.items():
-            print(score_line(name, score, status))
+        for name, score in summarise(rows).items():
+            print(score_line(name, score, metrics.lpips_status))
 
 
 @dataclass(frozen=True)
@@ -169,16 +167,18 @@ class Reconstruct:
     """LPIPS network: alex, vgg or squeeze."""
 
     def run(self) -> None:
-        from afterimage.evaluate import reconstruct_picture
+        from afterimage.metrics import Metrics
+        from afterimage.rerun import reconstruct_picture
         from afterimage.runs import Run
 
         output = self.output or Path(f"{self.picture.stem}.reconstruction.png")
-        scores, status = reconstruct_picture(
-            self.picture, Run.open(self.run_folder), output, weights=self.weights, lpips=self.lpips
+        metrics = Metrics(self.lpips)
+        scores = reconstruct_picture(
+            self.picture, Run.open(self.run_folder), output, metrics, weights=self.weights
         )
         for name, value in scores.items():
-            print(score_line(name, value if value is None else {"mean": value}, status))
-        print(f"saved: {output}")
+            print(score_line(name, value if value is None else {"mean": value}, metrics.lpips_status))
+        print(f"saved: {output} (original left, reconstruction right)")
 
 
 @dataclass(frozen=True)
@@ -292,15 +292,14 @@ def print_layers(model: str, layers: list) -> None:
     for column in ("shape", "reduction", "locations", "values per pixel value", "parameters", "multiply-adds"):
         table.add_column(column, justify="right")
     for layer in layers:
-        spec = layer.spec
         table.add_row(
             layer.name,
-            f"{spec.channels}×{spec.height}×{spec.width}",
+            f"{layer.channels}×{layer.height}×{layer.width}",
             f"{layer.reduction:g}",
-            f"{spec.locations:,}",
+            f"{layer.locations:,}",
             f"{layer.values_per_pixel_value:.3f}",
-            f"{layer.parameters:,}",
-            f"{layer.macs / 1e6:,.1f} M",
+            f"{layer.encoder_parameters:,}",
+            f"{layer.encoder_macs / 1e6:,.1f} M",
         )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 

@@ -86,7 +86,7 @@ class LPIPS(nn.Module):
         with torch.autocast(target[0].device.type, enabled=False):
             for index, (p, t) in enumerate(zip(prediction, target, strict=True)):
                 # Heads and mean over locations are both linear; the mean first is cheaper.
-                total = total + (p - t).square().mean((2, 3)) @ getattr(self, f"head{index}")
+                total = total + (p - t).square_().mean((2, 3)) @ getattr(self, f"head{index}")
         return total
 
     def forward(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:

@@ -75,6 +75,15 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomic(path, text.getvalue())
 
 
+def write_image(path: str | Path, pixels: Any) -> None:
+    """Write uint8 pixels `(H, W, 3)` as PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
     """Read rows back; cells that are numbers become numbers, empty cells None. The id stays text."""
     try:
@@ -159,15 +168,11 @@ class Run:
         self, summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], pictures: Iterable[tuple[str, Any, Any]]
     ) -> None:
         """Write scores, pictures as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the summary."""
-        from PIL import Image
-
         index = []
         for i, (identity, *pair) in enumerate(pictures):
             names = [f"{i:03}.original.png", f"{i:03}.png"]
             for name, pixels in zip(names, pair, strict=True):
-                buffer = io.BytesIO()
-                Image.fromarray(pixels).save(buffer, "PNG")
-                write_atomic(self.file("reconstructions") / name, buffer.getvalue())
+                write_image(self.file("reconstructions") / name, pixels)
             index.append({"id": identity, "original": names[0], "reconstruction": names[1]})
         write_json(self.file("reconstructions") / "index.json", index)
         write_csv(self.file("scores.csv"), rows)

@@ -277,7 +277,7 @@ def _train_group(
         member.head.load_state_dict(member.best)
         with recorded(member.run, member):
             member.save_best()
-    metrics = Metrics(first.lpips)
+    metrics = Metrics(first.lpips, size=first.data.crop)
 
     def reconstruct(images: Tensor) -> list[Tensor]:
         with fabric.autocast():
@@ -299,7 +299,7 @@ def _train_group(
         with recorded(member.run, member):
             facts = _summary(member, members[member], encoders, features)
             facts |= {"data": data.describe(), "lpips": metrics.lpips_status, "scores": summarise(result.rows)}
-            facts["notes"] = [*member.notes, *score_notes(result.rows)]
+            facts["notes"] = [*member.notes, *data.notes, *score_notes(result.rows)]
             member.run.save_result(facts, result.rows, result.pictures)
             if not member.failed:
                 member.run.set_state("done")

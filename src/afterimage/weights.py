@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a path, a folder, a local cache, the hub, or a seed; never unpickled."""
+"""Where weights come from: a path, a folder, a local cache, the hub, or a seed. Never unpickled."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ CONNECT_SECONDS = 5.0
 class Weights:
     """Which weights a network has, and where they were found.
 
-    `origin` is `path`, `folder` (the one that AFTERIMAGE_WEIGHTS names), `cache`, `hub` or `random`; `location` a
-    path, a repository, an address, or `seed N`; `sha256` the file's digest, empty for random ones.
+    `origin` is `path`, `folder` (the one that AFTERIMAGE_WEIGHTS names), `cache`, `hub` or `random`;
+    `location` a path, a repository, an address, or `seed N`; `sha256` the file's digest, empty for random
+    ones.
     """
 
     model: str
@@ -57,8 +58,8 @@ def random_weights(model: str, seed: int) -> Weights:
 def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
     """Find a file of weights for a timm model, named with its tag.
 
-    `weights` is a path to a file or a folder, or `pretrained`: then the folder that AFTERIMAGE_WEIGHTS names, the
-    local caches of the hub and of torch.hub, and the hub itself are tried in this order.
+    `weights` is a path to a file or a folder, or `pretrained`: then the folder that AFTERIMAGE_WEIGHTS names,
+    the local caches of the hub and of torch.hub, and the hub itself are tried in this order.
 
     Raises:
         AfterimageError: nothing was found; it says what was tried and how to go on.
@@ -107,9 +108,9 @@ def _find(model: str, weights: str | Path, names: list[str], hub: tuple, url: st
         if found is not None:
             return found
     raise AfterimageError(
-        f"no weights for {model}. Tried: {'; '.join(tried)}. Go on with --weights PATH (a file, or a folder that "
-        f"holds {' or '.join(names[:2])}), with {FOLDER}=FOLDER, or with --weights random, a control that has "
-        "learned nothing"
+        f"no weights for {model}. Tried: {'; '.join(tried)}. To go on, give --weights PATH (a file, or a "
+        f"folder with {' or '.join(names[:2])}), set {FOLDER} to such a folder, or give --weights random "
+        "(a control: the network has then learned nothing)"
     )
 
 
@@ -199,10 +200,11 @@ def _download_from_hub(
 
 
 def _knock(url: str) -> None:
-    """Raise OSError unless something answers at an address within CONNECT_SECONDS, looking up its name included.
+    """Raise OSError unless something answers at an address within CONNECT_SECONDS, looking up its name
+    included.
 
-    The hub's client tries for half a minute where there is no network, and a name server that never answers holds
-    up any client for longer.
+    The hub's client tries for half a minute where there is no network, and a name server that never answers
+    holds up any client for longer.
     """
     failures: list[BaseException | None] = []
 
@@ -269,8 +271,9 @@ def _digest(path: Path, size: int, changed: int) -> str:
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """Read a state dict from safetensors, or from what torch.save wrote; no code in it is ever run.
 
-    A checkpoint that nests its state dict (`state_dict`, `model`, and their averaged versions first) is opened.
-    Raises AfterimageError that names the file where it is truncated, corrupt, or holds anything but tensors.
+    A checkpoint that nests its state dict (`state_dict`, `model`, and their averaged versions first) is
+    opened. Raises AfterimageError that names the file where it is truncated, corrupt, or holds anything but
+    tensors.
     """
     path = Path(file)
     try:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import logging
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +43,12 @@ def cached(
     """
     transform = f"decode {decode.VERSION}, Pillow {PIL.__version__}, shorter side {size}"
     path = folder / "pictures" / f"{size}-{_key(wanted, transform)}.pictures"
-    blob = _open(path)
+    blob = _open(path, wanted.keys())
     if blob is not None:
         return blob
     try:
         with locked(path.with_suffix(".lock"), "decoding the same pictures") as alone:
-            blob = _open(path)
+            blob = _open(path, wanted.keys())
             if blob is not None:
                 return blob
             if alone:
@@ -64,7 +64,6 @@ def cached(
             path.parent,
             problem,
         )
-    broken.clear()
     pictures = _decoded(wanted, size, transform, path.parent, broken, progress)
     return _in_memory(pictures, transform, path.parent)
 
@@ -73,12 +72,13 @@ def _key(contents: Mapping[str, object], transform: str) -> str:
     return hashlib.sha256("\n".join([transform, *sorted(contents)]).encode()).hexdigest()[:24]
 
 
-def _open(path: Path) -> Blob | None:
+def _open(path: Path, wanted: Set[str]) -> Blob | None:
     try:
         blob = map_blob(path)
         if not all(map(blob.sound, blob.slots)):
             raise Damaged("its pixels have a wrong checksum")
-        return blob
+        # Pictures that could not be read are not in it; perhaps they can be now.
+        return blob if wanted <= blob.slots.keys() else None
     except FileNotFoundError:
         return None
     except (Damaged, OSError) as error:

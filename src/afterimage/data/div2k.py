@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -31,7 +32,7 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
     The official validation pictures are the test split, as in the study. `parts` are those to get: `train`,
     `test`. What is downloaded or unpacked stays in the cache.
     """
-    given = Path(path).expanduser() if path else None
+    given = Path(os.path.expanduser(path)) if path else None
     if given is not None and not given.is_dir():
         raise AfterimageError(f"there is no folder {given}")
     found: dict[str, list[FileOriginal]] = {}

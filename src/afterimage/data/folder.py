@@ -21,7 +21,7 @@ def read_folder(path: str) -> Source:
     A folder with a `train` folder and a `test` or `validation` (or `val`, `valid`) folder is split by these,
     and what lies beside them is left out.
     """
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     try:
         names = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
     except (OSError, ValueError) as error:

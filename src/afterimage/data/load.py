@@ -57,7 +57,7 @@ class Data:
 def default_cache() -> Path:
     """`AFTERIMAGE_CACHE`, else `~/.cache/afterimage`."""
     folder = os.environ.get("AFTERIMAGE_CACHE")
-    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "afterimage"
+    return Path(os.path.expanduser(folder)) if folder else Path(os.path.expanduser("~/.cache/afterimage"))
 
 
 def load_data(
@@ -70,7 +70,7 @@ def load_data(
     it. Raises an `AfterimageError` that names the file, the source or the counts where pictures are missing,
     broken or too few, and where a test picture is also a training or validation picture.
     """
-    folder = Path(cache).expanduser() if cache is not None else default_cache()
+    folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
     seed, own = config.split_seed, not config.test
     source = read_source(config.source, {"train", "test"} if own else {"train"}, folder, progress)
     fractions = config.validation_fraction, config.test_fraction if own else None
@@ -146,8 +146,8 @@ def _check(parts: Sequence[Sequence[Original]], pictures: Sequence[Pictures]) ->
     if leaks:
         more = f"\n  … and {len(leaks) - 20} more" if len(leaks) > 20 else ""
         raise AfterimageError(
-            f"{len(leaks)} of the test pictures are trained or validated on too, which would falsify the scores; "
-            "take one of each pair out:\n  " + "\n  ".join(leaks[:20]) + more
+            f"{len(leaks)} of the test pictures are trained or validated on too, which would falsify all "
+            "scores; take one of each pair out:\n  " + "\n  ".join(leaks[:20]) + more
         )
     return [
         f"exact copies of other pictures among the {len(pictures[part])} {_NAMES[part]} pictures: {count}"

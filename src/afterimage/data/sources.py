@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def read_source(name: str, parts: Collection[str], cache: Path, progress: Progre
         return Source([DeadLeaves(series, index) for index in range(count)])
     if name == "photographs":
         return read_photographs()
-    if name and Path(name).expanduser().is_dir():
+    if name and os.path.isdir(os.path.expanduser(name)):
         raise AfterimageError(f"unknown source {name!r}; did you mean 'folder:{name}'?")
     raise unknown("source", name, SOURCES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Blank(TorchFunctionMode):
-    """Leave parameters as they were allocated where a model would draw them at random: they are loaded anyway.
+    """Leave parameters as they were allocated where a model would draw them at random: they are loaded
+    anyway.
 
     Drawing them takes far longer than all the rest of building a network.
     """
@@ -63,7 +65,7 @@ class Blank(TorchFunctionMode):
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """timm's description of a model's weights: mean, std, the picture size they were made for, where they are."""
+    """timm's description of a model's weights: mean and std, the picture size that they expect, and so on."""
     config = get_pretrained_cfg(name, allow_unregistered=True)
     return config.to_dict() if config is not None else {}
 
@@ -97,13 +99,14 @@ def create_loaded(
 ) -> nn.Module:
     """A model with the weights of a state dict, in timm's names or in their publisher's.
 
-    Position embeddings and the like are resampled to `image_size` by the model's own filter. The state dict may
-    hold a part of the network only. `used` are the tensors that must be in it, each by all the names it goes by.
+    Position embeddings and the like are resampled to `image_size` by the model's own filter. The state dict
+    may hold a part of the network only. `used` are the tensors that must be in it, each by all the names it
+    goes by.
 
     Raises:
         AfterimageError: one of them is missing, does not fit or is not finite; it names `file`.
     """
-    load = functools.partial(_load, state=state, used=used, file=file)
+    load = functools.partial(_load, image_size=image_size, state=state, used=used, file=file)
     with seeded(0), _intercept(load), Blank():
         return create_model(name, image_size, pretrained=True)
 
@@ -112,8 +115,8 @@ def create_loaded(
 def _intercept(load: Callable[[nn.Module, Callable | None], None]) -> Iterator[None]:
     """Have timm call `load(model, filter)` where it would load weights itself.
 
-    The filter, which brings weights into a model's own names and shapes, is an argument of that one call: timm has
-    no public way to it.
+    The filter, which brings weights into a model's own names and shapes, is an argument of that one call:
+    timm has no public way to it.
     """
 
     def replacement(model: nn.Module, *_: Any, filter_fn: Callable | None = None, **__: Any) -> None:
@@ -131,6 +134,7 @@ def _intercept(load: Callable[[nn.Module, Callable | None], None]) -> Iterator[N
 def _load(
     model: nn.Module,
     filter_fn: Callable | None,
+    image_size: Size,
     state: Mapping[str, Tensor],
     used: Sequence[tuple[str, ...]],
     file: str,
@@ -151,7 +155,7 @@ def _load(
         if key in read or not key.startswith(classifiers)
     ]
     if wrong:
-        raise AfterimageError(f"{file} does not fit {name}: {_listed(wrong)}")
+        raise AfterimageError(f"{file} does not fit {name}: {_listed(wrong)}{_resized(name, image_size)}")
     broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
     if broken:
         raise AfterimageError(f"{file} holds values that are not finite, in {_listed(broken)}")
@@ -163,20 +167,28 @@ def _fit(
 ) -> dict[str, Tensor]:
     """Bring a state dict into the model's names and shapes.
 
-    Where the names are the model's already, a filter must not see a part of the network: some tell formats apart by
-    the classifier's key. It then gets the rest from the model itself, which is taken out again.
+    Where the names are the model's already, a filter must not see a part of the network: some tell formats
+    apart by the classifier's key. It then gets the rest from the model itself, which is taken out again.
     """
     if filter_fn is None or all(key in own and value.shape == own[key].shape for key, value in state.items()):
         return state
     added = own.keys() - state.keys() if state.keys() <= own.keys() else ()
+    arguments = ({**state, **{key: own[key] for key in added}}, model)
     try:
-        fitted = filter_fn({**state, **{key: own[key] for key in added}}, model)
+        fitted = filter_fn(*arguments[: len(inspect.signature(filter_fn).parameters)])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise AfterimageError(
-            f"{file} does not fit {model.pretrained_cfg['architecture']}; its tensors cannot be converted ({reason})"
-        ) from error
+        name = model.pretrained_cfg["architecture"]
+        raise AfterimageError(f"{file} does not fit {name}: it cannot be converted ({reason})") from error
     return {key: value for key, value in fitted.items() if key not in added}
+
+
+def _resized(name: str, size: Size) -> str:
+    """A hint where a model of fixed size was built for another size than its weights are for."""
+    native = tuple(pretrained_config(name).get("input_size", (3, *size))[-2:])
+    if not has_fixed_size(name) or native == size:
+        return ""
+    return f" (built for {size[0]}x{size[1]} pictures; its weights are for {native[0]}x{native[1]})"
 
 
 def _as_tuple(value: str | Sequence[str] | None) -> Sequence[str]:

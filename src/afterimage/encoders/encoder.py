@@ -17,7 +17,7 @@ from afterimage.encoders.layers import describe_tap, picture_size
 from afterimage.encoders.layout import reorder
 from afterimage.encoders.names import resolve_model
 from afterimage.encoders.tracing import Tap, trace
-from afterimage.weights import Weights, find_weights, random_weights, read_weights
+from afterimage.weights import find_weights, random_weights, read_weights
 
 
 class _Done(Exception):
@@ -44,10 +44,10 @@ class _Hook:
 class Encoder(nn.Module):
     """The features of one or more layers of a frozen timm model, on pictures in [0, 1].
 
-    `Encoder("resnet34.tv_in1k:layer1")`, or `Encoder("resnet34", layers=["layer1", "layer2"])`: several layers cost
-    one pass. `weights` is `pretrained` (see `weights.find_weights`), `random` (drawn from `seed`), or a path to a
-    file or folder. The model keeps its own mean and std, stays in eval mode and never requires gradients; parameters
-    and buffers that the layers in use do not read are dropped.
+    `Encoder("resnet34.tv_in1k:layer1")`, or `Encoder("resnet34", layers=["layer1", "layer2"])`: several
+    layers cost one pass. `weights` is `pretrained` (see `weights.find_weights`), `random` (drawn from
+    `seed`), or a path to a file or folder. The model keeps its own mean and std, stays in eval mode and never
+    requires gradients; parameters and buffers that the layers in use do not read are dropped.
 
     Attributes:
         model_name: timm's name, with the tag of the weights
@@ -56,8 +56,8 @@ class Encoder(nn.Module):
         weights: where the weights come from
 
     Raises:
-        AfterimageError: unknown model or layer, a layer that is no feature map, a picture size at which the model
-            cannot run, or weights that are missing or do not fit.
+        AfterimageError: unknown model or layer, a layer that is no feature map, a picture size at which the
+            model cannot run, or weights that are missing or do not fit.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
             self.register_buffer(name, values, persistent=False)
         self._gradients = False
         self._features: list[Tensor | None] = [None] * len(layers)
-        deepest = max(range(len(layers)), key=lambda i: self._taps[i].order)
+        deepest = max(range(len(layers)), key=lambda i: (self._taps[i].order, i))
         for index, tap in enumerate(self._taps):
             hook = _Hook(self._features, index, tap, reorder(self.model, tap.module), last=index == deepest)
             self.model.get_submodule(tap.module).register_forward_hook(hook)
@@ -113,10 +113,11 @@ class Encoder(nn.Module):
 
         Without gradients, unless inside `gradients()`. Raises AfterimageError for pictures of another size.
         """
-        if images.ndim != 4 or images.shape[1:] != (3, *self.image_size):
+        if images.ndim != 4 or images.shape[1:] != (3, *self.image_size) or not images.is_floating_point():
             height, width = self.image_size
             raise AfterimageError(
-                f"{self.model_name} was built for pictures (B, 3, {height}, {width}), got {tuple(images.shape)}"
+                f"{self.model_name} was built for pictures (B, 3, {height}, {width}) of floats in [0, 1], "
+                f"got {tuple(images.shape)} of {images.dtype}"
             )
         images = images.contiguous(memory_format=torch.channels_last)
         try:
@@ -142,7 +143,7 @@ class Encoder(nn.Module):
         return super().train(False)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Per layer: source, module, shape, reduction, order of execution, and the encoder's cost up to there."""
+        """Per layer: source, module, shape, reduction, order of execution, and the cost up to there."""
         return [
             {"source": source, **describe_tap(tap, self.image_size)}
             for source, tap in zip(self.sources, self._taps, strict=True)
@@ -153,7 +154,7 @@ class Encoder(nn.Module):
 
 
 def _drop(model: nn.Module, used: set[str]) -> None:
-    """Let go of every parameter and saved buffer that is not used, so that none is moved, stored or counted."""
+    """Let go of every parameter and buffer that is not used: none of them is moved, stored or counted."""
     for key in model.state_dict().keys() - used:
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)

@@ -13,7 +13,7 @@ from afterimage.encoders.tracing import Tap, cannot_run, trace
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer that can be inverted, and what the encoder costs up to there (multiply-adds for one picture)."""
+    """One layer that can be inverted, and what the encoder costs up to there (multiply-adds a picture)."""
 
     name: str
     module: str
@@ -44,7 +44,8 @@ def picture_size(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def describe_tap(tap: Tap, image_size: Sequence[int]) -> dict[str, Any]:
-    """Shape and cost of a layer. `reduction` is the picture's height over the features'; `values_per_pixel_value`
+    """Shape and cost of a layer. `reduction` is the picture's height over the features';
+    `values_per_pixel_value`
     the number of feature values over the number of values in the picture, so that 1 keeps their count."""
     layout, (height, width) = tap.layout, image_size
     reduction = height / layout.height
@@ -67,8 +68,9 @@ def list_layers(
 ) -> list[LayerInfo]:
     """The layers of a timm model that can be inverted, in order of execution; no weights are needed.
 
-    Stages and blocks, under the study's names where it has one; `every` module on request. `image_size` is 224 by
-    default. Raises AfterimageError for a model that is unknown or that cannot run on pictures of that size.
+    Stages and blocks, under the study's names where it has one; `every` module on request. `image_size` is
+    224 by default. Raises AfterimageError for a model that is unknown or that cannot run on pictures of that
+    size.
     """
     size = picture_size(224 if image_size is None else image_size)
     traced = trace(resolve_model(model), size)

@@ -1,7 +1,7 @@
 """Layouts: how what a module returns becomes `(B, C, h, w)`.
 
-Which axes are spatial is measured, not declared: the network is run on two picture sizes (and two batch sizes),
-and the axes that grow with the picture are its height and width.
+Which axes are spatial is measured, not declared: the network is run on two picture sizes (and two batch
+sizes), and the axes that grow with the picture are its height and width.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+COARSEST = 128
 Size = tuple[int, int]
 Shape = tuple[int, ...]
 Key = tuple[int | str, ...]
@@ -26,7 +27,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Layout:
-    """One module's output: the tensor at `key`, its axes, the prefix tokens before the grid, and its measured shape."""
+    """One module's output: the tensor at `key`, its axes, its prefix tokens, and its measured shape."""
 
     axes: str
     channels: int
@@ -66,8 +67,8 @@ def shapes(output: Any) -> Shapes:
 def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
     """What puts a module's tokens into raster order first, for models that keep them in another order.
 
-    Hiera unrolls its tokens so that pooling is a maximum over contiguous ones (Ryali et al., 2023); only at the
-    end of a block does it say how to roll them back, into (B, h, w, C).
+    Hiera unrolls its tokens so that pooling is a maximum over contiguous ones (Ryali et al., 2023); only at
+    the end of a block does it say how to roll them back, into (B, h, w, C).
     """
     if not hasattr(model, "reroll") or path.partition(".")[0] == "patch_embed":
         return None
@@ -82,9 +83,9 @@ def find_layout(
 ) -> Layout:
     """The layout of one module's output, from its tensors' shapes on one picture and on two of another size.
 
-    `sizes` are the pictures', `prefix` the number of prefix tokens that the model declares. Where both passes had
-    the same size, `prefers_nhwc` decides what the shapes leave open.
-    Raises Refused with the reason where no tensor, or more than one, is a feature map.
+    `sizes` are the pictures', `prefix` the number of prefix tokens that the model declares. Where both passes
+    had the same size, `prefers_nhwc` decides what the shapes leave open. Raises Refused with the reason where
+    no tensor, or more than one, is a feature map.
     """
     later = dict(second)
     found: dict[Layout, None] = {}
@@ -149,11 +150,16 @@ def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
 
 
 def _is_grid(grid: Size, size: Size) -> bool:
-    """Whether a grid has the picture's aspect, up to what padding (or its absence) adds and takes away."""
+    """Whether a grid has the picture's aspect, up to what padding (or its absence) adds and takes away.
+
+    One location for a whole picture of ordinary size is no map but what pooling left of one.
+    """
     if not all(grid) or (size[0] == size[1] and grid[0] != grid[1]):
         return False
     reduction = math.sqrt(math.prod(size) / math.prod(grid))
-    return all(abs(g - s / reduction) <= max(1.5, 0.1 * g) for g, s in zip(grid, size, strict=True))
+    return reduction <= COARSEST and all(
+        abs(g - s / reduction) <= max(1.5, 0.1 * g) for g, s in zip(grid, size, strict=True)
+    )
 
 
 def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
@@ -169,7 +175,7 @@ def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
 
 
 def find_grid(count: int, size: Size) -> Size | None:
-    """The `(h, w)` with h w = count that comes closest to the picture's aspect; None where none is within one."""
+    """The `(h, w)` with h w = count that is closest to the picture's aspect and within one of it."""
     if count < 1:
         return None
     reduction = math.sqrt(math.prod(size) / count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 
@@ -66,6 +67,7 @@ def _unknown_model(name: str) -> AfterimageError:
     known = timm.list_models(pretrained=True)
     architectures = dict.fromkeys(known_name.partition(".")[0] for known_name in known)
     near = difflib.get_close_matches(name, [*known, *architectures], n=5, cutoff=0.6)
+    near = near or [architecture for architecture in architectures if name.lower() in architecture][:5]
     hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else "."
     return AfterimageError(
         f"unknown model {name!r}{hint} Valid: any of timm's {len(architectures)} pretrained models, "
@@ -77,15 +79,16 @@ def _unknown_model(name: str) -> AfterimageError:
 def aliases(model: nn.Module, name: str) -> dict[str, str]:
     """The study's names for layers, as `{alias: module path}`; a real module path always wins over an alias.
 
-    VGG's `block1` .. `block5` are the pooled outputs; `block0` .. of anything made of `blocks` are its blocks in
-    order; PVT-v2's `stage1` .. `stage4` are its stages. ResNet's `layer1` .. `layer4` are module paths as they are.
+    VGG's `block1` .. `block5` are the pooled outputs; `block0` .. of anything made of `blocks` are its blocks
+    in order; PVT-v2's `stage1` .. `stage4` are its stages. ResNet's `layer1` .. `layer4` are module paths as
+    they are.
     """
     if name.startswith("vgg"):
         pools = [f"features.{i}" for i, m in model.features.named_children() if isinstance(m, nn.MaxPool2d)]
         return {f"block{n}": path for n, path in enumerate(pools, start=1)}
     if name.startswith("pvt_v2"):
         return {f"stage{n}": f"stages.{i}" for n, (i, _) in enumerate(model.stages.named_children(), start=1)}
-    blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, nn.Sequential | nn.ModuleList):
-        return {f"block{i}": f"blocks.{i}" for i in range(len(blocks))}
+    for path in ("blocks", "encoder.blocks"):
+        with contextlib.suppress(AttributeError):
+            return {f"block{i}": f"{path}.{i}" for i, _ in enumerate(model.get_submodule(path).children())}
     return {}

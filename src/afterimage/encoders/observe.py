@@ -17,7 +17,10 @@ from afterimage.encoders.layout import Refused, Shapes, reorder, shapes, tensors
 
 @dataclass
 class Event:
-    """One module that has finished: the how-manieth, after how many operations and multiply-adds, with what shapes."""
+    """One module that has finished: its place, the operations and multiply-adds until then, and its shapes.
+
+    `returned` keeps the tensors and their versions, which count changes in place.
+    """
 
     order: int
     clock: int
@@ -34,10 +37,11 @@ class Event:
 
 
 class Observation(TorchDispatchMode):
-    """Runs a model on `images` once and keeps, by module path, what finished; and when each tensor was first read.
+    """Runs a model on `images` once and keeps, by module path, what finished; and when each tensor was first
+    read.
 
-    On the meta device that takes neither weights nor memory. A pass that fails leaves what had finished by then and
-    says why in `failure`.
+    On the meta device that takes neither weights nor memory. A pass that fails leaves what had finished by
+    then and says why in `failure`.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:

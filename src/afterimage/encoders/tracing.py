@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,8 @@ from afterimage.encoders.observe import Observation, storage
 class Tap:
     """A module whose output is a feature map.
 
-    `order` counts finished modules, `clock` operations; `parameters` and `macs` (of one picture) are the network's
-    up to there. `overwritten` says that the network later changes what the module returned.
+    `order` counts finished modules, `clock` operations; `parameters` and `macs` (of one picture) are the
+    network's up to there. `overwritten` says that the network later changes what the module returned.
     """
 
     module: str
@@ -42,7 +42,8 @@ class Tap:
 class Trace:
     """A model on pictures of `image_size`: what can be inverted (`taps`) and why the rest cannot (`refused`).
 
-    `reads` are the saved tensors in the order in which they are first read: clock, names, number of parameters.
+    `reads` are the saved tensors in the order in which they are first read: clock, names, number of
+    parameters.
     """
 
     model: str
@@ -56,7 +57,7 @@ class Trace:
     failure: str
 
     def tap(self, layer: str) -> Tap:
-        """The tap of a layer by module path or alias. Raises AfterimageError that says what would be valid."""
+        """The tap of a layer, by module path or alias. Raises AfterimageError that says what is valid."""
         path = layer if layer in self.modules else self.aliases.get(layer, layer)
         if path in self.taps:
             return self.taps[path]
@@ -79,8 +80,7 @@ class Trace:
     def names(self) -> list[str]:
         """The layers worth listing, in order of execution, by alias where there is one."""
         short = {path: alias for alias, path in self.aliases.items()}
-        listed = {*short, *self.stages}
-        return [short.get(path, path) for path in self.by_order if path in listed]
+        return [short.get(path, path) for path in sorted(self.stages, key=lambda path: self.taps[path].order)]
 
     def used(self, taps: Sequence[Tap]) -> list[tuple[str, ...]]:
         """The saved tensors that the layers in use read, each by all the names that it goes by."""
@@ -96,7 +96,7 @@ def cannot_run(model: str, size: Size, reason: str) -> AfterimageError:
 
 @functools.lru_cache(maxsize=32)
 def trace(name: str, image_size: Size) -> Trace:
-    """Trace a timm model (name with tag). Raises AfterimageError where it cannot be built for `image_size`."""
+    """Trace a timm model (name with tag). Raises AfterimageError if it cannot be built for `image_size`."""
     model = _blank(name, image_size)
     first = Observation(model, _pictures(model, 1, image_size))
     second, size = _observe_again(name, model, image_size, first)
@@ -121,12 +121,13 @@ def trace(name: str, image_size: Size) -> Trace:
         total = totals[bisect_right(clocks, event.clock)]
         taps[path] = Tap(path, layout, event.order, event.clock, total, event.macs, event.overwritten)
     modules = tuple(path for path, _ in model.named_modules() if path)
-    stages = _stages(model, taps)
-    return Trace(name, image_size, modules, taps, refused, reads, aliases(model, name), stages, first.failure)
+    short = aliases(model, name)
+    stages = _stages(model, taps, short.values())
+    return Trace(name, image_size, modules, taps, refused, reads, short, stages, first.failure)
 
 
 def _blank(name: str, image_size: Size) -> nn.Module:
-    """The model without storage; on the CPU where it is recurrent, as the meta device unrolls that very slowly."""
+    """The model without storage; with it where it is recurrent: the meta device unrolls that too slowly."""
     try:
         with seeded(0), Blank():
             model = create_model(name, image_size, device="meta")
@@ -142,7 +143,7 @@ def _pictures(model: nn.Module, count: int, size: Size) -> torch.Tensor:
 
 
 def _observe_again(name: str, model: nn.Module, size: Size, first: Observation) -> tuple[Observation, Size]:
-    """Two pictures that are wider, or larger, or at least two: the first that gets as far as one picture did."""
+    """Two pictures, wider, else larger, else just two: the first that gets as far as one did."""
     height, width = size
     for other in ((height, 2 * width), (2 * height, 2 * width), size):
         try:
@@ -164,24 +165,29 @@ def _reads(model: nn.Module, seen: Observation) -> list[tuple[int, tuple[str, ..
     return sorted((seen.first_read[s], tuple(names[s]), counts[s]) for s in names if s in seen.first_read)
 
 
-def _stages(model: nn.Module, taps: Mapping[str, Tap]) -> tuple[str, ...]:
-    """What timm declares as stages, and the members of the outermost sequences of stages or blocks.
+def _stages(model: nn.Module, taps: Mapping[str, Tap], named: Collection[str], depth: int = 4) -> list[str]:
+    """The layers worth listing: those with a name in the study (`named`), those that timm declares, and the
+    outermost other modules that are made of several, unless they are most of the network.
 
-    Single operations are left out where there is anything larger.
+    Where layers have a name in the study, single operations are left out.
     """
-    declared = [
-        info["module"] for info in getattr(model, "feature_info", None) or () if isinstance(info, dict)
-    ]
-    composite = {path for path, module in model.named_modules() if any(True for _ in module.children())}
-    sequences = {n for n, m in model.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList)}
-    for depth in range(1, 4):
-        members = [
-            path
-            for path in taps
-            if path in composite and path.count(".") == depth and path.rpartition(".")[0] in sequences
-            and not any(path.startswith(f"{stage}.") for stage in declared if stage in taps)
-        ]  # fmt: skip
-        found = [path for path in dict.fromkeys([*declared, *members]) if path in taps]
-        if any(path in composite for path in found):
-            return tuple(path for path in found if path in composite or path in declared)
-    return tuple(path for path in declared if path in taps)
+    infos = getattr(model, "feature_info", None) or ()
+    declared = {info["module"] for info in infos if isinstance(info, dict)}
+    found: list[str] = []
+
+    def visit(parent: nn.Module, prefix: str, level: int) -> None:
+        for name, module in parent.named_children():
+            path = f"{prefix}{name}"
+            composite = any(True for _ in module.children())
+            inside = sum(other.startswith(f"{path}.") for other in taps)
+            if path in taps and (
+                path in named
+                or (path in declared and (composite or not named))
+                or (composite and inside < len(taps) / 2)
+            ):
+                found.append(path)
+            elif level < depth:
+                visit(module, f"{path}.", level + 1)
+
+    visit(model, "", 1)
+    return found

@@ -40,10 +40,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Album:
-    """What a page embeds. `blocks[i]` holds the data URIs of `pictures[i]`: `original`, and `runs` by position.
+    """What a page embeds.
 
-    `quality` is WebP's, or None where the files are embedded as they are; `total` counts the pictures before
-    any was left out.
+    `blocks[i]` holds the data URIs of `pictures[i]`: `original`, and `runs` by position. `quality` is WebP's,
+    or None where the files are embedded as they are. `total` counts the pictures before any was left out.
     """
 
     total: int

@@ -44,7 +44,9 @@ def _build(rows: Rows, dropped: tuple[str, ...], title: str | None) -> RichTable
     )  # fmt: skip
     for i in keep:
         name = layout.header[i]
-        table.add_column(Text(name), justify="left" if name in ("features", "shape", "decoder") else "right")
+        is_text = name in ("features", "shape", "decoder")
+        justify = "left" if is_text else "right"
+        table.add_column(Text(name.replace(" (", "\n(")), justify=justify, overflow="fold", no_wrap=not is_text)
     for group in layout.groups:
         style = "bold red" if group.loud else "bold"
         table.add_row(Text("\n".join(_heading(group)), style=style))

@@ -61,17 +61,18 @@ def grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 
 def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
     if row.kind == "reference":
-        series = "Reference lines"
+        series, short = "Reference lines", str(row.settings.get("reference", row.label)).replace("-", " ")
         return {
             "name": row.label, "reference": True, "random": False, "series": series, "encoder": series,
-            "layer": row.label, "decoder": "", "shape": "",
+            "layer": row.label, "short": short, "decoder": "", "shape": "",
         }  # fmt: skip
     encoder = names[row.encoder]
     series = f"{encoder} ({row.weights_label} weights)" if row.is_random else encoder
     decoder = row.decoder_label + (f", seed {row.seed}" if seeds else "")
     return {
-        "name": f"{series} · {row.layer} · {decoder}", "reference": False, "random": row.is_random, "series": series,
-        "encoder": encoder, "layer": row.layer, "decoder": decoder, "shape": " + ".join(row.shapes),
+        "name": f"{series} · {row.layer} · {decoder}", "reference": False, "random": row.is_random,
+        "series": series, "encoder": encoder, "layer": row.layer, "short": row.layer, "decoder": decoder,
+        "shape": " + ".join(row.shapes),
     }  # fmt: skip
 
 
@@ -84,7 +85,9 @@ def _numbers(row: Row, ids: Sequence[str]) -> dict[str, Any]:
         "locations": None if reference else row.locations,
         "net": row.lpips_net,
         "scores": {metric: _score(row, metric) for metric in METRICS},
-        "perPicture": {m: [None if (v := values[m].get(id)) is None else round(v, 4) for id in ids] for m in METRICS},
+        "perPicture": {
+            m: [None if (v := values[m].get(id)) is None else round(v, 4) for id in ids] for m in METRICS
+        },
     }
 
 

@@ -70,7 +70,7 @@ class Footnotes:
 
 
 def lay_out(rows: Rows, *, spread: Spread = "std") -> Table:
-    """The whole table. `spread` is what follows ±: the pictures' standard deviation or the mean's interval."""
+    """The whole table. `spread` chooses what follows ±: the standard deviation or the mean's interval."""
     if spread not in SPREADS:
         raise unknown("spread", spread, SPREADS)
     columns = [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in rows.nets or ("",))]

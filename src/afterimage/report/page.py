@@ -45,9 +45,10 @@ def write_page(
 ) -> Path:
     """Write the page of these runs to the file `out` and return its path.
 
-    `findings` hold `title`, `verdict`, `rule` and `paragraphs`; `figures` are image files, each alone or after its
-    caption. The page stays below `limit` bytes: pictures are re-encoded, then left out, and the page says so.
-    Raises `AfterimageError` where no run is finished, a picture cannot be read, or the figures alone are too large.
+    `findings` hold `title`, `verdict`, `rule` and `paragraphs`; `figures` are image files, with or without a
+    caption before them. The page stays below `limit` bytes: pictures are re-encoded, then left out, and the
+    page says so. Raises `AfterimageError` where no run is finished, a picture cannot be read, or the limit is
+    too small for the page without pictures.
     """
     rows = read_rows(runs)
     shown = [_figure(figure) for figure in figures]
@@ -57,13 +58,17 @@ def write_page(
     # Rendered once without pictures, to learn how much room is left for them.
     room = limit - len(_render(rows, entries, Album(total=len(pictures)), **context).encode())
     if room < 0:
-        raise AfterimageError(f"{out}: tables, charts and figures alone take more than the limit of {limit:,} bytes")
+        raise AfterimageError(
+            f"{out}: tables, charts and figures alone take more than the limit of {limit:,} bytes"
+        )
     album = embed(pictures, room, progress)
     write_atomic(out, _render(rows, entries, album, **context))
     return Path(out)
 
 
-def _render(rows: Rows, entries: Sequence[Mapping[str, Any]], album: Album, *, title: str, **context: Any) -> str:
+def _render(
+    rows: Rows, entries: Sequence[Mapping[str, Any]], album: Album, *, title: str, **context: Any
+) -> str:
     theme, style = _text("theme.js"), "\n".join(map(_text, STYLES))
     script = "\n".join(["(() => {", '"use strict";', *map(_text, SCRIPTS), "})();"])
     data = {
@@ -82,7 +87,9 @@ def _render(rows: Rows, entries: Sequence[Mapping[str, Any]], album: Album, *, t
         rows=list(zip(rows.all, entries, strict=True)),
         unfinished=rows.unfinished,
         warnings=rows.warnings,
-        notes=grouped((note, entry["name"]) for row, entry in zip(rows.all, entries, strict=True) for note in row.notes),
+        notes=grouped(
+            (note, entry["name"]) for row, entry in zip(rows.all, entries, strict=True) for note in row.notes
+        ),
         lpips_missing=grouped((row.lpips_reason, row.label) for row in rows.all if not row.scores["lpips"]),
         nets=rows.nets,
         best=best_scores(rows),

@@ -61,7 +61,7 @@ def _read(run: Run) -> Row:
             raise AfterimageError(f"{path} has no {key!r}")
     if summary["kind"] not in KINDS:
         raise unknown("kind of row", str(summary["kind"]), KINDS)
-    lpips = summary.get("lpips") or {}
+    lpips, settings = summary.get("lpips") or {}, _settings(run)
     sources = tuple(map(str, summary.get("sources") or ()))
     if summary["kind"] == "decoder" and not sources:
         raise AfterimageError(f"{path} names no sources")
@@ -72,7 +72,7 @@ def _read(run: Run) -> Row:
         sources=sources,
         features=tuple(summary.get("features") or ()),
         decoder=str(summary.get("decoder") or ""),
-        fusion=summary.get("fusion"),
+        fusion=summary.get("fusion") or settings.get("fusion"),
         weights=tuple(summary.get("weights") or ()),
         parameters=_number(path, summary, "parameters"),
         seed=_number(path, summary, "seed"),
@@ -83,7 +83,7 @@ def _read(run: Run) -> Row:
         pictures=tuple(run.scores),
         data=summary.get("data") or {},
         notes=tuple(map(str, summary.get("notes") or ())),
-        settings=_settings(run),
+        settings=settings,
     )
     # Whatever tables and figures compute from the files is computed once here, where damage is caught.
     _ = row.shapes, row.grid, row.locations, row.order, row.weights_label, row.data.get("digest")

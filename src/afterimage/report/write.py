@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from afterimage.progress import Progress, silent
 from afterimage.report.escape import markdown, markdown_block, markdown_code, plain
 from afterimage.report.layout import Spread
 from afterimage.report.read import DAMAGE, read_rows
@@ -19,12 +20,11 @@ from afterimage.report.variants import flatten
 from afterimage.runs import Run, read_json, write_atomic
 
 TITLE = "How much of a picture is left in the features?"
-Progress = Callable[[str, int, int], None]
 
 
 def write_report(
     runs: Iterable[Run], out: str | Path, *, title: str = TITLE, sections: Sequence[tuple[str, str]] = (),
-    spread: Spread = "std", progress: Progress | None = None,
+    spread: Spread = "std", progress: Progress = silent,
 ) -> dict[str, Path]:  # fmt: skip
     """Write the report of these runs below `out` and return the files written, by their path below `out`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from afterimage.progress import Progress, silent
 from afterimage.report.figures.depth import quality_by_depth
 from afterimage.report.figures.distribution import distributions
 from afterimage.report.figures.grid import grid, pages
@@ -24,16 +25,14 @@ AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
 }
 
 
-def draw(rows: Rows, progress: Callable[[str, int, int], None] | None = None) -> Iterator[Drawing]:
+def draw(rows: Rows, progress: Progress = silent) -> Iterator[Drawing]:
     """Every figure that the rows can fill, one at a time: they are large."""
     jobs = [(name, partial(make, rows)) for name, make in BEFORE_GRIDS.items()]
     jobs += [(page.title, partial(grid, page)) for page in pages(rows)]
     jobs += [(name, partial(make, rows)) for name, make in AFTER_GRIDS.items()]
     for i, (name, job) in enumerate(jobs):
-        if progress:
-            progress(name, i, len(jobs))
+        progress("figures", i, len(jobs), figure=name)
         with style():
             drawings = job()
         yield from drawings
-    if progress:
-        progress("figures", len(jobs), len(jobs))
+    progress("figures", len(jobs), len(jobs))

@@ -82,7 +82,7 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         axes.set_ylim(axes.get_ylim())
         marked = [r for r in rows.references if has(r, metric, net)]
-        margin_labels(axes, [(r.scores[metric].mean, plain(r.label, 24), MUTED) for r in marked])
+        margin_labels(axes, [(r.scores[metric].mean, plain(r.label, 32), MUTED) for r in marked])
     return [Drawing("quality-by-depth", "Quality by depth", _caption(rows), figure)]
 
 
@@ -150,8 +150,8 @@ def _caption(rows: Rows) -> str:
     seeds = len({r.seed for r in rows.decoders})
     text = (
         "Mean over test pictures with its 95 % t interval; decoders of a layer stand side by side. "
-        "Intervals of two points may overlap although their difference is certain: the pictures are the same, "
-        "so compare pairs."
+        "Intervals of two points may overlap although their difference is certain: the pictures are the "
+        "same, so compare pairs."
     )
     text += f" Each picture's score is its mean over up to {seeds} seeds." if seeds > 1 else ""
     text += (

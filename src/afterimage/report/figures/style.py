@@ -24,7 +24,8 @@ INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 RC = {
     "font.family": "DejaVu Sans", "font.size": 8, "text.parse_math": False, "text.color": INK,
     "axes.labelsize": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED, "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.edgecolor": MUTED, "axes.linewidth": 0.7,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "xtick.color": MUTED, "ytick.color": MUTED,
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": "#ececec", "grid.linewidth": 0.7,
     "lines.linewidth": 1.4, "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 7.5,

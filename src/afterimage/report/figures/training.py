@@ -20,7 +20,8 @@ from afterimage.report.read import DAMAGE
 from afterimage.report.rows import Row, Rows
 
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
-PANELS = 12
+PANELS = 12  # on one figure
+TITLE = 26  # characters above a panel
 Epochs = list[dict[str, Any]]
 Panel = tuple[str, bool, str, str]
 # A step that leaves less than this part of the learning rate is a drop; smooth schedules have none.
@@ -59,8 +60,8 @@ def _figure(groups: dict[Panel, list[tuple[Row, Epochs]]], names: dict[str, str]
     for axes, (encoder, is_random, decoder, loss) in zip(panels.values(), groups, strict=True):
         ends[axes] = _draw(axes, groups[encoder, is_random, decoder, loss], loss == "mse")
         who = f"{names[encoder]}{', RANDOM weights' if is_random else ''}"
-        extra = "" if loss == "mse" else f"\nloss: {plain(loss, 34)}"
-        axes.set_title(f"{wrap(who, 36)}\n{wrap(plain(decoder, 72), 36)}{extra}")
+        extra = "" if loss == "mse" else f"\nloss: {wrap(plain(loss, 40), TITLE)}"
+        axes.set_title(f"{wrap(who, TITLE)}\n{wrap(plain(decoder, 72), TITLE)}{extra}")
         axes.set_xlabel("epoch")
         axes.set_ylabel("validation PSNR (dB) ↑" if loss == "mse" else "validation loss ↓")
     _share_heights([axes for axes, panel in zip(panels.values(), groups, strict=True) if panel[-1] == "mse"])

@@ -121,9 +121,9 @@ function setUpDepth() {
     for (const { run, at, text } of labels) {
       const value = format(run.scores[state.metric].mean, state.metric, METRICS[state.metric].digits - 1);
       chart.append(
-        svg("line", { class: "reference", x1: left, x2: right, y1: at, y2: at }),
+        svg("line", { class: "reference-line", x1: left, x2: right, y1: at, y2: at }),
         svg("path", { class: "leader", d: `M${right} ${at}L${right + 8} ${text}` }),
-        svg("text", { class: "tick", x: right + 11, y: text, dy: "0.32em" }, svg("title", {}, run.layer), `${cut(run.layer, 104)} ${value}`),
+        svg("text", { class: "tick", x: right + 11, y: text, dy: "0.32em" }, svg("title", {}, run.layer), `${cut(run.short, 104)} ${value}`),
       );
     }
   }

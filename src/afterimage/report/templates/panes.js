@@ -75,7 +75,7 @@ function pictureTitle() {
   const step = (by, text, label) => el("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick: () => stepPicture(by) }, text);
   return el(
     "div", { class: "title" },
-    el("span", {}, el("strong", {}, "Original"), el("small", { class: "clip-text", title: picture.id }, picture.id)),
+    el("span", {}, el("strong", {}, "Original"), el("small", { title: picture.id }, picture.id)),
     el("span", { class: "pager" }, step(-1, "‹", "Previous picture"), `${state.picture + 1} / ${PICTURES.length}`, step(1, "›", "Next picture")),
   );
 }
@@ -120,8 +120,8 @@ function showPane(pane, images) {
   if (pane.key === "wipe") {
     if (whole) draw(pane.over, pair[1]);
     pane.over.setAttribute("aria-label", nameOf(state.wipeLeft));
-    pane.tags[0].textContent = state.wipeLeft === "b" ? `B ${RUNS[state.b].layer}` : "Original";
-    pane.tags[1].textContent = `A ${RUNS[state.a].layer}`;
+    pane.tags[0].textContent = state.wipeLeft === "b" ? `B ${RUNS[state.b].short}` : "Original";
+    pane.tags[1].textContent = `A ${RUNS[state.a].short}`;
     renderWipe();
   }
 }

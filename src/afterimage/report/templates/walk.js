@@ -54,7 +54,7 @@ function renderChooser(slot) {
   chooser.cells.forEach((cell, place) => {
     const here = walk[place];
     cell.root.classList.toggle("current", here === index);
-    cell.layer.textContent = RUNS[here].layer;
+    cell.layer.textContent = RUNS[here].short;
     cell.layer.title = RUNS[here].layer;
     cell.score.textContent = format(scoreOf(here, state.picture, "psnr"), "psnr", 1).replace("unavailable", "–");
   });

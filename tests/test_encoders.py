@@ -1,0 +1,427 @@
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from afterimage.config import AfterimageError
+from afterimage.encoders import Encoder, list_layers, resolve
+from afterimage.encoders.build import create_random
+from afterimage.encoders.layout import reorder
+
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+
+STUDY_SHAPES = {
+    "vgg16.tv_in1k": {
+        "block1": (64, 112, 112),
+        "block2": (128, 56, 56),
+        "block3": (256, 28, 28),
+        "block4": (512, 14, 14),
+        "block5": (512, 7, 7),
+    },
+    "resnet34.tv_in1k": {
+        "layer1": (64, 56, 56),
+        "layer2": (128, 28, 28),
+        "layer3": (256, 14, 14),
+        "layer4": (512, 7, 7),
+    },
+    "vit_base_patch16_224.augreg2_in21k_ft_in1k": {f"block{i}": (768, 14, 14) for i in range(12)},
+    "vit_small_patch16_224.augreg_in21k_ft_in1k": {"block1": (384, 14, 14)},
+    "pvt_v2_b2.in1k": {
+        "stage1": (64, 56, 56),
+        "stage2": (128, 28, 28),
+        "stage3": (320, 14, 14),
+        "stage4": (512, 7, 7),
+    },
+}
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def randomise_statistics(model):
+    """Batch norms that do nothing would hide a pass in training mode."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model", STUDY_SHAPES)
+def test_the_studys_layers_have_the_studys_names_and_shapes(model):
+    listed = {layer.name: layer.shape for layer in list_layers(model)}
+    assert STUDY_SHAPES[model].items() <= listed.items()
+
+
+@pytest.mark.parametrize(("name", "ends"), [("vgg16", (5, 10, 17, 24, 31)), ("vgg11_bn", (4, 8, 15, 22, 29))])
+def test_vgg_blocks_equal_torchvisions_pooled_features(name, ends, images, tmp_path):
+    reference = randomise_statistics(getattr(torchvision.models, name)(weights=None))
+    path = tmp_path / "torchvision.pth"
+    torch.save({k: v for k, v in reference.state_dict().items() if k.startswith("features.")}, path)
+    encoder = Encoder(name, layers=[f"block{n}" for n in range(1, 6)], weights=path, image_size=64)
+    with torch.no_grad():
+        for end, features in zip(ends, encoder(images), strict=True):
+            torch.testing.assert_close(features, reference.features[:end]((images - MEAN) / STD))
+
+
+def test_resnet34_layers_equal_torchvisions(images, tmp_path):
+    reference = randomise_statistics(torchvision.models.resnet34(weights=None))
+    torch.save(reference.state_dict(), tmp_path / "resnet34.pth")
+    encoder = Encoder(
+        "resnet34.tv_in1k", layers=["layer1", "layer2", "layer3", "layer4"], weights=tmp_path, image_size=64
+    )
+    with torch.no_grad():
+        r = reference
+        x = r.maxpool(r.relu(r.bn1(r.conv1((images - MEAN) / STD))))
+        for stage, features in zip((r.layer1, r.layer2, r.layer3, r.layer4), encoder(images), strict=True):
+            x = stage(x)
+            torch.testing.assert_close(features, x)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
+)
+def test_vit_tokens_equal_timms_own_block_outputs(name):
+    size = 56 if "patch14" in name else 64
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    encoder = Encoder(name, layers=["block0", "block5", "block11"], weights="random", image_size=size)
+    reference = create_random(encoder.model_name, (size, size), 0)
+    with torch.no_grad():
+        expected = reference.forward_intermediates(
+            (images - encoder.mean) / encoder.std, indices=[0, 5, 11], norm=False, intermediates_only=True
+        )
+    for features, tokens in zip(encoder(images), expected, strict=True):
+        torch.testing.assert_close(features, tokens)
+
+
+def test_mean_and_std_are_the_models_own():
+    for name, mean, std in (("vit_tiny_patch16_224", 0.5, 0.5), ("resnet18", 0.485, 0.229)):
+        encoder = Encoder(name, layers=["patch_embed" if "vit" in name else "layer1"], weights="random")
+        assert encoder.mean.flatten()[0] == pytest.approx(mean)
+        assert encoder.std.flatten()[0] == pytest.approx(std)
+
+
+def test_several_layers_come_in_the_order_asked_for_and_equal_each_alone(images):
+    # ReLU overwrites features.0 and the addition overwrites bn2 in place, later in the same pass.
+    for model, layers in (
+        ("vgg11", ["block2", "features.0", "block1"]),
+        ("resnet18", ["layer2", "layer1.0.bn2", "bn1", "layer1", "layer1"]),
+    ):
+        together = Encoder(model, layers=layers, weights="random", image_size=64)
+        for layer, features in zip(layers, together(images), strict=True):
+            (alone,) = Encoder(f"{model}:{layer}", weights="random", image_size=64)(images)
+            torch.testing.assert_close(features, alone, rtol=0, atol=0)
+
+
+def test_the_network_runs_no_deeper_than_the_deepest_layer(images):
+    encoder = Encoder("resnet18:layer1", weights="random", image_size=64)
+
+    def fail(*_):
+        raise AssertionError("ran too far")
+
+    encoder.model.layer2.register_forward_pre_hook(fail)
+    encoder(images)
+    assert not any(key.startswith(("model.layer2", "model.fc")) for key in encoder.state_dict())
+    assert (
+        sum(p.numel() for p in encoder.parameters()) == encoder.describe()[0]["encoder_parameters"] == 157_504
+    )
+
+
+def test_training_leaves_the_state_bit_identical_and_without_gradients(images):
+    encoder = Encoder("resnet18:layer2", weights="random", image_size=64)
+    decoder = nn.Conv2d(128, 3, 1)
+    whole = nn.ModuleList([encoder, decoder]).train()
+    before = copy.deepcopy(encoder.state_dict())
+    optimiser = torch.optim.Adam([p for p in whole.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        decoder(encoder(images)[0]).square().mean().backward()
+        optimiser.step()
+    assert not any(module.training for module in encoder.modules())
+    assert decoder.training
+    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+    assert before.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["resnet18:layer1", "vgg11:block2", "vit_tiny_patch16_224:block3"])
+def test_inversion_can_differentiate_through_the_encoder(source, images):
+    encoder = Encoder(source, weights="random", image_size=64)
+    images.requires_grad_()
+    assert not encoder(images)[0].requires_grad
+    with encoder.gradients():
+        encoder(images)[0].square().sum().backward()
+    assert images.grad.abs().sum() > 0
+    assert not encoder(images)[0].requires_grad
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_pictures_are_left_as_they_are(images):
+    before = images.clone()
+    Encoder("vgg11:block1", weights="random", image_size=64)(images)
+    assert torch.equal(images, before)
+
+
+def test_random_weights_depend_on_the_seed_alone(images):
+    state = torch.get_rng_state()
+    first = Encoder("resnet18:layer1", weights="random", image_size=64, seed=3)
+    deeper = Encoder("resnet18", layers=["layer1", "layer3"], weights="random", image_size=64, seed=3)
+    other = Encoder("resnet18:layer1", weights="random", image_size=64, seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first(images)[0], deeper(images)[0])
+    assert not torch.equal(first(images)[0], other(images)[0])
+    assert (first.weights.label, first.weights.location, first.weights.sha256) == ("random", "seed 3", "")
+
+
+def test_non_square_and_odd_pictures():
+    for source, size, shape in (
+        ("vit_tiny_patch16_224:block1", (64, 96), (192, 4, 6)),
+        ("swin_tiny_patch4_window7_224:layers.1", (64, 128), (192, 8, 16)),
+        ("resnet18:layer2", (65, 99), (128, 9, 13)),
+        ("pvt_v2_b0:stage2", (64, 96), (64, 8, 12)),
+        # As many channels as rows and columns: only a second size can tell which axes are which.
+        ("resnet18:layer1", 256, (64, 64, 64)),
+        ("swin_tiny_patch4_window7_224:layers.0", 384, (96, 96, 96)),
+    ):
+        encoder = Encoder(source, weights="random", image_size=size)
+        assert encoder(torch.rand(1, 3, *encoder.image_size))[0].shape[1:] == shape
+
+
+def test_copies_and_pickles_work_by_themselves(images):
+    for source in ("resnet18:layer1", "hiera_tiny_224:block0"):
+        encoder = Encoder(source, weights="random", image_size=64)
+        for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+            torch.testing.assert_close(other(images)[0], encoder(images)[0])
+            assert encoder._features == other._features == [None]
+
+
+def test_describe_and_list_layers_agree_with_what_is_known():
+    layers = {layer.name: layer for layer in list_layers("resnet34")}
+    assert list(layers) == ["act1", "layer1", "layer2", "layer3", "layer4"]
+    layer = layers["layer1"]
+    assert (layer.reduction, layer.locations, layer.values_per_pixel_value) == (4, 3136, 4 / 3)
+    assert layer.encoder_parameters == 9_408 + 128 + 3 * (2 * 36_864 + 2 * 128)
+    assert layer.encoder_macs == 112 * 112 * 9_408 + 3 * 2 * 56 * 56 * 36_864
+    assert [layers[name].order for name in layers] == sorted(layer.order for layer in layers.values())
+    (described,) = Encoder("resnet34:layer1", weights="random").describe()
+    assert described.pop("source") == "resnet34.a1_in1k:layer1"
+    assert described.items() <= layer.as_dict().items()
+
+
+def test_whole_networks_cost_what_their_papers_say():
+    for model, layer, gmacs in (("resnet50", "layer4", 4.09), ("vit_base_patch16_224", "block11", 17.56)):
+        (last,) = (found for found in list_layers(model) if found.name == layer)
+        assert last.encoder_macs / 1e9 == pytest.approx(gmacs, rel=0.01)
+
+
+def test_every_module_is_listed_on_request():
+    few, every = list_layers("vgg16"), list_layers("vgg16", every=True)
+    assert [layer.name for layer in few] == ["block1", "block2", "block3", "block4", "block5"]
+    assert [layer.name for layer in every] == [f"features.{i}" for i in range(31)]
+    assert {layer.module for layer in few} <= {layer.module for layer in every}
+
+
+def test_the_tag_is_pinned_and_the_layers_word_kept():
+    assert resolve("vgg16:block1") == "vgg16.tv_in1k:block1"
+    assert resolve("resnet34.tv_in1k:layer1") == "resnet34.tv_in1k:layer1"
+    assert resolve("vit_base_patch16_224:blocks.5") == "vit_base_patch16_224.augreg2_in21k_ft_in1k:blocks.5"
+    assert Encoder("vgg11:block1", weights="random").sources == ("vgg11.tv_in1k:block1",)
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "message"),
+    [
+        ("resnet43:layer1", 224, "unknown model 'resnet43'; did you mean 'resnet34'"),
+        ("vit_base:block1", 224, "did you mean .*vit_base_"),
+        ("resnet34.tv:layer1", 224, "unknown weights' tag 'resnet34.tv'; did you mean 'resnet34.tv_in1k'"),
+        ("resnet34", 224, "'resnet34' names no layer"),
+        ("resnet18:layer5", 224, "unknown layer of resnet18.* 'layer5'; did you mean 'layer4'.*act1, layer1"),
+        ("vgg16:block6", 224, "unknown layer of vgg16.tv_in1k 'block6'; did you mean 'block5'"),
+        ("vit_tiny_patch16_224:block12", 224, "did you mean 'block1"),
+        ("resnet18:fc", 224, "a vector has no locations"),
+        ("resnet18:global_pool", 224, "a vector has no locations"),
+        ("seresnet50:layer1.0.se.fc1", 224, "64x1x1|no axes of it grow"),
+        ("swin_tiny_patch4_window7_224:layers.0.blocks.0.attn", 224, "first axis is not the batch"),
+        ("vit_tiny_patch16_224:blocks.0.attn.q_norm", 224, "no axes of it grow"),
+        ("convit_tiny:blocks.0.attn.attn_drop", 224, "no axes of it grow"),
+        ("hrnet_w18_small:stage2.0", 224, "returns 2 feature maps"),
+        ("hiera_tiny_224:blocks.0.mlp", 224, "not in raster order"),
+        ("resnet18:layer1.0.drop_path", 224, "unknown layer|does not run"),
+        ("vit_tiny_patch16_224:block0", 225, "cannot run on 225x225 pictures .*it can on 224x224"),
+        ("crossvit_tiny_240:blocks.0.blocks.0", 224, "cannot run on 224x224 pictures.*it can on 240x240"),
+        ("resnet18:layer1", 0, "image_size must be"),
+    ],
+)
+def test_what_cannot_be_done_says_why(source, size, message):
+    with pytest.raises(AfterimageError, match=message):
+        Encoder(source, weights="random", image_size=size)
+
+
+def test_wrong_pictures_are_errors(images):
+    encoder = Encoder("resnet18:layer1", weights="random", image_size=64)
+    for wrong in (images[:, :1], images[0], images[..., :63], (images * 255).byte()):
+        with pytest.raises(AfterimageError, match=r"built for pictures \(B, 3, 64, 64\) of floats"):
+            encoder(wrong)
+    with pytest.raises(AfterimageError, match="layers must be a list"):
+        Encoder("resnet18", layers="layer1", weights="random")
+
+
+# The smallest model of each family that is quick to build, and the side of the pictures that it is tried on.
+FAMILIES = {
+    "halonet_h1": 256,
+    "test_byobnet": 64,
+    "cait_xxs24_224": 64,
+    "coat_tiny": 64,
+    "convit_tiny": 64,
+    "convmixer_768_32": 64,
+    "test_convnext": 64,
+    "cpubone_nano": 64,
+    "crossvit_tiny_240": 240,
+    "csatv2": 64,
+    "cs3darknet_focus_s": 64,
+    "cspnext_tiny": 64,
+    "davit_tiny": 64,
+    "deit_tiny_patch16_224": 64,
+    "densenet121": 64,
+    "dla46x_c": 64,
+    "dpn48b": 64,
+    "edgenext_xx_small": 64,
+    "efficientformer_l1": 224,
+    "efficientformerv2_s0": 64,
+    "test_efficientnet": 64,
+    "efficientvim_m1": 64,
+    "efficientvit_b0": 64,
+    "efficientvit_m0": 64,
+    "vit_tiny_patch16_dinov3_qkvb": 64,
+    "fasternet_t0": 64,
+    "fastvit_t8": 64,
+    "focalnet_tiny_srf": 64,
+    "gcvit_xxtiny": 64,
+    "ghostnet_050": 64,
+    "hardcorenas_b": 64,
+    "hgnetv2_b0": 64,
+    "hiera_tiny_224": 64,
+    "sam2_hiera_tiny": 64,
+    "hrnet_w18_small": 64,
+    "iformer_t": 64,
+    "inception_next_atto": 64,
+    "inception_v3": 96,
+    "lcnetv2_small": 64,
+    "levit_128s": 64,
+    "lowformer_b0": 64,
+    "test_mambaout": 64,
+    "test_coatnet": 64,
+    "poolformerv2_s12": 64,
+    "gmlp_ti16_224": 64,
+    "mobilenetv3_small_050": 64,
+    "mobilevit_xxs": 64,
+    "mvitv2_tiny": 64,
+    "nest_tiny": 64,
+    "nextvit_small": 64,
+    "test_nfnet": 64,
+    "pit_ti_224": 64,
+    "pvt_v2_b0": 64,
+    "rdnet_tiny": 64,
+    "regnetx_002": 64,
+    "repghostnet_050": 64,
+    "repvit_m1": 64,
+    "res2next50": 64,
+    "resnest14d": 64,
+    "test_resnet": 64,
+    "resnetv2_18": 64,
+    "rexnet_100": 64,
+    "selecsls42": 64,
+    "legacy_seresnet18": 64,
+    "sequencer2d_s": 64,
+    "shvit_s1": 64,
+    "skresnet18": 64,
+    "starnet_s050": 64,
+    "swiftformer_xs": 64,
+    "swin_tiny_patch4_window7_224": 64,
+    "swinv2_tiny_window8_256": 64,
+    "swinv2_cr_tiny_224": 64,
+    "tiny_vit_5m_224": 112,
+    "tnt_s_legacy_patch16_224": 64,
+    "tresnet_m": 64,
+    "twins_svt_small": 64,
+    "visformer_tiny": 64,
+    "test_vit": 64,
+    "vit_tiny_r_s16_p8_224": 64,
+    "test_vit_relpos": 64,
+    "vitamin_small_224": 64,
+    "volo_d1_224": 64,
+    "ese_vovnet19b_slim_dw": 64,
+    "legacy_xception": 64,
+    "xception41p": 64,
+    "xcit_nano_12_p8_224": 64,
+}
+
+
+def quadrants(size):
+    """A smooth picture, and four with a patch of one quadrant brightened: (5, 3, size, size)."""
+    coarse = torch.rand(1, 3, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
+    images = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear").repeat(5, 1, 1, 1) / 2
+    half, margin = size // 2, size // 8
+    for quadrant in range(4):
+        top, left = (quadrant // 2) * half + margin, (quadrant % 2) * half + margin
+        images[quadrant + 1, :, top : top + half - 2 * margin, left : left + half - 2 * margin] += 0.5
+    return images
+
+
+def run_whole(model, path, inputs):
+    """What one module of an unabridged model returns."""
+    kept = []
+    handle = model.get_submodule(path).register_forward_hook(
+        lambda _, __, output: kept.append(copy.deepcopy(output))
+    )
+    with torch.no_grad():
+        model(inputs)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", FAMILIES)
+def test_contract_over_families(model):
+    """Shapes are as measured, dropping what is unused changes nothing, and places keep their order."""
+    size = FAMILIES[model]
+    names = [layer.name for layer in list_layers(model, size)]
+    layers = list(dict.fromkeys([*names[:2], names[len(names) // 2], names[-1]]))
+    encoder = Encoder(model, layers=layers, weights="random", image_size=size, seed=5)
+    images = quadrants(size)
+    features = encoder(images)
+    assert [(5, s.channels, s.height, s.width) for s in encoder.specs] == [tuple(f.shape) for f in features]
+    assert len(encoder.state_dict()) > 0 and not any(p.requires_grad for p in encoder.parameters())
+
+    whole = create_random(encoder.model_name, encoder.image_size, 5)
+    for tap, feature in zip(encoder._taps, features, strict=True):
+        output = run_whole(whole, tap.module, (images - encoder.mean) / encoder.std)
+        rolled = reorder(whole, tap.module)
+        torch.testing.assert_close(
+            feature,
+            tap.layout(rolled(output) if rolled else output),
+            rtol=1e-3,
+            atol=1e-4 * feature.std().item(),
+        )
+
+    for spec, feature in list(zip(encoder.specs, features, strict=True))[:2]:
+        changes = (feature[1:] - feature[:1]).square().sum(1)
+        top, left = spec.height // 2, spec.width // 2
+        for quadrant, change in enumerate(changes):
+            halves = change[:top], change[-top:]
+            parts = [part.mean() for half in halves for part in (half[:, :left], half[:, -left:])]
+            assert torch.stack(parts).argmax() == quadrant, f"{spec.source} does not keep its places in order"
+
+
+def test_enough_families_are_covered():
+    from timm.models._registry import _model_to_module
+
+    assert len({_model_to_module[name] for name in FAMILIES}) >= 60

@@ -1,0 +1,244 @@
+"""The page as a file: what it holds, what it escapes, how it keeps its size."""
+
+import base64
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from afterimage.config import AfterimageError
+from afterimage.report import album
+from afterimage.report.page import SCRIPTS, STYLES, TEMPLATES, write_page
+from afterimage.runs import scan, write_json
+from page_in_browser import FINDING, HOSTILE, rename_pictures
+from report_study import REFERENCES, RESNET, picture, write_run, write_study
+
+
+class Parsed(html.parser.HTMLParser):
+    """Elements with their attributes, the text outside scripts, and the data of JSON scripts by id."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements, self.text, self.data, self.current = [], "", {}, ("", {})
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.current = (tag, dict(attrs))
+        self.elements.append(self.current)
+
+    def handle_endtag(self, tag):
+        self.current = ("", {})
+
+    def handle_data(self, data):
+        tag, attributes = self.current
+        if tag == "script" and attributes.get("type") == "application/json":
+            self.data[attributes["id"]] = json.loads(data)
+        elif tag not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def originals():
+    return [picture(seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, originals):
+    root = tmp_path_factory.mktemp("study")
+    write_study(root, encoders=(RESNET,), references=("mean", "thumbnail-28"), originals=originals)
+    return root
+
+
+@pytest.fixture
+def runs(study, tmp_path):
+    """A copy of the study that a test may change."""
+    return list(scan(shutil.copytree(study, tmp_path / "runs")))
+
+
+def test_asks_the_network_for_nothing(runs, tmp_path):
+    page = Parsed(write_page(runs, tmp_path / "page.html", title="Study", findings=[FINDING]))
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "action", "srcset", "poster"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], (
+            tag,
+            attributes,
+        )
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data: blob:;")
+    assert "unsafe" not in policy and policy.count("'sha256-") == 3
+    assert {tag for tag, _ in page.elements}.isdisjoint({"link", "iframe", "object", "embed", "base"})
+
+
+def test_scripts_are_small_and_build_text_only():
+    for name in (*SCRIPTS, *STYLES, "theme.js"):
+        text = (TEMPLATES / name).read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 300, name
+        assert "</" not in text, f"{name} would end its element"
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|fetch\(|XMLHttp|WebSocket|@import|url\(",
+            text,
+        )
+
+
+def test_says_what_it_holds(runs, tmp_path):
+    failed, done, *_ = [run for run in runs if run.summary["kind"] == "decoder"]
+    failed.set_state("failed", error="the loss is not finite at step 7")
+    text = Parsed(write_page(runs, tmp_path / "page.html", title="A study", findings=[FINDING])).text
+    for words in (
+        "A study",
+        "It falls by 3 dB.",
+        "Always.",
+        "supported",
+        "All steps fall.",
+        REFERENCES["mean"][0],
+        "not finite at step 7",
+    ):
+        assert words in text
+    assert 'decoder]\nname = "attention"' in text and text.count("[recipe]") == 7, (
+        "the configuration of every row"
+    )
+    scores = done.summary["scores"]
+    for metric, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3)):
+        assert f"{scores[metric]['mean']:.{digits}f} ± {scores[metric]['std']:.{digits}f}" in text
+
+
+def test_names_stay_text(runs, tmp_path):
+    for run in runs:
+        rename_pictures(run, HOSTILE)
+    run = write_run(
+        tmp_path / "runs", "x", HOSTILE[0], "linear", sources=(f"{HOSTILE[0]}:{HOSTILE[1]}",), notes=HOSTILE
+    )
+    rename_pictures(run, HOSTILE) if run.pictures else None
+    finding = {"title": HOSTILE[0], "verdict": HOSTILE[1], "rule": HOSTILE[2], "paragraphs": HOSTILE}
+    honest = Parsed(write_page(runs, tmp_path / "honest.html", title="t", findings=[FINDING]))
+    page = Parsed(write_page([*runs, run], tmp_path / "page.html", title=HOSTILE[2], findings=[finding]))
+    count = [sum(tag == "script" for tag, _ in p.elements) for p in (honest, page)]
+    assert count[0] == count[1]
+    assert not [a for tag, a in page.elements if tag == "img" or a.get("onerror") or a.get("onload")]
+    assert [p["id"] for p in page.data["data"]["pictures"][:3]] == list(HOSTILE), (
+        "the data keeps the names as they are"
+    )
+    assert all(name in page.text for name in HOSTILE)
+
+
+def test_small_studies_embed_the_files_themselves(runs, tmp_path):
+    page = Parsed(write_page(runs, tmp_path / "page.html", title="t"))
+    position = page.data["data"]["pictures"][2]["runs"][-1]
+    uri = page.data["picture-2"]["runs"][str(position)]
+    by_name = {entry["name"]: i for i, entry in enumerate(page.data["data"]["runs"])}
+    run = next(run for run in runs if run.summary["reference"] == "thumbnail-28")
+    assert position == by_name[run.summary["label"]]
+    assert base64.b64decode(uri.removeprefix("data:image/png;base64,")) == run.pictures[2][2].read_bytes()
+    assert "the run folders’ own files" in page.text
+
+
+def test_larger_studies_are_reencoded_and_say_so(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(album, "EXACT_BYTES", 0)
+    page = Parsed(write_page(runs, tmp_path / "page.html", title="t"))
+    uris = [uri for i in range(6) for uri in page.data[f"picture-{i}"]["runs"].values()]
+    assert sum(uri.startswith("data:image/webp;base64,") for uri in uris) > 40
+    assert "WebP copies (quality 90)" in page.text and "do not measure here" in page.text
+    assert "embedded, to keep this file small" not in page.text
+
+
+def test_too_many_pictures_are_left_out_and_the_page_says_so(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(album, "EXACT_BYTES", 0)
+    whole = write_page(runs, tmp_path / "whole.html", title="t")
+    limit = whole.stat().st_size * 2 // 3
+    path = write_page(runs, tmp_path / "page.html", title="t", limit=limit)
+    page = Parsed(path)
+    kept = len(page.data["data"]["pictures"])
+    assert 0 < kept < 6 and len(page.data) == kept + 1
+    assert path.stat().st_size <= limit
+    assert f"Only the first {kept} of 6 pictures are embedded" in page.text and "quality 80" in page.text
+    assert len(page.data["data"]["ids"]) == 20, "scores cover every picture"
+    data = Parsed(whole).data
+    pictures = sum(
+        len(json.dumps(data[f"picture-{i}"]) + json.dumps(data["data"]["pictures"][i])) for i in range(6)
+    )
+    page = Parsed(
+        write_page(runs, tmp_path / "page.html", title="t", limit=whole.stat().st_size - pictures + 5_000)
+    )
+    assert "None of the 6 saved pictures fits" in page.text
+    with pytest.raises(AfterimageError, match="alone take more than the limit of 1,000 bytes"):
+        write_page(runs, tmp_path / "none.html", title="t", limit=1000)
+
+
+def test_the_same_id_from_another_data_set_is_another_picture(tmp_path, originals):
+    runs = [
+        write_run(tmp_path / "a", "m", "layer1", originals=originals),
+        write_run(tmp_path / "a", "m", "layer2", originals=originals),
+    ]
+    others = [write_run(tmp_path / "b", "m", "layer3", originals=[picture(seed) for seed in range(90, 93)])]
+    write_json(
+        others[0].file("summary.json"),
+        others[0].summary | {"data": {**others[0].summary["data"], "digest": "d2"}},
+    )
+    data = Parsed(write_page([*runs, *others], tmp_path / "page.html", title="t")).data["data"]
+    assert [p["runs"] for p in data["pictures"]] == [[0, 1]] * 6 + [[2]] * 3
+    first, second, other = (entry["testSet"] for entry in data["runs"])
+    assert first == second != other
+
+
+def test_unavailable_lpips_is_never_a_number(tmp_path, originals):
+    runs = write_study(tmp_path, encoders=(RESNET,), originals=originals, lpips=None, references=("mean",))
+    page = Parsed(write_page(runs, tmp_path / "page.html", title="t"))
+    assert page.text.count("unavailable") >= len(runs) and "looked in AFTERIMAGE_WEIGHTS" in page.text
+    assert {entry["scores"]["lpips"] for entry in page.data["data"]["runs"]} == {None}
+    assert "option value=lpips" not in page.text
+
+
+def test_random_weights_are_labelled(tmp_path):
+    run = write_run(tmp_path, "resnet34.tv_in1k", "layer1", weights="random")
+    page = Parsed(
+        write_page(
+            [run, write_run(tmp_path, "resnet34.tv_in1k", "layer1")], tmp_path / "page.html", title="t"
+        )
+    )
+    assert [entry["series"] for entry in page.data["data"]["runs"]] == [
+        "resnet34",
+        "resnet34 (random weights)",
+    ]
+    assert ("strong", {"class": "badge"}) in page.elements and "random weights" in page.text
+    assert "These runs saved no reconstructions" in page.text
+
+
+def test_figures_are_inlined(runs, tmp_path):
+    figure = tmp_path / "quality_by_depth.png"
+    Image.new("RGB", (4, 4)).save(figure)
+    page = Parsed(write_page(runs, tmp_path / "page.html", title="t", figures=[figure, ("Another", figure)]))
+    shown = [a for tag, a in page.elements if tag == "img"]
+    assert [a["alt"] for a in shown] == ["quality by depth", "Another"]
+    with pytest.raises(AfterimageError, match=r"notes\.txt; it shows \.png"):
+        write_page(runs, tmp_path / "page.html", title="t", figures=[tmp_path / "notes.txt"])
+    with pytest.raises(AfterimageError, match=r"gone\.png"):
+        write_page(runs, tmp_path / "page.html", title="t", figures=[tmp_path / "gone.png"])
+
+
+def test_errors_name_the_file(runs, tmp_path):
+    with pytest.raises(AfterimageError, match="no run"):
+        write_page([], tmp_path / "page.html", title="t")
+    broken = runs[0].pictures[1][2]
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(AfterimageError, match=re.escape(str(broken))):
+        write_page(runs, tmp_path / "page.html", title="t")
+    broken.unlink()
+    with pytest.raises(AfterimageError, match=re.escape(str(broken))):
+        write_page(runs, tmp_path / "page.html", title="t")
+
+
+def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
+    one, other = (write_page(runs, tmp_path / f"{n}.html", title="t").read_bytes() for n in (1, 2))
+    assert one == other
+
+
+def test_starts_without_torch():
+    code = "import sys; import afterimage.report.page; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

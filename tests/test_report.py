@@ -1,0 +1,312 @@
+"""Run folders -> rows -> tables."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
+from scipy import stats
+
+from afterimage.config import AfterimageError, FusionConfig, RunConfig
+from afterimage.report import console_table, csv_table, latex_table, markdown_table, read_rows
+from afterimage.report.escape import latex, markdown, markdown_code, plain
+from afterimage.report.layout import duration, lay_out
+from afterimage.report.rows import Score, natural, pool
+from afterimage.runs import Run, scan
+from report_study import REFERENCES, RESNET, VIT, write_reference, write_run, write_study
+
+HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    write_study(root, references=("mean", "thumbnail-112", "jpeg-50"))
+    return read_rows(scan(root))
+
+
+def cells(table: str) -> list[list[str]]:
+    return [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("|")]
+
+
+def test_rows_stand_by_encoder_depth_and_decoder_and_reference_lines_last(study):
+    expected = [
+        f"{m}:{layer} · {d}" for m, ls in (RESNET, VIT) for layer in ls for d in ("linear", "attention")
+    ]
+    assert [row.label for row in study.decoders] == expected
+    assert [row.label for row in study.references] == [
+        REFERENCES[name][0] for name in ("mean", "thumbnail-112", "jpeg-50")
+    ]
+
+
+def test_order_does_not_depend_on_the_order_of_the_runs(tmp_path):
+    runs = write_study(tmp_path, encoders=(VIT,), references=("mean", "jpeg-50"))
+    assert csv_table(read_rows(runs)) == csv_table(read_rows(reversed(runs)))
+
+
+def test_a_layer_number_sorts_as_a_number():
+    assert sorted(["blocks.11", "blocks.2", "blocks.1"], key=natural) == ["blocks.1", "blocks.2", "blocks.11"]
+
+
+def test_scores_are_those_of_the_pictures(study):
+    for row in study.all:
+        for metric, score in row.scores.items():
+            values = np.array(list(row.values(metric).values()))
+            assert (score.mean, score.std, score.count) == pytest.approx(
+                (values.mean(), values.std(ddof=1), len(values))
+            )
+            low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+            assert score.margin == pytest.approx((high - low) / 2)
+
+
+def test_one_picture_has_no_spread_and_no_interval(tmp_path):
+    rows = read_rows([write_run(tmp_path, "m", "l", count=1)])
+    assert rows.decoders[0].scores["psnr"].std is rows.decoders[0].scores["psnr"].margin is None
+    assert "±" not in cells(markdown_table(rows))[2][-1]
+    assert Score.of([3.0]) == Score(3.0, None, 1)
+
+
+def test_markdown_shows_every_row_with_its_numbers(study):
+    header, _, *lines = cells(markdown_table(study))
+    assert [name.strip() for name in header][-3:] == ["PSNR (dB) ↑", "SSIM ↑", "LPIPS (alex) ↓"]
+    assert len(lines) == len(study.all)
+    first, score = [cell.strip() for cell in lines[1]], study.decoders[1].scores["psnr"]
+    assert first[:6] == ["`resnet34.tv_in1k:layer1`", "64×56×56", "4×", "attention", "pretrained", "250,147"]
+    assert first[7].strip("*") == f"{score.mean:.2f} ± {score.std:.2f}"
+
+
+def test_spread_may_be_the_interval(study):
+    score = study.decoders[0].scores["psnr"]
+    assert f"{score.mean:.2f} ± {score.margin:.2f}" in markdown_table(study, spread="interval")
+    assert r"95 \% t interval" in latex_table(study, spread="interval")
+    with pytest.raises(AfterimageError, match="std, interval"):
+        markdown_table(study, spread="stdev")
+
+
+def test_the_best_decoder_row_is_bold_in_its_own_direction_and_ties_with_it(tmp_path):
+    runs = [write_run(tmp_path, "m", f"l{i}") for i in range(3)] + [write_reference(tmp_path, "jpeg-50")]
+    means = [(20.0, 0.5, 0.3), (25.001, 0.9, 0.2), (24.999, 0.8, 0.1), (40.0, 1.0, 0.0)]
+    for run, mean in zip(runs, means, strict=True):
+        summary = run.summary
+        for metric, value in zip(("psnr", "ssim", "lpips"), mean, strict=True):
+            summary["scores"][metric]["mean"] = value
+        run.file("summary.json").write_text(json.dumps(summary))
+    bold = [
+        [c.bold for c in line.cells[-3:]] for group in lay_out(read_rows(runs)).groups for line in group.lines
+    ]
+    assert bold == [[False] * 3, [True, True, False], [True, False, True], [False] * 3]
+
+
+def test_lpips_that_is_unavailable_says_why_and_never_a_number(tmp_path):
+    rows = read_rows([write_run(tmp_path, "m", "l", lpips=None)])
+    for table in (markdown_table(rows), latex_table(rows)):
+        assert "LPIPS is unavailable: no weights for alexnet" in table
+    header, _, line = cells(markdown_table(rows))
+    assert (header[-1].strip(), line[-1].strip()) == ("LPIPS ↓", "unavailable¹")
+    (record,) = csv.DictReader(io.StringIO(csv_table(rows)))
+    assert (record["lpips_mean"], record["lpips_net"]) == ("", "")
+
+
+def test_distances_by_different_networks_stand_in_different_columns(tmp_path):
+    runs = [write_run(tmp_path, "m", "l1", lpips="alex"), write_run(tmp_path, "m", "l2", lpips="squeeze")]
+    header, _, first, second = cells(markdown_table(read_rows(runs)))
+    assert [h.strip() for h in header[-2:]] == ["LPIPS (alex) ↓", "LPIPS (squeeze) ↓"]
+    assert (first[-1].strip(), second[-2].strip()) == ("–", "–")
+    assert "±" in first[-2] and "±" in second[-1]
+
+
+def test_random_weights_are_loud(tmp_path):
+    rows = read_rows([write_run(tmp_path, "m", "l", weights="random"), write_run(tmp_path, "m", "l")])
+    assert [row.is_random for row in rows.decoders] == [False, True]
+    assert "**RANDOM**" in markdown_table(rows)
+    assert r"\textbf{RANDOM WEIGHTS}" in latex_table(rows)
+    assert "RANDOM WEIGHTS" in printed(rows, 100)
+    assert any("RANDOM" in warning for warning in rows.warnings)
+
+
+def test_csv_reads_back(study):
+    records = list(csv.DictReader(io.StringIO(csv_table(study))))
+    assert [float(r["psnr_mean"]) for r in records] == [row.scores["psnr"].mean for row in study.all]
+    assert [r["sources"] for r in records] == [" + ".join(row.sources) for row in study.all]
+
+
+def test_rows_that_differ_in_a_setting_say_which(tmp_path):
+    runs = [write_run(tmp_path, "m", "l", "attention", parameters=p) for p in (None, 4_000_000, 50_000)]
+    assert {row.decoder_label for row in read_rows(runs).decoders} == {
+        "attention", "attention (parameters=4M)", "attention (parameters=50K)",
+    }  # fmt: skip
+
+
+def test_mixed_recipes_and_mixed_pictures_are_warned_of(tmp_path):
+    runs = [write_run(tmp_path, "m", "l", "linear"), write_run(tmp_path, "m", "l", "attention", loss="l1")]
+    assert "recipe.loss (l1, mse)" in "".join(read_rows(runs).warnings)
+    summary = runs[0].summary
+    summary["data"]["digest"] = "other"
+    runs[0].file("summary.json").write_text(json.dumps(summary))
+    assert "do not compare" in "".join(read_rows(runs).warnings)
+
+
+def test_fusions_are_lettered_and_explained(tmp_path):
+    sources = ("a:x", "b:y")
+    fusions = [FusionConfig("concat"), FusionConfig("attention", 64, 28)]
+    rows = read_rows([write_run(tmp_path, "", "", sources=sources, fusion=f) for f in fusions])
+    assert [(r.layer, r.grid, r.locations) for r in rows.decoders] == [
+        ("fusion A", "28×28", 784),
+        ("fusion B", "56×56", 3136),
+    ]
+    table = markdown_table(rows)
+    assert "A: attention fusion, 64 channels at 28×28<br>`a:x`<br>`b:y`" in table
+    assert "fusion A: attention fusion, 64 channels at 28×28 of a:x + b:y" in " ".join(
+        printed(rows, 100).split()
+    )
+
+
+def test_seeds_have_a_column_and_pool_picture_by_picture(tmp_path):
+    rows = read_rows([write_run(tmp_path, "m", "l", seed=seed) for seed in (42, 43)])
+    assert "seed" in [name.strip() for name in cells(markdown_table(rows))[0]]
+    both = np.array([list(row.values("psnr").values()) for row in rows.decoders])
+    pooled = pool(rows.decoders, "psnr")
+    assert (pooled.mean, pooled.std) == pytest.approx((both.mean(), both.mean(0).std(ddof=1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", '{"kind": "dec'),
+        ("summary.json", "[]"),
+        ("summary.json", '{"kind": "decoder", "label": "x", "scores": {}}'),
+        ("summary.json", '{"kind": "party", "label": "x", "scores": {}}'),
+        ("status.json", "[1]"),
+        ("config.toml", "seed = = 1"),
+        ("scores.csv", "id,psnr\na,1,2,3\n"),
+        ("scores.csv", None),
+        ("summary.json", None),
+    ],
+)
+def test_a_damaged_run_is_listed_and_the_rest_go_on(tmp_path, name, content):
+    good, bad = write_run(tmp_path, "m", "good"), write_run(tmp_path, "m", "bad")
+    bad.file(name).unlink()
+    if content is not None:
+        bad.file(name).write_text(content)
+    rows = read_rows([good, bad])
+    assert [row.run for row in rows.decoders] == [good]
+    (unfinished,) = rows.unfinished
+    assert (unfinished.run, unfinished.state) == (bad, "damaged") and unfinished.error
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"many"', "{}"])
+@pytest.mark.parametrize("key", ["mean", "parameters"])
+def test_a_number_that_is_none_is_damage(tmp_path, key, value):
+    run = write_run(tmp_path, "m", "l")
+    text = re.sub(rf'"{key}": [\d.]+', f'"{key}": {value}', run.file("summary.json").read_text(), count=1)
+    run.file("summary.json").write_text(text)
+    with pytest.raises(AfterimageError, match="damaged"):
+        read_rows([run])
+
+
+def test_unfinished_runs_keep_their_state_and_error(tmp_path):
+    runs = [Run.create(tmp_path, RunConfig((f"m:{name}",))) for name in ("new", "running", "failed")]
+    runs[1].set_state("running")
+    runs[2].set_state("failed", error="loss is nan at epoch 3")
+    rows = read_rows([*runs, write_run(tmp_path, "m", "done")])
+    assert [(u.state, u.error) for u in rows.unfinished] == [
+        ("new", ""), ("running", ""), ("failed", "loss is nan at epoch 3"),
+    ]  # fmt: skip
+    records = list(csv.DictReader(io.StringIO(csv_table(rows))))
+    assert [r["state"] for r in records] == ["done", "new", "running", "failed"]
+    assert "loss is nan at epoch 3" in printed(rows, 200)
+
+
+def test_no_finished_run_is_an_error_that_says_what_is_wrong(tmp_path):
+    run = Run.create(tmp_path, RunConfig(("m:l",)))
+    run.set_state("failed", error="the disk is full")
+    with pytest.raises(AfterimageError, match=r"no finished run.*\n.*failed: the disk is full"):
+        read_rows([run])
+    with pytest.raises(AfterimageError, match="no run to report"):
+        read_rows([])
+
+
+def test_hostile_names_stay_text_in_markdown(tmp_path):
+    rows = read_rows(
+        [write_run(tmp_path, HOSTILE, HOSTILE, HOSTILE, notes=[HOSTILE]), write_run(tmp_path, "m", "l")]
+    )
+    table = markdown_table(rows)
+    assert {len(line) for line in cells(table)} == {10}
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(table)
+    inline = [child for token in tokens for child in token.children or ()]
+    kinds = {token.type for token in [*tokens, *inline]}
+    assert not kinds & {"html_block", "link_open", "image", "heading_open", "s_open"}
+    assert {t.content for t in inline if t.type == "html_inline"} <= {"<br>"}
+    shown = "".join(t.content for t in inline)
+    assert plain(HOSTILE) in shown
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "a_b*c", "* x", "1. x", "<br>", "|", "a`b", "![x](y)", "~~x~~"])
+def test_escaped_markdown_reads_as_written(text):
+    for escaped in (markdown(text), markdown_code(text)):
+        html = MarkdownIt("commonmark").enable("strikethrough").renderInline(escaped)
+        for entity, char in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
+            html = re.sub("</?code>", "", html).replace(entity, char)
+        assert html == plain(text)
+
+
+def test_hostile_names_stay_text_in_latex(tmp_path):
+    rows = read_rows([write_run(tmp_path, HOSTILE, HOSTILE, HOSTILE, notes=[HOSTILE])])
+    body = re.search(r"\\midrule\n(.*)\\bottomrule", latex_table(rows), re.S)[1]
+    line = body.splitlines()[1]
+    assert len(re.findall(r"(?<!\\)&", line)) == 8
+    assert not re.search(r"(?<!\\)[%#]", line) and line.endswith(r" \\")
+    bare = re.sub(r"\\[{}]", "", latex_table(rows))
+    assert bare.count("{") == bare.count("}")
+    assert latex("[2]*") == "{[}2]{*}"
+
+
+def test_no_cell_is_a_formula(tmp_path):
+    run = write_run(tmp_path, "=cmd|'/c calc'!A1", "l", notes=["@SUM(1)"])
+    (record,) = csv.DictReader(io.StringIO(csv_table(read_rows([run]))))
+    assert not [v for v in record.values() if v[:1] in ("=", "@", "+")]
+
+
+def printed(rows, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(console_table(rows, width=width))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 140, 200])
+def test_the_terminal_table_fits_and_keeps_the_scores(study, width):
+    text = printed(study, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for row in study.all:
+        assert f"{row.scores['psnr'].mean:.2f}" in text and f"{row.scores['lpips'].mean:.3f}" in text
+    assert ("±" in text.partition("Mean ±")[0]) == (width >= 140)
+
+
+def test_markup_in_a_name_is_not_markup(tmp_path):
+    assert "[red]x[/red]" in printed(read_rows([write_run(tmp_path, "m", "[red]x[/red]")]), 140)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "–"), (3.24, "3.2 s"), (59.9, "60 s"), (150, "2.5 min"), (7200, "2.0 h")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_importing_is_quick_and_brings_neither_torch_nor_matplotlib():
+    code = (
+        "import sys, time; start = time.process_time(); import afterimage.report\n"
+        "print(time.process_time() - start, *({'torch', 'matplotlib', 'numpy', 'rich'} & set(sys.modules)))"
+    )
+    seconds, *heavy = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert heavy == []
+    assert float(seconds) < 0.2

@@ -1,0 +1,279 @@
+"""Rows -> figures: what they show, that nothing is clipped or overlaps, that they repeat byte for byte."""
+
+import io
+import json
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.text import Text
+from PIL import Image
+
+from afterimage.config import FusionConfig
+from afterimage.report import read_rows
+from afterimage.report.figures import draw, render
+from afterimage.report.figures.grid import busiest
+from afterimage.report.figures.labels import spread, wrap
+from afterimage.report.figures.style import decoder_styles
+from afterimage.runs import scan
+from report_study import RESNET, VIT, picture, write_reference, write_run, write_study
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Two encoders, two decoders, random weights, a fusion, reference lines."""
+    root, originals = tmp_path_factory.mktemp("figures"), [picture(0)]
+    write_study(root, originals=originals, count=8)
+    write_run(root, RESNET[0], "layer1", weights="random", originals=originals, count=8)
+    sources = (f"{RESNET[0]}:layer1", f"{VIT[0]}:blocks.0")
+    write_run(root, "", "", "transposed", sources=sources, fusion=FusionConfig(size=28), count=8, loss="l1")
+    return read_rows(scan(root))
+
+
+@pytest.fixture(scope="module")
+def drawings(rows):
+    return {drawing.name: drawing for drawing in draw(rows)}
+
+
+def texts(figure) -> list[Text]:
+    found = [text for legend in figure.legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        found += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            found += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [text for text in found if text.get_visible() and text.get_text().strip()]
+
+
+def faults(figure) -> list[str]:
+    """Texts that reach out of the figure, and pairs of unrotated texts that overlap."""
+    figure.draw_without_rendering()
+    boxes = [(text, Text.get_window_extent(text)) for text in texts(figure)]
+    width, height = figure.bbox.size
+    found = [
+        f"clipped: {text.get_text()}"
+        for text, box in boxes
+        if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1
+    ]
+    straight = [(text, box) for text, box in boxes if text.get_rotation() % 90 == 0]
+    for i, (a, first) in enumerate(straight):
+        for b, second in straight[i + 1 :]:
+            across = min(first.x1, second.x1) - max(first.x0, second.x0)
+            along = min(first.y1, second.y1) - max(first.y0, second.y0)
+            if across > 1 and along > 1:
+                found.append(f"overlap: {a.get_text()} | {b.get_text()}")
+    return found
+
+
+def test_a_study_has_its_figures(drawings):
+    grids = [
+        "resnet34-linear", "resnet34-attention", "resnet34-random-weights", "vit_base_patch16_224",
+        "reference-lines",
+    ]  # fmt: skip
+    assert list(drawings) == [
+        "quality-by-depth", *(f"reconstructions-{g}{d}" for g in grids for d in ("", "-detail")),
+        "quality-by-locations", "quality-by-parameters", "training-curves", "distributions",
+    ]  # fmt: skip
+
+
+def test_no_text_is_clipped_or_overlaps(drawings):
+    found = {name: faults(drawing.figure) for name, drawing in drawings.items()}
+    assert not any(found.values()), found
+
+
+def test_the_check_for_faults_finds_them(drawings):
+    figure = matplotlib.figure.Figure()
+    figure.add_axes((0.2, 0.2, 0.6, 0.6)).text(0.5, 0.5, "one")
+    assert faults(figure) == []
+    figure.axes[0].text(0.51, 0.5, "two")
+    figure.axes[0].text(1.3, 0.5, "a long text")
+    assert [fault.partition(":")[0] for fault in faults(figure)] == ["clipped", "overlap"]
+
+
+@pytest.mark.slow
+def test_many_encoders_with_long_names_fit(tmp_path):
+    layers = {f"stages.{i}.blocks.{i}.norm": (64, 56 // 2**i, 0.9 - 0.2 * i) for i in range(2)}
+    names = ("a_rather_long_name_of_an_architecture_v2", "x", "convnextv2_nano_with_a_long_name", "y_tiny")
+    encoders = [(f"{name}.tag", layers) for name in names]
+    encoders.append(("one_layer_only_patch16", {"l": (8, 7, 0.3)}))
+    write_study(tmp_path, encoders=encoders, decoders=("attention",), count=6)
+    originals = [picture(0)]
+    for layer in layers:
+        write_run(
+            tmp_path, encoders[2][0], layer, "an_attention_of_another_kind", originals=originals, count=6
+        )
+    found = {d.name: faults(d.figure) for d in draw(read_rows(scan(tmp_path)))}
+    assert found and not any(found.values()), found
+
+
+def test_depth_draws_each_mean_at_its_layer_with_its_interval(rows, drawings):
+    axes = drawings["quality-by-depth"].figure.axes[0]
+    layers = [f"layer{i}" for i in range(1, 5)]
+    labels = [label.get_text().partition("\n")[0] for label in axes.figure.axes[-1].get_xticklabels()]
+    assert labels == [*layers, "blocks.0", "blocks.5", "blocks.11", "fusion A"]
+    scores = [r.scores["psnr"] for r in rows.decoders if r.encoder == RESNET[0] and r.decoder == "attention"]
+    container = next(
+        c
+        for c in axes.containers
+        if c.get_label() == "attention" and len(c.lines[0].get_xdata()) == len(layers)
+    )
+    line, _, (bars,) = container.lines
+    assert line.get_ydata() == pytest.approx([s.mean for s in scores])
+    reach = [segment[:, 1] for segment in bars.get_segments()]
+    assert np.array(reach) == pytest.approx(
+        np.array([(s.mean - s.margin, s.mean + s.margin) for s in scores])
+    )
+    ticks = axes.figure.axes[-1].get_xticks()
+    assert np.asarray(line.get_xdata(), float) == pytest.approx(ticks[: len(layers)], abs=0.3)
+
+
+def test_reference_lines_are_named_at_their_height(rows, drawings):
+    axes = drawings["quality-by-depth"].figure.axes[0]
+    assert {text.get_text() for text in axes.texts} >= {row.label for row in rows.references}
+    heights = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert {round(row.scores["psnr"].mean, 9) for row in rows.references} <= {
+        round(float(h), 9) for h in heights
+    }
+
+
+def test_training_is_in_decibels_for_mse_alone_and_marks_lower_rates(drawings):
+    panels = {axes.get_title(): axes for axes in drawings["training-curves"].figure.axes}
+    mse, other = panels["resnet34\nattention"], panels["fusion\ntransposed\nloss: l1"]
+    assert ("PSNR" in mse.get_ylabel(), "PSNR" in other.get_ylabel()) == (True, False)
+    drops = next(line for line in mse.lines if line.get_marker() == "v")
+    assert list(drops.get_xdata()) == [15, 23]
+    assert "8 of 16 rows have no epochs" in drawings["training-curves"].caption
+
+
+def test_what_is_missing_is_left_out_and_said(tmp_path):
+    runs = [write_run(tmp_path, "m", f"l{i}", lpips=None, features=(8, 7 * i, 0.5)) for i in (1, 2)]
+    found = {drawing.name: drawing for drawing in draw(read_rows(runs))}
+    assert list(found) == [
+        "quality-by-depth", "quality-by-locations", "distributions",
+    ]  # fmt: skip
+    assert len(found["quality-by-depth"].figure.axes) == 2
+    assert all("LPIPS is not available for any row" in drawing.caption for drawing in found.values())
+
+
+def test_pictures_that_cannot_be_shown_are_said_to_be_missing(tmp_path):
+    originals = [picture(0), picture(1)]
+    good, bad = (write_run(tmp_path, "m", layer, originals=originals) for layer in ("l1", "l2"))
+    bad.file("reconstructions/000.png").write_bytes(b"no picture")
+    Image.new("RGB", (64, 64)).save(bad.file("reconstructions/001.original.png"))
+    whole = next(d for d in draw(read_rows([good, bad])) if d.name == "reconstructions")
+    assert "2 pictures were not saved" in whole.caption
+    assert [t.get_text() for t in texts(whole.figure)].count("not saved") == 2
+
+
+def test_a_damaged_history_is_no_curve(tmp_path):
+    run = write_run(tmp_path, "m", "l", "attention")
+    for content in ("epoch,validation_loss\n1,x\n", "epoch\n1\n2\n", "epoch,validation_loss\n1,2,3\n1,2,3\n"):
+        run.file("history.csv").write_text(content)
+        assert not [d for d in draw(read_rows([run])) if d.name.startswith("training")]
+
+
+def test_pictures_of_the_usual_size_are_printed_pixel_by_pixel(tmp_path):
+    original = picture(3, 224)
+    whole = next(iter(draw(read_rows([write_run(tmp_path, "m", "l", originals=[original])]))))
+    png, _ = render(whole.figure)
+    page, wanted = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), np.asarray(original)
+    height, width = (int(n) for n in np.array(page.shape[:2]) - 224)
+    found = [
+        (y, x) for y in range(height + 1) for x in range(min(width, 40)) if (page[y, x] == wanted[0, 0]).all()
+        and (page[y : y + 224, x : x + 224] == wanted).all()
+    ]  # fmt: skip
+    assert len(found) == 1
+
+
+def test_files_repeat_byte_for_byte_whatever_the_settings_of_the_user(tmp_path):
+    run = write_run(tmp_path, "m", "l", "attention", originals=[picture(0)])
+    runs = [run, write_run(tmp_path, "m", "l2", "attention", originals=[picture(0)])]
+    first = [render(d.figure) for d in draw(read_rows(runs))]
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "axes.grid": True, "savefig.dpi": 30}):
+        second = [render(d.figure) for d in draw(read_rows(runs))]
+    assert first == second and len(first) > 4
+    for png, svg in first:
+        assert Image.open(io.BytesIO(png)).info["dpi"] == pytest.approx((200, 200), abs=0.1)
+        assert ET.fromstring(svg).tag.endswith("svg") and b"<dc:date>" not in svg
+
+
+def test_hostile_names_draw(tmp_path):
+    name = "<b>$\\frac{$ & 日本\n|"
+    runs = [write_run(tmp_path, name, f"{name}{i}", name, originals=[picture(0)]) for i in range(2)]
+    for drawing in draw(read_rows(runs)):
+        ET.fromstring(render(drawing.figure)[1])
+        assert not set(drawing.name) & set("<>$\\{}&|/ \n")
+
+
+def test_decoders_keep_their_colour_and_no_two_look_alike(tmp_path):
+    names = ["attention", "mine", "linear", "other", "residual"]
+    runs = [write_run(tmp_path, "m", "l", name) for name in names]
+    runs += [write_run(tmp_path, "m", "l", "attention", parameters=p) for p in (10_000, 20_000)]
+    styles = decoder_styles(read_rows(runs).decoders)
+    assert len(set(styles.values())) == len(styles) == 7
+    assert styles["linear"].color == "#000000"
+    alone = decoder_styles(read_rows(runs[2:3]).decoders)
+    assert alone["linear"] == styles["linear"]
+
+
+def test_reference_lines_alone_are_a_report(tmp_path):
+    runs = [write_reference(tmp_path, name, originals=[picture(0)]) for name in ("mean", "jpeg-50")]
+    assert [d.name for d in draw(read_rows(runs))] == [
+        "reconstructions-reference-lines", "reconstructions-reference-lines-detail", "distributions",
+    ]  # fmt: skip
+
+
+def test_progress_ends_at_its_total(tmp_path):
+    seen = []
+    list(draw(read_rows([write_run(tmp_path, "m", "l")]), lambda *a, **_: seen.append(a)))
+    assert seen[0][1] == 0 and seen[-1][1] == seen[-1][2] == len(seen) - 1
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (3, 3)])
+def test_the_detail_is_where_the_contrast_is_highest(shape):
+    pixels = np.random.default_rng(0).integers(100, 140, (*shape, 3)).astype(np.uint8)
+    pixels[-8:-2, 9:14] = np.random.default_rng(1).choice([0, 255], pixels[-8:-2, 9:14].shape)
+    luma = pixels @ np.array([0.299, 0.587, 0.114])
+    y, x, size = busiest(pixels)
+    assert size == max(1, min(shape) // 4)
+    variances = {
+        (i, j): luma[i : i + size, j : j + size].var()
+        for i in range(shape[0] - size + 1)
+        for j in range(shape[1] - size + 1)
+    }
+    assert variances[y, x] == pytest.approx(max(variances.values()))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9).map(sorted), st.floats(0.001, 0.1))
+def test_spread_labels_keep_their_order_their_distance_and_the_margin(positions, gap):
+    placed = spread(positions, gap, 0.0, 1.0)
+    assert all(b - a >= gap - 1e-9 for a, b in pairwise(placed))
+    assert placed[0] >= -1e-9 and placed[-1] <= 1 + 1e-9
+    if all(b - a >= gap for a, b in pairwise(positions)):
+        assert placed == pytest.approx(positions)
+
+
+@given(st.text("ab_.- ", max_size=60), st.integers(3, 30))
+def test_wrapped_names_lose_nothing_but_spaces(name, width):
+    lines = wrap(name, width).split("\n")
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "")
+    assert max(map(len, lines)) <= width
+
+
+def test_seeds_are_one_point(tmp_path):
+    runs = [write_run(tmp_path, "m", "l", seed=seed) for seed in (42, 43)] + [write_run(tmp_path, "m", "l2")]
+    depth = next(iter(draw(read_rows(runs))))
+    (points,) = {len(c.lines[0].get_xdata()) for c in depth.figure.axes[0].containers}
+    assert points == 2 and "2 seeds" in depth.caption
+
+
+def test_summaries_without_features_still_have_a_grid_of_scores(tmp_path):
+    runs = [write_run(tmp_path, "m", f"l{i}") for i in range(2)]
+    for run in runs:
+        summary = run.summary | {"features": [], "parameters": None}
+        run.file("summary.json").write_text(json.dumps(summary))
+    assert [d.name for d in draw(read_rows(runs))] == ["quality-by-depth", "distributions"]
