@@ -31,7 +31,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
-    """Two encoders, two decoders, two reference lines and a random control; five pictures saved. Runs and page."""
+    """Runs and their page: two encoders, two decoders, reference lines, random weights; five pictures."""
     root = tmp_path_factory.mktemp("study")
     originals = [picture(seed) for seed in range(5)]
     runs = write_study(root, encoders=(RESNET, VIT), originals=originals, references=("mean", "thumbnail-28"))

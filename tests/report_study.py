@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from rich.console import Console
 
 from afterimage.config import (
     DataConfig,
@@ -18,6 +20,7 @@ from afterimage.config import (
     ReferenceConfig,
     RunConfig,
 )
+from afterimage.report import Rows, console_table
 from afterimage.runs import Run
 
 # Layer: channels, side of the square map, how good its reconstructions are (1 best).
@@ -167,3 +170,10 @@ def write_study(
     ]
     common = {k: v for k, v in options.items() if k in ("count", "lpips")}
     return runs + [write_reference(root, name, originals=originals, **common) for name in references]
+
+
+def printed(rows: Rows, width: int) -> str:
+    """The terminal's table as plain text."""
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(console_table(rows, width=width))
+    return console.file.getvalue()

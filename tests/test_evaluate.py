@@ -4,25 +4,12 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from afterimage.checkpoint import save_tensors
-from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
+from afterimage.config import AfterimageError
 from afterimage.data import Pictures
-from afterimage.evaluate import (
-    evaluate,
-    evaluate_run,
-    evaluate_together,
-    evaluating,
-    reconstruct_picture,
-    score_notes,
-    summarise,
-    to_uint8,
-)
+from afterimage.evaluate import evaluate, evaluate_together, evaluating, score_notes, summarise, to_uint8
 from afterimage.metrics import PSNR_CAP, Metrics, psnr, ssim
-from afterimage.reconstructor import Encoders, Reconstructor, build_head
-from afterimage.runs import Run
 
 
 class FakePictures(Pictures):
@@ -205,58 +192,3 @@ def test_pictures_that_came_back_exactly_are_noted(pictures, metrics):
     assert score_notes(evaluate(darker, pictures, metrics).rows) == []
     rows = evaluate(lambda images: images, pictures, metrics).rows
     assert score_notes(rows) == ["7 of 7 pictures came back exactly and count as 100 dB"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    """A run whose decoder has learned nothing, on ten procedural pictures."""
-    config = RunConfig(
-        sources=("test_resnet.r160_in1k:layer1",),
-        weights="random",
-        decoder=DecoderConfig("transposed"),
-        data=DataConfig(source="procedural:10", resize=48, crop=40, test_fraction=0.3),
-    )
-    run = Run.create(tmp_path_factory.mktemp("runs"), config)
-    encoders = Encoders(config.sources, weights="random", image_size=40, seed=config.seed)
-    save_tensors(run.file("decoder.safetensors"), build_head(config, encoders.specs).state_dict())
-    return run
-
-
-def test_a_finished_run_is_measured_again(run, metrics, tmp_path):
-    rows, summary, status = evaluate_run(run, cache=tmp_path, device="cpu")
-    assert len(rows) == 3 and summary == summarise(rows)
-    assert status["net"] == "alex" and not status["available"]
-    again, _, _ = evaluate_run(run, cache=tmp_path, device="cpu")
-    assert again == rows
-
-
-def test_a_finished_run_is_measured_on_all_pictures_of_a_folder(run, metrics, tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 256, (60, 50, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    rows, _, _ = evaluate_run(run, data=f"folder:{folder}", cache=tmp_path / "cache", device="cpu")
-    assert sorted(row["id"] for row in rows) == ["0.png", "1.png", "2.png"]
-
-
-def test_one_picture_is_rebuilt_beside_its_original(run, metrics, tmp_path):
-    picture, output = tmp_path / "mine.png", tmp_path / "out" / "mine.reconstruction.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (48, 61, 3), np.uint8)
-    Image.fromarray(pixels).save(picture)
-    scores, status = reconstruct_picture(picture, run, output, device="cpu")
-    saved = np.asarray(Image.open(output))
-    assert saved.shape == (40, 80, 3)
-    np.testing.assert_array_equal(saved[:, :40], pixels[4:44, 10:50])
-    images = torch.from_numpy(pixels[4:44, 10:50].copy()).permute(2, 0, 1)[None] / 255
-    expected = Reconstructor.open(run).reconstruct(images)
-    np.testing.assert_array_equal(saved[:, 40:], to_uint8(expected)[0])
-    assert scores["psnr"] == pytest.approx(psnr(expected, images).item(), abs=1e-4)
-    assert scores["lpips"] is None and not status["available"]
-
-
-def test_a_reconstruction_is_saved_as_png_only(run, tmp_path):
-    with pytest.raises(AfterimageError, match=r"must end in \.png"):
-        reconstruct_picture(tmp_path / "mine.png", run, tmp_path / "mine.jpg")
-    with pytest.raises(AfterimageError, match=r"mine\.png"):
-        reconstruct_picture(tmp_path / "mine.png", run, tmp_path / "out.png")

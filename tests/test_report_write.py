@@ -3,6 +3,7 @@
 import re
 from urllib.parse import unquote
 
+import matplotlib
 import pytest
 
 from afterimage.config import AfterimageError, RunConfig
@@ -28,7 +29,8 @@ def no_figures(monkeypatch):
     monkeypatch.setattr("afterimage.report.figures.draw", lambda rows, progress: iter(()))
 
 
-def test_every_link_leads_to_a_file_and_the_same_runs_give_the_same_files(tmp_path, runs):
+@pytest.mark.slow
+def test_every_link_leads_to_a_file_and_the_same_runs_give_the_same_bytes(tmp_path, runs):
     written = write_report(runs, tmp_path / "out")
     text = written["report.md"].read_text()
     links = [unquote(link) for link in re.findall(r"\]\(([^)]+)\)", text)]
@@ -38,7 +40,8 @@ def test_every_link_leads_to_a_file_and_the_same_runs_give_the_same_files(tmp_pa
     assert {path.relative_to(tmp_path / "out").as_posix() for path in files} == set(written)
     pictures = {name for name in written if name.endswith((".png", ".svg"))}
     assert pictures <= set(links) and len(pictures) >= 10
-    again = write_report(runs, tmp_path / "again")
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "axes.grid": True, "savefig.dpi": 30}):
+        again = write_report(runs, tmp_path / "again")
     assert {n: p.read_bytes() for n, p in again.items()} == {n: p.read_bytes() for n, p in written.items()}
 
 
@@ -57,6 +60,13 @@ def test_the_report_says_what_a_reader_must_know(tmp_path, runs, no_figures):
     assert "`afterimage study made-up.toml`" in table and 'recipe.loss = "mse"' in table
 
 
+def test_a_folded_figure_names_itself_without_escapes(tmp_path, monkeypatch):
+    monkeypatch.setattr("afterimage.report.figures.render", lambda figure: (b"", b""))
+    runs = [write_run(tmp_path / "runs", "a_b<i>", f"l{i}", originals=[picture(0)]) for i in range(8)]
+    text = write_report(runs, tmp_path / "out")["report.md"].read_text()
+    assert "<summary>Reconstructions: a_b&lt;i&gt;, linear (1 of 2), in detail</summary>" in text
+
+
 def test_nothing_finished_writes_nothing(tmp_path):
     run = Run.create(tmp_path / "runs", RunConfig(("m:l",)))
     with pytest.raises(AfterimageError, match="no finished run"):
@@ -70,9 +80,9 @@ def test_an_unwritable_folder_is_one_message(tmp_path, runs):
         write_report(runs, tmp_path / "out")
 
 
-def test_commands_that_differ_stand_beside_their_rows(tmp_path, runs, no_figures):
-    runs[0].save_environment({"command": ["afterimage", "train", "a b|c"]})
+def test_commands_and_environments_stand_with_their_rows(tmp_path, runs, no_figures):
+    runs[0].save_environment({"command": ["afterimage", "train", "a b|c"], "commit": "abc"})
     runs[1].file("environment.json").write_text("[]")
     text = write_report(runs, tmp_path / "out")["report.md"].read_text()
-    assert "| configuration | command |" in text
-    assert "afterimage train 'a b\\|c'" in text and "an unknown command" in text
+    assert "afterimage train 'a b\\|c'" in text and "| not recorded |" in text
+    assert "Made with commit abc; or with an environment that was not recorded; or with torch 2.4." in text

@@ -24,13 +24,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "decoders": ["DECODERS", "Decoder", "create_decoder"],
         "encoders": ["Encoder", "list_layers"],
         "evaluate": ["evaluate", "summarise"],
+        "jobs": ["train_runs"],
         "losses": ["create_loss"],
         "metrics": ["Metrics", "psnr", "ssim"],
         "reconstructor": ["Encoders", "Reconstructor"],
         "report": ["write_report"],
         "runs": ["Run", "scan"],
         "study": ["StudyConfig", "load_study", "run_study"],
-        "train": ["train", "train_runs"],
+        "train": ["train"],
     },
 )
 

@@ -37,13 +37,19 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     """An optimizer's state as tensors by name and plain facts."""
     state = optimizer.state_dict()
     tensors = {
-        f"{index}.{key}": torch.as_tensor(value) for index, slot in state["state"].items() for key, value in slot.items()
+        f"{index}.{key}": torch.as_tensor(value)
+        for index, slot in state["state"].items()
+        for key, value in slot.items()
     }
-    groups = [{k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in state["param_groups"]]
+    groups = [
+        {k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in state["param_groups"]
+    ]
     return tensors, {"param_groups": groups}
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
     """The inverse of `pack_optimizer`."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

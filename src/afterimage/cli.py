@@ -82,8 +82,8 @@ class Train:
 
     def run(self) -> None:
         from afterimage.encoders import resolve
+        from afterimage.jobs import train_runs
         from afterimage.progress import Display
-        from afterimage.train import train_runs
 
         data = DataConfig(
             source=self.data,
@@ -110,7 +110,9 @@ class Train:
         if not configs:
             raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
         with Display() as display:
-            runs = train_runs(configs, self.root, cache=self.cache, accelerator=self.accelerator, progress=display)
+            runs = train_runs(
+                configs, self.root, cache=self.cache, accelerator=self.accelerator, progress=display
+            )
         print_table(runs)
         print("\n".join(f"run: {run.path}" for run in runs))
 
@@ -139,7 +141,8 @@ class Evaluate:
         from afterimage.rerun import evaluate_run
         from afterimage.runs import Run, write_csv
 
-        run, metrics = Run.open(self.run_folder), Metrics(self.lpips)
+        run = Run.open(self.run_folder)
+        metrics = Metrics(self.lpips, size=run.config.data.crop)
         with Display() as display:
             rows, _ = evaluate_run(
                 run, metrics, test=self.data, weights=self.weights, cache=self.cache, progress=display
@@ -172,10 +175,9 @@ class Reconstruct:
         from afterimage.runs import Run
 
         output = self.output or Path(f"{self.picture.stem}.reconstruction.png")
-        metrics = Metrics(self.lpips)
-        scores = reconstruct_picture(
-            self.picture, Run.open(self.run_folder), output, metrics, weights=self.weights
-        )
+        run = Run.open(self.run_folder)
+        metrics = Metrics(self.lpips, size=run.config.data.crop)
+        scores = reconstruct_picture(self.picture, run, output, metrics, weights=self.weights)
         for name, value in scores.items():
             print(score_line(name, value if value is None else {"mean": value}, metrics.lpips_status))
         print(f"saved: {output} (original left, reconstruction right)")
@@ -269,7 +271,7 @@ def score_line(name: str, score: dict | None, status: dict) -> str:
     unit = " dB" if name == "psnr" else ""
     digits = 2 if name == "psnr" else 4
     spread = ""
-    if "count" in score:
+    if score.get("std") is not None:
         spread = f" ± {score['std']:.{digits}f}{unit} over {score['count']} pictures"
     return f"{label} {score['mean']:.{digits}f}{'' if spread else unit}{spread}"
 
@@ -289,7 +291,14 @@ def print_layers(model: str, layers: list) -> None:
 
     table = Table(title=model, title_justify="left")
     table.add_column("layer", overflow="fold")
-    for column in ("shape", "reduction", "locations", "values per pixel value", "parameters", "multiply-adds"):
+    for column in (
+        "shape",
+        "reduction",
+        "locations",
+        "values per pixel value",
+        "parameters",
+        "multiply-adds",
+    ):
         table.add_column(column, justify="right")
     for layer in layers:
         table.add_row(
@@ -321,7 +330,10 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\nafterimage: stopped; what is done is kept, the same command goes on from there", file=sys.stderr)
+        print(
+            "\nafterimage: stopped; what is done is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
 
 

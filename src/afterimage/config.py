@@ -252,7 +252,9 @@ def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
     try:
         return cls(**values)
     except TypeError:
-        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        required = [
+            f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+        ]
         missing = [f"{where}{name}" for name in required if name not in settings]
         raise AfterimageError(f"missing setting: {', '.join(missing)}") from None
 

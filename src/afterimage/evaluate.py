@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError
-from afterimage.data import Pictures, load_data, load_picture
-from afterimage.data.decode import shorter_side
-from afterimage.data.sampling import centre_places
+from afterimage.data import Pictures
 from afterimage.metrics import PSNR_CAP, Metrics, problem
 from afterimage.progress import Progress, silent
-from afterimage.reconstructor import Reconstructor
-from afterimage.runs import Run, write_atomic
 
 SCORES = ("psnr", "ssim", "lpips")
 
@@ -111,72 +103,6 @@ def evaluate_together(
             )
         progress("evaluating", len(results[0].rows), len(ids))
     return results
-
-
-def evaluate_run(
-    run: Run,
-    *,
-    data: str | None = None,
-    weights: str | None = None,
-    lpips: str = "alex",
-    cache: Path | None = None,
-    device: torch.device | str | None = None,
-    progress: Progress = silent,
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any] | None], dict[str, Any]]:
-    """Measure a finished run's decoder again: its rows, their summary, and the state of LPIPS.
-
-    `data` is another source, all of whose pictures are measured; None means the run's own test pictures.
-    Pictures that the run was trained on are an error. `weights` says where the encoder's are, if not where
-    they were in training.
-    """
-    config, device = run.config.data, device or _default_device()
-    if data is not None:
-        config = replace(config, test=data, limit_test=None)
-    reconstructor = Reconstructor.open(run, weights=weights).to(device)
-    metrics = Metrics(lpips, size=config.crop)
-    pictures = load_data(config, cache=cache, progress=progress).test
-    rows = evaluate(reconstructor, pictures, metrics, device=device, progress=progress).rows
-    return rows, summarise(rows), metrics.lpips_status
-
-
-def reconstruct_picture(
-    picture: str | Path,
-    run: Run,
-    output: str | Path,
-    *,
-    weights: str | None = None,
-    lpips: str = "alex",
-    device: torch.device | str | None = None,
-) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Rebuild one picture file through a finished run, resized and cropped as the run's test pictures were.
-
-    Writes original and reconstruction side by side to `output`, a PNG. Returns the scores `psnr`, `ssim` and
-    `lpips`, and the state of LPIPS. Raises `AfterimageError` where there is no picture or no decoder.
-    """
-    if Path(output).suffix.lower() != ".png":
-        raise AfterimageError(f"a reconstruction is saved as PNG; {output} must end in .png")
-    device = device or _default_device()
-    images = _centre_crop(picture, run.config.data.resize, run.config.data.crop).to(device)
-    reconstructor = Reconstructor.open(run, weights=weights).to(device)
-    metrics = Metrics(lpips, size=run.config.data.crop).to(device)
-    result = reconstructor.reconstruct(images)
-    _check(result, images, [str(picture)], "")
-    scores = metrics(result, images)
-    file = io.BytesIO()
-    Image.fromarray(np.concatenate([to_uint8(images)[0], to_uint8(result)[0]], 1)).save(file, "PNG")
-    write_atomic(output, file.getvalue())
-    return {name: None if scores[name] is None else scores[name][0] for name in SCORES}, metrics.lpips_status
-
-
-def _centre_crop(picture: str | Path, resize: int, crop: int) -> Tensor:
-    pixels = torch.from_numpy(np.asarray(shorter_side(load_picture(picture), resize)).copy())
-    height, width, _ = pixels.shape
-    (top,), (left,) = centre_places(np.array([height]), np.array([width]), crop)
-    return pixels[top : top + crop, left : left + crop].permute(2, 0, 1)[None].float() / 255
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def to_uint8(images: Images) -> np.ndarray:

@@ -150,7 +150,11 @@ class Member:
         if self.run is None or self.optimizer is None:
             return
         tensors, facts = pack_optimizer(self.optimizer.optimizer)
-        tensors = prefixed("optimizer", tensors) | prefixed("head", self.head.state_dict()) | prefixed("best", self.best)
+        tensors = (
+            prefixed("optimizer", tensors)
+            | prefixed("head", self.head.state_dict())
+            | prefixed("best", self.best)
+        )
         facts |= {name: getattr(self, name) for name in PROGRESS} | {"scheduler": self.scheduler.state_dict()}
         save_tensors(self.run.file("checkpoint.safetensors"), tensors, facts)
         self.run.save_history(self.history)
@@ -164,7 +168,9 @@ class Member:
             return False
         tensors, facts = load_tensors(self.run.file("checkpoint.safetensors"))
         self.head.load_state_dict(without_prefix("head", tensors))
-        self.best = {k: tensor.to(self.fabric.device) for k, tensor in without_prefix("best", tensors).items()}
+        self.best = {
+            k: tensor.to(self.fabric.device) for k, tensor in without_prefix("best", tensors).items()
+        }
         unpack_optimizer(self.optimizer.optimizer, without_prefix("optimizer", tensors), facts)
         self.scheduler.load_state_dict(facts["scheduler"])
         for name in PROGRESS:

@@ -58,7 +58,9 @@ class Display:
             parts.append(f"{done:,}/{total:,} ({done / total:.0%})")
         for name, value in figures.items():
             value = value() if callable(value) else value
-            parts.append(f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+            parts.append(
+                f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            )
         elapsed, steps = now - self._started, done - self._begun_at
         if done < total and steps > 0 and elapsed > 1:
             parts.append(f"{clock(elapsed / steps * (total - done))} left")

@@ -122,7 +122,9 @@ class Reconstructor(nn.Module):
         return self.head(self.encoders(images))
 
     @torch.inference_mode()
-    def reconstruct(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    def reconstruct(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
         """`forward` without gradients."""
         return self(images)
 

@@ -64,4 +64,3 @@ def prepare_picture(path: Path, resize: int, crop: int) -> Tensor:
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
     top, left = (int(place) for place in centre_places(*np.array(pixels.shape[-2:]), crop))
     return pixels[..., top : top + crop, left : left + crop].float() / 255
-

@@ -1,13 +1,13 @@
 """The run folder: create, open, scan, atomic write, status. Holds no torch, so that reports start at once.
 
-    config.toml           what was asked for
-    environment.json      versions, commit, device, weights' tag and digest
-    history.csv           one row an epoch
-    scores.csv            one row a test picture: id, psnr, ssim, lpips
-    summary.json          what a report needs (see `Run.summary`)
-    decoder.safetensors   the best decoder by validation loss
-    reconstructions/      a fixed set of test pictures: NAME.original.png and NAME.png
-    status.json           state: running, done or failed; with the error
+config.toml           what was asked for
+environment.json      versions, commit, device, weights' tag and digest
+history.csv           one row an epoch
+scores.csv            one row a test picture: id, psnr, ssim, lpips
+summary.json          what a report needs (see `Run.summary`)
+decoder.safetensors   the best decoder by validation loss
+reconstructions/      a fixed set of test pictures: NAME.original.png and NAME.png
+status.json           state: running, done or failed; with the error
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
     """Read rows back; cells that are numbers become numbers, empty cells None. The id stays text."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [{k: v if k == "id" else _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            return [
+                {k: v if k == "id" else _number(v) for k, v in row.items()} for row in csv.DictReader(file)
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise AfterimageError(f"cannot read {path}: {error}") from None
 
@@ -120,7 +122,9 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         run = cls(Path(path))
         if not run.file("config.toml").exists() and not run.file("summary.json").exists():
-            raise AfterimageError(f"{path} is not a run folder: it holds neither config.toml nor summary.json")
+            raise AfterimageError(
+                f"{path} is not a run folder: it holds neither config.toml nor summary.json"
+            )
         return run
 
     def file(self, name: str) -> Path:
@@ -165,7 +169,10 @@ class Run:
         return read_csv(path) if path.exists() else []
 
     def save_result(
-        self, summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], pictures: Iterable[tuple[str, Any, Any]]
+        self,
+        summary: Mapping[str, Any],
+        rows: Iterable[Mapping[str, Any]],
+        pictures: Iterable[tuple[str, Any, Any]],
     ) -> None:
         """Write scores, pictures as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the summary."""
         index = []
@@ -190,7 +197,16 @@ class Run:
 
 def environment() -> dict[str, Any]:
     """Versions, commit and machine: what one needs to explain a number that does not come out again."""
-    packages = ("afterimage", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "safetensors")
+    packages = (
+        "afterimage",
+        "torch",
+        "torchvision",
+        "timm",
+        "lightning-fabric",
+        "numpy",
+        "pillow",
+        "safetensors",
+    )
     versions = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -212,7 +228,9 @@ def _commit() -> str | None:
         return None
     git = ["git", "-C", str(folder)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None

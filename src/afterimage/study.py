@@ -64,7 +64,9 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if not self.sources and not self.rows:
-            raise AfterimageError("a study needs sources (or rows), for example sources = ['resnet34:layer*']")
+            raise AfterimageError(
+                "a study needs sources (or rows), for example sources = ['resnet34:layer*']"
+            )
         if self.missing_weights not in ("error", "random"):
             raise unknown("missing_weights", self.missing_weights, ("error", "random"))
         if self.lpips not in (*LPIPS_NETS, "any"):
@@ -74,7 +76,9 @@ class StudyConfig:
 def shipped() -> list[str]:
     """The names of the studies that come with the package."""
     folder = resources.files("afterimage") / "studies"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def load_study(name: str) -> StudyConfig:
@@ -136,7 +140,9 @@ def _weights_or_random(sources: Sequence[str], weights: str, progress: Progress)
         try:
             find_weights(model, weights)
         except AfterimageError as error:
-            progress(f"WARNING: no pretrained weights for {model}: going on with RANDOM weights ({error})", 1, 1)
+            progress(
+                f"WARNING: no pretrained weights for {model}: going on with RANDOM weights ({error})", 1, 1
+            )
             return "random"
     return weights
 
@@ -157,15 +163,23 @@ def run_study(
 ) -> tuple[list[Run], list[AfterimageError]]:
     """Run what is not done yet. A run that fails is recorded and the others go on; returns runs and failures."""
     from afterimage.controls import run_references
-    from afterimage.train import train_runs
+    from afterimage.jobs import train_runs
 
     configs = expand(study, progress)
     write_atomic(Path(root) / "study.toml", dump_toml(study))
     failures: list[AfterimageError] = []
     runs: list[Run] = []
     if study.references:
-        runs += run_references(study.data, root, lpips=configs[0].lpips, cache=cache, progress=progress, keep=study.keep)
+        runs += run_references(
+            study.data, root, lpips=configs[0].lpips, cache=cache, progress=progress, keep=study.keep
+        )
     trained = train_runs(
-        configs, root, cache=cache, accelerator=accelerator, progress=progress, keep=study.keep, failures=failures
+        configs,
+        root,
+        cache=cache,
+        accelerator=accelerator,
+        progress=progress,
+        keep=study.keep,
+        failures=failures,
     )
     return trained + runs, failures

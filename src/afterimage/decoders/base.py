@@ -33,7 +33,9 @@ class Decoder(nn.Module, ABC):
         super().__init__()
         if len(specs) != 1:
             names = ", ".join(spec.source for spec in specs)
-            raise AfterimageError(f"{type(self).__name__} takes one feature map, got {len(specs)} ({names}); fuse them first")
+            raise AfterimageError(
+                f"{type(self).__name__} takes one feature map, got {len(specs)} ({names}); fuse them first"
+            )
         self.spec = specs[0]
         self.image_size = image_size
 
@@ -54,8 +56,9 @@ class Decoder(nn.Module, ABC):
     def decode(self, features: Tensor) -> Tensor:
         """Rebuild pictures, not yet held to [0, 1]."""
 
-    def prepare(self, pictures: int, seed: int) -> None:
-        """Announce how many pictures `accumulate` will see in training."""
+    def prepare(self, pictures: int, seed: int) -> int:
+        """Announce how many training pictures there are; returns how many views of each are wanted."""
+        return 1
 
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
         """Take in a batch for the closed-form solution."""

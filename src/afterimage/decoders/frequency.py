@@ -72,7 +72,9 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
         hidden = max(4, channels // reduction)
-        self.weigh = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels))
+        self.weigh = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels)
+        )
 
     def forward(self, maps: Tensor) -> Tensor:
         weights = self.weigh(maps.mean((2, 3))) + self.weigh(maps.amax((2, 3)))

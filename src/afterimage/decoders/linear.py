@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from afterimage.config import AfterimageError, FeatureSpec
 from afterimage.decoders.base import Decoder, resize
 
+FEW_ROWS = 200
+"""Below so many rows an input a second view of each picture still lowers the error."""
+
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -20,7 +23,7 @@ class LinearDecoder(Decoder):
 
     Ridge regression (Hoerl & Kennard 1970): `W = (X'X + lambda D)^-1 X'Y` with D the diagonal of X'X, so that
     channels of different scale are held back alike. X'X and X'Y are summed over one pass; lambda is the best
-    of `RIDGES` on the validation pictures. Above `rows_per_input` rows an input, locations are sampled and
+    of `RIDGES` on the validation pictures. At the border the outermost features are repeated. Above `rows_per_input` rows an input, locations are sampled and
     `solve` says so. Where the picture is not a whole multiple of the features, blocks are rounded up and the
     result is resampled.
 
@@ -59,7 +62,7 @@ class LinearDecoder(Decoder):
     def decode(self, features: Tensor) -> Tensor:
         c, k = self.spec.channels, self.kernel
         kernel = self.weight.view(self.outputs, k, k, c).permute(0, 3, 1, 2)
-        blocks = F.conv2d(features.to(self.weight.dtype), kernel, self.bias, padding=k // 2)
+        blocks = F.conv2d(pad(features.to(self.weight.dtype), k // 2), kernel, self.bias)
         return resize(self.unblock(blocks), self.image_size)
 
     def unblock(self, blocks: Tensor) -> Tensor:
@@ -75,27 +78,29 @@ class LinearDecoder(Decoder):
         parts = images.view(images.shape[0], 3, h, self.block[0], w, self.block[1])
         return parts.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], h * w, self.outputs)
 
-    def prepare(self, pictures: int, seed: int) -> None:
+    def prepare(self, pictures: int, seed: int) -> int:
         inputs = self.weight.shape[1] + 1
         budget = max(self.rows_per_input * inputs, 100_000)
         self._quota = min(self.spec.locations, math.ceil(budget / max(1, pictures)))
         self._generator = torch.Generator().manual_seed(seed)
         self._sums = {}
+        return 1 if pictures * self._quota >= FEW_ROWS * inputs else 2
 
     @torch.no_grad()
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
         (maps,) = features
         b, c, h, w = maps.shape
-        pad = self.kernel // 2
-        rows = F.pad(maps.float(), (pad,) * 4).permute(0, 2, 3, 1).reshape(-1, c)
+        margin = self.kernel // 2
+        rows = pad(maps.float(), margin).permute(0, 2, 3, 1).reshape(-1, c)
         picture, location = self._locations(b, maps.device)
-        corner = picture * (h + 2 * pad) * (w + 2 * pad) + (location // w) * (w + 2 * pad) + location % w
+        stride = w + 2 * margin
+        corner = picture * (h + 2 * margin) * stride + (location // w) * stride + location % w
         steps = torch.arange(self.kernel, device=maps.device)
-        offsets = (steps[:, None] * (w + 2 * pad) + steps).flatten()
+        offsets = (steps[:, None] * stride + steps).flatten()
         inputs = rows[corner[:, None] + offsets].flatten(1)
         targets = self.blocks_of(images.float())[picture, location]
         if validation not in self._sums:
-            shift, scale = (self._sums[False].frame if validation else _frame(inputs))
+            shift, scale = self._sums[False].frame if validation else _frame(inputs)
             self._sums[validation] = _Sums(shift, scale, targets.shape[1])
         self._sums[validation].add(inputs, targets)
 
@@ -128,9 +133,16 @@ class LinearDecoder(Decoder):
         notes = [f"ridge {ridge:g}, chosen on the validation pictures"]
         if self._quota < self.spec.locations:
             share = self._quota / self.spec.locations
-            notes.append(f"fitted on {train.rows:,} locations, a random {share:.0%} of each training picture's")
+            notes.append(
+                f"fitted on {train.rows:,} locations, a random {share:.0%} of each training picture's"
+            )
         self._sums = {}
         return notes
+
+
+def pad(maps: Tensor, margin: int) -> Tensor:
+    """Repeat the outermost features `margin` times on every side."""
+    return F.pad(maps, (margin,) * 4, mode="replicate") if margin else maps
 
 
 def _frame(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +175,8 @@ class _Sums:
         self.rows += len(x)
 
     def solve(self, ridge: float) -> Tensor | None:
-        penalty = ridge * self.xx.diagonal()
+        diagonal = self.xx.diagonal()
+        penalty = ridge * torch.where(diagonal > 0, diagonal, self.rows)  # a channel that never varies
         penalty[-1] = 0  # the bias is free
         factor, failed = torch.linalg.cholesky_ex(self.xx + penalty.diag())
         return None if failed else torch.cholesky_solve(self.xy, factor)

@@ -15,7 +15,11 @@ TOLERANCE = 0.05
 
 
 def options_for(
-    cls: type[Decoder], specs: Sequence[FeatureSpec], image_size: tuple[int, int], parameters: int, options: dict[str, Any]
+    cls: type[Decoder],
+    specs: Sequence[FeatureSpec],
+    image_size: tuple[int, int],
+    parameters: int,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Options with which `cls` has `parameters` parameters, within 5 %.
 

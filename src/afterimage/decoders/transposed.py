@@ -73,7 +73,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         b, n, c = tokens.shape
-        q, k, v = self.qkv(self.norm1(tokens)).view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm1(tokens)).view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        )
         attended = F.scaled_dot_product_attention(q, k, v)
         tokens = tokens + self.projection(attended.transpose(1, 2).reshape(b, n, c))
         return tokens + self.mlp(self.norm2(tokens))

@@ -69,10 +69,12 @@ def inverse_haar(
     """One level of the orthonormal inverse Haar transform; `details` holds horizontal, vertical, diagonal bands."""
     horizontal, vertical, diagonal = details.chunk(3, dim=1)
     top = torch.stack(
-        (approximation + horizontal + vertical + diagonal, approximation - horizontal + vertical - diagonal), -1
+        (approximation + horizontal + vertical + diagonal, approximation - horizontal + vertical - diagonal),
+        -1,
     )
     bottom = torch.stack(
-        (approximation + horizontal - vertical - diagonal, approximation - horizontal - vertical + diagonal), -1
+        (approximation + horizontal - vertical - diagonal, approximation - horizontal - vertical + diagonal),
+        -1,
     )
     b, c, h, w = approximation.shape
     return torch.stack((top, bottom), dim=3).reshape(b, c, 2 * h, 2 * w) / 2

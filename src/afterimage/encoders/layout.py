@@ -59,11 +59,6 @@ def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
     return [found for step, item in items for found in tensors(item, (*key, step))]
 
 
-def shapes(output: Any) -> Shapes:
-    """The shape of every tensor in an output."""
-    return [(key, tuple(tensor.shape)) for key, tensor in tensors(output)]
-
-
 def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
     """What puts a module's tokens into raster order first, for models that keep them in another order.
 

@@ -37,12 +37,11 @@ def resolve_model(name: str) -> str:
     elif not timm.is_model(architecture):
         raise _unknown_model(name)
     if not tag:
-        config = get_pretrained_cfg(architecture, allow_unregistered=True)
-        tag = (config.tag if config is not None else None) or ""
-        return f"{architecture}.{tag}" if tag else architecture
-    pinned = f"{architecture}.{tag}"
-    if get_pretrained_cfg(pinned, allow_unregistered=True) is None:
-        raise unknown("weights' tag", pinned, _tags(architecture) or [architecture])
+        config = get_pretrained_cfg(architecture)
+        return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
+    pinned, known = f"{architecture}.{tag}", _tags(architecture)
+    if pinned not in known:
+        raise unknown("weights' tag", pinned, known or [architecture])
     return pinned
 
 

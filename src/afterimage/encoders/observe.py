@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from afterimage.encoders.layout import Refused, Shapes, reorder, shapes, tensors
+from afterimage.encoders.layout import Refused, Shapes, reorder, tensors
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Observation(TorchDispatchMode):
         self.first_read: dict[int, int] = {}
         self.failure = ""
         self._clock = self._flops = self._finished = 0
+        self._seen = {storage(images)}
         hooks = [
             module.register_forward_hook(functools.partial(self._finish, path))
             for path, module in model.named_modules()
@@ -68,10 +69,12 @@ class Observation(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self._clock += 1
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self.first_read.setdefault(storage(leaf), self._clock)
+        read = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for key in read:
+            self.first_read.setdefault(key, self._clock)
         result = func(*args, **kwargs)
+        made = {storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        self._seen = self._seen - made if self._seen.isdisjoint(read) else self._seen | made
         packet = func._overloadpacket
         if packet in flop_registry:
             self._flops += flop_registry[packet](*args, **kwargs, out_val=result)
@@ -88,14 +91,17 @@ class Observation(TorchDispatchMode):
             output = roll(output) if roll else output
         except Refused as reason:
             refused = str(reason)
+        found = [(key, tensor) for key, tensor in tensors(output) if storage(tensor) in self._seen]
+        if not found and not refused:
+            refused = "it returns nothing that depends on the picture"
         self.events[path] = Event(
             order=self._finished,
             clock=self._clock,
             macs=self._flops // 2,
-            shapes=shapes(output),
+            shapes=[(key, tuple(tensor.shape)) for key, tensor in found],
             runs=self.events[path].runs + 1 if path in self.events else 1,
             refused=refused,
-            returned=[(tensor, tensor._version) for _, tensor in tensors(output)],
+            returned=[(tensor, tensor._version) for _, tensor in found],
         )
         self._finished += 1
 

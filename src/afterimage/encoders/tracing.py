@@ -62,7 +62,8 @@ class Trace:
         if path in self.taps:
             return self.taps[path]
         if path not in self.modules:
-            raise unknown(f"layer of {self.model}", layer, dict.fromkeys([*self.names, *self.by_order]))
+            valid = dict.fromkeys([*self.names, *self.by_order])
+            raise unknown(f"layer of {self.model}", layer, valid, limit=min(40, max(12, len(self.names))))
         if path not in self.refused and self.failure:
             raise cannot_run(self.model, self.image_size, self.failure)
         reason = self.refused.get(path, "it does not run as a module of its own")
@@ -73,14 +74,14 @@ class Trace:
 
     @property
     def by_order(self) -> list[str]:
-        """Every module that can be inverted, in order of execution."""
-        return sorted(self.taps, key=lambda path: self.taps[path].order)
+        """Every module that can be inverted, in order of execution, by alias where there is one."""
+        short = {path: alias for alias, path in self.aliases.items()}
+        return [short.get(path, path) for path in sorted(self.taps, key=lambda path: self.taps[path].order)]
 
     @property
     def names(self) -> list[str]:
-        """The layers worth listing, in order of execution, by alias where there is one."""
-        short = {path: alias for alias, path in self.aliases.items()}
-        return [short.get(path, path) for path in sorted(self.stages, key=lambda path: self.taps[path].order)]
+        """The layers worth listing, likewise."""
+        return [name for name in self.by_order if self.aliases.get(name, name) in self.stages]
 
     def used(self, taps: Sequence[Tap]) -> list[tuple[str, ...]]:
         """The saved tensors that the layers in use read, each by all the names that it goes by."""

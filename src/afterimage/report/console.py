@@ -44,15 +44,17 @@ def _build(rows: Rows, dropped: tuple[str, ...], title: str | None) -> RichTable
     )  # fmt: skip
     for i in keep:
         name = layout.header[i]
-        is_text = name in ("features", "shape", "decoder")
-        justify = "left" if is_text else "right"
-        table.add_column(Text(name.replace(" (", "\n(")), justify=justify, overflow="fold", no_wrap=not is_text)
+        header = Text(name.replace(" (", "\n("))
+        if name in ("features", "shape", "decoder"):
+            table.add_column(header, overflow="fold")
+        else:
+            table.add_column(header, justify="right", no_wrap=True)
     for group in layout.groups:
         style = "bold red" if group.loud else "bold"
         table.add_row(Text("\n".join(_heading(group)), style=style))
         for line in group.lines:
-            cells = [_names(line), *map(_first_line, line.cells)]
-            table.add_row(*(_text(_without_spread(cells[i]) if "±" in dropped else cells[i]) for i in keep))
+            cells = [_names(line), *(_text(cell, "±" not in dropped) for cell in line.cells)]
+            table.add_row(*(cells[i] for i in keep))
         table.add_section()
     return table
 
@@ -69,32 +71,24 @@ def _heading(group: Group) -> list[str]:
     return [name, weights] if len(name) <= HEADING or not dot else [model, dot + tag, weights]
 
 
-def _names(line: Line) -> Cell:
+def _names(line: Line) -> Text:
     name = line.row.layer if line.row.kind == "decoder" else line.row.label
-    return Cell((f"  {plain(name, 44)}",), line.names.marks)
+    return _text(Cell((plain(name, 44),), line.names.marks), True, indent="  ")
 
 
-def _first_line(cell: Cell) -> Cell:
-    return Cell(cell.lines[:1], cell.marks, cell.bold, cell.loud)
-
-
-def _text(cell: Cell) -> Text:
+def _text(cell: Cell, has_spread: bool, indent: str = "") -> Text:
+    """The cell's first line: what a fusion's further lines say stands in the caption."""
     from rich.text import Text
 
-    text = plain(cell.lines[0], 40) if cell.lines[0].strip() == cell.lines[0] else cell.lines[0]
+    text = plain(cell.lines[0], 44)
+    text = text if has_spread else text.partition(" ± ")[0]
     style = "bold green" if cell.bold else "dim" if text in (NONE, "unavailable") else ""
-    return Text(text, style=style).append(superscript(cell.marks), style="dim")
-
-
-def _without_spread(cell: Cell) -> Cell:
-    return Cell(tuple(line.partition(" ± ")[0] for line in cell.lines), cell.marks, cell.bold, cell.loud)
+    return Text(indent + text, style=style).append(superscript(cell.marks), style="dim")
 
 
 def _caption(rows: Rows, remark: str, footnotes: tuple[str, ...]) -> list[str]:
     lines = [remark, *fusion_legend(rows.decoders)]
     lines += [f"{superscript([i])} {plain(note)}" for i, note in enumerate(footnotes, 1)]
     lines += [f"! {plain(warning)}" for warning in rows.warnings]
-    lines += [
-        f"! {plain(u.run.name)}: {u.state}{': ' if u.error else ''}{plain(u.error)}" for u in rows.unfinished
-    ]
+    lines += [f"! {plain(': '.join(filter(None, (u.run.name, u.state, u.error))))}" for u in rows.unfinished]
     return lines

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from afterimage.config import unknown
 from afterimage.report.rows import METRICS, Row, Rows, Score
 from afterimage.report.variants import fusion_text
 
-Spread = Literal["std", "interval"]
 SPREADS = {"std": "standard deviation", "interval": "half a 95 % t interval of the mean"}
 DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
@@ -69,7 +67,7 @@ class Footnotes:
         return self.texts.index(text) + 1
 
 
-def lay_out(rows: Rows, *, spread: Spread = "std") -> Table:
+def lay_out(rows: Rows, *, spread: str = "std") -> Table:
     """The whole table. `spread` chooses what follows ±: the standard deviation or the mean's interval."""
     if spread not in SPREADS:
         raise unknown("spread", spread, SPREADS)
@@ -80,22 +78,12 @@ def lay_out(rows: Rows, *, spread: Spread = "std") -> Table:
     groups: dict[tuple[str, str], list[Line]] = {}
     for row in rows.all:
         marks = tuple(notes.number(note) for note in row.notes)
-        cells = [
-            *_what(row, seeds),
-            *(_score(row, m, net, best[m, net], spread, notes) for m, net in columns),
-        ]
+        cells = [*_what(row, seeds)]
+        cells += [_score(row, m, net, best[m, net], spread, notes) for m, net in columns]
         line = Line(row, Cell(_names(row), marks), tuple(cells))
         groups.setdefault((row.encoder, row.weights_label if row.kind == "decoder" else ""), []).append(line)
-    header = [
-        "features",
-        "shape",
-        "reduction",
-        "decoder",
-        *(["seed"] if seeds else []),
-        "weights",
-        "parameters",
-    ]
-    header += ["training", *(heading(metric, net) for metric, net in columns)]
+    header = ["features", "shape", "reduction", "decoder", *(["seed"] if seeds else [])]
+    header += ["weights", "parameters", "training", *(heading(metric, net) for metric, net in columns)]
     made = tuple(Group(encoder, weights, tuple(lines)) for (encoder, weights), lines in groups.items())
     return Table(tuple(header), made, tuple(notes.texts), _remark(rows, spread))
 
@@ -106,7 +94,7 @@ def heading(metric: str, net: str = "") -> str:
     return f"{name} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float | int | None) -> str:
     if seconds is None:
         return NONE
     if seconds < 99.5:
@@ -131,7 +119,7 @@ def _what(row: Row, seeds: bool) -> Iterable[Cell]:
 
     reference = row.kind == "reference"
     yield aligned(row.shapes)
-    yield aligned([f"{f['reduction']:g}×" if f.get("reduction") else NONE for f in row.features])
+    yield aligned([f"{reduction}×" if reduction else NONE for reduction in row.reductions])
     yield text(row.decoder_label or NONE)
     if seeds:
         yield text(NONE if row.seed is None else str(row.seed))
@@ -145,7 +133,7 @@ def weights_text(label: str) -> str:
     return label.upper() if "random" in label else label
 
 
-def _score(row: Row, metric: str, net: str, best: str | None, spread: Spread, notes: Footnotes) -> Cell:
+def _score(row: Row, metric: str, net: str, best: str | None, spread: str, notes: Footnotes) -> Cell:
     score = row.scores[metric]
     if score is None:
         return Cell(("unavailable",), (notes.number(f"LPIPS is unavailable: {row.lpips_reason}"),))
@@ -169,7 +157,7 @@ def _best(rows: Sequence[Row], metric: str, net: str) -> str | None:
     return _rounded(pick(means, key=lambda s: s.mean), metric) if means else None
 
 
-def _remark(rows: Rows, spread: Spread) -> str:
+def _remark(rows: Rows, spread: str) -> str:
     counts = sorted({score.count for row in rows.all for m in METRICS if (score := row.scores[m])})
     over = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     best = " Bold: the best decoder row, ties included." if rows.decoders else ""

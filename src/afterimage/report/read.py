@@ -14,7 +14,10 @@ from afterimage.runs import Run, read_json
 
 KINDS = ("decoder", "reference")
 # What a damaged or foreign file can raise while it is read; anything else is a bug here and should show.
-DAMAGE = (AfterimageError, AttributeError, KeyError, TypeError, ValueError)
+DAMAGE = (
+    *(AfterimageError, AttributeError, KeyError, OSError, OverflowError, RecursionError),
+    *(TypeError, ValueError),
+)
 
 
 def read_rows(runs: Iterable[Run]) -> Rows:
@@ -32,18 +35,20 @@ def read_rows(runs: Iterable[Run]) -> Rows:
                 error = str(damage)
         unfinished.append(Unfinished(run, state, error))
     if not finished:
-        states = "".join(
-            f"\n  {u.run.name}: {u.state}{': ' if u.error else ''}{u.error}" for u in unfinished[:20]
-        )
-        more = f"\n  … {len(unfinished) - 20} more" if len(unfinished) > 20 else ""
-        raise AfterimageError(
-            f"no finished run to report{states}{more}" if unfinished else "there is no run to report"
-        )
+        raise AfterimageError(_nothing(unfinished))
     decoders = [r for r in finished if r.kind == "decoder"]
     decoders = variants(fusion_letters(decoders))
     references = sorted((r for r in finished if r.kind == "reference"), key=_reference_order)
     rows = tuple(sorted(decoders, key=lambda r: r.order))
     return Rows(rows, tuple(references), tuple(unfinished), tuple(_warnings([*rows, *references])))
+
+
+def _nothing(unfinished: Sequence[Unfinished]) -> str:
+    if not unfinished:
+        return "there is no run to report"
+    lines = [": ".join(filter(None, (u.run.name, u.state, u.error))) for u in unfinished[:20]]
+    lines += [f"… {len(unfinished) - 20} more"] if len(unfinished) > 20 else []
+    return "\n  ".join(["no finished run to report", *lines])
 
 
 def _state(run: Run) -> tuple[str, str]:
@@ -86,7 +91,8 @@ def _read(run: Run) -> Row:
         settings=settings,
     )
     # Whatever tables and figures compute from the files is computed once here, where damage is caught.
-    _ = row.shapes, row.grid, row.locations, row.order, row.weights_label, row.data.get("digest")
+    _ = row.shapes, row.reductions, row.grid, row.locations, row.order
+    _ = row.weights_label, row.data.get("digest")
     _ = [row.values(metric) for metric in METRICS]
     return row
 

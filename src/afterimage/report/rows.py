@@ -96,6 +96,11 @@ class Row:
         return tuple(f"{f['channels']}×{f['height']}×{f['width']}" for f in self.features)
 
     @property
+    def reductions(self) -> tuple[str, ...]:
+        """Picture height over feature height, as text; empty where it is not known."""
+        return tuple(f"{f['reduction']:g}" if f.get("reduction") else "" for f in self.features)
+
+    @property
     def grid(self) -> str:
         """The locations as `56×56`, after fusion where there is one."""
         if len(self.sources) > 1 and self.fusion and self.fusion.get("size"):

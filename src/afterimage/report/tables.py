@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from afterimage.report.escape import latex, markdown, markdown_code, plain, spreadsheet
-from afterimage.report.layout import Cell, Line, Spread, lay_out
+from afterimage.report.layout import Cell, Line, lay_out
 from afterimage.report.rows import METRICS, Row, Rows
 from afterimage.report.variants import fusion_text
 
@@ -16,7 +16,7 @@ _RIGHT = ("reduction", "seed", "parameters", "training")
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def markdown_table(rows: Rows, *, spread: Spread = "std") -> str:
+def markdown_table(rows: Rows, *, spread: str = "std") -> str:
     """A GitHub table with its footnotes. One row a run; reference lines last."""
     table = lay_out(rows, spread=spread)
     lines = [_markdown_line(map(markdown, table.header))]
@@ -29,7 +29,7 @@ def markdown_table(rows: Rows, *, spread: Spread = "std") -> str:
     return "\n".join(lines) + "\n"
 
 
-def latex_table(rows: Rows, *, spread: Spread = "std") -> str:
+def latex_table(rows: Rows, *, spread: str = "std") -> str:
     r"""A booktabs table: needs `\usepackage{booktabs,textcomp}`. One group of rows an encoder."""
     table = lay_out(rows, spread=spread)
     drop = table.header.index("weights")
@@ -41,14 +41,14 @@ def latex_table(rows: Rows, *, spread: Spread = "std") -> str:
     ]  # fmt: skip
     for i, group in enumerate(table.groups):
         lines += [r"\addlinespace"] if i else []
-        lines.append(
-            rf"\multicolumn{{{len(header)}}}{{@{{}}l}}{{{_latex_heading(group.encoder, group.weights)}}} \\"
-        )
+        head = _latex_heading(group.encoder, group.weights)
+        lines.append(rf"\multicolumn{{{len(header)}}}{{@{{}}l}}{{{head}}} \\")
         for line in group.lines:
             cells = [c for i, c in enumerate(line.cells, 1) if i != drop]
             lines += _latex_row(Cell(_short(line.row, line.names.lines), line.names.marks), cells)
-    lines += [r"\bottomrule", r"\end{tabular}", "", r"\par\smallskip\footnotesize", latex(table.remark)]
+    lines += [r"\bottomrule", r"\end{tabular}", "", r"{\smallskip\footnotesize", latex(table.remark)]
     lines += [rf"\par\textsuperscript{{{i}}} {latex(note)}" for i, note in enumerate(table.footnotes, 1)]
+    lines.append(r"\par}")
     return "\n".join(lines) + "\n"
 
 
@@ -97,12 +97,8 @@ def _latex_heading(encoder: str, weights: str) -> str:
     if not encoder:
         return r"\emph{reference lines}"
     name = "fusion of several sources" if encoder == "fusion" else rf"\texttt{{{latex(encoder)}}}"
-    label = (
-        rf"\textbf{{{latex(weights.upper())} WEIGHTS}}"
-        if "random" in weights
-        else rf"{latex(weights)} weights"
-    )
-    return f"{name}, {label}"
+    loud = rf"\textbf{{{latex(weights.upper())} WEIGHTS}}"
+    return f"{name}, {loud if 'random' in weights else latex(weights) + ' weights'}"
 
 
 def _latex_row(names: Cell, cells: list[Cell]) -> Iterable[str]:
@@ -129,7 +125,7 @@ def _record(row: Row) -> dict[str, Any]:
     record: dict[str, Any] = {
         "run": row.run.name, "state": "done", "kind": row.kind, "label": row.label,
         "sources": " + ".join(row.sources), "shapes": " + ".join(row.shapes),
-        "reductions": " + ".join(f"{f.get('reduction') or 0:g}" for f in row.features),
+        "reductions": " + ".join(row.reductions),
         "locations": row.locations, "fusion": fusion_text(row) if len(row.sources) > 1 else "",
         "decoder": row.decoder, "variant": row.variant,
         "weights": row.weights_label if row.kind == "decoder" else "", "seed": row.seed,

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from afterimage.config import AfterimageError
 from afterimage.progress import Progress, silent
 from afterimage.report.escape import markdown, markdown_block, markdown_code, plain
-from afterimage.report.layout import Spread
-from afterimage.report.read import DAMAGE, read_rows
+from afterimage.report.read import read_rows
 from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.report.variants import flatten
 from afterimage.runs import Run, read_json, write_atomic
+
+if TYPE_CHECKING:
+    from afterimage.report.figures import Drawing
 
 TITLE = "How much of a picture is left in the features?"
 
 
 def write_report(
     runs: Iterable[Run], out: str | Path, *, title: str = TITLE, sections: Sequence[tuple[str, str]] = (),
-    spread: Spread = "std", progress: Progress = silent,
+    spread: str = "std", progress: Progress = silent,
 ) -> dict[str, Path]:  # fmt: skip
     """Write the report of these runs below `out` and return the files written, by their path below `out`.
 
-    `sections` are `(heading, Markdown)` pairs that come between the figures and the notes. `spread` is what
-    follows ± in the tables: `std` or `interval`. Raises `AfterimageError` where no run is finished or a file
+    `sections` are `(heading, Markdown)` pairs that come after the figures. `spread` is what follows ± in the
+    tables: `std` or `interval`. Raises `AfterimageError` where no run is finished or a file
     cannot be written.
     """
     from afterimage.report.figures import draw, render
@@ -48,11 +52,11 @@ def write_report(
         png, svg = render(drawing.figure)
         write(f"figures/{drawing.name}.png", png)
         write(f"figures/{drawing.name}.svg", svg)
-        figures.append((drawing.name, drawing.title, drawing.caption))
+        figures.append(_figure(drawing))
     parts = [
         f"# {markdown(title)}", _sentence(rows), *_alarms(rows), "## Results",
         markdown_table(rows, spread=spread).rstrip(),
-        "Also as [CSV](table.csv) and [LaTeX](table.tex).", "## Figures", *(_figure(*f) for f in figures),
+        "Also as [CSV](table.csv) and [LaTeX](table.tex).", "## Figures", *figures,
         *(part for heading, text in sections for part in (f"## {markdown(heading)}", text.strip())),
         *_unfinished(rows), "## Weights", *_weights(rows), "## How each row was made", *_origins(rows, out),
     ]  # fmt: skip
@@ -68,9 +72,8 @@ def _sentence(rows: Rows) -> str:
     parts = []
     if rows.decoders:
         layers = f"{_count(len(sources), 'layer')} of {_count(len(models), 'frozen encoder')}"
-        parts.append(
-            f"{_count(len(rows.decoders), 'run')} on {layers} with {_count(len(decoders), 'decoder')}"
-        )
+        runs = _count(len(rows.decoders), "run")
+        parts.append(f"{runs} on {layers} with {_count(len(decoders), 'decoder')}")
     if rows.references:
         parts.append(_count(len(rows.references), "reference line"))
     return (
@@ -93,30 +96,28 @@ def _alarms(rows: Rows) -> Iterable[str]:
         yield "\n>\n".join(["> [!WARNING]", *loud])
 
 
-def _figure(name: str, title: str, caption: str) -> str:
-    image = f"![{markdown(title)}](figures/{name}.png)\n\n{markdown(caption)} ([SVG](figures/{name}.svg))"
-    if name.endswith("-detail"):
-        return f"<details><summary>{markdown(title)}</summary>\n\n{image}\n\n</details>"
-    return f"### {markdown(title)}\n\n{image}"
+def _figure(drawing: Drawing) -> str:
+    title, file = markdown(drawing.title), f"figures/{drawing.name}"
+    shown = f"![{title}]({file}.png)\n\n{markdown(drawing.caption)} ([SVG]({file}.svg))"
+    if drawing.folded:
+        return f"<details><summary>{html.escape(plain(drawing.title))}</summary>\n\n{shown}\n\n</details>"
+    return f"### {title}\n\n{shown}"
 
 
 def _unfinished(rows: Rows) -> Iterable[str]:
     if rows.unfinished:
         yield "## Not finished"
-        lines = [
-            f"| {markdown_code(u.run.name)} | {markdown(u.state)} | {markdown(u.error)} |"
-            for u in rows.unfinished
-        ]
-        yield "\n".join(["| run | state | error |", "| --- | --- | --- |", *lines])
+        lines = ["| run | state | error |", "| --- | --- | --- |"]
+        for u in rows.unfinished:
+            lines.append(f"| {markdown_code(u.run.name)} | {markdown(u.state)} | {markdown(u.error)} |")
+        yield "\n".join(lines)
 
 
 def _weights(rows: Rows) -> Iterable[str]:
     lines = {}
     for weights in (w for row in rows.decoders for w in row.weights):
-        model, where = (
-            markdown_code(weights.get("model", "unknown")),
-            markdown_code(weights.get("location", "unknown")),
-        )
+        model = markdown_code(weights.get("model", "unknown"))
+        where = markdown_code(weights.get("location", "unknown"))
         if weights.get("label") == "random":
             lines[f"- {model}: **RANDOM**, {where}: a control, not a pretrained network"] = None
         else:
@@ -134,23 +135,13 @@ def _origins(rows: Rows, out: Path) -> Iterable[str]:
     shared = [k for k in keys if all(k in each and each[k] == settings[0][k] for each in settings)]
     if shared:
         yield f"Settings that all {'decoder' if rows.decoders else 'reference'} rows share:"
-        yield markdown_block(
-            "\n".join(f"{k} = {json.dumps(settings[0][k], default=str)}" for k in shared), "toml"
-        )
-    commands = {row.run.name: _command(row.run) for row in rows.all}
-    is_one = len(set(commands.values())) == 1
-    yield (
-        f"Every row was made by {commands[rows.all[0].run.name]}."
-        if is_one
-        else "The commands stand beside the rows."
-    )
-    lines = [
-        f"| row | configuration |{'' if is_one else ' command |'}",
-        f"| --- | --- |{'' if is_one else ' --- |'}",
-    ]
-    for row in rows.all:
-        command = "" if is_one else f" {commands[row.run.name]} |"
-        lines.append(f"| {markdown(_label(row))} | {_link(row.run, out)} |{command}")
+        text = "\n".join(f"{key} = {json.dumps(settings[0][key], default=str)}" for key in shared)
+        yield markdown_block(text, "toml")
+    facts = [_facts(row.run) for row in rows.all]
+    yield f"Made with {'; or with '.join(dict.fromkeys(map(_environment, facts)))}."
+    lines = ["| row | configuration | command |", "| --- | --- | --- |"]
+    for row, each in zip(rows.all, facts, strict=True):
+        lines.append(f"| {markdown(_label(row))} | {_link(row.run, out)} | {_command(each)} |")
     yield "\n".join(lines)
 
 
@@ -161,18 +152,30 @@ def _label(row: Row) -> str:
 
 def _link(run: Run, out: Path) -> str:
     file = run.file("config.toml")
-    return (
-        f"[{markdown(run.name)}]({quote(os.path.relpath(file, out))})"
-        if file.exists()
-        else markdown_code(run.name)
-    )
+    if not file.exists():
+        return markdown_code(run.name)
+    return f"[{markdown(run.name)}]({quote(os.path.relpath(file, out))})"
 
 
-def _command(run: Run) -> str:
+def _facts(run: Run) -> Mapping[str, Any]:
+    """The run's environment.json; empty where it is missing or damaged, which the report then says."""
     try:
-        facts: Mapping[str, Any] = read_json(run.file("environment.json"))
-        command = facts.get("command")
-    except DAMAGE:
-        return "an unknown command"
-    text = shlex.join(map(str, command)) if isinstance(command, list) else command
-    return markdown_code(plain(text)) if text else "an unknown command"
+        facts = read_json(run.file("environment.json"))
+    except AfterimageError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _environment(facts: Mapping[str, Any]) -> str:
+    versions = facts.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    known = {name: versions.get(name) for name in ("afterimage", "torch", "timm")}
+    known |= {name: facts.get(name) for name in ("python", "platform", "commit", "device")}
+    parts = [f"{name} {value}" for name, value in known.items() if value]
+    return markdown(", ".join(parts)) if parts else "an environment that was not recorded"
+
+
+def _command(facts: Mapping[str, Any]) -> str:
+    command = facts.get("command")
+    text = shlex.join(map(str, command)) if isinstance(command, list) else plain(command or "")
+    return markdown_code(text) if text else "not recorded"

@@ -29,6 +29,7 @@ from afterimage.report.rows import Row, Rows, pool
 from afterimage.report.variants import fusion_legend
 
 LAYER_INCHES = 0.55
+LETTER_INCHES = 0.06  # of a tick label
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
     metrics, styles = metrics_of(rows.decoders), decoder_styles(rows.decoders)
     segments = _segments(rows.decoders)
     names = [name for segment in segments for name in segment.names.values()]
-    is_rotated = any(len(name.partition("\n")[0]) > 10 for name in names)
-    width = max(6.5, 2.2 + LAYER_INCHES * segments[-1].right)
-    figure = Figure((min(width, 20), 1.3 + 1.9 * len(metrics)), layout="constrained")
+    inches = _layer_inches(segments[-1].right)
+    is_rotated = max(len(line) for name in names for line in name.split("\n")) * LETTER_INCHES > inches
+    figure = Figure((2.2 + inches * segments[-1].right, 1.3 + 1.9 * len(metrics)), layout="constrained")
     panels = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         for i, segment in enumerate(segments):
@@ -92,16 +93,21 @@ def _segments(rows: Sequence[Row]) -> list[Segment]:
     for row in sorted(rows, key=lambda r: (r.order[0], r.order[1], r.fusion_letter, r.order[4:])):
         layers[row.encoder].setdefault(_layer_key(row), row)
     spans = [max(len(members), 2) for members in layers.values()]
-    inches = max(LAYER_INCHES, 4.3 / sum(spans))
+    inches = _layer_inches(float(sum(spans)))
     segments, start = [], 0.0
     for (encoder, members), span in zip(layers.items(), spans, strict=True):
         first = start + (span - len(members)) / 2 + 0.5
         places = {key: first + i for i, key in enumerate(members)}
         names = {key: f"{plain(row.layer, 22)}\n{row.grid}" for key, row in members.items()}
-        title = wrap(short[encoder], int(span * inches / 0.085))
+        title = wrap(short[encoder], max(8, int(span * inches / 0.085)))
         segments.append(Segment(title, places, names, start, start + span))
         start += span
     return segments
+
+
+def _layer_inches(total: float) -> float:
+    """What a layer gets of the figure's width, which is 6.5 to 20 inches."""
+    return min(max(LAYER_INCHES, 4.3 / total), 18 / total)
 
 
 def _layer_key(row: Row) -> tuple[str, ...]:

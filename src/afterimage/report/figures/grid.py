@@ -52,8 +52,13 @@ class Page:
 
 def pages(rows: Rows) -> list[Page]:
     """Few runs share a page; more are split by encoder, decoder and seed. Reference lines stand apart."""
-    names = short_encoders(rows.decoders)
-    return [Page(stem, title, members, names) for stem, title, members in _split(rows, names)]
+    names, found = short_encoders(rows.decoders), []
+    for title, members in _split(rows, names):
+        stem = _slug(title)
+        # Names that differ only in what a file's name cannot hold must not share a file.
+        taken = sum(page.stem == stem or page.stem.startswith(f"{stem}~") for page in found)
+        found.append(Page(f"{stem}~{taken + 1}" if taken else stem, title, members, names))
+    return found
 
 
 def grid(page: Page) -> list[Drawing]:
@@ -62,36 +67,32 @@ def grid(page: Page) -> list[Drawing]:
     return [_whole(page, album), _detail(page, album)] if album.ids else []
 
 
-def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, str, list[Row]]]:
+def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]:
     room = COLUMNS - 1
     if rows.decoders and len(rows.decoders) <= room:
-        yield "reconstructions", "Reconstructions", list(rows.decoders)
+        yield "Reconstructions", list(rows.decoders)
     else:
         for encoder, is_random in dict.fromkeys((r.encoder, r.is_random) for r in rows.decoders):
             members = [r for r in rows.decoders if (r.encoder, r.is_random) == (encoder, is_random)]
             name = names[encoder] + (", RANDOM weights" if is_random else "")
             if len(members) <= room:
-                yield f"reconstructions {name}", f"Reconstructions: {name}", members
+                yield f"Reconstructions: {name}", members
                 continue
             seeds = len({r.seed for r in members}) > 1
             by_decoder = sorted(members, key=lambda r: (r.decoder_order, r.seed or 0, r.order))
-            for (decoder, seed), group in itertools.groupby(
-                by_decoder, key=lambda r: (r.decoder_label, r.seed)
-            ):
-                title = f"{name}, {plain(decoder)}" + (f", seed {seed}" if seeds else "")
-                yield from _chunks(f"reconstructions {title}", f"Reconstructions: {title}", list(group))
+            for _, group in itertools.groupby(by_decoder, key=lambda r: (r.decoder_label, r.seed)):
+                own = list(group)
+                title = f"Reconstructions: {name}, {plain(own[0].decoder_label)}"
+                yield from _chunks(title + (f", seed {own[0].seed}" if seeds else ""), own)
     if rows.references:
-        yield from _chunks(
-            "reconstructions reference lines", "Reconstructions: reference lines", list(rows.references)
-        )
+        yield from _chunks("Reconstructions: reference lines", list(rows.references))
 
 
-def _chunks(stem: str, title: str, rows: list[Row]) -> Iterable[tuple[str, str, list[Row]]]:
+def _chunks(title: str, rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
     count = -(-len(rows) // (COLUMNS - 1))
     size = -(-len(rows) // count)
     for i in range(count):
-        suffix = (f" {i + 1}", f" ({i + 1} of {count})") if count > 1 else ("", "")
-        yield stem + suffix[0], title + suffix[1], rows[i * size : (i + 1) * size]
+        yield title + (f" ({i + 1} of {count})" if count > 1 else ""), rows[i * size : (i + 1) * size]
 
 
 def _album(rows: Sequence[Row]) -> Album:
@@ -142,7 +143,7 @@ def _whole(page: Page, album: Album) -> Drawing:
         "Originals and what each row rebuilt. Above a column: its row and mean PSNR over all test pictures; "
         f"below a picture: its own PSNR.{_missing(album)}{_fusions(page.rows)}"
     )
-    return Drawing(_slug(page.stem), page.title, caption, figure)
+    return Drawing(page.stem, page.title, caption, figure)
 
 
 def _detail(page: Page, album: Album) -> Drawing:
@@ -161,7 +162,7 @@ def _detail(page: Page, album: Album) -> Drawing:
         "The boxed detail, the part of the original with the highest contrast (variance of its luma), "
         f"enlarged pixel by pixel.{_missing(album)}{_fusions(page.rows)}"
     )
-    return Drawing(_slug(f"{page.stem} detail"), f"{page.title}, in detail", caption, figure)
+    return Drawing(f"{page.stem}-detail", f"{page.title}, in detail", caption, figure, folded=True)
 
 
 def busiest(pixels: Pixels) -> tuple[int, int, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,6 +33,15 @@ PANEL = (2.35, 1.95)
 Point = tuple[float, Score, Row]
 
 
+@dataclass(frozen=True)
+class Look:
+    """Where a row lies on the x axis, which line it is on, and how that line is drawn."""
+
+    x: Callable[[Row], float]
+    line: Callable[[Row], str]
+    styles: dict[str, Style]
+
+
 def quality_by_locations(rows: Rows) -> list[Drawing]:
     """A column a decoder, a line an encoder. Empty unless at least two numbers of locations occur."""
     shown = [row for row in rows.decoders if row.locations]
@@ -45,20 +55,14 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
     columns = list(dict.fromkeys(r.decoder_label for r in sorted(shown, key=lambda r: r.decoder_order)))
     figure, panels = _panels(shown, columns)
     for axes, metric, members in _members(shown, columns, panels, lambda r: r.decoder_label):
-        _draw(
-            axes,
-            members,
-            metric,
-            lambda r: r.locations * beside[r.encoder],
-            lambda r: looks[r.encoder],
-            lambda r: r.encoder,
-        )
+        by_locations = Look(lambda r: r.locations * beside[r.encoder], lambda r: r.encoder, looks)
+        _draw(axes, members, metric, by_locations)
         axes.set_xscale("log")
         axes.set_xlim(counts[0] / 1.8, counts[-1] * 1.8)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(_apart(counts), [f"{count:,}" for count in _apart(counts)])
     _heads(figure, panels, shown, columns, "feature locations (log scale)")
-    legend(figure, _handles(looks, names.get, shown), columns=4)
+    legend(figure, _handles(looks, names.__getitem__, shown), columns=4)
     caption = (
         "Every layer by the number of its feature locations (height × width), a column a decoder, a line an "
         "encoder through its layers in execution order; mean over test pictures with its 95 % t interval."
@@ -79,14 +83,8 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
     panels[0][0].set_xlim(low / 2, high * 2)
     named = {}
     for axes, metric, members in _members(shown, columns, panels, lambda r: r.encoder):
-        points = _draw(
-            axes,
-            members,
-            metric,
-            lambda r: r.parameters,
-            lambda r: looks[r.decoder_label],
-            lambda r: r.decoder_label,
-        )
+        by_size = Look(lambda r: float(r.parameters), lambda r: r.decoder_label, looks)
+        points = _draw(axes, members, metric, by_size)
         if metric == "psnr":
             named[axes] = [(x, score.mean, plain(row.layer, 18)) for x, score, row in points]
         axes.set_xscale("log")
@@ -120,30 +118,29 @@ def _panels(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Figure, list[l
 
 def _members(
     rows: Sequence[Row], columns: Sequence[str], panels: list[list[Axes]], column: Callable[[Row], str]
-):
+) -> Iterator[tuple[Axes, str, list[Row]]]:
+    """Each panel with its metric and rows."""
     for i, (metric, net) in enumerate(metrics_of(rows)):
         for j, name in enumerate(columns):
             axes = panels[0][i] if len(columns) == 1 else panels[i][j]
             yield axes, metric, [r for r in rows if column(r) == name and has(r, metric, net)]
 
 
-def _draw(
-    axes: Axes, rows: Sequence[Row], metric: str, x: Callable[[Row], float], look: Callable[[Row], Style],
-    line: Callable[[Row], str],
-) -> list[Point]:  # fmt: skip
+def _draw(axes: Axes, rows: Sequence[Row], metric: str, look: Look) -> list[Point]:
+    """One line for each of the look's names and its weights; returns the points drawn."""
     drawn: list[Point] = []
     cells: dict[tuple[str, bool], dict[tuple[object, ...], list[Row]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for row in rows:
-        cells[line(row), row.is_random][(*row.sources, row.fusion_letter, row.decoder_label)].append(row)
-    for (_, is_random), members in cells.items():
-        points = [(x(m[0]), s, m[0]) for m in members.values() if (s := pool(m, metric))]
+        cells[look.line(row), row.is_random][(*row.sources, row.fusion_letter, row.decoder_label)].append(row)
+    for (name, is_random), members in cells.items():
+        points = [(look.x(m[0]), s, m[0]) for m in members.values() if (s := pool(m, metric))]
         if not points:
             continue
         points.sort(key=lambda p: (p[2].order, p[0]))
         drawn += points
-        style, fused = look(points[0][2]), len(points[0][2].sources) > 1
+        style, fused = look.styles[name], len(points[0][2].sources) > 1
         axes.errorbar(
             [p[0] for p in points], [p[1].mean for p in points], [p[1].margin or 0 for p in points],
             color=style.color, marker=style.marker, mfc="white" if is_random else style.color, elinewidth=0.9,
@@ -170,14 +167,10 @@ def _heads(
 
 
 def _handles(looks: dict[str, Style], names: Callable[[str], str], rows: Sequence[Row]) -> list[Line2D]:
-    handles = [
-        Line2D([], [], color=s.color, marker=s.marker, lw=0.8, label=names(n)) for n, s in looks.items()
-    ]
+    keys = [(names(name), {"color": look.color, "marker": look.marker}) for name, look in looks.items()]
     if any(r.is_random for r in rows):
-        handles.append(
-            Line2D([], [], color=MUTED, marker="o", mfc="white", lw=0.8, ls="--", label="RANDOM weights")
-        )
-    return handles
+        keys.append(("RANDOM weights", {"color": MUTED, "marker": "o", "mfc": "white", "ls": "--"}))
+    return [Line2D([], [], lw=0.8, label=label, **look) for label, look in keys]
 
 
 def _random(rows: Sequence[Row]) -> str:

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from afterimage.report.escape import plain
-from afterimage.report.layout import HIGHER_IS_BETTER
+from afterimage.report.layout import heading
 from afterimage.report.rows import Row
 
 DPI = 200
-INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
+INK, MUTED = "#222222", "#6b6b6b"
 # Names are set as they are: a `$` in one must not start a formula. Text in SVG becomes outlines, so that it
 # looks the same without the font.
 RC = {
@@ -41,7 +42,6 @@ SPARE_COLORS = ["#E69F00", "#882255", "#999999", "#999933", *(color for color, _
 SPARE_MARKERS = "X<>hdp*8"
 ENCODER_COLORS = ["#332288", "#DDAA33", "#117733", "#CC6677", "#33BBEE", "#882255", "#777777"]
 ENCODER_MARKERS = "ospD^vPX*<>h"
-METRIC_LABELS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,16 @@ class Style:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure. `name` is the files' stem, `caption` says what is shown and how."""
+    """A finished figure. `name` is the files' stem, `caption` says what is shown and how.
+
+    A figure that is `folded` only repeats another one closer up.
+    """
 
     name: str
     title: str
     caption: str
     figure: Figure
+    folded: bool = False
 
 
 @contextmanager
@@ -118,9 +122,8 @@ def has(row: Row, metric: str, net: str) -> bool:
     return row.scores[metric] is not None and (metric != "lpips" or row.lpips_net == net)
 
 
-def metric_label(metric: str, net: str = "", *, arrow: bool = True) -> str:
-    name = METRIC_LABELS[metric] + (f" ({plain(net, 16)})" if net else "")
-    return name + (" ↑" if HIGHER_IS_BETTER[metric] else " ↓") if arrow else name
+def metric_label(metric: str, net: str) -> str:
+    return heading(metric, plain(net, 16))
 
 
 def lpips_note(rows: Sequence[Row]) -> str:
@@ -132,11 +135,9 @@ def lpips_note(rows: Sequence[Row]) -> str:
     return f" LPIPS is not available for {who}."
 
 
-def legend(figure: Figure, handles: Sequence[object], *, columns: int, title: str = "") -> None:
+def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
     """One legend below the whole figure."""
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, title=title or None, title_fontsize=7.5
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def grid_y(axes: Axes) -> None:

@@ -18,6 +18,7 @@ from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import MUTED, Drawing, grid_y, legend, short_encoders
 from afterimage.report.read import DAMAGE
 from afterimage.report.rows import Row, Rows
+from afterimage.report.variants import flatten
 
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
 PANELS = 12  # on one figure
@@ -96,7 +97,7 @@ def _history(row: Row) -> Epochs:
 
 
 def _loss(row: Row) -> str:
-    return str(row.settings.get("recipe", {}).get("loss", "unknown"))
+    return str(flatten(row.settings).get("recipe.loss", "unknown"))
 
 
 def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> list[tuple[float, str, str]]:

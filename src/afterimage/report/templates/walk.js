@@ -34,6 +34,15 @@ function makeChooser(slot) {
   return { root, encoder, decoder, slider, track, cells: [], turn: 0 };
 }
 
+/** Many names without what they all begin with: blocks.0 to blocks.11 become 0 to 11. */
+function brief(names) {
+  if (names.length <= 6) return names;
+  let prefix = names[0];
+  for (const name of names) while (!name.startsWith(prefix)) prefix = prefix.slice(0, -1);
+  prefix = prefix.replace(/\d+$/, "");
+  return names.map((name) => name.slice(prefix.length) || name);
+}
+
 function renderChooser(slot) {
   const chooser = choosers[slot];
   const index = state[slot];
@@ -51,10 +60,11 @@ function renderChooser(slot) {
     chooser.cells = walk.map((_, place) => makeCell(slot, place));
     chooser.track.replaceChildren(...chooser.cells.map((cell) => cell.root));
   }
+  const names = brief(walk.map((run) => RUNS[run].short));
   chooser.cells.forEach((cell, place) => {
     const here = walk[place];
     cell.root.classList.toggle("current", here === index);
-    cell.layer.textContent = RUNS[here].short;
+    cell.layer.textContent = names[place];
     cell.layer.title = RUNS[here].layer;
     cell.score.textContent = format(scoreOf(here, state.picture, "psnr"), "psnr", 1).replace("unavailable", "–");
   });

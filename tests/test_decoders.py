@@ -1,0 +1,205 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from afterimage.config import AfterimageError, FeatureSpec
+from afterimage.decoders import DECODERS, create_decoder
+from afterimage.decoders.base import clamp, stages_between
+from afterimage.decoders.wavelet import haar, inverse_haar
+
+PUBLISHED = [
+    ("resnet34.tv_in1k:layer1", (64, 56, 56), 250_147),
+    ("resnet34.tv_in1k:layer2", (128, 28, 28), 974_563),
+    ("resnet34.tv_in1k:layer3", (256, 14, 14), 3_865_187),
+    ("resnet34.tv_in1k:layer4", (512, 7, 7), 15_413_603),
+    ("vgg16.tv_in1k:block1", (64, 112, 112), 233_667),
+    ("vgg16.tv_in1k:block2", (128, 56, 56), 958_083),
+    ("vgg16.tv_in1k:block3", (256, 28, 28), 3_848_707),
+    ("vgg16.tv_in1k:block4", (512, 14, 14), 15_397_123),
+    ("vgg16.tv_in1k:block5", (512, 7, 7), 15_413_603),
+    ("vit_base_patch16_224.augreg2_in21k_ft_in1k:block0", (768, 14, 14), 34_621_827),
+]
+SIZES = [
+    ((16, 7, 7), (28, 28)),
+    ((12, 5, 9), (37, 61)),
+    ((8, 37, 37), (64, 64)),
+    ((5, 1, 1), (16, 16)),
+    ((8, 20, 20), (20, 20)),
+]
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def spec(channels, height, width):
+    return FeatureSpec("test:layer", channels, height, width)
+
+
+@pytest.mark.parametrize(("source", "shape", "parameters"), PUBLISHED)
+def test_attention_has_the_published_number_of_parameters(source, shape, parameters):
+    with torch.device("meta"):
+        assert count(create_decoder("attention", [FeatureSpec(source, *shape)], 224)) == parameters
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(("shape", "size"), SIZES)
+def test_any_feature_size_to_any_picture_size(name, shape, size):
+    decoder = create_decoder(name, [spec(*shape)], size, seed=0)
+    pictures = decoder([torch.randn(2, *shape)])
+    assert pictures.shape == (2, 3, *size)
+    assert pictures.dtype == torch.float32 and pictures.min() >= 0 and pictures.max() <= 1
+
+
+@pytest.mark.parametrize("name", [name for name, cls in DECODERS.items() if cls.trainable])
+def test_every_parameter_learns(name):
+    decoder = create_decoder(name, [spec(16, 7, 7)], 28, seed=0)
+    decoder([torch.randn(4, 16, 7, 7)]).sub(torch.rand(4, 3, 28, 28)).square().mean().backward()
+    assert not [k for k, p in decoder.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_initial_weights_depend_on_the_seed_alone(name):
+    before = torch.random.get_rng_state()
+    one = create_decoder(name, [spec(16, 7, 7)], 28, seed=3).state_dict()
+    torch.rand(5)
+    two = create_decoder(name, [spec(16, 7, 7)], 28, seed=3).state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    torch.random.set_rng_state(before)
+    create_decoder(name, [spec(16, 7, 7)], 28, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in DECODERS.items() if cls.size_option])
+@pytest.mark.parametrize("shape", [(64, 56, 56), (512, 7, 7), (192, 14, 14)])
+@pytest.mark.parametrize("parameters", [300_000, 4_000_000])
+def test_a_decoder_at_a_given_size(name, shape, parameters):
+    with torch.device("meta"):
+        decoder = create_decoder(name, [spec(*shape)], 224, parameters=parameters)
+    assert count(decoder) == pytest.approx(parameters, rel=0.05)
+
+
+def test_a_size_that_cannot_be_had_is_an_error():
+    with pytest.raises(AfterimageError, match="the nearest is"):
+        create_decoder("attention", [spec(64, 56, 56)], 224, parameters=100)
+    with pytest.raises(AfterimageError, match="one size only"):
+        create_decoder("linear", [spec(64, 56, 56)], 224, parameters=1000)
+
+
+def test_bad_requests_are_named():
+    with pytest.raises(AfterimageError, match="did you mean 'transposed'"):
+        create_decoder("transpose", [spec(8, 7, 7)], 28)
+    with pytest.raises(AfterimageError, match=r"'deep'.*did you mean 'depth'"):
+        create_decoder("attention", [spec(8, 7, 7)], 28, deep=3)
+    with pytest.raises(AfterimageError, match="fuse them first"):
+        create_decoder("transposed", [spec(8, 7, 7), spec(8, 7, 7)], 28)
+    with pytest.raises(AfterimageError, match=r"built for test:layer .*\(8, 7, 7\).*got \(8, 6, 7\)"):
+        create_decoder("transposed", [spec(8, 7, 7)], 28)([torch.zeros(1, 8, 6, 7)])
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "stages"),
+    [(56, 224, 2), (7, 224, 5), (37, 224, 3), (224, 224, 0), (300, 224, 0), (55, 224, 2)],
+)
+def test_number_of_stages(size, target, stages):
+    assert stages_between((size, size), (target, target)) == stages
+
+
+def test_clamp_lets_gradients_bring_values_back():
+    values = torch.tensor([-0.5, 0.5, 1.5], requires_grad=True)
+    clamp(values).sub(torch.tensor([0.2, 0.2, 0.2])).square().sum().backward()
+    assert values.grad[0] < 0 < values.grad[2]
+
+
+def test_haar_is_inverted_exactly_and_keeps_energy():
+    pictures = torch.rand(2, 3, 12, 20, dtype=torch.float64)
+    approximation, details = haar(pictures)
+    torch.testing.assert_close(inverse_haar(approximation, details), pictures)
+    energy = approximation.square().sum() + details.square().sum()
+    torch.testing.assert_close(energy, pictures.square().sum())
+
+
+def repeated(features):
+    return torch.nn.functional.pad(features, (1, 1, 1, 1), mode="replicate")
+
+
+class TestLinear:
+    def fitted(self, features, images, *, validation=None, **options):
+        decoder = create_decoder("linear", [spec(*features.shape[1:])], tuple(images.shape[-2:]), **options)
+        decoder.prepare(len(features), seed=0)
+        for chunk in torch.arange(len(features)).split(3):
+            decoder.accumulate([features[chunk]], images[chunk])
+        decoder.accumulate([validation[0]], validation[1], validation=True) if validation else None
+        return decoder, decoder.solve()
+
+    def test_recovers_a_linear_map_exactly(self):
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(20, 4, 6, 5, generator=generator)
+        kernel = 0.02 * torch.randn(12, 4, 3, 3, generator=generator)
+        blocks = torch.nn.functional.conv2d(repeated(features), kernel) + 0.5
+        images = torch.nn.functional.pixel_shuffle(blocks, 2)
+        assert images.min() > 0 and images.max() < 1
+        decoder, _ = self.fitted(features, images, validation=(features, images))
+        torch.testing.assert_close(decoder([features]), images, atol=1e-5, rtol=1e-4)
+
+    def test_equals_least_squares_by_another_road(self):
+        generator = torch.Generator().manual_seed(1)
+        features = (
+            torch.randn(30, 3, 4, 4, generator=generator) * torch.tensor([1.0, 50.0, 0.01])[:, None, None]
+        )
+        images = torch.rand(30, 3, 8, 8, generator=generator)
+        decoder, _ = self.fitted(features, images, validation=(features, images))
+        unfolded = torch.nn.functional.unfold(repeated(features), 3).transpose(1, 2).reshape(-1, 27).numpy()
+        targets = torch.nn.functional.pixel_unshuffle(images, 2).permute(0, 2, 3, 1).reshape(-1, 12).numpy()
+        inputs = np.hstack([unfolded, np.ones((len(unfolded), 1))]).astype(np.float64)
+        solution, *_ = np.linalg.lstsq(inputs, targets.astype(np.float64), rcond=None)
+        expected = (inputs @ solution).clip(0, 1)
+        ours = torch.nn.functional.pixel_unshuffle(decoder([features]), 2).permute(0, 2, 3, 1).reshape(-1, 12)
+        np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
+
+    def test_the_ridge_is_chosen_on_validation_pictures(self):
+        generator = torch.Generator().manual_seed(2)
+        noise = torch.randn(3, 8, 3, 3, generator=generator)
+        images = torch.rand(3, 3, 3, 3, generator=generator)
+        held_out = torch.randn(40, 8, 3, 3, generator=generator), torch.rand(40, 3, 3, 3, generator=generator)
+        _, notes = self.fitted(noise, images, validation=held_out)
+        assert any("ridge 0.1" in note for note in notes)
+
+    def test_sampling_locations_is_said_and_hardly_matters(self):
+        generator = torch.Generator().manual_seed(3)
+        features = torch.randn(12, 2, 100, 100, generator=generator)
+        images = (features.mean(1, keepdim=True) / 10 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
+        whole, notes = self.fitted(features, images, rows_per_input=10**6)
+        assert not any("random" in note for note in notes)
+        sampled, notes = self.fitted(features, images, rows_per_input=1)
+        assert any("100,008 locations, a random 83%" in note for note in notes)
+        torch.testing.assert_close(whole([features]), sampled([features]), atol=1e-4, rtol=1e-4)
+
+    def test_features_without_information_give_the_mean(self):
+        images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+        decoder, _ = self.fitted(torch.zeros(6, 3, 4, 4), images)
+        blocks = images.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((0, 2, 4))
+        torch.testing.assert_close(
+            decoder([torch.zeros(1, 3, 4, 4)])[0, :, :2, :2], blocks, atol=1e-5, rtol=1e-5
+        )
+
+
+MEMORY = """
+import resource, torch
+from afterimage.config import FeatureSpec
+from afterimage.decoders import create_decoder
+decoder = create_decoder("attention", [FeatureSpec("vgg16:block1", 64, 112, 112)], 224, seed=0, depth=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decoder([torch.randn(1, 64, 112, 112)]).mean().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_attention_never_holds_the_matrix_of_all_pairs():
+    output = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
+    one_head_in_float32 = 4 * (112 * 112) ** 2
+    assert int(output) < one_head_in_float32

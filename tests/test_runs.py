@@ -1,0 +1,105 @@
+import errno
+import os
+import stat
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from afterimage.config import AfterimageError, RunConfig
+from afterimage.runs import Run, environment, read_csv, scan, write_atomic, write_csv, write_json
+
+CONFIG = RunConfig(("resnet34.tv_in1k:layer1",))
+cells = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53)
+
+
+def test_create_open_scan(tmp_path):
+    run = Run.create(tmp_path, CONFIG)
+    assert run.state == "new" and Run.open(run.path).config == CONFIG
+    run.set_state("failed", error="why")
+    assert Run.create(tmp_path, CONFIG).state == "failed"
+    (tmp_path / "report").mkdir()
+    (tmp_path / "stray.txt").touch()
+    assert [found.name for found in scan(tmp_path)] == [CONFIG.name]
+    with pytest.raises(AfterimageError, match="not a run folder"):
+        Run.open(tmp_path / "report")
+    with pytest.raises(AfterimageError, match="no folder"):
+        list(scan(tmp_path / "nowhere"))
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "id": st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1),
+                "psnr": cells,
+                "lpips": cells,
+            }
+        ),
+        min_size=1,
+    )
+)
+def test_csv_keeps_ids_and_every_digit(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("csv") / "scores.csv"
+    write_csv(path, rows)
+    assert read_csv(path) == rows
+
+
+def test_an_id_that_looks_like_a_number_stays_text(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"id": "007", "psnr": 1.5}])
+    assert read_csv(tmp_path / "a.csv") == [{"id": "007", "psnr": 1.5}]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_json(path, {"old": True})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AfterimageError, match=r"summary\.json: No space left on device"):
+        write_json(path, {"new": True})
+    assert path.read_text() == '{\n  "old": true\n}\n'
+    assert os.listdir(tmp_path) == ["summary.json"]
+
+
+def test_a_really_full_disk(tmp_path):
+    try:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+    else:
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "run").symlink_to("/dev/full")
+    with pytest.raises(AfterimageError, match="cannot write"):
+        write_atomic(tmp_path / "run" / "file", "x")
+
+
+def test_written_files_are_readable_by_others(tmp_path):
+    write_atomic(tmp_path / "a", "x")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+def test_json_without_numbers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(tmp_path / "a.json", {"psnr": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_result_round_trip(tmp_path):
+    run = Run.create(tmp_path, CONFIG)
+    original, rebuilt = np.zeros((4, 5, 3), np.uint8), np.full((4, 5, 3), 200, np.uint8)
+    run.save_result({"kind": "decoder"}, [{"id": "a/b", "psnr": 20.0}], [("a/b", original, rebuilt)])
+    ((identity, first, second),) = run.pictures
+    assert identity == "a/b"
+    assert (np.array(Image.open(first)) == original).all() and (np.array(Image.open(second)) == rebuilt).all()
+    assert run.scores == [{"id": "a/b", "psnr": 20.0}] and run.summary == {"kind": "decoder"}
+
+
+def test_environment_says_what_explains_a_number():
+    facts = environment()
+    assert {"torch", "timm", "numpy"} <= facts["versions"].keys() and facts["python"] and facts["platform"]
