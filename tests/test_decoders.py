@@ -78,6 +78,10 @@ def test_initial_weights_depend_on_the_seed_alone(name):
 @pytest.mark.parametrize("parameters", [300_000, 4_000_000])
 def test_a_decoder_at_a_given_size(name, shape, parameters):
     with torch.device("meta"):
+        if name == "residual" and count(create_decoder("linear", [spec(*shape)], 224)) > parameters:
+            with pytest.raises(AfterimageError, match="the nearest is"):
+                create_decoder(name, [spec(*shape)], 224, parameters=parameters)
+            return
         decoder = create_decoder(name, [spec(*shape)], 224, parameters=parameters)
     assert count(decoder) == pytest.approx(parameters, rel=0.05)
 
@@ -124,6 +128,19 @@ def test_haar_is_inverted_exactly_and_keeps_energy():
 
 def repeated(features):
     return torch.nn.functional.pad(features, (1, 1, 1, 1), mode="replicate")
+
+
+def test_residual_starts_at_the_linear_solution():
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(12, 6, 5, 5, generator=generator)
+    images = torch.rand(12, 3, 20, 20, generator=generator)
+    linear, residual = (create_decoder(name, [spec(6, 5, 5)], 20, seed=0) for name in ("linear", "residual"))
+    for decoder in (linear, residual):
+        decoder.prepare(12, seed=0)
+        decoder.accumulate([features], images)
+        decoder.solve()
+    assert torch.equal(linear([features]), residual([features]))
+    torch.testing.assert_close(residual.mean, features.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
 
 
 class TestLinear:

@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-import afterimage.jobs
 from afterimage import (
     AfterimageError,
     DataConfig,
@@ -215,4 +214,4 @@ def test_jobs_and_train_keep_their_names():
     import afterimage
     import afterimage.train as module
 
-    assert callable(afterimage.train) and module is not None and afterimage.jobs.train_runs is train_runs
+    assert callable(afterimage.train) and callable(afterimage.evaluate) and module is afterimage.train

@@ -9,7 +9,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save, save_file
+from torchvision.transforms.functional import to_tensor
 
 from afterimage import weights as module
 from afterimage.config import AfterimageError
@@ -54,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve():
-    """Serve a dict of paths and contents on the loopback interface, as the hub does; yields (serve, requests)."""
+    """Serves paths and contents on the loopback interface, as the hub does; yields it and its requests."""
     servers, requests = [], []
 
     def start(files):
@@ -337,7 +339,7 @@ def test_a_part_of_the_network_suffices_up_to_its_deepest_layer(whole, tmp_path)
 
 def test_every_tensor_on_the_used_path_is_insisted_on(whole, tmp_path):
     used = {names[0] for names in trace(TINY, (64, 64)).used([trace(TINY, (64, 64)).tap("layer1")])}
-    assert {"conv1.weight", "bn1.running_mean", "layer1.0.bn2.bias"} <= used
+    assert {"conv1.0.weight", "bn1.running_mean", "layer1.0.bn2.bias"} <= used
     for key in used:
         with pytest.raises(AfterimageError, match=rf"lacks {key}, which"):
             encode({k: v for k, v in whole.items() if k != key}, tmp_path, "layer1")
@@ -370,7 +372,7 @@ def test_weights_of_another_shape_or_that_are_not_finite_are_errors(whole, tmp_p
     nan = {**whole, "bn1.weight": torch.full_like(whole["bn1.weight"], torch.nan)}
     with pytest.raises(AfterimageError, match=r"not finite, in bn1.weight"):
         encode(nan, tmp_path)
-    with pytest.raises(AfterimageError, match="lacks|does not fit"):
+    with pytest.raises(AfterimageError, match=r"lacks|does not fit"):
         Encoder("resnet18:layer1", weights=tmp_path / "part.safetensors")
 
 
@@ -379,6 +381,7 @@ def test_another_classifier_and_further_keys_do_no_harm(whole, tmp_path):
     assert not any("fc" in key or "teacher" in key for key in encoder.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_position_embeddings_are_resampled_as_timm_does(tmp_path):
     import timm
 
@@ -416,3 +419,12 @@ def test_real_weights(weights_folder, monkeypatch, model, deepest, beyond):
     if beyond:
         with pytest.raises(AfterimageError, match=f"{encoder.weights.file.name} lacks"):
             Encoder(model, layers=[beyond], image_size=96)
+
+
+def test_gatys_weights_have_unit_mean_activations_on_photographs(weights_folder, photos_folder):
+    """Their activations were scaled to a mean of 1 over ImageNet: any other mean, std or range misses that."""
+    paths = sorted((photos_folder / "test").iterdir())[:12]
+    pictures = [Image.open(p).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for p in paths]
+    images = torch.stack([to_tensor(picture) for picture in pictures])
+    for features in Encoder("vgg19", layers=["features.1", "features.6"], weights=weights_folder)(images):
+        assert features.mean() == pytest.approx(1, abs=0.1)

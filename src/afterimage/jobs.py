@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from afterimage.config import AfterimageError, RunConfig, split_source
+from afterimage.config import AfterimageError, RunConfig, split_source, to_dict
 from afterimage.data import load_data
 from afterimage.evaluate import evaluate_together, score_notes, summarise
 from afterimage.member import Member
@@ -177,7 +177,7 @@ def _summary(member: Member, config: RunConfig, encoders: Encoders, features: li
         "sources": list(config.sources),
         "decoder": config.decoder.name,
         "reference": None,
-        "fusion": None,
+        "fusion": None if member.head.fusion is None else to_dict(config.fusion),
         "weights": encoders.weights_of([encoders.sources[i] for i in member.picks]),
         "features": [entries[i] for i in member.picks],
         "parameters": member.parameters,

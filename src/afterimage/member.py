@@ -46,7 +46,7 @@ class Member:
     ) -> None:
         self.name, self.recipe, self.fabric, self.run = name, recipe, fabric, run
         self.picks = list(picks)
-        self.head = head.to(fabric.device)
+        self.head = head.to(fabric.device, memory_format=torch.channels_last)
         self.loss = create_loss(recipe.loss).to(fabric.device)
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []

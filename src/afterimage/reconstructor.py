@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, split_source
 from afterimage.decoders import Decoder, create_decoder
 from afterimage.encoders import Encoder, resolve
+from afterimage.fusion import create_fusion
 from afterimage.runs import Run
 
 
@@ -79,12 +80,25 @@ class Head(nn.Module):
 
 def build_head(config: RunConfig, specs: Sequence[FeatureSpec]) -> Head:
     """Fusion and decoder for features of the given shapes; initial weights depend on the run's seed alone."""
-    if len(specs) > 1:
-        raise AfterimageError("fusing several sources is not available yet; give one model:layer")
+    fusion = None
+    if config.fusion is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            fusion = create_fusion(config.fusion, specs)
     decoder = create_decoder(
-        config.decoder.name, specs, config.data.crop, seed=config.seed, **config.decoder.options
+        config.decoder.name,
+        specs if fusion is None else [fusion.spec],
+        config.data.crop,
+        seed=config.seed,
+        parameters=config.decoder.parameters,
+        **config.decoder.options,
     )
-    return Head(decoder)
+    if fusion is not None and decoder.closed_form and any(p.requires_grad for p in fusion.parameters()):
+        raise AfterimageError(
+            f"{config.decoder.name} is fitted in closed form on features as they are; fuse them with "
+            f"'aligned', which has nothing to learn, instead of {config.fusion.name!r}"
+        )
+    return Head(decoder, fusion)
 
 
 class Reconstructor(nn.Module):
@@ -137,6 +151,7 @@ def _same_weights(run: Run, encoders: Encoders) -> None:
         before = recorded.get(entry["model"])
         if before is not None and before["sha256"] != entry["sha256"]:
             raise AfterimageError(
-                f"run {run.name} was trained on weights of {entry['model']} with digest {before['sha256'][:12] or 'none'} "
-                f"({before['location']}), but these have {entry['sha256'][:12] or 'none'} ({entry['location']})"
+                f"run {run.name} was trained on weights of {entry['model']} with digest "
+                f"{before['sha256'][:12] or 'none'} ({before['location']}), but these have "
+                f"{entry['sha256'][:12] or 'none'} ({entry['location']})"
             )

@@ -91,6 +91,14 @@ def load_study(name: str) -> StudyConfig:
         return load_toml(StudyConfig, path)
 
 
+def from_models(
+    models: Sequence[str], layers: Sequence[str] = ("*",), decoders: Sequence[str] = ("linear",)
+) -> StudyConfig:
+    """A study of the stages and blocks of any timm models, without a file. `layers` may hold globs."""
+    sources = tuple(f"{model}:{layer}" for model in models for layer in layers)
+    return StudyConfig(f"Layers of {', '.join(models)}", sources, tuple(DecoderConfig(d) for d in decoders))
+
+
 def expand(study: StudyConfig, progress: Progress = silent) -> list[RunConfig]:
     """The study's runs, with globs resolved, tags pinned and weights looked for."""
     rows = [RowConfig((source,)) for source in study.sources] + list(study.rows)

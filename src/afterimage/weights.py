@@ -11,6 +11,7 @@ import re
 import tempfile
 import threading
 import urllib.request
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -200,8 +201,7 @@ def _download_from_hub(
 
 
 def _knock(url: str) -> None:
-    """Raise OSError unless something answers at an address within CONNECT_SECONDS, looking up its name
-    included.
+    """Raise OSError unless something answers at an address within CONNECT_SECONDS.
 
     The hub's client tries for half a minute where there is no network, and a name server that never answers
     holds up any client for longer.
@@ -278,9 +278,9 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     path = Path(file)
     try:
         state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
         raise AfterimageError(
-            f"{path} holds more than tensors, or is corrupt: {_first_line(error)}"
+            f"{path} is no checkpoint of plain tensors: it is corrupt, or holds code, which was not run"
         ) from None
     except Exception as error:
         raise AfterimageError(f"cannot read weights from {path}: {_first_line(error)}") from None
@@ -300,7 +300,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _strip(key: str) -> str:

@@ -12,6 +12,7 @@ from afterimage.config import AfterimageError, FeatureSpec, unknown
 from afterimage.decoders.base import Decoder
 from afterimage.decoders.frequency import FrequencyDecoder
 from afterimage.decoders.linear import LinearDecoder
+from afterimage.decoders.residual import ResidualDecoder
 from afterimage.decoders.sizing import options_for
 from afterimage.decoders.transposed import AttentionDecoder, TransposedDecoder
 from afterimage.decoders.wavelet import WaveletDecoder
@@ -24,6 +25,7 @@ DECODERS: dict[str, type[Decoder]] = {
     "linear": LinearDecoder,
     "wavelet": WaveletDecoder,
     "frequency": FrequencyDecoder,
+    "residual": ResidualDecoder,
 }
 
 
@@ -39,7 +41,8 @@ def create_decoder(
     """Build a decoder for features of the given shapes.
 
     `image_size` is a side in pixels or `(height, width)`. With a `seed` the initial weights depend on it alone.
-    With `parameters` it is built at that size, within 5 %. Raises `AfterimageError` for an unknown decoder or option, listing what there is.
+    With `parameters` it is built at that size, within 5 %. Raises `AfterimageError` for an unknown decoder or
+    option, listing what there is.
     """
     if name not in DECODERS:
         raise unknown("decoder", name, DECODERS)

@@ -22,10 +22,10 @@ class LinearDecoder(Decoder):
     """The best linear map from each 3x3 neighbourhood of features to the block of pixels at its centre.
 
     Ridge regression (Hoerl & Kennard 1970): `W = (X'X + lambda D)^-1 X'Y` with D the diagonal of X'X, so that
-    channels of different scale are held back alike. X'X and X'Y are summed over one pass; lambda is the best
-    of `RIDGES` on the validation pictures. At the border the outermost features are repeated. Above `rows_per_input` rows an input, locations are sampled and
-    `solve` says so. Where the picture is not a whole multiple of the features, blocks are rounded up and the
-    result is resampled.
+    channels of different scale are held back alike. X'X and X'Y are summed over one pass (two views of each
+    picture where rows are few); lambda is the best of `RIDGES` on the validation pictures. At the border the
+    outermost features are repeated. Above `rows_per_input` rows an input, locations are sampled and `solve` says
+    so. Where the picture is not a whole multiple of the features, blocks are rounded up and the result resampled.
 
     Parameters are counted as any convolution's: `9 C (3 b^2) + 3 b^2` for blocks of b x b pixels.
     """

@@ -50,6 +50,7 @@ def options_for(
     size = count(**best)
     if abs(size - parameters) > TOLERANCE * parameters:
         raise AfterimageError(
-            f"{cls.__name__} cannot be built with {parameters:,} parameters for {specs[0].source}: the nearest is {size:,}"
+            f"{cls.__name__} cannot be built with {parameters:,} parameters for {specs[0].source}: "
+            f"the nearest is {size:,}"
         )
     return options | best

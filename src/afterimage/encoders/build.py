@@ -34,10 +34,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Blank(TorchFunctionMode):
-    """Leave parameters as they were allocated where a model would draw them at random: they are loaded
-    anyway.
+    """Leave parameters as they were allocated where a model would draw them at random.
 
-    Drawing them takes far longer than all the rest of building a network.
+    They are loaded anyway, and drawing them takes far longer than all the rest of building a network.
     """
 
     DRAWS = frozenset(

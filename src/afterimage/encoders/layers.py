@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, split_source
 from afterimage.encoders.names import resolve_model
 from afterimage.encoders.tracing import Tap, cannot_run, trace
 
@@ -20,7 +20,7 @@ class LayerInfo:
     channels: int
     height: int
     width: int
-    reduction: float
+    reduction: int | float
     locations: int
     values_per_pixel_value: float
     order: int
@@ -78,3 +78,10 @@ def list_layers(
         raise cannot_run(traced.model, size, traced.failure or "no module returns a feature map")
     names = traced.by_order if every else traced.names or traced.by_order
     return [LayerInfo(name=name, **describe_tap(traced.tap(name), size)) for name in names]
+
+
+def layer_info(source: str, image_size: int | Sequence[int] = 224) -> LayerInfo:
+    """One layer, `model:layer`, as `list_layers` describes it; any module that can be inverted."""
+    model, layer = split_source(source)
+    size = picture_size(image_size)
+    return LayerInfo(name=layer, **describe_tap(trace(resolve_model(model), size).tap(layer), size))
