@@ -120,7 +120,7 @@ def _train_group(
             members[member] = config
     if not members:
         return
-    Together(
+    together = Together(
         encoders,
         data,
         list(members),
@@ -128,45 +128,50 @@ def _train_group(
         seed=first.seed,
         progress=progress,
         recorded=lambda member: recorded(member.run, member),
-    ).train()
-
-    finished = [member for member in members if member.best]
-    if not finished:
-        return
-    for member in finished:
-        member.head.load_state_dict(member.best)
-        with recorded(member.run, member):
-            member.save_best()
-
-    def reconstruct(images: Tensor) -> list[Tensor]:
-        with fabric.autocast():
-            features = encoders(images)
-        return [member.reconstruct(features) for member in finished]
-
-    results = evaluate_together(
-        reconstruct,
-        data.test,
-        metrics,
-        names=[member.run.name for member in finished],
-        batch_size=first.recipe.batch_size,
-        device=fabric.device,
-        progress=progress,
-        keep=keep,
     )
-    features = encoders(data.test.crops([0], device=fabric.device))
-    for member, result in zip(finished, results, strict=True):
-        with recorded(member.run, member):
-            facts = _summary(member, members[member], encoders, features)
-            facts |= {
-                "data": data.describe(),
-                "lpips": metrics.lpips_status,
-                "scores": summarise(result.rows),
-            }
-            facts["notes"] = [*member.notes, *data.notes, *score_notes(result.rows)]
-            member.run.save_result(facts, result.rows, result.pictures)
-            if not member.failed:
-                member.run.set_state("done")
-                member.run.file("checkpoint.safetensors").unlink(missing_ok=True)
+
+    def finish(finished: list[Member]) -> None:
+        """Measure the members' best decoders on the test pictures and write down what they came to."""
+        if not finished:
+            return
+        for member in finished:
+            member.head.load_state_dict(member.best)
+            with recorded(member.run, member):
+                member.save_best()
+
+        def reconstruct(images: Tensor) -> list[Tensor]:
+            with fabric.autocast():
+                features = encoders(images)
+            return [member.reconstruct(features) for member in finished]
+
+        results = evaluate_together(
+            reconstruct,
+            data.test,
+            metrics,
+            names=[member.run.name for member in finished],
+            batch_size=first.recipe.batch_size,
+            device=fabric.device,
+            progress=progress,
+            keep=keep,
+        )
+        features = encoders(data.test.crops([0], device=fabric.device))
+        for member, result in zip(finished, results, strict=True):
+            with recorded(member.run, member):
+                facts = _summary(member, members[member], encoders, features)
+                facts |= {"data": data.describe(), "lpips": metrics.lpips_status}
+                facts |= {"scores": summarise(result.rows)}
+                facts["notes"] = [*member.notes, *data.notes, *score_notes(result.rows)]
+                member.run.save_result(facts, result.rows, result.pictures)
+                if not member.failed:
+                    member.run.set_state("done")
+                    member.run.file("checkpoint.safetensors").unlink(missing_ok=True)
+
+    together.solve()
+    # What needs no epochs is written down before hours of training that may be stopped.
+    early = [member for member in members if member.best and not member.active and not member.failed]
+    finish(early)
+    together.train_epochs()
+    finish([member for member in members if member.best and member not in early])
 
 
 def _summary(member: Member, config: RunConfig, encoders: Encoders, features: list[Tensor]) -> dict[str, Any]:

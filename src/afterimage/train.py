@@ -114,8 +114,12 @@ class Together:
         return [total / len(self.data.validation) for total in sums]
 
     def train(self) -> None:
-        """Closed forms first, then epochs until every member has had its number of them."""
+        """Closed forms first, then the epochs."""
         self.solve()
+        self.train_epochs()
+
+    def train_epochs(self) -> None:
+        """Epochs of gradient descent until every member has had its number of them."""
         while active := [member for member in self.members if member.active]:
             epoch = min(member.epoch for member in active)
             self.train_epoch(epoch, [member for member in active if member.epoch == epoch])

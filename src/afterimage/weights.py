@@ -8,9 +8,8 @@ import hashlib
 import os
 import pickle
 import re
-import tempfile
+import socket
 import threading
-import urllib.request
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from afterimage.config import AfterimageError, unknown
@@ -25,6 +25,7 @@ from afterimage.config import AfterimageError, unknown
 SUFFIXES = (".safetensors", ".pth")
 FOLDER = "AFTERIMAGE_WEIGHTS"
 CONNECT_SECONDS = 5.0
+STALL_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,13 @@ def _find(model: str, weights: str | Path, names: list[str], hub: tuple, url: st
         path = Path(folder).expanduser()
         if not path.is_dir():
             raise AfterimageError(f"{FOLDER} names {folder}, which is not a folder")
-        file = next((path / name for name in names if (path / name).is_file()), None)
-        if file is not None:
+        if file := _in_folder(path, names):
             return _weights(model, "folder", str(file), file)
         tried.append(f"the folder {folder} that {FOLDER} names (no {', '.join(names)})")
     else:
         tried.append(f"no folder, as {FOLDER} is not set")
-    for find in (_in_cache, _from_hub):
-        found = find(model, hub, url, tried)
-        if found is not None:
-            return found
+    if found := _in_cache(model, hub, url, tried) or _from_hub(model, hub, url, tried):
+        return found
     raise AfterimageError(
         f"no weights for {model}. Tried: {'; '.join(tried)}. To go on, give --weights PATH (a file, or a "
         f"folder with {' or '.join(names[:2])}), set {FOLDER} to such a folder, or give --weights random "
@@ -116,16 +114,16 @@ def _find(model: str, weights: str | Path, names: list[str], hub: tuple, url: st
 
 
 def _from_path(model: str, path: Path, names: list[str]) -> Weights:
-    if path.is_dir():
-        file = next((path / name for name in names if (path / name).is_file()), None)
-        if file is None:
-            raise AfterimageError(
-                f"the folder {path} holds no weights for {model}: none of {', '.join(names)}"
-            )
-        return _weights(model, "path", str(file), file)
-    if not path.is_file():
+    file = _in_folder(path, names) if path.is_dir() else path
+    if file is None:
+        raise AfterimageError(f"the folder {path} holds no weights for {model}: none of {', '.join(names)}")
+    if not file.is_file():
         raise AfterimageError(f"there are no weights at {path}; write a file, a folder, pretrained or random")
-    return _weights(model, "path", str(path), path)
+    return _weights(model, "path", str(file), file)
+
+
+def _in_folder(folder: Path, names: list[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def _weights(model: str, origin: str, location: str, file: Path) -> Weights:
@@ -166,16 +164,14 @@ def _from_hub(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weig
     if HF_HUB_OFFLINE:
         tried.append("no download, as HF_HUB_OFFLINE is set")
         return None
-    if hub:
-        file = _download_from_hub(*hub, tried)
-        if file is not None:
-            return _weights(model, "hub", hub[0], file)
+    if hub and (file := _download_from_hub(*hub, tried)):
+        return _weights(model, "hub", hub[0], file)
     if url:
         try:
             _knock(url)
-            return _weights(model, "hub", url, _download(url, _torch_hub_file(url)))
-        except OSError as error:
-            tried.append(f"{url} ({getattr(error, 'reason', None) or error})")
+            return _weights(model, "hub", url, _download(url))
+        except (OSError, RuntimeError) as error:
+            tried.append(f"{url} ({_first_line(error)})")
     if not hub and not url:
         tried.append("no download, as none is published")
     return None
@@ -191,9 +187,8 @@ def _download_from_hub(
         _knock(hf_hub_url(repository, names[0], revision=revision))
         for name in names:
             with contextlib.suppress(EntryNotFoundError):
-                return Path(
-                    hf_hub_download(repository, name, revision=revision, etag_timeout=CONNECT_SECONDS)
-                )
+                options = {"revision": revision, "etag_timeout": CONNECT_SECONDS}
+                return Path(hf_hub_download(repository, name, **options))
         tried.append(f"the hub's {repository} (it holds no {' or '.join(names)})")
     except Exception as error:
         tried.append(f"the hub at {constants.ENDPOINT} ({_first_line(error)})")
@@ -206,7 +201,9 @@ def _knock(url: str) -> None:
     The hub's client tries for half a minute where there is no network, and a name server that never answers
     holds up any client for longer.
     """
-    failures: list[BaseException | None] = []
+    from huggingface_hub.utils import get_session
+
+    failures: list[Exception | None] = []
 
     def ask() -> None:
         try:
@@ -214,8 +211,6 @@ def _knock(url: str) -> None:
             failures.append(None)
         except Exception as error:
             failures.append(error)
-
-    from huggingface_hub.utils import get_session
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -230,25 +225,17 @@ def _torch_hub_file(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
-def _download(url: str, file: Path) -> Path:
-    """Download whole or not at all; the digest that torch.hub's file names carry is checked."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _download(url: str) -> Path:
+    """Download whole or not at all, into torch.hub's cache; the digest in its file names is checked."""
+    file = _torch_hub_file(url)
     expected = re.search(r"-([0-9a-f]{8,})\.", file.name)
-    with (
-        urllib.request.urlopen(url, timeout=CONNECT_SECONDS) as response,
-        tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as part,
-    ):
-        digest = hashlib.sha256()
-        try:
-            while block := response.read(1 << 20):
-                digest.update(block)
-                part.write(block)
-            if expected and not digest.hexdigest().startswith(expected[1]):
-                raise OSError("what it sent does not have the digest in its name")
-            os.replace(part.name, file)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), expected and expected[1])
+    finally:
+        socket.setdefaulttimeout(before)
     return file
 
 
@@ -277,7 +264,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     """
     path = Path(file)
     try:
-        state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        state = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
     except pickle.UnpicklingError:
         raise AfterimageError(
             f"{path} is no checkpoint of plain tensors: it is corrupt, or holds code, which was not run"
@@ -291,12 +278,6 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise AfterimageError(f"{path} holds no named tensors")
     return {_strip(str(key)): value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def _read_torch(path: Path) -> Any:

@@ -1,0 +1,180 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from afterimage.cli import main
+from afterimage.runs import read_csv, scan
+
+MODEL = "test_resnet.r160_in1k"
+SMALL = ["--weights", "random", "--resize", "64", "--crop", "64", "--accelerator", "cpu"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a command line in an empty folder; gives exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AFTERIMAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("AFTERIMAGE_WEIGHTS", raising=False)
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(12):
+        pixels = np.kron(random.integers(0, 256, (8, 10, 3)), np.ones((10, 10, 1))).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_from_pictures_to_a_report(command, photographs, tmp_path):
+    code, out, err = command(
+        "train", f"{MODEL}:layer1", f"{MODEL}:layer2", "--decoder", "linear", "transposed",
+        "--data", f"folder:{photographs}", "--epochs", 2, *SMALL,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "RANDOM weights" in err and "epoch 2/2" in err
+    assert "layer1" in out and "transposed" in out and "unavailable" in out
+    runs = list(scan(tmp_path / "runs"))
+    assert [run.state for run in runs] == ["done"] * 4
+    code, _, err = command(
+        "train",
+        f"{MODEL}:layer1",
+        "--decoder",
+        "linear",
+        "--data",
+        f"folder:{photographs}",
+        "--epochs",
+        2,
+        *SMALL,
+    )
+    assert code == 0 and "is done already" in err
+    run = runs[0].path
+    code, out, _ = command("evaluate", run, "--output", "scores.csv")
+    stored, again = runs[0].scores, read_csv(tmp_path / "scores.csv")
+    assert code == 0 and "PSNR" in out and [row["id"] for row in stored] == [row["id"] for row in again]
+    assert [row["psnr"] for row in again] == pytest.approx([row["psnr"] for row in stored], abs=1e-4)
+    code, out, _ = command("reconstruct", photographs / "00.png", "--run", run)
+    assert code == 0 and "PSNR" in out and "dB" in out
+    assert Image.open(tmp_path / "00.reconstruction.png").size == (64 + 8 + 64, 64)
+    code, out, _ = command("report", "runs")
+    assert code == 0 and (tmp_path / "runs/report/report.md").exists() and "report.md" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "resnt18:layer1"], "did you mean 'resnet18'"),
+        (["train", "resnet18"], "write model:layer"),
+        (["train"], "name at least one MODEL:LAYER"),
+        (["train", f"{MODEL}:layr1", "--data", "procedural:8", *SMALL], "did you mean 'layer1'"),
+        (
+            ["train", f"{MODEL}:layer1", "--decoder", "liner", "--data", "procedural:8", *SMALL],
+            "did you mean 'linear'",
+        ),
+        (["train", f"{MODEL}:layer1", "--epochs", "0"], "epochs must be greater than 0"),
+        (["train", f"{MODEL}:layer1", "--loss", "mes", "--data", "procedural:8", *SMALL], "mse"),
+        (["train", f"{MODEL}:layer1", "--data", "folder:/nowhere", *SMALL], "/nowhere"),
+        (["train", f"{MODEL}:layer1", "--data", "imagenet", *SMALL], "unknown source 'imagenet'"),
+        (["layers", "vgg61"], "did you mean"),
+        (["report", "nowhere"], "no folder nowhere"),
+        (["report", "."], "no "),
+        (["evaluate", "nowhere"], "not a run folder"),
+        (["study", "publish"], "did you mean 'published'"),
+        (["study", "missing.toml"], r"missing.toml"),
+        (["study", "published", "--models", "resnet18"], "not both"),
+    ],
+)
+def test_bad_input_is_one_message(command, arguments, message):
+    code, _, err = command(*arguments)
+    assert code == 1
+    assert message in err and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("afterimage: ") or err.count("afterimage: ") == 1
+
+
+@pytest.mark.parametrize("name", ["truncated.jpg", "empty.png", "text.png"])
+def test_a_broken_picture_is_named_before_training(command, photographs, tmp_path, name):
+    whole = (photographs / "00.png").read_bytes()
+    Image.open(photographs / "00.png").save(photographs / "whole.jpg")
+    broken = {
+        "truncated.jpg": (photographs / "whole.jpg").read_bytes()[:400],
+        "empty.png": b"",
+        "text.png": b"hello",
+    }
+    (photographs / name).write_bytes(broken[name])
+    code, _, err = command("train", f"{MODEL}:layer1", "--data", f"folder:{photographs}", *SMALL)
+    assert code == 1 and name in err and "Traceback" not in err and whole
+
+
+def test_layers_lists_what_can_be_inverted(command):
+    code, out, _ = command("layers", "vgg16")
+    assert code == 0
+    for shape in ("64×112×112", "128×56×56", "256×28×28", "512×14×14", "512×7×7"):
+        assert shape in out
+    assert "block1" in out and "block5" in out
+
+
+def test_a_dry_run_starts_nothing(command, tmp_path):
+    code, out, _ = command(
+        "study", "--models", MODEL, "--layers", "layer*", "--data", "procedural:10", "--dry-run"
+    )
+    assert code == 0 and "4 runs, none started" in out and "GMAC/s" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_of_any_model_without_a_file(command, tmp_path):
+    code, out, err = command(
+        "study",
+        "--models",
+        MODEL,
+        "--layers",
+        "layer1,layer3",
+        "--data",
+        "procedural:10",
+        "--weights",
+        "random",
+    )
+    assert code == 0, err
+    assert "report.md" in out and len([r for r in scan(tmp_path / "runs" / MODEL) if "linear" in r.name]) == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["train", "--help"], ["study"]])
+def test_help_needs_no_torch(arguments):
+    code = (
+        "import sys\nfrom afterimage.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "print('torch' in sys.modules, 'timm' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"}
+    )
+    assert result.stdout.splitlines()[-1] == "False False", result.stderr
+
+
+def test_interrupting_says_how_to_go_on(command, monkeypatch, photographs):
+    import afterimage.member
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(afterimage.member.Member, "step", interrupted)
+    code, _, err = command(
+        "train", f"{MODEL}:layer1", "--decoder", "transposed", "--data", f"folder:{photographs}", *SMALL
+    )
+    assert code == 130 and "the same command goes on from there" in err

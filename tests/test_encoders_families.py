@@ -1,0 +1,147 @@
+"""What every encoder promises, over the families of timm."""
+
+import functools
+
+import pytest
+import torch
+from safetensors.torch import save_model
+from torch import nn
+
+from afterimage.encoders import Encoder, list_layers, resolve_model
+from afterimage.encoders.build import create_random
+from afterimage.encoders.layout import reorder
+from encoder_checks import assert_same, randomise_statistics
+
+# The smallest model of each family that is quick to build, and the side of the pictures that it is tried on.
+FAMILIES = {
+    "test_byobnet": 64,
+    "cait_xxs24_224": 64,
+    "coat_tiny": 64,
+    "convit_tiny": 64,
+    "test_convnext": 64,
+    "cpubone_nano": 64,
+    "crossvit_tiny_240": 240,
+    "csatv2": 64,
+    "cs3darknet_focus_s": 64,
+    "cspnext_tiny": 64,
+    "davit_tiny": 64,
+    "deit_tiny_patch16_224": 64,
+    "densenet121": 64,
+    "dla46x_c": 64,
+    "dpn48b": 64,
+    "edgenext_xx_small": 64,
+    "efficientformer_l1": 224,
+    "efficientformerv2_s0": 64,
+    "test_efficientnet": 64,
+    "efficientvim_m1": 224,
+    "efficientvit_b0": 64,
+    "efficientvit_m0": 64,
+    "vit_tiny_patch16_dinov3_qkvb": 64,
+    "fasternet_t0": 64,
+    "fastvit_t8": 64,
+    "focalnet_tiny_srf": 64,
+    "gcvit_xxtiny": 64,
+    "ghostnet_050": 64,
+    "hardcorenas_b": 64,
+    "hgnetv2_b0": 64,
+    "hiera_tiny_224": 64,
+    "sam2_hiera_tiny": 64,
+    "hrnet_w18_small": 64,
+    "iformer_t": 64,
+    "inception_next_atto": 64,
+    "lcnetv2_small": 64,
+    "levit_128s": 64,
+    "test_mambaout": 64,
+    "test_coatnet": 64,
+    "poolformerv2_s12": 64,
+    "gmlp_ti16_224": 64,
+    "mobilenetv3_small_050": 64,
+    "mobilevit_xxs": 64,
+    "mvitv2_tiny": 64,
+    "nest_tiny": 64,
+    "test_nfnet": 64,
+    "pit_ti_224": 64,
+    "pvt_v2_b0": 64,
+    "regnetx_002": 64,
+    "repghostnet_050": 64,
+    "repvit_m1": 64,
+    "resnest14d": 64,
+    "test_resnet": 64,
+    "resnetv2_18": 64,
+    "rexnet_100": 64,
+    "legacy_seresnet18": 64,
+    "sequencer2d_s": 64,
+    "shvit_s1": 64,
+    "skresnet18": 64,
+    "starnet_s050": 64,
+    "swiftformer_xs": 64,
+    "swin_tiny_patch4_window7_224": 64,
+    "swinv2_tiny_window8_256": 64,
+    "tiny_vit_5m_224": 112,
+    "twins_svt_small": 64,
+    "visformer_tiny": 64,
+    "test_vit": 64,
+    "vit_tiny_r_s16_p8_224": 64,
+    "test_vit_relpos": 64,
+    "ese_vovnet19b_slim_dw": 64,
+    "xcit_nano_12_p8_224": 64,
+}
+
+
+def quadrants(size):
+    """A smooth picture, and four with a patch of one quadrant brightened: (5, 3, size, size)."""
+    coarse = torch.rand(1, 3, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
+    images = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear").repeat(5, 1, 1, 1) / 2
+    half, margin = size // 2, size // 8
+    for quadrant in range(4):
+        top, left = (quadrant // 2) * half + margin, (quadrant % 2) * half + margin
+        images[quadrant + 1, :, top : top + half - 2 * margin, left : left + half - 2 * margin] += 0.5
+    return images
+
+
+def run_whole(model, taps, inputs):
+    """Feature maps of a model that is neither cut short nor lacks anything."""
+    found = {}
+
+    def keep(tap, module, args, output):
+        roll = reorder(model, tap.module)
+        found[tap.module] = tap.layout(roll(output) if roll else output).clone()
+
+    for tap in taps:
+        model.get_submodule(tap.module).register_forward_hook(functools.partial(keep, tap))
+    with torch.no_grad():
+        model(inputs)
+    return [found[tap.module] for tap in taps]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", FAMILIES)
+def test_contract_over_families(model, tmp_path):
+    """Shapes are as measured, loading and dropping what is unused change nothing, places keep their order."""
+    size = FAMILIES[model]
+    names = [layer.name for layer in list_layers(model, size)]
+    whole = randomise_statistics(create_random(resolve_model(model), (size, size), 5))
+    save_model(whole, str(tmp_path / "whole.safetensors"))
+    encoder = Encoder(
+        model, layers=[*names[:2], names[-1]], weights=tmp_path / "whole.safetensors", image_size=size
+    )
+    images = quadrants(size)
+    features = encoder(images)
+    assert [(5, s.channels, s.height, s.width) for s in encoder.specs] == [tuple(f.shape) for f in features]
+    expected = run_whole(whole, encoder._taps, (images - encoder.mean) / encoder.std)
+    for feature, reference in zip(features, expected, strict=True):
+        assert_same(feature, reference)
+
+    for spec, feature in list(zip(encoder.specs, features, strict=True))[:2]:
+        changes = (feature[1:] - feature[:1]).square().sum(1)
+        top, left = spec.height // 2, spec.width // 2
+        for quadrant, change in enumerate(changes):
+            halves = change[:top], change[-top:]
+            parts = [part.mean() for half in halves for part in (half[:, :left], half[:, -left:])]
+            assert torch.stack(parts).argmax() == quadrant, f"{spec.source} does not keep its places in order"
+
+
+def test_enough_families_are_covered():
+    from timm.models._registry import _model_to_module
+
+    assert len({_model_to_module[name] for name in FAMILIES}) >= 60

@@ -1,0 +1,142 @@
+import json
+
+import pytest
+
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, load_toml
+from afterimage.plan import plan
+from afterimage.study import RowConfig, StudyConfig, expand, from_models, load_study, run_study, shipped
+from test_decoders import PUBLISHED
+
+MODEL = "test_resnet.r160_in1k"
+SMALL = StudyConfig(
+    "Small",
+    sources=(f"{MODEL}:layer1", f"{MODEL}:layer2"),
+    decoders=(DecoderConfig("linear"), DecoderConfig("transposed")),
+    weights="random",
+    data=DataConfig("procedural:8", test="procedural:3", resize=64, crop=64),
+    recipe=RecipeConfig(epochs=2, batch_size=4),
+)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_studies_resolve(name):
+    study = load_study(name)
+    configs = expand(study) if study.missing_weights == "error" else []
+    assert study.title and all(":" in source for config in configs for source in config.sources)
+
+
+def test_the_published_study_is_the_published_one():
+    configs = expand(load_study("published"))
+    assert len(configs) == 15
+    rows = {config.sources[0]: config for config in configs if config.decoder.name == "attention"}
+    assert len(rows) == 14
+    sizes = {one.config.sources[0]: one.parameters for one in plan(configs[:14])}
+    for source, _, parameters in PUBLISHED:
+        assert sizes[source] == parameters
+    fusion = configs[-1]
+    assert (fusion.fusion.name, fusion.fusion.channels, fusion.fusion.size) == ("attention", 256, 28)
+    assert (fusion.decoder.name, fusion.recipe.loss, fusion.recipe.epochs) == (
+        "transposed",
+        "0.5*mse + 0.5*lpips",
+        30,
+    )
+
+
+def test_globs_lists_and_rows():
+    study = StudyConfig(
+        sources=(f"{MODEL}:layer[12]",),
+        decoders=(DecoderConfig("linear"), DecoderConfig("transposed", parameters=100_000)),
+        seeds=(1, 2),
+        rows=(RowConfig((f"{MODEL}:layer3",), (DecoderConfig("linear"),), recipe={"epochs": 1}),),
+    )
+    configs = expand(study)
+    assert len(configs) == 2 * 2 * 2 + 2
+    assert configs[-1].recipe.epochs == 1 and configs[0].recipe.epochs == 30
+    assert {config.sources for config in configs} == {(f"{MODEL}:layer{i}",) for i in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        (StudyConfig(sources=(f"{MODEL}:stage*",)), "matches no layer of test_resnet.*Layers: .*layer1"),
+        (StudyConfig(sources=("resnt18:layer*",)), "did you mean 'resnet18'"),
+        (
+            StudyConfig(rows=(RowConfig((f"{MODEL}:layer1",), recipe={"epoch": 1}),)),
+            r"rows\[0\]\.recipe\.epoch",
+        ),
+    ],
+)
+def test_what_does_not_resolve_is_named(study, message):
+    with pytest.raises(AfterimageError, match=message):
+        expand(study)
+
+
+def test_unknown_studies_are_named(tmp_path):
+    with pytest.raises(AfterimageError, match="did you mean 'published'"):
+        load_study("publish")
+    (tmp_path / "mine.toml").write_text("sources = ['a:b']\nseed = 3\n")
+    with pytest.raises(AfterimageError, match=r"mine\.toml: unknown setting 'seed'; did you mean 'seeds'"):
+        load_study(str(tmp_path / "mine.toml"))
+    with pytest.raises(AfterimageError, match="needs sources"):
+        StudyConfig()
+
+
+def test_a_study_file_round_trips(tmp_path):
+    run_study(SMALL, tmp_path / "study", cache=tmp_path / "cache", accelerator="cpu")
+    assert load_toml(StudyConfig, tmp_path / "study" / "study.toml") == SMALL
+
+
+def test_adding_a_row_computes_only_that_row(tmp_path):
+    from dataclasses import replace
+
+    options = {"cache": tmp_path / "cache", "accelerator": "cpu"}
+    runs, failures = run_study(SMALL, tmp_path / "study", **options)
+    assert not failures and len(runs) == 4 + 6 and {run.state for run in runs} == {"done"}
+    stamps = {run.name: run.file("summary.json").stat().st_mtime_ns for run in runs}
+    larger = replace(SMALL, sources=(*SMALL.sources, f"{MODEL}:layer3"))
+    more, _ = run_study(larger, tmp_path / "study", **options)
+    assert {run.name for run in more} > stamps.keys() and len(more) == len(runs) + 2
+    assert all(
+        run.file("summary.json").stat().st_mtime_ns == stamps[run.name] for run in more if run.name in stamps
+    )
+
+
+def test_a_failing_run_leaves_the_others_alone(tmp_path):
+    from dataclasses import replace
+
+    bad = RowConfig((f"{MODEL}:layer1",), (DecoderConfig("transposed"),), recipe={"learning_rate": 1e30})
+    study = replace(SMALL, rows=(bad,), references=False)
+    runs, failures = run_study(study, tmp_path, cache=tmp_path / "cache", accelerator="cpu")
+    states = [run.state for run in runs]
+    assert states.count("failed") == 1 and states.count("done") == 4 and len(failures) == 1
+    (failed,) = [run for run in runs if run.state == "failed"]
+    assert "loss is" in json.loads(failed.file("status.json").read_text())["error"]
+
+
+def test_random_weights_only_where_the_study_says_so(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    import afterimage.weights
+
+    def nothing(model, weights="pretrained"):
+        raise AfterimageError(f"no weights for {model}")
+
+    monkeypatch.setattr(afterimage.weights, "find_weights", nothing)
+    study = replace(SMALL, weights="pretrained", missing_weights="random")
+    said = []
+    configs = expand(study, lambda what, *_: said.append(what))
+    assert {config.weights for config in configs} == {"random"}
+    assert any("RANDOM weights" in what and MODEL in what for what in said)
+    assert {config.weights for config in expand(replace(study, missing_weights="error"))} == {"pretrained"}
+
+
+def test_a_study_without_a_file():
+    study = from_models([MODEL], ["layer*"], ["linear"])
+    assert [config.sources[0] for config in expand(study)] == [f"{MODEL}:layer{i}" for i in (1, 2, 3, 4)]
+
+
+def test_a_plan_starts_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plans = plan(expand(SMALL))
+    assert [one.parameters > 0 and one.seconds > 0 and one.bytes > 0 for one in plans] == [True] * 4
+    assert not list(tmp_path.iterdir())
