@@ -178,4 +178,11 @@ def test_only_the_published_fusion_is_the_published_fusion(tmp_path, size, found
     )
     beside = beside_published([with_mean(run, 20.0)])
     assert len(beside) == found
-    assert all("cannot be compared" in b.reason for b in beside)
+    assert all("17.57 dB published" in b.reason and "not known" in b.reason for b in beside)
+
+
+def test_what_is_inferred_of_the_published_fusion_is_called_an_inference():
+    random, within = published_ceiling([picture()]), published_ceiling([np.full((3, 4, 4), 0.5)])
+    assert random.psnr < FUSION.psnr[0] < within.psnr
+    assert "are above that: an inference is" in explain(FUSION, {"psnr": 20.0}, random)
+    assert "inference" not in explain(FUSION, {"psnr": 20.0}, within)

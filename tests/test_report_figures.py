@@ -13,6 +13,7 @@ from PIL import Image
 from afterimage.config import FusionConfig
 from afterimage.report import read_rows
 from afterimage.report.figures import draw, render
+from afterimage.report.figures.grid import busiest
 from afterimage.runs import scan
 from report_study import RESNET, VIT, picture, write_reference, write_run, write_study
 
@@ -69,7 +70,7 @@ def test_a_study_has_its_figures(drawings):
         "reference-lines",
     ]  # fmt: skip
     assert list(drawings) == [
-        "quality-by-depth", *(f"reconstructions-{g}{d}" for g in grids for d in ("", "-detail")),
+        "quality-by-depth", *(f"reconstructions-{g}" for g in grids),
         "quality-by-locations", "quality-by-parameters", "training-curves", "distributions",
     ]  # fmt: skip
 
@@ -171,16 +172,47 @@ def test_a_damaged_history_is_no_curve(tmp_path):
 
 
 def test_pictures_of_the_usual_size_are_printed_pixel_by_pixel(tmp_path):
-    original = picture(3, 224)
-    whole = next(iter(draw(read_rows([write_run(tmp_path, "m", "l", originals=[original])]))))
+    run = write_run(tmp_path, "m", "l", originals=[picture(3, 224)])
+    whole = next(iter(draw(read_rows([run]))))
     png, _ = render(whole.figure)
-    page, wanted = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), np.asarray(original)
-    height, width = (int(n) for n in np.array(page.shape[:2]) - 224)
+    page, wanted = (
+        np.asarray(Image.open(io.BytesIO(png)).convert("RGB")),
+        np.asarray(Image.open(run.pictures[0][2])),
+    )
     found = [
-        (y, x) for y in range(height + 1) for x in range(min(width, 40)) if (page[y, x] == wanted[0, 0]).all()
-        and (page[y : y + 224, x : x + 224] == wanted).all()
-    ]  # fmt: skip
+        (y, x)
+        for y in range(page.shape[0] - 223)
+        for x in range(page.shape[1] - 223)
+        if (page[y, x] == wanted[0, 0]).all() and (page[y : y + 224, x : x + 224] == wanted).all()
+    ]
     assert len(found) == 1
+
+
+def test_a_detail_is_the_boxed_part_of_the_row_above_it(tmp_path):
+    original = picture(3, 224)
+    (drawing,) = (
+        d for d in draw(read_rows([write_run(tmp_path, "m", "l", originals=[original])])) if "rec" in d.name
+    )
+    whole, detail, _, rebuilt = (image.get_array() for image in drawing.figure.axes[0].images)
+    y, x, size = busiest(np.asarray(original))
+    assert (whole == np.asarray(original)).all() and (detail == whole[y : y + size, x : x + size]).all()
+    assert rebuilt.shape == detail.shape and (rebuilt != detail).any()
+    left, right, _, top = drawing.figure.axes[0].images[0].get_extent()
+    pixel = (right - left) / 224
+    for box in drawing.figure.axes[0].patches:
+        assert (*box.get_xy(), box.get_width()) == pytest.approx(
+            (left + x * pixel, top + y * pixel, size * pixel)
+        )
+
+
+def test_many_pages_show_fewer_pictures_and_are_folded(tmp_path):
+    originals = [picture(seed) for seed in range(4)]
+    for model in "abcde":
+        for i in range(2):
+            write_run(tmp_path, model, f"l{i}", originals=originals, count=4)
+    found = [d for d in draw(read_rows(scan(tmp_path))) if d.name.startswith("reconstructions")]
+    assert [d.folded for d in found] == [False, True, True, True, True]
+    assert [len(d.figure.axes[0].images) for d in found] == [2 * 3 * 2] * 5
 
 
 def test_hostile_names_draw(tmp_path):
@@ -198,13 +230,13 @@ def test_names_that_make_the_same_file_name_keep_their_own_figures(tmp_path):
         for i in range(5):
             write_run(tmp_path, model, f"l{i}", originals=[picture(0)])
     found = [drawing.name for drawing in draw(read_rows(scan(tmp_path)))]
-    assert len(set(found)) == len(found) and sum(name.startswith("recon") for name in found) == 4
+    assert len(set(found)) == len(found) and sum(name.startswith("recon") for name in found) == 2
 
 
 def test_reference_lines_alone_are_a_report(tmp_path):
     runs = [write_reference(tmp_path, name, originals=[picture(0)]) for name in ("mean", "jpeg-50")]
     assert [d.name for d in draw(read_rows(runs))] == [
-        "reconstructions-reference-lines", "reconstructions-reference-lines-detail", "distributions",
+        "reconstructions-reference-lines", "distributions",
     ]  # fmt: skip
 
 

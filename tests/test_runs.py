@@ -47,6 +47,21 @@ def test_csv_keeps_ids_and_every_digit(tmp_path_factory, rows):
     assert read_csv(path) == rows
 
 
+@pytest.mark.parametrize("row", ["a,1,2", "a", '"a'])
+def test_a_ragged_row_is_an_error_that_names_file_and_line(tmp_path, row):
+    (tmp_path / "scores.csv").write_text(f"id,psnr\nb,20\n{row}\n")
+    with pytest.raises(AfterimageError, match=r"scores\.csv, line 3: .* 2 cells"):
+        read_csv(tmp_path / "scores.csv")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"done"', "7"])
+def test_a_status_that_is_no_object_is_an_error_that_names_the_file(tmp_path, content):
+    run = Run.create(tmp_path, CONFIG)
+    run.file("status.json").write_text(content)
+    with pytest.raises(AfterimageError, match=r"status\.json must hold a JSON object"):
+        _ = run.state
+
+
 def test_an_id_that_looks_like_a_number_stays_text(tmp_path):
     write_csv(tmp_path / "a.csv", [{"id": "007", "psnr": 1.5}])
     assert read_csv(tmp_path / "a.csv") == [{"id": "007", "psnr": 1.5}]

@@ -340,8 +340,8 @@ def test_settings_are_told_apart_by_what_differs(tmp_path):
         "attention (epochs 30)",
         "attention (epochs 5)",
         "attention at 4 M parameters",
+        "attention, RANDOM weights",
         "attention, loss l1",
-        "attention, random weights",
     ]
 
 

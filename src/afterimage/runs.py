@@ -85,14 +85,24 @@ def write_image(path: str | Path, pixels: Any) -> None:
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
-    """Read rows back; cells that are numbers become numbers, empty cells None. The id stays text."""
+    """Read rows back; cells that are numbers become numbers, empty cells None. The id stays text.
+
+    Raises `AfterimageError` for a file that cannot be read, and for a row with more or fewer cells than columns.
+    """
+    rows = []
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [
-                {k: v if k == "id" else _number(v) for k, v in row.items()} for row in csv.DictReader(file)
-            ]
+            reader = csv.DictReader(file)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise AfterimageError(
+                        f"{path}, line {reader.line_num}: the row does not have the header's "
+                        f"{len(reader.fieldnames or ())} cells"
+                    )
+                rows.append({k: v if k == "id" else _number(v) for k, v in row.items()})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise AfterimageError(f"cannot read {path}: {error}") from None
+    return rows
 
 
 def _number(cell: str | None) -> Any:
@@ -142,7 +152,12 @@ class Run:
     def state(self) -> str:
         """`new`, `running`, `done` or `failed`."""
         path = self.file("status.json")
-        return read_json(path).get("state", "new") if path.exists() else "new"
+        if not path.exists():
+            return "new"
+        status = read_json(path)
+        if not isinstance(status, dict):
+            raise AfterimageError(f"{path} must hold a JSON object with a state, got {status!r:.80}")
+        return status.get("state", "new")
 
     def set_state(self, state: str, **details: Any) -> None:
         write_json(self.file("status.json"), {"state": state, **details})

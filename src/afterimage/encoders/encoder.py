@@ -119,10 +119,10 @@ class Encoder(nn.Module):
                 f"{self.model_name} was built for pictures (B, 3, {height}, {width}) of floats in [0, 1], "
                 f"got {tuple(images.shape)} of {images.dtype}"
             )
-        images = images.contiguous(memory_format=torch.channels_last)
         try:
             with torch.set_grad_enabled(self._gradients and torch.is_grad_enabled()):
-                self.model((images - self.mean) / self.std)
+                inputs = (images - self.mean) / self.std
+                self.model(inputs.contiguous(memory_format=torch.channels_last))
         except _Done:
             return list(self._features)
         finally:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -37,11 +38,10 @@ class Event:
 
 
 class Observation(TorchDispatchMode):
-    """Runs a model on `images` once and keeps, by module path, what finished; and when each tensor was first
-    read.
+    """Runs a model on `images` once; keeps what finished, by module path, and when each tensor was first read.
 
     On the meta device that takes neither weights nor memory. A pass that fails leaves what had finished by
-    then and says why in `failure`.
+    then and says why in `failure`. `_seen` are the tensors that depend on the pictures.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
@@ -58,7 +58,8 @@ class Observation(TorchDispatchMode):
             if path
         ]
         try:
-            with torch.no_grad(), torch.device(images.device), self:
+            # Attention in plain matrix products, which are counted on every device.
+            with torch.no_grad(), torch.device(images.device), sdpa_kernel(SDPBackend.MATH), self:
                 model(images)
         except Exception as error:
             self.failure = (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -74,7 +75,7 @@ class Observation(TorchDispatchMode):
             self.first_read.setdefault(key, self._clock)
         result = func(*args, **kwargs)
         made = {storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
-        self._seen = self._seen - made if self._seen.isdisjoint(read) else self._seen | made
+        (self._seen.difference_update if self._seen.isdisjoint(read) else self._seen.update)(made)
         packet = func._overloadpacket
         if packet in flop_registry:
             self._flops += flop_registry[packet](*args, **kwargs, out_val=result)

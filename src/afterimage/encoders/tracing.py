@@ -5,6 +5,7 @@ Nothing is declared. The model is observed twice, on pictures of two sizes, befo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from bisect import bisect_right
@@ -100,6 +101,9 @@ def trace(name: str, image_size: Size) -> Trace:
     """Trace a timm model (name with tag). Raises AfterimageError if it cannot be built for `image_size`."""
     model = _blank(name, image_size)
     first = Observation(model, _pictures(model, 1, image_size))
+    if first.failure and _device(model) == "meta":
+        model = _blank(name, image_size, "cpu")
+        first = Observation(model, _pictures(model, 1, image_size))
     second, size = _observe_again(name, model, image_size, first)
     reads = _reads(model, first)
     clocks = [clock for clock, _, _ in reads]
@@ -127,30 +131,42 @@ def trace(name: str, image_size: Size) -> Trace:
     return Trace(name, image_size, modules, taps, refused, reads, short, stages, first.failure)
 
 
-def _blank(name: str, image_size: Size) -> nn.Module:
-    """The model without storage; with it where it is recurrent: the meta device unrolls that too slowly."""
-    try:
-        with seeded(0), Blank():
-            model = create_model(name, image_size, device="meta")
-            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-                model = create_model(name, image_size)
-        return model
-    except Exception as error:
-        raise cannot_run(name, image_size, f"{type(error).__name__}: {error}") from error
+def _blank(name: str, image_size: Size, device: str = "meta") -> nn.Module:
+    """The model without weights, and without storage where that is possible and not slow.
+
+    Not every model, nor every version of timm, can be built on the meta device, and it unrolls a recurrent
+    network far too slowly.
+    """
+    with seeded(0), Blank():
+        if device == "meta":
+            with contextlib.suppress(Exception):
+                model = create_model(name, image_size, device="meta")
+                if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+                    return model
+        try:
+            return create_model(name, image_size)
+        except Exception as error:
+            raise cannot_run(name, image_size, f"{type(error).__name__}: {error}") from error
+
+
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
 
 
 def _pictures(model: nn.Module, count: int, size: Size) -> torch.Tensor:
-    return torch.zeros(count, 3, *size, device=next(model.parameters()).device)
+    return torch.zeros(count, 3, *size, device=_device(model))
 
 
 def _observe_again(name: str, model: nn.Module, size: Size, first: Observation) -> tuple[Observation, Size]:
     """Two pictures, wider, else larger, else just two: the first that gets as far as one did."""
     height, width = size
     for other in ((height, 2 * width), (2 * height, 2 * width), size):
-        try:
-            candidate = _blank(name, other) if has_fixed_size(name) and other != size else model
-        except AfterimageError:
-            continue
+        candidate = model
+        if has_fixed_size(name) and other != size:
+            try:
+                candidate = _blank(name, other, _device(model))
+            except AfterimageError:
+                continue
         second = Observation(candidate, _pictures(candidate, 2, other))
         if len(second.events) >= len(first.events):
             break
@@ -174,18 +190,16 @@ def _stages(model: nn.Module, taps: Mapping[str, Tap], named: Collection[str], d
     """
     infos = getattr(model, "feature_info", None) or ()
     declared = {info["module"] for info in infos if isinstance(info, dict)}
+    known = declared.union(named)
     found: list[str] = []
 
     def visit(parent: nn.Module, prefix: str, level: int) -> None:
         for name, module in parent.named_children():
             path = f"{prefix}{name}"
             composite = any(True for _ in module.children())
-            inside = sum(other.startswith(f"{path}.") for other in taps)
-            if path in taps and (
-                path in named
-                or (path in declared and (composite or not named))
-                or (composite and inside < len(taps) / 2)
-            ):
+            inside = [other for other in taps if other.startswith(f"{path}.")]
+            whole = composite and len(inside) < len(taps) / 2 and known.isdisjoint(inside)
+            if path in taps and (path in named or whole or (path in declared and (composite or not named))):
                 found.append(path)
             elif level < depth:
                 visit(module, f"{path}.", level + 1)

@@ -1,6 +1,7 @@
-"""Reports from run folders alone: tables, figures, report.md. No torch; matplotlib only once it draws."""
+"""Reports from run folders alone: tables, figures, report.md, the page. No torch; matplotlib only once it draws."""
 
 from afterimage.report.console import console_table
+from afterimage.report.page import write_page
 from afterimage.report.read import read_rows
 from afterimage.report.rows import Row, Rows, Score, Unfinished
 from afterimage.report.tables import csv_table, latex_table, markdown_table
@@ -16,5 +17,6 @@ __all__ = [
     "latex_table",
     "markdown_table",
     "read_rows",
+    "write_page",
     "write_report",
 ]

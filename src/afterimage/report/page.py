@@ -39,22 +39,25 @@ def write_page(
     *,
     title: str,
     findings: Sequence[Mapping[str, Any]] = (),
+    lead: str = "",
+    problems: Sequence[str] = (),
     figures: Sequence[Path | tuple[str, Path]] = (),
     limit: int = PAGE_BYTES,
     progress: Progress = silent,
 ) -> Path:
     """Write the page of these runs to the file `out` and return its path.
 
-    `findings` hold `title`, `verdict`, `rule` and `paragraphs`; `figures` are image files, with or without a
-    caption before them. The page stays below `limit` bytes: pictures are re-encoded, then left out, and the
-    page says so. Raises `AfterimageError` where no run is finished, a picture cannot be read, or the limit is
-    too small for the page without pictures.
+    `findings` hold `title`, `verdict`, `rule`, `paragraphs` and `tables` (each with `title`, `header` and
+    `rows` of text); `lead` goes before them, and `problems` say what could not be computed. `figures` are
+    image files, with or without a caption before them. The page stays below `limit` bytes: pictures are
+    re-encoded, then left out, and the page says so. Raises `AfterimageError` where no run is finished, a
+    picture cannot be read, or the limit is too small for the page without pictures.
     """
     rows = read_rows(runs)
     shown = [_figure(figure) for figure in figures]
     pictures = gather(rows.all)
     entries = describe_rows(rows, pictures)
-    context = {"title": title, "findings": findings, "figures": shown}
+    context = {"title": title, "findings": findings, "lead": lead, "problems": problems, "figures": shown}
     # Rendered once without pictures, to learn how much room is left for them.
     room = limit - len(_render(rows, entries, Album(total=len(pictures)), **context).encode())
     if room < 0:

@@ -24,8 +24,8 @@ RESNET, VGG, VIT = "resnet34.tv_in1k", "vgg16.tv_in1k", "vit_base_patch16_224.au
 class Published:
     """One published row: means and deviations as printed, minutes of training, and its decoder's parameters.
 
-    `parameters` is the models' own count; the study's table rounds some of them wrongly. Its deviations are
-    over batch means, not over pictures. None: not published.
+    `parameters` is the exact count of the study's decoder on these features; its table prints rounded ones,
+    which for VGG16 differ. Its deviations are over batch means, not over pictures. None: not published.
     """
 
     sources: tuple[str, ...]
@@ -97,13 +97,18 @@ def _canonical(source: str) -> str:
 
 @dataclass(frozen=True)
 class Beside:
-    """One run with the published row it repeats; `reason` says in words why the two differ."""
+    """One run with the published row it repeats; `reason` says in words why the two differ.
+
+    `ours` are mean scores; LPIPS is None where it was measured with another network than the published
+    AlexNet. `why` is the reason without the row's own numbers.
+    """
 
     run: str
     published: Published
     ours: dict[str, float | None]
     ceiling: Ceiling | None
     reason: str
+    why: str
 
 
 def beside_published(runs: Iterable[Run]) -> list[Beside]:
@@ -123,10 +128,16 @@ def beside_published(runs: Iterable[Run]) -> list[Beside]:
         for run in same:
             row = _counterpart(run)
             if row is not None:
-                scores = run.summary["scores"]
-                ours = {metric: (scores.get(metric) or {}).get("mean") for metric in METRICS}
-                results.append(Beside(run.name, row, ours, ceiling, explain(row, ours, ceiling)))
+                ours = _means(run)
+                reason, why = explain(row, ours, ceiling), why_they_differ(row, ours, ceiling)
+                results.append(Beside(run.name, row, ours, ceiling, reason, why))
     return results
+
+
+def _means(run: Run) -> dict[str, float | None]:
+    summary = run.summary
+    ours = {metric: (summary["scores"].get(metric) or {}).get("mean") for metric in METRICS}
+    return ours if summary["lpips"]["net"] == "alex" else ours | {"lpips": None}
 
 
 def _counterpart(run: Run) -> Published | None:
@@ -152,20 +163,28 @@ def explain(row: Published, ours: Mapping[str, float | None], ceiling: Ceiling |
         return f"No PSNR here; {number(row.psnr[0], 'psnr')} dB published."
     gap = number(psnr - row.psnr[0], "psnr", signed=True)
     text = f"{number(psnr, 'psnr')} dB here, {number(row.psnr[0], 'psnr')} dB published on DIV2K ({gap} dB)."
-    if row is FUSION:
-        return (
-            f"{text} The two cannot be compared: the published fusion was scored against the normalised "
-            "picture clipped to [0, 1], not against the picture, so its lead over the published single rows "
-            "is a change of scale as well."
-        )
+    return f"{text} {why_they_differ(row, ours, ceiling)}"
+
+
+def why_they_differ(row: Published, ours: Mapping[str, float | None], ceiling: Ceiling | None) -> str:
+    """The reason alone: what is documented, what was computed here, and what is inferred from the two."""
     if ceiling is None:
-        return f"{text} No test pictures are kept, so the published pipeline's ceiling is not known."
+        return "No test pictures are kept, so what the published range allows on them is not known."
     pictures = f"the {ceiling.count} test pictures kept" if ceiling.count > 1 else "the one test picture kept"
-    text += (
-        f" The published decoders end in a sigmoid and their targets are normalised: "
-        f"{100 * ceiling.unreachable:.0f} % of the values of {pictures} are out of their reach, and a "
-        f"perfect decoder would have scored {number(ceiling.psnr, 'psnr')} dB on them."
+    best = f"{number(ceiling.psnr, 'psnr')} dB"
+    text = (
+        "The published decoders end in a sigmoid and their targets are normalised. Computed here, if answers "
+        f"are denormalised before they are scored: {100 * ceiling.unreachable:.0f} % of the values of {pictures} "
+        f"are out of their reach, and a perfect decoder would have scored {best}."
     )
-    if psnr > ceiling.psnr:
+    if row is FUSION:
+        above = "above" if row.psnr[0] > ceiling.psnr else "not above"
+        return f"{text} The published fusion's {number(row.psnr[0], 'psnr')} dB are {above} that" + (
+            ": an inference is that it was scored in another way than the single rows."
+            if above == "above"
+            else "."
+        )
+    psnr = ours["psnr"]
+    if psnr is not None and psnr > ceiling.psnr:
         return f"{text} Ours is above that, where no training could have taken the published decoders."
-    return f"{text} Ours is below that, so their range alone does not explain the difference."
+    return f"{text} Ours is not above that, so their range alone does not explain the difference."

@@ -1,7 +1,8 @@
-"""A report as files: report.md, the table in three formats, and the figures."""
+"""A report as files: report.md, the table in three formats, the figures, the findings and the page."""
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
@@ -14,6 +15,7 @@ from urllib.parse import quote
 from afterimage.config import AfterimageError
 from afterimage.progress import Progress, silent
 from afterimage.report.escape import markdown, markdown_block, markdown_code, plain
+from afterimage.report.page import write_page
 from afterimage.report.read import read_rows
 from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
@@ -21,8 +23,12 @@ from afterimage.report.variants import flatten
 from afterimage.runs import Run, read_json, write_atomic
 
 if TYPE_CHECKING:
+    from afterimage.report.answers import Answers
     from afterimage.report.figures import Drawing
+    from afterimage.report.findings import Finding
 
+# The page draws the other figures itself.
+ON_PAGE = ("training-curves", "distributions")
 TITLE = "How much of a picture is left in the features?"
 
 
@@ -32,12 +38,16 @@ def write_report(
 ) -> dict[str, Path]:  # fmt: skip
     """Write the report of these runs below `out` and return the files written, by their path below `out`.
 
+    report.md and index.html tell all of it; table.md, .csv and .tex, figures/ and findings.json are its parts.
     `sections` are `(heading, Markdown)` pairs that come after the figures. `spread` is what follows ± in the
-    tables: `std` or `interval`. Raises `AfterimageError` where no run is finished or a file
+    tables: `std` or `interval`. Where the findings or the page cannot be made, report.md says why; then
+    index.html is not among the files returned. Raises `AfterimageError` where no run is finished or a file
     cannot be written.
     """
+    from afterimage.report.answers import answer, markdown_finding, markdown_findings
     from afterimage.report.figures import draw, render
 
+    runs = list(runs)
     rows, out, written = read_rows(runs), Path(out), {}
 
     def write(name: str, content: str | bytes) -> None:
@@ -47,21 +57,44 @@ def write_report(
     write("table.md", markdown_table(rows, spread=spread))
     write("table.csv", csv_table(rows))
     write("table.tex", latex_table(rows, spread=spread))
-    figures = []
+    answers = answer([row.run for row in rows.all])
+    write("findings.json", answers.json)
+    progress("statistics", 1, 1)
+    figures, shown = [], []
     for drawing in draw(rows, progress):
         png, svg = render(drawing.figure)
         write(f"figures/{drawing.name}.png", png)
         write(f"figures/{drawing.name}.svg", svg)
         figures.append(_figure(drawing))
+        if drawing.name.startswith(ON_PAGE):
+            shown.append((drawing.title, written[f"figures/{drawing.name}.png"]))
+    problem = ""
+    try:
+        findings = [dataclasses.asdict(finding) for finding in (*answers.findings, *_beside(answers))]
+        options = {"findings": findings, "figures": shown, "problems": answers.problems, "lead": answers.lead}
+        written["index.html"] = write_page(
+            runs, out / "index.html", title=title, progress=progress, **options
+        )
+    except AfterimageError as error:
+        problem = f"The page index.html could not be written: {error}"
     parts = [
-        f"# {markdown(title)}", _sentence(rows), *_alarms(rows), "## Results",
+        f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problem),
+        *(["Also as [a page](index.html) with every picture and chart."] if not problem else []), "## Results",
         markdown_table(rows, spread=spread).rstrip(),
-        "Also as [CSV](table.csv) and [LaTeX](table.tex).", "## Figures", *figures,
+        "Also as [CSV](table.csv) and [LaTeX](table.tex).",
+        "## Findings", *markdown_findings(answers),
+        *(["All numbers as [JSON](findings.json)."] if answers.findings else []),
+        *(part for f in _beside(answers) for part in (f"## {markdown(f.title)}", *markdown_finding(f))),
+        "## Figures", *figures,
         *(part for heading, text in sections for part in (f"## {markdown(heading)}", text.strip())),
         *_unfinished(rows), "## Weights", *_weights(rows), "## How each row was made", *_origins(rows, out),
     ]  # fmt: skip
     write("report.md", "\n\n".join(parts) + "\n")
     return written
+
+
+def _beside(answers: Answers) -> list[Finding]:
+    return [answers.beside] if answers.beside else []
 
 
 def _sentence(rows: Rows) -> str:
@@ -87,9 +120,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _alarms(rows: Rows) -> Iterable[str]:
+def _alarms(rows: Rows, problem: str) -> Iterable[str]:
     """What a reader must know before the first number."""
     loud = [f"> **{markdown(warning)}**" for warning in rows.warnings]
+    loud += [f"> **{markdown(problem)}**"] if problem else []
     if rows.unfinished:
         loud.append(f"> **{_count(len(rows.unfinished), 'run')} not finished: see below.**")
     if loud:

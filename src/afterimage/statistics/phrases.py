@@ -22,6 +22,11 @@ def minus(text: str, digits: int) -> str:
     return zero if text.lstrip("+-") == zero else text.replace("-", "−")
 
 
+def ratio(value: float) -> str:
+    """Three digits, and no power of ten."""
+    return minus(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", 3)
+
+
 def score(value: float, metric: str) -> str:
     return number(value, metric) + UNITS[metric]
 

@@ -100,6 +100,8 @@ def load_rows(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
         for key in _NEEDED:
             if key not in summary:
                 raise AfterimageError(f"{run.file('summary.json')} has no {key!r}")
+        if "digest" not in summary["data"]:
+            raise AfterimageError(f"{run.file('summary.json')} has no data.digest")
         for feature in summary["features"]:
             if not feature.keys() >= _SHAPE:
                 missing = ", ".join(sorted(_SHAPE - feature.keys()))

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from afterimage.statistics.rows import Row
 
 
+RANDOM = "RANDOM weights"  # in the name of a setting: a control, which no verdict on the study rests on
+
+
 def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
     """Give rows short names, and settings that differ a label that says in what."""
     tags = defaultdict(set)
@@ -79,7 +82,7 @@ def _label(setting: dict[str, Any]) -> str:
         label += f" at {setting['parameters'] / 1e6:.3g} M parameters"
     if setting["loss"] != "mse":
         label += f", loss {setting['loss']}"
-    return label + (", random weights" if setting["weights"] == "random" else "")
+    return label + (f", {RANDOM}" if setting["weights"] == "random" else "")
 
 
 def _distinct(labels: list[str], details: list[dict[str, Any]]) -> list[str]:

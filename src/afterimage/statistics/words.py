@@ -18,6 +18,7 @@ from afterimage.statistics.phrases import (
     number,
     p_value,
     plain,
+    ratio,
     score,
     span,
     told_apart,
@@ -187,11 +188,7 @@ def _(result: Efficiency) -> list[str]:
         "million decoder parameters": result.per_million_parameters,
         "thousand feature values": result.per_thousand_values,
     }
-    told = [
-        f"{minus(f'{v:.3g}', 3)}{UNITS[result.metric]} per {cost}"
-        for cost, v in costs.items()
-        if v is not None
-    ]
+    told = [f"{ratio(v)}{UNITS[result.metric]} per {cost}" for cost, v in costs.items() if v is not None]
     if result.gain is None or not told:
         return []
     above = "above the mean colour" if result.baseline else "in all"
@@ -202,27 +199,34 @@ def _(result: Efficiency) -> list[str]:
 @in_words.register
 def _(analysis: Analysis) -> list[str]:
     """The whole study: PSNR in full, the other metrics by their verdicts; of costs, the best buys."""
+    if not any(row.sources for row in analysis.rows):
+        return [overview(analysis)]
+    paragraphs = [overview(analysis)]
+    for group in (analysis.depth, analysis.resolution, analysis.architectures):
+        paragraphs += _hypothesis(group)
+    paragraphs += disagreements(analysis.architectures)
+    main = analysis.scores[0].metric
+    paragraphs += in_words([d for d in analysis.degradation if d.metric == main])
+    paragraphs += best_buys([e for e in analysis.efficiency if e.metric == main])
+    paragraphs += in_words([d for d in analysis.decoders if d.metric == main])
+    paragraphs += in_words(analysis.fusions)
+    return paragraphs + [f"{note}." for note in analysis.notes]
+
+
+def overview(analysis: Analysis) -> str:
+    """What was compared, on how many pictures, and how to read the numbers."""
     decoded = [row for row in analysis.rows if row.sources]
     if not decoded:
-        return ["No finished run with scores: nothing to compare."]
+        return "No finished run with scores: nothing to compare."
     counts = sorted({score.mean.count for score in analysis.scores})
     pictures = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     seeds = max(len(row.runs) for row in decoded)
     averaged = "scores are averaged over seeds first" if seeds > 1 else "each row has one"
-    paragraphs = [
+    return (
         f"{len(decoded)} rows on {pictures} test pictures. Brackets are 95 % bootstrap intervals over "
         f"pictures (BCa for means, {analysis.resamples:,} resamples); differences are paired by picture. "
         f"They speak of other pictures, not of other seeds: {averaged}."
-    ]
-    for group in (analysis.depth, analysis.resolution, analysis.architectures):
-        paragraphs += _hypothesis(group)
-    paragraphs += _disagreements(analysis.architectures)
-    main = analysis.scores[0].metric
-    paragraphs += in_words([d for d in analysis.degradation if d.metric == main])
-    paragraphs += _efficient([e for e in analysis.efficiency if e.metric == main])
-    paragraphs += in_words([d for d in analysis.decoders if d.metric == main])
-    paragraphs += in_words(analysis.fusions)
-    return paragraphs + [f"{note}." for note in analysis.notes]
+    )
 
 
 def _hypothesis(results: Sequence[Depth | Resolution | Architectures]) -> list[str]:
@@ -234,20 +238,35 @@ def _hypothesis(results: Sequence[Depth | Resolution | Architectures]) -> list[s
     paragraphs = [f"{results[0].hypothesis}, {results[0].claim}. Rule: {results[0].rule}"]
     for result in main:
         paragraphs += [_verdict(result), *in_words(result)[1:]]
-    others = [r for r in testable if r not in main]
-    if others:
-        told = "; ".join(f"{NAMES[r.metric]}, {r.setting}: {r.verdict}" for r in others)
-        paragraphs.append(f"{results[0].hypothesis} by the other metrics: {told}.")
+    return paragraphs + by_other_metrics(results) + not_testable(results)
+
+
+def by_other_metrics(results: Sequence[Depth | Resolution | Architectures]) -> list[str]:
+    """The verdicts by SSIM and LPIPS, in a sentence."""
+    verdicts: dict[str, dict[str, list[str]]] = {}
+    for r in results:
+        if r.verdict != UNTESTABLE and r.metric != results[0].metric:
+            verdicts.setdefault(NAMES[r.metric], {}).setdefault(r.verdict, []).append(r.setting)
+    told = [
+        f"{metric}: " + ", ".join(f"{verdict} ({'; '.join(s)})" for verdict, s in by_verdict.items())
+        for metric, by_verdict in verdicts.items()
+    ]
+    return [f"{results[0].hypothesis} by the other metrics: {'. '.join(told)}."] if told else []
+
+
+def not_testable(results: Sequence[Depth | Resolution | Architectures]) -> list[str]:
+    """The settings that cannot answer, by what they lack."""
     reasons: dict[str, list[str]] = {}
     for result in results:
         if result.verdict == UNTESTABLE and result.metric == results[0].metric:
             reasons.setdefault(result.reason, []).append(result.setting)
-    for reason, settings in reasons.items():
-        paragraphs.append(f"{results[0].hypothesis} is not testable with {', '.join(settings)}: {reason}.")
-    return paragraphs
+    return [
+        f"{results[0].hypothesis} is not testable with {', '.join(settings)}: {reason}."
+        for reason, settings in reasons.items()
+    ]
 
 
-def _disagreements(results: tuple[Architectures, ...]) -> list[str]:
+def disagreements(results: Sequence[Architectures]) -> list[str]:
     """Pairs where one metric prefers one side and another the other: neither simply keeps more."""
     sides: dict[tuple[str, str, str], dict[str, str]] = {}
     for result in results:
@@ -265,7 +284,7 @@ def _disagreements(results: tuple[Architectures, ...]) -> list[str]:
     ]
 
 
-def _efficient(rows: list[Efficiency]) -> list[str]:
+def best_buys(rows: list[Efficiency]) -> list[str]:
     told = []
     for field, cost in (
         ("per_minute", "minute of training"),
@@ -275,7 +294,7 @@ def _efficient(rows: list[Efficiency]) -> list[str]:
         known = [row for row in rows if getattr(row, field) is not None]
         if len(known) > 1:
             best = max(known, key=lambda row: getattr(row, field))
-            value = f"{getattr(best, field):.3g}{UNITS[best.metric]}"
+            value = f"{ratio(getattr(best, field))}{UNITS[best.metric]}"
             told.append(f"per {cost} from {best.name} ({best.setting}), {value}")
     if not told:
         return []

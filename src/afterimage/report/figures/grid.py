@@ -23,10 +23,12 @@ from afterimage.report.variants import fusion_legend
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 COLUMNS = 8
-PICTURES = 4
+PICTURES, FEW_PICTURES, MANY_PAGES = 3, 2, 4  # a page shows fewer pictures where there are many pages
 DETAIL = 4  # a detail is this part of the shorter side
 CELL = 1.12  # inches: at 200 dpi the 224 pixels of a usual picture are printed one to one
 LINE = 0.13  # inches a line of text takes
+GAP, EDGE, FOOT = 0.06, 0.05, 0.18
+BLOCK = 2 * CELL + FOOT + 0.14  # a picture, its PSNR, its detail, and the way to the next picture
 HEAD = 17  # characters that fit above a column
 BOX = "#D55E00"
 
@@ -48,23 +50,30 @@ class Page:
     title: str
     rows: list[Row]
     names: dict[str, str]
+    pictures: int = PICTURES
+    folded: bool = False
 
 
 def pages(rows: Rows) -> list[Page]:
     """Few runs share a page; more are split by encoder, decoder and seed. Reference lines stand apart."""
     names, found = short_encoders(rows.decoders), []
-    for title, members in _split(rows, names):
+    split = list(_split(rows, names))
+    many = len(split) > MANY_PAGES
+    for title, members in split:
         stem = _slug(title)
         # Names that differ only in what a file's name cannot hold must not share a file.
         taken = sum(page.stem == stem or page.stem.startswith(f"{stem}~") for page in found)
-        found.append(Page(f"{stem}~{taken + 1}" if taken else stem, title, members, names))
+        stem = f"{stem}~{taken + 1}" if taken else stem
+        found.append(
+            Page(stem, title, members, names, FEW_PICTURES if many else PICTURES, many and bool(found))
+        )
     return found
 
 
 def grid(page: Page) -> list[Drawing]:
-    """Two figures: whole pictures, and a detail of each. Empty where the runs saved none."""
-    album = _album(page.rows)
-    return [_whole(page, album), _detail(page, album)] if album.ids else []
+    """Whole pictures and a detail of each in one figure. Empty where the runs saved none."""
+    album = _album(page.rows, page.pictures)
+    return [_drawing(page, album)] if album.ids else []
 
 
 def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]:
@@ -95,7 +104,7 @@ def _chunks(title: str, rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
         yield title + (f" ({i + 1} of {count})" if count > 1 else ""), rows[i * size : (i + 1) * size]
 
 
-def _album(rows: Sequence[Row]) -> Album:
+def _album(rows: Sequence[Row], limit: int) -> Album:
     """The first pictures that most rows saved; a row whose original differs under the same id has no cell."""
     saved = [_saved(row) for row in rows]
     counts = {i: sum(i in s for s in saved) for i in dict.fromkeys(itertools.chain(*saved))}
@@ -111,7 +120,7 @@ def _album(rows: Sequence[Row]) -> Album:
                 r if r is not None and r.shape == original.shape and np.array_equal(o, original) else None
                 for o, r in pairs
             ]
-        if len(album.ids) == PICTURES:
+        if len(album.ids) == limit:
             break
     return album
 
@@ -131,38 +140,69 @@ def _read(path: Path) -> Pixels | None:
         return None
 
 
-def _whole(page: Page, album: Album) -> Drawing:
+def _drawing(page: Page, album: Album) -> Drawing:
+    """One axes in inches holds everything: an axes a cell would take most of a report's time."""
     heads = ["original", *(_head(row, page) for row in page.rows)]
-    figure, panels = _frame(heads, len(album.ids), foot=True)
-    for identity, line in zip(album.ids, panels, strict=True):
-        _show(line[0], album.originals[identity], plain(identity, HEAD))
-        for axes, row, pixels in zip(line[1:], page.rows, album.cells[identity], strict=True):
-            psnr = row.values("psnr").get(identity)
-            _show(axes, pixels, "" if psnr is None or pixels is None else f"{psnr:.2f} dB")
+    top = EDGE + LINE * max(head.count("\n") + 1 for head in heads) + 0.08
+    width = len(heads) * (CELL + GAP) - GAP + 2 * EDGE
+    height = top + len(album.ids) * BLOCK - BLOCK + 2 * CELL + FOOT + EDGE
+    figure = Figure((width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    for column, head in enumerate(heads):
+        center = EDGE + column * (CELL + GAP) + CELL / 2
+        axes.text(center, top - 0.05, head, ha="center", va="bottom", fontsize=7.5, linespacing=1.25)
+    for line, identity in enumerate(album.ids):
+        original, y = album.originals[identity], top + line * BLOCK
+        feet = [plain(identity, HEAD), *(_foot(row, identity) for row in page.rows)]
+        for column, (pixels, foot) in enumerate(zip([original, *album.cells[identity]], feet, strict=True)):
+            x = EDGE + column * (CELL + GAP)
+            if pixels is None:
+                _absent(axes, x, y)
+            else:
+                _show(axes, pixels, x, y, foot, busiest(original), boxed=column == 0)
     caption = (
-        "Originals and what each row rebuilt. Above a column: its row and mean PSNR over all test pictures; "
-        f"below a picture: its own PSNR.{_missing(album)}{_fusions(page.rows)}"
+        "Originals and what each row rebuilt, and under each the boxed detail enlarged pixel by pixel: the "
+        "part of the original with the highest contrast (variance of its luma). Above a column: its row and "
+        f"mean PSNR over all test pictures; below a picture: its own PSNR.{_missing(album)}{_fusions(page.rows)}"
     )
-    return Drawing(page.stem, page.title, caption, figure)
+    return Drawing(page.stem, page.title, caption, figure, page.folded)
 
 
-def _detail(page: Page, album: Album) -> Drawing:
-    heads = ["original", "detail", *(_head(row, page) for row in page.rows)]
-    figure, panels = _frame(heads, len(album.ids), foot=False)
-    for identity, line in zip(album.ids, panels, strict=True):
-        original = album.originals[identity]
-        y, x, size = busiest(original)
-        window = np.s_[y : y + size, x : x + size]
-        _show(line[0], original, "")
-        line[0].add_patch(Rectangle((x - 0.5, y - 0.5), size, size, fill=False, ec="white", lw=2.2))
-        line[0].add_patch(Rectangle((x - 0.5, y - 0.5), size, size, fill=False, ec=BOX, lw=1.2))
-        for axes, pixels in zip(line[1:], [original, *album.cells[identity]], strict=True):
-            _show(axes, None if pixels is None else pixels[window], "", smooth=False)
-    caption = (
-        "The boxed detail, the part of the original with the highest contrast (variance of its luma), "
-        f"enlarged pixel by pixel.{_missing(album)}{_fusions(page.rows)}"
-    )
-    return Drawing(f"{page.stem}-detail", f"{page.title}, in detail", caption, figure, folded=True)
+def _show(
+    axes: Axes, pixels: Pixels, x: float, y: float, foot: str, detail: tuple[int, int, int], *, boxed: bool
+) -> None:
+    """A picture in the square cell at `(x, y)`, `foot` below it, its detail in the cell under that."""
+    rows, columns = pixels.shape[:2]
+    scale = CELL / max(rows, columns)
+    left, above = x + (CELL - columns * scale) / 2, y + (CELL - rows * scale) / 2
+    axes.imshow(
+        pixels, extent=(left, left + columns * scale, above + rows * scale, above), aspect="auto",
+        interpolation="auto",
+    )  # fmt: skip
+    top, side, size = detail
+    corner, length = (left + side * scale, above + top * scale), size * scale
+    if boxed:
+        axes.add_patch(Rectangle(corner, length, length, fill=False, ec="white", lw=2.2))
+        axes.add_patch(Rectangle(corner, length, length, fill=False, ec=BOX, lw=1.2))
+    axes.text(x + CELL / 2, y + CELL + 0.03, foot, ha="center", va="top", fontsize=7, color=INK)
+    y += CELL + FOOT
+    axes.imshow(
+        pixels[top : top + size, side : side + size], extent=(x, x + CELL, y + CELL, y), aspect="auto",
+        interpolation="nearest",
+    )  # fmt: skip
+
+
+def _absent(axes: Axes, x: float, y: float) -> None:
+    for top in (y, y + CELL + FOOT):
+        axes.add_patch(Rectangle((x, top), CELL, CELL, fill=False, ec="#cccccc", lw=0.7))
+    axes.text(x + CELL / 2, y + CELL / 2, "not saved", ha="center", va="center", color=MUTED, fontsize=7)
+
+
+def _foot(row: Row, identity: str) -> str:
+    psnr = row.values("psnr").get(identity)
+    return "" if psnr is None else f"{psnr:.2f} dB"
 
 
 def busiest(pixels: Pixels) -> tuple[int, int, int]:
@@ -177,37 +217,6 @@ def busiest(pixels: Pixels) -> tuple[int, int, int]:
     variance = sums(luma**2) / size**2 - (sums(luma) / size**2) ** 2
     y, x = np.unravel_index(variance.argmax(), variance.shape)
     return int(y), int(x), size
-
-
-def _frame(heads: Sequence[str], count: int, *, foot: bool) -> tuple[Figure, np.ndarray]:
-    """A figure of square cells at fixed sizes in inches, so that pictures print alike in every figure."""
-    top = LINE * max(head.count("\n") + 1 for head in heads) + 0.08
-    below = LINE + 0.05 if foot else 0.0
-    gap, edge = 0.06, 0.05
-    width = len(heads) * (CELL + gap) - gap + 2 * edge
-    height = top + count * (CELL + below + gap) - gap + 2 * edge
-    figure = Figure((width, height))
-    panels = np.empty((count, len(heads)), dtype=object)
-    for i, j in itertools.product(range(count), range(len(heads))):
-        left = edge + j * (CELL + gap)
-        bottom = height - edge - top - (i + 1) * CELL - i * (below + gap)
-        panels[i, j] = figure.add_axes((left / width, bottom / height, CELL / width, CELL / height))
-        if i == 0:
-            panels[i, j].set_title(heads[j], fontsize=7.5, pad=4, weight="normal", linespacing=1.25)
-    return figure, panels
-
-
-def _show(axes: Axes, pixels: Pixels | None, foot: str, *, smooth: bool = True) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(pixels is None)
-    axes.spines[:].set_color("#cccccc")
-    if pixels is None:
-        axes.text(
-            0.5, 0.5, "not saved", transform=axes.transAxes, ha="center", va="center", color=MUTED, fontsize=7
-        )
-    else:
-        axes.imshow(pixels, interpolation="auto" if smooth else "nearest")
-    axes.text(0.5, -0.03, foot, transform=axes.transAxes, ha="center", va="top", fontsize=7, color=INK)
 
 
 def _head(row: Row, page: Page) -> str:

@@ -96,6 +96,7 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
     figure.draw_without_rendering()
     for axes, points in named.items():
         point_labels(axes, points)
+    figure.set_layout_engine("none")  # labels lie inside the axes: the layout stays, and costs as much again
     caption = (
         "Every row by the size of its decoder, a column an encoder, a line a decoder through the layers in "
         "execution order (named where there is room); mean over test pictures with its 95 % t interval."

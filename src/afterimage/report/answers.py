@@ -1,0 +1,145 @@
+"""What a report says beyond its rows: the findings, and the published figures beside ours. Never stops a report."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from afterimage.config import AfterimageError
+from afterimage.report.escape import markdown
+from afterimage.report.findings import Finding, Numbers, find, how_to_read
+from afterimage.report.published import Beside, beside_published
+from afterimage.runs import Run
+from afterimage.statistics import analyse
+from afterimage.statistics.phrases import number
+
+LONG = 12  # rows; longer tables are folded
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """`findings` under their heading's sentence; `json` is findings.json; `problems` say what failed and why."""
+
+    lead: str
+    findings: tuple[Finding, ...]
+    beside: Finding | None
+    json: str
+    problems: tuple[str, ...]
+
+
+def answer(runs: Sequence[Run]) -> Answers:
+    """Everything that the scores of these finished runs answer. Whatever fails is a problem in the report."""
+    problems: list[str] = []
+
+    def attempt(what: str, job: Callable[[], T]) -> T | None:
+        try:
+            return job()
+        # Tables and figures are worth having whatever goes wrong here; the report says what did.
+        except Exception as error:
+            problems.append(f"{what} could not be computed: {_reason(error)}")
+            return None
+
+    def judge() -> tuple[str, list[Finding], str]:
+        analysis = analyse(runs)
+        text = json.dumps(analysis.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        return how_to_read(analysis), find(analysis), text + "\n"
+
+    lead, findings, text = attempt("The findings", judge) or ("", [], "")
+    beside = attempt("The comparison with the published figures", lambda: beside_published(runs))
+    if not text:
+        text = json.dumps({"problems": problems}, ensure_ascii=False) + "\n"
+    return Answers(lead, tuple(findings), _beside(beside) if beside else None, text, tuple(problems))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, AfterimageError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _beside(rows: Sequence[Beside]) -> Finding:
+    table = []
+    for b in rows:
+        features = " + ".join(b.published.sources)
+        scores = [
+            _pair(getattr(b.published, metric), b.ours[metric], metric)
+            for metric in ("psnr", "ssim", "lpips")
+        ]
+        reach = f"{number(b.ceiling.psnr, 'psnr')} dB" if b.ceiling else "unknown"
+        table.append((features, b.published.decoder, *scores, reach))
+    header = (
+        "features",
+        "decoder",
+        "PSNR published → here",
+        "SSIM",
+        "LPIPS (alex)",
+        "best within the published range",
+    )
+    reasons: dict[str, list[str]] = {}
+    for b in rows:
+        reasons.setdefault(b.why, []).append(" + ".join(b.published.sources))
+    paragraphs = [
+        "Blazanovic and Khan (2025) on DIV2K; their deviations are over batch means. The last column is "
+        "computed here: what a perfect decoder with the published pipeline's range would score on the test "
+        "pictures that these run folders keep.",
+        *(why if len(reasons) == 1 else f"{', '.join(names)}: {why}" for why, names in reasons.items()),
+        "Pictures, epochs and hardware may differ as well: the rows' configurations say what was done here.",
+    ]
+    return Finding(
+        "Beside the published figures",
+        paragraphs=tuple(paragraphs),
+        tables=(Numbers("Published and here", header, tuple(table)),),
+        wide=True,
+    )
+
+
+def _pair(theirs: tuple[float, float | None] | None, ours: float | None, metric: str) -> str:
+    published = "not published"
+    if theirs is not None:
+        mean, spread = theirs
+        published = number(mean, metric) + ("" if spread is None else f" ± {number(spread, metric)}")
+    return f"{published} → {'unavailable' if ours is None else number(ours, metric)}"
+
+
+def markdown_findings(answers: Answers) -> list[str]:
+    """The section's blocks: verdicts at a glance, then each finding with its rule, sentences and tables."""
+    blocks = [f"> **{markdown(problem)}**" for problem in answers.problems]
+    if not answers.findings:
+        return blocks
+    blocks.append(markdown(answers.lead))
+    judged = [f for f in answers.findings if f.verdict]
+    if judged:
+        lines = [f"| {markdown(f.title)} | **{markdown(f.verdict)}** |" for f in judged]
+        blocks.append("\n".join(["| hypothesis | verdict |", "| --- | --- |", *lines]))
+    for finding in answers.findings:
+        blocks += [f"### {markdown(finding.title)}", *markdown_finding(finding)]
+    return blocks
+
+
+def markdown_finding(finding: Finding) -> list[str]:
+    blocks = []
+    if finding.verdict:
+        blocks.append(f"**Verdict: {markdown(finding.verdict)}.**")
+    blocks += map(markdown, finding.paragraphs)
+    for table in finding.tables:
+        blocks.append(_table(table))
+    if finding.rule:
+        blocks.append(f"*Rule. {markdown(finding.rule)}*")
+    return blocks
+
+
+def _table(table: Numbers) -> str:
+    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in (table.header, *table.rows)]
+    lines.insert(1, "|" + " --- |" * len(table.header))
+    text = "\n".join(lines)
+    if len(table.rows) <= LONG:
+        return text
+    summary = f"{markdown(table.title)} ({len(table.rows)} rows)"
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"

@@ -1,0 +1,267 @@
+"""The answers of a study as a report shows them: a verdict, the rule it follows, sentences, tables of numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from afterimage.statistics import Analysis, Architectures, Comparison, Depth, Resolution, in_words
+from afterimage.statistics.depth import UNTESTABLE
+from afterimage.statistics.phrases import (
+    NAMES,
+    UNITS,
+    difference,
+    minus,
+    number,
+    p_value,
+    plain,
+    ratio,
+    score,
+    told_apart,
+)
+from afterimage.statistics.settings import RANDOM
+from afterimage.statistics.words import best_buys, by_other_metrics, disagreements, not_testable, overview
+
+Hypothesis = Depth | Resolution | Architectures
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A table of text cells. Names come from run folders: escape what you set."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer. `verdict` and `rule` are empty where nothing is decided, only measured."""
+
+    title: str
+    verdict: str = ""
+    rule: str = ""
+    paragraphs: tuple[str, ...] = ()
+    tables: tuple[Numbers, ...] = ()
+    wide: bool = False  # a page gives it a row of its own, its tables open
+
+
+def find(analysis: Analysis) -> list[Finding]:
+    """H1, H2 and H3, degradation, costs, decoders and fusions; the ones that the rows cannot fill are left out.
+
+    The three hypotheses are always there: one that cannot be tested says what it lacks.
+    """
+    if not any(row.sources for row in analysis.rows):
+        return [Finding("No decoder to judge", paragraphs=(overview(analysis),))]
+    metric = analysis.scores[0].metric
+    extra = {"H3": tuple(disagreements(analysis.architectures))}
+    findings = [
+        _hypothesis(group, numbers, extra.get(group[0].hypothesis, ()))
+        for group, numbers in (
+            (analysis.depth, _depth),
+            (analysis.resolution, _resolution),
+            (analysis.architectures, _architectures),
+        )
+        if group
+    ]
+    if not findings:
+        findings.append(
+            Finding(
+                "H1, H2 and H3 are not testable",
+                UNTESTABLE,
+                paragraphs=("Every row fuses several sources: no single layer to compare.",),
+            )
+        )
+    findings += [*_degradation(analysis), *_costs(analysis, metric), *_decoders(analysis, metric)]
+    findings += _fusions(analysis)
+    notes = tuple(f"{note}." for note in analysis.notes)
+    return findings + ([Finding("Left out", paragraphs=notes)] if notes else [])
+
+
+def how_to_read(analysis: Analysis) -> str:
+    """The sentence that goes before the findings."""
+    text = overview(analysis)
+    if any(RANDOM in row.setting for row in analysis.rows):
+        text += f" Settings marked {RANDOM} are controls on untrained encoders: no verdict rests on them."
+    return text
+
+
+def _hypothesis(
+    results: Sequence[Hypothesis], numbers: Callable[[Sequence[Hypothesis]], Iterable[Numbers]],
+    extra: tuple[str, ...],
+) -> Finding:  # fmt: skip
+    first = results[0]
+    main = [r for r in results if r.metric == first.metric and r.verdict != UNTESTABLE]
+    paragraphs = []
+    for result in main:
+        told = f"{result.setting[0].upper()}{result.setting[1:]}: {result.verdict}, {result.reason}."
+        more = in_words(result)[1:2] if isinstance(result, Resolution) else []
+        paragraphs.append(" ".join([told, *more]))
+    paragraphs += [*extra, *by_other_metrics(results), *not_testable(results)]
+    tables = tuple(table for table in numbers(main) if table.rows)
+    return Finding(
+        f"{first.hypothesis}: {first.claim}",
+        _overall(main),
+        first.rule if main else "",
+        tuple(paragraphs),
+        tables,
+    )
+
+
+def _overall(results: Sequence[Hypothesis]) -> str:
+    """One verdict over settings; controls on random weights count only where there is nothing else."""
+    honest = [r for r in results if RANDOM not in r.setting]
+    verdicts = list(dict.fromkeys(r.verdict for r in honest or results))
+    if not verdicts:
+        return UNTESTABLE
+    told = verdicts[0] if len(verdicts) == 1 else f"depends on the decoder: {', '.join(verdicts)}"
+    return told if honest else f"{told} ({RANDOM} only)"
+
+
+def _depth(results: Sequence[Depth]) -> Iterable[Numbers]:
+    encoders, steps = [], []
+    for r in results:
+        for e in r.encoders:
+            tau = f"{minus(f'{e.tau:.2f}', 2)} ({p_value(e.tau_p)})"
+            monotone = f"{e.monotone} of {e.tau_within.count}"
+            encoders.append((r.setting, e.encoder, e.verdict, tau, plain(e.tau_within), monotone))
+            for i, step in enumerate(e.steps):
+                names = f"{e.layers[i]} → {e.layers[i + 1]}"
+                steps.append((r.setting, e.encoder, names, *_difference(step)))
+    header = (
+        "decoder",
+        "encoder",
+        "verdict",
+        "Kendall's tau (exact p)",
+        "tau within a picture",
+        "fall at every step",
+    )
+    yield Numbers("Each encoder", header, tuple(encoders))
+    yield Numbers(
+        "Each step, paired by picture", ("decoder", "encoder", "step", *_heads(results)), tuple(steps)
+    )
+
+
+def _resolution(results: Sequence[Resolution]) -> Iterable[Numbers]:
+    rows = [
+        (r.setting, f"{p.height}×{p.width}", p.comparison.a, p.comparison.b, *_difference(p.comparison))
+        for r in results
+        for p in r.pairs
+    ]
+    yield Numbers(
+        "Layers of equal resolution", ("decoder", "resolution", "A", "B", *_heads(results)), tuple(rows)
+    )
+
+
+def _architectures(results: Sequence[Architectures]) -> Iterable[Numbers]:
+    rows, won = [], []
+    for r in results:
+        for p in r.pairs:
+            c = p.comparison
+            sizes = f"{c.parameters_a:,} / {c.parameters_b:,}" + (" (equal)" if c.matched_capacity else "")
+            wins = f"{c.wins_a} / {c.wins_b} of {c.difference.count}"
+            place = (r.setting, f"{p.height}×{p.width}", c.a, c.b)
+            rows.append((*place, *_difference(c), wins, sizes, minus(f"{c.agreement:.2f}", 2)))
+            won.append((*place, ", ".join(c.won_a[:5]) or NONE, ", ".join(c.won_b[:5]) or NONE))
+    header = ("decoder", "resolution", "A", "B", *_heads(results))
+    header += ("pictures won (A / B)", "decoder parameters (A / B)", "agreement")
+    yield Numbers("First layers of equal resolution", header, tuple(rows))
+    yield Numbers(
+        "Pictures won most clearly", ("decoder", "resolution", "A", "B", "by A", "by B"), tuple(won)
+    )
+
+
+def _heads(results: Sequence[Hypothesis]) -> tuple[str, str]:
+    metric = results[0].metric if results else "psnr"
+    return f"{NAMES[metric]} difference [95 % interval]", "p (Holm)"
+
+
+def _difference(c: Comparison) -> tuple[str, str]:
+    negligible = " (negligible)" if not c.better and "negligible" in told_apart(c) else ""
+    return difference(c) + negligible, p_value(c.p_holm).removeprefix("p ").removeprefix("= ")
+
+
+def _degradation(analysis: Analysis) -> Iterable[Finding]:
+    results = analysis.degradation
+    if not results:
+        return
+    rows = []
+    for d in results:
+        low, high = sorted((d.percent.low, d.percent.high))
+        percent, low, high = (minus(f"{v:+.1f}", 1) for v in (d.percent.estimate, low, high))
+        lead = "ahead of" if d.runner_up.better == "a" else "not told apart from"
+        rows.append(
+            (d.setting, d.encoder, NAMES[d.metric], f"{d.best} ({score(d.drop.mean_b, d.metric)})",
+             f"{d.worst} ({score(d.drop.mean_a, d.metric)})", difference(d.drop), f"{percent} % [{low}, {high}]",
+             f"{lead} {d.runner_up.b}")
+        )  # fmt: skip
+    header = (
+        "decoder",
+        "encoder",
+        "metric",
+        "best layer",
+        "worst layer",
+        "difference",
+        "per cent",
+        "the best is",
+    )
+    sentences = []
+    honest = [d for d in results if RANDOM not in d.setting]
+    for metric in dict.fromkeys(d.metric for d in honest):
+        change = sorted(abs(d.percent.estimate) for d in honest if d.metric == metric)
+        span = f"{change[0]:.0f}" if len(change) == 1 else f"{change[0]:.0f} to {change[-1]:.0f}"
+        sentences.append(f"{NAMES[metric]} changes by {span} %")
+    text = f"From the best to the worst layer of an encoder, {'; '.join(sentences)}." if sentences else ""
+    yield Finding(
+        "How much is lost from the best layer to the worst",
+        paragraphs=(text,) if text else (),
+        tables=(Numbers("Best and worst layers", header, tuple(rows)),),
+    )
+
+
+def _costs(analysis: Analysis, metric: str) -> Iterable[Finding]:
+    costs = [e for e in analysis.efficiency if e.metric == metric and e.gain is not None]
+    if not costs:
+        return
+    rows = [
+        (e.name, e.setting, number(e.gain, metric) + UNITS[metric],
+         *(NONE if v is None else ratio(v) for v in (e.per_minute, e.per_million_parameters, e.per_thousand_values)))
+        for e in costs
+    ]  # fmt: skip
+    above = "above the mean colour" if costs[0].baseline else "in all"
+    header = (
+        "features",
+        "decoder",
+        f"{NAMES[metric]} {above}",
+        "per minute of training",
+        "per million parameters",
+    )
+    table = Numbers("Every row", (*header, "per thousand feature values"), tuple(rows))
+    yield Finding("What quality costs", paragraphs=tuple(best_buys(costs)), tables=(table,))
+
+
+def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
+    rankings = [d for d in analysis.decoders if d.metric == metric]
+    if not rankings:
+        return
+    rows = []
+    for ranking in rankings:
+        means = dict(zip(ranking.settings, ranking.means, strict=True))
+        for c in (c for c in ranking.pairs if c.a == ranking.settings[0]):
+            best, other = (f"{name} ({score(means[name], metric)})" for name in (c.a, c.b))
+            rows.append((ranking.name, best, other, *_difference(c)))
+    led = Counter(ranking.settings[0] for ranking in rankings)
+    told = ", ".join(f"{setting} on {count}" for setting, count in led.most_common())
+    header = ("features", "best", "against", f"{NAMES[metric]} difference [95 % interval]", "p (Holm)")
+    yield Finding(
+        "Decoders on the same features",
+        paragraphs=(f"Best by mean {NAMES[metric]} over {len(rankings)} features: {told}.",),
+        tables=(Numbers("The best against each other", header, tuple(rows)),),
+    )
+
+
+def _fusions(analysis: Analysis) -> Iterable[Finding]:
+    if analysis.fusions:
+        yield Finding("Fusions against their best member", paragraphs=tuple(in_words(analysis.fusions)))
