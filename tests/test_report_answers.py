@@ -111,6 +111,7 @@ def test_what_cannot_be_computed_is_said_with_its_reason(tmp_path, monkeypatch):
 
 def test_a_picture_that_is_gone_costs_the_page_and_is_named(tmp_path):
     run = write_run(tmp_path / "runs", *ATTENTION, originals=[picture(0)])
+    assert "index.html" in write_report([run], tmp_path / "out")
     run.file("reconstructions/000.png").unlink()
     written = write_report([run], tmp_path / "out")
     assert "index.html" not in written and not (tmp_path / "out" / "index.html").exists()
@@ -124,7 +125,11 @@ def test_rows_with_a_published_counterpart_stand_beside_it(study, told):
     (line,) = (line for line in part.splitlines() if line.startswith("| resnet34.tv\\_in1k:layer1"))
     assert f"14.32 ± 0.94 → {ours['psnr']['mean']:.2f}" in line and "0.455 ± 0.031 → " in line
     assert "perfect decoder would have scored" in part and "Computed here" in part
-    assert "Beside the published figures" in (told[1] / "index.html").read_text()
+    page = (told[1] / "index.html").read_text()
+    assert (
+        "Beside the published figures" in page
+        and f"<td>14.32 ± 0.94 → {ours['psnr']['mean']:.2f}</td>" in page
+    )
 
 
 def test_lpips_of_another_network_does_not_stand_beside_the_published_one(tmp_path):

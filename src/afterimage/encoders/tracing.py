@@ -190,7 +190,6 @@ def _stages(model: nn.Module, taps: Mapping[str, Tap], named: Collection[str], d
     """
     infos = getattr(model, "feature_info", None) or ()
     declared = {info["module"] for info in infos if isinstance(info, dict)}
-    known = declared.union(named)
     found: list[str] = []
 
     def visit(parent: nn.Module, prefix: str, level: int) -> None:
@@ -198,7 +197,7 @@ def _stages(model: nn.Module, taps: Mapping[str, Tap], named: Collection[str], d
             path = f"{prefix}{name}"
             composite = any(True for _ in module.children())
             inside = [other for other in taps if other.startswith(f"{path}.")]
-            whole = composite and len(inside) < len(taps) / 2 and known.isdisjoint(inside)
+            whole = composite and len(inside) < len(taps) / 2 and set(named).isdisjoint(inside)
             if path in taps and (path in named or whole or (path in declared and (composite or not named))):
                 found.append(path)
             elif level < depth:

@@ -77,6 +77,7 @@ def write_report(
         )
     except AfterimageError as error:
         problem = f"The page index.html could not be written: {error}"
+        (out / "index.html").unlink(missing_ok=True)  # an earlier report's page would pass for this one's
     parts = [
         f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problem),
         *(["Also as [a page](index.html) with every picture and chart."] if not problem else []), "## Results",
