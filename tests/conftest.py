@@ -2,6 +2,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tests run side by side, one process a core: threads of their own would only wait for each other.
+torch.set_num_threads(1)
 
 SHARED = Path(os.environ.get("AFTERIMAGE_SHARED", Path(__file__).parents[2] / "shared"))
 
