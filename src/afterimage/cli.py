@@ -196,7 +196,7 @@ class Study:
     layers: str = "*"
     """With --models: which layers, as comma-separated globs over those that `afterimage layers` lists."""
     decoder: tuple[str, ...] = ()
-    """Decoders instead of the study's own (with --models: linear)."""
+    """Only these decoders, in place of the study's own (with --models: linear)."""
     data: str = ""
     """Pictures instead of the study's own: div2k, div2k:PATH, folder:PATH, procedural[:COUNT] or photographs."""
     test: str = ""
@@ -258,12 +258,23 @@ class Study:
             data["test"] = self.test
         chosen = {
             "decoders": tuple(map(DecoderConfig, self.decoder)),
+            "rows": self._rows(study),
             "weights": self.weights,
             "lpips": self.lpips,
             "data": replace(study.data, **data),
             "recipe": replace(study.recipe, epochs=self.epochs) if self.epochs is not None else None,
         }
-        return replace(study, **{key: value for key, value in chosen.items() if value})
+        changed = {key: value for key, value in chosen.items() if value}
+        return replace(study, **(changed | {"rows": chosen["rows"]}))
+
+    def _rows(self, study: StudyConfig) -> tuple:
+        """The study's extra rows, without those whose own decoders were not asked for."""
+        from dataclasses import replace
+
+        if not self.decoder:
+            return study.rows
+        wanted = [(row, tuple(d for d in row.decoders if d.name in self.decoder)) for row in study.rows]
+        return tuple(replace(row, decoders=own) for row, own in wanted if own or not row.decoders)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ from afterimage.decoders.base import Decoder, resize, stages_between
 from afterimage.decoders.linear import LinearDecoder
 from afterimage.decoders.wavelet import inverse_haar
 
+GAIN = 0.25
+"""Adam's first steps are as large as the learning rate whatever the gradient; the gain keeps them from undoing more
+of the linear solution than they mend."""
+
 
 class ResidualDecoder(Decoder):
     """Starts as `LinearDecoder`, fitted in closed form, and adds a learned correction that starts at zero.
@@ -63,7 +67,7 @@ class ResidualDecoder(Decoder):
             if level:
                 maps = self.refine[level - 1](F.silu(maps))
             correction = inverse_haar(correction, details(maps))
-        return self.base.decode(features) + resize(correction, self.image_size)
+        return self.base.decode(features) + GAIN * resize(correction, self.image_size)
 
     def prepare(self, pictures: int, seed: int) -> int:
         self._count, self._sum, self._squares = 0, 0, 0
