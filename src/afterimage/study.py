@@ -104,13 +104,17 @@ def expand(study: StudyConfig, progress: Progress = silent) -> list[RunConfig]:
     rows = [RowConfig((source,)) for source in study.sources] + list(study.rows)
     lpips = _first_lpips() if study.lpips == "any" else study.lpips
     configs = []
+    decided: dict[tuple, str] = {}
     for i, row in enumerate(rows):
         sources = [match for source in row.sources for match in _matches(source)]
         recipe = from_dict(RecipeConfig, {**to_dict(study.recipe), **row.recipe}, f"rows[{i}].recipe.")
         for group in [tuple(sources)] if row.fusion else [(source,) for source in sources]:
             weights = row.weights or study.weights
             if study.missing_weights == "random":
-                weights = _weights_or_random(group, weights, progress)
+                models = tuple(dict.fromkeys(split_source(source)[0] for source in group))
+                if (models, weights) not in decided:
+                    decided[models, weights] = _weights_or_random(models, weights, progress)
+                weights = decided[models, weights]
             for decoder in row.decoders or study.decoders:
                 for seed in study.seeds:
                     configs.append(
@@ -141,10 +145,10 @@ def _matches(source: str) -> list[str]:
     return matches
 
 
-def _weights_or_random(sources: Sequence[str], weights: str, progress: Progress) -> str:
+def _weights_or_random(models: Sequence[str], weights: str, progress: Progress) -> str:
     from afterimage.weights import find_weights
 
-    for model in dict.fromkeys(split_source(source)[0] for source in sources):
+    for model in models:
         try:
             find_weights(model, weights)
         except AfterimageError as error:
