@@ -5,6 +5,7 @@ from urllib.parse import unquote
 
 import matplotlib
 import pytest
+from matplotlib.figure import Figure
 
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.report import write_report
@@ -62,7 +63,7 @@ def test_the_report_says_what_a_reader_must_know(tmp_path, runs, no_figures):
 
 
 def test_a_folded_figure_names_itself_without_escapes(tmp_path, monkeypatch):
-    drawings = [Drawing("f", "Reconstructions: a_b<i>", "", None, folded=True)]
+    drawings = [Drawing("f", "Reconstructions: a_b<i>", "", Figure(), folded=True)]
     monkeypatch.setattr("afterimage.report.figures.draw", lambda rows, progress: iter(drawings))
     monkeypatch.setattr("afterimage.report.figures.render", lambda figure: (b"", b""))
     text = write_report([write_run(tmp_path / "runs", "m", "l")], tmp_path / "out")["report.md"].read_text()

@@ -48,7 +48,7 @@ def train_runs(
             progress(f"{config.name} is done already, nothing to do", 1, 1)
             continue
         models = frozenset(split_source(source)[0] for source in config.sources)
-        recipe = replace(config.recipe, epochs=1, learning_rate=1, weight_decay=0, loss="mse")
+        recipe = replace(config.recipe, epochs=1, learning_rate=1.0, weight_decay=0.0, loss="mse")
         shared = (models, config.weights, config.data, config.seed, config.lpips, recipe)
         groups.setdefault(shared, {})[config.digest] = config
     collected: list[AfterimageError] = []

@@ -62,5 +62,5 @@ def prepare_picture(path: Path, resize: int, crop: int) -> Tensor:
     """A picture file as test pictures are prepared: `(1, 3, crop, crop)` in [0, 1]."""
     picture = shorter_side(load_picture(path), resize)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    top, left = (int(place) for place in centre_places(*np.array(pixels.shape[-2:]), crop))
+    top, left = (int(place[0]) for place in centre_places(*np.array(pixels.shape[-2:]).reshape(2, 1), crop))
     return pixels[..., top : top + crop, left : left + crop].float() / 255

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class Together:
 
     @torch.no_grad()
     def batches(
-        self, pictures: Pictures, indices: Tensor | None = None, **crop: Any
+        self, pictures: Pictures, indices: np.ndarray | Tensor | None = None, **crop: Any
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Features and pictures `(B, 3, H, W)`, batch by batch, on the device."""
         indices = torch.arange(len(pictures)) if indices is None else torch.as_tensor(indices)
