@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -250,8 +250,6 @@ class Study:
             raise SystemExit(1)
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
-        from dataclasses import replace
-
         data = {"source": self.data, "limit_train": self.limit_train}
         data = {key: value for key, value in data.items() if value}
         if self.data or self.test:
@@ -269,8 +267,6 @@ class Study:
 
     def _rows(self, study: StudyConfig) -> tuple:
         """The study's extra rows, without those whose own decoders were not asked for."""
-        from dataclasses import replace
-
         if not self.decoder:
             return study.rows
         wanted = [(row, tuple(d for d in row.decoders if d.name in self.decoder)) for row in study.rows]

@@ -12,8 +12,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from afterimage.config import AfterimageError, RunConfig, split_source, to_dict
-from afterimage.data import load_data
+from afterimage.config import AfterimageError, DataConfig, RunConfig, split_source, to_dict
+from afterimage.data import Data, load_data
 from afterimage.evaluate import evaluate_together, score_notes, summarise
 from afterimage.member import Member
 from afterimage.metrics import Metrics
@@ -52,12 +52,17 @@ def train_runs(
         shared = (models, config.weights, config.data, config.seed, config.lpips, recipe)
         groups.setdefault(shared, {})[config.digest] = config
     collected: list[AfterimageError] = []
+    # Groups mostly share their pictures, which are found, read and checked once.
+    loaded: dict[DataConfig, Data] = {}
     for number, group in enumerate(groups.values(), 1):
         if len(groups) > 1:
             progress(f"group {number} of {len(groups)}: {', '.join(c.name for c in group.values())}", 1, 1)
         members = [(config, runs[config.digest]) for config in group.values()]
         try:
-            _train_group(members, collected, cache, accelerator, progress, keep)
+            data = members[0][0].data
+            if data not in loaded:
+                loaded[data] = load_data(data, cache=cache, progress=progress)
+            _train_group(members, loaded[data], collected, accelerator, progress, keep)
         except AfterimageError as error:
             collected.append(error)
             for _, run in members:
@@ -72,15 +77,14 @@ def train_runs(
 
 def _train_group(
     group: Sequence[tuple[RunConfig, Run]],
+    data: Data,
     failures: list[AfterimageError],
-    cache: Path | None,
     accelerator: str,
     progress: Progress,
     keep: int,
 ) -> None:
     first = group[0][0]
     fabric = Fabric(accelerator=accelerator, devices=1, precision=first.recipe.precision)
-    data = load_data(first.data, cache=cache, progress=progress)
     sources = list(dict.fromkeys(source for config, _ in group for source in config.sources))
     encoders = Encoders(sources, weights=first.weights, image_size=first.data.crop, seed=first.seed)
     encoders.to(fabric.device)
