@@ -1,0 +1,47 @@
+"""`afterimage report`: tables, figures and the page from run folders."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from afterimage.config import AfterimageError
+
+
+@dataclass(frozen=True)
+class Report:
+    """Make a report from run folders alone: report.md, the page index.html, tables and figures."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER [...]")]
+    """Run folders, or folders that hold run folders."""
+    output: Path | None = None
+    """Folder for the report (default: FOLDER/report)."""
+    title: str = ""
+    """The report's title."""
+    intervals: bool = False
+    """Show 95 % intervals of the means in the tables instead of standard deviations over pictures."""
+
+    def run(self) -> None:
+        from afterimage.progress import Display
+        from afterimage.report import write_report
+        from afterimage.runs import Run, scan
+
+        if not self.folders:
+            raise AfterimageError("name at least one run folder, or a folder that holds some")
+        runs = [
+            run
+            for folder in self.folders
+            for run in ([Run(folder)] if (folder / "config.toml").exists() else scan(folder))
+        ]
+        output = self.output or self.folders[0] / "report"
+        title, spread = self.title or self.folders[0].resolve().name, "interval" if self.intervals else "std"
+        with Display() as display:
+            written = write_report(runs, output, title=title, spread=spread, progress=display)
+        shown = [written[name] for name in ("report.md", "index.html") if name in written]
+        print(*shown, f"and {len(written) - len(shown)} more files beside them", sep="\n")
+        if "index.html" not in written:
+            print("afterimage: the page could not be written; report.md says why", file=sys.stderr)

@@ -1,0 +1,147 @@
+"""`afterimage study`: a grid of runs, planned or run, with its report."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from afterimage.cli.report import Report
+from afterimage.cli.tables import print_table
+from afterimage.config import AfterimageError, DecoderConfig, RunConfig
+
+if TYPE_CHECKING:
+    from afterimage.study import StudyConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """Run a study: a shipped one by name, a TOML file, or any timm models. What is done is not done again."""
+
+    study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE.toml")] = ""
+    """Without a name and models the shipped studies are listed."""
+    models: Annotated[str, tyro.conf.arg(metavar="MODEL,MODEL")] = ""
+    """Study these timm models without a file."""
+    layers: str = "*"
+    """With --models: which layers, as comma-separated globs over those that `afterimage layers` lists."""
+    decoder: tuple[str, ...] = ()
+    """Only these decoders, in place of the study's own (with --models: linear)."""
+    data: str = ""
+    """Pictures instead of the study's own: div2k, div2k:PATH, folder:PATH, procedural[:COUNT] or photographs."""
+    test: str = ""
+    """Another source whose pictures are the test set."""
+    weights: str = ""
+    """Weights instead of the study's own: pretrained, random, or a file or folder."""
+    epochs: int | None = None
+    """Epochs instead of the study's own."""
+    limit_train: int | None = None
+    """Use only so many training pictures."""
+    lpips: str = ""
+    """LPIPS network instead of the study's own: alex, vgg, squeeze, or any whose weights are found."""
+    root: Path | None = None
+    """Folder for the study's run folders and report (default: runs/NAME)."""
+    dry_run: bool = False
+    """Print the resolved runs with their sizes and estimated cost, and start nothing."""
+    cache: Path | None = None
+    """Where decoded pictures are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    accelerator: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> None:
+        from afterimage.progress import Display
+        from afterimage.study import expand, from_models, load_study, run_study, shipped
+
+        if not self.study and not self.models:
+            print("shipped studies: " + ", ".join(shipped()))
+            return
+        if self.study and self.models:
+            raise AfterimageError("give a study or --models, not both")
+        if self.models:
+            split = [[part.strip() for part in text.split(",")] for text in (self.models, self.layers)]
+            study, name = from_models(*split), "-".join(split[0])
+        else:
+            study, name = load_study(self.study), Path(self.study).stem
+        study = self._changed(study)
+        with Display() as display:
+            if self.dry_run:
+                print_plan(expand(study, display))
+                return
+            root = self.root or Path("runs") / name
+            runs, failures = run_study(
+                study, root, cache=self.cache, accelerator=self.accelerator, progress=display
+            )
+        if any(run.state == "done" for run in runs):
+            print_table(runs)
+            Report((root,), title=study.title).run()
+        for error in failures:
+            print(f"failed: {error}", file=sys.stderr)
+        if failures:
+            raise SystemExit(1)
+
+    def _changed(self, study: StudyConfig) -> StudyConfig:
+        data = {"source": self.data, "limit_train": self.limit_train}
+        data = {key: value for key, value in data.items() if value}
+        if self.data or self.test:
+            data["test"] = self.test
+        chosen = {
+            "decoders": tuple(map(DecoderConfig, self.decoder)),
+            "rows": self._rows(study),
+            "weights": self.weights,
+            "lpips": self.lpips,
+            "data": replace(study.data, **data),
+            "recipe": replace(study.recipe, epochs=self.epochs) if self.epochs is not None else None,
+        }
+        changed = {key: value for key, value in chosen.items() if value}
+        return replace(study, **(changed | {"rows": chosen["rows"]}))
+
+    def _rows(self, study: StudyConfig) -> tuple:
+        """The study's extra rows, without those whose own decoders were not asked for."""
+        if not self.decoder:
+            return study.rows
+        wanted = [(row, tuple(d for d in row.decoders if d.name in self.decoder)) for row in study.rows]
+        return tuple(replace(row, decoders=own) for row, own in wanted if own or not row.decoders)
+
+
+def print_plan(configs: list[RunConfig]) -> None:
+    """What a study would run and cost, one line a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from afterimage.plan import macs_per_second, plan
+    from afterimage.progress import clock
+
+    plans = plan(configs)
+    table = Table(title=f"{len(plans)} runs, none started", title_justify="left")
+    for column in ("features", "shape", "decoder"):
+        table.add_column(column, overflow="fold")
+    for column in ("parameters", "encoder MACs", "decoder MACs", "epochs", "time", "memory"):
+        table.add_column(column, justify="right")
+    for one in plans:
+        config = one.config
+        sources = list(config.sources)
+        if config.fusion is not None:
+            sources.append(
+                f"fused: {config.fusion.name} {config.fusion.channels} at {config.fusion.size or 'finest'}"
+            )
+        if config.weights != "pretrained":
+            sources.append(f"weights: {config.weights}")
+        table.add_row(
+            "\n".join(sources),
+            "\n".join(f"{s.channels}×{s.height}×{s.width}" for s in one.specs),
+            config.decoder.name,
+            f"{one.parameters:,}",
+            f"{one.encoder_macs / 1e6:,.0f} M",
+            f"{one.decoder_macs / 1e6:,.0f} M",
+            str(config.recipe.epochs),
+            f"~{clock(one.seconds)}",
+            f"~{one.bytes / 2**30:.1f} GiB",
+        )
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    total = sum(one.seconds for one in plans)
+    print(
+        f"estimates at {macs_per_second() / 1e9:.0f} GMAC/s, measured here on one convolution: ~{clock(total)} if each "
+        "run were trained alone; runs that share encoders share their pass. MACs are for one picture."
+    )

@@ -1,0 +1,27 @@
+"""Results on the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+
+def score_line(name: str, score: dict | None, status: dict) -> str:
+    """`PSNR 24.31 ± 2.80 dB over 100 pictures`."""
+    if score is None:
+        return f"{name.upper()} unavailable: {status['reason']}"
+    label = f"LPIPS ({status['net']})" if name == "lpips" else name.upper()
+    unit = " dB" if name == "psnr" else ""
+    digits = 2 if name == "psnr" else 4
+    spread = ""
+    if score.get("std") is not None:
+        spread = f" ± {score['std']:.{digits}f}{unit} over {score['count']} pictures"
+    return f"{label} {score['mean']:.{digits}f}{'' if spread else unit}{spread}"
+
+
+def print_table(runs: list) -> None:
+    """The table of results on the terminal."""
+    from rich.console import Console
+
+    from afterimage.report import console_table, read_rows
+
+    Console(width=None if sys.stdout.isatty() else 160).print(console_table(read_rows(runs)))

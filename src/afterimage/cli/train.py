@@ -1,0 +1,92 @@
+"""`afterimage train`: decoders on layers of one or several models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from afterimage.cli.tables import print_table
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig
+
+Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL:LAYER [...]")]
+Flat = tyro.conf.OmitArgPrefixes
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train decoders on frozen features, measure what comes back, and write one run folder each.
+
+    All MODEL:LAYER x decoder pairs of one model are trained together on one pass through it.
+    """
+
+    sources: Sources
+    """Features to rebuild pictures from, for example resnet34.tv_in1k:layer1."""
+    decoder: tuple[str, ...] = ("attention",)
+    """Decoders to train: attention, transposed, linear."""
+    weights: str = "pretrained"
+    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), `random` (a control), or a file or folder."""
+    data: str = "div2k"
+    """div2k, div2k:PATH, folder:PATH, procedural[:COUNT] or photographs."""
+    test: str = ""
+    """Another source whose pictures are the test set."""
+    resize: int = 256
+    """Shorter side in pixels after resizing."""
+    crop: int = 224
+    """Side of the crop in pixels."""
+    limit_train: int | None = None
+    """Use only so many training pictures."""
+    limit_validation: int | None = None
+    """Use only so many validation pictures."""
+    limit_test: int | None = None
+    """Use only so many test pictures."""
+    recipe: Flat[RecipeConfig] = RecipeConfig()
+    """The training recipe; the defaults are the published study's."""
+    seed: int = 42
+    """Decides initial weights, order, crops and flips."""
+    lpips: str = "alex"
+    """LPIPS network: alex, vgg or squeeze."""
+    root: Path = Path("runs")
+    """Folder that holds the run folders."""
+    cache: Path | None = None
+    """Where decoded pictures are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    accelerator: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> None:
+        from afterimage.encoders import resolve
+        from afterimage.jobs import train_runs
+        from afterimage.progress import Display
+
+        data = DataConfig(
+            source=self.data,
+            test=self.test,
+            resize=self.resize,
+            crop=self.crop,
+            limit_train=self.limit_train,
+            limit_validation=self.limit_validation,
+            limit_test=self.limit_test,
+        )
+        configs = [
+            RunConfig(
+                sources=(resolve(source),),
+                weights=self.weights,
+                decoder=DecoderConfig(decoder),
+                data=data,
+                recipe=self.recipe,
+                seed=self.seed,
+                lpips=self.lpips,
+            )
+            for source in self.sources
+            for decoder in self.decoder
+        ]
+        if not configs:
+            raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
+        with Display() as display:
+            runs = train_runs(
+                configs, self.root, cache=self.cache, accelerator=self.accelerator, progress=display
+            )
+        print_table(runs)
+        print("\n".join(f"run: {run.path}" for run in runs))
