@@ -17,9 +17,13 @@ SWITCHES = [
 ]
 
 
+def find_browser() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 @pytest.fixture(scope="session")
 def browser():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = find_browser()
     if path is None:
         pytest.skip("needs a browser: no chromium, chromium-browser or google-chrome on PATH")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")

@@ -64,8 +64,12 @@ def write_run(
     count: int = 20, weights: str = "pretrained", lpips: str | None = "alex", notes: Sequence[str] = (),
     seed: int = 42, features: tuple[int, int, float] = (64, 56, 0.8), parameters: int | None = None,
     fusion: FusionConfig | None = None, sources: Sequence[str] = (), order: int = 0, loss: str = "mse",
+    fusion_maps: Sequence[np.ndarray] = (),
 ) -> Run:  # fmt: skip
-    """One finished decoder run. `features` is channels, side and quality between 0 and 1."""
+    """One finished decoder run. `features` is channels, side and quality between 0 and 1.
+
+    `fusion_maps` are uint8 `(sources, h, w)`, one for each original.
+    """
     channels, side, quality = features
     sources = tuple(sources) or (f"{model}:{layer}",)
     config = RunConfig(
@@ -96,6 +100,7 @@ def write_run(
         "parameters": size, "macs": 123_456_789, "seed": seed, "train_seconds": 20 + size / 5000,
         "pictures_seen": 19200,
         "epochs": 30, "best_epoch": 28, "best_validation_loss": 0.004, "batch_size": 8,
+        "fusion_weights": (np.mean(fusion_maps, (0, 2, 3)) / 255).tolist() if len(fusion_maps) else None,
     }  # fmt: skip
     history = []
     if decoder != "linear":
@@ -106,7 +111,18 @@ def write_run(
             history.append({"epoch": epoch, "train_loss": loss_value * 0.95, "validation_loss": loss_value,
                             "learning_rate": rate, "seconds": 4.0, "pictures_per_second": 160.0})  # fmt: skip
         run.save_history(history)
-    return _finish(run, summary, mean, quality, originals, count, lpips, notes)
+    return _finish(run, summary, mean, quality, originals, count, lpips, notes, fusion_maps)
+
+
+def write_fused(root: Path, sources: Sequence[str], originals: Sequence[Image.Image], **options) -> Run:
+    """A run whose fusion listens to its first source more from left to right, and to the others alike."""
+    ramp = np.broadcast_to(np.linspace(0, 1, 8), (8, 8))
+    maps = [ramp, *[(1 - ramp) / (len(sources) - 1)] * (len(sources) - 1)]
+    maps = (np.array(maps) * 255).round().astype(np.uint8)
+    return write_run(
+        root, "", "", "transposed", sources=sources, originals=originals, fusion=FusionConfig(size=8),
+        fusion_maps=[maps] * len(originals), **options,
+    )  # fmt: skip
 
 
 def write_reference(
@@ -127,7 +143,7 @@ def write_reference(
     return _finish(run, summary, np.array(mean), (mean[0] - 12) / 14, originals, count, lpips, ())
 
 
-def _finish(run, summary, mean, quality, originals, count, lpips, notes) -> Run:
+def _finish(run, summary, mean, quality, originals, count, lpips, notes, fusion_maps=()) -> Run:
     spread = np.array([2.0, 0.08, 0.06])
     easy = np.random.default_rng(7).normal(size=(count, 1))
     own = np.random.default_rng(sum(run.name.encode())).normal(size=(count, 3))
@@ -152,7 +168,7 @@ def _finish(run, summary, mean, quality, originals, count, lpips, notes) -> Run:
         (f"picture-{i:03}", np.asarray(o), np.asarray(rebuilt(o, quality))) for i, o in enumerate(originals)
     ]
     run.save_environment({"versions": {"torch": "2.4"}, "command": ["afterimage", "study", "made-up.toml"]})
-    run.save_result(summary, rows, saved)
+    run.save_result(summary, rows, saved, fusion_maps)
     run.set_state("done")
     return run
 

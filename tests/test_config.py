@@ -14,6 +14,7 @@ from afterimage.config import (
     dump_toml,
     from_dict,
     load_toml,
+    parse_count,
     split_source,
     to_dict,
 )
@@ -85,6 +86,8 @@ def test_defaults_are_the_published_recipe():
         ({"sources": []}, "at least one source"),
         ({"sources": ["resnet34"]}, "names no layer"),
         ({}, "missing setting: sources"),
+        ({"sources": ["a:b"], "decoder": {"parameters": 4e6}}, r"decoder\.parameters must be a whole number"),
+        ({"sources": ["a:b"], "decoder": {"parameters": "4G"}}, r"decoder\.parameters .* 250k or 1\.5M"),
         ({"sources": ["a:b"], "data": {"crop": 300}}, "must not be larger than resize"),
         ({"sources": ["a:b"], "data": {"test_fraction": 1.0}}, "between 0 and 1"),
         ({"sources": ["a:b"], "lpips": "alexnet"}, "did you mean 'alex'"),
@@ -93,6 +96,23 @@ def test_defaults_are_the_published_recipe():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(AfterimageError, match=message):
         from_dict(RunConfig, settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4M", 4_000_000), ("250k", 250_000), ("1.5M", 1_500_000), ("4_000_000", 4_000_000), (7, 7)],
+)
+def test_numbers_of_parameters_may_be_written_short(text, number):
+    config = from_dict(RunConfig, {"sources": ["a:b"], "decoder": {"parameters": text}})
+    assert config.decoder.parameters == parse_count(text, "--parameters") == number
+
+
+@pytest.mark.parametrize(
+    "text", ["", "M", "1.5", "0", "-1", "0.0001k", "4 M x", "1__0", "20000M", 0, -3, True, 1.0]
+)
+def test_what_is_no_number_of_parameters_is_an_error(text):
+    with pytest.raises(AfterimageError, match="--parameters must be a whole number such as"):
+        parse_count(text, "--parameters")
 
 
 def test_errors_name_the_file(tmp_path):

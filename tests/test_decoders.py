@@ -78,7 +78,8 @@ def test_initial_weights_depend_on_the_seed_alone(name):
 @pytest.mark.parametrize("parameters", [300_000, 4_000_000])
 def test_a_decoder_at_a_given_size(name, shape, parameters):
     with torch.device("meta"):
-        if name == "residual" and count(create_decoder("linear", [spec(*shape)], 224)) > parameters:
+        least = count(create_decoder("linear", [spec(*shape)], 224, kernel=1))
+        if name == "residual" and least > parameters:
             with pytest.raises(AfterimageError, match="the nearest is"):
                 create_decoder(name, [spec(*shape)], 224, parameters=parameters)
             return
@@ -91,6 +92,22 @@ def test_a_size_that_cannot_be_had_is_an_error():
         create_decoder("attention", [spec(64, 56, 56)], 224, parameters=100)
     with pytest.raises(AfterimageError, match="one size only"):
         create_decoder("linear", [spec(64, 56, 56)], 224, parameters=1000)
+
+
+@pytest.mark.parametrize(("source", "shape", "parameters"), PUBLISHED)
+def test_the_residual_decoder_can_have_four_million_parameters_on_any_layer(source, shape, parameters):
+    with torch.device("meta"):
+        decoder = create_decoder("residual", [FeatureSpec(source, *shape)], 224, parameters=4_000_000)
+    assert count(decoder) == pytest.approx(4_000_000, rel=0.05)
+
+
+def test_a_residual_decoder_that_shrank_its_linear_part_says_so():
+    decoder = create_decoder("residual", [spec(32, 4, 4)], 16, parameters=20_000)
+    assert count(decoder) == pytest.approx(20_000, rel=0.05) and decoder.base.kernel == 1
+    features, images = torch.randn(8, 32, 4, 4), torch.rand(8, 3, 16, 16)
+    decoder.prepare(8, 0)
+    decoder.accumulate([features], images)
+    assert any("1x1 neighbourhoods" in note for note in decoder.solve())
 
 
 def test_bad_requests_are_named():
@@ -134,13 +151,37 @@ def test_residual_starts_at_the_linear_solution():
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(12, 6, 5, 5, generator=generator)
     images = torch.rand(12, 3, 20, 20, generator=generator)
-    linear, residual = (create_decoder(name, [spec(6, 5, 5)], 20, seed=0) for name in ("linear", "residual"))
+    linear, residual = (
+        create_decoder(name, [spec(6, 5, 5)], 20, seed=0, kernel=5) for name in ("linear", "residual")
+    )
     for decoder in (linear, residual):
         decoder.prepare(12, seed=0)
         decoder.accumulate([features], images)
         decoder.solve()
     assert torch.equal(linear([features]), residual([features]))
     torch.testing.assert_close(residual.mean, features.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_of_a_residual_decoder_is_that_part_of_the_picture():
+    decoder = create_decoder("residual", [spec(6, 40, 60)], (80, 120), seed=0, blocks=0)
+    generator = torch.Generator().manual_seed(5)
+    features = [torch.rand(2, 6, 40, 60, generator=generator)]
+    for parameter in decoder.parameters():
+        torch.nn.init.uniform_(parameter, -0.02, 0.02, generator=generator)
+    windows = decoder.windows(generator)
+    assert [window[2:] for window in windows] == [(28, 28)] * 3
+    for top, left, height, width in [*windows, (0, 0, 28, 28), (12, 32, 28, 28)]:
+        assert 0 <= top <= 12 and 0 <= left <= 32
+        window = (top, left, height, width)
+        part, whole = decoder(features, window), decoder.cut(decoder(features), window)
+        assert part.shape == (2, 3, 56, 56) and part.std() > 0.01
+        torch.testing.assert_close(part, whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((6, 28, 28), 56), ((6, 40, 40), 90), ((6, 5, 5), 20)])
+def test_small_maps_and_blocks_that_are_not_whole_are_trained_whole(shape, size):
+    decoder = create_decoder("residual", [spec(*shape)], size)
+    assert decoder.windows(torch.Generator()) == [None]
 
 
 class TestLinear:

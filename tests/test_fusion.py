@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from afterimage.config import (
     AfterimageError,
@@ -10,9 +12,10 @@ from afterimage.config import (
     RecipeConfig,
     RunConfig,
 )
-from afterimage.fusion import FUSIONS, create_fusion
+from afterimage.decoders import create_decoder
+from afterimage.fusion import FUSIONS, WeightMaps, create_fusion
 from afterimage.jobs import train_runs
-from afterimage.reconstructor import Reconstructor, build_head
+from afterimage.reconstructor import Head, Reconstructor, build_head
 
 SPECS = [FeatureSpec("a:x", 8, 14, 14), FeatureSpec("b:y", 5, 28, 28), FeatureSpec("c:z", 16, 7, 9)]
 PUBLISHED = [
@@ -59,11 +62,45 @@ def test_a_fusion_is_the_weighted_sum_of_projected_maps(name):
     torch.testing.assert_close(fusion(features), expected)
 
 
+@pytest.mark.parametrize("name", ["attention", "weighted"])
+def test_weight_maps_are_the_weights_of_all_batches(name):
+    fusion, features = create_fusion(FusionConfig(name, 6, 10), SPECS).eval(), maps(SPECS, batch=5)
+    weights, kept = fusion.weights(features), WeightMaps(fusion, keep=3)
+    for batch in (slice(0, 2), slice(2, 5)):
+        kept.add([feature[batch] for feature in features])
+    assert kept.means == pytest.approx(weights.mean((0, 2, 3)).tolist())
+    assert sum(kept.means) == pytest.approx(1)
+    assert len(kept.pictures) == 3
+    for stored, weight in zip(kept.pictures, weights, strict=False):
+        assert stored.shape == (3, 10, 10) and stored.dtype == "uint8"
+        torch.testing.assert_close(torch.from_numpy(stored) / 255, weight.detach(), atol=0.51 / 255, rtol=0)
+
+
 def test_aligned_maps_keep_their_values():
     fusion = create_fusion(FusionConfig("aligned"), SPECS)
     features = maps(SPECS)
     fused = fusion(features)
     assert torch.equal(fused[:, 8:13], features[1]) and not list(fusion.parameters())
+
+
+def test_a_stacked_fusion_gives_each_location_its_own_part_of_a_coarse_map():
+    """Red in a fine map, green and blue block by block in a coarse one: together they are the whole picture."""
+    images = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    fine = torch.nn.functional.pixel_unshuffle(images[:, :1], 2)
+    coarse = torch.nn.functional.pixel_unshuffle(images[:, 1:], 8)
+    specs = [FeatureSpec("fine:x", 4, 8, 8), FeatureSpec("coarse:x", 128, 2, 2)]
+    fusion = create_fusion(FusionConfig("stacked"), specs, 16)
+    head = Head(create_decoder("linear", [fusion.spec], 16, kernel=1), fusion)
+    assert fusion.spec == FeatureSpec("fine:x + coarse:x", 4 + 3 * 2 * 2, 8, 8)
+    assert head.closed_forms == [fusion, head.decoder]
+    for part in head.closed_forms:
+        part.prepare(24, seed=0)
+        head.accumulate(part, [fine, coarse], images)
+        notes = part.solve()
+        assert ("coarse:x: ridge" in notes[0]) == (part is fusion)
+    rebuilt = head([fine, coarse])
+    # The coarse map's own decoder has 1,152 inputs and 96 rows, so it is close on the pictures it was fitted on only.
+    torch.testing.assert_close(rebuilt, images, atol=0.02, rtol=0)
 
 
 def test_the_published_fusion():
@@ -85,12 +122,19 @@ def test_bad_fusions_are_named():
     with pytest.raises(AfterimageError, match="takes 3 feature maps, got 2"):
         create_fusion(FusionConfig("concat", 4), SPECS)(maps(SPECS)[:2])
     config = RunConfig(("a:x", "b:y"), fusion=FusionConfig("attention"), decoder=DecoderConfig("linear"))
-    with pytest.raises(AfterimageError, match="'aligned', which has nothing to learn"):
+    with pytest.raises(AfterimageError, match="'stacked' or 'aligned', which have nothing to learn"):
         build_head(config, SPECS[:2])
 
 
 @pytest.mark.parametrize(
-    ("name", "decoder"), [("attention", "transposed"), ("aligned", "linear"), ("aligned", "residual")]
+    ("name", "decoder"),
+    [
+        ("attention", "transposed"),
+        ("aligned", "linear"),
+        ("aligned", "residual"),
+        ("stacked", "linear"),
+        ("stacked", "transposed"),
+    ],
 )
 def test_a_fused_run_end_to_end(tmp_path, name, decoder):
     config = RunConfig(
@@ -105,4 +149,15 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
     summary = run.summary
     assert summary["fusion"]["name"] == name and len(summary["features"]) == 3
     assert [w["model"] for w in summary["weights"]] == ["test_resnet.r160_in1k", "test_vit.r160_in1k"]
-    assert Reconstructor.open(run)(torch.rand(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+    reconstructor = Reconstructor.open(run)
+    assert reconstructor(torch.rand(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+    if name != "attention":
+        assert summary["fusion_weights"] is None and not any(run.fusion_maps.values())
+        return
+    pictures = [np.asarray(Image.open(original)) for _, original, _ in run.pictures]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    weights = reconstructor.head.fusion.weights(reconstructor.encoders(images)).detach().numpy()
+    stored = [[np.asarray(Image.open(path)) for path in paths] for paths in run.fusion_maps.values()]
+    # The originals are stored in 8 bits, so that their features are not quite those that were measured.
+    np.testing.assert_allclose(np.array(stored) / 255, weights, atol=0.02)
+    np.testing.assert_allclose(summary["fusion_weights"], weights.mean((0, 2, 3)), atol=0.005)

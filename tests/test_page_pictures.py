@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from afterimage.report.page import write_page
-from page_in_browser import choose, find, pixels, shown, view
-from report_study import VIT, picture, write_run
+from afterimage.runs import read_json, write_json
+from page_in_browser import HOSTILE, choose, find, pixels, shown, view
+from report_study import VIT, picture, write_fused, write_run
 
 pytest_plugins = ("page_fixtures",)
 
@@ -172,3 +173,43 @@ def test_runs_that_kept_different_pictures(visit, tmp_path):
     tab.locator("#layer-a").fill("0")
     shown(tab, "layer1")
     assert "saved no reconstruction" not in tab.inner_text("#pane-a")
+
+
+def test_a_fused_run_shows_its_weights(visit, tmp_path):
+    originals = [picture(seed) for seed in range(2)]
+    sources = ("resnet34.tv_in1k:layer1", f"{HOSTILE[0]}:{HOSTILE[1]}", f"vgg16:{HOSTILE[2]}")
+    runs = [
+        write_fused(tmp_path, sources, originals),
+        write_run(tmp_path, "m", "layer1", originals=originals),
+    ]
+    tab = visit(write_page(runs, tmp_path / "page.html", title="t"))
+    tab.select_option("#encoder-a", "fusion")
+    tab.wait_for_selector("#pane-a .weights canvas >> nth=2")
+    assert tab.locator("#pane-a .weights li").count() == 3
+    words = tab.inner_text("#pane-a .weights")
+    assert "layer1 0.50" in words and HOSTILE[1] in words and words.count("0.25") == 2
+    label = tab.get_attribute("#pane-a .weights canvas >> nth=1", "aria-label")
+    assert label == f"Weight of {sources[1]} on picture-000: mean 0.25, highest 1.00 of all sources"
+    brightness = pixels(tab, "#pane-a .weights canvas", size=8).astype(int).sum(-1)
+    assert (np.diff(brightness, axis=1) > 0).all() and (brightness == brightness[0]).all()
+    tab.locator("#strip button").nth(1).click()
+    shown(tab, "picture-001.")
+    tab.wait_for_selector("#pane-a .weights canvas[aria-label*='picture-001']")
+    tab.select_option("#encoder-a", "m")
+    shown(tab, "m · layer1 · linear")
+    assert tab.locator(".weights").count() == 0
+    view(tab, "runs")
+    tab.select_option("#encoder-b", "fusion")
+    tab.wait_for_selector("#pane-b .weights canvas >> nth=2")
+
+
+def test_a_fused_run_without_a_map_of_the_picture_says_so(visit, tmp_path):
+    run = write_fused(tmp_path, ("m:a", "m:b"), [picture(0), picture(1)])
+    index = run.file("reconstructions") / "index.json"
+    write_json(index, [{k: v for k, v in e.items() if k != "fusion_maps"} for e in read_json(index)])
+    tab = visit(write_page([run], tmp_path / "page.html", title="t"))
+    tab.wait_for_selector(".weights")
+    tab.wait_for_function(
+        "document.querySelector('.weights').textContent.includes('no maps of this picture')"
+    )
+    assert not tab.is_visible(".weights canvas") and "a 0.50" in tab.inner_text(".weights")

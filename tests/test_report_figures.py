@@ -15,7 +15,7 @@ from afterimage.report import read_rows
 from afterimage.report.figures import draw, render
 from afterimage.report.figures.grid import busiest
 from afterimage.runs import scan
-from report_study import RESNET, VIT, picture, write_reference, write_run, write_study
+from report_study import RESNET, VIT, picture, write_fused, write_reference, write_run, write_study
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +238,49 @@ def test_reference_lines_alone_are_a_report(tmp_path):
     assert [d.name for d in draw(read_rows(runs))] == [
         "reconstructions-reference-lines", "distributions",
     ]  # fmt: skip
+
+
+THREE = (f"{RESNET[0]}:layer1", f"{RESNET[0]}:layer2", f"{VIT[0]}:blocks.0")
+
+
+def test_fusion_weights_are_maps_on_one_scale(tmp_path):
+    run = write_fused(tmp_path, THREE, [picture(seed) for seed in range(4)])
+    (drawing,) = (d for d in draw(read_rows([run])) if d.name.startswith("fusion"))
+    page, bar = drawing.figure.axes
+    assert faults(drawing.figure) == []
+    assert len(page.images) == 3 * (2 + 3), "three pictures of four: original, reconstruction, a map a source"
+    original, rebuilt, *maps = page.images[:5]
+    assert (original.get_array() == np.asarray(Image.open(run.pictures[0][1]))).all()
+    assert (rebuilt.get_array() == np.asarray(Image.open(run.pictures[0][2]))).all()
+    for image, path in zip(maps, run.fusion_maps["picture-000"], strict=True):
+        assert np.allclose(image.get_array(), np.asarray(Image.open(path)) / 255)
+        assert image.get_clim() == (0, 1) and bar.get_ylim() == (0, 1)
+    words = [text.get_text() for text in texts(drawing.figure)]
+    assert "resnet34\nlayer1\nmean weight 0.50" in words and words.count("0.25") == 6
+    assert "an equal share would be 0.33" in drawing.caption and " + ".join(THREE) in drawing.caption
+    png, svg = render(drawing.figure)
+    assert Image.open(io.BytesIO(png)).width > 1000 and ET.fromstring(svg).tag.endswith("svg")
+
+
+def test_fused_rows_with_and_without_maps(tmp_path):
+    originals = [picture(0)]
+    names = ["<b>$\\frac{$ & 日本\n|:layer", f"{RESNET[0]}:layer1"]
+    runs = [write_fused(tmp_path, names, originals, seed=seed) for seed in (1, 2)]
+    runs.append(
+        write_run(tmp_path, "", "", sources=THREE, fusion=FusionConfig("concat"), originals=originals)
+    )
+    found = [d for d in draw(read_rows(runs)) if d.name.startswith("fusion")]
+    assert [d.name for d in found] == ["fusion-weights-1", "fusion-weights-2"]
+    assert [d.title[-6:] for d in found] == ["seed 1", "seed 2"] and not any(faults(d.figure) for d in found)
+    runs[0].fusion_maps["picture-000"][0].write_bytes(b"no picture")
+    assert sum(d.name.startswith("fusion") for d in draw(read_rows(runs))) == 1
+
+
+def test_weights_that_do_not_fit_the_sources_are_damage(tmp_path):
+    run = write_fused(tmp_path, THREE, [picture(0)])
+    run.file("summary.json").write_text(json.dumps(run.summary | {"fusion_weights": [0.5, 0.5]}))
+    rows = read_rows([run, write_run(tmp_path, "m", "l")])
+    assert "fusion_weights must have one value for each of 3 sources" in rows.unfinished[0].error
 
 
 def test_progress_ends_at_its_total(tmp_path):

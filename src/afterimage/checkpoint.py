@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,84 @@ from safetensors.torch import save
 from torch import Tensor
 
 from afterimage.config import AfterimageError
-from afterimage.runs import write_atomic
+from afterimage.runs import Run, write_atomic
+
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
-    """Write tensors and JSON facts as one safetensors file."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"facts": json.dumps(facts)} if facts is not None else None
-    write_atomic(path, save(plain, metadata))
+def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[str, Any]) -> None:
+    """Write a decoder as one safetensors file, with what it was made for; the same gives the same bytes."""
+    write_atomic(path, save(_plain(tensors), {"made_for": json.dumps(made_for, sort_keys=True)}))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and facts back. Raises `AfterimageError` naming a file that is damaged."""
+def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read a decoder back. Raises `AfterimageError` for a damaged file, and for one made for other features."""
+    tensors, metadata = load_tensors(path)
+    try:
+        stored = json.loads(metadata.get("made_for", "{}"))
+        differing = {key: stored[key] for key in made_for if key in stored and stored[key] != made_for[key]}
+    except (ValueError, TypeError) as error:
+        raise AfterimageError(f"cannot read {path}: {error}") from None
+    for key, value in differing.items():
+        raise AfterimageError(
+            f"{path} was made for other features: its {key} are {value!s:.300}, but these are "
+            f"{made_for[key]!s:.300}"
+        )
+    return tensors
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata back. Raises `AfterimageError` naming a file that is damaged."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads((file.metadata() or {}).get("facts", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise AfterimageError(f"cannot read {path}: {error}") from None
+
+
+def save_checkpoint(run: Run, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write what training goes on from, with a digest; the last one is kept until this one is safe on disk."""
+    plain, text = _plain(tensors), json.dumps(facts)
+    content = save(plain, {"facts": text, "sha256": _digest(plain, text)})
+    write_atomic(run.file(CHECKPOINT), content, keep=run.file(PREVIOUS))
+
+
+def load_checkpoints(run: Run, said: Callable[[str], None]) -> Iterator[tuple[dict[str, Tensor], dict]]:
+    """The run's sound checkpoints, newest first, as tensors and facts. `said` is told of damaged ones."""
+    for name in (CHECKPOINT, PREVIOUS):
+        path = run.file(name)
+        if not path.exists():
+            continue
+        try:
+            tensors, metadata = load_tensors(path)
+            text = metadata.get("facts", "")
+            if _digest(tensors, text) != metadata.get("sha256"):
+                raise AfterimageError(f"{path} is damaged: its contents do not have its digest")
+            facts = json.loads(text)
+        except AfterimageError as error:
+            said(f"{error}; it is not used")
+        else:
+            yield tensors, facts
+
+
+def remove_checkpoints(run: Run) -> None:
+    for name in (CHECKPOINT, PREVIOUS):
+        with contextlib.suppress(OSError):
+            run.file(name).unlink()
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ LPIPS_NETS = ("alex", "vgg", "squeeze")
 T = typing.TypeVar("T")
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+Count = typing.NewType("Count", int)
+"""A whole number that may be written short: 250k, 4M, 1.5M, 4_000_000."""
 
 
 class AfterimageError(Exception):
@@ -65,7 +69,7 @@ class DecoderConfig:
     """A decoder by name, an optional number of parameters to build it at, and its own options."""
 
     name: str = "attention"
-    parameters: int | None = None
+    parameters: Count | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -226,6 +230,19 @@ def split_source(source: str) -> tuple[str, str]:
     return model, layer
 
 
+def parse_count(value: Any, where: str) -> Count:
+    """A whole number from 1 to 10^10 from an integer or a text such as `4M`; errors name the setting `where`."""
+    number = value if isinstance(value, int) and not isinstance(value, bool) else None
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d(?:_?\d)*(?:\.\d+)?)([kKmM]?)", value.strip())):
+        exact = Decimal(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]
+        number = int(exact) if exact == int(exact) else None
+    if number is None or not 0 < number <= 10**10:
+        raise AfterimageError(
+            f"{where} must be a whole number such as 4000000, 250k or 1.5M, at most 10000M, got {value!r}"
+        )
+    return Count(number)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON and TOML values; settings that are None are left out."""
     return _plain(config)
@@ -276,6 +293,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if hint is Any:
         return value
+    if hint is Count:
+        return parse_count(value, where)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise AfterimageError(f"{where} must be a table, got {value!r}")

@@ -1,17 +1,20 @@
-"""Several feature maps become one: attention, concat or weighted."""
+"""Several feature maps become one: attention, concat, weighted, aligned or stacked."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec, FusionConfig, unknown
 from afterimage.decoders.base import resize
+from afterimage.decoders.linear import LinearDecoder
 
 
 class Fusion(nn.Module, ABC):
@@ -120,15 +123,73 @@ class AlignedFusion(nn.Module):
         )
 
 
+class StackedFusion(nn.Module):
+    """The finest maps as they are, beside what each coarser map says of the picture there (stacking, Wolpert 1992).
+
+    A coarse location knows what lies where within its block of pixels, which enlarging its channels would blur. So
+    every coarser map first has a `LinearDecoder` of its own, fitted in closed form; each location of the fused map
+    gets the pixels that belong to it. Nothing here is trained by gradient descent.
+    """
+
+    closed_form = True
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.block = max(1, round(math.sqrt(image_size[0] * image_size[1] / (size[0] * size[1]))))
+        self.readers = nn.ModuleDict(
+            {
+                str(i): LinearDecoder([spec], image_size, rows_per_input=200)
+                for i, spec in enumerate(specs)
+                if spec.height < size[0] or spec.width < size[1]
+            }
+        )
+        read = len(self.readers) * 3 * self.block**2
+        kept = sum(spec.channels for i, spec in enumerate(specs) if str(i) not in self.readers)
+        self.spec = FeatureSpec(" + ".join(spec.source for spec in specs), kept + read, *size)
+
+    def prepare(self, pictures: int, seed: int) -> int:
+        views = [reader.prepare(pictures, seed) for reader in self.readers.values()]
+        return max(views, default=0)
+
+    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+        for i, reader in self.readers.items():
+            reader.accumulate([features[int(i)]], images, validation=validation)
+
+    def solve(self) -> list[str]:
+        return [
+            f"{reader.spec.source}: {note}" for reader in self.readers.values() for note in reader.solve()
+        ]
+
+    def forward(self, features: Sequence[Float[Tensor, "batch _ _ _"]]) -> Float[Tensor, "batch _ h w"]:
+        pixels = (self.size[0] * self.block, self.size[1] * self.block)
+        parts = [
+            F.pixel_unshuffle(resize(self.readers[str(i)].decode(maps), pixels), self.block)
+            if str(i) in self.readers
+            else resize(maps, self.size)
+            for i, maps in enumerate(features)
+        ]
+        return torch.cat(parts, dim=1)
+
+
 FUSIONS: dict[str, type[nn.Module]] = {
     "attention": AttentionFusion,
     "concat": ConcatFusion,
     "weighted": WeightedFusion,
     "aligned": AlignedFusion,
+    "stacked": StackedFusion,
 }
 
 
-def create_fusion(config: FusionConfig, specs: Sequence[FeatureSpec]) -> nn.Module | None:
+def create_fusion(
+    config: FusionConfig, specs: Sequence[FeatureSpec], image_size: int | tuple[int, int] = 224
+) -> nn.Module | None:
     """Build a fusion for features of the given shapes; None for a single source, which is its own fusion.
 
     Without a size the maps meet at the finest resolution present. Raises `AfterimageError` for an unknown name.
@@ -139,4 +200,33 @@ def create_fusion(config: FusionConfig, specs: Sequence[FeatureSpec]) -> nn.Modu
         return None
     finest = max(specs, key=lambda spec: spec.locations)
     size = (config.size, config.size) if config.size is not None else (finest.height, finest.width)
+    if config.name == "stacked":
+        pixels = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        return StackedFusion(specs, config.channels, size, pixels)
     return FUSIONS[config.name](specs, config.channels, size)
+
+
+class WeightMaps:
+    """How much a fusion with `weights` gave each source, summed up batch by batch over the pictures of `add`."""
+
+    def __init__(self, fusion: AttentionFusion | WeightedFusion, keep: int) -> None:
+        self.fusion, self.keep = fusion, keep
+        self._kept: list[Tensor] = []
+        self._sums: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, features: Sequence[Float[Tensor, "batch _ _ _"]]) -> None:
+        weights = self.fusion.weights(features).float()
+        wanted = max(0, self.keep - sum(map(len, self._kept)))
+        self._kept.append(weights[:wanted].mul(255).round().to(torch.uint8).cpu())
+        self._sums.append(weights.mean((2, 3)).double().cpu())
+
+    @property
+    def means(self) -> list[float]:
+        """Each source's weight, the mean over pictures and locations."""
+        return torch.cat(self._sums).mean(0).tolist()
+
+    @property
+    def pictures(self) -> list[UInt8[np.ndarray, "sources h w"]]:
+        """The maps of the first `keep` pictures; 255 is a weight of 1."""
+        return list(torch.cat(self._kept).numpy())

@@ -1,26 +1,23 @@
-"""Run configurations become finished run folders: grouped, trained together, measured, written down."""
+"""Run configurations become finished run folders: grouped, each run in one process at a time, trained, measured."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from lightning_fabric import Fabric
-from torch import Tensor
-
-from afterimage.config import AfterimageError, DataConfig, RunConfig, split_source, to_dict
+from afterimage.checkpoint import remove_checkpoints
+from afterimage.config import AfterimageError, DataConfig, RunConfig, split_source
 from afterimage.data import Data, load_data
-from afterimage.evaluate import evaluate_together, score_notes, summarise
-from afterimage.member import Member
-from afterimage.metrics import Metrics
+from afterimage.data.near import near_duplicates
+from afterimage.group import Group
+from afterimage.lock import POLL, Lock
 from afterimage.progress import Progress, silent
-from afterimage.reconstructor import Encoders, build_head
-from afterimage.runs import Run, environment
-from afterimage.train import Together
+from afterimage.runs import Run
+from afterimage.stop import Stop, stoppable
+from afterimage.train import CHECKPOINT_SECONDS
 
 
 def train_runs(
@@ -32,6 +29,7 @@ def train_runs(
     progress: Progress = silent,
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> list[Run]:
     """Train every run that is not done yet; returns all of them, in the order asked for.
 
@@ -39,164 +37,146 @@ def train_runs(
     decoder by validation loss, is measured on the test pictures, and stores `keep` of them. A run that fails is
     recorded with its error and the others go on; the errors are added to `failures`, or the first is raised at
     the end where no such list is given.
+
+    Any number of processes may be given the same runs: each run is trained by one of them, and every one returns
+    when all are done. A checkpoint is written after every epoch and, within one, every `checkpoint_seconds`. On
+    SIGTERM and Ctrl-C training stops after the step under way with a checkpoint, and `stop.Stopped` is raised.
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     runs = {config.digest: Run.create(root, config) for config in configs}
-    groups: dict[tuple, dict[str, RunConfig]] = {}
+    queue = _Queue(cache, accelerator, progress, keep, checkpoint_seconds)
     for config in configs:
-        if runs[config.digest].state == "done":
+        run = runs[config.digest]
+        if run.state == "done":
             progress(f"{config.name} is done already, nothing to do", 1, 1)
-            continue
-        models = frozenset(split_source(source)[0] for source in config.sources)
-        recipe = replace(config.recipe, epochs=1, learning_rate=1.0, weight_decay=0.0, loss="mse")
-        shared = (models, config.weights, config.data, config.seed, config.lpips, recipe)
-        groups.setdefault(shared, {})[config.digest] = config
-    collected: list[AfterimageError] = []
-    # Groups mostly share their pictures, which are found, read and checked once.
-    loaded: dict[DataConfig, Data] = {}
-    for number, group in enumerate(groups.values(), 1):
-        if len(groups) > 1:
-            progress(f"group {number} of {len(groups)}: {', '.join(c.name for c in group.values())}", 1, 1)
-        members = [(config, runs[config.digest]) for config in group.values()]
-        try:
-            data = members[0][0].data
-            if data not in loaded:
-                loaded[data] = load_data(data, cache=cache, progress=progress)
-            _train_group(members, loaded[data], collected, accelerator, progress, keep)
-        except AfterimageError as error:
-            collected.append(error)
-            for _, run in members:
-                if run.state != "done":
-                    run.set_state("failed", error=str(error))
+            _tidy(run)
+        else:
+            queue.waiting[run] = config
+    with stoppable() as stop:
+        queue.work(stop)
     if failures is not None:
-        failures += collected
-    elif collected:
-        raise collected[0]
+        failures += queue.failures
+    elif queue.failures:
+        raise queue.failures[0]
     return [runs[config.digest] for config in configs]
 
 
-def _train_group(
-    group: Sequence[tuple[RunConfig, Run]],
-    data: Data,
-    failures: list[AfterimageError],
-    accelerator: str,
-    progress: Progress,
-    keep: int,
-) -> None:
-    first = group[0][0]
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=first.recipe.precision)
-    sources = list(dict.fromkeys(source for config, _ in group for source in config.sources))
-    encoders = Encoders(sources, weights=first.weights, image_size=first.data.crop, seed=first.seed)
-    encoders.to(fabric.device)
-    for entry in encoders.weights_of(encoders.sources):
-        progress(
-            f"{entry['model']}: {entry['label'].upper()} weights from {entry['origin']} {entry['location']}",
-            1,
-            1,
-        )
+def _tidy(run: Run) -> None:
+    """Remove what a process left that was killed right after it had finished the run."""
+    lock = Lock(run.path)
+    with contextlib.suppress(AfterimageError):
+        if any(run.path.glob("lock.*")) and lock.acquire():
+            run.remove_leftovers()
+            remove_checkpoints(run)
+            lock.release()
 
-    metrics = Metrics(first.lpips, size=first.data.crop)
 
-    @contextlib.contextmanager
-    def recorded(run: Run, member: Member | None = None) -> Iterator[None]:
-        """An error ends one run, is written into its folder, and leaves the others alone."""
+def groups(runs: Iterable[tuple[Run, RunConfig]]) -> list[dict[Run, RunConfig]]:
+    """Runs by what they must share to be trained together: encoders, pictures, batches, seed and measure."""
+    found: dict[tuple, dict[Run, RunConfig]] = {}
+    for run, config in runs:
+        models = frozenset(split_source(source)[0] for source in config.sources)
+        recipe = replace(config.recipe, epochs=1, learning_rate=1.0, weight_decay=0.0, loss="mse")
+        shared = (models, config.weights, config.data, config.seed, config.lpips, recipe)
+        found.setdefault(shared, {})[run] = config
+    return list(found.values())
+
+
+@dataclass
+class _Queue:
+    """Runs that wait to be done, by this process or another."""
+
+    cache: Path | None
+    accelerator: str
+    progress: Progress
+    keep: int
+    checkpoint_seconds: float
+    waiting: dict[Run, RunConfig] = field(default_factory=dict)
+    failures: list[AfterimageError] = field(default_factory=list)
+    _locks: dict[Run, Lock] = field(default_factory=dict)
+    _elsewhere: set[Run] = field(default_factory=set)
+    _loaded: dict[DataConfig, Data] = field(default_factory=dict)
+
+    def work(self, stop: Stop) -> None:
+        """Do what no other process does, and wait for the rest."""
+        while self.waiting:
+            split = groups(self.waiting.items())
+            idle = True
+            for number, group in enumerate(split, 1):
+                stop.check()
+                mine = {run: config for run, config in group.items() if self._take(run)}
+                if not mine:
+                    continue
+                idle = False
+                if len(split) > 1:
+                    self._say(f"group {number} of {len(split)}: {', '.join(c.name for c in mine.values())}")
+                self._train(mine, stop)
+            if self.waiting and idle:
+                time.sleep(POLL)
+
+    def _say(self, text: str) -> None:
+        self.progress(text, 1, 1)
+
+    def _take(self, run: Run) -> bool:
+        """Whether this process is to do the run now; it then holds the run's lock."""
+        lock = self._locks.setdefault(run, Lock(run.path, self._say))
+        if not lock.acquire():
+            if run not in self._elsewhere:
+                self._elsewhere.add(run)
+                self._say(f"{run.name} is left to {lock.holder or 'another process'}, which is at it")
+            return False
+        # Another process may have come to its end just now: what failed there would fail here too.
+        state = run.state
+        over = state == "done" or (state == "failed" and run in self._elsewhere)
+        if over:
+            lock.release()
+            self._over(run)
+        return not over
+
+    def _over(self, run: Run) -> None:
+        del self.waiting[run]
+        self._say(f"{run.name} is {run.state}, by another process")
+        if run.state == "failed":
+            self.failures.append(AfterimageError(str(run.status.get("error"))))
+
+    def _train(self, mine: dict[Run, RunConfig], stop: Stop) -> None:
+        locks = {run: self._locks[run] for run in mine}
         try:
-            yield
+            data = self._data(next(iter(mine.values())).data)
+            Group(
+                mine,
+                locks,
+                data,
+                self.failures,
+                accelerator=self.accelerator,
+                progress=self.progress,
+                keep=self.keep,
+                pause=stop.check,
+                checkpoint_seconds=self.checkpoint_seconds,
+            ).train()
         except AfterimageError as error:
-            failures.append(error)
-            if member is not None:
-                member.failed = True
-            with contextlib.suppress(AfterimageError):
-                run.set_state("failed", error=str(error))
+            self.failures.append(error)
+            for run in mine:
+                if run.state not in ("done", "failed"):
+                    with contextlib.suppress(AfterimageError):
+                        run.set_state("failed", error=str(error))
+        except BaseException:
+            for run in mine:
+                if run.state == "running":
+                    with contextlib.suppress(AfterimageError):
+                        run.set_state("stopped")
+            raise
+        finally:
+            for run, lock in locks.items():
+                lock.release()
+                if lock.lost:
+                    self._elsewhere.add(run)
+                else:
+                    del self.waiting[run]
 
-    members: dict[Member, RunConfig] = {}
-    for config, run in group:
-        with recorded(run):
-            picks = [encoders.sources.index(source) for source in config.sources]
-            head = build_head(config, [encoders.specs[i] for i in picks])
-            member = Member(head, picks, config.recipe, fabric, name=f"run {run.name}", run=run)
-            run.set_state("running")
-            run.save_environment(
-                environment() | {"device": str(fabric.device), "threads": torch.get_num_threads()}
-            )
-            if member.restore():
-                progress(f"{run.name} goes on after epoch {member.epoch}", 1, 1)
-            members[member] = config
-    if not members:
-        return
-    together = Together(
-        encoders,
-        data,
-        list(members),
-        fabric,
-        seed=first.seed,
-        progress=progress,
-        recorded=lambda member: recorded(member.run, member),
-    )
-
-    def finish(finished: list[Member]) -> None:
-        """Measure the members' best decoders on the test pictures and write down what they came to."""
-        if not finished:
-            return
-        for member in finished:
-            member.head.load_state_dict(member.best)
-            with recorded(member.run, member):
-                member.save_best()
-
-        def reconstruct(images: Tensor) -> list[Tensor]:
-            with fabric.autocast():
-                features = encoders(images)
-            return [member.reconstruct(features) for member in finished]
-
-        results = evaluate_together(
-            reconstruct,
-            data.test,
-            metrics,
-            names=[member.run.name for member in finished],
-            batch_size=first.recipe.batch_size,
-            device=fabric.device,
-            progress=progress,
-            keep=keep,
-        )
-        features = encoders(data.test.crops([0], device=fabric.device))
-        for member, result in zip(finished, results, strict=True):
-            with recorded(member.run, member):
-                facts = _summary(member, members[member], encoders, features)
-                facts |= {"data": data.describe(), "lpips": metrics.lpips_status}
-                facts |= {"scores": summarise(result.rows)}
-                facts["notes"] = [*member.notes, *data.notes, *score_notes(result.rows)]
-                member.run.save_result(facts, result.rows, result.pictures)
-                if not member.failed:
-                    member.run.set_state("done")
-                    member.run.file("checkpoint.safetensors").unlink(missing_ok=True)
-
-    together.solve()
-    # What needs no epochs is written down before hours of training that may be stopped.
-    early = [member for member in members if member.best and not member.active and not member.failed]
-    finish(early)
-    together.train_epochs()
-    finish([member for member in members if member.best and member not in early])
-
-
-def _summary(member: Member, config: RunConfig, encoders: Encoders, features: list[Tensor]) -> dict[str, Any]:
-    entries = encoders.describe()
-    return {
-        "kind": "decoder",
-        "label": f"{' + '.join(config.sources)} · {config.decoder.name}",
-        "sources": list(config.sources),
-        "decoder": config.decoder.name,
-        "reference": None,
-        "fusion": None if member.head.fusion is None else to_dict(config.fusion),
-        "weights": encoders.weights_of([encoders.sources[i] for i in member.picks]),
-        "features": [entries[i] for i in member.picks],
-        "parameters": member.parameters,
-        "macs": member.macs(features),
-        "seed": config.seed,
-        "loss": config.recipe.loss,
-        "train_seconds": round(member.seconds, 2),
-        "pictures_seen": member.pictures_seen,
-        "epochs": member.epoch,
-        "best_epoch": member.best_epoch,
-        "best_validation_loss": member.best_loss,
-        "batch_size": config.recipe.batch_size,
-    }
+    def _data(self, config: DataConfig) -> Data:
+        """Groups mostly share their pictures, which are found, read and checked once."""
+        if config not in self._loaded:
+            data = load_data(config, cache=self.cache, progress=self.progress)
+            self._loaded[config] = replace(data, notes=(*data.notes, *near_duplicates(data)))
+        return self._loaded[config]

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, unknown
+from afterimage.config import LPIPS_NETS, AfterimageError, unknown
 from afterimage.lpips import LPIPS
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -78,7 +78,12 @@ class WeightedSum(Loss):
         return torch.stack(list(values)).sum(0)
 
 
-LOSSES: dict[str, type[Loss]] = {"mse": MSE, "l1": L1, "lpips": Perceptual}
+LOSSES: dict[str, type[Loss]] = {
+    "mse": MSE,
+    "l1": L1,
+    "lpips": Perceptual,
+    **{f"lpips:{net}": Perceptual for net in LPIPS_NETS},
+}
 
 
 def parse_loss(text: str) -> dict[str, float]:
@@ -103,10 +108,16 @@ def parse_loss(text: str) -> dict[str, float]:
 
 
 def create_loss(text: str, *, lpips_net: str = "alex", lpips_weights: str | Path = "pretrained") -> Loss:
-    """The loss that `text` describes (see `parse_loss`); the network and weights are for LPIPS."""
+    """The loss that `text` describes (see `parse_loss`).
+
+    The network and weights are for LPIPS; a name such as `lpips:squeeze` says its network itself.
+    """
     weights = parse_loss(text)
     terms = [
-        LOSSES[name](lpips_net, lpips_weights) if name == "lpips" else LOSSES[name]() for name in weights
+        LOSSES[name](name.partition(":")[2] or lpips_net, lpips_weights)
+        if LOSSES[name] is Perceptual
+        else LOSSES[name]()
+        for name in weights
     ]
     if list(weights.values()) == [1.0]:
         return terms[0]

@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.checkpoint import (
-    load_tensors,
+    load_checkpoints,
     pack_optimizer,
     prefixed,
-    save_tensors,
+    save_checkpoint,
+    save_decoder,
     unpack_optimizer,
     without_prefix,
 )
 from afterimage.config import AfterimageError, RecipeConfig
+from afterimage.decoders.base import Window
 from afterimage.losses import create_loss
+from afterimage.memory import Result, halving
 from afterimage.reconstructor import Head
 from afterimage.runs import Run
 
-PROGRESS = ("history", "notes", "best_loss", "best_epoch", "epoch", "seconds", "pictures_seen")
+PROGRESS = (
+    "history",
+    "notes",
+    "best_loss",
+    "best_epoch",
+    "epoch",
+    "position",
+    "seconds",
+    "epoch_seconds",
+    "pictures_seen",
+    "micro_batch",
+)
+"""What a checkpoint holds besides tensors. No random state: training draws none (order, crops and flips are
+functions of seed, epoch and picture), which a test holds every decoder to."""
 
 
 class Member:
     """A decoder in training beside others on the same features; `picks` says which features are its own.
 
-    With a run it writes its history and a checkpoint there after every epoch.
+    With a run it writes its history and a checkpoint there after every epoch, and where it is told to in between.
+    `identity` is what a checkpoint must share to be gone on from, by name: the pictures' digest, the weights'; a
+    decoder is only for its own `sources` and `weights`.
+    `guard` is called before anything is written and may raise; `said` is told what a user should know.
     """
 
     def __init__(
@@ -43,8 +62,12 @@ class Member:
         *,
         name: str = "decoder",
         run: Run | None = None,
+        identity: Mapping[str, Any] | None = None,
+        guard: Callable[[], None] = lambda: None,
+        said: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.name, self.recipe, self.fabric, self.run = name, recipe, fabric, run
+        self.identity, self.guard, self.said = dict(identity or {}), guard, said
         self.picks = list(picks)
         self.head = head.to(fabric.device, memory_format=torch.channels_last)
         self.loss = create_loss(recipe.loss).to(fabric.device)
@@ -52,7 +75,9 @@ class Member:
         self.notes: list[str] = []
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_epoch, self.epoch, self.seconds = math.inf, 0, 0, 0.0
-        self.pictures_seen = self._seen = 0
+        self.epoch_seconds = 0.0
+        self.pictures_seen = self.position = 0
+        self.micro_batch = self._at_once = recipe.batch_size
         self.failed = self.restored = False
         self._total = torch.zeros((), device=fabric.device)
         trainable = [p for p in head.parameters() if p.requires_grad]
@@ -75,7 +100,7 @@ class Member:
     @property
     def running_loss(self) -> float:
         """The mean loss of the epoch so far; asking waits for the device."""
-        return float(self._total) / max(1, self._seen)
+        return float(self._total) / max(1, self.position)
 
     @property
     def best_text(self) -> str:
@@ -85,36 +110,77 @@ class Member:
         return [features[i] for i in self.picks]
 
     def begin_epoch(self) -> None:
+        """Get ready to step, at the start of an epoch or at `position` pictures in it."""
         self.head.train()
-        self._total.zero_()
-        self._seen = 0
 
     def step(self, features: Sequence[Tensor], images: Tensor) -> None:
-        """One optimizer step on the features of `images`, both already on the device.
+        """An optimizer step for each of the decoder's windows on the features of `images`, both on the device.
 
-        Raises `AfterimageError` for a loss that is not finite: at once on a CPU, where asking is free; on other
-        devices `end_epoch` does, so that steps need not wait.
+        Where memory does not suffice, gradients are summed over micro-batches. Raises `AfterimageError` for a loss
+        that is not finite: at once on a CPU, where asking is free; on other devices `end_epoch` does, so that
+        steps need not wait.
         """
-        loss = self.loss(self.trained(self.pick(features)), images)
+        picked = self.pick(features)
+        # Windows depend on the position in the run alone, so that one that goes on draws the same.
+        generator = torch.Generator().manual_seed((self.epoch << 32) + self.position)
+        windows = self.head.decoder.windows(generator)
+        for window in windows:
+            self._total += self._descend(picked, images, window) / len(windows)
+        self.position += len(images)
+
+    def _descend(self, picked: list[Tensor], images: Tensor, window: Window | None) -> Tensor:
+        """One optimizer step; returns the sum of the pictures' losses."""
+        count = len(images)
+        wanted = min(self.micro_batch, count)
+        buffers = [buffer.clone() for buffer in self.head.buffers()]
+
+        def work(size: int) -> Tensor:
+            if size < wanted:  # undo what the attempt that failed has left
+                self.optimizer.zero_grad(set_to_none=True)
+                for buffer, before in zip(self.head.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
+            parts = _parts(picked, images, size)
+            return sum(self._gradients(maps, part, count, window) for maps, part in parts)
+
+        total, size = halving(work, wanted, self.name)
+        if size < wanted:
+            self._shrink(size)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _gradients(self, features: list[Tensor], images: Tensor, count: int, window: Window | None) -> Tensor:
+        """Add the gradients of some of the batch's `count` pictures; returns the sum of their losses."""
+        loss = self.loss(self.trained(features, window), self.head.decoder.cut(images, window))
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             raise AfterimageError(
                 f"{self.name}: the loss is {loss.item()} in epoch {self.epoch + 1}, step "
-                f"{self._seen // self.recipe.batch_size + 1}; the best decoder so far ({self.best_text}) is kept. "
+                f"{self.position // self.recipe.batch_size + 1}; the best decoder so far ({self.best_text}) is kept. "
                 "A lower learning_rate may help."
             )
-        self.fabric.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._total += loss.detach() * len(images)
-        self._seen += len(images)
+        self.fabric.backward(loss if len(images) == count else loss * (len(images) / count))
+        return loss.detach() * len(images)
+
+    def _shrink(self, size: int) -> None:
+        self.micro_batch = size
+        note = f"out of memory: gradients are summed over micro-batches of {size}, the same mathematics"
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.head.modules()):
+            note += f" except that batch norm sees {size} pictures at a time"
+        self.notes.append(f"{note}; from epoch {self.epoch + 1} on")
+        self.said(f"{self.name}: {note}")
 
     @torch.no_grad()
     def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
         """The loss summed over the pictures of one validation batch."""
         self.head.eval()
-        return float(self.loss(self.trained(self.pick(features)), images)) * len(images)
 
-    def end_epoch(self, validation_loss: float, seconds: float) -> None:
+        def work(size: int) -> float:
+            parts = _parts(self.pick(features), images, size)
+            return sum(float(self.loss(self.trained(maps), part)) * len(part) for maps, part in parts)
+
+        return self._looking(work)
+
+    def end_epoch(self, validation_loss: float) -> None:
         """Note an epoch, keep the decoder if it is the best, move the schedule, write a checkpoint."""
         train_loss = self.running_loss
         if not (math.isfinite(train_loss) and math.isfinite(validation_loss)):
@@ -123,18 +189,20 @@ class Member:
                 f"{validation_loss}); the best decoder so far ({self.best_text}) is kept"
             )
         self.epoch += 1
-        self.seconds += seconds
-        self.pictures_seen += self._seen
+        self.seconds += self.epoch_seconds
+        self.pictures_seen += self.position
         self.history.append(
             {
                 "epoch": self.epoch,
                 "train_loss": train_loss,
                 "validation_loss": validation_loss,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "seconds": round(seconds, 3),
-                "pictures_per_second": round(self._seen / max(seconds, 1e-9), 2),
+                "seconds": round(self.epoch_seconds, 3),
+                "pictures_per_second": round(self.position / max(self.epoch_seconds, 1e-9), 2),
             }
         )
+        self.position, self.epoch_seconds = 0, 0.0
+        self._total.zero_()
         if validation_loss < self.best_loss:
             self.keep(validation_loss)
         self.scheduler.step(*([validation_loss] if self.recipe.scheduler == "plateau" else []))
@@ -147,43 +215,92 @@ class Member:
 
     def save(self) -> None:
         """Write the checkpoint that `restore` goes on from."""
-        if self.run is None or self.optimizer is None:
+        if self.run is None:
             return
-        tensors, facts = pack_optimizer(self.optimizer.optimizer)
+        self.guard()
         tensors = (
-            prefixed("optimizer", tensors)
-            | prefixed("head", self.head.state_dict())
-            | prefixed("best", self.best)
+            prefixed("head", self.head.state_dict()) | prefixed("best", self.best) | {"total": self._total}
         )
-        facts |= {name: getattr(self, name) for name in PROGRESS} | {"scheduler": self.scheduler.state_dict()}
-        save_tensors(self.run.file("checkpoint.safetensors"), tensors, facts)
-        self.run.save_history(self.history)
+        facts = {name: getattr(self, name) for name in PROGRESS}
+        facts |= {"identity": self.identity, "torch": torch.__version__}
+        if self.optimizer is not None:
+            moments, groups = pack_optimizer(self.optimizer.optimizer)
+            tensors |= prefixed("optimizer", moments)
+            facts |= groups | {"scheduler": self.scheduler.state_dict()}
+            facts["precision"] = self.fabric.strategy.precision.state_dict()
+        save_checkpoint(self.run, tensors, facts)
+        if self.history:
+            self.run.save_history(self.history)
 
     def save_best(self) -> None:
-        save_tensors(self.run.file("decoder.safetensors"), self.best)
+        """Write the best decoder and the history."""
+        self.guard()
+        made_for = {key: self.identity[key] for key in ("sources", "weights") if key in self.identity}
+        save_decoder(self.run.file("decoder.safetensors"), self.best, made_for)
+        if self.history:
+            self.run.save_history(self.history)
 
     def restore(self) -> bool:
-        """Go on from the run's checkpoint; False where there is none."""
-        if self.run is None or self.optimizer is None or not self.run.file("checkpoint.safetensors").exists():
-            return False
-        tensors, facts = load_tensors(self.run.file("checkpoint.safetensors"))
+        """Go on from the run's newest sound checkpoint; False where there is none, as `said` has been told.
+
+        Raises `AfterimageError` for one that does not fit the decoder.
+        """
+        for tensors, facts in load_checkpoints(self.run, self.said) if self.run is not None else ():
+            made_on = facts["identity"]
+            changed = [key for key in self.identity if made_on.get(key) != self.identity[key]]
+            if changed:
+                self.said(
+                    f"{self.name}: starts over, since a checkpoint was made on other {', '.join(changed)}"
+                )
+                return False
+            try:
+                self._restore(tensors, facts)
+            except (RuntimeError, KeyError, ValueError) as error:
+                raise AfterimageError(
+                    f"{self.name}: its checkpoint does not fit ({error!s:.200}); delete the folder "
+                    f"{self.run.path} to start over"
+                ) from None
+            return True
+        return False
+
+    def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.head.load_state_dict(without_prefix("head", tensors))
         self.best = {
-            k: tensor.to(self.fabric.device) for k, tensor in without_prefix("best", tensors).items()
+            name: tensor.to(self.fabric.device) for name, tensor in without_prefix("best", tensors).items()
         }
-        unpack_optimizer(self.optimizer.optimizer, without_prefix("optimizer", tensors), facts)
-        self.scheduler.load_state_dict(facts["scheduler"])
+        self._total.copy_(tensors["total"])
+        if self.optimizer is not None:
+            unpack_optimizer(self.optimizer.optimizer, without_prefix("optimizer", tensors), facts)
+            self.scheduler.load_state_dict(facts["scheduler"])
+            self.fabric.strategy.precision.load_state_dict(facts["precision"])
         for name in PROGRESS:
             setattr(self, name, facts[name])
+        if facts["torch"] != torch.__version__:
+            self.notes.append(
+                f"went on under PyTorch {torch.__version__} after {facts['torch']} in epoch {self.epoch + 1}"
+            )
         self.restored = True
-        return True
 
     @torch.inference_mode()
     def reconstruct(self, features: Sequence[Tensor]) -> Tensor:
         """Pictures `(B, 3, H, W)` in [0, 1] from the features of all encoders."""
         self.head.eval()
-        with self.fabric.autocast():
-            return self.head(self.pick(features)).float()
+        picked = self.pick(features)
+
+        def work(size: int) -> Tensor:
+            with self.fabric.autocast():
+                parts = zip(*(maps.split(size) for maps in picked), strict=True)
+                return torch.cat([self.head(list(part)).float() for part in parts])
+
+        return self._looking(work)
+
+    def _looking(self, work: Callable[[int], Result]) -> Result:
+        """Do without gradients what takes a number of pictures at a time; fewer where memory does not suffice."""
+        result, size = halving(work, self._at_once, self.name)
+        if size < self._at_once:
+            self._at_once = size
+            self.said(f"{self.name}: out of memory: it is measured on {size} pictures at a time")
+        return result
 
     @torch.no_grad()
     def macs(self, features: Sequence[Tensor]) -> int:
@@ -192,6 +309,17 @@ class Member:
         with FlopCounterMode(display=False) as counter:
             self.head(self.pick(features))
         return counter.get_total_flops() // 2
+
+
+def _parts(features: Sequence[Tensor], images: Tensor, size: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """A batch in parts of `size` pictures; the batch itself where it is no larger."""
+    if len(images) <= size:
+        yield list(features), images
+        return
+    for maps, part in zip(
+        zip(*(f.split(size) for f in features), strict=True), images.split(size), strict=True
+    ):
+        yield list(maps), part
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from afterimage.checkpoint import load_decoder
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, split_source
 from afterimage.decoders import Decoder, create_decoder
+from afterimage.decoders.base import Window
 from afterimage.encoders import Encoder, resolve
 from afterimage.fusion import create_fusion
 from afterimage.runs import Run
@@ -54,10 +55,25 @@ class Encoders(nn.Module):
         used = set(sources)
         return [e.weights.as_dict() for e in self.encoders if used.intersection(e.sources)]
 
+    def weight_digests(self, sources: Sequence[str]) -> dict[str, str]:
+        """The SHA-256 of the weights behind `sources`, by model; empty where they are random."""
+        return {entry["model"]: entry["sha256"] for entry in self.weights_of(sources)}
+
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
         """Feature maps `(B, C, h, w)` of pictures in [0, 1], in the order of `sources`."""
         features = [feature for encoder in self.encoders for feature in encoder(images)]
         return [features[i] for i in self._picks]
+
+
+@runtime_checkable
+class ClosedForm(Protocol):
+    """What is fitted on one pass over the pictures (see `Decoder`)."""
+
+    def prepare(self, pictures: int, seed: int) -> int: ...
+
+    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None: ...
+
+    def solve(self) -> list[str]: ...
 
 
 class Head(nn.Module):
@@ -71,11 +87,20 @@ class Head(nn.Module):
     def fuse(self, features: Sequence[Tensor]) -> list[Tensor]:
         return list(features) if self.fusion is None else [self.fusion(features)]
 
-    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
-        self.decoder.accumulate(self.fuse(features), images, validation=validation)
+    @property
+    def closed_forms(self) -> list[ClosedForm]:
+        """The parts with a closed form, in the order in which they are fitted."""
+        return [part for part in (self.fusion, self.decoder) if getattr(part, "closed_form", False)]
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return self.decoder(self.fuse(features))
+    def accumulate(
+        self, part: ClosedForm, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
+    ) -> None:
+        """Give one of the `closed_forms` a batch: a fusion takes the features, a decoder what is made of them."""
+        given = features if part is self.fusion else self.fuse(features)
+        part.accumulate(given, images, validation=validation)
+
+    def forward(self, features: Sequence[Tensor], window: Window | None = None) -> Tensor:
+        return self.decoder(self.fuse(features), window)
 
 
 def build_head(config: RunConfig, specs: Sequence[FeatureSpec]) -> Head:
@@ -84,7 +109,7 @@ def build_head(config: RunConfig, specs: Sequence[FeatureSpec]) -> Head:
     if config.fusion is not None:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            fusion = create_fusion(config.fusion, specs)
+            fusion = create_fusion(config.fusion, specs, config.data.crop)
     decoder = create_decoder(
         config.decoder.name,
         specs if fusion is None else [fusion.spec],
@@ -96,7 +121,7 @@ def build_head(config: RunConfig, specs: Sequence[FeatureSpec]) -> Head:
     if fusion is not None and decoder.closed_form and any(p.requires_grad for p in fusion.parameters()):
         raise AfterimageError(
             f"{config.decoder.name} is fitted in closed form on features as they are; fuse them with "
-            f"'aligned', which has nothing to learn, instead of {config.fusion.name!r}"
+            f"'stacked' or 'aligned', which have nothing to learn by descent, instead of {config.fusion.name!r}"
         )
     return Head(decoder, fusion)
 
@@ -113,8 +138,8 @@ class Reconstructor(nn.Module):
     def open(cls, run: Run | str | Path, *, weights: str | None = None) -> Reconstructor:
         """Rebuild a finished run's reconstructor from its folder, in evaluation mode.
 
-        Raises `AfterimageError` where the run is not finished, its decoder does not fit, or the encoder's weights
-        are not those it was trained on.
+        Raises `AfterimageError` where the run is not finished, its decoder does not fit or was made for other
+        features, or the encoder's weights are not those it was trained on.
         """
         run = run if isinstance(run, Run) else Run.open(run)
         config = run.config
@@ -127,8 +152,10 @@ class Reconstructor(nn.Module):
         _same_weights(run, encoders)
         head = build_head(config, encoders.specs)
         try:
-            head.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError, OSError) as error:
+            sources = list(encoders.sources)
+            made_for = {"sources": sources, "weights": encoders.weight_digests(sources)}
+            head.load_state_dict(load_decoder(path, made_for))
+        except RuntimeError as error:
             raise AfterimageError(f"cannot load {path}: {error}") from None
         return cls(encoders, head).eval()
 

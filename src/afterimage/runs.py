@@ -6,14 +6,18 @@ history.csv           one row an epoch
 scores.csv            one row a test picture: id, psnr, ssim, lpips
 summary.json          what a report needs (see `Run.summary`)
 decoder.safetensors   the best decoder by validation loss
-reconstructions/      a fixed set of test pictures: NAME.original.png and NAME.png
-status.json           state: running, done or failed; with the error
+reconstructions/      a fixed set of test pictures: NAME.original.png and NAME.png; index.json
+                      NAME.weights.N.png: how much a fusion gave its source N, where it weighs them
+status.json           state: running, stopped, done or failed; with the error
+checkpoint*           while it is trained: what training goes on from, and the one before (see `checkpoint`)
+lock.*                while it is worked on: which process does (see `lock`)
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -21,39 +25,69 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from afterimage.config import AfterimageError, ReferenceConfig, RunConfig, dump_toml, load_toml
+from afterimage.config import AfterimageError, RunConfig, dump_toml, load_toml
+
+LEFTOVER = ".part"
+"""How files that are being written end; one that stays was left by a process that was killed."""
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it."""
+def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = None) -> None:
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it.
+
+    With `keep` the file that was there gets that name, once the new one is safe on disk.
+    """
     path = Path(path)
     content = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise AfterimageError(f"cannot write {path}: {error.strerror or error}") from error
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames in a folder last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; raises `AfterimageError` where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise AfterimageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_json(path: str | Path) -> Any:
@@ -76,7 +110,7 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_image(path: str | Path, pixels: Any) -> None:
-    """Write uint8 pixels `(H, W, 3)` as PNG."""
+    """Write uint8 pixels, `(H, W, 3)` or grey `(H, W)`, as PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -114,6 +148,14 @@ def _number(cell: str | None) -> Any:
     return cell
 
 
+@runtime_checkable
+class Named(Protocol):
+    """A configuration that names its run folder, a dataclass such as `RunConfig`."""
+
+    @property
+    def name(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Run:
     """One run folder. Every property reads the file anew; nothing is cached."""
@@ -121,7 +163,7 @@ class Run:
     path: Path
 
     @classmethod
-    def create(cls, root: str | Path, config: RunConfig | ReferenceConfig) -> Run:
+    def create(cls, root: str | Path, config: Named) -> Run:
         """Make (or find) the folder that this configuration names. An existing one is left as it is."""
         run = cls(Path(root) / config.name)
         if not run.file("config.toml").exists():
@@ -150,17 +192,28 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`new`, `running`, `done` or `failed`."""
+        """`new`, `running`, `stopped`, `done` or `failed`."""
+        return self.status.get("state", "new")
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The state and what goes with it, such as `error`; empty for a run that was never started."""
         path = self.file("status.json")
         if not path.exists():
-            return "new"
+            return {}
         status = read_json(path)
         if not isinstance(status, dict):
             raise AfterimageError(f"{path} must hold a JSON object with a state, got {status!r:.80}")
-        return status.get("state", "new")
+        return status
 
     def set_state(self, state: str, **details: Any) -> None:
         write_json(self.file("status.json"), {"state": state, **details})
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that was killed left half written; only for who holds the run's lock."""
+        for path in self.path.rglob(f".*{LEFTOVER}"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def save_environment(self, facts: Mapping[str, Any]) -> None:
         write_json(self.file("environment.json"), facts)
@@ -188,14 +241,23 @@ class Run:
         summary: Mapping[str, Any],
         rows: Iterable[Mapping[str, Any]],
         pictures: Iterable[tuple[str, Any, Any]],
+        fusion_maps: Sequence[Any] = (),
     ) -> None:
-        """Write scores, pictures as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the summary."""
+        """Write scores, pictures as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the summary.
+
+        `fusion_maps` holds uint8 `(sources, h, w)` for each picture, 255 for a weight of 1, where a fusion has such.
+        """
         index = []
         for i, (identity, *pair) in enumerate(pictures):
             names = [f"{i:03}.original.png", f"{i:03}.png"]
             for name, pixels in zip(names, pair, strict=True):
                 write_image(self.file("reconstructions") / name, pixels)
-            index.append({"id": identity, "original": names[0], "reconstruction": names[1]})
+            entry = {"id": identity, "original": names[0], "reconstruction": names[1]}
+            if len(fusion_maps):
+                entry["fusion_maps"] = [f"{i:03}.weights.{k}.png" for k in range(len(fusion_maps[i]))]
+                for name, pixels in zip(entry["fusion_maps"], fusion_maps[i], strict=True):
+                    write_image(self.file("reconstructions") / name, pixels)
+            index.append(entry)
         write_json(self.file("reconstructions") / "index.json", index)
         write_csv(self.file("scores.csv"), rows)
         write_json(self.file("summary.json"), summary)
@@ -204,10 +266,17 @@ class Run:
     def pictures(self) -> list[tuple[str, Path, Path]]:
         """The saved test pictures as `(id, original, reconstruction)`, in their fixed order."""
         folder = self.file("reconstructions")
-        index = folder / "index.json"
-        if not index.exists():
-            return []
-        return [(e["id"], folder / e["original"], folder / e["reconstruction"]) for e in read_json(index)]
+        return [(e["id"], folder / e["original"], folder / e["reconstruction"]) for e in self._index()]
+
+    @property
+    def fusion_maps(self) -> dict[str, list[Path]]:
+        """Where a fusion weighs its sources: each saved picture's maps, a grey PNG a source, 255 a weight of 1."""
+        folder = self.file("reconstructions")
+        return {e["id"]: [folder / name for name in e.get("fusion_maps", ())] for e in self._index()}
+
+    def _index(self) -> list[dict[str, Any]]:
+        path = self.file("reconstructions") / "index.json"
+        return read_json(path) if path.exists() else []
 
 
 def environment() -> dict[str, Any]:

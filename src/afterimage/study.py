@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from afterimage.config import (
     LPIPS_NETS,
     AfterimageError,
+    Count,
     DataConfig,
     DecoderConfig,
     FusionConfig,
@@ -44,18 +45,22 @@ class RowConfig:
 class StudyConfig:
     """Sources x decoders x seeds on the same pictures by the same recipe; `rows` adds what does not fit the grid.
 
-    A layer may be a glob (`resnet34.tv_in1k:layer*`). `lpips` may be `any`: the first network whose weights are
-    found. With `missing_weights = "random"` an encoder without pretrained weights goes on with random ones, said
-    in every output; otherwise it is an error.
+    A layer may be a glob (`resnet34.tv_in1k:layer*`). With `parameters` every decoder that comes in sizes is built
+    at that one, within 5 %, whatever its own says; a fusion's parameters come on top. `lpips` may be `any`: the
+    first network whose weights are found. With `missing_weights = "random"` an encoder without pretrained weights
+    goes on with random ones, said in every output; otherwise it is an error. With `controls` runs get their twins
+    and are held against controls.
     """
 
     title: str = ""
     sources: tuple[str, ...] = ()
     decoders: tuple[DecoderConfig, ...] = (DecoderConfig(),)
+    parameters: Count | None = None
     seeds: tuple[int, ...] = (42,)
     weights: str = "pretrained"
     missing_weights: str = "error"
     references: bool = True
+    controls: bool = False
     keep: int = 8
     lpips: str = "alex"
     data: DataConfig = DataConfig()
@@ -103,6 +108,7 @@ def expand(study: StudyConfig, progress: Progress = silent) -> list[RunConfig]:
     """The study's runs, with globs resolved, tags pinned and weights looked for."""
     rows = [RowConfig((source,)) for source in study.sources] + list(study.rows)
     lpips = _first_lpips() if study.lpips == "any" else study.lpips
+    sized = _sizer(study.parameters, progress)
     configs = []
     decided: dict[tuple, str] = {}
     for i, row in enumerate(rows):
@@ -115,7 +121,7 @@ def expand(study: StudyConfig, progress: Progress = silent) -> list[RunConfig]:
                 if (models, weights) not in decided:
                     decided[models, weights] = _weights_or_random(models, weights, progress)
                 weights = decided[models, weights]
-            for decoder in row.decoders or study.decoders:
+            for decoder in map(sized, row.decoders or study.decoders):
                 for seed in study.seeds:
                     configs.append(
                         RunConfig(
@@ -129,7 +135,32 @@ def expand(study: StudyConfig, progress: Progress = silent) -> list[RunConfig]:
                             lpips=lpips,
                         )
                     )
+    if study.controls:
+        from afterimage.controls import with_twins
+
+        configs = with_twins(configs, progress)
     return list({config.digest: config for config in configs}.values())
+
+
+def _sizer(parameters: Count | None, progress: Progress) -> Callable[[DecoderConfig], DecoderConfig]:
+    """Gives decoders the study's number of parameters, and says once of each that it has one size only."""
+    if parameters is None:
+        return lambda decoder: decoder
+    from afterimage.decoders import DECODERS
+
+    said = set()
+
+    def sized(decoder: DecoderConfig) -> DecoderConfig:
+        if decoder.name not in DECODERS or DECODERS[decoder.name].size_option is not None:
+            return dataclasses.replace(decoder, parameters=parameters)
+        if decoder.name not in said:
+            said.add(decoder.name)
+            progress(
+                f"the {decoder.name} decoder has one size only, which it keeps beside {parameters:,}", 1, 1
+            )
+        return decoder
+
+    return sized
 
 
 def _matches(source: str) -> list[str]:
@@ -174,7 +205,7 @@ def run_study(
     progress: Progress = silent,
 ) -> tuple[list[Run], list[AfterimageError]]:
     """Run what is not done yet. A run that fails is recorded and the others go on; returns runs and failures."""
-    from afterimage.controls import run_references
+    from afterimage.controls import run_controls, run_references
     from afterimage.jobs import train_runs
 
     configs = expand(study, progress)
@@ -194,4 +225,7 @@ def run_study(
         keep=study.keep,
         failures=failures,
     )
+    if study.controls:
+        done = [run for run in trained if run.state == "done"]
+        failures += run_controls(done, cache=cache, accelerator=accelerator, progress=progress)
     return trained + runs, failures

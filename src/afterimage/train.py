@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,19 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from afterimage.config import RecipeConfig
+from afterimage.config import AfterimageError, RecipeConfig
 from afterimage.data import Data, Pictures, order
+from afterimage.guards import FeatureWatch, check_frozen, check_pictures, check_split
 from afterimage.member import Member
+from afterimage.memory import halving
 from afterimage.progress import Progress, silent
-from afterimage.reconstructor import Reconstructor
+from afterimage.reconstructor import ClosedForm, Reconstructor
+from afterimage.stop import Stopped
 
 VALIDATION_BYTES = 1 << 30
 """Validation features are computed once and kept where they take no more memory than this."""
+CHECKPOINT_SECONDS = 45.0
+"""With the step that is under way when they have passed, a checkpoint is never older than a minute of work."""
 
 Recorder = Callable[[Member], contextlib.AbstractContextManager[None]]
 
@@ -53,6 +59,8 @@ class Together:
     """Decoders that learn from the same pictures in the same order, through the same encoders.
 
     `recorded(member)` wraps what one member does; it may turn an error into a record and mark the member failed.
+    `pause` is called between steps, where every member can be saved, and may raise `Stopped`. Members need not be
+    at the same step: each goes on from its own, since a batch depends on seed, epoch and position alone.
     """
 
     def __init__(
@@ -65,29 +73,57 @@ class Together:
         seed: int,
         progress: Progress = silent,
         recorded: Recorder = lambda member: contextlib.nullcontext(),
+        pause: Callable[[], None] = lambda: None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> None:
+        check_split(data)
         self.encoders, self.data, self.members, self.fabric = encoders, data, list(members), fabric
-        self.seed, self.progress, self.recorded = seed, progress, recorded
+        self.seed, self.progress, self.recorded, self.pause = seed, progress, recorded, pause
         self.recipe = members[0].recipe
+        self.watch = FeatureWatch(encoders.sources)
+        self.checkpoint_seconds, self._saved = checkpoint_seconds, time.monotonic()
+        self._at_once = self.recipe.batch_size
         self._kept: list[tuple[list[Tensor], Tensor]] | None = None
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of pictures `(B, 3, H, W)`; fewer pictures at a time where memory does not suffice."""
+
+        def work(size: int) -> list[Tensor]:
+            with self.fabric.autocast():
+                parts = [self.encoders(part) for part in images.split(size)]
+            return parts[0] if len(parts) == 1 else [torch.cat(maps) for maps in zip(*parts, strict=True)]
+
+        wanted = min(self._at_once, len(images))
+        features, size = halving(work, wanted, "the encoders")
+        if size < wanted:
+            self._at_once = size
+            self.progress(f"out of memory: the encoders see {size} pictures at a time from here on", 1, 1)
+        return features
 
     @torch.no_grad()
     def batches(
         self, pictures: Pictures, indices: np.ndarray | Tensor | None = None, **crop: Any
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Features and pictures `(B, 3, H, W)`, batch by batch, on the device."""
+        check_frozen(self.encoders)
         indices = torch.arange(len(pictures)) if indices is None else torch.as_tensor(indices)
-        for chunk in indices.split(self.recipe.batch_size):
+        for number, chunk in enumerate(indices.split(self.recipe.batch_size)):
             images = pictures.crops(chunk, device=self.fabric.device, **crop)
-            with self.fabric.autocast():
-                features = self.encoders(images)
+            ids = [pictures.ids[index] for index in chunk.tolist()]
+            if number == 0 or images.device.type == "cpu":  # elsewhere asking makes every step wait
+                check_pictures(images, ids)
+            features = self.features(images)
+            self.watch.look(features, ids)
             yield features, images
+        self.watch.settle()
 
-    def training_batches(self, epoch: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """One epoch's batches: a pure function of seed and epoch, whatever else is trained beside or resumed."""
-        indices = order(len(self.data.train), seed=self.seed, epoch=epoch)
+    def training_batches(self, epoch: int, position: int = 0) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """One epoch's batches, from a position in it: a pure function of seed and epoch, whatever else is
+        trained beside or resumed."""
+        indices = order(len(self.data.train), seed=self.seed, epoch=epoch)[position:]
         crop = {"seed": self.seed, "epoch": epoch} if self.recipe.augment else {}
-        return self.batches(self.data.train, indices, **crop)
+        return self.batches(self.data.train, indices, **crop) if len(indices) else iter(())
 
     def views(self, view: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         """The training pictures for a closed form: centre crops as test pictures have, then random ones."""
@@ -108,10 +144,13 @@ class Together:
             self._kept = kept
 
     def validation_losses(self, members: Sequence[Member]) -> list[float]:
+        """The mean loss of each member; not a number for one that failed on the way."""
         sums = [0.0] * len(members)
         for features, images in self.validation_batches():
             for i, member in enumerate(members):
-                sums[i] += member.validate(features, images)
+                with self.recorded(member):
+                    sums[i] += math.nan if member.failed else member.validate(features, images)
+            self.pause()
         return [total / len(self.data.validation) for total in sums]
 
     def train(self) -> None:
@@ -123,57 +162,113 @@ class Together:
         """Epochs of gradient descent until every member has had its number of them."""
         while active := [member for member in self.members if member.active]:
             epoch = min(member.epoch for member in active)
-            self.train_epoch(epoch, [member for member in active if member.epoch == epoch])
+            members = [member for member in active if member.epoch == epoch]
+            try:
+                self.train_epoch(epoch, members)
+            except Stopped:
+                self.save(members)
+                raise
+
+    def save(self, members: Sequence[Member]) -> None:
+        """Write the members' checkpoints, wherever they are."""
+        for member in members:
+            if not member.failed:
+                with self.recorded(member):
+                    member.save()
+        self._saved = time.monotonic()
 
     def solve(self) -> None:
-        """One pass over the training and the validation pictures for decoders with a closed form."""
-        members = [m for m in self.members if m.head.decoder.closed_form and not m.restored and not m.failed]
-        if not members:
-            return
+        """What has a closed form, before any epoch: fusions first, then the decoders that read them."""
+        waiting = [m for m in self.members if m.head.closed_forms and not m.restored and not m.failed]
+        for stage in range(max((len(m.head.closed_forms) for m in waiting), default=0)):
+            parts = {m: m.head.closed_forms[stage] for m in waiting if stage < len(m.head.closed_forms)}
+            self._solve({member: part for member, part in parts.items() if not member.failed})
+        for member in waiting:
+            with self.recorded(member):
+                if member.head.decoder.closed_form and not member.failed:
+                    started = time.monotonic()
+                    (loss,) = self.validation_losses([member])
+                    if member.failed:
+                        continue
+                    if not math.isfinite(loss):
+                        raise AfterimageError(f"{member.name}: the closed form's validation loss is {loss}")
+                    member.seconds += time.monotonic() - started
+                    member.keep(loss)
+                if not member.failed:
+                    member.save()
+
+    def _solve(self, parts: Mapping[Member, ClosedForm]) -> None:
+        """One part of each member, on one pass over the training and the validation pictures."""
         started = time.monotonic()
-        views = {m: m.head.decoder.prepare(len(self.data.train), self.seed) for m in members}
-        passes = max(views.values())
+        views = {m: part.prepare(len(self.data.train), self.seed) for m, part in parts.items()}
+        passes = max(views.values(), default=0)
         done, total = 0, passes * len(self.data.train) + len(self.data.validation)
-        for view in range(passes + 1):
+        for view in range(passes + 1 if parts else 0):
             held_out = view == passes
             for features, images in self.validation_batches() if held_out else self.views(view):
-                for member in members:
-                    if held_out or view < views[member]:
-                        member.head.accumulate(member.pick(features), images, validation=held_out)
+                for member, part in parts.items():
+                    if not member.failed and (held_out or view < views[member]):
+                        with self.recorded(member):
+                            self.watch.check(member.name, member.picks)
+                            member.head.accumulate(part, member.pick(features), images, validation=held_out)
                 done += len(images)
                 self.progress("fitting in closed form", done, total)
-        shared = (time.monotonic() - started) / len(members)
-        for member in members:
-            with self.recorded(member):
-                started = time.monotonic()
-                member.notes += member.head.decoder.solve()
-                member.seconds += shared + time.monotonic() - started
-                member.pictures_seen += views[member] * len(self.data.train)
-                member.keep(self.validation_losses([member])[0])
+                self.pause()
+        shared = (time.monotonic() - started) / max(1, len(parts))
+        for member, part in parts.items():
+            if not member.failed:
+                with self.recorded(member):
+                    started = time.monotonic()
+                    self.watch.check(member.name, member.picks)
+                    member.notes += part.solve()
+                    member.seconds += shared + time.monotonic() - started
+                    member.pictures_seen += views[member] * len(self.data.train)
 
     def train_epoch(self, epoch: int, members: list[Member]) -> None:
-        """One epoch for `members`; its time is divided evenly between them, since they share the pass."""
-        started, done, total = time.monotonic(), 0, len(self.data.train)
-        last = max(member.recipe.epochs for member in members)
+        """One epoch for `members`; its time is divided evenly between them, since they share the pass.
+
+        It begins where the one that is furthest behind left off; those ahead wait until it is their turn.
+        """
+        total, last = len(self.data.train), max(member.recipe.epochs for member in members)
+        done = begun = min(member.position for member in members)
         for member in members:
             member.begin_epoch()
-        for features, images in self.training_batches(epoch):
-            for member in members:
-                if not member.failed:
-                    with self.recorded(member):
-                        member.step(features, images)
+        started = lap = time.monotonic()
+        for features, images in self.training_batches(epoch, done):
+            stepping = [m for m in members if m.position == done and not m.failed]
+            for member in stepping:
+                with self.recorded(member):
+                    self.watch.check(member.name, member.picks)
+                    member.step(features, images)
+                self.pause()
+            if all(member.failed for member in members):
+                break
             done += len(images)
+            lap = _share(time.monotonic(), lap, stepping)
+            if lap - self._saved >= self.checkpoint_seconds:
+                self.save(members)
+                lap = _share(time.monotonic(), lap, members)
             self.progress(
                 "training",
                 epoch * total + done,
                 last * total,
                 epoch=f"{epoch + 1}/{last}",
                 loss=lambda: min(member.running_loss for member in members),
-                pictures_per_second=done / (time.monotonic() - started),
+                pictures_per_second=(done - begun) / (time.monotonic() - started),
             )
         members = [member for member in members if not member.failed]
         losses = self.validation_losses(members)
-        seconds = (time.monotonic() - started) / max(1, len(members))
+        _share(time.monotonic(), lap, members)
         for member, loss in zip(members, losses, strict=True):
-            with self.recorded(member):
-                member.end_epoch(loss, seconds)
+            if not member.failed:
+                with self.recorded(member):
+                    self.watch.check(member.name, member.picks)
+                    member.end_epoch(loss)
+        self._saved = time.monotonic()
+
+
+def _share(now: float, since: float, members: Sequence[Member]) -> float:
+    """Divide the time since then between members; returns now."""
+    for member in members:
+        member.epoch_seconds += (now - since) / len(members)
+    return now

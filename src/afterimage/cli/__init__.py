@@ -8,25 +8,42 @@ from typing import Annotated, Union
 
 import tyro
 
+from afterimage.cli.audit import Audit
+from afterimage.cli.bench import Bench
+from afterimage.cli.controls import Controls
 from afterimage.cli.evaluate import Evaluate, Reconstruct
+from afterimage.cli.invert import Invert
 from afterimage.cli.layers import Layers
 from afterimage.cli.report import Report
 from afterimage.cli.study import Study
 from afterimage.cli.train import Train
+from afterimage.cli.verify import Verify
 from afterimage.config import AfterimageError
+from afterimage.stop import interruptible
 
 COMMANDS = {
     "layers": Layers,
     "train": Train,
     "evaluate": Evaluate,
     "reconstruct": Reconstruct,
+    "invert": Invert,
     "study": Study,
+    "controls": Controls,
+    "audit": Audit,
     "report": Report,
+    "bench": Bench,
+    "verify": Verify,
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; an error a user can put right is one message and exit code 1."""
+    """Run one command; an error a user can put right is one message and exit code 1.
+
+    SIGTERM and Ctrl-C end with 143 and 130, as shells expect it.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:2] == ["study", "verify"]:
+        del arguments[0]
     try:
         chosen = tyro.cli(
             _union(),
@@ -34,19 +51,20 @@ def main(arguments: list[str] | None = None) -> None:
             description="How much of a picture is left in the features of a frozen vision encoder?",
             args=arguments,
         )
-        chosen.run()
+        with interruptible():
+            chosen.run()
     except AfterimageError as error:
         print(f"afterimage: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(
             "\nafterimage: stopped; what is done is kept, the same command goes on from there",
             file=sys.stderr,
         )
-        raise SystemExit(130) from None
+        raise SystemExit(getattr(stopped, "code", 130)) from None
 
 
 def _union():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from afterimage.config import AfterimageError
+
+if TYPE_CHECKING:
+    from afterimage.runs import Run
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,12 @@ class Report:
     """Show 95 % intervals of the means in the tables instead of standard deviations over pictures."""
 
     def run(self) -> None:
+        # Before what takes long to import: a wrong folder is said at once.
+        runs = find_runs(self.folders)
+
         from afterimage.progress import Display
         from afterimage.report import write_report
-        from afterimage.runs import Run, scan
 
-        if not self.folders:
-            raise AfterimageError("name at least one run folder, or a folder that holds some")
-        runs = [
-            run
-            for folder in self.folders
-            for run in ([Run(folder)] if (folder / "config.toml").exists() else scan(folder))
-        ]
         output = self.output or self.folders[0] / "report"
         title, spread = self.title or self.folders[0].resolve().name, "interval" if self.intervals else "std"
         with Display() as display:
@@ -45,3 +43,19 @@ class Report:
         print(*shown, f"and {len(written) - len(shown)} more files beside them", sep="\n")
         if "index.html" not in written:
             print("afterimage: the page could not be written; report.md says why", file=sys.stderr)
+
+
+def find_runs(folders: tuple[Path, ...]) -> list[Run]:
+    """The runs that folders name: each a run folder itself, or a folder that holds some."""
+    from afterimage.runs import Run, scan
+
+    if not folders:
+        raise AfterimageError("name at least one run folder, or a folder that holds some")
+    runs = [
+        run
+        for folder in folders
+        for run in ([Run(folder)] if (folder / "config.toml").exists() else scan(folder))
+    ]
+    if not runs:
+        raise AfterimageError(f"there is no run in {', '.join(map(str, folders))}")
+    return runs

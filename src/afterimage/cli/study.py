@@ -11,7 +11,7 @@ import tyro
 
 from afterimage.cli.report import Report
 from afterimage.cli.tables import print_table
-from afterimage.config import AfterimageError, DecoderConfig, RunConfig
+from afterimage.config import AfterimageError, DecoderConfig, RunConfig, parse_count
 
 if TYPE_CHECKING:
     from afterimage.study import StudyConfig
@@ -29,20 +29,38 @@ class Study:
     """With --models: which layers, as comma-separated globs over those that `afterimage layers` lists."""
     decoder: tuple[str, ...] = ()
     """Only these decoders, in place of the study's own (with --models: linear)."""
+    parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
+    """Build every decoder that comes in sizes with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
     data: str = ""
     """Pictures instead of the study's own: div2k, div2k:PATH, folder:PATH, procedural[:COUNT] or photographs."""
     test: str = ""
     """Another source whose pictures are the test set."""
+    resize: int | None = None
+    """Shorter side in pixels after resizing, instead of the study's own."""
+    crop: int | None = None
+    """Side of the crop in pixels, instead of the study's own."""
+    limit_train: int | None = None
+    """Use only so many training pictures."""
+    limit_validation: int | None = None
+    """Use only so many validation pictures."""
+    limit_test: int | None = None
+    """Use only so many test pictures."""
     weights: str = ""
     """Weights instead of the study's own: pretrained, random, or a file or folder."""
     epochs: int | None = None
-    """Epochs instead of the study's own."""
-    limit_train: int | None = None
-    """Use only so many training pictures."""
+    """Epochs instead of the study's own, in every row."""
+    batch_size: int | None = None
+    """Pictures a step instead of the study's own, in every row."""
+    loss: str = ""
+    """Loss instead of the study's own, in every row: mse, l1, 0.5*mse + 0.5*lpips."""
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seed",))] = ()
+    """Seeds instead of the study's own."""
     lpips: str = ""
     """LPIPS network instead of the study's own: alex, vgg, squeeze, or any whose weights are found."""
     root: Path | None = None
     """Folder for the study's run folders and report (default: runs/NAME)."""
+    controls: bool = False
+    """Beside each run its twins (random weights, a perceptual loss), and each held against `afterimage controls`."""
     dry_run: bool = False
     """Print the resolved runs with their sizes and estimated cost, and start nothing."""
     cache: Path | None = None
@@ -82,20 +100,31 @@ class Study:
             raise SystemExit(1)
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
-        data = {"source": self.data, "limit_train": self.limit_train}
-        data = {key: value for key, value in data.items() if value}
-        if self.data or self.test:
-            data["test"] = self.test
-        chosen = {
-            "decoders": tuple(map(DecoderConfig, self.decoder)),
-            "rows": self._rows(study),
-            "weights": self.weights,
-            "lpips": self.lpips,
+        """The study with what the command line says in place of its own."""
+        data = self._given("resize", "crop", "limit_train", "limit_validation", "limit_test")
+        data |= {"source": self.data} if self.data else {}
+        data |= {"test": self.test} if self.data or self.test else {}
+        recipe = self._given("epochs", "batch_size") | ({"loss": self.loss} if self.loss else {})
+        changed = {
             "data": replace(study.data, **data),
-            "recipe": replace(study.recipe, epochs=self.epochs) if self.epochs is not None else None,
+            "recipe": replace(study.recipe, **recipe),
+            "rows": tuple(
+                replace(row, recipe={key: row.recipe[key] for key in row.recipe if key not in recipe})
+                for row in self._rows(study)
+            ),
+            "decoders": tuple(map(DecoderConfig, self.decoder)) or study.decoders,
+            "seeds": self.seeds or study.seeds,
+            "weights": self.weights or study.weights,
+            "lpips": self.lpips or study.lpips,
+            "controls": self.controls or study.controls,
         }
-        changed = {key: value for key, value in chosen.items() if value}
-        return replace(study, **(changed | {"rows": chosen["rows"]}))
+        if self.parameters:
+            changed["parameters"] = parse_count(self.parameters, "--parameters")
+        return replace(study, **changed)
+
+    def _given(self, *names: str) -> dict[str, int]:
+        """Those of the flags that were given."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _rows(self, study: StudyConfig) -> tuple:
         """The study's extra rows, without those whose own decoders were not asked for."""
@@ -113,8 +142,13 @@ def print_plan(configs: list[RunConfig]) -> None:
     from afterimage.plan import macs_per_second, plan
     from afterimage.progress import clock
 
-    plans = plan(configs)
-    table = Table(title=f"{len(plans)} runs, none started", title_justify="left")
+    plans, problems = [], []
+    for config in configs:
+        try:
+            plans += plan([config])
+        except AfterimageError as error:
+            problems.append(f"cannot be built: {config.name}: {error}")
+    table = Table(title=f"{len(configs)} runs, none started", title_justify="left")
     for column in ("features", "shape", "decoder"):
         table.add_column(column, overflow="fold")
     for column in ("parameters", "encoder MACs", "decoder MACs", "epochs", "time", "memory"):
@@ -123,9 +157,8 @@ def print_plan(configs: list[RunConfig]) -> None:
         config = one.config
         sources = list(config.sources)
         if config.fusion is not None:
-            sources.append(
-                f"fused: {config.fusion.name} {config.fusion.channels} at {config.fusion.size or 'finest'}"
-            )
+            channels = "" if config.fusion.name in ("aligned", "stacked") else f" {config.fusion.channels}"
+            sources.append(f"fused: {config.fusion.name}{channels} at {config.fusion.size or 'finest'}")
         if config.weights != "pretrained":
             sources.append(f"weights: {config.weights}")
         table.add_row(
@@ -140,6 +173,7 @@ def print_plan(configs: list[RunConfig]) -> None:
             f"~{one.bytes / 2**30:.1f} GiB",
         )
     Console(width=None if sys.stdout.isatty() else 180).print(table)
+    print(*problems, sep="\n", end="\n" if problems else "")
     total = sum(one.seconds for one in plans)
     print(
         f"estimates at {macs_per_second() / 1e9:.0f} GMAC/s, measured here on one convolution: ~{clock(total)} if each "

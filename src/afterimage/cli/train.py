@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli.tables import print_table
-from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig, parse_count
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL:LAYER [...]")]
 Flat = tyro.conf.OmitArgPrefixes
@@ -25,7 +25,9 @@ class Train:
     sources: Sources
     """Features to rebuild pictures from, for example resnet34.tv_in1k:layer1."""
     decoder: tuple[str, ...] = ("attention",)
-    """Decoders to train: attention, transposed, linear."""
+    """Decoders to train: attention, transposed, linear, wavelet, frequency or residual."""
+    parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
+    """Build the decoders with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
     weights: str = "pretrained"
     """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), `random` (a control), or a file or folder."""
     data: str = "div2k"
@@ -54,8 +56,11 @@ class Train:
     """Where decoded pictures are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
+    profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
+    """Train nothing: show where the time of so many steps goes and write a trace into ROOT/profiles."""
 
     def run(self) -> None:
+        from afterimage.decoders import DECODERS
         from afterimage.encoders import resolve
         from afterimage.jobs import train_runs
         from afterimage.progress import Display
@@ -69,11 +74,19 @@ class Train:
             limit_validation=self.limit_validation,
             limit_test=self.limit_test,
         )
+        size = parse_count(self.parameters, "--parameters") if self.parameters else None
+        if size is not None:
+            fixed = [name for name in self.decoder if name in DECODERS and not DECODERS[name].size_option]
+            if fixed:
+                raise AfterimageError(
+                    f"--parameters: {', '.join(fixed)} has one size only, that of its closed form; decoders that "
+                    f"come in sizes: {', '.join(name for name, cls in DECODERS.items() if cls.size_option)}"
+                )
         configs = [
             RunConfig(
                 sources=(resolve(source),),
                 weights=self.weights,
-                decoder=DecoderConfig(decoder),
+                decoder=DecoderConfig(decoder, size),
                 data=data,
                 recipe=self.recipe,
                 seed=self.seed,
@@ -84,9 +97,28 @@ class Train:
         ]
         if not configs:
             raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
+        if self.profile:
+            self._profile(configs)
+            return
         with Display() as display:
             runs = train_runs(
                 configs, self.root, cache=self.cache, accelerator=self.accelerator, progress=display
             )
         print_table(runs)
         print("\n".join(f"run: {run.path}" for run in runs))
+
+    def _profile(self, configs: list[RunConfig]) -> None:
+        from afterimage.profile import print_profile, profile_run
+        from afterimage.progress import Display
+
+        for config in configs:
+            with Display() as display:
+                result = profile_run(
+                    config,
+                    self.root,
+                    steps=self.profile,
+                    cache=self.cache,
+                    accelerator=self.accelerator,
+                    progress=display,
+                )
+            print_profile(result)

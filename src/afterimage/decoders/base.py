@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec
+
+Window = tuple[int, int, int, int]
+"""Top, left, height and width of a part of a feature map, in locations."""
 
 
 class Decoder(nn.Module, ABC):
@@ -28,6 +32,8 @@ class Decoder(nn.Module, ABC):
     size_step = 1
     fine_option: str | None = None
     """A second option, between half and twice its default, that evens out what a step leaves."""
+    smaller: ClassVar[dict[str, Any]] = {}
+    """Options with which the decoder can be smaller still, for sizes that are out of reach without them."""
 
     def __init__(self, specs: Sequence[FeatureSpec], image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -40,9 +46,12 @@ class Decoder(nn.Module, ABC):
         self.image_size = image_size
 
     def forward(
-        self, features: Sequence[Float[Tensor, "batch _ _ _"]]
+        self, features: Sequence[Float[Tensor, "batch _ _ _"]], window: Window | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Rebuild pictures `(B, 3, H, W)` in [0, 1] from a list with one feature map `(B, C, h, w)`."""
+        """Rebuild pictures `(B, 3, H, W)` in [0, 1] from a list with one feature map `(B, C, h, w)`.
+
+        With one of its `windows`, only that part of the pictures (`cut` cuts it out of a picture).
+        """
         (features,) = features
         expected = (self.spec.channels, self.spec.height, self.spec.width)
         if features.shape[1:] != expected:
@@ -50,11 +59,23 @@ class Decoder(nn.Module, ABC):
                 f"this decoder was built for {self.spec.source} with features of shape {expected}, "
                 f"got {tuple(features.shape[1:])}"
             )
-        return clamp(self.decode(features))
+        return clamp(self.decode(features) if window is None else self.decode(features, window))
 
     @abstractmethod
     def decode(self, features: Tensor) -> Tensor:
-        """Rebuild pictures, not yet held to [0, 1]."""
+        """Rebuild pictures, not yet held to [0, 1]. A decoder with `windows` takes one as a second argument."""
+
+    def windows(self, generator: torch.Generator) -> list[Window | None]:
+        """The parts of a batch's maps to train on, an optimizer step each; None is all of it."""
+        return [None]
+
+    def cut(self, images: Tensor, window: Window | None) -> Tensor:
+        """The part of pictures `(B, 3, H, W)` that belongs to a window of their features."""
+        if window is None:
+            return images
+        bh, bw = self.image_size[0] // self.spec.height, self.image_size[1] // self.spec.width
+        top, left, height, width = window
+        return images[..., top * bh : (top + height) * bh, left * bw : (left + width) * bw]
 
     def prepare(self, pictures: int, seed: int) -> int:
         """Announce how many training pictures there are; returns how many views of each are wanted."""

@@ -63,10 +63,13 @@ class LinearDecoder(Decoder):
         return 3 * self.block[0] * self.block[1]
 
     def decode(self, features: Tensor) -> Tensor:
+        return resize(self.unblock(self.blocks(pad(features, self.kernel // 2))), self.image_size)
+
+    def blocks(self, padded: Tensor) -> Tensor:
+        """Blocks of pixels `(B, 3 bh bw, h, w)` of features that are padded by half a kernel."""
         c, k = self.spec.channels, self.kernel
         kernel = self.weight.view(self.outputs, k, k, c).permute(0, 3, 1, 2)
-        blocks = F.conv2d(pad(features.to(self.weight.dtype), k // 2), kernel, self.bias)
-        return resize(self.unblock(blocks), self.image_size)
+        return F.conv2d(padded.to(self.weight.dtype), kernel, self.bias)
 
     def unblock(self, blocks: Tensor) -> Tensor:
         """`(B, 3 bh bw, h, w)` to `(B, 3, h bh, w bw)`: a pixel shuffle whose blocks need not be square."""

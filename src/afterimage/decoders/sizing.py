@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,29 +28,47 @@ def options_for(
     if cls.size_option is None:
         raise AfterimageError(f"{cls.__name__} has one size only; leave out parameters")
 
-    def count(**chosen: Any) -> int:
+    def count(chosen: dict[str, Any]) -> int:
         with torch.device("meta"):
             decoder = cls(specs, image_size, **(options | chosen))
         return sum(p.numel() for p in decoder.parameters())
 
-    low, high = 1, 2
-    while count(**{cls.size_option: high * cls.size_step}) < parameters:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if count(**{cls.size_option: middle * cls.size_step}) < parameters:
-            low = middle
-        else:
-            high = middle
-    candidates = [{cls.size_option: units * cls.size_step} for units in (low, high)]
-    if cls.fine_option is not None and cls.fine_option not in options:
-        default = inspect.signature(cls).parameters[cls.fine_option].default
-        candidates += [c | {cls.fine_option: default * k / 16} for c in candidates for k in range(8, 33)]
-    best = min(candidates, key=lambda chosen: abs(count(**chosen) - parameters))
-    size = count(**best)
+    best, size = _nearest(cls, count, parameters, options, {})
+    if size > (1 + TOLERANCE) * parameters and cls.smaller and not cls.smaller.keys() & options.keys():
+        best, size = _nearest(cls, count, parameters, options, cls.smaller)
     if abs(size - parameters) > TOLERANCE * parameters:
         raise AfterimageError(
             f"{cls.__name__} cannot be built with {parameters:,} parameters for {specs[0].source}: "
             f"the nearest is {size:,}"
         )
     return options | best
+
+
+def _nearest(
+    cls: type[Decoder],
+    count: Callable[[dict[str, Any]], int],
+    parameters: int,
+    options: dict[str, Any],
+    fixed: dict[str, Any],
+) -> tuple[dict[str, Any], int]:
+    """The options, `fixed` among them, whose size is nearest to `parameters`, and that size."""
+
+    def at(units: int) -> dict[str, Any]:
+        return fixed | {cls.size_option: units * cls.size_step}
+
+    low, high = 1, 2
+    while count(at(high)) < parameters:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if count(at(middle)) < parameters:
+            low = middle
+        else:
+            high = middle
+    candidates = [at(low), at(high)]
+    if cls.fine_option is not None and cls.fine_option not in options:
+        default = inspect.signature(cls).parameters[cls.fine_option].default
+        candidates += [c | {cls.fine_option: default * k / 16} for c in candidates for k in range(8, 33)]
+    sizes = [count(chosen) for chosen in candidates]
+    nearest = min(range(len(candidates)), key=lambda i: abs(sizes[i] - parameters))
+    return candidates[nearest], sizes[nearest]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -27,23 +28,27 @@ OVERHEAD = 5_000  # bytes of a thumbnail and of what else a page says about a pi
 
 @dataclass(frozen=True)
 class Picture:
-    """One test picture: its original, and its reconstruction by the position of the run that made it."""
+    """One test picture: its original, and its reconstruction by the position of the run that made it.
+
+    `maps` holds the weight maps of runs whose fusion has such, one a source.
+    """
 
     id: str
     original: Path
     reconstructions: dict[int, Path] = field(default_factory=dict)
+    maps: dict[int, list[Path]] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
-        return [self.original, *self.reconstructions.values()]
+        return [self.original, *self.reconstructions.values(), *itertools.chain(*self.maps.values())]
 
 
 @dataclass(frozen=True)
 class Album:
     """What a page embeds.
 
-    `blocks[i]` holds the data URIs of `pictures[i]`: `original`, and `runs` by position. `quality` is WebP's,
-    or None where the files are embedded as they are. `total` counts the pictures before any was left out.
+    `blocks[i]` holds the data URIs of `pictures[i]`: `original`, and `runs` and `maps` by position. `quality` is
+    WebP's, or None where the files are embedded as they are. `total` counts the pictures before any was left out.
     """
 
     total: int
@@ -63,12 +68,15 @@ def gather(rows: Sequence[Row]) -> list[Picture]:
     for position, row in enumerate(rows):
         settings = [row.data.get(key) for key in ("digest", "resize", "crop")]
         origin = repr(settings) if row.data.get("digest") else row.run.name
+        maps = row.run.fusion_maps if row.fusion_weights else {}
         for id, original, reconstruction in row.run.pictures:
             # Hashing every run's copy would read gigabytes; one copy for each data set is enough.
             if (id, origin) not in hashes:
                 hashes[id, origin] = hashlib.sha256(_read(original)).hexdigest()
             picture = pictures.setdefault((id, hashes[id, origin]), Picture(id, original))
             picture.reconstructions[position] = reconstruction
+            if (own := maps.get(id)) and len(own) == len(row.sources):
+                picture.maps[position] = own
     return list(pictures.values())
 
 
@@ -111,8 +119,11 @@ def _choose_quality(pictures: Sequence[Picture], limit: int, pool: Executor) -> 
 
 
 def _encode_picture(picture: Picture, quality: int | None, pool: Executor) -> dict[str, Any]:
-    original, *others = pool.map(lambda file: _encode(file, quality), picture.files)
-    return {"original": original, "runs": dict(zip(map(str, picture.reconstructions), others, strict=True))}
+    encoded = pool.map(lambda file: _encode(file, quality), picture.files)
+    block: dict[str, Any] = {"original": next(encoded)}
+    block["runs"] = {str(position): next(encoded) for position in picture.reconstructions}
+    block["maps"] = {str(position): [next(encoded) for _ in own] for position, own in picture.maps.items()}
+    return block
 
 
 def _length(value: dict[str, Any]) -> int:

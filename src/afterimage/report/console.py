@@ -72,7 +72,7 @@ def _heading(group: Group) -> list[str]:
 
 
 def _names(line: Line) -> Text:
-    name = line.row.layer if line.row.kind == "decoder" else line.row.label
+    name = line.row.layer if line.row.kind != "reference" else line.row.label
     return _text(Cell((plain(name, 44),), line.names.marks), True, indent="  ")
 
 

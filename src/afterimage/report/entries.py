@@ -22,7 +22,7 @@ def describe_rows(rows: Rows, pictures: Sequence[Picture]) -> list[dict[str, Any
     names = _short_names([row.encoder for row in rows.decoders])
     test_sets = _test_sets(rows.all, pictures)
     return [
-        {**_names(row, names, seeds), **_numbers(row, ids), "testSet": test_set}
+        {**_names(row, names, seeds), **_numbers(row, ids), "testSet": test_set, "fusion": _fusion(row)}
         for row, test_set in zip(rows.all, test_sets, strict=True)
     ]
 
@@ -89,6 +89,12 @@ def _numbers(row: Row, ids: Sequence[str]) -> dict[str, Any]:
             m: [None if (v := values[m].get(id)) is None else round(v, 4) for id in ids] for m in METRICS
         },
     }
+
+
+def _fusion(row: Row) -> list[dict[str, Any]]:
+    """Each source's mean weight; empty where the row has no fusion that weighs its sources."""
+    pairs = zip(row.sources, row.fusion_weights, strict=True) if row.fusion_weights else ()
+    return [{"source": source, "weight": weight} for source, weight in pairs]
 
 
 def _score(row: Row, metric: str) -> dict[str, Any] | None:

@@ -81,7 +81,9 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
         cells = [*_what(row, seeds)]
         cells += [_score(row, m, net, best[m, net], spread, notes) for m, net in columns]
         line = Line(row, Cell(_names(row), marks), tuple(cells))
-        groups.setdefault((row.encoder, row.weights_label if row.kind == "decoder" else ""), []).append(line)
+        groups.setdefault((row.encoder, row.weights_label if row.kind != "reference" else ""), []).append(
+            line
+        )
     header = ["features", "shape", "reduction", "decoder", *(["seed"] if seeds else [])]
     header += ["weights", "parameters", "training", *(heading(metric, net) for metric, net in columns)]
     made = tuple(Group(encoder, weights, tuple(lines)) for (encoder, weights), lines in groups.items())
@@ -142,7 +144,7 @@ def _score(row: Row, metric: str, net: str, best: str | None, spread: str, notes
     mean = _rounded(score, metric)
     around = score.std if spread == "std" else score.margin
     text = mean if around is None else f"{mean} ± {around:.{DIGITS[metric]}f}"
-    return Cell((text,), bold=row.kind == "decoder" and mean == best)
+    return Cell((text,), bold=row.kind != "reference" and mean == best)
 
 
 def _rounded(score: Score, metric: str) -> str:

@@ -27,7 +27,7 @@ PAGE_BYTES = 58_000_000
 TEMPLATES = Path(__file__).with_name("templates")
 STYLES = ("base.css", "viewer.css", "results.css")
 SCRIPTS = (
-    "dom.js", "data.js", "images.js", "strip.js", "walk.js", "panes.js", "zoom.js", "table.js", "plot.js",
+    "dom.js", "data.js", "images.js", "strip.js", "walk.js", "weights.js", "panes.js", "zoom.js", "table.js", "plot.js",
     "depth.js", "scatter.js", "main.js",
 )  # fmt: skip
 IMAGES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".webp": "image/webp"}

@@ -12,7 +12,7 @@ from afterimage.report.rows import METRICS, Row, Rows, Score, Unfinished, natura
 from afterimage.report.variants import fusion_letters, mixed_settings, variants
 from afterimage.runs import Run, read_json
 
-KINDS = ("decoder", "reference")
+KINDS = ("decoder", "inversion", "reference")
 # What a damaged or foreign file can raise while it is read; anything else is a bug here and should show.
 DAMAGE = (
     *(AfterimageError, AttributeError, KeyError, OSError, OverflowError, RecursionError),
@@ -36,7 +36,7 @@ def read_rows(runs: Iterable[Run]) -> Rows:
         unfinished.append(Unfinished(run, state, error))
     if not finished:
         raise AfterimageError(_nothing(unfinished))
-    decoders = [r for r in finished if r.kind == "decoder"]
+    decoders = [r for r in finished if r.kind != "reference"]
     decoders = variants(fusion_letters(decoders))
     references = sorted((r for r in finished if r.kind == "reference"), key=_reference_order)
     rows = tuple(sorted(decoders, key=lambda r: r.order))
@@ -68,7 +68,7 @@ def _read(run: Run) -> Row:
         raise unknown("kind of row", str(summary["kind"]), KINDS)
     lpips, settings = summary.get("lpips") or {}, _settings(run)
     sources = tuple(map(str, summary.get("sources") or ()))
-    if summary["kind"] == "decoder" and not sources:
+    if summary["kind"] != "reference" and not sources:
         raise AfterimageError(f"{path} names no sources")
     row = Row(
         run=run,
@@ -81,7 +81,9 @@ def _read(run: Run) -> Row:
         weights=tuple(summary.get("weights") or ()),
         parameters=_number(path, summary, "parameters"),
         seed=_number(path, summary, "seed"),
-        train_seconds=_number(path, summary, "train_seconds"),
+        train_seconds=None
+        if (seconds := _number(path, summary, "train_seconds")) is None
+        else float(seconds),
         lpips_net=str(lpips.get("net") or "unknown net"),
         lpips_reason=str(lpips.get("reason") or "not measured"),
         scores={metric: _score(path, summary["scores"], metric) for metric in METRICS},
@@ -89,7 +91,12 @@ def _read(run: Run) -> Row:
         data=summary.get("data") or {},
         notes=tuple(map(str, summary.get("notes") or ())),
         settings=settings,
+        fusion_weights=tuple(map(float, summary.get("fusion_weights") or ())),
     )
+    if row.fusion_weights and len(row.fusion_weights) != len(sources):
+        raise AfterimageError(
+            f"{path}: fusion_weights must have one value for each of {len(sources)} sources"
+        )
     # Whatever tables and figures compute from the files is computed once here, where damage is caught.
     _ = row.shapes, row.reductions, row.grid, row.locations, row.order
     _ = row.weights_label, row.data.get("digest")

@@ -41,7 +41,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """One finished run as it enters tables and figures. `features` are `Encoder.describe()` entries."""
+    """One finished run as it enters tables and figures. `features` are `Encoder.describe()` entries.
+
+    `fusion_weights` are the sources' mean weights over all test pictures, empty where the fusion has none.
+    """
 
     run: Run
     kind: str
@@ -61,6 +64,7 @@ class Row:
     data: Mapping[str, Any]
     notes: tuple[str, ...]
     settings: Mapping[str, Any]
+    fusion_weights: tuple[float, ...] = ()
     variant: str = ""
     fusion_letter: str = ""
 

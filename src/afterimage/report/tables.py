@@ -128,7 +128,7 @@ def _record(row: Row) -> dict[str, Any]:
         "reductions": " + ".join(row.reductions),
         "locations": row.locations, "fusion": fusion_text(row) if len(row.sources) > 1 else "",
         "decoder": row.decoder, "variant": row.variant,
-        "weights": row.weights_label if row.kind == "decoder" else "", "seed": row.seed,
+        "weights": row.weights_label if row.kind != "reference" else "", "seed": row.seed,
         "parameters": row.parameters, "train_seconds": row.train_seconds,
     }  # fmt: skip
     for metric in METRICS:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from afterimage.report.rows import Row
 
 # Settings that have a column or a figure's axis of their own, or do not change the result.
-SHOWN = ("sources", "seed", "lpips", "decoder.name", "fusion.")
+SHOWN = ("sources", "start", "seed", "lpips", "decoder.name", "fusion.")
 
 
 def variants(rows: Sequence[Row]) -> list[Row]:
@@ -50,10 +50,9 @@ def fusion_letters(rows: Sequence[Row]) -> list[Row]:
 def fusion_text(row: Row) -> str:
     """How the row's sources were fused, for example `attention, 256 channels at 28×28`."""
     fusion = row.fusion or {}
-    size = fusion.get("size")
-    return f"{fusion.get('name', 'unknown')} fusion, {fusion.get('channels', '?')} channels at " + (
-        f"{size}×{size}" if size else "the finest resolution"
-    )
+    size, name = fusion.get("size"), fusion.get("name", "unknown")
+    wide = "" if name in ("aligned", "stacked") else f", {fusion.get('channels', '?')} channels"
+    return f"{name} fusion{wide} at " + (f"{size}×{size}" if size else "the finest resolution")
 
 
 def fusion_legend(rows: Iterable[Row]) -> list[str]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from afterimage.report.findings import Finding
 
 # The page draws the other figures itself.
-ON_PAGE = ("training-curves", "distributions")
+ON_PAGE = ("training-curves", "distributions", "controls", "lost-by", "rate")
 TITLE = "How much of a picture is left in the features?"
 
 
@@ -45,6 +45,7 @@ def write_report(
     cannot be written.
     """
     from afterimage.report.answers import answer, markdown_finding, markdown_findings
+    from afterimage.report.controls import control_findings
     from afterimage.report.figures import draw, render
 
     runs = list(runs)
@@ -57,8 +58,10 @@ def write_report(
     write("table.md", markdown_table(rows, spread=spread))
     write("table.csv", csv_table(rows))
     write("table.tex", latex_table(rows, spread=spread))
-    answers = answer([row.run for row in rows.all])
+    # The statistics compare decoders; an inversion has its rows in the table and its curve.
+    answers = answer([row.run for row in rows.all if row.kind != "inversion"])
     write("findings.json", answers.json)
+    more = [*_beside(answers), *control_findings(rows.decoders)]
     progress("statistics", 1, 1)
     figures, shown = [], []
     for drawing in draw(rows, progress):
@@ -70,7 +73,7 @@ def write_report(
             shown.append((drawing.title, written[f"figures/{drawing.name}.png"]))
     problem = ""
     try:
-        findings = [dataclasses.asdict(finding) for finding in (*answers.findings, *_beside(answers))]
+        findings = [dataclasses.asdict(finding) for finding in (*answers.findings, *more)]
         options = {"findings": findings, "figures": shown, "problems": answers.problems, "lead": answers.lead}
         written["index.html"] = write_page(
             runs, out / "index.html", title=title, progress=progress, **options
@@ -85,7 +88,7 @@ def write_report(
         "Also as [CSV](table.csv) and [LaTeX](table.tex).",
         "## Findings", *markdown_findings(answers),
         *(["All numbers as [JSON](findings.json)."] if answers.findings else []),
-        *(part for f in _beside(answers) for part in (f"## {markdown(f.title)}", *markdown_finding(f))),
+        *(part for f in more for part in (f"## {markdown(f.title)}", *markdown_finding(f))),
         "## Figures", *figures,
         *(part for heading, text in sections for part in (f"## {markdown(heading)}", text.strip())),
         *_unfinished(rows), "## Weights", *_weights(rows), "## How each row was made", *_origins(rows, out),

@@ -108,7 +108,8 @@ def mean_interval(
     means = resampled_means(np.sort(sign * values), resamples=resamples, seed=seed)
     level = (1 - confidence) / 2
     if expand:
-        level = special.ndtr(np.sqrt(count / (count - 1)) * special.stdtrit(count - 1, level))
+        # With two values the level underflows to zero, whose normal quantile is infinite.
+        level = max(1e-12, special.ndtr(np.sqrt(count / (count - 1)) * special.stdtrit(count - 1, level)))
     below = ((means < centre).mean() + (means <= centre).mean()) / 2
     bias = special.ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
     acceleration = float((deviations**3).sum()) / (6 * scale**1.5)

@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from afterimage.progress import Progress, silent
+from afterimage.report.figures.controls import controls
 from afterimage.report.figures.depth import quality_by_depth
 from afterimage.report.figures.distribution import distributions
+from afterimage.report.figures.fusion import fusion_weights
 from afterimage.report.figures.grid import grid, pages
+from afterimage.report.figures.lost import lost
+from afterimage.report.figures.rate import rate
+from afterimage.report.figures.saturation import saturation
 from afterimage.report.figures.scatter import quality_by_locations, quality_by_parameters
 from afterimage.report.figures.style import Drawing, render, style
 from afterimage.report.figures.training import training_curves
@@ -18,10 +23,15 @@ __all__ = ["Drawing", "draw", "render"]
 
 BEFORE_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {"quality by depth": quality_by_depth}
 AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
+    "fusion weights": fusion_weights,
     "quality by locations": quality_by_locations,
     "quality by parameters": quality_by_parameters,
     "training curves": training_curves,
     "distributions": distributions,
+    "saturation": saturation,
+    "controls": controls,
+    "what is lost": lost,
+    "rate": rate,
 }
 
 

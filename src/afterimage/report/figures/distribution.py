@@ -70,7 +70,7 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
     panels[0].set_ylim(place - 0.6, -0.7)
-    has_seeds = len({row.seed for row in page if row.kind == "decoder"}) > 1
+    has_seeds = len({row.seed for row in page if row.kind != "reference"}) > 1
     labels = [_label(row, has_seeds) for _, row in places]
     panels[0].set_yticks([y for y, _ in places], labels)
     for y, text, is_random in headings:

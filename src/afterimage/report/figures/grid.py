@@ -111,7 +111,7 @@ def _album(rows: Sequence[Row], limit: int) -> Album:
     ids = sorted(counts, key=lambda i: -counts[i])
     album = Album([], {}, {})
     for identity in ids:
-        pairs = [tuple(map(_read, s[identity])) if identity in s else (None, None) for s in saved]
+        pairs = [tuple(map(read_pixels, s[identity])) if identity in s else (None, None) for s in saved]
         original = next((o for o, _ in pairs if o is not None), None)
         if original is not None:
             album.ids.append(identity)
@@ -132,7 +132,7 @@ def _saved(row: Row) -> dict[str, tuple[Path, Path]]:
         return {}
 
 
-def _read(path: Path) -> Pixels | None:
+def read_pixels(path: Path) -> Pixels | None:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))

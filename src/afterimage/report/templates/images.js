@@ -48,6 +48,12 @@ function bitmapOf(picture, run) {
   return remember(bitmaps, key, bitmaps.get(key) ?? decode(picture, run), BITMAPS_KEPT);
 }
 
+/** The weight maps of a fused run on a picture, one a source, each location's weight in grey; none where it saved none. */
+async function mapsOf(picture, run) {
+  const block = await blockOf(picture);
+  return Promise.all((block.maps?.[run] ?? []).map((uri) => createImageBitmap(blobOf(uri))));
+}
+
 function draw(canvas, bitmap) {
   if (canvas.width !== bitmap.width) canvas.width = bitmap.width;
   if (canvas.height !== bitmap.height) canvas.height = bitmap.height;

@@ -91,8 +91,8 @@ function errorTitle(slot) {
 
 const CAPTIONS = {
   original: () => [pictureTitle()],
-  a: () => [runTitle("a"), scoreList(state.a)],
-  b: () => [runTitle("b"), scoreList(state.b, state.a)],
+  a: () => [runTitle("a"), scoreList(state.a), ...weightStrip("a")],
+  b: () => [runTitle("b"), scoreList(state.b, state.a), ...weightStrip("b")],
   "error-a": () => (state.view === "layers" ? [errorTitle("a")] : [runTitle("a"), errorTitle("a")]),
   "error-b": () => [runTitle("b"), errorTitle("b")],
   wipe: () => [pictureTitle(), runTitle("a"), scoreList(state.a), ...(showsB() ? [runTitle("b"), scoreList(state.b, state.a)] : [])],

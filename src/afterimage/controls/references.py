@@ -1,7 +1,8 @@
-"""What a decoder's scores are held against: reference lines, pictures that were reduced by other means."""
+"""Reference lines: pictures that were reduced by other means than an encoder."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from afterimage.config import AfterimageError, DataConfig, ReferenceConfig, unknown
 from afterimage.data import load_data
 from afterimage.evaluate import evaluate_together, score_notes, summarise
+from afterimage.lock import held
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
 from afterimage.runs import Run, environment
@@ -80,27 +82,31 @@ def run_references(
         names = [name for name in REFERENCES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < data.crop]
     lines = {name: reference(name) for name in names}
     runs = {name: Run.create(root, ReferenceConfig(name, data, lpips)) for name in names}
-    missing = [name for name in names if runs[name].state != "done"]
-    if missing:
-        metrics, loaded = Metrics(lpips, size=data.crop), load_data(data, cache=cache, progress=progress)
-        results = evaluate_together(
-            lambda images: [lines[name](images) for name in missing],
-            loaded.test,
-            metrics,
-            names=missing,
-            progress=progress,
-            keep=keep,
-        )
-        for name, result in zip(missing, results, strict=True):
-            facts = {
-                "data": loaded.describe(),
-                "lpips": metrics.lpips_status,
-                "scores": summarise(result.rows),
-            }
-            summary = _summary(name) | facts | {"notes": [*loaded.notes, *score_notes(result.rows)]}
-            runs[name].save_environment(environment())
-            runs[name].save_result(summary, result.rows, result.pictures)
-            runs[name].set_state("done")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            if runs[name].state != "done":
+                stack.enter_context(held(runs[name].path, lambda text: progress(text, 1, 1)))
+        missing = [name for name in names if runs[name].state != "done"]
+        if missing:
+            metrics, loaded = Metrics(lpips, size=data.crop), load_data(data, cache=cache, progress=progress)
+            results = evaluate_together(
+                lambda images: [lines[name](images) for name in missing],
+                loaded.test,
+                metrics,
+                names=missing,
+                progress=progress,
+                keep=keep,
+            )
+            for name, result in zip(missing, results, strict=True):
+                facts = {
+                    "data": loaded.describe(),
+                    "lpips": metrics.lpips_status,
+                    "scores": summarise(result.rows),
+                }
+                summary = _summary(name) | facts | {"notes": [*loaded.notes, *score_notes(result.rows)]}
+                runs[name].save_environment(environment())
+                runs[name].save_result(summary, result.rows, result.pictures)
+                runs[name].set_state("done")
     return list(runs.values())
 
 

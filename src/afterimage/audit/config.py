@@ -1,0 +1,132 @@
+"""What an audit is: whose features, which defences, who attacks with how much, and which limits must hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from afterimage.config import LPIPS_NETS, AfterimageError, DataConfig, RecipeConfig, to_dict, unknown
+
+ACCESS = ("query", "weights")
+DEFENCES = ("none", "noise:0.5", "int8", "1bit", "topk:0.1", "pca:8")
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """What must hold for every layer, defence and attacker: upper ends of the 95 % intervals at most these.
+
+    `max_ssim` bounds the mean SSIM over test pictures, `max_identification` the share of reconstructions that find
+    their own original. None: not limited.
+    """
+
+    max_ssim: float | None = None
+    max_identification: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in to_dict(self).items():
+            if not 0 < limit <= 1:
+                raise AfterimageError(f"{name} must lie between 0 and 1, got {limit}")
+
+    def __bool__(self) -> bool:
+        return self.max_ssim is not None or self.max_identification is not None
+
+
+@dataclass(frozen=True)
+class AttackersConfig:
+    """Who attacks: every combination is a row.
+
+    `pictures` are numbers of pictures of their own, or `all`, a fifth of which they validate on. `data` is where
+    they come from, empty for the same source as the audited pictures. `access` is `query` (trains a decoder on
+    defended features) or `weights` too (then refines each reconstruction, `refine_steps` steps, for the first
+    `refine_pictures` test pictures).
+    """
+
+    decoders: tuple[str, ...] = ("linear",)
+    pictures: tuple[Any, ...] = ("all",)
+    access: tuple[str, ...] = ("query",)
+    data: str = ""
+    refine_steps: int = 200
+    refine_pictures: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("decoders", "pictures", "access"):
+            if not getattr(self, name):
+                raise AfterimageError(f"an audit needs at least one of attackers.{name}")
+        for count in self.pictures:
+            if count != "all" and not (str(count).isdigit() and int(count) >= 5):
+                raise AfterimageError(
+                    f"an attacker's pictures must be a number from 5 on, or 'all', got {count!r}"
+                )
+        for access in self.access:
+            if access not in ACCESS:
+                raise unknown("access", access, ACCESS)
+        if min(self.refine_steps, self.refine_pictures) < 1:
+            raise AfterimageError("refine_steps and refine_pictures must be 1 or more")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """One audit. Exactly one of `model` (timm), `encoder` (`package.module:factory`) and `pairs` (a file).
+
+    `mean` and `std` are what pictures are normalised with before they reach an own encoder; `prediction` says what
+    such a network returns: `classes`, `embedding`, or `auto` (a timm model's classifier, else an embedding).
+    `test_fraction` of stored pairs is held out; pictures from elsewhere follow `data`.
+    """
+
+    model: str = ""
+    encoder: str = ""
+    pairs: str = ""
+    layers: tuple[str, ...] = ()
+    weights: str = "pretrained"
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    prediction: str = "auto"
+    data: DataConfig = DataConfig()
+    test_fraction: float = 0.2
+    defences: tuple[str, ...] = DEFENCES
+    attackers: AttackersConfig = AttackersConfig()
+    limits: LimitsConfig = LimitsConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    seed: int = 42
+    lpips: str = "alex"
+
+    def __post_init__(self) -> None:
+        named = [name for name in ("model", "encoder", "pairs") if getattr(self, name)]
+        if len(named) != 1:
+            raise AfterimageError(
+                "an audit is of one thing: a timm MODEL, --encoder package.module:factory, or --pairs FILE; "
+                f"got {' and '.join(named) or 'none'}"
+            )
+        if not self.layers and not self.pairs:
+            raise AfterimageError("name at least one layer to audit, for example --layers layer1 layer2")
+        if not self.defences:
+            raise AfterimageError("name at least one defence, or none")
+        if self.prediction not in ("auto", "classes", "embedding"):
+            raise unknown("prediction", self.prediction, ("auto", "classes", "embedding"))
+        if self.lpips not in LPIPS_NETS:
+            raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
+        if self.pairs and self.attackers.access != ("query",):
+            raise AfterimageError("stored pairs hold no weights: attackers.access can only be query")
+        if self.pairs and self.attackers.data:
+            raise AfterimageError(
+                "stored pairs cannot be attacked with pictures from elsewhere: there is no encoder"
+            )
+        if self.pairs and self.recipe.augment:  # features belong to the picture as it is
+            object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise AfterimageError("mean and std must be three numbers each, std greater than 0")
+        if not 0 < self.test_fraction < 1:
+            raise AfterimageError(f"test_fraction must lie between 0 and 1, got {self.test_fraction}")
+
+    @property
+    def subject(self) -> str:
+        return self.model or self.encoder or self.pairs
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Eight digits that name a set of settings."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,114 @@
+"""Identification: does a reconstruction find its own original among all test pictures?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from scipy import stats
+from torch import Tensor
+
+from afterimage.lpips import LPIPS
+from afterimage.statistics import Interval
+
+SIDE = 112
+"""Pictures are compared at this many pixels on their shorter side, or at their own size where they are smaller."""
+
+Images = Float[Tensor, "_ 3 height width"]
+Distances = Float[Tensor, "queries candidates"]
+
+DISTANCES = {
+    "pixels": "mean squared error of pixels",
+    "correlation": "one minus the correlation of pixels, which contrast and brightness do not change",
+    "lpips": "LPIPS, a learned perceptual distance",
+}
+
+
+def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
+    """Pictures as they are compared: averaged down to `SIDE` pixels on the shorter side."""
+    height, width = images.shape[-2:]
+    scale = SIDE / min(height, width)
+    if scale >= 1:
+        return images
+    return F.interpolate(
+        images, (round(height * scale), round(width * scale)), mode="bilinear", antialias=True
+    )
+
+
+class Gallery:
+    """All test pictures, reduced, against which reconstructions are compared by each of `DISTANCES`.
+
+    Without `lpips` that distance is left out.
+    """
+
+    def __init__(self, originals: Images, lpips: LPIPS | None = None) -> None:
+        self.originals, self.lpips = originals, lpips
+        self._known = {name: embed(originals) for name, embed in self._embeddings().items()}
+
+    def _embeddings(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Each distance is a squared Euclidean one between rows, up to a factor."""
+        embeddings = {"pixels": lambda images: images.flatten(1), "correlation": _standardised}
+        return embeddings if self.lpips is None else embeddings | {"lpips": self._perceptual}
+
+    @torch.inference_mode()
+    def _perceptual(self, images: Tensor) -> Tensor:
+        # LPIPS is a weighted squared difference of features: the square roots of its weights go to each side.
+        rows = []
+        for part in images.split(8):
+            columns = []
+            for index, maps in enumerate(self.lpips.features(part)):
+                weights = getattr(self.lpips, f"head{index}") / maps[0, 0].numel()
+                columns.append((maps * weights.clamp(min=0).sqrt()[:, None, None]).flatten(1))
+            rows.append(torch.cat(columns, 1))
+        return torch.cat(rows)
+
+    def distances(self, reconstructions: Images) -> dict[str, Distances]:
+        """Squared distances of every reconstruction to every test picture."""
+        found = {}
+        for name, embed in self._embeddings().items():
+            known, rows = self._known[name], embed(reconstructions)
+            found[name] = rows.square().sum(1)[:, None] + known.square().sum(1) - 2 * rows @ known.T
+        return found
+
+    def find(self, reconstructions: Images) -> dict[str, Bool[np.ndarray, " queries"]]:
+        """Whether reconstruction `i` is nearest to test picture `i`, by each distance.
+
+        Pictures that are equally near are taken in a fixed random order, so that reconstructions which say nothing
+        find their original as often as chance would.
+        """
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.originals)))
+        own = torch.arange(len(reconstructions))
+        distances = self.distances(reconstructions.to(self.originals.device))
+        return {
+            name: (order[values.cpu()[:, order].argmin(1)] == own).numpy()
+            for name, values in distances.items()
+        }
+
+
+def share(found: np.ndarray) -> dict[str, Any]:
+    """The share of `True` with its 95 % interval (Clopper & Pearson 1934), as `interval_dict` gives it."""
+    count, total = int(np.sum(found)), len(found)
+    ends = stats.binomtest(count, total).proportion_ci(0.95, method="exact")
+    return interval_dict(Interval(count / total, float(ends.low), float(ends.high), total))
+
+
+def interval_dict(interval: Interval) -> dict[str, Any]:
+    return {
+        "estimate": float(interval.estimate),
+        "low": float(interval.low),
+        "high": float(interval.high),
+        "count": interval.count,
+    }
+
+
+def _standardised(images: Tensor) -> Tensor:
+    rows = images.flatten(1) - images.flatten(1).mean(1, keepdim=True)
+    length = rows.norm(dim=1, keepdim=True)
+    # A reconstruction without any contrast says nothing: rounding must not give it a direction.
+    return torch.where(
+        length > 1e-4 * rows.shape[1] ** 0.5, rows / length.clamp(min=1e-12), torch.zeros_like(rows)
+    )

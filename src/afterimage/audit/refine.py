@@ -1,0 +1,70 @@
+"""An attacker with the weights: decode, then change each picture until its features are those that were sent."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afterimage.audit.attackers import Attack
+from afterimage.audit.identification import reduced
+from afterimage.defences import Defence
+from afterimage.evaluate import SCORES, to_uint8
+from afterimage.invert import InvertConfig, invert
+from afterimage.member import Member
+from afterimage.metrics import Metrics
+from afterimage.progress import Progress, silent
+
+BATCH = 4
+
+
+def refined(
+    attack: Attack,
+    member: Member,
+    metrics: Metrics,
+    *,
+    pictures: int,
+    steps: int,
+    keep: int,
+    progress: Progress = silent,
+) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Tensor, float]:
+    """The first test pictures, decoded by `member` and refined by `invert` for `steps` steps each.
+
+    Returns rows as `evaluate` does, the first `keep` pictures, all reconstructions as they are compared, and the
+    seconds taken. The objective sees the defence without its noise, which the attacker does not know.
+    """
+    defence: Defence = attack.encoders.defences[member.picks[0]]
+    encoder, test, started = attack.encoders.encoder, attack.data.test, time.monotonic()
+
+    def features_of(images: Tensor) -> list[Tensor]:
+        with encoder.gradients():
+            return defence.encode(encoder(images), random=False)
+
+    rows: list[dict[str, Any]] = []
+    kept: list[tuple[str, Any, Any]] = []
+    small: list[Tensor] = []
+    wanted = min(pictures, len(test))
+    for sent, images in attack.batches(test):
+        for start in range(0, min(len(images), wanted - len(rows)), BATCH):
+            part = slice(start, min(start + BATCH, start + wanted - len(rows), len(images)))
+            targets, originals = [maps[part].clone() for maps in sent], images[part]
+            found = invert(
+                features_of,
+                member.pick(targets),
+                tuple(images.shape[-2:]),
+                start=member.reconstruct(targets).clone(),
+                method=InvertConfig(steps=steps),
+                seed=attack.seed,
+            ).images.detach()
+            ids = test.ids[len(rows) : len(rows) + len(originals)]
+            scores = metrics(found, originals)
+            columns = [scores[name] or [None] * len(ids) for name in SCORES]
+            rows += [dict(zip(("id", *SCORES), row, strict=True)) for row in zip(ids, *columns, strict=True)]
+            kept += zip(ids, to_uint8(originals), to_uint8(found), strict=True)
+            small.append(reduced(found).cpu())
+            progress(f"refining {attack.encoders.sources[member.picks[0]]}", len(rows), wanted)
+        if len(rows) == wanted:
+            break
+    return rows, kept[:keep], torch.cat(small), time.monotonic() - started

@@ -1,0 +1,357 @@
+"""The audit itself: layer by layer, every defence and attacker; what is finished is not done again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from afterimage.audit.attackers import (
+    Attack,
+    Sent,
+    attacker_data,
+    attacker_member,
+    calibration,
+    mean_picture,
+)
+from afterimage.audit.cells import VERSION, Cell
+from afterimage.audit.config import AuditConfig, digest
+from afterimage.audit.identification import Gallery, reduced
+from afterimage.audit.subject import Subject, open_subject
+from afterimage.audit.utility import Unavailable, measure_cost, no_cost, whole_network
+from afterimage.checkpoint import load_tensors, remove_checkpoints
+from afterimage.config import AfterimageError, dump_toml, to_dict
+from afterimage.data import Data
+from afterimage.defences import Defence, create_defence
+from afterimage.evaluate import evaluate
+from afterimage.member import Member
+from afterimage.metrics import Metrics
+from afterimage.progress import Progress, silent
+from afterimage.runs import environment, read_json, write_atomic, write_json
+
+BLIND = "no features"
+"""The attacker who sees nothing and answers with the mean of their own pictures."""
+
+
+@dataclass
+class Results:
+    """Everything measured, as plain values: `rows` are cells' summaries, `costs` by layer and defence."""
+
+    subject: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    blind: list[dict[str, Any]] = field(default_factory=list)
+    costs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def run_audit(
+    config: AuditConfig,
+    root: str | Path,
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+    keep: int = 4,
+) -> Results:
+    """Measure every cell that is not done yet, each into a folder below `root`; returns all of them.
+
+    `keep` test pictures a cell are stored. A cell that fails is noted in `failures` and the others go on; raises
+    `AfterimageError` for what concerns them all: the network, its weights, the pictures, a defence's text.
+    """
+    audit = _Audit(config, Path(root), cache, accelerator, progress, keep)
+    return audit.run()
+
+
+class _Audit:
+    def __init__(
+        self,
+        config: AuditConfig,
+        root: Path,
+        cache: Path | None,
+        accelerator: str,
+        progress: Progress,
+        keep: int,
+    ) -> None:
+        self.config, self.root, self.progress, self.keep = config, root, progress, keep
+        self.subject: Subject = open_subject(config, cache=cache, progress=progress)
+        for spec in self.subject.specs.values():  # a wrong text is told before anything is trained
+            for text in config.defences:
+                create_defence(text, [spec], seed=config.seed)
+        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=config.recipe.precision)
+        self.metrics = Metrics(config.lpips, size=min(self.subject.image_size)).to(self.fabric.device)
+        self.results = Results(self._describe(), notes=list(self.subject.notes))
+        self._gallery: Gallery | None = None
+
+    def _describe(self) -> dict[str, Any]:
+        subject = self.subject
+        return {
+            "name": subject.name,
+            "stored": subject.is_stored,
+            "weights": subject.weights,
+            "picture": list(subject.image_size),
+            "features": {k: [s.channels, s.height, s.width] for k, s in subject.specs.items()},
+            "data": subject.data.describe(),
+            "attacker_data": self.config.attackers.data or "the same source as the test pictures",
+            "lpips": self.metrics.lpips_status,
+        }
+
+    def run(self) -> Results:
+        write_atomic(self.root / "audit.toml", dump_toml(self.config))
+        write_json(self.root / "environment.json", environment() | {"device": str(self.fabric.device)})
+        attackers = dict(self._attackers())
+        for data in attackers.values():
+            self._blind(data)
+        for layer in self.subject.layers:
+            self._layer(layer, attackers)
+        return self.results
+
+    def _attackers(self) -> Iterator[tuple[int, Data]]:
+        """What each attacker owns, by the number of pictures; numbers that the pool does not have are left out."""
+        for count in self.config.attackers.pictures:
+            data = attacker_data(self.subject.data, self.subject.pool, count, self.config.seed)
+            if data is None:
+                have = len(self.subject.pool.train) + len(self.subject.pool.validation)
+                self._note(f"an attacker with {count} pictures was left out: there are {have} to own")
+            else:
+                yield len(data.train) + len(data.validation), data
+
+    def _note(self, text: str) -> None:
+        self.results.notes.append(text)
+        self.progress(text, 1, 1)
+
+    @property
+    def gallery(self) -> Gallery:
+        if self._gallery is None:
+            test = self.subject.data.test
+            parts = [reduced(test.crops(part)) for part in torch.arange(len(test)).split(16)]
+            self._gallery = Gallery(torch.cat(parts).to(self.fabric.device), self.metrics.lpips)
+        return self._gallery
+
+    def _cell(self, layer: str, defence: str, decoder: str, data: Data, access: str) -> Cell:
+        config, subject = self.config, self.subject
+        spec = subject.specs.get(layer)
+        settings = {
+            "subject": subject.name,
+            "weights": subject.weights.get("sha256") or subject.weights.get("location", ""),
+            "normalised": [config.mean, config.std] if config.encoder else None,
+            "features": None if spec is None else [spec.channels, spec.height, spec.width],
+            "test": subject.data.digest,
+            "attacker_data": config.attackers.data,
+            "pool": data.digest,
+            "picture": subject.image_size,
+            "recipe": to_dict(config.recipe),
+            "seed": config.seed,
+            "lpips": config.lpips if self.metrics.lpips_status["available"] else "",
+        }
+        if access == "weights":
+            settings |= {k: getattr(config.attackers, k) for k in ("refine_steps", "refine_pictures")}
+        return Cell(layer, defence, decoder, len(data.train) + len(data.validation), access, settings)
+
+    def _collect(self, cell: Cell, into: list[dict[str, Any]]) -> None:
+        run = cell.run(self.root)
+        if run.state == "done":
+            into.append(run.summary | {"folder": str(run.path.relative_to(self.root))})
+
+    def _blind(self, data: Data) -> None:
+        cell = self._cell("", "", BLIND, data, "query")
+        if cell.run(self.root).state != "done":
+            cell.begin(self.root)
+            started = time.monotonic()
+            mean = mean_picture(data.train, 16)
+            result = evaluate(
+                lambda images: mean.to(images.device).expand(len(images), -1, -1, -1).contiguous(),
+                data.test,
+                self.metrics,
+                device=self.fabric.device,
+                progress=self.progress,
+            )
+            small = reduced(mean).expand(len(data.test), -1, -1, -1)
+            seconds = time.monotonic() - started
+            cell.save(self.root, result.rows, [], small, self.gallery, seconds=seconds, notes=[])
+        self._collect(cell, self.results.blind)
+
+    def _layer(self, layer: str, attackers: dict[int, Data]) -> None:
+        wanted = {
+            count: [
+                self._cell(layer, defence, decoder, data, access)
+                for defence in self.config.defences
+                for decoder in self.config.attackers.decoders
+                for access in self.config.attackers.access
+            ]
+            for count, data in attackers.items()
+        }
+        missing = any(c.run(self.root).state != "done" for cells in wanted.values() for c in cells)
+        costs = {text: self._cost_file(layer, text) for text in self.config.defences}
+        unknown = [text for text, path in costs.items() if not path.exists()]
+        if missing or unknown:
+            encoder = None
+            if not self.subject.is_stored:
+                encoder = self.subject.encoder(layer).to(self.fabric.device)
+            defences = self._defences(layer, encoder)
+            found = self._costs(layer, encoder, [defences[text] for text in unknown]) if unknown else []
+            for text, cost in zip(unknown, found, strict=True):
+                write_json(costs[text], cost)
+            for count, cells in wanted.items():
+                self._attack(layer, encoder, defences, attackers[count], cells)
+        for text, path in costs.items():
+            self.results.costs[layer, text] = read_json(path)
+        for cells in wanted.values():
+            for cell in cells:
+                self._collect(cell, self.results.rows)
+
+    def _defences(self, layer: str, encoder: nn.Module | None) -> dict[str, Defence]:
+        """Every defence, fitted on the first training pictures of whoever defends."""
+        spec, device = self.subject.specs[layer], self.fabric.device
+        pictures, batch_size = self.subject.data.train, self.config.recipe.batch_size
+        maps = calibration(Sent(spec.source, [], encoder), pictures, device, batch_size)
+        return {
+            text: create_defence(text, [spec], seed=self.config.seed).to(device).fit(maps)
+            for text in self.config.defences
+        }
+
+    def _cost_file(self, layer: str, defence: str) -> Path:
+        settings = self._cell(layer, defence, "", self.subject.data, "query").settings
+        named = digest(
+            {
+                **settings,
+                "layer": layer,
+                "defence": defence,
+                "kind": self.config.prediction,
+                "version": VERSION,
+            }
+        )
+        return self.root / "costs" / f"{named}.json"
+
+    def _costs(
+        self, layer: str, encoder: nn.Module | None, defences: Sequence[Defence]
+    ) -> list[dict[str, Any]]:
+        if encoder is None:
+            return [no_cost(defence, "a store holds no network to go on with") for defence in defences]
+        try:
+            return measure_cost(
+                whole_network(encoder, layer, self.config.prediction),
+                defences,
+                self.subject.data.test,
+                batch_size=self.config.recipe.batch_size,
+                seed=self.config.seed,
+                device=self.fabric.device,
+                progress=self.progress,
+            )
+        except Unavailable as error:
+            return [no_cost(defence, str(error)) for defence in defences]
+
+    @contextlib.contextmanager
+    def _recorded(self, cell: Cell, member: Member | None = None) -> Iterator[None]:
+        """An error ends one cell and leaves the others alone."""
+        try:
+            yield
+        except AfterimageError as error:
+            self.results.failures.append(f"{cell.layer}, {cell.defence}, {cell.decoder}: {error}")
+            cell.run(self.root).set_state("failed", error=str(error))
+            if member is not None:
+                member.failed = True
+
+    def _attack(
+        self,
+        layer: str,
+        encoder: nn.Module | None,
+        defences: dict[str, Defence],
+        data: Data,
+        cells: Sequence[Cell],
+    ) -> None:
+        """Everyone with the same pictures, on one pass through the encoder."""
+        names = list(defences)
+        missing = [cell for cell in cells if cell.run(self.root).state != "done"]
+        wanted = list(dict.fromkeys((cell.defence, cell.decoder) for cell in missing))
+        members: dict[Member, Cell] = {}
+        for defence, decoder in wanted:
+            # Whoever refines decodes first: the decoder is that of the query attacker.
+            cell = self._cell(layer, defence, decoder, data, "query")
+            with self._recorded(cell):
+                member = attacker_member(
+                    decoder,
+                    names.index(defence),
+                    defences[defence],
+                    self.subject.image_size,
+                    self.config.recipe,
+                    self.fabric,
+                    seed=self.config.seed,
+                    run=cell.begin(self.root),
+                )
+                members[member] = cell
+        if not members:
+            return
+        sent = Sent(self.subject.specs[layer].source, list(defences.values()), encoder)
+        attack = Attack(
+            sent,
+            data,
+            list(members),
+            self.fabric,
+            seed=self.config.seed,
+            progress=self.progress,
+            recorded=lambda member: self._recorded(members[member], member),
+        )
+        self._train(attack, members)
+        sound = [m for m in members if m.best and not m.failed]
+        for cell in missing:
+            of = [
+                m for m in sound if (members[m].defence, members[m].decoder) == (cell.defence, cell.decoder)
+            ]
+            if cell.access == "weights" and of:
+                self._refine(attack, of[0], cell)
+
+    def _train(self, attack: Attack, members: dict[Member, Cell]) -> None:
+        """Train and measure the decoders of query attackers, but for those that are done."""
+        fresh = []
+        for member, cell in members.items():
+            path = cell.run(self.root).file("decoder.safetensors")
+            if cell.run(self.root).state == "done" and path.exists():
+                member.best, _ = load_tensors(path)
+                member.head.load_state_dict(member.best)
+            else:
+                member.restore()
+                fresh.append(member)
+        attack.members = fresh
+        attack.train()
+        attack.members = [m for m in fresh if m.best and not m.failed]
+        for member in attack.members:
+            member.head.load_state_dict(member.best)
+            member.save_best()
+        if not attack.members:
+            return
+        results, small = attack.test(self.metrics, self.keep)
+        for member, result, reconstructions in zip(attack.members, results, small, strict=True):
+            cell = members[member]
+            with self._recorded(cell, member):
+                cell.save(
+                    self.root, result.rows, result.pictures, reconstructions, self.gallery,
+                    seconds=member.seconds, notes=member.notes,
+                )  # fmt: skip
+                remove_checkpoints(cell.run(self.root))
+
+    def _refine(self, attack: Attack, member: Member, cell: Cell) -> None:
+        if not attack.encoders.defences[member.picks[0]].keeps_places:
+            self._note(
+                f"{cell.layer}, {cell.defence}: not refined, since a shuffled order leaves nothing to compare "
+                "features with place by place; an attacker may find a way"
+            )
+            return
+        from afterimage.audit.refine import refined
+
+        with self._recorded(cell):
+            cell.begin(self.root)
+            limits = self.config.attackers
+            rows, pictures, small, seconds = refined(
+                attack, member, self.metrics,
+                pictures=limits.refine_pictures, steps=limits.refine_steps, keep=self.keep, progress=self.progress,
+            )  # fmt: skip
+            notes = [f"decoded by {cell.decoder}, then refined for {limits.refine_steps} steps"]
+            cell.save(self.root, rows, pictures, small, self.gallery, seconds=seconds, notes=notes)

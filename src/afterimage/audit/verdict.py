@@ -1,0 +1,205 @@
+"""The verdict: which layers and defences stay within the limits, and which split to recommend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy import stats
+
+from afterimage.audit.config import LimitsConfig
+
+WITHIN, OPEN, LEAKS = "within limits", "not shown to be safe", "leaks"
+UTILITY = {"classes": "same top-1 prediction", "embedding": "cosine of the embedding"}
+"""What is compared between the network with and without the defence, by the kind of its final output."""
+ENOUGH = 0.9
+"""Without limits, what keeps this much of the network's own answers may be recommended."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """How much the strongest attacker got, by one measure: an interval, and who got it."""
+
+    estimate: float
+    low: float
+    high: float
+    count: int
+    by: str
+    attacker: str
+
+    def against(self, limit: float | None) -> str:
+        if limit is None or self.high <= limit:
+            return WITHIN
+        return LEAKS if self.low > limit else OPEN
+
+
+@dataclass(frozen=True)
+class Option:
+    """One layer behind one defence: its strongest attackers, its cost, and how it stands to the limits."""
+
+    layer: str
+    defence: str
+    ssim: Leak
+    identification: Leak
+    chance: float
+    cost: Mapping[str, Any]
+    status: str
+    reasons: tuple[str, ...]
+
+    @property
+    def utility(self) -> float | None:
+        return None if self.cost["score"] is None else self.cost["score"]["estimate"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`passed` is None where no limits were set; an audit with failures never passes."""
+
+    options: tuple[Option, ...]
+    passed: bool | None
+    recommended: Option | None
+    reason: str
+    remarks: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def attacker_text(attacker: Mapping[str, Any]) -> str:
+    """`linear, 640 pictures, query access`."""
+    access = "also has the weights" if attacker["access"] == "weights" else "query access"
+    source = f" from {attacker['data']}" if attacker["data"] else ""
+    return f"{attacker['decoder']}, {attacker['pictures']:,} pictures{source}, {access}"
+
+
+def strongest(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The distance by which most reconstructions found their original, and its share."""
+    return max(row["identification"].items(), key=lambda item: item[1]["high"])
+
+
+def judge(
+    rows: Sequence[Mapping[str, Any]],
+    blind: Sequence[Mapping[str, Any]],
+    costs: Mapping[tuple[str, str], Mapping[str, Any]],
+    limits: LimitsConfig,
+    failures: Sequence[str] = (),
+) -> Verdict:
+    """Weigh all measured rows. Of several attackers and distances the strongest counts, by the interval's upper end."""
+    options = []
+    for (layer, defence), cost in costs.items():
+        own = [row for row in rows if (row["layer"], row["defence"]) == (layer, defence)]
+        if own:
+            options.append(_option(layer, defence, own, cost, limits))
+    passed = None
+    if limits:
+        passed = bool(options) and not failures and all(o.status == WITHIN for o in options)
+    recommended, reason = _recommend(options, limits)
+    return Verdict(
+        tuple(options), passed, recommended, reason, tuple(_remarks(rows, blind, limits, failures))
+    )
+
+
+def _option(
+    layer: str, defence: str, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Any], limits: LimitsConfig
+) -> Option:
+    ssim = max((_leak(row["scores"]["ssim"], "SSIM", row) for row in rows), key=lambda leak: leak.high)
+    found = max(
+        (_leak(strongest(row)[1], strongest(row)[0], row) for row in rows), key=lambda leak: leak.high
+    )
+    checks = [
+        ("SSIM", ssim, limits.max_ssim, f"{ssim.estimate:.3f} (up to {ssim.high:.3f})"),
+        (
+            "identification",
+            found,
+            limits.max_identification,
+            f"{found.estimate:.0%} (up to {found.high:.1%})",
+        ),
+    ]
+    reasons = []
+    for name, leak, limit, text in checks:
+        if leak.against(limit) != WITHIN:
+            reasons.append(
+                f"{name} {text} against a limit of {limit:g}, {leak.attacker}: {leak.against(limit)}"
+            )
+    worst = [leak.against(limit) for _, leak, limit, _ in checks]
+    status = LEAKS if LEAKS in worst else OPEN if OPEN in worst else WITHIN
+    return Option(layer, defence, ssim, found, rows[0]["chance"], cost, status, tuple(reasons))
+
+
+def _leak(interval: Mapping[str, Any], by: str, row: Mapping[str, Any]) -> Leak:
+    return Leak(**interval, by=by, attacker=attacker_text(row["attacker"]))
+
+
+def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option | None, str]:
+    aside = any("shuffle" in option.defence for option in options)
+    options = [option for option in options if "shuffle" not in option.defence]
+    if not options:
+        return None, "nothing that can be recommended was measured"
+    least = min(options, key=lambda o: (o.identification.high, o.ssim.high))
+    least_text = f"{_name(least)} leaks least" + (", shuffled features aside" if aside else "")
+    if limits:
+        safe = [option for option in options if option.status == WITHIN]
+        if not safe:
+            got = f"{least.identification.estimate:.0%} identified and SSIM {least.ssim.estimate:.3f}"
+            return None, f"no combination is within the limits; {least_text}: {got}"
+        rule = "within the limits for every attacker measured"
+    else:
+        known = [option for option in options if option.utility is not None]
+        safe = [option for option in known if option.utility >= ENOUGH]
+        if not safe:
+            who = (
+                f"none keeps {ENOUGH:.0%} of the network's own answers"
+                if known
+                else "what each costs is unknown"
+            )
+            return None, f"no limits were set and {who}; {least_text}"
+        best = min(safe, key=lambda o: (o.identification.high, o.ssim.high, o.cost["bytes"]))
+        return (
+            best,
+            f"no limits were set: it leaks least of what keeps {ENOUGH:.0%} of the network's own answers",
+        )
+    known = [option for option in safe if option.utility is not None]
+    if not known:
+        best = min(safe, key=lambda o: (o.cost["bytes"], o.identification.high))
+        return best, f"{rule}, and the fewest bytes of those; what it costs in accuracy is not known"
+    best = max(known, key=lambda o: (o.utility, -o.cost["bytes"]))
+    unknown = len(safe) - len(known)
+    return best, f"{rule}, and keeps most of the network's own answers ({best.utility:.0%})" + (
+        f"; for {unknown} others within the limits that is not known" if unknown else ""
+    )
+
+
+def _name(option: Option) -> str:
+    return f"{option.layer} with {option.defence}"
+
+
+def _remarks(
+    rows: Sequence[Mapping[str, Any]],
+    blind: Sequence[Mapping[str, Any]],
+    limits: LimitsConfig,
+    failures: Sequence[str],
+) -> list[str]:
+    remarks = [f"could not be measured: {failure}" for failure in failures]
+    for row in blind:
+        floor = row["scores"]["ssim"]
+        if limits.max_ssim is not None and floor["high"] > limits.max_ssim:
+            remarks.append(
+                f"the limit on SSIM is below what is reached without any features: the mean of the attacker's "
+                f"{row['attacker']['pictures']:,} pictures has SSIM {floor['estimate']:.3f} (up to {floor['high']:.3f})"
+            )
+            break
+    if limits.max_identification is not None:
+        for count in sorted({strongest(row)[1]["count"] for row in rows}):
+            least = float(stats.binomtest(0, count).proportion_ci(0.95, method="exact").high)
+            if least > limits.max_identification:
+                remarks.append(
+                    f"{count} test pictures are too few to show an identification below {limits.max_identification:g}: "
+                    f"even without a single hit the interval reaches {least:.3f}"
+                )
+    if any("shuffle" in row["defence"] for row in rows):
+        remarks.append(
+            "no attacker here puts shuffled places back in order, though that is known to be possible (as a jigsaw "
+            "puzzle is solved): shuffled features are measured, but not recommended"
+        )
+    return remarks

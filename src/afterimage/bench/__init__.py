@@ -1,0 +1,80 @@
+"""`afterimage bench`: what training, evaluating and starting cost, beside a plain reference in the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from afterimage.bench import equal_time, gpu, growth, memory, quality, scoring, startup, training
+from afterimage.bench.rows import Row, print_rows
+from afterimage.bench.settings import Settings
+from afterimage.config import AfterimageError, unknown
+from afterimage.runs import environment, write_json
+
+__all__ = ["MEASUREMENTS", "Row", "Settings", "print_rows", "run_bench"]
+
+MEASUREMENTS: dict[str, Callable[[Settings], list[Row]]] = {
+    "startup": startup.startup,
+    "evaluate": scoring.evaluation,
+    "epoch-2k": training.epoch_2k,
+    "epoch-256": training.epoch_256,
+    "memory": memory.memory,
+    "together": training.together,
+    "growth": growth.growth,
+    "time-to-quality": quality.time_to_quality,
+    "gpu": gpu.gpu,
+    "decoders": equal_time.decoders,
+}
+ON_REQUEST = ("decoders",)
+"""Takes long: left out where no measurement is named."""
+
+
+def run_bench(
+    names: Sequence[str] = (), *, settings: Settings, json_path: Path | None = None
+) -> tuple[list[Row], dict[str, Any]]:
+    """Take the named measurements, or all but those `ON_REQUEST`; returns their rows and facts of the machine.
+
+    Both also go to `json_path`. One that fails is a row that says why, and the others go on.
+
+    Raises `AfterimageError` for an unknown name.
+    """
+    for name in names:
+        if name not in MEASUREMENTS:
+            raise unknown("measurement", name, MEASUREMENTS)
+    facts, rows = machine(), []
+    for name in names or [name for name in MEASUREMENTS if name not in ON_REQUEST]:
+        started, load = time.monotonic(), os.getloadavg()[0]
+        with tempfile.TemporaryDirectory(dir=settings.folder, prefix=f"{name}-") as folder:
+            try:
+                found = MEASUREMENTS[name](replace(settings, folder=Path(folder)))
+            except AfterimageError as error:
+                found = [Row(name, "", unavailable=str(error))]
+        spent = f"{time.monotonic() - started:.0f} s, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after"
+        rows += [*found[:-1], replace(found[-1], notes=[*found[-1].notes, spent])]
+        if json_path is not None:  # kept up to date: a later measurement may be stopped
+            write_json(json_path, {"machine": facts, "rows": [row.as_dict() for row in rows]})
+    return rows, facts
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, load and versions: what one needs to make sense of the figures."""
+    info = Path("/proc/cpuinfo")
+    models = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text().splitlines() if info.exists() else [])
+        if line.startswith("model name")
+    ]
+    facts = {
+        "processor": models[0] if models else None,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": os.getloadavg(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
+    return json.loads(json.dumps(environment() | facts))

@@ -1,0 +1,190 @@
+"""`afterimage audit`: how badly a layer leaks its pictures, what helps, and what that costs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from afterimage.config import load_toml
+
+if TYPE_CHECKING:
+    from afterimage.audit import AuditConfig, Results, Verdict
+
+FAILED = 3
+"""The exit code of an audit that is not within its limits; 1 is an error, 2 a wrong command line."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Audit what leaks from features that are sent or stored: layer x defence x attacker, with a verdict.
+
+    Audits a timm MODEL, one's own network (--encoder) or a store of features with their pictures (--pairs). With
+    limits the exit code is 3 where the upper end of a 95 % interval exceeds one, for any layer, defence and attacker
+    audited: name only what is to be deployed. What is done is not done again.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
+    """A timm name, for example resnet18.tv_in1k."""
+    layers: tuple[str, ...] = ()
+    """Layers to audit (`afterimage layers MODEL` lists them); with --pairs: all by default."""
+    encoder: Annotated[str, tyro.conf.arg(metavar="MODULE:FACTORY")] = ""
+    """One's own network: package.module:factory or file.py:factory, which returns a torch.nn.Module; its layers are
+    module paths, or `output`, with keys in brackets where it returns several: output[features]."""
+    pairs: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """Stored `features` and `pictures` in one .safetensors, .npz or .parquet file, instead of a network."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
+    """Settings from a file such as the audit.toml that each audit writes; what is given here comes first."""
+    data: str = ""
+    """Pictures: folder:PATH, div2k, div2k:PATH, procedural[:COUNT] or photographs."""
+    test: str = ""
+    """Another source whose pictures are the test set."""
+    defences: tuple[str, ...] = ()
+    """none, noise:SCALE, int8, int4, 1bit, topk:FRACTION, pca:D, drop:FRACTION, pool:SIZE, shuffle; chained by +."""
+    decoders: tuple[str, ...] = ()
+    """What attackers train: linear, residual, attention and so on."""
+    pictures: tuple[str, ...] = ()
+    """How many pictures of their own attackers have: numbers, or all."""
+    access: tuple[str, ...] = ()
+    """query (trains a decoder), weights (then refines each reconstruction by optimisation), or both."""
+    attacker_data: str = ""
+    """Where the attackers' own pictures come from, if not from --data."""
+    max_ssim: float | None = None
+    """Fail where the mean SSIM of any attacker's reconstructions may exceed this."""
+    max_identification: float | None = None
+    """Fail where the share of reconstructions that find their own original may exceed this."""
+    weights: str = ""
+    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), `random` (a control), or a file or folder."""
+    mean: tuple[float, float, float] | None = None
+    """With --encoder: what is taken from pictures in [0, 1] before it sees them."""
+    std: tuple[float, float, float] | None = None
+    """With --encoder: what they are then divided by."""
+    prediction: str = ""
+    """What the network returns: classes, embedding, or auto."""
+    resize: int | None = None
+    """Shorter side in pixels after resizing (default 256)."""
+    crop: int | None = None
+    """Side of the crop in pixels (default 224)."""
+    limit_test: int | None = None
+    """Use only so many test pictures."""
+    epochs: int | None = None
+    """Epochs for decoders that are trained by them (default 30)."""
+    refine_steps: int | None = None
+    """With --access weights: optimisation steps a picture (default 200)."""
+    refine_pictures: int | None = None
+    """With --access weights: how many test pictures are refined (default 20)."""
+    seed: int | None = None
+    """Decides initial weights, order, crops, noise and who owns which picture (default 42)."""
+    lpips: str = ""
+    """LPIPS network: alex, vgg or squeeze."""
+    root: Path | None = None
+    """Folder for the audit (default: runs/audit-NAME)."""
+    cache: Path | None = None
+    """Where decoded pictures are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    accelerator: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> None:
+        from afterimage.audit import judge, run_audit, write_audit
+        from afterimage.progress import Display
+
+        config = self.resolved()
+        root = self.root or Path("runs") / f"audit-{Path(config.subject.replace(':', '-')).name}"
+        with Display() as display:
+            results = run_audit(
+                config, root, cache=self.cache, accelerator=self.accelerator, progress=display
+            )
+        verdict = judge(results.rows, results.blind, results.costs, config.limits, results.failures)
+        command = shlex.join(["afterimage", *sys.argv[1:]])
+        written = write_audit(results, verdict, config.limits, root, command=command)
+        print_verdict(results, verdict)
+        print(*(written[name] for name in ("index.html", "audit.json")), sep="\n")
+        if verdict.passed is False:
+            print("afterimage: NOT within the limits", file=sys.stderr)
+            raise SystemExit(FAILED)
+        if results.failures:
+            raise SystemExit(1)
+
+    def resolved(self) -> AuditConfig:
+        """The file's settings, or the defaults, with what was given on the command line in their place."""
+        from afterimage.audit import AttackersConfig, AuditConfig, LimitsConfig
+        from afterimage.config import DataConfig, RecipeConfig
+
+        base = None if self.config is None else load_toml(AuditConfig, self.config)
+        data = {"source": self.data, "test": self.test, **self._of("resize", "crop", "limit_test")}
+        attackers = self._of("decoders", "pictures", "access", "refine_steps", "refine_pictures")
+        nested = {
+            "data": (DataConfig, data),
+            "attackers": (AttackersConfig, {"data": self.attacker_data, **attackers}),
+            "limits": (LimitsConfig, self._of("max_ssim", "max_identification")),
+            "recipe": (RecipeConfig, self._of("epochs")),
+        }
+        given = self._of("layers", "defences", "weights", "mean", "std", "prediction", "seed", "lpips")
+        subject = self._of("model", "encoder", "pairs")
+        if subject:
+            given |= {"model": "", "encoder": "", "pairs": "", **subject}
+        for name, (cls, values) in nested.items():
+            values = {key: value for key, value in values.items() if _is_given(value)}
+            given[name] = replace(cls() if base is None else getattr(base, name), **values)
+        return AuditConfig(**given) if base is None else replace(base, **given)
+
+    def _of(self, *names: str) -> dict[str, Any]:
+        return {name: value for name in names if _is_given(value := getattr(self, name))}
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value != "" and value != ()
+
+
+def print_verdict(results: Results, verdict: Verdict) -> None:
+    """The table and the verdict on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from afterimage.audit.verdict import strongest
+
+    table = Table(title=f"audit of {results.subject['name']}", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("defence", overflow="fold")
+    table.add_column("attacker", overflow="fold")
+    for column in ("identified (95 %)", "by", "SSIM (95 %)", "PSNR", "LPIPS", "network keeps", "bytes"):
+        table.add_column(column, justify="right")
+    for row in [*results.rows, *results.blind]:
+        by, found = strongest(row)
+        ssim, lpips = row["scores"]["ssim"], row["scores"]["lpips"]
+        who = row["attacker"]
+        cost = results.costs.get((row["layer"], row["defence"]))
+        keeps = (
+            "" if cost is None else "unknown" if cost["score"] is None else f"{cost['score']['estimate']:.3f}"
+        )
+        table.add_row(
+            Text(row["layer"] or "–"),
+            Text(row["defence"] or "–"),
+            Text(
+                f"{who['decoder']} {who['pictures']}" + (" + weights" if who["access"] == "weights" else "")
+            ),
+            f"{found['estimate']:.1%} ({found['low']:.1%}–{found['high']:.1%})",
+            by,
+            f"{ssim['estimate']:.3f} ({ssim['low']:.3f}–{ssim['high']:.3f})",
+            f"{row['scores']['psnr']['estimate']:.2f}",
+            "–" if lpips is None else f"{lpips['estimate']:.3f}",
+            keeps,
+            "0" if cost is None else f"{cost['bytes']:,}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table)
+    of_costs = dict.fromkeys(note for cost in results.costs.values() for note in cost["notes"])
+    for text in (*of_costs, *results.notes, *verdict.remarks):
+        console.print(text, markup=False, soft_wrap=True)
+    for option in verdict.options:
+        for reason in option.reasons:
+            console.print(f"{option.layer}, {option.defence}: {reason}", markup=False, soft_wrap=True)
+    recommended = verdict.recommended
+    name = f"{recommended.layer} with {recommended.defence}" if recommended else "none"
+    console.print(f"recommended: {name} ({verdict.reason})", markup=False, soft_wrap=True)
+    console.print("a lower bound on what leaks: no stronger attack is excluded", markup=False, soft_wrap=True)

@@ -1,0 +1,86 @@
+"""`afterimage controls`: what the decoders of finished runs guess, what they lose, and the rate."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from afterimage.runs import Run
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Hold finished runs against controls, on their own test pictures; the report then shows them.
+
+    Writes into each run folder: controls.json (features of another picture, shuffled, mean and zero features
+    through the trained decoder; how far the re-encoded reconstruction is from its features), lost.json (the error
+    by frequency, luma and chroma, place, kind of region) and rate.json (features at 8 to 1 bits, entropy-coded,
+    beside JPEG and WebP), each with a CSV by picture.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER [...]")]
+    """Run folders, or folders that hold run folders."""
+    only: tuple[str, ...] = ()
+    """Only these parts: controls, lost, rate."""
+    again: bool = False
+    """Measure again what has been measured."""
+    weights: str | None = None
+    """Where the encoders' weights are, if not where they were in training."""
+    lpips: str | None = None
+    """LPIPS network (default: the one that each run was measured with)."""
+    cache: Path | None = None
+    """Where decoded pictures are kept."""
+    accelerator: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> None:
+        from afterimage.cli.report import find_runs
+        from afterimage.controls import PARTS, run_controls
+        from afterimage.progress import Display
+
+        runs = find_runs(self.folders)
+        with Display() as display:
+            failures = run_controls(
+                runs,
+                parts=self.only or PARTS,
+                again=self.again,
+                weights=self.weights,
+                lpips=self.lpips,
+                cache=self.cache,
+                accelerator=self.accelerator,
+                progress=display,
+            )
+        print_controls(runs)
+        for error in failures:
+            print(f"failed: {error}", file=sys.stderr)
+        if failures:
+            raise SystemExit(1)
+
+
+def print_controls(runs: list[Run]) -> None:
+    """The tables of the controls on the terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from afterimage.report import read_rows
+    from afterimage.report.controls import control_findings
+
+    done = [run for run in runs if run.state == "done"]
+    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    for finding in control_findings(read_rows(done).decoders) if done else ():
+        console.print(finding.title, style="bold", markup=False)
+        for paragraph in finding.paragraphs:
+            console.print(paragraph, markup=False)
+        for numbers in finding.tables:
+            table = Table(title=numbers.title, title_justify="left")
+            for column in numbers.header:
+                table.add_column(column, overflow="fold")
+            for row in numbers.rows:
+                table.add_row(*map(escape, row))
+            console.print(table)

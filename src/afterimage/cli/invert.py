@@ -1,0 +1,161 @@
+"""`afterimage invert`: inversion by optimising the picture, from grey or from a decoder's answer; the limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from afterimage.cli.tables import score_line
+from afterimage.config import AfterimageError, DataConfig
+
+if TYPE_CHECKING:
+    from afterimage.invert import InvertConfig
+    from afterimage.invert.given import Given
+    from afterimage.runs import Run
+
+
+@dataclass(frozen=True)
+class Invert:
+    """Rebuild pictures from features alone by optimising them until their own features are the same.
+
+    `invert PICTURE... MODEL:LAYER...` starts from grey and uses all layers at once. With `--run` it starts from that
+    run's decoder and refines its answer; without pictures the run's own test pictures are taken (`--limit` keeps the
+    first), inverted from grey as well, and decoder, inversion and refinement are put in one table: limit.csv,
+    limit.json and the curve of PSNR against passes, saturation.png. What comes back is a lower bound on what the
+    features hold: it was reached. Decoders approximate it at a fraction of the time.
+    """
+
+    what: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PICTURE|MODEL:LAYER ...]")
+    ] = ()
+    """Picture files, and layers as model:layer."""
+    run_folders: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", metavar="RUN [...]")] = ()
+    """Start from the decoders of these finished runs."""
+    data: str = ""
+    """A source of pictures such as folder:PATH, instead of files or of a run's own."""
+    limit: int | None = None
+    """Only the first pictures of the source's test split."""
+    method: str = "fourier"
+    """What is optimised: pixels, fourier or prior (a deep image prior)."""
+    optimizer: str = "lbfgs"
+    """lbfgs or adam."""
+    steps: int = 200
+    """Passes through the encoder and back."""
+    learning_rate: float | None = None
+    """Adam's, and the size of L-BFGS's first step."""
+    starts: int = 1
+    """Starts of each picture in one batch; the one whose features come nearest is kept."""
+    jitter: int = 0
+    """Shift the picture by up to so many pixels before each pass (adam)."""
+    tv: float = 0.0
+    """Weight of the total variation; 1 is the weight Mahendran and Vedaldi propose."""
+    alpha_norm: float = 0.0
+    """Weight of the alpha-norm; 1 is the weight Mahendran and Vedaldi propose."""
+    refine_only: bool = False
+    """With --run: leave out the inversion from grey."""
+    output: Path = Path("runs/inversion")
+    """Folder for the run folders; each holds progress.png while it is made."""
+    weights: str | None = None
+    """pretrained, random, or a file or folder."""
+    seed: int = 0
+    lpips: str = "alex"
+    """LPIPS network: alex, vgg or squeeze."""
+    cache: Path | None = None
+    """Where decoded pictures are kept."""
+    accelerator: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> None:
+        from lightning_fabric import Fabric
+
+        from afterimage.invert import InvertConfig
+        from afterimage.progress import Display
+
+        files, sources = self._sort()
+        names = ("method", "optimizer", "steps", "learning_rate", "starts", "jitter", "tv", "alpha_norm")
+        method = InvertConfig(**{name: getattr(self, name) for name in names})
+        device = str(Fabric(accelerator=self.accelerator, devices=1).device)
+        with Display() as display:
+            if self.run_folders:
+                folders = self._refine(method, files, device, display)
+            else:
+                folders = [self._plain(method, files, sources, device, display)]
+        self._show(folders)
+
+    def _sort(self) -> tuple[list[Path], list[str]]:
+        """Files and `model:layer`, told apart by what exists."""
+        files = [Path(name) for name in self.what if Path(name).exists() or ":" not in name]
+        sources = [name for name in self.what if Path(name) not in files]
+        if self.run_folders and sources:
+            raise AfterimageError(f"with --run the layers are the run's own; leave out {', '.join(sources)}")
+        if files and self.data:
+            raise AfterimageError("give picture files or --data, not both")
+        if not self.run_folders and not (sources and (files or self.data)):
+            raise AfterimageError(
+                "give pictures and layers, `afterimage invert PICTURE MODEL:LAYER`, or a decoder to start from, "
+                "--run RUN"
+            )
+        return files, sources
+
+    def _given(self, files: list[Path], data: DataConfig, progress: object) -> Given:
+        from afterimage.invert.given import from_data, from_files
+
+        if files:
+            return from_files(files, resize=data.resize, crop=data.crop)
+        return from_data(data, cache=self.cache, progress=progress)
+
+    def _refine(self, method: InvertConfig, files: list[Path], device: str, progress: object) -> list[Run]:
+        from afterimage.invert.limit import invert_run
+        from afterimage.runs import Run
+
+        folders = []
+        for path in self.run_folders:
+            run = Run.open(path)
+            data = replace(run.config.data, limit_test=self.limit or run.config.data.limit_test)
+            given = self._given(files, replace(data, test=self.data or data.test), progress)
+            folders += invert_run(
+                run, self.output, method, given, plain=not self.refine_only,
+                weights=self.weights, seed=self.seed, lpips=self.lpips, device=device, progress=progress,
+            )  # fmt: skip
+        return folders
+
+    def _plain(
+        self, method: InvertConfig, files: list[Path], sources: list[str], device: str, progress: object
+    ) -> Run:
+        from afterimage.invert.config import InversionConfig
+        from afterimage.invert.limit import invert_sources
+        from afterimage.metrics import Metrics
+        from afterimage.reconstructor import Encoders
+        from afterimage.runs import Run
+
+        given = self._given(
+            files, DataConfig(source=self.data or "photographs", limit_test=self.limit), progress
+        )
+        where, size = self.weights or "pretrained", given.config.crop
+        encoders = Encoders(sources, weights=where, image_size=size, seed=self.seed).to(device)
+        config = InversionConfig(encoders.sources, where, "", method, given.config, self.seed, self.lpips)
+        folder = Run.create(self.output, config)
+        if folder.state != "done":
+            metrics = Metrics(self.lpips, size=size)
+            options = {"metrics": metrics, "seed": self.seed, "device": device, "progress": progress}
+            invert_sources(folder, encoders, method, given, **options)
+        return folder
+
+    def _show(self, folders: list[Run]) -> None:
+        from afterimage.report.limit import limit_rows, print_limit, write_limit
+
+        rows = limit_rows(folders)
+        print_limit(rows)
+        if not self.run_folders:
+            summary = folders[0].summary
+            for row in folders[0].scores:
+                scores = {name: row[name] for name in ("psnr", "ssim", "lpips")}
+                lines = [
+                    score_line(name, None if value is None else {"mean": value}, summary["lpips"])
+                    for name, value in scores.items()
+                ]
+                print(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
+        print(*write_limit(rows, folders, self.output), *(folder.path for folder in folders), sep="\n")

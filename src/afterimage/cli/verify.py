@@ -1,0 +1,51 @@
+"""`afterimage verify`, also `afterimage study verify`: whether the scores of finished runs still hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from afterimage.cli.report import find_runs
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Measure the stored decoders of runs again; say for each whether its scores still hold, and what changed.
+
+    Scores hold where every picture's PSNR is within 0.01 dB, its SSIM within 0.0001 and its LPIPS within 0.001 of
+    what was written down. The exit code is 1 where any does not.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STUDY|RUN [...]")]
+    """Folders of studies, or run folders."""
+    weights: str | None = None
+    """Where the encoders' weights are, if not where they were in training."""
+    cache: Path | None = None
+    """Where decoded pictures are kept."""
+    accelerator: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> None:
+        runs = find_runs(self.folders)
+        from afterimage.progress import Display
+        from afterimage.verify import verify_runs
+
+        with Display() as display:
+            verdicts = verify_runs(
+                runs, weights=self.weights, cache=self.cache, accelerator=self.accelerator, progress=display
+            )
+        for verdict in verdicts:
+            worst = ", ".join(f"{name} by {value:.2g}" for name, value in verdict.worst.items())
+            measured = f": {verdict.pictures} pictures, scores differ at most: {worst}" if worst else ""
+            held = "holds" if verdict.holds else "DOES NOT HOLD" if verdict.problems else "not checked"
+            lines = [f"{held}  {verdict.run.name}{measured or (verdict.skipped and f': {verdict.skipped}')}"]
+            lines += [f"    {problem}" for problem in verdict.problems]
+            lines += [f"    changed: {change}" for change in verdict.changes]
+            print(*lines, sep="\n")
+        counts = [sum(v.holds for v in verdicts), sum(bool(v.problems) for v in verdicts)]
+        print(f"{counts[0]} of {len(verdicts)} runs hold, {counts[1]} do not")
+        if counts[1]:
+            raise SystemExit(1)

@@ -1,0 +1,230 @@
+"""Runs that are trained together on one pass through their encoders, from their checkpoints to their scores."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from afterimage.checkpoint import remove_checkpoints
+from afterimage.config import AfterimageError, RunConfig, to_dict
+from afterimage.data import Data
+from afterimage.evaluate import evaluate_together, score_notes, summarise
+from afterimage.fusion import WeightMaps
+from afterimage.guards import check_frozen
+from afterimage.lock import Lock, LockLost
+from afterimage.member import Member
+from afterimage.memory import out_of_memory
+from afterimage.metrics import Metrics
+from afterimage.progress import Progress
+from afterimage.reconstructor import Encoders, build_head
+from afterimage.runs import Run, environment, sha256
+from afterimage.train import CHECKPOINT_SECONDS, Together
+
+
+class Group:
+    """Runs that share encoders, pictures, batches and seed; this process holds the lock of each.
+
+    A run that fails is recorded in its folder, its error added to `failures`, and the others go on.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[Run, RunConfig],
+        locks: Mapping[Run, Lock],
+        data: Data,
+        failures: list[AfterimageError],
+        *,
+        accelerator: str,
+        progress: Progress,
+        keep: int,
+        pause: Callable[[], None],
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> None:
+        self.runs, self.locks, self.data, self.failures = runs, locks, data, failures
+        self.accelerator, self.progress, self.keep = accelerator, progress, keep
+        self.pause, self.checkpoint_seconds = pause, checkpoint_seconds
+        self.first = next(iter(runs.values()))
+        self.fabric = self._fabric()
+        sources = list(dict.fromkeys(source for config in runs.values() for source in config.sources))
+        self.encoders = Encoders(
+            sources, weights=self.first.weights, image_size=self.first.data.crop, seed=self.first.seed
+        )
+        self.encoders.to(self.fabric.device)
+        for entry in self.encoders.weights_of(self.encoders.sources):
+            self.say(
+                f"{entry['model']}: {entry['label'].upper()} weights from {entry['origin']} {entry['location']}"
+            )
+        self.metrics = Metrics(self.first.lpips, size=self.first.data.crop)
+
+    def say(self, text: str) -> None:
+        self.progress(text, 1, 1)
+
+    def _fabric(self) -> Fabric:
+        return Fabric(accelerator=self.accelerator, devices=1, precision=self.first.recipe.precision)
+
+    @contextlib.contextmanager
+    def recorded(self, run: Run, member: Member | None = None) -> Iterator[None]:
+        """An error ends one run, is written into its folder, and leaves the others alone."""
+        try:
+            yield
+        except LockLost as error:
+            # Whoever took the run over writes its folder now.
+            self.say(str(error))
+            member.failed = True
+        except Exception as error:
+            if not isinstance(error, AfterimageError):
+                if not out_of_memory(error):
+                    raise
+                error = AfterimageError(f"{run.name}: out of memory ({str(error) or 'MemoryError':.200})")
+            self.failures.append(error)
+            if member is not None:
+                member.failed = True
+            with contextlib.suppress(AfterimageError):
+                run.set_state("failed", error=str(error))
+
+    def train(self) -> None:
+        """Train what is not trained, and measure it."""
+        members = []
+        for run, config in self.runs.items():
+            with self.recorded(run):
+                members.append(self._member(run, config))
+        if not members:
+            return
+        self.together = Together(
+            self.encoders,
+            self.data,
+            members,
+            self.fabric,
+            seed=self.first.seed,
+            progress=self.progress,
+            recorded=lambda member: self.recorded(member.run, member),
+            pause=self.pause,
+            checkpoint_seconds=self.checkpoint_seconds,
+        )
+        self.together.solve()
+        # What needs no epochs is written down before hours of training that may be stopped.
+        early = [member for member in members if member.best and not member.active and not member.failed]
+        self.finish(early)
+        self.together.train_epochs()
+        self.finish([member for member in members if member.best and member not in early])
+
+    def _member(self, run: Run, config: RunConfig) -> Member:
+        picks = [self.encoders.sources.index(source) for source in config.sources]
+        head = build_head(config, [self.encoders.specs[i] for i in picks])
+        sources = [self.encoders.sources[i] for i in picks]
+        member = Member(
+            head,
+            picks,
+            config.recipe,
+            # A gradient scaler learns from the losses it sees: one for each, whatever is trained beside it.
+            self._fabric() if config.recipe.precision == "16-mixed" else self.fabric,
+            name=f"run {run.name}",
+            run=run,
+            identity={
+                "settings": config.digest,
+                "pictures": self.data.digest,
+                "sources": sources,
+                "weights": self.encoders.weight_digests(sources),
+            },
+            guard=self.locks[run].check,
+            said=self.say,
+        )
+        run.remove_leftovers()
+        run.set_state("running")
+        run.save_environment(
+            environment() | {"device": str(self.fabric.device), "threads": torch.get_num_threads()}
+        )
+        if member.restore():
+            where = f", picture {member.position}" if member.position else ""
+            self.say(f"{run.name} goes on after epoch {member.epoch}{where}")
+        return member
+
+    def finish(self, members: list[Member]) -> None:
+        """Measure the members' best decoders on the test pictures and write down what they came to."""
+        saved = []
+        for member in members:
+            member.head.load_state_dict(member.best)
+            with self.recorded(member.run, member):
+                member.save_best()
+                saved.append(member)
+        if not saved:
+            return
+        try:
+            self._measure(saved)
+        except AfterimageError as error:
+            if len(saved) == 1:
+                with self.recorded(saved[0].run, saved[0]):
+                    raise error
+                return
+            # One of them cannot be measured; which one shows when each is measured alone.
+            for member in saved:
+                with self.recorded(member.run, member):
+                    self._measure([member])
+
+    def _measure(self, members: list[Member]) -> None:
+        check_frozen(self.encoders)
+        maps = {m: WeightMaps(m.head.fusion, self.keep) for m in members if hasattr(m.head.fusion, "weights")}
+
+        def reconstruct(images: Tensor) -> list[Tensor]:
+            self.pause()
+            features = self.together.features(images)
+            pictures = [member.reconstruct(features) for member in members]
+            with self.fabric.autocast():
+                for member, own in maps.items():
+                    own.add(member.pick(features))
+            return pictures
+
+        results = evaluate_together(
+            reconstruct,
+            self.data.test,
+            self.metrics,
+            names=[member.run.name for member in members],
+            batch_size=self.first.recipe.batch_size,
+            device=self.fabric.device,
+            progress=self.progress,
+            keep=self.keep,
+        )
+        features = self.together.features(self.data.test.crops([0], device=self.fabric.device))
+        for member, result in zip(members, results, strict=True):
+            with self.recorded(member.run, member):
+                facts = self._summary(member, features)
+                facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
+                facts |= {"scores": summarise(result.rows)}
+                facts["notes"] = [*member.notes, *self.data.notes, *score_notes(result.rows)]
+                facts["fusion_weights"] = maps[member].means if member in maps else None
+                weights = maps[member].pictures if member in maps else ()
+                member.guard()
+                member.run.save_result(facts, result.rows, result.pictures, weights)
+                if not member.failed:
+                    member.run.set_state("done")
+                    remove_checkpoints(member.run)
+
+    def _summary(self, member: Member, features: list[Tensor]) -> dict[str, Any]:
+        config, entries = self.runs[member.run], self.encoders.describe()
+        return {
+            "kind": "decoder",
+            "label": f"{' + '.join(config.sources)} · {config.decoder.name}",
+            "sources": list(config.sources),
+            "decoder": config.decoder.name,
+            "reference": None,
+            "fusion": None if member.head.fusion is None else to_dict(config.fusion),
+            "weights": self.encoders.weights_of([self.encoders.sources[i] for i in member.picks]),
+            "features": [entries[i] for i in member.picks],
+            "parameters": member.parameters,
+            "macs": member.macs(features),
+            "seed": config.seed,
+            "loss": config.recipe.loss,
+            "train_seconds": round(member.seconds, 2),
+            "pictures_seen": member.pictures_seen,
+            "epochs": member.epoch,
+            "best_epoch": member.best_epoch,
+            "best_validation_loss": member.best_loss,
+            "batch_size": config.recipe.batch_size,
+            "decoder_sha256": sha256(member.run.file("decoder.safetensors")),
+            "settings_sha256": config.digest,
+        }

@@ -1,0 +1,92 @@
+"""How a picture is searched for: what is optimised, by which method, for how long."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+
+from afterimage.config import AfterimageError, DataConfig, to_dict, unknown
+
+METHODS = ("pixels", "fourier", "prior")
+OPTIMIZERS = ("adam", "lbfgs")
+
+
+@dataclass(frozen=True)
+class InvertConfig:
+    """Inversion by optimising the picture itself.
+
+    `method` is what is optimised: `pixels`, `fourier` (decorrelated colours and frequencies, see
+    `parametrise.Fourier`) or `prior` (the weights of an untrained network, see `parametrise.Prior`). `steps` counts
+    passes through the encoder and back, so that both optimizers cost the same a step; `learning_rate` is Adam's, by
+    default the method's own. `starts` runs are made of every picture and the one whose features come nearest is
+    kept. `jitter` shifts the picture by up to so many pixels before each pass. `tv` and `alpha_norm` weigh the
+    regularisers of `objective`, with the exponents `beta` and `alpha`; 0 leaves one out.
+    """
+
+    method: str = "fourier"
+    optimizer: str = "lbfgs"
+    steps: int = 200
+    learning_rate: float | None = None
+    starts: int = 1
+    jitter: int = 0
+    tv: float = 0.0
+    alpha_norm: float = 0.0
+    beta: float = 2.0
+    alpha: float = 6.0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("inversion method", self.method, METHODS)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        positive = (
+            "steps",
+            "starts",
+            "beta",
+            "alpha",
+            *(["learning_rate"] if self.learning_rate is not None else []),
+        )
+        for names, least, rule in (
+            (positive, 1e-12, "greater than 0"),
+            (("jitter", "tv", "alpha_norm"), 0, "0 or more"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not (math.isfinite(value) and value >= least):
+                    raise AfterimageError(f"{name} must be {rule}, got {value}")
+        if self.jitter and self.optimizer == "lbfgs":
+            raise AfterimageError(
+                "jitter changes the objective from step to step, which L-BFGS cannot follow; use adam"
+            )
+
+
+@dataclass(frozen=True)
+class InversionConfig:
+    """One inversion of test pictures as it is written into its run folder.
+
+    `start` is the run whose decoder made the start, empty for grey. `lpips` is not part of the hash.
+    """
+
+    sources: tuple[str, ...]
+    weights: str
+    start: str
+    inversion: InvertConfig
+    data: DataConfig
+    seed: int = 0
+    lpips: str = "alex"
+
+    @property
+    def digest(self) -> str:
+        settings = to_dict(self)
+        settings.pop("lpips")
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The run folder's name: what was inverted, whether from grey or refined, eight digits of the hash."""
+        kind = "refined" if self.start else "inversion"
+        slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join([*self.sources, kind])).strip("-.")
+        return f"{slug[:100]}-{self.digest[:8]}"

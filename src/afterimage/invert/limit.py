@@ -1,0 +1,249 @@
+"""The limit: what the decoder, plain inversion and decode-then-refine bring back, with the time each takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from afterimage.data import Pictures
+from afterimage.evaluate import evaluate, score_notes, summarise, to_uint8
+from afterimage.invert.config import InversionConfig, InvertConfig
+from afterimage.invert.given import Given
+from afterimage.invert.optimise import Inversion, Look, invert
+from afterimage.invert.refine import differentiable, refine
+from afterimage.invert.spectrum import error_spectrum
+from afterimage.metrics import Metrics, psnr
+from afterimage.progress import Progress, silent
+from afterimage.reconstructor import Encoders, Reconstructor
+from afterimage.runs import Run, environment, write_csv, write_image
+
+Images = Float[Tensor, "batch 3 height width"]
+
+HELD_OUT = 32
+"""Validation pictures from which a decoder's errors are learnt."""
+BATCH = 4
+
+
+def curve_steps(steps: int) -> list[int]:
+    """Where a saturation curve is measured: about six times a doubling of the passes, the last included."""
+    return sorted(
+        {max(1, round(2 ** (i / 3))) for i in range(3 * steps.bit_length())} & set(range(steps)) | {steps}
+    )
+
+
+@dataclass
+class Measured:
+    """What one way of inverting came to: rows and curve by picture, seconds a picture without the measuring."""
+
+    rows: list[dict[str, Any]]
+    pictures: list[tuple[str, Any, Any]]
+    seconds: float
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure(
+    search: Callable[..., Inversion],
+    pictures: Pictures,
+    metrics: Metrics,
+    steps: int,
+    *,
+    batch_size: int = BATCH,
+    device: str = "cpu",
+    progress: Progress = silent,
+    snapshot: Callable[[Images], None] | None = None,
+) -> Measured:
+    """Run `search(images, watch=..., milestones=...)` over pictures; score what it returns and its way there.
+
+    `snapshot` is given the pictures so far at every milestone.
+    """
+    curve: list[dict[str, Any]] = []
+    losses: list[float] = []
+    seconds = 0.0
+    points = curve_steps(steps)
+
+    def reconstruct(images: Images) -> Images:
+        nonlocal seconds
+
+        def watch(look: Look) -> None:
+            values = zip(psnr(look.images, images).tolist(), look.loss.tolist(), strict=True)
+            for i, (value, loss) in enumerate(values):
+                curve.append(
+                    {
+                        "id": pictures.ids[len(losses) + i],
+                        "step": look.step,
+                        "seconds": look.seconds / len(images),
+                        "psnr": value,
+                        "feature_loss": loss,
+                    }
+                )
+            if snapshot is not None:
+                snapshot(look.images)
+
+        # The evaluation around this is without gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            result = search(images.clone(), watch=watch, milestones=points, progress=progress)
+        seconds += result.seconds
+        losses.extend(result.loss.tolist())
+        return result.images
+
+    rows, kept = evaluate(
+        reconstruct,
+        pictures,
+        metrics,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+        keep=len(pictures),
+    )
+    rows = [row | {"feature_loss": loss} for row, loss in zip(rows, losses, strict=True)]
+    return Measured(rows, kept, seconds / len(pictures), curve)
+
+
+def invert_run(
+    run: Run,
+    root: Path,
+    method: InvertConfig,
+    given: Given,
+    *,
+    plain: bool = True,
+    weights: str | None = None,
+    seed: int = 0,
+    lpips: str = "alex",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> list[Run]:
+    """Refine what a finished run's decoder makes of pictures, and with `plain` invert the same from grey too.
+
+    Each becomes a run folder below `root` (see `save`); one that is done is not made again. Where the method is
+    `fourier` and there are validation pictures, the decoder's errors are learnt from the first `HELD_OUT` of them.
+    Plain inversion knows no pictures and no decoder. Raises `AfterimageError` as `Reconstructor.open` and `invert` do.
+    """
+    sources, where = run.config.sources, weights or run.config.weights
+    wanted = [("refined", run.name), *([("inversion", "")] if plain else [])]
+    made = {
+        kind: Run.create(root, InversionConfig(sources, where, start, method, given.config, seed, lpips))
+        for kind, start in wanted
+    }
+    missing = [kind for kind, folder in made.items() if folder.state != "done"]
+    if not missing:
+        return list(made.values())
+    reconstructor = Reconstructor.open(run, weights=weights).to(device)
+    metrics = Metrics(lpips, size=given.config.crop)
+    options: dict[str, Any] = {"metrics": metrics, "seed": seed, "device": device, "progress": progress}
+    if "refined" in missing:
+        spectrum, note = _spectrum(reconstructor, method, given, device)
+
+        def search(images: Images, **more: Any) -> Inversion:
+            return refine(reconstructor, images, method=method, spectrum=spectrum, seed=seed, **more)
+
+        started = time.monotonic()
+        alone = evaluate(reconstructor, given.pictures, metrics, batch_size=BATCH, device=device)
+        # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
+        alone = {
+            "scores": summarise(alone.rows),
+            "seconds": (time.monotonic() - started) / len(given.pictures),
+        }
+        facts = describe(reconstructor.encoders, sources, method, run) | {"decoder_alone": alone}
+        _make(made["refined"], search, given, method, facts, note, **options)
+    if "inversion" in missing:
+        invert_sources(made["inversion"], reconstructor.encoders, method, given, **options)
+    return list(made.values())
+
+
+def invert_sources(
+    folder: Run, encoders: Encoders, method: InvertConfig, given: Given, *, seed: int, **options: Any
+) -> None:
+    """Invert pictures from grey through all sources of `encoders` at once, into a run folder."""
+    facts = describe(encoders, encoders.sources, method, None)
+    _make(folder, plain_search(encoders, method, seed), given, method, facts, [], seed=seed, **options)
+
+
+def _spectrum(
+    reconstructor: Reconstructor, method: InvertConfig, given: Given, device: str
+) -> tuple[Tensor | None, list[str]]:
+    if method.method != "fourier":
+        return None, []
+    if given.validation is None:
+        return None, [
+            "the spectrum of natural pictures stands for the decoder's errors: no validation pictures"
+        ]
+    count = min(HELD_OUT, len(given.validation))
+    batches = (given.validation.crops(batch, device=device) for batch in torch.arange(count).split(BATCH))
+    note = f"the spectrum of the decoder's errors is learnt from {count} validation pictures"
+    return error_spectrum(reconstructor, batches), [note]
+
+
+def _make(
+    folder: Run,
+    search: Callable[..., Inversion],
+    given: Given,
+    method: InvertConfig,
+    facts: dict[str, Any],
+    notes: Sequence[str],
+    *,
+    metrics: Metrics,
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> None:
+    def snapshot(images: Images) -> None:
+        write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
+
+    measured = measure(
+        search, given.pictures, metrics, method.steps, device=device, progress=progress, snapshot=snapshot
+    )
+    facts |= {"data": given.facts, "lpips": metrics.lpips_status, "seed": seed}
+    save(folder, facts, measured, [*notes, *given.notes], device)
+
+
+def plain_search(encoders: Encoders, method: InvertConfig, seed: int) -> Callable[..., Inversion]:
+    """Inversion from grey, as `measure` takes it."""
+
+    def search(images: Images, **options: Any) -> Inversion:
+        with torch.no_grad():
+            targets = [target.clone() for target in encoders(images)]
+        with differentiable(encoders) as features_of:
+            return invert(features_of, targets, tuple(images.shape[-2:]), method=method, seed=seed, **options)
+
+    return search
+
+
+def describe(
+    encoders: Encoders, sources: Sequence[str], method: InvertConfig, start: Run | None
+) -> dict[str, Any]:
+    """What an inversion's summary says of how it was made; it trains nothing and has no parameters."""
+    name = f"{start.config.decoder.name} + refined" if start else "inversion"
+    return {
+        "kind": "inversion",
+        "label": f"{' + '.join(sources)} · {name}",
+        "sources": list(sources),
+        "decoder": name,
+        "reference": None,
+        "fusion": None,
+        "weights": encoders.weights_of(encoders.sources),
+        "features": encoders.describe(),
+        "parameters": None,
+        "train_seconds": None,
+        "start": start.name if start else None,
+        "steps": method.steps,
+    }
+
+
+def save(run: Run, facts: dict[str, Any], measured: Measured, notes: Sequence[str], device: str) -> None:
+    """Write an inversion's folder: as any run's, and curve.csv, PSNR and feature loss by picture and pass."""
+    facts = facts | {"seconds_per_picture": measured.seconds, "scores": summarise(measured.rows)}
+    facts |= {"feature_loss": sum(row["feature_loss"] for row in measured.rows) / len(measured.rows)}
+    took = f"{facts['steps']} passes an inversion, {measured.seconds:.1f} s a picture"
+    facts["notes"] = [took, *notes, *score_notes(measured.rows)]
+    run.save_environment(environment() | {"device": device, "threads": torch.get_num_threads()})
+    write_csv(run.file("curve.csv"), measured.curve)
+    run.save_result(facts, measured.rows, measured.pictures)
+    run.set_state("done")

@@ -1,0 +1,320 @@
+"""The controls that run folders hold, read and set in words and tables. See `afterimage.controls.measure`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+from afterimage.config import AfterimageError
+from afterimage.report.findings import NONE, Finding, Numbers
+from afterimage.report.read import DAMAGE
+from afterimage.report.rows import Row, Score
+from afterimage.runs import read_csv, read_json
+from afterimage.statistics.phrases import minus, number
+
+FORMAT = 1
+STAND_INS = {
+    "another": "another picture's features",
+    "shuffled": "shuffled features",
+    "mean": "mean features",
+    "zero": "zero features",
+    "colour": "the picture's mean colour",
+}
+REGIONS = ("flat", "edge", "texture")
+PLANES = {"luma": "luma", "cb": "Cb", "cr": "Cr"}
+DETAIL = 0.125
+"""Cycles a pixel, periods of 8 pixels: above it the gap of a perceptual loss is told."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row's controls, losses or rate: the JSON file, and its CSV by picture."""
+
+    row: Row
+    facts: Mapping[str, Any]
+    pictures: Sequence[Mapping[str, Any]]
+
+    def score(self, column: str) -> Score:
+        return Score.of([float(p[column]) for p in self.pictures if p[column] is not None])
+
+
+def read_part(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
+    """The rows that have this part (`controls`, `lost` or `rate`), and what is wrong with files that do not read."""
+    found, problems = [], []
+    for row in rows:
+        path = row.run.file(f"{part}.json")
+        if not path.exists():
+            continue
+        try:
+            facts = read_json(path)
+            if facts["format"] != FORMAT:
+                raise AfterimageError(f"{path} has format {facts['format']!r}; this version reads {FORMAT}")
+            one = Part(row, facts, read_csv(path.with_suffix(".csv")))
+            CHECKS[part](one)
+            found.append(one)
+        except DAMAGE as damage:
+            problems.append(f"{path} cannot be read: {type(damage).__name__}: {damage}")
+    return found, problems
+
+
+def control_findings(rows: Sequence[Row]) -> list[Finding]:
+    """What the controls of these rows say; nothing where no run folder holds any."""
+    makers = {
+        "controls": ("Preserved or guessed", _guessed),
+        "lost": ("What is lost", _lost),
+        "rate": ("What the features cost to store or send", _rate),
+    }
+    findings = []
+    for part, (title, make) in makers.items():
+        found, problems = read_part(rows, part)
+        if found or problems:
+            paragraphs, tables = make(found) if found else ((), ())
+            findings.append(
+                Finding(title, paragraphs=(*problems, *paragraphs), tables=tuple(tables), wide=True)
+            )
+    return findings
+
+
+def name(row: Row) -> str:
+    return " + ".join(row.sources)
+
+
+def decoder(row: Row) -> str:
+    return row.decoder_label + (" (RANDOM weights)" if row.is_random else "")
+
+
+def share_lost(part: Part, plane: str) -> list[tuple[float, float]]:
+    """`(cycles a pixel, power of the error over power of the picture)` for each band that has any."""
+    spectrum = part.facts["spectra"][plane]
+    triples = zip(part.facts["frequencies"], spectrum["error"], spectrum["picture"], strict=True)
+    return [(float(f), float(e) / float(p)) for f, e, p in triples if e is not None and p]
+
+
+def at_size(curve: Sequence[Mapping[str, Any]], bits: float) -> float | None:
+    """A codec's mean PSNR at a mean size, along the logarithm of the size; None outside its curve."""
+    return _between([(math.log(c["bits_per_pixel"]), c["psnr"]) for c in curve], math.log(bits))
+
+
+def at_psnr(curve: Sequence[Mapping[str, Any]], psnr: float) -> float | None:
+    """The mean size in bits a pixel at which a codec has this mean PSNR; None outside its curve."""
+    size = _between([(c["psnr"], math.log(c["bits_per_pixel"])) for c in curve], psnr)
+    return None if size is None else math.exp(size)
+
+
+def curve_of(part: Part, codec: str) -> list[Mapping[str, Any]]:
+    curve = [c for c in part.facts["codecs"] if c["codec"] == codec]
+    return sorted(curve, key=lambda c: c["bits_per_pixel"])
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    points = sorted(points)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= x <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return None
+
+
+def _psnr(score: Score) -> str:
+    around = "" if score.margin is None else f" ± {score.margin:.2f}"
+    return number(score.mean, "psnr") + around
+
+
+def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
+    header = ("features", "decoder", "own features", *STAND_INS.values(), "re-encoded", "another picture")
+    table = [
+        (
+            name(p.row), decoder(p.row), *(_psnr(p.score(f"{c}_psnr")) for c in ("own", *STAND_INS)),
+            *(f"{p.facts['distances'][d]:.3f}" for d in ("reencoded", "random_pair")),
+        )
+        for p in parts
+    ]  # fmt: skip
+    paragraphs = [
+        "Features that are not the picture's go through its trained decoder, and what comes out is scored against "
+        "the picture: what is left is the decoder's prior. Another picture's features are those of the next test "
+        "picture; shuffled ones have their locations in random order; mean ones hold each channel's mean over "
+        f"training pictures everywhere. PSNR in dB, mean over {parts[0].facts['pictures']} test pictures ± half its "
+        "95 % t interval. A column that comes near the first is what the decoder knew without the picture.",
+        "Re-encoded: the distance of the reconstruction's features from the picture's, over the norm of these; "
+        "beside it the distance of another picture's features. Near 0 the reconstruction is one that the layer "
+        "takes for the picture; near the other it has little to do with it.",
+    ]
+    tables = [Numbers("Controls", header, tuple(table))]
+    return paragraphs, [*tables, *_against_random([p.row for p in parts])]
+
+
+def _against_random(rows: Sequence[Row]) -> Iterable[Numbers]:
+    """Pretrained rows beside the same rows with random weights."""
+    lines = []
+    for trained, random in product(rows, rows):
+        if not trained.is_random and random.is_random and _twins(trained, random, "weights"):
+            gap = _difference(trained, random, "psnr")
+            means = [number(row.scores["psnr"].mean, "psnr") for row in (trained, random)]
+            lines.append((name(trained), trained.decoder_label, *means, gap))
+    if lines:
+        header = ("features", "decoder", "pretrained (dB)", "RANDOM weights (dB)", "what training added (dB)")
+        yield Numbers("The same architecture with random weights", header, tuple(lines))
+
+
+def _twins(a: Row, b: Row, *but: str) -> bool:
+    """Whether two rows were asked for alike but for these settings (and how they were measured)."""
+
+    def rest(row: Row) -> dict[str, Any]:
+        settings = {k: v for k, v in row.settings.items() if k not in (*but, "lpips")}
+        if "loss" in but:
+            settings["recipe"] = {k: v for k, v in settings.get("recipe", {}).items() if k != "loss"}
+        return settings
+
+    return rest(a) == rest(b)
+
+
+def _difference(a: Row, b: Row, metric: str) -> str:
+    """The mean difference by picture, `a` less `b`, with half its 95 % t interval."""
+    one, other = a.values(metric), b.values(metric)
+    score = Score.of([one[key] - other[key] for key in one if key in other])
+    digits = 2 if metric == "psnr" else 3
+    around = "" if score.margin is None else f" ± {score.margin:.{digits}f}"
+    return number(score.mean, metric, signed=True) + around
+
+
+def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
+    rules = parts[0].facts["regions"]
+    shares = ", ".join(f"{kind} {rules[kind]['share']:.0%}" for kind in REGIONS)
+    header = (
+        "features", "decoder", *(f"{label} (dB)" for label in PLANES.values()),
+        *(f"{plane} variance lost" for plane in PLANES.values()),
+        *(f"{kind} (dB)" for kind in REGIONS), "half of luma lost from (cycles a pixel)",
+    )  # fmt: skip
+    table = []
+    for p in parts:
+        half = next((f"{f:.3f}" for f, share in share_lost(p, "luma") if share >= 0.5), "above 0.5")
+        planes = [_psnr(p.score(f"psnr_{plane}")) for plane in PLANES]
+        lost = [_share(p.facts["planes"][plane]) for plane in PLANES]
+        kinds = [_decibels(p.facts["regions"][kind]["mse"]) for kind in REGIONS]
+        table.append((name(p.row), decoder(p.row), *planes, *lost, *kinds, half))
+    paragraphs = [
+        "Luma, Cb and Cr are JPEG's (BT.601, full range), PSNR by picture ± half the 95 % t interval of its mean; "
+        "the variance lost is the squared error over the plane's own variance within pictures (above 100 %: worse "
+        "than its mean). "
+        f"Regions are judged on the original's luma in {rules['window']} × {rules['window']} pixels: flat where its "
+        f"standard deviation is below {rules['flat_below']:g}, else edge where the structure tensor's coherence is "
+        f"{rules['edge_from']:g} or more, else texture ({shares} of the pixels); their dB are of the mean squared "
+        "error over all pixels of the kind. The last column is the lowest frequency at which the error has half "
+        "the picture's power or more.",
+    ]
+    return paragraphs, [Numbers("By colour, region and frequency", header, tuple(table)), *_gap(parts)]
+
+
+def _share(plane: Mapping[str, float]) -> str:
+    return f"{plane['error'] / plane['variance']:.1%}" if plane["variance"] else NONE
+
+
+def _decibels(error: float | None) -> str:
+    return NONE if error is None else number(-10 * math.log10(max(error, 1e-10)), "psnr")
+
+
+def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
+    """Decoders trained for MSE beside the same ones trained with LPIPS, and the detail that each puts out."""
+    lines = []
+    for mse, other in product(parts, parts):
+        losses = [str(p.row.settings.get("recipe", {}).get("loss", "mse")) for p in (mse, other)]
+        if losses[0] != "mse" or "lpips" not in losses[1] or not _twins(mse.row, other.row, "loss"):
+            continue
+        measured = mse.row.lpips_net == other.row.lpips_net and other.row.scores["lpips"] is not None
+        pairs = [" → ".join(texts) for texts in zip(*map(_detail, (mse, other)), strict=True)]
+        lines.append((
+            name(mse.row), mse.row.decoder_label, losses[1], _difference(other.row, mse.row, "psnr"),
+            _difference(other.row, mse.row, "lpips") if measured else NONE, *pairs,
+        ))  # fmt: skip
+    if lines:
+        header = (
+            "features", "decoder", "loss", "PSNR less mse's (dB)", "LPIPS less mse's",
+            f"power above {DETAIL:g} cycles a pixel, of the picture's", "agreement there",
+        )  # fmt: skip
+        title = "MSE beside a perceptual loss: power that comes back with less agreement is guessed detail"
+        yield Numbers(title, header, tuple(lines))
+
+
+def _detail(part: Part) -> tuple[str, str]:
+    """Above `DETAIL`: luma power over the picture's, and its correlation with the picture."""
+    spectrum = part.facts["spectra"]["luma"]
+    high = [i for i, f in enumerate(part.facts["frequencies"]) if f > DETAIL]
+    # A band's share of the spectrum grows with its circumference.
+    own, rebuilt, shared = (
+        sum((spectrum[key][i] or 0) * part.facts["frequencies"][i] for i in high)
+        for key in ("picture", "reconstruction", "shared")
+    )
+    if not own or not rebuilt:
+        return NONE, NONE
+    return f"{rebuilt / own:.0%}", minus(f"{shared / math.sqrt(own * rebuilt):.2f}", 2)
+
+
+def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
+    facts = parts[0].facts
+    header = (
+        "features", "decoder", "bits", "bits a pixel", "entropy bound", "PSNR (dB)", "JPEG at that size (dB)",
+        "WebP at that size (dB)", "JPEG of that PSNR (bits a pixel)",
+    )  # fmt: skip
+    table = []
+    for p in parts:
+        jpeg, webp = curve_of(p, "JPEG"), curve_of(p, "WebP")
+        for point in p.facts["points"]:
+            rows = [float(r["psnr"]) for r in p.pictures if r["bits"] == point["bits"]]
+            size, bound = point["bits_per_pixel"], point.get("entropy_bits_per_pixel")
+            table.append((
+                name(p.row), decoder(p.row), f"{point['bits']}", f"{size:.2f}",
+                NONE if bound is None else f"{bound:.2f}", _psnr(Score.of(rows)),
+                _codec(jpeg, size), _codec(webp, size), _size(jpeg, point["psnr"]),
+            ))  # fmt: skip
+    exact = next(c for c in facts["codecs"] if c["psnr"] is None)
+    paragraphs = [
+        "Each channel is quantised evenly between its 0.1 % and 99.9 % quantiles over "
+        f"{facts['training_pictures']} training pictures, a symbol standing for the mean of what it covers there; "
+        "32 bits are the features as they are, uncoded. The decoder was fitted on unquantised features and not "
+        f"again. Bits a pixel are real: {facts['coder']} on one symbol a byte, channel after channel. The entropy "
+        "bound is that of each channel's symbols over the test pictures: no code that takes every value by itself "
+        "is shorter; bzip2 may be, since it sees neighbours.",
+        "JPEG and WebP are whole files of the same pictures (chroma at half size), interpolated between qualities "
+        f"along the logarithm of the size. Lossless WebP takes {exact['bits_per_pixel']:.2f} bits a pixel: a size "
+        "beyond it buys the picture itself.",
+    ]
+    return paragraphs, [Numbers("dB at each size", header, tuple(table))]
+
+
+def _codec(curve: Sequence[Mapping[str, Any]], size: float) -> str:
+    if size < curve[0]["bits_per_pixel"]:
+        return f"none so small (from {curve[0]['bits_per_pixel']:.2f})"
+    if size > curve[-1]["bits_per_pixel"]:
+        return f"above {number(curve[-1]['psnr'], 'psnr')}"
+    return number(at_size(curve, size), "psnr")
+
+
+def _size(curve: Sequence[Mapping[str, Any]], psnr: float) -> str:
+    size = at_psnr(curve, psnr)
+    if size is None:
+        lowest = min(curve, key=lambda c: c["psnr"])
+        return f"below {lowest['bits_per_pixel']:.2f}" if psnr < lowest["psnr"] else "more than quality 100"
+    return f"{size:.2f}"
+
+
+def _check(columns: Sequence[str], keys: Sequence[str]) -> Any:
+    """Whatever tables and figures take from the files is looked at once here, where damage is caught."""
+
+    def check(part: Part) -> None:
+        for key in keys:
+            _ = part.facts[key]
+        for picture in part.pictures:
+            _ = [picture[column] for column in columns]
+        if not part.pictures:
+            raise AfterimageError("it has no pictures")
+
+    return check
+
+
+CHECKS = {
+    "controls": _check([f"{c}_psnr" for c in ("own", *STAND_INS)], ("pictures", "distances")),
+    "lost": _check([f"psnr_{p}" for p in PLANES], ("frequencies", "spectra", "planes", "place", "regions")),
+    "rate": _check(["bits", "psnr"], ("points", "codecs", "coder", "training_pictures")),
+}

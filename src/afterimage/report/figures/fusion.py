@@ -1,0 +1,132 @@
+"""Fusion weights as maps: which of its sources a fusion listens to, and where in a picture."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from afterimage.report.escape import plain
+from afterimage.report.figures.grid import CELL, EDGE, FOOT, GAP, HEAD, LINE, PICTURES, Pixels, read_pixels
+from afterimage.report.figures.labels import wrap
+from afterimage.report.figures.style import Drawing
+from afterimage.report.read import DAMAGE
+from afterimage.report.rows import Row, Rows
+from afterimage.report.variants import fusion_text
+
+COLORS = "cividis"
+FEW = 3  # figures that are shown open
+BAR = 0.62  # inches for the colour bar and its labels
+
+Map = UInt8[np.ndarray, "h w"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One picture: its original, its reconstruction and a map a source."""
+
+    identity: str
+    original: Pixels
+    rebuilt: Pixels
+    maps: list[Map]
+
+
+def fusion_weights(rows: Rows) -> list[Drawing]:
+    """A figure for each fused row that stored weight maps; empty where none did."""
+    found = [(row, lines) for row in rows.decoders if row.fusion_weights and (lines := _lines(row))]
+    drawings = []
+    for number, (row, lines) in enumerate(found, 1):
+        name = f"fusion-weights-{number}" if len(found) > 1 else "fusion-weights"
+        who = ", ".join([row.layer, row.decoder_label, *([f"seed {row.seed}"] if _seeds(rows) else [])])
+        title = f"Fusion weights: {plain(who, 100)}" + (", RANDOM weights" if row.is_random else "")
+        drawings.append(Drawing(name, title, _caption(row), _figure(row, lines), number > FEW))
+    return drawings
+
+
+def _lines(row: Row) -> list[Line]:
+    """The first pictures of which everything can be read."""
+    try:
+        saved, maps = row.run.pictures, row.run.fusion_maps
+    except DAMAGE:
+        return []
+    lines = []
+    for identity, *files in saved:
+        files += maps.get(identity, [])
+        pixels = [read_pixels(file) for file in files]
+        if len(pixels) == 2 + len(row.sources) and all(image is not None for image in pixels):
+            lines.append(Line(str(identity), *pixels[:2], [image[..., 0] for image in pixels[2:]]))
+        if len(lines) == PICTURES:
+            break
+    return lines
+
+
+def _figure(row: Row, lines: list[Line]) -> Figure:
+    heads = ["original", f"{wrap(plain(row.decoder_label, 60), HEAD)}\nmean {row.scores['psnr'].mean:.2f} dB"]
+    means = zip(_names(row.sources), row.fusion_weights, strict=True)
+    heads += [f"{name}\nmean weight {mean:.2f}" for name, mean in means]
+    top = EDGE + LINE * max(head.count("\n") + 1 for head in heads) + 0.08
+    step = CELL + FOOT + EDGE
+    width = len(heads) * (CELL + GAP) + EDGE + BAR
+    height = top + len(lines) * step
+    figure = Figure((width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    norm = Normalize(0, max(float(m.max()) for line in lines for m in line.maps) / 255 or 1)
+    left = [EDGE + column * (CELL + GAP) for column in range(len(heads))]
+    for x, head in zip(left, heads, strict=True):
+        axes.text(x + CELL / 2, top - 0.05, head, ha="center", va="bottom", fontsize=7.5, linespacing=1.25)
+    for y, line in zip(itertools.count(top, step), lines, strict=False):
+        psnr = row.values("psnr").get(line.identity)
+        feet = [plain(line.identity, HEAD), "" if psnr is None else f"{psnr:.2f} dB"]
+        feet += [f"{m.mean() / 255:.2f}" for m in line.maps]
+        for x, foot in zip(left, feet, strict=True):
+            axes.text(x + CELL / 2, y + CELL + 0.03, foot, ha="center", va="top", fontsize=7)
+        for x, pixels in zip(left, (line.original, line.rebuilt), strict=False):
+            _show(axes, pixels, x, y, interpolation="auto")
+        for x, weights in zip(left[2:], line.maps, strict=True):
+            _show(axes, weights / 255, x, y, interpolation="nearest", cmap=COLORS, norm=norm)
+    bottom = height - (top + (len(lines) - 1) * step + CELL)
+    place = (left[-1] + CELL + 0.1, bottom, 0.1, height - top - bottom)
+    bar = figure.add_axes([place[0] / width, place[1] / height, place[2] / width, place[3] / height])
+    figure.colorbar(ScalarMappable(norm, COLORS), cax=bar)
+    bar.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    bar.tick_params(length=2.5)
+    return figure
+
+
+def _show(axes: Axes, pixels: np.ndarray, x: float, y: float, **options: object) -> None:
+    rows, columns = pixels.shape[:2]
+    scale = CELL / max(rows, columns)
+    left, above = x + (CELL - columns * scale) / 2, y + (CELL - rows * scale) / 2
+    extent = (left, left + columns * scale, above + rows * scale, above)
+    axes.imshow(pixels, extent=extent, aspect="auto", **options)
+
+
+def _names(sources: tuple[str, ...]) -> list[str]:
+    """Two lines a source, model and layer; without the weights' tag where that loses nothing."""
+    split = [source.partition(":")[::2] for source in sources]
+    bare = [(model.partition(".")[0], layer) for model, layer in split]
+    chosen = bare if len(set(bare)) == len(bare) else split
+    return [f"{wrap(plain(model, 40), HEAD)}\n{plain(layer, HEAD)}" for model, layer in chosen]
+
+
+def _seeds(rows: Rows) -> bool:
+    return len({row.seed for row in rows.decoders}) > 1
+
+
+def _caption(row: Row) -> str:
+    text = fusion_text(row)
+    return (
+        f"{text[0].upper()}{text[1:]} of {' + '.join(row.sources)}. Each map shows how much of the fused features "
+        "comes from one source at each location; at a location the sources' weights add up to 1, and an equal "
+        f"share would be {1 / len(row.sources):.2f}. All maps have one colour scale. Above a column: the mean over "
+        "all test pictures; below a map: its own mean."
+    )

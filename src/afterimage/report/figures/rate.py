@@ -1,0 +1,66 @@
+"""Rate: what the features take when they are quantised and coded, beside JPEG and WebP."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from afterimage.report.controls import curve_of, decoder, read_part
+from afterimage.report.escape import plain
+from afterimage.report.figures.lost import PANEL, dashes, shades
+from afterimage.report.figures.style import INK, MUTED, Drawing, grid_y, legend, short_encoders
+from afterimage.report.rows import Rows, Score
+
+CODECS = {"JPEG": "--", "WebP": ":"}
+
+
+def rate(rows: Rows) -> list[Drawing]:
+    """A panel an encoder, a line a layer. Empty where no run folder holds `rate.json`."""
+    parts, _ = read_part(rows.decoders, "rate")
+    if not parts:
+        return []
+    encoders = list(dict.fromkeys(p.row.encoder for p in parts))
+    names = {"fusion": "fusion", **short_encoders([p.row for p in parts])}
+    figure = Figure((max(4.4, 0.8 + PANEL[0] * len(encoders)), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(encoders), sharex=True, sharey=True, squeeze=False)[0]
+    colors, patterns = shades(parts), dashes(parts)
+    for axes, encoder in zip(panels, encoders, strict=True):
+        members = [p for p in parts if p.row.encoder == encoder]
+        for codec, ls in CODECS.items():
+            curve = curve_of(members[0], codec)
+            axes.plot(
+                [c["bits_per_pixel"] for c in curve], [c["psnr"] for c in curve], color=MUTED, ls=ls, lw=1
+            )
+        for part in members:
+            points = [p for p in part.facts["points"] if p["bits"] < 32]
+            scores = [
+                Score.of([float(r["psnr"]) for r in part.pictures if r["bits"] == p["bits"]]) for p in points
+            ]
+            axes.errorbar(
+                [p["bits_per_pixel"] for p in points], [s.mean for s in scores], [s.margin or 0 for s in scores],
+                color=colors[part.row.sources], ls=patterns[decoder(part.row)], marker="o", markersize=2.5,
+                lw=1.1, elinewidth=0.7,
+            )  # fmt: skip
+        layers = dict.fromkeys((p.row.sources, plain(p.row.layer, 16)) for p in members)
+        axes.legend(
+            handles=[Line2D([], [], color=colors[sources], label=text) for sources, text in layers],
+            loc="upper right", fontsize=6.5, handlelength=1.2, labelspacing=0.2,
+        )  # fmt: skip
+        axes.set_title(plain(names[encoder], 28))
+        axes.set_xscale("log")
+        axes.set_xlabel("bits a pixel (log scale)")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        grid_y(axes)
+    panels[0].set_ylabel("PSNR (dB)")
+    handles = [Line2D([], [], color=INK, ls=ls, label=name) for name, ls in patterns.items()]
+    handles += [Line2D([], [], color=MUTED, ls=ls, label=codec) for codec, ls in CODECS.items()]
+    legend(figure, handles, columns=4)
+    caption = (
+        "Features at 1, 2, 3, 4, 6 and 8 bits (left to right) after "
+        f"{parts[0].facts['coder']}, rebuilt by decoders that were fitted on unquantised ones; mean over "
+        f"{parts[0].facts['pictures']} test pictures with its 95 % t interval. Grey: the same pictures as JPEG and "
+        "WebP files. Channels are quantised between their 0.1 % and 99.9 % quantiles over training pictures."
+    )
+    return [Drawing("rate", "Quality against the size of the features", caption, figure)]

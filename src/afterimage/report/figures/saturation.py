@@ -1,0 +1,60 @@
+"""Where inversions saturate: PSNR against passes through the encoder and back."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from afterimage.report.escape import plain
+from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
+from afterimage.report.rows import Rows
+from afterimage.runs import Run, read_csv
+
+
+def saturation(rows: Rows) -> list[Drawing]:
+    """The curves of all inversions among the rows; empty where there are none."""
+    folders = [row.run for row in rows.decoders if row.kind == "inversion"]
+    return [draw_saturation(folders)] if folders else []
+
+
+def draw_saturation(folders: Sequence[Run]) -> Drawing:
+    """The mean PSNR of each inversion over its passes; a line a run folder, dashed where it began from grey."""
+    with style():
+        figure = Figure((6.2, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        sources = list(dict.fromkeys(" + ".join(folder.summary["sources"]) for folder in folders))
+        colors = {name: ENCODER_COLORS[i % len(ENCODER_COLORS)] for i, name in enumerate(sources)}
+        for folder in folders:
+            values = defaultdict(list)
+            for row in read_csv(folder.file("curve.csv")):
+                values[row["step"]].append(row["psnr"])
+            steps = sorted(values)
+            means = [statistics.fmean(values[step]) for step in steps]
+            color = colors[" + ".join(folder.summary["sources"])]
+            axes.plot(steps, means, color=color, ls="-" if folder.summary["start"] else "--")
+            axes.annotate(
+                f"{means[-1]:.1f}",
+                (steps[-1], means[-1]),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                color=color,
+            )
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("passes through the encoder and back (0: the start)")
+        axes.set_ylabel("PSNR (dB) ↑")
+        grid_y(axes)
+        handles = [Line2D([], [], color=color, label=plain(name, 60)) for name, color in colors.items()]
+        handles += [
+            Line2D([], [], color=MUTED, ls=ls, label=label)
+            for ls, label in (("-", "from a decoder"), ("--", "from grey"))
+        ]
+        legend(figure, handles, columns=2)
+    caption = "The mean PSNR over pictures of the best picture so far by its features, against passes; a lower bound."
+    return Drawing("saturation", "Where inversion saturates", caption, figure)

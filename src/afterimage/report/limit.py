@@ -1,0 +1,72 @@
+"""What inversions came to, from their run folders: one table of decoder, inversion and refinement, and the curves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from afterimage.runs import Run, write_atomic, write_csv, write_json
+
+
+def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row each for the decoder, the inversion from grey and the refinement, in this order for each set of sources."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        summary = folder.summary
+        rows = groups.setdefault(" + ".join(summary["sources"]), [])
+        if alone := summary.get("decoder_alone"):
+            name = summary["decoder"].removesuffix(" + refined")
+            rows.append(_row(folder, summary, "decoder", name, alone["scores"], alone["seconds"], 0, None))
+        way = "refined" if summary["start"] else "inversion"
+        facts = summary["scores"], summary["seconds_per_picture"], summary["steps"], summary["feature_loss"]
+        rows.append(_row(folder, summary, way, summary["decoder"], *facts))
+    order = ("decoder", "inversion", "refined")
+    return [row for rows in groups.values() for row in sorted(rows, key=lambda row: order.index(row["way"]))]
+
+
+def _row(
+    folder: Run, summary: dict[str, Any], way: str, name: str, scores: dict[str, Any], seconds: float,
+    passes: int, loss: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    lpips = scores["lpips"]
+    return {
+        "sources": " + ".join(summary["sources"]), "way": way, "how": name, "psnr": scores["psnr"]["mean"],
+        "ssim": scores["ssim"]["mean"], "lpips": lpips and lpips["mean"], "lpips_net": summary["lpips"]["net"],
+        "feature_loss": loss, "passes": passes, "seconds_per_picture": round(seconds, 3),
+        "pictures": scores["psnr"]["count"], "run": folder.name,
+    }  # fmt: skip
+
+
+def print_limit(rows: Sequence[dict[str, Any]]) -> None:
+    """The table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(caption="measured lower bounds on what the features hold", caption_justify="left")
+    table.add_column("features", overflow="fold")
+    table.add_column("how")
+    for column in ("PSNR (dB)", "SSIM", "LPIPS", "feature loss", "passes", "s a picture", "pictures"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
+        loss = "–" if row["feature_loss"] is None else f"{row['feature_loss']:.2g}"
+        table.add_row(
+            row["sources"], row["how"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}", lpips, loss,
+            str(row["passes"]), f"{row['seconds_per_picture']:.2f}", str(row["pictures"]),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def write_limit(rows: Sequence[dict[str, Any]], folders: Sequence[Run], output: Path) -> list[Path]:
+    """limit.csv, limit.json and saturation.png and .svg below `output`; returns their paths."""
+    from afterimage.report.figures.saturation import draw_saturation
+    from afterimage.report.figures.style import render
+
+    paths = [output / name for name in ("limit.csv", "limit.json", "saturation.png", "saturation.svg")]
+    write_csv(paths[0], rows)
+    write_json(paths[1], list(rows))
+    for path, content in zip(paths[2:], render(draw_saturation(folders).figure), strict=True):
+        write_atomic(path, content)
+    return paths

@@ -1,0 +1,250 @@
+"""Anyone's own encoder: odd outputs, odd layers, hostile behaviour."""
+
+import sys
+from collections import OrderedDict
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from afterimage.audit.utility import Unavailable, whole_network
+from afterimage.config import AfterimageError
+from afterimage.encoders.custom import CustomEncoder, load_factory
+
+SIZE = 32
+
+
+class Net(nn.Module):
+    """A small network whose output is shaped by `wrap`."""
+
+    def __init__(self, wrap=lambda maps: maps):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU())
+        self.norm = nn.BatchNorm2d(8)
+        self.wrap = wrap
+
+    def forward(self, images):
+        return self.wrap(self.norm(self.stem(images)))
+
+
+class Named(NamedTuple):
+    maps: torch.Tensor
+    pooled: torch.Tensor
+
+
+def images(count=3):
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def tokens(maps):
+    sequence = maps.flatten(2).transpose(1, 2)
+    return torch.cat([sequence.mean(1, keepdim=True), sequence], 1)
+
+
+SHAPES = {
+    "a map": (lambda m: m, "output"),
+    "NHWC": (lambda m: m.permute(0, 2, 3, 1), "output"),
+    "tokens with a class token": (tokens, "output"),
+    "channels first tokens": (lambda m: m.flatten(2), "output"),
+    "a dict": (lambda m: {"maps": m}, "output"),
+    "a dict of several": (lambda m: {"maps": m, "half": m[:, :4]}, "output[maps]"),
+    "an ordered dict, nested": (lambda m: OrderedDict(out={"x": m, "y": m[:, :2]}), "output[out][x]"),
+    "a tuple with a vector": (lambda m: (m, m.mean((2, 3))), "output[0]"),
+    "a tuple, unambiguous": (lambda m: (m, m.mean((2, 3))), "output"),
+    "a named tuple": (lambda m: Named(m, m.mean((2, 3))), "output"),
+    "a list": (lambda m: [m], "output[0]"),
+    "an inner module": (lambda m: m.mean((2, 3)), "norm"),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_whatever_a_network_returns_becomes_one_map(case):
+    wrap, layer = SHAPES[case]
+    network = Net(wrap).eval()
+    encoder = CustomEncoder(network, [layer], image_size=SIZE)
+    expected = network.norm(network.stem(images()))
+    (features,) = encoder(images())
+    torch.testing.assert_close(features, expected)
+    assert (encoder.specs[0].channels, encoder.specs[0].height) == (8, 8)
+    assert encoder.sources == (f"own:{layer}",) and encoder.notes == []
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_a_layers_output_can_be_replaced_whatever_it_is(case):
+    wrap, layer = SHAPES[case]
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Net(wrap)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, pictures):
+            found = self.body(pictures)
+            while not isinstance(found, torch.Tensor):
+                found = next(iter(found.values())) if isinstance(found, dict) else found[0]
+            flat = found.flatten(2) if found.ndim > 2 else found[:, :, None]
+            return self.head(flat.mean(2 if flat.shape[1] == 8 else 1))
+
+    path = layer.replace("output", "body") if "output" in layer else f"body.{layer}"
+    network = whole_network(CustomEncoder(Whole(), [path], image_size=SIZE), path)
+    plain = network(images())
+    torch.testing.assert_close(network(images(), lambda maps: maps), plain)
+    changed = network(images(), lambda maps: maps * 3)
+    assert changed.shape == (3, 5) and not torch.allclose(changed, plain)
+    assert not network.bypassed(images())
+
+
+def test_a_vector_is_a_map_of_one_place():
+    encoder = CustomEncoder(Net(lambda m: m.mean((2, 3))), ["output"], image_size=SIZE)
+    assert encoder(images())[0].shape == (3, 8, 1, 1)
+
+
+def test_pictures_are_normalised_only_when_asked():
+    given = CustomEncoder(nn.Identity(), ["output"], image_size=SIZE)
+    torch.testing.assert_close(given(images())[0], images())
+    normal = CustomEncoder(nn.Identity(), ["output"], image_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
+    torch.testing.assert_close(normal(images())[0], (images() - 0.5) / 0.25)
+
+
+def test_features_can_be_differentiated_only_where_asked():
+    encoder, pictures = CustomEncoder(Net(), ["stem"], image_size=SIZE), images().requires_grad_()
+    assert not encoder(pictures)[0].requires_grad
+    with encoder.gradients():
+        encoder(pictures)[0].sum().backward()
+    assert pictures.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_batch_statistics_stay_asleep():
+    encoder = CustomEncoder(Net(), ["norm"], image_size=SIZE)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder.train()
+    encoder(images())
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+
+
+def raising(maps):
+    raise ValueError("no such luck")
+
+
+class Growing(nn.Module):
+    """Returns something else from its sixth call on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, pictures):
+        self.calls += 1
+        return pictures if self.calls < 7 else pictures[:, :1]
+
+
+class Dishonest(nn.Module):
+    def forward(self, pictures):
+        return pictures.mul_(float("nan")) if len(pictures) > 2 else pictures
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "message"),
+    [
+        (Net(raising), "output", "own cannot run on pictures .*no such luck"),
+        (Net(), "stm", r"unknown layer of own 'stm'; did you mean 'stem'.*Valid: output, stem.0"),
+        (Net(), "stem[0", "must be a module's path"),
+        (
+            Net(lambda m: {"a": m, "b": m[:, :4]}),
+            "output",
+            r"2 feature maps.*it returns \[a\] 1x8x8x8, \[b\].*\[KEY\]",
+        ),
+        (Net(lambda m: {"a": m, "b": m[:, :4]}), "output[c]", r"nothing it returns is called \[c\]"),
+        (Net(lambda m: "text"), "output", "cannot be audited: it returns no"),
+        (Net(lambda m: None), "output", "cannot be audited: it returns no"),
+        (Net(lambda m: m.mean()), "output", "cannot be audited"),
+        (Net(lambda m: m * float("inf")), "output", "not finite"),
+    ],
+)
+def test_what_goes_wrong_is_said(network, layer, message):
+    with pytest.raises(AfterimageError, match=message):
+        CustomEncoder(network, [layer], image_size=SIZE)
+
+
+def test_a_network_that_changes_its_mind_is_an_error():
+    encoder = CustomEncoder(Growing(), ["output"], image_size=SIZE)
+    with pytest.raises(AfterimageError, match=r"where .* was measured before"):
+        for _ in range(9):
+            encoder(images())
+
+
+def test_a_network_that_writes_into_its_input_cannot_change_the_picture():
+    encoder, pictures = CustomEncoder(Dishonest(), ["output"], image_size=SIZE), images()
+    with pytest.raises(AfterimageError, match="not finite"):
+        encoder(pictures)
+    torch.testing.assert_close(pictures, images())
+
+
+def test_chance_in_a_network_and_mixing_in_a_batch_are_noted():
+    random = CustomEncoder(Net(lambda m: m + torch.rand_like(m)), ["output"], image_size=SIZE)
+    assert "differ from one pass to the next" in random.notes[0]
+    mixing = CustomEncoder(Net(lambda m: m - m.mean(0, keepdim=True)), ["output"], image_size=SIZE)
+    assert "depend on the others in its batch" in mixing.notes[0]
+
+
+def test_what_bypasses_the_layer_is_found():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 4, 4)
+
+        def forward(self, pictures):
+            return self.stem(pictures).mean((2, 3)) + pictures.std((1, 2, 3))[:, None]
+
+    assert whole_network(CustomEncoder(Skipping(), ["stem"], image_size=SIZE), "stem").bypassed(images())
+
+
+def test_a_network_without_one_answer_has_no_utility():
+    network = whole_network(CustomEncoder(Net(lambda m: {}), ["stem"], image_size=SIZE), "stem")
+    with pytest.raises(Unavailable, match="returns nothing"):
+        network(images())
+
+
+FACTORY = """
+from torch import nn
+def good(): return nn.Conv2d(3, 4, 2, 2)
+def wrong(): return 7
+def broken(): raise RuntimeError("cannot build")
+def leaves(): raise SystemExit(4)
+"""
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    (tmp_path / "my_factories.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    yield tmp_path
+    sys.modules.pop("my_factories", None)
+
+
+@pytest.mark.parametrize("where", ["my_factories:good", "my_factories.py:good"])
+def test_a_factory_is_found_in_the_working_folder_and_is_built_from_a_seed(factories, where):
+    first, second = load_factory(where), load_factory(where)
+    assert torch.equal(first.weight, second.weight)
+    assert CustomEncoder(first, ["output"], image_size=SIZE).weights.sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("my_factories", "must be written package.module:factory"),
+        ("my_factories:god", r"unknown factory in my_factories 'god'; did you mean 'good'"),
+        ("my_factories:wrong", "must return a torch.nn.Module, got int"),
+        ("my_factories:broken", "failed: RuntimeError: cannot build"),
+        ("my_factories:leaves", "failed: SystemExit"),
+        ("no_such_module:good", "failed: ModuleNotFoundError"),
+        ("missing.py:good", "failed: FileNotFoundError"),
+    ],
+)
+def test_a_factory_that_fails_is_one_message(factories, text, message):
+    with pytest.raises(AfterimageError, match=message):
+        load_factory(text)

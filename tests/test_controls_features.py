@@ -1,0 +1,207 @@
+"""Features that are not the picture's own, distances, and what runs of controls write."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig
+from afterimage.controls import PARTS, run_controls, with_twins
+from afterimage.controls.features import distance, level, sample, shuffle
+from afterimage.controls.measure import _Controls
+from afterimage.data import load_data
+from afterimage.jobs import train_runs
+from afterimage.metrics import Metrics
+from afterimage.reconstructor import Encoders, Head, Reconstructor
+from afterimage.runs import Run
+from afterimage.study import StudyConfig, run_study
+
+MODEL = "test_resnet.r160_in1k"
+DATA = DataConfig("procedural:24", test="procedural:5", resize=64, crop=64)
+CONFIG = RunConfig(
+    (f"{MODEL}:layer1",), "random", decoder=DecoderConfig("linear"), data=DATA, lpips="squeeze"
+)
+
+
+def maps(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
+@settings(max_examples=20, deadline=None)
+def test_shuffling_moves_whole_locations(pictures, channels, height, width):
+    features = [maps(pictures, channels, height, width)]
+    (moved,) = shuffle(features, torch.Generator().manual_seed(1))
+    assert moved.shape == features[0].shape
+    for before, after in zip(features[0].flatten(2), moved.flatten(2), strict=True):
+        assert sorted(map(tuple, before.T.tolist())) == sorted(map(tuple, after.T.tolist()))
+
+
+def test_each_picture_is_shuffled_its_own_way():
+    features = [maps(1, 3, 8, 8).repeat(2, 1, 1, 1)]
+    (moved,) = shuffle(features, torch.Generator().manual_seed(1))
+    assert not torch.equal(moved[0], moved[1]) and not torch.equal(moved[0], features[0][0])
+
+
+def test_level_features_say_nothing_of_the_picture():
+    (made,) = level([maps(2, 3, 4, 5)], [torch.tensor([1.0, 2.0, 3.0])])
+    assert torch.equal(made, torch.tensor([1.0, 2.0, 3.0])[None, :, None, None].expand(2, 3, 4, 5))
+
+
+def test_distances_have_their_closed_forms():
+    features = [maps(3, 4, 5, 6), maps(3, 2, 2, 2, seed=1)]
+    assert distance(features, features).tolist() == [0, 0, 0]
+    assert distance(features, [torch.zeros_like(f) for f in features]).tolist() == pytest.approx([1, 1, 1])
+    assert distance(features, [3 * f for f in features]).tolist() == pytest.approx([2, 2, 2], rel=1e-5)
+    assert distance([torch.zeros(1, 2, 2, 2)], [torch.zeros(1, 2, 2, 2)]).tolist() == [0]
+
+
+def test_the_identity_decoder_reencodes_at_distance_zero(tmp_path):
+    images = load_data(DATA, cache=tmp_path).test.crops(range(4))
+    encoders = Encoders(CONFIG.sources, weights="random", image_size=64)
+    reconstructor = Reconstructor(encoders, Recall(images[:3]))
+    measure = _Controls(
+        reconstructor, sample(encoders, load_data(DATA, cache=tmp_path).train), Metrics("squeeze", size=64)
+    )
+    features = encoders(images)
+    measure.add(["a", "b", "c"], images[:3], [f[:3] for f in features], [f[1:] for f in features], images[:3])
+    assert [row["reencoded"] for row in measure.rows] == [0, 0, 0]
+    assert all(row["random_pair"] > 0.05 and row["zero_psnr"] == 100 for row in measure.rows)
+
+
+class Recall(Head):
+    """Knows its pictures whatever the features are: the strongest prior there is."""
+
+    def __init__(self, images):
+        torch.nn.Module.__init__(self)
+        self.images = torch.nn.Parameter(images)
+
+    def forward(self, features):
+        return self.images.detach()
+
+
+def test_a_sample_has_the_features_mean_and_repeats(tmp_path):
+    data = load_data(DATA, cache=tmp_path)
+    encoders = Encoders(CONFIG.sources, weights="random", image_size=64)
+    (table,), (again,) = sample(encoders, data.train), sample(encoders, data.train)
+    assert torch.equal(table, again)
+    (whole,) = encoders(data.train.crops(range(len(data.train))))
+    torch.testing.assert_close(table.mean(1), whole.mean((0, 2, 3)), rtol=0.05, atol=0.02)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run, its cache, and the controls measured on it."""
+    root = tmp_path_factory.mktemp("controls")
+    (run,) = train_runs([CONFIG], root / "runs", cache=root / "cache", accelerator="cpu")
+    assert run_controls([run], cache=root / "cache", accelerator="cpu") == []
+    return run, root / "cache"
+
+
+def read(run, part):
+    return json.loads(run.file(f"{part}.json").read_text())
+
+
+def test_controls_come_out_in_their_order(finished):
+    run, _ = finished
+    facts = read(run, "controls")
+    means = {name: scores["psnr"]["mean"] for name, scores in facts["controls"].items()}
+    assert means["own"] == pytest.approx(run.summary["scores"]["psnr"]["mean"], abs=1e-3)
+    assert means["own"] > means["colour"] + 1
+    assert all(means[name] < means["colour"] for name in ("another", "shuffled", "mean"))
+    assert 0 < facts["distances"]["reencoded"] < facts["distances"]["random_pair"]
+    assert facts["pictures"] == 5
+
+
+def test_error_energy_is_what_the_planes_hold(finished):
+    """The spectra obey |r - x|^2 = |x|^2 + |r|^2 - 2 Re(x r*), and places and regions add up to the mean error."""
+    run, _ = finished
+    facts = read(run, "lost")
+    for spectrum in facts["spectra"].values():
+        for x, r, shared, error in zip(*spectrum.values(), strict=True):
+            if x is not None:
+                assert error == pytest.approx(x + r - 2 * shared, abs=1e-4 * (x + r))
+    regions = [facts["regions"][kind] for kind in ("flat", "edge", "texture")]
+    assert sum(region["share"] for region in regions) == pytest.approx(1)
+    by_region = sum(region["share"] * (region["mse"] or 0) for region in regions)
+    place = [v**2 for row in facts["place"] for v in row]
+    assert by_region == pytest.approx(sum(place) / len(place), rel=0.03)  # cells of unequal size overlap
+
+
+def test_fewer_bits_take_less_and_give_less(finished):
+    run, _ = finished
+    facts = read(run, "rate")
+    points = facts["points"]
+    assert [p["bits"] for p in points] == [32, 8, 6, 4, 3, 2, 1]
+    sizes = [p["bits_per_pixel"] for p in points]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    assert all(a["psnr"] >= b["psnr"] - 0.05 for a, b in itertools.pairwise(points))
+    bounds = [p["entropy_bits_per_pixel"] for p in points[1:]]
+    assert bounds == sorted(bounds, reverse=True)
+
+
+def test_what_is_there_for_the_same_decoder_is_kept(finished, tmp_path):
+    run, cache = finished
+    stamps = {part: run.file(f"{part}.json").stat().st_mtime_ns for part in PARTS}
+    path = run.file("lost.json")
+    path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
+    assert run_controls([run], cache=cache, accelerator="cpu") == []
+    changed = {part for part in PARTS if run.file(f"{part}.json").stat().st_mtime_ns != stamps[part]}
+    assert changed == {"lost"} and read(run, "lost")["format"] == 1
+
+
+def test_a_run_that_cannot_be_measured_leaves_the_others_alone(finished, tmp_path):
+    run, cache = finished
+    unfinished = Run.create(tmp_path, replace(CONFIG, seed=7))
+    errors = run_controls([unfinished, run], parts=["lost"], cache=cache, accelerator="cpu")
+    assert [str(error) for error in errors] == [
+        f"run {unfinished.name} is not finished (state: new): it has no controls"
+    ]
+    with pytest.raises(AfterimageError, match="unknown part of the controls 'lots'; did you mean 'lost'"):
+        run_controls([run], parts=["lots"])
+
+
+def test_one_test_picture_has_no_other(finished, tmp_path):
+    run, cache = finished
+    alone = Run.create(tmp_path, replace(CONFIG, data=replace(DATA, limit_test=1)))
+    for name in ("summary.json", "status.json", "decoder.safetensors"):
+        alone.file(name).write_bytes(run.file(name).read_bytes())
+    (error,) = run_controls([alone], cache=cache, accelerator="cpu")
+    assert "controls need two test pictures or more, it has 1" in str(error)
+
+
+def test_twins(monkeypatch):
+    import afterimage.controls.twins as twins
+
+    trained = replace(CONFIG, weights="pretrained", decoder=DecoderConfig("transposed"))
+    said = []
+    monkeypatch.setattr(twins, "Metrics", lambda net: type("M", (), {"lpips_status": {"available": True}}))
+    found = with_twins([trained, replace(CONFIG, weights="pretrained"), trained], said.append)
+    assert [(c.decoder.name, c.weights, c.recipe.loss) for c in found] == [
+        ("transposed", "pretrained", "mse"),
+        ("transposed", "random", "mse"),
+        ("transposed", "pretrained", "0.5*mse + 0.5*lpips:squeeze"),
+        ("linear", "pretrained", "mse"),
+        ("linear", "random", "mse"),
+    ]
+    status = {"available": False, "reason": "no weights"}
+    monkeypatch.setattr(twins, "Metrics", lambda net: type("M", (), {"lpips_status": status}))
+    found = with_twins([trained], lambda what, *_: said.append(what))
+    assert len(found) == 2 and said == ["WARNING: no perceptual twins: LPIPS is unavailable: no weights"]
+    other = replace(trained, recipe=RecipeConfig(loss="l1"))
+    assert [c.recipe.loss for c in with_twins([other])] == ["l1", "l1"]
+
+
+def test_a_study_with_controls_measures_them_all(tmp_path):
+    study = StudyConfig(
+        "", CONFIG.sources, (DecoderConfig("linear"),), weights="random", controls=True, data=DATA
+    )
+    runs, failures = run_study(study, tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
+    assert not failures
+    decoders = [run for run in runs if run.summary["kind"] == "decoder"]
+    assert len(decoders) == 1 < len(runs)
+    assert all(run.file(f"{part}.json").exists() == (run in decoders) for part in PARTS for run in runs)

@@ -1,0 +1,198 @@
+"""Controls as a report shows them: tables, figures, pairs of runs, and files that do not read."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from afterimage.report import read_rows, write_report
+from afterimage.report.controls import at_psnr, at_size, control_findings
+from afterimage.report.figures import AFTER_GRIDS
+from afterimage.report.figures.controls import controls
+from afterimage.report.figures.lost import lost
+from afterimage.report.figures.rate import rate
+from afterimage.report.figures.style import style
+from afterimage.runs import write_csv, write_json
+from report_study import RESNET, write_run
+
+MODEL, LAYERS = RESNET
+CONTROLS = ("own", "another", "shuffled", "mean", "zero", "colour")
+BANDS = (0.05, 0.2, 0.4)
+PERCEPTUAL = "0.5*mse + 0.5*lpips"
+
+
+def write_controls(run, *, power=0.5, shared=0.4):
+    """Made-up controls of five pictures; `power` and `shared` are the reconstruction's above 1/8 cycles a pixel."""
+    ids = [row["id"] for row in run.scores]
+    rows = [
+        {"id": i, **{f"{name}_psnr": 20.0 - 2 * k + n % 2 for k, name in enumerate(CONTROLS)}}
+        for n, i in enumerate(ids)
+    ]
+    write_csv(run.file("controls.csv"), rows)
+    facts = {"pictures": len(ids), "distances": {"reencoded": 0.3, "random_pair": 0.9}}
+    write_json(run.file("controls.json"), {"format": 1, **facts})
+    write_csv(run.file("lost.csv"), [{"id": i, "psnr_luma": 20, "psnr_cb": 31, "psnr_cr": 32} for i in ids])
+    spectrum = {
+        "picture": [4, 1, 1], "reconstruction": [4, power, power], "shared": [3.9, shared, shared],
+        "error": [0.2, 1 + power - 2 * shared, 1 + power - 2 * shared],
+    }  # fmt: skip
+    plane = {"variance": 0.05, "error": 0.01}
+    region = {"share": 1 / 3, "mse": 0.01}
+    losses = {
+        "pictures": len(ids), "frequencies": BANDS, "spectra": {"luma": spectrum, "chroma": spectrum},
+        "planes": dict.fromkeys(("luma", "cb", "cr"), plane), "place": [[0.1, 0.2], [0.1, 0.1]],
+        "regions": {"window": 7, "flat_below": 0.02, "edge_from": 0.5, "flat": region, "edge": region,
+                    "texture": {"share": 0.0, "mse": None}},
+    }  # fmt: skip
+    write_json(run.file("lost.json"), {"format": 1, **losses})
+    points = [{"bits": b, "bits_per_pixel": b / 2, "psnr": 15 + b / 8} for b in (32, 8, 1)]
+    points[1]["entropy_bits_per_pixel"] = 3.5
+    write_csv(
+        run.file("rate.csv"), [{"id": i, "bits": p["bits"], "psnr": p["psnr"]} for p in points for i in ids]
+    )
+    codecs = [
+        {"codec": c, "quality": q, "bits_per_pixel": 0.5 * q, "psnr": 15.0 + q}
+        for c in ("JPEG", "WebP")
+        for q in (1, 4, 16)
+    ]
+    codecs.append({"codec": "lossless WebP", "quality": None, "bits_per_pixel": 12.0, "psnr": None})
+    rates = {
+        "pictures": len(ids),
+        "coder": "bzip2",
+        "training_pictures": 64,
+        "points": points,
+        "codecs": codecs,
+    }
+    write_json(run.file("rate.json"), {"format": 1, **rates})
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two layers, one of them with random weights and with a perceptual loss too."""
+    options = {"count": 5, "lpips": "squeeze"}
+    runs = {
+        "plain": write_run(tmp_path, MODEL, "layer1", "transposed", **options),
+        "random": write_run(tmp_path, MODEL, "layer1", "transposed", weights="random", **options),
+        "perceptual": write_run(tmp_path, MODEL, "layer1", "transposed", loss=PERCEPTUAL, **options),
+        "deep": write_run(tmp_path, MODEL, "layer2", "linear", features=(128, 28, 0.5), **options),
+    }
+    for name, run in runs.items():
+        write_controls(run, **({"power": 0.9, "shared": 0.3} if name == "perceptual" else {}))
+    return runs
+
+
+def findings(runs):
+    return {f.title: f for f in control_findings(read_rows(runs.values()).decoders)}
+
+
+def test_no_controls_no_section(tmp_path):
+    run = write_run(tmp_path, MODEL, "layer1")
+    assert control_findings(read_rows([run]).decoders) == []
+    assert own_figures({"run": run}) == set()
+
+
+def test_tables_hold_the_numbers(study):
+    found = findings(study)
+    table, against = found["Preserved or guessed"].tables
+    assert len(table.rows) == 4 and set(map(len, table.rows)) == {len(table.header)}
+    own, another = (
+        table.rows[0][table.header.index(h)] for h in ("own features", "another picture's features")
+    )
+    assert own.startswith("20.40 ± 0.68") and another.startswith("18.40")
+    ((features, decoder, trained, random, gap),) = against.rows
+    assert (features, decoder) == (f"{MODEL}:layer1", "transposed (loss=mse)")
+    scores = [study[name].summary["scores"]["psnr"]["mean"] for name in ("plain", "random")]
+    assert (trained, random) == tuple(f"{score:.2f}" for score in scores)
+    assert gap.startswith(f"+{scores[0] - scores[1]:.2f}")
+
+
+def test_the_gap_of_a_perceptual_loss_is_told_in_numbers(study):
+    _, gap = findings(study)["What is lost"].tables
+    (row,) = gap.rows
+    assert row[2] == PERCEPTUAL
+    assert row[-2] == "50% → 90%"
+    assert row[-1] == f"{0.4 / 0.5**0.5:.2f} → {0.3 / 0.9**0.5:.2f}"
+
+
+def test_half_of_luma_is_lost_where_the_error_has_half_the_power(study):
+    table, _ = findings(study)["What is lost"].tables
+    assert {row[-1] for row in table.rows} == {"0.200"}
+    assert {row[table.header.index("texture (dB)")] for row in table.rows} == {"–"}
+    assert {row[table.header.index("luma variance lost")] for row in table.rows} == {"20.0%"}
+
+
+def test_codecs_at_the_same_size_and_beyond(study):
+    (table,) = findings(study)["What the features cost to store or send"].tables
+    by_bits = {row[2]: row for row in table.rows[:3]}
+    jpeg, same = (
+        table.header.index("JPEG at that size (dB)"),
+        table.header.index("JPEG of that PSNR (bits a pixel)"),
+    )
+    assert by_bits["32"][jpeg] == "above 31.00"
+    assert by_bits["8"][jpeg] == "25.00"
+    assert by_bits["1"][jpeg] == "16.00"
+    assert by_bits["1"][same] == "below 0.50" and float(by_bits["8"][same]) == pytest.approx(0.5, abs=0.01)
+
+
+def test_interpolation_runs_along_the_logarithm():
+    curve = [{"bits_per_pixel": 1.0, "psnr": 20.0}, {"bits_per_pixel": 4.0, "psnr": 30.0}]
+    assert at_size(curve, 2.0) == pytest.approx(25)
+    assert at_psnr(curve, 25.0) == pytest.approx(2)
+    assert at_size(curve, 0.5) is at_size(curve, 5.0) is at_psnr(curve, 31.0) is None
+
+
+def own_figures(study):
+    rows = read_rows(study.values())
+    with style():
+        return {drawing.name for make in (controls, lost, rate) for drawing in make(rows)}
+
+
+def test_each_part_has_its_figures(study):
+    assert own_figures(study) == {"controls", "lost-by-frequency", "lost-by-kind", "lost-by-place", "rate"}
+    assert {controls, lost, rate} <= set(AFTER_GRIDS.values())
+
+
+@pytest.mark.slow
+def test_the_report_shows_them(study, tmp_path):
+    written = write_report(study.values(), tmp_path / "report")
+    report = written["report.md"].read_text()
+    page = written["index.html"].read_text()
+    for text in ("Preserved or guessed", "What is lost", "What the features cost to store or send"):
+        assert text in report and text in page
+    assert "figures/lost-by-place.png" in report and written["figures/rate.svg"].stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("controls", lambda facts: {**facts, "format": 2}, "has format 2; this version reads 1"),
+        ("lost", lambda facts: {k: v for k, v in facts.items() if k != "place"}, "KeyError: 'place'"),
+        ("rate", lambda facts: [1], "TypeError"),
+    ],
+)
+def test_a_file_that_does_not_read_is_named_and_the_others_are_shown(study, part, change, message):
+    path = study["deep"].file(f"{part}.json")
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    (problem,) = [p for f in findings(study).values() for p in f.paragraphs if str(path) in p]
+    assert message in problem
+    assert all(finding.tables for finding in findings(study).values())
+    assert len(own_figures(study)) == 5
+
+
+def test_reading_controls_needs_no_torch(study, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from afterimage.runs import scan; "
+        "from afterimage.report import read_rows; from afterimage.report.controls import control_findings; "
+        f"assert len(control_findings(read_rows(scan(Path({str(tmp_path)!r}))).decoders)) == 3; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_command_prints_what_is_there(study, tmp_path, capsys):
+    from afterimage.cli.controls import print_controls
+
+    print_controls(list(study.values()))
+    printed = capsys.readouterr().out
+    assert "Preserved or guessed" in printed and "20.40" in printed

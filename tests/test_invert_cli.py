@@ -1,0 +1,189 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from afterimage.cli import main
+from afterimage.config import DataConfig, DecoderConfig, RunConfig
+from afterimage.invert import InvertConfig, refine
+from afterimage.invert.given import from_data, from_files
+from afterimage.invert.limit import curve_steps, measure
+from afterimage.invert.optimise import Inversion, Look
+from afterimage.jobs import train_runs
+from afterimage.metrics import Metrics, psnr
+from afterimage.reconstructor import Reconstructor
+from afterimage.report import write_report
+from afterimage.runs import Run, read_csv, read_json
+from some_pictures import write_pictures
+
+SOURCE = "test_resnet.r160_in1k:layer1"
+WAYS = ["decoder", "inversion", "refined"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("invert")
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A linear decoder on a small network with random weights."""
+    data = DataConfig("procedural:40", resize=36, crop=32)
+    config = RunConfig((SOURCE,), weights="random", decoder=DecoderConfig("linear"), data=data)
+    (trained,) = train_runs(config, place / "runs", cache=place / "cache", accelerator="cpu")
+    return trained
+
+
+@pytest.fixture
+def command(place, monkeypatch, capsys):
+    monkeypatch.setenv("AFTERIMAGE_CACHE", str(place / "cache"))
+    monkeypatch.delenv("AFTERIMAGE_WEIGHTS", raising=False)
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = 0
+        try:
+            main(["invert", *map(str, arguments), "--accelerator", "cpu"])
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_the_limit_of_a_run(command, run, place):
+    output = place / "limit"
+    code, out, err = command("--run", run.path, "--limit", 3, "--steps", 30, "--output", output)
+    assert code == 0, err
+    rows = read_json(output / "limit.json")
+    assert [row["way"] for row in rows] == WAYS
+    assert [row["passes"] for row in rows] == [0, 30, 30]
+    assert all(row["pictures"] == 3 and row["seconds_per_picture"] > 0 for row in rows)
+    decoder, inversion, refined = rows
+    assert refined["psnr"] > decoder["psnr"] and refined["psnr"] > inversion["psnr"]
+    assert refined["feature_loss"] < inversion["feature_loss"]
+    with open(output / "limit.csv", newline="") as file:
+        assert [float(row["psnr"]) for row in csv.DictReader(file)] == [row["psnr"] for row in rows]
+    assert "linear + refined" in out and "lower bounds" in out
+    assert Image.open(output / "saturation.png").width > 500
+
+    folder = Run(output / refined["run"])
+    summary, scores = folder.summary, folder.scores
+    assert (summary["kind"], summary["start"], folder.state) == ("inversion", run.name, "done")
+    assert [p[0] for p in folder.pictures] == [row["id"] for row in scores]
+    assert np.mean([row["psnr"] for row in scores]) == pytest.approx(refined["psnr"])
+    curve = read_csv(folder.file("curve.csv"))
+    assert {row["step"] for row in curve} == {0, *curve_steps(30)}
+    begin = [row["psnr"] for row in curve if row["step"] == 0]
+    assert np.mean(begin) == pytest.approx(decoder["psnr"], abs=1e-3)
+    assert folder.file("progress.png").exists()
+    assert any("validation pictures" in note for note in summary["notes"])
+
+    before = folder.file("summary.json").stat().st_mtime_ns
+    assert command("--run", run.path, "--limit", 3, "--steps", 30, "--output", output)[0] == 0
+    assert folder.file("summary.json").stat().st_mtime_ns == before  # done is not done again
+
+
+@pytest.mark.slow
+def test_reports_show_inversions_as_rows(command, run, place):
+    output = place / "reported"
+    assert command("--run", run.path, "--limit", 3, "--steps", 4, "--output", output)[0] == 0
+    folders = [Run(output / row["run"]) for row in read_json(output / "limit.json")[1:]]
+    written = write_report([run, *folders], place / "report")
+    table = written["table.md"].read_text()
+    assert "| linear |" in table and "linear + refined" in table and "| inversion |" in table
+    assert "index.html" in written and "figures/saturation.png" in written
+    only = write_report(folders, place / "only")
+    assert "linear + refined" in only["table.md"].read_text()
+
+
+def test_ones_own_pictures_through_several_layers(command, place):
+    paths = write_pictures(place / "own", 2)
+    output = place / "plain"
+    layers = [SOURCE, "test_resnet.r160_in1k:layer2"]
+    options = [
+        "--weights",
+        "random",
+        "--steps",
+        3,
+        "--method",
+        "pixels",
+        "--optimizer",
+        "adam",
+        "--jitter",
+        1,
+    ]
+    code, out, err = command(*paths, *layers, *options, "--starts", 2, "--output", output)
+    assert code == 0, err
+    (row,) = read_json(output / "limit.json")
+    assert row["way"] == "inversion" and row["sources"] == " + ".join(layers) and row["pictures"] == 2
+    assert all(f"{path}: PSNR" in out for path in paths)
+    assert Run(output / row["run"]).summary["data"]["source"] == "files"
+
+
+def test_ones_own_picture_from_a_decoder(command, run, place):
+    (path,) = write_pictures(place / "one", 1)
+    code, _, err = command(
+        path, "--run", run.path, "--steps", 3, "--refine-only", "--output", place / "one-out"
+    )
+    assert code == 0, err
+    rows = read_json(place / "one-out" / "limit.json")
+    assert [row["way"] for row in rows] == ["decoder", "refined"]
+    notes = Run(place / "one-out" / rows[1]["run"]).summary["notes"]
+    assert any("spectrum of natural pictures" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give pictures and layers"),
+        (("nothing.png", SOURCE), "nothing.png"),
+        ((SOURCE,), "give pictures and layers"),
+        ((SOURCE, "--run", "RUN"), "with --run the layers are the run's own"),
+        (("a.png", SOURCE, "--data", "photographs"), "picture files or --data, not both"),
+        ((SOURCE, "--data", "photographs", "--method", "waves"), "unknown inversion method"),
+        (("--run", "nowhere"), "not a run folder"),
+    ],
+)
+def test_mistakes_are_one_message(command, arguments, message):
+    code, _, err = command("--weights", "random", *arguments)
+    assert code == 1 and message in err and "Traceback" not in err
+
+
+def test_refining_starts_at_the_decoders_answer(run, place):
+    reconstructor = Reconstructor.open(run)
+    images = from_data(run.config.data, cache=place / "cache").pictures.crops([0, 1])
+    looks = []
+    result = refine(reconstructor, images, steps=8, watch=looks.append)
+    torch.testing.assert_close(looks[0].images, reconstructor.reconstruct(images))
+    assert (result.loss < looks[0].loss).all()
+    features = reconstructor.encoders(images)[0]
+    assert not features.requires_grad  # the encoder is back as it was
+    assert refine(reconstructor, images, method=InvertConfig("prior", steps=1)).images.shape == images.shape
+
+
+def test_measuring_counts_the_search_alone(place):
+    given = from_files(write_pictures(place / "measured", 5), resize=36, crop=32)
+
+    def search(images, *, watch, milestones, progress):
+        worse = (images * 0.5).clamp(0, 1)
+        loss = torch.arange(float(len(images)))
+        watch(Look(0, 0.0, worse, loss + 1))
+        watch(Look(milestones[-1], 2.0, images, loss))
+        return Inversion(images, loss, 4.0)
+
+    measured = measure(search, given.pictures, Metrics(size=32), 6, batch_size=4)
+    assert measured.seconds == pytest.approx(8 / 5)  # two batches of 4 seconds
+    assert [row["psnr"] for row in measured.rows] == [100.0] * 5
+    assert [row["feature_loss"] for row in measured.rows] == [0, 1, 2, 3, 0]
+    first = [row for row in measured.curve if row["step"] == 0]
+    assert [row["id"] for row in first] == given.pictures.ids
+    images = given.pictures.crops(range(5))
+    np.testing.assert_allclose([row["psnr"] for row in first], psnr(images * 0.5, images), rtol=1e-5)
+
+
+def test_curves_are_measured_up_to_the_last_pass():
+    assert curve_steps(1) == [1] and curve_steps(5) == [1, 2, 3, 4, 5]
+    assert curve_steps(200)[-1] == 200 and len(curve_steps(200)) < 30

@@ -1,0 +1,237 @@
+import random
+import signal
+
+import pytest
+import torch
+
+from afterimage import AfterimageError, group, train_runs
+from afterimage.checkpoint import CHECKPOINT, PREVIOUS
+from afterimage.config import FeatureSpec
+from afterimage.decoders import DECODERS, create_decoder
+from afterimage.member import Member
+from afterimage.reconstructor import build_head
+from afterimage.runs import Run
+from afterimage.train import Together
+from children import context, result, small_configs, small_pictures, train_child
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return small_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, cache, tmp_path_factory):
+    """The results of the runs that were never stopped."""
+    root = tmp_path_factory.mktemp("whole")
+    return [result(run) for run in train_runs(small_configs(pictures), root, cache=cache, accelerator="cpu")]
+
+
+@pytest.fixture
+def go(pictures, cache, tmp_path):
+    def run(configs=None, **options):
+        configs = configs or small_configs(pictures)
+        options = {"accelerator": "cpu", "cache": cache, "checkpoint_seconds": 0.0} | options
+        return train_runs(configs, tmp_path / "runs", **options)
+
+    return run
+
+
+def child(function, *arguments, **options):
+    process = context().Process(target=function, args=arguments, kwargs=options)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_bits(pictures, cache, whole, tmp_path):
+    configs = small_configs(pictures)
+    counted = tmp_path / "calls"
+    assert child(train_child, configs, tmp_path / "counted", cache, counted=counted) == 0
+    calls, draw = int(counted.read_text()), random.Random(5)
+    kills, chains = 0, 0
+    while kills < KILLS:
+        chains += 1
+        root = tmp_path / f"chain{chains}"
+        # Four kills in a row at most: each next process goes on from what the one before has left.
+        for _ in range(4):
+            code = child(train_child, configs, root, cache, calls=draw.randrange(calls))
+            assert code in (0, -signal.SIGKILL)
+            if code == 0:
+                break
+            kills += 1
+        assert child(train_child, configs, root, cache) == 0
+        runs = [Run(root / config.name) for config in configs]
+        assert [result(run) for run in runs] == whole
+        left = {path.name for run in runs for path in run.path.rglob("*")}
+        assert not [name for name in left if name.startswith((".", "lock", "checkpoint"))]
+
+
+def stop_at(monkeypatch, step):
+    """Interrupt before the so-many-th optimizer step of this process, whichever member takes it."""
+    steps, original = [0], Member.step
+
+    def stopping(self, *arguments):
+        if steps[0] == step:
+            raise KeyboardInterrupt
+        steps[0] += 1
+        original(self, *arguments)
+
+    monkeypatch.setattr(Member, "step", stopping)
+
+
+@pytest.mark.parametrize("step", [3, 10])
+def test_members_at_different_steps_go_on_each_from_its_own(go, whole, monkeypatch, step):
+    save, saved = Together.save, []
+
+    def only_the_first(self, members):
+        saved.append(members[0].name)
+        save(self, members[:1])
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        patch.setattr(Together, "save", only_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            go()
+    said = []
+    runs = go(progress=lambda what, *_, **__: said.append(what))
+    assert saved and any("goes on after epoch" in line and "picture" in line for line in said)
+    assert [result(run) for run in runs] == whole
+
+
+def test_a_finished_closed_form_is_not_solved_again(go, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            go()
+    solved = []
+    linear = DECODERS["linear"]
+    original = linear.solve
+    monkeypatch.setattr(linear, "solve", lambda self: solved.append(self) or original(self))
+    assert [result(run) for run in go()] == whole and not solved
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        del content[len(content) // 2 :]
+    else:
+        place = {"first": 40, "last": len(content) - 9, "middle": len(content) // 2}[how]
+        content[place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "first", "middle", "last"])
+@pytest.mark.parametrize("which", [(CHECKPOINT,), (CHECKPOINT, PREVIOUS)])
+def test_a_damaged_checkpoint_is_said_and_not_used(go, whole, monkeypatch, pictures, tmp_path, how, which):
+    only = small_configs(pictures)[:1]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            go(only)
+    said = []
+    run = Run.create(tmp_path / "runs", only[0])
+    for name in which:
+        damage(run.file(name), how)
+    go(only, progress=lambda what, *_, **__: said.append(what))
+    assert sum(name in line and "not used" in line for line in said for name in which) == len(which)
+    assert any("goes on after" in line for line in said) == (len(which) == 1)
+    assert result(run) == whole[0]
+
+
+def test_a_picture_replaced_before_going_on_starts_over_and_says_so(cache, tmp_path, monkeypatch):
+    pictures = small_pictures(tmp_path / "pictures")
+    only = small_configs(pictures)[:1]
+    options = {"cache": cache, "accelerator": "cpu", "checkpoint_seconds": 0.0}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            train_runs(only, tmp_path / "runs", **options)
+    small_pictures(tmp_path / "others", 21)
+    (pictures / "03.png").write_bytes((tmp_path / "others" / "20.png").read_bytes())
+    said = []
+    (run,) = train_runs(only, tmp_path / "runs", progress=lambda what, *_, **__: said.append(what), **options)
+    assert any("starts over, since a checkpoint was made on other pictures" in line for line in said)
+    (fresh,) = train_runs(only, tmp_path / "fresh", **options)
+    assert result(run) == result(fresh)
+
+
+def test_a_picture_replaced_while_it_trains_changes_nothing(cache, tmp_path, whole, monkeypatch):
+    pictures = small_pictures(tmp_path / "pictures")
+    step, replaced = Member.step, []
+
+    def replacing(self, *arguments):
+        if not replaced:
+            for path in pictures.iterdir():
+                path.write_bytes(b"no picture at all")
+            replaced.append(True)
+        step(self, *arguments)
+
+    monkeypatch.setattr(Member, "step", replacing)
+    (run,) = train_runs(small_configs(pictures)[:1], tmp_path / "runs", cache=cache, accelerator="cpu")
+    assert replaced and result(run)["scores"] == whole[0]["scores"]
+    assert run.summary["data"]["digest"] in whole[0]["summary"]
+
+
+def test_the_interval_is_kept_inside_an_epoch(go, monkeypatch, pictures):
+    """Steps of 20 seconds each, of the only clock that decides: a checkpoint after 45, and at the epochs' ends."""
+    clock, saves = [0.0], []
+    step, save = Member.step, Member.save
+
+    def ticking(self, *arguments):
+        step(self, *arguments)
+        clock[0] += 20.0
+
+    def noting(self):
+        saves.append((self.epoch, self.position))
+        save(self)
+
+    monkeypatch.setattr(Member, "step", ticking)
+    monkeypatch.setattr(Member, "save", noting)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    go(small_configs(pictures, epochs=2)[:1], checkpoint_seconds=45.0)
+    # Fourteen training pictures in batches of four: the third step passes 45 seconds.
+    assert saves == [(0, 12), (1, 0), (1, 12), (2, 0)]
+
+
+def test_a_clock_going_backwards_changes_nothing(go, whole, monkeypatch):
+    import time
+
+    hour = [1e9]
+
+    def backwards():
+        hour[0] -= 3600
+        return hour[0]
+
+    monkeypatch.setattr(time, "time", backwards)
+    assert [result(run) for run in go()] == whole
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_no_decoder_draws_random_numbers_in_training(name):
+    """Why a checkpoint holds no random state; a decoder with dropout would need one."""
+    decoder = create_decoder(name, [FeatureSpec("a:b", 16, 8, 8)], 32, seed=0).train()
+    before = torch.get_rng_state()
+    decoder([torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error(go, pictures, monkeypatch):
+    only = small_configs(pictures)[:1]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            go(only)
+    monkeypatch.setattr(
+        group, "build_head", lambda config, specs: build_head(small_configs(pictures)[2], specs)
+    )
+    with pytest.raises(AfterimageError, match=r"its checkpoint does not fit (?s:.*)delete the folder"):
+        go(only)
