@@ -20,7 +20,7 @@ from afterimage.train import Together
 
 COOLDOWN = 0.3
 """The learning rate falls linearly to zero over this last part of the time, for every decoder alike."""
-LOOKS = 4
+LOOKS = 2
 
 
 def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[str, dict[str, Any]]:

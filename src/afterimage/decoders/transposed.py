@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
+from afterimage.decoders.attend import attend
 from afterimage.decoders.base import Decoder, adapter, resize, stages_between
 
 
@@ -76,7 +76,7 @@ class TransformerBlock(nn.Module):
         q, k, v = (
             self.qkv(self.norm1(tokens)).view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         )
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attend(q, k, v)
         tokens = tokens + self.projection(attended.transpose(1, 2).reshape(b, n, c))
         return tokens + self.mlp(self.norm2(tokens))
 
