@@ -33,6 +33,8 @@ def table(path: Path) -> str:
     lines = [head, ["---", "---", "---", *["---:"] * 5]]
     for row in rows:
         source = row["sources"] or row["label"]
+        if row["fusion"]:
+            source += f", {row['fusion']}"
         if row["weights"] == "random":
             source += " **RANDOM WEIGHTS**"
         size = f"{int(row['parameters']):,}" if row["kind"] == "decoder" else ""
