@@ -6,12 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from afterimage.data import load_data, load_picture
-from afterimage.data.decode import shorter_side
-from afterimage.data.sampling import centre_places
+from afterimage.data import load_data, prepare_picture
 from afterimage.evaluate import Evaluation, evaluate, to_uint8
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
@@ -56,11 +52,3 @@ def reconstruct_picture(
     gap = np.full((original.shape[-2], 8, 3), 255, np.uint8)
     write_image(output, np.concatenate((to_uint8(original)[0], gap, to_uint8(rebuilt)[0]), axis=1))
     return {name: None if values is None else values[0] for name, values in scores.items()}
-
-
-def prepare_picture(path: Path, resize: int, crop: int) -> Tensor:
-    """A picture file as test pictures are prepared: `(1, 3, crop, crop)` in [0, 1]."""
-    picture = shorter_side(load_picture(path), resize)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    top, left = (int(place[0]) for place in centre_places(*np.array(pixels.shape[-2:]).reshape(2, 1), crop))
-    return pixels[..., top : top + crop, left : left + crop].float() / 255

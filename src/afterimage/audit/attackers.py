@@ -64,13 +64,15 @@ class Attack(Together):
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
         """What each defence sends of the pictures, and the pictures.
 
-        Noise is a function of the seed, the pictures and the epoch, whatever else is trained beside.
+        Noise is a function of the seed, the batch's pictures and the epoch, whatever else is trained beside or
+        resumed.
         """
         indices = torch.arange(len(pictures)) if indices is None else torch.as_tensor(indices)
-        drawn = zlib.crc32(f"{self.seed} {pictures.ids[0]} {len(pictures)} {crop.get('epoch')}".encode())
-        for defence in self.encoders.defences:
-            defence.reseed(drawn)
         for chunk in indices.split(self.recipe.batch_size):
+            names = " ".join(pictures.ids[index] for index in chunk.tolist())
+            drawn = zlib.crc32(f"{self.seed} {crop.get('epoch')} {names}".encode())
+            for defence in self.encoders.defences:
+                defence.reseed(drawn)
             images = pictures.crops(chunk, device=self.fabric.device, **crop)
             if isinstance(pictures, StoredPictures):
                 sent = self.encoders.defend(self.encoders.raw(pictures, chunk, images))

@@ -3,7 +3,17 @@
 from afterimage.data.decode import load_picture
 from afterimage.data.load import Data, default_cache, load_data
 from afterimage.data.pictures import Pictures
+from afterimage.data.prepare import prepare_picture
 from afterimage.data.sampling import order
 from afterimage.data.sources import SOURCES
 
-__all__ = ["SOURCES", "Data", "Pictures", "default_cache", "load_data", "load_picture", "order"]
+__all__ = [
+    "SOURCES",
+    "Data",
+    "Pictures",
+    "default_cache",
+    "load_data",
+    "load_picture",
+    "order",
+    "prepare_picture",
+]

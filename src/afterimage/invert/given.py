@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data import Pictures, load_data, load_picture
-from afterimage.data.decode import shorter_side
-from afterimage.data.sampling import centre_places
+from afterimage.data import Pictures, load_data, prepare_picture
 from afterimage.progress import Progress, silent
 from afterimage.runs import sha256
 
@@ -45,7 +42,7 @@ def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> 
     names = [str(path) for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
         raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
-    crops = torch.cat([_prepare(path, resize, crop) for path in paths])
+    crops = torch.cat([prepare_picture(path, resize, crop) for path in paths])
     digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
     config = DataConfig(source="files:" + digest[:16], resize=resize, crop=crop)
     facts = {"source": "files", "test": "", "digest": digest, "test_pictures": len(paths)}
@@ -63,10 +60,3 @@ class _Files(Pictures):
 
     def crops(self, indices: Any, *, device: str | torch.device = "cpu", **_: Any) -> Tensor:
         return self._crops[torch.as_tensor(indices)].to(device)
-
-
-def _prepare(path: Path, resize: int, crop: int) -> Tensor:
-    picture = shorter_side(load_picture(path), resize)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    top, left = (int(place[0]) for place in centre_places(*np.array(pixels.shape[-2:]).reshape(2, 1), crop))
-    return pixels[..., top : top + crop, left : left + crop].float() / 255
