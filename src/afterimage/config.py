@@ -11,7 +11,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -193,8 +193,7 @@ class RunConfig:
             parts.insert(-1, self.fusion.name)
         if self.weights == "random":
             parts.append("random")
-        slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts)).strip("-.")
-        return f"{slug[:100]}-{self.digest[:8]}"
+        return folder_name(parts, self.digest)
 
 
 @dataclass(frozen=True)
@@ -210,13 +209,24 @@ class ReferenceConfig:
 
     @property
     def digest(self) -> str:
-        settings = to_dict(self)
-        settings.pop("lpips")
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return settings_digest(self)
 
     @property
     def name(self) -> str:
         return f"reference-{self.reference}-{self.digest[:8]}"
+
+
+def settings_digest(config: Any) -> str:
+    """SHA-256 over the JSON of a config's settings but `lpips`, which only chooses how a result is measured."""
+    settings = to_dict(config)
+    settings.pop("lpips")
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def folder_name(parts: Sequence[str], digest: str) -> str:
+    """A run folder's name: a readable slug of the parts and the first eight digits of the hash."""
+    slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts)).strip("-.")
+    return f"{slug[:100]}-{digest[:8]}"
 
 
 def split_source(source: str) -> tuple[str, str]:

@@ -7,7 +7,6 @@ time is its own; without these waits a step on a GPU is somewhat faster than the
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -150,7 +149,7 @@ def profile_run(
         operators,
         trace,
     )
-    write_json(folder / f"{config.name}.profile.json", json.loads(json.dumps(asdict(result), default=str)))
+    write_json(folder / f"{config.name}.profile.json", asdict(result) | {"trace": str(trace)})
     return result
 
 

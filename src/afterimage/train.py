@@ -113,10 +113,14 @@ class Together:
             ids = [pictures.ids[index] for index in chunk.tolist()]
             if number == 0 or images.device.type == "cpu":  # elsewhere asking makes every step wait
                 check_pictures(images, ids)
-            features = self.features(images)
+            features = self.seen(pictures, chunk, images, **crop)
             self.watch.look(features, ids)
             yield features, images
         self.watch.settle()
+
+    def seen(self, pictures: Pictures, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
+        """The feature maps that decoders get of `images`, the pictures at `indices`."""
+        return self.features(images)
 
     def training_batches(self, epoch: int, position: int = 0) -> Iterator[tuple[list[Tensor], Tensor]]:
         """One epoch's batches, from a position in it: a pure function of seed and epoch, whatever else is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,29 +58,19 @@ class Attack(Together):
 
     encoders: Sent
 
-    @torch.no_grad()
-    def batches(
-        self, pictures: Pictures, indices: np.ndarray | Tensor | None = None, **crop: Any
-    ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """What each defence sends of the pictures, and the pictures.
+    def seen(self, pictures: Pictures, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
+        """What each defence sends of the pictures.
 
         Noise is a function of the seed, the batch's pictures and the epoch, whatever else is trained beside or
         resumed.
         """
-        indices = torch.arange(len(pictures)) if indices is None else torch.as_tensor(indices)
-        for chunk in indices.split(self.recipe.batch_size):
-            names = " ".join(pictures.ids[index] for index in chunk.tolist())
-            drawn = zlib.crc32(f"{self.seed} {crop.get('epoch')} {names}".encode())
-            for defence in self.encoders.defences:
-                defence.reseed(drawn)
-            images = pictures.crops(chunk, device=self.fabric.device, **crop)
-            if isinstance(pictures, StoredPictures):
-                sent = self.encoders.defend(self.encoders.raw(pictures, chunk, images))
-            else:
-                sent = self.features(images)
-            self.watch.look(sent, [pictures.ids[index] for index in chunk.tolist()])
-            yield sent, images
-        self.watch.settle()
+        names = " ".join(pictures.ids[index] for index in indices.tolist())
+        drawn = zlib.crc32(f"{self.seed} {crop.get('epoch')} {names}".encode())
+        for defence in self.encoders.defences:
+            defence.reseed(drawn)
+        if isinstance(pictures, StoredPictures):
+            return self.encoders.defend(self.encoders.raw(pictures, indices, images))
+        return self.features(images)
 
     def test(self, metrics: Metrics, keep: int) -> tuple[list[Evaluation], list[Tensor]]:
         """Every member's scores on the test pictures, and its reconstructions as they are compared."""

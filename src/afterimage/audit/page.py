@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from afterimage.audit.config import LimitsConfig
@@ -17,6 +16,7 @@ from afterimage.audit.run import BLIND, Results
 from afterimage.audit.verdict import UTILITY, WITHIN, Verdict, attacker_text, strongest
 from afterimage.report.album import data_uri
 from afterimage.report.figures import render, style
+from afterimage.report.page import page_environment
 from afterimage.runs import Run, write_atomic, write_json
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -58,13 +58,7 @@ def write_audit(
         "command": command,
     }
     write_json(written["audit.json"], values)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(TEMPLATES)
     environment.filters |= {"percent": _percent, "size": _size, "attacker": attacker_text}
     page = environment.get_template("page.html").render(
         **values,

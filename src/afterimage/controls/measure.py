@@ -9,7 +9,6 @@ rate.json, .csv       features at 8 to 1 bits and their coded size, beside JPEG 
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from afterimage.evaluate import SCORES, summarise
 from afterimage.metrics import Metrics, psnr
 from afterimage.progress import Progress, silent
 from afterimage.reconstructor import Reconstructor
-from afterimage.runs import Run, read_json, write_csv, write_json
+from afterimage.runs import Run, read_json, sha256, write_csv, write_json
 
 FORMAT = 1
 PARTS = ("controls", "lost", "rate")
@@ -106,8 +105,7 @@ def _digest(run: Run) -> str:
     path = run.file("decoder.safetensors")
     if not path.exists():
         raise AfterimageError(f"run {run.name} holds no decoder.safetensors to measure")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 @torch.no_grad()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec, unknown
 from afterimage.encoders.build import seeded
+from afterimage.encoders.frozen import Frozen
 from afterimage.encoders.layers import picture_size
 from afterimage.encoders.layout import Key, Layout, Refused, Shapes, find_layout
 from afterimage.encoders.observe import Event, Observation
@@ -54,7 +54,7 @@ class _Root(nn.Module):
         return self.output(images)
 
 
-class CustomEncoder(nn.Module):
+class CustomEncoder(Frozen):
     """The features of layers of a network that is not timm's, on pictures in [0, 1]; frozen, in evaluation mode.
 
     A layer is a module's path, or `output` for what the network returns. Where that is a dict or a tuple with several
@@ -86,7 +86,6 @@ class CustomEncoder(nn.Module):
             self.register_buffer(
                 key, torch.tensor(tuple(values), dtype=torch.float32).view(1, 3, 1, 1), False
             )
-        self._gradients = False
         self.places = [self._place(layer, seen) for seen in [self._observe()] for layer in layers]
         self.sources = tuple(f"{name}:{layer}" for layer in layers)
         layouts = [place.layout for place in self.places]
@@ -127,18 +126,6 @@ class CustomEncoder(nn.Module):
             raise
         except Exception as error:
             raise _raised(self.model_name, tuple(images.shape), f"{type(error).__name__}: {error}") from error
-
-    @contextlib.contextmanager
-    def gradients(self) -> Iterator[None]:
-        """Inside this context the features can be differentiated with respect to the pictures."""
-        before, self._gradients = self._gradients, True
-        try:
-            yield
-        finally:
-            self._gradients = before
-
-    def train(self, mode: bool = True) -> CustomEncoder:
-        return super().train(False)
 
     def _observe(self) -> tuple[Observation, Observation, tuple[int, int]]:
         root = _Root(self.model)

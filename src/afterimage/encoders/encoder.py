@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec, split_source
 from afterimage.encoders.build import create_loaded, create_random, pretrained_config
+from afterimage.encoders.frozen import Frozen
 from afterimage.encoders.layers import describe_tap, picture_size
 from afterimage.encoders.layout import reorder
 from afterimage.encoders.names import resolve_model
@@ -41,7 +41,7 @@ class _Hook:
             raise _Done
 
 
-class Encoder(nn.Module):
+class Encoder(Frozen):
     """The features of one or more layers of a frozen timm model, on pictures in [0, 1].
 
     `Encoder("resnet34.tv_in1k:layer1")`, or `Encoder("resnet34", layers=["layer1", "layer2"])`: several
@@ -99,7 +99,6 @@ class Encoder(nn.Module):
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.tensor(config.get(name, default), dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
-        self._gradients = False
         self._features: list[Tensor | None] = [None] * len(layers)
         deepest = max(range(len(layers)), key=lambda i: (self._taps[i].order, i))
         for index, tap in enumerate(self._taps):
@@ -128,19 +127,6 @@ class Encoder(nn.Module):
         finally:
             self._features[:] = [None] * len(self._features)
         raise RuntimeError(f"{self.model_name} ended before {self._taps[-1].module} ran")
-
-    @contextlib.contextmanager
-    def gradients(self) -> Iterator[None]:
-        """Inside this context the features can be differentiated with respect to the pictures."""
-        before, self._gradients = self._gradients, True
-        try:
-            yield
-        finally:
-            self._gradients = before
-
-    def train(self, mode: bool = True) -> Encoder:
-        """Stay in eval mode: the encoder is frozen, its batch statistics too."""
-        return super().train(False)
 
     def describe(self) -> list[dict[str, Any]]:
         """Per layer: source, module, shape, reduction, order of execution, and the cost up to there."""

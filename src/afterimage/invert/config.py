@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
 from dataclasses import dataclass
 
-from afterimage.config import AfterimageError, DataConfig, to_dict, unknown
+from afterimage.config import AfterimageError, DataConfig, folder_name, settings_digest, unknown
 
 METHODS = ("pixels", "fourier", "prior")
 OPTIMIZERS = ("adam", "lbfgs")
@@ -80,13 +77,10 @@ class InversionConfig:
 
     @property
     def digest(self) -> str:
-        settings = to_dict(self)
-        settings.pop("lpips")
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return settings_digest(self)
 
     @property
     def name(self) -> str:
         """The run folder's name: what was inverted, whether from grey or refined, eight digits of the hash."""
         kind = "refined" if self.start else "inversion"
-        slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join([*self.sources, kind])).strip("-.")
-        return f"{slug[:100]}-{self.digest[:8]}"
+        return folder_name([*self.sources, kind], self.digest)

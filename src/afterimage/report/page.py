@@ -106,14 +106,19 @@ def _render(
     )
 
 
-def _page_template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+def page_environment(templates: Path) -> Environment:
+    """Templates of a folder, escaping everything they show; an undefined name is an error."""
+    return Environment(
+        loader=FileSystemLoader(templates),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _page_template() -> Template:
+    environment = page_environment(TEMPLATES)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.get_template("page.html")
 
