@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,13 +97,14 @@ def mean_interval(
         )
     if not np.isfinite(values).all():
         raise AfterimageError("an interval needs finite scores")
-    count, centre = len(values), float(values.mean())
+    # Exact sums: the order of the pictures must not move the interval, not by a rounding that breaks a tie either.
+    count, centre = len(values), math.fsum(values) / len(values)
     deviations = values - centre
-    scale = float((deviations**2).sum())
+    scale = math.fsum(deviations**2)
     if scale <= (1e-12 * max(1.0, abs(centre))) ** 2 * count:
         return Interval(centre, centre, centre, count, confidence)
 
-    # The order of the pictures must not move the interval, and exchanging the two sides must only mirror it.
+    # Exchanging the two sides must only mirror it.
     sign = -1.0 if centre < 0 else 1.0
     centre, deviations = sign * centre, sign * deviations
     means = resampled_means(np.sort(sign * values), resamples=resamples, seed=seed)
@@ -112,7 +114,7 @@ def mean_interval(
         level = max(1e-12, special.ndtr(np.sqrt(count / (count - 1)) * special.stdtrit(count - 1, level)))
     below = ((means < centre).mean() + (means <= centre).mean()) / 2
     bias = special.ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
-    acceleration = float((deviations**3).sum()) / (6 * scale**1.5)
+    acceleration = math.fsum(deviations**3) / (6 * scale**1.5)
     z = bias + special.ndtri(np.array([level, 1 - level]))
     ends = sign * np.quantile(means, special.ndtr(bias + z / (1 - acceleration * z)))
     return Interval(sign * centre, float(ends.min()), float(ends.max()), count, confidence)
