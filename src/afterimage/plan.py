@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.config import DataConfig, FeatureSpec, RunConfig, split_source
 from afterimage.data import default_cache
-from afterimage.data.sources import read_source
+from afterimage.data.shards import count_pictures
+from afterimage.data.sources import SHARDS, read_source
 from afterimage.data.split import split
 from afterimage.encoders import layer_info
 from afterimage.reconstructor import build_head
@@ -92,11 +93,16 @@ def _activations(head: nn.Module, features: list[torch.Tensor]) -> int:
 
 @cache
 def training_pictures(data: DataConfig) -> int:
-    """How many pictures would train; DIV2K's are known without a download, other sources are listed."""
-    if data.source.partition(":")[0] == "div2k":
+    """How many pictures would train; DIV2K's are known without a download, those of other sources are counted."""
+    kind, _, argument = data.source.partition(":")
+    own = not data.test
+    if kind == "div2k":
         total = 800 - round(800 * data.validation_fraction)
+    elif kind in SHARDS:
+        total = count_pictures(kind, argument)
+        for fraction in (*([data.test_fraction] if own else []), data.validation_fraction):
+            total -= max(1, round(fraction * total))
     else:
-        own = not data.test
         source = read_source(data.source, {"train", "test"} if own else {"train"}, default_cache())
         fractions = data.validation_fraction, data.test_fraction if own else None
         total = len(split(data.source, source, *fractions, data.split_seed)[0])

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afterimage.bench import equal_time, gpu, growth, memory, quality, scoring, startup, training
+from afterimage.bench import equal_time, gpu, growth, memory, quality, scoring, startup, stream, training
 from afterimage.bench.rows import Row, print_rows
 from afterimage.bench.settings import Settings
 from afterimage.config import AfterimageError, unknown
@@ -27,6 +27,7 @@ MEASUREMENTS: dict[str, Callable[[Settings], list[Row]]] = {
     "memory": memory.memory,
     "together": training.together,
     "growth": growth.growth,
+    "stream": stream.stream,
     "time-to-quality": quality.time_to_quality,
     "gpu": gpu.gpu,
     "decoders": equal_time.decoders,

@@ -97,25 +97,18 @@ def read_bytes(path: str | Path) -> bytes:
 
 def decode(content: bytes, name: str) -> Image.Image:
     """Decode a picture file's content as `load_picture` does; raises `BadPicture`."""
-    try:
+    with _named(name):
         picture = _open(content)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
         picture.load()
         turn = _TURNS.get(_orientation(picture))
         picture = _rgb(picture)
         return picture if turn is None else picture.transpose(turn)
-    except UnidentifiedImageError:
-        problem = f"is not a picture in a format that is read ({', '.join(FORMATS)})"
-    except Image.DecompressionBombError:
-        problem = f"is too large: at most {MAX_PIXELS:,} pixels are read"
-    except MemoryError:
-        problem = "is too large for this machine's memory"
-    except _Unsupported as error:
-        problem = str(error)
-    except Exception as error:  # a decoder may raise anything on a damaged file
-        problem = f"is damaged: {str(error) or type(error).__name__}"
-    raise BadPicture(name, problem)
+
+
+def check_header(content: bytes, name: str) -> None:
+    """Raise `BadPicture` for what is no picture or too large a one; damage further in shows when it is decoded."""
+    with _named(name):
+        _open(content)
 
 
 def shorter_side(picture: Image.Image, size: int) -> Image.Image:
@@ -136,6 +129,25 @@ def shorter_side(picture: Image.Image, size: int) -> Image.Image:
 
 
 @contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Whatever a decoder raises as `BadPicture` with the picture's name."""
+    try:
+        yield
+        return
+    except UnidentifiedImageError:
+        problem = f"is not a picture in a format that is read ({', '.join(FORMATS)})"
+    except Image.DecompressionBombError:
+        problem = f"is too large: at most {MAX_PIXELS:,} pixels are read"
+    except MemoryError:
+        problem = "is too large for this machine's memory"
+    except _Unsupported as error:
+        problem = str(error)
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        problem = f"is damaged: {str(error) or type(error).__name__}"
+    raise BadPicture(name, problem)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Pillow's warnings, of half of what it refuses and of damaged metadata."""
     with _filtering, warnings.catch_warnings():
@@ -147,7 +159,10 @@ def _open(content: bytes) -> Image.Image:
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
     with _quiet():
-        return Image.open(io.BytesIO(content), formats=known)
+        picture = Image.open(io.BytesIO(content), formats=known)
+    if picture.width * picture.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    return picture
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.cache import cached
 from afterimage.data.decode import VERSION, BadPicture
 from afterimage.data.digests import FileDigests
+from afterimage.data.folder import more_pictures_than
+from afterimage.data.leaks import check_copies
 from afterimage.data.originals import Original, broken_pictures
 from afterimage.data.parallel import Progress, in_parallel
 from afterimage.data.pictures import Pictures
-from afterimage.data.sources import read_source
-from afterimage.data.split import shuffled, split
+from afterimage.data.rows import Rows
+from afterimage.data.sources import INDEXED, read_source
+from afterimage.data.split import Source, shuffled, split
+from afterimage.data.stream import StreamedPictures
 
-_NAMES = ("training", "validation", "test")
+STREAM_ABOVE = 50_000
+"""More pictures than these are streamed where the config leaves it open: 10 GiB of pixels at 256 x 256."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,29 +67,103 @@ def load_data(
 ) -> Data:
     """Find, split, decode and check the pictures that a config names.
 
-    `cache` is the folder of the decode-once cache (default: `default_cache()`); `progress` is called with
-    (what, done, total). Of a source that only tests, its own test split is used where it has one, else all of
-    it. Raises an `AfterimageError` that names the file, the source or the counts where pictures are missing,
-    broken or too few, and where a test picture is also a training or validation picture.
+    `cache` is the folder of the decode-once cache and of indexes (default: `default_cache()`); `progress` is called
+    with (what, done, total). Of a source that only tests, its own test split is used where it has one, else all of
+    it. Pictures are decoded once and kept, or streamed, as `DataConfig.stream` says. Raises an `AfterimageError` that
+    names the file, the source or the counts where pictures are missing, broken or too few, and where a test picture
+    is also a training or validation picture.
     """
     folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
     seed, own = config.split_seed, not config.test
-    source = read_source(config.source, {"train", "test"} if own else {"train"}, folder, progress)
+    limits = [config.limit_train, config.limit_validation, config.limit_test]
+    source = _read(
+        config.source, {"train", "test"} if own else {"train"}, config, limits[: 2 + own], folder, progress
+    )
     fractions = config.validation_fraction, config.test_fraction if own else None
     train, validation, test = split(config.source, source, *fractions, seed)
-    parts = [train[: config.limit_train], validation[: config.limit_validation]]
+    parts = [_part(train, config.limit_train, seed), _part(validation, config.limit_validation, seed)]
     if own:
-        parts.append(test[: config.limit_test])
-        pictures = _decode(parts, source.root, config, folder, progress)
+        parts.append(_part(test, config.limit_test, seed))
+        pictures = _pictures(parts, source.root, config, folder, progress)
     else:
-        other = read_source(config.test, {"test"}, folder, progress)
+        other = _read(config.test, {"test"}, config, limits[2:], folder, progress)
         test = shuffled(other.train if other.test is None else other.test, seed)
-        pictures = _decode(parts, source.root, config, folder, progress)
-        parts.append(test[: config.limit_test])
-        pictures += _decode(parts[2:], other.root, config, folder, progress)
-    notes = _check(parts, pictures)
-    text = json.dumps([VERSION, config.resize, *(p.content for p in pictures)])
-    return Data(config, *pictures, hashlib.sha256(text.encode()).hexdigest(), tuple(notes))
+        pictures = _pictures(parts, source.root, config, folder, progress)
+        parts.append(_part(test, config.limit_test, seed))
+        pictures += _pictures(parts[2:], other.root, config, folder, progress)
+    notes = check_copies(parts, pictures) + _notes(pictures)
+    return Data(config, *pictures, _digest(config, pictures), tuple(notes))
+
+
+def _read(
+    name: str,
+    parts: set[str],
+    config: DataConfig,
+    limits: Sequence[int | None],
+    cache: Path,
+    progress: Progress | None,
+) -> Source:
+    """A source; of a folder the index where its pictures will be streamed."""
+    kind, _, path = name.partition(":")
+    if config.stream and kind not in INDEXED and "train" in parts:
+        raise AfterimageError(
+            f"{name} cannot be streamed; what can: {', '.join(INDEXED)}. Set stream = false, or leave it out"
+        )
+    indexed = kind == "folder" and bool(path) and config.stream is not False
+    if indexed and config.stream is None:
+        few = None not in limits and sum(limits) <= STREAM_ABOVE
+        indexed = not few and more_pictures_than(path, STREAM_ABOVE)
+    return read_source(name, parts, cache, progress, indexed=indexed)
+
+
+def _part(originals: Sequence[Original], limit: int | None, seed: int) -> Sequence[Original]:
+    """The first pictures of a part of a split, in an order in which they read well."""
+    originals = originals[:limit]
+    return originals.arranged(seed) if isinstance(originals, Rows) else originals
+
+
+def _pictures(
+    parts: list[Sequence[Original]],
+    root: Path,
+    config: DataConfig,
+    cache: Path,
+    progress: Progress | None,
+) -> list[Pictures]:
+    """The parts of one source, streamed or decoded once."""
+    rows = [part for part in parts if isinstance(part, Rows)]
+    stream = sum(map(len, parts)) > STREAM_ABOVE if config.stream is None else config.stream
+    if stream and len(rows) == len(parts):
+        return [StreamedPictures(part, config.resize, config.crop) for part in rows]
+    return _decode(parts, root, config, cache, progress)
+
+
+def _digest(config: DataConfig, pictures: Sequence[Pictures]) -> str:
+    """SHA-256 of the JSON list of decoder version, size and the contents of each part, written piece by piece."""
+    digest = hashlib.sha256(f"[{VERSION}, {config.resize}".encode())
+    for part in pictures:
+        digest.update(b", [")
+        for number, content in enumerate(part.content):
+            digest.update(f'{", " if number else ""}"{content}"'.encode())
+        digest.update(b"]")
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def _notes(pictures: Sequence[Pictures]) -> list[str]:
+    """What a reader of the results has to know of how the pictures were read."""
+    streamed = sum(len(part) for part in pictures if isinstance(part, StreamedPictures))
+    notes = []
+    if streamed:
+        notes.append(
+            f"{streamed:,} pictures were streamed: decoded each time they were used, found to be pictures by their "
+            "first bytes before; one that could not be decoded would have stopped the run"
+        )
+    if windows := pictures[0].windows:
+        notes.append(
+            f"training pictures lie in row groups: each epoch visits these in random order, {windows.together} at a "
+            "time, and the pictures of those in random order"
+        )
+    return notes
 
 
 def _decode(
@@ -119,38 +195,12 @@ def _decode(
         raise broken_pictures(unreadable)
     remaining = iter(contents)
     return [
-        Pictures([o.id for o in part], [next(remaining) for _ in part], blob, config.crop) for part in parts
-    ]
-
-
-def _check(parts: Sequence[Sequence[Original]], pictures: Sequence[Pictures]) -> list[str]:
-    """Raise where a test picture is also a training or validation picture; note all other exact copies.
-
-    Two files that hold the same pixels hold the same picture.
-    """
-    first: dict[tuple[int, ...], tuple[int, int]] = {}
-    copies, leaks = [0, 0, 0], []
-    for part, split_pictures in enumerate(pictures):
-        for index, content in enumerate(split_pictures.content):
-            *_, height, width, crc = split_pictures.blob.slots[content]
-            earlier, number = first.setdefault((height, width, crc), (part, index))
-            if (earlier, number) == (part, index):
-                continue
-            pixels = pictures[earlier].blob.picture(pictures[earlier].content[number])
-            if not np.array_equal(split_pictures.blob.picture(content), pixels):
-                continue
-            copies[part] += 1
-            if part == 2 and earlier != 2:
-                names = parts[part][index].name, parts[earlier][number].name
-                leaks.append(f"{names[0]} is {names[1]} ({_NAMES[earlier]})")
-    if leaks:
-        more = f"\n  … and {len(leaks) - 20} more" if len(leaks) > 20 else ""
-        raise AfterimageError(
-            f"{len(leaks)} of the test pictures are trained or validated on too, which would falsify all "
-            "scores; take one of each pair out:\n  " + "\n  ".join(leaks[:20]) + more
+        Pictures(
+            [o.id for o in part],
+            [next(remaining) for _ in part],
+            blob,
+            config.crop,
+            part.windows() if isinstance(part, Rows) else None,
         )
-    return [
-        f"exact copies of other pictures among the {len(pictures[part])} {_NAMES[part]} pictures: {count}"
-        for part, count in enumerate(copies)
-        if count
+        for part in parts
     ]

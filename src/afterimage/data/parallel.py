@@ -15,9 +15,14 @@ Result = TypeVar("Result")
 
 
 def in_parallel(
-    work: Callable[[Item], Result], items: Iterable[Item], total: int, what: str, progress: Progress | None
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    total: int,
+    what: str,
+    progress: Progress | None,
+    ahead: int = 0,
 ) -> Iterator[Result]:
-    """`map(work, items)` on all cores, in order, a few items ahead; reports `(what, done, total)`.
+    """`map(work, items)` on all cores, in order, `ahead` items ahead or a few; reports `(what, done, total)`.
 
     Threads: Pillow, NumPy and hashlib let go of the interpreter lock while they work, and threads need no
     guard around the caller's script.
@@ -28,7 +33,7 @@ def in_parallel(
     done = 0
     with ThreadPoolExecutor(workers) as pool:
         try:
-            pending.extend(pool.submit(work, item) for item in islice(items, 4 * workers))
+            pending.extend(pool.submit(work, item) for item in islice(items, max(ahead, 4 * workers)))
             while pending:
                 result = pending.popleft().result()
                 pending.extend(pool.submit(work, item) for item in islice(items, 1))

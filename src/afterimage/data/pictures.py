@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from afterimage.data.blob import Blob
-from afterimage.data.sampling import centre_places, crop_places
+from afterimage.data.sampling import Windows, centre_places, crop_places
 
 Indices = Sequence[int] | np.ndarray | Tensor
 
@@ -18,19 +18,36 @@ Indices = Sequence[int] | np.ndarray | Tensor
 class Pictures:
     """One split: pictures with stable, unique ids, each whole (after resizing), as uint8.
 
-    `ids[i]` names picture `i`, `content[i]` is the SHA-256 of its original, `crop` the side of its crops.
+    `ids[i]` names picture `i`, `content[i]` is the SHA-256 of its original, `crop` the side of its crops, `windows`
+    says which pictures an epoch visits together (None: any).
     """
 
-    def __init__(self, ids: Sequence[str], content: Sequence[str], blob: Blob, crop: int) -> None:
+    ids: Sequence[str]
+    content: Sequence[str]
+    windows: Windows | None = None
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        content: Sequence[str],
+        blob: Blob,
+        crop: int,
+        windows: Windows | None = None,
+    ) -> None:
         self.ids = list(ids)
         self.content = list(content)
         self.blob = blob
-        self.crop = crop
+        self.crop, self.windows = crop, windows
         slots = np.array([blob.slots[c] for c in self.content], np.int64).reshape(-1, 4)
         self._offsets, self._heights, self._widths, _ = slots.T
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def digests(self) -> UInt8[np.ndarray, "n 32"]:
+        """The content digests as numbers."""
+        return np.frombuffer(bytes.fromhex("".join(self.content)), np.uint8).reshape(-1, 32)
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """Picture `index`, uncropped, uint8 in [0, 255]."""
@@ -44,26 +61,42 @@ class Pictures:
         Without a seed the centre crop, where torchvision's CenterCrop takes it. With a seed a random crop,
         flipped half of the time: a pure function of (seed, epoch, index), whatever batch or process asks.
         """
-        indices = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices, np.int64).reshape(-1)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"indices {indices.min()} .. {indices.max()} of {len(self)} pictures")
+        indices = self._checked(indices)
         heights, widths = self._heights[indices], self._widths[indices]
-        if seed is None:
-            top, left = centre_places(heights, widths, self.crop)
-            flip = np.zeros(len(indices), bool)
-        else:
-            top, left, flip = crop_places(heights, widths, self.crop, indices, seed, epoch)
+        top, left, flip = self._places(indices, heights, widths, seed, epoch)
         device = torch.device(device)
         if device.type == "cpu":
             return torch.from_numpy(self._copy(indices, top, left, flip, np.float32))
         pixels = self.blob.on(device)
-        if pixels is not None:
-            starts = self._offsets[indices] + top * widths + left
-            crops = gather_crops(pixels, starts, heights, widths, flip, self.crop)
-        else:
-            crops = torch.from_numpy(self._copy(indices, top, left, flip, np.uint8))
-            crops = (crops.pin_memory() if device.type == "cuda" else crops).to(device, non_blocking=True)
-        return crops.to(torch.float32).div_(255)
+        if pixels is None:
+            return placed(self._copy(indices, top, left, flip, np.uint8), device)
+        starts = self._offsets[indices] + top * widths + left
+        return gather_crops(pixels, starts, heights, widths, flip, self.crop).to(torch.float32).div_(255)
+
+    def batches(
+        self,
+        chunks: Iterable[Indices],
+        *,
+        seed: int | None = None,
+        epoch: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> Iterator[Float[Tensor, "batch 3 height width"]]:
+        """The crops of one chunk of indices after the other."""
+        return (self.crops(chunk, seed=seed, epoch=epoch, device=device) for chunk in chunks)
+
+    def _checked(self, indices: Indices) -> np.ndarray:
+        indices = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices, np.int64).reshape(-1)
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"indices {indices.min()} .. {indices.max()} of {len(self)} pictures")
+        return indices
+
+    def _places(
+        self, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray, seed: int | None, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Top, left and whether to flip, one of each a picture."""
+        if seed is None:
+            return *centre_places(heights, widths, self.crop), np.zeros(len(indices), bool)
+        return crop_places(heights, widths, self.crop, indices, seed, epoch)
 
     def _copy(
         self, indices: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray, dtype: type
@@ -82,6 +115,16 @@ class Pictures:
             else:
                 crops[i] = picture
         return crops
+
+
+def placed(crops: UInt8[np.ndarray, "batch 3 crop crop"], device: str | torch.device) -> Tensor:
+    """Crops as float32 in [0, 1] on a device."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.from_numpy(np.divide(crops, np.float32(255), dtype=np.float32))
+    pixels = torch.from_numpy(crops)
+    pixels = (pixels.pin_memory() if device.type == "cuda" else pixels).to(device, non_blocking=True)
+    return pixels.to(torch.float32).div_(255)
 
 
 def gather_crops(

@@ -1,4 +1,4 @@
-"""Sources by name: `folder:PATH`, `div2k`, `div2k:PATH`, `procedural`, `procedural:COUNT`, `photographs`."""
+"""Sources by name: `folder:PATH`, `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `procedural`, `photographs`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,39 @@ from pathlib import Path
 
 from afterimage.config import AfterimageError, unknown
 from afterimage.data.div2k import read_div2k
-from afterimage.data.folder import read_folder
+from afterimage.data.folder import index_folder, read_folder
 from afterimage.data.originals import DeadLeaves
 from afterimage.data.parallel import Progress
 from afterimage.data.photographs import read_photographs
+from afterimage.data.shards import read_shards
 from afterimage.data.split import Source
 
-SOURCES = ("folder:PATH", "div2k", "div2k:PATH", "procedural", "procedural:COUNT", "photographs")
+SHARDS = ("webdataset", "parquet")
+INDEXED = ("folder", *SHARDS)
+SOURCES = ("folder:PATH", "webdataset:SHARDS", "parquet:SHARDS", "div2k", "div2k:PATH", "procedural")
+SOURCES += ("procedural:COUNT", "photographs")
 DEFAULT_COUNT = 1000
 MAX_COUNT = 1_000_000
 
 
-def read_source(name: str, parts: Collection[str], cache: Path, progress: Progress | None = None) -> Source:
-    """The pictures of a source, not yet read.
+def read_source(
+    name: str,
+    parts: Collection[str],
+    cache: Path,
+    progress: Progress | None = None,
+    *,
+    indexed: bool = False,
+) -> Source:
+    """The pictures of a source, not yet read; those of shards, and of a folder where `indexed`, through an index.
 
     `parts` are those that are used, `train`, `test` or both: of DIV2K only these are downloaded, and
     procedural pictures that only test are another series than those that train.
     """
     kind, _, argument = name.partition(":")
     if kind == "folder" and argument:
-        return read_folder(argument)
+        return index_folder(argument, cache, progress) if indexed else read_folder(argument)
+    if kind in SHARDS and argument:
+        return read_shards(kind, argument, cache, progress)
     if kind == "div2k":
         return read_div2k(argument, parts, cache, progress)
     if kind == "procedural":

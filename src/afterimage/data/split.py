@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from afterimage.config import AfterimageError
 from afterimage.data.originals import Original
+from afterimage.data.rows import Rows, draw
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,30 @@ class Source:
     root: Path = Path("/")
 
 
-def shuffled(originals: Sequence[Original], seed: int) -> list[Original]:
+def shuffled(originals: Sequence[Original], seed: int) -> Sequence[Original]:
     """The order of a split: each picture's place depends on the seed and on its own id alone."""
-    return sorted(originals, key=lambda original: (original.rank, _draw(seed, original.id), original.id))
+    if isinstance(originals, Rows):
+        return originals.shuffled(seed)
+    return sorted(originals, key=lambda original: (original.rank, draw(seed, original.id), original.id))
 
 
-def take(originals: Sequence[Original], fraction: float, seed: int) -> tuple[list[Original], list[Original]]:
+def take(
+    originals: Sequence[Original], fraction: float, seed: int
+) -> tuple[Sequence[Original], Sequence[Original]]:
     """Part off a fraction of the groups (mostly of one picture each), at least one; gives taken and left."""
-    groups = sorted({o.group for o in originals}, key=lambda group: (_draw(seed, group), group))
+    if isinstance(originals, Rows):
+        in_order, count = originals.shuffled(seed), max(1, round(fraction * len(originals)))
+        return in_order[:count], in_order[count:]
+    groups = sorted({o.group for o in originals}, key=lambda group: (draw(seed, group), group))
     taken = set(groups[: max(1, round(fraction * len(groups)))])
     return [o for o in originals if o.group in taken], [o for o in originals if o.group not in taken]
 
 
 def split(
     name: str, source: Source, validation_fraction: float, test_fraction: float | None, seed: int
-) -> tuple[list[Original], list[Original], list[Original]]:
+) -> tuple[Sequence[Original], Sequence[Original], Sequence[Original]]:
     """Train, validation and test pictures of a source; no test pictures where `test_fraction` is None."""
-    train, validation, test = list(source.train), source.validation, source.test
+    train, validation, test = source.train, source.validation, source.test
     total, parts = len(train), ["training"]
     if test_fraction is None:
         test = []
@@ -53,7 +60,3 @@ def split(
             f"at least {len(parts)} are needed"
         )
     return shuffled(train, seed), shuffled(validation, seed), shuffled(test, seed)
-
-
-def _draw(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest()

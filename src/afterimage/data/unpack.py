@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -42,7 +43,7 @@ def unpack(archive: Archive, path: Path, folder: Path, progress: Progress | None
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError) as error:
         raise AfterimageError(f"{path} is damaged: {error}") from None
 
 
@@ -64,6 +65,11 @@ def check_members(archive: Archive, file: zipfile.ZipFile) -> dict[str, zipfile.
             raise refuse(f"its member {name!r} leads out of the folder")
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise refuse(f"its member {name!r} is a link or a device")
+        if member.header_offset < 0:
+            raise refuse(f"its member {name!r} begins before the file does")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # LZMA takes as much memory as the member says, up to 4 GiB.
+            raise refuse(f"its member {name!r} is compressed by method {member.compress_type}")
         if member.flag_bits & 1:
             raise refuse(f"its member {name!r} is encrypted")
         total += member.file_size

@@ -1,0 +1,102 @@
+"""Sources of many files with many pictures each: `webdataset:shard-{000..099}.tar`, `parquet:data/*.parquet`."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from afterimage.config import AfterimageError
+from afterimage.data.decode import BadPicture, shown
+from afterimage.data.index import Index, Shard, read_block
+from afterimage.data.originals import broken_pictures
+from afterimage.data.parallel import Progress
+from afterimage.data.parquet import ParquetShard, RowGroups
+from afterimage.data.rows import WINDOW_BYTES, Rows
+from afterimage.data.split import Source
+from afterimage.data.tar import TarShard
+
+MAX_SHARDS = 100_000
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
+
+
+def read_shards(kind: str, pattern: str, cache: Path, progress: Progress | None = None) -> Source:
+    """The pictures of all shards that a pattern with brace ranges and globs names; `kind` is webdataset or parquet.
+
+    An id is the shard's path below the folder that holds all of them, and the picture's name in it.
+    """
+    shards, root = _opened(kind, pattern)
+    return Source(Rows(read_index(shards, cache, progress)), root=root)
+
+
+def count_pictures(kind: str, pattern: str) -> int:
+    """How many pictures the shards hold, by their lists of contents alone."""
+    return sum(1 for shard in _opened(kind, pattern)[0] for _ in shard.members())
+
+
+def _opened(kind: str, pattern: str) -> tuple[list[Shard], Path]:
+    paths = expand(pattern)
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    groups = RowGroups(2 * WINDOW_BYTES)  # decoding ahead reaches into the next window
+    opened: Callable[[Path, str], Shard] = (
+        TarShard if kind == "webdataset" else lambda path, prefix: ParquetShard(path, prefix, groups)
+    )
+    return [opened(path, f"{shown(path.relative_to(root))}/".replace(os.sep, "/")) for path in paths], root
+
+
+def read_index(shards: list[Shard], cache: Path, progress: Progress | None = None) -> Index:
+    """All shards listed and read through once, unless the cache knows them. Raises for pictures that are broken."""
+    broken: list[BadPicture] = []
+    blocks = []
+    for number, shard in enumerate(shards, 1):
+        where = f" ({number} of {len(shards)})" if len(shards) > 1 else ""
+        blocks.append(read_block(shard, cache, f"indexing {shown(shard.path.name)}{where}", broken, progress))
+    if broken:
+        raise broken_pictures(broken)
+    return Index(blocks)
+
+
+def expand(pattern: str) -> list[Path]:
+    """The files that a pattern names: `{000..012}` and `{a,b}` first, then `*`, `?` and `[...]`, sorted, each once."""
+    found: dict[Path, None] = {}
+    for name in _expand_braces(os.path.expanduser(pattern)):
+        path = Path(name)
+        if path.exists() or not glob.has_magic(name):
+            if not path.is_file():
+                raise AfterimageError(f"there is no file {shown(path)}")
+            found[path.absolute()] = None
+        else:
+            found |= dict.fromkeys(
+                Path(match).absolute() for match in sorted(glob.glob(name, recursive=True))
+            )
+        if len(found) > MAX_SHARDS:
+            raise AfterimageError(f"{pattern!r} names more than {MAX_SHARDS:,} files")
+    if not found:
+        raise AfterimageError(f"no file matches {pattern!r}")
+    return list(found)
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    parts = _BRACES.split(pattern)  # text and what stands in braces, in turns
+    choices = [_choices(part) if number % 2 else [part] for number, part in enumerate(parts)]
+    total = 1
+    for choice in choices:
+        total *= len(choice)
+    if total > MAX_SHARDS:
+        raise AfterimageError(f"{pattern!r} names {total:,} files; at most {MAX_SHARDS:,} are read")
+    return ["".join(combination) for combination in itertools.product(*choices)]
+
+
+def _choices(text: str) -> list[str]:
+    match = _RANGE.fullmatch(text)
+    if match is None:
+        return text.split(",") if "," in text else ["{" + text + "}"]
+    first, last = int(match[1]), int(match[2])
+    if last < first or last - first >= MAX_SHARDS:
+        raise AfterimageError(f"{{{text}}} must go up, by at most {MAX_SHARDS:,} numbers")
+    width = len(match[1])
+    return [f"{number:0{width}}" for number in range(first, last + 1)]

@@ -1,0 +1,139 @@
+"""Runs on streamed pictures: the same decoders as on kept ones, errors that name a picture, memory that stays flat."""
+
+import signal
+import threading
+from dataclasses import replace
+
+import pytest
+
+from afterimage.bench.child import in_child
+from afterimage.bench.stream import write_small
+from afterimage.config import AfterimageError
+from afterimage.jobs import train_runs
+from afterimage.progress import silent
+from afterimage.runs import scan
+from afterimage.stop import Stopped
+from children import result, small_configs, small_pictures
+from some_shards import write_shards, write_tar
+from test_cli import MODEL, SMALL, command  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return small_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def shard(pictures, tmp_path):
+    return write_tar(tmp_path / "pictures.tar", {path.name: path.read_bytes() for path in pictures.iterdir()})
+
+
+def configs(source, pictures, stream=True):
+    return [replace(c, data=replace(c.data, source=source, stream=stream)) for c in small_configs(pictures)]
+
+
+def go(configs, tmp_path, name, **options):
+    return train_runs(configs, tmp_path / name, cache=tmp_path / "cache", accelerator="cpu", **options)
+
+
+def learned(runs):
+    """All of the runs that must not depend on how their pictures were read, but for what says how."""
+    parts = [result(run) for run in runs]
+    return [
+        (part["decoder"], part["history"], part["scores"], run.summary["data"]["digest"])
+        for part, run in zip(parts, runs, strict=True)
+    ]
+
+
+def test_a_decoder_learns_the_same_whichever_way_its_pictures_come(pictures, shard, tmp_path):
+    source = f"webdataset:{shard}"
+    ways = [go(configs(source, pictures, stream), tmp_path, f"{stream}") for stream in (True, False)]
+    assert learned(ways[0]) == learned(ways[1])
+    for run in ways[0]:
+        assert any("20 pictures were streamed" in note for note in run.summary["notes"])
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(pictures, shard, tmp_path, monkeypatch):
+    from afterimage.member import Member
+
+    chosen = configs(f"webdataset:{shard}", pictures)
+    whole = go(chosen, tmp_path, "whole")
+    step, left = Member.step, [5]
+
+    def stopping(self, *arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stopped(signal.SIGTERM)
+        return step(self, *arguments)
+
+    before = threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "step", stopping)
+        with pytest.raises(Stopped):
+            go(chosen, tmp_path, "stopped")
+    assert threading.active_count() == before, "what decoded ahead has ended"
+    assert learned(go(chosen, tmp_path, "stopped")) == learned(whole)
+
+
+def test_a_picture_that_cannot_be_decoded_stops_the_runs_with_its_name(pictures, tmp_path):
+    files = {path.name: path.read_bytes() for path in sorted(pictures.iterdir())}
+    broken = {name: content[:150] if name == "03.png" else content for name, content in files.items()}
+    shard = write_tar(tmp_path / "broken.tar", broken)
+    failures = []
+    runs = go(configs(f"webdataset:{shard}", pictures), tmp_path, "runs", failures=failures)
+    assert [run.state for run in runs] == ["failed"] * 3
+    assert all("broken.tar/03.png: is damaged" in run.status["error"] for run in runs)
+    assert "broken.tar/03.png" in str(failures[0])
+
+
+def test_what_goes_wrong_in_a_worker_ends_the_run_with_the_pictures_name(
+    pictures, shard, tmp_path, monkeypatch
+):
+    from afterimage.data.tar import TarShard
+
+    data = configs(f"webdataset:{shard}", pictures)[:1]
+    go(data, tmp_path, "whole")
+    monkeypatch.setattr(
+        TarShard, "read", lambda *_: (_ for _ in ()).throw(MemoryError("no room in a worker"))
+    )
+    with pytest.raises(
+        AfterimageError, match=r"pictures.tar/\d+.png could not be read: MemoryError: no room"
+    ):
+        go(data, tmp_path, "again")
+
+
+@pytest.mark.slow
+def test_a_study_on_shards_from_the_command_line(command, tmp_path):  # noqa: F811
+    source = write_shards(tmp_path / "shards", 3, 10)
+    code, out, err = command(
+        "study", "--models", MODEL, "--layers", "layer1,layer2", "--decoder", "linear", "transposed",
+        "--data", source, "--stream", "True", "--epochs", 1, *SMALL,
+    )  # fmt: skip
+    assert code == 0, err
+    runs = list(scan(tmp_path / "runs" / MODEL))
+    decoders = [run for run in runs if run.summary["kind"] == "decoder"]
+    assert {run.state for run in runs} == {"done"} and len(decoders) == 4
+    assert all(run.summary["data"]["source"] == source for run in runs)
+    assert all(row["id"].startswith("shard-00") for run in decoders for row in run.scores)
+    report = (tmp_path / "runs" / MODEL / "report" / "report.md").read_text()
+    assert "30 pictures were streamed" in report and (tmp_path / "runs" / MODEL / "report").is_dir()
+    assert "indexing shard-002.tar (3 of 3)" in err
+    assert not list((tmp_path / "cache").rglob("*.pictures"))
+    code, out, _ = command("study", "verify", tmp_path / "runs" / MODEL)
+    assert code == 0, out
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_from_a_thousand_to_twenty_thousand_pictures(tmp_path):
+    peaks = []
+    for count in (1_000, 20_000):
+        sources = []
+        for kind in ("webdataset", "folder"):
+            (tmp_path / f"{kind}-{count}").mkdir()
+            sources.append(write_small(tmp_path / f"{kind}-{count}", kind, count, silent))
+        work = {"sources": sources, "cache": str(tmp_path / "cache"), "streamed": True, "most": 3_000}
+        outcome = in_child("stream:passes", **work)
+        assert [p["pictures"] for p in outcome.value] == [min(3_000, round(0.72 * count))] * 2
+        peaks.append(outcome.peak_bytes / 2**20)
+    # Their decoded pixels alone would be 70 MiB more.
+    assert peaks[1] - peaks[0] < 16
