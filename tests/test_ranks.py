@@ -1,0 +1,269 @@
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from afterimage.batchnorm import synchronise
+from afterimage.checkpoint import CHECKPOINT
+from afterimage.cli import main
+from afterimage.config import (
+    AfterimageError,
+    DataConfig,
+    DecoderConfig,
+    FeatureSpec,
+    FusionConfig,
+    RecipeConfig,
+)
+from afterimage.decoders import create_decoder
+from afterimage.jobs import train_runs
+from afterimage.lock import LockLost
+from afterimage.ranks import ALONE, RankLost, create_fabric, joined
+from afterimage.runs import Run, scan
+from afterimage.stop import Stopped
+from afterimage.study import StudyConfig
+from children import MODEL, small_configs, small_pictures
+from rank_children import (
+    fail_one_decoder,
+    run_out_of_memory,
+    run_ranks,
+    study_ranks,
+    train_ranks,
+    train_without_drift,
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return small_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def configs(pictures):
+    """Batch norm, closed forms, windows, fusions; 14 pictures in batches of four: the last has two, for three ranks."""
+    transposed, linear, residual = small_configs(pictures, scheduler="plateau", plateau_patience=0)
+    windows = {"blocks": 1, "window": 16}
+    sources = (f"{MODEL}:layer1", f"{MODEL}:layer2")
+    fused = replace(transposed, sources=sources)
+    return [
+        transposed,
+        linear,
+        replace(residual, decoder=DecoderConfig("residual", options=windows)),
+        replace(fused, fusion=FusionConfig("attention", channels=8), decoder=DecoderConfig("wavelet")),
+        replace(fused, fusion=FusionConfig("stacked"), decoder=DecoderConfig("linear")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def one(pictures, cache, tmp_path_factory):
+    """The runs of one process."""
+    return train_runs(configs(pictures), tmp_path_factory.mktemp("one"), cache=cache, accelerator="cpu")
+
+
+def same(run, expected, tolerance=2e-3):
+    """Whether a run came to what another did, to a tolerance that Adam's steps along rounding errors need."""
+    assert run.state == "done"
+    assert [row["id"] for row in run.scores] == [row["id"] for row in expected.scores]
+    for row, other in zip(run.scores, expected.scores, strict=True):
+        assert row["psnr"] == pytest.approx(other["psnr"], abs=0.02)
+    assert len(run.history) == len(expected.history)
+    for row, other in zip(run.history, expected.history, strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=tolerance)
+        assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=tolerance)
+        assert row["learning_rate"] == other["learning_rate"]
+    for key in ("best_epoch", "pictures_seen", "epochs", "parameters", "macs"):
+        assert run.summary[key] == expected.summary[key]
+    assert run.summary["best_validation_loss"] == pytest.approx(
+        expected.summary["best_validation_loss"], rel=tolerance
+    )
+    assert [entry for entry, *_ in run.pictures] == [entry for entry, *_ in expected.pictures]
+    assert run.fusion_maps.keys() == expected.fusion_maps.keys()
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_ranks_come_to_what_one_process_does(pictures, cache, tmp_path, one, count):
+    assert run_ranks(count, train_ranks, configs(pictures), tmp_path, cache) == [0] * count
+    for expected in one:
+        run = Run(tmp_path / expected.name)
+        same(run, expected)
+        assert run.summary["ranks"] == count and expected.summary["ranks"] == 1
+        assert not [path for path in run.path.iterdir() if path.name.startswith(("lock", "checkpoint", "."))]
+    weights = [Run(tmp_path / one[3].name).summary["fusion_weights"], one[3].summary["fusion_weights"]]
+    assert weights[0] == pytest.approx(weights[1], abs=1e-4)
+
+
+def test_the_loss_curve_is_that_of_one_process_to_rounding(cache, tmp_path):
+    train_without_drift("transposed", tmp_path, cache)
+    assert run_ranks(3, train_without_drift, "transposed", tmp_path, cache) == [0, 0, 0]
+    expected, weights = json.loads((tmp_path / "one.json").read_text())
+    for rank in range(3):
+        history, state = json.loads((tmp_path / f"{rank}.json").read_text())
+        for row, other in zip(history, expected, strict=True):
+            for name in ("train_loss", "validation_loss", "learning_rate"):
+                assert row[name] == pytest.approx(other[name], rel=2e-5)
+        assert state == pytest.approx(weights, rel=1e-3, abs=1e-3)
+
+
+def primitives():
+    """What ranks do together, and that each hears of an error on any of them; three ranks."""
+    with joined("cpu") as ranks:
+        rank = ranks.rank
+        total = [list(range(size))[ranks.part(size)] for size in (7, 2, 1)]
+        assert total == [[[0, 1, 2], [0], [0]], [[3, 4], [1], []], [[5, 6], [], []]][rank]
+        assert ranks.most(7) == 3 and ranks.place(len(total[0])) == ((0, 3, 5)[rank], 7)
+        a, b = torch.full((2, 2), rank + 1.0), torch.tensor([rank], dtype=torch.int64)
+        ranks.sum([a, b])
+        assert a.tolist() == [[6.0, 6.0]] * 2 and b.item() == 3
+        assert ranks.broadcast(f"from {rank}") == "from 0" and ranks.gather(rank) == [0, 1, 2]
+        assert ranks.in_order([[rank, "first"], [rank, "second"]])[1:4] == [
+            [1, "first"],
+            [2, "first"],
+            [0, "second"],
+        ]
+        assert ranks.decide(rank == 0) and not ranks.decide(rank == 1)
+        told = [
+            (AfterimageError("a picture"), AfterimageError, "a picture"),
+            (LockLost("taken"), LockLost, "taken"),
+            (MemoryError("no memory"), MemoryError, "no memory"),
+            (Stopped(15), Stopped, "SIGTERM"),
+            (ZeroDivisionError("a bug"), ZeroDivisionError if rank == 1 else RankLost, "a bug"),
+        ]
+        for error, kind, text in told:
+            with pytest.raises(kind, match=text), ranks.agreed(), ranks.agreed():
+                if rank == 1:
+                    raise error
+                ranks.sum([a])
+        check_batch_norm(ranks)
+        check_sampling(ranks)
+
+
+def check_batch_norm(ranks):
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 5, 4, 4, generator=generator) * 3 + 100
+    target = torch.randn(2, 5, 4, 4, generator=generator)
+    plain, norm = nn.Sequential(nn.BatchNorm2d(5)), nn.Sequential(nn.BatchNorm2d(5))
+    assert synchronise(norm, ranks) and norm.state_dict().keys() == plain.state_dict().keys()
+    part = whole[ranks.part(2)].clone().requires_grad_()
+    whole.requires_grad_()
+    expected, result = plain(whole), norm(part)
+    (expected * target).sum().backward()
+    (result * target[ranks.part(2)]).sum().backward()
+    torch.testing.assert_close(result, expected[ranks.part(2)], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(part.grad, whole.grad[ranks.part(2)], rtol=1e-3, atol=1e-4)
+    gradients = [norm[0].weight.grad, norm[0].bias.grad]
+    ranks.sum(gradients)
+    torch.testing.assert_close(gradients, [plain[0].weight.grad, plain[0].bias.grad], rtol=1e-3, atol=1e-3)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(norm.get_buffer(name), buffer)
+
+
+def check_sampling(ranks):
+    """A closed form on a random part of the locations: which they are does not depend on ranks."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randn(n, 4, 6, 6, generator=generator), torch.rand(n, 3, 12, 12, generator=generator))
+        for n in (7, 2)
+    ]
+    solved = []
+    for among in (ALONE, ranks):
+        decoder = create_decoder("linear", [FeatureSpec("a:b", 4, 6, 6)], 12, seed=0)
+        decoder.prepare(9, 3, among)
+        decoder._quota = 10
+        for features, images in batches:
+            own = among.part(len(images))
+            decoder.accumulate([features[own]], images[own])
+        assert "fitted on 90 locations, a random 28%" in decoder.solve()[1]
+        solved.append(decoder.weight)
+    torch.testing.assert_close(*solved, rtol=1e-4, atol=1e-5)
+
+
+def test_what_ranks_do_together():
+    assert run_ranks(3, primitives) == [0, 0, 0]
+
+
+def test_an_error_on_one_rank_ends_that_run_on_all_and_no_other(pictures, cache, tmp_path, one):
+    codes = run_ranks(2, train_ranks, configs(pictures)[:2], tmp_path, cache, hurt=fail_one_decoder)
+    assert codes == [1, 1]
+    failed, done = (Run(tmp_path / run.name) for run in one[:2])
+    assert failed.status == {"state": "failed", "error": "a part of a step went wrong"}
+    same(done, one[1])
+
+
+@pytest.mark.slow
+def test_out_of_memory_on_one_rank_halves_on_all(pictures, cache, tmp_path, one):
+    (config,) = configs(pictures)[2:3]
+    assert run_ranks(2, train_ranks, [config], tmp_path, cache, hurt=run_out_of_memory) == [0, 0]
+    run = Run(tmp_path / config.name)
+    same(run, one[2])
+    assert any("micro-batches of 1" in note for note in run.summary["notes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (3, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(pictures, cache, tmp_path, one, first, then):
+    some = [configs(pictures)[0], configs(pictures)[2]]
+    options = {"checkpoint_seconds": 0.0}
+    codes = run_ranks(first, train_ranks, some, tmp_path, cache, stop=5, **options)
+    assert codes in ([1] * first, [130] * first)
+    assert all(Run(tmp_path / config.name).file(CHECKPOINT).exists() for config in some)
+    assert (
+        run_ranks(then, train_ranks, some, tmp_path, cache, said=tmp_path / "said", **options) == [0] * then
+    )
+    assert "goes on after epoch 0, picture" in (tmp_path / "said").read_text()
+    for config, expected in zip(some, (one[0], one[2]), strict=True):
+        run = Run(tmp_path / config.name)
+        same(run, expected)
+        assert any(
+            f"went on with {then} instead of {first} processes" in note for note in run.summary["notes"]
+        )
+
+
+@pytest.mark.slow
+def test_a_study_gives_one_table(tmp_path):
+    study = StudyConfig(
+        "Small",
+        sources=(f"{MODEL}:layer1", f"{MODEL}:layer2"),
+        decoders=(DecoderConfig("linear"),),
+        seeds=(1, 2),
+        weights="random",
+        data=DataConfig("procedural:10", test="procedural:4", resize=32, crop=32),
+        recipe=RecipeConfig(epochs=1, batch_size=3),
+    )
+    tables = []
+    for count in (1, 2):
+        root = tmp_path / str(count)
+        assert run_ranks(count, study_ranks, study, root, tmp_path / "cache") == [0] * count
+        tables.append({run.name: run.scores for run in scan(root)})
+    assert tables[0].keys() == tables[1].keys() and len(tables[0]) > 4
+    for name, rows in tables[0].items():
+        for row, other in zip(tables[1][name], rows, strict=True):
+            assert row["id"] == other["id"] and row["psnr"] == pytest.approx(other["psnr"], abs=0.02)
+
+
+def test_alone_nothing_is_asked_of_anybody():
+    with joined() as ranks:
+        assert ranks is ALONE and ranks.leads and ranks.count == 1
+        assert ranks.part(5) == slice(0, 5) and ranks.place(5) == (0, 5)
+
+
+def test_more_devices_than_there_are_is_an_error(capsys):
+    count = torch.cuda.device_count() + 5
+    with pytest.raises(AfterimageError, match=f"{count} devices were asked for on .* does not have"):
+        create_fabric("cuda", count)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", f"{MODEL}:layer1", "--devices", str(count), "--accelerator", "cuda"])
+    assert ended.value.code == 1 and "which the accelerator 'cuda' does not have" in capsys.readouterr().err
+
+
+def test_devices_beside_torchrun_must_agree(monkeypatch, capsys):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    with pytest.raises(SystemExit):
+        main(["train", f"{MODEL}:layer1", "--devices", "3", "--accelerator", "cpu"])
+    assert "--devices 3, but 2 ranks were started" in capsys.readouterr().err
