@@ -1,0 +1,315 @@
+"""What strangers may hand to the package, one function a kind: it gives a value or an `AfterimageError`, nothing else.
+
+Each takes the bytes of one input, as atheris makes them, and is bounded in time and memory. `CORPUS/TARGET/` keeps
+inputs that were of interest: every way in, and whatever once broke something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+from afterimage.config import AfterimageError, FeatureSpec, RunConfig, dump_toml, load_toml
+from afterimage.runs import Run, write_atomic
+
+CORPUS = Path(__file__).with_name("corpus")
+MODEL = "test_resnet.r160_in1k"
+PARTS = ("controls", "lost", "rate")
+FILES = {
+    **{n: n for n in ("config.toml", "summary.json", "scores.csv", "history.csv", "environment.json", "status.json")},
+    **{f"{part}{end}": f"{part}{end}" for part in PARTS for end in (".json", ".csv")},
+    **{n: f"reconstructions/{n}" for n in ("index.json", "000.png", "000.original.png")},
+    "decoder.safetensors": "decoder.safetensors",
+}  # fmt: skip
+"""The names under which an input may replace a run's files, and where these lie."""
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder in memory where there is one, for files that one input needs."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="afterimage-fuzz-", dir=memory if memory.is_dir() else None))
+    import atexit
+
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def file(name: str, data: bytes) -> Iterator[Path]:
+    path = scratch() / name
+    path.write_bytes(data)
+    yield path
+
+
+def refused(work: Callable, *arguments, **options):
+    """What `work` returns, or None where it refuses as it should."""
+    try:
+        return work(*arguments, **options)
+    except AfterimageError as error:
+        assert str(error)
+        return None
+
+
+def study(data: bytes) -> None:
+    """A study, and any other configuration, from TOML: read, written, expanded, and its decoders built of nothing."""
+    from afterimage.audit.config import AuditConfig
+    from afterimage.config import ReferenceConfig
+    from afterimage.invert.config import InvertConfig
+    from afterimage.study import expand, load_study
+
+    with file("study.toml", data) as path:
+        for kind in (RunConfig, ReferenceConfig, AuditConfig, InvertConfig):
+            if (config := refused(load_toml, kind, path)) is not None:
+                _round_trip(config)
+        found = refused(load_study, str(path))
+    if found is None:
+        return
+    _round_trip(found)
+    # Globs build a network, pretrained weights are looked for on the network.
+    far = any(
+        "*" in s or "?" in s or "[" in s
+        for s in (*found.sources, *(s for r in found.rows for s in r.sources))
+    )
+    large = len(found.decoders) * len(found.seeds) * (len(found.sources) + len(found.rows)) > 200
+    if far or large:
+        return
+    found = dataclasses.replace(
+        found, missing_weights="error", controls=False, lpips="alex" if found.lpips == "any" else found.lpips
+    )
+    for config in refused(expand, found) or ():
+        _round_trip(config)
+        _build(config)
+
+
+def _round_trip(config) -> None:
+    text = dump_toml(config)
+    with file("again.toml", text.encode()) as path:
+        again = load_toml(type(config), path)
+    assert again == config or "nan" in text, text
+    if hasattr(config, "name"):
+        assert (Path("/root") / config.name).parent == Path("/root") and len(config.name) < 200, config.name
+        assert not set(config.name) & set("\0\n\r/\\") and config.name.strip(".")
+
+
+def _build(config: RunConfig) -> None:
+    import torch
+
+    from afterimage.reconstructor import build_head
+
+    specs = [FeatureSpec(source, 8, 4, 4) for source in config.sources]
+    with torch.device("meta"):
+        refused(build_head, config, specs)
+
+
+@functools.cache
+def _good() -> dict[str, bytes]:
+    """The files of a run that is as it should be."""
+    import report_study
+
+    folder = scratch() / "good"
+    run = report_study.write_run(folder, MODEL, "layer1", originals=[report_study.picture(0, 16)], count=3)
+    found = {name: run.file(place) for name, place in FILES.items()}
+    content = {name: path.read_bytes() for name, path in found.items() if path.exists()}
+    shutil.rmtree(folder)
+    return content
+
+
+def bundle(files: dict[str, bytes | str]) -> bytes:
+    """Files of a run as one input."""
+    encoded = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
+    return b"".join(b"=== %s\n%s\n" % (name.encode(), content) for name, content in encoded.items())
+
+
+def unbundle(data: bytes) -> dict[str, bytes]:
+    """The files that an input replaces; other names are left out."""
+    parts = re.split(rb"(?m)^=== ([a-z0-9.]{1,24})\n", data)[1:]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return {name.decode(): text.removesuffix(b"\n") for name, text in pairs if name.decode() in FILES}
+
+
+@contextlib.contextmanager
+def run_folder(data: bytes) -> Iterator[tuple[Run, Run]]:
+    """A run folder with the input's files in place of its own, and a sound one beside it."""
+    root = scratch() / "runs"
+    shutil.rmtree(root, ignore_errors=True)
+    for name, files in (("good", _good()), ("hostile", _good() | unbundle(data))):
+        (root / name / "reconstructions").mkdir(parents=True)
+        for key, content in files.items():
+            (root / name / FILES[key]).write_bytes(content)
+    yield Run(root / "hostile"), Run(root / "good")
+
+
+def run(data: bytes) -> None:
+    """A run folder as tables, statistics and the page's data read it; a sound run beside it is always shown."""
+    from afterimage.report.album import embed, gather
+    from afterimage.report.controls import control_findings
+    from afterimage.report.entries import describe_rows
+    from afterimage.report.read import read_rows
+    from afterimage.report.tables import csv_table, latex_table, markdown_table
+
+    with run_folder(data) as (hostile, good):
+        for name, kind in (("state", str), ("status", dict), ("summary", dict), ("config", RunConfig)):
+            value = refused(getattr, hostile, name)
+            assert value is None or isinstance(value, kind), (name, value)
+        for name in ("scores", "history"):
+            assert all(isinstance(row, dict) for row in refused(getattr, hostile, name) or ())
+        for row in refused(getattr, hostile, "scores") or ():
+            assert isinstance(row["id"], str)
+        _inside(hostile)
+        rows = read_rows([hostile, good])
+        assert any(row.run == good for row in rows.all)
+        for text in (markdown_table(rows), latex_table(rows)):
+            assert "<script" not in text
+        for line in csv.reader(io.StringIO(csv_table(rows))):
+            for cell in line:
+                assert not cell.startswith(("=", "@", "+", "-", "\t", "\r")) or _is_number(cell), cell
+        control_findings(rows.decoders)
+        pictures = refused(gather, rows.all)
+        if pictures is not None:
+            describe_rows(rows, pictures)
+            refused(embed, pictures, 10**6)
+
+
+def _inside(hostile: Run) -> None:
+    found = refused(getattr, hostile, "pictures") or ()
+    maps = refused(getattr, hostile, "fusion_maps") or {}
+    for path in [p for _, *pair in found for p in pair] + [p for own in maps.values() for p in own]:
+        assert path.resolve().is_relative_to(hostile.path.resolve()), path
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def report(data: bytes) -> None:
+    """The whole report of a run folder: figures, findings and the page too."""
+    from afterimage.report import write_report
+
+    with run_folder(data) as (hostile, good):
+        out = scratch() / "report"
+        shutil.rmtree(out, ignore_errors=True)
+        written = write_report([hostile, good], out)
+        assert {"report.md", "table.csv", "findings.json"} <= written.keys()
+        assert "<script" not in (out / "report.md").read_text()
+
+
+def verify(data: bytes) -> None:
+    """A run folder as `study verify` and `evaluate` take it, on pictures and weights that are none of its business."""
+    from afterimage import verify as room
+    from afterimage.metrics import Metrics
+    from afterimage.reconstructor import Reconstructor
+
+    def unavailable(*_, **__):
+        raise AfterimageError("no weights here")
+
+    with (
+        run_folder(data) as (hostile, _),
+        mock.patch("afterimage.weights._find", unavailable),
+        mock.patch.object(room, "load_data", lambda *_, **__: _pictures()),
+        mock.patch.object(room, "Metrics", lambda net, size: Metrics(net, size=24)),
+        mock.patch.object(
+            room, "environment", lambda: {"python": "3", "commit": None, "versions": {"torch": "2"}}
+        ),
+    ):
+        (verdict,) = room.verify_runs([hostile], accelerator="cpu")
+        assert verdict.holds or verdict.problems or verdict.skipped
+        config = refused(getattr, hostile, "config")
+        if config is not None and set(config.sources) <= {f"{MODEL}:layer{i}" for i in (1, 2, 3)}:
+            refused(Reconstructor.open, hostile, weights="random")
+
+
+@functools.cache
+def _pictures():
+    from afterimage.config import DataConfig
+    from afterimage.data import load_data
+
+    return load_data(DataConfig("procedural:6", resize=32, crop=24), cache=scratch() / "cache")
+
+
+def picture(data: bytes) -> None:
+    """A picture file of any kind: 8-bit sRGB, resized, or an error that names it."""
+    from afterimage.data import decode
+
+    # The real limit takes seconds and a gigabyte; what is beyond it is refused by the same line.
+    with mock.patch.object(decode, "MAX_PIXELS", 2**22):
+        found = refused(decode.decode, data, "picture")
+        if found is not None:
+            small = decode.shorter_side(found, 16)
+            assert found.mode == "RGB" and min(small.size) == 16 and max(small.size) <= 16 * decode.MAX_ASPECT
+
+
+def archive(data: bytes) -> None:
+    """A zip file that is unpacked: two pictures of at most 2,000 bytes appear, and nothing beside them."""
+    from afterimage.data.download import Archive
+    from afterimage.data.unpack import unpack
+
+    place = scratch() / "unpacked"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    with file("archive.zip", data) as path:
+        before = set(scratch().iterdir())
+        refused(unpack, Archive("fuzzed", 1000, "", 2), path, place / "pictures")
+        assert set(scratch().iterdir()) == before
+    assert {p.name for p in place.iterdir()} <= {"pictures"}
+    inside = list((place / "pictures").iterdir()) if (place / "pictures").exists() else []
+    assert len(inside) in (0, 2) and all(p.is_file() and not p.is_symlink() for p in inside)
+    assert sum(p.stat().st_size for p in inside) <= 2000
+
+
+def pairs(data: bytes) -> None:
+    """Stored features and their pictures, as each kind of file they may be in."""
+    from afterimage.audit.pairs import load_pairs
+
+    ends = {b"PK": ".npz", b"PA": ".parquet"}
+    with file(f"pairs{ends.get(data[:2], '.safetensors')}", data) as path:
+        store = refused(load_pairs, path)
+    if store is not None:
+        images = store.data.test.crops(list(range(len(store.data.test))))
+        assert images.min() >= 0 and images.max() <= 1
+        for layer in store.specs:
+            assert store.data.test.features([0], layer).isfinite().all()
+
+
+def weights(data: bytes) -> None:
+    """An encoder's weights, a decoder and a checkpoint from safetensors or from what torch.save wrote."""
+    import torch
+
+    from afterimage.checkpoint import CHECKPOINT, load_checkpoints, load_decoder, load_tensors
+    from afterimage.weights import read_weights
+
+    with file("weights" + (".pth" if data[:2] in (b"PK", b"\x80\x02") else ".safetensors"), data) as path:
+        state = refused(read_weights, path) or {}
+        assert all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+        refused(load_tensors, path)
+        refused(load_decoder, path, {"sources": ["a:b"], "weights": {}})
+    folder = Run(scratch() / "checkpoint")
+    write_atomic(folder.file(CHECKPOINT), data)
+    for _, facts in load_checkpoints(folder, lambda text: None):
+        assert isinstance(facts, dict)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target for target in (study, run, report, verify, picture, archive, pairs, weights)
+}
+
+
+def corpus(target: str) -> list[Path]:
+    return sorted((CORPUS / target).iterdir())
+
+
+os.environ.setdefault("MPLBACKEND", "agg")
