@@ -1,0 +1,3 @@
+"""Where a study's runs are trained: in this process (`local`, see `jobs`), or as tasks on a Ray cluster (`ray`)."""
+
+EXECUTORS = ("local", "ray")

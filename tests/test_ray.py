@@ -1,0 +1,350 @@
+"""Studies on a real Ray cluster of several processes on this machine, with workers and nodes that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from afterimage.checkpoint import CHECKPOINT
+from afterimage.cli import main
+from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
+from afterimage.executors import training
+from afterimage.executors.connect import SETTINGS
+from afterimage.executors.training import train_on_ray
+from afterimage.jobs import train_runs
+from afterimage.runs import Run, scan
+from afterimage.stop import Stopped
+from afterimage.study import RowConfig, StudyConfig, run_study
+from children import context, hold, result, small_pictures, study_child
+
+os.environ |= SETTINGS
+ray = pytest.importorskip(
+    "ray", reason="Ray is not installed (pip install 'afterimage[cluster]'): not tested"
+)
+
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of them
+
+RESNET, VIT = "test_resnet.r160_in1k:layer2", "test_vit.r160_in1k:block1"
+STORE = 100 * 2**20
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A head that trains nothing and one machine with two CPUs; this process is connected to it."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
+    try:
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+    except (Exception, SystemExit):  # Ray waits 30 seconds for its processes, too few on a very busy machine
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    monkeypatch.delenv("AFTERIMAGE_WEIGHTS", raising=False)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return small_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def check_same(tmp_path_factory, cache):
+    """Checks that a finished run is what the local executor makes of it."""
+    root = tmp_path_factory.mktemp("local")
+
+    def check(there: Run) -> None:
+        (here,) = train_runs(there.config, root, cache=cache, accelerator="cpu")
+        assert there.state == "done" and result(there) == result(here)
+        assert names(there) == names(here)
+
+    return check
+
+
+@pytest.fixture
+def study(pictures):
+    return StudyConfig(
+        "On Ray",
+        sources=(RESNET, VIT),
+        decoders=(DecoderConfig("linear"), DecoderConfig("transposed")),
+        weights="random",
+        data=DataConfig(f"folder:{pictures}", resize=48, crop=32),
+        recipe=RecipeConfig(epochs=2, batch_size=4),
+    )
+
+
+def long_config(pictures: Path, epochs: int = 30) -> RunConfig:
+    """A run of seconds, so that something can happen to it."""
+    return RunConfig(
+        (RESNET,),
+        weights="random",
+        decoder=DecoderConfig("transposed"),
+        data=DataConfig(f"folder:{pictures}", resize=48, crop=32),
+        recipe=RecipeConfig(epochs=epochs, batch_size=4),
+    )
+
+
+class Watcher:
+    """Keeps what progress says, and calls `act` once, when training is past its second epoch and `ready` says so."""
+
+    def __init__(self, act=lambda: None, ready=lambda: True):
+        self.act, self.ready, self.said, self.acted = act, ready, [], False
+
+    def __call__(self, what, done, total, group="", **figures):
+        if total == 1:
+            self.said.append(f"{group} {what}".strip())
+        elif (
+            what == "training" and int(figures["epoch"].split("/")[0]) > 2 and not self.acted and self.ready()
+        ):
+            self.acted = True
+            self.act()
+
+    def has(self, text):
+        return any(text in line for line in self.said)
+
+
+def holder(run: Run) -> int:
+    """The process that holds the run's lock."""
+    (lock,) = run.path.glob("lock.*")
+    return json.loads(lock.read_text())[0]
+
+
+def names(run: Run) -> set[str]:
+    return {path.relative_to(run.path).as_posix() for path in run.path.rglob("*")}
+
+
+def test_the_table_is_the_local_one_and_a_failing_run_is_not_retried(nodes, cache, study, tmp_path):
+    bad = RowConfig((RESNET,), (DecoderConfig("transposed"),), recipe={"learning_rate": 1e30})
+    study = replace(study, rows=(bad,))
+    options = {"cache": cache, "accelerator": "cpu"}
+    watcher = Watcher()
+    train = partial(train_on_ray, cpus=torch.get_num_threads())
+    there, errors = run_study(study, tmp_path / "ray", progress=watcher, train=train, **options)
+    here, expected = run_study(study, tmp_path / "local", **options)
+    assert [run.name for run in there] == [run.name for run in here] and len(there) == 5 + 5
+    assert [str(error) for error in errors] == [str(error) for error in expected] and len(errors) == 1
+    assert [run.state for run in there] == [run.state for run in here]
+    for one, other in zip(there, here, strict=True):
+        assert names(one) == names(other)
+        if one.state == "done" and one.summary["kind"] == "decoder":
+            assert result(one) == result(other)
+    assert watcher.has("[1/2] is trained on") and watcher.has("[2/2] is trained on")
+    assert not watcher.has("retry") and not list((tmp_path / "ray").glob(".probe*"))
+    watcher = Watcher()
+    train([run.config for run in there[:2]], tmp_path / "ray", progress=watcher)
+    assert len(watcher.said) == 2 and all("done already" in line for line in watcher.said)
+
+
+@pytest.mark.parametrize("fetch", [False, True], ids=["shared", "fetched"])
+def test_a_killed_worker_is_replaced_and_goes_on_from_the_checkpoint(
+    nodes, cache, check_same, pictures, tmp_path, fetch
+):
+    config = long_config(pictures)
+    run = Run(tmp_path / "ray" / config.name)
+    killed = []
+
+    def kill():
+        if fetch:
+            assert holder(run) == os.getpid()
+        pid = worker_of(config.name) if fetch else holder(run)
+        killed.append(pid)
+        os.kill(pid, signal.SIGKILL)
+
+    watcher = Watcher(kill, ready=run.file(CHECKPOINT).exists)
+    train_on_ray(
+        config,
+        tmp_path / "ray",
+        cache=cache,
+        accelerator="cpu",
+        progress=watcher,
+        cpus=1,
+        fetch=fetch,
+        fetch_seconds=0.0,
+    )
+    assert killed and killed[0] != os.getpid()
+    assert watcher.has("retry 1 of 3") and watcher.has("goes on after epoch")
+    assert watcher.has("files are fetched" if fetch else "shared folder")
+    check_same(run)
+
+
+def worker_of(name: str) -> int:
+    """The process of this machine that trains a run in a folder of its own: who holds its lock there."""
+    import tempfile
+
+    (lock,) = Path(tempfile.gettempdir()).glob(f"afterimage-*/{name}/lock.*")
+    return json.loads(lock.read_text())[0]
+
+
+def test_retries_end(nodes, cache, pictures, tmp_path):
+    config = long_config(pictures)
+    run = Run(tmp_path / config.name)
+    failures = []
+    train_on_ray(
+        config,
+        tmp_path,
+        cache=cache,
+        accelerator="cpu",
+        progress=Watcher(lambda: os.kill(holder(run), signal.SIGKILL)),
+        failures=failures,
+        retries=0,
+    )
+    assert run.state == "failed" and "the worker was lost 1 times" in run.status["error"]
+    assert [str(error) for error in failures] == [run.status["error"]] and not list(run.path.glob("lock.*"))
+
+
+def test_a_stop_leaves_a_checkpoint_to_go_on_from(nodes, cache, check_same, pictures, tmp_path):
+    config = long_config(pictures)
+    run = Run(tmp_path / "ray" / config.name)
+    options = {"cache": cache, "accelerator": "cpu", "cpus": 1}
+    watcher = Watcher(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped) as stopped:
+        train_on_ray(config, tmp_path / "ray", progress=watcher, **options)
+    assert stopped.value.code == 128 + signal.SIGTERM and watcher.has("stopped after the step under way")
+    assert run.state == "stopped" and run.file(CHECKPOINT).exists() and not list(run.path.glob("lock.*"))
+    watcher = Watcher()
+    train_on_ray(config, tmp_path / "ray", progress=watcher, **options)
+    assert watcher.has("goes on after epoch")
+    check_same(run)
+
+
+def test_workers_without_the_folder_are_noticed(nodes, cache, check_same, pictures, tmp_path, monkeypatch):
+    @contextmanager
+    def elsewhere(root):
+        path = tmp_path / "nowhere.part"
+        path.write_text("token")
+        yield path
+
+    monkeypatch.setattr(training, "_probe", elsewhere)
+    config = long_config(pictures, epochs=1)
+    watcher, run = Watcher(), Run(tmp_path / "ray" / config.name)
+    train_on_ray(config, tmp_path / "ray", cache=cache, accelerator="cpu", progress=watcher, cpus=1)
+    assert watcher.has("does not see") and watcher.has("files are fetched")
+    check_same(run)
+
+
+def test_what_another_process_is_at_is_left_to_it(nodes, cache, pictures, tmp_path):
+    config = long_config(pictures, epochs=1)
+    run = Run.create(tmp_path / "ray", config)
+    process = context().Process(target=hold, args=(run.path, tmp_path / "ready"))
+    process.start()
+    while not (tmp_path / "ready").exists():
+        assert process.is_alive()
+    watcher = Watcher()
+
+    def progress(what, done, total, **figures):
+        watcher(what, done, total, **figures)
+        if "is left to process" in what:
+            assert run.state == "new"
+            process.kill()
+            process.join()
+
+    train_on_ray(config, tmp_path / "ray", cache=cache, accelerator="cpu", progress=progress)
+    assert process.exitcode == -signal.SIGKILL and run.state == "done"
+    assert watcher.has("is left to process") and watcher.has("taken over")
+
+
+@pytest.mark.slow
+def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
+    root, log = tmp_path / "study", tmp_path / "log"
+    process = context().Process(target=study_child, args=(study, root, cache, log), kwargs={"pause": 0.5})
+    process.start()
+    watcher = Watcher()
+    runs, failures = run_study(
+        study, root, cache=cache, accelerator="cpu", progress=watcher, train=partial(train_on_ray, cpus=1)
+    )
+    process.join(120)
+    assert process.exitcode == 0 and not failures and {run.state for run in runs} == {"done"}
+    here = {
+        line.removeprefix("begins ") for line in log.read_text().splitlines() if line.startswith("begins")
+    }
+    # A worker that comes late says so, and the driver then reports the run as done too.
+    words = ("is done, by another process", "is done already")
+    late = {run.name for run in runs if any(watcher.has(f"{run.name} {said}") for said in words)}
+    there = {run.name for run in runs if watcher.has(f"{run.name} done")} - late
+    trained = {run.name for run in runs if run.summary["kind"] == "decoder"}
+    assert here & trained | there == trained and not here & there, "\n".join([*here, *watcher.said])
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_replaced(nodes, cache, check_same, pictures, tmp_path):
+    config = long_config(pictures)
+    run = Run(tmp_path / "ray" / config.name)
+    nodes.add_node(num_cpus=2, object_store_memory=STORE)
+    lost = []
+
+    def lose():
+        status = Path(f"/proc/{holder(run)}/status").read_text()
+        parent = int(status.partition("PPid:")[2].split()[0])
+        (node,) = [
+            node for node in nodes.worker_nodes if node.all_processes["raylet"][0].process.pid == parent
+        ]
+        nodes.remove_node(node, allow_graceful=False)
+        lost.append(node)
+
+    watcher = Watcher(lose)
+    train_on_ray(
+        config,
+        tmp_path / "ray",
+        cache=cache,
+        accelerator="cpu",
+        progress=watcher,
+        cpus=1,
+    )
+    assert len(lost) == 1 and watcher.has("retry 1 of 3") and watcher.has("goes on after epoch")
+    check_same(run)
+
+
+def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AFTERIMAGE_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    small_pictures(tmp_path / "pictures")
+    (tmp_path / "mine.toml").write_text(
+        f'sources = ["{RESNET}"]\ndecoders = ["linear"]\nweights = "random"\nreferences = false\n'
+        '[data]\nsource = "folder:pictures"\nresize = 48\ncrop = 32\n'
+    )
+    main(["study", "mine.toml", "--executor", "ray", "--controls", "--accelerator", "cpu", "--cpus", "1"])
+    err = capsys.readouterr().err
+    runs = list(scan(tmp_path / "runs/mine"))
+    assert runs and all(run.state == "done" and run.file("controls.json").exists() for run in runs)
+    assert "is trained on" in err and (tmp_path / "runs/mine/report/index.html").exists()
+
+
+def test_without_an_address_ray_is_started_here_and_quietly(tmp_path):
+    code = (
+        "from afterimage.executors.connect import cluster\n"
+        "with cluster('', print) as ray:\n"
+        "    print(ray.cluster_resources()['object_store_memory'], ray.get(ray.remote(lambda: 7).remote()))\n"
+        "assert not ray.is_initialized()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["starting Ray on this machine (no --address)", f"{float(2**28)} 7"]
+    assert not done.stderr
