@@ -162,20 +162,51 @@ def test_residual_starts_at_the_linear_solution():
     torch.testing.assert_close(residual.mean, features.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
 
 
-def test_a_window_of_a_residual_decoder_is_that_part_of_the_picture():
-    decoder = create_decoder("residual", [spec(6, 40, 60)], (80, 120), seed=0, blocks=0)
-    generator = torch.Generator().manual_seed(5)
-    features = [torch.rand(2, 6, 40, 60, generator=generator)]
+def randomised_residual(shape, size, generator, **options):
+    decoder = create_decoder("residual", [spec(*shape)], size, seed=0, **options)
     for parameter in decoder.parameters():
-        torch.nn.init.uniform_(parameter, -0.02, 0.02, generator=generator)
+        torch.nn.init.uniform_(parameter, -0.1, 0.1, generator=generator)
+    return decoder
+
+
+@pytest.mark.parametrize("trunk", [0, 1])
+def test_a_window_of_a_residual_decoder_is_that_part_of_the_picture(trunk):
+    generator = torch.Generator().manual_seed(5)
+    decoder = randomised_residual((6, 40, 60), (80, 120), generator, blocks=1, trunk=trunk)
+    features = [torch.rand(2, 6, 40, 60, generator=generator)]
     windows = decoder.windows(generator)
-    assert [window[2:] for window in windows] == [(28, 28)] * 3
-    for top, left, height, width in [*windows, (0, 0, 28, 28), (12, 32, 28, 28)]:
-        assert 0 <= top <= 12 and 0 <= left <= 32
+    assert [window[2:] for window in windows] == [(32, 32)] * 2
+    for top, left, height, width in [*windows, (0, 0, 32, 32), (8, 28, 32, 32)]:
+        assert 0 <= top <= 8 and 0 <= left <= 28
         window = (top, left, height, width)
         part, whole = decoder(features, window), decoder.cut(decoder(features), window)
-        assert part.shape == (2, 3, 56, 56) and part.std() > 0.01
-        torch.testing.assert_close(part, whole, atol=1e-6, rtol=0)
+        assert part.shape == (2, 3, 64, 64) and part.std() > 0.01
+        # Four convolutions on 2x2 pixels a cell see no further than 8 pixels, the trunk's two locations more.
+        inner = slice(8 + 4 * trunk, -8 - 4 * trunk)
+        torch.testing.assert_close(part[..., inner, inner], whole[..., inner, inner], atol=1e-6, rtol=0)
+        assert not torch.equal(part, whole)
+
+
+def test_a_residual_decoder_decodes_with_an_average_that_weighs_late_steps_most():
+    generator = torch.Generator().manual_seed(6)
+    decoder = randomised_residual((6, 8, 8), (64, 64), generator, blocks=1, trunk=1)
+    steps, weights = [], decoder.correction.head.weight
+    for _ in range(5):
+        torch.nn.init.uniform_(weights, -0.1, 0.1, generator=generator)
+        decoder.stepped()
+        steps.append(weights.detach().clone())
+    share = [(i**9 - (i - 1) ** 9) / 5**9 for i in range(1, 6)]
+    features = [torch.rand(1, 6, 8, 8, generator=generator)]
+    decoder.eval()
+    with torch.no_grad():
+        decoded = decoder(features)
+        reloaded = create_decoder("residual", [spec(6, 8, 8)], 64, blocks=1, trunk=1)
+        reloaded.load_state_dict(decoder.state_dict())
+        assert torch.equal(reloaded.eval()(features), decoded)
+        weights.copy_(sum(s * w for s, w in zip(share, steps, strict=True)))
+        torch.testing.assert_close(decoder.train()(features), decoded)
+        weights.copy_(steps[-1])
+        assert (decoder(features) - decoded).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("shape", "size"), [((6, 28, 28), 56), ((6, 40, 40), 90), ((6, 5, 5), 20)])

@@ -85,6 +85,7 @@ def profile_run(
     adam = torch.optim.Adam(trainable, recipe.learning_rate, weight_decay=recipe.weight_decay)
     trained, optimizer = fabric.setup(head.train(), adam)
     seconds = dict.fromkeys(PARTS, 0.0)
+    places = torch.Generator().manual_seed(config.seed)
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
@@ -101,13 +102,15 @@ def profile_run(
             images = pictures.crops(indices, device=fabric.device, **crop)
         with part("encoder"), torch.no_grad(), fabric.autocast():
             features = encoders(images)
-        with part("decoder forward"):
-            error = loss(trained(features), images)
-        with part("backward"):
-            fabric.backward(error)
-        with part("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for window in head.decoder.windows(places):
+            with part("decoder forward"):
+                error = loss(trained(features, window), head.decoder.cut(images, window))
+            with part("backward"):
+                fabric.backward(error)
+            with part("optimizer"):
+                optimizer.step()
+                head.decoder.stepped()
+                optimizer.zero_grad(set_to_none=True)
         return len(images)
 
     def batches() -> Iterator[tuple[torch.Tensor, int]]:

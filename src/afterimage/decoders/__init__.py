@@ -19,6 +19,9 @@ from afterimage.decoders.wavelet import WaveletDecoder
 
 __all__ = ["DECODERS", "Decoder", "create_decoder"]
 
+MAX_OPTION = 2**24
+"""Options come from configurations of strangers: no width, depth or kernel that makes sense is larger."""
+
 DECODERS: dict[str, type[Decoder]] = {
     "attention": AttentionDecoder,
     "transposed": TransposedDecoder,
@@ -51,6 +54,10 @@ def create_decoder(
     for option in options:
         if option not in accepted:
             raise unknown(f"option of the {name} decoder", option, accepted)
+        if isinstance(options[option], int | float) and not abs(options[option]) <= MAX_OPTION:
+            raise AfterimageError(
+                f"{option} of the {name} decoder must be at most {MAX_OPTION:,}, got {options[option]!r}"
+            )
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec
+from afterimage.ranks import ALONE, Ranks
 
 Window = tuple[int, int, int, int]
 """Top, left, height and width of a part of a feature map, in locations."""
@@ -77,8 +78,14 @@ class Decoder(nn.Module, ABC):
         top, left, height, width = window
         return images[..., top * bh : (top + height) * bh, left * bw : (left + width) * bw]
 
-    def prepare(self, pictures: int, seed: int) -> int:
-        """Announce how many training pictures there are; returns how many views of each are wanted."""
+    def stepped(self) -> None:
+        """Called after every optimizer step."""
+
+    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
+        """Announce how many training pictures there are; returns how many views of each are wanted.
+
+        Each of the `ranks` is then given its part of every batch, which may be none, and all solve together.
+        """
         return 1
 
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
@@ -106,6 +113,23 @@ def clamp(pictures: Tensor) -> Tensor:
     bring a value back. Straight through, a value beyond the range is drawn back unless its target is the bound.
     """
     return _Clamp.apply(pictures)
+
+
+def enlarge(maps: Float[Tensor, "batch cbb h w"], block: tuple[int, int]) -> Float[Tensor, "batch c hb wb"]:
+    """Give every location its block of pixels: a pixel shuffle whose blocks need not be square."""
+    (b, _, h, w), (bh, bw) = maps.shape, block
+    if bh == bw:
+        return F.pixel_shuffle(maps, bh)
+    return maps.view(b, -1, bh, bw, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, h * bh, w * bw)
+
+
+def shrink(maps: Float[Tensor, "batch c hb wb"], block: tuple[int, int]) -> Float[Tensor, "batch cbb h w"]:
+    """The inverse of `enlarge`."""
+    (b, c, height, width), (bh, bw) = maps.shape, block
+    if bh == bw:
+        return F.pixel_unshuffle(maps, bh)
+    maps = maps.view(b, c, height // bh, bh, width // bw, bw).permute(0, 1, 3, 5, 2, 4)
+    return maps.reshape(b, c * bh * bw, height // bh, width // bw)
 
 
 def adapter(channels: int, wanted: int | None) -> nn.Module:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec
-from afterimage.decoders.base import Decoder, resize
+from afterimage.decoders.base import Decoder, enlarge, resize
+from afterimage.ranks import ALONE, Ranks
 
 FEW_ROWS = 200
 """Below so many rows an input a second view of each picture still lowers the error."""
@@ -72,10 +73,8 @@ class LinearDecoder(Decoder):
         return F.conv2d(padded.to(self.weight.dtype), kernel, self.bias)
 
     def unblock(self, blocks: Tensor) -> Tensor:
-        """`(B, 3 bh bw, h, w)` to `(B, 3, h bh, w bw)`: a pixel shuffle whose blocks need not be square."""
-        b, _, h, w = blocks.shape
-        bh, bw = self.block
-        return blocks.view(b, 3, bh, bw, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, 3, h * bh, w * bw)
+        """`(B, 3 bh bw, h, w)` to `(B, 3, h bh, w bw)`."""
+        return enlarge(blocks, self.block)
 
     def blocks_of(self, images: Tensor) -> Tensor:
         """`(B, 3, H, W)` to one row of pixels a location: `(B, h w, 3 bh bw)`."""
@@ -84,7 +83,8 @@ class LinearDecoder(Decoder):
         parts = images.view(images.shape[0], 3, h, self.block[0], w, self.block[1])
         return parts.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], h * w, self.outputs)
 
-    def prepare(self, pictures: int, seed: int) -> int:
+    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
+        self._ranks = ranks
         inputs = self.weight.shape[1] + 1
         budget = max(self.rows_per_input * inputs, 100_000)
         self._quota = min(self.spec.locations, math.ceil(budget / max(1, pictures)))
@@ -106,21 +106,33 @@ class LinearDecoder(Decoder):
         inputs = rows[corner[:, None] + offsets].flatten(1)
         targets = self.blocks_of(images.float())[picture, location]
         if validation not in self._sums:
-            shift, scale = self._sums[False].frame if validation else _frame(inputs)
+            shift, scale = self._sums[False].frame if validation else self._frame(inputs)
             self._sums[validation] = _Sums(shift, scale, targets.shape[1])
         self._sums[validation].add(inputs, targets)
+
+    def _frame(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale that keep the sums well conditioned. The penalty is measured in them."""
+        count, mean, variance = self._ranks.moments(inputs)
+        variance = variance * count / (count - 1).clamp(min=1)
+        overall = (variance + (mean - mean.mean()).square()).mean().sqrt()
+        return mean, variance.sqrt().clamp(min=1e-6 * float(overall) + 1e-12)
 
     def _locations(self, pictures: int, device: torch.device) -> tuple[Tensor, Tensor]:
         n = self.spec.locations
         if self._quota >= n:
             location = torch.arange(n).repeat(pictures)
         else:
-            location = torch.rand(pictures, n, generator=self._generator).topk(self._quota).indices.flatten()
+            # Drawn for the whole batch, so that a picture's do not depend on how many ranks there are.
+            before, total = self._ranks.place(pictures)
+            draws = torch.rand(total, n, generator=self._generator)[before : before + pictures]
+            location = draws.topk(self._quota).indices.flatten()
         picture = torch.arange(pictures).repeat_interleave(min(self._quota, n))
         return picture.to(device), location.to(device)
 
     @torch.no_grad()
     def solve(self) -> list[str]:
+        for sums in self._sums.values():
+            self._ranks.sum(sums.tensors)
         train = self._sums[False].whole()
         judge = self._sums[True].whole() if True in self._sums else train
         # A ridge is judged on every n-th output, which is as good and much less work than on all.
@@ -141,7 +153,7 @@ class LinearDecoder(Decoder):
         if self._quota < self.spec.locations:
             share = self._quota / self.spec.locations
             notes.append(
-                f"fitted on {train.rows:,} locations, a random {share:.0%} of each training picture's"
+                f"fitted on {int(train.rows):,} locations, a random {share:.0%} of each training picture's"
             )
         self._sums = {}
         return notes
@@ -150,11 +162,6 @@ class LinearDecoder(Decoder):
 def pad(maps: Tensor, margin: int) -> Tensor:
     """Repeat the outermost features `margin` times on every side."""
     return F.pad(maps, (margin,) * 4, mode="replicate") if margin else maps
-
-
-def _frame(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and scale that keep the sums well conditioned; the solution does not depend on them."""
-    return inputs.mean(0).double(), inputs.std(0).double().clamp(min=1e-6 * float(inputs.std()) + 1e-12)
 
 
 class _Sums:
@@ -169,7 +176,11 @@ class _Sums:
         self.xx = torch.zeros(n, n, dtype=torch.float64, device=shift.device)
         self.xy = torch.zeros(n, outputs, dtype=torch.float64, device=shift.device)
         self.yy = torch.zeros(outputs, dtype=torch.float64, device=shift.device)
-        self.rows = 0
+        self.rows = torch.zeros((), dtype=torch.float64, device=shift.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.xx, self.xy, self.yy, self.rows]
 
     @property
     def frame(self) -> tuple[Tensor, Tensor]:

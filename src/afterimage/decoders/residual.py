@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from afterimage.config import FeatureSpec
-from afterimage.decoders.base import Decoder, Window, resize
+from afterimage.decoders.base import Decoder, Window, enlarge, resize, shrink
 from afterimage.decoders.linear import LinearDecoder, pad
+from afterimage.ranks import ALONE, Ranks
 
-GAIN = 3.2
-"""Divided by the width it scales the correction: Adam's first steps are as large as the learning rate whatever the
-gradient, and would undo more of the linear solution than they mend."""
+GAIN = 0.03
+"""Scales the correction: Adam's first steps are as large as the learning rate whatever the gradient, and would undo
+more of the linear solution than they mend."""
 
 MOST_INPUTS = 1728
 """The linear part reads the largest neighbourhood, up to 7x7, with no more values than this (192 channels in 3x3)."""
@@ -23,20 +26,37 @@ MOST_INPUTS = 1728
 ROWS_PER_INPUT = 200
 """Five times fewer than `LinearDecoder` takes: 0.03 dB less before training, at a fifth of the time."""
 
-WINDOW = 28
-"""Maps with more locations a side are trained on windows of a quarter of the map, but no smaller than this."""
+WINDOW = 64
+"""Decoders are trained on windows of about so many pixels a side, an optimizer step each."""
+
+CELL = 2
+"""Pixels a side of a cell of the grid on which most of the correction is computed."""
+
+TRUNK, TRUNK_PIXELS, TRUNK_MARGIN = 2, 64, 2
+"""Residual blocks on the features' own grid, where a location stands for so many pixels (8x8): there they bring more
+than they cost, at 4x4 and 16x16 not (docs/LOG.md). They see so many locations around a window."""
+
+RECENCY = 8
+"""Of n steps the average that is kept weighs step i by about (i / n) ** RECENCY."""
+
+CONTRAST = 4
+"""Brings pixels, in [0, 1], to about the scale of standardised features."""
 
 
 class ResidualDecoder(Decoder):
     """Starts as a linear decoder, fitted in closed form, and adds a learned correction that starts at zero.
 
-    The linear part is `LinearDecoder` on the largest neighbourhood that `MOST_INPUTS` allows. The correction reads
-    standardised features (channel means and deviations are measured during the closed-form pass), refines them with
-    residual blocks without normalisation (as EDSR, Lim et al. 2017) and, like the linear part, gives every location
-    its block of pixels (sub-pixel convolution, Shi et al. 2016): nothing runs at the picture's own size.
+    The linear part is `LinearDecoder` on the largest neighbourhood that `MOST_INPUTS` allows. The correction sees its
+    picture and the features (standardised: channel means and deviations are measured during the closed-form pass),
+    both on a grid of 2x2 pixels a cell: where many values come from one location, what is missing are edges that no
+    linear map can place, and those are seen among pixels, across the borders of the locations' blocks. Features get
+    there by a convolution and a sub-pixel shuffle (Shi et al. 2016); residual blocks without normalisation
+    (as EDSR, Lim et al. 2017) follow. Where `trunk` says so, such blocks on the features' own grid come before.
 
-    Large maps are trained window by window, an optimizer step each: neighbouring locations tell nearly the same, so
-    four steps on a quarter of the map each bring much more than one step on all of it, in the same time.
+    It is trained window by window, an optimizer step each: neighbouring pixels tell nearly the same, so many steps on
+    small parts bring much more than one step on all, in the same time. What decodes is the average of the weights
+    over the last steps, a longer time the longer training has lasted (the power-function average of Karras et al.
+    2024, section 3.1), so that it is ready at any time without waiting for the learning rate to fall.
     """
 
     closed_form = True
@@ -49,42 +69,58 @@ class ResidualDecoder(Decoder):
         specs: Sequence[FeatureSpec],
         image_size: tuple[int, int],
         *,
-        width: int | None = None,
+        width: int = 32,
         blocks: int = 2,
+        trunk: int | None = None,
         kernel: int | None = None,
-        window: int | None = None,
+        window: int = WINDOW,
     ) -> None:
         super().__init__(specs, image_size)
         channels = self.spec.channels
-        width = width or min(128, max(64, channels // 2))
         kernel = kernel or next((k for k in (7, 5) if channels * k * k <= MOST_INPUTS), 3)
         self.base = LinearDecoder(specs, image_size, kernel=kernel, rows_per_input=ROWS_PER_INPUT)
-        self.window = max(WINDOW, min(self.spec.height, self.spec.width) // 2) if window is None else window
-        self.margin = max(2, kernel // 2)
+        self.window = tuple(max(2, round(window / side)) for side in self.base.block)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
-        self.stem = nn.Conv2d(channels, width, kernel_size=3, padding=1)
-        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
-        self.head = _zeroed(nn.Conv2d(width, self.base.outputs, kernel_size=3, padding=1))
+        trunk = TRUNK * (math.prod(self.base.block) == TRUNK_PIXELS) if trunk is None else trunk
+        self.margin = max(TRUNK_MARGIN if trunk else 0, kernel // 2)
+        self.correction = Correction(channels, width, blocks, trunk, self.base.block, self.margin)
+        self.register_buffer("average", self._flat())
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def decode(self, features: Tensor, window: Window | None = None) -> Tensor:
         # The margin gives a window's border the neighbours it has in the whole map.
-        m = self.margin
-        maps = pad(features, m)
+        maps = pad(features, self.margin)
         if window is not None:
             top, left, height, width = window
-            maps = maps[..., top : top + height + 2 * m, left : left + width + 2 * m]
-        linear = self.base.blocks(_inner(maps, m - self.base.kernel // 2))
+            maps = maps[..., top : top + height + 2 * self.margin, left : left + width + 2 * self.margin]
+        linear = self.base.unblock(self.base.blocks(_inner(maps, self.margin - self.base.kernel // 2)))
         maps = (maps - self.mean[:, None, None]) * self.scale[:, None, None]
-        maps = self.blocks(self.stem(maps.to(memory_format=torch.channels_last)))
-        pictures = self.base.unblock(linear + GAIN / self.stem.out_channels * _inner(self.head(maps), m))
+        pictures = linear + GAIN * self._correct(maps, linear)
         return pictures if window is not None else resize(pictures, self.image_size)
 
+    def _correct(self, maps: Tensor, linear: Tensor) -> Tensor:
+        if self.training:
+            return self.correction(maps, linear)
+        named = dict(self.correction.named_parameters())
+        parts = self.average.split([p.numel() for p in named.values()])
+        weights = {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
+        return functional_call(self.correction, weights, (maps, linear))
+
+    @torch.no_grad()
+    def _flat(self) -> Tensor:
+        return torch.cat([p.flatten() for p in self.correction.parameters()])
+
+    @torch.no_grad()
+    def stepped(self) -> None:
+        self.steps += 1
+        self.average.lerp_(self._flat(), 1 - (1 - 1 / self.steps) ** (RECENCY + 1))
+
     def windows(self, generator: torch.Generator) -> list[Window | None]:
-        """A random quarter of the map at a time, four times; all of it where it is small or blocks are not whole."""
+        """Random windows, as many as cover the map's area once; all of it where blocks are not whole."""
         h, w = self.spec.height, self.spec.width
         whole = (h * self.base.block[0], w * self.base.block[1]) == tuple(self.image_size)
-        height, width = min(h, self.window), min(w, self.window)
+        height, width = min(h, self.window[0]), min(w, self.window[1])
         if not whole or (height, width) == (h, w):
             return [None]
 
@@ -95,27 +131,66 @@ class ResidualDecoder(Decoder):
             (place(h, height), place(w, width), height, width) for _ in range(round(h * w / height / width))
         ]
 
-    def prepare(self, pictures: int, seed: int) -> int:
-        self._count, self._sum, self._squares = 0, 0, 0
-        return self.base.prepare(pictures, seed)
+    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
+        self._ranks = ranks
+        # In one tensor: how many locations there were, and each channel's sum and sum of squares.
+        self._sums = torch.zeros(1 + 2 * self.spec.channels, dtype=torch.float64, device=self.mean.device)
+        return self.base.prepare(pictures, seed, ranks)
 
     @torch.no_grad()
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
         self.base.accumulate(features, images, validation=validation)
         if not validation:
             maps = features[0].float()
-            self._count += maps.numel() // maps.shape[1]
-            self._sum = self._sum + maps.sum((0, 2, 3)).double()
-            self._squares = self._squares + maps.square().sum((0, 2, 3)).double()
+            self._sums[0] += maps.numel() // maps.shape[1]
+            self._sums[1:] += torch.cat([maps.sum((0, 2, 3)), maps.square().sum((0, 2, 3))]).double()
 
     @torch.no_grad()
     def solve(self) -> list[str]:
-        mean = self._sum / self._count
-        deviation = (self._squares / self._count - mean.square()).clamp(min=0).sqrt()
+        self._ranks.sum([self._sums])
+        mean, squares = (self._sums[1:] / self._sums[0]).chunk(2)
+        deviation = (squares - mean.square()).clamp(min=0).sqrt()
         self.mean.copy_(mean)
         self.scale.copy_(1 / deviation.clamp(min=1e-4 * float(deviation.mean()) + 1e-12))
         notes = self.base.solve()
         return notes if self.base.kernel > 1 else [*notes, "its linear part reads 1x1 neighbourhoods"]
+
+
+class Correction(nn.Module):
+    """What a linear decoder's pictures lack, from its features and the pictures themselves, before scaling."""
+
+    def __init__(
+        self, channels: int, width: int, blocks: int, trunk: int, block: tuple[int, int], margin: int
+    ) -> None:
+        super().__init__()
+        self.block, self.margin = block, margin
+        self.cell = tuple(math.gcd(CELL, side) for side in block)
+        self.cells = tuple(side // cell for side, cell in zip(block, self.cell, strict=True))
+        inside = 3 * math.prod(self.cell)
+        self.trunk = _refiner(channels, 2 * width, trunk, 3 * math.prod(block)) if trunk else None
+        self.from_features = nn.Conv2d(channels, width * math.prod(self.cells), kernel_size=1)
+        self.from_pixels = nn.Conv2d(inside, width, kernel_size=3, padding=1)
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
+        self.head = _zeroed(nn.Conv2d(width, inside, kernel_size=3, padding=1))
+
+    def forward(self, maps: Tensor, pictures: Tensor) -> Tensor:
+        """Standardised features with `margin` locations around, and pictures without, to a correction of these."""
+        inner, missing = _inner(maps, self.margin), torch.zeros_like(pictures)
+        if self.trunk is not None:
+            refined = self.trunk(maps.to(memory_format=torch.channels_last))
+            missing = enlarge(_inner(refined, self.margin), self.block)
+        pixels = shrink(CONTRAST * (pictures + GAIN * missing - 0.5), self.cell)
+        pixels = self.from_pixels(pixels.to(memory_format=torch.channels_last))
+        pixels = pixels + enlarge(self.from_features(inner), self.cells)
+        return missing + enlarge(self.head(self.blocks(pixels)), self.cell)
+
+
+def _refiner(channels: int, width: int, blocks: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, kernel_size=3, padding=1),
+        *(ResidualBlock(width) for _ in range(blocks)),
+        _zeroed(nn.Conv2d(width, outputs, kernel_size=3, padding=1)),
+    )
 
 
 class ResidualBlock(nn.Module):
