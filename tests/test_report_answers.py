@@ -21,7 +21,7 @@ ATTENTION = (RESNET[0], "layer1", "attention")
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    monkeypatch.setattr("afterimage.report.figures.draw", lambda rows, progress: iter(()))
+    monkeypatch.setattr("afterimage.report.figures.draw", lambda *_: iter(()))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def told(study, tmp_path_factory):
     """The report's text and its folder."""
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("afterimage.report.figures.draw", lambda rows, progress: iter(()))
+        patch.setattr("afterimage.report.figures.draw", lambda *_: iter(()))
         return write_report(study, out)["report.md"].read_text(), out
 
 

@@ -28,7 +28,7 @@ def runs(tmp_path):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr("afterimage.report.figures.draw", lambda rows, progress: iter(()))
+    monkeypatch.setattr("afterimage.report.figures.draw", lambda *_: iter(()))
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_the_report_says_what_a_reader_must_know(tmp_path, runs, no_figures):
 
 def test_a_folded_figure_names_itself_without_escapes(tmp_path, monkeypatch):
     drawings = [Drawing("f", "Reconstructions: a_b<i>", "", Figure(), folded=True)]
-    monkeypatch.setattr("afterimage.report.figures.draw", lambda rows, progress: iter(drawings))
+    monkeypatch.setattr("afterimage.report.figures.draw", lambda *_: iter(drawings))
     monkeypatch.setattr("afterimage.report.figures.render", lambda figure: (b"", b""))
     text = write_report([write_run(tmp_path / "runs", "m", "l")], tmp_path / "out")["report.md"].read_text()
     assert "<summary>Reconstructions: a_b&lt;i&gt;</summary>" in text

@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_ends_one_run_and_no_other(config, go):
 def test_the_best_checkpoint_survives_a_late_failure(config, go, monkeypatch):
     step = Member.step
 
-    def failing(self, features, images):
+    def failing(self, features, images, count):
         if self.epoch == 2:
             features = [feature * math.nan for feature in features]
         step(self, features, images)

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from afterimage.config import AfterimageError
-from afterimage.runs import Run, write_atomic
+from afterimage.runs import Run, reading, write_atomic
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 
@@ -31,7 +31,7 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         stored = json.loads(metadata.get("made_for", "{}"))
         differing = {key: stored[key] for key in made_for if key in stored and stored[key] != made_for[key]}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise AfterimageError(f"cannot read {path}: {error}") from None
     for key, value in differing.items():
         raise AfterimageError(
@@ -44,6 +44,8 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata back. Raises `AfterimageError` naming a file that is damaged."""
     try:
+        if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+            raise OSError("it is not a regular file")
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
@@ -69,7 +71,10 @@ def load_checkpoints(run: Run, said: Callable[[str], None]) -> Iterator[tuple[di
             text = metadata.get("facts", "")
             if _digest(tensors, text) != metadata.get("sha256"):
                 raise AfterimageError(f"{path} is damaged: its contents do not have its digest")
-            facts = json.loads(text)
+            with reading(path):
+                facts = dict(json.loads(text))
+                identity = dict(facts["identity"])
+            facts["identity"] = identity
         except AfterimageError as error:
             said(f"{error}; it is not used")
         else:

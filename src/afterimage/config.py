@@ -20,6 +20,10 @@ from typing import Any
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 T = typing.TypeVar("T")
 
+MAX_NAME = 200
+"""Characters of a name that are looked at and shown where it is unknown: comparing takes the square of its length."""
+MAX_SIDE = 8192
+"""Pixels of the shorter side that a picture may be resized to."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 Count = typing.NewType("Count", int)
@@ -30,9 +34,29 @@ class AfterimageError(Exception):
     """Something the user can put right. The command line prints it as one message, without a traceback."""
 
 
+MAX_TEXT = 2**28
+"""Bytes of the largest text file that is read: a million pictures' scores are a quarter of it."""
+
+
+def read_text(path: str | Path) -> str:
+    """A regular file as UTF-8 text. Raises `AfterimageError` naming a file that cannot be read or is none."""
+    path = Path(path)
+    try:
+        # Looked at before it is opened: a named pipe would wait for ever, a device never end.
+        size = path.stat().st_size
+        if not path.is_file() or size > MAX_TEXT:
+            what = f"is larger than {MAX_TEXT / 2**20:.0f} MiB" if path.is_file() else "is not a regular file"
+            raise AfterimageError(f"cannot read {path}: it {what}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise AfterimageError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise AfterimageError(f"cannot read {path}: {error}") from None
+
+
 def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> AfterimageError:
     """The error for a name that does not exist: it suggests near matches and lists what would be valid."""
-    valid = list(valid)
+    valid, name = list(valid), name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     listed = ", ".join(valid[:limit]) + (f", … ({len(valid) - limit} more)" if len(valid) > limit else "")
@@ -95,9 +119,14 @@ class FusionConfig:
 class DataConfig:
     """Where pictures come from and how they are split.
 
-    `source` and `test` are `div2k`, `div2k:PATH`, `folder:PATH`, `procedural`, `procedural:COUNT` or
-    `photographs`. Where `test` is empty, the source's own test split is used, else `test_fraction` of it.
-    `validation_fraction` is taken from what is not test. Limits keep the first pictures of a split.
+    `source` and `test` are `folder:PATH`, `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`,
+    `procedural:COUNT` or `photographs`; shards are files by a pattern, `data/{000..099}.tar` or `data/*.parquet`.
+    Where `test` is empty, the source's own test split is used, else `test_fraction` of it. `validation_fraction` is
+    taken from what is not test. Limits keep the first pictures of a split.
+
+    `stream`: true decodes pictures each time they are used and keeps none, false decodes each once and keeps all on
+    disk; where it is left out, more than 50,000 pictures of a folder or of shards are streamed. Both give the same
+    crops.
     """
 
     source: str = "div2k"
@@ -110,9 +139,12 @@ class DataConfig:
     limit_train: int | None = None
     limit_validation: int | None = None
     limit_test: int | None = None
+    stream: bool | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "resize", "crop")
+        if self.resize > MAX_SIDE:
+            raise AfterimageError(f"resize must be at most {MAX_SIDE}, got {self.resize}")
         if self.crop > self.resize:
             raise AfterimageError(f"crop ({self.crop}) must not be larger than resize ({self.resize})")
         for name in ("validation_fraction", "test_fraction"):
@@ -213,7 +245,7 @@ class ReferenceConfig:
 
     @property
     def name(self) -> str:
-        return f"reference-{self.reference}-{self.digest[:8]}"
+        return folder_name(("reference", self.reference), self.digest)
 
 
 def settings_digest(config: Any) -> str:
@@ -309,6 +341,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise AfterimageError(f"{where} must be a table, got {value!r}")
         return dict(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise AfterimageError(f"{where} must lie between -2^63 and 2^63")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -319,13 +353,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def load_toml(cls: type[T], path: str | Path) -> T:
     """Read a config from a TOML file; every error names the file."""
     try:
-        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        return from_dict(cls, settings)
-    except OSError as error:
-        raise AfterimageError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = read_text(path)
+        return from_dict(cls, tomllib.loads(text))
+    except (ValueError, RecursionError) as error:
         raise AfterimageError(f"{path} is not valid TOML: {error}") from None
     except AfterimageError as error:
+        if str(path) in str(error):
+            raise
         raise AfterimageError(f"{path}: {error}") from None
 
 

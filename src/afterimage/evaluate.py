@@ -16,6 +16,7 @@ from afterimage.config import AfterimageError
 from afterimage.data import Pictures
 from afterimage.metrics import PSNR_CAP, Metrics, problem
 from afterimage.progress import Progress, silent
+from afterimage.ranks import ALONE, Ranks
 
 SCORES = ("psnr", "ssim", "lpips")
 
@@ -73,35 +74,53 @@ def evaluate_together(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
     keep: int = 0,
+    ranks: Ranks = ALONE,
 ) -> list[Evaluation]:
     """Measure several reconstructions of each picture; what they share, such as an encoder, runs once.
 
     `reconstruct` takes pictures `(B, 3, H, W)` in [0, 1] to a list of such pictures, always of one length;
     modules behind it belong in evaluation mode (see `evaluating`). The first `keep` pictures are returned
-    as uint8. Raises `AfterimageError` that names the picture, and the reconstruction by `names`, where
-    shapes differ or values are not finite or leave [0, 1].
+    as uint8. Of several `ranks` each measures its part of every batch, which may be none; all of them return
+    all rows and pictures, in the order of one process. Raises `AfterimageError` that names the picture, and the
+    reconstruction by `names`, where shapes differ or values are not finite or leave [0, 1].
     """
     if len(pictures) == 0:
         raise AfterimageError("there are no pictures to evaluate on")
     metrics.to(device)
-    ids = list(pictures.ids)
-    results: list[Evaluation] = []
+    ids, done = list(pictures.ids), 0
+    batches: list[list[Evaluation]] = []
     for indices in torch.arange(len(ids)).split(batch_size):
-        batch = [ids[index] for index in indices.tolist()]
-        images = pictures.crops(indices, device=device)
-        outputs = list(reconstruct(images))
-        results = results or [Evaluation([], []) for _ in outputs]
-        for index, output in enumerate(outputs):
-            _check(output, images, batch, names[index] if names else "")
-        for result, output, scores in zip(results, outputs, metrics.compare(outputs, images), strict=True):
-            columns = [scores[name] or [None] * len(batch) for name in SCORES]
-            rows = zip(batch, *columns, strict=True)
-            result.rows.extend(dict(zip(("id", *SCORES), row, strict=True)) for row in rows)
-            wanted = max(0, keep - len(result.pictures))
-            result.pictures.extend(
-                zip(batch, to_uint8(images[:wanted]), to_uint8(output[:wanted]), strict=False)
-            )
-        progress("evaluating", len(results[0].rows), len(ids))
+        with ranks.agreed():
+            own = indices[ranks.part(len(indices))]
+            images = pictures.crops(own, device=device)
+            outputs = list(reconstruct(images))
+            batch = [ids[index] for index in own.tolist()]
+            for index, output in enumerate(outputs):
+                _check(output, images, batch, names[index] if names else "")
+            kept = sum(index < keep for index in own.tolist())
+            batches.append(_measured(batch, images, outputs, kept, metrics))
+        done += len(indices)
+        progress("evaluating", done, len(ids))
+    results = [Evaluation([], []) for _ in batches[0]]
+    for batch in ranks.in_order(batches):
+        for result, part in zip(results, batch, strict=True):
+            result.rows.extend(part.rows)
+            result.pictures.extend(part.pictures)
+    return results
+
+
+def _measured(
+    ids: Sequence[str], images: Tensor, outputs: Sequence[Tensor], keep: int, metrics: Metrics
+) -> list[Evaluation]:
+    """One batch's evaluation for each of several outputs; of an empty batch, nothing."""
+    if not ids:
+        return [Evaluation([], []) for _ in outputs]
+    results = []
+    for output, scores in zip(outputs, metrics.compare(outputs, images), strict=True):
+        columns = [scores[name] or [None] * len(ids) for name in SCORES]
+        rows = [dict(zip(("id", *SCORES), row, strict=True)) for row in zip(ids, *columns, strict=True)]
+        pairs = zip(ids[:keep], to_uint8(images[:keep]), to_uint8(output[:keep]), strict=True)
+        results.append(Evaluation(rows, list(pairs)))
     return results
 
 

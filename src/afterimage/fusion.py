@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from afterimage.config import AfterimageError, FeatureSpec, FusionConfig, unknown
 from afterimage.decoders.base import resize
 from afterimage.decoders.linear import LinearDecoder
+from afterimage.ranks import ALONE, Ranks
 
 
 class Fusion(nn.Module, ABC):
@@ -154,8 +155,8 @@ class StackedFusion(nn.Module):
         kept = sum(spec.channels for i, spec in enumerate(specs) if str(i) not in self.readers)
         self.spec = FeatureSpec(" + ".join(spec.source for spec in specs), kept + read, *size)
 
-    def prepare(self, pictures: int, seed: int) -> int:
-        views = [reader.prepare(pictures, seed) for reader in self.readers.values()]
+    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
+        views = [reader.prepare(pictures, seed, ranks) for reader in self.readers.values()]
         return max(views, default=0)
 
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
@@ -220,6 +221,12 @@ class WeightMaps:
         wanted = max(0, self.keep - sum(map(len, self._kept)))
         self._kept.append(weights[:wanted].mul(255).round().to(torch.uint8).cpu())
         self._sums.append(weights.mean((2, 3)).double().cpu())
+
+    def gather(self, ranks: Ranks) -> None:
+        """Take in what other ranks have added, each for its part of the same batches, in the order of one process."""
+        self._sums = ranks.in_order(self._sums)
+        kept = torch.cat(ranks.in_order(self._kept))
+        self._kept = [kept[: self.keep]]
 
     @property
     def means(self) -> list[float]:

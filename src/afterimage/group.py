@@ -21,13 +21,15 @@ from afterimage.member import Member
 from afterimage.memory import out_of_memory
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress
+from afterimage.ranks import ALONE, Ranks
 from afterimage.reconstructor import Encoders, build_head
 from afterimage.runs import Run, environment, sha256
 from afterimage.train import CHECKPOINT_SECONDS, Together
 
 
 class Group:
-    """Runs that share encoders, pictures, batches and seed; this process holds the lock of each.
+    """Runs that share encoders, pictures, batches and seed; this process holds the lock of each, or the leading
+    one of several `ranks` does, which alone writes.
 
     A run that fails is recorded in its folder, its error added to `failures`, and the others go on.
     """
@@ -44,28 +46,33 @@ class Group:
         keep: int,
         pause: Callable[[], None],
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.runs, self.locks, self.data, self.failures = runs, locks, data, failures
         self.accelerator, self.progress, self.keep = accelerator, progress, keep
         self.pause, self.checkpoint_seconds = pause, checkpoint_seconds
         self.first = next(iter(runs.values()))
         self.fabric = self._fabric()
         sources = list(dict.fromkeys(source for config in runs.values() for source in config.sources))
-        self.encoders = Encoders(
-            sources, weights=self.first.weights, image_size=self.first.data.crop, seed=self.first.seed
+        # One after the other: what is downloaded is then there for all.
+        self.encoders = ranks.first_to_lead(
+            lambda: Encoders(
+                sources, weights=self.first.weights, image_size=self.first.data.crop, seed=self.first.seed
+            )
         )
         self.encoders.to(self.fabric.device)
         for entry in self.encoders.weights_of(self.encoders.sources):
             self.say(
                 f"{entry['model']}: {entry['label'].upper()} weights from {entry['origin']} {entry['location']}"
             )
-        self.metrics = Metrics(self.first.lpips, size=self.first.data.crop)
+        self.metrics = ranks.first_to_lead(lambda: Metrics(self.first.lpips, size=self.first.data.crop))
 
     def say(self, text: str) -> None:
         self.progress(text, 1, 1)
 
     def _fabric(self) -> Fabric:
-        return Fabric(accelerator=self.accelerator, devices=1, precision=self.first.recipe.precision)
+        return self.ranks.local_fabric(self.accelerator, self.first.recipe.precision)
 
     @contextlib.contextmanager
     def recorded(self, run: Run, member: Member | None = None) -> Iterator[None]:
@@ -84,14 +91,21 @@ class Group:
             self.failures.append(error)
             if member is not None:
                 member.failed = True
-            with contextlib.suppress(AfterimageError):
-                run.set_state("failed", error=str(error))
+            if self.ranks.leads:
+                with contextlib.suppress(AfterimageError):
+                    run.set_state("failed", error=str(error))
+
+    @contextlib.contextmanager
+    def agreed(self, run: Run, member: Member | None = None) -> Iterator[None]:
+        """As `recorded`, for what may go wrong on one rank only."""
+        with self.recorded(run, member), self.ranks.agreed():
+            yield
 
     def train(self) -> None:
         """Train what is not trained, and measure it."""
         members = []
         for run, config in self.runs.items():
-            with self.recorded(run):
+            with self.agreed(run):
                 members.append(self._member(run, config))
         if not members:
             return
@@ -105,6 +119,7 @@ class Group:
             recorded=lambda member: self.recorded(member.run, member),
             pause=self.pause,
             checkpoint_seconds=self.checkpoint_seconds,
+            ranks=self.ranks,
         )
         self.together.solve()
         # What needs no epochs is written down before hours of training that may be stopped.
@@ -131,14 +146,15 @@ class Group:
                 "sources": sources,
                 "weights": self.encoders.weight_digests(sources),
             },
-            guard=self.locks[run].check,
+            guard=lambda: self.locks[run].check(),
             said=self.say,
+            ranks=self.ranks,
         )
-        run.remove_leftovers()
-        run.set_state("running")
-        run.save_environment(
-            environment() | {"device": str(self.fabric.device), "threads": torch.get_num_threads()}
-        )
+        machine = {"device": str(self.fabric.device), "threads": torch.get_num_threads()}
+        if self.ranks.leads:
+            run.remove_leftovers()
+            run.set_state("running")
+            run.save_environment(environment() | machine | {"ranks": self.ranks.count})
         if member.restore():
             where = f", picture {member.position}" if member.position else ""
             self.say(f"{run.name} goes on after epoch {member.epoch}{where}")
@@ -149,8 +165,9 @@ class Group:
         saved = []
         for member in members:
             member.head.load_state_dict(member.best)
-            with self.recorded(member.run, member):
-                member.save_best()
+            with self.agreed(member.run, member):
+                if self.ranks.leads:
+                    member.save_best()
                 saved.append(member)
         if not saved:
             return
@@ -188,10 +205,15 @@ class Group:
             device=self.fabric.device,
             progress=self.progress,
             keep=self.keep,
+            ranks=self.ranks,
         )
+        for own in maps.values():
+            own.gather(self.ranks)
         features = self.together.features(self.data.test.crops([0], device=self.fabric.device))
         for member, result in zip(members, results, strict=True):
-            with self.recorded(member.run, member):
+            with self.agreed(member.run, member):
+                if not self.ranks.leads:
+                    continue
                 facts = self._summary(member, features)
                 facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
                 facts |= {"scores": summarise(result.rows)}
@@ -218,6 +240,7 @@ class Group:
             "parameters": member.parameters,
             "macs": member.macs(features),
             "seed": config.seed,
+            "ranks": self.ranks.count,
             "loss": config.recipe.loss,
             "train_seconds": round(member.seconds, 2),
             "pictures_seen": member.pictures_seen,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError
 from afterimage.data import Data
+from afterimage.data.leaks import shared
 from afterimage.metrics import problem
 
 
@@ -29,13 +30,12 @@ def check_frozen(encoders: nn.Module) -> None:
 def check_split(data: Data) -> None:
     """Raise `AfterimageError` where a picture, by its content's digest, both tests and trains or validates."""
     for name, pictures in (("training", data.train), ("validation", data.validation)):
-        known = dict(zip(pictures.content, pictures.ids, strict=True))
-        for content, identity in zip(data.test.content, data.test.ids, strict=True):
-            if content in known:
-                raise AfterimageError(
-                    f"test picture {identity} is also {name} picture {known[content]}, which would falsify all "
-                    "scores"
-                )
+        indices, places = shared(data.test, pictures)
+        if len(indices):
+            tested, known = data.test.ids[int(indices[0])], pictures.ids[int(places[0])]
+            raise AfterimageError(
+                f"test picture {tested} is also {name} picture {known}, which would falsify all scores"
+            )
 
 
 def check_pictures(images: Tensor, ids: Sequence[str]) -> None:

@@ -90,7 +90,7 @@ class Lock:
     def check(self) -> None:
         """Raise `LockLost` unless this process still holds the lock."""
         files = self._files()
-        self.lost = not (files and files[-1] == self._mine and _read(self._mine) == _self())
+        self.lost = not (files and files[-1] == self._mine and _read(self._mine) == this_process())
         if self.lost:
             raise LockLost(
                 f"{self.folder.name}: another process took this run over, since this one gave no sign of life for "
@@ -99,7 +99,7 @@ class Lock:
 
     def release(self) -> None:
         self._released.set()
-        if self._mine is not None and _read(self._mine) == _self():
+        if self._mine is not None and _read(self._mine) == this_process():
             with contextlib.suppress(OSError):
                 self._mine.unlink()
         self._mine = None
@@ -112,7 +112,7 @@ class Lock:
         """Make the file with this process in it; False where it is there already."""
         try:
             with open(path, "x", encoding="utf-8") as file:
-                json.dump(_self(), file)
+                json.dump(this_process(), file)
         except FileExistsError:
             return False
         except OSError as error:
@@ -173,8 +173,13 @@ def _read(path: Path) -> Holder | None:
         return None
 
 
-def _self() -> Holder:
+def this_process() -> Holder:
     return Holder(os.getpid(), _started(os.getpid()) or "", _machine())
+
+
+def ended(process: Holder) -> bool:
+    """Whether a process has ended; False for one of another machine, of which that cannot be known."""
+    return process.machine == _machine() and os.name == "posix" and _started(process.pid) != process.started
 
 
 def _machine() -> str:

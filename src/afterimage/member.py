@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 from torch.utils.flop_counter import FlopCounterMode
 
+from afterimage.batchnorm import synchronise
 from afterimage.checkpoint import (
     load_checkpoints,
     pack_optimizer,
@@ -25,6 +26,7 @@ from afterimage.config import AfterimageError, RecipeConfig
 from afterimage.decoders.base import Window
 from afterimage.losses import create_loss
 from afterimage.memory import Result, halving
+from afterimage.ranks import ALONE, RankLost, Ranks
 from afterimage.reconstructor import Head
 from afterimage.runs import Run
 
@@ -51,6 +53,7 @@ class Member:
     `identity` is what a checkpoint must share to be gone on from, by name: the pictures' digest, the weights'; a
     decoder is only for its own `sources` and `weights`.
     `guard` is called before anything is written and may raise; `said` is told what a user should know.
+    With `ranks` each of them has such a member, and all stay equal; the leading one writes.
     """
 
     def __init__(
@@ -65,10 +68,13 @@ class Member:
         identity: Mapping[str, Any] | None = None,
         guard: Callable[[], None] = lambda: None,
         said: Callable[[str], None] = lambda text: None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.name, self.recipe, self.fabric, self.run = name, recipe, fabric, run
         self.identity, self.guard, self.said = dict(identity or {}), guard, said
         self.picks = list(picks)
+        self._synchronised = ranks.count > 1 and synchronise(head, ranks)
         self.head = head.to(fabric.device, memory_format=torch.channels_last)
         self.loss = create_loss(recipe.loss).to(fabric.device)
         self.history: list[dict[str, Any]] = []
@@ -79,6 +85,8 @@ class Member:
         self.pictures_seen = self.position = 0
         self.micro_batch = self._at_once = recipe.batch_size
         self.failed = self.restored = False
+        self.between_steps = True
+        """Whether it is as after a whole number of steps, so that training could go on from it."""
         self._total = torch.zeros((), device=fabric.device)
         trainable = [p for p in head.parameters() if p.requires_grad]
         if trainable:
@@ -87,6 +95,13 @@ class Member:
             self.scheduler = _scheduler(optimizer, recipe)
         else:
             self.trained, self.optimizer, self.scheduler = self.head, None, None
+        self.share()
+
+    def share(self) -> None:
+        """Take the leading rank's decoder over: other machines may round otherwise."""
+        if self.ranks.count > 1:
+            state = {name: tensor.cpu() for name, tensor in self.head.state_dict().items()}
+            self.head.load_state_dict(self.ranks.broadcast(state if self.ranks.leads else None))
 
     @property
     def parameters(self) -> int:
@@ -113,44 +128,73 @@ class Member:
         """Get ready to step, at the start of an epoch or at `position` pictures in it."""
         self.head.train()
 
-    def step(self, features: Sequence[Tensor], images: Tensor) -> None:
+    def step(self, features: Sequence[Tensor], images: Tensor, count: int | None = None) -> None:
         """An optimizer step for each of the decoder's windows on the features of `images`, both on the device.
 
-        Where memory does not suffice, gradients are summed over micro-batches. Raises `AfterimageError` for a loss
-        that is not finite: at once on a CPU, where asking is free; on other devices `end_epoch` does, so that
-        steps need not wait.
+        Of several ranks each gives its own part of the batch of `count` pictures, or none. Where memory does not
+        suffice, gradients are summed over micro-batches. Raises `AfterimageError` for a loss that is not finite: at
+        once on a CPU, where asking is free; on other devices `end_epoch` does, so that steps need not wait.
         """
-        picked = self.pick(features)
+        picked, count = self.pick(features), len(images) if count is None else count
         # Windows depend on the position in the run alone, so that one that goes on draws the same.
         generator = torch.Generator().manual_seed((self.epoch << 32) + self.position)
         windows = self.head.decoder.windows(generator)
-        for window in windows:
-            self._total += self._descend(picked, images, window) / len(windows)
-        self.position += len(images)
+        for number, window in enumerate(windows):
+            self._total += self._descend(picked, images, count, window) / len(windows)
+            self.between_steps = number == len(windows) - 1
+        self.position += count
 
-    def _descend(self, picked: list[Tensor], images: Tensor, window: Window | None) -> Tensor:
-        """One optimizer step; returns the sum of the pictures' losses."""
-        count = len(images)
-        wanted = min(self.micro_batch, count)
+    def _descend(self, picked: list[Tensor], images: Tensor, count: int, window: Window | None) -> Tensor:
+        """One optimizer step; returns the sum of the losses of the batch's `count` pictures."""
+        most = self.ranks.most(count)
+        wanted = min(self.micro_batch, most)
         buffers = [buffer.clone() for buffer in self.head.buffers()]
 
-        def work(size: int) -> Tensor:
-            if size < wanted:  # undo what the attempt that failed has left
-                self.optimizer.zero_grad(set_to_none=True)
-                for buffer, before in zip(self.head.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
-            parts = _parts(picked, images, size)
-            return sum(self._gradients(maps, part, count, window) for maps, part in parts)
+        def undo() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            for buffer, before in zip(self.head.buffers(), buffers, strict=True):
+                buffer.copy_(before)
 
-        total, size = halving(work, wanted, self.name)
+        def work(size: int) -> Tensor:
+            if size < wanted:  # what the attempt that failed has left
+                undo()
+            with self.ranks.agreed():
+                parts = list(_parts(picked, images, size))
+                if self._synchronised:  # batch norm needs every rank in every part
+                    nothing = [maps[:0] for maps in picked], images[:0]
+                    parts = [part for part in parts if len(part[1])]
+                    parts += [nothing] * (-(-most // size) - len(parts))
+                losses = [self._gradients(maps, part, count, window) for maps, part in parts]
+                return self._summed(sum(losses, self._total.new_zeros(())))
+
+        try:
+            total, size = halving(work, wanted, self.name)
+        except RankLost:
+            undo()
+            raise
         if size < wanted:
             self._shrink(size)
         self.optimizer.step()
+        self.head.decoder.stepped()
         self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _summed(self, total: Tensor) -> Tensor:
+        """Sum gradients over ranks, and the losses' `total`, which is returned."""
+        if self.ranks.count > 1:
+            trainable = [p for p in self.head.parameters() if p.requires_grad]
+            for parameter in trainable:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.ranks.sum([*(parameter.grad for parameter in trainable), total])
         return total
 
     def _gradients(self, features: list[Tensor], images: Tensor, count: int, window: Window | None) -> Tensor:
         """Add the gradients of some of the batch's `count` pictures; returns the sum of their losses."""
+        if len(images) == 0:
+            if self._synchronised:
+                self.fabric.backward(self.trained(features, window).sum())
+            return self._total.new_zeros(())
         loss = self.loss(self.trained(features, window), self.head.decoder.cut(images, window))
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             raise AfterimageError(
@@ -165,14 +209,16 @@ class Member:
         self.micro_batch = size
         note = f"out of memory: gradients are summed over micro-batches of {size}, the same mathematics"
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.head.modules()):
-            note += f" except that batch norm sees {size} pictures at a time"
+            note += f" except that batch norm sees {size * self.ranks.count} pictures at a time"
         self.notes.append(f"{note}; from epoch {self.epoch + 1} on")
         self.said(f"{self.name}: {note}")
 
     @torch.no_grad()
     def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
-        """The loss summed over the pictures of one validation batch."""
+        """The loss summed over the pictures of one validation batch, of which there may be none."""
         self.head.eval()
+        if len(images) == 0:
+            return 0.0
 
         def work(size: int) -> float:
             parts = _parts(self.pick(features), images, size)
@@ -214,15 +260,15 @@ class Member:
         self.best_loss, self.best_epoch = validation_loss, self.epoch
 
     def save(self) -> None:
-        """Write the checkpoint that `restore` goes on from."""
-        if self.run is None:
+        """Write the checkpoint that `restore` goes on from; the leading rank does."""
+        if self.run is None or not self.ranks.leads:
             return
         self.guard()
         tensors = (
             prefixed("head", self.head.state_dict()) | prefixed("best", self.best) | {"total": self._total}
         )
         facts = {name: getattr(self, name) for name in PROGRESS}
-        facts |= {"identity": self.identity, "torch": torch.__version__}
+        facts |= {"identity": self.identity, "torch": torch.__version__, "ranks": self.ranks.count}
         if self.optimizer is not None:
             moments, groups = pack_optimizer(self.optimizer.optimizer)
             tensors |= prefixed("optimizer", moments)
@@ -245,7 +291,11 @@ class Member:
 
         Raises `AfterimageError` for one that does not fit the decoder.
         """
-        for tensors, facts in load_checkpoints(self.run, self.said) if self.run is not None else ():
+        found = None
+        if self.run is not None and self.ranks.leads:
+            found = next(iter(load_checkpoints(self.run, self.said)), None)
+        if found := self.ranks.broadcast(found):
+            tensors, facts = found
             made_on = facts["identity"]
             changed = [key for key in self.identity if made_on.get(key) != self.identity[key]]
             if changed:
@@ -275,6 +325,11 @@ class Member:
             self.fabric.strategy.precision.load_state_dict(facts["precision"])
         for name in PROGRESS:
             setattr(self, name, facts[name])
+        if (before := facts.get("ranks", 1)) != self.ranks.count:
+            self.notes.append(
+                f"went on with {self.ranks.count} instead of {before} processes in epoch {self.epoch + 1}, which "
+                "rounds sums in another order"
+            )
         if facts["torch"] != torch.__version__:
             self.notes.append(
                 f"went on under PyTorch {torch.__version__} after {facts['torch']} in epoch {self.epoch + 1}"
@@ -286,6 +341,8 @@ class Member:
         """Pictures `(B, 3, H, W)` in [0, 1] from the features of all encoders."""
         self.head.eval()
         picked = self.pick(features)
+        if len(picked[0]) == 0:
+            return picked[0].new_zeros(0, 3, *self.head.decoder.image_size)
 
         def work(size: int) -> Tensor:
             with self.fabric.autocast():

@@ -10,6 +10,7 @@ Progress = Callable[..., None]
 """Called as `progress(what, done, total, **figures)`: what is being done, how far, and figures worth showing.
 
 A figure may be a callable; it is asked only when it is shown, since asking a device for a value waits for it.
+What goes on side by side names itself by `group="2/5"`, so that each can be shown on a line of its own.
 """
 
 
@@ -18,7 +19,7 @@ def silent(what: str, done: int, total: int, **figures: Any) -> None:
 
 
 class Display:
-    """Progress on a terminal: one live line there, a plain line every few seconds elsewhere."""
+    """Progress on a terminal: one live line there for each group, a plain line every few seconds elsewhere."""
 
     def __init__(self, *, interval: float | None = None) -> None:
         from rich.console import Console
@@ -26,34 +27,61 @@ class Display:
         self.console = Console(stderr=True, highlight=False)
         self.live = self.console.is_terminal
         self.interval = interval if interval is not None else (0.1 if self.live else 5.0)
-        self._what: str | None = None
-        self._started = self._shown = 0.0
-        self._begun_at = 0
+        self._lines: dict[str, _Line] = {}
         self._status = None
 
-    def __call__(self, what: str, done: int, total: int, **figures: Any) -> None:
+    def __call__(self, what: str, done: int, total: int, *, group: str = "", **figures: Any) -> None:
         now = time.monotonic()
-        if what != self._what:
-            self.close()
-            self._what, self._started, self._shown, self._begun_at = what, now, 0.0, done
+        line = self._lines.get(group)
+        if line is None or line.what != what:
+            line = self._lines[group] = _Line(what, now, done)
         finished = done >= total
-        if not finished and now - self._shown < self.interval:
+        if not finished and now - line.shown < self.interval:
             return
-        self._shown = now
-        text = self._line(what, done, total, now, figures)
+        line.shown = now
+        line.text = f"{group}  " * bool(group) + line.describe(done, total, now, figures)
         if finished:
-            self.close()
-            self.console.print(text, markup=False, soft_wrap=True)
-        elif self.live:
-            if self._status is None:
-                self._status = self.console.status(text)
-                self._status.start()
-            self._status.update(text.replace("[", r"\["))
-        else:
-            self.console.print(text, markup=False, soft_wrap=True)
+            del self._lines[group]
+        if finished or not self.live:
+            self.console.print(line.text, markup=False, soft_wrap=True)
+        if self.live:
+            self._refresh()
 
-    def _line(self, what: str, done: int, total: int, now: float, figures: dict[str, Any]) -> str:
-        parts = [what]
+    def _refresh(self) -> None:
+        from rich.text import Text
+
+        lines = [line.text for line in self._lines.values() if line.text]
+        if not lines:
+            self.close()
+            return
+        text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+        if self._status is None:
+            self._status = self.console.status(text)
+            self._status.start()
+        self._status.update(text)
+
+    def close(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+        self._lines.clear()
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Line:
+    """What one group is doing, and since when."""
+
+    def __init__(self, what: str, started: float, begun_at: int) -> None:
+        self.what, self.started, self.begun_at = what, started, begun_at
+        self.shown, self.text = 0.0, ""
+
+    def describe(self, done: int, total: int, now: float, figures: dict[str, Any]) -> str:
+        parts = [self.what]
         if total > 1:
             parts.append(f"{done:,}/{total:,} ({done / total:.0%})")
         for name, value in figures.items():
@@ -61,24 +89,12 @@ class Display:
             parts.append(
                 f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
             )
-        elapsed, steps = now - self._started, done - self._begun_at
+        elapsed, steps = now - self.started, done - self.begun_at
         if done < total and steps > 0 and elapsed > 1:
             parts.append(f"{clock(elapsed / steps * (total - done))} left")
         elif done >= total and elapsed >= 1:
             parts.append(f"took {clock(elapsed)}")
         return "  ".join(parts)
-
-    def close(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
-        self._what = None
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def clock(seconds: float) -> str:

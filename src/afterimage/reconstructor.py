@@ -16,7 +16,8 @@ from afterimage.decoders import Decoder, create_decoder
 from afterimage.decoders.base import Window
 from afterimage.encoders import Encoder, resolve
 from afterimage.fusion import create_fusion
-from afterimage.runs import Run
+from afterimage.ranks import ALONE, Ranks
+from afterimage.runs import Run, reading
 
 
 class Encoders(nn.Module):
@@ -65,11 +66,16 @@ class Encoders(nn.Module):
         return [features[i] for i in self._picks]
 
 
+def no_maps(specs: Sequence[FeatureSpec], device: torch.device) -> list[Tensor]:
+    """The feature maps `(0, C, h, w)` of no pictures, which some networks cannot make themselves."""
+    return [torch.zeros(0, spec.channels, spec.height, spec.width, device=device) for spec in specs]
+
+
 @runtime_checkable
 class ClosedForm(Protocol):
     """What is fitted on one pass over the pictures (see `Decoder`)."""
 
-    def prepare(self, pictures: int, seed: int) -> int: ...
+    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int: ...
 
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None: ...
 
@@ -96,7 +102,9 @@ class Head(nn.Module):
         self, part: ClosedForm, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
     ) -> None:
         """Give one of the `closed_forms` a batch: a fusion takes the features, a decoder what is made of them."""
-        given = features if part is self.fusion else self.fuse(features)
+        given = features
+        if part is not self.fusion:
+            given = self.fuse(features) if len(images) else no_maps([self.decoder.spec], images.device)
         part.accumulate(given, images, validation=validation)
 
     def forward(self, features: Sequence[Tensor], window: Window | None = None) -> Tensor:
@@ -173,12 +181,15 @@ class Reconstructor(nn.Module):
 def _same_weights(run: Run, encoders: Encoders) -> None:
     if not run.file("summary.json").exists():
         return
-    recorded = {entry["model"]: entry for entry in run.summary["weights"]}
+    with reading(run.file("summary.json")):
+        recorded = {
+            entry["model"]: (entry["sha256"], str(entry["location"])) for entry in run.summary["weights"]
+        }
     for entry in encoders.weights_of(encoders.sources):
         before = recorded.get(entry["model"])
-        if before is not None and before["sha256"] != entry["sha256"]:
+        if before is not None and before[0] != entry["sha256"]:
             raise AfterimageError(
                 f"run {run.name} was trained on weights of {entry['model']} with digest "
-                f"{before['sha256'][:12] or 'none'} ({before['location']}), but these have "
+                f"{str(before[0])[:12] or 'none'} ({before[1]}), but these have "
                 f"{entry['sha256'][:12] or 'none'} ({entry['location']})"
             )

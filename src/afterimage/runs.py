@@ -25,6 +25,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +33,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from afterimage.config import AfterimageError, RunConfig, dump_toml, load_toml
+from afterimage.config import AfterimageError, RunConfig, dump_toml, load_toml, read_text
+
+# What a damaged or foreign file can raise while it is read; anything else is a bug here and should show.
+DAMAGE = (
+    *(AfterimageError, ArithmeticError, AttributeError, LookupError, OSError, RecursionError),
+    *(TypeError, ValueError),
+)
+MAX_PIXELS = 2**26
+"""Pixels of the largest picture that a run folder may hold."""
 
 LEFTOVER = ".part"
 """How files that are being written end; one that stays was left by a process that was killed."""
@@ -67,6 +76,14 @@ def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = 
     _sync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path, *, older: float = 0.0) -> None:
+    """Remove half-written files below a folder that have not changed for `older` seconds."""
+    for path in folder.rglob(f".*{LEFTOVER}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older:
+                path.unlink()
+
+
 def _sync_folder(path: Path) -> None:
     """Make renames in a folder last through a power cut, where the system can."""
     with contextlib.suppress(OSError):
@@ -83,6 +100,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal; raises `AfterimageError` where it cannot be read."""
+    if path.exists() and not path.is_file():
+        raise AfterimageError(f"cannot read {path}: it is not a regular file")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -91,12 +110,26 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
+    text = read_text(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AfterimageError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+        value = json.loads(text)
+        if "\\u" in text:  # half a pair of surrogates is no character, and could not be written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
         raise AfterimageError(f"{path} is not valid JSON: {error}") from None
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Inside the block, whatever a file of another shape raises becomes an `AfterimageError` that names it."""
+    try:
+        yield
+    except AfterimageError:
+        raise
+    except DAMAGE as error:
+        what = f"{type(error).__name__}: {error}"
+        raise AfterimageError(f"{path} does not hold what it should ({what:.300})") from error
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -118,23 +151,41 @@ def write_image(path: str | Path, pixels: Any) -> None:
     write_atomic(path, buffer.getvalue())
 
 
+def read_image(path: str | Path, content: bytes | None = None) -> Any:
+    """A picture of a run folder, PNG, as a loaded Pillow picture; `content` where its bytes are read already.
+
+    Raises `AfterimageError` naming a file that is missing, damaged, of another format or too large.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content) if content is not None else path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise AfterimageError(f"cannot read the picture {path}: it has over {MAX_PIXELS:,} pixels")
+            image.load()
+            return image
+    except AfterimageError:
+        raise
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        raise AfterimageError(f"cannot read the picture {path}: {error}") from None
+
+
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
     """Read rows back; cells that are numbers become numbers, empty cells None. The id stays text.
 
     Raises `AfterimageError` for a file that cannot be read, and for a row with more or fewer cells than columns.
     """
     rows = []
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                if None in row or None in row.values():
-                    raise AfterimageError(
-                        f"{path}, line {reader.line_num}: the row does not have the header's "
-                        f"{len(reader.fieldnames or ())} cells"
-                    )
-                rows.append({k: v if k == "id" else _number(v) for k, v in row.items()})
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        for row in reader:
+            if None in row or None in row.values():
+                raise AfterimageError(
+                    f"{path}, line {reader.line_num}: the row does not have the header's "
+                    f"{len(reader.fieldnames or ())} cells"
+                )
+            rows.append({k: v if k == "id" else _number(v) for k, v in row.items()})
+    except csv.Error as error:
         raise AfterimageError(f"cannot read {path}: {error}") from None
     return rows
 
@@ -184,7 +235,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        """The folder's name as text that can always be printed: other bytes and control characters are escaped."""
+        text = os.fsencode(self.path.name).decode("utf-8", "backslashreplace")
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
     @property
     def config(self) -> RunConfig:
@@ -193,7 +246,10 @@ class Run:
     @property
     def state(self) -> str:
         """`new`, `running`, `stopped`, `done` or `failed`."""
-        return self.status.get("state", "new")
+        state = self.status.get("state", "new")
+        if not isinstance(state, str):
+            raise AfterimageError(f"{self.file('status.json')}: state must be text, got {state!r:.80}")
+        return state
 
     @property
     def status(self) -> dict[str, Any]:
@@ -211,9 +267,7 @@ class Run:
 
     def remove_leftovers(self) -> None:
         """Remove what a process that was killed left half written; only for who holds the run's lock."""
-        for path in self.path.rglob(f".*{LEFTOVER}"):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        remove_leftovers(self.path)
 
     def save_environment(self, facts: Mapping[str, Any]) -> None:
         write_json(self.file("environment.json"), facts)
@@ -224,11 +278,17 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """What the run came to. Keys are those of `evaluate.summarise`; scores are None where unavailable."""
-        return read_json(self.file("summary.json"))
+        summary = read_json(self.file("summary.json"))
+        if not isinstance(summary, dict):
+            raise AfterimageError(f"{self.file('summary.json')} must hold a JSON object, got {summary!r:.80}")
+        return summary
 
     @property
     def scores(self) -> list[dict[str, Any]]:
-        return read_csv(self.file("scores.csv"))
+        rows = read_csv(self.file("scores.csv"))
+        if rows and "id" not in rows[0]:
+            raise AfterimageError(f"{self.file('scores.csv')} has no column 'id'")
+        return rows
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -265,18 +325,30 @@ class Run:
     @property
     def pictures(self) -> list[tuple[str, Path, Path]]:
         """The saved test pictures as `(id, original, reconstruction)`, in their fixed order."""
-        folder = self.file("reconstructions")
-        return [(e["id"], folder / e["original"], folder / e["reconstruction"]) for e in self._index()]
+        with reading(self._index_file):
+            return [
+                (str(e["id"]), *map(self._saved, (e["original"], e["reconstruction"]))) for e in self._index()
+            ]
 
     @property
     def fusion_maps(self) -> dict[str, list[Path]]:
         """Where a fusion weighs its sources: each saved picture's maps, a grey PNG a source, 255 a weight of 1."""
-        folder = self.file("reconstructions")
-        return {e["id"]: [folder / name for name in e.get("fusion_maps", ())] for e in self._index()}
+        with reading(self._index_file):
+            return {str(e["id"]): list(map(self._saved, e.get("fusion_maps", ()))) for e in self._index()}
+
+    @property
+    def _index_file(self) -> Path:
+        return self.file("reconstructions") / "index.json"
 
     def _index(self) -> list[dict[str, Any]]:
-        path = self.file("reconstructions") / "index.json"
-        return read_json(path) if path.exists() else []
+        return read_json(self._index_file) if self._index_file.exists() else []
+
+    def _saved(self, name: str) -> Path:
+        """A saved picture's file, which must lie in the run folder, whatever the index or a link says."""
+        path = self.file("reconstructions") / name
+        if path.name != name or not path.resolve().is_relative_to(self.path.resolve()):
+            raise AfterimageError(f"{self._index_file} names {name!r:.200}, which is no file of its folder")
+        return path
 
 
 def environment() -> dict[str, Any]:

@@ -22,28 +22,32 @@ class Stopped(Interrupted):
 
 
 class Stop:
-    """Whether this process was asked to stop; `check` raises `Stopped` where it was."""
+    """Whether this process was asked to stop; `check` raises `Stopped` where it was.
 
-    def __init__(self) -> None:
+    A `patient` one does not end at once when it is asked twice: a launcher passes on what its group got already.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
         self.number: int | None = None
+        self.patient = patient
 
     def check(self) -> None:
         if self.number is not None:
             raise Stopped(self.number)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:  # asked twice: at once
+        if self.number is not None and not self.patient:  # asked twice: at once
             raise Interrupted(number)
         self.number = number
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Inside the block SIGTERM and Ctrl-C only set the `Stop`; a second one ends the block at once.
+def stoppable(patient: bool = False) -> Iterator[Stop]:
+    """Inside the block SIGTERM and Ctrl-C only set the `Stop`; a second one ends the block at once, unless `patient`.
 
     Python hands signals to the main thread alone, so in any other nothing changes.
     """
-    stop = Stop()
+    stop = Stop(patient)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -29,6 +29,9 @@ from afterimage.config import (
 from afterimage.progress import Progress, silent
 from afterimage.runs import Run, write_atomic
 
+Train = Callable[..., list[Run]]
+"""Trains runs as `jobs.train_runs` does, with its arguments up to `failures`."""
+
 
 @dataclass(frozen=True)
 class RowConfig:
@@ -196,6 +199,44 @@ def _first_lpips() -> str:
     return next((net for net in LPIPS_NETS if Metrics(net).lpips_status["available"]), LPIPS_NETS[0])
 
 
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of `count` of a study, from 1: every so-many-th group of runs that are trained together.
+
+    The reference lines belong to part 1.
+    """
+
+    number: int = 1
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise AfterimageError(
+                f"a part of a study is K/N with K from 1 to N, such as 2/5, got {self.number}/{self.count}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """`2/5` as the second part of five."""
+        number, slash, count = text.partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal()):
+            raise AfterimageError(f"a part of a study is written K/N, such as 2/5, got {text!r}")
+        return cls(int(number), int(count))
+
+    def of(self, configs: Sequence[RunConfig]) -> list[RunConfig]:
+        """The part's runs. The parts 1 to `count` together hold every run once."""
+        groups = study_groups(configs)[self.number - 1 :: self.count]
+        mine = {config.digest for group in groups for config in group}
+        return [config for config in configs if config.digest in mine]
+
+
+def study_groups(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """The runs by what is trained together (see `jobs.groups`), in the study's order."""
+    from afterimage.jobs import groups
+
+    return [list(group.values()) for group in groups((config.digest, config) for config in configs)]
+
+
 def run_study(
     study: StudyConfig,
     root: str | Path,
@@ -203,29 +244,43 @@ def run_study(
     cache: Path | None = None,
     accelerator: str = "auto",
     progress: Progress = silent,
+    train: Train | None = None,
+    part: Part = Part(),
 ) -> tuple[list[Run], list[AfterimageError]]:
-    """Run what is not done yet. A run that fails is recorded and the others go on; returns runs and failures."""
+    """Run what is not done yet. A run that fails is recorded and the others go on; returns runs and failures.
+
+    `train` does the training: here (`jobs.train_runs`, the default) or elsewhere (see `executors`). With a `part`
+    the rest of the study is left to others. Of processes that `torchrun` has started the leading one does what is
+    not training, and alone returns the reference lines.
+    """
     from afterimage.controls import run_controls, run_references
     from afterimage.jobs import train_runs
+    from afterimage.ranks import joined
 
-    configs = expand(study, progress)
-    write_atomic(Path(root) / "study.toml", dump_toml(study))
     failures: list[AfterimageError] = []
     runs: list[Run] = []
-    if study.references:
-        runs += run_references(
-            study.data, root, lpips=configs[0].lpips, cache=cache, progress=progress, keep=study.keep
+    with joined(accelerator) as ranks:
+        progress = progress if ranks.leads else silent
+        configs = expand(study, progress)
+        with ranks.agreed():
+            if ranks.leads:
+                write_atomic(Path(root) / "study.toml", dump_toml(study))
+            if ranks.leads and study.references and part.number == 1:
+                runs += run_references(
+                    study.data, root, lpips=configs[0].lpips, cache=cache, progress=progress, keep=study.keep
+                )
+        trained = (train or train_runs)(
+            part.of(configs),
+            root,
+            cache=cache,
+            accelerator=accelerator,
+            progress=progress,
+            keep=study.keep,
+            failures=failures,
         )
-    trained = train_runs(
-        configs,
-        root,
-        cache=cache,
-        accelerator=accelerator,
-        progress=progress,
-        keep=study.keep,
-        failures=failures,
-    )
-    if study.controls:
-        done = [run for run in trained if run.state == "done"]
-        failures += run_controls(done, cache=cache, accelerator=accelerator, progress=progress)
+        with ranks.agreed():
+            if study.controls and ranks.leads:
+                done = [run for run in trained if run.state == "done"]
+                failures += run_controls(done, cache=cache, accelerator=accelerator, progress=progress)
+        failures = ranks.broadcast(failures)
     return trained + runs, failures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from afterimage.guards import FeatureWatch, check_frozen, check_pictures, check_
 from afterimage.member import Member
 from afterimage.memory import halving
 from afterimage.progress import Progress, silent
-from afterimage.reconstructor import ClosedForm, Reconstructor
+from afterimage.ranks import ALONE, RankLost, Ranks, joined
+from afterimage.reconstructor import ClosedForm, Reconstructor, no_maps
 from afterimage.stop import Stopped
 
 VALIDATION_BYTES = 1 << 30
@@ -43,14 +45,20 @@ def train(
 
     Returns the history, one row an epoch (empty for a decoder that is solved in closed form). The encoders do not
     change by a bit. Raises `AfterimageError` where the loss is not finite.
+
+    In a script that `torchrun` has started several times, all train the one reconstructor together, each on its part
+    of every batch, and all are left with it.
     """
     recipe = recipe or RecipeConfig()
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=recipe.precision)
-    reconstructor.to(fabric.device)
-    member = Member(reconstructor.head, range(len(reconstructor.encoders.sources)), recipe, fabric)
-    with contextlib.ExitStack() as stack:
+    with joined(accelerator) as ranks, contextlib.ExitStack() as stack:
+        fabric = ranks.local_fabric(accelerator, recipe.precision)
+        reconstructor.to(fabric.device)
+        sources = reconstructor.encoders.sources
+        member = Member(reconstructor.head, range(len(sources)), recipe, fabric, ranks=ranks)
         stack.callback(lambda: member.best and member.head.load_state_dict(member.best))
-        Together(reconstructor.encoders, data, [member], fabric, seed=seed, progress=progress).train()
+        progress = progress if ranks.leads else silent
+        encoders = reconstructor.encoders
+        Together(encoders, data, [member], fabric, seed=seed, progress=progress, ranks=ranks).train()
     reconstructor.eval()
     return member.history
 
@@ -61,6 +69,8 @@ class Together:
     `recorded(member)` wraps what one member does; it may turn an error into a record and mark the member failed.
     `pause` is called between steps, where every member can be saved, and may raise `Stopped`. Members need not be
     at the same step: each goes on from its own, since a batch depends on seed, epoch and position alone.
+
+    Several `ranks` do the same at the same time, each for its part of every batch (see `ranks`).
     """
 
     def __init__(
@@ -75,15 +85,26 @@ class Together:
         recorded: Recorder = lambda member: contextlib.nullcontext(),
         pause: Callable[[], None] = lambda: None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        ranks: Ranks = ALONE,
     ) -> None:
         check_split(data)
         self.encoders, self.data, self.members, self.fabric = encoders, data, list(members), fabric
-        self.seed, self.progress, self.recorded, self.pause = seed, progress, recorded, pause
+        self.seed, self.progress, self.ranks = seed, progress, ranks
+        self._recorded, self._pause = recorded, pause
         self.recipe = members[0].recipe
         self.watch = FeatureWatch(encoders.sources)
         self.checkpoint_seconds, self._saved = checkpoint_seconds, time.monotonic()
         self._at_once = self.recipe.batch_size
         self._kept: list[tuple[list[Tensor], Tensor]] | None = None
+
+    @contextlib.contextmanager
+    def recorded(self, member: Member) -> Iterator[None]:
+        with self._recorded(member), self.ranks.agreed():
+            yield
+
+    def pause(self) -> None:
+        with self.ranks.agreed():
+            self._pause()
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
@@ -94,6 +115,8 @@ class Together:
                 parts = [self.encoders(part) for part in images.split(size)]
             return parts[0] if len(parts) == 1 else [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
+        if len(images) == 0:
+            return no_maps(self.encoders.specs, images.device)
         wanted = min(self._at_once, len(images))
         features, size = halving(work, wanted, "the encoders")
         if size < wanted:
@@ -105,18 +128,27 @@ class Together:
     def batches(
         self, pictures: Pictures, indices: np.ndarray | Tensor | None = None, **crop: Any
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Features and pictures `(B, 3, H, W)`, batch by batch, on the device."""
+        """Features and pictures `(B, 3, H, W)` of this rank's part of every batch, on the device."""
         check_frozen(self.encoders)
         indices = torch.arange(len(pictures)) if indices is None else torch.as_tensor(indices)
-        for number, chunk in enumerate(indices.split(self.recipe.batch_size)):
-            images = pictures.crops(chunk, device=self.fabric.device, **crop)
-            ids = [pictures.ids[index] for index in chunk.tolist()]
-            if number == 0 or images.device.type == "cpu":  # elsewhere asking makes every step wait
-                check_pictures(images, ids)
-            features = self.seen(pictures, chunk, images, **crop)
-            self.watch.look(features, ids)
-            yield features, images
+        chunks, ahead = itertools.tee(self._chunks(indices))
+        with contextlib.closing(pictures.batches(ahead, device=self.fabric.device, **crop)) as crops:
+            for number, chunk in enumerate(chunks):
+                with self.ranks.agreed():
+                    images = next(crops)
+                    ids = [pictures.ids[index] for index in chunk.tolist()]
+                    if number == 0 or images.device.type == "cpu":  # elsewhere asking makes every step wait
+                        check_pictures(images, ids)
+                    features = self.seen(pictures, chunk, images, **crop)
+                    self.watch.look(features, ids)
+                yield features, images
         self.watch.settle()
+
+    def _chunks(self, indices: Tensor) -> Iterator[Tensor]:
+        """This rank's part of every batch."""
+        for start in range(0, len(indices), self.recipe.batch_size):
+            batch = indices[start : start + self.recipe.batch_size]
+            yield batch[self.ranks.part(len(batch))]
 
     def seen(self, pictures: Pictures, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
         """The feature maps that decoders get of `images`, the pictures at `indices`."""
@@ -125,9 +157,10 @@ class Together:
     def training_batches(self, epoch: int, position: int = 0) -> Iterator[tuple[list[Tensor], Tensor]]:
         """One epoch's batches, from a position in it: a pure function of seed and epoch, whatever else is
         trained beside or resumed."""
-        indices = order(len(self.data.train), seed=self.seed, epoch=epoch)[position:]
+        train = self.data.train
+        indices = order(len(train), seed=self.seed, epoch=epoch, windows=train.windows)[position:]
         crop = {"seed": self.seed, "epoch": epoch} if self.recipe.augment else {}
-        return self.batches(self.data.train, indices, **crop) if len(indices) else iter(())
+        return self.batches(train, indices, **crop) if len(indices) else iter(())
 
     def views(self, view: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         """The training pictures for a closed form: centre crops as test pictures have, then random ones."""
@@ -155,7 +188,9 @@ class Together:
                 with self.recorded(member):
                     sums[i] += math.nan if member.failed else member.validate(features, images)
             self.pause()
-        return [total / len(self.data.validation) for total in sums]
+        return [
+            sum(parts) / len(self.data.validation) for parts in zip(*self.ranks.gather(sums), strict=True)
+        ]
 
     def train(self) -> None:
         """Closed forms first, then the epochs."""
@@ -172,6 +207,17 @@ class Together:
             except Stopped:
                 self.save(members)
                 raise
+            except RankLost:
+                if self.ranks.leads:
+                    self._rescue(members)
+                raise
+
+    def _rescue(self, members: Sequence[Member]) -> None:
+        """Keep what can be kept when another rank is lost: nothing may be asked of the others any more."""
+        for member in members:
+            if member.between_steps and not member.failed:
+                with contextlib.suppress(AfterimageError):
+                    member.save()
 
     def save(self, members: Sequence[Member]) -> None:
         """Write the members' checkpoints, wherever they are."""
@@ -204,7 +250,7 @@ class Together:
     def _solve(self, parts: Mapping[Member, ClosedForm]) -> None:
         """One part of each member, on one pass over the training and the validation pictures."""
         started = time.monotonic()
-        views = {m: part.prepare(len(self.data.train), self.seed) for m, part in parts.items()}
+        views = {m: part.prepare(len(self.data.train), self.seed, self.ranks) for m, part in parts.items()}
         passes = max(views.values(), default=0)
         done, total = 0, passes * len(self.data.train) + len(self.data.validation)
         for view in range(passes + 1 if parts else 0):
@@ -215,7 +261,7 @@ class Together:
                         with self.recorded(member):
                             self.watch.check(member.name, member.picks)
                             member.head.accumulate(part, member.pick(features), images, validation=held_out)
-                done += len(images)
+                done += self.ranks.place(len(images))[1]
                 self.progress("fitting in closed form", done, total)
                 self.pause()
         shared = (time.monotonic() - started) / max(1, len(parts))
@@ -225,6 +271,7 @@ class Together:
                     started = time.monotonic()
                     self.watch.check(member.name, member.picks)
                     member.notes += part.solve()
+                    member.share()
                     member.seconds += shared + time.monotonic() - started
                     member.pictures_seen += views[member] * len(self.data.train)
 
@@ -239,17 +286,18 @@ class Together:
             member.begin_epoch()
         started = lap = time.monotonic()
         for features, images in self.training_batches(epoch, done):
+            count = min(self.recipe.batch_size, total - done)
             stepping = [m for m in members if m.position == done and not m.failed]
             for member in stepping:
                 with self.recorded(member):
                     self.watch.check(member.name, member.picks)
-                    member.step(features, images)
+                    member.step(features, images, count)
                 self.pause()
             if all(member.failed for member in members):
                 break
-            done += len(images)
+            done += count
             lap = _share(time.monotonic(), lap, stepping)
-            if lap - self._saved >= self.checkpoint_seconds:
+            if self.ranks.decide(lap - self._saved >= self.checkpoint_seconds):
                 self.save(members)
                 lap = _share(time.monotonic(), lap, members)
             self.progress(

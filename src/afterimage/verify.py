@@ -17,7 +17,7 @@ from afterimage.evaluate import SCORES, evaluate, summarise
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
 from afterimage.reconstructor import Reconstructor
-from afterimage.runs import Run, environment, read_json, sha256
+from afterimage.runs import DAMAGE, Run, environment, read_json, sha256
 
 TOLERANCE = {"psnr": 0.01, "ssim": 1e-4, "lpips": 1e-3}
 """How far a picture's score may be from the stored one: dB for PSNR. Another machine or another number of threads
@@ -85,6 +85,9 @@ def verify_runs(
             worst = _compare(run.scores, rows, problems)
         except AfterimageError as error:
             problems.append(str(error))
+        except DAMAGE as damage:
+            what = f"{type(damage).__name__}: {damage}"
+            problems.append(f"{run.path}: its files do not hold what a finished run's do ({what:.300})")
         if problems:
             changes += _versions(run)
         verdicts.append(Verdict(run, len(run.scores) if worst else 0, worst, tuple(changes), tuple(problems)))
@@ -188,8 +191,12 @@ def _versions(run: Run) -> list[str]:
     path = run.file("environment.json")
     if not path.exists():
         return ["the environment: none was kept"]
-    before, now = read_json(path), environment()
+    try:
+        before = read_json(path)
+        versions = dict(before.get("versions", {}))
+    except DAMAGE as damage:
+        return [f"the environment: {path} cannot be read ({type(damage).__name__}: {damage})"]
+    now = environment()
     pairs = {"python": (before.get("python"), now["python"]), "commit": (before.get("commit"), now["commit"])}
-    versions = before.get("versions", {})
     pairs |= {name: (versions.get(name), version) for name, version in now["versions"].items()}
     return [f"{name}: {old} then, {new} now" for name, (old, new) in pairs.items() if old != new]

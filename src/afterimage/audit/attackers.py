@@ -15,6 +15,7 @@ from afterimage.audit.identification import reduced
 from afterimage.audit.pairs import StoredPictures
 from afterimage.config import AfterimageError, RecipeConfig
 from afterimage.data import Data, Pictures
+from afterimage.data.stream import StreamedPictures
 from afterimage.decoders import create_decoder
 from afterimage.defences import Defence
 from afterimage.evaluate import Evaluation, evaluate_together
@@ -148,6 +149,11 @@ def merged(first: Pictures, second: Pictures) -> Pictures:
             first.ids + second.ids,
             np.concatenate([first.pixels, second.pixels]),
             {k: np.concatenate([v, second.stored[k]]) for k, v in first.stored.items()},
+        )
+    if isinstance(first, StreamedPictures):
+        raise AfterimageError(
+            "an attacker's pictures are drawn at random and cannot be streamed: set data.stream = false, or lower "
+            "data.limit_train and data.limit_validation"
         )
     return Pictures(first.ids + second.ids, first.content + second.content, first.blob, first.crop)
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from afterimage.audit.config import LimitsConfig
 from afterimage.audit.figures import privacy_utility
 from afterimage.audit.identification import DISTANCES, SIDE
@@ -17,7 +15,7 @@ from afterimage.audit.verdict import UTILITY, WITHIN, Verdict, attacker_text, st
 from afterimage.report.album import data_uri
 from afterimage.report.figures import render, style
 from afterimage.report.page import page_environment
-from afterimage.runs import Run, write_atomic, write_json
+from afterimage.runs import Run, read_image, write_atomic, write_json
 
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN = 3
@@ -120,10 +118,10 @@ def _albums(results: Results, root: Path) -> list[dict[str, Any]]:
 def _encoded(paths: Iterable[Path]) -> list[str]:
     uris = []
     for path in paths:
-        with Image.open(path) as picture:
-            picture.thumbnail((PICTURE, PICTURE))
-            buffer = io.BytesIO()
-            picture.convert("RGB").save(buffer, "WEBP", quality=85)
+        picture = read_image(path)
+        picture.thumbnail((PICTURE, PICTURE))
+        buffer = io.BytesIO()
+        picture.convert("RGB").save(buffer, "WEBP", quality=85)
         uris.append(data_uri(buffer.getvalue(), "image/webp"))
     return uris
 

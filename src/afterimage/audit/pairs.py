@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ from afterimage.data.decode import decode
 from afterimage.data.pictures import Indices
 
 PICTURES, IDS = ("pictures", "images"), "ids"
+OBJECT = 32
+"""Bytes that a number takes in a list of Python's."""
+MEMORY = 16 * 2**30
+BATCH = 256
 MAX_PREFIX = 5
 """Class token and registers: more tokens beside a square grid are taken for another shape of grid."""
 
@@ -80,6 +85,8 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
     path = Path(path)
     if path.suffix not in READERS:
         raise unknown("kind of pairs file", path.suffix or path.name, READERS)
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        raise AfterimageError(f"cannot read {path}: it is not a regular file")
     try:
         arrays = READERS[path.suffix](path)
     except OSError as error:
@@ -97,7 +104,8 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
         layer = name.partition(".")[2] or name
         maps[layer] = _maps(f"{path}: {name}", arrays[name], len(pixels), notes)
         specs[layer] = FeatureSpec(f"{path.name}:{layer}", *maps[layer].shape[1:])
-    ids = [str(i) for i in arrays[IDS]] if IDS in arrays else [f"{i:06}" for i in range(len(pixels))]
+    given = np.atleast_1d(arrays[IDS]) if IDS in arrays else None
+    ids = [f"{i:06}" for i in range(len(pixels))] if given is None else [str(i) for i in given]
     if len(ids) != len(pixels) or len(set(ids)) != len(ids):
         raise AfterimageError(f"{path}: ids must name each of the {len(pixels)} pictures, each differently")
     everything = StoredPictures(ids, pixels, maps)
@@ -122,14 +130,16 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # NumPy has no bfloat16, among others.
         raise AfterimageError(f"cannot read {path}: {error}") from None
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            _fits(path, sum(member.file_size for member in file.zip.infolist()))
+            return {name: np.asarray(file[name]) for name in file.files}  # bytes where a member is no array
     except OSError:
         raise
     except Exception as error:  # a damaged archive raises anything; a pickled array is a ValueError
@@ -143,24 +153,48 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     except ImportError:
         raise AfterimageError("Parquet needs pyarrow: pip install 'afterimage[parquet]'") from None
     try:
-        table = parquet.read_table(path)
-    except pa.ArrowException as error:
+        batches, size = [], 0
+        with parquet.ParquetFile(path) as file:
+            # Batch by batch, so that a small file cannot unpack to all memory; Arrow itself aborts the process where
+            # the columns' metadata, which would tell, are damaged.
+            for batch in file.iter_batches(BATCH):
+                size += sum(c.nbytes * (OBJECT // 4 if "list" in str(c.type) else 1) for c in batch.columns)
+                _fits(path, size)
+                batches.append(batch)
+            table = pa.Table.from_batches(batches, file.schema_arrow)
+        arrays = {}
+        for name in table.column_names:
+            column = table.column(name).combine_chunks()
+            shaped = isinstance(column.type, pa.FixedShapeTensorType)
+            arrays[name] = column.to_numpy_ndarray() if shaped else column.to_pylist()
+            if name in PICTURES and not shaped and arrays[name] and isinstance(arrays[name][0], bytes | dict):
+                arrays[name] = _decoded(path, arrays[name])
+    except (AfterimageError, OSError):
+        raise
+    except Exception as error:  # a damaged file raises anything in Arrow, and rows may be of any kind
         raise AfterimageError(f"cannot read {path}: {error}") from None
-    arrays = {}
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        if isinstance(column.type, pa.FixedShapeTensorType):
-            arrays[name] = column.to_numpy_ndarray()
-            continue
-        values = column.to_pylist()
-        if name in PICTURES and values and isinstance(values[0], bytes | dict):
-            contents = [v["bytes"] if isinstance(v, dict) else v for v in values]
-            arrays[name] = [np.asarray(decode(c, f"{path}, picture {i}")) for i, c in enumerate(contents)]
-        elif name == IDS:
-            arrays[name] = values
-        else:
-            arrays[name] = values
     return {name: _stack(f"{path}: {name}", values) for name, values in arrays.items()}
+
+
+def _decoded(path: Path, rows: list[Any]) -> list[np.ndarray]:
+    """Encoded picture files, all of one size: `(H, W, 3)` uint8 each."""
+    contents = [row["bytes"] if isinstance(row, dict) else row for row in rows]
+    pictures: list[np.ndarray] = []
+    for i, content in enumerate(contents):
+        pictures.append(np.asarray(decode(content, f"{path}, picture {i}")))
+        if pictures[i].shape != pictures[0].shape:
+            raise AfterimageError(f"{path}: picture {i} has another size than picture 0")
+        _fits(path, len(contents) * pictures[0].size)
+    return pictures
+
+
+def _fits(path: Path, size: int) -> None:
+    """Raise where what a file unpacks to would take over half of this machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else MEMORY
+    if size > memory // 2:
+        raise AfterimageError(
+            f"{path} takes {size / 2**30:.1f} GiB of memory, over half of this machine's {memory / 2**30:.1f} GiB"
+        )
 
 
 def _stack(name: str, values: Any) -> np.ndarray:
@@ -179,7 +213,7 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 def _pixels(name: str, values: np.ndarray) -> np.ndarray:
     """uint8 `(N, 3, H, W)`."""
-    if values.ndim != 4 or 3 not in (values.shape[1], values.shape[3]):
+    if values.ndim != 4 or 3 not in (values.shape[1], values.shape[3]) or not values.size:
         raise AfterimageError(f"{name} must be (N, H, W, 3) or (N, 3, H, W), got {values.shape}")
     if values.shape[1] != 3:
         values = values.transpose(0, 3, 1, 2)
@@ -194,11 +228,14 @@ def _pixels(name: str, values: np.ndarray) -> np.ndarray:
 
 def _maps(name: str, values: np.ndarray, count: int, notes: list[str]) -> np.ndarray:
     """`(N, C, h, w)`, float."""
-    if not np.issubdtype(values.dtype, np.number) or len(values) != count:
+    real = values.dtype.kind in "iuf"  # no complex numbers, no times
+    if not real or values.ndim == 0 or len(values) != count or not values.size:
         raise AfterimageError(
             f"{name} must be numbers for each of {count} pictures, got {values.shape} {values.dtype}"
         )
-    if not np.isfinite(values.astype(np.float32)).all():
+    with np.errstate(over="ignore"):  # what is too large for float32 is infinite, which is told
+        finite = np.isfinite(values.astype(np.float32)).all()
+    if not finite:
         raise AfterimageError(f"{name} holds values that are not finite")
     shape, kind = values.shape, "maps (N, C, h, w)"
     if values.ndim == 2:

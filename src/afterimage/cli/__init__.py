@@ -52,19 +52,35 @@ def main(arguments: list[str] | None = None) -> None:
             args=arguments,
         )
         with interruptible():
-            chosen.run()
+            _run(chosen, arguments)
     except AfterimageError as error:
-        print(f"afterimage: {error}", file=sys.stderr)
+        if not getattr(error, "elsewhere", False):
+            print(f"afterimage: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
-        print(
-            "\nafterimage: stopped; what is done is kept, the same command goes on from there",
-            file=sys.stderr,
-        )
+        if not getattr(stopped, "elsewhere", False):
+            print(
+                "\nafterimage: stopped; what is done is kept, the same command goes on from there",
+                file=sys.stderr,
+            )
         raise SystemExit(getattr(stopped, "code", 130)) from None
+
+
+def _run(chosen, arguments: list[str]) -> None:
+    """Run a command here, or as several ranks where it has `devices` and is not one of them yet."""
+    devices = getattr(chosen, "devices", 1)
+    if devices < 1:
+        raise AfterimageError(f"--devices must be 1 or more, got {devices}")
+    if devices > 1:
+        from afterimage.launch import launch, ranks_here
+
+        if not ranks_here(devices):
+            launch(arguments, devices, chosen.accelerator)
+            return
+    chosen.run()
 
 
 def _union():

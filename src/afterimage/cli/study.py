@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -14,7 +15,7 @@ from afterimage.cli.tables import print_table
 from afterimage.config import AfterimageError, DecoderConfig, RunConfig, parse_count
 
 if TYPE_CHECKING:
-    from afterimage.study import StudyConfig
+    from afterimage.study import StudyConfig, Train
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Study:
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build every decoder that comes in sizes with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
     data: str = ""
-    """Pictures instead of the study's own: div2k, div2k:PATH, folder:PATH, procedural[:COUNT] or photographs."""
+    """Pictures instead of the study's own: folder:PATH, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], ..."""
     test: str = ""
     """Another source whose pictures are the test set."""
     resize: int | None = None
@@ -45,6 +46,8 @@ class Study:
     """Use only so many validation pictures."""
     limit_test: int | None = None
     """Use only so many test pictures."""
+    stream: bool | None = None
+    """Decode pictures each time they are used and keep none, or keep them all, instead of the study's own."""
     weights: str = ""
     """Weights instead of the study's own: pretrained, random, or a file or folder."""
     epochs: int | None = None
@@ -63,14 +66,31 @@ class Study:
     """Beside each run its twins (random weights, a perceptual loss), and each held against `afterimage controls`."""
     dry_run: bool = False
     """Print the resolved runs with their sizes and estimated cost, and start nothing."""
+    list_groups: bool = False
+    """Print the groups of runs that are trained together, one a line, and start nothing."""
+    group: Annotated[str, tyro.conf.arg(metavar="K/N")] = ""
+    """Only part K of N: every N-th group from the K-th on, without the report. The N parts are the whole study."""
+    executor: Literal["local", "ray"] = "local"
+    """Where runs are trained: in this process, or group by group as tasks on a Ray cluster."""
+    address: str = ""
+    """With --executor ray: the cluster (HOST:PORT or auto; default: RAY_ADDRESS, else one started here)."""
+    cpus: int | None = None
+    """With --executor ray: CPUs, and threads, of each group (default: an even share of a machine)."""
+    fetch: bool = False
+    """With --executor ray: fetch results from the workers even where they see the run folders (else: where not)."""
+    retries: int | None = None
+    """With --executor ray: how often a group whose worker is lost is given to another (default: 3)."""
     cache: Path | None = None
     """Where decoded pictures are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
+    devices: int = 1
+    """Train each run on so many GPUs, or in so many processes on a CPU, with the result of one."""
 
     def run(self) -> None:
         from afterimage.progress import Display
-        from afterimage.study import expand, from_models, load_study, run_study, shipped
+        from afterimage.ranks import first_rank
+        from afterimage.study import Part, expand, from_models, load_study, run_study, shipped
 
         if not self.study and not self.models:
             print("shipped studies: " + ", ".join(shipped()))
@@ -83,25 +103,54 @@ class Study:
         else:
             study, name = load_study(self.study), Path(self.study).stem
         study = self._changed(study)
+        part = Part.parse(self.group) if self.group else Part()
+        root = self.root or Path("runs") / name
+        train = self._train()
         with Display() as display:
-            if self.dry_run:
-                print_plan(expand(study, display))
+            if self.dry_run or self.list_groups:
+                configs = part.of(expand(study, display))
+                (print_plan if self.dry_run else print_groups)(configs)
                 return
-            root = self.root or Path("runs") / name
             runs, failures = run_study(
-                study, root, cache=self.cache, accelerator=self.accelerator, progress=display
+                study,
+                root,
+                cache=self.cache,
+                accelerator=self.accelerator,
+                progress=display,
+                train=train,
+                part=part,
             )
+        if not first_rank():
+            raise SystemExit(1 if failures else 0)
         if any(run.state == "done" for run in runs):
             print_table(runs)
-            Report((root,), title=study.title).run()
+            if part.count == 1:
+                Report((root,), title=study.title).run()
+        if part.count > 1:
+            print(f"part {self.group} of the study; when all are done: afterimage report {root}")
         for error in failures:
             print(f"failed: {error}", file=sys.stderr)
         if failures:
             raise SystemExit(1)
 
+    def _train(self) -> Train | None:
+        """What trains the runs, with the flags that go with it; None for this process."""
+        options = self._given("cpus", "retries")
+        options |= {"address": self.address} if self.address else {}
+        options |= {"fetch": True} if self.fetch else {}
+        if self.executor == "ray":
+            from afterimage.executors.connect import import_ray
+            from afterimage.executors.training import train_on_ray
+
+            import_ray()  # before anything else is done
+            return partial(train_on_ray, **options)
+        for name in options:
+            raise AfterimageError(f"--{name} goes with --executor ray")
+        return None
+
     def _changed(self, study: StudyConfig) -> StudyConfig:
         """The study with what the command line says in place of its own."""
-        data = self._given("resize", "crop", "limit_train", "limit_validation", "limit_test")
+        data = self._given("resize", "crop", "limit_train", "limit_validation", "limit_test", "stream")
         data |= {"source": self.data} if self.data else {}
         data |= {"test": self.test} if self.data or self.test else {}
         recipe = self._given("epochs", "batch_size") | ({"loss": self.loss} if self.loss else {})
@@ -134,6 +183,15 @@ class Study:
         return tuple(replace(row, decoders=own) for row, own in wanted if own or not row.decoders)
 
 
+def print_groups(configs: list[RunConfig]) -> None:
+    """The groups of runs that are trained together, one a line: its number, how many there are, its runs."""
+    from afterimage.study import study_groups
+
+    split = study_groups(configs)
+    for number, group in enumerate(split, 1):
+        print(f"{number}/{len(split)}", *(config.name for config in group))
+
+
 def print_plan(configs: list[RunConfig]) -> None:
     """What a study would run and cost, one line a run."""
     from rich.console import Console
@@ -141,6 +199,7 @@ def print_plan(configs: list[RunConfig]) -> None:
 
     from afterimage.plan import macs_per_second, plan
     from afterimage.progress import clock
+    from afterimage.study import study_groups
 
     plans, problems = [], []
     for config in configs:
@@ -175,6 +234,7 @@ def print_plan(configs: list[RunConfig]) -> None:
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     print(*problems, sep="\n", end="\n" if problems else "")
     total = sum(one.seconds for one in plans)
+    print(f"{len(study_groups(configs))} groups of runs that are trained together (--list-groups)")
     print(
         f"estimates at {macs_per_second() / 1e9:.0f} GMAC/s, measured here on one convolution: ~{clock(total)} if each "
         "run were trained alone; runs that share encoders share their pass. MACs are for one picture."

@@ -31,7 +31,7 @@ class Train:
     weights: str = "pretrained"
     """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), `random` (a control), or a file or folder."""
     data: str = "div2k"
-    """div2k, div2k:PATH, folder:PATH, procedural[:COUNT] or photographs."""
+    """folder:PATH, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""
     """Another source whose pictures are the test set."""
     resize: int = 256
@@ -44,6 +44,8 @@ class Train:
     """Use only so many validation pictures."""
     limit_test: int | None = None
     """Use only so many test pictures."""
+    stream: bool | None = None
+    """Decode pictures each time they are used and keep none (None: above 50,000 of a folder or of shards)."""
     recipe: Flat[RecipeConfig] = RecipeConfig()
     """The training recipe; the defaults are the published study's."""
     seed: int = 42
@@ -56,6 +58,8 @@ class Train:
     """Where decoded pictures are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
+    devices: int = 1
+    """Train each run on so many GPUs, or in so many processes on a CPU, with the result of one."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
     """Train nothing: show where the time of so many steps goes and write a trace into ROOT/profiles."""
 
@@ -64,6 +68,7 @@ class Train:
         from afterimage.encoders import resolve
         from afterimage.jobs import train_runs
         from afterimage.progress import Display
+        from afterimage.ranks import first_rank
 
         data = DataConfig(
             source=self.data,
@@ -73,6 +78,7 @@ class Train:
             limit_train=self.limit_train,
             limit_validation=self.limit_validation,
             limit_test=self.limit_test,
+            stream=self.stream,
         )
         size = parse_count(self.parameters, "--parameters") if self.parameters else None
         if size is not None:
@@ -97,6 +103,8 @@ class Train:
         ]
         if not configs:
             raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
+        if self.profile and self.devices > 1:
+            raise AfterimageError("--profile measures one process: leave out --devices")
         if self.profile:
             self._profile(configs)
             return
@@ -104,6 +112,8 @@ class Train:
             runs = train_runs(
                 configs, self.root, cache=self.cache, accelerator=self.accelerator, progress=display
             )
+        if not first_rank():
+            return
         print_table(runs)
         print("\n".join(f"run: {run.path}" for run in runs))
 

@@ -19,6 +19,7 @@ from PIL import Image
 from afterimage.config import AfterimageError
 from afterimage.progress import Progress, silent
 from afterimage.report.rows import Row
+from afterimage.runs import read_image
 
 QUALITIES = (90, 80)
 EXACT_BYTES = 12_000_000
@@ -133,16 +134,16 @@ def _length(value: dict[str, Any]) -> int:
 
 def _encode(path: Path, quality: int | None) -> str:
     content = _read(path)
-    image = _open(path, content)
+    image = read_image(path, content)
     if quality is not None:
         smaller = _webp(image, quality)
         if len(smaller) < len(content):
             return data_uri(smaller, "image/webp")
-    return data_uri(content, Image.MIME.get(image.format or "", "image/png"))
+    return data_uri(content, "image/png")
 
 
 def _describe(picture: Picture) -> dict[str, Any]:
-    image = _open(picture.original, _read(picture.original))
+    image = read_image(picture.original)
     width, height = image.size
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
@@ -155,15 +156,6 @@ def _webp(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "WEBP", quality=quality, method=2)
     return buffer.getvalue()
-
-
-def _open(path: Path, content: bytes) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise AfterimageError(f"cannot read the picture {path}: {error}") from None
-    return image
 
 
 def _read(path: Path) -> bytes:

@@ -41,7 +41,7 @@ def answer(runs: Sequence[Run]) -> Answers:
             return job()
         # Tables and figures are worth having whatever goes wrong here; the report says what did.
         except Exception as error:
-            problems.append(f"{what} could not be computed: {_reason(error)}")
+            problems.append(f"{what} could not be computed: {reason(error)}")
             return None
 
     def judge() -> tuple[str, list[Finding], str]:
@@ -56,7 +56,8 @@ def answer(runs: Sequence[Run]) -> Answers:
     return Answers(lead, tuple(findings), _beside(beside) if beside else None, text, tuple(problems))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What went wrong, in one line; for what should not have happened also where."""
     if isinstance(error, AfterimageError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)

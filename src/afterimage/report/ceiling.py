@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from afterimage.config import AfterimageError
-from afterimage.runs import Run
+from afterimage.runs import Run, read_image
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
@@ -80,11 +79,7 @@ def published_ceiling(images: Iterable[np.ndarray | str | Path]) -> Ceiling:
 
 def _pixels(image: np.ndarray | str | Path) -> np.ndarray:
     if isinstance(image, str | Path):
-        try:
-            with Image.open(image) as file:
-                return np.asarray(file.convert("RGB"), dtype=float).transpose(2, 0, 1) / 255
-        except (OSError, SyntaxError) as error:
-            raise AfterimageError(f"cannot read the picture {image}: {error}") from None
+        return np.asarray(read_image(image).convert("RGB"), dtype=float).transpose(2, 0, 1) / 255
     x = np.asarray(image, dtype=float)
     if x.ndim != 3 or x.shape[0] != 3 or x.size == 0:
         raise AfterimageError(f"a picture must have the shape (3, height, width), got {x.shape}")

@@ -10,9 +10,8 @@ from typing import Any
 
 from afterimage.config import AfterimageError
 from afterimage.report.findings import NONE, Finding, Numbers
-from afterimage.report.read import DAMAGE
 from afterimage.report.rows import Row, Score
-from afterimage.runs import read_csv, read_json
+from afterimage.runs import DAMAGE, read_csv, read_json
 from afterimage.statistics.phrases import minus, number
 
 FORMAT = 1
@@ -54,6 +53,7 @@ def read_part(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
                 raise AfterimageError(f"{path} has format {facts['format']!r}; this version reads {FORMAT}")
             one = Part(row, facts, read_csv(path.with_suffix(".csv")))
             CHECKS[part](one)
+            MAKERS[part][1]([one])
             found.append(one)
         except DAMAGE as damage:
             problems.append(f"{path} cannot be read: {type(damage).__name__}: {damage}")
@@ -62,13 +62,8 @@ def read_part(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
 
 def control_findings(rows: Sequence[Row]) -> list[Finding]:
     """What the controls of these rows say; nothing where no run folder holds any."""
-    makers = {
-        "controls": ("Preserved or guessed", _guessed),
-        "lost": ("What is lost", _lost),
-        "rate": ("What the features cost to store or send", _rate),
-    }
     findings = []
-    for part, (title, make) in makers.items():
+    for part, (title, make) in MAKERS.items():
         found, problems = read_part(rows, part)
         if found or problems:
             paragraphs, tables = make(found) if found else ((), ())
@@ -299,8 +294,15 @@ def _size(curve: Sequence[Mapping[str, Any]], psnr: float) -> str:
     return f"{size:.2f}"
 
 
+MAKERS = {
+    "controls": ("Preserved or guessed", _guessed),
+    "lost": ("What is lost", _lost),
+    "rate": ("What the features cost to store or send", _rate),
+}
+
+
 def _check(columns: Sequence[str], keys: Sequence[str]) -> Any:
-    """Whatever tables and figures take from the files is looked at once here, where damage is caught."""
+    """What figures take from the files is looked at once here, where damage is caught; tables are made for it."""
 
     def check(part: Part) -> None:
         for key in keys:

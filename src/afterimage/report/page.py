@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, read_text
 from afterimage.progress import Progress, silent
 from afterimage.report.album import Album, data_uri, embed, gather
 from afterimage.report.entries import best_scores, describe_rows, grouped, main_net, picture_ids
@@ -125,10 +125,7 @@ def _page_template() -> Template:
 
 def _config_text(row: Row) -> str:
     path = row.run.file("config.toml")
-    try:
-        return path.read_text(encoding="utf-8") if path.exists() else "This run folder holds no config.toml."
-    except (OSError, UnicodeDecodeError) as error:
-        raise AfterimageError(f"cannot read {path}: {error}") from None
+    return read_text(path) if path.exists() else "This run folder holds no config.toml."
 
 
 def _figure(figure: Path | tuple[str, Path]) -> dict[str, str]:

@@ -7,17 +7,12 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from afterimage.config import AfterimageError, unknown
+from afterimage.config import AfterimageError, read_text, unknown
 from afterimage.report.rows import METRICS, Row, Rows, Score, Unfinished, natural
 from afterimage.report.variants import fusion_letters, mixed_settings, variants
-from afterimage.runs import Run, read_json
+from afterimage.runs import DAMAGE, Run, read_json
 
 KINDS = ("decoder", "inversion", "reference")
-# What a damaged or foreign file can raise while it is read; anything else is a bug here and should show.
-DAMAGE = (
-    *(AfterimageError, AttributeError, KeyError, OSError, OverflowError, RecursionError),
-    *(TypeError, ValueError),
-)
 
 
 def read_rows(runs: Iterable[Run]) -> Rows:
@@ -107,8 +102,8 @@ def _read(run: Run) -> Row:
 def _settings(run: Run) -> dict[str, Any]:
     path = run.file("config.toml")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        return tomllib.loads(read_text(path)) if path.exists() else {}
+    except (RecursionError, ValueError) as error:
         raise AfterimageError(f"cannot read {path}: {error}") from None
 
 

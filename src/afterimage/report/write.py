@@ -20,7 +20,7 @@ from afterimage.report.read import read_rows
 from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.report.variants import flatten
-from afterimage.runs import Run, read_json, write_atomic
+from afterimage.runs import Run, read_json, remove_leftovers, write_atomic
 
 if TYPE_CHECKING:
     from afterimage.report.answers import Answers
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # The page draws the other figures itself.
 ON_PAGE = ("training-curves", "distributions", "controls", "lost-by", "rate")
+ABANDONED = 3600.0
+"""Seconds after which a half-written file was left by a process that was killed: another may be reporting now."""
 TITLE = "How much of a picture is left in the features?"
 
 
@@ -44,12 +46,13 @@ def write_report(
     index.html is not among the files returned. Raises `AfterimageError` where no run is finished or a file
     cannot be written.
     """
-    from afterimage.report.answers import answer, markdown_finding, markdown_findings
+    from afterimage.report.answers import answer, markdown_finding, markdown_findings, reason
     from afterimage.report.controls import control_findings
     from afterimage.report.figures import draw, render
 
     runs = list(runs)
     rows, out, written = read_rows(runs), Path(out), {}
+    remove_leftovers(out, older=ABANDONED)
 
     def write(name: str, content: str | bytes) -> None:
         written[name] = out / name
@@ -63,27 +66,33 @@ def write_report(
     write("findings.json", answers.json)
     more = [*_beside(answers), *control_findings(rows.decoders)]
     progress("statistics", 1, 1)
-    figures, shown = [], []
-    for drawing in draw(rows, progress):
-        png, svg = render(drawing.figure)
+    figures, shown, problems = [], [], []
+    for drawing in draw(rows, progress, problems):
+        try:
+            png, svg = render(drawing.figure)
+        # A number that no axis can show must not cost the report; it says so.
+        except Exception as error:
+            problems.append(f"The figure {drawing.name} could not be drawn: {reason(error)}")
+            continue
         write(f"figures/{drawing.name}.png", png)
         write(f"figures/{drawing.name}.svg", svg)
         figures.append(_figure(drawing))
         if drawing.name.startswith(ON_PAGE):
             shown.append((drawing.title, written[f"figures/{drawing.name}.png"]))
-    problem = ""
     try:
         findings = [dataclasses.asdict(finding) for finding in (*answers.findings, *more)]
-        options = {"findings": findings, "figures": shown, "problems": answers.problems, "lead": answers.lead}
+        options = {"findings": findings, "figures": shown, "lead": answers.lead}
+        options |= {"problems": [*answers.problems, *problems]}
         written["index.html"] = write_page(
             runs, out / "index.html", title=title, progress=progress, **options
         )
     except AfterimageError as error:
-        problem = f"The page index.html could not be written: {error}"
+        problems.append(f"The page index.html could not be written: {error}")
         (out / "index.html").unlink(missing_ok=True)  # an earlier report's page would pass for this one's
     parts = [
-        f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problem),
-        *(["Also as [a page](index.html) with every picture and chart."] if not problem else []), "## Results",
+        f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problems),
+        *(["Also as [a page](index.html) with every picture and chart."] if "index.html" in written else []),
+        "## Results",
         markdown_table(rows, spread=spread).rstrip(),
         "Also as [CSV](table.csv) and [LaTeX](table.tex).",
         "## Findings", *markdown_findings(answers),
@@ -124,10 +133,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _alarms(rows: Rows, problem: str) -> Iterable[str]:
+def _alarms(rows: Rows, problems: Sequence[str]) -> Iterable[str]:
     """What a reader must know before the first number."""
     loud = [f"> **{markdown(warning)}**" for warning in rows.warnings]
-    loud += [f"> **{markdown(problem)}**"] if problem else []
+    loud += [f"> **{markdown(problem)}**" for problem in problems]
     if rows.unfinished:
         loud.append(f"> **{_count(len(rows.unfinished), 'run')} not finished: see below.**")
     if loud:
@@ -192,7 +201,7 @@ def _link(run: Run, out: Path) -> str:
     file = run.file("config.toml")
     if not file.exists():
         return markdown_code(run.name)
-    return f"[{markdown(run.name)}]({quote(os.path.relpath(file, out))})"
+    return f"[{markdown(run.name)}]({quote(os.fsencode(os.path.relpath(file, out)))})"
 
 
 def _facts(run: Run) -> Mapping[str, Any]:

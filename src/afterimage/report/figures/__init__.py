@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from afterimage.progress import Progress, silent
+from afterimage.report.answers import reason
 from afterimage.report.figures.controls import controls
 from afterimage.report.figures.depth import quality_by_depth
 from afterimage.report.figures.distribution import distributions
@@ -35,14 +36,23 @@ AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
 }
 
 
-def draw(rows: Rows, progress: Progress = silent) -> Iterator[Drawing]:
-    """Every figure that the rows can fill, one at a time: they are large."""
+def draw(rows: Rows, progress: Progress = silent, problems: list[str] | None = None) -> Iterator[Drawing]:
+    """Every figure that the rows can fill, one at a time: they are large.
+
+    Where `problems` are given, a figure that cannot be drawn is one of them, and the others go on.
+    """
     jobs = [(name, partial(make, rows)) for name, make in BEFORE_GRIDS.items()]
     jobs += [(page.title, partial(grid, page)) for page in pages(rows)]
     jobs += [(name, partial(make, rows)) for name, make in AFTER_GRIDS.items()]
     for i, (name, job) in enumerate(jobs):
         progress("figures", i, len(jobs), figure=name)
-        with style():
-            drawings = job()
+        try:
+            with style():
+                drawings = job()
+        except Exception as error:
+            if problems is None:
+                raise
+            problems.append(f"The figure of {name} could not be drawn: {reason(error)}")
+            continue
         yield from drawings
     progress("figures", len(jobs), len(jobs))

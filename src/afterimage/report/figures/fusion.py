@@ -17,9 +17,9 @@ from afterimage.report.escape import plain
 from afterimage.report.figures.grid import CELL, EDGE, FOOT, GAP, HEAD, LINE, PICTURES, Pixels, read_pixels
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import Drawing
-from afterimage.report.read import DAMAGE
 from afterimage.report.rows import Row, Rows
 from afterimage.report.variants import fusion_text
+from afterimage.runs import DAMAGE
 
 COLORS = "cividis"
 FEW = 3  # figures that are shown open

@@ -12,14 +12,14 @@ from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 
+from afterimage.config import AfterimageError
 from afterimage.report.escape import plain
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import INK, MUTED, Drawing, short_encoders
-from afterimage.report.read import DAMAGE
 from afterimage.report.rows import Row, Rows
 from afterimage.report.variants import fusion_legend
+from afterimage.runs import DAMAGE, read_image
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 COLUMNS = 8
@@ -134,9 +134,8 @@ def _saved(row: Row) -> dict[str, tuple[Path, Path]]:
 
 def read_pixels(path: Path) -> Pixels | None:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return np.asarray(read_image(path).convert("RGB"))
+    except AfterimageError:
         return None
 
 

@@ -16,9 +16,9 @@ from matplotlib.lines import Line2D
 from afterimage.report.escape import plain
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import MUTED, Drawing, grid_y, legend, short_encoders
-from afterimage.report.read import DAMAGE
 from afterimage.report.rows import Row, Rows
 from afterimage.report.variants import flatten
+from afterimage.runs import DAMAGE
 
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
 PANELS = 12  # on one figure
