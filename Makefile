@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export AFTERIMAGE_WEIGHTS ?= $(wildcard ../shared/weights)
 
-.PHONY: demo test clean
+.PHONY: demo test test-long clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/afterimage study quickstart --root demo
@@ -11,7 +11,11 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check src tests
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/python -m pytest --numprocesses auto
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadgroup -m "not long"
+
+# Clusters and ranks killed at random, whole studies on them, memory with many pictures: one process, a quiet machine.
+test-long: $(VENV)/.ready-test
+	$(VENV)/bin/python -m pytest -p no:xdist -m long
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pictures, shard, tmp_path, monke
         patch.setattr(Member, "step", stopping)
         with pytest.raises(Stopped):
             go(chosen, tmp_path, "stopped")
-    assert threading.active_count() == before, "what decoded ahead has ended"
+    assert threading.active_count() <= before, "what decoded ahead has ended"
     assert learned(go(chosen, tmp_path, "stopped")) == learned(whole)
 
 
@@ -123,7 +123,7 @@ def test_a_study_on_shards_from_the_command_line(command, tmp_path):  # noqa: F8
     assert code == 0, out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_stays_flat_from_a_thousand_to_twenty_thousand_pictures(tmp_path):
     peaks = []
     for count in (1_000, 20_000):

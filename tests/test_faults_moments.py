@@ -156,7 +156,7 @@ def dying_in_the_end(config, root, cache, point):
     train_child([config], root, cache)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_what_ends_a_run_it_goes_on_to_the_same_bits(only, cache, whole, tmp_path):
     run = Run(tmp_path / only.name)
     for point in IN_THE_END:

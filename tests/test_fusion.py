@@ -15,6 +15,7 @@ from afterimage.config import (
 from afterimage.decoders import create_decoder
 from afterimage.fusion import FUSIONS, WeightMaps, create_fusion
 from afterimage.jobs import train_runs
+from afterimage.member import create_optimizer
 from afterimage.reconstructor import Head, Reconstructor, build_head
 
 SPECS = [FeatureSpec("a:x", 8, 14, 14), FeatureSpec("b:y", 5, 28, 28), FeatureSpec("c:z", 16, 7, 9)]
@@ -161,3 +162,17 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
     # The originals are stored in 8 bits, so that their features are not quite those that were measured.
     np.testing.assert_allclose(np.array(stored) / 255, weights, atol=0.02)
     np.testing.assert_allclose(summary["fusion_weights"], weights.mean((0, 2, 3)), atol=0.005)
+
+
+def test_weight_decay_spares_a_decoder_that_takes_none_and_nothing_else():
+    def decays(decoder):
+        fusion = create_fusion(FusionConfig("concat", 6), SPECS)
+        head = Head(create_decoder(decoder, [fusion.spec], 56, seed=0), fusion)
+        groups = create_optimizer(head, RecipeConfig(weight_decay=0.01)).param_groups
+        held = {p: group["weight_decay"] for group in groups for p in group["params"]}
+        assert set(held) == {p for p in head.parameters() if p.requires_grad}
+        own = {held[p] for p in head.decoder.parameters() if p in held}
+        return own, {held[p] for p in fusion.parameters()}
+
+    assert decays("residual") == ({0.0}, {0.01})
+    assert decays("transposed") == ({0.01}, {0.01})

@@ -71,7 +71,7 @@ def test_a_pipe_is_never_opened(tmp_path, read):
         read(tmp_path / "pipe")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_of_any_name_is_reported(run):
     """Bytes that are no text, control characters of terminals, markup, and what a shell or a spreadsheet would run."""
     root = run.path.parent

@@ -86,7 +86,7 @@ def same(run, expected, tolerance=2e-3):
     assert run.fusion_maps.keys() == expected.fusion_maps.keys()
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.long)])
 def test_ranks_come_to_what_one_process_does(pictures, cache, tmp_path, one, count):
     assert run_ranks(count, train_ranks, configs(pictures), tmp_path, cache) == [0] * count
     for expected in one:
@@ -195,7 +195,7 @@ def test_an_error_on_one_rank_ends_that_run_on_all_and_no_other(pictures, cache,
     same(done, one[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_out_of_memory_on_one_rank_halves_on_all(pictures, cache, tmp_path, one):
     (config,) = configs(pictures)[2:3]
     assert run_ranks(2, train_ranks, [config], tmp_path, cache, hurt=run_out_of_memory) == [0, 0]
@@ -224,7 +224,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(pictures, cache, tmp_path, o
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_gives_one_table(tmp_path):
     study = StudyConfig(
         "Small",

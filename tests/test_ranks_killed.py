@@ -48,7 +48,7 @@ def wait_for(path, text, seconds=120):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_rank_killed_ends_the_run_which_then_goes_on(configs, cache, tmp_path, whole, rank):
     said = tmp_path / "said"
     processes = start_ranks(3, train_ranks, configs, tmp_path / "runs", cache, said=said, pace=0.2)
@@ -83,7 +83,7 @@ def test_sigterm_is_a_clean_stop_of_all(configs, cache, tmp_path, to):
     assert not list(run.path.glob("lock.*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments_it_ends_with_the_same_result(configs, cache, tmp_path, whole):
     draw, said = random.Random(11), tmp_path / "said"
     for _ in range(8):
@@ -124,7 +124,7 @@ def scores(folder):
     return {path.parent.name: read_csv(path) for path in folder.glob("runs/*/scores.csv")}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_line_gives_one_table_whatever_starts_it(tmp_path):
     tables = []
     for name, more in {"one": {}, "devices": {"devices": 2}, "torchrun": {"torchrun": 3}}.items():
@@ -144,7 +144,7 @@ def test_the_command_line_gives_one_table_whatever_starts_it(tmp_path):
                 assert row["id"] == other["id"] and row["psnr"] == pytest.approx(other["psnr"], abs=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_of_the_command_line_killed_and_stopped(tmp_path):
     process = command(tmp_path, "--epochs", "300", "--devices", "2")
     wait_for(tmp_path / "err", "training  ")

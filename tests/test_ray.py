@@ -195,6 +195,7 @@ def worker_of(name: str) -> int:
     return json.loads(lock.read_text())[0]
 
 
+@pytest.mark.long
 def test_retries_end(nodes, cache, pictures, tmp_path):
     config = long_config(pictures)
     run = Run(tmp_path / config.name)
@@ -212,6 +213,7 @@ def test_retries_end(nodes, cache, pictures, tmp_path):
     assert [str(error) for error in failures] == [run.status["error"]] and not list(run.path.glob("lock.*"))
 
 
+@pytest.mark.long
 def test_a_stop_leaves_a_checkpoint_to_go_on_from(nodes, cache, check_same, pictures, tmp_path):
     config = long_config(pictures)
     run = Run(tmp_path / "ray" / config.name)
@@ -242,6 +244,7 @@ def test_workers_without_the_folder_are_noticed(nodes, cache, check_same, pictur
     check_same(run)
 
 
+@pytest.mark.long
 def test_what_another_process_is_at_is_left_to_it(nodes, cache, pictures, tmp_path):
     config = long_config(pictures, epochs=1)
     run = Run.create(tmp_path / "ray", config)
@@ -263,7 +266,7 @@ def test_what_another_process_is_at_is_left_to_it(nodes, cache, pictures, tmp_pa
     assert watcher.has("is left to process") and watcher.has("taken over")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
     root, log = tmp_path / "study", tmp_path / "log"
     process = context().Process(target=study_child, args=(study, root, cache, log), kwargs={"pause": 0.5})
@@ -285,7 +288,7 @@ def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
     assert here & trained | there == trained and not here & there, "\n".join([*here, *watcher.said])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lost_node_is_replaced(nodes, cache, check_same, pictures, tmp_path):
     config = long_config(pictures)
     run = Run(tmp_path / "ray" / config.name)
@@ -314,6 +317,7 @@ def test_a_lost_node_is_replaced(nodes, cache, check_same, pictures, tmp_path):
     check_same(run)
 
 
+@pytest.mark.long
 def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
@@ -329,6 +333,7 @@ def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monke
     assert "is trained on" in err and (tmp_path / "runs/mine/report/index.html").exists()
 
 
+@pytest.mark.long
 def test_without_an_address_ray_is_started_here_and_quietly(tmp_path):
     code = (
         "from afterimage.executors.connect import cluster\n"

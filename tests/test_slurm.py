@@ -143,7 +143,7 @@ def test_a_part_that_is_none_is_refused(text):
         Part.parse(text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_array_task_for_each_group_and_the_report_after_them(slurm, tmp_path):
     configs = expand(study(tmp_path))
     done, log = slurm("submit.sh", "small.toml", "--accelerator", "cpu")
@@ -166,7 +166,7 @@ def test_an_array_task_for_each_group_and_the_report_after_them(slurm, tmp_path)
     assert "part 1/2 of the study; when all are done: afterimage report" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_trains_one_run(slurm, tmp_path):
     done, log = slurm(
         "torchrun.sh",

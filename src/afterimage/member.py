@@ -88,9 +88,8 @@ class Member:
         self.between_steps = True
         """Whether it is as after a whole number of steps, so that training could go on from it."""
         self._total = torch.zeros((), device=fabric.device)
-        trainable = [p for p in head.parameters() if p.requires_grad]
-        if trainable:
-            optimizer = torch.optim.Adam(trainable, recipe.learning_rate, weight_decay=recipe.weight_decay)
+        if any(p.requires_grad for p in head.parameters()):
+            optimizer = create_optimizer(head, recipe)
             self.trained, self.optimizer = fabric.setup(self.head, optimizer)
             self.scheduler = _scheduler(optimizer, recipe)
         else:
@@ -377,6 +376,17 @@ def _parts(features: Sequence[Tensor], images: Tensor, size: int) -> Iterator[tu
         zip(*(f.split(size) for f in features), strict=True), images.split(size), strict=True
     ):
         yield list(maps), part
+
+
+def create_optimizer(head: Head, recipe: RecipeConfig) -> torch.optim.Adam:
+    """Adam on what is trained of fusion and decoder; weight decay on all but a decoder that takes none."""
+    spared = set() if head.decoder.decays else set(head.decoder.parameters())
+    trained = [p for p in head.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p not in spared], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p in spared], "weight_decay": 0.0},
+    ]
+    return torch.optim.Adam([group for group in groups if group["params"]], recipe.learning_rate)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> Any:

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.data import load_data, order
 from afterimage.losses import create_loss
+from afterimage.member import create_optimizer
 from afterimage.progress import Progress, silent
 from afterimage.reconstructor import Encoders, build_head
 from afterimage.runs import write_json
@@ -74,16 +75,14 @@ def profile_run(
         config.sources, weights=config.weights, image_size=config.data.crop, seed=config.seed
     ).to(fabric.device)
     head = build_head(config, encoders.specs).to(fabric.device, memory_format=torch.channels_last)
-    trainable = [p for p in head.parameters() if p.requires_grad]
-    if not trainable:
+    if not any(p.requires_grad for p in head.parameters()):
         raise AfterimageError(
             f"{config.decoder.name} is solved in closed form and takes no training steps; profile a decoder that is "
             "trained, such as transposed or attention"
         )
     recipe, pictures = config.recipe, load_data(config.data, cache=cache, progress=progress).train
     loss = create_loss(recipe.loss).to(fabric.device)
-    adam = torch.optim.Adam(trainable, recipe.learning_rate, weight_decay=recipe.weight_decay)
-    trained, optimizer = fabric.setup(head.train(), adam)
+    trained, optimizer = fabric.setup(head.train(), create_optimizer(head, recipe))
     seconds = dict.fromkeys(PARTS, 0.0)
     places = torch.Generator().manual_seed(config.seed)
 

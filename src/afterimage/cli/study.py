@@ -89,12 +89,13 @@ class Study:
 
     def run(self) -> None:
         from afterimage.progress import Display
-        from afterimage.ranks import first_rank
         from afterimage.study import Part, expand, from_models, load_study, run_study, shipped
 
         if not self.study and not self.models:
             print("shipped studies: " + ", ".join(shipped()))
             return
+        from afterimage.ranks import first_rank
+
         if self.study and self.models:
             raise AfterimageError("give a study or --models, not both")
         if self.models:

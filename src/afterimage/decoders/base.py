@@ -28,6 +28,8 @@ class Decoder(nn.Module, ABC):
 
     closed_form = False
     trainable = True
+    decays = True
+    """Whether the recipe's weight decay applies to it."""
     size_option: str | None = None
     """The option that makes the decoder larger or smaller, in steps of `size_step`."""
     size_step = 1

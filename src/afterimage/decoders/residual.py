@@ -60,6 +60,8 @@ class ResidualDecoder(Decoder):
     """
 
     closed_form = True
+    # Its gradients are as small as `GAIN` makes them: a decay of 1e-5, added to them, would outweigh them.
+    decays = False
     size_option = "width"
     # On deep layers the linear part alone, from 3x3 neighbourhoods, is larger than most sizes asked for.
     smaller: ClassVar = {"kernel": 1}
