@@ -15,7 +15,7 @@ test: $(VENV)/.ready-test
 
 # Clusters and ranks killed at random, whole studies on them, memory with many pictures: one process, a quiet machine.
 test-long: $(VENV)/.ready-test
-	$(VENV)/bin/python -m pytest -p no:xdist -m long
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -p no:xdist -m long
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

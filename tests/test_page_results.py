@@ -163,7 +163,7 @@ def test_without_pictures_the_rest_still_works(visit, tmp_path):
     assert "SSIM" in tab.locator("#depth-chart .point").get_attribute("aria-label")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_page_of_full_size_opens_in_two_seconds(visit, tmp_path, monkeypatch):
     """60 runs x 100 pictures at the largest size a page may have; one real picture, padded, over and over."""
     original = picture(0, size=224)

@@ -30,7 +30,7 @@ ray = pytest.importorskip(
     "ray", reason="Ray is not installed (pip install 'afterimage[cluster]'): not tested"
 )
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of them
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.long]  # one cluster for all of them
 
 RESNET, VIT = "test_resnet.r160_in1k:layer2", "test_vit.r160_in1k:block1"
 STORE = 100 * 2**20
@@ -195,7 +195,6 @@ def worker_of(name: str) -> int:
     return json.loads(lock.read_text())[0]
 
 
-@pytest.mark.long
 def test_retries_end(nodes, cache, pictures, tmp_path):
     config = long_config(pictures)
     run = Run(tmp_path / config.name)
@@ -213,7 +212,6 @@ def test_retries_end(nodes, cache, pictures, tmp_path):
     assert [str(error) for error in failures] == [run.status["error"]] and not list(run.path.glob("lock.*"))
 
 
-@pytest.mark.long
 def test_a_stop_leaves_a_checkpoint_to_go_on_from(nodes, cache, check_same, pictures, tmp_path):
     config = long_config(pictures)
     run = Run(tmp_path / "ray" / config.name)
@@ -244,7 +242,6 @@ def test_workers_without_the_folder_are_noticed(nodes, cache, check_same, pictur
     check_same(run)
 
 
-@pytest.mark.long
 def test_what_another_process_is_at_is_left_to_it(nodes, cache, pictures, tmp_path):
     config = long_config(pictures, epochs=1)
     run = Run.create(tmp_path / "ray", config)
@@ -266,7 +263,6 @@ def test_what_another_process_is_at_is_left_to_it(nodes, cache, pictures, tmp_pa
     assert watcher.has("is left to process") and watcher.has("taken over")
 
 
-@pytest.mark.long
 def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
     root, log = tmp_path / "study", tmp_path / "log"
     process = context().Process(target=study_child, args=(study, root, cache, log), kwargs={"pause": 0.5})
@@ -288,7 +284,6 @@ def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
     assert here & trained | there == trained and not here & there, "\n".join([*here, *watcher.said])
 
 
-@pytest.mark.long
 def test_a_lost_node_is_replaced(nodes, cache, check_same, pictures, tmp_path):
     config = long_config(pictures)
     run = Run(tmp_path / "ray" / config.name)
@@ -317,7 +312,6 @@ def test_a_lost_node_is_replaced(nodes, cache, check_same, pictures, tmp_path):
     check_same(run)
 
 
-@pytest.mark.long
 def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
@@ -333,7 +327,6 @@ def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monke
     assert "is trained on" in err and (tmp_path / "runs/mine/report/index.html").exists()
 
 
-@pytest.mark.long
 def test_without_an_address_ray_is_started_here_and_quietly(tmp_path):
     code = (
         "from afterimage.executors.connect import cluster\n"
