@@ -16,20 +16,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from afterimage.config import AfterimageError
 from afterimage.lock import Holder, LockLost, ended, this_process
 from afterimage.memory import out_of_memory
 from afterimage.stop import Stopped
+
+if TYPE_CHECKING:  # it takes seconds to import, and a decoder is built without it
+    from lightning_fabric import Fabric
 
 Value = TypeVar("Value")
 Error = TypeVar("Error", bound=BaseException)
@@ -63,6 +63,8 @@ class Ranks:
 
     def local_fabric(self, accelerator: str, precision: str) -> Fabric:
         """A Fabric for what this rank computes by itself, on its own device."""
+        from lightning_fabric import Fabric
+
         if self.fabric is None:
             return Fabric(accelerator=accelerator, devices=1, precision=precision)
         device = self.fabric.device
@@ -280,6 +282,10 @@ def _launched(accelerator: str) -> Fabric:
 
 def create_fabric(accelerator: str, devices: int, nodes: int = 1) -> Fabric:
     """A Fabric of so many ranks, not yet launched. Raises `AfterimageError` where there are fewer devices."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
     try:
         strategy = DDPStrategy(timeout=TIMEOUT)
         return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
