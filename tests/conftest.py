@@ -27,3 +27,17 @@ def weights_folder() -> Path:
 def photos_folder() -> Path:
     """A folder with `train` and `test` photographs; the test skips where it is missing."""
     return _folder("photos", "train", "test")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of twenty small pictures."""
+    from children import small_pictures
+
+    return small_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """A folder for decoded pictures."""
+    return tmp_path_factory.mktemp("cache")

@@ -13,14 +13,9 @@ from afterimage.jobs import train_runs
 from afterimage.progress import silent
 from afterimage.runs import scan
 from afterimage.stop import Stopped
-from children import result, small_configs, small_pictures
+from children import result, small_configs
 from some_shards import write_shards, write_tar
 from test_cli import MODEL, SMALL, command  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return small_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture

@@ -23,16 +23,6 @@ from children import context, result, small_configs, small_pictures, train_child
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return small_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def whole(pictures, cache, tmp_path_factory):
     """The results of the runs that nothing happened to."""
     root = tmp_path_factory.mktemp("whole")

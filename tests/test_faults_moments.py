@@ -22,16 +22,6 @@ from children import MODEL, context, result, small_configs, small_pictures, trai
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return small_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def only(pictures) -> RunConfig:
     return small_configs(pictures)[0]
 

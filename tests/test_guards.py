@@ -12,20 +12,10 @@ from afterimage.data.near import near_duplicates
 from afterimage.data.pictures import Pictures
 from afterimage.guards import FeatureWatch, check_frozen, check_pictures, check_split
 from afterimage.reconstructor import Encoders, Reconstructor
-from children import MODEL, result, small_configs, small_pictures
+from children import MODEL, result, small_configs
 from some_pictures import some_picture
 
 SOURCES = (f"{MODEL}:layer1", f"{MODEL}:layer2")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return small_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")

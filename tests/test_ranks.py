@@ -24,7 +24,7 @@ from afterimage.ranks import ALONE, RankLost, create_fabric, joined
 from afterimage.runs import Run, scan
 from afterimage.stop import Stopped
 from afterimage.study import StudyConfig
-from children import MODEL, small_configs, small_pictures
+from children import MODEL, small_configs
 from rank_children import (
     fail_one_decoder,
     run_out_of_memory,
@@ -33,16 +33,6 @@ from rank_children import (
     train_ranks,
     train_without_drift,
 )
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return small_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 def configs(pictures):

@@ -12,22 +12,12 @@ import pytest
 from afterimage.checkpoint import CHECKPOINT
 from afterimage.jobs import train_runs
 from afterimage.runs import Run, read_csv
-from children import MODEL, small_configs, small_pictures
+from children import MODEL, small_configs
 from rank_children import ends, run_ranks, start_ranks, train_ranks
 from test_ranks import same
 
 BOUND = 60
 """Seconds within which all ranks must have ended after one has, on a machine with much else to do."""
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return small_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")

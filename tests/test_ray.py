@@ -64,11 +64,6 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def check_same(tmp_path_factory, cache):
     """Checks that a finished run is what the local executor makes of it."""
     root = tmp_path_factory.mktemp("local")

@@ -159,3 +159,13 @@ def test_importing_brings_neither_torch_nor_matplotlib():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert heavy == []
+
+
+@pytest.mark.long
+def test_importing_is_quick():
+    code = (
+        "import sys, time; start = time.process_time(); import afterimage.report\n"
+        "print(time.process_time() - start)"
+    )
+    seconds = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(seconds) < 0.2

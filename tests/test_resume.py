@@ -18,16 +18,6 @@ KILLS = 20
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return small_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def whole(pictures, cache, tmp_path_factory):
     """The results of the runs that were never stopped."""
     root = tmp_path_factory.mktemp("whole")

@@ -8,7 +8,8 @@ import logging
 import os
 from pathlib import Path
 
-from afterimage.data.decode import open_file
+from afterimage.config import AfterimageError
+from afterimage.data.decode import open_file, reason, shown
 from afterimage.data.files import whole_file
 
 logger = logging.getLogger("afterimage")
@@ -31,9 +32,7 @@ class FileDigests:
         """The SHA-256 of a file's bytes, in hexadecimal; raises `BadPicture` where it cannot be read."""
         key = os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
         with open_file(path) as file:
-            state = os.fstat(file.fileno())
-            # The change time too: a file swapped for one of the same size and modification time is seen.
-            seen = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+            seen = _seen(os.fstat(file.fileno()))
             match self._known.get(key):
                 case [*known, str(digest)] if known == seen:
                     return digest
@@ -50,3 +49,16 @@ class FileDigests:
                 file.write(json.dumps(self._known).encode())
         except OSError as error:
             logger.debug("cannot remember digests in %s: %s", self._file, error)
+
+
+def file_state(path: Path) -> list[int]:
+    """What changes when a file does; raises `AfterimageError` where it cannot be looked at."""
+    try:
+        return _seen(path.stat())
+    except OSError as error:
+        raise AfterimageError(f"cannot read {shown(path)}: {reason(error)}") from None
+
+
+def _seen(state: os.stat_result) -> list[int]:
+    """Size and times; the change time too, so that a file swapped for one of the same size and age is seen."""
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from afterimage.config import AfterimageError
 from afterimage.data.decode import MAX_BYTES, BadPicture, shown
+from afterimage.data.digests import file_state
 from afterimage.data.index import Member, Shard
-from afterimage.data.tar import file_state
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from afterimage.config import AfterimageError
 from afterimage.data.decode import EXTENSIONS, MAX_BYTES, BadPicture, reason, shown
+from afterimage.data.digests import file_state
 from afterimage.data.index import Member, Shard
 
 MAX_MEMBERS = 10_000_000
@@ -123,12 +124,3 @@ class _Headers:
 
 def _hidden(name: str) -> bool:
     return any(step.startswith(".") or step == "__MACOSX" for step in name.split("/"))
-
-
-def file_state(path: Path) -> list[int]:
-    """Size and times of a file; the change time too, as one may set the other."""
-    try:
-        state = path.stat()
-    except OSError as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {reason(error)}") from None
-    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]

@@ -84,7 +84,8 @@ class ResidualDecoder(Decoder):
         self.window = tuple(max(2, round(window / side)) for side in self.base.block)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
-        trunk = TRUNK * (math.prod(self.base.block) == TRUNK_PIXELS) if trunk is None else trunk
+        if trunk is None:
+            trunk = TRUNK if math.prod(self.base.block) == TRUNK_PIXELS else 0
         self.margin = max(TRUNK_MARGIN if trunk else 0, kernel // 2)
         self.correction = Correction(channels, width, blocks, trunk, self.base.block, self.margin)
         self.register_buffer("average", self._flat())
@@ -169,7 +170,13 @@ class Correction(nn.Module):
         self.cell = tuple(math.gcd(CELL, side) for side in block)
         self.cells = tuple(side // cell for side, cell in zip(block, self.cell, strict=True))
         inside = 3 * math.prod(self.cell)
-        self.trunk = _refiner(channels, 2 * width, trunk, 3 * math.prod(block)) if trunk else None
+        self.trunk = None
+        if trunk:
+            self.trunk = nn.Sequential(
+                nn.Conv2d(channels, 2 * width, kernel_size=3, padding=1),
+                *(ResidualBlock(2 * width) for _ in range(trunk)),
+                _zeroed(nn.Conv2d(2 * width, 3 * math.prod(block), kernel_size=3, padding=1)),
+            )
         self.from_features = nn.Conv2d(channels, width * math.prod(self.cells), kernel_size=1)
         self.from_pixels = nn.Conv2d(inside, width, kernel_size=3, padding=1)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
@@ -185,14 +192,6 @@ class Correction(nn.Module):
         pixels = self.from_pixels(pixels.to(memory_format=torch.channels_last))
         pixels = pixels + enlarge(self.from_features(inner), self.cells)
         return missing + enlarge(self.head(self.blocks(pixels)), self.cell)
-
-
-def _refiner(channels: int, width: int, blocks: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, width, kernel_size=3, padding=1),
-        *(ResidualBlock(width) for _ in range(blocks)),
-        _zeroed(nn.Conv2d(width, outputs, kernel_size=3, padding=1)),
-    )
 
 
 class ResidualBlock(nn.Module):
