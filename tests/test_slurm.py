@@ -55,6 +55,16 @@ SCONTROL = """
 echo localhost
 echo machine-2
 """
+# As Ray's own: not before all machines are there.
+WAITS = """
+echo "waits for $3 at $2" >> "$LOG"
+cat > "$LOG.py"
+for ((tries = 0; tries < 600; tries++)); do
+    (($(grep -c "^ray start" "$LOG") < $3)) || exit 0
+    sleep 0.1
+done
+exit 1
+"""
 
 
 @pytest.fixture
@@ -186,7 +196,7 @@ def test_torchrun_trains_one_run(slurm, tmp_path):
 def test_ray_is_started_on_all_machines_and_given_the_study(slurm, tmp_path, machines):
     study(tmp_path)
     slurm.stand_in("ray", 'echo "ray $*" >> "$LOG"\nexec sleep 60')
-    slurm.stand_in("python", 'echo "waits for $3 at $2" >> "$LOG"\ncat > "$LOG.py"')
+    slurm.stand_in("python", WAITS)
     if machines == 2:
         slurm.stand_in("afterimage", "exit 3")
     done, log = slurm("ray.sh", "small.toml", "--dry-run", SLURM_NNODES=str(machines), SLURM_GPUS_ON_NODE="0")
