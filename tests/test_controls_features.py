@@ -174,6 +174,15 @@ def test_one_test_picture_has_no_other(finished, tmp_path):
     assert "controls need two test pictures or more, it has 1" in str(error)
 
 
+@pytest.mark.parametrize("kind", ["reference", "inversion"])
+def test_rows_without_a_decoder_are_passed_over(tmp_path, kind):
+    run = Run.create(tmp_path, CONFIG)
+    run.file("summary.json").write_text(json.dumps({"kind": kind}))
+    run.set_state("done")
+    assert run_controls([run], accelerator="cpu") == []
+    assert not any(run.file(f"{part}.json").exists() for part in PARTS)
+
+
 def test_twins(monkeypatch):
     import afterimage.controls.twins as twins
 

@@ -103,7 +103,7 @@ def test_other_settings_and_versions_are_named(study, done):
     run = run_of(study, "linear")
     text = run.file("config.toml").read_text()
     run.file("config.toml").write_text(text.replace("epochs = 1", "epochs = 2"))
-    edit(run, "environment.json", lambda e: e["versions"].update(torch="1.0"))
+    edit(run, "environment.json", lambda e: e["versions"].update(torch="1.0") or e.update(threads=99))
     found = verdict(study, done)
     assert found.holds and found.changes == (
         "the settings: config.toml is not the one that named the folder",
@@ -111,6 +111,7 @@ def test_other_settings_and_versions_are_named(study, done):
     edit(run, "summary.json", lambda s: s["scores"]["psnr"].update(mean=1.0))
     found = verdict(study, done)
     assert not found.holds and f"torch: 1.0 then, {torch.__version__.split('+')[0]}" in str(found.changes)
+    assert f"threads: 99 then, {torch.get_num_threads()} now" in found.changes
 
 
 def test_other_pictures_are_named(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric
 
 from afterimage.config import AfterimageError, DataConfig, ReferenceConfig, RunConfig, load_toml
@@ -187,7 +188,7 @@ def _compare(stored: list[dict], rows: list[dict], problems: list[str]) -> dict[
 
 
 def _versions(run: Run) -> list[str]:
-    """Which versions are not those the run was made with."""
+    """Which versions, and which number of threads, are not those the run was made with."""
     path = run.file("environment.json")
     if not path.exists():
         return ["the environment: none was kept"]
@@ -197,6 +198,7 @@ def _versions(run: Run) -> list[str]:
     except DAMAGE as damage:
         return [f"the environment: {path} cannot be read ({type(damage).__name__}: {damage})"]
     now = environment()
-    pairs = {"python": (before.get("python"), now["python"]), "commit": (before.get("commit"), now["commit"])}
+    now["threads"] = torch.get_num_threads()
+    pairs = {name: (before.get(name), now[name]) for name in ("python", "commit", "threads")}
     pairs |= {name: (versions.get(name), version) for name, version in now["versions"].items()}
     return [f"{name}: {old} then, {new} now" for name, (old, new) in pairs.items() if old != new]

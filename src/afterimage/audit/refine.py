@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from afterimage.audit.identification import reduced
 from afterimage.defences import Defence
 from afterimage.evaluate import SCORES, to_uint8
 from afterimage.invert import InvertConfig, invert
+from afterimage.invert.spectrum import HELD_OUT, error_spectrum
 from afterimage.member import Member
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
@@ -32,8 +34,9 @@ def refined(
 ) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Tensor, float]:
     """The first test pictures, decoded by `member` and refined by `invert` for `steps` steps each.
 
-    Returns rows as `evaluate` does, the first `keep` pictures, all reconstructions as they are compared, and the
-    seconds taken. The objective sees the defence without its noise, which the attacker does not know.
+    What the decoder lacks is learnt from up to `HELD_OUT` pictures that the attacker validates on. The objective sees
+    the defence without its noise, which the attacker does not know. Returns rows as `evaluate` does, the first `keep`
+    pictures, all reconstructions as they are compared, and the seconds taken.
     """
     defence: Defence = attack.encoders.defences[member.picks[0]]
     encoder, test, started = attack.encoders.encoder, attack.data.test, time.monotonic()
@@ -42,6 +45,7 @@ def refined(
         with encoder.gradients():
             return defence.encode(encoder(images), random=False)
 
+    spectrum = error_spectrum(_errors(attack, member))
     rows: list[dict[str, Any]] = []
     kept: list[tuple[str, Any, Any]] = []
     small: list[Tensor] = []
@@ -56,6 +60,7 @@ def refined(
                 tuple(images.shape[-2:]),
                 start=member.reconstruct(targets).clone(),
                 method=InvertConfig(steps=steps),
+                spectrum=spectrum,
                 seed=attack.seed,
             ).images.detach()
             ids = test.ids[len(rows) : len(rows) + len(originals)]
@@ -68,3 +73,11 @@ def refined(
         if len(rows) == wanted:
             break
     return rows, kept[:keep], torch.cat(small), time.monotonic() - started
+
+
+@torch.no_grad()
+def _errors(attack: Attack, member: Member) -> Iterator[Tensor]:
+    """Of the decoder, on pictures of the attacker's own that it was not fitted on."""
+    own = attack.data.validation
+    for sent, images in attack.batches(own, torch.arange(min(HELD_OUT, len(own)))):
+        yield images - member.reconstruct(sent)

@@ -49,9 +49,9 @@ def run_controls(
 ) -> list[AfterimageError]:
     """Measure the controls of finished decoder runs on their own test pictures, into their folders.
 
-    What is there already for the same decoder is kept, unless `again`. Reference lines are passed over. `lpips` is
-    the network that each run was measured with by default. Returns one error for each run that could not be
-    measured; the others go on. Raises `AfterimageError` for a part that is not one of `PARTS`.
+    What is there already for the same decoder is kept, unless `again`. Reference lines and inversions are passed over.
+    `lpips` is the network that each run was measured with by default. Returns one error for each run that could not
+    be measured; the others go on. Raises `AfterimageError` for a part that is not one of `PARTS`.
     """
     for part in parts:
         if part not in PARTS:
@@ -65,7 +65,7 @@ def run_controls(
                 raise AfterimageError(
                     f"run {run.name} is not finished (state: {run.state}): it has no controls"
                 )
-            if run.summary.get("kind") == "reference":
+            if run.summary.get("kind") in ("reference", "inversion"):
                 continue
             missing = [part for part in parts if again or not _is_fresh(run, part)]
             if missing:

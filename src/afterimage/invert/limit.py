@@ -19,7 +19,7 @@ from afterimage.invert.config import InversionConfig, InvertConfig
 from afterimage.invert.given import Given
 from afterimage.invert.optimise import Inversion, Look, invert
 from afterimage.invert.refine import differentiable, refine
-from afterimage.invert.spectrum import error_spectrum
+from afterimage.invert.spectrum import HELD_OUT, error_spectrum
 from afterimage.metrics import Metrics, psnr
 from afterimage.progress import Progress, silent
 from afterimage.reconstructor import Encoders, Reconstructor
@@ -27,8 +27,6 @@ from afterimage.runs import Run, environment, write_csv, write_image
 
 Images = Float[Tensor, "batch 3 height width"]
 
-HELD_OUT = 32
-"""Validation pictures from which a decoder's errors are learnt."""
 BATCH = 4
 
 
@@ -177,8 +175,9 @@ def _spectrum(
         ]
     count = min(HELD_OUT, len(given.validation))
     batches = (given.validation.crops(batch, device=device) for batch in torch.arange(count).split(BATCH))
+    errors = (images - reconstructor(images) for images in batches)
     note = f"the spectrum of the decoder's errors is learnt from {count} validation pictures"
-    return error_spectrum(reconstructor, batches), [note]
+    return error_spectrum(errors), [note]
 
 
 def _make(

@@ -9,10 +9,12 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from afterimage.config import AfterimageError
-from afterimage.reconstructor import Reconstructor
 
 Spectrum = Float[Tensor, "radii 3 3"]
 Images = Float[Tensor, "batch 3 height width"]
+
+HELD_OUT = 32
+"""Validation pictures from which a decoder's errors are learnt."""
 
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.0, -0.05), (0.27, -0.09, 0.03))
 """Root of the colour covariance of natural pictures: lightness, red-blue, green-purple (Lucid, Olah et al. 2017)."""
@@ -32,18 +34,17 @@ def natural_spectrum(size: tuple[int, int]) -> Spectrum:
 
 
 @torch.no_grad()
-def error_spectrum(reconstructor: Reconstructor, batches: Iterable[Images]) -> Spectrum:
-    """The same for the error of a reconstructor on pictures `(B, 3, H, W)` that its decoder was not fitted on.
+def error_spectrum(errors: Iterable[Images]) -> Spectrum:
+    """The same for what a decoder lacks of pictures `(B, 3, H, W)` that it was not fitted on: original less output.
 
     The covariance of red, green and blue at each frequency, averaged over pictures and over frequencies of one radius;
     returned are its symmetric roots. Raises `AfterimageError` where there are no pictures.
     """
     total, count = None, 0
-    for images in batches:
-        error = images - reconstructor(images)
+    for error in errors:
         bands = torch.fft.rfft2(error, norm="ortho")
-        covariance = _by_radius(bands, tuple(images.shape[-2:]))
-        total, count = covariance if total is None else total + covariance, count + len(images)
+        covariance = _by_radius(bands, tuple(error.shape[-2:]))
+        total, count = covariance if total is None else total + covariance, count + len(error)
     if total is None:
         raise AfterimageError("there are no pictures to learn the decoder's errors from")
     values, vectors = torch.linalg.eigh(total / count)

@@ -217,7 +217,7 @@ def _environment(facts: Mapping[str, Any]) -> str:
     versions = facts.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     known = {name: versions.get(name) for name in ("afterimage", "torch", "timm")}
-    known |= {name: facts.get(name) for name in ("python", "platform", "commit", "device")}
+    known |= {name: facts.get(name) for name in ("python", "platform", "commit", "device", "threads")}
     parts = [f"{name} {value}" for name, value in known.items() if value]
     return markdown(", ".join(parts)) if parts else "an environment that was not recorded"
 
