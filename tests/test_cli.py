@@ -167,6 +167,21 @@ def test_help_needs_no_torch(arguments):
     assert result.stdout.splitlines()[-1] == "False False", result.stderr
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_leave_their_core_to_others_unless_told_otherwise(given, expected):
+    known = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = (
+        "import afterimage, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=known | ({"OMP_WAIT_POLICY": given} if given else {}),
+    )
+    assert result.stdout.strip() == expected, result.stderr
+
+
 def test_interrupting_says_how_to_go_on(command, monkeypatch, photographs):
     import afterimage.member
 

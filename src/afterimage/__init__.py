@@ -3,10 +3,15 @@
 Names are imported when they are first used, so that the command line and reports start without torch.
 """
 
+import os
 import sys
 import types
 
 import lazy_loader
+
+# OpenMP reads it when torch is loaded. By default a thread that waits for others keeps its core busy, which takes time
+# from those others wherever cores are shared: with another program, or as halves of one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
