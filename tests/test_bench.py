@@ -204,6 +204,18 @@ def test_one_failing_measurement_leaves_the_others(tmp_path, monkeypatch):
     assert written["machine"]["cores"] == facts["cores"] and len(written["rows"]) == 2
 
 
+def test_a_measurement_that_is_stopped_keeps_what_it_had(tmp_path, monkeypatch):
+    def stopped(settings):
+        yield Row("gpu", "first", ours=[1.0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(MEASUREMENTS, "gpu", stopped)
+    path = tmp_path / "bench.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(["gpu"], settings=Settings(tmp_path), json_path=path)
+    assert [row["what"] for row in json.loads(path.read_text())["rows"]] == ["first"]
+
+
 def test_unknown_measurements_are_named(tmp_path, capsys):
     with pytest.raises(AfterimageError, match="did you mean 'memory'"):
         run_bench(["memry"], settings=Settings(tmp_path))

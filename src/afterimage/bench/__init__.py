@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from afterimage.runs import environment, write_json
 
 __all__ = ["MEASUREMENTS", "Row", "Settings", "print_rows", "run_bench"]
 
-MEASUREMENTS: dict[str, Callable[[Settings], list[Row]]] = {
+MEASUREMENTS: dict[str, Callable[[Settings], Iterable[Row]]] = {
     "startup": startup.startup,
     "evaluate": scoring.evaluation,
     "epoch-2k": training.epoch_2k,
@@ -49,17 +49,23 @@ def run_bench(
         if name not in MEASUREMENTS:
             raise unknown("measurement", name, MEASUREMENTS)
     facts, rows = machine(), []
+
+    def save() -> None:
+        if json_path is not None:  # kept up to date: what comes later may be stopped
+            write_json(json_path, {"machine": facts, "rows": [row.as_dict() for row in rows]})
+
     for name in names or [name for name in MEASUREMENTS if name not in ON_REQUEST]:
         started, load = time.monotonic(), os.getloadavg()[0]
         with tempfile.TemporaryDirectory(dir=settings.folder, prefix=f"{name}-") as folder:
             try:
-                found = MEASUREMENTS[name](replace(settings, folder=Path(folder)))
+                for row in MEASUREMENTS[name](replace(settings, folder=Path(folder))):
+                    rows.append(row)
+                    save()
             except AfterimageError as error:
-                found = [Row(name, "", unavailable=str(error))]
+                rows.append(Row(name, "", unavailable=str(error)))
         spent = f"{time.monotonic() - started:.0f} s, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after"
-        rows += [*found[:-1], replace(found[-1], notes=[*found[-1].notes, spent])]
-        if json_path is not None:  # kept up to date: a later measurement may be stopped
-            write_json(json_path, {"machine": facts, "rows": [row.as_dict() for row in rows]})
+        rows[-1] = replace(rows[-1], notes=[*rows[-1].notes, spent])
+        save()
     return rows, facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from afterimage.bench.child import in_child
@@ -18,14 +19,13 @@ SOURCES = (
 DECODERS = ("residual", "transposed", "attention", "wavelet", "frequency", "linear")
 
 
-def decoders(settings: Settings) -> list[Row]:
+def decoders(settings: Settings) -> Iterator[Row]:
     """Test error of every decoder after equal training time, `residual` against the best of the others."""
-    rows = []
     for source in SOURCES:
         what = f"{source}: test error after {settings.seconds:g} s of training a decoder"
         if not settings.data:
             unavailable = "needs photographs: --data folder:PATH with train and test"
-            rows.append(Row("decoders", what, goal=Goal("ratio", 1.0), unavailable=unavailable))
+            yield Row("decoders", what, goal=Goal("ratio", 1.0), unavailable=unavailable)
             continue
         settings.say(what, 0, 1)
         runs = [settings.run(source, name, settings.data, weights="pretrained") for name in DECODERS]
@@ -37,11 +37,10 @@ def decoders(settings: Settings) -> list[Row]:
                 accelerator=settings.accelerator,
             ).value
         except AfterimageError as error:
-            rows.append(Row("decoders", what, goal=Goal("ratio", 1.0), unavailable=str(error)))
+            yield Row("decoders", what, goal=Goal("ratio", 1.0), unavailable=str(error))
             continue
         settings.say(what, 1, 1)
-        rows.append(_row(what, outcome))
-    return rows
+        yield _row(what, outcome)
 
 
 def _row(what: str, outcome: dict[str, dict[str, Any]]) -> Row:
