@@ -99,6 +99,18 @@ def test_reports_show_inversions_as_rows(command, run, place):
     assert "linear + refined" in only["table.md"].read_text()
 
 
+def test_the_table_of_a_folder_holds_all_its_inversions(command, run, place):
+    output = run.path.parent  # a decoder's run folder beside them is none
+    options = ("--run", run.path, "--limit", 2, "--refine-only", "--output", output)
+    for steps in (2, 4):
+        code, out, err = command(*options, "--steps", steps)
+        assert code == 0, err
+        assert out.count("linear + refined") == 1
+    rows = read_json(output / "limit.json")
+    assert [row["way"] for row in rows] == ["decoder", "refined", "refined"]
+    assert sorted(row["passes"] for row in rows) == [0, 2, 4]
+
+
 def test_ones_own_pictures_through_several_layers(command, place):
     paths = write_pictures(place / "own", 2)
     output = place / "plain"

@@ -24,8 +24,8 @@ class Invert:
     `invert PICTURE... MODEL:LAYER...` starts from grey and uses all layers at once. With `--run` it starts from that
     run's decoder and refines its answer; without pictures the run's own test pictures are taken (`--limit` keeps the
     first), inverted from grey as well, and decoder, inversion and refinement are put in one table: limit.csv,
-    limit.json and the curve of PSNR against passes, saturation.png. What comes back is a lower bound on what the
-    features hold: it was reached. Decoders approximate it at a fraction of the time.
+    limit.json and the curve of PSNR against passes, saturation.png, of all that the output folder holds. What comes
+    back is a lower bound on what the features hold: it was reached. Decoders approximate it at a fraction of the time.
     """
 
     what: Annotated[
@@ -145,10 +145,10 @@ class Invert:
         return folder
 
     def _show(self, folders: list[Run]) -> None:
-        from afterimage.report.limit import limit_rows, print_limit, write_limit
+        from afterimage.report.limit import print_limit, write_limit
+        from afterimage.runs import scan
 
-        rows = limit_rows(folders)
-        print_limit(rows)
+        print_limit(folders)
         if not self.run_folders:
             summary = folders[0].summary
             for row in folders[0].scores:
@@ -158,4 +158,7 @@ class Invert:
                     for name, value in scores.items()
                 ]
                 print(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
-        print(*write_limit(rows, folders, self.output), *(folder.path for folder in folders), sep="\n")
+        done = [
+            run for run in scan(self.output) if run.state == "done" and run.summary["kind"] == "inversion"
+        ]
+        print(*write_limit(done, self.output), *(folder.path for folder in folders), sep="\n")

@@ -11,14 +11,16 @@ from afterimage.runs import Run, write_atomic, write_csv, write_json
 
 
 def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row each for the decoder, the inversion from grey and the refinement, in this order for each set of sources."""
+    """Rows for decoders, inversions from grey and refinements, in this order for each set of sources."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
         summary = folder.summary
         rows = groups.setdefault(" + ".join(summary["sources"]), [])
         if alone := summary.get("decoder_alone"):
             name = summary["decoder"].removesuffix(" + refined")
-            rows.append(_row(folder, summary, "decoder", name, alone["scores"], alone["seconds"], 0, None))
+            row = _row(folder, summary, "decoder", name, alone["scores"], alone["seconds"], 0, None)
+            if not any(_same(row, other) for other in rows):
+                rows.append(row)
         way = "refined" if summary["start"] else "inversion"
         facts = summary["scores"], summary["seconds_per_picture"], summary["steps"], summary["feature_loss"]
         rows.append(_row(folder, summary, way, summary["decoder"], *facts))
@@ -39,8 +41,14 @@ def _row(
     }  # fmt: skip
 
 
-def print_limit(rows: Sequence[dict[str, Any]]) -> None:
-    """The table on the terminal."""
+def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """The same decoder on the same pictures: several refinements may start from it."""
+    measured = ("way", "how", "psnr", "ssim", "lpips", "pictures")
+    return all(row[name] == other[name] for name in measured)
+
+
+def print_limit(folders: Sequence[Run]) -> None:
+    """The table of these inversions on the terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -49,7 +57,7 @@ def print_limit(rows: Sequence[dict[str, Any]]) -> None:
     table.add_column("how")
     for column in ("PSNR (dB)", "SSIM", "LPIPS", "feature loss", "passes", "s a picture", "pictures"):
         table.add_column(column, justify="right")
-    for row in rows:
+    for row in limit_rows(folders):
         lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
         loss = "–" if row["feature_loss"] is None else f"{row['feature_loss']:.2g}"
         table.add_row(
@@ -59,14 +67,15 @@ def print_limit(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def write_limit(rows: Sequence[dict[str, Any]], folders: Sequence[Run], output: Path) -> list[Path]:
+def write_limit(folders: Sequence[Run], output: Path) -> list[Path]:
     """limit.csv, limit.json and saturation.png and .svg below `output`; returns their paths."""
     from afterimage.report.figures.saturation import draw_saturation
     from afterimage.report.figures.style import render
 
+    rows = limit_rows(folders)
     paths = [output / name for name in ("limit.csv", "limit.json", "saturation.png", "saturation.svg")]
     write_csv(paths[0], rows)
-    write_json(paths[1], list(rows))
+    write_json(paths[1], rows)
     for path, content in zip(paths[2:], render(draw_saturation(folders).figure), strict=True):
         write_atomic(path, content)
     return paths
