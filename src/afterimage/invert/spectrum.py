@@ -11,7 +11,6 @@ from torch import Tensor
 from afterimage.config import AfterimageError
 
 Spectrum = Float[Tensor, "radii 3 3"]
-Images = Float[Tensor, "batch 3 height width"]
 
 HELD_OUT = 32
 """Validation pictures from which a decoder's errors are learnt."""
@@ -34,11 +33,12 @@ def natural_spectrum(size: tuple[int, int]) -> Spectrum:
 
 
 @torch.no_grad()
-def error_spectrum(errors: Iterable[Images]) -> Spectrum:
-    """The same for what a decoder lacks of pictures `(B, 3, H, W)` that it was not fitted on: original less output.
+def error_spectrum(errors: Iterable[Float[Tensor, "_ 3 height width"]]) -> Spectrum:
+    """The same for what a decoder lacks of pictures that it was not fitted on: original less output.
 
-    The covariance of red, green and blue at each frequency, averaged over pictures and over frequencies of one radius;
-    returned are its symmetric roots. Raises `AfterimageError` where there are no pictures.
+    `errors` are batches `(B, 3, H, W)`, of any number of pictures each. The covariance of red, green and blue at each
+    frequency is averaged over pictures and over frequencies of one radius; returned are its symmetric roots. Raises
+    `AfterimageError` where there are no pictures.
     """
     total, count = None, 0
     for error in errors:
