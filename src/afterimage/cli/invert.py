@@ -158,7 +158,6 @@ class Invert:
                     for name, value in scores.items()
                 ]
                 print(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
-        done = [
-            run for run in scan(self.output) if run.state == "done" and run.summary["kind"] == "inversion"
-        ]
-        print(*write_limit(done, self.output), *(folder.path for folder in folders), sep="\n")
+        done = [run for run in scan(self.output) if run.state == "done"]
+        inversions = [run for run in done if run.summary.get("kind") == "inversion"]
+        print(*write_limit(inversions, self.output), *(folder.path for folder in folders), sep="\n")
