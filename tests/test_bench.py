@@ -42,15 +42,34 @@ def run(data, decoder="attention", **recipe):
     )
 
 
-@pytest.mark.parametrize("decoder", ["attention", "transposed"])
-def test_both_ways_come_to_the_same_quality(originals, tmp_path, decoder):
-    config = to_dict(run(originals, decoder))
+@pytest.mark.parametrize(
+    ("decoder", "precision"),
+    [("attention", "32-true"), ("transposed", "32-true"), ("transposed", "bf16-mixed")],
+)
+def test_both_ways_come_to_the_same_quality(originals, tmp_path, decoder, precision):
+    config = to_dict(run(originals, decoder, precision=precision))
     ours = work.ours([config], str(tmp_path), accelerator="cpu")
     reference = work.reference([config], accelerator="cpu")
     assert ours["epochs"] == reference["epochs"] == 2
     assert ours["validation_db"] == pytest.approx(reference["validation_db"], abs=0.02)
     untrained = work.ours([to_dict(run(originals, decoder, epochs=1, learning_rate=1e-9))], str(tmp_path))
     assert abs(untrained["validation_db"][0] - ours["validation_db"][0]) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("exact", "mixed", "precision"),
+    [(1e11, 4e11, "bf16-mixed"), (1e11, 1.1e11, "32-true"), (1e11, 2e10, "32-true")],
+)
+def test_ours_computes_in_what_is_quicker_here(monkeypatch, tmp_path, exact, mixed, precision):
+    peaks = {"32-true": exact, "bf16-mixed": mixed}
+    monkeypatch.setattr(gpu, "matrix_peak", lambda precision, accelerator: peaks[precision])
+    assert gpu.quickest_precision("cpu") == precision
+    settings = Settings(tmp_path, precision=precision)
+    assert (
+        settings.run("test_resnet.r160_in1k:layer1", "linear", "procedural:8").recipe.precision == precision
+    )
+    _, facts = run_bench(["gpu"], settings=settings)
+    assert facts["precision"] == precision
 
 
 def test_the_reference_reads_the_same_crops(originals, tmp_path):

@@ -13,7 +13,7 @@ from test_study import SMALL as STUDY
 def test_flags_replace_the_studys_own_settings():
     study = Study(
         "published", data="procedural:9", resize=80, crop=64, limit_train=5, limit_validation=3, limit_test=2,
-        epochs=2, batch_size=4, seeds=(7, 8), loss="mse", weights="random", lpips="squeeze",
+        epochs=2, batch_size=4, seeds=(7, 8), loss="mse", precision="bf16-mixed", weights="random", lpips="squeeze",
     )._changed(load_study("published"))  # fmt: skip
     configs = expand(study)
     assert len(configs) == 30 and {config.seed for config in configs} == {7, 8}
@@ -22,6 +22,7 @@ def test_flags_replace_the_studys_own_settings():
         assert (data.source, data.resize, data.crop) == ("procedural:9", 80, 64)
         assert (data.limit_train, data.limit_validation, data.limit_test) == (5, 3, 2)
         assert (recipe.epochs, recipe.batch_size, recipe.loss) == (2, 4, "mse"), "in rows of their own too"
+        assert recipe.precision == "bf16-mixed"
         assert (config.weights, config.lpips) == ("random", "squeeze")
 
 

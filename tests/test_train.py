@@ -119,9 +119,12 @@ def test_training_together_equals_training_alone(config, go):
         assert run.scores == alone.scores
 
 
-@pytest.mark.parametrize("stop", [1, 7, 12])
-def test_a_stopped_run_goes_on_to_the_same_bits(config, go, monkeypatch, stop):
-    (whole,) = go(config(epochs=4), root="whole")
+@pytest.mark.parametrize(
+    ("stop", "precision"), [(1, "32-true"), (7, "32-true"), (12, "32-true"), (7, "bf16-mixed")]
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(config, go, monkeypatch, stop, precision):
+    settings = {"epochs": 4, "precision": precision}
+    (whole,) = go(config(**settings), root="whole")
     steps, step = [0], Member.step
 
     def stopping(self, *arguments):
@@ -133,8 +136,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, go, monkeypatch, stop):
     with monkeypatch.context() as patch:
         patch.setattr(Member, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
-            go(config(epochs=4), root="stopped")
-    (resumed,) = go(config(epochs=4), root="stopped")
+            go(config(**settings), root="stopped")
+    (resumed,) = go(config(**settings), root="stopped")
     assert same(weights(whole), weights(resumed))
     assert whole.scores == resumed.scores
     assert [r["validation_loss"] for r in whole.history] == [r["validation_loss"] for r in resumed.history]

@@ -123,6 +123,11 @@ def unpack_optimizer(
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": facts["param_groups"]})
+    # Fused kernels read parameter and state side by side in memory, and a checkpoint keeps no memory format.
+    for parameter, slot in optimizer.state.items():
+        for key, value in slot.items():
+            if value.shape == parameter.shape:
+                slot[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

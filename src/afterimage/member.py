@@ -362,7 +362,7 @@ class Member:
     def macs(self, features: Sequence[Tensor]) -> int:
         """Multiply-adds of fusion and decoder for one picture, counted on the features of one picture."""
         self.head.eval()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, self.fabric.autocast():
             self.head(self.pick(features))
         return counter.get_total_flops() // 2
 
@@ -386,7 +386,7 @@ def create_optimizer(head: Head, recipe: RecipeConfig) -> torch.optim.Adam:
         {"params": [p for p in trained if p not in spared], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p in spared], "weight_decay": 0.0},
     ]
-    return torch.optim.Adam([group for group in groups if group["params"]], recipe.learning_rate)
+    return torch.optim.Adam([g for g in groups if g["params"]], recipe.learning_rate, fused=True)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> Any:

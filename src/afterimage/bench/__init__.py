@@ -48,7 +48,7 @@ def run_bench(
     for name in names:
         if name not in MEASUREMENTS:
             raise unknown("measurement", name, MEASUREMENTS)
-    facts, rows = machine(), []
+    facts, rows = machine() | {"precision": settings.precision}, []
 
     def save() -> None:
         if json_path is not None:  # kept up to date: what comes later may be stopped

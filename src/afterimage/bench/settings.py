@@ -17,7 +17,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Settings:
     """`quick` shrinks pictures and counts; `data` is a source of photographs, or empty; `folder` is temporary.
-    `seconds` is what each decoder may train where all have the same time."""
+    `seconds` is what each decoder may train where all have the same time; `precision` is ours, the reference computes
+    in float32."""
 
     folder: Path
     quick: bool = False
@@ -25,6 +26,7 @@ class Settings:
     accelerator: str = "cpu"
     say: Progress = silent
     seconds: float = 120.0
+    precision: str = "32-true"
 
     @property
     def crop(self) -> int:
@@ -47,7 +49,7 @@ class Settings:
             weights=weights,
             decoder=DecoderConfig(decoder),
             data=DataConfig(source=data, resize=self.resize, crop=self.crop),
-            recipe=RecipeConfig(epochs=epochs),
+            recipe=RecipeConfig(epochs=epochs, precision=self.precision),
         )
 
     def fresh(self, name: str) -> str:

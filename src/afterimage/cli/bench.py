@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -30,11 +30,15 @@ class Bench:
     """Training time of each decoder in the measurement `decoders`, which runs only where --only names it."""
     accelerator: str = "cpu"
     """Where both ways run: cpu, cuda, mps or auto; peak memory is the host's."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """What ours computes in; auto is bf16-mixed where products of matrices are quicker in bfloat16. The reference
+    computes in float32."""
 
     def run(self) -> None:
         import tempfile
 
         from afterimage.bench import MEASUREMENTS, Settings, print_rows, run_bench
+        from afterimage.bench.child import in_child
         from afterimage.progress import Display
 
         if self.list:
@@ -42,13 +46,19 @@ class Bench:
                 print(f"{name:16} {(measurement.__doc__ or '').splitlines()[0]}")
             return
         with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder, Display() as display:
-            settings = Settings(Path(folder), self.quick, self.data, self.accelerator, display, self.seconds)
+            precision = self.precision
+            if precision == "auto":
+                precision = in_child("gpu:quickest_precision", accelerator=self.accelerator).value
+            settings = Settings(
+                Path(folder), self.quick, self.data, self.accelerator, display, self.seconds, precision
+            )
             rows, facts = run_bench(self.only, settings=settings, json_path=self.json)
         print_rows(rows)
         print(
             f"{facts['processor'] or 'processor unknown'}, {facts['cores']} cores, "
             f"{facts['memory_bytes'] / 2**30:.0f} GiB, torch {facts['versions'].get('torch')}, "
-            f"OMP_NUM_THREADS {facts['OMP_NUM_THREADS'] or 'not set'}"
+            f"OMP_NUM_THREADS {facts['OMP_NUM_THREADS'] or 'not set'}; "
+            f"ours in {facts['precision']}"
         )
         if self.json is not None:
             print(f"figures: {self.json}")

@@ -56,6 +56,8 @@ class Study:
     """Pictures a step instead of the study's own, in every row."""
     loss: str = ""
     """Loss instead of the study's own, in every row: mse, l1, 0.5*mse + 0.5*lpips."""
+    precision: str = ""
+    """Number format instead of the study's own, in every row: 32-true, bf16-mixed or 16-mixed."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seed",))] = ()
     """Seeds instead of the study's own."""
     lpips: str = ""
@@ -154,7 +156,8 @@ class Study:
         data = self._given("resize", "crop", "limit_train", "limit_validation", "limit_test", "stream")
         data |= {"source": self.data} if self.data else {}
         data |= {"test": self.test} if self.data or self.test else {}
-        recipe = self._given("epochs", "batch_size") | ({"loss": self.loss} if self.loss else {})
+        recipe = self._given("epochs", "batch_size")
+        recipe |= {name: text for name in ("loss", "precision") if (text := getattr(self, name))}
         changed = {
             "data": replace(study.data, **data),
             "recipe": replace(study.recipe, **recipe),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,9 @@ NARROW = 8
 """On a CPU the built-in kernel is slow for heads of so few channels, and the quicker one for wider heads."""
 FEW = 512
 """With fewer tokens there is nothing to gain."""
-TILE = 1 << 18
-"""Scores at once: a tile and its gradient fit a second-level cache."""
+TILE = 1 << 19
+"""Scores at once, of up to `HEADS` heads and `ROWS` queries of each or more."""
+HEADS, ROWS = 8, 16
 LARGEST = 60.0
 """Where scores may reach beyond this power of two, subtracting their bound could underflow."""
 
@@ -25,10 +28,12 @@ def attend(
     v: Float[Tensor, "batch heads m d"],
 ) -> Float[Tensor, "batch heads n d"]:
     """`softmax(q k' / sqrt(d)) v`, without ever holding the matrix of all pairs."""
-    if q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[-1] <= NARROW and k.shape[-2] >= FEW:
-        bound = _bound(q, k)
+    single = q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if q.device.type == "cpu" and single and q.shape[-1] <= NARROW and k.shape[-2] >= FEW:
+        exact = q.float(), k.float(), v.float()
+        bound = _bound(*exact[:2])
         if float(bound.max()) <= LARGEST:
-            return TiledAttention.apply(q, k, v, bound)
+            return TiledAttention.apply(*exact, bound).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -43,58 +48,67 @@ class TiledAttention(torch.autograd.Function):
 
     Channels come first inside, since `(d, n) x (n, rows)` products are several times as fast as `(rows, n) x (n, d)`
     where d is small. A row added to each factor subtracts the softmax's shift, sums its denominator, and subtracts the
-    row sums in the gradient, within the products. Powers of two are the quicker exponential.
+    row sums in the gradient, within the products. Powers of two are the quicker exponential. In float32 under autocast
+    too: products this thin gain nothing from fewer bits.
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bound: Tensor) -> Tensor:
         b, h, n, d = q.shape
-        m = k.shape[2]
         qt, kt, vt = (_channels_first(x) for x in (q, k, v))
         shift = bound.reshape(b * h, 1, n)
         one = torch.ones_like(kt[:, :1])
-        qa = torch.cat([qt * (d**-0.5 / math.log(2)), -shift], 1)
+        qa = torch.cat([qt * (d**-0.5 / math.log(2)), -shift], 1).mT.contiguous()
         ka, va = torch.cat([kt, one], 1), torch.cat([vt, one], 1)
-        rows = max(16, TILE // m)
-        scores, sums = q.new_empty(rows, m), q.new_empty(b * h, d + 1, n)
-        for i in range(b * h):
-            for first in range(0, n, rows):
-                last = min(n, first + rows)
-                p = scores[: last - first]
-                torch.mm(qa[i, :, first:last].t(), ka[i], out=p).exp2_()
-                sums[i, :, first:last] = va[i] @ p.t()
+        sums = q.new_empty(b * h, d + 1, n)
+        for i, tile, p in _tiles(kt, n, 1):
+            torch.bmm(qa[i, tile], ka[i], out=p).exp2_()
+            sums[i, :, tile] = va[i] @ p.mT
         out = sums[:, :d] / sums[:, d:]
         ctx.save_for_backward(q, k, v, out, sums[:, d:].log2() + shift)
-        ctx.rows = rows
-        return out.transpose(1, 2).reshape(b, h, n, d)
+        return out.mT.reshape(b, h, n, d)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, normaliser = ctx.saved_tensors
-        b, h, n, d = q.shape
-        m = k.shape[2]
+        n, d = q.shape[2:]
         qt, kt, vt, gt = (_channels_first(x).contiguous() for x in (q, k, v, gradient))
         one = torch.ones_like(kt[:, :1])
-        qa = torch.cat([qt * (d**-0.5 / math.log(2)), -normaliser], 1)
-        ga = torch.cat([gt, -(gt * out).sum(1, keepdim=True)], 1)
+        qa = torch.cat([qt * (d**-0.5 / math.log(2)), -normaliser], 1).mT.contiguous()
+        ga = torch.cat([gt, -(gt * out).sum(1, keepdim=True)], 1).mT.contiguous()
         ka, va = torch.cat([kt, one], 1), torch.cat([vt, one], 1)
         dq, dk, dv = torch.empty_like(qt), torch.zeros_like(kt), torch.zeros_like(vt)
-        weights, slopes = q.new_empty(ctx.rows, m), q.new_empty(ctx.rows, m)
-        for i in range(b * h):
-            for first in range(0, n, ctx.rows):
-                last = min(n, first + ctx.rows)
-                p, s = weights[: last - first], slopes[: last - first]
-                torch.mm(qa[i, :, first:last].t(), ka[i], out=p).exp2_()
-                torch.mm(ga[i, :, first:last].t(), va[i], out=s)
-                dv[i].addmm_(gt[i, :, first:last], p)
-                s.mul_(p)
-                dq[i, :, first:last] = kt[i] @ s.t()
-                dk[i].addmm_(qt[i, :, first:last], s)
+        for i, tile, p, s in _tiles(kt, n, 2):
+            torch.bmm(qa[i, tile], ka[i], out=p).exp2_()
+            torch.bmm(ga[i, tile], va[i], out=s)
+            dv[i].baddbmm_(gt[i, :, tile], p)
+            s.mul_(p)
+            dq[i, :, tile] = kt[i] @ s.mT
+            dk[i].baddbmm_(qt[i, :, tile], s)
         gradients = ((dq * d**-0.5, q), (dk * d**-0.5, k), (dv, v))
-        return *(g.transpose(1, 2).reshape(like.shape) for g, like in gradients), None
+        return *(g.mT.reshape(like.shape) for g, like in gradients), None
+
+
+def _tiles(keys: Tensor, n: int, count: int) -> Iterator[tuple[Any, ...]]:
+    """Heads, rows of their queries, and `count` matrices `(heads, rows, m)` to fill; the next tile overwrites them.
+
+    Several heads at once, since threads divide a product by heads and not by rows.
+    """
+    heads, _, m = keys.shape
+    at_once = min(heads, HEADS, max(1, TILE // (ROWS * m)))
+    rows = max(ROWS, TILE // (at_once * m))
+    space = [keys.new_empty(at_once * rows * m) for _ in range(count)]
+    for first in range(0, heads, at_once):
+        chosen = slice(first, min(heads, first + at_once))
+        for row in range(0, n, rows):
+            tile = slice(row, min(n, row + rows))
+            shape = (chosen.stop - first, tile.stop - row, m)
+            yield chosen, tile, *(part[: math.prod(shape)].view(shape) for part in space)
 
 
 def _channels_first(tokens: Tensor) -> Tensor:
     """`(B, heads, n, d)` as `(B heads, d, n)`."""
     b, h, n, d = tokens.shape
-    return tokens.reshape(b * h, n, d).transpose(1, 2)
+    return tokens.reshape(b * h, n, d).mT

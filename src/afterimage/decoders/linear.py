@@ -70,7 +70,9 @@ class LinearDecoder(Decoder):
         """Blocks of pixels `(B, 3 bh bw, h, w)` of features that are padded by half a kernel."""
         c, k = self.spec.channels, self.kernel
         kernel = self.weight.view(self.outputs, k, k, c).permute(0, 3, 1, 2)
-        return F.conv2d(padded.to(self.weight.dtype), kernel, self.bias)
+        # Exact under autocast too: large coefficients of correlated channels cancel each other.
+        with torch.autocast(padded.device.type, enabled=False):
+            return F.conv2d(padded.to(self.weight.dtype), kernel, self.bias)
 
     def unblock(self, blocks: Tensor) -> Tensor:
         """`(B, 3 bh bw, h, w)` to `(B, 3, h bh, w bw)`."""

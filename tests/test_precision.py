@@ -1,0 +1,91 @@
+"""Runs in bfloat16 from the first step to their last score, beside the same runs in float32."""
+
+import math
+
+import pytest
+
+from afterimage import (
+    DataConfig,
+    DecoderConfig,
+    RecipeConfig,
+    Reconstructor,
+    RunConfig,
+    evaluate,
+    load_data,
+    train_runs,
+)
+from afterimage.config import FusionConfig
+from afterimage.controls import run_controls
+from afterimage.metrics import Metrics
+from afterimage.verify import verify_runs
+from children import small_pictures
+
+MODEL = "test_resnet.r160_in1k"
+RUNS = [
+    ((f"{MODEL}:layer1",), None, "linear"),
+    ((f"{MODEL}:layer1",), None, "transposed"),
+    ((f"{MODEL}:layer1",), None, "attention"),
+    ((f"{MODEL}:layer2",), None, "wavelet"),
+    ((f"{MODEL}:layer2",), None, "frequency"),
+    ((f"{MODEL}:layer2",), None, "residual"),
+    ((f"{MODEL}:layer1", f"{MODEL}:layer2"), "attention", "transposed"),
+    ((f"{MODEL}:layer1", f"{MODEL}:layer2"), "stacked", "linear"),
+]
+
+
+def configs(folder, precision):
+    return [
+        RunConfig(
+            sources,
+            weights="random",
+            fusion=fusion and FusionConfig(fusion),
+            decoder=DecoderConfig(decoder),
+            data=DataConfig(f"folder:{folder}", resize=48, crop=32),
+            recipe=RecipeConfig(epochs=2, batch_size=4, precision=precision),
+        )
+        for sources, fusion, decoder in RUNS
+    ]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("precision")
+    pictures = small_pictures(folder / "pictures")
+    both = [
+        train_runs(
+            configs(pictures, precision), folder / precision, cache=folder / "cache", accelerator="cpu"
+        )
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    return folder, list(zip(*both, strict=True))
+
+
+def test_bfloat16_moves_no_score_by_much(done):
+    _, pairs = done
+    assert len(pairs) == len(RUNS)
+    for exact, mixed in pairs:
+        assert exact.state == mixed.state == "done"
+        assert mixed.config.recipe.precision == "bf16-mixed"
+        assert exact.summary["macs"] == mixed.summary["macs"]
+        one, other = (run.summary["scores"]["psnr"]["mean"] for run in (exact, mixed))
+        assert math.isclose(one, other, abs_tol=0.15), (exact.name, one, other)
+        assert one != other, "it did compute in another format"
+
+
+def test_its_scores_hold_when_taken_again(done):
+    folder, pairs = done
+    for one in verify_runs([mixed for _, mixed in pairs], cache=folder / "cache", accelerator="cpu"):
+        assert one.holds and not one.changes
+
+
+def test_what_is_measured_afterwards_finds_the_same_decoder(done):
+    """Controls, and a reconstructor opened from a folder, compute in float32: what that changes is rounding."""
+    folder, pairs = done
+    for _, mixed in pairs:
+        opened = Reconstructor.open(mixed)
+        data = load_data(mixed.config.data, cache=folder / "cache")
+        rows = evaluate(opened, data.test, Metrics()).rows
+        expected = [float(row["psnr"]) for row in mixed.scores]
+        assert [row["psnr"] for row in rows] == pytest.approx(expected, abs=0.1), mixed.name
+    chosen = [mixed for _, mixed in pairs if len(mixed.config.sources) == 1]
+    assert run_controls(chosen, cache=folder / "cache", accelerator="cpu") == []
