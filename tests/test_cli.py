@@ -73,6 +73,22 @@ def test_from_pictures_to_a_report(command, photographs, tmp_path):
     code, out, _ = command("reconstruct", photographs / "00.png", "--run", run)
     assert code == 0 and "PSNR" in out and "dB" in out
     assert Image.open(tmp_path / "00.reconstruction.png").size == (64 + 8 + 64, 64)
+    alone = next(line for line in out.splitlines() if line.startswith("PSNR")).strip()
+    pictures = photographs / "00.png", photographs / "01.png"
+    code, out, _ = command("reconstruct", *pictures, "--run", "runs", "--output", "both.png")
+    lines = [line for line in out.splitlines() if "PSNR" in line]
+    assert (
+        code == 0
+        and len(lines) == 8
+        and {line.split(", ")[1].split(":")[0] for line in lines} == {"00", "01"}
+    )
+    assert sum(alone in line and ", 00: " in line for line in lines) == 1
+    width, height = Image.open(tmp_path / "both.png").size
+    assert width > 5 * 64 and height > 4 * 64, "the originals and four runs, two pictures and their details"
+    code, _, err = command("reconstruct", pictures[0], pictures[0], "--run", "runs")
+    assert code == 1 and "named twice" in err
+    code, _, err = command("reconstruct", pictures[0], "--run", "report")
+    assert code == 1 and "no folder report" in err
     code, out, _ = command("report", "runs")
     assert code == 0 and (tmp_path / "runs/report/report.md").exists() and "report.md" in out
 

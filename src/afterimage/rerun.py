@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,18 +39,32 @@ def evaluate_run(
     return evaluate(reconstructor, pictures, metrics, device=device, progress=progress)
 
 
-def reconstruct_picture(
-    path: Path, run: Run, output: Path, metrics: Metrics, *, weights: str | None = None
-) -> dict[str, float | None]:
-    """Rebuild one picture file through a finished run and save original and reconstruction side by side as PNG.
+class Rebuilt(NamedTuple):
+    """A picture as the encoder saw it and what came back, uint8 `(H, W, 3)`; scores by name, None where unavailable."""
 
-    The picture is prepared as test pictures are: shorter side to the run's `resize`, centre crop. Returns its
-    scores by name, None where unavailable.
+    original: np.ndarray
+    picture: np.ndarray
+    scores: dict[str, float | None]
+
+
+def rebuild(
+    paths: Sequence[Path], run: Run, metrics: Metrics, *, weights: str | None = None
+) -> list[Rebuilt]:
+    """Rebuild picture files through a finished run, each prepared as test pictures are: shorter side to the run's
+    `resize`, centre crop.
+
+    Raises `AfterimageError` for a file that is no picture, and as `Reconstructor.open` does.
     """
-    reconstructor = Reconstructor.open(run, weights=weights)
-    original = prepare_picture(path, run.config.data.resize, run.config.data.crop)
-    rebuilt = reconstructor.reconstruct(original)
-    scores = metrics(rebuilt, original)
-    gap = np.full((original.shape[-2], 8, 3), 255, np.uint8)
-    write_image(output, np.concatenate((to_uint8(original)[0], gap, to_uint8(rebuilt)[0]), axis=1))
-    return {name: None if values is None else values[0] for name, values in scores.items()}
+    reconstructor, results = Reconstructor.open(run, weights=weights), []
+    for path in paths:
+        original = prepare_picture(path, run.config.data.resize, run.config.data.crop)
+        rebuilt = reconstructor.reconstruct(original)
+        scores = {name: values and values[0] for name, values in metrics(rebuilt, original).items()}
+        results.append(Rebuilt(to_uint8(original)[0], to_uint8(rebuilt)[0], scores))
+    return results
+
+
+def side_by_side(rebuilt: Rebuilt, output: Path) -> None:
+    """Save original and reconstruction beside each other as PNG, pixel for pixel."""
+    gap = np.full((len(rebuilt.original), 8, 3), 255, np.uint8)
+    write_image(output, np.concatenate((rebuilt.original, gap, rebuilt.picture), axis=1))

@@ -11,9 +11,10 @@ import tyro
 from afterimage.cli.audit import Audit
 from afterimage.cli.bench import Bench
 from afterimage.cli.controls import Controls
-from afterimage.cli.evaluate import Evaluate, Reconstruct
+from afterimage.cli.evaluate import Evaluate
 from afterimage.cli.invert import Invert
 from afterimage.cli.layers import Layers
+from afterimage.cli.reconstruct import Reconstruct
 from afterimage.cli.report import Report
 from afterimage.cli.study import Study
 from afterimage.cli.train import Train

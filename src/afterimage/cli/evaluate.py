@@ -1,4 +1,4 @@
-"""`afterimage evaluate` and `reconstruct`: a finished run on its own pictures or on others."""
+"""`afterimage evaluate`: a finished run on its own pictures or on others."""
 
 from __future__ import annotations
 
@@ -46,32 +46,3 @@ class Evaluate:
             print(f"scores of {len(rows)} pictures: {self.output}")
         for name, score in summarise(rows).items():
             print(score_line(name, score, metrics.lpips_status))
-
-
-@dataclass(frozen=True)
-class Reconstruct:
-    """Rebuild your own picture through a finished run; saves original and reconstruction side by side."""
-
-    picture: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
-    """Any picture file."""
-    run_folder: Annotated[Path, tyro.conf.arg(name="run", metavar="RUN")]
-    """A run folder."""
-    output: Path | None = None
-    """Where to save (default: beside the working folder, PICTURE.reconstruction.png)."""
-    weights: str | None = None
-    """Where the encoder's weights are, if not where they were in training."""
-    lpips: str = "alex"
-    """LPIPS network: alex, vgg or squeeze."""
-
-    def run(self) -> None:
-        from afterimage.metrics import Metrics
-        from afterimage.rerun import reconstruct_picture
-        from afterimage.runs import Run
-
-        output = self.output or Path(f"{self.picture.stem}.reconstruction.png")
-        run = Run.open(self.run_folder)
-        metrics = Metrics(self.lpips, size=run.config.data.crop)
-        scores = reconstruct_picture(self.picture, run, output, metrics, weights=self.weights)
-        for name, value in scores.items():
-            print(score_line(name, value if value is None else {"mean": value}, metrics.lpips_status))
-        print(f"saved: {output} (original left, reconstruction right)")

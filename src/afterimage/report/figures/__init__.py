@@ -11,7 +11,7 @@ from afterimage.report.figures.controls import controls
 from afterimage.report.figures.depth import quality_by_depth
 from afterimage.report.figures.distribution import distributions
 from afterimage.report.figures.fusion import fusion_weights
-from afterimage.report.figures.grid import grid, pages
+from afterimage.report.figures.grid import grid, own_pictures, pages
 from afterimage.report.figures.lost import lost
 from afterimage.report.figures.rate import rate
 from afterimage.report.figures.saturation import saturation
@@ -20,7 +20,7 @@ from afterimage.report.figures.style import Drawing, render, style
 from afterimage.report.figures.training import training_curves
 from afterimage.report.rows import Rows
 
-__all__ = ["Drawing", "draw", "render"]
+__all__ = ["Drawing", "draw", "own_pictures", "render"]
 
 BEFORE_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {"quality by depth": quality_by_depth}
 AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -16,10 +17,10 @@ from matplotlib.patches import Rectangle
 from afterimage.config import AfterimageError
 from afterimage.report.escape import plain
 from afterimage.report.figures.labels import wrap
-from afterimage.report.figures.style import INK, MUTED, Drawing, short_encoders
+from afterimage.report.figures.style import INK, MUTED, Drawing, short_encoders, style
 from afterimage.report.rows import Row, Rows
 from afterimage.report.variants import fusion_legend
-from afterimage.runs import DAMAGE, read_image
+from afterimage.runs import DAMAGE, Run, read_image
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 COLUMNS = 8
@@ -35,11 +36,13 @@ BOX = "#D55E00"
 
 @dataclass(frozen=True)
 class Album:
-    """The pictures of a figure: `cells[id][i]` is the reconstruction by row `i`, None where there is none."""
+    """The pictures of a figure: `cells[id][i]` is the reconstruction by row `i`, None where there is none, and
+    `psnr[id][i]` its score."""
 
     ids: list[str]
     originals: dict[str, Pixels]
     cells: dict[str, list[Pixels | None]]
+    psnr: dict[str, list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,32 @@ def grid(page: Page) -> list[Drawing]:
     return [_drawing(page, album)] if album.ids else []
 
 
+@runtime_checkable
+class Shown(Protocol):
+    """What a run made of a picture: uint8 `(H, W, 3)`, scores by name."""
+
+    original: Pixels
+    picture: Pixels
+    scores: Mapping[str, float | None]
+
+
+def own_pictures(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Drawing]:
+    """The same figures of pictures that are not the runs' own test pictures; `shown` has all of them for each run."""
+    drawings = []
+    for page in pages(rows):
+        columns = [shown[row.run] for row in page.rows]
+        ids = list(columns[0])
+        album = Album(
+            ids,
+            {i: columns[0][i].original for i in ids},
+            {i: [column[i].picture for column in columns] for i in ids},
+            {i: [column[i].scores["psnr"] for column in columns] for i in ids},
+        )
+        with style():
+            drawings.append(_drawing(page, album))
+    return drawings
+
+
 def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]:
     room = COLUMNS - 1
     if rows.decoders and len(rows.decoders) <= room:
@@ -109,7 +138,7 @@ def _album(rows: Sequence[Row], limit: int) -> Album:
     saved = [_saved(row) for row in rows]
     counts = {i: sum(i in s for s in saved) for i in dict.fromkeys(itertools.chain(*saved))}
     ids = sorted(counts, key=lambda i: -counts[i])
-    album = Album([], {}, {})
+    album = Album([], {}, {}, {})
     for identity in ids:
         pairs = [tuple(map(read_pixels, s[identity])) if identity in s else (None, None) for s in saved]
         original = next((o for o, _ in pairs if o is not None), None)
@@ -120,6 +149,7 @@ def _album(rows: Sequence[Row], limit: int) -> Album:
                 r if r is not None and r.shape == original.shape and np.array_equal(o, original) else None
                 for o, r in pairs
             ]
+            album.psnr[identity] = [row.values("psnr").get(identity) for row in rows]
         if len(album.ids) == limit:
             break
     return album
@@ -154,7 +184,8 @@ def _drawing(page: Page, album: Album) -> Drawing:
         axes.text(center, top - 0.05, head, ha="center", va="bottom", fontsize=7.5, linespacing=1.25)
     for line, identity in enumerate(album.ids):
         original, y = album.originals[identity], top + line * BLOCK
-        feet = [plain(identity, HEAD), *(_foot(row, identity) for row in page.rows)]
+        scores = ("" if psnr is None else f"{psnr:.2f} dB" for psnr in album.psnr[identity])
+        feet = [plain(identity, HEAD), *scores]
         for column, (pixels, foot) in enumerate(zip([original, *album.cells[identity]], feet, strict=True)):
             x = EDGE + column * (CELL + GAP)
             if pixels is None:
@@ -197,11 +228,6 @@ def _absent(axes: Axes, x: float, y: float) -> None:
     for top in (y, y + CELL + FOOT):
         axes.add_patch(Rectangle((x, top), CELL, CELL, fill=False, ec="#cccccc", lw=0.7))
     axes.text(x + CELL / 2, y + CELL / 2, "not saved", ha="center", va="center", color=MUTED, fontsize=7)
-
-
-def _foot(row: Row, identity: str) -> str:
-    psnr = row.values("psnr").get(identity)
-    return "" if psnr is None else f"{psnr:.2f} dB"
 
 
 def busiest(pixels: Pixels) -> tuple[int, int, int]:

@@ -1,0 +1,116 @@
+"""`afterimage reconstruct`: pictures of one's own through finished runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from afterimage.cli.report import find_runs
+from afterimage.cli.tables import score_line
+from afterimage.config import AfterimageError
+
+if TYPE_CHECKING:
+    from afterimage.rerun import Rebuilt
+    from afterimage.runs import Run
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Rebuild your own pictures through finished runs.
+
+    One picture through one run: original and reconstruction side by side. Several of either: a figure as in reports, a
+    column a run, with an enlarged detail of each picture.
+    """
+
+    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE [...]")]
+    """Any picture files."""
+    run_folders: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", metavar="RUN [...]")]
+    """Run folders, or folders that hold run folders, such as a study's."""
+    output: Path | None = None
+    """Where to save (default: in the working folder, PICTURE.reconstruction.png, of several pictures the first's)."""
+    weights: str | None = None
+    """Where the encoder's weights are, if not where they were in training."""
+    lpips: str = "alex"
+    """LPIPS network: alex, vgg or squeeze."""
+
+    def run(self) -> None:
+        runs = find_runs(self.run_folders)
+        if not self.pictures:
+            raise AfterimageError("name at least one picture file")
+        if len(set(self.pictures)) < len(self.pictures):
+            raise AfterimageError("a picture file is named twice")
+        output = self.output or Path(f"{self.pictures[0].stem}.reconstruction.png")
+        if len(runs) == len(self.pictures) == 1:
+            self._one(runs[0], output)
+        else:
+            self._several(runs, output)
+
+    def _one(self, run: Run, output: Path) -> None:
+        from afterimage.metrics import Metrics
+        from afterimage.rerun import rebuild, side_by_side
+
+        metrics = Metrics(self.lpips, size=run.config.data.crop)
+        (rebuilt,) = rebuild(self.pictures, run, metrics, weights=self.weights)
+        side_by_side(rebuilt, output)
+        for name, value in rebuilt.scores.items():
+            print(score_line(name, value if value is None else {"mean": value}, metrics.lpips_status))
+        print(f"saved: {output} (original left, reconstruction right)")
+
+    def _several(self, runs: list[Run], output: Path) -> None:
+        from afterimage.metrics import Metrics
+        from afterimage.progress import Display
+        from afterimage.report.figures import own_pictures, render
+        from afterimage.report.read import read_rows
+        from afterimage.runs import write_atomic
+
+        read = read_rows(runs)
+        rows = replace(read, decoders=tuple(r for r in read.decoders if r.kind == "decoder"), references=())
+        if not rows.decoders:
+            raise AfterimageError(
+                "none of the runs has a decoder; reference lines and inversions rebuild nothing"
+            )
+        sizes = {(d.resize, d.crop): row.run.name for row in rows.decoders for d in [row.run.config.data]}
+        if len(sizes) > 1:
+            told = ", ".join(
+                f"{resize} cropped to {crop} in {name}" for (resize, crop), name in sizes.items()
+            )
+            raise AfterimageError(
+                f"the runs see pictures at different sizes ({told}); give those of one size"
+            )
+        names = _names(self.pictures)
+        ((_, crop),) = sizes
+        metrics = Metrics(self.lpips, size=crop)
+        found: dict[Run, dict[str, Rebuilt]] = {}
+        with Display() as display:
+            for number, row in enumerate(rows.decoders):
+                display("reconstructing", number, len(rows.decoders), run=row.run.name)
+                found[row.run] = self._rebuilt(row.run, names, metrics)
+            display("reconstructing", len(rows.decoders), len(rows.decoders))
+        for row in rows.decoders:
+            for name, rebuilt in found[row.run].items():
+                scores = rebuilt.scores.items()
+                said = (
+                    score_line(k, v if v is None else {"mean": v}, metrics.lpips_status) for k, v in scores
+                )
+                print(f"{row.label}, {name}: {', '.join(said)}")
+        for left in rows.unfinished:
+            print(f"left out: {left.run.name} ({left.state})")
+        drawings = own_pictures(rows, found)
+        for number, drawing in enumerate(drawings, 1):
+            path = output if len(drawings) == 1 else output.with_stem(f"{output.stem}-{number}")
+            write_atomic(path, render(drawing.figure)[0])
+            print(f"saved: {path} (mean: over a run's own test pictures)")
+
+    def _rebuilt(self, run: Run, names: list[str], metrics) -> dict[str, Rebuilt]:
+        from afterimage.rerun import rebuild
+
+        return dict(zip(names, rebuild(self.pictures, run, metrics, weights=self.weights), strict=True))
+
+
+def _names(paths: tuple[Path, ...]) -> list[str]:
+    """What the figure calls the pictures: their stems, or whole paths where stems repeat."""
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
