@@ -51,7 +51,8 @@ def test_both_ways_come_to_the_same_quality(originals, tmp_path, decoder, precis
     ours = work.ours([config], str(tmp_path), accelerator="cpu")
     reference = work.reference([config], accelerator="cpu")
     assert ours["epochs"] == reference["epochs"] == 2
-    assert ours["validation_db"] == pytest.approx(reference["validation_db"], abs=0.02)
+    apart = 0.02 if precision == "32-true" else 0.1
+    assert ours["validation_db"] == pytest.approx(reference["validation_db"], abs=apart)
     untrained = work.ours([to_dict(run(originals, decoder, epochs=1, learning_rate=1e-9))], str(tmp_path))
     assert abs(untrained["validation_db"][0] - ours["validation_db"][0]) > 0.2
 
