@@ -12,6 +12,7 @@ from afterimage.jobs import train_runs
 from afterimage.report import read_rows
 from afterimage.report.controls import control_findings, read_part
 
+pytestmark = pytest.mark.xdist_group("controls_real")  # the runs are trained once
 SHALLOW = "resnet18.tv_in1k:layer1"
 DEEP = "vit_tiny_patch16_224.augreg_in21k_ft_in1k:block11"
 

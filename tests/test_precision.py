@@ -20,6 +20,7 @@ from afterimage.metrics import Metrics
 from afterimage.verify import verify_runs
 from children import small_pictures
 
+pytestmark = pytest.mark.xdist_group("precision")  # the runs are trained once
 MODEL = "test_resnet.r160_in1k"
 RUNS = [
     ((f"{MODEL}:layer1",), None, "linear"),
