@@ -29,8 +29,10 @@ RUNS = [
     ((f"{MODEL}:layer2",), None, "wavelet"),
     ((f"{MODEL}:layer2",), None, "frequency"),
     ((f"{MODEL}:layer2",), None, "residual"),
-    ((f"{MODEL}:layer1", f"{MODEL}:layer2"), "attention", "transposed"),
-    ((f"{MODEL}:layer1", f"{MODEL}:layer2"), "stacked", "linear"),
+    ((f"{MODEL}:layer1", f"{MODEL}:layer2"), FusionConfig("attention"), "transposed"),
+    ((f"{MODEL}:layer1", f"{MODEL}:layer2"), FusionConfig("concat", size=3), "transposed"),
+    ((f"{MODEL}:layer1", f"{MODEL}:layer2"), FusionConfig("aligned"), "linear"),
+    ((f"{MODEL}:layer1", f"{MODEL}:layer2"), FusionConfig("stacked"), "linear"),
 ]
 
 
@@ -39,7 +41,7 @@ def configs(folder, precision):
         RunConfig(
             sources,
             weights="random",
-            fusion=fusion and FusionConfig(fusion),
+            fusion=fusion,
             decoder=DecoderConfig(decoder),
             data=DataConfig(f"folder:{folder}", resize=48, crop=32),
             recipe=RecipeConfig(epochs=2, batch_size=4, precision=precision),

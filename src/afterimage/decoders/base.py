@@ -150,4 +150,7 @@ def resize(pictures: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Flo
     if tuple(pictures.shape[-2:]) == tuple(size):
         return pictures
     shrinks = size[0] < pictures.shape[-2] or size[1] < pictures.shape[-1]
-    return F.interpolate(pictures, size=tuple(size), mode="bilinear", antialias=shrinks, align_corners=False)
+    # PyTorch antialiases in float32 only.
+    exact = pictures.float() if shrinks and pictures.dtype in (torch.bfloat16, torch.float16) else pictures
+    resized = F.interpolate(exact, size=tuple(size), mode="bilinear", antialias=shrinks, align_corners=False)
+    return resized.to(pictures.dtype)
