@@ -92,9 +92,11 @@ def _read(run: Run) -> Row:
         raise AfterimageError(
             f"{path}: fusion_weights must have one value for each of {len(sources)} sources"
         )
+    digest = row.data.get("digest")
+    if digest is not None and not isinstance(digest, str):
+        raise AfterimageError(f"{path}: data.digest must be text, got {digest!r:.80}")
     # Whatever tables and figures compute from the files is computed once here, where damage is caught.
-    _ = row.shapes, row.reductions, row.grid, row.locations, row.order
-    _ = row.weights_label, row.data.get("digest")
+    _ = row.shapes, row.reductions, row.grid, row.locations, row.order, row.weights_label
     _ = [row.values(metric) for metric in METRICS]
     return row
 
