@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from afterimage.bench import equal_time, gpu, growth, memory, quality, scoring, startup, stream, training
+from afterimage.bench.child import in_child
 from afterimage.bench.rows import Row, print_rows
 from afterimage.bench.settings import Settings
 from afterimage.config import AfterimageError, unknown
@@ -48,6 +49,9 @@ def run_bench(
     for name in names:
         if name not in MEASUREMENTS:
             raise unknown("measurement", name, MEASUREMENTS)
+    if settings.precision == "auto":
+        quickest = in_child("gpu:quickest_precision", accelerator=settings.accelerator).value
+        settings = replace(settings, precision=quickest)
     facts, rows = machine() | {"precision": settings.precision}, []
 
     def save() -> None:

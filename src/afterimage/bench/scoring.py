@@ -111,6 +111,8 @@ def ours(
         for images in (originals, *rebuilt):
             for part in images.split(CHUNK if device.type == "cpu" else 16):
                 metrics.lpips.features(part)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     network = time.perf_counter() - started
     columns = {name: [v for table in tables for v in table[name]] for name in SCORES}
     return {"seconds": seconds, "network": network} | columns

@@ -18,7 +18,7 @@ T = TypeVar("T")
 class Settings:
     """`quick` shrinks pictures and counts; `data` is a source of photographs, or empty; `folder` is temporary.
     `seconds` is what each decoder may train where all have the same time; `precision` is ours, the reference computes
-    in float32."""
+    in float32; `run_bench` takes `auto` for what is quicker."""
 
     folder: Path
     quick: bool = False

@@ -13,7 +13,7 @@ import tyro
 class Bench:
     """Measure training, memory, evaluating and starting beside a plain reference, in turns; print the ratios.
 
-    Takes about a quarter of an hour on two cores; with --quick about two minutes, on smaller pictures.
+    Takes more than half an hour on two cores; with --quick about two minutes, on smaller pictures.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
@@ -38,7 +38,6 @@ class Bench:
         import tempfile
 
         from afterimage.bench import MEASUREMENTS, Settings, print_rows, run_bench
-        from afterimage.bench.child import in_child
         from afterimage.progress import Display
 
         if self.list:
@@ -46,11 +45,8 @@ class Bench:
                 print(f"{name:16} {(measurement.__doc__ or '').splitlines()[0]}")
             return
         with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder, Display() as display:
-            precision = self.precision
-            if precision == "auto":
-                precision = in_child("gpu:quickest_precision", accelerator=self.accelerator).value
             settings = Settings(
-                Path(folder), self.quick, self.data, self.accelerator, display, self.seconds, precision
+                Path(folder), self.quick, self.data, self.accelerator, display, self.seconds, self.precision
             )
             rows, facts = run_bench(self.only, settings=settings, json_path=self.json)
         print_rows(rows)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli.tables import score_line
+from afterimage.cli.tables import picture_lines
 from afterimage.config import AfterimageError, DataConfig
 
 if TYPE_CHECKING:
@@ -153,10 +153,7 @@ class Invert:
             summary = folders[0].summary
             for row in folders[0].scores:
                 scores = {name: row[name] for name in ("psnr", "ssim", "lpips")}
-                lines = [
-                    score_line(name, None if value is None else {"mean": value}, summary["lpips"])
-                    for name, value in scores.items()
-                ]
+                lines = picture_lines(scores, summary["lpips"])
                 print(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
         done = [run for run in scan(self.output) if run.state == "done"]
         inversions = [run for run in done if run.summary.get("kind") == "inversion"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli.report import find_runs
-from afterimage.cli.tables import score_line
+from afterimage.cli.tables import picture_lines
 from afterimage.config import AfterimageError
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class Reconstruct:
         metrics = Metrics(self.lpips, size=run.config.data.crop)
         (rebuilt,) = rebuild(self.pictures, run, metrics, weights=self.weights)
         side_by_side(rebuilt, output)
-        for name, value in rebuilt.scores.items():
-            print(score_line(name, value if value is None else {"mean": value}, metrics.lpips_status))
+        print(*picture_lines(rebuilt.scores, metrics.lpips_status), sep="\n")
         print(f"saved: {output} (original left, reconstruction right)")
 
     def _several(self, runs: list[Run], output: Path) -> None:
@@ -64,6 +63,7 @@ class Reconstruct:
         from afterimage.progress import Display
         from afterimage.report.figures import own_pictures, render
         from afterimage.report.read import read_rows
+        from afterimage.rerun import rebuild
         from afterimage.runs import write_atomic
 
         read = read_rows(runs)
@@ -87,15 +87,13 @@ class Reconstruct:
         with Display() as display:
             for number, row in enumerate(rows.decoders):
                 display("reconstructing", number, len(rows.decoders), run=row.run.name)
-                found[row.run] = self._rebuilt(row.run, names, metrics)
+                results = rebuild(self.pictures, row.run, metrics, weights=self.weights)
+                found[row.run] = dict(zip(names, results, strict=True))
             display("reconstructing", len(rows.decoders), len(rows.decoders))
         for row in rows.decoders:
             for name, rebuilt in found[row.run].items():
-                scores = rebuilt.scores.items()
-                said = (
-                    score_line(k, v if v is None else {"mean": v}, metrics.lpips_status) for k, v in scores
-                )
-                print(f"{row.label}, {name}: {', '.join(said)}")
+                lines = picture_lines(rebuilt.scores, metrics.lpips_status)
+                print(f"{row.label}, {name}: {', '.join(lines)}")
         for left in rows.unfinished:
             print(f"left out: {left.run.name} ({left.state})")
         drawings = own_pictures(rows, found)
@@ -103,11 +101,6 @@ class Reconstruct:
             path = output if len(drawings) == 1 else output.with_stem(f"{output.stem}-{number}")
             write_atomic(path, render(drawing.figure)[0])
             print(f"saved: {path} (mean: over a run's own test pictures)")
-
-    def _rebuilt(self, run: Run, names: list[str], metrics) -> dict[str, Rebuilt]:
-        from afterimage.rerun import rebuild
-
-        return dict(zip(names, rebuild(self.pictures, run, metrics, weights=self.weights), strict=True))
 
 
 def _names(paths: tuple[Path, ...]) -> list[str]:

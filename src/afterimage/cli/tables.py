@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 
 def score_line(name: str, score: dict | None, status: dict) -> str:
@@ -16,6 +17,13 @@ def score_line(name: str, score: dict | None, status: dict) -> str:
     if score.get("std") is not None:
         spread = f" ± {score['std']:.{digits}f}{unit} over {score['count']} pictures"
     return f"{label} {score['mean']:.{digits}f}{'' if spread else unit}{spread}"
+
+
+def picture_lines(scores: Mapping[str, float | None], status: dict) -> list[str]:
+    """A `score_line` for each score of one picture."""
+    return [
+        score_line(name, None if value is None else {"mean": value}, status) for name, value in scores.items()
+    ]
 
 
 def print_table(runs: list) -> None:
