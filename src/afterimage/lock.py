@@ -58,6 +58,7 @@ class Lock:
         self.lost = False
         self._mine: Path | None = None
         self._released = threading.Event()
+        self._beating: threading.Thread | None = None
         self._seen: dict[Path, tuple[tuple[int, int], float]] = {}
 
     def acquire(self) -> bool:
@@ -84,7 +85,8 @@ class Lock:
                 path.unlink(missing_ok=True)
             self._mine, self.lost = mine, False
             self._released.clear()
-            threading.Thread(target=self._beat, args=(mine,), daemon=True).start()
+            self._beating = threading.Thread(target=self._beat, args=(mine,), daemon=True)
+            self._beating.start()
             return True
 
     def check(self) -> None:
@@ -99,6 +101,9 @@ class Lock:
 
     def release(self) -> None:
         self._released.set()
+        if self._beating is not None:
+            self._beating.join()
+            self._beating = None
         if self._mine is not None and _read(self._mine) == this_process():
             with contextlib.suppress(OSError):
                 self._mine.unlink()
