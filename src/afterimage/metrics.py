@@ -22,7 +22,7 @@ PSNR_CAP = 100.0
 TOLERANCE = 1e-6
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
-CHUNK = 2
+CHUNK = 8
 """Pictures that LPIPS takes at once on a CPU: more would spill out of its cache."""
 
 Images = Float[Tensor, "batch 3 height width"]
