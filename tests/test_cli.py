@@ -183,17 +183,26 @@ def test_help_needs_no_torch(arguments):
     assert result.stdout.splitlines()[-1] == "False False", result.stderr
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "passive 1000"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"GOMP_SPINCOUNT": "7"}, "passive 7"),
+    ],
+)
 def test_waiting_threads_leave_their_core_to_others_unless_told_otherwise(given, expected):
-    known = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    known = {name: value for name, value in os.environ.items() if name not in names}
     code = (
-        "import afterimage, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+        "import afterimage, os, sys; assert 'torch' not in sys.modules; "
+        f"print(*(os.environ.get(name) for name in {names}))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=known | ({"OMP_WAIT_POLICY": given} if given else {}),
+        env=known | given,
     )
     assert result.stdout.strip() == expected, result.stderr
 

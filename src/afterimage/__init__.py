@@ -9,9 +9,12 @@ import types
 
 import lazy_loader
 
-# OpenMP reads it when torch is loaded. By default a thread that waits for others keeps its core busy, which takes time
-# from those others wherever cores are shared: with another program, or as halves of one.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenMP reads them when torch is loaded. By default a thread that waits for others keeps its core busy, which takes
+# time from those others wherever cores are shared: with another program, or as halves of one. Some microseconds of it
+# pay: work in many small steps is not slowed by going to sleep after each.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
