@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from afterimage.report.escape import plain
+from afterimage.report.figures.labels import margin_labels
 from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
 from afterimage.report.rows import Rows
 from afterimage.runs import Run, read_csv
@@ -28,6 +29,7 @@ def draw_saturation(folders: Sequence[Run]) -> Drawing:
         axes = figure.add_subplot()
         sources = list(dict.fromkeys(" + ".join(folder.summary["sources"]) for folder in folders))
         colors = {name: ENCODER_COLORS[i % len(ENCODER_COLORS)] for i, name in enumerate(sources)}
+        ends = []
         for folder in folders:
             values = defaultdict(list)
             for row in read_csv(folder.file("curve.csv")):
@@ -36,16 +38,9 @@ def draw_saturation(folders: Sequence[Run]) -> Drawing:
             means = [statistics.fmean(values[step]) for step in steps]
             color = colors[" + ".join(folder.summary["sources"])]
             axes.plot(steps, means, color=color, ls="-" if folder.summary["start"] else "--")
-            axes.annotate(
-                f"{means[-1]:.1f}",
-                (steps[-1], means[-1]),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                color=color,
-            )
+            ends.append((means[-1], f"{means[-1]:.1f}", color))
         axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, max(1, *(line.get_xdata()[-1] for line in axes.lines)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("passes through the encoder and back (0: the start)")
         axes.set_ylabel("PSNR (dB) ↑")
@@ -56,5 +51,8 @@ def draw_saturation(folders: Sequence[Run]) -> Drawing:
             for ls, label in (("-", "from a decoder"), ("--", "from grey"))
         ]
         legend(figure, handles, columns=2)
+        figure.draw_without_rendering()
+        axes.set_ylim(axes.get_ylim())
+        margin_labels(axes, ends, size=8)
     caption = "The mean PSNR over pictures of the best picture so far by its features, against passes; a lower bound."
     return Drawing("saturation", "Where inversion saturates", caption, figure)
