@@ -227,7 +227,7 @@ def print_plan(configs: list[RunConfig]) -> None:
         table.add_row(
             "\n".join(sources),
             "\n".join(f"{s.channels}×{s.height}×{s.width}" for s in one.specs),
-            config.decoder.name,
+            config.decoder.name + ("" if config.recipe.loss == "mse" else f"\nloss: {config.recipe.loss}"),
             f"{one.parameters:,}",
             f"{one.encoder_macs / 1e6:,.0f} M",
             f"{one.decoder_macs / 1e6:,.0f} M",
