@@ -36,8 +36,16 @@ RESNET, VIT = "test_resnet.r160_in1k:layer2", "test_vit.r160_in1k:block1"
 STORE = 100 * 2**20
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_weights():
+    """Before the cluster: its processes have the environment of the one that starts it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("AFTERIMAGE_WEIGHTS", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
-def nodes():
+def nodes(no_weights):
     """A head that trains nothing and one machine with two CPUs; this process is connected to it."""
     from ray.cluster_utils import Cluster
 
@@ -51,11 +59,6 @@ def nodes():
     yield cluster
     ray.shutdown()
     cluster.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def no_weights(monkeypatch):
-    monkeypatch.delenv("AFTERIMAGE_WEIGHTS", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def study(pictures):
     )
 
 
-def long_config(pictures: Path, epochs: int = 30) -> RunConfig:
+def long_config(pictures: Path, epochs: int = 300) -> RunConfig:
     """A run of seconds, so that something can happen to it."""
     return RunConfig(
         (RESNET,),
