@@ -258,7 +258,8 @@ def joined(accelerator: str = "auto") -> Iterator[Ranks]:
         return
     _depth[0] += 1
     ranks._over.clear()
-    threading.Thread(target=ranks.watch, daemon=True).start()
+    watching = threading.Thread(target=ranks.watch, daemon=True)
+    watching.start()
     try:
         yield ranks
         ranks._settle()
@@ -266,7 +267,18 @@ def joined(accelerator: str = "auto") -> Iterator[Ranks]:
         raise _known(AfterimageError(f"{error}; {GO_ON}"), elsewhere=error.elsewhere) from None
     finally:
         ranks._over.set()
+        watching.join()
         _depth[0] -= 1
+
+
+def leave() -> None:
+    """Close what connects this process with other ranks, once all is done.
+
+    Left to the interpreter's own end, a thread of it may still be at work then, and that aborts the process.
+    """
+    if _joined:
+        _joined.clear()
+        dist.destroy_process_group()
 
 
 def _launched(accelerator: str) -> Fabric:

@@ -82,6 +82,8 @@ def _run(chosen, arguments: list[str]) -> None:
             launch(arguments, devices, chosen.accelerator)
             return
     chosen.run()
+    if ranks := sys.modules.get("afterimage.ranks"):  # importing it takes seconds
+        ranks.leave()
 
 
 def _union():
