@@ -105,9 +105,10 @@ def test_who_was_taken_for_dead_notices_and_leaves_the_other_alone(tmp_path):
 
 def test_it_gives_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(afterimage.lock, "BEAT", 0.01)
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     lock = Lock(tmp_path)
-    assert lock.acquire() and threading.active_count() == threads + 1
+    assert lock.acquire()
+    (beating,) = set(threading.enumerate()) - before
     (path,) = tmp_path.glob("lock.*")
     os.utime(path, (0, 0))
     until = time.monotonic() + 20
@@ -115,7 +116,7 @@ def test_it_gives_signs_of_life(tmp_path, monkeypatch):
         assert time.monotonic() < until
         time.sleep(0.01)
     lock.release()
-    assert threading.active_count() == threads
+    assert not beating.is_alive()
 
 
 def test_waiting_ends_when_the_holder_does(tmp_path, monkeypatch):

@@ -274,7 +274,7 @@ def joined(accelerator: str = "auto") -> Iterator[Ranks]:
 def leave() -> None:
     """Close what connects this process with other ranks, once all is done.
 
-    Left to the interpreter's own end, a thread of it may still be at work then, and that aborts the process.
+    Left to the interpreter's own end, a thread of it may still be at work then, which can abort the process.
     """
     if _joined:
         _joined.clear()
