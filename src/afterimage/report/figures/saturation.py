@@ -53,6 +53,6 @@ def draw_saturation(folders: Sequence[Run]) -> Drawing:
         legend(figure, handles, columns=2)
         figure.draw_without_rendering()
         axes.set_ylim(axes.get_ylim())
-        margin_labels(axes, ends, size=8)
+        margin_labels(axes, ends, size=8.0)
     caption = "The mean PSNR over pictures of the best picture so far by its features, against passes; a lower bound."
     return Drawing("saturation", "Where inversion saturates", caption, figure)
