@@ -24,7 +24,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.ready: $(VENV)/bin/python pyproject.toml
 	@echo "installing afterimage into $(VENV) (PyTorch is large: this takes minutes the first time)"
-	$(VENV)/bin/python -m pip install --quiet --editable .
+	$(VENV)/bin/python -m pip install --quiet --editable '.[fast]'
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready

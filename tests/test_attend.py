@@ -1,9 +1,21 @@
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from afterimage.decoders import attend as module
-from afterimage.decoders.attend import TiledAttention, _bound, attend
+from afterimage.decoders.attend import TiledAttention, _bound, attend, narrow_attention
+
+
+@pytest.fixture(params=["tiles", "compiled"])
+def narrow(request, monkeypatch):
+    """Each way of attending with narrow heads in its turn."""
+    if request.param == "tiles":
+        monkeypatch.setattr(module, "narrow_attention", lambda: (TiledAttention, "in tiles"))
+        return TiledAttention
+    pytest.importorskip("numba")
+    return narrow_attention()[0]
 
 
 def tokens(*shape, scale=1.0, dtype=torch.float32):
@@ -17,13 +29,13 @@ def tokens(*shape, scale=1.0, dtype=torch.float32):
     ("n", "d", "scale", "rows"),
     [(600, 8, 1.0, 100), (700, 3, 1.5, 64), (513, 1, 0.1, 17), (600, 8, 1.0, 6000)],
 )
-def test_tiles_give_what_the_built_in_kernel_gives(n, d, scale, rows, monkeypatch):
+def test_narrow_heads_give_what_the_built_in_kernel_gives(n, d, scale, rows, narrow, monkeypatch):
     monkeypatch.setattr(module, "TILE", rows * n)
     q, k, v = tokens(2, 3, n, d, scale=scale)
     assert float(_bound(q, k).max()) < module.LARGEST
-    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
-    ours = attend(q, k, v)
-    monkeypatch.undo()
+    with monkeypatch.context() as only:
+        only.setattr(F, "scaled_dot_product_attention", None)
+        ours = attend(q, k, v)
     expected = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(ours, expected, atol=3e-6, rtol=1e-4)
     slope = torch.linspace(-1, 1, ours.numel()).view_as(ours)
@@ -32,7 +44,7 @@ def test_tiles_give_what_the_built_in_kernel_gives(n, d, scale, rows, monkeypatc
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
-def test_tiles_are_exact_under_autocast():
+def test_narrow_heads_are_exact_under_autocast(narrow):
     q, k, v = tokens(2, 3, 600, 8)
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     same = [x.detach().float().requires_grad_() for x in half]
@@ -40,9 +52,9 @@ def test_tiles_are_exact_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         ours = attend(*half)
     assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, expected.bfloat16(), atol=0, rtol=1e-2)
+    torch.testing.assert_close(ours, expected.bfloat16(), atol=1e-7, rtol=1e-2)
     with torch.autocast("cpu", torch.bfloat16):
-        exact = TiledAttention.apply(*same, _bound(*same[:2]))
+        exact = narrow.apply(*same, _bound(*same[:2]))
     torch.testing.assert_close(exact, expected, atol=3e-6, rtol=1e-4)
     slope = torch.linspace(-1, 1, exact.numel()).view_as(exact)
     got = torch.autograd.grad((exact * slope).sum(), same)
@@ -63,3 +75,66 @@ def test_scores_that_could_underflow_go_to_the_built_in_kernel():
     assert float(_bound(q, k).max()) > module.LARGEST
     out = attend(q, k, v)
     assert out.isfinite().all() and torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_queries_may_be_other_tokens_than_keys(narrow):
+    """Neither count is a multiple of a tile's rows or keys."""
+    q, other, gradient = tokens(2, 3, 37, 5)
+    k, v, _ = tokens(2, 3, 611, 5)
+    ours, expected = attend(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(ours, expected, atol=3e-6, rtol=1e-4)
+    got, theirs = (torch.autograd.grad(x, (q, k, v), gradient) for x in (ours, expected))
+    for mine, other in zip(got, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 5, 64])
+def test_threads_divide_heads_and_rows_without_a_difference(threads, narrow):
+    q, k, v = tokens(1, 2, 603, 8)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        ours = attend(q, k, v)
+        got = torch.autograd.grad(ours, (q, k, v), torch.ones_like(ours))
+    finally:
+        torch.set_num_threads(before)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(ours, expected, atol=3e-6, rtol=1e-4)
+    theirs = torch.autograd.grad(expected, (q, k, v), torch.ones_like(expected))
+    for mine, other in zip(got, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", [0, 2], ids=["queries", "values"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(wrong, where, narrow):
+    """Training looks at its loss for this; a kernel that assumes finite numbers would hide it."""
+    inputs = [x.detach() for x in tokens(1, 2, 600, 8)]
+    inputs[where][0, 1, 5, 2] = wrong
+    out = attend(*inputs)
+    assert not out[0, 1].isfinite().all() and out[0, 0].isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_stays_so(narrow):
+    q, k, v = tokens(1, 2, 600, 8)
+    gradient = torch.zeros(1, 2, 600, 8)
+    gradient[0, 1, 5, 2] = float("nan")
+    for part in torch.autograd.grad(attend(q, k, v), (q, k, v), gradient):
+        assert part[0, 1].isnan().any() and part[0, 0].isfinite().all()
+
+
+def test_without_numba_or_with_one_that_cannot_be_imported_there_are_tiles(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert narrow_attention.__wrapped__() == (TiledAttention, "in tiles (numba is not installed)")
+    monkeypatch.undo()
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "afterimage.decoders.compiled", raising=False)
+    kernel, said = narrow_attention.__wrapped__()
+    assert kernel is TiledAttention and said.startswith("in tiles (numba cannot be imported: ")
+
+
+def test_with_numba_heads_are_compiled():
+    numba = pytest.importorskip("numba")
+    kernel, said = narrow_attention()
+    assert kernel.__name__ == "CompiledAttention" and said == f"compiled by numba {numba.__version__}"

@@ -362,6 +362,7 @@ def environment() -> dict[str, Any]:
         "numpy",
         "pillow",
         "safetensors",
+        "numba",
     )
     versions = {}
     for package in packages:

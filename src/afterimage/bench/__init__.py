@@ -52,7 +52,9 @@ def run_bench(
     if settings.precision == "auto":
         quickest = in_child("gpu:quickest_precision", accelerator=settings.accelerator).value
         settings = replace(settings, precision=quickest)
-    facts, rows = machine() | {"precision": settings.precision}, []
+    facts = machine() | {"precision": settings.precision}
+    facts["narrow_attention"] = in_child("work:narrow_attention").value
+    rows: list[Row] = []
 
     def save() -> None:
         if json_path is not None:  # kept up to date: what comes later may be stopped

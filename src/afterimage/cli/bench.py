@@ -54,7 +54,7 @@ class Bench:
             f"{facts['processor'] or 'processor unknown'}, {facts['cores']} cores, "
             f"{facts['memory_bytes'] / 2**30:.0f} GiB, torch {facts['versions'].get('torch')}, "
             f"OMP_NUM_THREADS {facts['OMP_NUM_THREADS'] or 'not set'}; "
-            f"ours in {facts['precision']}"
+            f"ours in {facts['precision']}, attention of narrow heads {facts['narrow_attention']}"
         )
         if self.json is not None:
             print(f"figures: {self.json}")

@@ -1,9 +1,12 @@
-"""Exact attention whose memory grows linearly with tokens: the built-in kernel, or tiles where that is slow."""
+"""Exact attention whose memory grows linearly with tokens: the built-in kernel, or where that is slow our own."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -33,8 +36,24 @@ def attend(
         exact = q.float(), k.float(), v.float()
         bound = _bound(*exact[:2])
         if float(bound.max()) <= LARGEST:
-            return TiledAttention.apply(*exact, bound).to(q.dtype)
+            return narrow_attention()[0].apply(*exact, bound).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+@functools.cache
+def narrow_attention() -> tuple[type[torch.autograd.Function], str]:
+    """What attends with narrow heads on a CPU, and in words which it is: compiled loops where numba can be imported,
+    else tiles. Both are exact to float32's rounding.
+
+    The first call of an installation compiles, which takes seconds; numba keeps the result.
+    """
+    if importlib.util.find_spec("numba") is None:
+        return TiledAttention, "in tiles (numba is not installed)"
+    try:
+        from afterimage.decoders.compiled import CompiledAttention
+    except ImportError as error:
+        return TiledAttention, f"in tiles (numba cannot be imported: {error})"
+    return CompiledAttention, f"compiled by numba {metadata.version('numba')}"
 
 
 @torch.no_grad()
