@@ -123,6 +123,14 @@ def test_a_gradient_that_is_not_finite_stays_so(narrow):
         assert part[0, 1].isnan().any() and part[0, 0].isfinite().all()
 
 
+def test_compiled_attention_has_no_second_derivative_rather_than_a_wrong_one():
+    pytest.importorskip("numba")
+    q, k, v = tokens(1, 1, 600, 8)
+    (slope,) = torch.autograd.grad(attend(q, k, v).square().sum(), (q,), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 def test_without_numba_or_with_one_that_cannot_be_imported_there_are_tiles(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert narrow_attention.__wrapped__() == (TiledAttention, "in tiles (numba is not installed)")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 WIDTH = 8
 """Channels of a head; narrower heads are filled up with zeros."""
@@ -144,7 +145,7 @@ def _backward(q, powers, k, v, g, delta, normaliser, dq, dk, dv, m):
 
 class CompiledAttention(torch.autograd.Function):
     """`TiledAttention` in compiled loops: q, k, v `(B, heads, n, d)` with d up to 8 and the scores' bound
-    `(B, heads, n)`, in float32; gradients once.
+    `(B, heads, n)`, in float32. A second derivative raises.
 
     Heads, and where there are fewer of them than threads also rows, are divided among as many threads as PyTorch uses.
     """
@@ -173,6 +174,7 @@ class CompiledAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, normaliser = ctx.saved_tensors
         (b, h, n, d), m = q.shape, k.shape[2]
