@@ -7,7 +7,7 @@ import torch
 
 from afterimage.config import AfterimageError, FeatureSpec
 from afterimage.decoders import DECODERS, create_decoder
-from afterimage.decoders.base import clamp, stages_between
+from afterimage.decoders.base import Doubling, clamp, stages_between
 from afterimage.decoders.wavelet import haar, inverse_haar
 
 PUBLISHED = [
@@ -127,6 +127,22 @@ def test_bad_requests_are_named():
 )
 def test_number_of_stages(size, target, stages):
     assert stages_between((size, size), (target, target)) == stages
+
+
+def test_doubling_is_a_transposed_convolution():
+    ours = Doubling(6, 5)
+    theirs = torch.nn.ConvTranspose2d(6, 5, kernel_size=4, stride=2, padding=1)
+    theirs.load_state_dict(ours.state_dict())
+    maps = torch.randn(2, 6, 7, 9, requires_grad=True)
+    slope = torch.randn(2, 5, 14, 18)
+    torch.testing.assert_close(ours(maps), theirs(maps))
+    got, expected = (
+        torch.autograd.grad(module(maps), (maps, *module.parameters()), slope) for module in (ours, theirs)
+    )
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(maps).dtype == torch.bfloat16
 
 
 def test_clamp_lets_gradients_bring_values_back():

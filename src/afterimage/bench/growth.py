@@ -87,7 +87,9 @@ def attention_step(side: int, accelerator: str) -> float:
 
     from afterimage.config import FeatureSpec
     from afterimage.decoders import create_decoder
+    from afterimage.decoders.attend import narrow_attention
 
+    narrow_attention()  # its libraries' memory is no token's
     device = Fabric(accelerator=accelerator, devices=1).device
     spec = FeatureSpec("growth:features", 64, side, side)
     decoder = create_decoder("attention", [spec], 4 * side, seed=0).to(device)

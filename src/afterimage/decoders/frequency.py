@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
-from afterimage.decoders.base import Decoder, adapter, resize, stages_between
+from afterimage.decoders.base import Decoder, Doubling, adapter, resize, stages_between
 
 
 class FrequencyDecoder(Decoder):
@@ -44,7 +44,7 @@ class FrequencyDecoder(Decoder):
         for _ in range(stages_between((self.spec.height, self.spec.width), image_size)):
             narrower = max(minimum_channels, width // 2)
             stages += [
-                nn.ConvTranspose2d(width, narrower, kernel_size=4, stride=2, padding=1),
+                Doubling(width, narrower),
                 nn.BatchNorm2d(narrower),
                 nn.ReLU(inplace=True),
                 ChannelAttention(narrower),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
 from afterimage.decoders.attend import attend
-from afterimage.decoders.base import Decoder, adapter, resize, stages_between
+from afterimage.decoders.base import Decoder, Doubling, adapter, resize, stages_between
 
 
 class TransposedDecoder(Decoder):
@@ -40,7 +40,7 @@ class TransposedDecoder(Decoder):
             narrower = max(minimum_channels, channels // 2)
             stages.append(
                 nn.Sequential(
-                    nn.ConvTranspose2d(channels, narrower, kernel_size=4, stride=2, padding=1),
+                    Doubling(channels, narrower),
                     nn.BatchNorm2d(narrower),
                     nn.ReLU(inplace=True),
                 )

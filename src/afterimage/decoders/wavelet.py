@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
-from afterimage.decoders.base import Decoder, adapter, resize, stages_between
+from afterimage.decoders.base import Decoder, Doubling, adapter, resize, stages_between
 
 
 class WaveletDecoder(Decoder):
@@ -41,9 +41,7 @@ class WaveletDecoder(Decoder):
         for level in range(levels):
             if level:
                 narrower = max(minimum_channels, width // 2)
-                self.refine.append(
-                    _stage(nn.ConvTranspose2d(width, narrower, kernel_size=4, stride=2, padding=1))
-                )
+                self.refine.append(_stage(Doubling(width, narrower)))
                 width = narrower
             self.details.append(nn.Conv2d(width, 9, kernel_size=3, padding=1))
         self.levels = levels
