@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,15 +132,20 @@ def test_compiled_attention_has_no_second_derivative_rather_than_a_wrong_one():
         slope.sum().backward()
 
 
-def test_without_numba_or_with_one_that_cannot_be_imported_there_are_tiles(monkeypatch):
+def no_folder(*args, **kwargs):
+    raise RuntimeError("cannot cache function: no locator available")
+
+
+@pytest.mark.parametrize("broken", [None, SimpleNamespace(njit=no_folder)], ids=["import", "cache"])
+def test_without_numba_or_with_one_that_cannot_be_used_there_are_tiles(broken, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert narrow_attention.__wrapped__() == (TiledAttention, "in tiles (numba is not installed)")
     monkeypatch.undo()
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setitem(sys.modules, "numba", broken)
     monkeypatch.delitem(sys.modules, "afterimage.decoders.compiled", raising=False)
     kernel, said = narrow_attention.__wrapped__()
-    assert kernel is TiledAttention and said.startswith("in tiles (numba cannot be imported: ")
+    assert kernel is TiledAttention and said.startswith("in tiles (numba cannot be used: ")
 
 
 def test_with_numba_heads_are_compiled():

@@ -42,7 +42,7 @@ def attend(
 
 @functools.cache
 def narrow_attention() -> tuple[type[torch.autograd.Function], str]:
-    """What attends with narrow heads on a CPU, and in words which it is: compiled loops where numba can be imported,
+    """What attends with narrow heads on a CPU, and in words which it is: compiled loops where numba can be used,
     else tiles. Both are exact to float32's rounding.
 
     The first call of an installation compiles, which takes seconds; numba keeps the result.
@@ -51,8 +51,8 @@ def narrow_attention() -> tuple[type[torch.autograd.Function], str]:
         return TiledAttention, "in tiles (numba is not installed)"
     try:
         from afterimage.decoders.compiled import CompiledAttention
-    except ImportError as error:
-        return TiledAttention, f"in tiles (numba cannot be imported: {error})"
+    except (ImportError, RuntimeError) as error:  # the latter where it finds no folder for what it compiles
+        return TiledAttention, f"in tiles (numba cannot be used: {error})"
     return CompiledAttention, f"compiled by numba {metadata.version('numba')}"
 
 
