@@ -15,7 +15,7 @@ from afterimage.jobs import train_runs
 from afterimage.metrics import Metrics, psnr
 from afterimage.reconstructor import Reconstructor
 from afterimage.report import write_report
-from afterimage.runs import Run, read_csv, read_json
+from afterimage.runs import Run, read_csv, read_json, write_csv
 from some_pictures import write_pictures
 
 SOURCE = "test_resnet.r160_in1k:layer1"
@@ -84,6 +84,26 @@ def test_the_limit_of_a_run(command, run, place):
     before = folder.file("summary.json").stat().st_mtime_ns
     assert command("--run", run.path, "--limit", 3, "--steps", 30, "--output", output)[0] == 0
     assert folder.file("summary.json").stat().st_mtime_ns == before  # done is not done again
+
+
+def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place, capsys):
+    output = place / "past"
+    options = ("--run", run.path, "--limit", 2, "--refine-only", "--output", output, "--steps", 4)
+    code, out, _ = command(*options)
+    row = read_json(output / "limit.json")[1]
+    assert code == 0 and "highest after" not in out and row["peak_passes"] == 4
+    folder = Run(output / row["run"])
+    curve = read_csv(folder.file("curve.csv"))
+    for point in curve:
+        point["psnr"] = row["psnr"] + (2.5 if point["step"] == 2 else 0)
+    curve[0]["psnr"] += 4  # of one picture: their mean counts
+    write_csv(folder.file("curve.csv"), curve)
+    code, out, _ = command(*options)
+    assert (
+        code == 0 and f"highest after 2 passes, {row['psnr'] + 2.5:.2f} dB" in out and "--steps 2 ends" in out
+    )
+    (_, row) = read_json(output / "limit.json")
+    assert (row["peak_passes"], row["peak_psnr"]) == (2, pytest.approx(row["psnr"] + 2.5))
 
 
 @pytest.mark.slow

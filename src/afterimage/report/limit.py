@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from afterimage.runs import Run, write_atomic, write_csv, write_json
+from afterimage.runs import Run, read_csv, write_atomic, write_csv, write_json
+
+PAST = 0.1
+"""From so many dB below its peak on, an inversion has gone on for too long."""
 
 
 def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
@@ -23,9 +28,19 @@ def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
                 rows.append(row)
         way = "refined" if summary["start"] else "inversion"
         facts = summary["scores"], summary["seconds_per_picture"], summary["steps"], summary["feature_loss"]
-        rows.append(_row(folder, summary, way, summary["decoder"], *facts))
+        passes, psnr = max(mean_curve(folder), key=lambda point: point[1])
+        peak = {"peak_passes": passes, "peak_psnr": psnr}
+        rows.append(_row(folder, summary, way, summary["decoder"], *facts) | peak)
     order = ("decoder", "inversion", "refined")
     return [row for rows in groups.values() for row in sorted(rows, key=lambda row: order.index(row["way"]))]
+
+
+def mean_curve(folder: Run) -> list[tuple[int, float]]:
+    """Passes, and the mean PSNR over an inversion's pictures after so many."""
+    values = defaultdict(list)
+    for row in read_csv(folder.file("curve.csv")):
+        values[row["step"]].append(row["psnr"])
+    return [(step, statistics.fmean(values[step])) for step in sorted(values)]
 
 
 def _row(
@@ -37,7 +52,7 @@ def _row(
         "sources": " + ".join(summary["sources"]), "way": way, "how": name, "psnr": scores["psnr"]["mean"],
         "ssim": scores["ssim"]["mean"], "lpips": lpips and lpips["mean"], "lpips_net": summary["lpips"]["net"],
         "feature_loss": loss, "passes": passes, "seconds_per_picture": round(seconds, 3),
-        "pictures": scores["psnr"]["count"], "run": folder.name,
+        "pictures": scores["psnr"]["count"], "run": folder.name, "peak_passes": None, "peak_psnr": None,
     }  # fmt: skip
 
 
@@ -48,7 +63,7 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def print_limit(folders: Sequence[Run]) -> None:
-    """The table of these inversions on the terminal."""
+    """The table of these inversions on the terminal, and of each whether it went on past its peak."""
     from rich.console import Console
     from rich.table import Table
 
@@ -57,14 +72,25 @@ def print_limit(folders: Sequence[Run]) -> None:
     table.add_column("how")
     for column in ("PSNR (dB)", "SSIM", "LPIPS", "feature loss", "passes", "s a picture", "pictures"):
         table.add_column(column, justify="right")
-    for row in limit_rows(folders):
+    rows = limit_rows(folders)
+    for row in rows:
         lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
         loss = "–" if row["feature_loss"] is None else f"{row['feature_loss']:.2g}"
         table.add_row(
             row["sources"], row["how"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}", lpips, loss,
             str(row["passes"]), f"{row['seconds_per_picture']:.2f}", str(row["pictures"]),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table)
+    for row in rows:
+        if row["peak_psnr"] is not None and row["peak_psnr"] - row["psnr"] >= PAST:
+            console.print(
+                f"{row['sources']}, {row['how']}: highest after {row['peak_passes']} passes, "
+                f"{row['peak_psnr']:.2f} dB; later ones fit the features and lead away from the pictures, "
+                f"which only the originals tell. --steps {row['peak_passes']} ends there",
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def write_limit(folders: Sequence[Run], output: Path) -> list[Path]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -12,8 +10,9 @@ from matplotlib.lines import Line2D
 from afterimage.report.escape import plain
 from afterimage.report.figures.labels import margin_labels
 from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
+from afterimage.report.limit import PAST, mean_curve
 from afterimage.report.rows import Rows
-from afterimage.runs import Run, read_csv
+from afterimage.runs import Run
 
 
 def saturation(rows: Rows) -> list[Drawing]:
@@ -31,14 +30,17 @@ def draw_saturation(folders: Sequence[Run]) -> Drawing:
         colors = {name: ENCODER_COLORS[i % len(ENCODER_COLORS)] for i, name in enumerate(sources)}
         ends = []
         for folder in folders:
-            values = defaultdict(list)
-            for row in read_csv(folder.file("curve.csv")):
-                values[row["step"]].append(row["psnr"])
-            steps = sorted(values)
-            means = [statistics.fmean(values[step]) for step in steps]
+            steps, means = zip(*mean_curve(folder), strict=True)
             color = colors[" + ".join(folder.summary["sources"])]
             axes.plot(steps, means, color=color, ls="-" if folder.summary["start"] else "--")
             ends.append((means[-1], f"{means[-1]:.1f}", color))
+            peak = max(range(len(means)), key=means.__getitem__)
+            if means[peak] - means[-1] >= PAST:
+                axes.plot(steps[peak], means[peak], "o", ms=4, color=color)
+                axes.annotate(
+                    f"{means[peak]:.1f} after {steps[peak]}", (steps[peak], means[peak]), (0, 5),
+                    textcoords="offset points", ha="center", fontsize=8.0, color=MUTED,
+                )  # fmt: skip
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(0, max(1, *(line.get_xdata()[-1] for line in axes.lines)))
         axes.xaxis.set_major_formatter("{x:g}")
