@@ -56,7 +56,11 @@ class Perceptual(Loss):
 
     def __init__(self, net: str = "alex", weights: str | Path = "pretrained") -> None:
         super().__init__()
-        self.lpips = LPIPS(net, weights)
+        try:
+            self.lpips = LPIPS(net, weights)
+        except AfterimageError as error:
+            others = " or ".join(f"lpips:{other}" for other in LPIPS_NETS if other != net)
+            raise AfterimageError(f"the loss lpips:{net} ({others} are others): {error}") from None
 
     def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
         _same_shape(prediction, target)
