@@ -125,7 +125,7 @@ def test_lpips_without_weights_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("AFTERIMAGE_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(AfterimageError, match="lpips:alex .lpips:vgg or lpips:squeeze are others.*alexnet"):
+    with pytest.raises(AfterimageError, match=r"lpips:alex .lpips:vgg or lpips:squeeze are others.*alexnet"):
         create_loss("0.5*mse+0.5*lpips")
 
 
