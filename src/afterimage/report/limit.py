@@ -28,9 +28,9 @@ def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
                 rows.append(row)
         way = "refined" if summary["start"] else "inversion"
         facts = summary["scores"], summary["seconds_per_picture"], summary["steps"], summary["feature_loss"]
-        passes, psnr = max(mean_curve(folder), key=lambda point: point[1])
-        peak = {"peak_passes": passes, "peak_psnr": psnr}
-        rows.append(_row(folder, summary, way, summary["decoder"], *facts) | peak)
+        passes, psnr = highest(mean_curve(folder))
+        row = _row(folder, summary, way, summary["decoder"], *facts)
+        rows.append(row | {"peak_passes": passes, "peak_psnr": psnr})
     order = ("decoder", "inversion", "refined")
     return [row for rows in groups.values() for row in sorted(rows, key=lambda row: order.index(row["way"]))]
 
@@ -41,6 +41,11 @@ def mean_curve(folder: Run) -> list[tuple[int, float]]:
     for row in read_csv(folder.file("curve.csv")):
         values[row["step"]].append(row["psnr"])
     return [(step, statistics.fmean(values[step])) for step in sorted(values)]
+
+
+def highest(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """The point of a curve with the highest PSNR."""
+    return max(curve, key=lambda point: point[1])
 
 
 def _row(

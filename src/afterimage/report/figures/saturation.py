@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from afterimage.report.escape import plain
 from afterimage.report.figures.labels import margin_labels
 from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
-from afterimage.report.limit import PAST, mean_curve
+from afterimage.report.limit import PAST, highest, mean_curve
 from afterimage.report.rows import Rows
 from afterimage.runs import Run
 
@@ -30,15 +30,16 @@ def draw_saturation(folders: Sequence[Run]) -> Drawing:
         colors = {name: ENCODER_COLORS[i % len(ENCODER_COLORS)] for i, name in enumerate(sources)}
         ends = []
         for folder in folders:
-            steps, means = zip(*mean_curve(folder), strict=True)
+            curve = mean_curve(folder)
+            steps, means = zip(*curve, strict=True)
             color = colors[" + ".join(folder.summary["sources"])]
             axes.plot(steps, means, color=color, ls="-" if folder.summary["start"] else "--")
             ends.append((means[-1], f"{means[-1]:.1f}", color))
-            peak = max(range(len(means)), key=means.__getitem__)
-            if means[peak] - means[-1] >= PAST:
-                axes.plot(steps[peak], means[peak], "o", ms=4, color=color)
+            passes, peak = highest(curve)
+            if peak - means[-1] >= PAST:
+                axes.plot(passes, peak, "o", ms=4, color=color)
                 axes.annotate(
-                    f"{means[peak]:.1f} after {steps[peak]}", (steps[peak], means[peak]), (0, 5),
+                    f"{peak:.1f} after {passes}", (passes, peak), (0, 5),
                     textcoords="offset points", ha="center", fontsize=8.0, color=MUTED,
                 )  # fmt: skip
         axes.set_xscale("symlog", linthresh=1)
