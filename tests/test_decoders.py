@@ -151,6 +151,24 @@ def test_clamp_lets_gradients_bring_values_back():
     assert values.grad[0] < 0 < values.grad[2]
 
 
+def test_clamp_stops_gradients_that_lead_further_out():
+    values = torch.tensor([-0.5, -0.5, 0.5, 0.5, 1.5, 1.5], requires_grad=True)
+    clamp(values).backward(torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, -2.0]))
+    assert values.grad.tolist() == [0.0, -2.0, 2.0, -2.0, 2.0, 0.0]
+
+
+def test_a_loss_that_always_asks_for_more_ends_at_the_bound():
+    """LPIPS may ask a white pixel to be whiter, and sees no difference when it is."""
+    values = torch.tensor([0.2, 0.9], requires_grad=True)
+    optimizer = torch.optim.Adam([values], lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (clamp(values)[0] - clamp(values)[1]).backward()
+        optimizer.step()
+    assert clamp(values).tolist() == [0.0, 1.0]
+    assert -1 < values[0] < 0 and 1 < values[1] < 2
+
+
 def test_haar_is_inverted_exactly_and_keeps_energy():
     pictures = torch.rand(2, 3, 12, 20, dtype=torch.float64)
     approximation, details = haar(pictures)

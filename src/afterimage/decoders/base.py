@@ -101,18 +101,22 @@ class Decoder(nn.Module, ABC):
 class _Clamp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pictures):
+        ctx.save_for_backward(pictures)
         return pictures.clamp(0, 1)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient
+        (pictures,) = ctx.saved_tensors
+        outward = torch.where(pictures > 1, gradient < 0, (pictures < 0) & (gradient > 0))
+        return gradient.masked_fill(outward, 0)
 
 
 def clamp(pictures: Tensor) -> Tensor:
-    """Hold pictures to [0, 1] and let gradients pass unchanged.
+    """Hold pictures to [0, 1] and let gradients pass, but for those that lead further beyond the range.
 
     A sigmoid saturates where photographs have most of their black and white; a plain clamp has no gradient to
     bring a value back. Straight through, a value beyond the range is drawn back unless its target is the bound.
+    Errors of pixels never lead outward there; LPIPS may, and without end, as what it sees does not change.
     """
     return _Clamp.apply(pictures)
 
