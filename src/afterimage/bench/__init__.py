@@ -49,12 +49,9 @@ def run_bench(
     for name in names:
         if name not in MEASUREMENTS:
             raise unknown("measurement", name, MEASUREMENTS)
-    if settings.precision == "auto":
-        quickest = in_child("gpu:quickest_precision", accelerator=settings.accelerator).value
-        settings = replace(settings, precision=quickest)
-    facts = machine() | {"precision": settings.precision}
-    facts["narrow_attention"] = in_child("work:narrow_attention").value
-    rows: list[Row] = []
+    here = in_child("work:here", accelerator=settings.accelerator, precision=settings.precision).value
+    settings = replace(settings, precision=here["precision"])
+    facts, rows = machine() | here, []
 
     def save() -> None:
         if json_path is not None:  # kept up to date: what comes later may be stopped

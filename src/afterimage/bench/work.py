@@ -15,9 +15,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from afterimage.bench import reference as plain
+from afterimage.bench.gpu import quickest_precision
 from afterimage.config import RunConfig, from_dict
 from afterimage.data import Data, load_data
-from afterimage.decoders import attend
+from afterimage.decoders.attend import narrow_attention
 from afterimage.evaluate import evaluating
 from afterimage.member import Member
 from afterimage.metrics import psnr
@@ -29,9 +30,15 @@ def imports() -> None:
     """What a process holds that only imports all this."""
 
 
-def narrow_attention() -> str:
-    """In words, what attends with narrow heads on a CPU; compiled before anything is timed where it is not yet."""
-    return attend.narrow_attention()[1]
+def here(accelerator: str, precision: str) -> dict[str, str]:
+    """What ours computes in, for `auto` what is quicker, and what attends with narrow heads on a CPU, in words.
+
+    The latter is compiled here where it is not yet, before anything is timed.
+    """
+    return {
+        "precision": quickest_precision(accelerator) if precision == "auto" else precision,
+        "narrow_attention": narrow_attention()[1],
+    }
 
 
 def ours(
