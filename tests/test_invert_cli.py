@@ -86,7 +86,7 @@ def test_the_limit_of_a_run(command, run, place):
     assert folder.file("summary.json").stat().st_mtime_ns == before  # done is not done again
 
 
-def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place, capsys):
+def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
     output = place / "past"
     options = ("--run", run.path, "--limit", 2, "--refine-only", "--output", output, "--steps", 4)
     code, out, _ = command(*options)

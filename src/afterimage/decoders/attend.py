@@ -56,10 +56,15 @@ def narrow_attention() -> tuple[type[torch.autograd.Function], str]:
     return CompiledAttention, f"compiled by numba {metadata.version('numba')}"
 
 
+def log2_scale(d: int) -> float:
+    """Times this, `q k'` of heads of d channels is the power of two whose value softmax takes."""
+    return d**-0.5 / math.log(2)
+
+
 @torch.no_grad()
 def _bound(q: Tensor, k: Tensor) -> Tensor:
     """No score of a query, in powers of two, is larger than this `(B, heads, n)` (Cauchy and Schwarz)."""
-    return q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True) * (q.shape[-1] ** -0.5 / math.log(2))
+    return q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True) * log2_scale(q.shape[-1])
 
 
 class TiledAttention(torch.autograd.Function):
@@ -78,7 +83,7 @@ class TiledAttention(torch.autograd.Function):
         qt, kt, vt = (_channels_first(x) for x in (q, k, v))
         shift = bound.reshape(b * h, 1, n)
         one = torch.ones_like(kt[:, :1])
-        qa = torch.cat([qt * (d**-0.5 / math.log(2)), -shift], 1).mT.contiguous()
+        qa = torch.cat([qt * log2_scale(d), -shift], 1).mT.contiguous()
         ka, va = torch.cat([kt, one], 1), torch.cat([vt, one], 1)
         sums = q.new_empty(b * h, d + 1, n)
         for i, tile, p in _tiles(kt, n, 1):
@@ -95,7 +100,7 @@ class TiledAttention(torch.autograd.Function):
         n, d = q.shape[2:]
         qt, kt, vt, gt = (_channels_first(x).contiguous() for x in (q, k, v, gradient))
         one = torch.ones_like(kt[:, :1])
-        qa = torch.cat([qt * (d**-0.5 / math.log(2)), -normaliser], 1).mT.contiguous()
+        qa = torch.cat([qt * log2_scale(d), -normaliser], 1).mT.contiguous()
         ga = torch.cat([gt, -(gt * out).sum(1, keepdim=True)], 1).mT.contiguous()
         ka, va = torch.cat([kt, one], 1), torch.cat([vt, one], 1)
         dq, dk, dv = torch.empty_like(qt), torch.zeros_like(kt), torch.zeros_like(vt)

@@ -107,7 +107,7 @@ class _Clamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (pictures,) = ctx.saved_tensors
-        outward = torch.where(pictures > 1, gradient < 0, (pictures < 0) & (gradient > 0))
+        outward = ((pictures > 1) & (gradient < 0)) | ((pictures < 0) & (gradient > 0))
         return gradient.masked_fill(outward, 0)
 
 
@@ -155,6 +155,11 @@ class Doubling(nn.ConvTranspose2d):
     def forward(self, maps: Tensor) -> Tensor:
         doubled = F.conv_transpose2d(maps, self.weight, None, self.stride, self.padding)
         return doubled + self.bias.to(doubled.dtype)[:, None, None]
+
+
+def stage(convolution: nn.Module) -> nn.Sequential:
+    """A convolution, batch norm and ReLU."""
+    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU(inplace=True))
 
 
 def stages_between(size: tuple[int, int], target: tuple[int, int]) -> int:

@@ -19,6 +19,8 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from afterimage.decoders.attend import log2_scale
+
 WIDTH = 8
 """Channels of a head; narrower heads are filled up with zeros."""
 ROWS, KEYS = 8, 256
@@ -154,7 +156,7 @@ class CompiledAttention(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bound: Tensor) -> Tensor:
         (b, h, n, d), m = q.shape, k.shape[2]
-        powers = _heads(q * (d**-0.5 / math.log(2)))
+        powers = _heads(q * log2_scale(d))
         keys, values = _heads(k).mT.contiguous(), _heads(v).mT.contiguous()
         shift = bound.reshape(b * h, n).contiguous()
         out, normaliser = torch.empty_like(powers), torch.empty_like(shift)
@@ -183,7 +185,7 @@ class CompiledAttention(torch.autograd.Function):
         fill = -n % ROWS
         delta, normaliser = (F.pad(x, (0, fill)) for x in ((g * out).sum(-1), normaliser))
         queries, g = (F.pad(x, (0, 0, 0, fill)) for x in (_heads(q), g))
-        powers = queries * (d**-0.5 / math.log(2))
+        powers = queries * log2_scale(d)
         keys, values = _blocks(_heads(k)), _blocks(_heads(v))
         parts = _parts(b * h, n + fill)
         dq = torch.empty_like(queries)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
-from afterimage.decoders.base import Decoder, Doubling, adapter, resize, stages_between
+from afterimage.decoders.base import Decoder, Doubling, adapter, resize, stage, stages_between
 
 
 class FrequencyDecoder(Decoder):
@@ -35,18 +35,14 @@ class FrequencyDecoder(Decoder):
         self.adapter = adapter(self.spec.channels, channels)
         width = channels or self.spec.channels
         self.low = nn.Sequential(
-            nn.Conv2d(width, width, kernel_size=3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
+            *stage(nn.Conv2d(width, width, kernel_size=3, padding=1)),
             nn.Conv2d(width, 3, kernel_size=3, padding=1),
         )
         stages: list[nn.Module] = []
         for _ in range(stages_between((self.spec.height, self.spec.width), image_size)):
             narrower = max(minimum_channels, width // 2)
             stages += [
-                Doubling(width, narrower),
-                nn.BatchNorm2d(narrower),
-                nn.ReLU(inplace=True),
+                *stage(Doubling(width, narrower)),
                 ChannelAttention(narrower),
                 SpatialAttention(),
             ]

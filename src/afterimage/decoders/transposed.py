@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
 from afterimage.decoders.attend import attend
-from afterimage.decoders.base import Decoder, Doubling, adapter, resize, stages_between
+from afterimage.decoders.base import Decoder, Doubling, adapter, resize, stage, stages_between
 
 
 class TransposedDecoder(Decoder):
@@ -38,13 +38,7 @@ class TransposedDecoder(Decoder):
         stages = []
         for _ in range(stages_between((self.spec.height, self.spec.width), image_size)):
             narrower = max(minimum_channels, channels // 2)
-            stages.append(
-                nn.Sequential(
-                    Doubling(channels, narrower),
-                    nn.BatchNorm2d(narrower),
-                    nn.ReLU(inplace=True),
-                )
-            )
+            stages.append(stage(Doubling(channels, narrower)))
             channels = narrower
         self.stages = nn.Sequential(*stages)
         self.to_rgb = nn.Conv2d(channels, 3, kernel_size=3, padding=1)

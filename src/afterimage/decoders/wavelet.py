@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
-from afterimage.decoders.base import Decoder, Doubling, adapter, resize, stages_between
+from afterimage.decoders.base import Decoder, Doubling, adapter, resize, stage, stages_between
 
 
 class WaveletDecoder(Decoder):
@@ -35,13 +35,13 @@ class WaveletDecoder(Decoder):
         self.adapter = adapter(self.spec.channels, channels)
         width = channels or self.spec.channels
         levels = stages_between((self.spec.height, self.spec.width), image_size)
-        self.trunk = _stage(nn.Conv2d(width, width, kernel_size=3, padding=1))
+        self.trunk = stage(nn.Conv2d(width, width, kernel_size=3, padding=1))
         self.approximation = nn.Conv2d(width, 3, kernel_size=3, padding=1)
         self.refine, self.details = nn.ModuleList(), nn.ModuleList()
         for level in range(levels):
             if level:
                 narrower = max(minimum_channels, width // 2)
-                self.refine.append(_stage(Doubling(width, narrower)))
+                self.refine.append(stage(Doubling(width, narrower)))
                 width = narrower
             self.details.append(nn.Conv2d(width, 9, kernel_size=3, padding=1))
         self.levels = levels
@@ -55,10 +55,6 @@ class WaveletDecoder(Decoder):
                 maps = self.refine[level - 1](maps)
             picture = inverse_haar(picture, details(maps))
         return resize(picture, self.image_size)
-
-
-def _stage(convolution: nn.Module) -> nn.Sequential:
-    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU(inplace=True))
 
 
 def inverse_haar(
