@@ -8,6 +8,7 @@ import torch
 from afterimage.config import AfterimageError, FeatureSpec
 from afterimage.decoders import DECODERS, create_decoder
 from afterimage.decoders.base import Doubling, clamp, stages_between
+from afterimage.decoders.linear import RIDGES
 from afterimage.decoders.wavelet import haar, inverse_haar
 
 PUBLISHED = [
@@ -283,13 +284,36 @@ class TestLinear:
         ours = torch.nn.functional.pixel_unshuffle(decoder([features]), 2).permute(0, 2, 3, 1).reshape(-1, 12)
         np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
 
-    def test_the_ridge_is_chosen_on_validation_pictures(self):
+    @pytest.mark.parametrize(
+        ("pictures", "noise", "expected"),
+        [(60, 0.003, 1e-8), (60, 0.3, 1e-3), (20, 0.5, 1e-1), (6, 1, 1), (3, 30, 10)],
+    )
+    def test_the_ridge_is_the_best_on_validation_pictures(self, pictures, noise, expected):
+        """Against ridge regression by numpy's `solve`, with every ridge."""
         generator = torch.Generator().manual_seed(2)
-        noise = torch.randn(3, 8, 3, 3, generator=generator)
-        images = torch.rand(3, 3, 3, 3, generator=generator)
-        held_out = torch.randn(40, 8, 3, 3, generator=generator), torch.rand(40, 3, 3, 3, generator=generator)
-        _, notes = self.fitted(noise, images, validation=held_out)
-        assert any("ridge 0.1" in note for note in notes)
+        count = pictures + 40
+        features = torch.randn(count, 8, 3, 3, generator=generator)
+        images = features.mean(1, keepdim=True).expand(-1, 3, -1, -1) / 10 + 0.5
+        images = (images + noise * torch.rand(count, 3, 3, 3, generator=generator) / 8).clamp(0, 1)
+        held_out = features[pictures:], images[pictures:]
+        decoder, notes = self.fitted(features[:pictures], images[:pictures], validation=held_out)
+        unfolded = torch.nn.functional.unfold(repeated(features), 3).double().numpy()
+        rows, targets = unfolded.transpose(0, 2, 1), images.flatten(2).transpose(1, 2).double().numpy()
+        inputs, outputs = rows[:pictures].reshape(-1, 72), targets[:pictures].reshape(-1, 3)
+        mean, colour = inputs.mean(0), outputs.mean(0)
+        centred, moments = inputs - mean, (inputs - mean).T @ (inputs - mean)
+        first = rows[:3].reshape(-1, 72).mean(0)  # of the first batch: what the decoder shifts by
+        scale, errors = ((inputs - first) ** 2).sum(0), {}
+        for ridge in RIDGES:
+            solution = np.linalg.solve(moments + np.diag(ridge * scale), centred.T @ (outputs - colour))
+            errors[ridge] = np.mean(((rows[pictures:] - mean) @ solution + colour - targets[pictures:]) ** 2)
+        best = min(errors, key=errors.__getitem__)
+        assert best == expected
+        assert f"ridge {best:g}, chosen on the validation pictures" in notes
+        with torch.no_grad():
+            blocks = decoder.blocks(repeated(held_out[0]))
+        error = (blocks - held_out[1]).double().square().mean()
+        assert float(error) == pytest.approx(errors[best], rel=1e-3)
 
     def test_sampling_locations_is_said_and_hardly_matters(self):
         generator = torch.Generator().manual_seed(3)

@@ -20,7 +20,8 @@ FEW_ROWS = 200
 PANELS = 6
 JUDGED = 96
 
-RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Hundreds of pictures ask for 1e-3 and less, a few of a deep layer for 1 and more."""
 
 
 class LinearDecoder(Decoder):
@@ -28,9 +29,10 @@ class LinearDecoder(Decoder):
 
     Ridge regression (Hoerl & Kennard 1970): `W = (X'X + lambda D)^-1 X'Y` with D the diagonal of X'X, so that
     channels of different scale are held back alike. X'X and X'Y are summed over one pass (two views of each
-    picture where rows are few); lambda is the best of `RIDGES` on the validation pictures. At the border the
-    outermost features are repeated. Above `rows_per_input` rows an input, locations are sampled and `solve` says
-    so. Where the picture is not a whole multiple of the features, blocks are rounded up and the result resampled.
+    picture where rows are few). Lambda is the best on the validation pictures of every other one of `RIDGES` and
+    of the two beside it. At the border the outermost features are repeated. Above `rows_per_input` rows an input,
+    locations are sampled and `solve` says so. Where the picture is not a whole multiple of the features, blocks
+    are rounded up and the result resampled.
 
     Parameters are counted as any convolution's: `9 C (3 b^2) + 3 b^2` for blocks of b x b pixels.
     """
@@ -141,14 +143,19 @@ class LinearDecoder(Decoder):
         judge = self._sums[True].whole() if True in self._sums else train
         # A ridge is judged on every n-th output, which is as good and much less work than on all.
         some = slice(None, None, max(1, self.outputs // JUDGED))
-        errors = {}
-        for ridge in RIDGES:
-            solution = train.solve(ridge, some)
-            if solution is not None:
-                errors[ridge] = judge.error(solution, some)
-        if not errors:
+        errors: dict[float, float] = {}
+
+        def best(ridges: Sequence[float]) -> float:
+            for ridge in ridges:
+                solution = train.solve(ridge, some)
+                errors[ridge] = math.inf if solution is None else judge.error(solution, some)
+            return min(errors, key=errors.__getitem__)
+
+        # Each costs a factorisation. Not downhill from the middle: with few pictures there are two valleys.
+        coarse = RIDGES.index(best(RIDGES[::2]))
+        ridge = best([RIDGES[i] for i in (coarse - 1, coarse + 1) if 0 <= i < len(RIDGES)])
+        if not math.isfinite(errors[ridge]):
             raise AfterimageError(f"the linear decoder found no finite solution for {self.spec.source}")
-        ridge = min(errors, key=errors.__getitem__)
         solution = train.solve(ridge)
         weight = solution[:-1].T / train.scale
         self.weight.copy_(weight)
