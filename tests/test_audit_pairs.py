@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from afterimage.audit import AuditConfig, LimitsConfig, judge, run_audit
+from afterimage.audit import AttackersConfig, AuditConfig, LimitsConfig, judge, run_audit
 from afterimage.audit.pairs import load_pairs
-from afterimage.config import AfterimageError, RecipeConfig
+from afterimage.config import AfterimageError, DataConfig, RecipeConfig
 
 COUNT, SIZE = 60, 32
 
@@ -77,6 +77,20 @@ def test_a_store_is_audited_without_an_encoder(arrays, tmp_path):
     assert cost["score"] is None and "no network" in cost["notes"][0] and cost["bytes"] == 3 * 16 * 16 * 4
     assert any("without random crops" in note for note in results.notes)
     assert judge(results.rows, results.blind, results.costs, config.limits).passed is False
+
+
+def test_another_split_of_a_store_is_another_measurement(arrays, tmp_path):
+    path = write(tmp_path / "store.npz", arrays)
+    found = []
+    for fraction, seed in ((0.2, 42), (0.4, 42), (0.2, 7)):
+        config = AuditConfig(
+            pairs=str(path), defences=("none",), attackers=AttackersConfig(pictures=("20",)),
+            recipe=RecipeConfig(batch_size=16), test_fraction=fraction, data=DataConfig(split_seed=seed),
+        )  # fmt: skip
+        (row,) = run_audit(config, tmp_path / "audit", accelerator="cpu").rows
+        assert row["scores"]["psnr"]["count"] == round(fraction * COUNT)
+        found.append(row["folder"])
+    assert len(set(found)) == 3
 
 
 @pytest.mark.parametrize(

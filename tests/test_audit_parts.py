@@ -185,6 +185,22 @@ def test_the_upper_end_decides():
     )
 
 
+def test_an_attacker_with_few_pictures_hides_no_leak_that_another_shows():
+    """Refined attackers have few test pictures: their wide interval reaches further and shows less."""
+    shown = row("a", "none", 0.44, 0.65)
+    refined = row("a", "none", 0.44, 0.6, "linear + refined")
+    refined["scores"]["ssim"] = interval(0.44, 0.08, 20)
+    refined["identification"] = {"pixels": interval(0.6, 0.2, 20)}
+    for rows in ([shown], [shown, refined], [refined, shown]):
+        (option,) = judge(rows, [], {("a", "none"): cost(1.0)}, LimitsConfig(0.4, 0.5)).options
+        assert option.status == LEAKS
+        assert option.ssim.count == option.identification.count == 100
+        assert "SSIM 0.440 (at least 0.420) against a limit of 0.4, linear" in option.reasons[0]
+        assert "identification 65% (at least 63.0%) against a limit of 0.5, linear" in option.reasons[1]
+    (option,) = judge([shown, refined], [], {("a", "none"): cost(1.0)}, LimitsConfig(0.45, 0.7)).options
+    assert option.status == OPEN and option.ssim.count == option.identification.count == 20
+
+
 def test_without_limits_there_is_no_pass():
     verdict = judge(ROWS, [], COSTS, LimitsConfig())
     assert (

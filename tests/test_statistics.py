@@ -47,7 +47,12 @@ def test_expanded_interval_of_few_normal_values_is_students():
 
 @pytest.mark.parametrize(
     ("count", "skew", "low", "high"),
-    [(100, False, 0.93, 0.97), (12, False, 0.92, 0.97), (100, True, 0.92, 0.97)],
+    [
+        *((count, False, 0.93, 0.975) for count in (2, 3, 5, 9)),
+        (12, False, 0.92, 0.97),
+        (100, False, 0.93, 0.97),
+        (100, True, 0.92, 0.97),
+    ],
 )
 def test_intervals_cover_the_truth_about_95_times_in_100(count, skew, low, high):
     random = np.random.default_rng(11)

@@ -63,8 +63,10 @@ class AttackersConfig:
         for access in self.access:
             if access not in ACCESS:
                 raise unknown("access", access, ACCESS)
-        if min(self.refine_steps, self.refine_pictures) < 1:
-            raise AfterimageError("refine_steps and refine_pictures must be 1 or more")
+        if self.refine_steps < 1 or self.refine_pictures < 2:
+            raise AfterimageError(
+                "refine_steps must be 1 or more, refine_pictures 2 or more, for an interval"
+            )
 
 
 @dataclass(frozen=True)

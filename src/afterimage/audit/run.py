@@ -82,6 +82,10 @@ class _Audit:
     ) -> None:
         self.config, self.root, self.progress, self.keep = config, root, progress, keep
         self.subject: Subject = open_subject(config, cache=cache, progress=progress)
+        if len(self.subject.data.test) < 2:
+            raise AfterimageError(
+                "an audit needs 2 test pictures or more: a verdict rests on intervals over them"
+            )
         for spec in self.subject.specs.values():  # a wrong text is told before anything is trained
             for text in config.defences:
                 create_defence(text, [spec], seed=config.seed)

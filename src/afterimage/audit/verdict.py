@@ -11,6 +11,7 @@ from scipy import stats
 from afterimage.audit.config import LimitsConfig
 
 WITHIN, OPEN, LEAKS = "within limits", "not shown to be safe", "leaks"
+SEVERITY = (WITHIN, OPEN, LEAKS)
 UTILITY = {"classes": "same top-1 prediction", "embedding": "cosine of the embedding"}
 """What is compared between the network with and without the defence, by the kind of its final output."""
 ENOUGH = 0.9
@@ -19,7 +20,7 @@ ENOUGH = 0.9
 
 @dataclass(frozen=True)
 class Leak:
-    """How much the strongest attacker got, by one measure: an interval, and who got it."""
+    """How much an attacker got, by one measure: an interval, and who got it."""
 
     estimate: float
     low: float
@@ -32,6 +33,13 @@ class Leak:
         if limit is None or self.high <= limit:
             return WITHIN
         return LEAKS if self.low > limit else OPEN
+
+    def text(self, limit: float) -> str:
+        """The estimate with the end of its interval that decides."""
+        share = self.by != "SSIM"
+        estimate = f"{self.estimate:.0%}" if share else f"{self.estimate:.3f}"
+        end, value = ("at least", self.low) if self.against(limit) == LEAKS else ("up to", self.high)
+        return f"{estimate} ({end} {value:.1%})" if share else f"{estimate} ({end} {value:.3f})"
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,9 @@ def judge(
     limits: LimitsConfig,
     failures: Sequence[str] = (),
 ) -> Verdict:
-    """Weigh all measured rows. Of several attackers and distances the strongest counts, by the interval's upper end."""
+    """Weigh all measured rows. Of several attackers and distances the worst counts: one that is shown to leak, else
+    one that is not shown to be safe, and of these the interval's end that decides.
+    """
     options = []
     for (layer, defence), cost in costs.items():
         own = [row for row in rows if (row["layer"], row["defence"]) == (layer, defence)]
@@ -103,28 +113,29 @@ def judge(
 def _option(
     layer: str, defence: str, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Any], limits: LimitsConfig
 ) -> Option:
-    ssim = max((_leak(row["scores"]["ssim"], "SSIM", row) for row in rows), key=lambda leak: leak.high)
-    found = max(
-        (_leak(strongest(row)[1], strongest(row)[0], row) for row in rows), key=lambda leak: leak.high
-    )
-    checks = [
-        ("SSIM", ssim, limits.max_ssim, f"{ssim.estimate:.3f} (up to {ssim.high:.3f})"),
-        (
-            "identification",
-            found,
-            limits.max_identification,
-            f"{found.estimate:.0%} (up to {found.high:.1%})",
-        ),
-    ]
-    reasons = []
-    for name, leak, limit, text in checks:
-        if leak.against(limit) != WITHIN:
+    limit_ssim, limit_found = limits.max_ssim, limits.max_identification
+    ssim = _worst([_leak(row["scores"]["ssim"], "SSIM", row) for row in rows], limit_ssim)
+    shares = [_leak(share, by, row) for row in rows for by, share in row["identification"].items()]
+    found = _worst(shares, limit_found)
+    reasons, worst = [], []
+    for name, leak, limit in (("SSIM", ssim, limit_ssim), ("identification", found, limit_found)):
+        worst.append(leak.against(limit))
+        if worst[-1] != WITHIN:
             reasons.append(
-                f"{name} {text} against a limit of {limit:g}, {leak.attacker}: {leak.against(limit)}"
+                f"{name} {leak.text(limit)} against a limit of {limit:g}, {leak.attacker}: {worst[-1]}"
             )
-    worst = [leak.against(limit) for _, leak, limit, _ in checks]
-    status = LEAKS if LEAKS in worst else OPEN if OPEN in worst else WITHIN
+    status = max(worst, key=SEVERITY.index)
     return Option(layer, defence, ssim, found, rows[0]["chance"], cost, status, tuple(reasons))
+
+
+def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
+    """A shown leak before a possible one: few pictures have wide intervals, which reach far and show little."""
+
+    def weight(leak: Leak) -> tuple[int, float]:
+        status = leak.against(limit)
+        return SEVERITY.index(status), leak.low if status == LEAKS else leak.high
+
+    return max(leaks, key=weight)
 
 
 def _leak(interval: Mapping[str, Any], by: str, row: Mapping[str, Any]) -> Leak:

@@ -14,6 +14,8 @@ from afterimage.config import AfterimageError
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+FEW = 10
+"""Below so many pictures resamples hold too few different values, and an interval is never shorter than Student's."""
 _CHUNK = 4_000_000  # resampled values held at a time: 32 MB
 
 
@@ -82,7 +84,9 @@ def mean_interval(
 
     Bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). `expand` widens the
     levels as Student's t does (Hesterberg 2015, "What teachers should know about the bootstrap"): without it,
-    intervals over fewer than about 30 pictures are too short. With it off, this is scipy's `method="BCa"`.
+    intervals over fewer than about 30 pictures are too short. No mean of resamples leaves the values' range, so
+    below `FEW` pictures the interval also takes in Student's t interval. With `expand` off, this is scipy's
+    `method="BCa"`.
 
     Args:
         values: `(pictures,)`, finite.
@@ -109,18 +113,33 @@ def mean_interval(
     centre, deviations = sign * centre, sign * deviations
     means = resampled_means(np.sort(sign * values), resamples=resamples, seed=seed)
     level = (1 - confidence) / 2
+    margin = 0.0
     if expand:
-        # With two values the level underflows to zero, whose normal quantile is infinite.
-        level = max(1e-12, special.ndtr(np.sqrt(count / (count - 1)) * special.stdtrit(count - 1, level)))
+        if count < FEW:
+            margin = -float(special.stdtrit(count - 1, level)) * math.sqrt(scale / (count - 1) / count)
+        level = _expanded(level, count)
     below = ((means < centre).mean() + (means <= centre).mean()) / 2
     bias = special.ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
     acceleration = math.fsum(deviations**3) / (6 * scale**1.5)
     z = bias + special.ndtri(np.array([level, 1 - level]))
-    ends = sign * np.quantile(means, special.ndtr(bias + z / (1 - acceleration * z)))
-    return Interval(sign * centre, float(ends.min()), float(ends.max()), count, confidence)
+    low, high = np.quantile(means, special.ndtr(bias + z / (1 - acceleration * z)))
+    if margin:
+        low, high = min(low, centre - margin), max(high, centre + margin)
+    ends = sorted((sign * float(low), sign * float(high)))
+    return Interval(sign * centre, *ends, count, confidence)
+
+
+def _expanded(level: float, count: int) -> float:
+    """The level of one tail that makes an interval over so many values as long as Student's t does."""
+    # With two values the level underflows to zero, whose normal quantile is infinite.
+    return max(1e-12, special.ndtr(np.sqrt(count / (count - 1)) * special.stdtrit(count - 1, level)))
 
 
 def percentile_interval(estimate: float, resampled: np.ndarray, count: int, confidence: float) -> Interval:
-    """Percentile interval (Efron 1979) of any statistic from its bootstrap values `(resamples,)`."""
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    """Percentile interval (Efron 1979) of any statistic of `count` pictures from its bootstrap values `(resamples,)`.
+
+    Its levels are widened as those of `mean_interval`; over fewer than about 10 pictures it is still too short.
+    """
+    level = _expanded((1 - confidence) / 2, count)
+    low, high = np.quantile(resampled, [level, 1 - level])
     return Interval(float(estimate), float(low), float(high), count, confidence)
