@@ -128,7 +128,7 @@ def keep(run, *seeds):
     """Keep pictures in a run folder, as training does."""
     index = []
     for seed in seeds:
-        name = f"picture-{seed}"
+        name = f"picture-{seed:03d}"
         path = run.file(f"reconstructions/{name}.original.png")
         path.parent.mkdir(exist_ok=True)
         Image.fromarray((picture(seed) * 255).astype(np.uint8).transpose(1, 2, 0)).save(path)
@@ -150,7 +150,7 @@ def test_rows_stand_beside_their_published_counterparts(tmp_path):
     random = with_mean(write_run(tmp_path, SOURCE, scores(20), weights="random"), 20.0)
     resized = with_mean(write_run(tmp_path, SOURCE, scores(20), parameters=4_000_000, seed=1), 20.0)
     linear = with_mean(write_run(tmp_path, SOURCE, scores(20), decoder=DecoderConfig("linear")), 20.0)
-    assert [path.name[:9] for path in originals([ours, random])] == ["picture-1", "picture-3"]
+    assert list(originals([ours, random])) == ["picture-001", "picture-003"]
     (beside,) = beside_published([ours, random, resized, linear])
     assert beside.run == ours.name and beside.published.psnr == (14.45, 2.27)
     assert beside.ceiling.count == 2
@@ -162,9 +162,20 @@ def test_rows_stand_beside_their_published_counterparts(tmp_path):
 
 def test_explanation_without_pictures_or_below_the_ceiling():
     row = published([SOURCE], "attention")
-    assert "not known" in explain(row, {"psnr": 20.0}, None)
-    assert "alone does not explain" in explain(row, {"psnr": 5.0}, published_ceiling([picture()]))
-    assert "No PSNR" in explain(row, {"psnr": None}, None)
+    assert "not known" in explain(row, {"psnr": 20.0}, None, None)
+    assert "alone does not explain" in explain(row, {"psnr": 5.0}, published_ceiling([picture()]), 5.0)
+    assert "Ours" not in explain(row, {"psnr": 20.0}, published_ceiling([picture()]), None)
+    assert "No PSNR" in explain(row, {"psnr": None}, None, None)
+
+
+def test_the_ceiling_is_compared_with_our_scores_of_the_same_pictures(tmp_path):
+    rows = [
+        score | {"psnr": 5.0 if score["id"] in ("picture-001", "picture-003") else 30.0}
+        for score in scores(29)
+    ]
+    (beside,) = beside_published([keep(with_mean(write_run(tmp_path, SOURCE, rows), 29.5), 3, 1)])
+    assert 5 < beside.ceiling.psnr < 29.5
+    assert "29.50 dB here" in beside.reason and "not above that on them" in beside.reason
 
 
 @pytest.mark.parametrize(("size", "found"), [(28, 1), (None, 0)])
@@ -184,5 +195,5 @@ def test_only_the_published_fusion_is_the_published_fusion(tmp_path, size, found
 def test_what_is_inferred_of_the_published_fusion_is_called_an_inference():
     random, within = published_ceiling([picture()]), published_ceiling([np.full((3, 4, 4), 0.5)])
     assert random.psnr < FUSION.psnr[0] < within.psnr
-    assert "are above that: an inference is" in explain(FUSION, {"psnr": 20.0}, random)
-    assert "inference" not in explain(FUSION, {"psnr": 20.0}, within)
+    assert "are above that: an inference is" in explain(FUSION, {"psnr": 20.0}, random, 20.0)
+    assert "inference" not in explain(FUSION, {"psnr": 20.0}, within, 20.0)

@@ -405,7 +405,9 @@ def test_unfinished_runs_and_single_pictures_are_left_out_by_name(tmp_path):
 
 
 def test_no_runs_at_all_is_said(tmp_path):
-    assert in_words(analyse([])) == ["No finished run with scores: nothing to compare."]
+    assert in_words(analyse([])) == [
+        "No finished decoder with scores of 2 pictures or more: nothing to compare."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,16 @@ def _commit() -> str | None:
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
+def test_sets(data: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which test pictures each of several rows was measured on, as a name; `data` is what their summaries say of it.
+
+    Older summaries lack the digest of the test part. Where one does, the digest of all
+    pictures stands in for every row's, which tells training sets apart as well.
+    """
+    key = "test_digest" if all(entry.get("test_digest") for entry in data) else "digest"
+    return [str(entry.get(key)) for entry in data]
+
+
 def scan(root: str | Path) -> Iterator[Run]:
     """Every run folder directly below `root`, by name."""
     root = Path(root)

@@ -42,12 +42,18 @@ class Data:
     digest: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def test_digest(self) -> str:
+        """Of the test pictures alone, as they are scored: rows that agree in it compare, whatever trained them."""
+        return hashlib.sha256(f"{_digest(self.config, [self.test])} {self.config.crop}".encode()).hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """What a run's summary says of its data, as plain JSON values."""
         return {
             "source": self.config.source,
             "test": self.config.test,
             "digest": self.digest,
+            "test_digest": self.test_digest,
             "train": len(self.train),
             "validation": len(self.validation),
             "test_pictures": len(self.test),

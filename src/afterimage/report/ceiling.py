@@ -88,10 +88,10 @@ def _pixels(image: np.ndarray | str | Path) -> np.ndarray:
     return x
 
 
-def originals(runs: Iterable[Run]) -> list[Path]:
-    """The test pictures kept in these run folders, each once, by id."""
+def originals(runs: Iterable[Run]) -> dict[str, Path]:
+    """The test pictures kept in these run folders, by id."""
     found: dict[str, Path] = {}
     for run in runs:
         for name, original, _ in run.pictures:
             found.setdefault(name, original)
-    return [found[name] for name in sorted(found)]
+    return {name: found[name] for name in sorted(found)}

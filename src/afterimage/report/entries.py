@@ -105,7 +105,7 @@ def _score(row: Row, metric: str) -> dict[str, Any] | None:
 
 
 def _test_sets(rows: Sequence[Row], pictures: Sequence[Picture]) -> list[str]:
-    # The first picture a row saved tells its test set; its data's digest would also tell training sets apart.
+    # The first picture a row saved tells its test set, also where not every row has a digest of its own.
     first: dict[int, str] = {}
     for number, picture in enumerate(pictures):
         for position in picture.reconstructions:

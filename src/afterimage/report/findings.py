@@ -10,17 +10,16 @@ from afterimage.statistics import Analysis, Architectures, Comparison, Depth, Re
 from afterimage.statistics.depth import UNTESTABLE
 from afterimage.statistics.phrases import (
     NAMES,
-    UNITS,
+    ahead,
     difference,
     minus,
-    number,
     p_value,
     plain,
     ratio,
     score,
     told_apart,
 )
-from afterimage.statistics.settings import RANDOM
+from afterimage.statistics.settings import RANDOM, honest
 from afterimage.statistics.words import best_buys, by_other_metrics, disagreements, not_testable, overview
 
 Hypothesis = Depth | Resolution | Architectures
@@ -54,7 +53,7 @@ def find(analysis: Analysis) -> list[Finding]:
     The three hypotheses are always there: one that cannot be tested says what it lacks.
     """
     if not any(row.sources for row in analysis.rows):
-        return [Finding("No decoder to judge", paragraphs=(overview(analysis),))]
+        return [Finding("No decoder to judge", paragraphs=(overview(analysis),)), *_left_out(analysis)]
     metric = analysis.scores[0].metric
     extra = {"H3": tuple(disagreements(analysis.architectures))}
     findings = [
@@ -76,8 +75,12 @@ def find(analysis: Analysis) -> list[Finding]:
         )
     findings += [*_degradation(analysis), *_costs(analysis, metric), *_decoders(analysis, metric)]
     findings += _fusions(analysis)
+    return findings + _left_out(analysis)
+
+
+def _left_out(analysis: Analysis) -> list[Finding]:
     notes = tuple(f"{note}." for note in analysis.notes)
-    return findings + ([Finding("Left out", paragraphs=notes)] if notes else [])
+    return [Finding("Left out", paragraphs=notes)] if notes else []
 
 
 def how_to_read(analysis: Analysis) -> str:
@@ -112,12 +115,12 @@ def _hypothesis(
 
 def _overall(results: Sequence[Hypothesis]) -> str:
     """One verdict over settings; controls on random weights count only where there is nothing else."""
-    honest = [r for r in results if RANDOM not in r.setting]
-    verdicts = list(dict.fromkeys(r.verdict for r in honest or results))
+    counted = honest(results)
+    verdicts = list(dict.fromkeys(r.verdict for r in counted or results))
     if not verdicts:
         return UNTESTABLE
     told = verdicts[0] if len(verdicts) == 1 else f"depends on the decoder: {', '.join(verdicts)}"
-    return told if honest else f"{told} ({RANDOM} only)"
+    return told if counted else f"{told} ({RANDOM} only)"
 
 
 def _depth(results: Sequence[Depth]) -> Iterable[Numbers]:
@@ -191,11 +194,10 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
     for d in results:
         low, high = sorted((d.percent.low, d.percent.high))
         percent, low, high = (minus(f"{v:+.1f}", 1) for v in (d.percent.estimate, low, high))
-        lead = "ahead of" if d.runner_up.better == "a" else "not told apart from"
         rows.append(
             (d.setting, d.encoder, NAMES[d.metric], f"{d.best} ({score(d.drop.mean_b, d.metric)})",
              f"{d.worst} ({score(d.drop.mean_a, d.metric)})", difference(d.drop), f"{percent} % [{low}, {high}]",
-             f"{lead} {d.runner_up.b}")
+             f"{ahead(d.runner_up)} {d.runner_up.b}")
         )  # fmt: skip
     header = (
         "decoder",
@@ -208,9 +210,9 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
         "the best is",
     )
     sentences = []
-    honest = [d for d in results if RANDOM not in d.setting]
-    for metric in dict.fromkeys(d.metric for d in honest):
-        change = sorted(abs(d.percent.estimate) for d in honest if d.metric == metric)
+    counted = honest(results)
+    for metric in dict.fromkeys(d.metric for d in counted):
+        change = sorted(abs(d.percent.estimate) for d in counted if d.metric == metric)
         span = f"{change[0]:.0f}" if len(change) == 1 else f"{change[0]:.0f} to {change[-1]:.0f}"
         sentences.append(f"{NAMES[metric]} changes by {span} %")
     text = f"From the best to the worst layer of an encoder, {'; '.join(sentences)}." if sentences else ""
@@ -222,15 +224,16 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
 
 
 def _costs(analysis: Analysis, metric: str) -> Iterable[Finding]:
-    costs = [e for e in analysis.efficiency if e.metric == metric and e.gain is not None]
-    if not costs:
+    costs = [e for e in analysis.efficiency if e.metric == metric]
+    baseline = next((e.baseline for e in costs if e.gain is not None), None)
+    if baseline is None:
         return
     rows = [
-        (e.name, e.setting, number(e.gain, metric) + UNITS[metric],
+        (e.name, e.setting, NONE if e.gain is None else score(e.gain, metric),
          *(NONE if v is None else ratio(v) for v in (e.per_minute, e.per_million_parameters, e.per_thousand_values)))
         for e in costs
     ]  # fmt: skip
-    above = "above the mean colour" if costs[0].baseline else "in all"
+    above = "above the mean colour" if baseline else "in all"
     header = (
         "features",
         "decoder",
@@ -248,9 +251,12 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
         return
     rows = []
     for ranking in rankings:
-        means = dict(zip(ranking.settings, ranking.means, strict=True))
-        for c in (c for c in ranking.pairs if c.a == ranking.settings[0]):
-            best, other = (f"{name} ({score(means[name], metric)})" for name in (c.a, c.b))
+        # The first pairs are the best's with each other one, in this order.
+        best, *others = (
+            f"{name} ({score(mean, metric)})"
+            for name, mean in zip(ranking.settings, ranking.means, strict=True)
+        )
+        for other, c in zip(others, ranking.pairs, strict=False):
             rows.append((ranking.name, best, other, *_difference(c)))
     led = Counter(ranking.settings[0] for ranking in rankings)
     told = ", ".join(f"{setting} on {count}" for setting, count in led.most_common())

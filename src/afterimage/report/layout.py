@@ -153,6 +153,7 @@ def _rounded(score: Score, metric: str) -> str:
 
 def _best(rows: Sequence[Row], metric: str, net: str) -> str | None:
     """The best mean as printed, so that rows which print the same are all the best."""
+    rows = [r for r in rows if not r.is_random] or rows
     scores = [r.scores[metric] for r in rows if not net or r.lpips_net == net]
     means = [s for s in scores if s is not None]
     pick = max if HIGHER_IS_BETTER[metric] else min

@@ -5,13 +5,14 @@ They are Blazanovic and Khan's (2025), "Input Image Reconstruction from CNN Feat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from afterimage.config import split_source
 from afterimage.report.ceiling import Ceiling, originals, published_ceiling
-from afterimage.runs import Run
+from afterimage.runs import Run, test_sets
 from afterimage.statistics.phrases import number
 from afterimage.statistics.rows import METRICS
 
@@ -119,19 +120,25 @@ def beside_published(runs: Iterable[Run]) -> list[Beside]:
     """
     finished = [run for run in runs if run.file("summary.json").exists() and run.state in ("done", "new")]
     by_data: dict[str, list[Run]] = {}
-    for run in finished:
-        by_data.setdefault(run.summary["data"]["digest"], []).append(run)
+    for run, test in zip(finished, test_sets([run.summary["data"] for run in finished]), strict=True):
+        by_data.setdefault(test, []).append(run)
     results = []
     for same in by_data.values():
         pictures = originals(same)
-        ceiling = published_ceiling(pictures) if pictures else None
+        ceiling = published_ceiling(pictures.values()) if pictures else None
         for run in same:
             row = _counterpart(run)
             if row is not None:
-                ours = _means(run)
-                reason, why = explain(row, ours, ceiling), why_they_differ(row, ours, ceiling)
+                ours, kept = _means(run), _mean_psnr(run, pictures)
+                reason, why = explain(row, ours, ceiling, kept), why_they_differ(row, kept, ceiling)
                 results.append(Beside(run.name, row, ours, ceiling, reason, why))
     return results
+
+
+def _mean_psnr(run: Run, pictures: Collection[str]) -> float | None:
+    """The run's mean over these pictures alone, with whose ceiling it is compared."""
+    scores = [score["psnr"] for score in run.scores if score["id"] in pictures]
+    return statistics.fmean(scores) if scores else None
 
 
 def _means(run: Run) -> dict[str, float | None]:
@@ -151,22 +158,25 @@ def _counterpart(run: Run) -> Published | None:
     return row if row and row.parameters == summary["parameters"] else None
 
 
-def explain(row: Published, ours: Mapping[str, float | None], ceiling: Ceiling | None) -> str:
+def explain(
+    row: Published, ours: Mapping[str, float | None], ceiling: Ceiling | None, kept: float | None
+) -> str:
     """Ours beside the published PSNR, and why they differ, in sentences.
 
     Args:
         ours: our mean `psnr` (and other metrics) for the same sources and decoder; None where unavailable.
         ceiling: of the pictures that are kept in the run folders; None where there are none.
+        kept: our mean PSNR over these very pictures; None where they have no scores.
     """
     psnr = ours["psnr"]
     if psnr is None:
         return f"No PSNR here; {number(row.psnr[0], 'psnr')} dB published."
     gap = number(psnr - row.psnr[0], "psnr", signed=True)
     text = f"{number(psnr, 'psnr')} dB here, {number(row.psnr[0], 'psnr')} dB published on DIV2K ({gap} dB)."
-    return f"{text} {why_they_differ(row, ours, ceiling)}"
+    return f"{text} {why_they_differ(row, kept, ceiling)}"
 
 
-def why_they_differ(row: Published, ours: Mapping[str, float | None], ceiling: Ceiling | None) -> str:
+def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None) -> str:
     """The reason alone: what is documented, what was computed here, and what is inferred from the two."""
     if ceiling is None:
         return "No test pictures are kept, so what the published range allows on them is not known."
@@ -184,7 +194,10 @@ def why_they_differ(row: Published, ours: Mapping[str, float | None], ceiling: C
             if above == "above"
             else "."
         )
-    psnr = ours["psnr"]
-    if psnr is not None and psnr > ceiling.psnr:
-        return f"{text} Ours is above that, where no training could have taken the published decoders."
-    return f"{text} Ours is not above that, so their range alone does not explain the difference."
+    if kept is None:
+        return text
+    if kept > ceiling.psnr:
+        return (
+            f"{text} Ours is above that on them, where no training could have taken the published decoders."
+        )
+    return f"{text} Ours is not above that on them, so their range alone does not explain the difference."

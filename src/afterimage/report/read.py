@@ -10,7 +10,7 @@ from typing import Any
 from afterimage.config import AfterimageError, read_text, unknown
 from afterimage.report.rows import METRICS, Row, Rows, Score, Unfinished, natural
 from afterimage.report.variants import fusion_letters, mixed_settings, variants
-from afterimage.runs import DAMAGE, Run, read_json
+from afterimage.runs import DAMAGE, Run, read_json, test_sets
 
 KINDS = ("decoder", "inversion", "reference")
 
@@ -134,10 +134,10 @@ def _reference_order(row: Row) -> tuple[Any, ...]:
 
 
 def _warnings(rows: Sequence[Row]) -> Iterable[str]:
-    digests = {r.data.get("digest") for r in rows}
+    sets = set(test_sets([r.data for r in rows]))
     counts = sorted({r.scores["psnr"].count for r in rows})
-    if len(digests) > 1:
-        yield f"The rows were measured on {len(digests)} sets of pictures: their scores do not compare."
+    if len(sets) > 1:
+        yield f"The rows were measured on {len(sets)} sets of pictures: their scores do not compare."
     elif len(counts) > 1:
         yield f"The rows were measured on different numbers of pictures ({counts[0]} to {counts[-1]})."
     mixed = mixed_settings(rows)

@@ -51,6 +51,13 @@ def difference(c: Comparison) -> str:
     return f"{estimate}{UNITS[c.metric]} {span(c.difference, c.metric)}"
 
 
+def ahead(c: Comparison) -> str:
+    """How `a`, which has the better mean, stands to `b`: for example `ahead of`."""
+    if c.better == "a":
+        return "ahead of"
+    return "negligibly different from" if c.p_holm < ALPHA else "not told apart from"
+
+
 def told_apart(c: Comparison) -> str:
     """Empty where the comparison has a better side, else why it has none."""
     if c.better:

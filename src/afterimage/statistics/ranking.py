@@ -16,6 +16,7 @@ from afterimage.statistics.bootstrap import (
 )
 from afterimage.statistics.compare import Comparison, compare, corrected
 from afterimage.statistics.rows import HIGHER_IS_BETTER, Row, matrix
+from afterimage.statistics.settings import honest
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class DecoderRanking:
 class Efficiency:
     """What a row's quality costs.
 
-    `gain` is the mean score beyond `baseline`: the mean-colour reference line where the study has one, else 0
-    (and None for LPIPS, which has no zero to count from). Ratios are None where the cost is unknown or zero.
+    `gain` is the mean score beyond `baseline`: the mean-colour reference line of the row's test pictures where the
+    study has any such line, else 0. It is None for LPIPS without one, which has no zero to count from, and where
+    other rows have a line and this one has not. Ratios are None where the cost is unknown or zero.
     """
 
     metric: str
@@ -126,9 +128,10 @@ def degradation(
 def efficiency(rows: list[Row], references: list[Row], metric: str) -> list[Efficiency]:
     """Quality per minute of training, per million decoder parameters and per thousand feature values."""
     baselines = {r.data: r.mean(metric) for r in references if r.reference == "mean" and metric in r.scores}
+    nothing = 0.0 if HIGHER_IS_BETTER[metric] and not baselines else None
     results = []
     for row in rows:
-        baseline = baselines.get(row.data, 0.0 if HIGHER_IS_BETTER[metric] else None)
+        baseline = baselines.get(row.data, nothing)
         gain = None
         if baseline is not None:
             gain = row.mean(metric) - baseline if HIGHER_IS_BETTER[metric] else baseline - row.mean(metric)
@@ -141,9 +144,12 @@ def efficiency(rows: list[Row], references: list[Row], metric: str) -> list[Effi
 def decoders(
     rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[DecoderRanking]:
-    """Rank the settings that decode the same sources; every pair of every ranking is one family of tests."""
+    """Rank the settings that decode the same features; every pair of every ranking is one family of tests.
+
+    Features of an untrained encoder are others, and controls: they are left out unless there is nothing else.
+    """
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
+    for row in honest(rows) or rows:
         groups[row.name, row.data].append(row)
     ranked = [_best_first(group, metric) for group in groups.values() if len(group) > 1]
     family = corrected(
@@ -168,7 +174,8 @@ def fusions(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: i
     """Each fusion against its best single member, decoded alike where the study has that, else anyhow."""
     family = []
     for fused in (row for row in rows if row.fused):
-        members = [r for r in rows if not r.fused and r.data == fused.data and r.sources[0] in fused.sources]
+        same = [r for r in rows if (r.data, r.is_random) == (fused.data, fused.is_random)]
+        members = [r for r in same if not r.fused and r.sources[0] in fused.sources]
         alike = [r for r in members if r.setting == fused.setting]
         if members:
             best = _best_first(alike or members, metric)[0]

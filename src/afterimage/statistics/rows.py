@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from afterimage.config import AfterimageError, split_source, to_dict
-from afterimage.runs import Run
-from afterimage.statistics.settings import named
+from afterimage.runs import Run, test_sets
+from afterimage.statistics.settings import RANDOM, named
 
 METRICS = ("psnr", "ssim", "lpips")
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
@@ -36,7 +36,7 @@ class Row:
     `scores[metric][picture]` is the mean over seeds. Everything computed from it speaks of pictures, given
     the seeds that were trained; `seed_means[metric]` holds each seed's mean, for the spread between seeds.
     `setting` says how the features were decoded (decoder, its size, weights, loss, data where they differ);
-    only rows of one setting are compared across layers.
+    only rows of one setting are compared across layers. `data` tells test sets apart.
     """
 
     name: str
@@ -66,6 +66,11 @@ class Row:
     def fused(self) -> bool:
         return len(self.sources) > 1
 
+    @property
+    def is_random(self) -> bool:
+        """A control on an untrained encoder."""
+        return RANDOM in self.setting
+
     def mean(self, metric: str) -> float:
         return float(np.mean(list(self.scores[metric].values())))
 
@@ -89,8 +94,7 @@ def load_rows(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
         AfterimageError: a summary without a key that is needed, a score that is not finite, or a picture
             scored twice; each names the file.
     """
-    groups: dict[str, list[tuple[Run, dict[str, Any], dict[str, Any]]]] = defaultdict(list)
-    notes = []
+    found, notes = [], []
     for run in runs:
         finished = run.file("summary.json").exists() and run.file("scores.csv").exists()
         if not finished or run.state in ("running", "failed"):
@@ -110,7 +114,12 @@ def load_rows(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
         if summary["kind"] == "decoder":
             config = to_dict(run.config)
             del config["seed"], config["lpips"]
-        config["digest"] = summary["data"]["digest"]
+            config |= {"digest": summary["data"]["digest"], "train": summary["data"].get("train")}
+        found.append((run, summary, config))
+    tests = test_sets([summary["data"] for _, summary, _ in found])
+    groups: dict[str, list[tuple[Run, dict[str, Any], dict[str, Any]]]] = defaultdict(list)
+    for (run, summary, config), test in zip(found, tests, strict=True):
+        config["test"] = test
         groups[json.dumps(config, sort_keys=True)].append((run, summary, config))
 
     networks = {
@@ -139,6 +148,7 @@ def _origin(summary: dict[str, Any]) -> str:
 
 def _row(group: list[tuple[Run, dict[str, Any], dict[str, Any]]], metrics: tuple[str, ...]) -> Row:
     summary, features = group[0][1], group[0][1]["features"]
+    test = group[0][2]["test"]
     tables = [_scores(run, metrics) for run, _, _ in group]
     scores, seed_means = {}, {}
     for metric in metrics:
@@ -156,7 +166,7 @@ def _row(group: list[tuple[Run, dict[str, Any], dict[str, Any]]], metrics: tuple
         sources=tuple(summary["sources"]),
         decoder=summary["decoder"] or "",
         reference=summary["reference"] or "",
-        data=summary["data"]["digest"],
+        data=test,
         order=first["order"],
         channels=first["channels"],
         height=first["height"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 
 RANDOM = "RANDOM weights"  # in the name of a setting: a control, which no verdict on the study rests on
+
+
+def honest(results: Iterable[Any]) -> list[Any]:
+    """Of rows or results that have a `setting`, all but the controls on untrained encoders."""
+    return [result for result in results if RANDOM not in result.setting]
 
 
 def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
@@ -50,12 +56,19 @@ def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
             names = [f"{short(split_source(s)[0])} {split_source(s)[1]}" for s in row.sources]
             name = names[0]
             if row.fused:
-                fusion = configs[i]["fusion"]
-                side = fusion.get("size")
-                size = f" at {side}x{side}" if side else " at the finest size"
-                name = f"{fusion['name']} fusion{size} of {' + '.join(names)}"
+                name = f"{_fused(configs[i]['fusion'], configs)} of {' + '.join(names)}"
             renamed[i] = replace(row, name=name, encoder=short(row.encoder), setting=label)
     return sorted(renamed, key=lambda r: (r.setting, r.fused, r.encoder, r.order, r.name))
+
+
+def _fused(fusion: dict[str, Any], configs: list[dict[str, Any]]) -> str:
+    """`attention fusion at 28x28`; with its channels where another one of this name and size has others."""
+    alike = [f for config in configs if (f := config.get("fusion")) and f["name"] == fusion["name"]]
+    alike = [f.get("channels") for f in alike if f.get("size") == fusion.get("size")]
+    side = fusion.get("size")
+    size = f" at {side}x{side}" if side else " at the finest size"
+    wide = f", {fusion.get('channels')} channels," if len(set(alike)) > 1 else ""
+    return f"{fusion['name']} fusion{size}{wide}"
 
 
 def _setting(config: dict[str, Any]) -> dict[str, Any]:
@@ -66,14 +79,16 @@ def _setting(config: dict[str, Any]) -> dict[str, Any]:
         "weights": config["origin"],
         "loss": config["recipe"]["loss"],
         "options": decoder.get("options") or None,
+        "training pictures": config["train"],
         "data": config["digest"],
     }
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     recipe = {k: v for k, v in config["recipe"].items() if k != "loss"}
-    other = {"weights from": config["weights"], "fusion": config.get("fusion"), "pictures": config["data"]}
-    return _setting(config) | recipe | other
+    # Not the fusion: a fused row is compared with single ones that are decoded alike.
+    pictures = {f"data.{key}": value for key, value in config["data"].items() if key != "limit_train"}
+    return _setting(config) | recipe | {"weights from": config["weights"]} | pictures
 
 
 def _label(setting: dict[str, Any]) -> str:
@@ -91,6 +106,8 @@ def _distinct(labels: list[str], details: list[dict[str, Any]]) -> list[str]:
     for label, detail in zip(labels, details, strict=True):
         rivals = [d for other, d in zip(labels, details, strict=True) if other == label]
         keys = [k for k in detail if any(d.get(k) != detail[k] for d in rivals)]
-        told = [f"{k} {detail[k][:8] if k == 'data' else detail[k]}" for k in keys]
+        if any(k == "training pictures" or k.startswith("data.") for k in keys):
+            keys.remove("data")  # a digest, which says less
+        told = [f"{k.removeprefix('data.')} {detail[k][:8] if k == 'data' else detail[k]}" for k in keys]
         distinct.append(f"{label} ({', '.join(told)})" if told else label)
     return distinct

@@ -13,6 +13,7 @@ from afterimage.statistics.depth import UNTESTABLE, Depth, DepthOfEncoder
 from afterimage.statistics.phrases import (
     NAMES,
     UNITS,
+    ahead,
     difference,
     minus,
     number,
@@ -25,6 +26,7 @@ from afterimage.statistics.phrases import (
 )
 from afterimage.statistics.ranking import DecoderRanking, Degradation, Efficiency, Score
 from afterimage.statistics.resolution import MatchedPair, Resolution
+from afterimage.statistics.settings import honest
 
 _PAIRS_TOLD = 12
 
@@ -143,11 +145,10 @@ def _(result: Degradation) -> list[str]:
     low, high = sorted((percent.low, percent.high))
     changes = [minus(f"{v:+.1f}", 1) for v in (percent.estimate, low, high)]
     second = result.runner_up
-    lead = "ahead of" if second.better == "a" else "not told apart from"
     return [
         f"{result.encoder} ({NAMES[result.metric]}, {result.setting}): from {result.best} "
         f"({score(c.mean_b, c.metric)}) to {result.worst} ({score(c.mean_a, c.metric)}), {difference(c)}, "
-        f"{changes[0]} % [{changes[1]}, {changes[2]}]. Its best layer is {lead} {second.b}: "
+        f"{changes[0]} % [{changes[1]}, {changes[2]}]. Its best layer is {ahead(second)} {second.b}: "
         f"{difference(second)} ({p_value(second.p_holm)})."
     ]
 
@@ -156,16 +157,16 @@ def _(result: Degradation) -> list[str]:
 def _(result: DecoderRanking) -> list[str]:
     pairs = zip(result.settings, result.means, strict=True)
     ranking = ", ".join(f"{name} {score(mean, result.metric)}" for name, mean in pairs)
-    first = [c for c in result.pairs if c.a == result.settings[0]]
+    first = result.pairs[: len(result.settings) - 1]
     leads = "; ".join(f"against {c.b} {difference(c)}{told_apart(c)}" for c in first)
     return [f"{result.name} ({NAMES[result.metric]}), decoders best first: {ranking}. The first {leads}."]
 
 
 @in_words.register
 def _(result: Comparison) -> list[str]:
-    outcome = {"a": "is better than", "b": "is worse than", None: "is not told apart from"}[result.better]
+    outcome = {"a": "better than", "b": "worse than"}.get(result.better) or ahead(result)
     return [
-        f"{result.a} {outcome} {result.b} in {NAMES[result.metric]}: {difference(result)} "
+        f"{result.a} is {outcome} {result.b} in {NAMES[result.metric]}: {difference(result)} "
         f"({p_value(result.p_holm)}, better on {result.wins_a} of {result.difference.count} pictures)."
     ]
 
@@ -200,7 +201,7 @@ def _(result: Efficiency) -> list[str]:
 def _(analysis: Analysis) -> list[str]:
     """The whole study: PSNR in full, the other metrics by their verdicts; of costs, the best buys."""
     if not any(row.sources for row in analysis.rows):
-        return [overview(analysis)]
+        return [overview(analysis), *(f"{note}." for note in analysis.notes)]
     paragraphs = [overview(analysis)]
     for group in (analysis.depth, analysis.resolution, analysis.architectures):
         paragraphs += _hypothesis(group)
@@ -217,7 +218,7 @@ def overview(analysis: Analysis) -> str:
     """What was compared, on how many pictures, and how to read the numbers."""
     decoded = [row for row in analysis.rows if row.sources]
     if not decoded:
-        return "No finished run with scores: nothing to compare."
+        return "No finished decoder with scores of 2 pictures or more: nothing to compare."
     counts = sorted({score.mean.count for score in analysis.scores})
     pictures = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     seeds = max(len(row.runs) for row in decoded)
@@ -291,12 +292,12 @@ def best_buys(rows: list[Efficiency]) -> list[str]:
         ("per_million_parameters", "million decoder parameters"),
         ("per_thousand_values", "thousand feature values"),
     ):
-        known = [row for row in rows if getattr(row, field) is not None]
+        known = [row for row in honest(rows) or rows if getattr(row, field) is not None]
         if len(known) > 1:
             best = max(known, key=lambda row: getattr(row, field))
             value = f"{ratio(getattr(best, field))}{UNITS[best.metric]}"
             told.append(f"per {cost} from {best.name} ({best.setting}), {value}")
     if not told:
         return []
-    above = " above the mean colour" if rows[0].baseline else ""
+    above = " above the mean colour" if any(row.baseline for row in rows) else ""
     return [f"Most {NAMES[rows[0].metric]}{above} {'; '.join(told)}."]
