@@ -72,6 +72,7 @@ def write_run(
     decoder: DecoderConfig | None = None,
     recipe: RecipeConfig | None = None,
     fusion: FusionConfig | None = None,
+    data: DataConfig | None = None,
     weights: str = "pretrained",
     seed: int = 42,
     parameters: int | None = None,
@@ -80,9 +81,7 @@ def write_run(
 ) -> Run:
     sources = (sources,) if isinstance(sources, str) else sources
     decoder, recipe = decoder or DecoderConfig(), recipe or RecipeConfig()
-    config = RunConfig(
-        sources=sources, decoder=decoder, recipe=recipe, fusion=fusion, weights=weights, seed=seed
-    )
+    config = RunConfig(sources, weights, fusion, decoder, data or DataConfig("procedural"), recipe, seed=seed)
     run = Run.create(root, config)
     features = []
     for source in sources:

@@ -151,6 +151,7 @@ def test_ones_own_pictures_through_several_layers(command, place):
     assert code == 0, err
     (row,) = read_json(output / "limit.json")
     assert row["way"] == "inversion" and row["sources"] == " + ".join(layers) and row["pictures"] == 2
+    assert row["weights"] == "random"
     assert all(f"{path}: PSNR" in out for path in paths)
     assert Run(output / row["run"]).summary["data"]["source"] == "files"
 

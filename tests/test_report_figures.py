@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import xml.etree.ElementTree as ET
 
 import matplotlib
@@ -14,7 +15,7 @@ from afterimage.config import FusionConfig
 from afterimage.report import read_rows
 from afterimage.report.figures import draw, render
 from afterimage.report.figures.grid import busiest
-from afterimage.runs import scan
+from afterimage.runs import scan, write_json
 from report_study import RESNET, VIT, picture, write_fused, write_reference, write_run, write_study
 
 
@@ -302,3 +303,29 @@ def test_summaries_without_features_still_have_a_grid_of_scores(tmp_path):
         summary = run.summary | {"features": [], "parameters": None}
         run.file("summary.json").write_text(json.dumps(summary))
     assert [d.name for d in draw(read_rows(runs))] == ["quality-by-depth", "distributions"]
+
+
+def test_legends_have_room_beside_few_layers(tmp_path):
+    """Few layers make a narrow figure, many decoders a wide legend."""
+    for decoder in ("linear", "transposed", "attention"):
+        for weights in ("pretrained", "random"):
+            for layer in ("layer1", "layer2"):
+                write_run(tmp_path, RESNET[0], layer, decoder, weights=weights, count=4)
+    write_reference(tmp_path, "mean", count=4)
+    for drawing in draw(read_rows(scan(tmp_path))):
+        assert faults(drawing.figure) == [], drawing.name
+
+
+def test_the_kept_epoch_is_marked_though_another_has_a_lower_loss(tmp_path):
+    """What is kept may be the closed form that training began with, which has no history of its own."""
+    run = write_run(tmp_path, RESNET[0], "layer1", "attention", count=4)
+    other = write_run(tmp_path, RESNET[0], "layer2", "attention", count=4)
+    write_json(run.file("summary.json"), run.summary | {"best_epoch": 0, "best_validation_loss": 0.001})
+    write_json(other.file("summary.json"), other.summary | {"best_epoch": 2})
+    (drawing,) = [d for d in draw(read_rows(scan(tmp_path))) if d.name == "training-curves"]
+    rings = [line for line in drawing.figure.axes[0].lines if line.get_marker() == "o"]
+    first, second = (tuple(line.get_xydata()[0]) for line in rings)
+    assert first == (0, pytest.approx(30))
+    assert second[0] == 2 and second[1] == pytest.approx(
+        -10 * math.log10(other.history[1]["validation_loss"])
+    )

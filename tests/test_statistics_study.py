@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from afterimage.config import AfterimageError, DecoderConfig, FusionConfig, RecipeConfig
-from afterimage.runs import scan, write_csv, write_json
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, FusionConfig, RecipeConfig
+from afterimage.runs import scan, scored_on, write_csv, write_json
 from afterimage.statistics import (
     analyse,
     architectures_differ,
@@ -447,3 +447,84 @@ def test_reference_rows_have_intervals_but_enter_no_hypothesis(tmp_path):
     analysis = analyse(runs, **FAST)
     assert "mean" in {s.name for s in analysis.scores}
     assert all("mean" not in r.setting for r in analysis.depth)
+
+
+def test_untrained_controls_are_in_no_ranking(tmp_path):
+    for name, mean in (("linear", 20), ("residual", 22)):
+        for layer in LAYERS[:2]:
+            write_run(tmp_path, layer, scores(mean, seed=mean), decoder=DecoderConfig(name))
+        write_run(tmp_path, LAYERS[0], scores(30), decoder=DecoderConfig(name), weights="random")
+    fusion = FusionConfig("concat", size=56)
+    write_run(tmp_path, tuple(LAYERS[:2]), scores(25), decoder=DecoderConfig("transposed"), fusion=fusion)
+    analysis = analyse(scan(tmp_path), **FAST)
+    assert len(analysis.decoders) == 6 and all(
+        d.settings == ("residual", "linear") for d in analysis.decoders
+    )
+    assert all(c.b == "resnet34 layer1, residual" for c in analysis.fusions)
+    told = " ".join(in_words(analysis))
+    assert "Most PSNR" in told and "RANDOM" not in told[told.index("Most PSNR") :]
+    controls = analyse([run for run in scan(tmp_path) if run.config.weights == "random"], **FAST)
+    assert all("RANDOM" in s for d in controls.decoders for s in d.settings) and controls.decoders
+
+
+def test_fusions_that_differ_in_channels_have_names_of_their_own(tmp_path):
+    write_run(tmp_path, LAYERS[0], scores(20), decoder=DecoderConfig("transposed"))
+    for channels, mean in ((64, 21), (256, 23)):
+        fusion = FusionConfig("attention", channels=channels)
+        write_run(
+            tmp_path, tuple(LAYERS[:2]), scores(mean), decoder=DecoderConfig("transposed"), fusion=fusion
+        )
+    analysis = analyse(scan(tmp_path), **FAST)
+    assert analysis.decoders == ()
+    found = {c.a: round(c.difference.estimate) for c in analysis.fusions if c.metric == "psnr"}
+    assert {name.partition(" of ")[0]: gain for name, gain in found.items()} == {
+        "attention fusion at the finest size, 64 channels,": 1,
+        "attention fusion at the finest size, 256 channels,": 3,
+    }
+
+
+def test_a_fusion_is_compared_with_what_is_decoded_alike_also_beside_other_recipes(tmp_path):
+    fused = tuple(LAYERS[:2])
+    short, long = RecipeConfig(epochs=10), RecipeConfig(epochs=100)
+    write_run(tmp_path, LAYERS[0], scores(20), recipe=short)
+    write_run(tmp_path, LAYERS[1], scores(19), recipe=short)
+    write_run(tmp_path, fused, scores(21), recipe=short, fusion=FusionConfig("concat", size=28))
+    write_run(tmp_path, LAYERS[1], scores(23), recipe=long)
+    (comparison,) = [c for c in analyse(scan(tmp_path), **FAST).fusions if c.metric == "psnr"]
+    assert comparison.b == "resnet34 layer1, attention (epochs 10)" and comparison.better == "a"
+
+
+def test_a_certain_but_negligible_difference_is_not_called_undecided(tmp_path):
+    write_run(tmp_path, LAYERS[0], scores(20, noise=0.01, seed=1))
+    write_run(tmp_path, LAYERS[1], scores(19.95, noise=0.01, seed=2))
+    (found,) = [d for d in analyse(scan(tmp_path), **FAST).degradation if d.metric == "psnr"]
+    (told,) = in_words(found)
+    assert "Its best layer is negligibly different from" in told and "not told apart" not in told
+
+
+def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
+    """As pictures of one test set they are compared; what trained the rows is a setting."""
+    for train, mean in ((640, 22), (16, 18)):
+        run = write_run(tmp_path, LAYERS[0], scores(mean), data=DataConfig("procedural", limit_train=train))
+        data = run.summary["data"] | {"train": train, "digest": f"{train:064}", "test_digest": "t" * 64}
+        write_json(run.file("summary.json"), run.summary | {"data": data})
+    run = write_reference(tmp_path, "mean", scores(12))
+    write_json(run.file("summary.json"), run.summary | {"data": data})
+    analysis = analyse(scan(tmp_path), **FAST)
+    ranking = analysis.decoders[0]
+    assert ranking.settings == ("attention (training pictures 640)", "attention (training pictures 16)")
+    gains = [e.gain for e in analysis.efficiency if e.metric == "psnr"]
+    assert sorted(gains) == pytest.approx([6, 10], abs=0.1)
+    # Of another test set there is no mean colour to count from.
+    other = write_run(tmp_path, LAYERS[1], scores(20))
+    other_data = data | {"test_digest": "u" * 64}
+    write_json(other.file("summary.json"), other.summary | {"data": other_data})
+    gains = {e.name: e.gain for e in analyse(scan(tmp_path), **FAST).efficiency if e.metric == "psnr"}
+    assert gains["resnet34 layer2"] is None and gains["resnet34 layer1"] is not None
+
+
+def test_what_rows_were_scored_on():
+    """By the test part's own digest; by that of all pictures where one row has no other, as in older folders."""
+    new = [{"digest": "a", "test_digest": "t"}, {"digest": "b", "test_digest": "t"}]
+    assert scored_on(new) == ["t", "t"]
+    assert scored_on([*new, {"digest": "a"}]) == ["a", "b", "a"]

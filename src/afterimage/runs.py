@@ -394,7 +394,7 @@ def _commit() -> str | None:
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
-def test_sets(data: Sequence[Mapping[str, Any]]) -> list[str]:
+def scored_on(data: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which test pictures each of several rows was measured on, as a name; `data` is what their summaries say of it.
 
     Older summaries lack the digest of the test part. Where one does, the digest of all

@@ -64,8 +64,8 @@ class Row:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times better ours is, a figure a repeat."""
-        pairs = zip(self.ours, self.reference, strict=False)
+        """How many times better ours is, a figure a repeat; what did not grow, such as a memory, has no ratio."""
+        pairs = [(o, r) for o, r in zip(self.ours, self.reference, strict=False) if min(o, r) > 0]
         return [o / r if self.higher_is_better else r / o for o, r in pairs]
 
     @property

@@ -148,6 +148,9 @@ class Invert:
         from afterimage.report.limit import print_limit, write_limit
         from afterimage.runs import scan
 
+        folders = list(
+            {folder.path: folder for folder in folders}.values()
+        )  # one for several decoders of a layer
         print_limit(folders)
         if not self.run_folders:
             summary = folders[0].summary

@@ -233,6 +233,7 @@ def describe(
         "train_seconds": None,
         "start": start.name if start else None,
         "steps": method.steps,
+        "optimizer": method.optimizer,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
         summary = folder.summary
-        rows = groups.setdefault(" + ".join(summary["sources"]), [])
+        rows = groups.setdefault(features_of(summary), [])
         if alone := summary.get("decoder_alone"):
             name = summary["decoder"].removesuffix(" + refined")
             row = _row(folder, summary, "decoder", name, alone["scores"], alone["seconds"], 0, None)
@@ -33,6 +33,20 @@ def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
         rows.append(row | {"peak_passes": passes, "peak_psnr": psnr})
     order = ("decoder", "inversion", "refined")
     return [row for rows in groups.values() for row in sorted(rows, key=lambda row: order.index(row["way"]))]
+
+
+def features_of(summary: Mapping[str, Any]) -> str:
+    """What an inversion was made of: its sources, and whether an encoder was an untrained control."""
+    return _named(" + ".join(summary["sources"]), _weights(summary))
+
+
+def _named(sources: str, weights: str) -> str:
+    return f"{sources} (RANDOM weights)" if weights == "random" else sources
+
+
+def _weights(summary: Mapping[str, Any]) -> str:
+    labels = {weights["label"] for weights in summary["weights"]}
+    return "random" if "random" in labels else "pretrained"
 
 
 def mean_curve(folder: Run) -> list[tuple[int, float]]:
@@ -54,10 +68,12 @@ def _row(
 ) -> dict[str, Any]:  # fmt: skip
     lpips = scores["lpips"]
     return {
-        "sources": " + ".join(summary["sources"]), "way": way, "how": name, "psnr": scores["psnr"]["mean"],
-        "ssim": scores["ssim"]["mean"], "lpips": lpips and lpips["mean"], "lpips_net": summary["lpips"]["net"],
+        "sources": " + ".join(summary["sources"]), "weights": _weights(summary), "way": way, "how": name,
+        "psnr": scores["psnr"]["mean"], "ssim": scores["ssim"]["mean"], "lpips": lpips and lpips["mean"],
+        "lpips_net": summary["lpips"]["net"],
         "feature_loss": loss, "passes": passes, "seconds_per_picture": round(seconds, 3),
-        "pictures": scores["psnr"]["count"], "run": folder.name, "peak_passes": None, "peak_psnr": None,
+        "pictures": scores["psnr"]["count"], "run": folder.name, "optimizer": summary.get("optimizer"),
+        "peak_passes": None, "peak_psnr": None,
     }  # fmt: skip
 
 
@@ -82,17 +98,22 @@ def print_limit(folders: Sequence[Run]) -> None:
         lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
         loss = "–" if row["feature_loss"] is None else f"{row['feature_loss']:.2g}"
         table.add_row(
-            row["sources"], row["how"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}", lpips, loss,
+            _named(row["sources"], row["weights"]), row["how"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}", lpips, loss,
             str(row["passes"]), f"{row['seconds_per_picture']:.2f}", str(row["pictures"]),
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table)
     for row in rows:
         if row["peak_psnr"] is not None and row["peak_psnr"] - row["psnr"] >= PAST:
+            hint = ""
+            if not row["peak_passes"]:
+                hint = "; the start is the best there is"
+            elif row["optimizer"] == "lbfgs":  # Adam's learning rate depends on how many steps there will be
+                hint = f". --steps {row['peak_passes']} ends there"
             console.print(
-                f"{row['sources']}, {row['how']}: highest after {row['peak_passes']} passes, "
+                f"{_named(row['sources'], row['weights'])}, {row['how']}: highest after {row['peak_passes']} passes, "
                 f"{row['peak_psnr']:.2f} dB; later ones fit the features and lead away from the pictures, "
-                f"which only the originals tell. --steps {row['peak_passes']} ends there",
+                f"which only the originals tell{hint}",
                 markup=False,
                 soft_wrap=True,
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 from afterimage.config import split_source
 from afterimage.report.ceiling import Ceiling, originals, published_ceiling
-from afterimage.runs import Run, test_sets
+from afterimage.runs import Run, scored_on
 from afterimage.statistics.phrases import number
 from afterimage.statistics.rows import METRICS
 
@@ -120,7 +120,7 @@ def beside_published(runs: Iterable[Run]) -> list[Beside]:
     """
     finished = [run for run in runs if run.file("summary.json").exists() and run.state in ("done", "new")]
     by_data: dict[str, list[Run]] = {}
-    for run, test in zip(finished, test_sets([run.summary["data"] for run in finished]), strict=True):
+    for run, test in zip(finished, scored_on([run.summary["data"] for run in finished]), strict=True):
         by_data.setdefault(test, []).append(run)
     results = []
     for same in by_data.values():

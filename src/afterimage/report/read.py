@@ -10,7 +10,7 @@ from typing import Any
 from afterimage.config import AfterimageError, read_text, unknown
 from afterimage.report.rows import METRICS, Row, Rows, Score, Unfinished, natural
 from afterimage.report.variants import fusion_letters, mixed_settings, variants
-from afterimage.runs import DAMAGE, Run, read_json, test_sets
+from afterimage.runs import DAMAGE, Run, read_json, scored_on
 
 KINDS = ("decoder", "inversion", "reference")
 
@@ -134,7 +134,7 @@ def _reference_order(row: Row) -> tuple[Any, ...]:
 
 
 def _warnings(rows: Sequence[Row]) -> Iterable[str]:
-    sets = set(test_sets([r.data for r in rows]))
+    sets = set(scored_on([r.data for r in rows]))
     counts = sorted({r.scores["psnr"].count for r in rows})
     if len(sets) > 1:
         yield f"The rows were measured on {len(sets)} sets of pictures: their scores do not compare."

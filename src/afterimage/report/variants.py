@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from afterimage.report.rows import Row
 
 # Settings that have a column or a figure's axis of their own, or do not change the result.
-SHOWN = ("sources", "start", "seed", "lpips", "decoder.name", "fusion.")
+SHOWN = ("sources", "seed", "lpips", "decoder.name", "fusion.")
 
 
 def variants(rows: Sequence[Row]) -> list[Row]:
@@ -24,9 +24,15 @@ def variants(rows: Sequence[Row]) -> list[Row]:
     for members in groups.values():
         keys = sorted({key for _, settings in members for key in settings})
         differing = [k for k in keys if len({str(settings.get(k)) for _, settings in members}) > 1]
+        # Every layer's refinements start from that layer's decoder; only several starts of one layer are told apart.
+        starts = {(row.sources, settings.get("start")) for row, settings in members}
+        if len(starts) == len({sources for sources, _ in starts}):
+            differing = [k for k in differing if k != "start"]
         for row, settings in members:
             parts = (
-                f"{key.rpartition('.')[2]}={_short(settings[key])}" for key in differing if key in settings
+                f"{key.rpartition('.')[2]}={_short(settings[key] if key != 'start' else settings[key][-8:])}"
+                for key in differing
+                if key in settings
             )
             named.append(dataclasses.replace(row, variant=", ".join(parts)))
     return named

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from afterimage.config import AfterimageError, split_source, to_dict
-from afterimage.runs import Run, test_sets
+from afterimage.runs import Run, scored_on
 from afterimage.statistics.settings import RANDOM, named
 
 METRICS = ("psnr", "ssim", "lpips")
@@ -116,7 +116,7 @@ def load_rows(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
             del config["seed"], config["lpips"]
             config |= {"digest": summary["data"]["digest"], "train": summary["data"].get("train")}
         found.append((run, summary, config))
-    tests = test_sets([summary["data"] for _, summary, _ in found])
+    tests = scored_on([summary["data"] for _, summary, _ in found])
     groups: dict[str, list[tuple[Run, dict[str, Any], dict[str, Any]]]] = defaultdict(list)
     for (run, summary, config), test in zip(found, tests, strict=True):
         config["test"] = test

@@ -153,13 +153,16 @@ def _handles(rows: Sequence[Row], styles: dict[str, Style], has_references: bool
 
 
 def _caption(rows: Rows) -> str:
-    seeds = len({r.seed for r in rows.decoders})
+    seeds: dict[tuple[object, ...], set[int | None]] = defaultdict(set)
+    for row in rows.decoders:
+        seeds[row.encoder, row.decoder_label, row.is_random, *_layer_key(row)].add(row.seed)
+    most = max(map(len, seeds.values()))
     text = (
         "Mean over test pictures with its 95 % t interval; decoders of a layer stand side by side. "
         "Intervals of two points may overlap although their difference is certain: the pictures are the "
         "same, so compare pairs."
     )
-    text += f" Each picture's score is its mean over up to {seeds} seeds." if seeds > 1 else ""
+    text += f" Each picture's score is its mean over up to {most} seeds." if most > 1 else ""
     text += (
         " Open markers and broken lines: RANDOM weights." if any(r.is_random for r in rows.decoders) else ""
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ from afterimage.report.rows import Rows
 
 PANEL = (2.7, 2.1)
 MAP = 1.15
-DASHES = ("-", "--", ":", "-.")
+DASHES = ("-", "--", ":", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (1, 4)))
 LOOKS = {
     "luma": ("#000000", "o"), "cb": ("#0072B2", "s"), "cr": ("#D55E00", "s"),
     "flat": ("#56B4E9", "D"), "edge": ("#009E73", "^"), "texture": ("#CC79A7", "v"),
@@ -44,7 +45,7 @@ def shades(parts: Sequence[Part]) -> dict[tuple[str, ...], tuple]:
     }
 
 
-def dashes(parts: Sequence[Part]) -> dict[str, str]:
+def dashes(parts: Sequence[Part]) -> dict[str, Any]:
     """A dash pattern a decoder."""
     names = dict.fromkeys(decoder(p.row) for p in parts)
     return {name: DASHES[i % len(DASHES)] for i, name in enumerate(names)}

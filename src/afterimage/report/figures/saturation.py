@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from afterimage.report.escape import plain
 from afterimage.report.figures.labels import margin_labels
 from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
-from afterimage.report.limit import PAST, highest, mean_curve
+from afterimage.report.limit import PAST, features_of, highest, mean_curve
 from afterimage.report.rows import Rows
 from afterimage.runs import Run
 
@@ -26,13 +26,13 @@ def draw_saturation(folders: Sequence[Run]) -> Drawing:
     with style():
         figure = Figure((6.2, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        sources = list(dict.fromkeys(" + ".join(folder.summary["sources"]) for folder in folders))
+        sources = list(dict.fromkeys(features_of(folder.summary) for folder in folders))
         colors = {name: ENCODER_COLORS[i % len(ENCODER_COLORS)] for i, name in enumerate(sources)}
         ends = []
         for folder in folders:
             curve = mean_curve(folder)
             steps, means = zip(*curve, strict=True)
-            color = colors[" + ".join(folder.summary["sources"])]
+            color = colors[features_of(folder.summary)]
             axes.plot(steps, means, color=color, ls="-" if folder.summary["start"] else "--")
             ends.append((means[-1], f"{means[-1]:.1f}", color))
             passes, peak = highest(curve)

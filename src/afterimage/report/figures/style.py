@@ -137,8 +137,12 @@ def lpips_note(rows: Sequence[Row]) -> str:
 
 
 def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
-    """One legend below the whole figure."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    """One legend below the whole figure, in as many columns up to `columns` as its width has room for."""
+    for count in range(columns, 0, -1):
+        made = figure.legend(handles=handles, loc="outside lower center", ncols=count)
+        if count == 1 or made.get_window_extent().width <= figure.bbox.width:
+            return
+        made.remove()
 
 
 def grid_y(axes: Axes) -> None:

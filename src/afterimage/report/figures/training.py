@@ -102,26 +102,41 @@ def _loss(row: Row) -> str:
 
 def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> list[tuple[float, str, str]]:
     """Draw the lines; return what to write at their ends."""
-    layers: dict[str, list[Epochs]] = defaultdict(list)
+    layers: dict[str, list[tuple[Row, Epochs]]] = defaultdict(list)
     for row, epochs in members:
-        layers[row.layer].append(epochs)
+        layers[row.layer].append((row, epochs))
     shades = [0.75 * i / max(1, len(layers) - 1) for i in range(len(layers))]
     ends = []
     for i, (layer, histories) in enumerate(layers.items()):
         color = matplotlib.colors.to_hex(matplotlib.colormaps["cividis"](shades[i]))
-        for epochs in histories:
-            x = [e["epoch"] for e in epochs]
-            y = [-10 * math.log10(e["validation_loss"]) if is_mse else e["validation_loss"] for e in epochs]
-            axes.plot(x, y, color=color, ls=DASHES[i % len(DASHES)], lw=1.2)
-            drops = _drops(epochs)
+        for row, epochs in histories:
+            points = [(float(e["epoch"]), float(e["validation_loss"])) for e in epochs]
+            kept = _kept(row, points)
+            if kept not in points:  # the closed form that training began with
+                points.insert(0, kept)
+            if is_mse:
+                points, (kept,) = ([(x, -10 * math.log10(loss)) for x, loss in p] for p in (points, [kept]))
+            axes.plot(*zip(*points, strict=True), color=color, ls=DASHES[i % len(DASHES)], lw=1.2)
+            drops = [points[d - len(epochs)] for d in _drops(epochs)]
             axes.plot(
-                [x[d] for d in drops], [y[d] for d in drops], "v", color=color, ms=4.5, mec="white", mew=0.5
+                [x for x, _ in drops], [y for _, y in drops], "v", color=color, ms=4.5, mec="white", mew=0.5
             )
-            best = (max if is_mse else min)(range(len(y)), key=y.__getitem__)
-            axes.plot(x[best], y[best], "o", mfc="white", mec=color, ms=4.5)
-        ends.append((y[-1], plain(layer, 18), color))
+            axes.plot(*kept, "o", mfc="white", mec=color, ms=4.5)
+        ends.append((points[-1][1], plain(layer, 18), color))
     grid_y(axes)
     return ends
+
+
+def _kept(row: Row, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Epoch and validation loss of the weights that are kept, by the summary; epoch 0 has no history of its own.
+
+    Where a summary does not tell, the lowest of the history.
+    """
+    epoch, loss = (row.run.summary.get(key) for key in ("best_epoch", "best_validation_loss"))
+    if epoch == 0 and isinstance(loss, float) and 0 < loss < math.inf:
+        return 0.0, loss
+    found = [point for point in points if point[0] == epoch]
+    return found[0] if found else min(points, key=lambda point: point[1])
 
 
 def _drops(epochs: Epochs) -> list[int]:
@@ -142,7 +157,15 @@ def _share_heights(panels: Sequence[Axes]) -> None:
 
 def _handles(has_drops: bool) -> list[Line2D]:
     handles = [
-        Line2D([], [], color=MUTED, marker="o", mfc="white", ls="none", label="best epoch, which is kept")
+        Line2D(
+            [],
+            [],
+            color=MUTED,
+            marker="o",
+            mfc="white",
+            ls="none",
+            label="epoch that is kept (0: the closed form)",
+        )
     ]
     if has_drops:
         handles.append(Line2D([], [], color=MUTED, marker="v", ls="none", label="learning rate lowered"))
