@@ -34,7 +34,7 @@ def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def swapped_profile() -> bytes:
+def swapped_profile(called: bytes = b"swapped") -> bytes:
     """An ICC profile (version 2, matrix) like sRGB's, but with red and blue exchanged."""
     primaries = {  # of sRGB, adapted to D50
         b"bXYZ": (0.4361, 0.2225, 0.0139),
@@ -45,7 +45,7 @@ def swapped_profile() -> bytes:
     tags = {name: b"XYZ \0\0\0\0" + b"".join(map(_fixed, xyz)) for name, xyz in primaries.items()}
     gamma = b"curv\0\0\0\0" + struct.pack(">IH", 1, int(2.2 * 256))
     tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma)
-    name = b"swapped\0"
+    name = called + b"\0"
     tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(78)
     tags[b"cprt"] = b"text\0\0\0\0nobody\0"
     table, content = b"", b""

@@ -71,6 +71,15 @@ def test_the_gradient_of_tiles_against_finite_differences(monkeypatch):
     assert torch.autograd.gradcheck(lambda q, k, v: TiledAttention.apply(q, k, v, bound + 1), (q, k, v))
 
 
+def test_no_pictures_give_no_tokens(narrow):
+    """As one of several ranks may have."""
+    q = torch.zeros(0, 2, 600, 8, requires_grad=True)
+    out = attend(q, q, q)
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
 def test_scores_that_could_underflow_go_to_the_built_in_kernel():
     q, k, v = tokens(1, 1, 600, 8, scale=12.0)
     assert float(_bound(q, k).max()) > module.LARGEST

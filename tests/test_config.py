@@ -80,6 +80,7 @@ def test_defaults_are_the_published_recipe():
             {"sources": ["a:b"], "recipe": {"learning_rate": float("nan")}},
             "learning_rate must be greater than 0",
         ),
+        ({"sources": ["a:b"], "recipe": {"plateau_factor": 1.0}}, "plateau_factor must be less than 1"),
         ({"sources": ["a:b"], "recipe": {"scheduler": "platau"}}, "did you mean 'plateau'"),
         ({"sources": ["a:b"], "recipe": 3}, "recipe must be a table"),
         ({"sources": "a:b"}, "sources must be a list"),

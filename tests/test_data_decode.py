@@ -125,6 +125,38 @@ def test_profile_of_a_transparent_picture():
     assert np.abs(np.subtract(colour(content), (204, 204, 255))).max() <= 4
 
 
+def test_a_profile_that_only_mentions_srgb_is_converted():
+    profile = swapped_profile(b"Linear sRGB")
+    content = encoded(Image.new("RGB", (16, 16), "red"), "PNG", icc_profile=profile)
+    assert np.abs(np.subtract(colour(content), (0, 0, 255))).max() <= 4
+
+
+def tiff(bits, pixels, photometric):
+    """An uncompressed grey TIFF, as Pillow cannot write it."""
+    height, width = pixels.shape
+    if bits == 12:
+        pairs = pixels.reshape(-1, 2).astype(int)
+        packed = np.stack(
+            [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1
+        )
+        data = packed.astype(np.uint8).tobytes()
+    else:
+        data = pixels.astype("<u2").tobytes()
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1)]
+    tags += [(278, height), (279, len(data))]
+    tags[5] = (273, 8 + 2 + 12 * len(tags) + 4)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(16, 1), (16, 0), (12, 1)])
+def test_grey_tiffs_of_more_than_8_bits(bits, photometric):
+    levels = np.tile(np.linspace(0, 2**bits - 1, 16).round().astype(int), (4, 1))
+    expected = np.rint(levels / (2**bits - 1) * 255)
+    decoded = np.asarray(decode(tiff(bits, levels, photometric), "x"))[..., 0]
+    assert np.abs(decoded - (expected if photometric else 255 - expected)).max() <= 1
+
+
 def test_srgb_and_damaged_profiles_change_nothing():
     from PIL import ImageCms
 

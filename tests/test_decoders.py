@@ -7,7 +7,7 @@ import torch
 
 from afterimage.config import AfterimageError, FeatureSpec
 from afterimage.decoders import DECODERS, create_decoder
-from afterimage.decoders.base import Doubling, clamp, stages_between
+from afterimage.decoders.base import Doubling, clamp, enlarge, shrink, stages_between
 from afterimage.decoders.linear import RIDGES
 from afterimage.decoders.wavelet import haar, inverse_haar
 
@@ -248,6 +248,32 @@ def test_a_residual_decoder_decodes_with_an_average_that_weighs_late_steps_most(
 def test_small_maps_and_blocks_that_are_not_whole_are_trained_whole(shape, size):
     decoder = create_decoder("residual", [spec(*shape)], size)
     assert decoder.windows(torch.Generator()) == [None]
+
+
+@pytest.mark.parametrize("block", [(2, 2), (2, 3)])
+@pytest.mark.parametrize("count", [0, 2])
+def test_blocks_of_pixels_and_back(block, count):
+    maps = torch.rand(count, 5 * block[0] * block[1], 3, 4)
+    pixels = enlarge(maps, block)
+    assert pixels.shape == (count, 5, 3 * block[0], 4 * block[1])
+    assert torch.equal(shrink(pixels, block), maps)
+
+
+def test_a_size_and_a_width_are_not_both_taken():
+    with pytest.raises(AfterimageError, match="channels is chosen so that AttentionDecoder has 4,000,000"):
+        create_decoder("attention", [spec(64, 14, 14)], 224, parameters=4_000_000, channels=64)
+
+
+def test_residual_standardises_channels_far_from_zero():
+    generator = torch.Generator().manual_seed(0)
+    features = 100 + 0.02 * torch.randn(8, 6, 10, 10, generator=generator)
+    decoder = create_decoder("residual", [spec(6, 10, 10)], 40, blocks=1)
+    decoder.prepare(8, seed=0)
+    for chunk in features.split(3):
+        decoder.accumulate([chunk], torch.rand(len(chunk), 3, 40, 40, generator=generator))
+    decoder.solve()
+    deviation = features.double().std((0, 2, 3), correction=0)
+    torch.testing.assert_close(decoder.scale.double().flatten(), 1 / deviation, rtol=1e-4, atol=0)
 
 
 class TestLinear:

@@ -40,6 +40,7 @@ FAMILIES = {
     "hardcorenas_b": 64,
     "hgnetv2_b0": 64,
     "hiera_tiny_224": 64,
+    "lambda_resnet26t": 128,
     "iformer_t": 64,
     "inception_next_atto": 64,
     "lcnetv2_small": 64,

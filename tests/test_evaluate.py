@@ -126,6 +126,15 @@ def test_a_module_is_measured_in_evaluation_mode_which_is_taken_back(pictures, m
     assert (module.training, module.trained.training, module.frozen.training) == (True, True, False)
 
 
+def test_pictures_come_to_where_a_module_is(pictures, metrics, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pictures, "crops", lambda indices, device: asked.append(str(device)))
+    for reconstruct in (nn.Conv2d(3, 3, 1, device="meta"), nn.Identity(), darker):
+        with pytest.raises(TypeError):  # no pictures came
+            evaluate(reconstruct, pictures, metrics)
+    assert asked == ["meta", "cpu", "cpu"]
+
+
 def spoiled(value: float, index: int = 4):
     """A reconstruction that is wrong in one value of picture `index`."""
 

@@ -14,7 +14,7 @@ from afterimage import (
     load_data,
     train_runs,
 )
-from afterimage.config import FusionConfig
+from afterimage.config import AfterimageError, FusionConfig
 from afterimage.controls import run_controls
 from afterimage.metrics import Metrics
 from afterimage.verify import verify_runs
@@ -73,6 +73,18 @@ def test_bfloat16_moves_no_score_by_much(done):
         one, other = (run.summary["scores"]["psnr"]["mean"] for run in (exact, mixed))
         assert math.isclose(one, other, abs_tol=0.15), (exact.name, one, other)
         assert one != other, "it did compute in another format"
+
+
+def test_half_precision_is_refused_on_a_cpu(done):
+    """Where Fabric would take bfloat16 instead."""
+    folder, _ = done
+    with pytest.raises(AfterimageError, match="16-mixed needs a GPU"):
+        train_runs(
+            configs(folder / "pictures", "16-mixed")[:1],
+            folder / "half",
+            cache=folder / "cache",
+            accelerator="cpu",
+        )
 
 
 def test_its_scores_hold_when_taken_again(done):

@@ -47,6 +47,7 @@ def configs(pictures):
         replace(residual, decoder=DecoderConfig("residual", options=windows)),
         replace(fused, fusion=FusionConfig("attention", channels=8), decoder=DecoderConfig("wavelet")),
         replace(fused, fusion=FusionConfig("stacked"), decoder=DecoderConfig("linear")),
+        replace(fused, fusion=FusionConfig("stacked")),
     ]
 
 

@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, load_toml
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig, load_toml
 from afterimage.plan import plan
+from afterimage.reconstructor import build_head
 from afterimage.study import RowConfig, StudyConfig, expand, from_models, load_study, run_study, shipped
 from test_decoders import PUBLISHED
 
@@ -140,3 +142,22 @@ def test_a_plan_starts_nothing(tmp_path, monkeypatch):
     plans = plan(expand(SMALL))
     assert [one.parameters > 0 and one.seconds > 0 and one.bytes > 0 for one in plans] == [True] * 4
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_counts_attention_and_the_sums_of_a_closed_form():
+    """By the formulas: n keys for each of n queries, twice; X'X of training and validation in float64."""
+    sources = ("test_resnet.r160_in1k:layer1",)
+    data = DataConfig("procedural:20", resize=128, crop=128)
+    config = RunConfig(sources, "random", decoder=DecoderConfig("attention", options={"depth": 1}), data=data)
+    spec = plan([config])[0].specs[0]
+    n = spec.height * spec.width
+    assert n >= 512  # where other code than the built-in kernel may attend
+    whole, none = (
+        plan([replace(config, decoder=DecoderConfig("attention", options={"depth": depth}))])[0].decoder_macs
+        for depth in (1, 0)
+    )
+    assert whole - none > 2 * n * n * spec.channels
+    head = build_head(config, [spec])
+    assert head.macs([spec]) == whole and head.training
+    linear = plan([replace(config, decoder=DecoderConfig("linear"))])[0]
+    assert linear.bytes > 2 * 8 * (9 * spec.channels + 1) ** 2

@@ -172,6 +172,8 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "learning_rate", "plateau_factor")
+        if self.plateau_factor >= 1:
+            raise AfterimageError(f"plateau_factor must be less than 1, got {self.plateau_factor}")
         if self.weight_decay < 0 or not math.isfinite(self.weight_decay):
             raise AfterimageError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         if self.plateau_patience < 0:

@@ -41,15 +41,19 @@ def evaluate(
     metrics: Metrics,
     *,
     batch_size: int = 16,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     progress: Progress = silent,
     keep: int = 0,
 ) -> Evaluation:
     """Measure `reconstruct`, which takes pictures `(B, 3, H, W)` in [0, 1] to pictures like them.
 
-    A module is put into evaluation mode and back. See `evaluate_together` for `keep`, `progress` and errors.
+    A module is put into evaluation mode and back. `device` is by default where a module is, else the CPU. See
+    `evaluate_together` for `keep`, `progress` and errors.
     """
     modules = [reconstruct] if isinstance(reconstruct, nn.Module) else []
+    if device is None:
+        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     with evaluating(*modules):
         (result,) = evaluate_together(
             lambda images: [reconstruct(images)],

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec, FusionConfig, unknown
-from afterimage.decoders.base import resize
+from afterimage.decoders.base import resize, shrink
 from afterimage.decoders.linear import LinearDecoder
 from afterimage.ranks import ALONE, Ranks
 
@@ -163,6 +163,10 @@ class StackedFusion(nn.Module):
         for i, reader in self.readers.items():
             reader.accumulate([features[int(i)]], images, validation=validation)
 
+    @property
+    def bytes_to_solve(self) -> int:
+        return sum(reader.bytes_to_solve for reader in self.readers.values())
+
     def solve(self) -> list[str]:
         return [
             f"{reader.spec.source}: {note}" for reader in self.readers.values() for note in reader.solve()
@@ -171,7 +175,7 @@ class StackedFusion(nn.Module):
     def forward(self, features: Sequence[Float[Tensor, "batch _ _ _"]]) -> Float[Tensor, "batch _ h w"]:
         pixels = (self.size[0] * self.block, self.size[1] * self.block)
         parts = [
-            F.pixel_unshuffle(resize(self.readers[str(i)].decode(maps), pixels), self.block)
+            shrink(resize(self.readers[str(i)].decode(maps), pixels), (self.block, self.block))
             if str(i) in self.readers
             else resize(maps, self.size)
             for i, maps in enumerate(features)
@@ -220,7 +224,7 @@ class WeightMaps:
         weights = self.fusion.weights(features).float()
         wanted = max(0, self.keep - sum(map(len, self._kept)))
         self._kept.append(weights[:wanted].mul(255).round().to(torch.uint8).cpu())
-        self._sums.append(weights.mean((2, 3)).double().cpu())
+        self._sums.append(weights.mean((2, 3)).cpu().double())
 
     def gather(self, ranks: Ranks) -> None:
         """Take in what other ranks have added, each for its part of the same batches, in the order of one process."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from afterimage.checkpoint import remove_checkpoints
 from afterimage.config import AfterimageError, RunConfig, to_dict
 from afterimage.data import Data
+from afterimage.encoders import resolve
 from afterimage.evaluate import evaluate_together, score_notes, summarise
 from afterimage.fusion import WeightMaps
 from afterimage.guards import check_frozen
@@ -129,7 +130,7 @@ class Group:
         self.finish([member for member in members if member.best and member not in early])
 
     def _member(self, run: Run, config: RunConfig) -> Member:
-        picks = [self.encoders.sources.index(source) for source in config.sources]
+        picks = [self.encoders.sources.index(resolve(source)) for source in config.sources]
         head = build_head(config, [self.encoders.specs[i] for i in picks])
         sources = [self.encoders.sources[i] for i in picks]
         member = Member(
@@ -209,12 +210,11 @@ class Group:
         )
         for own in maps.values():
             own.gather(self.ranks)
-        features = self.together.features(self.data.test.crops([0], device=self.fabric.device))
         for member, result in zip(members, results, strict=True):
             with self.agreed(member.run, member):
                 if not self.ranks.leads:
                     continue
-                facts = self._summary(member, features)
+                facts = self._summary(member)
                 facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
                 facts |= {"scores": summarise(result.rows)}
                 facts["notes"] = [*member.notes, *self.data.notes, *score_notes(result.rows)]
@@ -226,7 +226,7 @@ class Group:
                     member.run.set_state("done")
                     remove_checkpoints(member.run)
 
-    def _summary(self, member: Member, features: list[Tensor]) -> dict[str, Any]:
+    def _summary(self, member: Member) -> dict[str, Any]:
         config, entries = self.runs[member.run], self.encoders.describe()
         return {
             "kind": "decoder",
@@ -238,7 +238,7 @@ class Group:
             "weights": self.encoders.weights_of([self.encoders.sources[i] for i in member.picks]),
             "features": [entries[i] for i in member.picks],
             "parameters": member.parameters,
-            "macs": member.macs(features),
+            "macs": member.head.macs([self.encoders.specs[i] for i in member.picks]),
             "seed": config.seed,
             "ranks": self.ranks.count,
             "loss": config.recipe.loss,

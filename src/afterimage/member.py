@@ -10,7 +10,6 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
-from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.batchnorm import synchronise
 from afterimage.checkpoint import (
@@ -357,14 +356,6 @@ class Member:
             self._at_once = size
             self.said(f"{self.name}: out of memory: it is measured on {size} pictures at a time")
         return result
-
-    @torch.no_grad()
-    def macs(self, features: Sequence[Tensor]) -> int:
-        """Multiply-adds of fusion and decoder for one picture, counted on the features of one picture."""
-        self.head.eval()
-        with FlopCounterMode(display=False) as counter, self.fabric.autocast():
-            self.head(self.pick(features))
-        return counter.get_total_flops() // 2
 
 
 def _parts(features: Sequence[Tensor], images: Tensor, size: int) -> Iterator[tuple[list[Tensor], Tensor]]:

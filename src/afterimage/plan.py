@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.config import DataConfig, FeatureSpec, RunConfig, split_source
 from afterimage.data import default_cache
@@ -39,7 +38,7 @@ def plan(configs: Sequence[RunConfig]) -> list[Plan]:
 
     Time is the multiply-adds of all epochs (an encoder pass, a decoder pass and twice that backward) at the rate a
     convolution reaches on this machine now, each run counted as if it were trained alone. Memory is the decoder's
-    parameters with their gradients and Adam's moments, and a batch's activations.
+    parameters with their gradients and Adam's moments, a batch's activations, and the sums of a closed form.
     """
     return [_plan(config) for config in configs]
 
@@ -56,15 +55,14 @@ def _plan(config: RunConfig) -> Plan:
         head = build_head(config, specs).eval()
         features = [torch.empty(1, s.channels, s.height, s.width) for s in specs]
         activations = _activations(head, features)
-        with FlopCounterMode(display=False) as counter:
-            head(features)
-    decoder_macs = counter.get_total_flops() // 2
+    decoder_macs = head.macs(specs)
     parameters = sum(p.numel() for p in head.parameters())
     recipe = config.recipe
     trained = any(p.requires_grad for p in head.parameters())
     steps = training_pictures(config.data) * (recipe.epochs if trained else 1)
     macs = sum(deepest.values()) + (3 if trained else 1) * decoder_macs
     memory = 4 * (4 * parameters + 2 * recipe.batch_size * (activations + sum(s.values for s in specs)))
+    memory += sum(part.bytes_to_solve for part in head.closed_forms)
     return Plan(
         config,
         specs,

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from afterimage.config import AfterimageError, RunConfig
@@ -23,6 +22,7 @@ from afterimage.data import load_data, order
 from afterimage.losses import create_loss
 from afterimage.member import create_optimizer
 from afterimage.progress import Progress, silent
+from afterimage.ranks import one_device
 from afterimage.reconstructor import Encoders, build_head
 from afterimage.runs import write_json
 
@@ -70,7 +70,7 @@ def profile_run(
     """
     if steps < 1:
         raise AfterimageError(f"a profile needs one step or more, got {steps}")
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=config.recipe.precision)
+    fabric = one_device(accelerator, config.recipe.precision)
     encoders = Encoders(
         config.sources, weights=config.weights, image_size=config.data.crop, seed=config.seed
     ).to(fabric.device)

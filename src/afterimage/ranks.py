@@ -63,13 +63,10 @@ class Ranks:
 
     def local_fabric(self, accelerator: str, precision: str) -> Fabric:
         """A Fabric for what this rank computes by itself, on its own device."""
-        from lightning_fabric import Fabric
-
         if self.fabric is None:
-            return Fabric(accelerator=accelerator, devices=1, precision=precision)
+            return one_device(accelerator, precision)
         device = self.fabric.device
-        devices = 1 if device.type == "cpu" else [device.index]
-        return Fabric(accelerator=device.type, devices=devices, precision=precision)
+        return one_device(device.type, precision, 1 if device.type == "cpu" else [device.index])
 
     def part(self, total: int) -> slice:
         """Which of `total` pictures in a row are this rank's; parts differ by one at most, the first are larger."""
@@ -221,6 +218,16 @@ class Ranks:
             if since and not self._noticed and time.monotonic() - since > GRACE:
                 print(f"afterimage: {self._named(gone)}; {GO_ON}", file=sys.stderr, flush=True)
                 os._exit(1)
+
+
+def one_device(accelerator: str, precision: str, devices: Any = 1) -> Fabric:
+    """A Fabric of one device. Raises `AfterimageError` for a precision that the device does not have."""
+    from lightning_fabric import Fabric
+
+    options = {"accelerator": accelerator, "devices": devices}
+    if precision == "16-mixed" and Fabric(**options).device.type == "cpu":  # where it would take bfloat16
+        raise AfterimageError("precision 16-mixed needs a GPU; on a CPU take bf16-mixed or 32-true")
+    return Fabric(**options, precision=precision)
 
 
 ALONE = Ranks()

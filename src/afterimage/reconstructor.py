@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.checkpoint import load_decoder
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, split_source
@@ -75,6 +76,9 @@ def no_maps(specs: Sequence[FeatureSpec], device: torch.device) -> list[Tensor]:
 class ClosedForm(Protocol):
     """What is fitted on one pass over the pictures (see `Decoder`)."""
 
+    @property
+    def bytes_to_solve(self) -> int: ...
+
     def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int: ...
 
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None: ...
@@ -109,6 +113,21 @@ class Head(nn.Module):
 
     def forward(self, features: Sequence[Tensor], window: Window | None = None) -> Tensor:
         return self.decoder(self.fuse(features), window)
+
+    def macs(self, specs: Sequence[FeatureSpec]) -> int:
+        """Multiply-adds for one picture with features of these shapes.
+
+        Counted on tensors without values: of what computes attention on a CPU the counter sees nothing.
+        """
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        features = [torch.empty(1, s.channels, s.height, s.width, device="meta") for s in specs]
+        training = self.training
+        self.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(self, shapes, (features,))
+        self.train(training)
+        return counter.get_total_flops() // 2
 
 
 def build_head(config: RunConfig, specs: Sequence[FeatureSpec]) -> Head:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
 from afterimage.config import AfterimageError, DataConfig, ReferenceConfig, RunConfig, load_toml
 from afterimage.controls import reference
@@ -17,6 +16,7 @@ from afterimage.data import Data, load_data
 from afterimage.evaluate import SCORES, evaluate, summarise
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
+from afterimage.ranks import one_device
 from afterimage.reconstructor import Reconstructor
 from afterimage.runs import DAMAGE, Run, environment, read_json, sha256
 
@@ -146,7 +146,7 @@ def _measured(
     if run.summary["kind"] == "reference":
         return evaluate(reference(run.summary["reference"]), data.test, metrics, progress=progress).rows
     recipe = run.config.recipe
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=recipe.precision)
+    fabric = one_device(accelerator, recipe.precision)
     reconstructor = Reconstructor.open(run, weights=weights).to(fabric.device)
 
     def reconstruct(images):

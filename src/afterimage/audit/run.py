@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from afterimage.audit.attackers import (
@@ -34,6 +33,7 @@ from afterimage.evaluate import evaluate
 from afterimage.member import Member
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
+from afterimage.ranks import one_device
 from afterimage.runs import environment, read_json, write_atomic, write_json
 
 BLIND = "no features"
@@ -89,7 +89,7 @@ class _Audit:
         for spec in self.subject.specs.values():  # a wrong text is told before anything is trained
             for text in config.defences:
                 create_defence(text, [spec], seed=config.seed)
-        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=config.recipe.precision)
+        self.fabric = one_device(accelerator, config.recipe.precision)
         self.metrics = Metrics(config.lpips, size=min(self.subject.image_size)).to(self.fabric.device)
         self.results = Results(self._describe(), notes=list(self.subject.notes))
         self._gallery: Gallery | None = None

@@ -6,17 +6,17 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from afterimage.config import AfterimageError
 
-VERSION = 1  # raised whenever the same file would give other pixels
+VERSION = 2  # raised whenever the same file would give other pixels
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm")
 EXTENSIONS += (".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 # Formats that Pillow decodes by itself: no Ghostscript (EPS), no plugins of other packages.
@@ -25,7 +25,8 @@ MAX_PIXELS = 178_956_970  # where Pillow refuses too: about 15,000 x 12,000
 MAX_BYTES = 2**30
 MAX_ASPECT = 16
 
-_ORIENTATION = 0x0112
+_ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262
+_WHITE_IS_ZERO = 0
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -178,7 +179,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
     """Any mode to RGB, through the picture's own colour profile, on white where it is transparent."""
     profile, mode = picture.info.get("icc_profile"), picture.mode
     if mode.startswith("I;16") or mode in ("I", "F"):
-        picture = _eight_bit(picture)
+        picture = _eight_bit(picture, getattr(picture, "tag_v2", {}))
     if not picture.has_transparency_data:
         return _srgb(picture.convert("RGB") if mode == "P" else picture, profile)
     picture = picture.convert("RGBA")
@@ -190,7 +191,8 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return white
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
+def _eight_bit(picture: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """One wide channel in 8 bits. Of a TIFF, `tags` tell how many bits there are and whether 0 is white."""
     values = np.asarray(picture)
     low, high = values.min(), values.max()
     if picture.mode == "F":
@@ -199,6 +201,10 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
         return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
     if low < 0 or high > 65535:
         raise _Unsupported("has 32-bit pixels outside of [0, 65535], whose meaning is not known")
+    if tags.get(_BITS) == (12,):
+        values = np.minimum(values.astype(np.int64) * 65535 // 4095, 65535)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = 65535 - values.astype(np.int64)
     return Image.fromarray(((np.arange(65536) + 128) // 257).astype(np.uint8)[values])
 
 
@@ -207,7 +213,9 @@ def _srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     try:
         if profile and source is None:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "sRGB" in ImageCms.getProfileDescription(source):
+            # Not every name with sRGB in it: linear light in sRGB's primaries has one too.
+            name = ImageCms.getProfileDescription(source).strip()
+            if name == "sRGB" or name.startswith(("sRGB IEC61966", "sRGB built-in")):
                 source = None
         if source is not None:
             target = ImageCms.createProfile("sRGB")

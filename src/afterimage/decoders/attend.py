@@ -32,7 +32,7 @@ def attend(
 ) -> Float[Tensor, "batch heads n d"]:
     """`softmax(q k' / sqrt(d)) v`, without ever holding the matrix of all pairs."""
     single = q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if q.device.type == "cpu" and single and q.shape[-1] <= NARROW and k.shape[-2] >= FEW:
+    if q.device.type == "cpu" and q.numel() and single and q.shape[-1] <= NARROW and k.shape[-2] >= FEW:
         exact = q.float(), k.float(), v.float()
         bound = _bound(*exact[:2])
         if float(bound.max()) <= LARGEST:

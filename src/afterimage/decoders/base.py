@@ -97,6 +97,11 @@ class Decoder(nn.Module, ABC):
         """Compute the closed-form solution; returns notes for the report."""
         return []
 
+    @property
+    def bytes_to_solve(self) -> int:
+        """Memory that the closed form takes beside the decoder itself."""
+        return 0
+
 
 class _Clamp(torch.autograd.Function):
     @staticmethod
@@ -121,18 +126,24 @@ def clamp(pictures: Tensor) -> Tensor:
     return _Clamp.apply(pictures)
 
 
+def for_sums(tensor: Tensor) -> Tensor:
+    """Where it can be summed in float64: on the CPU where it lies on an Apple GPU, which has no such numbers."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
 def enlarge(maps: Float[Tensor, "batch cbb h w"], block: tuple[int, int]) -> Float[Tensor, "batch c hb wb"]:
-    """Give every location its block of pixels: a pixel shuffle whose blocks need not be square."""
-    (b, _, h, w), (bh, bw) = maps.shape, block
-    if bh == bw:
+    """Give every location its block of pixels: a pixel shuffle whose blocks need not be square, also of no maps."""
+    (b, cbb, h, w), (bh, bw) = maps.shape, block
+    if bh == bw and b:
         return F.pixel_shuffle(maps, bh)
-    return maps.view(b, -1, bh, bw, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, h * bh, w * bw)
+    c = cbb // (bh * bw)
+    return maps.view(b, c, bh, bw, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c, h * bh, w * bw)
 
 
 def shrink(maps: Float[Tensor, "batch c hb wb"], block: tuple[int, int]) -> Float[Tensor, "batch cbb h w"]:
     """The inverse of `enlarge`."""
     (b, c, height, width), (bh, bw) = maps.shape, block
-    if bh == bw:
+    if bh == bw and b:  # of no maps it forgets to unshuffle
         return F.pixel_unshuffle(maps, bh)
     maps = maps.view(b, c, height // bh, bh, width // bw, bw).permute(0, 1, 3, 5, 2, 4)
     return maps.reshape(b, c * bh * bw, height // bh, width // bw)

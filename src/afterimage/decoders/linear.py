@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec
-from afterimage.decoders.base import Decoder, enlarge, resize
+from afterimage.decoders.base import Decoder, enlarge, for_sums, resize
 from afterimage.ranks import ALONE, Ranks
 
 FEW_ROWS = 200
@@ -66,6 +66,12 @@ class LinearDecoder(Decoder):
     def outputs(self) -> int:
         return 3 * self.block[0] * self.block[1]
 
+    @property
+    def bytes_to_solve(self) -> int:
+        inputs = self.weight.shape[1] + 1
+        # The sums of training and validation pictures; while it solves, a penalised copy, its diagonal and its factor.
+        return 8 * (5 * inputs**2 + 2 * inputs * self.outputs)
+
     def decode(self, features: Tensor) -> Tensor:
         return resize(self.unblock(self.blocks(pad(features, self.kernel // 2))), self.image_size)
 
@@ -100,7 +106,7 @@ class LinearDecoder(Decoder):
 
     @torch.no_grad()
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
-        (maps,) = features
+        maps, images = for_sums(features[0]), for_sums(images)
         b, c, h, w = maps.shape
         margin = self.kernel // 2
         rows = pad(maps.float(), margin).permute(0, 2, 3, 1).reshape(-1, c)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from afterimage.config import FeatureSpec
-from afterimage.decoders.base import Decoder, Window, enlarge, resize, shrink
+from afterimage.decoders.base import Decoder, Window, enlarge, for_sums, resize, shrink
 from afterimage.decoders.linear import LinearDecoder, pad
 from afterimage.ranks import ALONE, Ranks
 
@@ -137,16 +137,22 @@ class ResidualDecoder(Decoder):
     def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
         self._ranks = ranks
         # In one tensor: how many locations there were, and each channel's sum and sum of squares.
-        self._sums = torch.zeros(1 + 2 * self.spec.channels, dtype=torch.float64, device=self.mean.device)
+        self._sums = for_sums(self.mean).new_zeros(1 + 2 * self.spec.channels, dtype=torch.float64)
         return self.base.prepare(pictures, seed, ranks)
 
     @torch.no_grad()
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
         self.base.accumulate(features, images, validation=validation)
         if not validation:
-            maps = features[0].float()
+            maps = for_sums(
+                features[0]
+            ).double()  # squares first summed in float32 lose what is far from zero
             self._sums[0] += maps.numel() // maps.shape[1]
-            self._sums[1:] += torch.cat([maps.sum((0, 2, 3)), maps.square().sum((0, 2, 3))]).double()
+            self._sums[1:] += torch.cat([maps.sum((0, 2, 3)), maps.square().sum((0, 2, 3))])
+
+    @property
+    def bytes_to_solve(self) -> int:
+        return self.base.bytes_to_solve
 
     @torch.no_grad()
     def solve(self) -> list[str]:

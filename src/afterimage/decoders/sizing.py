@@ -27,6 +27,10 @@ def options_for(
     """
     if cls.size_option is None:
         raise AfterimageError(f"{cls.__name__} has one size only; leave out parameters")
+    if cls.size_option in options:
+        raise AfterimageError(
+            f"{cls.size_option} is chosen so that {cls.__name__} has {parameters:,} parameters: give one of the two"
+        )
 
     def count(chosen: dict[str, Any]) -> int:
         with torch.device("meta"):

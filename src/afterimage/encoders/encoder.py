@@ -93,7 +93,9 @@ class Encoder(Frozen):
             state = read_weights(self.weights.file)
             self.model = create_loaded(self.model_name, self.image_size, state, used, str(self.weights.file))
         _drop(self.model, {name for names in used for name in names})
-        self.model.to(memory_format=torch.channels_last)
+        for parameter in self.model.parameters():
+            if parameter.ndim == 4:  # the whole model's `to` refuses one that also has 3D convolutions
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.requires_grad_(False).train(False)
         config = pretrained_config(self.model_name)
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
