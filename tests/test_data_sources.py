@@ -260,12 +260,24 @@ def test_the_description_is_complete(tmp_path):
         "source": "procedural:10",
         "test": "photographs",
         "digest": data.digest,
+        "test_digest": data.test_digest,
         "train": 8,
         "validation": 2,
         "test_pictures": 18,
         "resize": 24,
         "crop": 16,
     }
+
+
+def test_the_test_digest_is_of_the_test_pictures_as_they_are_scored(tmp_path):
+    first = load("procedural:10", tmp_path, test="photographs").test_digest
+    assert load("procedural:20", tmp_path, test="photographs").test_digest == first
+    others = [
+        load("procedural:10", tmp_path, test="procedural:10"),
+        load("procedural:10", tmp_path, test="photographs", crop=12),
+        load("procedural:10", tmp_path, test="photographs", limit_test=5),
+    ]
+    assert len({first, *(data.test_digest for data in others)}) == 4
 
 
 def test_the_digest_is_of_contents_and_split(tmp_path):

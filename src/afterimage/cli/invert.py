@@ -148,9 +148,8 @@ class Invert:
         from afterimage.report.limit import print_limit, write_limit
         from afterimage.runs import scan
 
-        folders = list(
-            {folder.path: folder for folder in folders}.values()
-        )  # one for several decoders of a layer
+        # Decoders of one layer have one inversion from grey.
+        folders = list({folder.path: folder for folder in folders}.values())
         print_limit(folders)
         if not self.run_folders:
             summary = folders[0].summary

@@ -144,9 +144,8 @@ class ResidualDecoder(Decoder):
     def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
         self.base.accumulate(features, images, validation=validation)
         if not validation:
-            maps = for_sums(
-                features[0]
-            ).double()  # squares first summed in float32 lose what is far from zero
+            # In float64 from the first sum on: squares of channels far from zero cancel each other.
+            maps = for_sums(features[0]).double()
             self._sums[0] += maps.numel() // maps.shape[1]
             self._sums[1:] += torch.cat([maps.sum((0, 2, 3)), maps.square().sum((0, 2, 3))])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -133,6 +135,15 @@ def _reference_order(row: Row) -> tuple[Any, ...]:
     return row.scores["psnr"].mean, natural(row.label)
 
 
+def _changed(rows: Sequence[Row]) -> int:
+    """How many sets of pictures the same settings came to, at most; 0 where always to one."""
+    digests = defaultdict(set)
+    for row in rows:
+        digests[json.dumps(row.settings.get("data"), sort_keys=True, default=str)].add(row.data.get("digest"))
+    most = max((len(found) for found in digests.values()), default=0)
+    return most if most > 1 else 0
+
+
 def _warnings(rows: Sequence[Row]) -> Iterable[str]:
     sets = set(scored_on([r.data for r in rows]))
     counts = sorted({r.scores["psnr"].count for r in rows})
@@ -140,6 +151,8 @@ def _warnings(rows: Sequence[Row]) -> Iterable[str]:
         yield f"The rows were measured on {len(sets)} sets of pictures: their scores do not compare."
     elif len(counts) > 1:
         yield f"The rows were measured on different numbers of pictures ({counts[0]} to {counts[-1]})."
+    elif changed := _changed(rows):
+        yield f"Rows that name the same data had {changed} sets of pictures: files changed between them."
     mixed = mixed_settings(rows)
     if mixed:
         yield f"The rows were not all made with the same settings: {'; '.join(mixed)}."
