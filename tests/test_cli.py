@@ -85,6 +85,8 @@ def test_from_pictures_to_a_report(command, photographs, tmp_path):
     assert sum(alone in line and ", 00: " in line for line in lines) == 1
     width, height = Image.open(tmp_path / "both.png").size
     assert width > 5 * 64 and height > 4 * 64, "the originals and four runs, two pictures and their details"
+    code, _, err = command("reconstruct", *pictures, "--run", "runs", "--output", "both.svg")
+    assert code == 1 and "PNG" in err and not (tmp_path / "both.svg").exists()
     code, _, err = command("reconstruct", pictures[0], pictures[0], "--run", "runs")
     assert code == 1 and "named twice" in err
     code, _, err = command("reconstruct", pictures[0], "--run", "report")
@@ -113,6 +115,12 @@ def test_from_pictures_to_a_report(command, photographs, tmp_path):
         (["report", "."], "no "),
         (["evaluate", "nowhere"], "not a run folder"),
         (["study", "publish"], "did you mean 'published'"),
+        (
+            ["train", f"{MODEL}:layer1", "--data", "procedural:8", *SMALL, "--accelerator", "foo"],
+            "cannot be used here",
+        ),
+        (["train", f"{MODEL}:layer1", "--devices", "999", "--accelerator", "cpu"], "--devices 999 on a CPU"),
+        (["invert", "a.png", f"{MODEL}:layer1", "--refine-only"], "--refine-only needs --run"),
         (["study", "missing.toml"], r"missing.toml"),
         (["study", "published", "--models", "resnet18"], "not both"),
     ],
@@ -122,6 +130,27 @@ def test_bad_input_is_one_message(command, arguments, message):
     assert code == 1
     assert message in err and "Traceback" not in err
     assert err.splitlines()[-1].startswith("afterimage: ") or err.count("afterimage: ") == 1
+
+
+def test_what_was_trained_is_shown_though_another_group_failed(command, tmp_path):
+    code, out, err = command(
+        "train",
+        "test_vit.r160_in1k:layer9",
+        f"{MODEL}:layer1",
+        "--decoder",
+        "linear",
+        "--data",
+        "procedural:8",
+        *SMALL,
+    )
+    assert code == 1 and "layer9" in err.splitlines()[-1]
+    (done,) = [run for run in scan(tmp_path / "runs") if run.state == "done"]
+    assert "layer1" in out and f"run: {done.path.relative_to(tmp_path)}" in out
+
+
+def test_version(command):
+    code, out, _ = command("--version")
+    assert code == 0 and out.startswith("afterimage 0.")
 
 
 @pytest.mark.parametrize("name", ["truncated.jpg", "empty.png", "text.png"])

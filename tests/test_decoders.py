@@ -131,6 +131,7 @@ def test_number_of_stages(size, target, stages):
 
 
 def test_doubling_is_a_transposed_convolution():
+    torch.manual_seed(0)
     ours = Doubling(6, 5)
     theirs = torch.nn.ConvTranspose2d(6, 5, kernel_size=4, stride=2, padding=1)
     theirs.load_state_dict(ours.state_dict())
@@ -312,7 +313,7 @@ class TestLinear:
 
     @pytest.mark.parametrize(
         ("pictures", "noise", "expected"),
-        [(60, 0.003, 1e-8), (60, 0.3, 1e-3), (20, 0.5, 1e-1), (6, 1, 1), (3, 30, 10)],
+        [(60, 0.003, 1e-8), (60, 0.3, 1e-3), (20, 0.5, 1e-1), (3, 30, 1e-1)],
     )
     def test_the_ridge_is_the_best_on_validation_pictures(self, pictures, noise, expected):
         """Against ridge regression by numpy's `solve`, with every ridge."""

@@ -161,3 +161,6 @@ def test_a_plan_counts_attention_and_the_sums_of_a_closed_form():
     assert head.macs([spec]) == whole and head.training
     linear = plan([replace(config, decoder=DecoderConfig("linear"))])[0]
     assert linear.bytes > 2 * 8 * (9 * spec.channels + 1) ** 2
+    decoder = build_head(replace(config, decoder=DecoderConfig("linear")), [spec]).decoder
+    rows, inputs = 16 * n, 9 * spec.channels + 1  # every location of 16 pictures, seen once or twice
+    assert rows * inputs**2 // 2 < decoder.macs_to_solve(16) < 8 * rows * inputs**2 + 3 * inputs**3

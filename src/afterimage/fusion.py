@@ -167,6 +167,9 @@ class StackedFusion(nn.Module):
     def bytes_to_solve(self) -> int:
         return sum(reader.bytes_to_solve for reader in self.readers.values())
 
+    def macs_to_solve(self, pictures: int) -> int:
+        return sum(reader.macs_to_solve(pictures) for reader in self.readers.values())
+
     def solve(self) -> list[str]:
         return [
             f"{reader.spec.source}: {note}" for reader in self.readers.values() for note in reader.solve()

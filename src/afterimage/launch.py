@@ -23,7 +23,12 @@ def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
     Otherwise ends with the exit code of the rank that ended first, or 1 where it was killed. Raises
     `AfterimageError` where the machine has fewer devices.
     """
-    create_fabric(accelerator, devices)
+    fabric = create_fabric(accelerator, devices)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if fabric.device.type == "cpu" and devices > max(2, cores):
+        raise AfterimageError(
+            f"--devices {devices} on a CPU: this machine has {cores} cores for as many processes"
+        )
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # what it tells at length is said below in a line
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -36,9 +36,10 @@ class Plan:
 def plan(configs: Sequence[RunConfig]) -> list[Plan]:
     """Measure every run's networks without data and without weights.
 
-    Time is the multiply-adds of all epochs (an encoder pass, a decoder pass and twice that backward) at the rate a
-    convolution reaches on this machine now, each run counted as if it were trained alone. Memory is the decoder's
-    parameters with their gradients and Adam's moments, a batch's activations, and the sums of a closed form.
+    Time is the multiply-adds of all epochs (an encoder pass, a decoder pass and twice that backward) and of a closed
+    form at the rate a convolution reaches on this machine now, each run counted as if it were trained alone. Memory
+    is the decoder's parameters with their gradients and Adam's moments, a batch's activations, and the sums of a
+    closed form.
     """
     return [_plan(config) for config in configs]
 
@@ -59,8 +60,10 @@ def _plan(config: RunConfig) -> Plan:
     parameters = sum(p.numel() for p in head.parameters())
     recipe = config.recipe
     trained = any(p.requires_grad for p in head.parameters())
-    steps = training_pictures(config.data) * (recipe.epochs if trained else 1)
+    pictures = training_pictures(config.data)
     macs = sum(deepest.values()) + (3 if trained else 1) * decoder_macs
+    macs *= pictures * (recipe.epochs if trained else 1)
+    macs += sum(part.macs_to_solve(pictures) for part in head.closed_forms)
     memory = 4 * (4 * parameters + 2 * recipe.batch_size * (activations + sum(s.values for s in specs)))
     memory += sum(part.bytes_to_solve for part in head.closed_forms)
     return Plan(
@@ -69,7 +72,7 @@ def _plan(config: RunConfig) -> Plan:
         parameters,
         sum(deepest.values()),
         decoder_macs,
-        steps * macs / macs_per_second(),
+        macs / macs_per_second(),
         memory,
     )
 

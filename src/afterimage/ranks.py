@@ -220,11 +220,18 @@ class Ranks:
                 os._exit(1)
 
 
-def one_device(accelerator: str, precision: str, devices: Any = 1) -> Fabric:
-    """A Fabric of one device. Raises `AfterimageError` for a precision that the device does not have."""
+def one_device(accelerator: str, precision: str = "32-true", devices: Any = 1) -> Fabric:
+    """A Fabric of one device. Raises `AfterimageError` for one that is not there, or lacks the precision."""
     from lightning_fabric import Fabric
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     options = {"accelerator": accelerator, "devices": devices}
+    try:
+        Fabric(**options)
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise AfterimageError(
+            f"the accelerator {accelerator!r} cannot be used here (cpu, cuda, mps or auto): {str(error).strip()}"
+        ) from None
     if precision == "16-mixed" and Fabric(**options).device.type == "cpu":  # where it would take bfloat16
         raise AfterimageError("precision 16-mixed needs a GPU; on a CPU take bf16-mixed or 32-true")
     return Fabric(**options, precision=precision)

@@ -75,6 +75,8 @@ class StudyConfig:
             raise AfterimageError(
                 "a study needs sources (or rows), for example sources = ['resnet34:layer*']"
             )
+        if not self.seeds:
+            raise AfterimageError("a study needs at least one seed, for example seeds = [42]")
         if self.missing_weights not in ("error", "random"):
             raise unknown("missing_weights", self.missing_weights, ("error", "random"))
         if self.lpips not in (*LPIPS_NETS, "any"):

@@ -87,10 +87,17 @@ def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> W
     if name not in list_models():
         raise unknown("torchvision model", name, list_models())
     names = [f"{name}.torchvision{suffix}" for suffix in SUFFIXES]
-    return _find(f"torchvision/{name}", weights, names, (), get_model_weights(name).IMAGENET1K_V1.url)
+    url = get_model_weights(name).IMAGENET1K_V1.url
+    # No command has an option for these: --weights are the encoder's.
+    advice = (
+        f"set {FOLDER} to a folder with {' or '.join(names[:2])}, or take another LPIPS network with --lpips"
+    )
+    return _find(f"torchvision/{name}", weights, names, (), url, advice)
 
 
-def _find(model: str, weights: str | Path, names: list[str], hub: tuple, url: str | None) -> Weights:
+def _find(
+    model: str, weights: str | Path, names: list[str], hub: tuple, url: str | None, advice: str = ""
+) -> Weights:
     if str(weights) != "pretrained":
         return _from_path(model, Path(weights).expanduser(), names)
     tried = []
@@ -106,11 +113,11 @@ def _find(model: str, weights: str | Path, names: list[str], hub: tuple, url: st
         tried.append(f"no folder, as {FOLDER} is not set")
     if found := _in_cache(model, hub, url, tried) or _from_hub(model, hub, url, tried):
         return found
-    raise AfterimageError(
-        f"no weights for {model}. Tried: {'; '.join(tried)}. To go on, give --weights PATH (a file, or a "
-        f"folder with {' or '.join(names[:2])}), set {FOLDER} to such a folder, or give --weights random "
-        "(a control: the network has then learned nothing)"
+    advice = advice or (
+        f"give --weights PATH (a file, or a folder with {' or '.join(names[:2])}), set {FOLDER} to such a folder, "
+        "or give --weights random (a control: the network has then learned nothing)"
     )
+    raise AfterimageError(f"no weights for {model}. Tried: {'; '.join(tried)}. To go on, {advice}")
 
 
 def _from_path(model: str, path: Path, names: list[str]) -> Weights:

@@ -108,7 +108,12 @@ class _Audit:
         }
 
     def run(self) -> Results:
-        write_atomic(self.root / "audit.toml", dump_toml(self.config))
+        path, text = self.root / "audit.toml", dump_toml(self.config)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            self._note(
+                f"{self.root} held another audit: its cells are kept, its page, audit.json and audit.toml replaced"
+            )
+        write_atomic(path, text)
         write_json(self.root / "environment.json", environment() | {"device": str(self.fabric.device)})
         attackers = dict(self._attackers())
         for data in attackers.values():

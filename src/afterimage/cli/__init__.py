@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
 from typing import Annotated, Union
 
 import tyro
@@ -45,6 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:2] == ["study", "verify"]:
         del arguments[0]
+    if arguments == ["--version"]:
+        print(f"afterimage {metadata.version('afterimage')}")
+        return
+    chosen = None
     try:
         chosen = tyro.cli(
             _union(),
@@ -63,10 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
         if not getattr(stopped, "elsewhere", False):
-            print(
-                "\nafterimage: stopped; what is done is kept, the same command goes on from there",
-                file=sys.stderr,
-            )
+            kept = "what is done is kept, the same command goes on from there"
+            print(f"\nafterimage: stopped; {getattr(chosen, 'kept', kept)}", file=sys.stderr)
         raise SystemExit(getattr(stopped, "code", 130)) from None
 
 

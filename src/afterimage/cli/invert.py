@@ -68,16 +68,20 @@ class Invert:
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
 
-    def run(self) -> None:
-        from lightning_fabric import Fabric
+    @property
+    def kept(self) -> str:
+        """What is left of it after Ctrl-C."""
+        return "finished inversions are kept, the one that was cut short begins anew with the same command"
 
+    def run(self) -> None:
         from afterimage.invert import InvertConfig
         from afterimage.progress import Display
+        from afterimage.ranks import one_device
 
         files, sources = self._sort()
         names = ("method", "optimizer", "steps", "learning_rate", "starts", "jitter", "tv", "alpha_norm")
         method = InvertConfig(**{name: getattr(self, name) for name in names})
-        device = str(Fabric(accelerator=self.accelerator, devices=1).device)
+        device = str(one_device(self.accelerator).device)
         with Display() as display:
             if self.run_folders:
                 folders = self._refine(method, files, device, display)
@@ -91,6 +95,8 @@ class Invert:
         sources = [name for name in self.what if Path(name) not in files]
         if self.run_folders and sources:
             raise AfterimageError(f"with --run the layers are the run's own; leave out {', '.join(sources)}")
+        if self.refine_only and not self.run_folders:
+            raise AfterimageError("--refine-only needs --run: without a decoder there is nothing to refine")
         if files and self.data:
             raise AfterimageError("give picture files or --data, not both")
         if not self.run_folders and not (sources and (files or self.data)):
@@ -114,7 +120,9 @@ class Invert:
         folders = []
         for path in self.run_folders:
             run = Run.open(path)
-            data = replace(run.config.data, limit_test=self.limit or run.config.data.limit_test)
+            data = replace(
+                run.config.data, limit_test=run.config.data.limit_test if self.limit is None else self.limit
+            )
             given = self._given(files, replace(data, test=self.data or data.test), progress)
             folders += invert_run(
                 run, self.output, method, given, plain=not self.refine_only,

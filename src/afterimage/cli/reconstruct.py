@@ -30,7 +30,8 @@ class Reconstruct:
     run_folders: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", metavar="RUN [...]")]
     """Run folders, or folders that hold run folders, such as a study's."""
     output: Path | None = None
-    """Where to save (default: in the working folder, PICTURE.reconstruction.png, of several pictures the first's)."""
+    """Where to save, a PNG file; where one figure does not hold all, FILE-1.png, FILE-2.png, ... (default: in the
+    working folder, PICTURE.reconstruction.png, of several pictures the first's)."""
     weights: str | None = None
     """Where the encoder's weights are, if not where they were in training."""
     lpips: str = "alex"
@@ -42,6 +43,8 @@ class Reconstruct:
             raise AfterimageError("name at least one picture file")
         if len(set(self.pictures)) < len(self.pictures):
             raise AfterimageError("a picture file is named twice")
+        if self.output is not None and self.output.suffix.lower() != ".png":
+            raise AfterimageError(f"--output {self.output}: the figure is a PNG file, name it .png")
         output = self.output or Path(f"{self.pictures[0].stem}.reconstruction.png")
         if len(runs) == len(self.pictures) == 1:
             self._one(runs[0], output)

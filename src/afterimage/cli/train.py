@@ -108,14 +108,15 @@ class Train:
         if self.profile:
             self._profile(configs)
             return
+        failures: list[AfterimageError] = []
         with Display() as display:
-            runs = train_runs(
-                configs, self.root, cache=self.cache, accelerator=self.accelerator, progress=display
-            )
-        if not first_rank():
-            return
-        print_table(runs)
-        print("\n".join(f"run: {run.path}" for run in runs))
+            options = {"cache": self.cache, "accelerator": self.accelerator, "progress": display}
+            runs = train_runs(configs, self.root, failures=failures, **options)
+        if first_rank() and any(run.state == "done" for run in runs):
+            print_table(runs)
+            print("\n".join(f"run: {run.path}" for run in runs))
+        if failures:
+            raise failures[0]
 
     def _profile(self, configs: list[RunConfig]) -> None:
         from afterimage.profile import print_profile, profile_run

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig, unknown
@@ -27,6 +26,7 @@ from afterimage.data import Data, Pictures, load_data
 from afterimage.evaluate import SCORES, summarise
 from afterimage.metrics import Metrics, psnr
 from afterimage.progress import Progress, silent
+from afterimage.ranks import one_device
 from afterimage.reconstructor import Reconstructor
 from afterimage.runs import Run, read_json, sha256, write_csv, write_json
 
@@ -56,7 +56,7 @@ def run_controls(
     for part in parts:
         if part not in PARTS:
             raise unknown("part of the controls", part, PARTS)
-    device = Fabric(accelerator=accelerator, devices=1).device
+    device = one_device(accelerator).device
     loaded: dict[DataConfig, _Loaded] = {}
     failures: list[AfterimageError] = []
     for run in runs:

@@ -18,10 +18,11 @@ FEW_ROWS = 200
 """Below so many rows an input a second view of each picture still lowers the error."""
 
 PANELS = 6
+FACTORISATIONS = 7
 JUDGED = 96
 
-RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Hundreds of pictures ask for 1e-3 and less, a few of a deep layer for 1 and more."""
+RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Larger ones lower the error of a few pictures of a deep layer, by blurring away what tells pictures apart."""
 
 
 class LinearDecoder(Decoder):
@@ -71,6 +72,12 @@ class LinearDecoder(Decoder):
         inputs = self.weight.shape[1] + 1
         # The sums of training and validation pictures; while it solves, a penalised copy, its diagonal and its factor.
         return 8 * (5 * inputs**2 + 2 * inputs * self.outputs)
+
+    def macs_to_solve(self, pictures: int) -> int:
+        rows = self.prepare(pictures, seed=0) * pictures * self._quota
+        inputs = self.weight.shape[1] + 1
+        # Half of the symmetric X'X and all of X'Y; then factorisations of n^3 / 6 in float64.
+        return rows * inputs * (inputs // 2 + self.outputs) + 2 * FACTORISATIONS * inputs**3 // 6
 
     def decode(self, features: Tensor) -> Tensor:
         return resize(self.unblock(self.blocks(pad(features, self.kernel // 2))), self.image_size)
@@ -157,7 +164,7 @@ class LinearDecoder(Decoder):
                 errors[ridge] = math.inf if solution is None else judge.error(solution, some)
             return min(errors, key=errors.__getitem__)
 
-        # Each costs a factorisation. Not downhill from the middle: with few pictures there are two valleys.
+        # Each costs a factorisation. Not downhill from the middle: there may be two valleys.
         coarse = RIDGES.index(best(RIDGES[::2]))
         ridge = best([RIDGES[i] for i in (coarse - 1, coarse + 1) if 0 <= i < len(RIDGES)])
         if not math.isfinite(errors[ridge]):

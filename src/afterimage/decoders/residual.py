@@ -153,6 +153,9 @@ class ResidualDecoder(Decoder):
     def bytes_to_solve(self) -> int:
         return self.base.bytes_to_solve
 
+    def macs_to_solve(self, pictures: int) -> int:
+        return self.base.macs_to_solve(pictures)
+
     @torch.no_grad()
     def solve(self) -> list[str]:
         self._ranks.sum([self._sums])

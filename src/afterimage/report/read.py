@@ -135,6 +135,29 @@ def _reference_order(row: Row) -> tuple[Any, ...]:
     return row.scores["psnr"].mean, natural(row.label)
 
 
+def _uninformed(rows: Sequence[Row]) -> Iterable[str]:
+    """Decoders whose pictures are no nearer than those of one who knows nothing but each picture's mean colour."""
+    tests = scored_on([r.data for r in rows])
+    lines = {
+        test: row.scores["psnr"].mean
+        for test, row in zip(tests, rows, strict=True)
+        if row.kind == "reference" and row.settings.get("reference") == "mean"
+    }
+    low = [
+        row
+        for test, row in zip(tests, rows, strict=True)
+        if row.kind == "decoder"
+        and not row.is_random
+        and row.scores["psnr"].mean <= lines.get(test, -math.inf)
+    ]
+    if low:
+        told = ", ".join(row.label for row in low[:3]) + (", …" if len(low) > 3 else "")
+        yield (
+            f"{len(low)} decoder row{'s are' if len(low) > 1 else ' is'} not above the mean colour in PSNR ({told}): "
+            "too little training to say what the features hold."
+        )
+
+
 def _changed(rows: Sequence[Row]) -> int:
     """How many sets of pictures the same settings came to, at most; 0 where always to one."""
     digests = defaultdict(set)
@@ -153,6 +176,7 @@ def _warnings(rows: Sequence[Row]) -> Iterable[str]:
         yield f"The rows were measured on different numbers of pictures ({counts[0]} to {counts[-1]})."
     elif changed := _changed(rows):
         yield f"Rows that name the same data had {changed} sets of pictures: files changed between them."
+    yield from _uninformed(rows)
     mixed = mixed_settings(rows)
     if mixed:
         yield f"The rows were not all made with the same settings: {'; '.join(mixed)}."

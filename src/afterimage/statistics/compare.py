@@ -49,10 +49,15 @@ class Comparison:
         return self.difference.within(NEGLIGIBLE[self.metric])
 
     @property
+    def certain(self) -> bool:
+        """Whether there is a difference at all, by the corrected test and by the interval."""
+        return self.p_holm < ALPHA and self.difference.excludes_zero
+
+    @property
     def better(self) -> str | None:
-        """`a` or `b` where the corrected test tells them apart by more than a negligible difference."""
+        """`a` or `b` where test and interval tell them apart by more than a negligible difference."""
         d = self.difference.estimate
-        if self.p_holm >= ALPHA or abs(d) <= NEGLIGIBLE[self.metric]:
+        if not self.certain or abs(d) <= NEGLIGIBLE[self.metric]:
             return None
         return "a" if (d > 0) == HIGHER_IS_BETTER[self.metric] else "b"
 

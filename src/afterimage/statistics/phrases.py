@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from afterimage.statistics.bootstrap import Interval
-from afterimage.statistics.compare import ALPHA, Comparison
+from afterimage.statistics.compare import Comparison
 from afterimage.statistics.rows import NEGLIGIBLE
 
 NAMES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -55,13 +55,13 @@ def ahead(c: Comparison) -> str:
     """How `a`, which has the better mean, stands to `b`: for example `ahead of`."""
     if c.better == "a":
         return "ahead of"
-    return "negligibly different from" if c.p_holm < ALPHA else "not told apart from"
+    return "negligibly different from" if c.certain else "not told apart from"
 
 
 def told_apart(c: Comparison) -> str:
     """Empty where the comparison has a better side, else why it has none."""
     if c.better:
         return ""
-    if c.p_holm < ALPHA:
+    if c.certain:
         return f", no more than {NEGLIGIBLE[c.metric]:g}{UNITS[c.metric]} and so negligible"
     return f", not told apart ({p_value(c.p_holm)})"

@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from afterimage.report.escape import plain
 from afterimage.report.figures.labels import margin_labels, wrap
@@ -64,6 +65,7 @@ def _figure(groups: dict[Panel, list[tuple[Row, Epochs]]], names: dict[str, str]
         extra = "" if loss == "mse" else f"\nloss: {wrap(plain(loss, 40), TITLE)}"
         axes.set_title(f"{wrap(who, TITLE)}\n{wrap(plain(decoder, 72), TITLE)}{extra}")
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.set_ylabel("validation PSNR (dB) ↑" if loss == "mse" else "validation loss ↓")
     _share_heights([axes for axes, panel in zip(panels.values(), groups, strict=True) if panel[-1] == "mse"])
     legend(figure, _handles(any(_drops(e) for members in groups.values() for _, e in members)), columns=2)
