@@ -239,6 +239,16 @@ def test_limits_that_cannot_be_met_are_remarked_on():
     assert judge(ROWS, [row("", "", 0.1, 0.01)], COSTS, LimitsConfig(0.35, 0.05)).remarks == ()
 
 
+def test_undefended_features_that_tell_nothing_are_doubted():
+    """Such as those of a store whose pictures are in another order."""
+    blind = row("", "", 0.3, 0.01, "no features")
+    scrambled, sound = row("a", "none", 0.25, 0.01), row("b", "none", 0.25, 0.2)
+    remarks = judge([scrambled, sound], [blind], {}, LimitsConfig()).remarks
+    assert len(remarks) == 1 and remarks[0].startswith(
+        "a, undefended: linear, 640 pictures, query access got no"
+    )
+
+
 def test_shuffled_features_are_not_recommended():
     rows = [row("a", "shuffle+int8", 0.1, 0.01), row("a", "none", 0.2, 0.02)]
     costs = {("a", "shuffle+int8"): cost(1.0), ("a", "none"): cost(0.9)}

@@ -208,6 +208,14 @@ def _remarks(
                     f"{count} test pictures are too few to show an identification below {limits.max_identification:g}: "
                     f"even without a single hit the interval reaches {least:.3f}"
                 )
+    floor = max((row["scores"]["ssim"]["estimate"] for row in blind), default=0.0)
+    for row in rows:
+        found, ssim = strongest(row)[1], row["scores"]["ssim"]["estimate"]
+        if row["defence"] == "none" and found["low"] <= row["chance"] and ssim <= floor:
+            remarks.append(
+                f"{row['layer']}, undefended: {attacker_text(row['attacker'])} got no more than one without features; "
+                "are these the features of these pictures?"
+            )
     if any("shuffle" in row["defence"] for row in rows):
         remarks.append(
             "no attacker here puts shuffled places back in order, though that is known to be possible (as a jigsaw "

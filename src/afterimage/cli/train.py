@@ -9,7 +9,15 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli.tables import print_table
-from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig, parse_count
+from afterimage.config import (
+    AfterimageError,
+    DataConfig,
+    DecoderConfig,
+    RecipeConfig,
+    RunConfig,
+    parse_count,
+    unknown,
+)
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL:LAYER [...]")]
 Flat = tyro.conf.OmitArgPrefixes
@@ -88,6 +96,9 @@ class Train:
                     f"--parameters: {', '.join(fixed)} has one size only, that of its closed form; decoders that "
                     f"come in sizes: {', '.join(name for name, cls in DECODERS.items() if cls.size_option)}"
                 )
+        for name in self.decoder:  # before any picture is read
+            if name not in DECODERS:
+                raise unknown("decoder", name, DECODERS)
         configs = [
             RunConfig(
                 sources=(resolve(source),),

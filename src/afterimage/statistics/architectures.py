@@ -13,8 +13,9 @@ from afterimage.statistics.rows import NEGLIGIBLE, Row
 
 RULE = (
     "At each resolution, the first layer of every encoder is compared with every other's. A pair differs "
-    "where its paired difference does from zero: t test, Holm-corrected over all pairs, p < 0.05 "
-    f"{MARGIN}. Supported: some pair differs and decoder size cannot explain it (sizes within 5 %, or the "
+    "where its paired difference does from zero: t test, Holm-corrected over all pairs, p < 0.05, and a "
+    f"95 % interval without zero {MARGIN}. Supported: some pair differs and decoder size cannot explain it "
+    "(sizes within 5 %, or the "
     "better side's decoder is the smaller). Contradicted, which only PSNR can be for want of other margins: "
     f"every pair's 95 % interval lies within {NEGLIGIBLE['psnr']:g} dB of zero. Undecided: otherwise."
 )

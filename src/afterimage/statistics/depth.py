@@ -19,7 +19,8 @@ SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE = "supported", "contradicted", "u
 MARGIN = f"(for PSNR, and is larger than the {NEGLIGIBLE['psnr']:g} dB that the study calls negligible)"
 RULE = (
     "A step counts where its paired difference differs from zero: t test, Holm-corrected over all steps of "
-    f"all encoders, p < 0.05 {MARGIN}. Supported: every step of every encoder counts as a fall. "
+    f"all encoders, p < 0.05, and a 95 % interval without zero {MARGIN}. Supported: every step of every "
+    "encoder counts as a fall. "
     "Contradicted: some step counts as a rise. Undecided: otherwise."
 )
 
