@@ -119,6 +119,35 @@ def test_reports_show_inversions_as_rows(command, run, place):
     assert "linear + refined" in only["table.md"].read_text()
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place, monkeypatch, changed):
+    options = ("--run", run.path, "--data", "photographs", "--limit", 6, "--refine-only", "--steps", 3)
+    whole, cut = place / f"whole-{changed}", place / f"cut-{changed}"
+    assert command(*options, "--output", whole)[0] == 0
+    asked, refined = [], refine
+
+    def stopping(reconstructor, images, **more):
+        asked.append(len(images))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return refined(reconstructor, images, **more)
+
+    monkeypatch.setattr("afterimage.invert.limit.refine", stopping)
+    code, _, err = command(*options, "--output", cut)
+    assert code == 130 and "goes on from there" in err and asked == [4, 2]
+    (folder,) = [path for path in cut.iterdir() if path.is_dir()]
+    (kept,) = folder.glob("batch-*")
+    if changed:
+        kept.write_bytes(kept.read_bytes()[:-4])
+    assert command(*options, "--output", cut)[0] == 0
+    assert asked == [4, 2, *([4] if changed else []), 2]
+    assert not list(folder.glob("batch-*"))
+    (expected,) = [path for path in whole.iterdir() if path.is_dir()]
+    assert (folder / "scores.csv").read_bytes() == (expected / "scores.csv").read_bytes()
+    curves = [[{**r, "seconds": 0} for r in read_csv(path / "curve.csv")] for path in (folder, expected)]
+    assert curves[0] == curves[1]
+
+
 def test_the_table_of_a_folder_holds_all_its_inversions(command, run, place):
     output = run.path.parent  # a decoder's run folder beside them is none
     options = ("--run", run.path, "--limit", 2, "--refine-only", "--output", output)

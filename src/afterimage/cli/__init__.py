@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments == ["--version"]:
         print(f"afterimage {metadata.version('afterimage')}")
         return
-    chosen = None
     try:
         chosen = tyro.cli(
             _union(),
@@ -68,8 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
         if not getattr(stopped, "elsewhere", False):
-            kept = "what is done is kept, the same command goes on from there"
-            print(f"\nafterimage: stopped; {getattr(chosen, 'kept', kept)}", file=sys.stderr)
+            print(
+                "\nafterimage: stopped; what is done is kept, the same command goes on from there",
+                file=sys.stderr,
+            )
         raise SystemExit(getattr(stopped, "code", 130)) from None
 
 

@@ -68,11 +68,6 @@ class Invert:
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
 
-    @property
-    def kept(self) -> str:
-        """What is left of it after Ctrl-C."""
-        return "finished inversions are kept, the one that was cut short begins anew with the same command"
-
     def run(self) -> None:
         from afterimage.invert import InvertConfig
         from afterimage.progress import Display

@@ -19,11 +19,12 @@ from afterimage.invert.config import InversionConfig, InvertConfig
 from afterimage.invert.given import Given
 from afterimage.invert.optimise import Inversion, Look, invert
 from afterimage.invert.refine import differentiable, refine
+from afterimage.invert.resume import Batches
 from afterimage.invert.spectrum import HELD_OUT, error_spectrum
 from afterimage.metrics import Metrics, psnr
 from afterimage.progress import Progress, silent
 from afterimage.reconstructor import Encoders, Reconstructor
-from afterimage.runs import Run, environment, write_csv, write_image
+from afterimage.runs import Run, environment, sha256, write_csv, write_image
 
 Images = Float[Tensor, "batch 3 height width"]
 
@@ -57,10 +58,12 @@ def measure(
     device: str = "cpu",
     progress: Progress = silent,
     snapshot: Callable[[Images], None] | None = None,
+    batches: Batches | None = None,
 ) -> Measured:
     """Run `search(images, watch=..., milestones=...)` over pictures; score what it returns and its way there.
 
-    `snapshot` is given the pictures so far at every milestone.
+    `snapshot` is given the pictures so far at every milestone. Finished batches are kept in `batches`, and taken
+    from there where they are.
     """
     curve: list[dict[str, Any]] = []
     losses: list[float] = []
@@ -69,13 +72,14 @@ def measure(
 
     def reconstruct(images: Images) -> Images:
         nonlocal seconds
+        first, own = len(losses), []
 
         def watch(look: Look) -> None:
             values = zip(psnr(look.images, images).tolist(), look.loss.tolist(), strict=True)
             for i, (value, loss) in enumerate(values):
-                curve.append(
+                own.append(
                     {
-                        "id": pictures.ids[len(losses) + i],
+                        "id": pictures.ids[first + i],
                         "step": look.step,
                         "seconds": look.seconds / len(images),
                         "psnr": value,
@@ -85,12 +89,21 @@ def measure(
             if snapshot is not None:
                 snapshot(look.images)
 
-        # The evaluation around this is without gradients.
-        with torch.inference_mode(False), torch.enable_grad():
-            result = search(images.clone(), watch=watch, milestones=points, progress=progress)
+        found = batches.load(first, images) if batches else None
+        if found is None:
+            # The evaluation around this is without gradients.
+            with torch.inference_mode(False), torch.enable_grad():
+                result = search(images.clone(), watch=watch, milestones=points, progress=progress)
+            if batches:
+                batches.save(first, images, result, own)
+        else:
+            result, own = found
+        curve.extend(own)
         seconds += result.seconds
         losses.extend(result.loss.tolist())
-        return result.images
+        return (
+            result.images.contiguous()
+        )  # in one order of memory, whether it was kept or not: sums depend on it
 
     rows, kept = evaluate(
         reconstruct,
@@ -196,11 +209,21 @@ def _make(
     def snapshot(images: Images) -> None:
         write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
 
+    made_for = [facts["weights"], facts["start"], facts["start_sha256"], given.facts]
+    batches = Batches(folder.path, made_for)
     measured = measure(
-        search, given.pictures, metrics, method.steps, device=device, progress=progress, snapshot=snapshot
+        search,
+        given.pictures,
+        metrics,
+        method.steps,
+        device=device,
+        progress=progress,
+        snapshot=snapshot,
+        batches=batches,
     )
     facts |= {"data": given.facts, "lpips": metrics.lpips_status, "seed": seed}
     save(folder, facts, measured, [*notes, *given.notes], device)
+    batches.clear()
 
 
 def plain_search(encoders: Encoders, method: InvertConfig, seed: int) -> Callable[..., Inversion]:
@@ -232,6 +255,7 @@ def describe(
         "parameters": None,
         "train_seconds": None,
         "start": start.name if start else None,
+        "start_sha256": sha256(start.file("decoder.safetensors")) if start else None,
         "steps": method.steps,
         "optimizer": method.optimizer,
     }
