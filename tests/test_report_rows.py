@@ -15,7 +15,7 @@ from afterimage.config import AfterimageError, RunConfig
 from afterimage.report import csv_table, latex_table, markdown_table, read_rows
 from afterimage.report.rows import natural
 from afterimage.runs import Run, scan
-from report_study import REFERENCES, RESNET, VIT, printed, write_run, write_study
+from report_study import REFERENCES, RESNET, VIT, printed, write_reference, write_run, write_study
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 
@@ -169,3 +169,14 @@ def test_importing_is_quick():
     )
     seconds = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(seconds) < 0.2
+
+
+def test_decoders_that_are_not_above_the_mean_colour_are_warned_of(tmp_path):
+    write_run(tmp_path, "m", "good", features=(64, 56, 0.8))
+    write_run(tmp_path, "m", "low", features=(64, 56, -0.2))
+    write_run(tmp_path, "m", "control", features=(64, 56, -0.2), weights="random")
+    write_reference(tmp_path, "jpeg-50")
+    assert not any("mean colour" in warning for warning in read_rows(scan(tmp_path)).warnings)
+    write_reference(tmp_path, "mean")
+    (warning,) = [w for w in read_rows(scan(tmp_path)).warnings if "mean colour" in w]
+    assert warning.startswith("1 decoder row is not above the mean colour in PSNR (m:low · linear)")

@@ -154,7 +154,7 @@ def _uninformed(rows: Sequence[Row]) -> Iterable[str]:
         told = ", ".join(row.label for row in low[:3]) + (", …" if len(low) > 3 else "")
         yield (
             f"{len(low)} decoder row{'s are' if len(low) > 1 else ' is'} not above the mean colour in PSNR ({told}): "
-            "too little training to say what the features hold."
+            "they learned too little from these pictures to say what the features hold."
         )
 
 
