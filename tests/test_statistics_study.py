@@ -523,6 +523,13 @@ def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
     assert gains["resnet34 layer2"] is None and gains["resnet34 layer1"] is not None
 
 
+def test_settings_of_data_are_told_where_the_pictures_are_the_same(tmp_path):
+    for crop in (224, 128):
+        write_run(tmp_path, LAYERS[0], scores(20), data=DataConfig("procedural", crop=crop))
+    rows, _ = load_rows(scan(tmp_path))
+    assert {row.setting for row in rows} == {"attention (crop 224)", "attention (crop 128)"}
+
+
 def test_what_rows_were_scored_on():
     """By the test part's own digest; by that of all pictures where one row has no other, as in older folders."""
     new = [{"digest": "a", "test_digest": "t"}, {"digest": "b", "test_digest": "t"}]

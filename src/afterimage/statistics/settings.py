@@ -107,7 +107,7 @@ def _distinct(labels: list[str], details: list[dict[str, Any]]) -> list[str]:
         rivals = [d for other, d in zip(labels, details, strict=True) if other == label]
         keys = [k for k in detail if any(d.get(k) != detail[k] for d in rivals)]
         if any(k == "training pictures" or k.startswith("data.") for k in keys):
-            keys.remove("data")  # a digest, which says less
+            keys = [k for k in keys if k != "data"]  # a digest, which says less
         told = [f"{k.removeprefix('data.')} {detail[k][:8] if k == 'data' else detail[k]}" for k in keys]
         distinct.append(f"{label} ({', '.join(told)})" if told else label)
     return distinct
