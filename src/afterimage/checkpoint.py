@@ -22,7 +22,7 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensor
 
 def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[str, Any]) -> None:
     """Write a decoder as one safetensors file, with what it was made for; the same gives the same bytes."""
-    write_atomic(path, save(_plain(tensors), {"made_for": json.dumps(made_for, sort_keys=True)}))
+    write_atomic(path, save(plain(tensors), {"made_for": json.dumps(made_for, sort_keys=True)}))
 
 
 def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -55,8 +55,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def save_checkpoint(run: Run, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write what training goes on from, with a digest; the last one is kept until this one is safe on disk."""
-    plain, text = _plain(tensors), json.dumps(facts)
-    content = save(plain, {"facts": text, "sha256": _digest(plain, text)})
+    stored, text = plain(tensors), json.dumps(facts)
+    content = save(stored, {"facts": text, "sha256": _digest(stored, text)})
     write_atomic(run.file(CHECKPOINT), content, keep=run.file(PREVIOUS))
 
 
@@ -87,7 +87,8 @@ def remove_checkpoints(run: Run) -> None:
             run.file(name).unlink()
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As they can be stored."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

@@ -15,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from afterimage.config import AfterimageError
 from afterimage.ranks import GO_ON, create_fabric, started_together
+from afterimage.runs import cores
 
 
 def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
@@ -24,10 +25,9 @@ def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
     `AfterimageError` where the machine has fewer devices.
     """
     fabric = create_fabric(accelerator, devices)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if fabric.device.type == "cpu" and devices > max(2, cores):
+    if fabric.device.type == "cpu" and devices > max(2, cores()):
         raise AfterimageError(
-            f"--devices {devices} on a CPU: this machine has {cores} cores for as many processes"
+            f"--devices {devices} on a CPU: this machine has {cores()} cores for as many processes"
         )
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # what it tells at length is said below in a line

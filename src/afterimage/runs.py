@@ -351,6 +351,11 @@ class Run:
         return path
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """Versions, commit and machine: what one needs to explain a number that does not come out again."""
     packages = (
@@ -392,6 +397,11 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def origin(summary: Mapping[str, Any]) -> str:
+    """`random` where an encoder of the row was an untrained control, else `pretrained`."""
+    return "random" if any(w["label"] == "random" for w in summary["weights"]) else "pretrained"
 
 
 def scored_on(data: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ from afterimage.bench.child import in_child
 from afterimage.bench.rows import Row, print_rows
 from afterimage.bench.settings import Settings
 from afterimage.config import AfterimageError, unknown
-from afterimage.runs import environment, write_json
+from afterimage.runs import cores, environment, write_json
 
 __all__ = ["MEASUREMENTS", "Row", "Settings", "print_rows", "run_bench"]
 
@@ -82,7 +82,7 @@ def machine() -> dict[str, Any]:
     ]
     facts = {
         "processor": models[0] if models else None,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": os.getloadavg(),
         **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},

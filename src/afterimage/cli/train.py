@@ -88,17 +88,17 @@ class Train:
             limit_test=self.limit_test,
             stream=self.stream,
         )
+        for name in self.decoder:  # before any picture is read
+            if name not in DECODERS:
+                raise unknown("decoder", name, DECODERS)
         size = parse_count(self.parameters, "--parameters") if self.parameters else None
         if size is not None:
-            fixed = [name for name in self.decoder if name in DECODERS and not DECODERS[name].size_option]
+            fixed = [name for name in self.decoder if not DECODERS[name].size_option]
             if fixed:
                 raise AfterimageError(
                     f"--parameters: {', '.join(fixed)} has one size only, that of its closed form; decoders that "
                     f"come in sizes: {', '.join(name for name, cls in DECODERS.items() if cls.size_option)}"
                 )
-        for name in self.decoder:  # before any picture is read
-            if name not in DECODERS:
-                raise unknown("decoder", name, DECODERS)
         configs = [
             RunConfig(
                 sources=(resolve(source),),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
+
+from afterimage.runs import cores
 
 Progress = Callable[[str, int, int], None]
 Item = TypeVar("Item")
@@ -27,7 +28,7 @@ def in_parallel(
     Threads: Pillow, NumPy and hashlib let go of the interpreter lock while they work, and threads need no
     guard around the caller's script.
     """
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores()
     items = iter(items)
     pending: deque[Future[Result]] = deque()
     done = 0

@@ -46,8 +46,8 @@ def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> 
     digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
     config = DataConfig(source="files:" + digest[:16], resize=resize, crop=crop)
     facts = {"source": "files", "test": "", "digest": digest, "test_digest": digest}
-    facts |= {"test_pictures": len(paths)}
-    return Given(_Files(names, crops), config, facts | {"resize": resize, "crop": crop})
+    facts |= {"test_pictures": len(paths), "resize": resize, "crop": crop}
+    return Given(_Files(names, crops), config, facts)
 
 
 class _Files(Pictures):

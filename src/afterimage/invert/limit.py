@@ -101,9 +101,8 @@ def measure(
         curve.extend(own)
         seconds += result.seconds
         losses.extend(result.loss.tolist())
-        return (
-            result.images.contiguous()
-        )  # in one order of memory, whether it was kept or not: sums depend on it
+        # In one order of memory, whether it was kept or not: sums depend on it.
+        return result.images.contiguous()
 
     rows, kept = evaluate(
         reconstruct,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from afterimage.checkpoint import load_tensors
+from afterimage.checkpoint import load_tensors, plain
 from afterimage.config import AfterimageError
 from afterimage.invert.optimise import Inversion
 from afterimage.runs import write_atomic
@@ -30,11 +30,8 @@ class Batches:
 
     def load(self, first: int, images: Tensor) -> tuple[Inversion, Curve] | None:
         """What the batch whose first picture has the number `first` came to, and its curve."""
-        path = self._path(first)
-        if not path.exists():
-            return None
         try:
-            tensors, metadata = load_tensors(path)
+            tensors, metadata = load_tensors(self._path(first))
             if metadata["key"] != self._key(images):
                 return None
             facts = json.loads(metadata["facts"])
@@ -45,10 +42,9 @@ class Batches:
             return None
 
     def save(self, first: int, images: Tensor, result: Inversion, curve: Curve) -> None:
-        tensors = {"images": result.images, "loss": result.loss}
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        tensors = plain({"images": result.images, "loss": result.loss})
         facts = json.dumps({"seconds": result.seconds, "curve": curve})
-        write_atomic(self._path(first), save(plain, {"key": self._key(images), "facts": facts}))
+        write_atomic(self._path(first), save(tensors, {"key": self._key(images), "facts": facts}))
 
     def clear(self) -> None:
         for path in self.folder.glob("batch-*.safetensors"):

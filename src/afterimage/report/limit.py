@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afterimage.runs import Run, read_csv, write_atomic, write_csv, write_json
+from afterimage.runs import Run, origin, read_csv, write_atomic, write_csv, write_json
 
 PAST = 0.1
 """From so many dB below its peak on, an inversion has gone on for too long."""
@@ -37,16 +37,11 @@ def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
 
 def features_of(summary: Mapping[str, Any]) -> str:
     """What an inversion was made of: its sources, and whether an encoder was an untrained control."""
-    return _named(" + ".join(summary["sources"]), _weights(summary))
+    return _named(" + ".join(summary["sources"]), origin(summary))
 
 
 def _named(sources: str, weights: str) -> str:
     return f"{sources} (RANDOM weights)" if weights == "random" else sources
-
-
-def _weights(summary: Mapping[str, Any]) -> str:
-    labels = {weights["label"] for weights in summary["weights"]}
-    return "random" if "random" in labels else "pretrained"
 
 
 def mean_curve(folder: Run) -> list[tuple[int, float]]:
@@ -68,12 +63,11 @@ def _row(
 ) -> dict[str, Any]:  # fmt: skip
     lpips = scores["lpips"]
     return {
-        "sources": " + ".join(summary["sources"]), "weights": _weights(summary), "way": way, "how": name,
+        "sources": " + ".join(summary["sources"]), "weights": origin(summary), "way": way, "how": name,
         "psnr": scores["psnr"]["mean"], "ssim": scores["ssim"]["mean"], "lpips": lpips and lpips["mean"],
-        "lpips_net": summary["lpips"]["net"],
-        "feature_loss": loss, "passes": passes, "seconds_per_picture": round(seconds, 3),
-        "pictures": scores["psnr"]["count"], "run": folder.name, "optimizer": summary.get("optimizer"),
-        "peak_passes": None, "peak_psnr": None,
+        "lpips_net": summary["lpips"]["net"], "feature_loss": loss, "passes": passes,
+        "seconds_per_picture": round(seconds, 3), "pictures": scores["psnr"]["count"], "run": folder.name,
+        "optimizer": summary.get("optimizer"), "peak_passes": None, "peak_psnr": None,
     }  # fmt: skip
 
 

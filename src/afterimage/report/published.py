@@ -12,7 +12,7 @@ from typing import Any
 
 from afterimage.config import split_source
 from afterimage.report.ceiling import Ceiling, originals, published_ceiling
-from afterimage.runs import Run, scored_on
+from afterimage.runs import Run, origin, scored_on
 from afterimage.statistics.phrases import number
 from afterimage.statistics.rows import METRICS
 
@@ -149,7 +149,7 @@ def _means(run: Run) -> dict[str, float | None]:
 
 def _counterpart(run: Run) -> Published | None:
     summary = run.summary
-    if summary["kind"] != "decoder" or any(w["label"] == "random" for w in summary["weights"]):
+    if summary["kind"] != "decoder" or origin(summary) == "random":
         return None
     row = published(summary["sources"], summary["decoder"])
     if row is FUSION:

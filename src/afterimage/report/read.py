@@ -135,9 +135,11 @@ def _reference_order(row: Row) -> tuple[Any, ...]:
     return row.scores["psnr"].mean, natural(row.label)
 
 
-def _uninformed(rows: Sequence[Row]) -> Iterable[str]:
-    """Decoders whose pictures are no nearer than those of one who knows nothing but each picture's mean colour."""
-    tests = scored_on([r.data for r in rows])
+def _uninformed(rows: Sequence[Row], tests: Sequence[str]) -> Iterable[str]:
+    """Decoders whose pictures are no nearer than those of one who knows nothing but each picture's mean colour.
+
+    `tests` names each row's test pictures.
+    """
     lines = {
         test: row.scores["psnr"].mean
         for test, row in zip(tests, rows, strict=True)
@@ -168,15 +170,15 @@ def _changed(rows: Sequence[Row]) -> int:
 
 
 def _warnings(rows: Sequence[Row]) -> Iterable[str]:
-    sets = set(scored_on([r.data for r in rows]))
+    tests = scored_on([r.data for r in rows])
     counts = sorted({r.scores["psnr"].count for r in rows})
-    if len(sets) > 1:
-        yield f"The rows were measured on {len(sets)} sets of pictures: their scores do not compare."
+    if len(set(tests)) > 1:
+        yield f"The rows were measured on {len(set(tests))} sets of pictures: their scores do not compare."
     elif len(counts) > 1:
         yield f"The rows were measured on different numbers of pictures ({counts[0]} to {counts[-1]})."
     elif changed := _changed(rows):
         yield f"Rows that name the same data had {changed} sets of pictures: files changed between them."
-    yield from _uninformed(rows)
+    yield from _uninformed(rows, tests)
     mixed = mixed_settings(rows)
     if mixed:
         yield f"The rows were not all made with the same settings: {'; '.join(mixed)}."

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from afterimage.config import AfterimageError, split_source, to_dict
-from afterimage.runs import Run, scored_on
+from afterimage.runs import Run, origin, scored_on
 from afterimage.statistics.settings import RANDOM, named
 
 METRICS = ("psnr", "ssim", "lpips")
@@ -138,17 +138,12 @@ def load_rows(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
             notes.append(f"{row.runs[0]} is left out: it has scores for fewer than 2 pictures")
             continue
         rows.append(row)
-        configs.append(group[0][2] | {"origin": _origin(group[0][1])})
+        configs.append(group[0][2] | {"origin": origin(group[0][1])})
     return named(rows, configs), notes
-
-
-def _origin(summary: dict[str, Any]) -> str:
-    return "random" if any(w["label"] == "random" for w in summary["weights"]) else "pretrained"
 
 
 def _row(group: list[tuple[Run, dict[str, Any], dict[str, Any]]], metrics: tuple[str, ...]) -> Row:
     summary, features = group[0][1], group[0][1]["features"]
-    test = group[0][2]["test"]
     tables = [_scores(run, metrics) for run, _, _ in group]
     scores, seed_means = {}, {}
     for metric in metrics:
@@ -166,7 +161,7 @@ def _row(group: list[tuple[Run, dict[str, Any], dict[str, Any]]], metrics: tuple
         sources=tuple(summary["sources"]),
         decoder=summary["decoder"] or "",
         reference=summary["reference"] or "",
-        data=test,
+        data=group[0][2]["test"],
         order=first["order"],
         channels=first["channels"],
         height=first["height"],

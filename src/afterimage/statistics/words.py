@@ -200,8 +200,9 @@ def _(result: Efficiency) -> list[str]:
 @in_words.register
 def _(analysis: Analysis) -> list[str]:
     """The whole study: PSNR in full, the other metrics by their verdicts; of costs, the best buys."""
+    notes = [f"{note}." for note in analysis.notes]
     if not any(row.sources for row in analysis.rows):
-        return [overview(analysis), *(f"{note}." for note in analysis.notes)]
+        return [overview(analysis), *notes]
     paragraphs = [overview(analysis)]
     for group in (analysis.depth, analysis.resolution, analysis.architectures):
         paragraphs += _hypothesis(group)
@@ -211,7 +212,7 @@ def _(analysis: Analysis) -> list[str]:
     paragraphs += best_buys([e for e in analysis.efficiency if e.metric == main])
     paragraphs += in_words([d for d in analysis.decoders if d.metric == main])
     paragraphs += in_words(analysis.fusions)
-    return paragraphs + [f"{note}." for note in analysis.notes]
+    return paragraphs + notes
 
 
 def overview(analysis: Analysis) -> str:

@@ -119,7 +119,9 @@ def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> li
             if is_mse:
                 points, (kept,) = ([(x, -10 * math.log10(loss)) for x, loss in p] for p in (points, [kept]))
             axes.plot(*zip(*points, strict=True), color=color, ls=DASHES[i % len(DASHES)], lw=1.2)
-            drops = [points[d - len(epochs)] for d in _drops(epochs)]
+            drops = [
+                points[d - len(epochs)] for d in _drops(epochs)
+            ]  # from the end: the start may stand before
             axes.plot(
                 [x for x, _ in drops], [y for _, y in drops], "v", color=color, ms=4.5, mec="white", mew=0.5
             )
