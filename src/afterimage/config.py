@@ -64,13 +64,33 @@ def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> A
 
 
 @dataclass(frozen=True)
+class Axis:
+    """Where the locations of a feature map lie along one axis of the image, in pixels from its top or left edge.
+
+    The cell of location `i` reaches from `start + i * stride` to `start + (i + 1) * stride`; cells may end before the
+    image does, or reach beyond it. Pixels before `first` and from `last` on influence no location.
+    """
+
+    start: float
+    stride: float
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class FeatureSpec:
-    """The measured shape of one layer's features, as a decoder is built from it: `(channels, height, width)`."""
+    """The measured shape of one layer's features, as a decoder is built from it: `(channels, height, width)`.
+
+    `rows` and `columns` say where the locations lie in the image. None means that their cells divide the image
+    evenly and that every pixel is seen.
+    """
 
     source: str
     channels: int
     height: int
     width: int
+    rows: Axis | None = None
+    columns: Axis | None = None
 
     @property
     def locations(self) -> int:
