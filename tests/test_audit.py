@@ -85,13 +85,15 @@ def test_the_command_exits_by_its_limits(cache, tmp_path, monkeypatch, capsys):
     assert (
         stopped.value.code == 3 and "NOT within the limits" in err and "no stronger attack is excluded" in out
     )
+    assert "measured were pixels" in out and "labels, captions or persons" in out
     main([*common, "--encoder", "planted_encoders:Constant", "--root", "constant"])
     out, _ = capsys.readouterr()
-    assert "recommended: output with none" in out
+    assert "recommended: output with none" in out and "measured were pixels" in out
     for root, passed in (("leak", False), ("constant", True)):
         values = json.loads((tmp_path / root / "audit.json").read_text())
         assert values["verdict"]["passed"] is passed and len(values["rows"]) == 1
         assert "no stronger attack exists" in values["does_not_show"][0]
+        assert "not which labels, captions or persons can be read" in values["verdict"]["scope"]
     sys.modules.pop("planted_encoders")
 
 
@@ -175,6 +177,11 @@ def test_the_page_is_self_contained_and_escapes_names(cache, tmp_path):
     assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;" in page
     assert 'src="http' not in page and "src='http" not in page and "default-src 'none'" in page
     assert "no stronger attack exists" in page and "Not within the limits" in page
+    banner, _, after = page.partition('<div class="banner')[2].partition("</div>")
+    assert "Not within" in banner and after.lstrip().startswith("<p>Measured were pixels")
+    for passed in (True, None):  # whatever the verdict
+        write_audit(results, replace(verdict, passed=passed), config.limits, tmp_path / str(passed))
+        assert "labels, captions or persons" in (tmp_path / str(passed) / "index.html").read_text()
     assert page.count("data:image/webp") == 3 * 3 and page.count("data:image/svg") == 1
     assert {"privacy-utility.png", "privacy-utility.svg"} <= set(written)
 

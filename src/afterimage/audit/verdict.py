@@ -14,6 +14,12 @@ WITHIN, OPEN, LEAKS = "within limits", "not shown to be safe", "leaks"
 SEVERITY = (WITHIN, OPEN, LEAKS)
 UTILITY = {"classes": "same top-1 prediction", "embedding": "cosine of the embedding"}
 """What is compared between the network with and without the defence, by the kind of its final output."""
+SCOPE = (
+    "measured were pixels (how alike a reconstruction and its original look) and own originals (whether a "
+    "reconstruction finds its own among the test images), and not which labels, captions or persons can be read from "
+    "the same features"
+)
+"""What every verdict says of itself, whether it passed, failed or had no limits."""
 ENOUGH = 0.9
 """Without limits, what keeps this much of the network's own answers may be recommended."""
 
@@ -62,13 +68,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`passed` is None where no limits were set; an audit with failures never passes."""
+    """`passed` is None where no limits were set; an audit with failures never passes. `scope` says what was measured."""
 
     options: tuple[Option, ...]
     passed: bool | None
     recommended: Option | None
     reason: str
     remarks: tuple[str, ...]
+    scope: str = SCOPE
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -187,4 +187,5 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
     recommended = verdict.recommended
     name = f"{recommended.layer} with {recommended.defence}" if recommended else "none"
     console.print(f"recommended: {name} ({verdict.reason})", markup=False, soft_wrap=True)
+    console.print(verdict.scope, markup=False, soft_wrap=True)
     console.print("a lower bound on what leaks: no stronger attack is excluded", markup=False, soft_wrap=True)
