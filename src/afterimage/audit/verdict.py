@@ -68,7 +68,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`passed` is None where no limits were set; an audit with failures never passes. `scope` says what was measured."""
+    """`passed` is None where no limits were set; an audit with failures never passes. `scope`: what was measured."""
 
     options: tuple[Option, ...]
     passed: bool | None
