@@ -22,15 +22,18 @@ def write_pictures(folder: Path, count: int, first: int = 0) -> list[Path]:
     return paths
 
 
-def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
-    """A PNG from its raw rows (each after a filter byte): what Pillow cannot write itself."""
+def png(
+    width: int, height: int, bits: int, kind: int, rows: bytes, more: dict[bytes, bytes] | None = None
+) -> bytes:
+    """A PNG from its raw rows (each after a filter byte) and `more` chunks: what Pillow cannot write itself."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(name + content))
         return struct.pack(">I", len(content)) + name + content + check
 
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    between = b"".join(chunk(name, content) for name, content in (more or {}).items())
+    chunks = chunk(b"IHDR", header) + between + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 

@@ -90,6 +90,64 @@ def test_sixteen_bits_a_channel():
     assert [result.getpixel((x, 0)) for x in range(2)] == [(255, 128, 0), (0, 255, 0)]
 
 
+GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
+WHITE = (255, 255, 255)
+
+
+def grey(*values: int) -> list[tuple[int, ...]]:
+    return [(value,) * 3 for value in values]
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "row", "transparent", "expected"),
+    [
+        (1, GREY, b"\x60", struct.pack(">H", 0), [WHITE, WHITE, WHITE]),
+        (1, GREY, b"\x60", struct.pack(">H", 1), [(0, 0, 0), WHITE, WHITE]),
+        (2, GREY, b"\x18", struct.pack(">H", 1), [(0, 0, 0), WHITE, (170, 170, 170)]),
+        (4, GREY, b"\x12\x30", struct.pack(">H", 2), [(17, 17, 17), WHITE, (51, 51, 51)]),
+        (8, GREY, b"\x11\x12\x13", struct.pack(">H", 0x12), [(17, 17, 17), WHITE, (19, 19, 19)]),
+        # Of 16 bits all count: 0x1234 and 0x1235 are one grey of 8 bits.
+        (
+            16,
+            GREY,
+            struct.pack(">3H", 0x1235, 0x1234, 0),
+            struct.pack(">H", 0x1234),
+            [*grey(18), WHITE, *grey(0)],
+        ),
+        (
+            8,
+            COLOUR,
+            bytes([1, 2, 3, 1, 2, 4, 3, 2, 1]),
+            struct.pack(">3H", 1, 2, 3),
+            [WHITE, (1, 2, 4), (3, 2, 1)],
+        ),
+        (
+            16,
+            COLOUR,
+            struct.pack(">9H", 0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0x9ABD, 0, 0, 0),
+            struct.pack(">3H", 0x1234, 0x5678, 0x9ABC),
+            [WHITE, (0x12, 0x56, 0x9A), (0, 0, 0)],
+        ),
+        (
+            16,  # that a colour of 8 bits has the numbers of the transparent one says nothing
+            COLOUR,
+            struct.pack(">9H", 0x0101, 0x0202, 0x0303, 1, 2, 3, 0, 0, 0),
+            struct.pack(">3H", 1, 2, 3),
+            [(1, 2, 3), WHITE, (0, 0, 0)],
+        ),
+        (2, PALETTE, b"\x18", bytes([0, 102]), [WHITE, (153, 153, 255), (0, 200, 0)]),
+        (8, PALETTE, b"\0\1\2", bytes([255, 0]), [(200, 0, 0), WHITE, (0, 200, 0)]),
+        (16, GREY_ALPHA, struct.pack(">6H", 0, 0xFFFF, 0, 0x3333, 0, 0), b"", grey(0, 204, 255)),
+        (16, COLOUR_ALPHA, struct.pack(">12H", *[0, 0, 0, 0x3333] * 3), b"", grey(204, 204, 204)),
+    ],
+)
+def test_whatever_a_png_calls_transparent_is_white(bits, kind, row, transparent, expected):
+    palette = {b"PLTE": bytes([200, 0, 0, 0, 0, 255, 0, 200, 0])} if kind == PALETTE else {}
+    chunks = palette | ({b"tRNS": transparent} if transparent else {})
+    result = decode(png(3, 1, bits, kind, b"\0" + row, chunks), "x")
+    assert result.mode == "RGB" and [result.getpixel((x, 0)) for x in range(3)] == expected
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_as_exif_says(orientation, kind):

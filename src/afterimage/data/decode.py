@@ -16,7 +16,10 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from afterimage.config import AfterimageError
 
-VERSION = 2  # raised whenever the same file would give other pixels
+VERSION = 3  # of what is kept decoded: raised whenever the same file would give other pixels
+# Of a data set's digest. Version 3 of the pixels differs only where a PNG of 2, 4 or 16 bits names a transparent value,
+# so that all other data sets keep their names.
+DIGEST_VERSION = 2
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm")
 EXTENSIONS += (".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 # Formats that Pillow decodes by itself: no Ghostscript (EPS), no plugins of other packages.
@@ -27,6 +30,10 @@ MAX_ASPECT = 16
 
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262
 _WHITE_IS_ZERO = 0
+# How Pillow unpacks the PNGs whose transparent value it compares with other numbers than the file's samples: the bits
+# of a sample, and the factor that 8-bit values are scaled by.
+_SCALED = {"L;2": (2, 85), "L;4": (4, 17), "I;16B": (16, 1)}
+_DEEP, _LOW_BYTES = "RGB;16B", "RGB;16L"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -100,9 +107,10 @@ def decode(content: bytes, name: str) -> Image.Image:
     """Decode a picture file's content as `load_picture` does; raises `BadPicture`."""
     with _named(name):
         picture = _open(content)
+        packed = _packed(picture)
         picture.load()
         turn = _TURNS.get(_orientation(picture))
-        picture = _rgb(picture)
+        picture = _rgb(picture, _transparent(picture, packed, content))
         return picture if turn is None else picture.transpose(turn)
 
 
@@ -175,11 +183,41 @@ def _orientation(picture: Image.Image) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _packed(picture: Image.Image) -> str:
+    """How a PNG's samples are packed, in Pillow's words; empty for other files, and once it is loaded."""
+    tile = picture.tile[0] if picture.format == "PNG" and picture.tile else ("", (), 0, "")
+    return tile[3] if isinstance(tile[3], str) else tile[3][0]
+
+
+def _transparent(picture: Image.Image, packed: str, content: bytes) -> np.ndarray | None:
+    """Where a PNG has the value that its tRNS chunk calls transparent, `(height, width)`; None where Pillow sees to it.
+
+    The file's samples are compared, all bits of them: Pillow compares a grey value of 2 or 4 bits after it was scaled,
+    a colour of 16 bits after it was cut to 8, and a grey value of 16 bits not at all.
+    """
+    value = picture.info.get("transparency")
+    if packed in _SCALED and isinstance(value, int):
+        bits, factor = _SCALED[packed]
+        return np.asarray(picture) == (value & (2**bits - 1)) * factor
+    if packed != _DEEP or not isinstance(value, tuple):
+        return None
+    same = (np.asarray(picture) == np.array(value) >> 8).all(2)
+    if same.any():
+        low = _open(content)
+        low.tile = [(*tile[:3], _LOW_BYTES) for tile in low.tile]
+        same &= (np.asarray(low) == np.array(value) & 255).all(2)
+    return same
+
+
+def _rgb(picture: Image.Image, transparent: np.ndarray | None = None) -> Image.Image:
     """Any mode to RGB, through the picture's own colour profile, on white where it is transparent."""
     profile, mode = picture.info.get("icc_profile"), picture.mode
     if mode.startswith("I;16") or mode in ("I", "F"):
         picture = _eight_bit(picture, getattr(picture, "tag_v2", {}))
+    if transparent is not None:
+        alpha = Image.fromarray(np.where(transparent, np.uint8(0), np.uint8(255)))
+        mode = "LA" if picture.mode == "L" else "RGBA"
+        picture = Image.merge(mode, (*picture.split(), alpha))
     if not picture.has_transparency_data:
         return _srgb(picture.convert("RGB") if mode == "P" else picture, profile)
     picture = picture.convert("RGBA")

@@ -11,7 +11,7 @@ from typing import Any
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.cache import cached
-from afterimage.data.decode import VERSION, BadPicture
+from afterimage.data.decode import DIGEST_VERSION, BadPicture
 from afterimage.data.digests import FileDigests
 from afterimage.data.folder import more_pictures_than
 from afterimage.data.leaks import check_copies
@@ -145,7 +145,7 @@ def _pictures(
 
 def _digest(config: DataConfig, pictures: Sequence[Pictures]) -> str:
     """SHA-256 of the JSON list of decoder version, size and the contents of each part, written piece by piece."""
-    digest = hashlib.sha256(f"[{VERSION}, {config.resize}".encode())
+    digest = hashlib.sha256(f"[{DIGEST_VERSION}, {config.resize}".encode())
     for part in pictures:
         digest.update(b", [")
         for number, content in enumerate(part.content):
