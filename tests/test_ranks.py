@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from afterimage.batchnorm import synchronise
+from afterimage.batchnorm import adapt
 from afterimage.checkpoint import CHECKPOINT
 from afterimage.cli import main
 from afterimage.config import (
@@ -139,7 +139,7 @@ def check_batch_norm(ranks):
     whole = torch.randn(2, 5, 4, 4, generator=generator) * 3 + 100
     target = torch.randn(2, 5, 4, 4, generator=generator)
     plain, norm = nn.Sequential(nn.BatchNorm2d(5)), nn.Sequential(nn.BatchNorm2d(5))
-    assert synchronise(norm, ranks) and norm.state_dict().keys() == plain.state_dict().keys()
+    assert adapt(norm, ranks) and norm.state_dict().keys() == plain.state_dict().keys()
     part = whole[ranks.part(2)].clone().requires_grad_()
     whole.requires_grad_()
     expected, result = plain(whole), norm(part)

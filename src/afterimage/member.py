@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
-from afterimage.batchnorm import synchronise
+from afterimage.batchnorm import adapt
 from afterimage.checkpoint import (
     load_checkpoints,
     pack_optimizer,
@@ -43,6 +43,10 @@ PROGRESS = (
 )
 """What a checkpoint holds besides tensors. No random state: training draws none (order, crops and flips are
 functions of seed, epoch and picture), which a test holds every decoder to."""
+SINGLE = (
+    "batch norm met a single value a channel (one image on 1x1 maps) and normalised it by its running statistics, "
+    "which it left as they were"
+)
 
 
 class Member:
@@ -73,7 +77,8 @@ class Member:
         self.name, self.recipe, self.fabric, self.run = name, recipe, fabric, run
         self.identity, self.guard, self.said = dict(identity or {}), guard, said
         self.picks = list(picks)
-        self._synchronised = ranks.count > 1 and synchronise(head, ranks)
+        self._norms = adapt(head, ranks)
+        self._synchronised = ranks.count > 1 and bool(self._norms)
         self.head = head.to(fabric.device, memory_format=torch.channels_last)
         self.loss = create_loss(recipe.loss).to(fabric.device)
         self.history: list[dict[str, Any]] = []
@@ -140,6 +145,7 @@ class Member:
         for number, window in enumerate(windows):
             self._total += self._descend(picked, images, count, window) / len(windows)
             self.between_steps = number == len(windows) - 1
+        self._note_single_values()
         self.position += count
 
     def _descend(self, picked: list[Tensor], images: Tensor, count: int, window: Window | None) -> Tensor:
@@ -210,6 +216,12 @@ class Member:
             note += f" except that batch norm sees {size * self.ranks.count} pictures at a time"
         self.notes.append(f"{note}; from epoch {self.epoch + 1} on")
         self.said(f"{self.name}: {note}")
+
+    def _note_single_values(self) -> None:
+        """Say once that batch norm met a batch with a single value a channel."""
+        if any(norm.met_single for norm in self._norms) and not any(SINGLE in note for note in self.notes):
+            self.notes.append(f"{SINGLE}, first in epoch {self.epoch + 1}")
+            self.said(f"{self.name}: {SINGLE}")
 
     @torch.no_grad()
     def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
