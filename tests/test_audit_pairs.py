@@ -63,6 +63,12 @@ def test_every_kind_of_file_holds_the_same(suffix, arrays, tmp_path):
             )
 
 
+def test_pixels_of_0_and_1_are_said(arrays, tmp_path):
+    arrays["pictures"] = (arrays["pictures"] > 99).astype(np.uint8)
+    notes = load_pairs(write(tmp_path / "store.npz", arrays)).notes
+    assert f"narrow range of values: {COUNT} of {COUNT} images use only values from 0 to 1" in notes[-1]
+
+
 def test_a_store_is_audited_without_an_encoder(arrays, tmp_path):
     path = write(tmp_path / "store.npz", arrays)
     config = AuditConfig(

@@ -20,10 +20,12 @@ from afterimage.data import Data, default_cache, load_data
 from afterimage.data import cache as cache_module
 from afterimage.data.blob import MAGIC, Damaged, map_blob
 from afterimage.data.digests import FileDigests
+from afterimage.data.examine import Facts
 from afterimage.data.originals import FileOriginal
 from some_pictures import some_picture, write_pictures
 
 COUNT = 12
+FACTS = Facts(0, 255, 256, 0, 4, 5)
 
 
 @pytest.fixture
@@ -41,9 +43,9 @@ def cache(tmp_path) -> Path:
 def work(monkeypatch) -> dict[str, list]:
     """What is decoded and what is read through, by file name."""
     done = {"decoded": [], "read": []}
-    decode, of = FileOriginal.picture, FileDigests.of
+    decode, of = FileOriginal.decoded, FileDigests.of
 
-    def picture(self, size, content):
+    def decoded(self, size, content):
         done["decoded"].append(self.path.name)
         return decode(self, size, content)
 
@@ -55,7 +57,7 @@ def work(monkeypatch) -> dict[str, list]:
         self._changed = self._changed or before
         return result
 
-    monkeypatch.setattr(FileOriginal, "picture", picture)
+    monkeypatch.setattr(FileOriginal, "decoded", decoded)
     monkeypatch.setattr(FileDigests, "of", digest)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # one thread, so that the counts are exact
     return done
@@ -162,7 +164,7 @@ def test_any_cut_and_any_flipped_bit_is_seen(tmp_path, seed):
     slots = {f"{n}": random.integers(0, 256, (3, 5, 4), np.uint8) for n in range(3)}
     path = tmp_path / "a.pictures"
     with open(path, "wb") as file:
-        cache_module.write_blob(file, slots.items(), "t")
+        cache_module.write_blob(file, ((name, pixels, FACTS) for name, pixels in slots.items()), "t")
     assert cache_module._open(path, slots.keys()).slots.keys() == slots.keys()
     content = bytearray(path.read_bytes())
     if seed % 2:
@@ -174,12 +176,14 @@ def test_any_cut_and_any_flipped_bit_is_seen(tmp_path, seed):
 
 
 def test_an_index_that_points_outside_is_refused(tmp_path):
-    for numbers in ([0, 2, 2, 0], [1, 2, 2, 0], [-1, 2, 2, 0], [0, 3, 2, 0], [0, 0, 2, 0], [0, 2], "x", None):
+    sound = [0, 2, 2, 0, *FACTS]
+    wrong = [[1, 2, 2, 0, *FACTS], [-1, 2, 2, 0, *FACTS], [0, 3, 2, 0, *FACTS], [0, 0, 2, 0, *FACTS]]
+    for numbers in (sound, *wrong, [0, 2], [0, 2, 2, 0], [*sound, 0], "x", None):
         index = json.dumps({"transform": "t", "pictures": {"a": numbers}}).encode()
         footer = struct.pack("<QQI8s", 12, len(index), zlib.crc32(index), MAGIC)
         path = tmp_path / "a.pictures"
         path.write_bytes(bytes(12) + index + footer)
-        if numbers == [0, 2, 2, 0]:
+        if numbers == sound:
             assert map_blob(path).picture("a").shape == (3, 2, 2)
         else:
             with pytest.raises(Damaged, match="its index"):
@@ -197,35 +201,35 @@ def run_together(target, *arguments, processes: int = 3) -> list[int]:
 
 
 def test_processes_that_start_together_share_one_file(folder, cache, tmp_path):
-    decoded = tmp_path / "decoded"
-    original = FileOriginal.picture
+    log = tmp_path / "decoded"
+    original = FileOriginal.decoded
 
-    def picture(self, size, content):
+    def decoded(self, size, content):
         time.sleep(0.01)  # so that the others come while it goes on
-        with open(decoded, "a") as file:
+        with open(log, "a") as file:
             file.write("x")
         return original(self, size, content)
 
     def child():
-        FileOriginal.picture = picture
+        FileOriginal.decoded = decoded
         load(folder, cache)
 
     assert run_together(child) == [0, 0, 0]
-    assert decoded.stat().st_size == COUNT
+    assert log.stat().st_size == COUNT
     assert len(blobs(cache)) == 1
     assert list((cache / "pictures").glob(".*.part")) == []
 
 
 def test_a_killed_process_leaves_nothing_that_harms(folder, cache):
     def child():
-        original = FileOriginal.picture
+        original = FileOriginal.decoded
 
-        def picture(self, size, content):
+        def decoded(self, size, content):
             if self.path.name == "0005.png":
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, size, content)
 
-        FileOriginal.picture = picture
+        FileOriginal.decoded = decoded
         load(folder, cache)
 
     assert run_together(child, processes=1) == [-signal.SIGKILL]

@@ -31,7 +31,7 @@ class Named(Original):
     def content(self, digests, size):
         raise AssertionError("a split does not look into pictures")
 
-    picture = content
+    decoded = content
 
 
 def ids(originals) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from afterimage.config import AfterimageError, DataConfig, FeatureSpec, unknown
 from afterimage.data import Data, Pictures
 from afterimage.data.decode import decode
+from afterimage.data.examine import examine, value_notes
 from afterimage.data.pictures import Indices
 
 PICTURES, IDS = ("pictures", "images"), "ids"
@@ -105,6 +107,8 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
         layer = name.partition(".")[2] or name
         maps[layer] = _maps(f"{path}: {name}", arrays[name], len(pixels), notes)
         specs[layer] = FeatureSpec(f"{path.name}:{layer}", *maps[layer].shape[1:])
+    facts = [examine(Image.fromarray(image.transpose(1, 2, 0))) for image in pixels]
+    notes += value_notes({"all": np.array(facts, np.int64).reshape(-1, 6)})
     given = np.atleast_1d(arrays[IDS]) if IDS in arrays else None
     ids = [f"{i:06}" for i in range(len(pixels))] if given is None else [str(i) for i in given]
     if len(ids) != len(pixels) or len(set(ids)) != len(ids):

@@ -52,16 +52,19 @@ class Reconstruct:
             self._several(runs, output)
 
     def _one(self, run: Run, output: Path) -> None:
+        from afterimage.data import file_notes
         from afterimage.metrics import Metrics
         from afterimage.rerun import rebuild, side_by_side
 
         metrics = Metrics(self.lpips, size=run.config.data.crop)
         (rebuilt,) = rebuild(self.pictures, run, metrics, weights=self.weights)
         side_by_side(rebuilt, output)
-        print(*picture_lines(rebuilt.scores, metrics.lpips_status), sep="\n")
+        notes = file_notes(self.pictures, run.config.data.resize)
+        print(*picture_lines(rebuilt.scores, metrics.lpips_status), *notes, sep="\n")
         print(f"saved: {output} (original left, reconstruction right)")
 
     def _several(self, runs: list[Run], output: Path) -> None:
+        from afterimage.data import file_notes
         from afterimage.metrics import Metrics
         from afterimage.progress import Display
         from afterimage.report.figures import own_pictures, render
@@ -84,7 +87,7 @@ class Reconstruct:
                 f"the runs see pictures at different sizes ({told}); give those of one size"
             )
         names = _names(self.pictures)
-        ((_, crop),) = sizes
+        ((resize, crop),) = sizes
         metrics = Metrics(self.lpips, size=crop)
         found: dict[Run, dict[str, Rebuilt]] = {}
         with Display() as display:
@@ -97,6 +100,8 @@ class Reconstruct:
             for name, rebuilt in found[row.run].items():
                 lines = picture_lines(rebuilt.scores, metrics.lpips_status)
                 print(f"{row.label}, {name}: {', '.join(lines)}")
+        for note in file_notes(self.pictures, resize):
+            print(note)
         for left in rows.unfinished:
             print(f"left out: {left.run.name} ({left.state})")
         drawings = own_pictures(rows, found)

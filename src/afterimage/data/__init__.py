@@ -3,7 +3,7 @@
 from afterimage.data.decode import load_picture
 from afterimage.data.load import Data, default_cache, load_data
 from afterimage.data.pictures import Pictures
-from afterimage.data.prepare import prepare_picture
+from afterimage.data.prepare import file_notes, prepare_picture
 from afterimage.data.sampling import order
 from afterimage.data.sources import SOURCES
 
@@ -12,6 +12,7 @@ __all__ = [
     "Data",
     "Pictures",
     "default_cache",
+    "file_notes",
     "load_data",
     "load_picture",
     "order",

@@ -1,7 +1,7 @@
 """A file of decoded pictures, memory-mapped: one copy in memory for all processes that use it.
 
 Planar `(3, height, width)` uint8 pixels one after the other, then an index in JSON (content digest, offset,
-height, width, CRC-32) and a footer that finds and checks the index.
+height, width, CRC-32, and the facts of the image before it was resized) and a footer that finds and checks the index.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+
+from afterimage.data.examine import Facts
 
 MAGIC = b"aftimg01"
 RESIDENT_LIMIT = 4 * 2**30
@@ -41,11 +43,12 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Blob:
-    """Pixels of many pictures, `(size,)` uint8, and the slot of each by its content digest."""
+    """Pixels of many pictures, `(size,)` uint8, and the slot and the facts of each by its content digest."""
 
     pixels: np.ndarray
     slots: Mapping[str, Slot]
     transform: str
+    facts: Mapping[str, Facts] = field(default_factory=dict)
     _resident: dict[torch.device, torch.Tensor | None] = field(default_factory=dict, repr=False)
 
     def picture(self, content: str) -> np.ndarray:
@@ -69,11 +72,11 @@ class Blob:
         return self._resident[device]
 
 
-def write_blob(file: BinaryIO, pictures: Iterable[tuple[str, np.ndarray]], transform: str) -> None:
-    """Write pictures, `(content, (3, height, width) uint8)`, as they come."""
-    slots: dict[str, Slot] = {}
-    for content, pixels in pictures:
-        slots[content] = Slot(file.tell(), *pixels.shape[1:], zlib.crc32(pixels))
+def write_blob(file: BinaryIO, pictures: Iterable[tuple[str, np.ndarray, Facts]], transform: str) -> None:
+    """Write pictures, `(content, (3, height, width) uint8, facts)`, as they come."""
+    slots: dict[str, tuple[int, ...]] = {}
+    for content, pixels, facts in pictures:
+        slots[content] = (*Slot(file.tell(), *pixels.shape[1:], zlib.crc32(pixels)), *facts)
         file.write(pixels)
     start = file.tell()
     index = json.dumps({"transform": transform, "pictures": slots}).encode()
@@ -98,11 +101,13 @@ def map_blob(path: Path) -> Blob:
     try:
         index = json.loads(text)
         transform = str(index["transform"])
-        slots = {content: Slot(*map(int, numbers)) for content, numbers in index["pictures"].items()}
+        numbers = {content: list(map(int, own)) for content, own in index["pictures"].items()}
+        slots = {content: Slot(*own[: len(Slot._fields)]) for content, own in numbers.items()}
+        facts = {content: Facts(*own[len(Slot._fields) :]) for content, own in numbers.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged("its index cannot be read") from error
     if any(min(s.offset, s.height - 1, s.width - 1) < 0 or s.offset + s.size > start for s in slots.values()):
         raise Damaged("its index points outside of it")
     # Mode "c": writable in memory, as torch wants it, but never on disk, and shared until written to.
     pixels = np.memmap(path, np.uint8, "c", shape=(start,)) if start else np.empty(0, np.uint8)
-    return Blob(np.asarray(pixels), slots, transform)
+    return Blob(np.asarray(pixels), slots, transform, facts)

@@ -20,6 +20,7 @@ import PIL
 from afterimage.config import AfterimageError
 from afterimage.data import decode
 from afterimage.data.blob import Blob, Damaged, Slot, map_blob, write_blob
+from afterimage.data.examine import Facts
 from afterimage.data.files import locked, remove_leftovers, whole_file
 from afterimage.data.originals import Original
 from afterimage.data.parallel import Progress, in_parallel
@@ -27,6 +28,8 @@ from afterimage.data.parallel import Progress, in_parallel
 logger = logging.getLogger("afterimage")
 
 MEMORY_LIMIT = 4 * 2**30
+FACTS = 1
+"""Raised whenever what is kept of an image beside its pixels changes."""
 
 
 def cached(
@@ -41,7 +44,7 @@ def cached(
     Pictures that cannot be read are added to `broken` and missing from the result. A cache that cannot be
     written is no error: the pictures are then kept in memory, with a message.
     """
-    transform = f"decode {decode.VERSION}, Pillow {PIL.__version__}, shorter side {size}"
+    transform = f"decode {decode.VERSION}, Pillow {PIL.__version__}, facts {FACTS}, shorter side {size}"
     path = folder / "pictures" / f"{size}-{_key(wanted, transform)}.pictures"
     blob = _open(path, wanted.keys())
     if blob is not None:
@@ -93,25 +96,25 @@ def _decoded(
     folder: Path,
     broken: dict[str, decode.BadPicture],
     progress: Progress | None,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every wanted picture that can be read, in their order, as `(content, (3, height, width) uint8)`."""
+) -> Iterator[tuple[str, np.ndarray, Facts]]:
+    """Every wanted picture that can be read, in their order, as `(content, (3, height, width) uint8, facts)`."""
     known = _elsewhere(wanted, transform, folder)
 
-    def one(item: tuple[str, Original]) -> tuple[str, np.ndarray | decode.BadPicture]:
+    def one(item: tuple[str, Original]) -> tuple[str, tuple[np.ndarray, Facts] | decode.BadPicture]:
         content, original = item
         if content in known and known[content].sound(content):
-            return content, known[content].picture(content)
+            return content, (known[content].picture(content), known[content].facts[content])
         try:
-            picture = original.picture(size, content)
+            picture, facts = original.examined(size, content)
         except decode.BadPicture as error:
             return content, error
-        return content, np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+        return content, (np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1)), facts)
 
     for content, result in in_parallel(one, wanted.items(), len(wanted), "decoding pictures", progress):
         if isinstance(result, decode.BadPicture):
             broken[content] = result
         else:
-            yield content, result
+            yield content, *result
 
 
 def _elsewhere(wanted: Mapping[str, Original], transform: str, folder: Path) -> dict[str, Blob]:
@@ -127,10 +130,12 @@ def _elsewhere(wanted: Mapping[str, Original], transform: str, folder: Path) -> 
     return found
 
 
-def _in_memory(pictures: Iterator[tuple[str, np.ndarray]], transform: str, folder: Path) -> Blob:
+def _in_memory(pictures: Iterator[tuple[str, np.ndarray, Facts]], transform: str, folder: Path) -> Blob:
     slots: dict[str, Slot] = {}
+    facts: dict[str, Facts] = {}
     file = io.BytesIO()
-    for content, pixels in pictures:
+    for content, pixels, own in pictures:
+        facts[content] = own
         slots[content] = Slot(file.tell(), *pixels.shape[1:], zlib.crc32(pixels))
         if file.tell() + pixels.size > MEMORY_LIMIT:
             raise AfterimageError(
@@ -138,4 +143,4 @@ def _in_memory(pictures: Iterator[tuple[str, np.ndarray]], transform: str, folde
                 f"(over {MEMORY_LIMIT / 2**30:.0f} GiB); set AFTERIMAGE_CACHE to a folder with more room"
             )
         file.write(pixels)
-    return Blob(np.frombuffer(file.getbuffer(), np.uint8), slots, transform)
+    return Blob(np.frombuffer(file.getbuffer(), np.uint8), slots, transform, facts)

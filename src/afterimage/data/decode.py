@@ -114,10 +114,13 @@ def decode(content: bytes, name: str) -> Image.Image:
         return picture if turn is None else picture.transpose(turn)
 
 
-def check_header(content: bytes, name: str) -> None:
-    """Raise `BadPicture` for what is no picture or too large a one; damage further in shows when it is decoded."""
+def check_header(content: bytes, name: str) -> tuple[int, int]:
+    """Width and height as they are stored, before the picture is turned.
+
+    Raises `BadPicture` for what is no picture or too large a one; damage further in shows when it is decoded.
+    """
     with _named(name):
-        _open(content)
+        return _open(content).size
 
 
 def shorter_side(picture: Image.Image, size: int) -> Image.Image:

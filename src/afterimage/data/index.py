@@ -26,9 +26,10 @@ from afterimage.data.parallel import Progress, in_parallel
 
 logger = logging.getLogger("afterimage")
 
-VERSION = 1
+VERSION = 2
 CHUNK = 64
 _COLUMNS = {"names": np.uint8, "ends": np.int64, "place": np.int64, "size": np.int64, "content": np.uint8}
+_COLUMNS |= {"side": np.int32}
 
 Member = tuple[bytes, int, int]
 """Name, place and size in bytes of a picture; what the place means is the shard's own affair."""
@@ -64,7 +65,9 @@ class Shard(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The pictures of one shard: `names` end to end, where each ends, place and size, SHA-256 `(n, 32)`."""
+    """The pictures of one shard: `names` end to end, where each ends, place and size in the shard, SHA-256 `(n, 32)`,
+    shorter side in pixels.
+    """
 
     shard: Shard
     names: np.ndarray
@@ -72,6 +75,7 @@ class Block:
     place: np.ndarray
     size: np.ndarray
     content: np.ndarray
+    side: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -90,6 +94,7 @@ class Index:
         self.blocks = blocks
         self._starts = np.cumsum([0, *map(len, blocks)])
         self.content = np.concatenate([block.content for block in blocks])
+        self.side = np.concatenate([block.side for block in blocks])
 
     def __len__(self) -> int:
         return len(self.content)
@@ -149,25 +154,29 @@ def read_block(
     if known is not None and state:
         return Block(shard, **known)
     columns = _listed(shard)
-    block = Block(shard, **columns, content=np.zeros((len(columns["ends"]), 32), np.uint8))
+    count = len(columns["ends"])
+    block = Block(
+        shard, **columns, content=np.zeros((count, 32), np.uint8), side=np.zeros(count, _COLUMNS["side"])
+    )
     old = _found(known, block)
     new = np.flatnonzero(old < 0)
     if known is not None:
         block.content[old >= 0] = known["content"][old[old >= 0]]
+        block.side[old >= 0] = known["side"][old[old >= 0]]
     good = np.ones(len(block), bool)
     done = 0
 
-    def digests(rows: np.ndarray) -> list[bytes | BadPicture]:
-        return [_digest(block, int(row)) for row in rows]
+    def look(rows: np.ndarray) -> list[tuple[bytes, int] | BadPicture]:
+        return [_look(block, int(row)) for row in rows]
 
     chunks = [new[i : i + CHUNK] for i in range(0, len(new), CHUNK)]
-    for rows, results in zip(chunks, in_parallel(digests, chunks, len(chunks), what, None), strict=True):
+    for rows, results in zip(chunks, in_parallel(look, chunks, len(chunks), what, None), strict=True):
         for row, result in zip(rows, results, strict=True):
             if isinstance(result, BadPicture):
                 good[row] = False
                 broken.append(result)
             else:
-                block.content[row] = np.frombuffer(result, np.uint8)
+                block.content[row], block.side[row] = np.frombuffer(result[0], np.uint8), result[1]
         done += len(rows)
         if progress is not None:
             progress(what, done, len(new))
@@ -199,20 +208,23 @@ def _found(known: dict[str, np.ndarray] | None, block: Block) -> np.ndarray:
     return np.where(known["place"][at] == block.place, at, -1)
 
 
-def _digest(block: Block, row: int) -> bytes | BadPicture:
+def _look(block: Block, row: int) -> tuple[bytes, int] | BadPicture:
+    """A picture's digest and shorter side."""
     try:
         content = block.read(row)
-        check_header(content, block.shard.called(block.name(row)))
+        size = check_header(content, block.shard.called(block.name(row)))
     except BadPicture as error:
         return error
-    return hashlib.sha256(content).digest()
+    return hashlib.sha256(content).digest(), min(size)
 
 
 def _kept(block: Block, good: np.ndarray) -> Block:
     names = [block.name(row) for row in np.flatnonzero(good)]
     ends = np.cumsum(list(map(len, names)), dtype=np.int64)
     joined = np.frombuffer(b"".join(names), np.uint8)
-    return Block(block.shard, joined, ends, block.place[good], block.size[good], block.content[good])
+    return Block(
+        block.shard, joined, ends, block.place[good], block.size[good], block.content[good], block.side[good]
+    )
 
 
 def _remember(file: Path, block: Block, state: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.cache import cached
 from afterimage.data.decode import DIGEST_VERSION, BadPicture
 from afterimage.data.digests import FileDigests
+from afterimage.data.examine import size_notes, value_notes
 from afterimage.data.folder import more_pictures_than
-from afterimage.data.leaks import check_copies
+from afterimage.data.leaks import NAMES, check_copies
 from afterimage.data.originals import Original, broken_pictures
 from afterimage.data.parallel import Progress, in_parallel
 from afterimage.data.pictures import Pictures
@@ -22,6 +24,9 @@ from afterimage.data.rows import Rows
 from afterimage.data.sources import INDEXED, read_source
 from afterimage.data.split import Source, shuffled, split
 from afterimage.data.stream import StreamedPictures
+from afterimage.ranks import first_rank
+
+logger = logging.getLogger("afterimage")
 
 STREAM_ABOVE = 50_000
 """More pictures than these are streamed where the config leaves it open: 10 GiB of pixels at 256 x 256."""
@@ -97,7 +102,11 @@ def load_data(
         pictures = _pictures(parts, source.root, config, folder, progress)
         parts.append(_part(test, config.limit_test, seed))
         pictures += _pictures(parts[2:], other.root, config, folder, progress)
-    notes = check_copies(parts, pictures) + _notes(pictures)
+    found = _examined(pictures, config.resize)
+    if first_rank():
+        for note in found:
+            logger.warning("%s", note)
+    notes = check_copies(parts, pictures) + _notes(pictures) + found
     return Data(config, *pictures, _digest(config, pictures), tuple(notes))
 
 
@@ -169,6 +178,20 @@ def _notes(pictures: Sequence[Pictures]) -> list[str]:
             f"training pictures lie in row groups: each epoch visits these in random order, {windows.together} at a "
             "time, and the pictures of those in random order"
         )
+    return notes
+
+
+def _examined(pictures: Sequence[Pictures], size: int) -> list[str]:
+    """Notes on the values and sizes of the images, as far as they were looked at."""
+    named = dict(zip(NAMES, pictures, strict=True))
+    kept = {name: part.facts for name, part in named.items() if not isinstance(part, StreamedPictures)}
+    sides = {
+        name: part.rows.sides if isinstance(part, StreamedPictures) else kept[name][:, -2:].min(1)
+        for name, part in named.items()
+    }
+    notes = (value_notes(kept) if kept else []) + size_notes(sides, size)
+    if len(kept) < len(named):
+        notes.append("the range of values of streamed images was not examined")
     return notes
 
 

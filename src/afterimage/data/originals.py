@@ -14,6 +14,7 @@ from afterimage.config import AfterimageError
 from afterimage.data import procedural
 from afterimage.data.decode import BadPicture, decode, read_bytes, shorter_side, shown
 from afterimage.data.digests import FileDigests
+from afterimage.data.examine import Facts, examine
 
 
 class Original(ABC):
@@ -39,8 +40,17 @@ class Original(ABC):
         """SHA-256 of what the picture is made from: a file's bytes, or the recipe of a generated picture."""
 
     @abstractmethod
+    def decoded(self, size: int, content: str) -> Image.Image:
+        """The picture as RGB, at its own size or, where it has none, at `size`; raises `BadPicture`."""
+
     def picture(self, size: int, content: str) -> Image.Image:
         """The picture as RGB, its shorter side `size` pixels long; raises `BadPicture`."""
+        return shorter_side(self.decoded(size, content), size)
+
+    def examined(self, size: int, content: str) -> tuple[Image.Image, Facts]:
+        """`picture`, and the facts of what it was before it was resized."""
+        whole = self.decoded(size, content)
+        return shorter_side(whole, size), examine(whole)
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,11 @@ class FileOriginal(Original):
     def content(self, digests: FileDigests, size: int) -> str:
         return digests.of(self.path)
 
-    def picture(self, size: int, content: str) -> Image.Image:
+    def decoded(self, size: int, content: str) -> Image.Image:
         file = read_bytes(self.path)
         if hashlib.sha256(file).hexdigest() != content:
             raise BadPicture(self.name, "changed while it was being read")
-        return shorter_side(decode(file, self.name), size)
+        return decode(file, self.name)
 
 
 @dataclass(frozen=True)
@@ -81,12 +91,12 @@ class PartOriginal(Original):
     def content(self, digests: FileDigests, size: int) -> str:
         return hashlib.sha256(f"{digests.of(self.path)} cell {self.cell}".encode()).hexdigest()
 
-    def picture(self, size: int, content: str) -> Image.Image:
+    def decoded(self, size: int, content: str) -> Image.Image:
         column, row, columns, rows = self.cell
         picture = decode(read_bytes(self.path), shown(self.path))
         width, height = picture.width // columns, picture.height // rows
         left, top = column * width, row * height
-        return shorter_side(picture.crop((left, top, left + width, top + height)), size)
+        return picture.crop((left, top, left + width, top + height))
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ class DeadLeaves(Original):
         recipe = f"dead leaves {procedural.VERSION}, series {self.series}, picture {self.index}, size {size}"
         return hashlib.sha256(recipe.encode()).hexdigest()
 
-    def picture(self, size: int, content: str) -> Image.Image:
+    def decoded(self, size: int, content: str) -> Image.Image:
         return procedural.dead_leaves(self.series, self.index, size * 5 // 4, size)
 
 

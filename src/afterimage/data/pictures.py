@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from afterimage.data.blob import Blob
@@ -48,6 +48,11 @@ class Pictures:
     def digests(self) -> UInt8[np.ndarray, "n 32"]:
         """The content digests as numbers."""
         return np.frombuffer(bytes.fromhex("".join(self.content)), np.uint8).reshape(-1, 32)
+
+    @property
+    def facts(self) -> Int64[np.ndarray, "n 6"]:
+        """The `Facts` of each original, before it was resized."""
+        return np.array([self.blob.facts[c] for c in self.content], np.int64).reshape(-1, 6)
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """Picture `index`, uncropped, uint8 in [0, 255]."""

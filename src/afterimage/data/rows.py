@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from afterimage.config import AfterimageError
-from afterimage.data.decode import decode, shorter_side
+from afterimage.data.decode import decode
 from afterimage.data.digests import FileDigests
 from afterimage.data.index import Index
 from afterimage.data.originals import Original
@@ -38,8 +38,8 @@ class IndexedOriginal(Original):
     def content(self, digests: FileDigests, size: int) -> str:
         return self.index.content[self.row].tobytes().hex()
 
-    def picture(self, size: int, content: str) -> Image.Image:
-        return shorter_side(decode(self.index.read(self.row), self.name), size)
+    def decoded(self, size: int, content: str) -> Image.Image:
+        return decode(self.index.read(self.row), self.name)
 
 
 class Lazy(Sequence[str]):
@@ -88,6 +88,11 @@ class Rows(Sequence[Original]):
     def digests(self) -> np.ndarray:
         """The SHA-256 of each original, `(n, 32)` uint8."""
         return self.index.content[self.rows]
+
+    @property
+    def sides(self) -> np.ndarray:
+        """The shorter side of each original in pixels, `(n,)`."""
+        return self.index.side[self.rows]
 
     def shuffled(self, seed: int) -> Rows:
         """The order of a split, as `split.shuffled` has it for a list; raises for ids that are there twice."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data import Pictures, load_data, prepare_picture
+from afterimage.data import Pictures, file_notes, load_data, prepare_picture
 from afterimage.progress import Progress, silent
 from afterimage.runs import sha256
 
@@ -47,7 +47,7 @@ def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> 
     config = DataConfig(source="files:" + digest[:16], resize=resize, crop=crop)
     facts = {"source": "files", "test": "", "digest": digest, "test_digest": digest}
     facts |= {"test_pictures": len(paths), "resize": resize, "crop": crop}
-    return Given(_Files(names, crops), config, facts)
+    return Given(_Files(names, crops), config, facts, tuple(file_notes(paths, resize)))
 
 
 class _Files(Pictures):
