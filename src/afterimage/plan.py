@@ -47,7 +47,7 @@ def plan(configs: Sequence[RunConfig]) -> list[Plan]:
 def _plan(config: RunConfig) -> Plan:
     crop = config.data.crop
     infos = {source: layer_info(source, crop) for source in config.sources}
-    specs = tuple(FeatureSpec(s, i.channels, i.height, i.width) for s, i in infos.items())
+    specs = tuple(FeatureSpec(s, i.channels, i.height, i.width, i.rows, i.columns) for s, i in infos.items())
     deepest: dict[str, int] = {}
     for source, info in infos.items():
         model = split_source(source)[0]

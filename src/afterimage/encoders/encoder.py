@@ -81,7 +81,14 @@ class Encoder(Frozen):
         self._taps = [traced.tap(layer) for layer in layers]
         self.sources = tuple(f"{self.model_name}:{layer}" for layer in layers)
         self.specs = tuple(
-            FeatureSpec(source, tap.layout.channels, tap.layout.height, tap.layout.width)
+            FeatureSpec(
+                source,
+                tap.layout.channels,
+                tap.layout.height,
+                tap.layout.width,
+                tap.placement.rows,
+                tap.placement.columns,
+            )
             for source, tap in zip(self.sources, self._taps, strict=True)
         )
         used = traced.used(self._taps)
@@ -131,7 +138,7 @@ class Encoder(Frozen):
         raise RuntimeError(f"{self.model_name} ended before {self._taps[-1].module} ran")
 
     def describe(self) -> list[dict[str, Any]]:
-        """Per layer: source, module, shape, reduction, order of execution, and the cost up to there."""
+        """Per layer: source, module, shape, reduction, order of execution, cost up to there, and placement."""
         return [
             {"source": source, **describe_tap(tap, self.image_size)}
             for source, tap in zip(self.sources, self._taps, strict=True)

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from afterimage.config import AfterimageError, split_source
+from afterimage.config import AfterimageError, Axis, split_source
 from afterimage.encoders.names import resolve_model
+from afterimage.encoders.placement import Placement
 from afterimage.encoders.tracing import Tap, cannot_run, trace
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer that can be inverted, and what the encoder costs up to there (multiply-adds a picture)."""
+    """One layer that can be inverted, and what the encoder costs up to there (multiply-adds a picture).
+
+    `rows`, `columns` and `unseen` say where its locations lie, as `placement.Placement` has it.
+    """
 
     name: str
     module: str
@@ -26,6 +30,9 @@ class LayerInfo:
     order: int
     encoder_parameters: int
     encoder_macs: int
+    rows: Axis | None = None
+    columns: Axis | None = None
+    unseen: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -44,9 +51,13 @@ def picture_size(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def describe_tap(tap: Tap, image_size: Sequence[int]) -> dict[str, Any]:
-    """Shape and cost of a layer. `reduction` is the picture's height over the features';
-    `values_per_pixel_value`
-    the number of feature values over the number of values in the picture, so that 1 keeps their count."""
+    """Shape, cost and placement of a layer, in plain values.
+
+    `reduction` is the picture's height over the features'; `values_per_pixel_value` the number of feature values over
+    the number of values in the picture, so that 1 keeps their count. `rows` and `columns` are an `Axis` as a dict, or
+    None where the locations divide the image evenly and see all of it; `unseen` names the pixels that none of them
+    sees, or says that their placement is not known, and is "" where there is nothing to say.
+    """
     layout, (height, width) = tap.layout, image_size
     reduction = height / layout.height
     return {
@@ -60,7 +71,20 @@ def describe_tap(tap: Tap, image_size: Sequence[int]) -> dict[str, Any]:
         "order": tap.order,
         "encoder_parameters": tap.parameters,
         "encoder_macs": tap.macs,
+        **describe_placement(tap.placement),
     }
+
+
+def describe_placement(placement: Placement) -> dict[str, Any]:
+    """A placement in plain values: `rows` and `columns` (None or an `Axis` as a dict) and `unseen`."""
+    axes = {"rows": placement.rows, "columns": placement.columns}
+    plain = {name: None if axis is None else asdict(axis) for name, axis in axes.items()}
+    return {**plain, "unseen": placement.unseen}
+
+
+def _info(name: str, tap: Tap, size: Sequence[int]) -> LayerInfo:
+    placed = {"rows": tap.placement.rows, "columns": tap.placement.columns}
+    return LayerInfo(name=name, **{**describe_tap(tap, size), **placed})
 
 
 def list_layers(
@@ -77,11 +101,11 @@ def list_layers(
     if not traced.taps:
         raise cannot_run(traced.model, size, traced.failure or "no module returns a feature map")
     names = traced.by_order if every else traced.names or traced.by_order
-    return [LayerInfo(name=name, **describe_tap(traced.tap(name), size)) for name in names]
+    return [_info(name, traced.tap(name), size) for name in names]
 
 
 def layer_info(source: str, image_size: int | Sequence[int] = 224) -> LayerInfo:
     """One layer, `model:layer`, as `list_layers` describes it; any module that can be inverted."""
     model, layer = split_source(source)
     size = picture_size(image_size)
-    return LayerInfo(name=layer, **describe_tap(trace(resolve_model(model), size).tap(layer), size))
+    return _info(layer, trace(resolve_model(model), size).tap(layer), size)

@@ -13,14 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from afterimage.encoders.layout import Refused, Shapes, reorder, tensors
+from afterimage.encoders.layout import Key, Refused, Shapes, reorder, tensors
+from afterimage.encoders.positions import PositionFlow, Positions
 
 
 @dataclass
 class Event:
     """One module that has finished: its place, the operations and multiply-adds until then, and its shapes.
 
-    `returned` keeps the tensors and their versions, which count changes in place.
+    `returned` keeps the tensors and their versions, which count changes in place; `positions` say where in the image
+    they lie, if that was followed.
     """
 
     order: int
@@ -30,6 +32,7 @@ class Event:
     runs: int
     refused: str
     returned: list[tuple[Tensor, int]]
+    positions: dict[Key, Positions | None]
 
     @property
     def overwritten(self) -> bool:
@@ -41,12 +44,14 @@ class Observation(TorchDispatchMode):
     """Runs a model on `images` once; keeps what finished, by module path, and when each tensor was first read.
 
     On the meta device that takes neither weights nor memory. A pass that fails leaves what had finished by
-    then and says why in `failure`. `_seen` are the tensors that depend on the pictures.
+    then and says why in `failure`. `_seen` are the tensors that depend on the pictures. With `follow` each event also
+    knows where in the image its values lie.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, *, follow: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.flow = PositionFlow(images) if follow else None
         self.events: dict[str, Event] = {}
         self.first_read: dict[int, int] = {}
         self.failure = ""
@@ -76,6 +81,8 @@ class Observation(TorchDispatchMode):
         result = func(*args, **kwargs)
         made = {storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
         (self._seen.difference_update if self._seen.isdisjoint(read) else self._seen.update)(made)
+        if self.flow is not None:
+            self.flow.step(func, args, kwargs, result)
         packet = func._overloadpacket
         if packet in flop_registry:
             self._flops += flop_registry[packet](*args, **kwargs, out_val=result)
@@ -103,6 +110,7 @@ class Observation(TorchDispatchMode):
             runs=self.events[path].runs + 1 if path in self.events else 1,
             refused=refused,
             returned=[(tensor, tensor._version) for _, tensor in found],
+            positions={key: self.flow.of(tensor) for key, tensor in found} if self.flow is not None else {},
         )
         self._finished += 1
 

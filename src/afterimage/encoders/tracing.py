@@ -10,7 +10,7 @@ import functools
 import itertools
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from afterimage.encoders.build import Blank, create_model, has_fixed_size, runna
 from afterimage.encoders.layout import Layout, Refused, Size, find_layout
 from afterimage.encoders.names import aliases
 from afterimage.encoders.observe import Observation, storage
+from afterimage.encoders.placement import Placement, find_placement
+from afterimage.encoders.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Tap:
     """A module whose output is a feature map.
 
     `order` counts finished modules, `clock` operations; `parameters` and `macs` (of one picture) are the
-    network's up to there. `overwritten` says that the network later changes what the module returned.
+    network's up to there. `overwritten` says that the network later changes what the module returned. `placement` is
+    where its locations lie in the image.
     """
 
     module: str
@@ -37,6 +40,7 @@ class Tap:
     parameters: int
     macs: int
     overwritten: bool
+    placement: Placement = Placement()
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Trace:
     """A model on pictures of `image_size`: what can be inverted (`taps`) and why the rest cannot (`refused`).
 
     `reads` are the saved tensors in the order in which they are first read: clock, names, number of
-    parameters.
+    parameters. `positions` say where in the image the values of each tap lie; `tap` works its placement out of them.
     """
 
     model: str
@@ -56,12 +60,17 @@ class Trace:
     aliases: Mapping[str, str]
     stages: Sequence[str]
     failure: str
+    positions: Mapping[str, Positions | None]
+    placements: dict[str, Placement] = field(default_factory=dict)
 
     def tap(self, layer: str) -> Tap:
         """The tap of a layer, by module path or alias. Raises AfterimageError that says what is valid."""
         path = layer if layer in self.modules else self.aliases.get(layer, layer)
         if path in self.taps:
-            return self.taps[path]
+            tap = self.taps[path]
+            if path not in self.placements:
+                self.placements[path] = find_placement(self.positions[path], tap.layout, self.image_size)
+            return replace(tap, placement=self.placements[path])
         if path not in self.modules:
             valid = dict.fromkeys([*self.names, *self.by_order])
             raise unknown(f"layer of {self.model}", layer, valid, limit=min(40, max(12, len(self.names))))
@@ -100,17 +109,17 @@ def cannot_run(model: str, size: Size, reason: str) -> AfterimageError:
 def trace(name: str, image_size: Size) -> Trace:
     """Trace a timm model (name with tag). Raises AfterimageError if it cannot be built for `image_size`."""
     model = _blank(name, image_size)
-    first = Observation(model, _pictures(model, 1, image_size))
+    first = Observation(model, _pictures(model, 1, image_size), follow=True)
     if first.failure and _device(model) == "meta":
         model = _blank(name, image_size, "cpu")
-        first = Observation(model, _pictures(model, 1, image_size))
+        first = Observation(model, _pictures(model, 1, image_size), follow=True)
     second, size = _observe_again(name, model, image_size, first)
     reads = _reads(model, first)
     clocks = [clock for clock, _, _ in reads]
     totals = [0, *itertools.accumulate(count for _, _, count in reads)]
     prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
     nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
-    taps, refused = {}, {}
+    taps, refused, positions = {}, {}, {}
     for path, event in first.events.items():
         try:
             if event.refused:
@@ -124,11 +133,12 @@ def trace(name: str, image_size: Size) -> Trace:
             refused[path] = str(reason)
             continue
         total = totals[bisect_right(clocks, event.clock)]
+        positions[path] = event.positions[layout.key]
         taps[path] = Tap(path, layout, event.order, event.clock, total, event.macs, event.overwritten)
     modules = tuple(path for path, _ in model.named_modules() if path)
     short = aliases(model, name)
     stages = _stages(model, taps, short.values())
-    return Trace(name, image_size, modules, taps, refused, reads, short, stages, first.failure)
+    return Trace(name, image_size, modules, taps, refused, reads, short, stages, first.failure, positions)
 
 
 def _blank(name: str, image_size: Size, device: str = "meta") -> nn.Module:
