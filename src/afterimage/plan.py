@@ -13,6 +13,7 @@ from torch import nn
 
 from afterimage.config import DataConfig, FeatureSpec, RunConfig, split_source
 from afterimage.data import default_cache
+from afterimage.data.names import TEST, TRAINING, VALIDATION
 from afterimage.data.shards import count_pictures
 from afterimage.data.sources import SHARDS, read_source
 from afterimage.data.split import split
@@ -100,9 +101,14 @@ def training_pictures(data: DataConfig) -> int:
     if kind == "div2k":
         total = 800 - round(800 * data.validation_fraction)
     elif kind in SHARDS:
-        total = count_pictures(kind, argument)
-        for fraction in (*([data.test_fraction] if own else []), data.validation_fraction):
-            total -= max(1, round(fraction * total))
+        counts = count_pictures(kind, argument)
+        total = counts[TRAINING]
+        for part, fraction in (
+            (TEST, data.test_fraction if own else None),
+            (VALIDATION, data.validation_fraction),
+        ):
+            if part not in counts and fraction is not None:
+                total -= max(1, round(fraction * total))
     else:
         source = read_source(data.source, {"train", "test"} if own else {"train"}, default_cache())
         fractions = data.validation_fraction, data.test_fraction if own else None

@@ -7,13 +7,15 @@ and used again for as long as the shard's size and times, or those of each file 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,8 @@ class Shard(ABC):
 
     path: Path
     prefix: str
+    others: Counter[str]
+    """Files in it that are not read, by kind, once `members` has come to its end."""
 
     @abstractmethod
     def state(self) -> list[int]:
@@ -66,7 +70,7 @@ class Shard(ABC):
 @dataclass(frozen=True, eq=False)
 class Block:
     """The pictures of one shard: `names` end to end, where each ends, place and size in the shard, SHA-256 `(n, 32)`,
-    shorter side in pixels.
+    shorter side in pixels. `others` counts the shard's other files by kind.
     """
 
     shard: Shard
@@ -76,6 +80,7 @@ class Block:
     size: np.ndarray
     content: np.ndarray
     side: np.ndarray
+    others: Mapping[str, int]
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -95,6 +100,7 @@ class Index:
         self._starts = np.cumsum([0, *map(len, blocks)])
         self.content = np.concatenate([block.content for block in blocks])
         self.side = np.concatenate([block.side for block in blocks])
+        self.others = sum((Counter(block.others) for block in blocks), Counter())
 
     def __len__(self) -> int:
         return len(self.content)
@@ -155,9 +161,8 @@ def read_block(
         return Block(shard, **known)
     columns = _listed(shard)
     count = len(columns["ends"])
-    block = Block(
-        shard, **columns, content=np.zeros((count, 32), np.uint8), side=np.zeros(count, _COLUMNS["side"])
-    )
+    content, side = np.zeros((count, 32), np.uint8), np.zeros(count, _COLUMNS["side"])
+    block = Block(shard, **columns, content=content, side=side, others=shard.others)
     old = _found(known, block)
     new = np.flatnonzero(old < 0)
     if known is not None:
@@ -222,16 +227,16 @@ def _kept(block: Block, good: np.ndarray) -> Block:
     names = [block.name(row) for row in np.flatnonzero(good)]
     ends = np.cumsum(list(map(len, names)), dtype=np.int64)
     joined = np.frombuffer(b"".join(names), np.uint8)
-    return Block(
-        block.shard, joined, ends, block.place[good], block.size[good], block.content[good], block.side[good]
-    )
+    columns = (column[good] for column in (block.place, block.size, block.content, block.side))
+    return Block(block.shard, joined, ends, *columns, block.others)
 
 
 def _remember(file: Path, block: Block, state: list[int]) -> None:
     try:
         with whole_file(file) as out:
             columns = {name: getattr(block, name) for name in _COLUMNS}
-            np.savez(out, **columns, state=np.array([VERSION, *state], np.int64))
+            others = np.frombuffer(json.dumps(block.others).encode(), np.uint8)
+            np.savez(out, **columns, others=others, state=np.array([VERSION, *state], np.int64))
     except OSError as error:
         logger.warning(
             "cannot keep the index of %s in %s: %s", shown(block.shard.path), file.parent, reason(error)
@@ -244,9 +249,12 @@ def _remembered(file: Path, state: list[int]) -> dict[str, np.ndarray] | None:
             if stored["state"].tolist() != [VERSION, *state]:
                 return None
             columns = {name: stored[name] for name in _COLUMNS}
+            others = {str(kind): int(n) for kind, n in json.loads(stored["others"].tobytes()).items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError, ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error
+    ) as error:  # fmt: skip
         logger.warning("the index %s is damaged (%s) and is built again", file, error)
         return None
     rows, ends = len(columns["ends"]), columns["ends"]
@@ -258,4 +266,4 @@ def _remembered(file: Path, state: list[int]) -> dict[str, np.ndarray] | None:
     if not sound or (np.diff(ends, prepend=0) < 0).any():
         logger.warning("the index %s is damaged (its columns do not agree) and is built again", file)
         return None
-    return columns
+    return columns | {"others": others}

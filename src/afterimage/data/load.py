@@ -15,8 +15,8 @@ from afterimage.data.cache import cached
 from afterimage.data.decode import DIGEST_VERSION, BadPicture
 from afterimage.data.digests import FileDigests
 from afterimage.data.examine import size_notes, value_notes
-from afterimage.data.folder import more_pictures_than
 from afterimage.data.leaks import NAMES, check_copies
+from afterimage.data.names import listed
 from afterimage.data.originals import Original, broken_pictures
 from afterimage.data.parallel import Progress, in_parallel
 from afterimage.data.pictures import Pictures
@@ -102,7 +102,7 @@ def load_data(
         pictures = _pictures(parts, source.root, config, folder, progress)
         parts.append(_part(test, config.limit_test, seed))
         pictures += _pictures(parts[2:], other.root, config, folder, progress)
-    found = _examined(pictures, config.resize)
+    found = _of_source(source, own) + ([] if own else _of_test(other)) + _examined(pictures, config.resize)
     if first_rank():
         for note in found:
             logger.warning("%s", note)
@@ -119,16 +119,14 @@ def _read(
     progress: Progress | None,
 ) -> Source:
     """A source; of a folder the index where its pictures will be streamed."""
-    kind, _, path = name.partition(":")
+    kind = name.partition(":")[0]
     if config.stream and kind not in INDEXED and "train" in parts:
         raise AfterimageError(
             f"{name} cannot be streamed; what can: {', '.join(INDEXED)}. Set stream = false, or leave it out"
         )
-    indexed = kind == "folder" and bool(path) and config.stream is not False
-    if indexed and config.stream is None:
-        few = None not in limits and sum(limits) <= STREAM_ABOVE
-        indexed = not few and more_pictures_than(path, STREAM_ABOVE)
-    return read_source(name, parts, cache, progress, indexed=indexed)
+    few = None not in limits and sum(limits) <= STREAM_ABOVE
+    above = -1 if config.stream else None if few or config.stream is False else STREAM_ABOVE
+    return read_source(name, parts, cache, progress, index_above=above)
 
 
 def _part(originals: Sequence[Original], limit: int | None, seed: int) -> Sequence[Original]:
@@ -177,6 +175,27 @@ def _notes(pictures: Sequence[Pictures]) -> list[str]:
         notes.append(
             f"training pictures lie in row groups: each epoch visits these in random order, {windows.together} at a "
             "time, and the pictures of those in random order"
+        )
+    return notes
+
+
+def _of_source(source: Source, own_test: bool) -> list[str]:
+    """Notes on what a source leaves out and how it is split."""
+    notes = list(source.notes)
+    if source.pooled:
+        folders = f"{len(source.pooled):,} folders, {listed(source.pooled)},"
+        notes.append(f"the images of {folders} are pooled and split at random")
+    if own_test and source.test is None and source.validation is not None:
+        notes.append("nothing is named as test images: they are drawn at random from the training images")
+    return notes
+
+
+def _of_test(source: Source) -> list[str]:
+    """Notes on what a source leaves out that only tests."""
+    notes = [f"test images: {note}" for note in source.notes]
+    if source.test is None and source.validation is not None:
+        notes.append(
+            "test images: nothing in their source is named so; those that are named as training images are taken"
         )
     return notes
 

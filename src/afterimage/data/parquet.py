@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
@@ -52,7 +52,7 @@ class ParquetShard(Shard):
     """One Parquet file. A picture's place is its row group times 2^32 and its row in that."""
 
     def __init__(self, path: Path, prefix: str, groups: RowGroups) -> None:
-        self.path, self.prefix, self._groups = path, prefix, groups
+        self.path, self.prefix, self._groups, self.others = path, prefix, groups, Counter()
         self._blocks: list[int] = []
         with self._file() as file:
             self.column, self._nested = self._find(file.schema_arrow)

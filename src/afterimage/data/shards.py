@@ -6,12 +6,14 @@ import glob
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from afterimage.config import AfterimageError
 from afterimage.data.decode import BadPicture, shown
 from afterimage.data.index import Index, Shard, read_block
+from afterimage.data.names import TEST, TRAINING, VALIDATION, left_out, listed, nested_split, pooled_names
 from afterimage.data.originals import broken_pictures
 from afterimage.data.parallel import Progress
 from afterimage.data.parquet import ParquetShard, RowGroups
@@ -29,23 +31,51 @@ def read_shards(kind: str, pattern: str, cache: Path, progress: Progress | None 
 
     An id is the shard's path below the folder that holds all of them, and the picture's name in it.
     """
-    shards, root = _opened(kind, pattern)
-    return Source(Rows(read_index(shards, cache, progress)), root=root)
+    shards, root, notes, pooled = _opened(kind, pattern)
+    found = {part: Rows(read_index(own, cache, progress)) for part, own in shards.items()}
+    notes += left_out(sum((rows.index.others for rows in found.values()), Counter()))
+    return Source(*map(found.get, (TRAINING, VALIDATION, TEST)), root, tuple(notes), tuple(pooled))
 
 
-def count_pictures(kind: str, pattern: str) -> int:
-    """How many pictures the shards hold, by their lists of contents alone."""
-    return sum(1 for shard in _opened(kind, pattern)[0] for _ in shard.members())
+def count_pictures(kind: str, pattern: str) -> dict[str, int]:
+    """How many pictures the shards of each part hold, by their lists of contents alone."""
+    shards = _opened(kind, pattern)[0]
+    return {part: sum(1 for shard in own for _ in shard.members()) for part, own in shards.items()}
 
 
-def _opened(kind: str, pattern: str) -> tuple[list[Shard], Path]:
+def _opened(kind: str, pattern: str) -> tuple[dict[str, list[Shard]], Path, list[str], list[str]]:
+    """The shards of each part (all under `TRAINING` where their names tell no split), the folder of all, notes, and the
+    folders that are pooled.
+    """
     paths = expand(pattern)
     root = Path(os.path.commonpath([path.parent for path in paths]))
+    places = {path: path.relative_to(root).with_suffix("").parts for path in paths}
+    depth, parts = nested_split(places.values()) or (0, {})
+    part_of = {path: parts.get(places[path][depth], "") if parts else TRAINING for path in paths}
+    chosen = {
+        part: [path for path in paths if part_of[path] == part] for part in (TRAINING, VALIDATION, TEST)
+    }
+    chosen = {part: own for part, own in chosen.items() if own}
+    notes = []
+    if parts:
+        told = (f"{part} images from {listed(_names(own, root), 3)}" for part, own in chosen.items())
+        notes.append(f"split by the names of shards: {'; '.join(told)}")
+    if beside := [path for path in paths if not part_of[path]]:
+        notes.append(f"left out beside the shards of the split: {listed(_names(beside, root))}")
+    pooled = [] if parts else pooled_names({place[:-1] for place in places.values()})
     groups = RowGroups(2 * WINDOW_BYTES)  # decoding ahead reaches into the next window
     opened: Callable[[Path, str], Shard] = (
         TarShard if kind == "webdataset" else lambda path, prefix: ParquetShard(path, prefix, groups)
     )
-    return [opened(path, f"{shown(path.relative_to(root))}/".replace(os.sep, "/")) for path in paths], root
+    shards = {
+        part: [opened(path, f"{name}/") for path, name in zip(own, _names(own, root), strict=True)]
+        for part, own in chosen.items()
+    }
+    return shards, root, notes, pooled
+
+
+def _names(paths: list[Path], root: Path) -> list[str]:
+    return [shown(path.relative_to(root)).replace(os.sep, "/") for path in paths]
 
 
 def read_index(shards: list[Shard], cache: Path, progress: Progress | None = None) -> Index:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from afterimage.config import AfterimageError, unknown
 from afterimage.data.div2k import read_div2k
-from afterimage.data.folder import index_folder, read_folder
+from afterimage.data.folder import open_folder, read_folder
 from afterimage.data.originals import DeadLeaves
 from afterimage.data.parallel import Progress
 from afterimage.data.photographs import read_photographs
@@ -29,16 +29,19 @@ def read_source(
     cache: Path,
     progress: Progress | None = None,
     *,
-    indexed: bool = False,
+    index_above: int | None = None,
 ) -> Source:
-    """The pictures of a source, not yet read; those of shards, and of a folder where `indexed`, through an index.
+    """The pictures of a source, not yet read; those of shards, and of a folder with more than `index_above` pictures,
+    through an index (None: of no folder).
 
     `parts` are those that are used, `train`, `test` or both: of DIV2K only these are downloaded, and
     procedural pictures that only test are another series than those that train.
     """
     kind, _, argument = name.partition(":")
     if kind == "folder" and argument:
-        return index_folder(argument, cache, progress) if indexed else read_folder(argument)
+        if index_above is None:
+            return read_folder(argument)
+        return open_folder(argument, cache, progress, above=index_above)
     if kind in SHARDS and argument:
         return read_shards(kind, argument, cache, progress)
     if kind == "div2k":

@@ -13,12 +13,17 @@ from afterimage.data.rows import Rows, draw
 
 @dataclass(frozen=True)
 class Source:
-    """The pictures of a source; a part that is None is to be taken from `train`. Files lie below `root`."""
+    """The pictures of a source; a part that is None is to be taken from `train`. Files lie below `root`.
+
+    `notes` say what was left out and how the source is split; `pooled` are the folders that have no part in that.
+    """
 
     train: Sequence[Original]
     validation: Sequence[Original] | None = None
     test: Sequence[Original] | None = None
     root: Path = Path("/")
+    notes: tuple[str, ...] = ()
+    pooled: tuple[str, ...] = ()
 
 
 def shuffled(originals: Sequence[Original], seed: int) -> Sequence[Original]:

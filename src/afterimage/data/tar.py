@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +13,7 @@ from afterimage.config import AfterimageError
 from afterimage.data.decode import EXTENSIONS, MAX_BYTES, BadPicture, reason, shown
 from afterimage.data.digests import file_state
 from afterimage.data.index import Member, Shard
+from afterimage.data.names import count_kind
 
 MAX_MEMBERS = 10_000_000
 MAX_HEADER = 2**20
@@ -23,7 +25,7 @@ class TarShard(Shard):
     """One tar file. A picture's place is where its first byte lies."""
 
     def __init__(self, path: Path, prefix: str) -> None:
-        self.path, self.prefix = path, prefix
+        self.path, self.prefix, self.others = path, prefix, Counter()
 
     def state(self) -> list[int]:
         return file_state(self.path)
@@ -47,6 +49,7 @@ class TarShard(Shard):
             )
         file.seek(0)
         seen, found, end = 0, 0, 0
+        self.others.clear()
         with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep all of them
@@ -59,6 +62,8 @@ class TarShard(Shard):
                 if member.isfile() and suffix in EXTENSIONS and not _hidden(name):
                     found += 1
                     yield name.encode("utf-8", "surrogateescape"), member.offset_data, member.size
+                elif member.isfile() and not _hidden(name):
+                    count_kind(self.others, name)
             self._check_end(file, archive.offset, length)
         if not found:
             raise self._refused(

@@ -1,0 +1,134 @@
+"""What the names of folders and shards say of a split, and which files are no images by their names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from afterimage.data.decode import shown
+
+TRAINING, VALIDATION, TEST = "training", "validation", "test"
+SPLIT_WORDS = {
+    TRAINING: ("train", "training", "trn", "trainset", "trainval"),
+    VALIDATION: ("validation", "val", "valid", "dev", "devel", "development", "valset", "validset", "devset"),
+    TEST: ("test", "testing", "tst", "testset", "eval", "evaluation", "holdout"),
+}
+"""The names that are taken for what they say, alone or as a word of a name (`DIV2K_train_HR`, `val2017`)."""
+PLAIN = frozenset(("train", "test", "validation", "val", "valid"))
+"""Names that nobody has to be told the meaning of."""
+BESIDE = frozenset((
+    "data", "dataset", "files", "folder", "image", "images", "img", "imgs", "jpeg", "jpg", "of", "photo", "photos",
+    "picture", "pictures", "png", "set", "split",
+))  # fmt: skip
+"""Words beside a split's that tell no two data sets apart: `train` and `test_images` belong together."""
+OTHER_KINDS = "of other kinds"
+NO_EXTENSION = "without extension"
+MOST_KINDS = 1000
+"""Kinds of other files that are counted one by one, in a folder where every file may have an extension of its own."""
+# Images in formats that are not read; of many kinds these are named first.
+_IMAGES = frozenset((
+    ".arw", ".bpg", ".cr2", ".cr3", ".dds", ".dng", ".exr", ".hdr", ".heic", ".heif", ".hif", ".ico", ".j2k", ".jxl",
+    ".jxr", ".nef", ".orf", ".pcx", ".pef", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".sgi", ".svg", ".tga", ".xcf",
+))  # fmt: skip
+_PART = {word: part for part, words in SPLIT_WORDS.items() for word in words}
+_TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
+
+
+def read_name(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """The part of a split that a name speaks of, and its other words; None where it names none, or several."""
+    tokens = [token.lower() for token in _TOKEN.findall(name)]
+    parts = {_PART[token] for token in tokens if token in _PART}
+    if parts == {TRAINING, VALIDATION}:  # train_val: all that is not test
+        parts = {TRAINING}
+    if len(parts) != 1:
+        return None
+    rest = (token for token in tokens if token not in _PART and token not in BESIDE and not token.isdigit())
+    return parts.pop(), tuple(rest)
+
+
+def split_names(names: Iterable[str]) -> dict[str, str]:
+    """The part of each name that belongs to a split; empty where they do not name training and other images.
+
+    Names belong together where their other words are the same: `DIV2K_train_HR` and `DIV2K_valid_HR`, but not
+    `train_station` and `test_tube`. A name that is nothing but a split's word comes before longer ones, and of several
+    such words the one that stands first in `SPLIT_WORDS`.
+    """
+    families: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for name in sorted(names):
+        if (read := read_name(name)) is not None:
+            families.setdefault(read[1], {}).setdefault(read[0], []).append(name)
+    whole = {rest: parts for rest, parts in families.items() if TRAINING in parts and len(parts) > 1}
+    if () in whole:
+        whole = {(): {part: _plainest(part, own) for part, own in whole[()].items()}}
+    return {name: part for parts in whole.values() for part, own in parts.items() for name in own}
+
+
+def _plainest(part: str, names: Sequence[str]) -> list[str]:
+    for word in SPLIT_WORDS[part]:
+        if own := [name for name in names if name.lower() == word]:
+            return own
+    return list(names)
+
+
+def nested_split(paths: Collection[tuple[str, ...]]) -> tuple[int, dict[str, str]] | None:
+    """How deep the names lie that tell a split apart, and their parts; None where there are none.
+
+    `paths` are those of all that holds images. A level counts where everything has a place in it: `bottle/train`,
+    `bottle/test` and `cable/train` tell a split apart, but not with `other`, and nothing below it, beside them.
+    """
+    for depth in range(max(map(len, paths), default=0)):
+        parts = split_names({path[depth] for path in paths if len(path) > depth})
+        named = {path[:depth] for path in paths if len(path) > depth and path[depth] in parts}
+        if parts and named == {path[:depth] for path in paths}:
+            return depth, parts
+    return None
+
+
+def pooled_names(paths: Collection[tuple[str, ...]]) -> list[str]:
+    """The folders whose images become one pool: those side by side at the first level that has several, or those in
+    them whose name speaks of a split, which come first. Empty where there is one folder only.
+    """
+    deepest = max(map(len, paths), default=0)
+    level = next((n for n in range(1, deepest + 1) if len({path[:n] for path in paths}) > 1), None)
+    if level is None:
+        return []
+    upper = {
+        (path[:n], path[:level])
+        for path in paths
+        for n in range(level, len(path) + 1)
+        if read_name(path[n - 1])
+    }
+    spoken = {path for path, _ in upper}
+    others = {path[:level] for path in paths} - {top for _, top in upper}
+    return ["/".join(path) or "." for path in (*sorted(spoken), *sorted(others))]
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """`a, b, c and 5 more`."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def kind_of(name: str) -> str:
+    """A file's extension, or that it has none."""
+    extension = os.path.splitext(name)[1].lower()
+    return extension if len(extension) > 1 else NO_EXTENSION
+
+
+def count_kind(others: Counter[str], name: str) -> None:
+    """Count a file that is not read among others of its kind."""
+    kind = kind_of(name)
+    others[kind if kind in others or len(others) < MOST_KINDS else OTHER_KINDS] += 1
+
+
+def left_out(others: Mapping[str, int]) -> list[str]:
+    """A note on files that are not read, by kind."""
+    if not (total := sum(others.values())):
+        return []
+    kinds = sorted(others, key=lambda kind: (kind == OTHER_KINDS, kind not in _IMAGES, -others[kind], kind))
+    told = listed([f"{others[kind]:,} {shown(kind)}" for kind in kinds])
+    return [
+        f"left out: {total:,} {'file' if total == 1 else 'files'} that {'is' if total == 1 else 'are'} not read: {told}"
+    ]
