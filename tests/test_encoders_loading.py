@@ -1,6 +1,9 @@
 """Weights in an encoder: parts of a network, other shapes and sizes, and real ones."""
 
+import argparse
 import hashlib
+import json
+import re
 
 import pytest
 import timm
@@ -12,6 +15,7 @@ from torchvision.transforms.functional import to_tensor
 from afterimage.config import AfterimageError
 from afterimage.encoders import Encoder
 from afterimage.encoders.tracing import trace
+from afterimage.weights import find_weights
 
 TINY = "test_resnet.r160_in1k"
 
@@ -131,3 +135,174 @@ def test_gatys_weights_have_unit_mean_activations_on_photographs(weights_folder,
     images = torch.stack([to_tensor(picture) for picture in pictures])
     for features in Encoder("vgg19", layers=["features.1", "features.6"], weights=weights_folder)(images):
         assert features.mean() == pytest.approx(1, abs=0.1)
+
+
+def begin(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def other(state):
+    """Other values of the same names and shapes."""
+    return {key: value + 1 for key, value in state.items()}
+
+
+def load(content, tmp_path, layer="layer2"):
+    torch.save(content, tmp_path / "x.pth")
+    return Encoder(f"{TINY}:{layer}", weights=tmp_path / "x.pth", image_size=64)
+
+
+def holds(encoder, state):
+    found = {key.removeprefix("model."): value for key, value in encoder.state_dict().items()}
+    return all(torch.equal(value, state[key]) for key, value in found.items())
+
+
+PREFIXES = ["model.", "backbone.", "encoder.", "timm_model.", "module.module.", "teacher.backbone.", "a.b.c."]
+NESTS = ["model", "module", "teacher", "student", "net", "network", "ema", "state_dict_ema", "model_state_dict",
+         "encoder", "backbone", "params", "my_own_word"]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_one_beginning_of_names_is_taken_off_and_said(whole, tmp_path, prefix):
+    encoder = load(begin(prefix, whole), tmp_path)
+    assert holds(encoder, whole)
+    assert encoder.weights.note == f"the tensors without the beginning {prefix!r} of their names"
+    assert encoder.notes == (f"weights of {TINY}: {encoder.weights.note}",)
+    assert encoder.weights.as_dict()["note"] == encoder.weights.note
+    file = tmp_path / "x.safetensors"
+    save_file({key: value.contiguous() for key, value in begin(prefix, whole).items()}, file)
+    assert holds(Encoder(f"{TINY}:layer2", weights=file, image_size=64), whole)
+
+
+@pytest.mark.parametrize("nest", NESTS)
+def test_the_container_that_fits_is_found_and_said(whole, tmp_path, nest):
+    beside = {"epoch": 3, "args": argparse.Namespace(lr=0.1), "head": {"weight": torch.zeros(3)}}
+    encoder = load({**beside, nest: whole}, tmp_path)
+    assert holds(encoder, whole)
+    assert encoder.weights.note == f"the tensors in {nest!r}; not read: argparse.Namespace"
+    encoder = load({nest: begin("module.backbone.", {**whole, "head.0.weight": torch.zeros(2)})}, tmp_path)
+    assert holds(encoder, whole) and "'module.backbone.'" in encoder.weights.note
+    assert holds(load({"deep": {"er": {nest: whole}}}, tmp_path), whole)
+
+
+def test_plain_names_need_no_word(whole, tmp_path):
+    encoder = load(whole, tmp_path)
+    assert encoder.weights.note == "" and encoder.notes == () and "note" not in encoder.weights.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("model_ema", "model"),
+        ("state_dict_ema", "state_dict"),
+        ("params_ema", "params"),
+        ("state_dict", "model"),
+        ("state_dict", "teacher"),
+        ("teacher", "student"),
+        ("net", "momentum"),
+        ("model", "grads"),
+    ],
+)
+def test_of_two_that_fit_the_rule_names_one(whole, tmp_path, first, second):
+    for content in ({first: whole, second: other(whole)}, {second: other(whole), first: whole}):
+        encoder = load(content, tmp_path)
+        assert holds(encoder, whole)
+        assert encoder.weights.note.startswith(
+            f"the tensors in {first!r}; {second!r} would fit as well (of several"
+        )
+
+
+def test_of_two_that_the_rule_does_not_know_the_first_is_taken(whole, tmp_path):
+    encoder = load({**begin("encoder_q.", whole), **begin("encoder_k.", other(whole))}, tmp_path)
+    assert holds(encoder, whole) and "'encoder_k' would fit as well" in encoder.weights.note
+
+
+def test_what_fits_better_comes_before_the_rule(whole, tmp_path):
+    """An average that lacks the running statistics, and a teacher of other widths."""
+    parameters = {key: value for key, value in other(whole).items() if "running" not in key}
+    assert holds(load({"model_ema": parameters, "model": whole}, tmp_path), whole)
+    wide = {key: value.repeat_interleave(2, 0) for key, value in whole.items() if value.ndim}
+    assert holds(load({"state_dict": wide, "student": whole}, tmp_path), whole)
+
+
+def test_another_containers_tensors_are_no_part(whole, tmp_path):
+    first = {key: value for key, value in whole.items() if key != "conv1.0.weight"}
+    with pytest.raises(AfterimageError, match=r"lacks conv1.0.weight, which"):
+        load({"model": first, "other": {"conv1.0.weight": whole["conv1.0.weight"]}}, tmp_path)
+
+
+def test_what_does_not_match_is_told_with_what_is_there(whole, tmp_path):
+    halves = {f"{'body' if key.startswith('layer') else 'stem'}.{key}": value for key, value in whole.items()}
+    with pytest.raises(AfterimageError) as error:
+        load(halves, tmp_path)
+    for part in (
+        "x.pth lacks conv1.0.weight, ",
+        f"it holds {len(whole)} tensors: stem.conv1.0.weight, ",
+        "most like conv1.0.weight is stem.conv1.0.weight",
+    ):
+        assert part in str(error.value)
+
+
+def publishers(state):
+    """ConvNeXt's tensors under the names that its authors gave them."""
+    names = {}
+    for key in state:
+        name = re.sub(r"^stages\.(\d+)\.downsample", r"downsample_layers.\1", key)
+        name = re.sub(r"^stem\.", "downsample_layers.0.", name)
+        name = re.sub(r"^stages\.(\d+)\.blocks\.", r"stages.\1.", name)
+        name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+        names[key] = re.sub(r"^head\.norm\.", "norm.", name).replace("head.fc.", "head.")
+    return {names[key]: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"teacher": begin("backbone.", s), "student": begin("module.backbone.", other(s))},
+        lambda s: {"state_dict": {**begin("module.net.", s), "module.head.weight": torch.zeros(2)}},
+    ],
+)
+def test_a_publishers_names_are_found_under_any_beginning(tmp_path, nest):
+    model = timm.create_model("convnext_atto", num_classes=10)
+    state = {key: torch.rand_like(value) for key, value in model.state_dict().items()}
+    torch.save(nest(publishers(state)), tmp_path / "x.pth")
+    encoder = Encoder("convnext_atto:stages.2", weights=tmp_path / "x.pth", image_size=64)
+    assert holds(encoder, state)
+
+
+def snapshot(folder, state, config, sharded=False):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    if not sharded:
+        save_file(state, folder / "model.safetensors")
+        return
+    keys = list(state)
+    parts = {"model-00001-of-00002.safetensors": keys[::2], "model-00002-of-00002.safetensors": keys[1::2]}
+    for name, part in parts.items():
+        save_file({key: state[key] for key in part}, folder / name)
+    table = {key: name for name, part in parts.items() for key in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+
+
+def test_a_snapshot_of_the_hub_is_a_folder_of_weights(whole, tmp_path):
+    whole = {key: value.contiguous() for key, value in whole.items()}
+    config = {"architecture": "test_resnet", "pretrained_cfg": {}}
+    snapshot(tmp_path / "plain", whole, config)
+    snapshot(tmp_path / "sharded", whole, config, sharded=True)
+    snapshot(tmp_path / "wrong", whole, {"architecture": "resnet18"})
+    (tmp_path / "pickled").mkdir()
+    torch.save(whole, tmp_path / "pickled" / "pytorch_model.bin")
+    for name in ("plain", "sharded", "pickled"):
+        encoder = Encoder(f"{TINY}:layer2", weights=tmp_path / name, image_size=64)
+        assert holds(encoder, whole) and encoder.weights.origin == "path"
+    with pytest.raises(
+        AfterimageError, match=r"wrong holds weights of resnet18, by its config.json, and not of test_"
+    ):
+        find_weights(TINY, tmp_path / "wrong")
+    (tmp_path / "wrong" / "config.json").write_text("{")
+    with pytest.raises(AfterimageError, match=r"cannot read .*config.json"):
+        find_weights(TINY, tmp_path / "wrong")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AfterimageError, match=r"empty holds no weights for .*, nor a snapshot of the hub"):
+        find_weights(TINY, tmp_path / "empty")

@@ -26,6 +26,7 @@ from afterimage.ranks import ALONE, Ranks
 from afterimage.reconstructor import Encoders, build_head
 from afterimage.runs import Run, environment, sha256
 from afterimage.train import CHECKPOINT_SECONDS, Together
+from afterimage.weights import weight_notes
 
 
 class Group:
@@ -64,8 +65,9 @@ class Group:
         )
         self.encoders.to(self.fabric.device)
         for entry in self.encoders.weights_of(self.encoders.sources):
+            note = f" ({entry['note']})" if "note" in entry else ""
             self.say(
-                f"{entry['model']}: {entry['label'].upper()} weights from {entry['origin']} {entry['location']}"
+                f"{entry['model']}: {entry['label'].upper()} weights from {entry['origin']} {entry['location']}{note}"
             )
         self.metrics = ranks.first_to_lead(lambda: Metrics(self.first.lpips, size=self.first.data.crop))
 
@@ -217,7 +219,8 @@ class Group:
                 facts = self._summary(member)
                 facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
                 facts |= {"scores": summarise(result.rows)}
-                facts["notes"] = [*member.notes, *self.data.notes, *score_notes(result.rows)]
+                notes = [*member.notes, *weight_notes(facts["weights"]), *self.data.notes]
+                facts["notes"] = [*notes, *score_notes(result.rows)]
                 facts["fusion_weights"] = maps[member].means if member in maps else None
                 weights = maps[member].pictures if member in maps else ()
                 member.guard()

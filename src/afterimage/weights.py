@@ -5,27 +5,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
-import pickle
 import re
 import socket
 import threading
-import warnings
-import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from afterimage.config import AfterimageError, unknown
+from afterimage.weight_files import first_line, read_named_tensors, shards
 
 SUFFIXES = (".safetensors", ".pth")
 FOLDER = "AFTERIMAGE_WEIGHTS"
 CONNECT_SECONDS = 5.0
 STALL_SECONDS = 30.0
+CONFIG = "config.json"
+SNAPSHOT = tuple(
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+)
+"""What a repository of the hub calls its weights: one file, or an index of several."""
+NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Weights:
 
     `origin` is `path`, `folder` (the one that AFTERIMAGE_WEIGHTS names), `cache`, `hub` or `random`;
     `location` a path, a repository, an address, or `seed N`; `sha256` the file's digest, empty for random
-    ones.
+    ones; `note` says where in the file they are, once they are read, and is empty where that is plain.
     """
 
     model: str
@@ -42,6 +48,7 @@ class Weights:
     location: str
     sha256: str = ""
     file: Path | None = field(default=None, repr=False, compare=False)
+    note: str = ""
 
     @property
     def label(self) -> str:
@@ -50,7 +57,14 @@ class Weights:
     def as_dict(self) -> dict[str, str]:
         values = asdict(self)
         del values["file"]
+        if not self.note:
+            del values["note"]
         return {**values, "label": self.label}
+
+
+def weight_notes(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What is to be said of weights, given as `Weights.as_dict`, in a run's notes."""
+    return [f"weights of {entry['model']}: {entry['note']}" for entry in entries if entry.get("note")]
 
 
 def random_weights(model: str, seed: int) -> Weights:
@@ -121,9 +135,12 @@ def _find(
 
 
 def _from_path(model: str, path: Path, names: list[str]) -> Weights:
-    file = _in_folder(path, names) if path.is_dir() else path
+    file = (_in_folder(path, names) or _in_snapshot(model, path)) if path.is_dir() else path
     if file is None:
-        raise AfterimageError(f"the folder {path} holds no weights for {model}: none of {', '.join(names)}")
+        raise AfterimageError(
+            f"the folder {path} holds no weights for {model}: none of {', '.join(names)}, nor a snapshot of the hub "
+            f"({' or '.join(SNAPSHOT)})"
+        )
     if not file.is_file():
         raise AfterimageError(f"there are no weights at {path}; write a file, a folder, pretrained or random")
     return _weights(model, "path", str(file), file)
@@ -131,6 +148,23 @@ def _from_path(model: str, path: Path, names: list[str]) -> Weights:
 
 def _in_folder(folder: Path, names: list[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _in_snapshot(model: str, folder: Path) -> Path | None:
+    """The weights of a repository that was copied from the hub, whose config.json must not name another network."""
+    file = _in_folder(folder, list(SNAPSHOT))
+    if file is None or not (folder / CONFIG).is_file():
+        return file
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise AfterimageError(f"cannot read {folder / CONFIG}: {first_line(error)}") from None
+    found = config.get("architecture") if isinstance(config, dict) else None
+    if isinstance(found, str) and found.partition(".")[0] != model.partition(".")[0]:
+        raise AfterimageError(
+            f"the folder {folder} holds weights of {found}, by its {CONFIG}, and not of {model}"
+        )
+    return file
 
 
 def _weights(model: str, origin: str, location: str, file: Path) -> Weights:
@@ -178,7 +212,7 @@ def _from_hub(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weig
             _knock(url)
             return _weights(model, "hub", url, _download(url))
         except (OSError, RuntimeError) as error:
-            tried.append(f"{url} ({_first_line(error)})")
+            tried.append(f"{url} ({first_line(error)})")
     if not hub and not url:
         tried.append("no download, as none is published")
     return None
@@ -198,7 +232,7 @@ def _download_from_hub(
                 return Path(hf_hub_download(repository, name, **options))
         tried.append(f"the hub's {repository} (it holds no {' or '.join(names)})")
     except Exception as error:
-        tried.append(f"the hub at {constants.ENDPOINT} ({_first_line(error)})")
+        tried.append(f"the hub at {constants.ENDPOINT} ({first_line(error)})")
     return None
 
 
@@ -225,7 +259,7 @@ def _knock(url: str) -> None:
     if not failures:
         raise OSError(f"no answer within {CONNECT_SECONDS:.0f} s")
     if failures[0] is not None:
-        raise OSError(_first_line(failures[0]))
+        raise OSError(first_line(failures[0]))
 
 
 def _torch_hub_file(url: str) -> Path:
@@ -247,7 +281,13 @@ def _download(url: str) -> Path:
 
 
 def file_digest(file: str | Path) -> str:
-    """SHA-256 of a file, computed once for as long as its size and time of change stay the same."""
+    """SHA-256 of a file, computed once for as long as its size and time of change stay the same.
+
+    For an index of shards it is that of their names and digests.
+    """
+    if str(file).endswith(".index.json"):
+        digests = [f"{shard.name} {file_digest(shard)}\n" for shard in shards(file)]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
     path = Path(file).resolve()
     try:
         status = path.stat()
@@ -263,42 +303,22 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from safetensors, or from what torch.save wrote; no code in it is ever run.
+    """Read a file's state dict without a model to compare it with; no code in it is ever run.
 
-    A checkpoint that nests its state dict (`state_dict`, `model`, and their averaged versions first) is
-    opened. Raises AfterimageError that names the file where it is truncated, corrupt, or holds anything but
-    tensors.
+    A checkpoint that nests its state dict is opened: averaged versions come first, then `state_dict`, then `model`,
+    then the container with most tensors. Raises AfterimageError as `read_named_tensors` does.
     """
-    path = Path(file)
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except pickle.UnpicklingError:
-        raise AfterimageError(
-            f"{path} is no checkpoint of plain tensors: it is corrupt, or holds code, which was not run"
-        ) from None
-    except Exception as error:
-        raise AfterimageError(f"cannot read weights from {path}: {_first_line(error)}") from None
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise AfterimageError(f"{path} holds no named tensors")
-    return {_strip(str(key)): value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-def _read_torch(path: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    found = read_named_tensors(file)
+    sizes = Counter(found.containers.values())
+    nested = next((f"{key}." for key in NESTS if f"{key}." in sizes), "")
+    container = nested if nested or "" in sizes else sizes.most_common(1)[0][0]
+    return {
+        _strip(name.removeprefix(container)): tensor
+        for name, tensor in found.tensors.items()
+        if found.containers[name] == container
+    }
 
 
 def _strip(key: str) -> str:
-    """Take off what torch.compile and data-parallel training put before a name."""
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        key = key.removeprefix(prefix)
-    return key
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Take off what data-parallel training puts before a name."""
+    return key.removeprefix("module.")

@@ -5,8 +5,10 @@ All of it is made here, so it has no other source and no licence of its own.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
+import pickle
 import struct
 import sys
 import zipfile
@@ -409,9 +411,21 @@ def checkpoints() -> None:
         file = io.BytesIO()
         torch.save({"state_dict": {"a": torch.zeros(2)}}, file, _use_new_zipfile_serialization=not legacy)
         keep("weights", f"{name}.pth", file.getvalue())
-    file = io.BytesIO()
-    torch.save({"a": print}, file)
-    keep("weights", "code.pth", file.getvalue())
+    array = {"a": np.arange(3.0), "b": np.array(["text"])}
+    beside = {"model": array, "args": argparse.Namespace(rate=0.1), "best": np.float64(1), "seen": {1}}
+    strangers = {
+        "code": {"a": print},
+        "beside": beside,
+        "module": torch.nn.Sequential(torch.nn.Linear(2, 1)),
+        "parameter": {"a": torch.nn.Parameter(torch.zeros(2)), "b": torch.zeros(3)[1:]},
+    }
+    for name, content in strangers.items():
+        file = io.BytesIO()
+        torch.save(content, file)
+        keep("weights", f"{name}.pth", file.getvalue())
+    keep("weights", "pickle.pth", pickle.dumps(beside, protocol=2))
+    keep("weights", "pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    keep("weights", "page.safetensors", b"<!doctype html><title>Sign in</title>")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from afterimage.encoders.layout import Layout, reorder
 from afterimage.encoders.tracing import trace
 from afterimage.progress import Progress, silent
 from afterimage.statistics import mean_interval
-from afterimage.weights import read_weights
+from afterimage.weight_files import read_named_tensors
 
 Change = Callable[[Tensor], Tensor]
 
@@ -112,7 +112,7 @@ def _timm(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
     if encoder.weights.file is None:
         model = create_random(name, size, int(encoder.weights.location.split()[-1]))
         return model.to(device), "embedding" if prediction == "embedding" else "classes"
-    state = read_weights(encoder.weights.file)
+    file = read_named_tensors(encoder.weights.file)
     reads = [names for _, names, _ in trace(name, size).reads]
     heads = pretrained_config(name).get("classifier") or ()
     heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
@@ -122,7 +122,7 @@ def _timm(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
             continue
         used = reads if kind == "classes" else [r for r in reads if not any(n.startswith(heads) for n in r)]
         try:
-            model = create_loaded(name, size, state, used, str(encoder.weights.file))
+            model, _ = create_loaded(name, size, file, used)
         except AfterimageError as error:
             reason = str(error)
             continue

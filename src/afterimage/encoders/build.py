@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import timm
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from afterimage.config import AfterimageError
+from afterimage.encoders.match import best_match, nearest
+from afterimage.weight_files import NamedTensors
 
 Size = tuple[int, int]
 _LOCK = threading.Lock()
@@ -94,20 +96,21 @@ def create_random(name: str, image_size: Size, seed: int) -> nn.Module:
 
 
 def create_loaded(
-    name: str, image_size: Size, state: Mapping[str, Tensor], used: Sequence[tuple[str, ...]], file: str
-) -> nn.Module:
-    """A model with the weights of a state dict, in timm's names or in their publisher's.
+    name: str, image_size: Size, file: NamedTensors, used: Sequence[tuple[str, ...]]
+) -> tuple[nn.Module, str]:
+    """A model with the weights of a file, in timm's names or in their publisher's, and a note on where in the file
+    they are (see `best_match`), empty where that is plain.
 
-    Position embeddings and the like are resampled to `image_size` by the model's own filter. The state dict
-    may hold a part of the network only. `used` are the tensors that must be in it, each by all the names it
-    goes by.
+    Position embeddings and the like are resampled to `image_size` by the model's own filter. The file may hold a
+    part of the network only. `used` are the tensors that must be in it, each by all the names it goes by.
 
     Raises:
-        AfterimageError: one of them is missing, does not fit or is not finite; it names `file`.
+        AfterimageError: one of them is missing, does not fit or is not finite; it names the file.
     """
-    load = functools.partial(_load, image_size=image_size, state=state, used=used, file=file)
+    notes: list[str] = []
+    load = functools.partial(_load, image_size=image_size, file=file, used=used, notes=notes)
     with seeded(0), _intercept(load), Blank():
-        return create_model(name, image_size, pretrained=True)
+        return create_model(name, image_size, pretrained=True), notes[0]
 
 
 @contextlib.contextmanager
@@ -134,19 +137,24 @@ def _load(
     model: nn.Module,
     filter_fn: Callable | None,
     image_size: Size,
-    state: Mapping[str, Tensor],
+    file: NamedTensors,
     used: Sequence[tuple[str, ...]],
-    file: str,
+    notes: list[str],
 ) -> None:
     name, own = model.pretrained_cfg["architecture"], model.state_dict()
-    fitted = _fit(model, filter_fn, dict(state), own, file)
     required = [names for names in used if own[names[0]].is_floating_point()]
-    missing = [names[0] for names in required if not fitted.keys() & set(names)]
-    if missing:
-        raise AfterimageError(f"{file} lacks {_listed(missing)}, which the layers in use of {name} read")
+    match, note = best_match(file, own, required, lambda state: _fit(model, filter_fn, state, own, file.file))
+    notes.append(note)
+    if match.missing:
+        like = nearest(file, match.missing[0])
+        hint = f"; most like {match.missing[0]} is {like}" if like else ""
+        raise AfterimageError(
+            f"{file.file} lacks {_listed(match.missing)}, which the layers in use of {name} read; "
+            f"{file.holds()}{hint}"
+        )
     read = {key for names in used for key in names}
     classifiers = tuple(_as_tuple(model.pretrained_cfg.get("classifier")))
-    known = {key: value for key, value in fitted.items() if key in own}
+    known = {key: value for key, value in match.state.items() if key in own}
     misfits = {key: value for key, value in known.items() if value.shape != own[key].shape}
     wrong = [
         f"{key} is {_shape(value)} there and {_shape(own[key])} in the model"
@@ -154,10 +162,12 @@ def _load(
         if key in read or not key.startswith(classifiers)
     ]
     if wrong:
-        raise AfterimageError(f"{file} does not fit {name}: {_listed(wrong)}{_resized(name, image_size)}")
+        raise AfterimageError(
+            f"{file.file} does not fit {name}: {_listed(wrong)}{_resized(name, image_size)}"
+        )
     broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
     if broken:
-        raise AfterimageError(f"{file} holds values that are not finite, in {_listed(broken)}")
+        raise AfterimageError(f"{file.file} holds values that are not finite, in {_listed(broken)}")
     model.load_state_dict({key: value for key, value in known.items() if key not in misfits}, strict=False)
 
 

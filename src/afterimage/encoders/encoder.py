@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from afterimage.encoders.layers import describe_tap, picture_size
 from afterimage.encoders.layout import reorder
 from afterimage.encoders.names import resolve_model
 from afterimage.encoders.tracing import Tap, trace
-from afterimage.weights import find_weights, random_weights, read_weights
+from afterimage.weight_files import read_named_tensors
+from afterimage.weights import find_weights, random_weights, weight_notes
 
 
 class _Done(Exception):
@@ -54,6 +56,7 @@ class Encoder(Frozen):
         sources: `model:layer` for each layer, as it was written, with the tag pinned
         specs: the measured shape of each layer's features
         weights: where the weights come from
+        notes: what is to be said of them in a run's notes
 
     Raises:
         AfterimageError: unknown model or layer, a layer that is no feature map, a picture size at which the
@@ -97,8 +100,10 @@ class Encoder(Frozen):
             self.model = create_random(self.model_name, self.image_size, seed)
         else:
             self.weights = find_weights(self.model_name, weights)
-            state = read_weights(self.weights.file)
-            self.model = create_loaded(self.model_name, self.image_size, state, used, str(self.weights.file))
+            file = read_named_tensors(self.weights.file)
+            self.model, note = create_loaded(self.model_name, self.image_size, file, used)
+            self.weights = replace(self.weights, note=note)
+        self.notes = tuple(weight_notes([self.weights.as_dict()]))
         _drop(self.model, {name for names in used for name in names})
         for parameter in self.model.parameters():
             if parameter.ndim == 4:  # the whole model's `to` refuses one that also has 3D convolutions

@@ -25,6 +25,7 @@ from afterimage.metrics import Metrics, psnr
 from afterimage.progress import Progress, silent
 from afterimage.reconstructor import Encoders, Reconstructor
 from afterimage.runs import Run, environment, sha256, write_csv, write_image
+from afterimage.weights import weight_notes
 
 Images = Float[Tensor, "batch 3 height width"]
 
@@ -265,7 +266,7 @@ def save(run: Run, facts: dict[str, Any], measured: Measured, notes: Sequence[st
     facts = facts | {"seconds_per_picture": measured.seconds, "scores": summarise(measured.rows)}
     facts |= {"feature_loss": sum(row["feature_loss"] for row in measured.rows) / len(measured.rows)}
     took = f"{facts['steps']} passes an inversion, {measured.seconds:.1f} s a picture"
-    facts["notes"] = [took, *notes, *score_notes(measured.rows)]
+    facts["notes"] = [took, *weight_notes(facts["weights"]), *notes, *score_notes(measured.rows)]
     run.save_environment(environment() | {"device": device, "threads": torch.get_num_threads()})
     write_csv(run.file("curve.csv"), measured.curve)
     run.save_result(facts, measured.rows, measured.pictures)
