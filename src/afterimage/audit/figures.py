@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from afterimage.audit.config import LimitsConfig
 from afterimage.audit.verdict import UTILITY, Leak, Option
-from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import MUTED, Drawing, encoder_styles, grid_y, legend
 
 PANEL = (3.4, 2.7)
@@ -57,9 +57,9 @@ def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: st
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g} kB"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         grid_y(axes)
-    handles = [Line2D([], [], color=s.color, lw=3, label=plain(name, 30)) for name, s in layers.items()]
+    handles = [Line2D([], [], color=s.color, lw=3, label=drawable(name, 30)) for name, s in layers.items()]
     handles += [
-        Line2D([], [], color=MUTED, marker=m, mfc="none", ls="none", label=plain(name, 30))
+        Line2D([], [], color=MUTED, marker=m, mfc="none", ls="none", label=drawable(name, 30))
         for name, m in markers.items()
     ]
     legend(figure, handles, columns=4)

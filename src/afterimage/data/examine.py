@@ -59,7 +59,7 @@ def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
                 ", as 12-bit values in 16-bit files and masks that count from 0 do"
                 * bool(high[narrow].max() <= NARROW)
             )
-            + ". PSNR measures errors against the whole range: an error that is the same share of an image's contrast "
+            + ". PSNR and SSIM measure against the whole range: an error that is the same share of an image's contrast "
             f"scores {gain:.0f} dB higher here, so do not compare these scores with those of other images"
         )
     if few.any():

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from afterimage.report.controls import STAND_INS, Part, decoder, read_part
-from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import INK, MUTED, Drawing, legend
 from afterimage.report.rows import Row, Rows
 
@@ -55,7 +55,7 @@ def label(row: Row) -> str:
     """A row's features and decoder on one line, the encoder without its weights' tag."""
     sources = [source.partition(":") for source in row.sources]
     shown = " + ".join(f"{model.partition('.')[0]}:{layer}" for model, _, layer in sources)
-    return f"{plain(shown, 36)}, {plain(decoder(row), 30)}"
+    return f"{drawable(shown, 36)}, {drawable(decoder(row), 30)}"
 
 
 def _caption(parts: list[Part]) -> str:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import columns, drawable
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import (
     MUTED,
@@ -51,7 +51,7 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
     segments = _segments(rows.decoders)
     names = [name for segment in segments for name in segment.names.values()]
     inches = _layer_inches(segments[-1].right)
-    is_rotated = max(len(line) for name in names for line in name.split("\n")) * LETTER_INCHES > inches
+    is_rotated = max(columns(line) for name in names for line in name.split("\n")) * LETTER_INCHES > inches
     figure = Figure((2.2 + inches * segments[-1].right, 1.3 + 1.9 * len(metrics)), layout="constrained")
     panels = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (metric, net) in zip(panels, metrics, strict=True):
@@ -83,7 +83,7 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         axes.set_ylim(axes.get_ylim())
         marked = [r for r in rows.references if has(r, metric, net)]
-        margin_labels(axes, [(r.scores[metric].mean, plain(r.label, 32), MUTED) for r in marked])
+        margin_labels(axes, [(r.scores[metric].mean, drawable(r.label, 32), MUTED) for r in marked])
     return [Drawing("quality-by-depth", "Quality by depth", _caption(rows), figure)]
 
 
@@ -98,8 +98,8 @@ def _segments(rows: Sequence[Row]) -> list[Segment]:
     for (encoder, members), span in zip(layers.items(), spans, strict=True):
         first = start + (span - len(members)) / 2 + 0.5
         places = {key: first + i for i, key in enumerate(members)}
-        names = {key: f"{plain(row.layer, 22)}\n{row.grid}" for key, row in members.items()}
-        title = wrap(short[encoder], max(8, int(span * inches / 0.085)))
+        names = {key: f"{drawable(row.layer, 22)}\n{row.grid}" for key, row in members.items()}
+        title = wrap(drawable(short[encoder]), max(8, int(span * inches / 0.085)))
         segments.append(Segment(title, places, names, start, start + span))
         start += span
     return segments
@@ -143,7 +143,7 @@ def _handles(rows: Sequence[Row], styles: dict[str, Style], has_references: bool
         Line2D(
             [], [], color=styles[name].color, marker=styles[name].marker, ls="--" if is_random else "-",
             mfc="white" if is_random else styles[name].color,
-            label=plain(name, 48) + (", RANDOM weights" if is_random else ""),
+            label=drawable(name, 48) + (", RANDOM weights" if is_random else ""),
         )
         for name, is_random in looks
     ]  # fmt: skip

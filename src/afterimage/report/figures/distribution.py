@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import (
     INK,
     MUTED,
@@ -75,7 +75,7 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
     panels[0].set_yticks([y for y, _ in places], labels)
     for y, text, is_random in headings:
         panels[0].annotate(
-            text, (0, y), (-4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+            drawable(text), (0, y), (-4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
             va="center", weight="bold", fontsize=7.5, color="#b00020" if is_random else INK,
         )  # fmt: skip
     caption = (
@@ -91,9 +91,9 @@ def _heading(names: dict[str, str], encoder: str, is_random: bool) -> str:
 
 def _label(row: Row, has_seeds: bool) -> str:
     if row.kind == "reference":
-        return plain(row.label, 34)
+        return drawable(row.label, 34)
     seed = f", seed {row.seed}" if has_seeds else ""
-    return plain(f"{row.layer} · {row.decoder_label}{seed}", 44)
+    return drawable(f"{row.layer} · {row.decoder_label}{seed}", 44)
 
 
 def _box(axes: Axes, y: float, values: Sequence[float], color: str, is_random: bool) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.grid import CELL, EDGE, FOOT, GAP, HEAD, LINE, PICTURES, Pixels, read_pixels
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import Drawing
@@ -68,7 +69,10 @@ def _lines(row: Row) -> list[Line]:
 
 
 def _figure(row: Row, lines: list[Line]) -> Figure:
-    heads = ["original", f"{wrap(plain(row.decoder_label, 60), HEAD)}\nmean {row.scores['psnr'].mean:.2f} dB"]
+    heads = [
+        "original",
+        f"{wrap(drawable(row.decoder_label, 60), HEAD)}\nmean {row.scores['psnr'].mean:.2f} dB",
+    ]
     means = zip(_names(row.sources), row.fusion_weights, strict=True)
     heads += [f"{name}\nmean weight {mean:.2f}" for name, mean in means]
     top = EDGE + LINE * max(head.count("\n") + 1 for head in heads) + 0.08
@@ -85,7 +89,7 @@ def _figure(row: Row, lines: list[Line]) -> Figure:
         axes.text(x + CELL / 2, top - 0.05, head, ha="center", va="bottom", fontsize=7.5, linespacing=1.25)
     for y, line in zip(itertools.count(top, step), lines, strict=False):
         psnr = row.values("psnr").get(line.identity)
-        feet = [plain(line.identity, HEAD), "" if psnr is None else f"{psnr:.2f} dB"]
+        feet = [drawable(line.identity, HEAD), "" if psnr is None else f"{psnr:.2f} dB"]
         feet += [f"{m.mean() / 255:.2f}" for m in line.maps]
         for x, foot in zip(left, feet, strict=True):
             axes.text(x + CELL / 2, y + CELL + 0.03, foot, ha="center", va="top", fontsize=7)
@@ -115,7 +119,7 @@ def _names(sources: tuple[str, ...]) -> list[str]:
     split = [source.partition(":")[::2] for source in sources]
     bare = [(model.partition(".")[0], layer) for model, layer in split]
     chosen = bare if len(set(bare)) == len(bare) else split
-    return [f"{wrap(plain(model, 40), HEAD)}\n{plain(layer, HEAD)}" for model, layer in chosen]
+    return [f"{wrap(drawable(model, 40), HEAD)}\n{drawable(layer, HEAD)}" for model, layer in chosen]
 
 
 def _seeds(rows: Rows) -> bool:

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 
 from afterimage.config import AfterimageError
 from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import INK, MUTED, Drawing, short_encoders, style
 from afterimage.report.rows import Row, Rows
@@ -185,7 +186,7 @@ def _drawing(page: Page, album: Album) -> Drawing:
     for line, identity in enumerate(album.ids):
         original, y = album.originals[identity], top + line * BLOCK
         scores = ("" if psnr is None else f"{psnr:.2f} dB" for psnr in album.psnr[identity])
-        feet = [plain(identity, HEAD), *scores]
+        feet = [drawable(identity, HEAD), *scores]
         for column, (pixels, foot) in enumerate(zip([original, *album.cells[identity]], feet, strict=True)):
             x = EDGE + column * (CELL + GAP)
             if pixels is None:
@@ -248,11 +249,11 @@ def _head(row: Row, page: Page) -> str:
     """What tells this column from the others, and its mean PSNR."""
     parts = []
     if row.kind == "reference":
-        parts.append(wrap(plain(row.label, 44), HEAD))
+        parts.append(wrap(drawable(row.label, 44), HEAD))
     else:
         if len({(r.encoder, r.is_random) for r in page.rows}) > 1 and len(row.sources) == 1:
-            parts.append(wrap(page.names[row.encoder], HEAD))
-        parts += [plain(row.layer, HEAD), wrap(plain(row.decoder_label, 60), HEAD)]
+            parts.append(wrap(drawable(page.names[row.encoder]), HEAD))
+        parts += [drawable(row.layer, HEAD), wrap(drawable(row.decoder_label, 60), HEAD)]
         parts += [f"seed {row.seed}"] if len({r.seed for r in page.rows}) > 1 else []
         parts += ["RANDOM weights"] if row.is_random else []
     return "\n".join([*parts, f"mean {row.scores['psnr'].mean:.2f} dB"])

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
+from afterimage.report.figures.fonts import columns, head
 from afterimage.report.figures.style import MUTED
 
 
@@ -91,21 +92,29 @@ def _boxes(corners: Float[np.ndarray, "points 2"]) -> Iterator[Bbox]:
 
 
 def wrap(name: str, width: int) -> str:
-    """Break a name after its own separators into the fewest lines of `width` characters, of similar length.
+    """Break a name after its own separators into the fewest lines of `width` columns, of similar length.
 
     A piece without separators that is longer than a line is cut.
     """
     whole = re.findall(r"[^_.\- ]*[_.\- ]|[^_.\- ]+", name)
-    pieces = [piece[i : i + width] for piece in whole for i in range(0, len(piece), width)]
+    pieces = [part for piece in whole for part in _chopped(piece, width)]
     lines = _fill(pieces, width)
-    narrower = (_fill(pieces, w) for w in range(-(-len(name) // len(lines)), width))
+    narrower = (_fill(pieces, w) for w in range(-(-columns(name) // len(lines)), width))
     return "\n".join(line.strip() for line in next((n for n in narrower if len(n) == len(lines)), lines))
+
+
+def _chopped(piece: str, width: int) -> Iterator[str]:
+    """A piece in parts of `width` columns."""
+    while piece:
+        part = head(piece, width) or piece[0]
+        yield part
+        piece = piece[len(part) :]
 
 
 def _fill(pieces: Sequence[str], width: int) -> list[str]:
     lines = [""]
     for piece in pieces:
-        if lines[-1] and len(lines[-1]) + len(piece) > width:
+        if lines[-1] and columns(lines[-1] + piece) > width:
             lines.append("")
         lines[-1] += piece
     return lines

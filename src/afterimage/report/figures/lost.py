@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from afterimage.report.controls import PLANES, REGIONS, Part, decoder, read_part, share_lost
-from afterimage.report.escape import plain
 from afterimage.report.figures.controls import LINE, label
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import MUTED, Drawing, grid_y, legend, short_encoders
 from afterimage.report.rows import Rows
 
@@ -75,9 +75,9 @@ def _by_frequency(parts: Sequence[Part]) -> Drawing:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
             grid_y(axes)
             panels[i][0].set_ylabel(f"{plane}: error / picture")
-        panels[0][j].set_title(plain(names[encoder], 28))
+        panels[0][j].set_title(drawable(names[encoder], 28))
         panels[1][j].set_xlabel("cycles a pixel")
-        layers = dict.fromkeys((p.row.sources, plain(p.row.layer, 16)) for p in members)
+        layers = dict.fromkeys((p.row.sources, drawable(p.row.layer, 16)) for p in members)
         panels[0][j].legend(
             handles=[Line2D([], [], color=colors[sources], label=text) for sources, text in layers],
             loc="best", fontsize=6.5, handlelength=1.2, labelspacing=0.2,

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from afterimage.report.controls import curve_of, decoder, read_part
-from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.lost import PANEL, dashes, shades
 from afterimage.report.figures.style import INK, MUTED, Drawing, grid_y, legend, short_encoders
 from afterimage.report.rows import Rows, Score
@@ -42,12 +42,12 @@ def rate(rows: Rows) -> list[Drawing]:
                 color=colors[part.row.sources], ls=patterns[decoder(part.row)], marker="o", markersize=2.5,
                 lw=1.1, elinewidth=0.7,
             )  # fmt: skip
-        layers = dict.fromkeys((p.row.sources, plain(p.row.layer, 16)) for p in members)
+        layers = dict.fromkeys((p.row.sources, drawable(p.row.layer, 16)) for p in members)
         axes.legend(
             handles=[Line2D([], [], color=colors[sources], label=text) for sources, text in layers],
             loc="upper right", fontsize=6.5, handlelength=1.2, labelspacing=0.2,
         )  # fmt: skip
-        axes.set_title(plain(names[encoder], 28))
+        axes.set_title(drawable(names[encoder], 28))
         axes.set_xscale("log")
         axes.set_xlabel("bits a pixel (log scale)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import margin_labels
 from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
 from afterimage.report.limit import PAST, features_of, highest, mean_curve
@@ -48,7 +48,7 @@ def draw_saturation(folders: Sequence[Run]) -> Drawing:
         axes.set_xlabel("passes through the encoder and back (0: the start)")
         axes.set_ylabel("PSNR (dB) ↑")
         grid_y(axes)
-        handles = [Line2D([], [], color=color, label=plain(name, 60)) for name, color in colors.items()]
+        handles = [Line2D([], [], color=color, label=drawable(name, 60)) for name, color in colors.items()]
         handles += [
             Line2D([], [], color=MUTED, ls=ls, label=label)
             for ls, label in (("-", "from a decoder"), ("--", "from grey"))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import point_labels
 from afterimage.report.figures.style import (
     MUTED,
@@ -62,7 +62,7 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(_apart(counts), [f"{count:,}" for count in _apart(counts)])
     _heads(figure, panels, shown, columns, "feature locations (log scale)")
-    legend(figure, _handles(looks, names.__getitem__, shown), columns=4)
+    legend(figure, _handles(looks, lambda name: drawable(names[name]), shown), columns=4)
     caption = (
         "Every layer by the number of its feature locations (height × width), a column a decoder, a line an "
         "encoder through its layers in execution order; mean over test pictures with its 95 % t interval."
@@ -86,13 +86,13 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
         by_size = Look(lambda r: float(r.parameters), lambda r: r.decoder_label, looks)
         points = _draw(axes, members, metric, by_size)
         if metric == "psnr":
-            named[axes] = [(x, score.mean, plain(row.layer, 18)) for x, score, row in points]
+            named[axes] = [(x, score.mean, drawable(row.layer, 18)) for x, score, row in points]
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 30 else (1, 2, 5), numticks=6))
         axes.xaxis.set_major_formatter(FuncFormatter(_short_count))
         axes.xaxis.set_minor_formatter(NullFormatter())
     _heads(figure, panels, shown, [names[c] for c in columns], "decoder parameters (log scale)")
-    legend(figure, _handles(looks, lambda name: plain(name, 48), shown), columns=4)
+    legend(figure, _handles(looks, lambda name: drawable(name, 48), shown), columns=4)
     figure.draw_without_rendering()
     for axes, points in named.items():
         point_labels(axes, points)
@@ -160,7 +160,7 @@ def _heads(
             axes.set_title(metric_label(*metric))
     else:
         for axes, name in zip(panels[0], names, strict=True):
-            axes.set_title(plain(name, 28))
+            axes.set_title(drawable(name, 28))
         for line, metric in zip(panels, metrics, strict=True):
             line[0].set_ylabel(metric_label(*metric))
     for axes in panels[-1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable, families, with_fallbacks
 from afterimage.report.layout import heading
 from afterimage.report.rows import Row
 
@@ -23,7 +25,7 @@ INK, MUTED = "#222222", "#6b6b6b"
 # Names are set as they are: a `$` in one must not start a formula. Text in SVG becomes outlines, so that it
 # looks the same without the font.
 RC = {
-    "font.family": "DejaVu Sans", "font.size": 8, "text.parse_math": False, "text.color": INK,
+    "font.size": 8, "text.parse_math": False, "text.color": INK,
     "axes.labelsize": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.labelcolor": INK,
     "axes.edgecolor": MUTED, "axes.linewidth": 0.7,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
@@ -66,18 +68,31 @@ class Drawing:
 
 
 @contextmanager
+def _at_level(logger: logging.Logger, level: int) -> Iterator[None]:
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
 def style() -> Iterator[None]:
     """Draw and save inside: matplotlib's own defaults and ours, whatever the user's matplotlibrc says."""
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    # What it warns of is a bold that a font for some script lacks.
+    quiet = _at_level(logging.getLogger("matplotlib.font_manager"), logging.ERROR)
+    with matplotlib.rc_context(), warnings.catch_warnings(), quiet:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(RC)
+        matplotlib.rcParams.update(RC | {"font.family": families()})
         yield
 
 
 def render(figure: Figure) -> tuple[bytes, bytes]:
     """The figure as PNG and SVG bytes, without dates or versions, so that equal rows give equal files."""
     with style():
+        with_fallbacks(figure)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(
             png, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"compress_level": 4}
@@ -124,7 +139,7 @@ def has(row: Row, metric: str, net: str) -> bool:
 
 
 def metric_label(metric: str, net: str) -> str:
-    return heading(metric, plain(net, 16))
+    return heading(metric, drawable(net, 16))
 
 
 def lpips_note(rows: Sequence[Row]) -> str:

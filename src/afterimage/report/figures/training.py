@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from afterimage.report.escape import plain
+from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import MUTED, Drawing, grid_y, legend, short_encoders
 from afterimage.report.rows import Row, Rows
@@ -62,8 +62,8 @@ def _figure(groups: dict[Panel, list[tuple[Row, Epochs]]], names: dict[str, str]
     for axes, (encoder, is_random, decoder, loss) in zip(panels.values(), groups, strict=True):
         ends[axes] = _draw(axes, groups[encoder, is_random, decoder, loss], loss == "mse")
         who = f"{names[encoder]}{', RANDOM weights' if is_random else ''}"
-        extra = "" if loss == "mse" else f"\nloss: {wrap(plain(loss, 40), TITLE)}"
-        axes.set_title(f"{wrap(who, TITLE)}\n{wrap(plain(decoder, 72), TITLE)}{extra}")
+        extra = "" if loss == "mse" else f"\nloss: {wrap(drawable(loss, 40), TITLE)}"
+        axes.set_title(f"{wrap(drawable(who), TITLE)}\n{wrap(drawable(decoder, 72), TITLE)}{extra}")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.set_ylabel("validation PSNR (dB) ↑" if loss == "mse" else "validation loss ↓")
@@ -126,7 +126,7 @@ def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> li
                 [x for x, _ in drops], [y for _, y in drops], "v", color=color, ms=4.5, mec="white", mew=0.5
             )
             axes.plot(*kept, "o", mfc="white", mec=color, ms=4.5)
-        ends.append((points[-1][1], plain(layer, 18), color))
+        ends.append((points[-1][1], drawable(layer, 18), color))
     grid_y(axes)
     return ends
 

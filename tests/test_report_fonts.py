@@ -1,0 +1,155 @@
+"""Names in any script are drawn by a font that has their characters, else written as escapes, and the log says so."""
+
+import logging
+import warnings
+
+import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from afterimage.report import read_rows
+from afterimage.report.escape import plain
+from afterimage.report.figures import draw, fonts, render, style
+from afterimage.report.figures.fonts import BASE, columns, drawable, families
+from afterimage.report.figures.labels import wrap
+from report_study import picture, write_run
+
+LACKING = "龘靐"  # no font that comes with matplotlib, and none here, has these
+NAME = f"{LACKING}_001"
+
+
+@pytest.fixture(autouse=True)
+def as_installed(monkeypatch):
+    """Only the fonts that come with matplotlib, and nothing known of what was drawn before."""
+    brought = [f for f in font_manager.fontManager.ttflist if "mpl-data" in f.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", brought)
+    monkeypatch.setattr(fonts, "_fallbacks", {})
+    monkeypatch.setattr(fonts, "_warned", [])
+    for known in (fonts._installed, fonts._chosen, fonts._characters):
+        known.cache_clear()
+    yield
+    for known in (fonts._installed, fonts._chosen, fonts._characters):
+        known.cache_clear()
+
+
+def install(folder, name: str, characters: str) -> None:
+    """A font whose glyphs are triangles, added to those that are installed."""
+    builder, glyphs = FontBuilder(1000, isTTF=True), {".notdef": TTGlyphPen(None).glyph()}
+    for character in characters:
+        pen = TTGlyphPen(None)
+        pen.moveTo((0, 0))
+        pen.lineTo((1000, 0))
+        pen.lineTo((500, 900))
+        pen.closePath()
+        glyphs[f"u{ord(character):X}"] = pen.glyph()
+    builder.setupGlyphOrder(list(glyphs))
+    builder.setupCharacterMap({ord(character): f"u{ord(character):X}" for character in characters})
+    builder.setupGlyf(glyphs)
+    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": name, "styleName": "Regular", "psName": name.replace(" ", "")})
+    builder.setupOS2(sTypoAscender=900, usWinAscent=900, usWinDescent=100)
+    builder.setupPost()
+    builder.save(folder / f"{name}.ttf")
+    font_manager.fontManager.addfont(folder / f"{name}.ttf")
+
+
+def drawn(text: str) -> tuple[bytes, str]:
+    """A figure of one text, as PNG and SVG."""
+    with style():
+        figure = Figure((3, 1))
+        figure.text(0.1, 0.5, drawable(text))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of glyphs that are missing
+            png, svg = render(figure)
+    return png, svg.decode()
+
+
+def test_what_no_font_has_is_written_as_escapes_and_said_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert drawable(NAME) == r"\u9f98\u9750_001"
+        assert drawable(LACKING[0]) == r"\u9f98"
+        assert drawable("ÿ Ω я ☕ 😀") == "ÿ Ω я ☕ 😀"  # these the base font has
+        assert drawable("\U0002070e") == r"\U0002070e"
+    assert len(caplog.records) == 1
+    assert LACKING in caplog.text.replace(
+        "\N{CJK UNIFIED IDEOGRAPH-9750}\N{CJK UNIFIED IDEOGRAPH-9F98}", LACKING
+    )
+    assert "no installed font has the characters" in caplog.text and NAME in caplog.text
+    assert families() == [BASE]
+    png, _ = drawn(NAME)
+    assert png == drawn(r"\u9f98\u9750_001")[0]
+
+
+def test_a_font_that_has_the_characters_draws_them(tmp_path, caplog):
+    install(tmp_path, "Other Script", "Ꙁ")
+    install(tmp_path, "Test Sans CJK", LACKING)
+    assert drawable(NAME) == NAME and families() == [BASE, "Test Sans CJK"]
+    png, svg = drawn(NAME)
+    assert (
+        svg.count("TestSansCJK-") >= 2 and "DejaVuSans-" in svg
+    )  # its outlines, and the base font's for the rest
+    assert png != drawn(r"\u9f98\u9750_001")[0] and caplog.text == ""
+
+
+def test_several_fonts_draw_one_name_and_the_rest_is_escaped(tmp_path, caplog):
+    install(tmp_path, "First Sans", LACKING[0])
+    install(tmp_path, "Second Sans", LACKING[1])
+    assert drawable(f"{LACKING}龖") == rf"{LACKING}\u9f96"
+    assert families() == [BASE, "First Sans", "Second Sans"]
+    assert "龖" in caplog.text
+
+
+def test_boxes_for_all_characters_are_no_font(tmp_path):
+    install(tmp_path, "LastResort Everything", LACKING)
+    assert drawable(LACKING) == r"\u9f98\u9750"
+
+
+def test_text_made_before_its_font_was_found_is_drawn_by_it_too(tmp_path):
+    install(tmp_path, "Test Sans CJK", LACKING)
+    with style():
+        figure = Figure((3, 1))
+        figure.text(0.1, 0.5, NAME)
+        drawable(NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert b"TestSansCJK-" in render(figure)[1]
+
+
+@pytest.mark.parametrize("has_font", [False, True])
+def test_every_figure_draws_such_names(tmp_path, has_font):
+    if has_font:
+        install(tmp_path, "Test Sans CJK", LACKING)
+    runs = [
+        write_run(tmp_path, f"{LACKING}net", layer, decoder, originals=[picture(0, 32)], count=3)
+        for layer in (f"{LACKING}1", f"{LACKING}2")
+        for decoder in ("linear", LACKING)
+    ]
+    shown = {}
+    for drawing in draw(read_rows(runs)):
+        with style():
+            drawing.figure.draw_without_rendering()
+        shown[drawing.name] = "".join(text.get_text() for text in drawing.figure.findobj(Text))
+        assert r"\u9f98" not in drawing.caption and r"\u9f98" not in drawing.title
+    assert {"quality-by-depth", "distributions", "training-curves"} <= shown.keys() and len(shown) > 4
+    for name, text in shown.items():
+        assert not fonts._lacking(text.replace("\n", "")), name
+        assert (LACKING[0] in text, r"\u9f98" in text) == (has_font, not has_font), name
+
+
+@given(st.text(st.characters(codec="ascii"), max_size=60), st.integers(3, 30))
+def test_what_the_base_font_has_is_cut_as_ever(text, limit):
+    assert drawable(text, limit) == plain(text, limit) and drawable(text) == plain(text)
+
+
+@given(st.text("ab_.- 龘靐", max_size=60), st.integers(4, 30))
+def test_wide_characters_take_two_columns(name, width):
+    lines = wrap(name, width).split("\n")
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "")
+    assert max(map(columns, lines)) <= width
+    assert columns(drawable(name, width)) <= width
