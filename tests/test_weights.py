@@ -1,7 +1,10 @@
 import hashlib
 import http.server
+import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from afterimage import weights as module
+from afterimage import hub_files
 from afterimage.config import AfterimageError
+from afterimage.encoders import Encoder, list_layers, resolve, resolve_model
+from afterimage.encoders.build import pretrained_config
 from afterimage.weights import (
     file_digest,
     find_torchvision_weights,
@@ -22,6 +27,7 @@ from afterimage.weights import (
 )
 
 MODEL = "resnet18.tv_in1k"
+MISSING = 404, {"X-Error-Code": "EntryNotFound"}
 STATE = {"conv1.weight": torch.arange(4.0).view(2, 2)}
 
 
@@ -51,21 +57,23 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve():
-    """Serves paths and contents on the loopback interface, as the hub does; yields it and its requests."""
+    """Serves paths and contents on the loopback interface, as the hub does; yields it and its requests.
+
+    In place of a content there may be a status and headers, and in place of a path a command and a path.
+    """
     servers, requests = [], []
 
     def start(files):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_HEAD(self, body=False):
                 requests.append((self.command, self.path))
-                content = files.get(self.path)
-                self.send_response(200 if content is not None else 404)
-                if content is None:
-                    self.send_header("X-Error-Code", "EntryNotFound")
-                else:
-                    self.send_header("ETag", hashlib.sha256(content).hexdigest())
-                    self.send_header("X-Repo-Commit", "0" * 40)
-                self.send_header("Content-Length", str(len(content or b"")))
+                answer = files.get((self.command, self.path), files.get(self.path, MISSING))
+                content = b"" if isinstance(answer, tuple) else answer
+                whole = {"ETag": hashlib.sha256(content).hexdigest(), "X-Repo-Commit": "0" * 40}
+                status, headers = answer if isinstance(answer, tuple) else (200, whole)
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 if body and content:
                     self.wfile.write(content)
@@ -188,8 +196,8 @@ def test_without_a_network_it_fails_soon_and_says_how_to_go_on(folder):
 
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch):
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
-    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: time.sleep(60))
+    monkeypatch.setattr(hub_files, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: time.sleep(60))
     start = time.perf_counter()
     with pytest.raises(AfterimageError, match="no answer within"):
         find_weights(MODEL)
@@ -304,3 +312,181 @@ def test_a_bad_file_is_one_clear_error_and_runs_no_code(tmp_path, monkeypatch, n
         read_weights(tmp_path / name)
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
     assert not (tmp_path / "hostile-was-here").exists()
+
+
+REFUSALS = [
+    (429, {"Retry-After": "37"}, "is busy, with too many requests from here (429): try again in 37 s, as it asks"),
+    (429, {"RateLimit": '"resolvers";r=0;t=120'}, "try again in 120 s, as it asks"),
+    (429, {}, "is busy, with too many requests from here (429): try again later"),
+    (503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, "is not available for now (503): try again after Wed, 21"),
+    (503, {}, "is not available for now (503): try again later"),
+    (500, {}, "is not available for now (500): try again later"),
+    (504, {}, "is not available for now (504): try again later"),
+    (403, {"X-Error-Code": "GatedRepo"}, "is gated, and access was refused (403): accept its licence on "),
+    (401, {"X-Error-Code": "GatedRepo"}, "is gated, and access was refused (401): accept its licence on "),
+    (403, {}, "is gated, and access was refused (403): accept its licence on "),
+    (401, {"X-Error-Code": "RepoNotFound"}, "does not exist, or it is private or gated (401): check its name on "),
+    (401, {}, "does not exist, or it is private or gated (401): check its name on "),
+    (404, {"X-Error-Code": "RepoNotFound"}, "does not exist at "),
+    (404, {}, "does not exist at "),
+    (404, {"X-Error-Code": "RevisionNotFound"}, "has no revision main (404)"),
+    (404, {"X-Error-Code": "EntryNotFound"}, "(it holds no model.safetensors or pytorch_model.bin)"),
+    (418, {}, "refuses timm/resnet18.tv_in1k (418: "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "headers", "words"), REFUSALS)
+def test_the_hubs_refusals_are_told_by_what_they_are(monkeypatch, serve, status, headers, words):
+    start, requests = serve
+    answer = status, headers
+    paths = [f"/timm/{MODEL}/resolve/main/{name}" for name in ("model.safetensors", "pytorch_model.bin")]
+    address = start(dict.fromkeys(paths, answer))
+    use_hub(monkeypatch, address)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(AfterimageError) as error:
+        find_weights(MODEL)
+    told = str(error.value)
+    assert words in told and "\n" not in told and address in told
+    assert ("it holds no" in told) == (headers.get("X-Error-Code") == "EntryNotFound")
+    if status in (401, 403):
+        assert f"{address}/timm/{MODEL}" in told and "`hf auth login`, or set HF_TOKEN" in told
+        monkeypatch.setenv("HF_TOKEN", "hf_token")
+        with pytest.raises(AfterimageError, match=r"accept its licence .* with the account of your token"):
+            find_weights(MODEL)
+    assert len(requests) < 5, "a hub that is busy is not asked again and again"
+
+
+def test_a_hub_that_fails_during_the_download_and_one_that_is_none_are_told_too(monkeypatch, serve):
+    start, _ = serve
+    path = f"/timm/{MODEL}/resolve/main/model.safetensors"
+    use_hub(monkeypatch, start({path: b"weights", ("GET", path): (503, {"Retry-After": "4"})}))
+    with pytest.raises(
+        AfterimageError, match=r"is not available for now \(503\): try again in 4 s, as it asks"
+    ):
+        find_weights(MODEL)
+    address = start({path: (200, {"Content-Type": "text/html"})})
+    use_hub(monkeypatch, address)
+    with pytest.raises(AfterimageError, match=rf"the hub at {address} \(.*does not seem to be served by"):
+        find_weights(MODEL)
+
+
+def test_other_servers_that_are_busy_are_told_too(monkeypatch, serve):
+    start, _ = serve
+    url = f"{start({'/w-00000000.pth': (503, {'Retry-After': '9'})})}/w-00000000.pth"
+    torchvision_weights = type("W", (), {"IMAGENET1K_V1": type("V", (), {"url": url})})
+    monkeypatch.setattr("torchvision.models.get_model_weights", lambda _: torchvision_weights)
+    with pytest.raises(
+        AfterimageError, match=rf"{url} is not available for now \(503\): try again in 9 s, as it asks"
+    ):
+        find_torchvision_weights("squeezenet1_1")
+
+
+@pytest.mark.parametrize("form", ["hf-hub:timm/{}", "hf_hub:timm/{}", "HF-hub:timm/{}", "timm/{}", "{}"])
+def test_a_timm_model_may_be_named_as_on_the_hub(form):
+    for name, resolved in (
+        ("resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("resnet18.tv_in1k", "resnet18.tv_in1k"),
+    ):
+        assert resolve_model(form.format(name)) == resolved
+        assert resolve(f"{form.format(name)}:layer1") == f"{resolved}:layer1"
+    assert resolve_model(form.format("resnet18")) == resolve_model("resnet18")
+
+
+@pytest.fixture
+def repository(monkeypatch, serve):
+    """A network of one's own on a hub: timm's tiny ResNet, trained by somebody else, with another mean and classes."""
+    import timm
+
+    start, requests = serve
+    state = timm.create_model("test_resnet", num_classes=7).state_dict()
+    config = {
+        "architecture": "test_resnet",
+        "num_classes": 7,
+        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 96, 96]},
+    }
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": save(state)}
+    use_hub(
+        monkeypatch, start({f"/me/my.net/resolve/main/{name}": content for name, content in files.items()})
+    )
+    clear()
+    yield state, requests
+    clear()
+
+
+def clear():
+    from afterimage.encoders import build
+
+    for function in (resolve_model, hub_files.repository_config, build._repository):
+        function.cache_clear()
+
+
+def test_a_repository_of_the_hub_is_an_encoder(monkeypatch, repository, tmp_path):
+    state, requests = repository
+    encoder = Encoder("hf-hub:me/my.net:layer2", image_size=64)
+    assert encoder.sources == ("me/my.net:layer2",) and encoder.model_name == "me/my.net"
+    assert (encoder.weights.origin, encoder.weights.location) == ("hub", "me/my.net")
+    found = {key.removeprefix("model."): value for key, value in encoder.state_dict().items()}
+    assert all(torch.equal(value, state[key]) for key, value in found.items())
+    assert encoder.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert encoder.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert pretrained_config("me/my.net")["num_classes"] == 7
+    assert {"layer1", "layer2"} <= {layer.name for layer in list_layers("hf_hub:me/my.net", 64)}
+    # From the cache alone, with no network.
+    clear()
+    count = len(requests)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert Encoder("me/my.net:layer2", image_size=64).weights.origin == "cache"
+    assert len(requests) == count
+    # And with weights from elsewhere, in the repository's network.
+    (tmp_path / "w").mkdir()
+    save_file(state, tmp_path / "w" / "my.net.safetensors")
+    assert Encoder("me/my.net:layer2", weights=tmp_path / "w", image_size=64).weights.origin == "path"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, "names no architecture (it describes a 'vit' of "),
+        ({"architecture": "no_such_net"}, "names the architecture 'no_such_net', which timm would have to know"),
+        ([], "it is no table of settings"),
+        ({"architecture": "test_resnet", "pretrained_cfg": {"mean": [1]}}, "mean must be three numbers"),
+        ({"architecture": "test_resnet", "pretrained_cfg": 3}, "cannot use the config.json of me/net"),
+        ((403, {"X-Error-Code": "GatedRepo"}), "a repository of the hub: the hub's me/net is gated"),
+        ((503, {}), "config.json of me/net, a repository of the hub: the hub at"),
+        ((404, {"X-Error-Code": "EntryNotFound"}), "it holds no config.json"),
+    ],
+)  # fmt: skip
+def test_a_repository_that_is_no_network_is_told(monkeypatch, serve, config, words):
+    start, _ = serve
+    content = config if isinstance(config, tuple) else json.dumps(config).encode()
+    use_hub(monkeypatch, start({"/me/net/resolve/main/config.json": content}))
+    clear()
+    with pytest.raises(AfterimageError) as error:
+        pretrained_config(resolve_model("hf-hub:me/net"))
+    assert words in str(error.value)
+    clear()
+
+
+def test_names_of_repositories_that_are_none_and_offline(monkeypatch, tmp_path):
+    clear()
+    with pytest.raises(AfterimageError, match="'a/b/c' is no name of a repository: write OWNER/NAME"):
+        resolve_model("a/b/c")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        AfterimageError, match=rf"{tmp_path}/hub has none, and nothing is downloaded, as HF_HUB_OFFLINE"
+    ):
+        resolve_model("hf-hub:me/net")
+    with pytest.raises(AfterimageError, match="unknown model 'resnet18/layer1'; did you mean 'resnet18'"):
+        resolve_model("resnet18/layer1")
+    with pytest.raises(AfterimageError, match="names no layer"):
+        resolve("hf-hub:timm/resnet18.a1_in1k")
+    clear()
+
+
+def test_the_command_line_with_the_real_client(repository, tmp_path):
+    """HF_ENDPOINT from the environment, as a user sets it, in a process of its own."""
+    endpoint = huggingface_hub.constants.ENDPOINT
+    own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "afterimage", "layers", "hf-hub:me/my.net", "--image-size", "64"]
+    result = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "layer2" in result.stdout, result.stderr

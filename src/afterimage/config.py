@@ -283,9 +283,13 @@ def folder_name(parts: Sequence[str], digest: str) -> str:
     return f"{slug[:100]}-{digest[:8]}"
 
 
+HUB_PREFIX = re.compile(r"^hf[-_]hub:(?=[^:/]+/)", re.IGNORECASE)
+"""What may stand before `OWNER/NAME`, a repository of the hub that is an encoder."""
+
+
 def split_source(source: str) -> tuple[str, str]:
-    """Split `model:layer`; the model's name may itself hold no colon."""
-    model, colon, layer = source.partition(":")
+    """Split `model:layer`. A model's name holds no colon, but for `hf-hub:` before it, which is taken off."""
+    model, colon, layer = re.sub(HUB_PREFIX, "", source).partition(":")
     if not (model and colon and layer):
         raise AfterimageError(
             f"{source!r} names no layer; write model:layer, for example resnet34.tv_in1k:layer1 "

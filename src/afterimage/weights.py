@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-import re
-import socket
-import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from afterimage.config import AfterimageError, unknown
+from afterimage.hub_files import (
+    CONFIG,
+    Unavailable,
+    cached,
+    download,
+    download_url,
+    repository_config,
+    torch_hub_file,
+)
 from afterimage.weight_files import first_line, read_named_tensors, shards
 
 SUFFIXES = (".safetensors", ".pth")
 FOLDER = "AFTERIMAGE_WEIGHTS"
-CONNECT_SECONDS = 5.0
-STALL_SECONDS = 30.0
-CONFIG = "config.json"
 SNAPSHOT = tuple(
     f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
@@ -72,7 +73,7 @@ def random_weights(model: str, seed: int) -> Weights:
 
 
 def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
-    """Find a file of weights for a timm model, named with its tag.
+    """Find a file of weights for a timm model, named with its tag, or for a repository of the hub, `OWNER/NAME`.
 
     `weights` is a path to a file or a folder, or `pretrained`: then the folder that AFTERIMAGE_WEIGHTS names,
     the local caches of the hub and of torch.hub, and the hub itself are tried in this order.
@@ -82,6 +83,11 @@ def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
     """
     from timm.models import get_pretrained_cfg
 
+    if "/" in model:
+        stem = model.partition("@")[0].rpartition("/")[2]
+        return _find(
+            model, weights, [f"{stem}{suffix}" for suffix in SUFFIXES], _hub_files(model, None), None
+        )
     architecture = model.partition(".")[0]
     names = [f"{stem}{suffix}" for stem in dict.fromkeys([model, architecture]) for suffix in SUFFIXES]
     config = get_pretrained_cfg(model, allow_unregistered=True)
@@ -160,11 +166,20 @@ def _in_snapshot(model: str, folder: Path) -> Path | None:
     except (OSError, ValueError) as error:
         raise AfterimageError(f"cannot read {folder / CONFIG}: {first_line(error)}") from None
     found = config.get("architecture") if isinstance(config, dict) else None
-    if isinstance(found, str) and found.partition(".")[0] != model.partition(".")[0]:
+    own = repository_config(model).get("architecture") if "/" in model else model
+    if isinstance(found, str) and _architecture(found) != _architecture(str(own)):
         raise AfterimageError(
             f"the folder {folder} holds weights of {found}, by its {CONFIG}, and not of {model}"
         )
     return file
+
+
+def _architecture(name: str) -> str:
+    """A model's name without its tag, as timm has it today."""
+    from timm.models._registry import _deprecated_models
+
+    name = name.partition(".")[0]
+    return (_deprecated_models.get(name) or name).partition(".")[0]
 
 
 def _weights(model: str, origin: str, location: str, file: Path) -> Weights:
@@ -181,18 +196,14 @@ def _hub_files(repository: str, filename: str | None) -> tuple[str, str | None, 
 
 
 def _in_cache(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weights | None:
-    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if hub:
-        repository, revision, names = hub
-        for name in names:
-            file = try_to_load_from_cache(repository, name, cache_dir=HF_HUB_CACHE, revision=revision)
-            if isinstance(file, str):
-                return _weights(model, "cache", repository, Path(file))
-        tried.append(f"the hub's cache {HF_HUB_CACHE} (no {repository})")
+        if file := cached(*hub):
+            return _weights(model, "cache", hub[0], file)
+        tried.append(f"the hub's cache {HF_HUB_CACHE} (no {hub[0]})")
     if url:
-        file = _torch_hub_file(url)
+        file = torch_hub_file(url)
         if file.is_file():
             return _weights(model, "cache", url, file)
         tried.append(f"torch.hub's cache (no {file})")
@@ -205,79 +216,15 @@ def _from_hub(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weig
     if HF_HUB_OFFLINE:
         tried.append("no download, as HF_HUB_OFFLINE is set")
         return None
-    if hub and (file := _download_from_hub(*hub, tried)):
-        return _weights(model, "hub", hub[0], file)
-    if url:
-        try:
-            _knock(url)
-            return _weights(model, "hub", url, _download(url))
-        except (OSError, RuntimeError) as error:
-            tried.append(f"{url} ({first_line(error)})")
+    for location, get in ((hub and hub[0], lambda: download(*hub)), (url, lambda: download_url(url))):
+        if location:
+            try:
+                return _weights(model, "hub", location, get())
+            except Unavailable as reason:
+                tried.append(str(reason))
     if not hub and not url:
         tried.append("no download, as none is published")
     return None
-
-
-def _download_from_hub(
-    repository: str, revision: str | None, names: list[str], tried: list[str]
-) -> Path | None:
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        _knock(hf_hub_url(repository, names[0], revision=revision))
-        for name in names:
-            with contextlib.suppress(EntryNotFoundError):
-                options = {"revision": revision, "etag_timeout": CONNECT_SECONDS}
-                return Path(hf_hub_download(repository, name, **options))
-        tried.append(f"the hub's {repository} (it holds no {' or '.join(names)})")
-    except Exception as error:
-        tried.append(f"the hub at {constants.ENDPOINT} ({first_line(error)})")
-    return None
-
-
-def _knock(url: str) -> None:
-    """Raise OSError unless something answers at an address within CONNECT_SECONDS.
-
-    The hub's client tries for half a minute where there is no network, and a name server that never answers
-    holds up any client for longer.
-    """
-    from huggingface_hub.utils import get_session
-
-    failures: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            get_session().head(url, timeout=CONNECT_SECONDS)
-            failures.append(None)
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS + 1)
-    if not failures:
-        raise OSError(f"no answer within {CONNECT_SECONDS:.0f} s")
-    if failures[0] is not None:
-        raise OSError(first_line(failures[0]))
-
-
-def _torch_hub_file(url: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-
-
-def _download(url: str) -> Path:
-    """Download whole or not at all, into torch.hub's cache; the digest in its file names is checked."""
-    file = _torch_hub_file(url)
-    expected = re.search(r"-([0-9a-f]{8,})\.", file.name)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), expected and expected[1])
-    finally:
-        socket.setdefaulttimeout(before)
-    return file
 
 
 def file_digest(file: str | Path) -> str:

@@ -8,16 +8,19 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import timm
 import torch
-from timm.models import _builder, get_pretrained_cfg
+from timm.models import PretrainedCfg, _builder, get_pretrained_cfg
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from afterimage.config import AfterimageError
 from afterimage.encoders.match import best_match, nearest
+from afterimage.encoders.names import architecture
+from afterimage.hub_files import repository_config
 from afterimage.weight_files import NamedTensors
 
 Size = tuple[int, int]
@@ -67,8 +70,33 @@ class Blank(TorchFunctionMode):
 
 def pretrained_config(name: str) -> dict[str, Any]:
     """timm's description of a model's weights: mean and std, the picture size that they expect, and so on."""
+    if "/" in name:
+        return _repository(name)[0]
     config = get_pretrained_cfg(name, allow_unregistered=True)
     return config.to_dict() if config is not None else {}
+
+
+@functools.cache
+def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a repository's config.json says of its weights, and with which arguments timm builds its network.
+
+    Old ones have no table of their own for the weights. An argument that sets the image's size is left out, as
+    `create_model` has it. What is not said is as timm takes it.
+    """
+    config, known = repository_config(name), {field.name for field in fields(PretrainedCfg)}
+    told, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    try:
+        default = get_pretrained_cfg(architecture(name)) or PretrainedCfg()
+        told = {"num_classes": config.get("num_classes"), **told, "architecture": architecture(name)}
+        told = {key: value for key, value in told.items() if key in known and value is not None}
+        shapes = {key: getattr(default, key) for key in ("fixed_input_size", "first_conv", "classifier")}
+        weights = PretrainedCfg(**{**shapes, **told}).to_dict()
+        for key in ("mean", "std", "input_size"):
+            if len([float(value) for value in weights[key]]) != 3:
+                raise ValueError(f"{key} must be three numbers, got {weights[key]}")
+        return weights, {key: value for key, value in arguments.items() if key != "img_size"}
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise AfterimageError(f"cannot use the config.json of {name}: {error}") from None
 
 
 def has_fixed_size(name: str) -> bool:
@@ -85,6 +113,9 @@ def create_model(name: str, image_size: Size, *, device: str = "cpu", **options:
     """A timm model in eval mode for pictures of `image_size`."""
     if has_fixed_size(name):
         options["img_size"] = image_size
+    if "/" in name:
+        config, arguments = _repository(name)
+        options, name = {**arguments, **options, "pretrained_cfg": config}, architecture(name)
     with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")
         return timm.create_model(name, **options).eval()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import re
 
 import timm
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from afterimage.config import AfterimageError, split_source, unknown
+from afterimage.config import HUB_PREFIX, AfterimageError, split_source, unknown
+from afterimage.hub_files import repository_config
 
 
 def resolve(source: str) -> str:
@@ -27,8 +29,13 @@ def resolve(source: str) -> str:
 def resolve_model(name: str) -> str:
     """A timm model's name with the tag of its weights: the one given, else timm's default.
 
-    A model for which no weights were ever published has no tag and stays as it is.
+    A model for which no weights were ever published has no tag and stays as it is. A repository of the hub,
+    `OWNER/NAME` with `hf-hub:` before it or not, is the timm model whose weights it holds, or stays `OWNER/NAME`: its
+    config.json then names the architecture.
     """
+    name = re.sub(HUB_PREFIX, "", name)
+    if "/" in name:
+        return _resolve_repository(name)
     architecture, _, tag = name.partition(".")
     current = _renamed(architecture)
     if current is not None:
@@ -43,6 +50,39 @@ def resolve_model(name: str) -> str:
     if pinned not in known:
         raise unknown("weights' tag", pinned, known or [architecture])
     return pinned
+
+
+def _resolve_repository(name: str) -> str:
+    owner, _, model = name.partition("/")
+    if owner == "timm":
+        known, _, tag = model.partition(".")
+        if _renamed(known) or (timm.is_model(known) and (not tag or model in _tags(known))):
+            return resolve_model(model)
+    if timm.is_model(owner.partition(".")[0]):
+        raise AfterimageError(
+            f"unknown model {name!r}; did you mean {owner!r}? A layer is named after a colon"
+        )
+    architecture(name)
+    return name
+
+
+def architecture(name: str) -> str:
+    """What timm calls a model's architecture: its name without the tag; for a repository what its config.json says.
+
+    Raises AfterimageError for a repository that cannot be read, or whose network is none of timm's.
+    """
+    if "/" not in name:
+        return name.partition(".")[0]
+    config = repository_config(name)
+    found = str(config.get("architecture", "")).partition(".")[0]
+    if timm.is_model(found):
+        return found
+    says = f"names the architecture {found!r}" if found else "names no architecture"
+    if isinstance(kind := config.get("model_type"), str):
+        says += f" (it describes a {kind!r} of another library)"
+    raise AfterimageError(
+        f"{name} is no model of timm's: its config.json {says}, which timm would have to know"
+    )
 
 
 def _renamed(architecture: str) -> str | None:
@@ -82,6 +122,7 @@ def aliases(model: nn.Module, name: str) -> dict[str, str]:
     in order; PVT-v2's `stage1` .. `stage4` are its stages. ResNet's `layer1` .. `layer4` are module paths as
     they are.
     """
+    name = architecture(name)
     if name.startswith("vgg"):
         pools = [f"features.{i}" for i, m in model.features.named_children() if isinstance(m, nn.MaxPool2d)]
         return {f"block{n}": path for n, path in enumerate(pools, start=1)}
