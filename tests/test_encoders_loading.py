@@ -304,5 +304,16 @@ def test_a_snapshot_of_the_hub_is_a_folder_of_weights(whole, tmp_path):
     with pytest.raises(AfterimageError, match=r"cannot read .*config.json"):
         find_weights(TINY, tmp_path / "wrong")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AfterimageError, match=r"empty holds no weights for .*, nor a snapshot of the hub"):
+    with pytest.raises(
+        AfterimageError, match=r"empty holds no weights for .*, nor a snapshot of .* It holds nothing"
+    ):
         find_weights(TINY, tmp_path / "empty")
+    (tmp_path / "empty" / "model_best.pth.tar").write_bytes(b"")
+    with pytest.raises(AfterimageError, match=r"It holds model_best.pth.tar; name a file to read just that"):
+        find_weights(TINY, tmp_path / "empty")
+    cached = tmp_path / "models--timm--net"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots").mkdir()
+    snapshot(cached / "snapshots" / "abc", whole, config)
+    assert find_weights(TINY, cached).file == cached / "snapshots" / "abc" / "model.safetensors"

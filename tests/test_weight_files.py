@@ -262,6 +262,21 @@ def test_what_is_no_checkpoint_is_told_by_what_it_is(tmp_path, reason, suffix):
     assert "safetensors" in told or "download or save it again" in told
 
 
+def test_an_archive_that_was_packed_again_is_read_and_one_that_explodes_is_not(tmp_path):
+    with zipfile.ZipFile(io.BytesIO(saved({"state_dict": STATE}))) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    key = next(name for name in files if name.endswith("data.pkl"))
+    for content, packed in ((files, True), ({**files, key: bytes(10**8)}, False)):
+        with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, value in content.items():
+                archive.writestr(name, value)
+        if packed:
+            same(read_weights(tmp_path / "x.pth"))
+        else:
+            with pytest.raises(AfterimageError, match="grows to 100,000,000 bytes as it is unpacked"):
+                read_weights(tmp_path / "x.pth")
+
+
 def test_the_content_counts_and_not_the_name(tmp_path):
     (tmp_path / "x.pth").write_bytes(save({k: v.contiguous() for k, v in STATE.items()}))
     (tmp_path / "x.safetensors").write_bytes(saved(STATE))

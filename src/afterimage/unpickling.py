@@ -30,6 +30,8 @@ CODE = frozenset(
        for name in ("eval", "exec", "execfile", "compile", "open", "input", "breakpoint", "__import__", "apply")]
 )  # fmt: skip
 """Modules and functions that run commands. No training leaves them behind: a file that names one is refused."""
+MAX_RATIO = 500
+"""How many times its size a packed record may become; torch.save packs none."""
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -403,14 +405,20 @@ def read_archive(path: Path, archive: zipfile.ZipFile, folder: str) -> Any:
                 found[name].untyped.byteswap(dtype)
         return Storage(found[name].untyped, dtype)
 
-    return read_pickle(io.BytesIO(archive.read(f"{folder}data.pkl")), persistent)
+    return read_pickle(io.BytesIO(_unpacked(archive, records[f"{folder}data.pkl"])), persistent)
+
+
+def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    if info.file_size > MAX_RATIO * max(info.compress_size, 4096):
+        raise Damaged(f"its record {info.filename} grows to {info.file_size:,} bytes as it is unpacked")
+    return archive.read(info)
 
 
 def _record(
     path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, whole: torch.UntypedStorage, size: int
 ) -> torch.UntypedStorage:
     if info.compress_type != zipfile.ZIP_STORED:
-        content = bytearray(archive.read(info)[:size] or b"\0")
+        content = bytearray(_unpacked(archive, info)[:size] or b"\0")
         return torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
     with open(path, "rb") as stream:
         stream.seek(info.header_offset)

@@ -143,9 +143,12 @@ def _find(
 def _from_path(model: str, path: Path, names: list[str]) -> Weights:
     file = (_in_folder(path, names) or _in_snapshot(model, path)) if path.is_dir() else path
     if file is None:
+        inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+        more = ", ..." if len(inside) > 5 else ""
         raise AfterimageError(
             f"the folder {path} holds no weights for {model}: none of {', '.join(names)}, nor a snapshot of the hub "
-            f"({' or '.join(SNAPSHOT)})"
+            f"({' or '.join(SNAPSHOT)}). It holds {', '.join(inside[:5]) or 'nothing'}{more}; "
+            "name a file to read just that"
         )
     if not file.is_file():
         raise AfterimageError(f"there are no weights at {path}; write a file, a folder, pretrained or random")
@@ -157,7 +160,13 @@ def _in_folder(folder: Path, names: list[str]) -> Path | None:
 
 
 def _in_snapshot(model: str, folder: Path) -> Path | None:
-    """The weights of a repository that was copied from the hub, whose config.json must not name another network."""
+    """The weights of a repository that was copied from the hub, whose config.json must not name another network.
+
+    The folder may also be that of a repository in the hub's cache, which keeps a snapshot for each commit.
+    """
+    commit = folder / "refs" / "main"
+    if commit.is_file() and (folder / "snapshots").is_dir():
+        folder = folder / "snapshots" / commit.read_text().strip()
     file = _in_folder(folder, list(SNAPSHOT))
     if file is None or not (folder / CONFIG).is_file():
         return file
