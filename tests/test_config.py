@@ -1,23 +1,36 @@
 import dataclasses
+import os
+from math import isfinite
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from afterimage.audit.config import AttackersConfig, AuditConfig
 from afterimage.config import (
+    MAX_PARAMETERS,
+    MAX_SEED,
     AfterimageError,
     DataConfig,
     DecoderConfig,
     FusionConfig,
     RecipeConfig,
     RunConfig,
+    absolute_path,
+    absolute_source,
+    absolute_weights,
     dump_toml,
     from_dict,
     load_toml,
+    local_path,
     parse_count,
     split_source,
     to_dict,
 )
+from afterimage.data.shards import expand
+from afterimage.invert.config import InversionConfig, InvertConfig
+from afterimage.study import StudyConfig, load_study
 
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789_.", min_size=1, max_size=20)
 sources = st.builds("{}:{}".format, words, words)
@@ -92,6 +105,12 @@ def test_defaults_are_the_published_recipe():
         ({"sources": ["a:b"], "data": {"crop": 300}}, "must not be larger than resize"),
         ({"sources": ["a:b"], "data": {"test_fraction": 1.0}}, "between 0 and 1"),
         ({"sources": ["a:b"], "lpips": "alexnet"}, "did you mean 'alex'"),
+        ({"sources": ["a:b"], "data": {"crop": 10}}, "crop must lie between 11"),
+        ({"sources": ["a:b"], "recipe": {"loss": "mse + lpip"}}, "unknown loss 'lpip'"),
+        (
+            {"sources": ["a:b"], "recipe": {"loss": "lpips"}, "data": {"crop": 30}},
+            "crop of 31 pixels or more",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -147,3 +166,163 @@ def test_run_names_are_safe_folder_names():
 def test_split_source_keeps_later_colons():
     assert split_source("model.tag:a:b") == ("model.tag", "a:b")
     assert to_dict(RunConfig(("m:l",)))["sources"] == ["m:l"]
+
+
+NUMBERS = (
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    -1,
+    0,
+    1,
+    10**9,
+    10**12,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**400,
+)
+OWNERS = {
+    DataConfig: {},
+    DecoderConfig: {},
+    FusionConfig: {},
+    RecipeConfig: {},
+    RunConfig: {"sources": ("a:b",)},
+    StudyConfig: {"sources": ("a:b",)},
+    InvertConfig: {},
+    InversionConfig: {
+        "sources": ("a:b",), "weights": "random", "start": "", "inversion": InvertConfig(), "data": DataConfig(),
+    },
+    AttackersConfig: {},
+    AuditConfig: {"model": "a", "layers": ("b",)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=lambda owner: owner.__name__)
+def test_every_number_has_limits_that_a_run_folder_can_hold(owner, tmp_path):
+    """Whatever number a setting is given: it is refused with its name, or written, read back and used as a number."""
+    given = OWNERS[owner]
+    default = owner(**given)
+    numbers = [
+        f.name
+        for f in dataclasses.fields(owner)
+        if f.type.removesuffix(" | None") in ("int", "float", "Count")
+    ]
+    for name in numbers:
+        whole = dict((f.name, f.type) for f in dataclasses.fields(owner))[name].startswith(("int", "Count"))
+        for number in NUMBERS:
+            if (whole and isinstance(number, float)) or (not whole and number == NUMBERS[-1]):
+                continue
+            number = number if whole else float(number)
+            try:
+                config = dataclasses.replace(default, **{name: number})
+            except AfterimageError as error:
+                assert name in str(error) or "crop" in str(error), (name, number, str(error))
+                continue
+            (tmp_path / "a.toml").write_text(dump_toml(config))
+            assert load_toml(owner, tmp_path / "a.toml") == config
+            assert (
+                0 <= number <= (MAX_SEED if "seed" in name else MAX_PARAMETERS) if whole else isfinite(number)
+            )
+
+
+@given(st.integers())
+def test_seeds_are_what_every_generator_takes(seed):
+    import numpy as np
+    import torch
+
+    try:
+        config = RunConfig(("a:b",), seed=seed)
+    except AfterimageError as error:
+        assert "seed must lie between 0 and 9,223,372,036,854,775,807" in str(error)
+        assert not 0 <= seed <= MAX_SEED
+        return
+    torch.Generator().manual_seed(config.seed + 100)
+    np.random.default_rng(config.seed)
+
+
+def test_one_place_is_one_run_however_it_is_written(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spellings = ["x", "x/", "./x", ".//x/.", "other/../x", "~/x", str(tmp_path / "x"), f"{tmp_path}/./x/"]
+    for kind in ("folder", "div2k"):
+        configs = [
+            RunConfig(("a:b",), data=DataConfig(f"{kind}:{text}", test=f"{kind}:{text}"))
+            for text in spellings
+        ]
+        assert len({config.digest for config in configs}) == len({config.name for config in configs}) == 1
+        assert configs[0].data.source == configs[0].data.test == f"{kind}:{tmp_path}/x"
+    assert len({RunConfig(("a:b",), weights=text).digest for text in spellings}) == 1
+    assert len({AuditConfig(pairs=f"{text}/s.npz").pairs for text in spellings}) == 1
+    assert len({AuditConfig(encoder=f"{text}/n.py:f", layers=("a",)).encoder for text in spellings}) == 1
+    assert AuditConfig(encoder="package.module:f", layers=("a",)).encoder == "package.module:f"
+    text = 'sources = ["a:b"]\nweights = "./w"\n[data]\nsource = "folder:./x"\n'
+    text += '[[rows]]\nsources = ["c:d"]\nweights = "w"\n'
+    (tmp_path / "study.toml").write_text(text)
+    study = load_study("study.toml")
+    assert study.data.source == f"folder:{tmp_path}/x"
+    assert study.weights == study.rows[0].weights == f"{tmp_path}/w"
+
+
+@pytest.mark.parametrize("word", ["pretrained", "random", "random-init"])
+def test_what_is_no_path_stays_as_it_is(word):
+    assert absolute_weights(word) == word and absolute_weights("") == ""
+    for source in ("div2k", "procedural", "procedural:12", "photographs", "folder:", "imagenet", "files:ab"):
+        assert absolute_source(source) == source
+
+
+def test_the_digests_of_runs_without_paths_are_those_of_before():
+    digests = {
+        "f3f09328": RunConfig(("resnet34.tv_in1k:layer1",)),
+        "874d3c2d": RunConfig(
+            ("a:b", "c:d"), weights="random", data=DataConfig("procedural:40", resize=64, crop=64)
+        ),
+        "0b8ae298": RunConfig(("a:b",), data=DataConfig("photographs", test="procedural:5"), seed=7),
+    }
+    assert {config.digest[:8] for config in digests.values()} == set(digests)
+
+
+def test_links_keep_their_names_but_two_dots_go_where_the_system_goes(tmp_path):
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")
+    assert absolute_path(f"{tmp_path}/link") == f"{tmp_path}/link"
+    assert absolute_path(f"{tmp_path}/link/../x") == f"{tmp_path}/far/x"
+
+
+def test_patterns_of_shards_mean_the_same_from_everywhere(tmp_path, monkeypatch):
+    here = tmp_path / "a[1]*"
+    (here / "data").mkdir(parents=True)
+    for i in range(3):
+        (here / "data" / f"{i}.tar").touch()
+    (tmp_path / "a1x").mkdir()
+    files = [here / "data" / f"{i}.tar" for i in range(3)]
+    monkeypatch.chdir(here)
+    found = {
+        text: absolute_source(f"webdataset:{text}").partition(":")[2]
+        for text in ("data/{0..2}.tar", "./data/*.tar", "data/{0,1,2}.tar", "data//?.tar")
+    }
+    monkeypatch.chdir(tmp_path)
+    for text, pattern in found.items():
+        assert expand(pattern) == files, text
+    inside = f"{{{files[0]},{files[1]}}}"
+    assert absolute_source(f"parquet:{inside}") == f"parquet:{inside}"
+    braces = tmp_path / "a{1,2}"
+    braces.mkdir()
+    monkeypatch.chdir(braces)
+    with pytest.raises(AfterimageError, match="braces in its name"):
+        absolute_source("parquet:*.parquet")
+
+
+@given(
+    st.binary(min_size=1, max_size=20).filter(lambda name: b"\0" not in name and not name.startswith(b"~"))
+)
+def test_any_name_of_a_file_is_kept(name):
+    path = os.fsdecode(name)
+    absolute = absolute_path(path)
+    absolute.encode()
+    assert absolute_path(absolute) == absolute
+    assert Path(local_path(absolute)).resolve() == Path(path).resolve()
+    config = DataConfig(f"folder:{path}")
+    assert DataConfig(**to_dict(config)) == config

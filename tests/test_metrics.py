@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from afterimage.config import LPIPS_NETS, AfterimageError
+from afterimage.config import LPIPS_NETS, LPIPS_SMALLEST, AfterimageError
 from afterimage.lpips import BACKBONES, LPIPS
 from afterimage.metrics import PSNR_CAP, Metrics, check, psnr, ssim
 
@@ -257,7 +257,7 @@ def test_lpips_is_a_symmetric_distance_per_picture(lpips_pair):
 
 def test_lpips_takes_its_smallest_picture_and_refuses_smaller(lpips_pair):
     ours, _ = lpips_pair
-    size = ours.backbone.smallest
+    size = LPIPS_SMALLEST[ours.net]
     assert ours(noise(1, 3, size, size), noise(1, 3, size, size, seed=1)).isfinite().all()
     with pytest.raises(AfterimageError, match=f"{size}x{size} or more, got {size - 1}x{size}"):
         ours(noise(1, 3, size - 1, size), noise(1, 3, size - 1, size))

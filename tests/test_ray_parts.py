@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+import afterimage.progress
 from afterimage.checkpoint import CHECKPOINT, PREVIOUS
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
@@ -222,8 +223,8 @@ def display(monkeypatch, *, terminal):
     import rich.console
 
     text = io.StringIO()
-    own = rich.console.Console(file=text, force_terminal=terminal, width=60, highlight=False)
-    monkeypatch.setattr(rich.console, "Console", lambda **_: own)
+    own = rich.console.Console(file=text, force_terminal=terminal, width=60, highlight=False, markup=False)
+    monkeypatch.setattr(afterimage.progress, "console", lambda **_: own)
     return Display(interval=0.0), text
 
 

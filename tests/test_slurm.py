@@ -154,7 +154,8 @@ def test_a_part_that_is_none_is_refused(text):
 
 
 @pytest.mark.long
-def test_an_array_task_for_each_group_and_the_report_after_them(slurm, tmp_path):
+def test_an_array_task_for_each_group_and_the_report_after_them(slurm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a study's relative paths belong to the working folder
     configs = expand(study(tmp_path))
     done, log = slurm("submit.sh", "small.toml", "--accelerator", "cpu")
     assert done.returncode == 0, done.stderr

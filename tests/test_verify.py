@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from afterimage.cli import main
 from afterimage.controls import run_references
 from afterimage.runs import Run, read_csv, scan, write_csv, write_json
 from afterimage.verify import verify_runs
-from children import small_configs, small_pictures
+from children import MODEL, small_configs, small_pictures
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +120,16 @@ def test_other_pictures_are_named(tmp_path):
     (run,) = train_runs(small_configs(pictures)[1], tmp_path / "runs", cache=tmp_path / "cache")
     small_pictures(pictures, 24)
     (found,) = verify_runs([run], cache=tmp_path / "cache")
-    assert not found.holds and "other test pictures" in found.problems[0]
+    assert not found.holds and not found.problems and "other test pictures" in found.missing[0]
     assert "training/validation/test 14/4/2 then" in found.changes[0]
 
 
 @pytest.mark.parametrize("state", ["stopped", "failed"])
-def test_what_is_not_finished_does_not_hold(study, done, state):
+def test_what_is_not_finished_is_not_measured(study, done, state):
     run_of(study, "linear").set_state(state)
-    assert verdict(study, done).problems == (f"it is not finished (state: {state})",)
+    found = verdict(study, done)
+    assert not found.holds and not found.problems
+    assert found.missing == (f"it is not finished (state: {state})",)
 
 
 def test_other_kinds_of_rows_are_skipped_and_said(study, done):
@@ -145,3 +148,119 @@ def test_the_command_says_so_and_ends_with_one(study, done, capsys, monkeypatch)
         main(["verify", str(study), "--accelerator", "cpu"])
     out = capsys.readouterr().out
     assert stopped.value.code == 1 and "DOES NOT HOLD" in out and "4 of 5 runs hold, 1 do not" in out
+
+
+@pytest.fixture
+def moved(done, tmp_path):
+    """Runs whose pictures are a folder of their own, which a test may take away; test pictures from another."""
+    pictures, tests = small_pictures(tmp_path / "pictures"), tmp_path / "tests"
+    tests.mkdir()
+    for i in (17, 18, 19):
+        (pictures / f"{i}.png").rename(tests / f"{i}.png")
+    config = small_configs(pictures, epochs=1)[1]
+    data = replace(config.data, test=f"folder:{tests}")
+    train_runs(
+        [config, replace(config, data=data)], tmp_path / "runs", accelerator="cpu", cache=tmp_path / "cache"
+    )
+    runs = {bool(run.config.data.test): run for run in scan(tmp_path / "runs")}
+    return tmp_path, runs[False], runs[True]
+
+
+def test_missing_pictures_are_not_measured_and_not_a_failure(moved, capsys, monkeypatch):
+    folder, own, elsewhere = moved
+    monkeypatch.setenv("AFTERIMAGE_CACHE", str(folder / "empty"))
+    (folder / "pictures").rename(folder / "away")
+    alone, other = verify_runs([own, elsewhere], cache=folder / "cache", accelerator="cpu")
+    assert not alone.holds and not alone.problems and "cannot read the folder" in alone.missing[0]
+    assert other.holds and other.pictures == 3, "its test pictures are here"
+    assert "could not be looked at" in other.changes[0] and str(folder / "pictures") in other.changes[0]
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", str(own.path), "--accelerator", "cpu"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 4 and "NOT MEASURED" in out and "DOES NOT HOLD" not in out
+    assert "0 of 1 runs hold, 0 do not, 1 could not be measured" in out
+    edit(elsewhere, "summary.json", lambda s: s["scores"]["ssim"].update(mean=0.99))
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", str(folder / "runs"), "--accelerator", "cpu"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 1 and "0 of 2 runs hold, 1 do not, 1 could not be measured" in out
+
+
+def test_a_test_picture_that_is_missing_is_named(moved):
+    folder, _, elsewhere = moved
+    (folder / "tests" / "18.png").unlink()
+    (found,) = verify_runs([elsewhere], cache=folder / "cache", accelerator="cpu")
+    assert not found.problems and found.missing[0].endswith("missing: 18.png")
+
+
+def test_weights_that_are_missing_are_not_measured(study, done, monkeypatch, tmp_path):
+    run = run_of(study, "linear")
+    text = run.file("config.toml").read_text()
+    run.file("config.toml").write_text(text.replace('weights = "random"', f'weights = "{tmp_path}/gone"'))
+    found = verdict(study, done)
+    assert not found.holds and not found.problems and f"{tmp_path}/gone" in found.missing[0]
+
+
+def test_a_score_that_cannot_be_measured_is_not_measured(study, done):
+    run = run_of(study, "linear")
+    write_csv(run.file("scores.csv"), [row | {"lpips": 0.5} for row in run.scores])
+    edit(run, "summary.json", lambda s: s["scores"].update(lpips={"mean": 0.5, "std": 0.0, "count": 2}))
+    found = verdict(study, done)
+    assert (
+        found.missing == ("lpips cannot be measured here",) and not found.problems and "psnr" in found.worst
+    )
+
+
+def test_evaluating_on_other_pictures_needs_no_training_pictures_and_keeps_the_network(
+    moved, capsys, monkeypatch
+):
+    folder, own, _ = moved
+    monkeypatch.setenv("AFTERIMAGE_CACHE", str(folder / "empty"))
+    edit(own, "summary.json", lambda s: s["lpips"].update(net="vgg"))
+    (folder / "pictures").rename(folder / "away")
+    main(["evaluate", str(own.path), "--data", f"folder:{folder}/tests"])
+    out, err = capsys.readouterr()
+    assert "over 3 pictures" in out and "vgg" in out and "could not be looked at" in err
+    (folder / "away").rename(folder / "pictures")
+    (folder / "tests" / "00.png").write_bytes((folder / "pictures" / "00.png").read_bytes())
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(own.path), "--data", f"folder:{folder}/tests"])
+    assert "trained or validated on too" in capsys.readouterr().err
+
+
+def test_a_run_can_be_used_from_another_working_folder(tmp_path, monkeypatch, capsys):
+    small_pictures(tmp_path / "here" / "pictures")
+    (tmp_path / "there").mkdir()
+    monkeypatch.setenv("AFTERIMAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path / "here")
+    common = [
+        f"{MODEL}:layer1",
+        "--decoder",
+        "linear",
+        "--weights",
+        "random",
+        "--resize",
+        "48",
+        "--crop",
+        "32",
+    ]
+    for spelling in ("pictures", "./pictures", "pictures/"):
+        main(
+            [
+                "train",
+                *common,
+                "--data",
+                f"folder:{spelling}",
+                "--root",
+                str(tmp_path / "runs"),
+                "--accelerator",
+                "cpu",
+            ]
+        )
+    (run,) = scan(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "there")
+    capsys.readouterr()
+    main(["verify", str(run.path), "--accelerator", "cpu"])
+    assert "1 of 1 runs hold, 0 do not\n" in capsys.readouterr().out
+    main(["evaluate", str(run.path)])
+    assert "over 2 pictures" in capsys.readouterr().out

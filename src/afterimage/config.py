@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import hashlib
 import json
 import math
+import os
 import re
 import tomllib
 import types
 import typing
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+
+from afterimage.terminal import shown
 
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 T = typing.TypeVar("T")
@@ -24,6 +29,22 @@ MAX_NAME = 200
 """Characters of a name that are looked at and shown where it is unknown: comparing takes the square of its length."""
 MAX_SIDE = 8192
 """Pixels of the shorter side that a picture may be resized to."""
+SSIM_WINDOW = 11
+"""Pixels a side of SSIM's window: no smaller crop can be measured."""
+LPIPS_SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
+"""Pixels a side of the smallest picture that each LPIPS network takes."""
+LOSS_NAMES = ("mse", "l1", "lpips", *(f"lpips:{net}" for net in LPIPS_NETS))
+RANDOM_WEIGHTS = ("random", "random-init")
+"""What weights are called that no training made."""
+MAX_SEED = 2**63 - 1
+"""The largest seed: TOML's largest whole number, which every generator takes."""
+MAX_EPOCHS = 10**6
+MAX_BATCH = 2**20
+MAX_STEPS = 10**7
+MAX_PROCESSES = 10**6
+MAX_PICTURES = 10**9
+MAX_CHANNELS = 2**16
+MAX_PARAMETERS = 10**10
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 Count = typing.NewType("Count", int)
@@ -46,12 +67,12 @@ def read_text(path: str | Path) -> str:
         size = path.stat().st_size
         if not path.is_file() or size > MAX_TEXT:
             what = f"is larger than {MAX_TEXT / 2**20:.0f} MiB" if path.is_file() else "is not a regular file"
-            raise AfterimageError(f"cannot read {path}: it {what}")
+            raise AfterimageError(f"cannot read {shown(path)}: it {what}")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise AfterimageError(f"cannot read {path}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read {shown(path)}: {error.strerror}") from None
     except ValueError as error:
-        raise AfterimageError(f"cannot read {path}: {error}") from None
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
 
 
 def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> AfterimageError:
@@ -101,11 +122,129 @@ class FeatureSpec:
         return self.channels * self.height * self.width
 
 
-def _positive(owner: object, *names: str) -> None:
+def check_positive(owner: object, *names: str, most: int | float = math.inf) -> None:
+    """Raise `AfterimageError` unless the settings are finite, greater than 0 and at most `most`; None passes."""
     for name in names:
         value = getattr(owner, name)
-        if not (math.isfinite(value) and value > 0):
-            raise AfterimageError(f"{name} must be greater than 0, got {value}")
+        if value is None:
+            continue
+        if not value > 0 or value == math.inf:  # false for NaN too
+            finite = "" if value <= 0 else " and finite"
+            raise AfterimageError(f"{name} must be greater than 0{finite}, got {value}")
+        if value > most:
+            raise AfterimageError(f"{name} must be at most {most:,}, got {value}")
+
+
+def check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
+    """Raise `AfterimageError` unless a setting lies in `[low, high]`."""
+    if not low <= value <= high:  # true for NaN too
+        raise AfterimageError(f"{name} must lie between {low:,} and {high:,}, got {value}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise `AfterimageError` unless every random generator takes the seed and a run's folder can hold it."""
+    check_range(name, seed, 0, MAX_SEED)
+
+
+def absolute_path(path: str) -> str:
+    """A path as it is the same from every working folder, however it was written: `x`, `./x` and `x/` are one.
+
+    Links stay as they are named, except that `..` is resolved as the system would. A path that is not UTF-8 becomes a
+    `file://` address, which every file of text can hold; `local_path` takes it back.
+    """
+    try:
+        absolute = Path(local_path(path))
+        absolute = absolute if absolute.is_absolute() else Path(_working_folder(), absolute)
+        parts = absolute.parts
+        if ".." in parts:
+            end = len(parts) - parts[::-1].index("..")
+            if not any(sign in part for part in parts[:end] for sign in "*?[{"):
+                absolute = Path(os.path.realpath(Path(*parts[:end])), *parts[end:])
+    except ValueError:
+        return path  # a null byte: whoever opens it says so
+    text = str(absolute)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "file://" + urllib.parse.quote(os.fsencode(absolute))
+    return text
+
+
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise AfterimageError(f"the working folder is gone: {error.strerror}") from None
+
+
+def local_path(path: str) -> str:
+    """A path of a configuration as the system takes it: a `file://` address decoded, `~` as the home folder."""
+    if path.startswith("file://"):
+        return os.fsdecode(urllib.parse.unquote_to_bytes(path.removeprefix("file://")))
+    return os.path.expanduser(path)
+
+
+def absolute_source(source: str) -> str:
+    """A source of pictures with its path, or its pattern of shards, made absolute; others stay as they are."""
+    kind, _, path = source.partition(":")
+    if not path or kind not in ("folder", "div2k", "webdataset", "parquet", "pairs"):
+        return source
+    if kind in ("webdataset", "parquet"):
+        return f"{kind}:{_absolute_pattern(path)}"
+    return f"{kind}:{absolute_path(path)}"
+
+
+def _absolute_pattern(pattern: str) -> str:
+    """A pattern with braces and globs; those in the working folder's own name are none."""
+    plain = local_path(pattern)
+    if os.path.isabs(plain) or re.match(r"\{[^{}]*(?<![^{,])[/~]", plain):
+        return absolute_path(pattern) if os.path.isabs(plain) else pattern
+    here = _working_folder()
+    if re.search(r"\{[^{}]*(,|\.\.)[^{}]*\}", here):
+        raise AfterimageError(
+            f"the working folder {shown(here)} has braces in its name, which a pattern of shards takes for its own; "
+            "start from another folder"
+        )
+    return absolute_path(os.path.join(glob.escape(here), plain))
+
+
+def absolute_weights(weights: str) -> str:
+    """Weights with their path made absolute; `pretrained`, `random` and the like, and addresses, stay as they are."""
+    if (
+        not weights
+        or weights in ("pretrained", *RANDOM_WEIGHTS)
+        or re.match(r"(hf-hub|hf_hub|https?):", weights)
+    ):
+        return weights
+    return absolute_path(weights)
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """`"0.5*mse + 0.5*lpips"` as `{"mse": 0.5, "lpips": 0.5}`; a missing weight is 1.
+
+    Raises `AfterimageError` for unknown names, names given twice, and weights that are not positive numbers.
+    """
+    terms: dict[str, float] = {}
+    for term in re.split(r"(?<!\d[eE])\+", text):
+        weight, star, name = (part.strip() for part in term.rpartition("*"))
+        if name not in LOSS_NAMES:
+            raise unknown("loss", name, LOSS_NAMES) if name else _malformed(text)
+        if name in terms:
+            raise AfterimageError(f"loss {text!r} names {name} twice")
+        try:
+            terms[name] = float(weight) if star else 1.0
+        except ValueError:
+            raise _malformed(text) from None
+        if not (math.isfinite(terms[name]) and terms[name] > 0):
+            raise AfterimageError(f"loss {text!r}: the weight of {name} must be greater than 0, got {weight}")
+    return terms
+
+
+def _malformed(text: str) -> AfterimageError:
+    return AfterimageError(
+        f"cannot read loss {text!r}; write a sum of {', '.join(LOSS_NAMES)}, each with an optional weight, "
+        "for example 0.5*mse+0.5*lpips"
+    )
 
 
 @dataclass(frozen=True)
@@ -117,8 +256,7 @@ class DecoderConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.parameters is not None:
-            _positive(self, "parameters")
+        check_positive(self, "parameters", most=MAX_PARAMETERS)
 
 
 @dataclass(frozen=True)
@@ -130,9 +268,8 @@ class FusionConfig:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "channels")
-        if self.size is not None:
-            _positive(self, "size")
+        check_positive(self, "channels", most=MAX_CHANNELS)
+        check_positive(self, "size", most=MAX_SIDE)
 
 
 @dataclass(frozen=True)
@@ -143,6 +280,8 @@ class DataConfig:
     `procedural:COUNT` or `photographs`; shards are files by a pattern, `data/{000..099}.tar` or `data/*.parquet`.
     Where `test` is empty, the source's own test split is used, else `test_fraction` of it. `validation_fraction` is
     taken from what is not test. Limits keep the first pictures of a split.
+
+    Paths and patterns are made absolute when the config is built, so that it means the same from every working folder.
 
     `stream`: true decodes pictures each time they are used and keeps none, false decodes each once and keeps all on
     disk; where it is left out, more than 50,000 pictures of a folder or of shards are streamed. Both give the same
@@ -162,17 +301,20 @@ class DataConfig:
     stream: bool | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "resize", "crop")
-        if self.resize > MAX_SIDE:
-            raise AfterimageError(f"resize must be at most {MAX_SIDE}, got {self.resize}")
+        check_positive(self, "resize", "crop", most=MAX_SIDE)
+        if self.crop < SSIM_WINDOW:
+            raise AfterimageError(
+                f"crop must lie between {SSIM_WINDOW}, the side of SSIM's window, and resize, got {self.crop}"
+            )
         if self.crop > self.resize:
             raise AfterimageError(f"crop ({self.crop}) must not be larger than resize ({self.resize})")
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("limit_train", "limit_validation", "limit_test"):
-            if getattr(self, name) is not None:
-                _positive(self, name)
+        check_seed("split_seed", self.split_seed)
+        check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_PICTURES)
+        for name in ("source", "test"):
+            object.__setattr__(self, name, absolute_source(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -191,17 +333,19 @@ class RecipeConfig:
     precision: str = "32-true"
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "learning_rate", "plateau_factor")
+        check_positive(self, "epochs", most=MAX_EPOCHS)
+        check_positive(self, "batch_size", most=MAX_BATCH)
+        check_positive(self, "learning_rate", "plateau_factor")
         if self.plateau_factor >= 1:
             raise AfterimageError(f"plateau_factor must be less than 1, got {self.plateau_factor}")
         if self.weight_decay < 0 or not math.isfinite(self.weight_decay):
             raise AfterimageError(f"weight_decay must be 0 or more, got {self.weight_decay}")
-        if self.plateau_patience < 0:
-            raise AfterimageError(f"plateau_patience must be 0 or more, got {self.plateau_patience}")
+        check_range("plateau_patience", self.plateau_patience, 0, MAX_EPOCHS)
         if self.scheduler not in ("plateau", "cosine", "constant"):
             raise unknown("scheduler", self.scheduler, ("plateau", "cosine", "constant"))
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
+        parse_loss(self.loss)
 
 
 @dataclass(frozen=True)
@@ -230,6 +374,15 @@ class RunConfig:
             object.__setattr__(self, "fusion", FusionConfig())
         if self.lpips not in LPIPS_NETS:
             raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
+        check_seed("seed", self.seed)
+        object.__setattr__(self, "weights", absolute_weights(self.weights))
+        for term in parse_loss(self.recipe.loss):
+            name, _, net = term.partition(":")
+            smallest = LPIPS_SMALLEST[net or LPIPS_NETS[0]] if name == "lpips" else 0
+            if self.data.crop < smallest:
+                raise AfterimageError(
+                    f"the loss {term} needs a crop of {smallest} pixels or more, got {self.data.crop}"
+                )
 
     @property
     def digest(self) -> str:
@@ -304,7 +457,7 @@ def parse_count(value: Any, where: str) -> Count:
     if isinstance(value, str) and (match := re.fullmatch(r"(\d(?:_?\d)*(?:\.\d+)?)([kKmM]?)", value.strip())):
         exact = Decimal(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]
         number = int(exact) if exact == int(exact) else None
-    if number is None or not 0 < number <= 10**10:
+    if number is None or not 0 < number <= MAX_PARAMETERS:
         raise AfterimageError(
             f"{where} must be a whole number such as 4000000, 250k or 1.5M, at most 10000M, got {value!r}"
         )
@@ -382,11 +535,11 @@ def load_toml(cls: type[T], path: str | Path) -> T:
         text = read_text(path)
         return from_dict(cls, tomllib.loads(text))
     except (ValueError, RecursionError) as error:
-        raise AfterimageError(f"{path} is not valid TOML: {error}") from None
+        raise AfterimageError(f"{shown(path)} is not valid TOML: {error}") from None
     except AfterimageError as error:
-        if str(path) in str(error):
+        if shown(path) in str(error):
             raise
-        raise AfterimageError(f"{path}: {error}") from None
+        raise AfterimageError(f"{shown(path)}: {error}") from None
 
 
 def dump_toml(config: Any) -> str:

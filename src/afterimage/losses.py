@@ -6,8 +6,6 @@ autocast. Values are not checked: that would make every step wait for the device
 
 from __future__ import annotations
 
-import math
-import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import LPIPS_NETS, AfterimageError, unknown
+from afterimage.config import LOSS_NAMES, LPIPS_NETS, AfterimageError, parse_loss
 from afterimage.lpips import LPIPS
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -83,32 +81,8 @@ class WeightedSum(Loss):
 
 
 LOSSES: dict[str, type[Loss]] = {
-    "mse": MSE,
-    "l1": L1,
-    "lpips": Perceptual,
-    **{f"lpips:{net}": Perceptual for net in LPIPS_NETS},
+    name: {"mse": MSE, "l1": L1, "lpips": Perceptual}[name.partition(":")[0]] for name in LOSS_NAMES
 }
-
-
-def parse_loss(text: str) -> dict[str, float]:
-    """`"0.5*mse + 0.5*lpips"` as `{"mse": 0.5, "lpips": 0.5}`; a missing weight is 1.
-
-    Raises `AfterimageError` for unknown names, names given twice, and weights that are not positive numbers.
-    """
-    terms: dict[str, float] = {}
-    for term in re.split(r"(?<!\d[eE])\+", text):
-        weight, star, name = (part.strip() for part in term.rpartition("*"))
-        if name not in LOSSES:
-            raise unknown("loss", name, LOSSES) if name else _malformed(text)
-        if name in terms:
-            raise AfterimageError(f"loss {text!r} names {name} twice")
-        try:
-            terms[name] = float(weight) if star else 1.0
-        except ValueError:
-            raise _malformed(text) from None
-        if not (math.isfinite(terms[name]) and terms[name] > 0):
-            raise AfterimageError(f"loss {text!r}: the weight of {name} must be greater than 0, got {weight}")
-    return terms
 
 
 def create_loss(text: str, *, lpips_net: str = "alex", lpips_weights: str | Path = "pretrained") -> Loss:
@@ -126,13 +100,6 @@ def create_loss(text: str, *, lpips_net: str = "alex", lpips_weights: str | Path
     if list(weights.values()) == [1.0]:
         return terms[0]
     return WeightedSum(dict(zip(terms, weights.values(), strict=True)))
-
-
-def _malformed(text: str) -> AfterimageError:
-    return AfterimageError(
-        f"cannot read loss {text!r}; write a sum of {', '.join(LOSSES)}, each with an optional weight, "
-        "for example 0.5*mse+0.5*lpips"
-    )
 
 
 def _same_shape(prediction: Tensor, target: Tensor) -> None:

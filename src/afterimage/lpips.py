@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, unknown
+from afterimage.config import LPIPS_SMALLEST, AfterimageError, unknown
 from afterimage.weights import Weights, find_torchvision_weights, read_weights
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -20,17 +20,16 @@ Images = Float[Tensor, "batch 3 height width"]
 
 @dataclass(frozen=True)
 class Backbone:
-    """One of torchvision's networks, which of its `features` LPIPS compares, and the least pixels a side."""
+    """One of torchvision's networks, and which of its `features` LPIPS compares."""
 
     model: str
     taps: tuple[int, ...]
-    smallest: int
 
 
 BACKBONES = {
-    "alex": Backbone("alexnet", (1, 4, 7, 9, 11), 31),
-    "vgg": Backbone("vgg16", (3, 8, 15, 22, 29), 16),
-    "squeeze": Backbone("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12), 17),
+    "alex": Backbone("alexnet", (1, 4, 7, 9, 11)),
+    "vgg": Backbone("vgg16", (3, 8, 15, 22, 29)),
+    "squeeze": Backbone("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
 }
 
 
@@ -65,7 +64,7 @@ class LPIPS(nn.Module):
 
     def features(self, images: Images) -> list[Tensor]:
         """Feature maps `(B, C, h, w)` of pictures in [0, 1], of unit length at every location."""
-        smallest = self.backbone.smallest
+        smallest = LPIPS_SMALLEST[self.net]
         if min(images.shape[-2:]) < smallest:
             size = "x".join(map(str, images.shape[-2:]))
             raise AfterimageError(

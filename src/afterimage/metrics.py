@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.config import LPIPS_NETS, AfterimageError, unknown
-from afterimage.lpips import BACKBONES, LPIPS, find_lpips_weights
+from afterimage.config import LPIPS_NETS, LPIPS_SMALLEST, SSIM_WINDOW, AfterimageError, unknown
+from afterimage.lpips import LPIPS, find_lpips_weights
 
 __all__ = ["LPIPS", "PSNR_CAP", "Metrics", "check", "problem", "psnr", "ssim"]
 
@@ -20,7 +20,7 @@ PSNR_CAP = 100.0
 """What identical pictures score, in dB. Infinity would swallow every mean, and JSON cannot hold it."""
 
 TOLERANCE = 1e-6
-WINDOW, SIGMA = 11, 1.5
+SIGMA = 1.5
 C1, C2 = 0.01**2, 0.03**2
 CHUNK = 8
 """Pictures that LPIPS takes at once on a CPU: more are hardly quicker, and take more memory."""
@@ -87,9 +87,9 @@ def _psnr(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
-    if min(prediction.shape[-2:]) < WINDOW:
+    if min(prediction.shape[-2:]) < SSIM_WINDOW:
         size = "x".join(map(str, prediction.shape[-2:]))
-        raise AfterimageError(f"SSIM needs pictures of {WINDOW}x{WINDOW} or more, got {size}")
+        raise AfterimageError(f"SSIM needs pictures of {SSIM_WINDOW}x{SSIM_WINDOW} or more, got {size}")
     # By the sum s and the difference d of the pictures, SSIM's two fractions are
     #     (E[s]^2 - E[d]^2 + 2 C1) / (E[s]^2 + E[d]^2 + 2 C1),
     #     (var s - var d + 2 C2) / (var s + var d + 2 C2).
@@ -113,13 +113,13 @@ def _fraction(a: Tensor, b: Tensor, c: float) -> Tensor:
 
 
 def _gaussian() -> list[float]:
-    weights = [math.exp(-((i - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for i in range(WINDOW)]
+    weights = [math.exp(-((i - SSIM_WINDOW // 2) ** 2) / (2 * SIGMA**2)) for i in range(SSIM_WINDOW)]
     return [weight / sum(weights) for weight in weights]
 
 
 def _blur(planes: Tensor, axis: int) -> Tensor:
     """The Gaussian along one axis where it fits: a sum of shifted views, quicker here than a convolution."""
-    length = planes.shape[axis] - WINDOW + 1
+    length = planes.shape[axis] - SSIM_WINDOW + 1
     first, *others = _gaussian()
     result = planes.narrow(axis, 0, length) * first
     for offset, weight in enumerate(others, 1):
@@ -148,7 +148,7 @@ class Metrics:
             "reason": None,
             "weights": None,
         }
-        smallest = BACKBONES[lpips_net].smallest
+        smallest = LPIPS_SMALLEST[lpips_net]
         if size is not None and size < smallest:
             self.lpips_status["reason"] = (
                 f"LPIPS ({lpips_net}) needs pictures of {smallest}x{smallest} or more, got {size}x{size}"

@@ -7,7 +7,6 @@ time is its own; without these waits a step on a GPU is somewhat faster than the
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from afterimage.progress import Progress, silent
 from afterimage.ranks import one_device
 from afterimage.reconstructor import Encoders, build_head
 from afterimage.runs import write_json
+from afterimage.terminal import console
 
 PARTS = ("data", "encoder", "decoder forward", "backward", "optimizer")
 WARM_UP, TRACED = 2, 3
@@ -157,24 +157,23 @@ def profile_run(
 
 def print_profile(result: Profile) -> None:
     """The table of parts and of the costliest operators."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    screen = console(120)
     rate = result.pictures / result.seconds
     step = f"a step of {result.pictures:g} pictures on {result.device}, {rate:.1f} pictures/s"
-    console.print(f"{result.name}: {step}", markup=False, soft_wrap=True)
+    screen.print(f"{result.name}: {step}", soft_wrap=True)
     table = Table("part", "ms a step", "share")
     for name, seconds in result.parts.items():
         table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / result.seconds:.0%}")
-    console.print(table)
+    screen.print(table)
     table = Table("operator, by its own time", "ms a step", "calls a step")
     for name, seconds, calls in result.operators:
         table.add_row(name, f"{seconds * 1e3:.1f}", f"{calls:.0f}")
-    console.print(table)
-    console.print(
+    screen.print(table)
+    screen.print(
         f"mean of {result.steps} steps, {result.threads} threads, waiting for the device after every part; operators "
         f"from {TRACED} traced steps, which tracing slows down",
         soft_wrap=True,
     )
-    console.print(f"trace: {result.trace}", markup=False, soft_wrap=True)
+    screen.print(f"trace: {result.trace}", soft_wrap=True)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from afterimage.terminal import console
+
 Progress = Callable[..., None]
 """Called as `progress(what, done, total, **figures)`: what is being done, how far, and figures worth showing.
 
@@ -22,9 +24,7 @@ class Display:
     """Progress on a terminal: one live line there for each group, a plain line every few seconds elsewhere."""
 
     def __init__(self, *, interval: float | None = None) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False)
+        self.console = console(error=True)
         self.live = self.console.is_terminal
         self.interval = interval if interval is not None else (0.1 if self.live else 5.0)
         self._lines: dict[str, _Line] = {}
@@ -43,7 +43,7 @@ class Display:
         if finished:
             del self._lines[group]
         if finished or not self.live:
-            self.console.print(line.text, markup=False, soft_wrap=True)
+            self.console.print(line.text, soft_wrap=True)
         if self.live:
             self._refresh()
 
@@ -54,9 +54,10 @@ class Display:
         if not lines:
             self.close()
             return
-        text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+        ascii_only = self.console.options.ascii_only
+        text = Text("\n".join(lines), no_wrap=True, overflow="crop" if ascii_only else "ellipsis")
         if self._status is None:
-            self._status = self.console.status(text)
+            self._status = self.console.status(text, spinner="line" if ascii_only else "dots")
             self._status.start()
         self._status.update(text)
 

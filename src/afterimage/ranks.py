@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from afterimage.config import AfterimageError
 from afterimage.lock import Holder, LockLost, ended, this_process
 from afterimage.memory import out_of_memory
 from afterimage.stop import Stopped
+from afterimage.terminal import say
 
 if TYPE_CHECKING:  # it takes seconds to import, and a decoder is built without it
     from lightning_fabric import Fabric
@@ -216,7 +216,7 @@ class Ranks:
             gone = self.gone()
             since = (since or time.monotonic()) if gone else None
             if since and not self._noticed and time.monotonic() - since > GRACE:
-                print(f"afterimage: {self._named(gone)}; {GO_ON}", file=sys.stderr, flush=True)
+                say(f"afterimage: {self._named(gone)}; {GO_ON}", error=True)
                 os._exit(1)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from afterimage.data import load_data, prepare_picture
+from afterimage.data import load_data, load_test, prepare_picture
 from afterimage.evaluate import Evaluation, evaluate, to_uint8
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
@@ -29,13 +29,17 @@ def evaluate_run(
 ) -> Evaluation:
     """Measure a finished run's decoder on its own test pictures, or on the source that `test` names.
 
-    Raises `AfterimageError` where the run has no decoder, or its encoder's weights are not those of the training.
+    Test pictures from a source of their own need no training pictures. Raises `AfterimageError` where the run has no
+    decoder, or its encoder's weights are not those of the training.
     """
     data = run.config.data
     if test is not None:
         data = replace(data, test=test, limit_test=None)
     reconstructor = Reconstructor.open(run, weights=weights).to(device)
-    pictures = load_data(data, cache=cache, progress=progress).test
+    if data.test:
+        pictures, _ = load_test(data, cache=cache, progress=progress)
+    else:
+        pictures = load_data(data, cache=cache, progress=progress).test
     return evaluate(reconstructor, pictures, metrics, device=device, progress=progress)
 
 

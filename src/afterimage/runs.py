@@ -22,6 +22,8 @@ import io
 import json
 import os
 import platform
+import re
+import stat
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from afterimage.config import AfterimageError, RunConfig, dump_toml, load_toml, read_text
+from afterimage.config import LPIPS_NETS, AfterimageError, RunConfig, dump_toml, load_toml, read_text
+from afterimage.terminal import shown
 
 # What a damaged or foreign file can raise while it is read; anything else is a bug here and should show.
 DAMAGE = (
@@ -53,7 +56,8 @@ def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = 
     With `keep` the file that was there gets that name, once the new one is safe on disk.
     """
     path = Path(path)
-    content = content.encode() if isinstance(content, str) else content
+    # A name that is no text has lone surrogates, which UTF-8 cannot hold; their escape is JSON's too.
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +76,41 @@ def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = 
                 os.unlink(temporary)
         if not isinstance(error, OSError):
             raise
-        raise AfterimageError(f"cannot write {path}: {error.strerror or error}") from error
+        raise AfterimageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
     _sync_folder(path.parent)
+
+
+def check_folder(path: str | Path, setting: str, *, writable: bool = True) -> None:
+    """Raise `AfterimageError` naming the setting unless a folder is there, or could be made there, and written into.
+
+    Asked before long work whose result is to go there; nothing is made.
+    """
+    path = Path(path)
+    for place in (path.absolute(), *path.absolute().parents):
+        try:
+            mode = place.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            if place.is_symlink():
+                raise AfterimageError(
+                    f"{setting} {shown(path)}: {shown(place)} is a link to nothing"
+                ) from None
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise AfterimageError(f"{setting} {shown(path)}: {reason}") from None
+        if not stat.S_ISDIR(mode):
+            raise AfterimageError(f"{setting} {shown(path)}: {shown(place)} is a file, not a folder")
+        if writable and not os.access(place, os.W_OK | os.X_OK):
+            raise AfterimageError(f"{setting} {shown(path)}: the folder {shown(place)} cannot be written")
+        return
+
+
+def check_file(path: str | Path, setting: str) -> None:
+    """Raise `AfterimageError` naming the setting unless a file can be written there."""
+    path = Path(path)
+    check_folder(path.absolute().parent, setting)
+    if path.is_dir():
+        raise AfterimageError(f"{setting} {shown(path)} is a folder; name a file")
 
 
 def remove_leftovers(folder: Path, *, older: float = 0.0) -> None:
@@ -101,23 +138,27 @@ def write_json(path: str | Path, value: Any) -> None:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal; raises `AfterimageError` where it cannot be read."""
     if path.exists() and not path.is_file():
-        raise AfterimageError(f"cannot read {path}: it is not a regular file")
+        raise AfterimageError(f"cannot read {shown(path)}: it is not a regular file")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise AfterimageError(f"cannot read {path}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read {shown(path)}: {error.strerror}") from None
+
+
+# Of the surrogates those of bytes in a file's name are kept, as Python writes them (PEP 383).
+_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 def read_json(path: str | Path) -> Any:
     text = read_text(path)
     try:
         value = json.loads(text)
-        if "\\u" in text:  # half a pair of surrogates is no character, and could not be written again
-            json.dumps(value, ensure_ascii=False).encode()
+        if "\\u" in text and (half := _HALF.search(json.dumps(value, ensure_ascii=False))):
+            raise ValueError(f"{half[0]!r} is half a character")
         return value
     except (ValueError, RecursionError) as error:
-        raise AfterimageError(f"{path} is not valid JSON: {error}") from None
+        raise AfterimageError(f"{shown(path)} is not valid JSON: {error}") from None
 
 
 @contextlib.contextmanager
@@ -129,7 +170,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise
     except DAMAGE as error:
         what = f"{type(error).__name__}: {error}"
-        raise AfterimageError(f"{path} does not hold what it should ({what:.300})") from error
+        raise AfterimageError(f"{shown(path)} does not hold what it should ({what:.300})") from error
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -161,13 +202,15 @@ def read_image(path: str | Path, content: bytes | None = None) -> Any:
     try:
         with Image.open(io.BytesIO(content) if content is not None else path, formats=["PNG"]) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise AfterimageError(f"cannot read the picture {path}: it has over {MAX_PIXELS:,} pixels")
+                raise AfterimageError(
+                    f"cannot read the picture {shown(path)}: it has over {MAX_PIXELS:,} pixels"
+                )
             image.load()
             return image
     except AfterimageError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise AfterimageError(f"cannot read the picture {path}: {error}") from None
+        raise AfterimageError(f"cannot read the picture {shown(path)}: {error}") from None
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
@@ -181,12 +224,12 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
         for row in reader:
             if None in row or None in row.values():
                 raise AfterimageError(
-                    f"{path}, line {reader.line_num}: the row does not have the header's "
+                    f"{shown(path)}, line {reader.line_num}: the row does not have the header's "
                     f"{len(reader.fieldnames or ())} cells"
                 )
             rows.append({k: v if k == "id" else _number(v) for k, v in row.items()})
     except csv.Error as error:
-        raise AfterimageError(f"cannot read {path}: {error}") from None
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
     return rows
 
 
@@ -226,7 +269,7 @@ class Run:
         run = cls(Path(path))
         if not run.file("config.toml").exists() and not run.file("summary.json").exists():
             raise AfterimageError(
-                f"{path} is not a run folder: it holds neither config.toml nor summary.json"
+                f"{shown(path)} is not a run folder: it holds neither config.toml nor summary.json"
             )
         return run
 
@@ -236,8 +279,7 @@ class Run:
     @property
     def name(self) -> str:
         """The folder's name as text that can always be printed: other bytes and control characters are escaped."""
-        text = os.fsencode(self.path.name).decode("utf-8", "backslashreplace")
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return shown(self.path.name)
 
     @property
     def config(self) -> RunConfig:
@@ -248,7 +290,7 @@ class Run:
         """`new`, `running`, `stopped`, `done` or `failed`."""
         state = self.status.get("state", "new")
         if not isinstance(state, str):
-            raise AfterimageError(f"{self.file('status.json')}: state must be text, got {state!r:.80}")
+            raise AfterimageError(f"{shown(self.file('status.json'))}: state must be text, got {state!r:.80}")
         return state
 
     @property
@@ -259,7 +301,7 @@ class Run:
             return {}
         status = read_json(path)
         if not isinstance(status, dict):
-            raise AfterimageError(f"{path} must hold a JSON object with a state, got {status!r:.80}")
+            raise AfterimageError(f"{shown(path)} must hold a JSON object with a state, got {status!r:.80}")
         return status
 
     def set_state(self, state: str, **details: Any) -> None:
@@ -280,14 +322,23 @@ class Run:
         """What the run came to. Keys are those of `evaluate.summarise`; scores are None where unavailable."""
         summary = read_json(self.file("summary.json"))
         if not isinstance(summary, dict):
-            raise AfterimageError(f"{self.file('summary.json')} must hold a JSON object, got {summary!r:.80}")
+            raise AfterimageError(
+                f"{shown(self.file('summary.json'))} must hold a JSON object, got {summary!r:.80}"
+            )
         return summary
+
+    @property
+    def lpips_net(self) -> str:
+        """The LPIPS network that the run was measured with, or is to be."""
+        measured = self.summary.get("lpips") if self.file("summary.json").exists() else None
+        net = measured.get("net") if isinstance(measured, dict) else None
+        return net if net in LPIPS_NETS else self.config.lpips
 
     @property
     def scores(self) -> list[dict[str, Any]]:
         rows = read_csv(self.file("scores.csv"))
         if rows and "id" not in rows[0]:
-            raise AfterimageError(f"{self.file('scores.csv')} has no column 'id'")
+            raise AfterimageError(f"{shown(self.file('scores.csv'))} has no column 'id'")
         return rows
 
     @property

@@ -12,6 +12,8 @@ from typing import Any
 
 from afterimage.config import (
     LPIPS_NETS,
+    MAX_PARAMETERS,
+    MAX_PICTURES,
     AfterimageError,
     Count,
     DataConfig,
@@ -19,6 +21,10 @@ from afterimage.config import (
     FusionConfig,
     RecipeConfig,
     RunConfig,
+    absolute_weights,
+    check_positive,
+    check_range,
+    check_seed,
     dump_toml,
     from_dict,
     load_toml,
@@ -42,6 +48,9 @@ class RowConfig:
     fusion: FusionConfig | None = None
     weights: str = ""
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", absolute_weights(self.weights))
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,11 @@ class StudyConfig:
             raise unknown("missing_weights", self.missing_weights, ("error", "random"))
         if self.lpips not in (*LPIPS_NETS, "any"):
             raise unknown("LPIPS network", self.lpips, (*LPIPS_NETS, "any"))
+        for i, seed in enumerate(self.seeds):
+            check_seed(f"seeds[{i}]", seed)
+        check_range("keep", self.keep, 0, MAX_PICTURES)
+        check_positive(self, "parameters", most=MAX_PARAMETERS)
+        object.__setattr__(self, "weights", absolute_weights(self.weights))
 
 
 def shipped() -> list[str]:

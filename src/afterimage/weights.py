@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from afterimage.config import AfterimageError, unknown
+from afterimage.config import AfterimageError, local_path, unknown
 from afterimage.hub_files import (
     CONFIG,
     Unavailable,
@@ -119,7 +119,7 @@ def _find(
     model: str, weights: str | Path, names: list[str], hub: tuple, url: str | None, advice: str = ""
 ) -> Weights:
     if str(weights) != "pretrained":
-        return _from_path(model, Path(weights).expanduser(), names)
+        return _from_path(model, Path(local_path(str(weights))), names)
     tried = []
     folder = os.environ.get(FOLDER)
     if folder:

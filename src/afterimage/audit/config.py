@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from afterimage.config import LPIPS_NETS, AfterimageError, DataConfig, RecipeConfig, to_dict, unknown
+from afterimage.config import (
+    LPIPS_NETS,
+    MAX_PICTURES,
+    MAX_STEPS,
+    AfterimageError,
+    DataConfig,
+    RecipeConfig,
+    absolute_path,
+    absolute_source,
+    absolute_weights,
+    check_range,
+    check_seed,
+    to_dict,
+    unknown,
+)
 
 ACCESS = ("query", "weights")
 DEFENCES = ("none", "noise:0.5", "int8", "1bit", "topk:0.1", "pca:8")
@@ -56,9 +72,9 @@ class AttackersConfig:
             if not getattr(self, name):
                 raise AfterimageError(f"an audit needs at least one of attackers.{name}")
         for count in self.pictures:
-            if count != "all" and not (str(count).isdigit() and int(count) >= 5):
+            if count != "all" and not (re.fullmatch("[0-9]{1,10}", str(count)) and int(count) >= 5):
                 raise AfterimageError(
-                    f"an attacker's pictures must be a number from 5 on, or 'all', got {count!r}"
+                    f"an attacker's pictures must be a number from 5 on, or 'all', got {count!r:.80}"
                 )
         for access in self.access:
             if access not in ACCESS:
@@ -67,6 +83,9 @@ class AttackersConfig:
             raise AfterimageError(
                 "refine_steps must be 1 or more, refine_pictures 2 or more, for an interval"
             )
+        check_range("refine_steps", self.refine_steps, 1, MAX_STEPS)
+        check_range("refine_pictures", self.refine_pictures, 2, MAX_PICTURES)
+        object.__setattr__(self, "data", absolute_source(self.data))
 
 
 @dataclass(frozen=True)
@@ -118,10 +137,19 @@ class AuditConfig:
             )
         if self.pairs and self.recipe.augment:  # features belong to the picture as it is
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(0 < std < math.inf for std in self.std):
             raise AfterimageError("mean and std must be three numbers each, std greater than 0")
+        if not all(math.isfinite(mean) for mean in self.mean):
+            raise AfterimageError(f"mean must be finite, got {self.mean}")
+        check_seed("seed", self.seed)
         if not 0 < self.test_fraction < 1:
             raise AfterimageError(f"test_fraction must lie between 0 and 1, got {self.test_fraction}")
+        object.__setattr__(self, "weights", absolute_weights(self.weights))
+        if self.pairs:
+            object.__setattr__(self, "pairs", absolute_path(self.pairs))
+        file, colon, factory = self.encoder.rpartition(":")
+        if file.endswith(".py"):
+            object.__setattr__(self, "encoder", absolute_path(file) + colon + factory)
 
     @property
     def subject(self) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from afterimage.terminal import console
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,6 @@ class Row:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """The table, and below it what one has to know of each row."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="ours against the plain reference", title_justify="left")
@@ -112,13 +112,13 @@ def print_rows(rows: Sequence[Row]) -> None:
         met = {None: "not decided" if row.goal else "", True: "yes", False: "NO"}[row.met]
         figures = [_figure(values, row.unit) for values in (row.ours, row.reference)]
         table.add_row(row.name, row.what, *figures, _ratio(row), str(row.goal or ""), met)
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    console.print(table)
+    screen = console(150)
+    screen.print(table)
     for row in rows:
         lines = [f"unavailable: {row.unavailable}"] if row.unavailable else []
         lines += [str(row.quality)] if row.quality else []
         for line in (*lines, *row.notes):
-            console.print(f"{row.name}: {line}", markup=False, soft_wrap=True)
+            screen.print(f"{row.name}: {line}", soft_wrap=True)
 
 
 def _figure(values: Sequence[float], unit: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import metadata
 from typing import Annotated, Union
@@ -20,8 +19,10 @@ from afterimage.cli.report import Report
 from afterimage.cli.study import Study
 from afterimage.cli.train import Train
 from afterimage.cli.verify import Verify
-from afterimage.config import AfterimageError
+from afterimage.config import MAX_PROCESSES, AfterimageError, check_range
+from afterimage.runs import check_folder
 from afterimage.stop import interruptible
+from afterimage.terminal import always_writable, complain, say
 
 COMMANDS = {
     "layers": Layers,
@@ -43,11 +44,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     SIGTERM and Ctrl-C end with 143 and 130, as shells expect it.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with always_writable():
+        _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> None:
     if arguments[:2] == ["study", "verify"]:
         del arguments[0]
     if arguments == ["--version"]:
-        print(f"afterimage {metadata.version('afterimage')}")
+        say(f"afterimage {metadata.version('afterimage')}")
         return
     try:
         chosen = tyro.cli(
@@ -60,25 +65,26 @@ def main(arguments: list[str] | None = None) -> None:
             _run(chosen, arguments)
     except AfterimageError as error:
         if not getattr(error, "elsewhere", False):
-            print(f"afterimage: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            complain("afterimage", error)
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
         if not getattr(stopped, "elsewhere", False):
-            print(
-                "\nafterimage: stopped; what is done is kept, the same command goes on from there",
-                file=sys.stderr,
+            say(
+                "\nafterimage: stopped; what is done is kept, the same command goes on from there", error=True
             )
         raise SystemExit(getattr(stopped, "code", 130)) from None
 
 
 def _run(chosen, arguments: list[str]) -> None:
     """Run a command here, or as several ranks where it has `devices` and is not one of them yet."""
+    for name in ("root", "cache"):
+        if (folder := getattr(chosen, name, None)) is not None:
+            # Decoded pictures that are all there may lie where nothing can be written.
+            check_folder(folder, f"--{name}", writable=name == "root")
     devices = getattr(chosen, "devices", 1)
     if devices < 1:
         raise AfterimageError(f"--devices must be 1 or more, got {devices}")
+    check_range("--devices", devices, 1, MAX_PROCESSES)
     if devices > 1:
         from afterimage.launch import launch, ranks_here
 

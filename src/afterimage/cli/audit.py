@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from afterimage.config import load_toml
+from afterimage.runs import check_folder
+from afterimage.terminal import console, say, shown
 
 if TYPE_CHECKING:
     from afterimage.audit import AuditConfig, Results, Verdict
@@ -94,6 +96,7 @@ class Audit:
 
         config = self.resolved()
         root = self.root or Path("runs") / f"audit-{Path(config.subject.replace(':', '-')).name}"
+        check_folder(root, "--root")
         with Display() as display:
             results = run_audit(
                 config, root, cache=self.cache, accelerator=self.accelerator, progress=display
@@ -102,9 +105,9 @@ class Audit:
         command = shlex.join(["afterimage", *sys.argv[1:]])
         written = write_audit(results, verdict, config.limits, root, command=command)
         print_verdict(results, verdict)
-        print(*(written[name] for name in ("index.html", "audit.json")), sep="\n")
+        say(*(shown(written[name]) for name in ("index.html", "audit.json")))
         if verdict.passed is False:
-            print("afterimage: NOT within the limits", file=sys.stderr)
+            say("afterimage: NOT within the limits", error=True)
             raise SystemExit(FAILED)
         if results.failures:
             raise SystemExit(1)
@@ -142,7 +145,6 @@ def _is_given(value: Any) -> bool:
 
 def print_verdict(results: Results, verdict: Verdict) -> None:
     """The table and the verdict on the terminal."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -176,16 +178,16 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
             keeps,
             "0" if cost is None else f"{cost['bytes']:,}",
         )
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(table)
+    screen = console(160)
+    screen.print(table)
     of_costs = dict.fromkeys(note for cost in results.costs.values() for note in cost["notes"])
     for text in (*of_costs, *results.notes, *verdict.remarks):
-        console.print(text, markup=False, soft_wrap=True)
+        screen.print(text, soft_wrap=True)
     for option in verdict.options:
         for reason in option.reasons:
-            console.print(f"{option.layer}, {option.defence}: {reason}", markup=False, soft_wrap=True)
+            screen.print(f"{option.layer}, {option.defence}: {reason}", soft_wrap=True)
     recommended = verdict.recommended
     name = f"{recommended.layer} with {recommended.defence}" if recommended else "none"
-    console.print(f"recommended: {name} ({verdict.reason})", markup=False, soft_wrap=True)
-    console.print(verdict.scope, markup=False, soft_wrap=True)
-    console.print("a lower bound on what leaks: no stronger attack is excluded", markup=False, soft_wrap=True)
+    screen.print(f"recommended: {name} ({verdict.reason})", soft_wrap=True)
+    screen.print(verdict.scope, soft_wrap=True)
+    screen.print("a lower bound on what leaks: no stronger attack is excluded", soft_wrap=True)

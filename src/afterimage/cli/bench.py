@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from afterimage.terminal import say, shown
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -42,7 +44,7 @@ class Bench:
 
         if self.list:
             for name, measurement in MEASUREMENTS.items():
-                print(f"{name:16} {(measurement.__doc__ or '').splitlines()[0]}")
+                say(f"{name:16} {(measurement.__doc__ or '').splitlines()[0]}")
             return
         with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder, Display() as display:
             settings = Settings(
@@ -50,11 +52,11 @@ class Bench:
             )
             rows, facts = run_bench(self.only, settings=settings, json_path=self.json)
         print_rows(rows)
-        print(
+        say(
             f"{facts['processor'] or 'processor unknown'}, {facts['cores']} cores, "
             f"{facts['memory_bytes'] / 2**30:.0f} GiB, torch {facts['versions'].get('torch')}, "
             f"OMP_NUM_THREADS {facts['OMP_NUM_THREADS'] or 'not set'}; "
             f"ours in {facts['precision']}, attention of narrow heads {facts['narrow_attention']}"
         )
         if self.json is not None:
-            print(f"figures: {self.json}")
+            say(f"figures: {shown(self.json)}")

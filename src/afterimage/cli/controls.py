@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from afterimage.terminal import complain, console
 
 if TYPE_CHECKING:
     from afterimage.runs import Run
@@ -42,8 +43,11 @@ class Controls:
         from afterimage.cli.report import find_runs
         from afterimage.controls import PARTS, run_controls
         from afterimage.progress import Display
+        from afterimage.runs import check_folder
 
         runs = find_runs(self.folders)
+        for run in runs:
+            check_folder(run.path, "the run folder")
         with Display() as display:
             failures = run_controls(
                 runs,
@@ -57,30 +61,28 @@ class Controls:
             )
         print_controls(runs)
         for error in failures:
-            print(f"failed: {error}", file=sys.stderr)
+            complain("failed", error)
         if failures:
             raise SystemExit(1)
 
 
 def print_controls(runs: list[Run]) -> None:
     """The tables of the controls on the terminal."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from afterimage.report import read_rows
     from afterimage.report.controls import control_findings
 
     done = [run for run in runs if run.state == "done"]
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    screen = console(180)
     for finding in control_findings(read_rows(done).decoders) if done else ():
-        console.print(finding.title, style="bold", markup=False)
+        screen.print(finding.title, style="bold")
         for paragraph in finding.paragraphs:
-            console.print(paragraph, markup=False)
+            screen.print(paragraph)
         for numbers in finding.tables:
             table = Table(title=numbers.title, title_justify="left")
             for column in numbers.header:
                 table.add_column(column, overflow="fold")
             for row in numbers.rows:
-                table.add_row(*map(escape, row))
-            console.print(table)
+                table.add_row(*row)
+            screen.print(table)

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli.tables import score_line
+from afterimage.terminal import say, shown
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Evaluate:
     """Another source of pictures to measure on, such as folder:PATH (default: the run's own test pictures)."""
     weights: str | None = None
     """Where the encoder's weights are, if not where they were in training."""
-    lpips: str = "alex"
-    """LPIPS network: alex, vgg or squeeze."""
+    lpips: str | None = None
+    """LPIPS network: alex, vgg or squeeze (default: the one that the run was measured with)."""
     output: Path | None = None
     """Write the per-picture scores to this CSV file."""
     cache: Path | None = None
@@ -33,16 +34,18 @@ class Evaluate:
         from afterimage.metrics import Metrics
         from afterimage.progress import Display
         from afterimage.rerun import evaluate_run
-        from afterimage.runs import Run, write_csv
+        from afterimage.runs import Run, check_file, write_csv
 
         run = Run.open(self.run_folder)
-        metrics = Metrics(self.lpips, size=run.config.data.crop)
+        if self.output is not None:
+            check_file(self.output, "--output")
+        metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
         with Display() as display:
             rows, _ = evaluate_run(
                 run, metrics, test=self.data, weights=self.weights, cache=self.cache, progress=display
             )
         if self.output is not None:
             write_csv(self.output, rows)
-            print(f"scores of {len(rows)} pictures: {self.output}")
+            say(f"scores of {len(rows)} pictures: {shown(self.output)}")
         for name, score in summarise(rows).items():
-            print(score_line(name, score, metrics.lpips_status))
+            say(score_line(name, score, metrics.lpips_status))

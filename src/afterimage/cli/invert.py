@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli.tables import picture_lines
-from afterimage.config import AfterimageError, DataConfig
+from afterimage.config import LPIPS_NETS, AfterimageError, DataConfig, check_seed
+from afterimage.terminal import say, shown
 
 if TYPE_CHECKING:
     from afterimage.invert import InvertConfig
@@ -61,8 +62,8 @@ class Invert:
     weights: str | None = None
     """pretrained, random, or a file or folder."""
     seed: int = 0
-    lpips: str = "alex"
-    """LPIPS network: alex, vgg or squeeze."""
+    lpips: str | None = None
+    """LPIPS network: alex, vgg or squeeze (default: with --run the one that the run was measured with, else alex)."""
     cache: Path | None = None
     """Where decoded pictures are kept."""
     accelerator: str = "auto"
@@ -72,7 +73,10 @@ class Invert:
         from afterimage.invert import InvertConfig
         from afterimage.progress import Display
         from afterimage.ranks import one_device
+        from afterimage.runs import check_folder
 
+        check_folder(self.output, "--output")
+        check_seed("seed", self.seed)
         files, sources = self._sort()
         names = ("method", "optimizer", "steps", "learning_rate", "starts", "jitter", "tv", "alpha_norm")
         method = InvertConfig(**{name: getattr(self, name) for name in names})
@@ -137,12 +141,13 @@ class Invert:
         given = self._given(
             files, DataConfig(source=self.data or "photographs", limit_test=self.limit), progress
         )
+        lpips = self.lpips or LPIPS_NETS[0]
         where, size = self.weights or "pretrained", given.config.crop
         encoders = Encoders(sources, weights=where, image_size=size, seed=self.seed).to(device)
-        config = InversionConfig(encoders.sources, where, "", method, given.config, self.seed, self.lpips)
+        config = InversionConfig(encoders.sources, where, "", method, given.config, self.seed, lpips)
         folder = Run.create(self.output, config)
         if folder.state != "done":
-            metrics = Metrics(self.lpips, size=size)
+            metrics = Metrics(lpips, size=size)
             options = {"metrics": metrics, "seed": self.seed, "device": device, "progress": progress}
             invert_sources(folder, encoders, method, given, **options)
         return folder
@@ -159,7 +164,7 @@ class Invert:
             for row in folders[0].scores:
                 scores = {name: row[name] for name in ("psnr", "ssim", "lpips")}
                 lines = picture_lines(scores, summary["lpips"])
-                print(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
+                say(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
         done = [run for run in scan(self.output) if run.state == "done"]
         inversions = [run for run in done if run.summary.get("kind") == "inversion"]
-        print(*write_limit(inversions, self.output), *(folder.path for folder in folders), sep="\n")
+        say(*map(shown, [*write_limit(inversions, self.output), *(folder.path for folder in folders)]))

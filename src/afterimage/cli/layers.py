@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+
+from afterimage.config import MAX_SIDE, check_range
+from afterimage.terminal import console
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,13 @@ class Layers:
     """List each module whose output can be inverted, not only stages and blocks."""
 
     def run(self) -> None:
+        check_range("--image-size", self.image_size, 1, MAX_SIDE)
         from afterimage.encoders import list_layers
 
         print_layers(self.model, list_layers(self.model, self.image_size, every=self.every))
 
 
 def print_layers(model: str, layers: list) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=model, title_justify="left")
@@ -51,4 +53,4 @@ def print_layers(model: str, layers: list) -> None:
             f"{layer.encoder_parameters:,}",
             f"{layer.encoder_macs / 1e6:,.1f} M",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console(140).print(table)

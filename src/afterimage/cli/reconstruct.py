@@ -11,6 +11,7 @@ import tyro
 from afterimage.cli.report import find_runs
 from afterimage.cli.tables import picture_lines
 from afterimage.config import AfterimageError
+from afterimage.terminal import say, shown
 
 if TYPE_CHECKING:
     from afterimage.rerun import Rebuilt
@@ -34,18 +35,21 @@ class Reconstruct:
     working folder, PICTURE.reconstruction.png, of several pictures the first's)."""
     weights: str | None = None
     """Where the encoder's weights are, if not where they were in training."""
-    lpips: str = "alex"
-    """LPIPS network: alex, vgg or squeeze."""
+    lpips: str | None = None
+    """LPIPS network: alex, vgg or squeeze (default: the one that each run was measured with)."""
 
     def run(self) -> None:
+        from afterimage.runs import check_file
+
         runs = find_runs(self.run_folders)
         if not self.pictures:
             raise AfterimageError("name at least one picture file")
         if len(set(self.pictures)) < len(self.pictures):
             raise AfterimageError("a picture file is named twice")
         if self.output is not None and self.output.suffix.lower() != ".png":
-            raise AfterimageError(f"--output {self.output}: the figure is a PNG file, name it .png")
+            raise AfterimageError(f"--output {shown(self.output)}: the figure is a PNG file, name it .png")
         output = self.output or Path(f"{self.pictures[0].stem}.reconstruction.png")
+        check_file(output, "--output")
         if len(runs) == len(self.pictures) == 1:
             self._one(runs[0], output)
         else:
@@ -56,12 +60,12 @@ class Reconstruct:
         from afterimage.metrics import Metrics
         from afterimage.rerun import rebuild, side_by_side
 
-        metrics = Metrics(self.lpips, size=run.config.data.crop)
+        metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
         (rebuilt,) = rebuild(self.pictures, run, metrics, weights=self.weights)
         side_by_side(rebuilt, output)
         notes = file_notes(self.pictures, run.config.data.resize)
-        print(*picture_lines(rebuilt.scores, metrics.lpips_status), *notes, sep="\n")
-        print(f"saved: {output} (original left, reconstruction right)")
+        say(*picture_lines(rebuilt.scores, metrics.lpips_status), *notes)
+        say(f"saved: {shown(output)} (original left, reconstruction right)")
 
     def _several(self, runs: list[Run], output: Path) -> None:
         from afterimage.data import file_notes
@@ -88,30 +92,32 @@ class Reconstruct:
             )
         names = _names(self.pictures)
         ((resize, crop),) = sizes
-        metrics = Metrics(self.lpips, size=crop)
+        nets = {row.run: self.lpips or row.run.lpips_net for row in rows.decoders}
+        metrics = {net: Metrics(net, size=crop) for net in nets.values()}
         found: dict[Run, dict[str, Rebuilt]] = {}
         with Display() as display:
             for number, row in enumerate(rows.decoders):
                 display("reconstructing", number, len(rows.decoders), run=row.run.name)
-                results = rebuild(self.pictures, row.run, metrics, weights=self.weights)
+                results = rebuild(self.pictures, row.run, metrics[nets[row.run]], weights=self.weights)
                 found[row.run] = dict(zip(names, results, strict=True))
             display("reconstructing", len(rows.decoders), len(rows.decoders))
         for row in rows.decoders:
             for name, rebuilt in found[row.run].items():
-                lines = picture_lines(rebuilt.scores, metrics.lpips_status)
-                print(f"{row.label}, {name}: {', '.join(lines)}")
-        for note in file_notes(self.pictures, resize):
-            print(note)
+                lines = picture_lines(rebuilt.scores, metrics[nets[row.run]].lpips_status)
+                say(f"{row.label}, {name}: {', '.join(lines)}")
+        say(*file_notes(self.pictures, resize))
         for left in rows.unfinished:
-            print(f"left out: {left.run.name} ({left.state})")
+            say(f"left out: {left.run.name} ({left.state})")
         drawings = own_pictures(rows, found)
         for number, drawing in enumerate(drawings, 1):
             path = output if len(drawings) == 1 else output.with_stem(f"{output.stem}-{number}")
             write_atomic(path, render(drawing.figure)[0])
-            print(f"saved: {path} (mean: over a run's own test pictures)")
+            say(f"saved: {shown(path)} (mean: over a run's own test pictures)")
 
 
 def _names(paths: tuple[Path, ...]) -> list[str]:
     """What the figure calls the pictures: their stems, or whole paths where stems repeat."""
-    stems = [path.stem for path in paths]
-    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    stems = [shown(path.stem) for path in paths]
+    names = stems if len(set(stems)) == len(stems) else [shown(path) for path in paths]
+    # Two names may differ only in bytes that are no text.
+    return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.config import AfterimageError
+from afterimage.terminal import say, shown
 
 if TYPE_CHECKING:
     from afterimage.runs import Run
@@ -34,15 +34,17 @@ class Report:
 
         from afterimage.progress import Display
         from afterimage.report import write_report
+        from afterimage.runs import check_folder
 
         output = self.output or self.folders[0] / "report"
+        check_folder(output, "--output")
         title, spread = self.title or self.folders[0].resolve().name, "interval" if self.intervals else "std"
         with Display() as display:
             written = write_report(runs, output, title=title, spread=spread, progress=display)
-        shown = [written[name] for name in ("report.md", "index.html") if name in written]
-        print(*shown, f"and {len(written) - len(shown)} more files beside them", sep="\n")
+        named = [written[name] for name in ("report.md", "index.html") if name in written]
+        say(*map(shown, named), f"and {len(written) - len(named)} more files beside them")
         if "index.html" not in written:
-            print("afterimage: the page could not be written; report.md says why", file=sys.stderr)
+            say("afterimage: the page could not be written; report.md says why", error=True)
 
 
 def find_runs(folders: tuple[Path, ...]) -> list[Run]:

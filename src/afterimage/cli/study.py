@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,16 @@ import tyro
 
 from afterimage.cli.report import Report
 from afterimage.cli.tables import print_table
-from afterimage.config import AfterimageError, DecoderConfig, RunConfig, parse_count
+from afterimage.config import (
+    MAX_PROCESSES,
+    AfterimageError,
+    DecoderConfig,
+    RunConfig,
+    check_range,
+    parse_count,
+)
+from afterimage.runs import check_folder
+from afterimage.terminal import complain, console, say, shown
 
 if TYPE_CHECKING:
     from afterimage.study import StudyConfig, Train
@@ -94,7 +102,7 @@ class Study:
         from afterimage.study import Part, expand, from_models, load_study, run_study, shipped
 
         if not self.study and not self.models:
-            print("shipped studies: " + ", ".join(shipped()))
+            say("shipped studies: " + ", ".join(shipped()))
             return
         from afterimage.ranks import first_rank
 
@@ -108,6 +116,7 @@ class Study:
         study = self._changed(study)
         part = Part.parse(self.group) if self.group else Part()
         root = self.root or Path("runs") / name
+        check_folder(root, "--root", writable=not (self.dry_run or self.list_groups))
         train = self._train()
         with Display() as display:
             if self.dry_run or self.list_groups:
@@ -130,15 +139,17 @@ class Study:
             if part.count == 1:
                 Report((root,), title=study.title).run()
         if part.count > 1:
-            print(f"part {self.group} of the study; when all are done: afterimage report {root}")
+            say(f"part {self.group} of the study; when all are done: afterimage report {shown(root)}")
         for error in failures:
-            print(f"failed: {error}", file=sys.stderr)
+            complain("failed", error)
         if failures:
             raise SystemExit(1)
 
     def _train(self) -> Train | None:
         """What trains the runs, with the flags that go with it; None for this process."""
         options = self._given("cpus", "retries")
+        for name, least in (("cpus", 1), ("retries", 0)):
+            check_range(f"--{name}", options.get(name, least), least, MAX_PROCESSES)
         options |= {"address": self.address} if self.address else {}
         options |= {"fetch": True} if self.fetch else {}
         if self.executor == "ray":
@@ -193,12 +204,11 @@ def print_groups(configs: list[RunConfig]) -> None:
 
     split = study_groups(configs)
     for number, group in enumerate(split, 1):
-        print(f"{number}/{len(split)}", *(config.name for config in group))
+        say(" ".join([f"{number}/{len(split)}", *(config.name for config in group)]))
 
 
 def print_plan(configs: list[RunConfig]) -> None:
     """What a study would run and cost, one line a run."""
-    from rich.console import Console
     from rich.table import Table
 
     from afterimage.plan import macs_per_second, plan
@@ -235,11 +245,11 @@ def print_plan(configs: list[RunConfig]) -> None:
             f"~{clock(one.seconds)}",
             f"~{one.bytes / 2**30:.1f} GiB",
         )
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
-    print(*problems, sep="\n", end="\n" if problems else "")
+    console(180).print(table)
+    say(*problems)
     total = sum(one.seconds for one in plans)
-    print(f"{len(study_groups(configs))} groups of runs that are trained together (--list-groups)")
-    print(
+    say(f"{len(study_groups(configs))} groups of runs that are trained together (--list-groups)")
+    say(
         f"estimates at {macs_per_second() / 1e9:.0f} GMAC/s, measured here on one convolution: ~{clock(total)} if each "
         "run were trained alone; runs that share encoders share their pass. MACs are for one picture."
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
+
+from afterimage.terminal import console
 
 
 def score_line(name: str, score: dict | None, status: dict) -> str:
@@ -28,8 +29,6 @@ def picture_lines(scores: Mapping[str, float | None], status: dict) -> list[str]
 
 def print_table(runs: list) -> None:
     """The table of results on the terminal."""
-    from rich.console import Console
-
     from afterimage.report import console_table, read_rows
 
-    Console(width=None if sys.stdout.isatty() else 160).print(console_table(read_rows(runs)))
+    console(160).print(console_table(read_rows(runs)))

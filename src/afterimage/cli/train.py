@@ -10,14 +10,17 @@ import tyro
 
 from afterimage.cli.tables import print_table
 from afterimage.config import (
+    MAX_STEPS,
     AfterimageError,
     DataConfig,
     DecoderConfig,
     RecipeConfig,
     RunConfig,
+    check_range,
     parse_count,
     unknown,
 )
+from afterimage.terminal import say, shown
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL:LAYER [...]")]
 Flat = tyro.conf.OmitArgPrefixes
@@ -114,6 +117,7 @@ class Train:
         ]
         if not configs:
             raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
+        check_range("--profile", self.profile, 0, MAX_STEPS)
         if self.profile and self.devices > 1:
             raise AfterimageError("--profile measures one process: leave out --devices")
         if self.profile:
@@ -125,7 +129,7 @@ class Train:
             runs = train_runs(configs, self.root, failures=failures, **options)
         if first_rank() and any(run.state == "done" for run in runs):
             print_table(runs)
-            print("\n".join(f"run: {run.path}" for run in runs))
+            say(*(f"run: {shown(run.path)}" for run in runs))
         if failures:
             raise failures[0]
 

@@ -9,6 +9,10 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli.report import find_runs
+from afterimage.terminal import say
+
+NOT_MEASURED = 4
+"""The exit code where no run fails but some could not be measured; 1 is a run that does not hold, or an error."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,9 @@ class Verify:
     """Measure the stored decoders of runs again; say for each whether its scores still hold, and what changed.
 
     Scores hold where every picture's PSNR is within 0.01 dB, its SSIM within 0.0001 and its LPIPS within 0.001 of
-    what was written down. The exit code is 1 where any does not.
+    what was written down. A run whose pictures or weights are missing, or that is not finished, is NOT MEASURED, which
+    says nothing about its scores. The exit code is 0 where all hold, 1 where any does not (or of an error), 4 where
+    none fails but some could not be measured.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STUDY|RUN [...]")]
@@ -40,12 +46,19 @@ class Verify:
         for verdict in verdicts:
             worst = ", ".join(f"{name} by {value:.2g}" for name, value in verdict.worst.items())
             measured = f": {verdict.pictures} pictures, scores differ at most: {worst}" if worst else ""
-            held = "holds" if verdict.holds else "DOES NOT HOLD" if verdict.problems else "not checked"
+            held = (
+                "holds" if verdict.holds
+                else "DOES NOT HOLD" if verdict.problems
+                else "NOT MEASURED" if verdict.missing
+                else "not checked"
+            )  # fmt: skip
             lines = [f"{held}  {verdict.run.name}{measured or (verdict.skipped and f': {verdict.skipped}')}"]
-            lines += [f"    {problem}" for problem in verdict.problems]
+            lines += [f"    {problem}" for problem in (*verdict.problems, *verdict.missing)]
             lines += [f"    changed: {change}" for change in verdict.changes]
-            print(*lines, sep="\n")
-        counts = [sum(v.holds for v in verdicts), sum(bool(v.problems) for v in verdicts)]
-        print(f"{counts[0]} of {len(verdicts)} runs hold, {counts[1]} do not")
-        if counts[1]:
-            raise SystemExit(1)
+            say(*lines)
+        hold, fail = sum(v.holds for v in verdicts), sum(bool(v.problems) for v in verdicts)
+        unmeasured = sum(bool(v.missing and not v.problems) for v in verdicts)
+        told = f", {unmeasured} could not be measured" if unmeasured else ""
+        say(f"{hold} of {len(verdicts)} runs hold, {fail} do not{told}")
+        if fail or unmeasured:
+            raise SystemExit(1 if fail else NOT_MEASURED)

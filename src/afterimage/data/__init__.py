@@ -1,7 +1,7 @@
 """Where pictures come from: found, split, decoded once into a shared cache, cropped on the device."""
 
 from afterimage.data.decode import load_picture
-from afterimage.data.load import Data, default_cache, load_data
+from afterimage.data.load import Data, default_cache, load_data, load_test
 from afterimage.data.pictures import Pictures
 from afterimage.data.prepare import file_notes, prepare_picture
 from afterimage.data.sampling import order
@@ -15,6 +15,7 @@ __all__ = [
     "file_notes",
     "load_data",
     "load_picture",
+    "load_test",
     "order",
     "prepare_picture",
 ]

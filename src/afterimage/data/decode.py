@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from afterimage.config import AfterimageError
+from afterimage.terminal import shown
 
 VERSION = 3  # of what is kept decoded: raised whenever the same file would give other pixels
 # Of a data set's digest. Version 3 of the pixels differs only where a PNG of 2, 4 or 16 bits names a transparent value,
@@ -67,12 +68,6 @@ def load_picture(path: str | Path) -> Image.Image:
     pixels or 1 GiB.
     """
     return decode(read_bytes(path), shown(path))
-
-
-def shown(path: str | Path) -> str:
-    """A path as text that can always be printed: undecodable bytes and control characters are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def reason(error: OSError | ValueError) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, local_path
 from afterimage.data.decode import reason
 from afterimage.data.download import Archive, download, need_room, verify
 from afterimage.data.files import locked
@@ -32,7 +31,7 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
     The official validation pictures are the test split, as in the study. `parts` are those to get: `train`,
     `test`. What is downloaded or unpacked stays in the cache.
     """
-    given = Path(os.path.expanduser(path)) if path else None
+    given = Path(local_path(path)) if path else None
     if given is not None and not given.is_dir():
         raise AfterimageError(f"there is no folder {given}")
     found: dict[str, list[FileOriginal]] = {}

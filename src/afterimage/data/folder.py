@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, local_path
 from afterimage.data.decode import EXTENSIONS, read_bytes, reason, shown
 from afterimage.data.index import Member, Shard
 from afterimage.data.names import (
@@ -123,7 +123,7 @@ def _indexed(layout: Layout, cache: Path, progress: Progress | None) -> Source:
 
 def look_into(path: str) -> Layout:
     """Walk through a folder once: how it is split, and what is left out."""
-    root = Path(os.path.expanduser(path))
+    root = Path(local_path(path))
     try:
         with os.scandir(root) as entries:
             names = [entry.name for entry in entries if _is_folder(entry)]

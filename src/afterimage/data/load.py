@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,29 +85,69 @@ def load_data(
     is also a training or validation picture.
     """
     folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
-    seed, own = config.split_seed, not config.test
-    limits = [config.limit_train, config.limit_validation, config.limit_test]
-    source = _read(
-        config.source, {"train", "test"} if own else {"train"}, config, limits[: 2 + own], folder, progress
-    )
-    fractions = config.validation_fraction, config.test_fraction if own else None
-    train, validation, test = split(config.source, source, *fractions, seed)
-    parts = [_part(train, config.limit_train, seed), _part(validation, config.limit_validation, seed)]
-    if own:
-        parts.append(_part(test, config.limit_test, seed))
+    parts, source = _source(config, folder, progress)
+    found = _of_source(source, not config.test)
+    if config.test:
+        # Found before anything is decoded: a wrong name is told at once.
+        part, other = _other(config, folder, progress)
+        found += _of_test(other)
         pictures = _pictures(parts, source.root, config, folder, progress)
+        parts.append(part)
+        pictures += _pictures([part], other.root, config, folder, progress)
     else:
-        other = _read(config.test, {"test"}, config, limits[2:], folder, progress)
-        test = shuffled(other.train if other.test is None else other.test, seed)
         pictures = _pictures(parts, source.root, config, folder, progress)
-        parts.append(_part(test, config.limit_test, seed))
-        pictures += _pictures(parts[2:], other.root, config, folder, progress)
-    found = _of_source(source, own) + ([] if own else _of_test(other)) + _examined(pictures, config.resize)
-    if first_rank():
-        for note in found:
-            logger.warning("%s", note)
+    found += _examined(dict(zip(NAMES, pictures, strict=True)), config.resize)
+    _warn(found)
     notes = check_copies(parts, pictures) + _notes(pictures) + found
     return Data(config, *pictures, _digest(config, pictures), tuple(notes))
+
+
+def load_test(
+    config: DataConfig, *, cache: str | Path | None = None, progress: Progress | None = None
+) -> tuple[Pictures, list[str]]:
+    """The test pictures of a config whose `test` names a source of their own; the training pictures may be missing.
+
+    Where these are there, an `AfterimageError` is raised if one of them is also a test picture, as by `load_data`;
+    where they are not, a note says that this could not be looked at.
+    """
+    folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
+    part, other = _other(config, folder, progress)
+    (test,) = _pictures([part], other.root, config, folder, progress)
+    notes = _of_test(other) + _examined({NAMES[2]: test}, config.resize)
+    try:
+        parts, source = _source(config, folder, progress)
+        pictures = _pictures(parts, source.root, config, folder, progress)
+    except AfterimageError as error:
+        notes.append(f"whether a test picture was also trained on could not be looked at: {error}")
+    else:
+        notes += check_copies([*parts, part], [*pictures, test])
+    _warn(notes)
+    return test, notes
+
+
+def _source(
+    config: DataConfig, folder: Path, progress: Progress | None
+) -> tuple[list[Sequence[Original]], Source]:
+    """The source and its parts: to train, to validate and, where no other source gives them, to test."""
+    seed, own = config.split_seed, not config.test
+    limits = [config.limit_train, config.limit_validation, config.limit_test][: 2 + own]
+    source = _read(config.source, {"train", "test"} if own else {"train"}, config, limits, folder, progress)
+    fractions = config.validation_fraction, config.test_fraction if own else None
+    parts = split(config.source, source, *fractions, seed)
+    return [_part(part, limit, seed) for part, limit in zip(parts, limits, strict=False)], source
+
+
+def _other(config: DataConfig, folder: Path, progress: Progress | None) -> tuple[Sequence[Original], Source]:
+    """The test pictures of the source that `config.test` names, and that source."""
+    other = _read(config.test, {"test"}, config, [config.limit_test], folder, progress)
+    test = shuffled(other.train if other.test is None else other.test, config.split_seed)
+    return _part(test, config.limit_test, config.split_seed), other
+
+
+def _warn(notes: Sequence[str]) -> None:
+    if first_rank():
+        for note in notes:
+            logger.warning("%s", note)
 
 
 def _read(
@@ -200,9 +240,8 @@ def _of_test(source: Source) -> list[str]:
     return notes
 
 
-def _examined(pictures: Sequence[Pictures], size: int) -> list[str]:
-    """Notes on the values and sizes of the images, as far as they were looked at."""
-    named = dict(zip(NAMES, pictures, strict=True))
+def _examined(named: Mapping[str, Pictures], size: int) -> list[str]:
+    """Notes on the values and sizes of the images of each part, as far as they were looked at."""
     kept = {name: part.facts for name, part in named.items() if not isinstance(part, StreamedPictures)}
     sides = {
         name: part.rows.sides if isinstance(part, StreamedPictures) else kept[name][:, -2:].min(1)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, local_path
 from afterimage.data.decode import BadPicture, shown
 from afterimage.data.index import Index, Shard, read_block
 from afterimage.data.names import TEST, TRAINING, VALIDATION, left_out, listed, nested_split, pooled_names
@@ -93,7 +93,7 @@ def read_index(shards: list[Shard], cache: Path, progress: Progress | None = Non
 def expand(pattern: str) -> list[Path]:
     """The files that a pattern names: `{000..012}` and `{a,b}` first, then `*`, `?` and `[...]`, sorted, each once."""
     found: dict[Path, None] = {}
-    for name in _expand_braces(os.path.expanduser(pattern)):
+    for name in _expand_braces(local_path(pattern)):
         path = Path(name)
         if path.exists() or not glob.has_magic(name):
             if not path.is_file():

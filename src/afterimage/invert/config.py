@@ -5,7 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from afterimage.config import AfterimageError, DataConfig, folder_name, settings_digest, unknown
+from afterimage.config import (
+    MAX_BATCH,
+    MAX_SIDE,
+    MAX_STEPS,
+    AfterimageError,
+    DataConfig,
+    absolute_weights,
+    check_positive,
+    check_range,
+    check_seed,
+    folder_name,
+    settings_digest,
+    unknown,
+)
 
 METHODS = ("pixels", "fourier", "prior")
 OPTIMIZERS = ("adam", "lbfgs")
@@ -39,21 +52,13 @@ class InvertConfig:
             raise unknown("inversion method", self.method, METHODS)
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
-        positive = (
-            "steps",
-            "starts",
-            "beta",
-            "alpha",
-            *(["learning_rate"] if self.learning_rate is not None else []),
-        )
-        for names, least, rule in (
-            (positive, 1e-12, "greater than 0"),
-            (("jitter", "tv", "alpha_norm"), 0, "0 or more"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if not (math.isfinite(value) and value >= least):
-                    raise AfterimageError(f"{name} must be {rule}, got {value}")
+        check_positive(self, "steps", most=MAX_STEPS)
+        check_positive(self, "starts", most=MAX_BATCH)
+        check_positive(self, "beta", "alpha", "learning_rate")
+        check_range("jitter", self.jitter, 0, MAX_SIDE)
+        for name in ("tv", "alpha_norm"):
+            if not 0 <= getattr(self, name) < math.inf:  # false for NaN too
+                raise AfterimageError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.jitter and self.optimizer == "lbfgs":
             raise AfterimageError(
                 "jitter changes the objective from step to step, which L-BFGS cannot follow; use adam"
@@ -74,6 +79,10 @@ class InversionConfig:
     data: DataConfig
     seed: int = 0
     lpips: str = "alex"
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+        object.__setattr__(self, "weights", absolute_weights(self.weights))
 
     @property
     def digest(self) -> str:

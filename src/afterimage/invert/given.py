@@ -15,6 +15,7 @@ from afterimage.config import AfterimageError, DataConfig
 from afterimage.data import Pictures, file_notes, load_data, prepare_picture
 from afterimage.progress import Progress, silent
 from afterimage.runs import sha256
+from afterimage.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> 
 
     Raises `AfterimageError` that names the file where one is no picture, or is given twice.
     """
-    names = [str(path) for path in paths]
+    names = [shown(path) for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
         raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
     crops = torch.cat([prepare_picture(path, resize, crop) for path in paths])

@@ -127,7 +127,7 @@ def invert_run(
     plain: bool = True,
     weights: str | None = None,
     seed: int = 0,
-    lpips: str = "alex",
+    lpips: str | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> list[Run]:
@@ -135,9 +135,11 @@ def invert_run(
 
     Each becomes a run folder below `root` (see `save`); one that is done is not made again. Where the method is
     `fourier` and there are validation pictures, the decoder's errors are learnt from the first `HELD_OUT` of them.
-    Plain inversion knows no pictures and no decoder. Raises `AfterimageError` as `Reconstructor.open` and `invert` do.
+    Plain inversion knows no pictures and no decoder. `lpips` is by default the network that the run was measured with.
+    Raises `AfterimageError` as `Reconstructor.open` and `invert` do.
     """
     sources, where = run.config.sources, weights or run.config.weights
+    lpips = lpips or run.lpips_net
     wanted = [("refined", run.name), *([("inversion", "")] if plain else [])]
     made = {
         kind: Run.create(root, InversionConfig(sources, where, start, method, given.config, seed, lpips))

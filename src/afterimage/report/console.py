@@ -9,6 +9,7 @@ from afterimage.report.layout import NONE, Cell, Group, Line, lay_out
 from afterimage.report.rows import Rows
 from afterimage.report.tables import superscript
 from afterimage.report.variants import fusion_legend
+from afterimage.terminal import console
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -21,12 +22,10 @@ HEADING = 24
 
 def console_table(rows: Rows, *, width: int | None = None, title: str | None = None) -> RichTable:
     """A rich `Table` of at most `width` columns (default: the terminal's), its footnotes as caption."""
-    from rich.console import Console
-
-    console = Console(width=width)
+    screen = console(width)
     for count in range(len(EXPENDABLE) + 1):
         table = _build(rows, EXPENDABLE[:count], title)
-        if table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum <= console.width:
+        if table.__rich_measure__(screen, screen.options.update(max_width=10_000)).maximum <= screen.width:
             break
     return table
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from afterimage.runs import Run, origin, read_csv, write_atomic, write_csv, write_json
+from afterimage.terminal import console
 
 PAST = 0.1
 """From so many dB below its peak on, an inversion has gone on for too long."""
@@ -79,7 +79,6 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def print_limit(folders: Sequence[Run]) -> None:
     """The table of these inversions on the terminal, and of each whether it went on past its peak."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(caption="measured lower bounds on what the features hold", caption_justify="left")
@@ -95,8 +94,8 @@ def print_limit(folders: Sequence[Run]) -> None:
             _named(row["sources"], row["weights"]), row["how"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}", lpips, loss,
             str(row["passes"]), f"{row['seconds_per_picture']:.2f}", str(row["pictures"]),
         )  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(table)
+    screen = console(160)
+    screen.print(table)
     for row in rows:
         if row["peak_psnr"] is not None and row["peak_psnr"] - row["psnr"] >= PAST:
             hint = ""
@@ -104,11 +103,10 @@ def print_limit(folders: Sequence[Run]) -> None:
                 hint = "; the start is the best there is"
             elif row["optimizer"] == "lbfgs":  # Adam's learning rate depends on how many steps there will be
                 hint = f". --steps {row['peak_passes']} ends there"
-            console.print(
+            screen.print(
                 f"{_named(row['sources'], row['weights'])}, {row['how']}: highest after {row['peak_passes']} passes, "
                 f"{row['peak_psnr']:.2f} dB; later ones fit the features and lead away from the pictures, "
                 f"which only the originals tell{hint}",
-                markup=False,
                 soft_wrap=True,
             )
 
