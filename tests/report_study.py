@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from afterimage.config import (
+    RANDOM_WEIGHTS,
     DataConfig,
     DecoderConfig,
     FusionConfig,
@@ -78,7 +79,8 @@ def write_run(
     )  # fmt: skip
     run = Run.create(root, config)
     quality += BONUS.get(decoder, 0.1) + 0.02 * math.log10((parameters or 1e6) / 1e6) + 0.002 * (seed - 42)
-    quality -= 0.2 if weights == "random" else 0
+    is_random = weights in RANDOM_WEIGHTS
+    quality -= 0.2 if is_random else 0
     mean = np.array([12 + 14 * quality, 0.25 + 0.6 * quality, 0.9 - 0.75 * quality])
     size = parameters or PARAMETERS.get(decoder, 500_000) * channels // 64
     summary = {
@@ -86,9 +88,9 @@ def write_run(
         "decoder": decoder, "reference": None,
         "fusion": config.fusion and dataclasses.asdict(config.fusion),
         "weights": [
-            {"model": s.partition(":")[0], "origin": "random" if weights == "random" else "folder",
-             "location": "seed 0" if weights == "random" else "/weights/model.safetensors",
-             "sha256": "" if weights == "random" else "ab" * 32, "label": weights}
+            {"model": s.partition(":")[0], "origin": weights if is_random else "folder",
+             "location": "seed 0" if is_random else "/weights/model.safetensors",
+             "sha256": "" if is_random else "ab" * 32, "label": weights, "is_random": is_random}
             for s in sources
         ],
         "features": [

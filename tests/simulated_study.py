@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from afterimage.config import (
+    RANDOM_WEIGHTS,
     DataConfig,
     DecoderConfig,
     FusionConfig,
@@ -90,7 +91,8 @@ def write_run(
         features.append(
             {"source": source, "channels": channels, "height": side, "width": side, "order": order}
         )
-    label = "random" if weights == "random" else "pretrained"
+    is_random = weights in RANDOM_WEIGHTS
+    label = weights if is_random else "pretrained"
     summary = {
         "kind": "decoder",
         "label": f"{' + '.join(sources)} · {decoder.name}",
@@ -98,7 +100,7 @@ def write_run(
         "decoder": decoder.name,
         "reference": None,
         "fusion": None,
-        "weights": [{"model": s.partition(":")[0], "label": label} for s in sources],
+        "weights": [{"model": s.partition(":")[0], "label": label, "is_random": is_random} for s in sources],
         "features": features,
         "parameters": SHAPES[sources[0]][2] if parameters is None else parameters,
         "train_seconds": seconds,

@@ -11,6 +11,7 @@ from afterimage.audit.config import AttackersConfig, AuditConfig
 from afterimage.config import (
     MAX_PARAMETERS,
     MAX_SEED,
+    RANDOM_WEIGHTS,
     AfterimageError,
     DataConfig,
     DecoderConfig,
@@ -37,7 +38,7 @@ sources = st.builds("{}:{}".format, words, words)
 runs = st.builds(
     RunConfig,
     sources=st.lists(sources, min_size=1, max_size=3).map(tuple),
-    weights=st.sampled_from(["pretrained", "random", "/some/where"]),
+    weights=st.sampled_from(["pretrained", *RANDOM_WEIGHTS, "/some/where"]),
     fusion=st.none()
     | st.builds(FusionConfig, channels=st.integers(1, 512), size=st.none() | st.integers(1, 64)),
     decoder=st.builds(

@@ -1,7 +1,9 @@
 import copy
+import math
 import pickle
 
 import pytest
+import timm
 import torch
 import torchvision
 from jaxtyping import TypeCheckError
@@ -9,7 +11,7 @@ from torch import nn
 
 from afterimage.config import AfterimageError
 from afterimage.encoders import Encoder, list_layers, resolve
-from afterimage.encoders.build import create_random
+from afterimage.encoders.build import create_random, seeded
 from encoder_checks import assert_same, randomise_statistics
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
@@ -156,6 +158,43 @@ def test_pictures_are_left_as_they_are(images):
     before = images.clone()
     Encoder("resnet18:act1", weights="random", image_size=64)(images)
     assert torch.equal(images, before)
+
+
+def test_every_block_of_a_random_resnet_acts(images):
+    """timm starts the last norm of each block at zero: then no weight of any `conv2` is ever heard of."""
+    layers = ["layer1", "layer2", "layer3", "layer4"]
+    for weights, heard in (("random", True), ("random-init", False)):
+        encoder = Encoder("resnet18", layers=layers, weights=weights, image_size=64)
+        before = encoder(images)
+        for name, parameter in encoder.model.named_parameters():
+            if name.endswith("conv2.weight"):
+                parameter.zero_()
+        for layer, old, new in zip(layers, before, encoder(images), strict=True):
+            assert ((new - old).norm() / old.norm() > 0.1) == heard and heard != torch.equal(old, new), layer
+
+
+def test_random_init_is_timms_own_and_random_the_same_draw_with_open_branches():
+    with seeded(3):
+        timms = timm.create_model("convnext_atto").state_dict()
+    left = create_random("convnext_atto", (64, 64), 3, "random-init").state_dict()
+    opened = create_random("convnext_atto", (64, 64), 3).state_dict()
+    assert all(torch.equal(left[key], timms[key]) for key in timms)
+    for key, value in timms.items():
+        if key.endswith(".gamma"):  # LayerScale
+            assert value.unique().item() == pytest.approx(1e-6) and torch.equal(
+                opened[key], torch.ones_like(value)
+            )
+        elif not torch.equal(opened[key], value):  # drawn at 0.02 for few inputs
+            scale = (opened[key] / value).nanmedian()
+            torch.testing.assert_close(opened[key], value * scale)
+            gain = opened[key].square().mean().sqrt() * math.sqrt(opened[key][0].numel())
+            assert scale > 5 and gain.item() == pytest.approx(1, abs=1e-5), key
+    same = (
+        "stages.0.blocks.0.norm.weight",
+        "stages.0.blocks.0.norm.bias",
+        "stages.3.blocks.0.mlp.fc1.weight",
+    )
+    assert all(torch.equal(opened[key], timms[key]) for key in same)
 
 
 def test_random_weights_depend_on_the_seed_alone(images):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from afterimage.config import AfterimageError
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.report import album
 from afterimage.report.page import SCRIPTS, STYLES, TEMPLATES, write_page
 from afterimage.runs import scan, write_json
@@ -195,8 +195,9 @@ def test_unavailable_lpips_is_never_a_number(tmp_path, originals):
     assert "option value=lpips" not in page.text
 
 
-def test_random_weights_are_labelled(tmp_path):
-    run = write_run(tmp_path, "resnet34.tv_in1k", "layer1", weights="random")
+@pytest.mark.parametrize("kind", RANDOM_WEIGHTS)
+def test_random_weights_are_labelled(kind, tmp_path):
+    run = write_run(tmp_path, "resnet34.tv_in1k", "layer1", weights=kind)
     page = Parsed(
         write_page(
             [run, write_run(tmp_path, "resnet34.tv_in1k", "layer1")], tmp_path / "page.html", title="t"
@@ -204,9 +205,10 @@ def test_random_weights_are_labelled(tmp_path):
     )
     assert [entry["series"] for entry in page.data["data"]["runs"]] == [
         "resnet34",
-        "resnet34 (random weights)",
+        f"resnet34 ({kind} weights)",
     ]
-    assert ("strong", {"class": "badge"}) in page.elements and "random weights" in page.text
+    assert [entry["random"] for entry in page.data["data"]["runs"]] == ["", f"{kind.upper()} weights"]
+    assert ("strong", {"class": "badge"}) in page.elements and f"{kind} weights" in page.text
     assert "These runs saved no reconstructions" in page.text
 
 

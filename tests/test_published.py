@@ -147,7 +147,7 @@ def with_mean(run, psnr):
 
 def test_rows_stand_beside_their_published_counterparts(tmp_path):
     ours = keep(with_mean(write_run(tmp_path, SOURCE, scores(29)), 29.0), 3, 1)
-    random = with_mean(write_run(tmp_path, SOURCE, scores(20), weights="random"), 20.0)
+    random = with_mean(write_run(tmp_path, SOURCE, scores(20), weights="random-init"), 20.0)
     resized = with_mean(write_run(tmp_path, SOURCE, scores(20), parameters=4_000_000, seed=1), 20.0)
     linear = with_mean(write_run(tmp_path, SOURCE, scores(20), decoder=DecoderConfig("linear")), 20.0)
     assert list(originals([ours, random])) == ["picture-001", "picture-003"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from afterimage.config import AfterimageError, FusionConfig
-from afterimage.report import csv_table, latex_table, markdown_table, read_rows
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FusionConfig
+from afterimage.report import csv_table, latex_table, markdown_table, read_rows, write_report
 from afterimage.report.escape import latex, markdown, markdown_code, plain
 from afterimage.report.layout import duration, lay_out
 from afterimage.report.rows import Score, pool
@@ -92,13 +92,26 @@ def test_distances_by_different_networks_stand_in_different_columns(tmp_path):
     assert "±" in first[-2] and "±" in second[-1]
 
 
-def test_random_weights_are_loud(tmp_path):
-    rows = read_rows([write_run(tmp_path, "m", "l", weights="random"), write_run(tmp_path, "m", "l")])
+@pytest.mark.parametrize("kind", RANDOM_WEIGHTS)
+def test_random_weights_are_loud(kind, tmp_path):
+    rows = read_rows([write_run(tmp_path, "m", "l", weights=kind), write_run(tmp_path, "m", "l")])
     assert [row.is_random for row in rows.decoders] == [False, True]
-    assert "**RANDOM**" in markdown_table(rows)
-    assert r"\textbf{RANDOM WEIGHTS}" in latex_table(rows)
-    assert "RANDOM WEIGHTS" in printed(rows, 100)
-    assert any("RANDOM" in warning for warning in rows.warnings)
+    assert f"**{kind.upper()}**" in markdown_table(rows)
+    assert rf"\textbf{{{kind.upper()} WEIGHTS}}" in latex_table(rows)
+    assert f"{kind.upper()} WEIGHTS" in printed(rows, 100)
+    assert any(warning.startswith(f"Rows marked {kind.upper()} used") for warning in rows.warnings)
+
+
+def test_both_random_controls_are_told_apart(tmp_path):
+    runs = [write_run(tmp_path / "runs", "m", "l", weights=w) for w in ("pretrained", *RANDOM_WEIGHTS)]
+    rows = read_rows(runs)
+    assert [row.control for row in rows.decoders] == ["", "RANDOM weights", "RANDOM-INIT weights"]
+    text = write_report(runs, tmp_path / "out")["report.md"].read_text()
+    for kind, what in RANDOM_WEIGHTS.items():
+        assert f"**{kind.upper()}**, `seed 0`: {what}, a control, not a pretrained network" in text
+    assert "Open markers: RANDOM weights (broken lines), RANDOM-INIT weights (dotted lines)." in text.replace(
+        "\\", ""
+    )
 
 
 def test_csv_reads_back(study):

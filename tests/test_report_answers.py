@@ -78,6 +78,17 @@ def test_controls_on_random_weights_are_labelled_and_decide_nothing(study, told)
     assert h1.verdict == "supported (RANDOM weights only)"
 
 
+def test_the_other_random_control_decides_nothing_either(tmp_path):
+    options = {"weights": "random-init", "lpips": None}
+    layers = list(RESNET[1].items())[:2]
+    runs = [
+        write_run(tmp_path, RESNET[0], layer, features=features, order=i, **options)
+        for i, (layer, features) in enumerate(layers)
+    ]
+    (h1, *_) = find(analyse(runs))
+    assert h1.verdict == "supported (RANDOM-INIT weights only)"
+
+
 def test_a_hypothesis_that_cannot_be_tested_says_so_in_a_line(tmp_path):
     text = write_report([write_run(tmp_path / "runs", *ATTENTION)], tmp_path / "out")["report.md"].read_text()
     for h in ("H1", "H2", "H3"):

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from afterimage.config import AfterimageError, DataConfig, DecoderConfig, FusionConfig, RecipeConfig
+from afterimage.config import (
+    RANDOM_WEIGHTS,
+    AfterimageError,
+    DataConfig,
+    DecoderConfig,
+    FusionConfig,
+    RecipeConfig,
+)
 from afterimage.runs import scan, scored_on, write_csv, write_json
 from afterimage.statistics import (
     analyse,
@@ -333,6 +340,7 @@ def test_settings_are_told_apart_by_what_differs(tmp_path):
         {"recipe": RecipeConfig(epochs=5)},
         {"recipe": RecipeConfig(loss="l1")},
         {"weights": "random"},
+        {"weights": "random-init"},
     ]
     rows, notes = load_rows([write_run(tmp_path, LAYERS[0], scores(20), **v) for v in variants])
     assert notes == []
@@ -341,6 +349,7 @@ def test_settings_are_told_apart_by_what_differs(tmp_path):
         "attention (epochs 5)",
         "attention at 4 M parameters",
         "attention, RANDOM weights",
+        "attention, RANDOM-INIT weights",
         "attention, loss l1",
     ]
 
@@ -453,7 +462,8 @@ def test_untrained_controls_are_in_no_ranking(tmp_path):
     for name, mean in (("linear", 20), ("residual", 22)):
         for layer in LAYERS[:2]:
             write_run(tmp_path, layer, scores(mean, seed=mean), decoder=DecoderConfig(name))
-        write_run(tmp_path, LAYERS[0], scores(30), decoder=DecoderConfig(name), weights="random")
+        for weights in RANDOM_WEIGHTS:
+            write_run(tmp_path, LAYERS[0], scores(30), decoder=DecoderConfig(name), weights=weights)
     fusion = FusionConfig("concat", size=56)
     write_run(tmp_path, tuple(LAYERS[:2]), scores(25), decoder=DecoderConfig("transposed"), fusion=fusion)
     analysis = analyse(scan(tmp_path), **FAST)
@@ -463,8 +473,10 @@ def test_untrained_controls_are_in_no_ranking(tmp_path):
     assert all(c.b == "resnet34 layer1, residual" for c in analysis.fusions)
     told = " ".join(in_words(analysis))
     assert "Most PSNR" in told and "RANDOM" not in told[told.index("Most PSNR") :]
-    controls = analyse([run for run in scan(tmp_path) if run.config.weights == "random"], **FAST)
-    assert all("RANDOM" in s for d in controls.decoders for s in d.settings) and controls.decoders
+    for kind in RANDOM_WEIGHTS:
+        controls = analyse([run for run in scan(tmp_path) if run.config.weights == kind], **FAST)
+        assert all(f"{kind.upper()} weights" in s for d in controls.decoders for s in d.settings)
+        assert controls.decoders
 
 
 def test_fusions_that_differ_in_channels_have_names_of_their_own(tmp_path):

@@ -3,7 +3,15 @@ from dataclasses import replace
 
 import pytest
 
-from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig, load_toml
+from afterimage.config import (
+    RANDOM_WEIGHTS,
+    AfterimageError,
+    DataConfig,
+    DecoderConfig,
+    RecipeConfig,
+    RunConfig,
+    load_toml,
+)
 from afterimage.plan import plan
 from afterimage.reconstructor import build_head
 from afterimage.study import RowConfig, StudyConfig, expand, from_models, load_study, run_study, shipped
@@ -115,7 +123,8 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path):
     assert "loss is" in json.loads(failed.file("status.json").read_text())["error"]
 
 
-def test_random_weights_only_where_the_study_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", RANDOM_WEIGHTS)
+def test_random_weights_only_where_the_study_says_so(kind, monkeypatch):
     from dataclasses import replace
 
     import afterimage.weights
@@ -124,11 +133,13 @@ def test_random_weights_only_where_the_study_says_so(tmp_path, monkeypatch):
         raise AfterimageError(f"no weights for {model}")
 
     monkeypatch.setattr(afterimage.weights, "find_weights", nothing)
-    study = replace(SMALL, weights="pretrained", missing_weights="random")
+    study = replace(SMALL, weights="pretrained", missing_weights=kind)
     said = []
     configs = expand(study, lambda what, *_: said.append(what))
-    assert {config.weights for config in configs} == {"random"}
-    assert len(said) == 1 and "RANDOM weights" in said[0] and MODEL in said[0]
+    assert {config.weights for config in configs} == {kind} and all(kind in config.name for config in configs)
+    assert len(said) == 1 and f"{kind.upper()} weights" in said[0] and MODEL in said[0]
+    for asked in RANDOM_WEIGHTS:  # a control that was asked for is not missing
+        assert {config.weights for config in expand(replace(study, weights=asked))} == {asked}
     assert {config.weights for config in expand(replace(study, missing_weights="error"))} == {"pretrained"}
 
 

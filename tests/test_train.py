@@ -163,7 +163,7 @@ def test_the_encoder_does_not_change_by_a_bit(pictures, tmp_path):
 
 def test_a_closed_form_needs_no_epochs(pictures, tmp_path):
     data = load_data(DataConfig(f"folder:{pictures}", resize=48, crop=32), cache=tmp_path)
-    encoder = Encoder(f"{MODEL}:layer1", weights="random", image_size=32)
+    encoder = Encoder(f"{MODEL}:layer1", weights="random-init", image_size=32)  # nearly linear
     reconstructor = Reconstructor(encoder, create_decoder("linear", encoder.specs, 32))
     assert train(reconstructor, data, accelerator="cpu") == []
     rows, _ = evaluate(reconstructor, data.test, Metrics("squeeze"))

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import save, save_file
 
 from afterimage import hub_files
-from afterimage.config import AfterimageError
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.encoders import Encoder, list_layers, resolve, resolve_model
 from afterimage.encoders.build import pretrained_config
 from afterimage.weights import (
     file_digest,
     find_torchvision_weights,
     find_weights,
+    identity,
     random_weights,
     read_weights,
 )
@@ -116,6 +117,7 @@ def test_a_path_is_a_file_or_a_folder(tmp_path):
         "location": str(tmp_path / "any.safetensors"),
         "sha256": digest,
         "label": "pretrained",
+        "is_random": False,
     }
     with pytest.raises(
         AfterimageError, match=r"holds no weights for .*: none of resnet18.tv_in1k.safetensors, "
@@ -246,14 +248,27 @@ def test_a_digest_is_computed_once_for_a_file_that_stays_the_same(tmp_path, monk
     assert file_digest(path) == hashlib.sha256(b"two!").hexdigest()
 
 
-def test_random_weights_say_so():
-    assert random_weights(MODEL, 7).as_dict() == {
+@pytest.mark.parametrize("kind", RANDOM_WEIGHTS)
+def test_random_weights_say_so(kind):
+    assert random_weights(MODEL, kind, 7).as_dict() == {
         "model": MODEL,
-        "origin": "random",
+        "origin": kind,
         "location": "seed 7",
         "sha256": "",
-        "label": "random",
+        "label": kind,
+        "is_random": True,
     }
+    assert (
+        len({identity(random_weights(MODEL, k, seed).as_dict()) for k in RANDOM_WEIGHTS for seed in (1, 2)})
+        == 4
+    )
+
+
+def test_an_unknown_kind_of_weights_is_told_what_there_is():
+    with pytest.raises(
+        AfterimageError, match=r"weights at randm; write pretrained, random, random-init or a path"
+    ):
+        find_weights(MODEL, "randm")
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -47,6 +47,14 @@ MAX_CHANNELS = 2**16
 MAX_PARAMETERS = 10**10
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
+RANDOM_WEIGHTS = {
+    "random": "an untrained network whose blocks act",
+    "random-init": "an untrained network as timm initialises it, many residual branches closed or nearly so",
+}
+"""The random controls: what `weights` may be instead of trained ones, and what that is."""
+
+WEIGHTS = f"pretrained, {', '.join(RANDOM_WEIGHTS)} or a path"
+
 Count = typing.NewType("Count", int)
 """A whole number that may be written short: 250k, 4M, 1.5M, 4_000_000."""
 
@@ -352,7 +360,8 @@ class RecipeConfig:
 class RunConfig:
     """One run: which features, which decoder, which pictures, which recipe.
 
-    `sources` are `model:layer` with the weights' tag pinned; `weights` is `pretrained`, `random` or a path.
+    `sources` are `model:layer` with the weights' tag pinned; `weights` is `pretrained`, one of
+    `RANDOM_WEIGHTS`, or a path.
     `lpips` only chooses how the result is measured, so it is not part of the run's hash.
     """
 
@@ -398,8 +407,8 @@ class RunConfig:
         parts = [*self.sources, self.decoder.name]
         if self.fusion is not None:
             parts.insert(-1, self.fusion.name)
-        if self.weights == "random":
-            parts.append("random")
+        if self.weights in RANDOM_WEIGHTS:
+            parts.append(self.weights)
         return folder_name(parts, self.digest)
 
 

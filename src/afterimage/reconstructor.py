@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from afterimage.encoders import Encoder, resolve
 from afterimage.fusion import create_fusion
 from afterimage.ranks import ALONE, Ranks
 from afterimage.runs import Run, reading
+from afterimage.weights import identity
 
 
 class Encoders(nn.Module):
@@ -58,8 +59,8 @@ class Encoders(nn.Module):
         return [e.weights.as_dict() for e in self.encoders if used.intersection(e.sources)]
 
     def weight_digests(self, sources: Sequence[str]) -> dict[str, str]:
-        """The SHA-256 of the weights behind `sources`, by model; empty where they are random."""
-        return {entry["model"]: entry["sha256"] for entry in self.weights_of(sources)}
+        """What tells the weights behind `sources` apart, by model: a SHA-256, or which random draw they are."""
+        return {entry["model"]: identity(entry) for entry in self.weights_of(sources)}
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
         """Feature maps `(B, C, h, w)` of pictures in [0, 1], in the order of `sources`."""
@@ -203,14 +204,16 @@ def _same_weights(run: Run, encoders: Encoders) -> None:
     if not run.file("summary.json").exists():
         return
     with reading(run.file("summary.json")):
-        recorded = {
-            entry["model"]: (entry["sha256"], str(entry["location"])) for entry in run.summary["weights"]
-        }
+        recorded = {entry["model"]: (identity(entry), _told(entry)) for entry in run.summary["weights"]}
     for entry in encoders.weights_of(encoders.sources):
         before = recorded.get(entry["model"])
-        if before is not None and before[0] != entry["sha256"]:
+        if before is not None and before[0] != identity(entry):
             raise AfterimageError(
-                f"run {run.name} was trained on weights of {entry['model']} with digest "
-                f"{str(before[0])[:12] or 'none'} ({before[1]}), but these have "
-                f"{entry['sha256'][:12] or 'none'} ({entry['location']})"
+                f"run {run.name} was trained on weights of {entry['model']} with {before[1]}, but these have "
+                f"{_told(entry)}"
             )
+
+
+def _told(weights: Mapping[str, Any]) -> str:
+    digest = str(weights["sha256"])[:12] or f"none: {weights['label']}"
+    return f"digest {digest} ({weights['location']})"

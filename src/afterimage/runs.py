@@ -451,8 +451,8 @@ def _commit() -> str | None:
 
 
 def origin(summary: Mapping[str, Any]) -> str:
-    """`random` where an encoder of the row was an untrained control, else `pretrained`."""
-    return "random" if any(w["label"] == "random" for w in summary["weights"]) else "pretrained"
+    """`pretrained`, or which random control where an encoder of the row was one."""
+    return next((w["label"] for w in summary["weights"] if w["is_random"]), "pretrained")
 
 
 def scored_on(data: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -14,6 +14,7 @@ from afterimage.config import (
     LPIPS_NETS,
     MAX_PARAMETERS,
     MAX_PICTURES,
+    RANDOM_WEIGHTS,
     AfterimageError,
     Count,
     DataConfig,
@@ -59,9 +60,9 @@ class StudyConfig:
 
     A layer may be a glob (`resnet34.tv_in1k:layer*`). With `parameters` every decoder that comes in sizes is built
     at that one, within 5 %, whatever its own says; a fusion's parameters come on top. `lpips` may be `any`: the
-    first network whose weights are found. With `missing_weights = "random"` an encoder without pretrained weights
-    goes on with random ones, said in every output; otherwise it is an error. With `controls` runs get their twins
-    and are held against controls.
+    first network whose weights are found. With `missing_weights = "random"` (or `random-init`) an encoder without
+    pretrained weights goes on with random ones, said in every output; otherwise it is an error. With `controls` runs
+    get their twins and are held against controls.
     """
 
     title: str = ""
@@ -86,8 +87,8 @@ class StudyConfig:
             )
         if not self.seeds:
             raise AfterimageError("a study needs at least one seed, for example seeds = [42]")
-        if self.missing_weights not in ("error", "random"):
-            raise unknown("missing_weights", self.missing_weights, ("error", "random"))
+        if self.missing_weights not in ("error", *RANDOM_WEIGHTS):
+            raise unknown("missing_weights", self.missing_weights, ("error", *RANDOM_WEIGHTS))
         if self.lpips not in (*LPIPS_NETS, "any"):
             raise unknown("LPIPS network", self.lpips, (*LPIPS_NETS, "any"))
         for i, seed in enumerate(self.seeds):
@@ -135,10 +136,12 @@ def expand(study: StudyConfig, progress: Progress = silent) -> list[RunConfig]:
         recipe = from_dict(RecipeConfig, {**to_dict(study.recipe), **row.recipe}, f"rows[{i}].recipe.")
         for group in [tuple(sources)] if row.fusion else [(source,) for source in sources]:
             weights = row.weights or study.weights
-            if study.missing_weights == "random":
+            if study.missing_weights in RANDOM_WEIGHTS and weights not in RANDOM_WEIGHTS:
                 models = tuple(dict.fromkeys(split_source(source)[0] for source in group))
                 if (models, weights) not in decided:
-                    decided[models, weights] = _weights_or_random(models, weights, progress)
+                    decided[models, weights] = _weights_or_random(
+                        models, weights, study.missing_weights, progress
+                    )
                 weights = decided[models, weights]
             for decoder in map(sized, row.decoders or study.decoders):
                 for seed in study.seeds:
@@ -195,17 +198,16 @@ def _matches(source: str) -> list[str]:
     return matches
 
 
-def _weights_or_random(models: Sequence[str], weights: str, progress: Progress) -> str:
+def _weights_or_random(models: Sequence[str], weights: str, otherwise: str, progress: Progress) -> str:
     from afterimage.weights import find_weights
 
     for model in models:
         try:
             find_weights(model, weights)
         except AfterimageError as error:
-            progress(
-                f"WARNING: no pretrained weights for {model}: going on with RANDOM weights ({error})", 1, 1
-            )
-            return "random"
+            told = f"no pretrained weights for {model}: going on with {otherwise.upper()} weights ({error})"
+            progress(f"WARNING: {told}", 1, 1)
+            return otherwise
     return weights
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from afterimage.config import AfterimageError, local_path, unknown
+from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, local_path, unknown
 from afterimage.hub_files import (
     CONFIG,
     Unavailable,
@@ -39,9 +39,10 @@ NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 class Weights:
     """Which weights a network has, and where they were found.
 
-    `origin` is `path`, `folder` (the one that AFTERIMAGE_WEIGHTS names), `cache`, `hub` or `random`;
-    `location` a path, a repository, an address, or `seed N`; `sha256` the file's digest, empty for random
-    ones; `note` says where in the file they are, once they are read, and is empty where that is plain.
+    `origin` is `path`, `folder` (the one that AFTERIMAGE_WEIGHTS names), `cache`, `hub` or one of
+    `RANDOM_WEIGHTS`; `location` a path, a repository, an address, or `seed N`; `sha256` the file's digest,
+    empty for random ones; `note` says where in the file they are, once they are read, and is empty where that is
+    plain.
     """
 
     model: str
@@ -52,15 +53,21 @@ class Weights:
     note: str = ""
 
     @property
-    def label(self) -> str:
-        return "random" if self.origin == "random" else "pretrained"
+    def is_random(self) -> bool:
+        """Whether the network is a random control."""
+        return self.origin in RANDOM_WEIGHTS
 
-    def as_dict(self) -> dict[str, str]:
+    @property
+    def label(self) -> str:
+        """`pretrained`, or which random control it is."""
+        return self.origin if self.is_random else "pretrained"
+
+    def as_dict(self) -> dict[str, str | bool]:
         values = asdict(self)
         del values["file"]
         if not self.note:
             del values["note"]
-        return {**values, "label": self.label}
+        return {**values, "label": self.label, "is_random": self.is_random}
 
 
 def weight_notes(entries: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -68,8 +75,14 @@ def weight_notes(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"weights of {entry['model']}: {entry['note']}" for entry in entries if entry.get("note")]
 
 
-def random_weights(model: str, seed: int) -> Weights:
-    return Weights(model, "random", f"seed {seed}")
+def random_weights(model: str, kind: str, seed: int) -> Weights:
+    """The weights of a random control; `kind` is one of `RANDOM_WEIGHTS`."""
+    return Weights(model, kind, f"seed {seed}")
+
+
+def identity(weights: Mapping[str, Any]) -> str:
+    """What tells weights apart, from `Weights.as_dict`: the file's digest, or which random draw it is."""
+    return weights["sha256"] or f"{weights['label']}, {weights['location']}"
 
 
 def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
@@ -151,7 +164,7 @@ def _from_path(model: str, path: Path, names: list[str]) -> Weights:
             "name a file to read just that"
         )
     if not file.is_file():
-        raise AfterimageError(f"there are no weights at {path}; write a file, a folder, pretrained or random")
+        raise AfterimageError(f"there are no weights at {path}; write {WEIGHTS}")
     return _weights(model, "path", str(file), file)
 
 

@@ -35,6 +35,7 @@ from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
 from afterimage.ranks import one_device
 from afterimage.runs import environment, read_json, write_atomic, write_json
+from afterimage.weights import identity
 
 BLIND = "no features"
 """The attacker who sees nothing and answers with the mean of their own pictures."""
@@ -149,7 +150,7 @@ class _Audit:
         spec = subject.specs.get(layer)
         settings = {
             "subject": subject.name,
-            "weights": subject.weights.get("sha256") or subject.weights.get("location", ""),
+            "weights": identity(subject.weights) if subject.weights else "",
             "normalised": [config.mean, config.std] if config.encoder else None,
             "features": None if spec is None else [spec.channels, spec.height, spec.width],
             "test": subject.data.digest,

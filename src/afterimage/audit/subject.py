@@ -10,7 +10,7 @@ from torch import nn
 
 from afterimage.audit.config import AuditConfig
 from afterimage.audit.pairs import load_pairs
-from afterimage.config import FeatureSpec, unknown
+from afterimage.config import RANDOM_WEIGHTS, FeatureSpec, unknown
 from afterimage.data import Data, load_data
 from afterimage.encoders import Encoder, resolve_model
 from afterimage.encoders.custom import CustomEncoder, load_factory
@@ -64,8 +64,9 @@ def open_subject(config: AuditConfig, *, cache: Path | None = None, progress: Pr
         elsewhere = replace(config.data, source=config.attackers.data, test="")
         pool = load_data(elsewhere, cache=cache, progress=progress)
     notes = [*getattr(encoder, "notes", ()), *data.notes]
-    if encoder.weights.label == "random":
-        notes.append("RANDOM weights: nothing here says anything about a trained network")
+    if encoder.weights.is_random:
+        which = f"{encoder.weights.label.upper()} weights ({RANDOM_WEIGHTS[encoder.weights.label]})"
+        notes.append(f"{which}: nothing here says anything about a trained network")
     if config.encoder and config.mean == (0.0, 0.0, 0.0) and config.std == (1.0, 1.0, 1.0):
         notes.append("pictures reach the network as they are, in [0, 1]: no --mean and --std were given")
     size = (config.data.crop, config.data.crop)

@@ -110,7 +110,7 @@ def _timm(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
     name, size = encoder.model_name, encoder.image_size
     device = encoder.mean.device
     if encoder.weights.file is None:
-        model = create_random(name, size, int(encoder.weights.location.split()[-1]))
+        model = create_random(name, size, int(encoder.weights.location.split()[-1]), encoder.weights.origin)
         return model.to(device), "embedding" if prediction == "embedding" else "classes"
     file = read_named_tensors(encoder.weights.file)
     reads = [names for _, names, _ in trace(name, size).reads]

@@ -60,7 +60,8 @@ class Audit:
     max_identification: float | None = None
     """Fail where the share of reconstructions that find their own original may exceed this."""
     weights: str = ""
-    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), `random` (a control), or a file or folder."""
+    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control (`random`: its blocks act;
+    `random-init`: as timm initialises it), or a file or folder."""
     mean: tuple[float, float, float] | None = None
     """With --encoder: what is taken from pictures in [0, 1] before it sees them."""
     std: tuple[float, float, float] | None = None

@@ -60,7 +60,7 @@ class Invert:
     output: Path = Path("runs/inversion")
     """Folder for the run folders; each holds progress.png while it is made."""
     weights: str | None = None
-    """pretrained, random, or a file or folder."""
+    """pretrained, random, random-init, or a file or folder."""
     seed: int = 0
     lpips: str | None = None
     """LPIPS network: alex, vgg or squeeze (default: with --run the one that the run was measured with, else alex)."""

@@ -57,7 +57,7 @@ class Study:
     stream: bool | None = None
     """Decode pictures each time they are used and keep none, or keep them all, instead of the study's own."""
     weights: str = ""
-    """Weights instead of the study's own: pretrained, random, or a file or folder."""
+    """Weights instead of the study's own: pretrained, random, random-init, or a file or folder."""
     epochs: int | None = None
     """Epochs instead of the study's own, in every row."""
     batch_size: int | None = None

@@ -40,7 +40,8 @@ class Train:
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build the decoders with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
     weights: str = "pretrained"
-    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), `random` (a control), or a file or folder."""
+    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control (`random`: its blocks act;
+    `random-init`: as timm initialises it), or a file or folder."""
     data: str = "div2k"
     """folder:PATH, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""

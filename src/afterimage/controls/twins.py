@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from afterimage.config import RunConfig
+from afterimage.config import RANDOM_WEIGHTS, RunConfig
 from afterimage.decoders import DECODERS
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
@@ -19,15 +19,15 @@ def perceptual(net: str) -> str:
 def with_twins(configs: Sequence[RunConfig], progress: Progress = silent) -> list[RunConfig]:
     """The runs and, after each, its twins, without doubles.
 
-    A run on trained weights gets one with random weights. A decoder that is trained by epochs for the mean squared
-    error gets one trained with `perceptual`, unless the weights of the run's LPIPS network cannot be had, which
-    `progress` is told; a closed form minimises the squared error and nothing else, so it has none.
+    A run on trained weights gets one with `random` ones, whose blocks act. A decoder that is trained by epochs for the
+    mean squared error gets one trained with `perceptual`, unless the weights of the run's LPIPS network cannot be had,
+    which `progress` is told; a closed form minimises the squared error and nothing else, so it has none.
     """
     found: list[RunConfig] = []
     available: dict[str, bool] = {}
     for config in configs:
         found.append(config)
-        if config.weights != "random":
+        if config.weights not in RANDOM_WEIGHTS:
             found.append(replace(config, weights="random"))
         decoder = DECODERS.get(config.decoder.name)
         if config.recipe.loss != "mse" or decoder is None or not decoder.trainable:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from afterimage.config import AfterimageError
 from afterimage.encoders.match import best_match, nearest
 from afterimage.encoders.names import architecture
+from afterimage.encoders.random_init import open_branches
 from afterimage.hub_files import repository_config
 from afterimage.weight_files import NamedTensors
 
@@ -121,9 +122,13 @@ def create_model(name: str, image_size: Size, *, device: str = "cpu", **options:
         return timm.create_model(name, **options).eval()
 
 
-def create_random(name: str, image_size: Size, seed: int) -> nn.Module:
+def create_random(name: str, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
+    """A random control, drawn from a seed: timm's own initialisation (`random-init`), or its blocks act (`random`)."""
     with seeded(seed):
-        return create_model(name, image_size)
+        model = create_model(name, image_size)
+    if kind == "random":
+        open_branches(model, image_size)
+    return model
 
 
 def create_loaded(

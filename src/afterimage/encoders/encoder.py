@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, FeatureSpec, split_source
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FeatureSpec, split_source
 from afterimage.encoders.build import create_loaded, create_random, pretrained_config
 from afterimage.encoders.frozen import Frozen
 from afterimage.encoders.layers import describe_tap, picture_size
@@ -47,8 +47,9 @@ class Encoder(Frozen):
     """The features of one or more layers of a frozen timm model, on pictures in [0, 1].
 
     `Encoder("resnet34.tv_in1k:layer1")`, or `Encoder("resnet34", layers=["layer1", "layer2"])`: several
-    layers cost one pass. `weights` is `pretrained` (see `weights.find_weights`), `random` (drawn from
-    `seed`), or a path to a file or folder. The model keeps its own mean and std, stays in eval mode and never
+    layers cost one pass. `weights` is `pretrained` (see `weights.find_weights`), `random` (drawn from `seed`,
+    every block acts: see `random_init`), `random-init` (the same draw as timm leaves it), or a path to a file
+    or folder. The model keeps its own mean and std, stays in eval mode and never
     requires gradients; parameters and buffers that the layers in use do not read are dropped.
 
     Attributes:
@@ -95,9 +96,9 @@ class Encoder(Frozen):
             for source, tap in zip(self.sources, self._taps, strict=True)
         )
         used = traced.used(self._taps)
-        if str(weights) == "random":
-            self.weights = random_weights(self.model_name, seed)
-            self.model = create_random(self.model_name, self.image_size, seed)
+        if str(weights) in RANDOM_WEIGHTS:
+            self.weights = random_weights(self.model_name, str(weights), seed)
+            self.model = create_random(self.model_name, self.image_size, seed, str(weights))
         else:
             self.weights = find_weights(self.model_name, weights)
             file = read_named_tensors(self.weights.file)

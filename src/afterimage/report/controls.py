@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -78,7 +79,7 @@ def name(row: Row) -> str:
 
 
 def decoder(row: Row) -> str:
-    return row.decoder_label + (" (RANDOM weights)" if row.is_random else "")
+    return row.decoder_label + (f" ({row.control})" if row.is_random else "")
 
 
 def share_lost(part: Part, plane: str) -> list[tuple[float, float]]:
@@ -141,16 +142,17 @@ def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
 
 
 def _against_random(rows: Sequence[Row]) -> Iterable[Numbers]:
-    """Pretrained rows beside the same rows with random weights."""
-    lines = []
+    """Pretrained rows beside the same rows with random weights, a table for each random control."""
+    lines = defaultdict(list)
     for trained, random in product(rows, rows):
         if not trained.is_random and random.is_random and _twins(trained, random, "weights"):
             gap = _difference(trained, random, "psnr")
             means = [number(row.scores["psnr"].mean, "psnr") for row in (trained, random)]
-            lines.append((name(trained), trained.decoder_label, *means, gap))
-    if lines:
-        header = ("features", "decoder", "pretrained (dB)", "RANDOM weights (dB)", "what training added (dB)")
-        yield Numbers("The same architecture with random weights", header, tuple(lines))
+            lines[random.weights_label].append((name(trained), trained.decoder_label, *means, gap))
+    for label, found in sorted(lines.items()):
+        random = f"{label.upper()} weights (dB)"
+        header = ("features", "decoder", "pretrained (dB)", random, "what training added (dB)")
+        yield Numbers(f"The same architecture with {label} weights", header, tuple(found))
 
 
 def _twins(a: Row, b: Row, *but: str) -> bool:

@@ -63,14 +63,14 @@ def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
     if row.kind == "reference":
         series, short = "Reference lines", str(row.settings.get("reference", row.label)).replace("-", " ")
         return {
-            "name": row.label, "reference": True, "random": False, "series": series, "encoder": series,
+            "name": row.label, "reference": True, "random": "", "series": series, "encoder": series,
             "layer": row.label, "short": short, "decoder": "", "shape": "",
         }  # fmt: skip
     encoder = names[row.encoder]
     series = f"{encoder} ({row.weights_label} weights)" if row.is_random else encoder
     decoder = row.decoder_label + (f", seed {row.seed}" if seeds else "")
     return {
-        "name": f"{series} · {row.layer} · {decoder}", "reference": False, "random": row.is_random,
+        "name": f"{series} · {row.layer} · {decoder}", "reference": False, "random": row.control,
         "series": series, "encoder": encoder, "layer": row.layer, "short": row.layer, "decoder": decoder,
         "shape": " + ".join(row.shapes),
     }  # fmt: skip

@@ -19,7 +19,7 @@ from afterimage.statistics.phrases import (
     score,
     told_apart,
 )
-from afterimage.statistics.settings import RANDOM, honest
+from afterimage.statistics.settings import control, honest
 from afterimage.statistics.words import best_buys, by_other_metrics, disagreements, not_testable, overview
 
 Hypothesis = Depth | Resolution | Architectures
@@ -86,8 +86,8 @@ def _left_out(analysis: Analysis) -> list[Finding]:
 def how_to_read(analysis: Analysis) -> str:
     """The sentence that goes before the findings."""
     text = overview(analysis)
-    if any(RANDOM in row.setting for row in analysis.rows):
-        text += f" Settings marked {RANDOM} are controls on untrained encoders: no verdict rests on them."
+    if marks := dict.fromkeys(filter(None, (row.control for row in analysis.rows))):
+        text += f" Settings marked {' or '.join(marks)} are controls on untrained encoders: no verdict rests on them."
     return text
 
 
@@ -120,7 +120,8 @@ def _overall(results: Sequence[Hypothesis]) -> str:
     if not verdicts:
         return UNTESTABLE
     told = verdicts[0] if len(verdicts) == 1 else f"depends on the decoder: {', '.join(verdicts)}"
-    return told if counted else f"{told} ({RANDOM} only)"
+    marks = dict.fromkeys(control(r.setting) for r in results)
+    return told if counted else f"{told} ({' and '.join(marks)} only)"
 
 
 def _depth(results: Sequence[Depth]) -> Iterable[Numbers]:

@@ -41,7 +41,7 @@ def features_of(summary: Mapping[str, Any]) -> str:
 
 
 def _named(sources: str, weights: str) -> str:
-    return f"{sources} (RANDOM weights)" if weights == "random" else sources
+    return sources if weights == "pretrained" else f"{sources} ({weights.upper()} weights)"
 
 
 def mean_curve(folder: Run) -> list[tuple[int, float]]:

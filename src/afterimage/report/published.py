@@ -149,7 +149,7 @@ def _means(run: Run) -> dict[str, float | None]:
 
 def _counterpart(run: Run) -> Published | None:
     summary = run.summary
-    if summary["kind"] != "decoder" or origin(summary) == "random":
+    if summary["kind"] != "decoder" or origin(summary) != "pretrained":
         return None
     row = published(summary["sources"], summary["decoder"])
     if row is FUSION:

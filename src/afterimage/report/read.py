@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from afterimage.config import AfterimageError, read_text, unknown
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, read_text, unknown
 from afterimage.report.rows import METRICS, Row, Rows, Score, Unfinished, natural
 from afterimage.report.variants import fusion_letters, mixed_settings, variants
 from afterimage.runs import DAMAGE, Run, read_json, scored_on
@@ -182,5 +182,5 @@ def _warnings(rows: Sequence[Row]) -> Iterable[str]:
     mixed = mixed_settings(rows)
     if mixed:
         yield f"The rows were not all made with the same settings: {'; '.join(mixed)}."
-    if any(r.is_random for r in rows):
-        yield "Rows marked RANDOM used an encoder with random weights: a control, not a pretrained network."
+    for label in dict.fromkeys(w["label"] for r in rows for w in r.weights if w["is_random"]):
+        yield f"Rows marked {label.upper()} used {RANDOM_WEIGHTS[label]}: a control, not a pretrained network."

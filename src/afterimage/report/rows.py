@@ -83,13 +83,18 @@ class Row:
 
     @cached_property
     def weights_label(self) -> str:
-        """`pretrained`, `random`, or `partly random` where a fusion mixes them."""
+        """`pretrained`, `random`, `random-init`, or `partly random` where a fusion mixes them."""
         labels = {str(w.get("label") or w.get("origin") or "unknown") for w in self.weights}
-        return labels.pop() if len(labels) == 1 else "partly random" if "random" in labels else "unknown"
+        return labels.pop() if len(labels) == 1 else "partly random" if self.is_random else "unknown"
+
+    @cached_property
+    def is_random(self) -> bool:
+        return any(w["is_random"] for w in self.weights)
 
     @property
-    def is_random(self) -> bool:
-        return "random" in self.weights_label
+    def control(self) -> str:
+        """Which random control it is, loud, as `RANDOM weights`; empty for trained weights."""
+        return f"{self.weights_label.upper()} weights" if self.is_random else ""
 
     @property
     def decoder_label(self) -> str:
@@ -123,7 +128,7 @@ class Row:
     def order(self) -> tuple[Any, ...]:
         depth = tuple(f["order"] if isinstance(f.get("order"), int) else math.inf for f in self.features)
         return (
-            len(self.sources) > 1, natural(self.encoder), self.is_random, self.fusion_letter, depth,
+            len(self.sources) > 1, natural(self.encoder), self.control, self.fusion_letter, depth,
             [natural(s) for s in self.sources], self.decoder_order, self.seed or 0, natural(self.run.name),
         )  # fmt: skip
 

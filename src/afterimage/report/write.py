@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from afterimage.config import AfterimageError
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.progress import Progress, silent
 from afterimage.report.escape import markdown, markdown_block, markdown_code, plain
 from afterimage.report.page import write_page
@@ -165,8 +165,10 @@ def _weights(rows: Rows) -> Iterable[str]:
     for weights in (w for row in rows.decoders for w in row.weights):
         model = markdown_code(weights.get("model", "unknown"))
         where = markdown_code(weights.get("location", "unknown"))
-        if weights.get("label") == "random":
-            lines[f"- {model}: **RANDOM**, {where}: a control, not a pretrained network"] = None
+        if weights["is_random"]:
+            label = weights["label"]
+            what = f"{RANDOM_WEIGHTS[label]}, a control, not a pretrained network"
+            lines[f"- {model}: **{label.upper()}**, {where}: {what}"] = None
         else:
             digest = str(weights.get("sha256") or "")[:12]
             proof = f", SHA-256 {markdown_code(digest)}…" if digest else ""
@@ -194,7 +196,7 @@ def _origins(rows: Rows, out: Path) -> Iterable[str]:
 
 def _label(row: Row) -> str:
     tail = [row.variant, f"seed {row.seed}" if row.kind == "decoder" and row.seed is not None else ""]
-    return ", ".join([row.label, *filter(None, tail)]) + (" (RANDOM weights)" if row.is_random else "")
+    return ", ".join([row.label, *filter(None, tail)]) + (f" ({row.control})" if row.is_random else "")
 
 
 def _link(run: Run, out: Path) -> str:

@@ -174,7 +174,7 @@ def fusions(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: i
     """Each fusion against its best single member, decoded alike where the study has that, else anyhow."""
     family = []
     for fused in (row for row in rows if row.fused):
-        same = [r for r in rows if (r.data, r.is_random) == (fused.data, fused.is_random)]
+        same = [r for r in rows if (r.data, r.control) == (fused.data, fused.control)]
         members = [r for r in same if not r.fused and r.sources[0] in fused.sources]
         alike = [r for r in members if r.setting == fused.setting]
         if members:

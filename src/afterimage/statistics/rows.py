@@ -13,7 +13,7 @@ import numpy as np
 
 from afterimage.config import AfterimageError, split_source, to_dict
 from afterimage.runs import Run, origin, scored_on
-from afterimage.statistics.settings import RANDOM, named
+from afterimage.statistics.settings import control, named
 
 METRICS = ("psnr", "ssim", "lpips")
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
@@ -67,9 +67,9 @@ class Row:
         return len(self.sources) > 1
 
     @property
-    def is_random(self) -> bool:
-        """A control on an untrained encoder."""
-        return RANDOM in self.setting
+    def control(self) -> str:
+        """Which control on an untrained encoder it is; empty for trained weights."""
+        return control(self.setting)
 
     def mean(self, metric: str) -> float:
         return float(np.mean(list(self.scores[metric].values())))

@@ -8,18 +8,24 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from afterimage.config import split_source
+from afterimage.config import RANDOM_WEIGHTS, split_source
 
 if TYPE_CHECKING:
     from afterimage.statistics.rows import Row
 
 
-RANDOM = "RANDOM weights"  # in the name of a setting: a control, which no verdict on the study rests on
+CONTROLS = tuple(f"{kind.upper()} weights" for kind in RANDOM_WEIGHTS)
+"""In the name of a setting: a random control, which no verdict on the study rests on."""
+
+
+def control(setting: str) -> str:
+    """Which of `CONTROLS` a setting is; empty for trained weights."""
+    return next((mark for mark in CONTROLS if mark in setting), "")
 
 
 def honest(results: Iterable[Any]) -> list[Any]:
     """Of rows or results that have a `setting`, all but the controls on untrained encoders."""
-    return [result for result in results if RANDOM not in result.setting]
+    return [result for result in results if not control(result.setting)]
 
 
 def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
@@ -97,7 +103,8 @@ def _label(setting: dict[str, Any]) -> str:
         label += f" at {setting['parameters'] / 1e6:.3g} M parameters"
     if setting["loss"] != "mse":
         label += f", loss {setting['loss']}"
-    return label + (f", {RANDOM}" if setting["weights"] == "random" else "")
+    random = setting["weights"] in RANDOM_WEIGHTS
+    return label + (f", {setting['weights'].upper()} weights" if random else "")
 
 
 def _distinct(labels: list[str], details: list[dict[str, Any]]) -> list[str]:

@@ -16,6 +16,8 @@ from afterimage.report.figures.style import (
     MUTED,
     Drawing,
     Style,
+    controls_note,
+    dashes,
     decoder_styles,
     grid_y,
     has,
@@ -117,35 +119,35 @@ def _layer_key(row: Row) -> tuple[str, ...]:
 def _lines(
     axes: Axes, rows: Sequence[Row], segments: Sequence[Segment], styles: dict[str, Style], metric: str
 ) -> None:
-    series: dict[tuple[str, str, bool], dict[tuple[str, ...], list[Row]]] = defaultdict(
+    series: dict[tuple[str, str, str], dict[tuple[str, ...], list[Row]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for row in rows:
-        series[row.encoder, row.decoder_label, row.is_random][_layer_key(row)].append(row)
+        series[row.encoder, row.decoder_label, row.control][_layer_key(row)].append(row)
     place = {key: x for segment in segments for key, x in segment.places.items()}
-    for (encoder, label, is_random), layers in series.items():
+    for (encoder, label, control), layers in series.items():
         look, beside = styles[label], [key[1:] for key in series if key[0] == encoder]
-        shift = 0.4 * ((beside.index((label, is_random)) + 0.5) / len(beside) - 0.5)
+        shift = 0.4 * ((beside.index((label, control)) + 0.5) / len(beside) - 0.5)
         points = [
             (place[key] + shift, score) for key, members in layers.items() if (score := pool(members, metric))
         ]
         points.sort(key=lambda point: point[0])
         axes.errorbar(
             [x for x, _ in points], [s.mean for _, s in points], [s.margin or 0 for _, s in points],
-            color=look.color, marker=look.marker, mfc="white" if is_random else look.color, elinewidth=0.9,
-            capsize=1.5, ls="none" if encoder == "fusion" else "--" if is_random else "-", label=label,
+            color=look.color, marker=look.marker, mfc="white" if control else look.color, elinewidth=0.9,
+            capsize=1.5, ls="none" if encoder == "fusion" else dashes(control), label=label,
         )  # fmt: skip
 
 
 def _handles(rows: Sequence[Row], styles: dict[str, Style], has_references: bool) -> list[Line2D]:
-    looks = dict.fromkeys((r.decoder_label, r.is_random) for r in sorted(rows, key=lambda r: r.decoder_order))
+    looks = dict.fromkeys((r.decoder_label, r.control) for r in sorted(rows, key=lambda r: r.decoder_order))
     handles = [
         Line2D(
-            [], [], color=styles[name].color, marker=styles[name].marker, ls="--" if is_random else "-",
-            mfc="white" if is_random else styles[name].color,
-            label=drawable(name, 48) + (", RANDOM weights" if is_random else ""),
+            [], [], color=styles[name].color, marker=styles[name].marker, ls=dashes(control),
+            mfc="white" if control else styles[name].color,
+            label=drawable(name, 48) + (f", {control}" if control else ""),
         )
-        for name, is_random in looks
+        for name, control in looks
     ]  # fmt: skip
     if has_references:
         handles.append(Line2D([], [], color=MUTED, lw=0.7, ls=(0, (4, 3)), label="reference line"))
@@ -155,7 +157,7 @@ def _handles(rows: Sequence[Row], styles: dict[str, Style], has_references: bool
 def _caption(rows: Rows) -> str:
     seeds: dict[tuple[object, ...], set[int | None]] = defaultdict(set)
     for row in rows.decoders:
-        seeds[row.encoder, row.decoder_label, row.is_random, *_layer_key(row)].add(row.seed)
+        seeds[row.encoder, row.decoder_label, row.control, *_layer_key(row)].add(row.seed)
     most = max(map(len, seeds.values()))
     text = (
         "Mean over test pictures with its 95 % t interval; decoders of a layer stand side by side. "
@@ -163,8 +165,6 @@ def _caption(rows: Rows) -> str:
         "same, so compare pairs."
     )
     text += f" Each picture's score is its mean over up to {most} seeds." if most > 1 else ""
-    text += (
-        " Open markers and broken lines: RANDOM weights." if any(r.is_random for r in rows.decoders) else ""
-    )
+    text += controls_note(rows.decoders)
     text += "".join(f" {line[0].upper()}{line[1:]}." for line in fusion_legend(rows.decoders))
     return text + lpips_note(rows.decoders)

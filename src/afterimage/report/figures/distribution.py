@@ -13,6 +13,7 @@ from afterimage.report.figures.style import (
     INK,
     MUTED,
     Drawing,
+    dashes,
     decoder_styles,
     has,
     lpips_note,
@@ -50,12 +51,12 @@ def _pages(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) -> Drawing:
     metrics, names = metrics_of(page), short_encoders(rows.decoders)
-    groups = list(dict.fromkeys((r.encoder, r.is_random) for r in page))
+    groups = list(dict.fromkeys((r.encoder, r.control) for r in page))
     # A group's heading takes a place of its own above its rows.
     places, headings, place = [], [], 0.0
-    for encoder, is_random in groups:
-        headings.append((place, _heading(names, encoder, is_random), is_random))
-        for row in (r for r in page if (r.encoder, r.is_random) == (encoder, is_random)):
+    for encoder, control in groups:
+        headings.append((place, _heading(names, encoder, control), control))
+        for row in (r for r in page if (r.encoder, r.control) == (encoder, control)):
             place += 1
             places.append((place, row))
         place += 1.3
@@ -65,7 +66,7 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
         for y, row in places:
             values = list(row.values(metric).values()) if has(row, metric, net) else []
             if values:
-                _box(axes, y, values, colors.get(row.decoder_label, MUTED), row.is_random)
+                _box(axes, y, values, colors.get(row.decoder_label, MUTED), row.control)
         axes.set_xlabel(metric_label(metric, net))
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
@@ -73,10 +74,10 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
     has_seeds = len({row.seed for row in page if row.kind != "reference"}) > 1
     labels = [_label(row, has_seeds) for _, row in places]
     panels[0].set_yticks([y for y, _ in places], labels)
-    for y, text, is_random in headings:
+    for y, text, control in headings:
         panels[0].annotate(
             drawable(text), (0, y), (-4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-            va="center", weight="bold", fontsize=7.5, color="#b00020" if is_random else INK,
+            va="center", weight="bold", fontsize=7.5, color="#b00020" if control else INK,
         )  # fmt: skip
     caption = (
         "Every dot is a test picture; the box holds the middle half with the median, whiskers reach the "
@@ -85,8 +86,8 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
     return Drawing(f"distributions{suffix}", "Picture by picture", caption, figure)
 
 
-def _heading(names: dict[str, str], encoder: str, is_random: bool) -> str:
-    return f"{names.get(encoder, 'reference lines')}{', RANDOM weights' if is_random else ''}"
+def _heading(names: dict[str, str], encoder: str, control: str) -> str:
+    return f"{names.get(encoder, 'reference lines')}{f', {control}' if control else ''}"
 
 
 def _label(row: Row, has_seeds: bool) -> str:
@@ -96,13 +97,13 @@ def _label(row: Row, has_seeds: bool) -> str:
     return drawable(f"{row.layer} · {row.decoder_label}{seed}", 44)
 
 
-def _box(axes: Axes, y: float, values: Sequence[float], color: str, is_random: bool) -> None:
+def _box(axes: Axes, y: float, values: Sequence[float], color: str, control: str) -> None:
     # Dots are moved up and down by the golden ratio: even, without chance, the same in every report.
     shift = (np.arange(len(values)) * GOLDEN % 1 - 0.5) * 0.62
     axes.scatter(values, y + shift, s=3.5, color=color, alpha=0.35, lw=0, zorder=2, rasterized=True)
     line = {"color": color, "lw": 1.0}
     axes.boxplot(
         [list(values)], positions=[y], orientation="horizontal", widths=0.62, showfliers=False,
-        manage_ticks=False, boxprops=line | {"ls": "--" if is_random else "-"}, whiskerprops=line,
+        manage_ticks=False, boxprops=line | {"ls": dashes(control)}, whiskerprops=line,
         capprops=line, medianprops=line | {"lw": 2.0}, zorder=3,
     )  # fmt: skip

@@ -46,7 +46,7 @@ def fusion_weights(rows: Rows) -> list[Drawing]:
     for number, (row, lines) in enumerate(found, 1):
         name = f"fusion-weights-{number}" if len(found) > 1 else "fusion-weights"
         who = ", ".join([row.layer, row.decoder_label, *([f"seed {row.seed}"] if _seeds(rows) else [])])
-        title = f"Fusion weights: {plain(who, 100)}" + (", RANDOM weights" if row.is_random else "")
+        title = f"Fusion weights: {plain(who, 100)}" + (f", {row.control}" if row.is_random else "")
         drawings.append(Drawing(name, title, _caption(row), _figure(row, lines), number > FEW))
     return drawings
 

@@ -111,9 +111,9 @@ def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]
     if rows.decoders and len(rows.decoders) <= room:
         yield "Reconstructions", list(rows.decoders)
     else:
-        for encoder, is_random in dict.fromkeys((r.encoder, r.is_random) for r in rows.decoders):
-            members = [r for r in rows.decoders if (r.encoder, r.is_random) == (encoder, is_random)]
-            name = names[encoder] + (", RANDOM weights" if is_random else "")
+        for encoder, control in dict.fromkeys((r.encoder, r.control) for r in rows.decoders):
+            members = [r for r in rows.decoders if (r.encoder, r.control) == (encoder, control)]
+            name = names[encoder] + (f", {control}" if control else "")
             if len(members) <= room:
                 yield f"Reconstructions: {name}", members
                 continue
@@ -251,11 +251,11 @@ def _head(row: Row, page: Page) -> str:
     if row.kind == "reference":
         parts.append(wrap(drawable(row.label, 44), HEAD))
     else:
-        if len({(r.encoder, r.is_random) for r in page.rows}) > 1 and len(row.sources) == 1:
+        if len({(r.encoder, r.control) for r in page.rows}) > 1 and len(row.sources) == 1:
             parts.append(wrap(drawable(page.names[row.encoder]), HEAD))
         parts += [drawable(row.layer, HEAD), wrap(drawable(row.decoder_label, 60), HEAD)]
         parts += [f"seed {row.seed}"] if len({r.seed for r in page.rows}) > 1 else []
-        parts += ["RANDOM weights"] if row.is_random else []
+        parts += [row.control] if row.is_random else []
     return "\n".join([*parts, f"mean {row.scores['psnr'].mean:.2f} dB"])
 
 

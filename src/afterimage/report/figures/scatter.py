@@ -17,6 +17,8 @@ from afterimage.report.figures.style import (
     MUTED,
     Drawing,
     Style,
+    controls_note,
+    dashes,
     decoder_styles,
     encoder_styles,
     grid_y,
@@ -66,7 +68,7 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
     caption = (
         "Every layer by the number of its feature locations (height × width), a column a decoder, a line an "
         "encoder through its layers in execution order; mean over test pictures with its 95 % t interval."
-        f"{_random(shown)}{lpips_note(shown)}"
+        f"{controls_note(shown)}{lpips_note(shown)}"
     )
     return [Drawing("quality-by-locations", "Quality and spatial resolution", caption, figure)]
 
@@ -100,7 +102,7 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
     caption = (
         "Every row by the size of its decoder, a column an encoder, a line a decoder through the layers in "
         "execution order (named where there is room); mean over test pictures with its 95 % t interval."
-        f"{_random(shown)}{lpips_note(shown)}"
+        f"{controls_note(shown)}{lpips_note(shown)}"
     )
     return [Drawing("quality-by-parameters", "Quality and decoder size", caption, figure)]
 
@@ -130,12 +132,10 @@ def _members(
 def _draw(axes: Axes, rows: Sequence[Row], metric: str, look: Look) -> list[Point]:
     """One line for each of the look's names and its weights; returns the points drawn."""
     drawn: list[Point] = []
-    cells: dict[tuple[str, bool], dict[tuple[object, ...], list[Row]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+    cells: dict[tuple[str, str], dict[tuple[object, ...], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        cells[look.line(row), row.is_random][(*row.sources, row.fusion_letter, row.decoder_label)].append(row)
-    for (name, is_random), members in cells.items():
+        cells[look.line(row), row.control][(*row.sources, row.fusion_letter, row.decoder_label)].append(row)
+    for (name, control), members in cells.items():
         points = [(look.x(m[0]), s, m[0]) for m in members.values() if (s := pool(m, metric))]
         if not points:
             continue
@@ -144,8 +144,8 @@ def _draw(axes: Axes, rows: Sequence[Row], metric: str, look: Look) -> list[Poin
         style, fused = look.styles[name], len(points[0][2].sources) > 1
         axes.errorbar(
             [p[0] for p in points], [p[1].mean for p in points], [p[1].margin or 0 for p in points],
-            color=style.color, marker=style.marker, mfc="white" if is_random else style.color, elinewidth=0.9,
-            capsize=1.5, lw=0.8, ls="none" if fused else "--" if is_random else "-",
+            color=style.color, marker=style.marker, mfc="white" if control else style.color, elinewidth=0.9,
+            capsize=1.5, lw=0.8, ls="none" if fused else dashes(control),
         )  # fmt: skip
     grid_y(axes)
     return drawn
@@ -169,13 +169,9 @@ def _heads(
 
 def _handles(looks: dict[str, Style], names: Callable[[str], str], rows: Sequence[Row]) -> list[Line2D]:
     keys = [(names(name), {"color": look.color, "marker": look.marker}) for name, look in looks.items()]
-    if any(r.is_random for r in rows):
-        keys.append(("RANDOM weights", {"color": MUTED, "marker": "o", "mfc": "white", "ls": "--"}))
+    for control in sorted({r.control for r in rows if r.is_random}):
+        keys.append((control, {"color": MUTED, "marker": "o", "mfc": "white", "ls": dashes(control)}))
     return [Line2D([], [], lw=0.8, label=label, **look) for label, look in keys]
-
-
-def _random(rows: Sequence[Row]) -> str:
-    return " Open markers and broken lines: RANDOM weights." if any(r.is_random for r in rows) else ""
 
 
 def _apart(counts: Sequence[int]) -> list[int]:

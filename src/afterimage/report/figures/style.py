@@ -151,6 +151,19 @@ def lpips_note(rows: Sequence[Row]) -> str:
     return f" LPIPS is not available for {who}."
 
 
+def dashes(control: str) -> str:
+    """The line of `Row.control`: whole for trained weights, broken for random ones, dotted for timm's own draw."""
+    return ":" if control.startswith("RANDOM-INIT") else "--" if control else "-"
+
+
+def controls_note(rows: Sequence[Row]) -> str:
+    """What a caption must say of random controls, where there are any."""
+    lines = {"--": "broken", ":": "dotted"}
+    controls = sorted({row.control for row in rows if row.is_random})
+    told = ", ".join(f"{control} ({lines[dashes(control)]} lines)" for control in controls)
+    return f" Open markers: {told}." if told else ""
+
+
 def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
     """One legend below the whole figure, in as many columns up to `columns` as its width has room for."""
     for count in range(columns, 0, -1):

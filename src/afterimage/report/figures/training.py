@@ -41,7 +41,7 @@ def training_curves(rows: Rows) -> list[Drawing]:
     for row, epochs in sorted(
         trained, key=lambda pair: (*pair[0].order[:3], pair[0].decoder_order, pair[0].order)
     ):
-        groups[row.encoder, row.is_random, row.decoder_label, _loss(row)].append((row, epochs))
+        groups[row.encoder, row.control, row.decoder_label, _loss(row)].append((row, epochs))
     caption, names = _caption(trained, len(rows.decoders)), short_encoders(rows.decoders)
     if len(groups) <= PANELS:
         return [Drawing("training-curves", "Training", caption, _figure(groups, names))] if groups else []
@@ -59,9 +59,9 @@ def _figure(groups: dict[Panel, list[tuple[Row, Epochs]]], names: dict[str, str]
     figure = Figure((max(4.4, 0.4 + 2.7 * across), max(3.0, 0.6 + 2.1 * down)), layout="constrained")
     panels = {place: figure.add_subplot(down, across, place) for place in places}
     ends = {}
-    for axes, (encoder, is_random, decoder, loss) in zip(panels.values(), groups, strict=True):
-        ends[axes] = _draw(axes, groups[encoder, is_random, decoder, loss], loss == "mse")
-        who = f"{names[encoder]}{', RANDOM weights' if is_random else ''}"
+    for axes, (encoder, control, decoder, loss) in zip(panels.values(), groups, strict=True):
+        ends[axes] = _draw(axes, groups[encoder, control, decoder, loss], loss == "mse")
+        who = f"{names[encoder]}{f', {control}' if control else ''}"
         extra = "" if loss == "mse" else f"\nloss: {wrap(drawable(loss, 40), TITLE)}"
         axes.set_title(f"{wrap(drawable(who), TITLE)}\n{wrap(drawable(decoder, 72), TITLE)}{extra}")
         axes.set_xlabel("epoch")
@@ -77,7 +77,7 @@ def _figure(groups: dict[Panel, list[tuple[Row, Epochs]]], names: dict[str, str]
 
 def _places(groups: Sequence[Panel]) -> tuple[list[int], int, int]:
     """Where each panel goes, counted from 1 by row, and the rows and columns: every encoder begins a row."""
-    counts = Counter((encoder, is_random) for encoder, is_random, *_ in groups)
+    counts = Counter((encoder, control) for encoder, control, *_ in groups)
     most = max(counts.values())
     across = most if most <= 4 else 3
     places, start = [], 1

@@ -79,7 +79,7 @@ function setUpDepth() {
     }
     const at = { x: start + span / 2, y: bottom + (slanted ? 68 : 42), "text-anchor": "middle" };
     chart.append(svg("text", { class: "group-name", ...at }, svg("title", {}, group.name), cut(group.encoder, span + GAP - 8)));
-    if (group.random) chart.append(svg("text", { class: "group-name warning", ...at, y: at.y + 16 }, "random weights"));
+    if (group.random) chart.append(svg("text", { class: "group-name warning", ...at, y: at.y + 16 }, group.random));
   }
 
   function drawLine(chart, walk, x, y) {
@@ -106,7 +106,7 @@ function setUpDepth() {
     const interval = score.margin ? `, 95 % interval ${format(score.mean - score.margin, state.metric)} to ${format(score.mean + score.margin, state.metric)}` : "";
     return [
       `${run.layer} · ${run.series}`, `${run.decoder}${run.shape ? ` · ${run.shape}` : ""}`,
-      `${name} ${format(score.mean, state.metric)}${unit}${interval}`, ...(run.random ? ["RANDOM WEIGHTS"] : []),
+      `${name} ${format(score.mean, state.metric)}${unit}${interval}`, ...(run.random ? [run.random] : []),
     ];
   }
 

@@ -66,7 +66,7 @@ function runTitle(slot) {
   const detail = run.reference ? "reference line" : [run.series, run.decoder, run.shape].filter(Boolean).join(" · ");
   return el(
     "div", { class: "title" }, el("span", { class: `chip ${slot}` }, slot.toUpperCase()),
-    el("span", {}, el("strong", {}, run.layer), " ", run.random ? el("strong", { class: "badge" }, "random weights") : "", el("small", {}, detail)),
+    el("span", {}, el("strong", {}, run.layer), " ", run.random ? el("strong", { class: "badge" }, run.random) : "", el("small", {}, detail)),
   );
 }
 
