@@ -40,7 +40,7 @@ def configs(folder, precision):
     return [
         RunConfig(
             sources,
-            weights="random",
+            weights="random-init",  # harder features part by more
             fusion=fusion,
             decoder=DecoderConfig(decoder),
             data=DataConfig(f"folder:{folder}", resize=48, crop=32),
