@@ -25,7 +25,7 @@ DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
 PANELS = 12  # on one figure
 TITLE = 26  # characters above a panel
 Epochs = list[dict[str, Any]]
-Panel = tuple[str, bool, str, str]
+Panel = tuple[str, str, str, str]
 # A step that leaves less than this part of the learning rate is a drop; smooth schedules have none.
 DROP = 0.9
 
