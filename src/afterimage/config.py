@@ -34,8 +34,6 @@ SSIM_WINDOW = 11
 LPIPS_SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
 """Pixels a side of the smallest picture that each LPIPS network takes."""
 LOSS_NAMES = ("mse", "l1", "lpips", *(f"lpips:{net}" for net in LPIPS_NETS))
-RANDOM_WEIGHTS = ("random", "random-init")
-"""What weights are called that no training made."""
 MAX_SEED = 2**63 - 1
 """The largest seed: TOML's largest whole number, which every generator takes."""
 MAX_EPOCHS = 10**6
