@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,23 +14,86 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, FeatureSpec, FusionConfig, unknown
+from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, unknown
 from afterimage.decoders.base import resize, shrink
+from afterimage.decoders.canvas import Canvas, Span
 from afterimage.decoders.linear import LinearDecoder
 from afterimage.ranks import ALONE, Ranks
+
+
+def fused_spec(
+    specs: Sequence[FeatureSpec], channels: int, size: tuple[int, int], image_size: tuple[int, int]
+) -> FeatureSpec:
+    """The spec of a fused map of `size` locations: it lies where the finest map does, and sees what any of them sees.
+
+    Of several finest maps the first counts.
+    """
+    finest = max(specs, key=lambda spec: spec.locations)
+    axes = []
+    for name, own, count, length in zip(
+        ("rows", "columns"), (finest.height, finest.width), size, image_size, strict=True
+    ):
+        axis = getattr(finest, name)
+        if axis is not None:
+            every = [getattr(spec, name) or Axis(0.0, 1.0, 0, length) for spec in specs]
+            seen = min(each.first for each in every), max(each.last for each in every)
+            axis = Axis(axis.start, axis.stride * own / count, *seen)
+        axes.append(axis)
+    return FeatureSpec(" + ".join(spec.source for spec in specs), channels, *size, *axes)
+
+
+def align(maps: Tensor, source: Canvas, target: Canvas, *, smooth: bool = True) -> Tensor:
+    """Feature maps `(B, C, h, w)` of one canvas's cells, interpolated bilinearly at the middles of another's.
+
+    With `smooth` they are antialiased where cells become larger.
+    """
+    cells = (target.rows.count, target.columns.count)
+    if source.even and target.even:
+        if smooth:
+            return resize(maps, cells)
+        return F.interpolate(maps, cells, mode="bilinear", align_corners=False)
+    if (source.rows, source.columns) == (target.rows, target.columns):
+        return maps
+    rows, columns = (
+        _weights(one, other, smooth).to(maps.device, maps.dtype)
+        for one, other in ((source.rows, target.rows), (source.columns, target.columns))
+    )
+    return rows @ maps @ columns.mT
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(source: Span, target: Span, smooth: bool) -> Float[Tensor, "target source"]:
+    """How much of each cell of one span is in each of another, along one axis: triangles of the wider cell's width."""
+    middles = (
+        target.start + (torch.arange(target.count, dtype=torch.float64, device="cpu") + 0.5) * target.stride
+    )
+    places = ((middles - source.start) / source.stride - 0.5).clamp(0, source.count - 1)
+    reach = max(1.0, target.stride / source.stride) if smooth else 1.0
+    distance = (places[:, None] - torch.arange(source.count, dtype=torch.float64, device="cpu")).abs()
+    weights = (1 - distance / reach).clamp(min=0)
+    return (weights / weights.sum(1, keepdim=True)).float()
 
 
 class Fusion(nn.Module, ABC):
     """Brings every map to one size and number of channels, then makes one of them.
 
     Each source has a 1x1 convolution to `channels` and batch norm; it is then resampled bilinearly (antialiased
-    where it shrinks) to `size` locations. `spec` describes what comes out.
+    where it shrinks) to `size` locations, so that what lies in one place of the image meets. `spec` describes what
+    comes out.
     """
 
-    def __init__(self, specs: Sequence[FeatureSpec], channels: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
         super().__init__()
         self.specs, self.size = tuple(specs), size
-        self.spec = FeatureSpec(" + ".join(spec.source for spec in specs), channels, *size)
+        self.spec = fused_spec(specs, channels, size, image_size)
+        self.canvas = Canvas(self.spec, image_size)
+        self.canvases = [Canvas(spec, image_size) for spec in specs]
         self.projections = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(spec.channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels)
@@ -41,10 +106,12 @@ class Fusion(nn.Module, ABC):
         if len(features) != len(self.specs):
             raise AfterimageError(f"this fusion takes {len(self.specs)} feature maps, got {len(features)}")
         projected = []
-        for feature, projection in zip(features, self.projections, strict=True):
+        for feature, canvas, projection in zip(features, self.canvases, self.projections, strict=True):
             shrinks = feature.shape[-2] > self.size[0] or feature.shape[-1] > self.size[1]
             projected.append(
-                projection(resize(feature, self.size)) if shrinks else resize(projection(feature), self.size)
+                projection(align(feature, canvas, self.canvas))
+                if shrinks
+                else align(projection(feature), canvas, self.canvas)
             )
         return projected
 
@@ -61,8 +128,14 @@ class AttentionFusion(Fusion):
     `weights` gives them as `(B, sources, h, w)`, summing to 1 over sources.
     """
 
-    def __init__(self, specs: Sequence[FeatureSpec], channels: int, size: tuple[int, int]) -> None:
-        super().__init__(specs, channels, size)
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__(specs, channels, size, image_size)
         self.score = nn.Sequential(
             nn.Conv2d(len(specs) * channels, channels, kernel_size=1),
             nn.ReLU(inplace=True),
@@ -84,8 +157,14 @@ class AttentionFusion(Fusion):
 class ConcatFusion(Fusion):
     """All projected maps side by side, brought back to `channels` by a 1x1 convolution."""
 
-    def __init__(self, specs: Sequence[FeatureSpec], channels: int, size: tuple[int, int]) -> None:
-        super().__init__(specs, channels, size)
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__(specs, channels, size, image_size)
         self.mix = nn.Conv2d(len(specs) * channels, channels, kernel_size=1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -95,8 +174,14 @@ class ConcatFusion(Fusion):
 class WeightedFusion(Fusion):
     """One learned weight a source, the same everywhere; a softmax holds their sum at 1."""
 
-    def __init__(self, specs: Sequence[FeatureSpec], channels: int, size: tuple[int, int]) -> None:
-        super().__init__(specs, channels, size)
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__(specs, channels, size, image_size)
         self.logits = nn.Parameter(torch.zeros(len(specs)))
 
     def weights(self, features: Sequence[Tensor]) -> Float[Tensor, "batch sources h w"]:
@@ -111,17 +196,22 @@ class WeightedFusion(Fusion):
 class AlignedFusion(nn.Module):
     """Maps side by side at one size, with nothing to learn: what a closed-form decoder can be fitted on."""
 
-    def __init__(self, specs: Sequence[FeatureSpec], channels: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
         super().__init__()
         self.size = size
-        self.spec = FeatureSpec(
-            " + ".join(spec.source for spec in specs), sum(spec.channels for spec in specs), *size
-        )
+        self.spec = fused_spec(specs, sum(spec.channels for spec in specs), size, image_size)
+        self.canvas = Canvas(self.spec, image_size)
+        self.canvases = [Canvas(spec, image_size) for spec in specs]
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return torch.cat(
-            [F.interpolate(f, self.size, mode="bilinear", align_corners=False) for f in features], 1
-        )
+        pairs = zip(features, self.canvases, strict=True)
+        return torch.cat([align(maps, own, self.canvas, smooth=False) for maps, own in pairs], 1)
 
 
 class StackedFusion(nn.Module):
@@ -143,7 +233,10 @@ class StackedFusion(nn.Module):
     ) -> None:
         super().__init__()
         self.size = size
-        self.block = max(1, round(math.sqrt(image_size[0] * image_size[1] / (size[0] * size[1]))))
+        place = fused_spec(specs, 1, size, image_size)
+        self.canvas = Canvas(place, image_size)
+        self.canvases = [Canvas(spec, image_size) for spec in specs]
+        self.block = max(1, round(math.sqrt(math.prod(self.canvas.size) / (size[0] * size[1]))))
         self.readers = nn.ModuleDict(
             {
                 str(i): LinearDecoder([spec], image_size, rows_per_input=200)
@@ -153,7 +246,7 @@ class StackedFusion(nn.Module):
         )
         read = len(self.readers) * 3 * self.block**2
         kept = sum(spec.channels for i, spec in enumerate(specs) if str(i) not in self.readers)
-        self.spec = FeatureSpec(" + ".join(spec.source for spec in specs), kept + read, *size)
+        self.spec = replace(place, channels=kept + read)
 
     def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
         views = [reader.prepare(pictures, seed, ranks) for reader in self.readers.values()]
@@ -176,14 +269,19 @@ class StackedFusion(nn.Module):
         ]
 
     def forward(self, features: Sequence[Float[Tensor, "batch _ _ _"]]) -> Float[Tensor, "batch _ h w"]:
-        pixels = (self.size[0] * self.block, self.size[1] * self.block)
         parts = [
-            shrink(resize(self.readers[str(i)].decode(maps), pixels), (self.block, self.block))
+            self._read(self.readers[str(i)], maps)
             if str(i) in self.readers
-            else resize(maps, self.size)
+            else align(maps, self.canvases[i], self.canvas)
             for i, maps in enumerate(features)
         ]
         return torch.cat(parts, dim=1)
+
+    def _read(self, reader: LinearDecoder, maps: Tensor) -> Tensor:
+        """What a reader says of the image, given to the locations of the fused map in whose cells it lies."""
+        pixels = (self.size[0] * self.block, self.size[1] * self.block)
+        images = reader.canvas.place(reader.decode(maps))
+        return shrink(resize(self.canvas.cut(images), pixels), (self.block, self.block))
 
 
 FUSIONS: dict[str, type[nn.Module]] = {
@@ -208,10 +306,8 @@ def create_fusion(
         return None
     finest = max(specs, key=lambda spec: spec.locations)
     size = (config.size, config.size) if config.size is not None else (finest.height, finest.width)
-    if config.name == "stacked":
-        pixels = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        return StackedFusion(specs, config.channels, size, pixels)
-    return FUSIONS[config.name](specs, config.channels, size)
+    pixels = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    return FUSIONS[config.name](specs, config.channels, size, pixels)
 
 
 class WeightMaps:
@@ -226,8 +322,13 @@ class WeightMaps:
     def add(self, features: Sequence[Float[Tensor, "batch _ _ _"]]) -> None:
         weights = self.fusion.weights(features).float()
         wanted = max(0, self.keep - sum(map(len, self._kept)))
-        self._kept.append(weights[:wanted].mul(255).round().to(torch.uint8).cpu())
+        self._kept.append(self._in_image(weights[:wanted]).mul(255).round().to(torch.uint8).cpu())
         self._sums.append(weights.mean((2, 3)).cpu().double())
+
+    def _in_image(self, weights: Tensor) -> Tensor:
+        """Maps that lie as the image does: of its size, where the fused cells do not divide it evenly."""
+        canvas = self.fusion.canvas
+        return weights if canvas.even else canvas.place(F.interpolate(weights, canvas.size)).clamp(0, 1)
 
     def gather(self, ranks: Ranks) -> None:
         """Take in what other ranks have added, each for its part of the same batches, in the order of one process."""

@@ -13,17 +13,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec
+from afterimage.decoders.canvas import Canvas, Window
 from afterimage.ranks import ALONE, Ranks
-
-Window = tuple[int, int, int, int]
-"""Top, left, height and width of a part of a feature map, in locations."""
 
 
 class Decoder(nn.Module, ABC):
     """A map from feature maps `[(B, C, h, w), ...]` to pictures `(B, 3, H, W)` in [0, 1].
 
-    A decoder with `closed_form` is first shown the data once (`prepare`, `accumulate`, `solve`); one with
-    `trainable` is then trained by gradient descent. The two may go together.
+    What a decoder makes of a map is its `canvas`, the pixels of the map's cells; the canvas then puts it where these
+    lie in the image. A decoder with `closed_form` is first shown the data once (`prepare`, `accumulate`, `solve`);
+    one with `trainable` is then trained by gradient descent. The two may go together.
     """
 
     closed_form = False
@@ -47,6 +46,7 @@ class Decoder(nn.Module, ABC):
             )
         self.spec = specs[0]
         self.image_size = image_size
+        self.canvas = Canvas(self.spec, image_size)
 
     def forward(
         self, features: Sequence[Float[Tensor, "batch _ _ _"]], window: Window | None = None
@@ -62,11 +62,17 @@ class Decoder(nn.Module, ABC):
                 f"this decoder was built for {self.spec.source} with features of shape {expected}, "
                 f"got {tuple(features.shape[1:])}"
             )
-        return clamp(self.decode(features) if window is None else self.decode(features, window))
+        if window is None:
+            return clamp(self.canvas.place(self.decode(features)))
+        rows, columns = self.canvas.window(window)[0]
+        return clamp(self.decode(features, window)[..., rows, columns])
 
     @abstractmethod
     def decode(self, features: Tensor) -> Tensor:
-        """Rebuild pictures, not yet held to [0, 1]. A decoder with `windows` takes one as a second argument."""
+        """Fill canvases `(B, 3, *canvas.size)`, not yet held to [0, 1].
+
+        A decoder with `windows` takes one as a second argument.
+        """
 
     def windows(self, generator: torch.Generator) -> list[Window | None]:
         """The parts of a batch's maps to train on, an optimizer step each; None is all of it."""
@@ -76,9 +82,8 @@ class Decoder(nn.Module, ABC):
         """The part of pictures `(B, 3, H, W)` that belongs to a window of their features."""
         if window is None:
             return images
-        bh, bw = self.image_size[0] // self.spec.height, self.image_size[1] // self.spec.width
-        top, left, height, width = window
-        return images[..., top * bh : (top + height) * bh, left * bw : (left + width) * bw]
+        rows, columns = self.canvas.window(window)[1]
+        return images[..., rows, columns]
 
     def stepped(self) -> None:
         """Called after every optimizer step."""

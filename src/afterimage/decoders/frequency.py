@@ -39,7 +39,7 @@ class FrequencyDecoder(Decoder):
             nn.Conv2d(width, 3, kernel_size=3, padding=1),
         )
         stages: list[nn.Module] = []
-        for _ in range(stages_between((self.spec.height, self.spec.width), image_size)):
+        for _ in range(stages_between((self.spec.height, self.spec.width), self.canvas.size)):
             narrower = max(minimum_channels, width // 2)
             stages += [
                 *stage(Doubling(width, narrower)),
@@ -51,8 +51,8 @@ class FrequencyDecoder(Decoder):
 
     def decode(self, features: Tensor) -> Tensor:
         features = self.adapter(features)
-        low = F.interpolate(self.low(features), self.image_size, mode="bilinear", align_corners=False)
-        high = resize(self.high(features), self.image_size)
+        low = F.interpolate(self.low(features), self.canvas.size, mode="bilinear", align_corners=False)
+        high = resize(self.high(features), self.canvas.size)
         return low + high - _blur(high, (self.spec.height, self.spec.width))
 
 

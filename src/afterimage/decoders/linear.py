@@ -55,12 +55,31 @@ class LinearDecoder(Decoder):
         self.rows_per_input = rows_per_input
         self.block = tuple(
             max(1, math.ceil(pixels / cells - 1e-6))
-            for pixels, cells in zip(image_size, (self.spec.height, self.spec.width), strict=True)
+            for pixels, cells in zip(self.canvas.size, (self.spec.height, self.spec.width), strict=True)
         )
         inputs = self.spec.channels * kernel**2
         self.weight = nn.Parameter(torch.zeros(self.outputs, inputs), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)
-        self._sums: dict[bool, _Sums] = {}
+        self._kinds, self._present = self._cells()
+        self._inside = (self._kinds >= 0).nonzero().flatten()
+        self._sums: dict[bool, list[_Sums]] = {}
+
+    def _cells(self) -> tuple[Tensor, Tensor]:
+        """Each location's kind, `(h w,)`, and which outputs a cell of each kind has, `(kinds, 3 bh bw)`.
+
+        Cells within the image are of one kind and have all. What reaches beyond it has no target; -1 where that is all
+        of a cell.
+        """
+        spans = (self.canvas.rows, self.canvas.columns)
+        (rows, row), (columns, column) = (
+            torch.unique(span.present(block), dim=0, return_inverse=True)
+            for span, block in zip(spans, self.block, strict=True)
+        )
+        present = (rows[:, None, None, :, None] & columns[None, :, None, None, :]).expand(-1, -1, 3, -1, -1)
+        present = present.reshape(len(rows) * len(columns), self.outputs)
+        some = present.any(1)
+        numbers = torch.where(some, some.cumsum(0) - 1, -1)
+        return numbers[(row[:, None] * len(columns) + column).flatten()], present[some]
 
     @property
     def outputs(self) -> int:
@@ -69,18 +88,22 @@ class LinearDecoder(Decoder):
     @property
     def bytes_to_solve(self) -> int:
         inputs = self.weight.shape[1] + 1
-        # The sums of training and validation pictures; while it solves, a penalised copy, its diagonal and its factor.
-        return 8 * (5 * inputs**2 + 2 * inputs * self.outputs)
+        # The sums of training and validation pictures by kind of cell; while it solves, those of some kinds together,
+        # and a penalised copy, its diagonal and its factor.
+        sums = 2 * len(self._present) * inputs * (inputs + self.outputs)
+        several = 2 * inputs * (inputs + self.outputs) if len(self._present) > 1 else 0
+        return 8 * (sums + several + 3 * inputs**2)
 
     def macs_to_solve(self, pictures: int) -> int:
         rows = self.prepare(pictures, seed=0) * pictures * self._quota
         inputs = self.weight.shape[1] + 1
         searched = len(RIDGES[::2]) + 2
         # Half of the symmetric X'X and all of X'Y; then factorisations of n^3 / 6 in float64, the last to solve.
-        return rows * inputs * (inputs // 2 + self.outputs) + 2 * (searched + 1) * inputs**3 // 6
+        solved = len(torch.unique(self._present, dim=1).T)
+        return rows * inputs * (inputs // 2 + self.outputs) + 2 * (searched + solved) * inputs**3 // 6
 
     def decode(self, features: Tensor) -> Tensor:
-        return resize(self.unblock(self.blocks(pad(features, self.kernel // 2))), self.image_size)
+        return resize(self.unblock(self.blocks(pad(features, self.kernel // 2))), self.canvas.size)
 
     def blocks(self, padded: Tensor) -> Tensor:
         """Blocks of pixels `(B, 3 bh bw, h, w)` of features that are padded by half a kernel."""
@@ -98,7 +121,7 @@ class LinearDecoder(Decoder):
     def blocks_of(self, images: Tensor) -> Tensor:
         """`(B, 3, H, W)` to one row of pixels a location: `(B, h w, 3 bh bw)`."""
         h, w = self.spec.height, self.spec.width
-        images = resize(images, (h * self.block[0], w * self.block[1]))
+        images = resize(self.canvas.cut(images), (h * self.block[0], w * self.block[1]))
         parts = images.view(images.shape[0], 3, h, self.block[0], w, self.block[1])
         return parts.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], h * w, self.outputs)
 
@@ -106,7 +129,7 @@ class LinearDecoder(Decoder):
         self._ranks = ranks
         inputs = self.weight.shape[1] + 1
         budget = max(self.rows_per_input * inputs, 100_000)
-        self._quota = min(self.spec.locations, math.ceil(budget / max(1, pictures)))
+        self._quota = min(len(self._inside), math.ceil(budget / max(1, pictures)))
         self._generator = torch.Generator().manual_seed(seed)
         self._sums = {}
         return 1 if pictures * self._quota >= FEW_ROWS * inputs else 2
@@ -125,9 +148,15 @@ class LinearDecoder(Decoder):
         inputs = rows[corner[:, None] + offsets].flatten(1)
         targets = self.blocks_of(images.float())[picture, location]
         if validation not in self._sums:
-            shift, scale = self._sums[False].frame if validation else self._frame(inputs)
-            self._sums[validation] = _Sums(shift, scale, targets.shape[1])
-        self._sums[validation].add(inputs, targets)
+            shift, scale = self._sums[False][0].frame if validation else self._frame(inputs)
+            self._sums[validation] = [_Sums(shift, scale, self.outputs) for _ in self._present]
+        if len(self._present) == 1:
+            self._sums[validation][0].add(inputs, targets)
+            return
+        kinds = self._kinds[location.cpu()].to(location.device)
+        for kind, (sums, present) in enumerate(zip(self._sums[validation], self._present, strict=True)):
+            own = kinds == kind
+            sums.add(inputs[own], targets[own] * present.to(targets))
 
     def _frame(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale that keep the sums well conditioned. The penalty is measured in them."""
@@ -137,25 +166,59 @@ class LinearDecoder(Decoder):
         return mean, variance.sqrt().clamp(min=1e-6 * float(overall) + 1e-12)
 
     def _locations(self, pictures: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        n = self.spec.locations
+        n = len(self._inside)
         if self._quota >= n:
-            location = torch.arange(n).repeat(pictures)
+            location = self._inside.repeat(pictures)
         else:
             # Drawn for the whole batch, so that a picture's do not depend on how many ranks there are.
             before, total = self._ranks.place(pictures)
             draws = torch.rand(total, n, generator=self._generator)[before : before + pictures]
-            location = draws.topk(self._quota).indices.flatten()
+            location = self._inside[draws.topk(self._quota).indices.flatten()]
         picture = torch.arange(pictures).repeat_interleave(min(self._quota, n))
         return picture.to(device), location.to(device)
 
     @torch.no_grad()
     def solve(self) -> list[str]:
-        for sums in self._sums.values():
-            self._ranks.sum(sums.tensors)
-        train = self._sums[False].whole()
-        judge = self._sums[True].whole() if True in self._sums else train
+        for kinds in self._sums.values():
+            for sums in kinds:
+                self._ranks.sum(sums.tensors)
+        train = [sums.whole() for sums in self._sums[False]]
+        judge = [sums.whole() for sums in self._sums[True]] if True in self._sums else train
+        rows = sum(float(sums.rows) for sums in train)
+        ridge = None
+        for outputs, kinds in self._groups():
+            fitted, judged = (_Sums.of([sums[kind] for kind in kinds], outputs) for sums in (train, judge))
+            # What most cells have chooses for what all but those at the border have.
+            ridge = self._ridge(fitted, judged) if ridge is None else ridge
+            solution = fitted.solve(ridge)
+            if solution is None:
+                raise AfterimageError(f"the linear decoder found no finite solution for {self.spec.source}")
+            weight = solution[:-1].T / fitted.scale
+            self.weight[outputs] = weight.to(self.weight)
+            self.bias[outputs] = (solution[-1] - weight @ fitted.shift).to(self.bias)
+        notes = [f"ridge {ridge:g}, chosen on the validation pictures"]
+        if self._quota < len(self._inside):
+            share = self._quota / len(self._inside)
+            notes.append(
+                f"fitted on {int(rows):,} locations, a random {share:.0%} of each training picture's"
+            )
+        self._sums = {}
+        return notes
+
+    def _groups(self) -> list[tuple[slice | Tensor, list[int]]]:
+        """Outputs that the same kinds of cells have, and these kinds; those that most have come first."""
+        if len(self._present) == 1:
+            return [(slice(None), [0])]
+        found, group = torch.unique(self._present.T, dim=0, return_inverse=True)
+        groups = [
+            ((group == i).nonzero().flatten(), found[i].nonzero().flatten().tolist())
+            for i in range(len(found))
+        ]
+        return sorted((g for g in groups if g[1]), key=lambda g: -len(g[1]))
+
+    def _ridge(self, train: _Sums, judge: _Sums) -> float:
         # A ridge is judged on every n-th output, which is as good and much less work than on all.
-        some = slice(None, None, max(1, self.outputs // JUDGED))
+        some = slice(None, None, max(1, train.xy.shape[1] // JUDGED))
         errors: dict[float, float] = {}
 
         def best(ridges: Sequence[float]) -> float:
@@ -169,18 +232,7 @@ class LinearDecoder(Decoder):
         ridge = best([RIDGES[i] for i in (coarse - 1, coarse + 1) if 0 <= i < len(RIDGES)])
         if not math.isfinite(errors[ridge]):
             raise AfterimageError(f"the linear decoder found no finite solution for {self.spec.source}")
-        solution = train.solve(ridge)
-        weight = solution[:-1].T / train.scale
-        self.weight.copy_(weight)
-        self.bias.copy_(solution[-1] - weight @ train.shift)
-        notes = [f"ridge {ridge:g}, chosen on the validation pictures"]
-        if self._quota < self.spec.locations:
-            share = self._quota / self.spec.locations
-            notes.append(
-                f"fitted on {int(train.rows):,} locations, a random {share:.0%} of each training picture's"
-            )
-        self._sums = {}
-        return notes
+        return ridge
 
 
 def pad(maps: Tensor, margin: int) -> Tensor:
@@ -201,6 +253,20 @@ class _Sums:
         self.xy = torch.zeros(n, outputs, dtype=torch.float64, device=shift.device)
         self.yy = torch.zeros(outputs, dtype=torch.float64, device=shift.device)
         self.rows = torch.zeros((), dtype=torch.float64, device=shift.device)
+
+    @classmethod
+    def of(cls, parts: Sequence[_Sums], outputs: slice | Tensor) -> _Sums:
+        """The sums of several kinds of cells, for some outputs; of one kind and all outputs, these sums themselves."""
+        if isinstance(outputs, slice):
+            return parts[0]
+        first, outputs = parts[0], outputs.to(parts[0].xy.device)
+        total = cls(*first.frame, len(outputs))
+        for part in parts:
+            total.xx += part.xx
+            total.xy += part.xy[:, outputs]
+            total.yy += part.yy[outputs]
+            total.rows += part.rows
+        return total
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -100,7 +100,7 @@ class ResidualDecoder(Decoder):
         linear = self.base.unblock(self.base.blocks(_inner(maps, self.margin - self.base.kernel // 2)))
         maps = (maps - self.mean[:, None, None]) * self.scale[:, None, None]
         pictures = linear + GAIN * self._correct(maps, linear)
-        return pictures if window is not None else resize(pictures, self.image_size)
+        return pictures if window is not None else resize(pictures, self.canvas.size)
 
     def _correct(self, maps: Tensor, linear: Tensor) -> Tensor:
         if self.training:
@@ -121,17 +121,18 @@ class ResidualDecoder(Decoder):
 
     def windows(self, generator: torch.Generator) -> list[Window | None]:
         """Random windows, as many as cover the map's area once; all of it where blocks are not whole."""
-        h, w = self.spec.height, self.spec.width
-        whole = (h * self.base.block[0], w * self.base.block[1]) == tuple(self.image_size)
+        (top, bottom), (left, right) = self.canvas.rows.cells, self.canvas.columns.cells
+        h, w = bottom - top, right - left
         height, width = min(h, self.window[0]), min(w, self.window[1])
-        if not whole or (height, width) == (h, w):
+        if not self.canvas.whole or (height, width) == (h, w):
             return [None]
 
-        def place(side: int, part: int) -> int:
-            return int(torch.randint(side - part + 1, (), generator=generator))
+        def place(first: int, side: int, part: int) -> int:
+            return first + int(torch.randint(side - part + 1, (), generator=generator))
 
         return [
-            (place(h, height), place(w, width), height, width) for _ in range(round(h * w / height / width))
+            (place(top, h, height), place(left, w, width), height, width)
+            for _ in range(round(h * w / height / width))
         ]
 
     def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:

@@ -36,7 +36,7 @@ class TransposedDecoder(Decoder):
         channels = channels or self.spec.channels
         self.channels = channels
         stages = []
-        for _ in range(stages_between((self.spec.height, self.spec.width), image_size)):
+        for _ in range(stages_between((self.spec.height, self.spec.width), self.canvas.size)):
             narrower = max(minimum_channels, channels // 2)
             stages.append(stage(Doubling(channels, narrower)))
             channels = narrower
@@ -47,7 +47,7 @@ class TransposedDecoder(Decoder):
         return self.upsample(self.adapter(features))
 
     def upsample(self, features: Tensor) -> Tensor:
-        return self.to_rgb(resize(self.stages(features), self.image_size))
+        return self.to_rgb(resize(self.stages(features), self.canvas.size))
 
 
 class TransformerBlock(nn.Module):

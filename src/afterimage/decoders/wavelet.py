@@ -34,7 +34,7 @@ class WaveletDecoder(Decoder):
         super().__init__(specs, image_size)
         self.adapter = adapter(self.spec.channels, channels)
         width = channels or self.spec.channels
-        levels = stages_between((self.spec.height, self.spec.width), image_size)
+        levels = stages_between((self.spec.height, self.spec.width), self.canvas.size)
         self.trunk = stage(nn.Conv2d(width, width, kernel_size=3, padding=1))
         self.approximation = nn.Conv2d(width, 3, kernel_size=3, padding=1)
         self.refine, self.details = nn.ModuleList(), nn.ModuleList()
@@ -54,7 +54,7 @@ class WaveletDecoder(Decoder):
             if level:
                 maps = self.refine[level - 1](maps)
             picture = inverse_haar(picture, details(maps))
-        return resize(picture, self.image_size)
+        return resize(picture, self.canvas.size)
 
 
 def inverse_haar(
