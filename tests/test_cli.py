@@ -132,6 +132,64 @@ def test_bad_input_is_one_message(command, arguments, message):
     assert err.splitlines()[-1].startswith("afterimage: ") or err.count("afterimage: ") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", f"{MODEL}:layer1", "--crop", "10"], "crop must lie between 11"),
+        (["train", f"{MODEL}:layer1", "--seed", "9" * 20], "seed must lie between 0 and 9,223,372,036,854,775,807"),
+        (["train", f"{MODEL}:layer1", "--learning-rate", "inf"], "learning_rate must be greater than 0 and finite"),
+        (["train", f"{MODEL}:layer1", "--batch-size", "9" * 12], "batch_size must be at most 1,048,576"),
+        (["train", f"{MODEL}:layer1", "--limit-test", "0"], "limit_test must be greater than 0"),
+        (["train", f"{MODEL}:layer1", "--loss", "lpips", "--crop", "20"], "crop of 31 pixels or more"),
+        (["train", f"{MODEL}:layer1", "--profile", "-1"], "--profile must lie between 0"),
+        (["train", f"{MODEL}:layer1", "--devices", "9" * 20], "--devices must lie between 1"),
+        (["train", f"{MODEL}:layer1", "--root", "/dev/null/x"], "--root /dev/null/x: /dev/null is a file"),
+        (["train", f"{MODEL}:layer1", "--cache", "/dev/null"], "--cache /dev/null: /dev/null is a file"),
+        (["study", "quickstart", "--seeds", "-1", "--dry-run"], "seeds[0] must lie between 0"),
+        (["study", "quickstart", "--root", "/dev/null", "--dry-run"], "--root /dev/null: /dev/null is a file"),
+        (["study", "quickstart", "--executor", "ray", "--retries", "-1"], "--retries must lie between 0"),
+        (["layers", MODEL, "--image-size", "0"], "--image-size must lie between 1"),
+        (["audit", MODEL, "--layers", "layer1", "--max-ssim", "nan"], "max_ssim must lie between 0 and 1"),
+        (["audit", MODEL, "--layers", "layer1", "--mean", "0", "0", "inf"], "mean must be finite"),
+        (["audit", MODEL, "--layers", "layer1", "--pictures", "²"], "a number from 5 on"),
+        (["audit", MODEL, "--layers", "layer1", "--root", "/dev/null"], "--root /dev/null: /dev/null is a file"),
+        (["invert", "a.png", f"{MODEL}:layer1", "--seed", "-1"], "seed must lie between 0"),
+        (["invert", "a.png", f"{MODEL}:layer1", "--steps", "0"], "steps must be greater than 0"),
+        (["invert", "a.png", f"{MODEL}:layer1", "--output", "/dev/null"], "--output /dev/null: /dev/null is a file"),
+        (["bench", "--seconds", "nan"], "seconds must be greater than 0"),
+        (["bench", "--json", "/dev/null/x.json"], "--json /dev/null: /dev/null is a file"),
+    ],
+)  # fmt: skip
+def test_limits_are_checked_before_anything_is_done(command, tmp_path, arguments, message):
+    code, out, err = command(*arguments)
+    assert code == 1 and message in err and err.startswith("afterimage: ") and not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, monkeypatch):
+    import afterimage.reconstructor
+
+    def computed(*_, **__):
+        raise AssertionError("it should have ended before")
+
+    arguments = ["train", f"{MODEL}:layer1", "--decoder", "linear", "--data", "procedural:8", *SMALL]
+    assert command(*arguments)[0] == 0
+    (run,) = scan(tmp_path / "runs")
+    Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
+    monkeypatch.setattr(afterimage.reconstructor.Reconstructor, "open", computed)
+    for arguments, message in (
+        (["evaluate", run.path, "--output", tmp_path], f"--output {tmp_path} is a folder"),
+        (["evaluate", run.path, "--output", tmp_path / "a.png" / "x"], "a.png is a file, not a folder"),
+        (["reconstruct", "a.png", "--run", run.path, "--output", "a.png/b.png"], "a.png is a file"),
+        (["report", "runs", "--output", "a.png"], "a.png is a file, not a folder"),
+    ):
+        code, _, err = command(*arguments)
+        assert code == 1 and message in err, err
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    code, _, err = command("report", "runs", "--output", "gone")
+    assert code == 1 and "is a link to nothing" in err
+
+
 def test_what_was_trained_is_shown_though_another_group_failed(command, tmp_path):
     code, out, err = command(
         "train",

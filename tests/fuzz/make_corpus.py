@@ -424,7 +424,11 @@ def checkpoints() -> None:
         torch.save(content, file)
         keep("weights", f"{name}.pth", file.getvalue())
     keep("weights", "pickle.pth", pickle.dumps(beside, protocol=2))
-    keep("weights", "pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    keep(
+        "weights",
+        "pointer.safetensors",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n",
+    )
     keep("weights", "page.safetensors", b"<!doctype html><title>Sign in</title>")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from afterimage.bench import equal_time, gpu, growth, memory, quality, scoring, startup, stream, training
-from afterimage.bench.child import in_child
-from afterimage.bench.rows import Row, print_rows
+from afterimage.bench.child import TimeIsOver, in_child, seconds_left, within
+from afterimage.bench.rows import Row, print_rows, row_line
 from afterimage.bench.settings import Settings
 from afterimage.config import AfterimageError, unknown
+from afterimage.progress import Progress
 from afterimage.runs import cores, environment, write_json
 
-__all__ = ["MEASUREMENTS", "Row", "Settings", "print_rows", "run_bench"]
+__all__ = ["MEASUREMENTS", "QUICK_SECONDS", "Row", "Settings", "print_rows", "row_line", "run_bench"]
 
 MEASUREMENTS: dict[str, Callable[[Settings], Iterable[Row]]] = {
     "startup": startup.startup,
@@ -35,41 +37,79 @@ MEASUREMENTS: dict[str, Callable[[Settings], Iterable[Row]]] = {
 }
 ON_REQUEST = ("decoders",)
 """Takes long: left out where no measurement is named."""
+QUICK_ORDER = (
+    *("epoch-256", "memory", "evaluate", "together", "gpu", "time-to-quality"),
+    *("startup", "epoch-2k", "growth", "stream"),
+)
+"""With `quick`: first what tells most for the time it takes."""
+QUICK_SECONDS = 120
+"""What `quick` takes on any machine where no measurement is named: what is not done by then is left out, and said."""
 
 
 def run_bench(
-    names: Sequence[str] = (), *, settings: Settings, json_path: Path | None = None
+    names: Sequence[str] = (),
+    *,
+    settings: Settings,
+    json_path: Path | None = None,
+    told: Callable[[Row], None] = lambda row: None,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Take the named measurements, or all but those `ON_REQUEST`; returns their rows and facts of the machine.
 
-    Both also go to `json_path`. One that fails is a row that says why, and the others go on.
+    Both also go to `json_path`, and each row to `told` as soon as it is there. A measurement that fails is a row that
+    says why, and the others go on. Where `settings.quick` and no measurement is named, all end after `QUICK_SECONDS`.
 
     Raises `AfterimageError` for an unknown name.
     """
     for name in names:
         if name not in MEASUREMENTS:
             raise unknown("measurement", name, MEASUREMENTS)
+    with within(QUICK_SECONDS if settings.quick and not names else math.inf):
+        return _run(names, settings, json_path, told)
+
+
+def _run(
+    names: Sequence[str], settings: Settings, json_path: Path | None, told: Callable[[Row], None]
+) -> tuple[list[Row], dict[str, Any]]:
     here = in_child("work:here", accelerator=settings.accelerator, precision=settings.precision).value
-    settings = replace(settings, precision=here["precision"])
+    settings = replace(settings, precision=here["precision"], say=_while_there_is_time(settings.say))
     facts, rows = machine() | here, []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        told(row)
+        save()
 
     def save() -> None:
         if json_path is not None:  # kept up to date: what comes later may be stopped
             write_json(json_path, {"machine": facts, "rows": [row.as_dict() for row in rows]})
 
-    for name in names or [name for name in MEASUREMENTS if name not in ON_REQUEST]:
+    order = QUICK_ORDER if settings.quick else MEASUREMENTS
+    for name in names or [name for name in order if name not in ON_REQUEST]:
         started, load = time.monotonic(), os.getloadavg()[0]
         with tempfile.TemporaryDirectory(dir=settings.folder, prefix=f"{name}-") as folder:
             try:
+                seconds_left()
                 for row in MEASUREMENTS[name](replace(settings, folder=Path(folder))):
-                    rows.append(row)
-                    save()
+                    add(row)
+            except TimeIsOver:
+                over = f"not done within the {QUICK_SECONDS} s of --quick; `bench --quick --only {name}` takes its time"
+                add(Row(name, "", unavailable=over))
             except AfterimageError as error:
-                rows.append(Row(name, "", unavailable=str(error)))
+                add(Row(name, "", unavailable=str(error)))
         spent = f"{time.monotonic() - started:.0f} s, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after"
         rows[-1] = replace(rows[-1], notes=[*rows[-1].notes, spent])
         save()
     return rows, facts
+
+
+def _while_there_is_time(say: Progress) -> Progress:
+    """The same, which also ends what it is told of once the time is over."""
+
+    def told(what: str, done: int, total: int, **figures: Any) -> None:
+        say(what, done, total, **figures)
+        seconds_left()
+
+    return told
 
 
 def machine() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,13 @@ PRECISIONS = ("32-true", "bf16-mixed")
 MINUTES = 10.0
 
 
-def gpu(settings: Settings) -> list[Row]:
+def gpu(settings: Settings) -> Iterator[Row]:
     """Images per second and share of peak for each of the 15 rows, and what all of them would take."""
     what = "the published study's 15 rows on a GPU"
     if not in_child("gpu:cuda").value:
-        return [Row("gpu", what, unavailable="there is no CUDA device here; goal: the study in 10 minutes")]
-    return measure(published(64 if settings.quick else 160), "cuda", settings)
+        yield Row("gpu", what, unavailable="there is no CUDA device here; goal: the study in 10 minutes")
+        return
+    yield from measure(published(64 if settings.quick else 160), "cuda", settings)
 
 
 def published(pictures: int) -> list[RunConfig]:
@@ -37,12 +38,12 @@ def published(pictures: int) -> list[RunConfig]:
     ]
 
 
-def measure(runs: Sequence[RunConfig], accelerator: str, settings: Settings) -> list[Row]:
+def measure(runs: Sequence[RunConfig], accelerator: str, settings: Settings) -> Iterator[Row]:
     """A row for each run alone, and one for the whole study with shared encoder passes, in each precision."""
     groups: dict[frozenset, list[RunConfig]] = {}
     for run in runs:
         groups.setdefault(frozenset(split_source(s)[0] for s in run.sources), []).append(run)
-    cache, rows = settings.fresh("cache"), []
+    cache = settings.fresh("cache")
 
     def epoch(members: Sequence[RunConfig], precision: str) -> dict[str, Any]:
         plain = [to_dict(replace(m, recipe=replace(m.recipe, precision=precision))) for m in members]
@@ -55,35 +56,30 @@ def measure(runs: Sequence[RunConfig], accelerator: str, settings: Settings) -> 
             settings.say(f"gpu, {precision}, {name}", number, len(runs))
             one = epoch([run], precision)
             share = one["flops"] / one["seconds"] / peak
-            rows.append(
-                Row(
-                    f"gpu-{number}-{precision}",
-                    name,
-                    "pictures/s",
-                    [one["train"] / one["seconds"]],
-                    notes=[
-                        f"{share:.1%} of the measured matrix peak of {peak / 1e12:.1f} TFLOP/s",
-                        f"{one['memory'] / 2**30:.2f} GiB of device memory",
-                    ],
-                )
-            )
-        seconds = sum(_whole(epoch(group, precision)) for group in groups.values())
-        rows.append(
-            Row(
-                f"gpu-study-{precision}",
-                f"the whole study, {len(runs)} rows, {EPOCHS} epochs of {TRAIN} pictures, in {precision}",
-                "minutes",
-                [seconds / 60],
-                goal=Goal("at most", MINUTES),
+            yield Row(
+                f"gpu-{number}-{precision}",
+                name,
+                "pictures/s",
+                [one["train"] / one["seconds"]],
                 notes=[
-                    "estimated from the second epoch of each group of rows that share their encoders, on fewer, "
-                    "procedural pictures; random weights, MSE in place of the fused row's 0.5*mse + 0.5*lpips; "
-                    "decoding, "
-                    "the test and its figures are left out. `afterimage study published` is the actual study"
+                    f"{share:.1%} of the measured matrix peak of {peak / 1e12:.1f} TFLOP/s",
+                    f"{one['memory'] / 2**30:.2f} GiB of device memory",
                 ],
             )
+        seconds = sum(_whole(epoch(group, precision)) for group in groups.values())
+        yield Row(
+            f"gpu-study-{precision}",
+            f"the whole study, {len(runs)} rows, {EPOCHS} epochs of {TRAIN} pictures, in {precision}",
+            "minutes",
+            [seconds / 60],
+            goal=Goal("at most", MINUTES),
+            notes=[
+                "estimated from the second epoch of each group of rows that share their encoders, on fewer, "
+                "procedural pictures; random weights, MSE in place of the fused row's 0.5*mse + 0.5*lpips; "
+                "decoding, "
+                "the test and its figures are left out. `afterimage study published` is the actual study"
+            ],
         )
-    return rows
 
 
 def _whole(epoch: dict[str, Any]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from afterimage.bench.settings import Settings
 from afterimage.bench.training import MODEL, RANDOM, train_ours
 
 
-def growth(settings: Settings) -> list[Row]:
+def growth(settings: Settings) -> Iterator[Row]:
     """Exponents e of cost ~ size^e, fitted on a log-log scale."""
-    return [*_pictures(settings), *_tokens(settings), *_decoders(settings)]
+    for part in (_pictures, _tokens, _decoders):
+        yield from part(settings)
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from afterimage.bench.child import in_child
@@ -18,9 +19,10 @@ TARGETS = (
 GOAL = 10.0
 
 
-def time_to_quality(settings: Settings) -> list[Row]:
+def time_to_quality(settings: Settings) -> Iterator[Row]:
     """Real weights and photographs, both at the full size whatever `--quick` says of the rest."""
-    return [_row(settings, *target) for target in TARGETS]
+    for target in TARGETS:
+        yield _row(settings, *target)
 
 
 def _row(settings: Settings, source: str, target: float, decoder: str, pictures: int | None) -> Row:

@@ -9,6 +9,8 @@ from typing import Any
 
 from afterimage.terminal import console
 
+_MET = {None: "not decided", True: "yes", False: "NO"}
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -96,6 +98,19 @@ class Row:
         return asdict(self) | derived | {"quality_equal": equal}
 
 
+def row_line(row: Row) -> str:
+    """What a measurement came to, in one line."""
+    if row.unavailable:
+        return f"{row.name}: unavailable: {row.unavailable}"
+    figures = [
+        f"{who} {_figure(values, row.unit)}"
+        for who, values in (("ours", row.ours), ("reference", row.reference))
+        if values
+    ]
+    goal = f"goal {row.goal}: {_MET[row.met]}" if row.goal else ""
+    return f"{row.name}: {', '.join(filter(None, [*figures, _ratio(row), goal]))}"
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """The table, and below it what one has to know of each row."""
     from rich.table import Table
@@ -109,7 +124,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         if row.unavailable:
             table.add_row(row.name, row.what, "unavailable", "", "", str(row.goal or ""), "")
             continue
-        met = {None: "not decided" if row.goal else "", True: "yes", False: "NO"}[row.met]
+        met = _MET[row.met] if row.goal else ""
         figures = [_figure(values, row.unit) for values in (row.ours, row.reference)]
         table.add_row(row.name, row.what, *figures, _ratio(row), str(row.goal or ""), met)
     screen = console(150)

@@ -6,6 +6,7 @@ import importlib.util
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from afterimage.bench.child import in_child
@@ -17,13 +18,11 @@ THUMBNAILS = (56, 28, 14, 7)
 """What is measured: pictures reduced to so many pixels a side, as decoders of falling quality leave them."""
 
 
-def evaluation(settings: Settings) -> list[Row]:
+def evaluation(settings: Settings) -> Iterator[Row]:
     """PSNR, SSIM and LPIPS of 100 pictures (20 where quick), of one run, and of four runs on the same pictures."""
     missing = [name for name in ("skimage", "lpips") if importlib.util.find_spec(name) is None]
-    rows = []
     for name, runs in (("evaluate", 1), ("evaluate-4", 4)):
-        rows.append(_row(settings, name, runs, missing))
-    return rows
+        yield _row(settings, name, runs, missing)
 
 
 def _row(settings: Settings, name: str, runs: int, missing: list[str]) -> Row:

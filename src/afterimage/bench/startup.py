@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 
 from afterimage.bench.rows import Goal, Row
 from afterimage.bench.settings import Settings
@@ -15,32 +17,27 @@ HEAVY = "import torch, torchvision, timm, lightning_fabric"
 COMMANDS = {"help": ["--help"], "report": ["report", "FOLDER"]}
 
 
-def startup(settings: Settings) -> list[Row]:
+def startup(settings: Settings) -> Iterator[Row]:
     """`--help`, and `report` up to its finding that a folder holds no runs."""
     repeats = 3 if settings.quick else 7
     empty = settings.fresh("empty")
     heavy = [_seconds([sys.executable, "-c", HEAVY]) for _ in range(2)]
-    rows = []
     for name, arguments in COMMANDS.items():
         arguments = [empty if argument == "FOLDER" else argument for argument in arguments]
         command = [sys.executable, "-m", "afterimage", *arguments]
         _seconds(command)  # once for the disk
         loaded = _loads_torch(arguments)
-        rows.append(
-            Row(
-                f"startup-{name}",
-                f"afterimage {' '.join(COMMANDS[name])}: seconds until it ends (reference: only importing PyTorch, "
-                "torchvision, timm and Fabric)",
-                "s",
-                [_seconds(command) for _ in range(repeats)],
-                [min(heavy)] * repeats,
-                goal=Goal("at most", 0.5),
-                notes=[f"PyTorch is {'LOADED, which it must not be' if loaded else 'not loaded'}"],
-            )
+        row = Row(
+            f"startup-{name}",
+            f"afterimage {' '.join(COMMANDS[name])}: seconds until it ends (reference: only importing PyTorch, "
+            "torchvision, timm and Fabric)",
+            "s",
+            [_seconds(command) for _ in range(repeats)],
+            [min(heavy)] * repeats,
+            goal=Goal("at most", 0.5),
+            notes=[f"PyTorch is {'LOADED, which it must not be' if loaded else 'not loaded'}"],
         )
-        if loaded:
-            rows[-1] = Row(**{**vars(rows[-1]), "goal": Goal("at most", 0.0)})
-    return rows
+        yield replace(row, goal=Goal("at most", 0.0)) if loaded else row
 
 
 def _seconds(command: list[str]) -> float:

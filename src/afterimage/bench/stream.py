@@ -6,7 +6,7 @@ import contextlib
 import io
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -29,10 +29,11 @@ MOST = 20_000
 """So many training pictures are passed over: what an epoch holds is known by then, and decoding takes the time."""
 
 
-def stream(settings: Settings) -> list[Row]:
+def stream(settings: Settings) -> Iterator[Row]:
     """Memory of one pass over 1,000 to 100,000 streamed pictures, beside the same ones decoded once and kept."""
     counts = [200, 2_000] if settings.quick else [1_000, 10_000, 100_000]
-    return [_row(settings, kind, counts) for kind in KINDS]
+    for kind in KINDS:
+        yield _row(settings, kind, counts)
 
 
 def _row(settings: Settings, kind: str, counts: Sequence[int]) -> Row:

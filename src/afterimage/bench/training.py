@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,11 @@ def _epoch(settings: Settings, name: str, size: tuple[int, int], goal: Goal) -> 
     )
 
 
-def together(settings: Settings) -> list[Row]:
+def together(settings: Settings) -> Iterator[Row]:
     """Four layers on one encoder pass against one run after the other; both are ours."""
     counts = {"train": 16 if settings.quick else 64, "validation": 8, "test": 1}
     folder = Path(settings.fresh("together"))
     data = write_originals(folder, counts, settings.resize * 3 // 2, settings.resize, settings.say)
-    rows = []
     for decoder in ("linear", "wavelet", "transposed"):
         runs = [settings.run(f"{MODEL}:{layer}", decoder, data) for layer in LAYERS]
         one, other = in_turns(
@@ -82,21 +81,18 @@ def together(settings: Settings) -> list[Row]:
             partial(_train, settings, [[run] for run in runs]),
             settings.say,
         )
-        rows.append(
-            Row(
-                f"together-{decoder}",
-                f"{MODEL} layer1..4 + {decoder}, {counts['train']} pictures of {settings.crop}: together (ours) "
-                "against one after the other (reference)",
-                "pictures/s",
-                [counts["train"] / seconds for seconds, _ in one],
-                [counts["train"] / seconds for seconds, _ in other],
-                higher_is_better=True,
-                goal=Goal("ratio", 1.5),
-                quality=_quality(one[-1][1], other[-1][1], 0.1),
-                notes=[RANDOM, "training and validation; decoding left out"],
-            )
+        yield Row(
+            f"together-{decoder}",
+            f"{MODEL} layer1..4 + {decoder}, {counts['train']} pictures of {settings.crop}: together (ours) "
+            "against one after the other (reference)",
+            "pictures/s",
+            [counts["train"] / seconds for seconds, _ in one],
+            [counts["train"] / seconds for seconds, _ in other],
+            higher_is_better=True,
+            goal=Goal("ratio", 1.5),
+            quality=_quality(one[-1][1], other[-1][1], 0.1),
+            notes=[RANDOM, "training and validation; decoding left out"],
         )
-    return rows
 
 
 def _train(settings: Settings, groups: Sequence[Sequence[RunConfig]]) -> tuple[float, dict]:

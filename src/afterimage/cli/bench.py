@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from afterimage.config import check_positive
+from afterimage.runs import check_file
 from afterimage.terminal import say, shown
 
 
@@ -15,7 +17,8 @@ from afterimage.terminal import say, shown
 class Bench:
     """Measure training, memory, evaluating and starting beside a plain reference, in turns; print the ratios.
 
-    Takes more than half an hour on two cores; with --quick about two minutes, on smaller pictures.
+    Each row is printed as soon as it is there, all of them in a table at the end. Takes more than half an hour on two
+    cores. With --quick it ends after two minutes on any machine, and says what was not done by then.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
@@ -23,7 +26,8 @@ class Bench:
     list: bool = False
     """List the measurements and start nothing."""
     quick: bool = False
-    """Smaller pictures, fewer of them, one repeat: ratios come out lower than at full size."""
+    """Smaller pictures, fewer of them, one repeat: ratios come out lower than at full size. Ends after two minutes, or
+    with --only when what is named is done."""
     json: Path | None = None
     """Write rows and facts of the machine to this JSON file."""
     data: str = ""
@@ -39,18 +43,23 @@ class Bench:
     def run(self) -> None:
         import tempfile
 
-        from afterimage.bench import MEASUREMENTS, Settings, print_rows, run_bench
+        from afterimage.bench import MEASUREMENTS, Settings, print_rows, row_line, run_bench
         from afterimage.progress import Display
 
         if self.list:
             for name, measurement in MEASUREMENTS.items():
                 say(f"{name:16} {(measurement.__doc__ or '').splitlines()[0]}")
             return
+        check_positive(self, "seconds")
+        if self.json is not None:
+            check_file(self.json, "--json")
         with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder, Display() as display:
             settings = Settings(
                 Path(folder), self.quick, self.data, self.accelerator, display, self.seconds, self.precision
             )
-            rows, facts = run_bench(self.only, settings=settings, json_path=self.json)
+            rows, facts = run_bench(
+                self.only, settings=settings, json_path=self.json, told=lambda row: say(row_line(row))
+            )
         print_rows(rows)
         say(
             f"{facts['processor'] or 'processor unknown'}, {facts['cores']} cores, "
