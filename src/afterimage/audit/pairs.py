@@ -19,11 +19,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from afterimage.config import AfterimageError, DataConfig, FeatureSpec, unknown
+from afterimage.config import (
+    MAX_SIDE,
+    SSIM_WINDOW,
+    AfterimageError,
+    DataConfig,
+    FeatureSpec,
+    local_path,
+    unknown,
+)
 from afterimage.data import Data, Pictures
 from afterimage.data.decode import decode
 from afterimage.data.examine import examine, value_notes
 from afterimage.data.pictures import Indices
+from afterimage.terminal import shown
 
 PICTURES, IDS = ("pictures", "images"), "ids"
 OBJECT = 32
@@ -85,41 +94,48 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
         AfterimageError: the file is missing, damaged or of another kind, lacks a part, holds values that are not
             finite, or its parts differ in length; it names the part.
     """
-    path = Path(path)
+    path = Path(local_path(str(path)))
     if path.suffix not in READERS:
         raise unknown("kind of pairs file", path.suffix or path.name, READERS)
     if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
-        raise AfterimageError(f"cannot read {path}: it is not a regular file")
+        raise AfterimageError(f"cannot read {shown(path)}: it is not a regular file")
     try:
         arrays = READERS[path.suffix](path)
     except OSError as error:
-        raise AfterimageError(f"cannot read {path}: {error.strerror or error}") from None
+        raise AfterimageError(f"cannot read {shown(path)}: {error.strerror or error}") from None
     named = [name for name in PICTURES if name in arrays]
     layers = [name for name in arrays if name == "features" or name.startswith("features.")]
     if len(named) != 1 or not layers:
         raise AfterimageError(
-            f"{path} must hold `pictures` (or `images`) and `features` (or `features.NAME`); "
+            f"{shown(path)} must hold `pictures` (or `images`) and `features` (or `features.NAME`); "
             f"it holds {', '.join(sorted(arrays)) or 'nothing'}"
         )
-    pixels = _pixels(f"{path}: {named[0]}", arrays[named[0]])
+    pixels = _pixels(f"{shown(path)}: {named[0]}", arrays[named[0]])
     size, notes, specs, maps = pixels.shape[-2:], [], {}, {}
     for name in layers:
         layer = name.partition(".")[2] or name
-        maps[layer] = _maps(f"{path}: {name}", arrays[name], len(pixels), notes)
-        specs[layer] = FeatureSpec(f"{path.name}:{layer}", *maps[layer].shape[1:])
+        maps[layer] = _maps(f"{shown(path)}: {name}", arrays[name], len(pixels), notes)
+        specs[layer] = FeatureSpec(f"{shown(path.name)}:{layer}", *maps[layer].shape[1:])
     facts = [examine(Image.fromarray(image.transpose(1, 2, 0))) for image in pixels]
     notes += value_notes({"all": np.array(facts, np.int64).reshape(-1, 6)})
+    if not SSIM_WINDOW <= min(size) <= MAX_SIDE:
+        raise AfterimageError(
+            f"{shown(path)}: pictures of {size[0]}x{size[1]}; their shorter side must have {SSIM_WINDOW}, for SSIM, to "
+            f"{MAX_SIDE} pixels"
+        )
     given = np.atleast_1d(arrays[IDS]) if IDS in arrays else None
     ids = [f"{i:06}" for i in range(len(pixels))] if given is None else [str(i) for i in given]
     if len(ids) != len(pixels) or len(set(ids)) != len(ids):
-        raise AfterimageError(f"{path}: ids must name each of the {len(pixels)} pictures, each differently")
+        raise AfterimageError(
+            f"{shown(path)}: ids must name each of the {len(pixels)} pictures, each differently"
+        )
     everything = StoredPictures(ids, pixels, maps)
     order = np.random.default_rng(seed).permutation(len(ids))
     held = round(test_fraction * len(ids))
     rest = len(ids) - held
     if held < 2 or rest < 5:
         raise AfterimageError(
-            f"{path} holds {len(ids)} pairs, too few to hold out {test_fraction:g} for the test"
+            f"{shown(path)} holds {len(ids)} pairs, too few to hold out {test_fraction:g} for the test"
         )
     cut = rest - max(1, rest // 5)
     train, validation, test = np.split(order, [cut, rest])
@@ -138,7 +154,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return load_file(path)
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         # NumPy has no bfloat16, among others.
-        raise AfterimageError(f"cannot read {path}: {error}") from None
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -149,7 +165,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # a damaged archive raises anything; a pickled array is a ValueError
-        raise AfterimageError(f"cannot read {path}: {error}") from None
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
 
 
 def _read_parquet(path: Path) -> dict[str, Any]:
@@ -178,8 +194,8 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     except (AfterimageError, OSError):
         raise
     except Exception as error:  # a damaged file raises anything in Arrow, and rows may be of any kind
-        raise AfterimageError(f"cannot read {path}: {error}") from None
-    return {name: _stack(f"{path}: {name}", values) for name, values in arrays.items()}
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+    return {name: _stack(f"{shown(path)}: {name}", values) for name, values in arrays.items()}
 
 
 def _decoded(path: Path, rows: list[Any]) -> list[np.ndarray]:
@@ -187,9 +203,9 @@ def _decoded(path: Path, rows: list[Any]) -> list[np.ndarray]:
     contents = [row["bytes"] if isinstance(row, dict) else row for row in rows]
     pictures: list[np.ndarray] = []
     for i, content in enumerate(contents):
-        pictures.append(np.asarray(decode(content, f"{path}, picture {i}")))
+        pictures.append(np.asarray(decode(content, f"{shown(path)}, picture {i}")))
         if pictures[i].shape != pictures[0].shape:
-            raise AfterimageError(f"{path}: picture {i} has another size than picture 0")
+            raise AfterimageError(f"{shown(path)}: picture {i} has another size than picture 0")
         _fits(path, len(contents) * pictures[0].size)
     return pictures
 
@@ -199,7 +215,8 @@ def _fits(path: Path, size: int) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else MEMORY
     if size > memory // 2:
         raise AfterimageError(
-            f"{path} takes {size / 2**30:.1f} GiB of memory, over half of this machine's {memory / 2**30:.1f} GiB"
+            f"{shown(path)} takes {size / 2**30:.1f} GiB of memory, over half of this machine's "
+            f"{memory / 2**30:.1f} GiB"
         )
 
 

@@ -10,11 +10,12 @@ from torch import nn
 
 from afterimage.audit.config import AuditConfig
 from afterimage.audit.pairs import load_pairs
-from afterimage.config import RANDOM_WEIGHTS, FeatureSpec, unknown
+from afterimage.config import RANDOM_WEIGHTS, FeatureSpec, local_path, unknown
 from afterimage.data import Data, load_data
 from afterimage.encoders import Encoder, resolve_model
 from afterimage.encoders.custom import CustomEncoder, load_factory
 from afterimage.progress import Progress, silent
+from afterimage.terminal import shown
 
 NO_AUGMENTATION = (
     "attackers train without random crops and flips, since stored features belong to whole pictures"
@@ -91,7 +92,7 @@ def _store(config: AuditConfig) -> Subject:
         if layer not in store.specs:
             raise unknown(f"layer of {config.pairs}", layer, store.specs)
     specs = {layer: store.specs[layer] for layer in config.layers or store.specs}
-    name = Path(config.pairs).name
+    name = shown(Path(local_path(config.pairs)).name)
     return Subject(
         config, name, specs, {}, store.image_size, store.data, store.data, [*store.notes, NO_AUGMENTATION]
     )

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, FeatureSpec, unknown
+from afterimage.config import AfterimageError, FeatureSpec, local_path, unknown
 from afterimage.encoders.build import seeded
 from afterimage.encoders.frozen import Frozen
 from afterimage.encoders.layers import picture_size
@@ -206,7 +206,8 @@ def load_factory(text: str) -> nn.Module:
 
 def _import(where: str) -> Any:
     if where.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        file = Path(local_path(where))
+        spec = importlib.util.spec_from_file_location(file.stem, file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
