@@ -138,3 +138,27 @@ def train_without_drift(decoder, folder: Path, cache) -> None:
     state = {name: tensor.double().sum().item() for name, tensor in head.state_dict().items()}
     name = os.environ.get("RANK", "one")
     (folder / f"{name}.json").write_text(json.dumps([history, state]))
+
+
+def stumble():
+    """The wavelet decoder meets a bug in its sixth step, in the second epoch, on this rank alone."""
+    from afterimage.member import Member
+
+    gradients, calls = Member._gradients, [0]
+
+    def stumbling(self, features, images, count, window):
+        calls[0] += "wavelet" in self.name
+        if calls[0] == 6 and "wavelet" in self.name:
+            raise IndexError("one rank's own bug")
+        return gradients(self, features, images, count, window)
+
+    Member._gradients = stumbling
+
+
+def break_an_encoder():
+    """Encoders that read layer2 raise on this rank alone."""
+    from pytest import MonkeyPatch
+
+    from stand_ins import break_encoders
+
+    break_encoders(MonkeyPatch(), "layer2", IndexError("one rank's network"))

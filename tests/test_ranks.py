@@ -18,6 +18,7 @@ from afterimage.config import (
     RecipeConfig,
 )
 from afterimage.decoders import create_decoder
+from afterimage.failures import ENCODERS, Unexpected, concerning, concerns, story
 from afterimage.jobs import train_runs
 from afterimage.lock import LockLost
 from afterimage.ranks import ALONE, RankLost, create_fabric, joined
@@ -123,13 +124,20 @@ def primitives():
             (LockLost("taken"), LockLost, "taken"),
             (MemoryError("no memory"), MemoryError, "no memory"),
             (Stopped(15), Stopped, "SIGTERM"),
-            (ZeroDivisionError("a bug"), ZeroDivisionError if rank == 1 else RankLost, "a bug"),
+            (ZeroDivisionError("a bug"), ZeroDivisionError if rank == 1 else Unexpected, "a bug"),
+            (SystemExit("over"), SystemExit if rank == 1 else RankLost, "over"),
         ]
         for error, kind, text in told:
             with pytest.raises(kind, match=text), ranks.agreed(), ranks.agreed():
                 if rank == 1:
                     raise error
                 ranks.sum([a])
+        with pytest.raises(Exception) as caught, concerning(ENCODERS), ranks.agreed():
+            if rank == 1:
+                with concerning(ENCODERS):
+                    raise IndexError("of a network")
+        assert concerns(caught.value) == ENCODERS
+        assert 'raise IndexError("of a network")' in story(caught.value)
         check_batch_norm(ranks)
         check_sampling(ranks)
 

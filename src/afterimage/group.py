@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from afterimage.checkpoint import remove_checkpoints
 from afterimage.config import AfterimageError, RunConfig, to_dict
 from afterimage.data import Data
 from afterimage.encoders import resolve
-from afterimage.evaluate import evaluate_together, score_notes, summarise
+from afterimage.evaluate import Evaluation, evaluate_together, score_notes, summarise
+from afterimage.failures import ENCODERS, TRACEBACK, as_error, concerning, concerns, forget, let_go, record
 from afterimage.fusion import WeightMaps
 from afterimage.guards import check_frozen
 from afterimage.lock import Lock, LockLost
 from afterimage.member import Member
-from afterimage.memory import out_of_memory
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress
 from afterimage.ranks import ALONE, Ranks
@@ -33,7 +33,9 @@ class Group:
     """Runs that share encoders, pictures, batches and seed; this process holds the lock of each, or the leading
     one of several `ranks` does, which alone writes.
 
-    A run that fails is recorded in its folder, its error added to `failures`, and the others go on.
+    A run that fails is recorded in its folder, its error added to `failures`, and the others go on. `over` takes the
+    runs that have failed or are done. What ends all of them is raised; it concerns `ENCODERS` where runs that read
+    other layers might do without what failed.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Group:
         locks: Mapping[Run, Lock],
         data: Data,
         failures: list[AfterimageError],
+        over: set[Run],
         *,
         accelerator: str,
         progress: Progress,
@@ -51,19 +54,16 @@ class Group:
         ranks: Ranks = ALONE,
     ) -> None:
         self.ranks = ranks
-        self.runs, self.locks, self.data, self.failures = runs, locks, data, failures
+        self.runs, self.locks, self.data, self.failures, self.over = runs, locks, data, failures, over
         self.accelerator, self.progress, self.keep = accelerator, progress, keep
         self.pause, self.checkpoint_seconds = pause, checkpoint_seconds
         self.first = next(iter(runs.values()))
         self.fabric = self._fabric()
         sources = list(dict.fromkeys(source for config in runs.values() for source in config.sources))
-        # One after the other: what is downloaded is then there for all.
-        self.encoders = ranks.first_to_lead(
-            lambda: Encoders(
-                sources, weights=self.first.weights, image_size=self.first.data.crop, seed=self.first.seed
-            )
-        )
-        self.encoders.to(self.fabric.device)
+        with concerning(ENCODERS):
+            # One after the other: what is downloaded is then there for all.
+            self.encoders = ranks.first_to_lead(lambda: build_encoders(self.first, sources))
+            self.encoders.to(self.fabric.device)
         for entry in self.encoders.weights_of(self.encoders.sources):
             note = f" ({entry['note']})" if "note" in entry else ""
             self.say(
@@ -82,21 +82,20 @@ class Group:
         """An error ends one run, is written into its folder, and leaves the others alone."""
         try:
             yield
-        except LockLost as error:
-            # Whoever took the run over writes its folder now.
-            self.say(str(error))
-            member.failed = True
         except Exception as error:
-            if not isinstance(error, AfterimageError):
-                if not out_of_memory(error):
-                    raise
-                error = AfterimageError(f"{run.name}: out of memory ({str(error) or 'MemoryError':.200})")
-            self.failures.append(error)
+            if concerns(error):
+                raise
+            self.over.add(run)
             if member is not None:
                 member.failed = True
+            if isinstance(error, LockLost):
+                # Whoever took the run over writes its folder now.
+                self.say(str(error))
+                return
+            self.failures.append(as_error(error, run.name, run.file(TRACEBACK)))
             if self.ranks.leads:
-                with contextlib.suppress(AfterimageError):
-                    run.set_state("failed", error=str(error))
+                record(run, error)
+            let_go(error)
 
     @contextlib.contextmanager
     def agreed(self, run: Run, member: Member | None = None) -> Iterator[None]:
@@ -156,6 +155,7 @@ class Group:
         machine = {"device": str(self.fabric.device), "threads": torch.get_num_threads()}
         if self.ranks.leads:
             run.remove_leftovers()
+            forget(run)
             run.set_state("running")
             run.save_environment(environment() | machine | {"ranks": self.ranks.count})
         if member.restore():
@@ -167,23 +167,25 @@ class Group:
         """Measure the members' best decoders on the test pictures and write down what they came to."""
         saved = []
         for member in members:
-            member.head.load_state_dict(member.best)
             with self.agreed(member.run, member):
+                member.head.load_state_dict(member.best)
                 if self.ranks.leads:
                     member.save_best()
                 saved.append(member)
         if not saved:
             return
         try:
-            self._measure(saved)
-        except AfterimageError as error:
-            if len(saved) == 1:
-                with self.recorded(saved[0].run, saved[0]):
-                    raise error
-                return
-            # One of them cannot be measured; which one shows when each is measured alone.
-            for member in saved:
-                with self.recorded(member.run, member):
+            with self.ranks.agreed():
+                self._measure(saved)
+            return
+        except Exception as error:
+            if concerns(error):
+                raise
+            let_go(error)
+        # One of them cannot be measured; which one shows when each is measured alone.
+        for member in saved:
+            if member.run not in self.over:
+                with self.agreed(member.run, member):
                     self._measure([member])
 
     def _measure(self, members: list[Member]) -> None:
@@ -214,20 +216,23 @@ class Group:
             own.gather(self.ranks)
         for member, result in zip(members, results, strict=True):
             with self.agreed(member.run, member):
-                if not self.ranks.leads:
-                    continue
-                facts = self._summary(member)
-                facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
-                facts |= {"scores": summarise(result.rows)}
-                notes = [*member.notes, *weight_notes(facts["weights"]), *self.data.notes]
-                facts["notes"] = [*notes, *score_notes(result.rows)]
-                facts["fusion_weights"] = maps[member].means if member in maps else None
-                weights = maps[member].pictures if member in maps else ()
-                member.guard()
-                member.run.save_result(facts, result.rows, result.pictures, weights)
-                if not member.failed:
-                    member.run.set_state("done")
-                    remove_checkpoints(member.run)
+                if self.ranks.leads:
+                    self._write(member, result, maps.get(member))
+            self.over.add(member.run)
+
+    def _write(self, member: Member, result: Evaluation, maps: WeightMaps | None) -> None:
+        """Write what a member came to; its run is then done."""
+        facts = self._summary(member)
+        facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
+        facts |= {"scores": summarise(result.rows)}
+        notes = [*member.notes, *weight_notes(facts["weights"]), *self.data.notes]
+        facts["notes"] = [*notes, *score_notes(result.rows)]
+        facts["fusion_weights"] = None if maps is None else maps.means
+        member.guard()
+        member.run.save_result(facts, result.rows, result.pictures, () if maps is None else maps.pictures)
+        if not member.failed:
+            member.run.set_state("done")
+            remove_checkpoints(member.run)
 
     def _summary(self, member: Member) -> dict[str, Any]:
         config, entries = self.runs[member.run], self.encoders.describe()
@@ -254,3 +259,16 @@ class Group:
             "decoder_sha256": sha256(member.run.file("decoder.safetensors")),
             "settings_sha256": config.digest,
         }
+
+
+def build_encoders(config: RunConfig, sources: Sequence[str]) -> Encoders:
+    """The encoders of a run's weights, image size and seed, for these sources."""
+    return Encoders(sources, weights=config.weights, image_size=config.data.crop, seed=config.seed)
+
+
+def try_encoders(config: RunConfig, data: Data, accelerator: str, ranks: Ranks) -> None:
+    """Build the encoders of one run alone and run them on one image; raises what they raise."""
+    fabric = ranks.local_fabric(accelerator, config.recipe.precision)
+    encoders = build_encoders(config, config.sources).to(fabric.device)
+    with torch.no_grad(), fabric.autocast():
+        encoders(data.train.crops(torch.arange(1), device=fabric.device))

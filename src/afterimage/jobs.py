@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +13,28 @@ from afterimage.checkpoint import remove_checkpoints
 from afterimage.config import AfterimageError, DataConfig, RunConfig, split_source
 from afterimage.data import Data, load_data
 from afterimage.data.near import near_duplicates
-from afterimage.group import Group
+from afterimage.encoders import layer_info, resolve
+from afterimage.failures import (
+    ENCODERS,
+    EVERYTHING,
+    TRACEBACK,
+    as_error,
+    concerns,
+    let_go,
+    listed,
+    of_caller,
+    one_line,
+    record,
+    recorded_error,
+)
+from afterimage.group import Group, try_encoders
 from afterimage.lock import POLL, Lock
 from afterimage.progress import Progress, silent
 from afterimage.ranks import ALONE, Ranks, joined
 from afterimage.runs import Run
 from afterimage.stop import Stop, stoppable
 from afterimage.train import CHECKPOINT_SECONDS
+from afterimage.weights import find_weights
 
 Key = TypeVar("Key", bound=Hashable)
 Heard = TypeVar("Heard")
@@ -41,9 +56,10 @@ def train_runs(
     """Train every run that is not done yet; returns all of them, in the order asked for.
 
     Runs that share encoders, pictures, batches and seed are trained together on one pass. Each keeps its best
-    decoder by validation loss, is measured on the test pictures, and stores `keep` of them. A run that fails is
-    recorded with its error and the others go on; the errors are added to `failures`, or the first is raised at
-    the end where no such list is given.
+    decoder by validation loss, is measured on the test pictures, and stores `keep` of them. A run that fails, by
+    whatever exception, is recorded with its error and its traceback, and all that does not depend on what failed
+    goes on; the errors are added to `failures`, or the first is raised at the end where no such list is given. What
+    `progress` raises is the caller's own and ends everything.
 
     Any number of processes may be given the same runs: each run is trained by one of them, and every one returns
     when all are done; with `left` what others are at is added to that list instead of waited for. A checkpoint is
@@ -54,7 +70,7 @@ def train_runs(
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     with joined(accelerator) as ranks:
-        progress = progress if ranks.leads else silent
+        progress = of_caller(progress) if ranks.leads else silent
         claims = Claims(lambda text: progress(text, 1, 1), ranks)
         runs = claims.open(configs, root)
         queue = _Queue(claims, cache, accelerator, progress, keep, checkpoint_seconds)
@@ -117,21 +133,38 @@ class Claims:
             return self.heard(self._open(configs, root) if self.ranks.leads else [])
 
     def _open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
-        runs = {config.digest: Run.create(root, config) for config in configs}
-        for config in configs:
-            run = runs[config.digest]
-            if run.state == "done":
-                self.say(f"{config.name} is done already, nothing to do")
-                _tidy(run)
-            else:
-                self.waiting[run] = config
-        return [runs[config.digest] for config in configs]
+        for config in {config.digest: config for config in configs}.values():
+            run = Run(Path(root) / config.name)
+            with self._of_one(run):
+                if Run.create(root, config).state == "done":
+                    self.say(f"{config.name} is done already, nothing to do")
+                    _tidy(run)
+                else:
+                    self.waiting[run] = config
+        return [Run(Path(root) / config.name) for config in configs]
+
+    @contextlib.contextmanager
+    def _of_one(self, run: Run) -> Iterator[None]:
+        """An error of a folder that cannot be read or locked ends its run; nothing is written into it."""
+        try:
+            yield
+        except Exception as error:
+            if concerns(error):
+                raise
+            self.failures.append(as_error(error, run.name))
+            self.waiting.pop(run, None)
+            if run in self.locks:
+                self.locks[run].release()
 
     def take(self, runs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:
         """Those of the runs that this process is to do now; it then holds the lock of each."""
         with self.ranks.agreed():
             leads = self.ranks.leads
-            mine = [run for run in runs if leads and run in self.waiting and self._take(run)]
+            mine = []
+            for run in runs if leads else ():
+                with self._of_one(run):
+                    if run in self.waiting and self._take(run):
+                        mine.append(run)
             return {run: runs[run] for run in self.heard(mine)}
 
     def heard(self, value: Heard) -> Heard:
@@ -162,17 +195,23 @@ class Claims:
         del self.waiting[run]
         self.say(f"{run.name} is {run.state}, by another process")
         if run.state == "failed":
-            self.failures.append(AfterimageError(str(run.status.get("error"))))
+            self.failures.append(recorded_error(run))
 
-    def fail(self, runs: Iterable[Run], error: AfterimageError) -> None:
-        """Record an error that ended all of the runs; the locks are held."""
-        self.failures.append(error)
-        self.mark(runs, "failed", error=str(error))
+    def fail(self, runs: Iterable[Run], error: Exception) -> None:
+        """Record an error that ended all of the runs; the locks are held, but for those that were lost."""
+        runs = [run for run in runs if not (run in self.locks and self.locks[run].lost)]
+        names = listed([run.name for run in runs]) or "a group of runs"
+        self.failures.append(as_error(error, names, runs[0].file(TRACEBACK) if runs else None))
+        for run in runs if self.ranks.leads else ():
+            with contextlib.suppress(Exception):
+                if run.state not in ("done", "failed"):
+                    record(run, error)
+        let_go(error)
 
     def mark(self, runs: Iterable[Run], state: str, **details: str) -> None:
         """Set the state of those of the runs that have not ended, as far as their folders can be written."""
         for run in runs if self.ranks.leads else ():
-            with contextlib.suppress(AfterimageError):
+            with contextlib.suppress(Exception):
                 if run.state not in ("done", "failed"):
                     run.set_state(state, **details)
 
@@ -213,26 +252,18 @@ class _Queue:
                 time.sleep(POLL)
 
     def _train(self, mine: dict[Run, RunConfig], stop: Stop) -> None:
-        locks = {run: self.claims.locks[run] for run in mine if self.claims.ranks.leads}
+        ranks = self.claims.ranks
+        locks = {run: self.claims.locks[run] for run in mine if ranks.leads}
+        over: set[Run] = set()
         try:
-            data = self._data(next(iter(mine.values())).data, stop)
-            Group(
-                mine,
-                locks,
-                data,
-                self.claims.failures,
-                accelerator=self.accelerator,
-                progress=self.progress,
-                keep=self.keep,
-                pause=stop.check,
-                checkpoint_seconds=self.checkpoint_seconds,
-                ranks=self.claims.ranks,
-            ).train()
-        except AfterimageError as error:
-            self.claims.fail(mine, error)
-        except BaseException:
-            self.claims.mark((run for run in mine if run.state == "running"), "stopped")
-            raise
+            with ranks.agreed():
+                data = self._data(next(iter(mine.values())).data, stop)
+                self._together(mine, locks, data, over, stop)
+        except BaseException as error:
+            if concerns(error) == EVERYTHING:
+                self.claims.mark((run for run in mine if run.state == "running"), "stopped")
+                raise
+            self.claims.fail([run for run in mine if run not in over], error)
         finally:
             for run, lock in locks.items():
                 lock.release()
@@ -241,6 +272,90 @@ class _Queue:
                 else:
                     del self.claims.waiting[run]
         self.claims.heard(None)
+
+    def _together(
+        self,
+        mine: dict[Run, RunConfig],
+        locks: Mapping[Run, Lock],
+        data: Data,
+        over: set[Run],
+        stop: Stop,
+    ) -> None:
+        """Train runs on one pass through their encoders, or on several where together the encoders fail."""
+        parts = [mine]
+        while parts:
+            part = parts.pop(0)
+            try:
+                with self.claims.ranks.agreed():
+                    Group(
+                        part,
+                        locks,
+                        data,
+                        self.claims.failures,
+                        over,
+                        accelerator=self.accelerator,
+                        progress=self.progress,
+                        keep=self.keep,
+                        pause=stop.check,
+                        checkpoint_seconds=self.checkpoint_seconds,
+                        ranks=self.claims.ranks,
+                    ).train()
+                continue
+            except Exception as caught:
+                if concerns(caught) != ENCODERS:
+                    raise
+                error = caught
+            let_go(error)
+            parts = self._apart({run: part[run] for run in part if run not in over}, error, data) + parts
+
+    def _apart(self, runs: dict[Run, RunConfig], error: Exception, data: Data) -> list[dict[Run, RunConfig]]:
+        """Runs whose encoders fail together, in parts that can go on; those that cannot are recorded.
+
+        Each row's encoders are built and tried alone. The rows that pass stay together, unless none has failed.
+        """
+        rows: dict[tuple[str, ...], dict[Run, RunConfig]] = {}
+        for run, config in runs.items():
+            rows.setdefault(config.sources, {})[run] = config
+        if len(rows) == 1:
+            self.claims.fail(runs, error)
+            return []
+        self.claims.say("the encoders failed for what is trained together: each row's are tried alone")
+        missing = self._error(lambda: _find_weights(next(iter(runs.values()))))
+        sound: list[dict[Run, RunConfig]] = []
+        failed: dict[str, tuple[Exception, list[Run]]] = {}
+        for own in rows.values():
+            config = next(iter(own.values()))
+            found = self._error(lambda config=config: self._try(config, data, missing))
+            if found is None:
+                sound.append(own)
+            else:
+                failed.setdefault(one_line(found), (found, []))[1].extend(own)
+        for found, own in failed.values():
+            self.claims.fail(own, found)
+        half = len(sound) if failed else len(sound) // 2
+        parts = (sound[:half], sound[half:])
+        return [{run: config for own in part for run, config in own.items()} for part in parts if part]
+
+    def _error(self, work: Callable[[], None]) -> Exception | None:
+        """What `work` raises on any rank, unless it concerns everything."""
+        try:
+            with self.claims.ranks.agreed():
+                work()
+            return None
+        except Exception as error:
+            if concerns(error) == EVERYTHING:
+                raise
+            let_go(error)
+            return error
+
+    def _try(self, config: RunConfig, data: Data, missing: Exception | None) -> None:
+        """Raise what a run's encoders raise; where its weights are `missing`, an unknown layer comes first."""
+        if missing is None:
+            try_encoders(config, data, self.accelerator, self.claims.ranks)
+            return
+        for source in config.sources:
+            layer_info(source, config.data.crop)
+        raise missing
 
     def _data(self, config: DataConfig, stop: Stop) -> Data:
         """Groups mostly share their pictures, which are found, read and checked once.
@@ -260,3 +375,9 @@ class _Queue:
                 found = near_duplicates(data) if ranks.leads else ()
             self._loaded[config] = replace(data, notes=(*data.notes, *found))
         return self._loaded[config]
+
+
+def _find_weights(config: RunConfig) -> None:
+    """Raise where a run's pretrained weights cannot be had: without a network every question takes its time."""
+    for source in config.sources if config.weights == "pretrained" else ():
+        find_weights(split_source(resolve(source))[0])

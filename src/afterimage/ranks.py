@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from afterimage.config import AfterimageError
+from afterimage.failures import EVERYTHING, Unexpected, concerns, one_line, story
 from afterimage.lock import Holder, LockLost, ended, this_process
 from afterimage.memory import out_of_memory
 from afterimage.stop import Stopped
@@ -41,7 +42,9 @@ GRACE = 60.0
 
 
 class RankLost(Exception):
-    """Another rank has ended, or failed in a way that is nobody's to put right; this one cannot go on alone."""
+    """Another rank has ended; this one cannot go on alone."""
+
+    concerns = EVERYTHING
 
 
 class Ranks:
@@ -174,9 +177,8 @@ class Ranks:
             return bool(word)
         told = self._gather(None if error is None else _told(error))
         rank = next(rank for rank, what in enumerate(told) if what is not None)
-        kind, what = told[rank]
-        if rank != self.rank or kind == "stop":  # a stop must be the same to all, for all then save
-            error = _retold(rank, kind, what)
+        if rank != self.rank or told[rank][0] == "stop":  # a stop must be the same to all, for all then save
+            error = _retold(rank, *told[rank])
         raise _known(error, elsewhere=not self.leads)
 
     @contextlib.contextmanager
@@ -330,21 +332,31 @@ def _known(error: Error, elsewhere: bool) -> Error:
     return error
 
 
-def _told(error: BaseException) -> tuple[str, Any]:
-    """An error as others can be told of it."""
-    if isinstance(error, LockLost):
-        return "lock", str(error)
-    if isinstance(error, AfterimageError):
-        return "error", str(error)
-    if out_of_memory(error):
-        return "memory", str(error)
+def _told(error: BaseException) -> tuple[str, Any, str, str]:
+    """An error as others can be told of it: its kind, its words, its traceback, and what it concerns."""
     if isinstance(error, KeyboardInterrupt):
-        return "stop", getattr(error, "code", 130) - 128
-    return "other", f"{type(error).__name__}: {error}"
+        return "stop", getattr(error, "code", 130) - 128, "", ""
+    if isinstance(error, LockLost):
+        kind, what = "lock", str(error)
+    elif isinstance(error, Unexpected):
+        kind, what = "unexpected", str(error)
+    elif isinstance(error, AfterimageError):
+        kind, what = "error", str(error)
+    elif out_of_memory(error):
+        kind, what = "memory", str(error)
+    else:
+        kind, what = "unexpected" if isinstance(error, Exception) else "other", one_line(error)
+    return kind, what, story(error), concerns(error)
 
 
-def _retold(rank: int, kind: str, what: Any) -> BaseException:
+def _retold(rank: int, kind: str, what: Any, story: str, concerns: str) -> BaseException:
     if kind == "stop":
         return Stopped(what)
-    kinds = {"lock": LockLost, "error": AfterimageError, "memory": MemoryError}
-    return kinds[kind](what) if kind in kinds else RankLost(f"rank {rank} has failed: {what:.1000}")
+    if kind == "other":
+        return RankLost(f"rank {rank} has failed: {what:.1000}")
+    if kind == "unexpected":
+        what = f"on rank {rank}: {what}"
+    kinds = {"lock": LockLost, "error": AfterimageError, "memory": MemoryError, "unexpected": Unexpected}
+    error = kinds[kind](what)
+    error.story, error.concerns = story, concerns
+    return error

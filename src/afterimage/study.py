@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -33,9 +34,13 @@ from afterimage.config import (
     to_dict,
     unknown,
 )
+from afterimage.failures import as_error, concerns, foreseen, is_done, of_caller, story
 from afterimage.progress import Progress, silent
 from afterimage.runs import Run, write_atomic
+from afterimage.terminal import printable
 
+FAILURES = "failures.txt"
+"""The file of a study's folder that says which rows gave no runs, and why."""
 Train = Callable[..., list[Run]]
 """Trains runs as `jobs.train_runs` does, with its arguments up to `failures`."""
 
@@ -124,28 +129,42 @@ def from_models(
     return StudyConfig(f"Layers of {', '.join(models)}", sources, tuple(DecoderConfig(d) for d in decoders))
 
 
-def expand(study: StudyConfig, progress: Progress = silent) -> list[RunConfig]:
-    """The study's runs, with globs resolved, tags pinned and weights looked for."""
+def expand(
+    study: StudyConfig, progress: Progress = silent, failures: list[AfterimageError] | None = None
+) -> list[RunConfig]:
+    """The study's runs, with globs resolved, tags pinned and weights looked for.
+
+    A source that cannot be resolved (an unknown model, one that cannot be built at this size, a glob that matches no
+    layer) ends its own rows alone; the errors are added to `failures`, or the first is raised where no such list is
+    given.
+    """
+    progress = of_caller(progress)
     rows = [RowConfig((source,)) for source in study.sources] + list(study.rows)
+    # A setting that no recipe has is told before anything is looked for.
+    recipes = [
+        from_dict(RecipeConfig, {**to_dict(study.recipe), **row.recipe}, f"rows[{i}].recipe.")
+        for i, row in enumerate(rows, -len(study.sources))
+    ]
     lpips = _first_lpips() if study.lpips == "any" else study.lpips
     sized = _sizer(study.parameters, progress)
-    configs = []
+    configs: list[RunConfig] = []
     decided: dict[tuple, str] = {}
-    for i, row in enumerate(rows):
-        sources = [match for source in row.sources for match in _matches(source)]
-        recipe = from_dict(RecipeConfig, {**to_dict(study.recipe), **row.recipe}, f"rows[{i}].recipe.")
-        for group in [tuple(sources)] if row.fusion else [(source,) for source in sources]:
-            weights = row.weights or study.weights
-            if study.missing_weights in RANDOM_WEIGHTS and weights not in RANDOM_WEIGHTS:
-                models = tuple(dict.fromkeys(split_source(source)[0] for source in group))
-                if (models, weights) not in decided:
-                    decided[models, weights] = _weights_or_random(
-                        models, weights, study.missing_weights, progress
-                    )
-                weights = decided[models, weights]
-            for decoder in map(sized, row.decoders or study.decoders):
-                for seed in study.seeds:
-                    configs.append(
+    for row, recipe in zip(rows, recipes, strict=True):
+        # With a fusion all sources are one row; without, each is a row of its own.
+        for sources in [row.sources] if row.fusion else [(source,) for source in row.sources]:
+            try:
+                matches = [match for source in sources for match in _matches(source)]
+                groups = [tuple(matches)] if row.fusion else [(match,) for match in matches]
+                for group in groups:
+                    weights = row.weights or study.weights
+                    if study.missing_weights in RANDOM_WEIGHTS and weights not in RANDOM_WEIGHTS:
+                        models = tuple(dict.fromkeys(split_source(source)[0] for source in group))
+                        if (models, weights) not in decided:
+                            decided[models, weights] = _weights_or_random(
+                                models, weights, study.missing_weights, progress
+                            )
+                        weights = decided[models, weights]
+                    configs += [
                         RunConfig(
                             sources=group,
                             weights=weights,
@@ -156,7 +175,13 @@ def expand(study: StudyConfig, progress: Progress = silent) -> list[RunConfig]:
                             seed=seed,
                             lpips=lpips,
                         )
-                    )
+                        for decoder in map(sized, row.decoders or study.decoders)
+                        for seed in study.seeds
+                    ]
+            except Exception as error:
+                if failures is None or concerns(error):
+                    raise
+                failures.append(as_error(error, f"the row {' + '.join(sources)}"))
     if study.controls:
         from afterimage.controls import with_twins
 
@@ -267,6 +292,9 @@ def run_study(
 ) -> tuple[list[Run], list[AfterimageError]]:
     """Run what is not done yet. A run that fails is recorded and the others go on; returns runs and failures.
 
+    So is a row that gives no runs, in the study's failures.txt, a reference line, and the controls of one run: what
+    does not depend on them goes on.
+
     `train` does the training: here (`jobs.train_runs`, the default) or elsewhere (see `executors`). With a `part`
     the rest of the study is left to others. Of processes that `torchrun` has started the leading one does what is
     not training, and alone returns the reference lines.
@@ -277,16 +305,32 @@ def run_study(
 
     failures: list[AfterimageError] = []
     runs: list[Run] = []
+
+    @contextlib.contextmanager
+    def beside_training(what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if concerns(error):
+                raise
+            failures.append(as_error(error, what))
+
     with joined(accelerator) as ranks:
-        progress = progress if ranks.leads else silent
-        configs = expand(study, progress)
+        progress = of_caller(progress) if ranks.leads else silent
+        unresolved: list[AfterimageError] = []
+        with ranks.agreed():
+            configs = expand(study, progress, unresolved) if ranks.leads else []
+        configs = ranks.broadcast(configs)
+        if part.number == 1:  # which speaks for rows that belong to no part
+            failures += unresolved
         with ranks.agreed():
             if ranks.leads:
                 write_atomic(Path(root) / "study.toml", dump_toml(study))
-            if ranks.leads and study.references and part.number == 1:
-                runs += run_references(
-                    study.data, root, lpips=configs[0].lpips, cache=cache, progress=progress, keep=study.keep
-                )
+                _write_failures(Path(root) / FAILURES, unresolved)
+            if ranks.leads and study.references and part.number == 1 and configs:
+                options = {"lpips": configs[0].lpips, "cache": cache, "progress": progress}
+                with beside_training("the reference lines"):
+                    runs += run_references(study.data, root, keep=study.keep, failures=failures, **options)
         trained = (train or train_runs)(
             part.of(configs),
             root,
@@ -298,7 +342,17 @@ def run_study(
         )
         with ranks.agreed():
             if study.controls and ranks.leads:
-                done = [run for run in trained if run.state == "done"]
-                failures += run_controls(done, cache=cache, accelerator=accelerator, progress=progress)
+                with beside_training("the controls"):
+                    done = [run for run in trained if is_done(run)]
+                    failures += run_controls(done, cache=cache, accelerator=accelerator, progress=progress)
         failures = ranks.broadcast(failures)
     return trained + runs, failures
+
+
+def _write_failures(path: Path, failures: Sequence[AfterimageError]) -> None:
+    """Write down why rows gave no runs, with the traceback of what nobody foresaw; they have no folders."""
+    parts = [printable(f"{error}\n") + ("" if foreseen(error) else f"\n{story(error)}") for error in failures]
+    if parts:
+        write_atomic(path, "\n".join(parts))
+    else:
+        path.unlink(missing_ok=True)

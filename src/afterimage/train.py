@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, RecipeConfig
 from afterimage.data import Data, Pictures, order
+from afterimage.failures import ENCODERS, concerning
 from afterimage.guards import FeatureWatch, check_frozen, check_pictures, check_split
 from afterimage.member import Member
 from afterimage.memory import halving
@@ -118,7 +119,8 @@ class Together:
         if len(images) == 0:
             return no_maps(self.encoders.specs, images.device)
         wanted = min(self._at_once, len(images))
-        features, size = halving(work, wanted, "the encoders")
+        with concerning(ENCODERS):
+            features, size = halving(work, wanted, "the encoders")
         if size < wanted:
             self._at_once = size
             self.progress(f"out of memory: the encoders see {size} pictures at a time from here on", 1, 1)
@@ -216,7 +218,7 @@ class Together:
         """Keep what can be kept when another rank is lost: nothing may be asked of the others any more."""
         for member in members:
             if member.between_steps and not member.failed:
-                with contextlib.suppress(AfterimageError):
+                with contextlib.suppress(Exception):
                     member.save()
 
     def save(self, members: Sequence[Member]) -> None:
@@ -250,7 +252,11 @@ class Together:
     def _solve(self, parts: Mapping[Member, ClosedForm]) -> None:
         """One part of each member, on one pass over the training and the validation pictures."""
         started = time.monotonic()
-        views = {m: part.prepare(len(self.data.train), self.seed, self.ranks) for m, part in parts.items()}
+        views: dict[Member, int] = {}
+        for member, part in parts.items():
+            with self.recorded(member):
+                views[member] = part.prepare(len(self.data.train), self.seed, self.ranks)
+        parts = {member: part for member, part in parts.items() if member in views}
         passes = max(views.values(), default=0)
         done, total = 0, passes * len(self.data.train) + len(self.data.validation)
         for view in range(passes + 1 if parts else 0):
@@ -283,7 +289,8 @@ class Together:
         total, last = len(self.data.train), max(member.recipe.epochs for member in members)
         done = begun = min(member.position for member in members)
         for member in members:
-            member.begin_epoch()
+            with self.recorded(member):
+                member.begin_epoch()
         started = lap = time.monotonic()
         for features, images in self.training_batches(epoch, done):
             count = min(self.recipe.batch_size, total - done)

@@ -70,10 +70,11 @@ def print_controls(runs: list[Run]) -> None:
     """The tables of the controls on the terminal."""
     from rich.table import Table
 
+    from afterimage.failures import is_done
     from afterimage.report import read_rows
     from afterimage.report.controls import control_findings
 
-    done = [run for run in runs if run.state == "done"]
+    done = [run for run in runs if is_done(run)]
     screen = console(180)
     for finding in control_findings(read_rows(done).decoders) if done else ():
         screen.print(finding.title, style="bold")

@@ -19,6 +19,7 @@ from afterimage.config import (
     check_range,
     parse_count,
 )
+from afterimage.failures import as_error, is_done, let_go
 from afterimage.runs import check_folder
 from afterimage.terminal import complain, console, say, shown
 
@@ -120,8 +121,12 @@ class Study:
         train = self._train()
         with Display() as display:
             if self.dry_run or self.list_groups:
-                configs = part.of(expand(study, display))
+                failures: list[AfterimageError] = []
+                configs = part.of(expand(study, display, failures))
                 (print_plan if self.dry_run else print_groups)(configs)
+                print_failures(failures)
+                if failures:
+                    raise SystemExit(1)
                 return
             runs, failures = run_study(
                 study,
@@ -134,14 +139,15 @@ class Study:
             )
         if not first_rank():
             raise SystemExit(1 if failures else 0)
-        if any(run.state == "done" for run in runs):
-            print_table(runs)
-            if part.count == 1:
-                Report((root,), title=study.title).run()
-        if part.count > 1:
-            say(f"part {self.group} of the study; when all are done: afterimage report {shown(root)}")
-        for error in failures:
-            complain("failed", error)
+        try:
+            if any(is_done(run) for run in runs):
+                print_table(runs)
+                if part.count == 1:
+                    Report((root,), title=study.title).run()
+            if part.count > 1:
+                say(f"part {self.group} of the study; when all are done: afterimage report {shown(root)}")
+        finally:
+            print_failures(failures)
         if failures:
             raise SystemExit(1)
 
@@ -198,6 +204,12 @@ class Study:
         return tuple(replace(row, decoders=own) for row, own in wanted if own or not row.decoders)
 
 
+def print_failures(failures: list[AfterimageError]) -> None:
+    """What failed, a line each."""
+    for error in failures:
+        complain("failed", error)
+
+
 def print_groups(configs: list[RunConfig]) -> None:
     """The groups of runs that are trained together, one a line: its number, how many there are, its runs."""
     from afterimage.study import study_groups
@@ -219,8 +231,9 @@ def print_plan(configs: list[RunConfig]) -> None:
     for config in configs:
         try:
             plans += plan([config])
-        except AfterimageError as error:
-            problems.append(f"cannot be built: {config.name}: {error}")
+        except Exception as error:
+            problems.append(f"cannot be built: {as_error(error, config.name)}")
+            let_go(error)
     table = Table(title=f"{len(configs)} runs, none started", title_justify="left")
     for column in ("features", "shape", "decoder"):
         table.add_column(column, overflow="fold")

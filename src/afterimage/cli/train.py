@@ -20,7 +20,8 @@ from afterimage.config import (
     parse_count,
     unknown,
 )
-from afterimage.terminal import say, shown
+from afterimage.failures import is_done
+from afterimage.terminal import complain, say, shown
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL:LAYER [...]")]
 Flat = tyro.conf.OmitArgPrefixes
@@ -128,9 +129,13 @@ class Train:
         with Display() as display:
             options = {"cache": self.cache, "accelerator": self.accelerator, "progress": display}
             runs = train_runs(configs, self.root, failures=failures, **options)
-        if first_rank() and any(run.state == "done" for run in runs):
+        if first_rank() and any(is_done(run) for run in runs):
             print_table(runs)
             say(*(f"run: {shown(run.path)}" for run in runs))
+        if failures and not first_rank():
+            raise SystemExit(1)
+        for error in failures[1:]:
+            complain("failed", error)
         if failures:
             raise failures[0]
 

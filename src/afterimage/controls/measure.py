@@ -9,8 +9,9 @@ rate.json, .csv       features at 8 to 1 bits and their coded size, beside JPEG 
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ from afterimage.controls.rate import BITS, CODER, TAIL, Quantiser, codecs, coded
 from afterimage.controls.references import mean_colour
 from afterimage.data import Data, Pictures, load_data
 from afterimage.evaluate import SCORES, summarise
+from afterimage.failures import (
+    TRACEBACK,
+    as_error,
+    concerns,
+    foreseen,
+    forget,
+    let_go,
+    of_caller,
+    write_story,
+)
 from afterimage.metrics import Metrics, psnr
 from afterimage.progress import Progress, silent
 from afterimage.ranks import one_device
@@ -50,9 +61,11 @@ def run_controls(
     """Measure the controls of finished decoder runs on their own test pictures, into their folders.
 
     What is there already for the same decoder is kept, unless `again`. Reference lines and inversions are passed over.
-    `lpips` is the network that each run was measured with by default. Returns one error for each run that could not
-    be measured; the others go on. Raises `AfterimageError` for a part that is not one of `PARTS`.
+    `lpips` is the network that each run was measured with by default. Returns one error for each run, or part of one,
+    that could not be measured, whatever was raised; its traceback is in the run's folder, and the others go on. Raises
+    `AfterimageError` for a part that is not one of `PARTS`.
     """
+    progress = of_caller(progress)
     for part in parts:
         if part not in PARTS:
             raise unknown("part of the controls", part, PARTS)
@@ -60,6 +73,16 @@ def run_controls(
     loaded: dict[DataConfig, _Loaded] = {}
     failures: list[AfterimageError] = []
     for run in runs:
+
+        def failed(error: Exception, part: str = "controls", run: Run = run) -> None:
+            if concerns(error):
+                raise error
+            file = f"{part}.{TRACEBACK}"
+            name = run.name if foreseen(error) else f"{part} of {run.name}"
+            failures.append(as_error(error, name, run.file(file)))
+            write_story(run, error, file)
+            let_go(error)
+
         try:
             if run.state != "done":
                 raise AfterimageError(
@@ -68,13 +91,16 @@ def run_controls(
             if run.summary.get("kind") in ("reference", "inversion"):
                 continue
             missing = [part for part in parts if again or not _is_fresh(run, part)]
+            for part in {"controls", *missing}:
+                forget(run, f"{part}.{TRACEBACK}")
             if missing:
                 data = run.config.data
                 if data not in loaded:
                     loaded = {data: _Loaded(load_data(data, cache=cache, progress=progress))}
-                _measure(run, missing, loaded[data], weights, lpips or run.config.lpips, device, progress)
-        except AfterimageError as error:
-            failures.append(error)
+                options = (weights, lpips or run.config.lpips, device, progress, failed)
+                _measure(run, missing, loaded[data], *options)
+        except Exception as error:
+            failed(error)
     return failures
 
 
@@ -117,7 +143,9 @@ def _measure(
     lpips: str,
     device: torch.device,
     progress: Progress,
+    failed: Callable[[Exception, str], None],
 ) -> None:
+    """Measure parts of the controls on one pass; `failed` is given what a part raises, and the others go on."""
     data, pictures = loaded.data, loaded.data.test
     if len(pictures) < 2:
         raise AfterimageError(
@@ -131,18 +159,33 @@ def _measure(
         "lost": _Losses,
         "rate": lambda: _Rates(reconstructor, values, data, loaded.codecs),
     }
-    measures = {part: makers[part]() for part in parts}
-    for indices in torch.arange(len(pictures)).split(BATCH):
+    measures: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def of_part(part: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            measures.pop(part, None)
+            failed(error, part)
+
+    for part in parts:
+        with of_part(part):
+            measures[part] = makers[part]()
+    for indices in torch.arange(len(pictures)).split(BATCH) if measures else ():
         images, own, others = _with_next(encoders, pictures, indices, device)
         ids = [pictures.ids[i] for i in indices.tolist()]
         rebuilt = head(own)
-        for measure in measures.values():
-            measure.add(ids, images, own, others, rebuilt)
+        for part, measure in list(measures.items()):
+            with of_part(part):
+                measure.add(ids, images, own, others, rebuilt)
         progress(f"controls of {run.name}", int(indices[-1]) + 1, len(pictures))
     digest = _digest(run)
-    for part, measure in measures.items():
-        write_csv(run.file(f"{part}.csv"), measure.rows)
-        write_json(run.file(f"{part}.json"), {"format": FORMAT, "decoder": digest, **measure.result()})
+    for part, measure in list(measures.items()):
+        with of_part(part):
+            result = {"format": FORMAT, "decoder": digest, **measure.result()}
+            write_csv(run.file(f"{part}.csv"), measure.rows)
+            write_json(run.file(f"{part}.json"), result)
 
 
 def _with_next(

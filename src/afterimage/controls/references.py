@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig, ReferenceConfig, unknown
-from afterimage.data import load_data
-from afterimage.evaluate import evaluate_together, score_notes, summarise
+from afterimage.data import Data, load_data
+from afterimage.evaluate import Evaluation, evaluate_together, score_notes, summarise
+from afterimage.failures import TRACEBACK, as_error, concerns, forget, let_go, listed, of_caller, record
 from afterimage.lock import held
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
@@ -73,41 +74,83 @@ def run_references(
     cache: Path | None = None,
     progress: Progress = silent,
     keep: int = 8,
+    failures: list[AfterimageError] | None = None,
 ) -> list[Run]:
     """Measure reference lines on the test pictures, each into a run folder of its own, unless done already.
 
-    Without `names` those of `REFERENCES` that make sense: thumbnails smaller than the pictures.
+    Without `names` those of `REFERENCES` that make sense: thumbnails smaller than the pictures. One that fails is
+    recorded and the others go on; the errors are added to `failures`, or the first is raised at the end where no such
+    list is given.
     """
+    progress = of_caller(progress)
     if names is None:
         names = [name for name in REFERENCES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < data.crop]
     lines = {name: reference(name) for name in names}
     runs = {name: Run.create(root, ReferenceConfig(name, data, lpips)) for name in names}
+    failed: list[AfterimageError] = []
+
+    @contextlib.contextmanager
+    def recorded(*which: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if concerns(error):
+                raise
+            ended = listed([runs[name].name for name in which])
+            failed.append(as_error(error, ended, runs[which[0]].file(TRACEBACK)))
+            for name in which:
+                record(runs[name], error)
+            let_go(error)
+
     with contextlib.ExitStack() as stack:
+        missing = []
         for name in names:
-            if runs[name].state != "done":
-                stack.enter_context(held(runs[name].path, lambda text: progress(text, 1, 1)))
-        missing = [name for name in names if runs[name].state != "done"]
+            with recorded(name):
+                if runs[name].state != "done":
+                    stack.enter_context(held(runs[name].path, lambda text: progress(text, 1, 1)))
+                    if runs[name].state != "done":
+                        missing.append(name)
         if missing:
-            metrics, loaded = Metrics(lpips, size=data.crop), load_data(data, cache=cache, progress=progress)
-            results = evaluate_together(
-                lambda images: [lines[name](images) for name in missing],
-                loaded.test,
-                metrics,
-                names=missing,
-                progress=progress,
-                keep=keep,
-            )
-            for name, result in zip(missing, results, strict=True):
-                facts = {
-                    "data": loaded.describe(),
-                    "lpips": metrics.lpips_status,
-                    "scores": summarise(result.rows),
-                }
-                summary = _summary(name) | facts | {"notes": [*loaded.notes, *score_notes(result.rows)]}
-                runs[name].save_environment(environment())
-                runs[name].save_result(summary, result.rows, result.pictures)
-                runs[name].set_state("done")
+            with recorded(*missing):
+                metrics = Metrics(lpips, size=data.crop)
+                loaded = load_data(data, cache=cache, progress=progress)
+
+                def measure(*which: str) -> None:
+                    results = evaluate_together(
+                        lambda images: [lines[name](images) for name in which],
+                        loaded.test,
+                        metrics,
+                        names=which,
+                        progress=progress,
+                        keep=keep,
+                    )
+                    for name, result in zip(which, results, strict=True):
+                        with recorded(name):
+                            _save(runs[name], name, result, loaded, metrics)
+
+                try:
+                    measure(*missing)
+                except Exception as error:
+                    if concerns(error):
+                        raise
+                    let_go(error)
+                    for name in missing:  # which of them cannot be measured shows when each is measured alone
+                        with recorded(name):
+                            measure(name)
+    if failures is not None:
+        failures += failed
+    elif failed:
+        raise failed[0]
     return list(runs.values())
+
+
+def _save(run: Run, name: str, result: Evaluation, data: Data, metrics: Metrics) -> None:
+    facts = {"data": data.describe(), "lpips": metrics.lpips_status, "scores": summarise(result.rows)}
+    summary = _summary(name) | facts | {"notes": [*data.notes, *score_notes(result.rows)]}
+    forget(run)
+    run.save_environment(environment())
+    run.save_result(summary, result.rows, result.pictures)
+    run.set_state("done")
 
 
 def _summary(name: str) -> dict[str, Any]:
