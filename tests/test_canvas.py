@@ -1,6 +1,7 @@
 """Where a feature map's cells lie in the image, and that every decoder and fusion puts things there."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,23 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig
+from afterimage.config import (
+    AfterimageError,
+    Axis,
+    DataConfig,
+    DecoderConfig,
+    FeatureSpec,
+    FusionConfig,
+    RunConfig,
+)
 from afterimage.data.procedural import dead_leaves
 from afterimage.decoders import DECODERS, create_decoder
 from afterimage.decoders.canvas import Canvas, Span, carry_on
 from afterimage.fusion import FUSIONS, WeightMaps, align, create_fusion
+from afterimage.jobs import train_runs
+from afterimage.reconstructor import Reconstructor
+from afterimage.report.write import write_report
+from afterimage.verify import verify_runs
 
 
 def spec(channels, height, width, rows=None, columns=None):
@@ -369,3 +382,32 @@ def test_weight_maps_lie_as_the_image_does(name):
         cells = torch.from_numpy(stored[:, 4:96:8, 4:96:8].copy()) / 255
         torch.testing.assert_close(cells, own.detach(), atol=0.51 / 255, rtol=0)
     assert sum(maps.means) == pytest.approx(1)
+
+
+def test_a_run_says_what_no_location_sees_and_still_holds(tmp_path):
+    """A ViT of patches of 16 on crops of 40: the last 8 pixels are dropped."""
+    config = RunConfig(
+        ("vit_tiny_patch16_224:block0", "vit_tiny_patch16_224:block1"),
+        weights="random",
+        decoder=DecoderConfig("linear", options={"kernel": 1}),
+        fusion=FusionConfig("aligned"),
+        data=DataConfig("procedural:30", resize=44, crop=40),
+    )
+    alone = replace(config, sources=config.sources[:1], fusion=None)
+    runs = train_runs([config, alone], tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
+    for run in runs:
+        summary = run.summary
+        notes = "\n".join(summary["notes"])
+        assert notes.count("the last 8 rows and columns of 40x40 images are not seen") == len(
+            summary["sources"]
+        )
+        assert "36.0% of an image's pixels are seen by no location" in notes
+        seen = summary["scores_seen"]["psnr"]["mean"]
+        assert f"on the other pixels alone the mean PSNR is {seen:.2f} dB" in notes
+        assert seen > summary["scores"]["psnr"]["mean"]
+        assert Reconstructor.open(run).reconstruct(torch.rand(1, 3, 40, 40)).shape == (1, 3, 40, 40)
+        (verdict,) = verify_runs([run], cache=tmp_path / "cache", accelerator="cpu")
+        assert verdict.holds
+    written = write_report(runs, tmp_path / "report")
+    for name in ("report.md", "index.html"):
+        assert "the last 8 rows and columns of 40x40 images are not seen" in written[name].read_text()

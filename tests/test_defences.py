@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from afterimage.config import AfterimageError, FeatureSpec
+from afterimage.config import AfterimageError, Axis, FeatureSpec
 from afterimage.defences import create_defence
 
 SPEC = FeatureSpec("model:layer", 6, 8, 10)
@@ -136,6 +137,26 @@ def test_pooling_takes_means_over_squares():
     odd = fitted("pool:3").encode([features])[0]
     assert odd.shape[2:] == (3, 4)
     torch.testing.assert_close(odd[:, :, 2, 3], features[:, :, 6:8, 9:10].mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "columns"),
+    [
+        (2, None, Axis(3.0, 8.0, 3, 43)),
+        (3, Axis(0.0, 12.0, 0, 32), Axis(3.0, 12.0, 3, 43)),
+    ],
+)
+def test_what_is_pooled_lies_where_its_squares_do(size, rows, columns):
+    """Maps of 8x10 places of 4x4 pixels in an image of 32x43; a ramp pooled and enlarged again stays in its place."""
+    spec = replace(SPEC, columns=Axis(3.0, 4.0, 3, 43))
+    defence = create_defence(f"pool:{size}+int8", [spec], image_size=(32, 43))
+    sent = defence.sent_specs[0]
+    assert (sent.rows, sent.columns) == (rows, columns)
+    assert create_defence("pool:3", [SPEC]).sent_specs[0].rows is None
+    ramp = torch.arange(10.0).expand(1, SPEC.channels, 8, 10)
+    part = create_defence(f"pool:{size}", [spec], image_size=(32, 43))
+    back = part.decode(part.encode([ramp]))[0]
+    torch.testing.assert_close(back[..., 1:7], ramp[..., 1:7])
 
 
 def test_a_shuffle_is_a_permutation_of_places_of_each_picture():

@@ -20,6 +20,12 @@ from afterimage.ranks import ALONE, Ranks
 
 SCORES = ("psnr", "ssim", "lpips")
 
+SEEN = "_seen"
+"""Ends the name of a score that counts only the pixels that some location of the features sees."""
+
+Box = tuple[tuple[int, int], tuple[int, int]]
+"""A part of images: its first row and the one after its last, then the same of its columns."""
+
 Images = Float[Tensor, "batch 3 height width"]
 
 
@@ -27,8 +33,8 @@ class Evaluation(NamedTuple):
     """What `evaluate` returns.
 
     `rows` holds one row a picture, in the pictures' order: `id`, `psnr` in dB, `ssim`, `lpips` (None where
-    unavailable). `pictures` holds the first ones, as many as asked for: `(id, original, reconstruction)`,
-    uint8 `(H, W, 3)`.
+    unavailable), and `psnr_seen` and so on where only a part of the pictures is seen. `pictures` holds the first ones,
+    as many as asked for: `(id, original, reconstruction)`, uint8 `(H, W, 3)`.
     """
 
     rows: list[dict[str, Any]]
@@ -78,15 +84,17 @@ def evaluate_together(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
     keep: int = 0,
+    seen: Sequence[Box | None] = (),
     ranks: Ranks = ALONE,
 ) -> list[Evaluation]:
     """Measure several reconstructions of each picture; what they share, such as an encoder, runs once.
 
     `reconstruct` takes pictures `(B, 3, H, W)` in [0, 1] to a list of such pictures, always of one length;
     modules behind it belong in evaluation mode (see `evaluating`). The first `keep` pictures are returned
-    as uint8. Of several `ranks` each measures its part of every batch, which may be none; all of them return
-    all rows and pictures, in the order of one process. Raises `AfterimageError` that names the picture, and the
-    reconstruction by `names`, where shapes differ or values are not finite or leave [0, 1].
+    as uint8. Where `seen` names a part for a reconstruction, it is measured on that part alone too. Of several
+    `ranks` each measures its part of every batch, which may be none; all of them return all rows and pictures, in the
+    order of one process. Raises `AfterimageError` that names the picture, and the reconstruction by `names`, where
+    shapes differ or values are not finite or leave [0, 1].
     """
     if len(pictures) == 0:
         raise AfterimageError("there are no pictures to evaluate on")
@@ -102,7 +110,7 @@ def evaluate_together(
             for index, output in enumerate(outputs):
                 _check(output, images, batch, names[index] if names else "")
             kept = sum(index < keep for index in own.tolist())
-            batches.append(_measured(batch, images, outputs, kept, metrics))
+            batches.append(_measured(batch, images, outputs, kept, metrics, seen or [None] * len(outputs)))
         done += len(indices)
         progress("evaluating", done, len(ids))
     results = [Evaluation([], []) for _ in batches[0]]
@@ -114,18 +122,55 @@ def evaluate_together(
 
 
 def _measured(
-    ids: Sequence[str], images: Tensor, outputs: Sequence[Tensor], keep: int, metrics: Metrics
+    ids: Sequence[str],
+    images: Tensor,
+    outputs: Sequence[Tensor],
+    keep: int,
+    metrics: Metrics,
+    seen: Sequence[Box | None],
 ) -> list[Evaluation]:
     """One batch's evaluation for each of several outputs; of an empty batch, nothing."""
     if not ids:
         return [Evaluation([], []) for _ in outputs]
     results = []
-    for output, scores in zip(outputs, metrics.compare(outputs, images), strict=True):
-        columns = [scores[name] or [None] * len(ids) for name in SCORES]
-        rows = [dict(zip(("id", *SCORES), row, strict=True)) for row in zip(ids, *columns, strict=True)]
+    for rows, output in zip(score_rows(ids, images, outputs, metrics, seen), outputs, strict=True):
         pairs = zip(ids[:keep], to_uint8(images[:keep]), to_uint8(output[:keep]), strict=True)
         results.append(Evaluation(rows, list(pairs)))
     return results
+
+
+def score_rows(
+    ids: Sequence[str],
+    images: Images,
+    outputs: Sequence[Images],
+    metrics: Metrics,
+    seen: Sequence[Box | None],
+) -> list[list[dict[str, Any]]]:
+    """For each of several reconstructions of the same pictures a row a picture, as `Evaluation.rows` has them."""
+    columns = metrics.compare(outputs, images)
+    for box in {box for box in seen if box is not None}:
+        numbers = [i for i, other in enumerate(seen) if other == box]
+        found = metrics.compare(
+            [cropped(outputs[i], box) for i in numbers], cropped(images, box), any_size=True
+        )
+        for i, scores in zip(numbers, found, strict=True):
+            columns[i] |= {f"{name}{SEEN}": values for name, values in scores.items()}
+    results = []
+    for scores in columns:
+        names = [name for name in (*SCORES, *(f"{name}{SEEN}" for name in SCORES)) if name in scores]
+        values = zip(*(scores[name] or [None] * len(ids) for name in names), strict=True)
+        results.append(
+            [{"id": i} | dict(zip(names, row, strict=True)) for i, row in zip(ids, values, strict=True)]
+        )
+    return results
+
+
+def cropped(images: Images, box: Box | None) -> Float[Tensor, "batch 3 _ _"]:
+    """A part of pictures; all of them where there is no box."""
+    if box is None:
+        return images
+    (top, bottom), (left, right) = box
+    return images[..., top:bottom, left:right]
 
 
 def to_uint8(images: Images) -> np.ndarray:
@@ -146,15 +191,15 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
-    """`{"psnr": {"mean", "std", "count"}, "ssim": {...}, "lpips": {...}}` over pictures.
+def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, dict[str, Any] | None]:
+    """`{"psnr": {"mean", "std", "count"}, "ssim": {...}, "lpips": {...}}` over pictures; of `SEEN` with that suffix.
 
     `std` is the sample standard deviation (n - 1); None for a single picture, which has none. A score that
     no row has is None; one that only some rows have is an `AfterimageError`.
     """
     if not rows:
         raise AfterimageError("there are no scores to summarise")
-    return {name: _summary(name, [row[name] for row in rows]) for name in SCORES}
+    return {name: _summary(name, [row[f"{name}{suffix}"] for row in rows]) for name in SCORES}
 
 
 def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -163,6 +208,34 @@ def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return (
         [f"{exact} of {len(rows)} pictures came back exactly and count as {PSNR_CAP:g} dB"] if exact else []
     )
+
+
+def seen_notes(
+    features: Sequence[Mapping[str, Any]],
+    box: Box | None,
+    size: tuple[int, int],
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> list[str]:
+    """What a reader of the scores has to know about pixels that no location sees.
+
+    Args:
+        features: the sources' `Encoder.describe` entries.
+        box: the part of images of `size` that some location of some source sees; None for all of it.
+        rows: scores with those of the part, if they were measured.
+    """
+    notes = [f"{entry['source']}: {entry['unseen']}" for entry in features if entry.get("unseen")]
+    if box is not None:
+        (top, bottom), (left, right) = box
+        share = 1 - (bottom - top) * (right - left) / (size[0] * size[1])
+        note = (
+            f"{share:.1%} of an image's pixels are seen by no location: they are filled in from those beside them and "
+            "count in every score"
+        )
+        if rows:
+            scores = summarise(rows, SEEN)
+            note += f"; on the other pixels alone the mean PSNR is {scores['psnr']['mean']:.2f} dB"
+        notes.append(note)
+    return notes
 
 
 def _summary(name: str, values: list[float | None]) -> dict[str, Any] | None:

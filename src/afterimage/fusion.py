@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, unknown
 from afterimage.decoders.base import resize, shrink
-from afterimage.decoders.canvas import Canvas, Span
+from afterimage.decoders.canvas import Canvas, Span, seen_box
 from afterimage.decoders.linear import LinearDecoder
 from afterimage.ranks import ALONE, Ranks
 
@@ -29,16 +29,12 @@ def fused_spec(
     Of several finest maps the first counts.
     """
     finest = max(specs, key=lambda spec: spec.locations)
-    axes = []
-    for name, own, count, length in zip(
-        ("rows", "columns"), (finest.height, finest.width), size, image_size, strict=True
-    ):
-        axis = getattr(finest, name)
-        if axis is not None:
-            every = [getattr(spec, name) or Axis(0.0, 1.0, 0, length) for spec in specs]
-            seen = min(each.first for each in every), max(each.last for each in every)
-            axis = Axis(axis.start, axis.stride * own / count, *seen)
-        axes.append(axis)
+    seen = seen_box(specs, image_size) or tuple((0, length) for length in image_size)
+    cells = (finest.height, finest.width)
+    axes = [
+        None if axis is None else Axis(axis.start, axis.stride * own / count, *ends)
+        for axis, own, count, ends in zip((finest.rows, finest.columns), cells, size, seen, strict=True)
+    ]
     return FeatureSpec(" + ".join(spec.source for spec in specs), channels, *size, *axes)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from afterimage.checkpoint import remove_checkpoints
 from afterimage.config import AfterimageError, RunConfig, to_dict
 from afterimage.data import Data
+from afterimage.decoders.canvas import seen_box
 from afterimage.encoders import resolve
-from afterimage.evaluate import Evaluation, evaluate_together, score_notes, summarise
+from afterimage.evaluate import SEEN, Box, Evaluation, evaluate_together, score_notes, seen_notes, summarise
 from afterimage.failures import ENCODERS, TRACEBACK, as_error, concerning, concerns, forget, let_go, record
 from afterimage.fusion import WeightMaps
 from afterimage.guards import check_frozen
@@ -210,6 +211,7 @@ class Group:
             device=self.fabric.device,
             progress=self.progress,
             keep=self.keep,
+            seen=[self._seen(member) for member in members],
             ranks=self.ranks,
         )
         for own in maps.values():
@@ -220,12 +222,21 @@ class Group:
                     self._write(member, result, maps.get(member))
             self.over.add(member.run)
 
+    def _seen(self, member: Member) -> Box | None:
+        """The part of pictures that a member's sources see; None for all of it."""
+        side = self.first.data.crop
+        return seen_box([self.encoders.specs[i] for i in member.picks], (side, side))
+
     def _write(self, member: Member, result: Evaluation, maps: WeightMaps | None) -> None:
         """Write what a member came to; its run is then done."""
         facts = self._summary(member)
         facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
         facts |= {"scores": summarise(result.rows)}
-        notes = [*member.notes, *weight_notes(facts["weights"]), *self.data.notes]
+        size, box = (self.first.data.crop, self.first.data.crop), self._seen(member)
+        if box is not None:
+            facts["scores_seen"] = summarise(result.rows, SEEN)
+        unseen = seen_notes(facts["features"], box, size, () if box is None else result.rows)
+        notes = [*member.notes, *unseen, *weight_notes(facts["weights"]), *self.data.notes]
         facts["notes"] = [*notes, *score_notes(result.rows)]
         facts["fusion_weights"] = None if maps is None else maps.means
         member.guard()

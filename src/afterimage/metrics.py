@@ -174,21 +174,31 @@ class Metrics:
         return self.compare([prediction], target)[0]
 
     @torch.inference_mode()
-    def compare(self, predictions: Sequence[Images], target: Images) -> list[dict[str, list[float] | None]]:
-        """As calling, for several reconstructions of the same pictures: LPIPS looks at the originals once."""
+    def compare(
+        self, predictions: Sequence[Images], target: Images, *, any_size: bool = False
+    ) -> list[dict[str, list[float] | None]]:
+        """As calling, for several reconstructions of the same pictures: LPIPS looks at the originals once.
+
+        With `any_size` SSIM and LPIPS are None where pictures are too small for them.
+        """
         for prediction in predictions:
             check(prediction, target)
         columns: list[dict[str, list[Tensor]]] = [{"psnr": [], "ssim": [], "lpips": []} for _ in predictions]
         size = CHUNK if target.device.type == "cpu" else len(target)
+        side = min(target.shape[-2:])
+        lpips = self.lpips
+        if lpips is not None and any_size and side < LPIPS_SMALLEST[self.lpips_status["net"]]:
+            lpips = None
         for start in range(0, len(target), size):
             original = target[start : start + size].float()
-            features = None if self.lpips is None else self.lpips.features(original)
+            features = None if lpips is None else lpips.features(original)
             for column, prediction in zip(columns, predictions, strict=True):
                 picture = prediction[start : start + size].float()
                 column["psnr"].append(_by_picture(_psnr, picture, original))
-                column["ssim"].append(_by_picture(_ssim, picture, original))
-                if self.lpips is not None:
-                    column["lpips"].append(self.lpips.distance(self.lpips.features(picture), features))
+                if side >= SSIM_WINDOW or not any_size:
+                    column["ssim"].append(_by_picture(_ssim, picture, original))
+                if lpips is not None:
+                    column["lpips"].append(lpips.distance(lpips.features(picture), features))
         return [
             {name: torch.cat(parts).tolist() if parts else None for name, parts in column.items()}
             for column in columns

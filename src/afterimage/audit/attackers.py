@@ -11,14 +11,14 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from afterimage.audit.identification import reduced
+from afterimage.audit.identification import Compared, compared, joined
 from afterimage.audit.pairs import StoredPictures
 from afterimage.config import AfterimageError, RecipeConfig
 from afterimage.data import Data, Pictures
 from afterimage.data.stream import StreamedPictures
 from afterimage.decoders import create_decoder
 from afterimage.defences import Defence
-from afterimage.evaluate import Evaluation, evaluate_together
+from afterimage.evaluate import Box, Evaluation, evaluate_together
 from afterimage.member import Member
 from afterimage.metrics import Metrics
 from afterimage.reconstructor import Head
@@ -73,9 +73,14 @@ class Attack(Together):
             return self.encoders.defend(self.encoders.raw(pictures, indices, images))
         return self.features(images)
 
-    def test(self, metrics: Metrics, keep: int) -> tuple[list[Evaluation], list[Tensor]]:
-        """Every member's scores on the test pictures, and its reconstructions as they are compared."""
-        small: list[list[Tensor]] = [[] for _ in self.members]
+    def test(
+        self, metrics: Metrics, keep: int, box: Box | None = None
+    ) -> tuple[list[Evaluation], list[Compared]]:
+        """Every member's scores on the test pictures, and its reconstructions as they are compared.
+
+        Both also for the part of the pictures in a box: what is seen.
+        """
+        small: list[list[Compared]] = [[] for _ in self.members]
         batches = self.batches(self.data.test)
 
         def reconstruct(images: Tensor) -> list[Tensor]:
@@ -83,7 +88,7 @@ class Attack(Together):
             assert torch.equal(images, same)
             outputs = [member.reconstruct(sent) for member in self.members]
             for kept, output in zip(small, outputs, strict=True):
-                kept.append(reduced(output).cpu())
+                kept.append(compared(output, box))
             return outputs
 
         results = evaluate_together(
@@ -95,8 +100,9 @@ class Attack(Together):
             device=self.fabric.device,
             progress=self.progress,
             keep=keep,
+            seen=[box] * len(self.members),
         )
-        return results, [torch.cat(parts) for parts in small]
+        return results, [joined(parts) for parts in small]
 
 
 def attacker_member(

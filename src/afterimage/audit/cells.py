@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from afterimage.audit.config import digest
-from afterimage.audit.identification import Gallery, interval_dict, share
-from afterimage.evaluate import score_notes
+from afterimage.audit.identification import Compared, Gallery, interval_dict, share
+from afterimage.evaluate import SCORES, SEEN, score_notes
 from afterimage.runs import Run, write_json
 from afterimage.statistics import mean_interval
 
@@ -67,32 +66,52 @@ class Cell:
         root: Path,
         rows: Sequence[Mapping[str, Any]],
         pictures: Sequence[tuple[str, Any, Any]],
-        reconstructions: Tensor,
-        gallery: Gallery,
+        reconstructions: Compared,
+        galleries: Mapping[str, Gallery],
         *,
         seconds: float,
         notes: Sequence[str],
+        seen: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write what leaked: `rows` from `evaluate`, one a test picture, and `reconstructions` as they are compared."""
-        found = gallery.find(reconstructions)
+        """Write what leaked: `rows` from `evaluate`, one a test picture, and `reconstructions` as they are compared.
+
+        `galleries` go by the same names as these. `seen` says which part of the pictures is seen, where it is not all.
+        """
+        found = {
+            f"{name}{part}": values
+            for part, images in reconstructions.items()
+            for name, values in galleries[part].find(images).items()
+        }
         columns = {f"found_by_{name}": values for name, values in found.items()}
         rows = [row | {k: int(v[i]) for k, v in columns.items()} for i, row in enumerate(rows)]
-        worst = max(rows, key=lambda row: row["ssim"])
+        worst, ssim = max(((row["id"], _most(row)) for row in rows), key=lambda pair: pair[1])
         summary = {
             "layer": self.layer,
             "defence": self.defence,
             "attacker": self.attacker(),
-            "scores": {name: _interval([row[name] for row in rows]) for name in ("psnr", "ssim", "lpips")},
-            "worst": {"id": worst["id"], "ssim": worst["ssim"]},
+            "scores": {name: _interval([row[name] for row in rows]) for name in SCORES},
+            "worst": {"id": worst, "ssim": ssim},
             "identification": {name: share(values) for name, values in found.items()},
-            "candidates": len(gallery.originals),
-            "chance": 1 / len(gallery.originals),
+            "candidates": len(galleries[""].originals),
+            "chance": 1 / len(galleries[""].originals),
             "seconds": round(seconds, 2),
             "notes": [*notes, *score_notes(rows)],
         }
+        if seen is not None:
+            columns = {name: [row[f"{name}{SEEN}"] for row in rows] for name in SCORES}
+            summary["seen"] = {
+                **seen,
+                "scores": {name: _interval(values) for name, values in columns.items()},
+            }
         run = self.run(root)
         run.save_result(summary, rows, pictures)
         run.set_state("done")
+
+
+def _most(row: Mapping[str, Any]) -> float:
+    """The SSIM of a whole picture, or of what is seen of it, whichever is higher."""
+    part = row.get(f"ssim{SEEN}")
+    return row["ssim"] if part is None else max(row["ssim"], part)
 
 
 def _interval(values: Sequence[float | None]) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from afterimage.audit.config import LimitsConfig
-from afterimage.audit.verdict import UTILITY, Leak, Option
+from afterimage.audit.verdict import SSIM_SEEN, UTILITY, Leak, Option
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import MUTED, Drawing, encoder_styles, grid_y, legend
 
@@ -68,6 +68,7 @@ def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: st
         f"against {_across(kinds)}. Bars are 95 % intervals; the dotted line is chance"
         + (", the dashed line the limit" if limits else "")
         + "."
+        + _seen(shown)
         + _missing(options, shown)
     )
     return Drawing("privacy-utility", "Privacy and utility", caption, figure)
@@ -90,6 +91,11 @@ def _across(kinds: set[str]) -> str:
     if not kinds:
         return "bytes sent a picture (log scale)"
     return " or ".join(UTILITY[kind] for kind in sorted(kinds))
+
+
+def _seen(shown: Sequence[Option]) -> str:
+    layers = dict.fromkeys(option.layer for option in shown if option.ssim.by == SSIM_SEEN)
+    return f" SSIM is that of the part that is seen for {', '.join(layers)}." if layers else ""
 
 
 def _missing(options: Sequence[Option], shown: Sequence[Option]) -> str:

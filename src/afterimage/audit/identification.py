@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
+from afterimage.config import LPIPS_SMALLEST
+from afterimage.evaluate import SEEN, Box, cropped
 from afterimage.lpips import LPIPS
 from afterimage.statistics import Interval
 
@@ -39,14 +41,30 @@ def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
     )
 
 
+Compared = dict[str, Float[Tensor, "_ 3 _ _"]]
+"""Pictures as they are compared: whole, under "", and where only a part is seen, that part, under `SEEN`."""
+
+
+def compared(images: Images, box: Box | None) -> Compared:
+    """Pictures, and the part of them in the box if there is one, `reduced` and on the CPU."""
+    found = {"": reduced(images).cpu()}
+    return found if box is None else found | {SEEN: reduced(cropped(images, box)).cpu()}
+
+
+def joined(batches: Sequence[Compared]) -> Compared:
+    """Several batches as one."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
 class Gallery:
     """All test pictures, reduced, against which reconstructions are compared by each of `DISTANCES`.
 
-    Without `lpips` that distance is left out.
+    Without `lpips`, or where the pictures are too small for it, that distance is left out.
     """
 
     def __init__(self, originals: Images, lpips: LPIPS | None = None) -> None:
-        self.originals, self.lpips = originals, lpips
+        fits = lpips is not None and min(originals.shape[-2:]) >= LPIPS_SMALLEST[lpips.net]
+        self.originals, self.lpips = originals, lpips if fits else None
         self._known = {name: embed(originals) for name, embed in self._embeddings().items()}
 
     def _embeddings(self) -> dict[str, Callable[[Tensor], Tensor]]:

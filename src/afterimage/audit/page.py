@@ -11,7 +11,18 @@ from afterimage.audit.config import LimitsConfig
 from afterimage.audit.figures import privacy_utility
 from afterimage.audit.identification import DISTANCES, SIDE
 from afterimage.audit.run import BLIND, Results
-from afterimage.audit.verdict import UTILITY, WITHIN, Verdict, attacker_text, strongest
+from afterimage.audit.verdict import (
+    LEAKS,
+    OPEN,
+    SEVERITY,
+    UTILITY,
+    WITHIN,
+    Verdict,
+    attacker_text,
+    interval_status,
+    likeness,
+    strongest,
+)
 from afterimage.report.album import data_uri
 from afterimage.report.figures import render, style
 from afterimage.report.page import page_environment
@@ -19,6 +30,7 @@ from afterimage.runs import Run, read_image, write_atomic, write_json
 
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN = 3
+MARKS = {WITHIN: "good", OPEN: "open", LEAKS: "bad"}
 PICTURE = 168
 """Pixels on the longer side of pictures on the page."""
 
@@ -61,7 +73,8 @@ def write_audit(
     page = environment.get_template("page.html").render(
         **values,
         v=verdict,
-        table=_table(results),
+        table=_table(results, limits),
+        marks=MARKS,
         albums=_albums(results, root),
         figure=figure,
         distances=DISTANCES,
@@ -85,13 +98,15 @@ DOES_NOT_SHOW = (
 )
 
 
-def _table(results: Results) -> list[dict[str, Any]]:
+def _table(results: Results, limits: LimitsConfig) -> list[dict[str, Any]]:
     """One row an attacker, with what its layer and defence cost."""
     rows = []
     for row in results.rows:
         distance, found = strongest(row)
         cost = results.costs[row["layer"], row["defence"]]
-        rows.append({**row, "found": found, "distance": distance, "cost": cost})
+        status = [interval_status(interval, limits.max_ssim) for interval in likeness(row).values()]
+        mark = max(status, key=SEVERITY.index)
+        rows.append({"seen": None, **row, "found": found, "distance": distance, "cost": cost, "mark": mark})
     return rows
 
 

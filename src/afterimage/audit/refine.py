@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from afterimage.audit.attackers import Attack
-from afterimage.audit.identification import reduced
+from afterimage.audit.identification import Compared, compared, joined
 from afterimage.defences import Defence
-from afterimage.evaluate import SCORES, to_uint8
+from afterimage.evaluate import Box, score_rows, to_uint8
 from afterimage.invert import InvertConfig, invert
 from afterimage.invert.spectrum import HELD_OUT, error_spectrum
 from afterimage.member import Member
@@ -30,13 +30,15 @@ def refined(
     pictures: int,
     steps: int,
     keep: int,
+    box: Box | None = None,
     progress: Progress = silent,
-) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Tensor, float]:
+) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Compared, float]:
     """The first test pictures, decoded by `member` and refined by `invert` for `steps` steps each.
 
     What the decoder lacks is learnt from up to `HELD_OUT` pictures that the attacker validates on. The objective sees
     the defence without its noise, which the attacker does not know. Returns rows as `evaluate` does, the first `keep`
-    pictures, all reconstructions as they are compared, and the seconds taken.
+    pictures, all reconstructions as they are compared, and the seconds taken; scores and what is compared also for
+    the part of the pictures in a box, which is what is seen.
     """
     defence: Defence = attack.encoders.defences[member.picks[0]]
     encoder, test, started = attack.encoders.encoder, attack.data.test, time.monotonic()
@@ -48,7 +50,7 @@ def refined(
     spectrum = error_spectrum(_errors(attack, member))
     rows: list[dict[str, Any]] = []
     kept: list[tuple[str, Any, Any]] = []
-    small: list[Tensor] = []
+    small: list[Compared] = []
     wanted = min(pictures, len(test))
     for sent, images in attack.batches(test):
         for start in range(0, min(len(images), wanted - len(rows)), BATCH):
@@ -64,15 +66,13 @@ def refined(
                 seed=attack.seed,
             ).images.detach()
             ids = test.ids[len(rows) : len(rows) + len(originals)]
-            scores = metrics(found, originals)
-            columns = [scores[name] or [None] * len(ids) for name in SCORES]
-            rows += [dict(zip(("id", *SCORES), row, strict=True)) for row in zip(ids, *columns, strict=True)]
+            rows += score_rows(ids, originals, [found], metrics, [box])[0]
             kept += zip(ids, to_uint8(originals), to_uint8(found), strict=True)
-            small.append(reduced(found).cpu())
+            small.append(compared(found, box))
             progress(f"refining {attack.encoders.sources[member.picks[0]]}", len(rows), wanted)
         if len(rows) == wanted:
             break
-    return rows, kept[:keep], torch.cat(small), time.monotonic() - started
+    return rows, kept[:keep], joined(small), time.monotonic() - started
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from afterimage.audit.utility import Unavailable, measure_cost, no_cost, whole_n
 from afterimage.checkpoint import load_tensors, remove_checkpoints
 from afterimage.config import AfterimageError, dump_toml, to_dict
 from afterimage.data import Data
+from afterimage.decoders.canvas import seen_box
 from afterimage.defences import Defence, create_defence
-from afterimage.evaluate import evaluate
+from afterimage.encoders.placement import describe_unseen
+from afterimage.evaluate import SEEN, Box, cropped, evaluate
 from afterimage.member import Member
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
@@ -89,11 +91,11 @@ class _Audit:
             )
         for spec in self.subject.specs.values():  # a wrong text is told before anything is trained
             for text in config.defences:
-                create_defence(text, [spec], seed=config.seed)
+                create_defence(text, [spec], seed=config.seed, image_size=self.subject.image_size)
         self.fabric = one_device(accelerator, config.recipe.precision)
         self.metrics = Metrics(config.lpips, size=min(self.subject.image_size)).to(self.fabric.device)
         self.results = Results(self._describe(), notes=list(self.subject.notes))
-        self._gallery: Gallery | None = None
+        self._galleries: dict[Box | None, Gallery] = {}
 
     def _describe(self) -> dict[str, Any]:
         subject = self.subject
@@ -103,6 +105,7 @@ class _Audit:
             "weights": subject.weights,
             "picture": list(subject.image_size),
             "features": {k: [s.channels, s.height, s.width] for k, s in subject.specs.items()},
+            "seen": {layer: seen for layer in subject.specs if (seen := self._seen(layer)) is not None},
             "data": subject.data.describe(),
             "attacker_data": self.config.attackers.data or "the same source as the test pictures",
             "lpips": self.metrics.lpips_status,
@@ -137,13 +140,31 @@ class _Audit:
         self.results.notes.append(text)
         self.progress(text, 1, 1)
 
-    @property
-    def gallery(self) -> Gallery:
-        if self._gallery is None:
+    def _box(self, layer: str) -> Box | None:
+        """The part of pictures that a layer's locations see; None where that is all of them."""
+        return seen_box([self.subject.specs[layer]], self.subject.image_size)
+
+    def _seen(self, layer: str) -> dict[str, Any] | None:
+        """The same as plain values, with the share of all pixels, and in words what is not seen."""
+        box = self._box(layer)
+        if box is None:
+            return None
+        height, width = self.subject.image_size
+        (top, bottom), (left, right) = box
+        share = (bottom - top) * (right - left) / (height * width)
+        spec = self.subject.specs[layer]
+        text = describe_unseen(spec.rows, spec.columns, self.subject.image_size)
+        return {"rows": list(box[0]), "columns": list(box[1]), "share": share, "unseen": text}
+
+    def _compared(self, layer: str) -> dict[str, Gallery]:
+        """The test pictures, and what a layer's locations see of them, as galleries."""
+        box = self._box(layer) if layer else None
+        for one in {None, box} - self._galleries.keys():
             test = self.subject.data.test
-            parts = [reduced(test.crops(part)) for part in torch.arange(len(test)).split(16)]
-            self._gallery = Gallery(torch.cat(parts).to(self.fabric.device), self.metrics.lpips)
-        return self._gallery
+            parts = [reduced(cropped(test.crops(i), one)) for i in torch.arange(len(test)).split(16)]
+            self._galleries[one] = Gallery(torch.cat(parts).to(self.fabric.device), self.metrics.lpips)
+        galleries = {"": self._galleries[None]}
+        return galleries if box is None else galleries | {SEEN: self._galleries[box]}
 
     def _cell(self, layer: str, defence: str, decoder: str, data: Data, access: str) -> Cell:
         config, subject = self.config, self.subject
@@ -161,6 +182,10 @@ class _Audit:
             "seed": config.seed,
             "lpips": config.lpips if self.metrics.lpips_status["available"] else "",
         }
+        if spec is not None and (spec.rows or spec.columns):
+            settings["placement"] = [
+                None if axis is None else asdict(axis) for axis in (spec.rows, spec.columns)
+            ]
         if access == "weights":
             settings |= {k: getattr(config.attackers, k) for k in ("refine_steps", "refine_pictures")}
         return Cell(layer, defence, decoder, len(data.train) + len(data.validation), access, settings)
@@ -183,9 +208,9 @@ class _Audit:
                 device=self.fabric.device,
                 progress=self.progress,
             )
-            small = reduced(mean).expand(len(data.test), -1, -1, -1)
+            small = {"": reduced(mean).expand(len(data.test), -1, -1, -1)}
             seconds = time.monotonic() - started
-            cell.save(self.root, result.rows, [], small, self.gallery, seconds=seconds, notes=[])
+            cell.save(self.root, result.rows, [], small, self._compared(""), seconds=seconds, notes=[])
         self._collect(cell, self.results.blind)
 
     def _layer(self, layer: str, attackers: dict[int, Data]) -> None:
@@ -223,7 +248,9 @@ class _Audit:
         pictures, batch_size = self.subject.data.train, self.config.recipe.batch_size
         maps = calibration(Sent(spec.source, [], encoder), pictures, device, batch_size)
         return {
-            text: create_defence(text, [spec], seed=self.config.seed).to(device).fit(maps)
+            text: create_defence(text, [spec], seed=self.config.seed, image_size=self.subject.image_size)
+            .to(device)
+            .fit(maps)
             for text in self.config.defences
         }
 
@@ -337,13 +364,14 @@ class _Audit:
             member.save_best()
         if not attack.members:
             return
-        results, small = attack.test(self.metrics, self.keep)
+        layer = members[attack.members[0]].layer
+        results, small = attack.test(self.metrics, self.keep, self._box(layer))
         for member, result, reconstructions in zip(attack.members, results, small, strict=True):
             cell = members[member]
             with self._recorded(cell, member):
                 cell.save(
-                    self.root, result.rows, result.pictures, reconstructions, self.gallery,
-                    seconds=member.seconds, notes=member.notes,
+                    self.root, result.rows, result.pictures, reconstructions, self._compared(layer),
+                    seconds=member.seconds, notes=member.notes, seen=self._seen(layer),
                 )  # fmt: skip
                 remove_checkpoints(cell.run(self.root))
 
@@ -361,7 +389,11 @@ class _Audit:
             limits = self.config.attackers
             rows, pictures, small, seconds = refined(
                 attack, member, self.metrics,
-                pictures=limits.refine_pictures, steps=limits.refine_steps, keep=self.keep, progress=self.progress,
+                pictures=limits.refine_pictures, steps=limits.refine_steps, keep=self.keep,
+                box=self._box(cell.layer), progress=self.progress,
             )  # fmt: skip
             notes = [f"decoded by {cell.decoder}, then refined for {limits.refine_steps} steps"]
-            cell.save(self.root, rows, pictures, small, self.gallery, seconds=seconds, notes=notes)
+            cell.save(
+                self.root, rows, pictures, small, self._compared(cell.layer),
+                seconds=seconds, notes=notes, seen=self._seen(cell.layer),
+            )  # fmt: skip

@@ -20,8 +20,17 @@ SCOPE = (
     "the same features"
 )
 """What every verdict says of itself, whether it passed, failed or had no limits."""
+SSIM, SSIM_SEEN = "SSIM", "SSIM of what is seen"
+"""The two ways in which SSIM is measured where a layer's locations do not see the whole image: the higher counts."""
 ENOUGH = 0.9
 """Without limits, what keeps this much of the network's own answers may be recommended."""
+
+
+def interval_status(interval: Mapping[str, Any], limit: float | None) -> str:
+    """How an interval, `low` to `high`, stands to a limit; within it where there is none."""
+    if limit is None or interval["high"] <= limit:
+        return WITHIN
+    return LEAKS if interval["low"] > limit else OPEN
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,11 @@ class Leak:
     attacker: str
 
     def against(self, limit: float | None) -> str:
-        if limit is None or self.high <= limit:
-            return WITHIN
-        return LEAKS if self.low > limit else OPEN
+        return interval_status(asdict(self), limit)
 
     def text(self, limit: float) -> str:
         """The estimate with the end of its interval that decides."""
-        share = self.by != "SSIM"
+        share = self.by not in (SSIM, SSIM_SEEN)
         estimate = f"{self.estimate:.0%}" if share else f"{self.estimate:.3f}"
         end, value = ("at least", self.low) if self.against(limit) == LEAKS else ("up to", self.high)
         return f"{estimate} ({end} {value:.1%})" if share else f"{estimate} ({end} {value:.3f})"
@@ -93,6 +100,12 @@ def strongest(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return max(row["identification"].items(), key=lambda item: item[1]["high"])
 
 
+def likeness(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The intervals of the mean SSIM: of whole images and, where not all of them is seen, of what is."""
+    part = row["seen"]["scores"]["ssim"] if row.get("seen") else None
+    return {SSIM: row["scores"]["ssim"]} | ({} if part is None else {SSIM_SEEN: part})
+
+
 def judge(
     rows: Sequence[Mapping[str, Any]],
     blind: Sequence[Mapping[str, Any]],
@@ -101,7 +114,8 @@ def judge(
     failures: Sequence[str] = (),
 ) -> Verdict:
     """Weigh all measured rows. Of several attackers and distances the worst counts: one that is shown to leak, else
-    one that is not shown to be safe, and of these the interval's end that decides.
+    one that is not shown to be safe, and of these the interval's end that decides. Where a layer's locations do not see
+    the whole image, the worse of two measurements counts: of whole images, and of the part that is seen alone.
     """
     options = []
     for (layer, defence), cost in costs.items():
@@ -121,11 +135,12 @@ def _option(
     layer: str, defence: str, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Any], limits: LimitsConfig
 ) -> Option:
     limit_ssim, limit_found = limits.max_ssim, limits.max_identification
-    ssim = _worst([_leak(row["scores"]["ssim"], "SSIM", row) for row in rows], limit_ssim)
+    alike = [_leak(interval, by, row) for row in rows for by, interval in likeness(row).items()]
+    ssim = _worst(alike, limit_ssim)
     shares = [_leak(share, by, row) for row in rows for by, share in row["identification"].items()]
     found = _worst(shares, limit_found)
     reasons, worst = [], []
-    for name, leak, limit in (("SSIM", ssim, limit_ssim), ("identification", found, limit_found)):
+    for name, leak, limit in ((ssim.by, ssim, limit_ssim), ("identification", found, limit_found)):
         worst.append(leak.against(limit))
         if worst[-1] != WITHIN:
             reasons.append(
@@ -215,6 +230,12 @@ def _remarks(
                     f"{count} test pictures are too few to show an identification below {limits.max_identification:g}: "
                     f"even without a single hit the interval reaches {least:.3f}"
                 )
+    unseen = {row["layer"]: row["seen"] for row in rows if row.get("seen")}
+    for layer, seen in unseen.items():
+        remarks.append(
+            f"{layer}: {seen['unseen']}, {1 - seen['share']:.1%} of their pixels. That protects none of the others: "
+            "every attacker was measured on whole images and on what is seen of them alone, and what leaks more counts"
+        )
     floor = max((row["scores"]["ssim"]["estimate"] for row in blind), default=0.0)
     for row in rows:
         found, ssim = strongest(row)[1], row["scores"]["ssim"]["estimate"]

@@ -149,7 +149,7 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from afterimage.audit.verdict import strongest
+    from afterimage.audit.verdict import SSIM, likeness, strongest
 
     table = Table(title=f"audit of {results.subject['name']}", title_justify="left")
     table.add_column("layer", overflow="fold")
@@ -159,7 +159,7 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
         table.add_column(column, justify="right")
     for row in [*results.rows, *results.blind]:
         by, found = strongest(row)
-        ssim, lpips = row["scores"]["ssim"], row["scores"]["lpips"]
+        lpips = row["scores"]["lpips"]
         who = row["attacker"]
         cost = results.costs.get((row["layer"], row["defence"]))
         keeps = (
@@ -173,7 +173,11 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
             ),
             f"{found['estimate']:.1%} ({found['low']:.1%}–{found['high']:.1%})",
             by,
-            f"{ssim['estimate']:.3f} ({ssim['low']:.3f}–{ssim['high']:.3f})",
+            "\n".join(
+                f"{value['estimate']:.3f} ({value['low']:.3f}–{value['high']:.3f})"
+                + ("" if by == SSIM else ", seen part")
+                for by, value in likeness(row).items()
+            ),
             f"{row['scores']['psnr']['estimate']:.2f}",
             "–" if lpips is None else f"{lpips['estimate']:.3f}",
             keeps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -172,6 +173,25 @@ class Canvas:
             within.append(slice(inside[0] - first, inside[1] - first))
             pixels.append(slice(*inside))
         return tuple(within), tuple(pixels)
+
+
+def seen_box(
+    specs: Sequence[FeatureSpec], image_size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The rows and the columns of images (first, and the one after the last) that any of several maps sees.
+
+    None where that is all of them.
+    """
+    rows, columns = (
+        (
+            min(0 if axis is None else axis.first for axis in axes),
+            max(length if axis is None else axis.last for axis in axes),
+        )
+        for axes, length in zip(
+            ([spec.rows for spec in specs], [spec.columns for spec in specs]), image_size, strict=True
+        )
+    )
+    return None if (rows, columns) == ((0, image_size[0]), (0, image_size[1])) else (rows, columns)
 
 
 def sample(maps: Tensor, at: list[float], dim: int) -> Tensor:

@@ -95,24 +95,31 @@ class Defence(nn.Module):
         return self.decode(self.encode(features))
 
 
-def create_defence(text: str, specs: Sequence[FeatureSpec], *, seed: int = 0) -> Defence:
+def create_defence(
+    text: str,
+    specs: Sequence[FeatureSpec],
+    *,
+    seed: int = 0,
+    image_size: tuple[int, int] | None = None,
+) -> Defence:
     """Build a defence for features of the given shapes from text such as `noise:0.5+int8`, or `none`.
 
-    The parts run from left to right. `seed` chooses which channels `drop` keeps. Raises `AfterimageError` for an
+    The parts run from left to right. `seed` chooses which channels `drop` keeps; with the `image_size` the specs of
+    what `pool` sends say where it lies, also where its size does not divide the map. Raises `AfterimageError` for an
     unknown part or an argument out of range, saying what would be valid.
     """
-    return Defence(text, specs, [_chain(text, spec, seed) for spec in specs])
+    return Defence(text, specs, [_chain(text, spec, seed, image_size) for spec in specs])
 
 
-def _chain(text: str, spec: FeatureSpec, seed: int) -> list[Part]:
+def _chain(text: str, spec: FeatureSpec, seed: int, image_size: tuple[int, int] | None) -> list[Part]:
     chain: list[Part] = []
     for word in [] if text.strip() == "none" else text.split("+"):
-        part = _part(word.strip(), chain[-1].sent if chain else spec, seed)
+        part = _part(word.strip(), chain[-1].sent if chain else spec, seed, image_size)
         chain.append(part)
     return chain
 
 
-def _part(word: str, spec: FeatureSpec, seed: int) -> Part:
+def _part(word: str, spec: FeatureSpec, seed: int, image_size: tuple[int, int] | None) -> Part:
     if match := re.fullmatch(r"int(\d+)", word):
         return Quantise(spec, int(match[1]))
     name, colon, argument = word.partition(":")
@@ -127,4 +134,5 @@ def _part(word: str, spec: FeatureSpec, seed: int) -> Part:
         value = int(argument) if re.fullmatch(r"\d+", argument) else float(argument)
     except ValueError:
         raise AfterimageError(f"the defence {word!r} needs a number; write {cls.usage}") from None
-    return cls(spec, value, seed) if cls is Drop else cls(spec, value)
+    more = {Drop: (seed,), Pool: (image_size,)}.get(cls, ())
+    return cls(spec, value, *more)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from afterimage.config import AfterimageError, FeatureSpec
+from afterimage.config import AfterimageError, Axis, FeatureSpec
 from afterimage.defences.part import Map, Part, Wire, by_channel, number
 
 
@@ -110,24 +110,47 @@ class Drop(Part):
 
 
 class Pool(Part):
-    """Means over squares of `size` x `size` places; `decode` enlarges them again, bilinearly."""
+    """Means over squares of `size` x `size` places; `decode` enlarges them again, bilinearly.
+
+    Where the size does not divide the map, the last squares hold fewer places: what is sent then reaches beyond the
+    image, and where it lies is known where the image's size is.
+    """
 
     usage = "pool:SIZE (places a side, for example pool:2)"
 
-    def __init__(self, spec: FeatureSpec, size: int | float) -> None:
+    def __init__(
+        self, spec: FeatureSpec, size: int | float, image_size: tuple[int, int] | None = None
+    ) -> None:
         super().__init__(spec)
         if not isinstance(size, int) or not 2 <= size <= max(spec.height, spec.width):
             raise AfterimageError(
                 f"pool:{size} of {spec.source}, which is {spec.height}x{spec.width}; write {self.usage}"
             )
         self.size = size
-        self.sent = replace(spec, height=math.ceil(spec.height / size), width=math.ceil(spec.width / size))
+        height, width = math.ceil(spec.height / size), math.ceil(spec.width / size)
+        pixels = image_size or (None, None)
+        self.sent = replace(
+            spec,
+            height=height,
+            width=width,
+            rows=self._axis(spec.rows, spec.height, pixels[0]),
+            columns=self._axis(spec.columns, spec.width, pixels[1]),
+        )
+
+    def _axis(self, axis: Axis | None, count: int, pixels: int | None) -> Axis | None:
+        """Where the squares lie along one axis, from where the places do."""
+        if axis is None and (count % self.size == 0 or pixels is None):
+            return None
+        axis = axis or Axis(0.0, pixels / count, 0, pixels)
+        return replace(axis, stride=axis.stride * self.size)
 
     def encode(self, maps: Map) -> Map:
         return F.avg_pool2d(maps, self.size, ceil_mode=True, count_include_pad=False)
 
     def decode(self, sent: Map) -> Map:
-        return F.interpolate(sent, (self.spec.height, self.spec.width), mode="bilinear", align_corners=False)
+        whole = [self.size * side for side in sent.shape[-2:]]
+        enlarged = F.interpolate(sent, whole, mode="bilinear", align_corners=False)
+        return enlarged[..., : self.spec.height, : self.spec.width]
 
     def wire(self, wire: Wire) -> Wire:
         return Wire(self.sent.values)
