@@ -30,11 +30,11 @@ def small_pictures(folder: Path, count: int = 20) -> Path:
     return folder
 
 
-def small_configs(pictures: Path, **recipe) -> list[RunConfig]:
+def small_configs(pictures: Path, weights: str = "random", **recipe) -> list[RunConfig]:
     """Three runs that are trained together: gradient descent, closed form, and both after each other."""
     base = RunConfig(
         (f"{MODEL}:layer2",),
-        weights="random",
+        weights=weights,
         data=DataConfig(f"folder:{pictures}", resize=48, crop=32),
         recipe=RecipeConfig(**{"epochs": 2, "batch_size": 4} | recipe),
     )

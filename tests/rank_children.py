@@ -127,7 +127,7 @@ def train_without_drift(decoder, folder: Path, cache) -> None:
     data = afterimage.load_data(
         afterimage.DataConfig("procedural:18", test="procedural:3", resize=48, crop=32), cache=cache
     )
-    encoder = afterimage.Encoder(MODEL, layers=["layer2"], weights="random", image_size=32)
+    encoder = afterimage.Encoder(MODEL, layers=["layer2"], weights="random-init", image_size=32)
     head = afterimage.create_decoder(decoder, encoder.specs, 32, seed=0)
     for module in head.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d) and module.bias is not None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afterimage.config import DataConfig
+from afterimage.config import SSIM_WINDOW, DataConfig
 from afterimage.data import Data, file_notes, load_data
 from afterimage.data.examine import Facts, examine, size_notes, value_notes
 from afterimage.invert.given import from_files
@@ -119,8 +119,9 @@ def test_images_that_are_enlarged_are_said(tmp_path, side):
         in notes[-1]
     )
     assert f"has {side} pixels and is made 64" in notes[-1]
-    own = load(f"folder:{tmp_path / 'images'}", tmp_path, resize=side, crop=side).notes
-    assert not any("enlarged" in note or "few values" in note for note in own)
+    if side >= SSIM_WINDOW:  # no smaller crop can be measured
+        own = load(f"folder:{tmp_path / 'images'}", tmp_path, resize=side, crop=side).notes
+        assert not any("enlarged" in note or "few values" in note for note in own)
 
 
 def test_of_several_sizes_the_smallest_and_the_middle_one_are_said():

@@ -116,7 +116,7 @@ def test_contract_over_families(model, tmp_path):
     """Shapes are as measured, loading and dropping what is unused change nothing, places keep their order."""
     size = FAMILIES[model]
     names = [layer.name for layer in list_layers(model, size)]
-    whole = randomise_statistics(create_random(resolve_model(model), (size, size), 5))
+    whole = randomise_statistics(create_random(resolve_model(model), (size, size), 5, "random-init"))
     save_model(whole, str(tmp_path / "whole.safetensors"))
     encoder = Encoder(
         model, layers=[*names[:2], names[-1]], weights=tmp_path / "whole.safetensors", image_size=size

@@ -22,7 +22,7 @@ BOUND = 60
 
 @pytest.fixture(scope="module")
 def configs(pictures):
-    return small_configs(pictures, epochs=3)[::2]
+    return small_configs(pictures, "random-init", epochs=3)[::2]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_result(configs, cache, t
 
 
 ARGUMENTS = [
-    *("train", f"{MODEL}:layer2", "--weights", "random", "--decoder", "residual", "linear"),
+    *("train", f"{MODEL}:layer2", "--weights", "random-init", "--decoder", "residual", "linear"),
     *("--data", "procedural:20", "--test", "procedural:5", "--resize", "48", "--crop", "32"),
     *("--batch-size", "3", "--accelerator", "cpu"),
 ]
