@@ -1,5 +1,7 @@
 """Decoders, fusions, losses and encoders that raise at a chosen moment; each inherits from a real one."""
 
+from pathlib import Path
+
 import torch
 
 from afterimage.decoders.linear import LinearDecoder
@@ -7,6 +9,8 @@ from afterimage.decoders.wavelet import WaveletDecoder
 from afterimage.encoders import Encoder
 from afterimage.fusion import ConcatFusion, StackedFusion
 from afterimage.losses import MSE
+
+TESTS = str(Path(__file__).parent)
 
 
 class Raises(torch.autograd.Function):
@@ -120,3 +124,21 @@ def break_encoders(patch, layer, error, *, above=0, build=False):
 
     patch.setattr(Encoder, "forward", failing)
     patch.setattr(Encoder, "__init__", starting)
+
+
+def train_broken_group(order, post, checkpoints):
+    """What runs on a Ray worker, with a decoder there that raises, and with groups that raise themselves.
+
+    It travels by value, so it finds everything itself.
+    """
+    import sys
+
+    sys.path.insert(0, TESTS)
+    from afterimage.decoders import DECODERS
+    from afterimage.executors.worker import train_group
+    from stand_ins import decoder
+
+    if any("vit" in config.name for config in order.configs):
+        raise KeyError("a worker's own bug")
+    DECODERS["broken"] = decoder("step 6", IndexError("a decoder's own bug"))
+    return train_group(order, post, checkpoints)

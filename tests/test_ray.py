@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import stand_ins
 from afterimage.checkpoint import CHECKPOINT
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
 from afterimage.executors import training
 from afterimage.executors.connect import SETTINGS
 from afterimage.executors.training import train_on_ray
+from afterimage.failures import TRACEBACK
 from afterimage.jobs import train_runs
 from afterimage.runs import Run, scan
 from afterimage.stop import Stopped
@@ -151,6 +153,35 @@ def test_the_table_is_the_local_one_and_a_failing_run_is_not_retried(nodes, cach
     watcher = Watcher()
     train([run.config for run in there[:2]], tmp_path / "ray", progress=watcher)
     assert len(watcher.said) == 2 and all("done already" in line for line in watcher.said)
+
+
+def test_whatever_raises_on_a_worker_ends_what_depends_on_it(
+    nodes, cache, check_same, study, tmp_path, monkeypatch
+):
+    """A decoder's bug its run, a worker's bug its group; tracebacks come back like results."""
+    ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not see the tests
+    monkeypatch.setattr("afterimage.executors.worker.train_group", stand_ins.train_broken_group)
+    rows = (
+        RowConfig((RESNET,), (DecoderConfig("broken"),)),
+        RowConfig((RESNET.replace("layer2", "nolayer"),)),
+    )
+    study = replace(study, rows=rows, references=False)
+    train = partial(train_on_ray, cpus=torch.get_num_threads(), fetch=True)
+    runs, errors = run_study(study, tmp_path, cache=cache, accelerator="cpu", train=train)
+    linear, transposed, *vits, broken, unknown, also = runs
+    check_same(linear)
+    check_same(transposed)
+    assert {run.state for run in (*vits, broken, unknown, also)} == {"failed"}
+    assert broken.status["error"] == "IndexError: a decoder's own bug"
+    assert "in decode" in broken.file(TRACEBACK).read_text()
+    assert all("in train_broken_group" in run.file(TRACEBACK).read_text() for run in vits)
+    assert all(run.status["error"] == 'KeyError: "a worker\'s own bug"' for run in vits)
+    assert "nolayer" in unknown.status["error"]
+    told = sorted(map(str, errors))
+    assert len(told) == 4 and not any("\n" in line for line in told)
+    assert (
+        sum(f"(traceback: {run.file(TRACEBACK)})" in line for line in told for run in (broken, vits[0])) == 2
+    )
 
 
 @pytest.mark.parametrize("fetch", [False, True], ids=["shared", "fetched"])

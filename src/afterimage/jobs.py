@@ -135,7 +135,7 @@ class Claims:
     def _open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
         for config in {config.digest: config for config in configs}.values():
             run = Run(Path(root) / config.name)
-            with self._of_one(run):
+            with self.of_one(run):
                 if Run.create(root, config).state == "done":
                     self.say(f"{config.name} is done already, nothing to do")
                     _tidy(run)
@@ -144,7 +144,7 @@ class Claims:
         return [Run(Path(root) / config.name) for config in configs]
 
     @contextlib.contextmanager
-    def _of_one(self, run: Run) -> Iterator[None]:
+    def of_one(self, run: Run) -> Iterator[None]:
         """An error of a folder that cannot be read or locked ends its run; nothing is written into it."""
         try:
             yield
@@ -162,7 +162,7 @@ class Claims:
             leads = self.ranks.leads
             mine = []
             for run in runs if leads else ():
-                with self._of_one(run):
+                with self.of_one(run):
                     if run in self.waiting and self._take(run):
                         mine.append(run)
             return {run: runs[run] for run in self.heard(mine)}

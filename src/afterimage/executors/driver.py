@@ -14,6 +14,7 @@ from afterimage.config import AfterimageError, RunConfig
 from afterimage.executors.files import PIECE, Inbox, check_result
 from afterimage.executors.needs import describe
 from afterimage.executors.post import Answer, Order, Piece, Post, Said, Started
+from afterimage.failures import Unexpected, concerns, forget, one_line, record, recorded_error
 from afterimage.jobs import Claims
 from afterimage.lock import POLL
 from afterimage.progress import Progress
@@ -39,7 +40,7 @@ class Job:
     runs: dict[Run, RunConfig] = field(default_factory=dict)
     ref: Any = None
     inbox: Inbox | None = None
-    error: AfterimageError | None = None
+    error: Exception | None = None
     look_at: float = 0.0
 
     @property
@@ -94,7 +95,9 @@ class Driver:
                 if mine := self.claims.take(job.group):
                     try:
                         self._submit(job, mine)
-                    except AfterimageError as error:
+                    except Exception as error:
+                        if self._concerns_all(error):
+                            raise
                         self._release(job)
                         self._fail(job, error)
                         self._release(job)
@@ -104,6 +107,7 @@ class Driver:
         for run in mine:
             if run.state == "failed":  # by an earlier study; what fails from here on is over
                 run.set_state("new")
+                forget(run)
         sent = []
         if job.fetch:  # the worker cannot lock the folders, so this process does, until the answer
             job.inbox = Inbox(
@@ -151,7 +155,7 @@ class Driver:
             elif isinstance(letter, Piece) and job.error is None:
                 try:
                     job.inbox.add(letter)
-                except AfterimageError as error:
+                except Exception as error:
                     job.error = error
 
     def _began(self, job: Job, letter: Started) -> str:
@@ -181,14 +185,21 @@ class Driver:
             self._answered(job, self.ray.get(job.ref))
         except exceptions.RayTaskError as error:
             # Neither a lost worker nor a run's error: it would happen again.
-            known = isinstance(error.cause, AfterimageError)
-            self._fail(job, error.cause if known else AfterimageError(error.traceback_str[-2000:]))
-        except AfterimageError as error:
-            self._fail(job, error)
+            cause = error.cause or error
+            known = isinstance(cause, AfterimageError)
+            self._fail(job, cause if known else Unexpected(one_line(cause), str(error)))
         except exceptions.TaskCancelledError:
             pass
         except exceptions.RayError as error:
             self._lost(job, error)
+        except Exception as error:
+            if concerns(error):
+                raise
+            self._fail(job, error)
+
+    def _concerns_all(self, error: Exception) -> bool:
+        """Whether an error of the driver is the cluster's, or its caller's, and no job's."""
+        return bool(concerns(error)) or isinstance(error, self.ray.exceptions.RayError)
 
     def _answered(self, job: Job, answer: Answer) -> None:
         if answer.unseen:
@@ -211,14 +222,19 @@ class Driver:
 
     def _over(self, job: Job, run: Run) -> None:
         """A run has ended, by a worker of this driver; one whose files were refused has not."""
-        if job.fetch and run.state == "done":
-            try:
-                check_result(run, job.runs[run].digest)
-                remove_checkpoints(run)
-            except AfterimageError as error:
-                run.set_state("failed", error=str(error))
-        if run.state in ("done", "failed") and self.claims.waiting.pop(run, None) and run.state == "failed":
-            self.claims.failures.append(AfterimageError(str(run.status.get("error"))))
+        with self.claims.of_one(run):
+            if job.fetch and run.state == "done":
+                try:
+                    check_result(run, job.runs[run].digest)
+                    remove_checkpoints(run)
+                except Exception as error:
+                    record(run, error)
+            if (
+                run.state in ("done", "failed")
+                and self.claims.waiting.pop(run, None)
+                and run.state == "failed"
+            ):
+                self.claims.failures.append(recorded_error(run))
 
     def _lost(self, job: Job, error: Exception) -> None:
         for run in job.runs:
@@ -239,9 +255,9 @@ class Driver:
             ),
         )
 
-    def _fail(self, job: Job, error: AfterimageError) -> None:
+    def _fail(self, job: Job, error: Exception) -> None:
         """End the job's runs that have not ended, in their folders too as far as no other process is at them."""
-        self._say(job, str(error))
+        self._say(job, one_line(error))
         waiting = {run: config for run, config in job.runs.items() if run in self.claims.waiting}
         mine = waiting if job.fetch else self.claims.take(waiting)
         self.claims.fail(mine, error)

@@ -10,6 +10,7 @@ from pathlib import Path
 from afterimage.checkpoint import CHECKPOINT, PREVIOUS
 from afterimage.config import AfterimageError
 from afterimage.executors.post import Order, Piece
+from afterimage.failures import TRACEBACK
 from afterimage.runs import Run, sha256, write_atomic
 
 PIECE = 4 * 2**20
@@ -22,11 +23,12 @@ FILES = (
     "summary.json",
     "decoder.safetensors",
     CHECKPOINT,
+    TRACEBACK,
     STATUS,
 )
 PICTURE = re.compile(r"reconstructions/(\d{3,6})(\.original|\.weights\.\d{1,3})?\.png", re.ASCII)
 INDEX = "reconstructions/index.json"
-LIMITS = {".json": 64 * 2**20, ".csv": 2**30, ".png": 2**28, ".safetensors": 16 * 2**30}
+LIMITS = {".json": 64 * 2**20, ".txt": 2**24, ".csv": 2**30, ".png": 2**28, ".safetensors": 16 * 2**30}
 """Bytes that a file may have, by suffix."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from afterimage.config import AfterimageError, RunConfig, split_source
 from afterimage.encoders import layer_info
+from afterimage.failures import let_go
 from afterimage.plan import plan
 from afterimage.train import VALIDATION_BYTES
 
@@ -28,7 +29,8 @@ def group_bytes(configs: Iterable[RunConfig]) -> int:
                 model = split_source(source)[0]
                 parameters = layer_info(source, config.data.crop).encoder_parameters
                 encoders[model] = max(encoders.get(model, 0), 4 * parameters)
-        except AfterimageError:
+        except Exception as error:
+            let_go(error)
             continue
         total += one.bytes
     return total + sum(encoders.values())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from afterimage.executors.connect import cluster
 from afterimage.executors.driver import Driver, Job
 from afterimage.executors.needs import group_bytes, share
 from afterimage.executors.post import Order
+from afterimage.failures import of_caller
 from afterimage.jobs import Claims, groups, report_failures
 from afterimage.progress import Progress, silent
 from afterimage.runs import LEFTOVER, Run, write_atomic
@@ -50,6 +51,7 @@ def train_on_ray(
     a group ends and checkpoints every `fetch_seconds`. `address` is `connect.cluster`'s.
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
+    progress = of_caller(progress)
     claims = Claims(lambda text: progress(text, 1, 1))
     root = Path(root).resolve()
     runs = claims.open(configs, root)
@@ -93,7 +95,7 @@ def train_on_ray(
     return runs
 
 
-@contextmanager
+@contextlib.contextmanager
 def _probe(root: Path) -> Iterator[Path]:
     """A file that only those see who see this very folder."""
     path = root / f".probe-{secrets.token_hex(8)}{LEFTOVER}"
@@ -108,7 +110,9 @@ def _disagreeing(runs: Sequence[Run]) -> list[AfterimageError]:
     """Machines that were asked for the same pictures and found others."""
     found: dict[Any, dict[str, Run]] = {}
     for run in runs:
-        if run.state == "done":
+        with contextlib.suppress(AfterimageError):  # a folder that cannot be read is told elsewhere
+            if run.state != "done":
+                continue
             digest = run.summary.get("data", {}).get("digest")
             found.setdefault(run.config.data, {}).setdefault(digest, run)
     return [
