@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import afterimage
+from afterimage.audit.config import AuditConfig
 from afterimage.cli import main
 from afterimage.progress import Display
 from afterimage.runs import Run, read_json, scan, write_atomic, write_csv, write_json
@@ -252,3 +253,31 @@ def test_output_that_is_closed_from_the_start(tmp_path):
     line = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *given.pop("args")]
     assert subprocess.run(line, **given, timeout=600).returncode == 0
     assert Run(tmp_path).state == "new"
+
+
+def test_files_of_tensors_are_read_whatever_their_path(odd):
+    import torch
+    from safetensors.numpy import save
+    from safetensors.torch import save as save_torch
+
+    from afterimage.audit.pairs import load_pairs
+    from afterimage.checkpoint import load_tensors
+    from afterimage.weights import read_weights
+
+    folder = odd.parent / os.fsdecode(b"tensors \xff")
+    folder.mkdir()
+    tensors = {"conv.weight": torch.arange(6.0).reshape(2, 3)}
+    for name in ("a.safetensors", "b.pth"):
+        path = folder / name
+        path.write_bytes(save_torch(tensors))
+        if name == "b.pth":
+            with open(path, "wb") as file:
+                torch.save(tensors, file)
+        else:
+            assert torch.equal(load_tensors(path)[0]["conv.weight"], tensors["conv.weight"])
+        assert torch.equal(dict(read_weights(path))["conv.weight"], tensors["conv.weight"])
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
+    arrays = {"pictures": pictures, "features": np.zeros((10, 4), np.float32)}
+    (folder / "pairs.safetensors").write_bytes(save(arrays))
+    store = load_pairs(AuditConfig(pairs=str(folder / "pairs.safetensors")).pairs)
+    assert [spec.source for spec in store.specs.values()] == ["pairs.safetensors:features"]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, utf8_path
 from afterimage.runs import Run, reading, write_atomic
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
@@ -46,7 +46,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
             raise OSError("it is not a regular file")
-        with safe_open(path, "pt") as file:
+        with utf8_path(path) as name, safe_open(name, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -14,7 +15,7 @@ import tomllib
 import types
 import typing
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -188,6 +189,19 @@ def local_path(path: str) -> str:
     if path.startswith("file://"):
         return os.fsdecode(urllib.parse.unquote_to_bytes(path.removeprefix("file://")))
     return os.path.expanduser(path)
+
+
+@contextlib.contextmanager
+def utf8_path(path: str | Path) -> Iterator[str]:
+    """Inside the block a path of a file that every library takes: some refuse one that is not UTF-8."""
+    text = str(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield text
 
 
 def absolute_source(source: str) -> str:

@@ -8,7 +8,6 @@ So a checkpoint may carry the settings and the optimizer of its training, of any
 from __future__ import annotations
 
 import io
-import os
 import pickletools
 import re
 import struct
@@ -21,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from afterimage.config import utf8_path
 
 MAGIC = 0x1950A86A20F9469CFC6C
 """The number that begins each file of torch.save before torch 1.6."""
@@ -387,7 +388,8 @@ def read_archive(path: Path, archive: zipfile.ZipFile, folder: str) -> Any:
     """
     records = {info.filename: info for info in archive.infolist()}
     order = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in records else b"little"
-    whole = torch.UntypedStorage.from_file(os.fspath(path), False, path.stat().st_size)
+    with utf8_path(path) as name:
+        whole = torch.UntypedStorage.from_file(name, False, path.stat().st_size)
     found: dict[str, Storage] = {}
 
     def persistent(key: Any) -> Any:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, utf8_path
 from afterimage.unpickling import Damaged, HoldsCode, Inert, _Array, read_archive, read_stream
 
 VALID = "valid are safetensors, and state dicts that torch.save wrote"
@@ -107,7 +107,8 @@ def _read(path: Path, head: bytes, size: int) -> Any:
 
 def _read_safetensors(path: Path, length: int, size: int) -> Mapping[str, Tensor]:
     try:
-        return load_file(path)
+        with utf8_path(path) as name:
+            return load_file(name)
     except SafetensorError:
         with open(path, "rb") as stream:
             header = stream.read(8 + length)[8:]

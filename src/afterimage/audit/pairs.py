@@ -27,6 +27,7 @@ from afterimage.config import (
     FeatureSpec,
     local_path,
     unknown,
+    utf8_path,
 )
 from afterimage.data import Data, Pictures
 from afterimage.data.decode import decode
@@ -151,7 +152,8 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        return load_file(path)
+        with utf8_path(path) as name:
+            return load_file(name)
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         # NumPy has no bfloat16, among others.
         raise AfterimageError(f"cannot read {shown(path)}: {error}") from None

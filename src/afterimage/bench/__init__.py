@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from afterimage.bench import equal_time, gpu, growth, memory, quality, scoring, startup, stream, training
-from afterimage.bench.child import TimeIsOver, in_child, seconds_left, within
+from afterimage.bench.child import in_child
 from afterimage.bench.rows import Row, print_rows, row_line
 from afterimage.bench.settings import Settings
 from afterimage.config import AfterimageError, unknown
-from afterimage.progress import Progress
 from afterimage.runs import cores, environment, write_json
 
 __all__ = ["MEASUREMENTS", "QUICK_SECONDS", "Row", "Settings", "print_rows", "row_line", "run_bench"]
@@ -37,13 +36,14 @@ MEASUREMENTS: dict[str, Callable[[Settings], Iterable[Row]]] = {
 }
 ON_REQUEST = ("decoders",)
 """Takes long: left out where no measurement is named."""
+ONE_ROW = ("epoch-2k", "epoch-256", "memory")
 QUICK_ORDER = (
-    *("epoch-256", "memory", "evaluate", "together", "gpu", "time-to-quality"),
-    *("startup", "epoch-2k", "growth", "stream"),
+    *("epoch-256", "evaluate", "memory", "together", "startup"),
+    *("gpu", "time-to-quality", "epoch-2k", "growth", "stream"),
 )
 """With `quick`: first what tells most for the time it takes."""
 QUICK_SECONDS = 120
-"""What `quick` takes on any machine where no measurement is named: what is not done by then is left out, and said."""
+"""After this time `quick` begins no further row where no measurement is named, on any machine."""
 
 
 def run_bench(
@@ -56,23 +56,19 @@ def run_bench(
     """Take the named measurements, or all but those `ON_REQUEST`; returns their rows and facts of the machine.
 
     Both also go to `json_path`, and each row to `told` as soon as it is there. A measurement that fails is a row that
-    says why, and the others go on. Where `settings.quick` and no measurement is named, all end after `QUICK_SECONDS`.
+    says why, and the others go on. Where `settings.quick` and no measurement is named, no row is begun after
+    `QUICK_SECONDS`; the facts name the measurements that this left out, in whole or in part, as `left_out`.
 
     Raises `AfterimageError` for an unknown name.
     """
     for name in names:
         if name not in MEASUREMENTS:
             raise unknown("measurement", name, MEASUREMENTS)
-    with within(QUICK_SECONDS if settings.quick and not names else math.inf):
-        return _run(names, settings, json_path, told)
-
-
-def _run(
-    names: Sequence[str], settings: Settings, json_path: Path | None, told: Callable[[Row], None]
-) -> tuple[list[Row], dict[str, Any]]:
+    end = time.monotonic() + (QUICK_SECONDS if settings.quick and not names else math.inf)
     here = in_child("work:here", accelerator=settings.accelerator, precision=settings.precision).value
-    settings = replace(settings, precision=here["precision"], say=_while_there_is_time(settings.say))
-    facts, rows = machine() | here, []
+    settings = replace(settings, precision=here["precision"])
+    facts: dict[str, Any] = machine() | here | {"left_out": []}
+    rows: list[Row] = []
 
     def add(row: Row) -> None:
         rows.append(row)
@@ -86,30 +82,23 @@ def _run(
     order = QUICK_ORDER if settings.quick else MEASUREMENTS
     for name in names or [name for name in order if name not in ON_REQUEST]:
         started, load = time.monotonic(), os.getloadavg()[0]
+        if started > end:
+            facts["left_out"].append(name)
+            continue
         with tempfile.TemporaryDirectory(dir=settings.folder, prefix=f"{name}-") as folder:
             try:
-                seconds_left()
                 for row in MEASUREMENTS[name](replace(settings, folder=Path(folder))):
                     add(row)
-            except TimeIsOver:
-                over = f"not done within the {QUICK_SECONDS} s of --quick; `bench --quick --only {name}` takes its time"
-                add(Row(name, "", unavailable=over))
+                    if time.monotonic() > end:
+                        facts["left_out"] += [name] * (name not in ONE_ROW)
+                        break
             except AfterimageError as error:
                 add(Row(name, "", unavailable=str(error)))
         spent = f"{time.monotonic() - started:.0f} s, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after"
         rows[-1] = replace(rows[-1], notes=[*rows[-1].notes, spent])
         save()
+    save()
     return rows, facts
-
-
-def _while_there_is_time(say: Progress) -> Progress:
-    """The same, which also ends what it is told of once the time is over."""
-
-    def told(what: str, done: int, total: int, **figures: Any) -> None:
-        say(what, done, total, **figures)
-        seconds_left()
-
-    return told
 
 
 def machine() -> dict[str, Any]:

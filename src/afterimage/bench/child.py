@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import math
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from afterimage.config import AfterimageError
-
-_end: ContextVar[float] = ContextVar("end", default=math.inf)
-
-
-class TimeIsOver(AfterimageError):
-    """What was measured did not end within the time that all measurements together may take."""
-
-    def __init__(self) -> None:
-        super().__init__("not done within the time that all measurements together may take")
-
-
-@contextlib.contextmanager
-def within(seconds: int | float) -> Iterator[None]:
-    """Inside the block children are stopped, and no new one is started, once so many seconds have passed."""
-    token = _end.set(time.monotonic() + seconds)
-    try:
-        yield
-    finally:
-        _end.reset(token)
-
-
-def seconds_left() -> float:
-    """Seconds until the time is over; raises `TimeIsOver` once it is."""
-    left = _end.get() - time.monotonic()
-    if left <= 0:
-        raise TimeIsOver
-    return left
 
 
 @dataclass(frozen=True)
@@ -59,11 +29,8 @@ class Outcome:
 def in_child(work: str, /, *, timeout: float | None = None, **arguments: Any) -> Outcome:
     """Call `work`, written `module:function` below `afterimage.bench`, with plain JSON arguments and result.
 
-    Raises `AfterimageError` with the child's last line where it fails, is killed or takes longer than `timeout`, and
-    `TimeIsOver` where it takes longer than there is time (see `within`).
+    Raises `AfterimageError` with the child's last line where it fails, is killed or takes longer than `timeout`.
     """
-    left = seconds_left()
-    limit = min(left, math.inf if timeout is None else timeout)
     with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder:
         result = Path(folder, "result.json")
         command = [sys.executable, "-m", "afterimage.bench.child", work, json.dumps(arguments), str(result)]
@@ -75,11 +42,9 @@ def in_child(work: str, /, *, timeout: float | None = None, **arguments: Any) ->
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="backslashreplace",
-                timeout=None if limit == math.inf else limit,
+                timeout=timeout,
             )
         except subprocess.TimeoutExpired:
-            if limit == left:
-                raise TimeIsOver from None
             raise AfterimageError(f"{work} took longer than {timeout:g} s and was stopped") from None
         seconds = time.perf_counter() - started
         if done.returncode or not result.exists():

@@ -18,7 +18,7 @@ class Bench:
     """Measure training, memory, evaluating and starting beside a plain reference, in turns; print the ratios.
 
     Each row is printed as soon as it is there, all of them in a table at the end. Takes more than half an hour on two
-    cores. With --quick it ends after two minutes on any machine, and says what was not done by then.
+    cores. With --quick it begins nothing new after two minutes, however slow the machine, and says what was left out.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
@@ -26,8 +26,8 @@ class Bench:
     list: bool = False
     """List the measurements and start nothing."""
     quick: bool = False
-    """Smaller pictures, fewer of them, one repeat: ratios come out lower than at full size. Ends after two minutes, or
-    with --only when what is named is done."""
+    """Smaller pictures, fewer of them, one repeat: ratios come out lower than at full size. Begins nothing new after
+    two minutes; with --only does all that is named."""
     json: Path | None = None
     """Write rows and facts of the machine to this JSON file."""
     data: str = ""
@@ -43,7 +43,7 @@ class Bench:
     def run(self) -> None:
         import tempfile
 
-        from afterimage.bench import MEASUREMENTS, Settings, print_rows, row_line, run_bench
+        from afterimage.bench import MEASUREMENTS, QUICK_SECONDS, Settings, print_rows, row_line, run_bench
         from afterimage.progress import Display
 
         if self.list:
@@ -61,6 +61,11 @@ class Bench:
                 self.only, settings=settings, json_path=self.json, told=lambda row: say(row_line(row))
             )
         print_rows(rows)
+        if facts["left_out"]:
+            say(
+                f"left out, in whole or in part, since the {QUICK_SECONDS} s of --quick were over: "
+                f"{', '.join(facts['left_out'])}; `afterimage bench --quick --only NAME` measures one"
+            )
         say(
             f"{facts['processor'] or 'processor unknown'}, {facts['cores']} cores, "
             f"{facts['memory_bytes'] / 2**30:.0f} GiB, torch {facts['versions'].get('torch')}, "
