@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from importlib import metadata
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -22,7 +24,7 @@ from afterimage.cli.verify import Verify
 from afterimage.config import MAX_PROCESSES, AfterimageError, check_range
 from afterimage.runs import check_folder
 from afterimage.stop import interruptible
-from afterimage.terminal import always_writable, complain, say
+from afterimage.terminal import always_writable, complain, printable, say
 
 COMMANDS = {
     "layers": Layers,
@@ -55,12 +57,7 @@ def _main(arguments: list[str]) -> None:
         say(f"afterimage {metadata.version('afterimage')}")
         return
     try:
-        chosen = tyro.cli(
-            _union(),
-            prog="afterimage",
-            description="How much of a picture is left in the features of a frozen vision encoder?",
-            args=arguments,
-        )
+        chosen = _parsed(arguments)
         with interruptible():
             _run(chosen, arguments)
     except AfterimageError as error:
@@ -73,6 +70,22 @@ def _main(arguments: list[str]) -> None:
                 "\nafterimage: stopped; what is done is kept, the same command goes on from there", error=True
             )
         raise SystemExit(getattr(stopped, "code", 130)) from None
+
+
+def _parsed(arguments: list[str]) -> Any:
+    """The command that the arguments name; a message about a wrong one shows no more of it than can be shown."""
+    said = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if any(printable(argument) != argument for argument in arguments):
+            stack.callback(lambda: say(*said.getvalue().splitlines(), error=True))
+            stack.enter_context(contextlib.redirect_stdout(said))
+            stack.enter_context(contextlib.redirect_stderr(said))
+        return tyro.cli(
+            _union(),
+            prog="afterimage",
+            description="How much of a picture is left in the features of a frozen vision encoder?",
+            args=arguments,
+        )
 
 
 def _run(chosen, arguments: list[str]) -> None:
