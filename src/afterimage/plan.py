@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,7 +23,8 @@ from afterimage.reconstructor import build_head
 
 @dataclass(frozen=True)
 class Plan:
-    """One run as it would be. `seconds` and `bytes` are estimates; multiply-adds are for one picture."""
+    """One run as it would be. `seconds` and `bytes` are estimates; multiply-adds are for one picture; `unseen` names
+    by source the pixels that no location sees."""
 
     config: RunConfig
     specs: tuple[FeatureSpec, ...]
@@ -32,6 +33,7 @@ class Plan:
     decoder_macs: int
     seconds: float
     bytes: int
+    unseen: Mapping[str, str]
 
 
 def plan(configs: Sequence[RunConfig]) -> list[Plan]:
@@ -75,6 +77,7 @@ def _plan(config: RunConfig) -> Plan:
         decoder_macs,
         macs / macs_per_second(),
         memory,
+        {source: info.unseen for source, info in infos.items()},
     )
 
 

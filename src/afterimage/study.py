@@ -153,7 +153,7 @@ def expand(
         # With a fusion all sources are one row; without, each is a row of its own.
         for sources in [row.sources] if row.fusion else [(source,) for source in row.sources]:
             try:
-                matches = [match for source in sources for match in _matches(source)]
+                matches = [match for source in sources for match in _matches(source, study.data.crop, progress)]
                 groups = [tuple(matches)] if row.fusion else [(match,) for match in matches]
                 for group in groups:
                     weights = row.weights or study.weights
@@ -210,13 +210,15 @@ def _sizer(parameters: Count | None, progress: Progress) -> Callable[[DecoderCon
     return sized
 
 
-def _matches(source: str) -> list[str]:
-    from afterimage.encoders import list_layers, resolve
+def _matches(source: str, size: int, progress: Progress) -> list[str]:
+    from afterimage.encoders import early_end, list_layers, resolve
 
     model, layer = split_source(source)
     if not any(sign in layer for sign in "*?["):
         return [resolve(source)]
-    names = [info.name for info in list_layers(model)]
+    names = [info.name for info in list_layers(model, size)]
+    if ended := early_end(model, size):
+        progress(f"WARNING: {ended}", 1, 1)
     matches = [resolve(f"{model}:{name}") for name in names if fnmatch.fnmatchcase(name, layer)]
     if not matches:
         raise AfterimageError(f"{source!r} matches no layer of {model}. Layers: {', '.join(names)}")

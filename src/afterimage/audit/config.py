@@ -92,7 +92,8 @@ class AttackersConfig:
 class AuditConfig:
     """One audit. Exactly one of `model` (timm), `encoder` (`package.module:factory`) and `pairs` (a file).
 
-    `mean` and `std` are what pictures are normalised with before they reach an own encoder; `prediction` says what
+    `mean` and `std` are what pictures are normalised with before they reach an own encoder; `prefix_tokens` says how
+    many of its tokens come before those of the map, where that cannot be measured; `prediction` says what
     such a network returns: `classes`, `embedding`, or `auto` (a timm model's classifier, else an embedding).
     `test_fraction` of stored pairs is held out; pictures from elsewhere follow `data`.
     """
@@ -104,6 +105,7 @@ class AuditConfig:
     weights: str = "pretrained"
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    prefix_tokens: int | None = None
     prediction: str = "auto"
     data: DataConfig = DataConfig()
     test_fraction: float = 0.2
@@ -127,6 +129,8 @@ class AuditConfig:
             raise AfterimageError("name at least one defence, or none")
         if self.prediction not in ("auto", "classes", "embedding"):
             raise unknown("prediction", self.prediction, ("auto", "classes", "embedding"))
+        if self.prefix_tokens is not None and (not self.encoder or self.prefix_tokens < 0):
+            raise AfterimageError("prefix_tokens is a whole number from 0 on, and goes with an own encoder")
         if self.lpips not in LPIPS_NETS:
             raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
         if self.pairs and self.attackers.access != ("query",):

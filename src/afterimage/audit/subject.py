@@ -82,7 +82,13 @@ def _encoder(config: AuditConfig, network: nn.Module | None, layers: list[str]) 
         model = resolve_model(config.model)
         return Encoder(model, layers=layers, weights=config.weights, image_size=size, seed=config.seed)
     return CustomEncoder(
-        network, layers, name=config.encoder, image_size=size, mean=config.mean, std=config.std
+        network,
+        layers,
+        name=config.encoder,
+        image_size=size,
+        mean=config.mean,
+        std=config.std,
+        prefix_tokens=config.prefix_tokens,
     )
 
 

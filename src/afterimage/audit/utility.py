@@ -7,7 +7,7 @@ any network goes on from any layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from afterimage.defences import Defence
 from afterimage.encoders import Encoder
 from afterimage.encoders.build import create_loaded, create_random, pretrained_config
 from afterimage.encoders.custom import CustomEncoder, Place
-from afterimage.encoders.layout import Layout, reorder
+from afterimage.encoders.layout import Layout, field_names, has_fields, reorder, step_into
 from afterimage.encoders.tracing import trace
 from afterimage.progress import Progress, silent
 from afterimage.statistics import mean_interval
@@ -40,7 +40,8 @@ class Unavailable(Exception):
 class Network:
     """A whole network, and the place in it where features are sent.
 
-    `kind` is `classes` or `embedding`, `prefix` the number of tokens that go on beside the map, undefended.
+    `kind` is `classes` or `embedding`, `prefix` the number of tokens that go on beside the map, undefended, whether
+    they come before its places or after.
     """
 
     run: Callable[[Tensor], Any]
@@ -50,7 +51,7 @@ class Network:
 
     @property
     def prefix(self) -> int:
-        return self.layout.prefix
+        return self.layout.prefix + self.layout.suffix
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, change: Change | None = None, *, whole: Any = None) -> Tensor:
@@ -196,26 +197,36 @@ def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
     """A module's output with its feature map replaced: `Layout` backwards."""
     if depth < len(layout.key):
         step = layout.key[depth]
-        if isinstance(output, dict):
+        inner = _replaced(step_into(output, step), layout, maps, depth + 1)
+        if isinstance(output, MutableMapping):
             changed = copy.copy(output)
-            changed[step] = _replaced(output[step], layout, maps, depth + 1)
+            changed[step] = inner
+            return changed
+        if has_fields(output):
+            changed = copy.copy(output)
+            object.__setattr__(changed, step, inner)  # also where it is frozen
             return changed
         items = list(output)
-        items[step] = _replaced(items[step], layout, maps, depth + 1)
+        items[step] = inner
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     if layout.axes == "NHWC":
         return maps.permute(0, 2, 3, 1).contiguous()
     if layout.axes == "NLC":
-        return torch.cat([output[:, : layout.prefix], maps.flatten(2).transpose(1, 2)], 1)
+        places, after = maps.flatten(2).transpose(1, 2), output.shape[1] - layout.suffix
+        return torch.cat([output[:, : layout.prefix], places, output[:, after:]], 1)
     if layout.axes == "NCL":
-        return maps.flatten(2)
+        after = output.shape[2] - layout.suffix
+        return torch.cat([output[:, :, : layout.prefix], maps.flatten(2), output[:, :, after:]], 2)
     return maps.flatten(1) if layout.axes == "NC" else maps
 
 
 def _final(output: Any) -> Tensor:
     """The one vector a picture that a network returns."""
-    while isinstance(output, dict | list | tuple):
-        values = list(output.values()) if isinstance(output, dict) else list(output)
+    while isinstance(output, Mapping | list | tuple) or has_fields(output):
+        if has_fields(output) and not isinstance(output, Mapping):
+            values = [getattr(output, name) for name in field_names(output)]
+        else:
+            values = list(output.values()) if isinstance(output, Mapping) else list(output)
         vectors = [v for v in values if isinstance(v, Tensor) and v.ndim == 2]
         if len(vectors) == 1:
             return vectors[0].float()

@@ -66,6 +66,8 @@ class Audit:
     """With --encoder: what is taken from pictures in [0, 1] before it sees them."""
     std: tuple[float, float, float] | None = None
     """With --encoder: what they are then divided by."""
+    prefix_tokens: int | None = None
+    """With --encoder: how many tokens come before those of the map, where that cannot be measured."""
     prediction: str = ""
     """What the network returns: classes, embedding, or auto."""
     resize: int | None = None
@@ -127,7 +129,8 @@ class Audit:
             "limits": (LimitsConfig, self._of("max_ssim", "max_identification")),
             "recipe": (RecipeConfig, self._of("epochs")),
         }
-        given = self._of("layers", "defences", "weights", "mean", "std", "prediction", "seed", "lpips")
+        given = self._of("layers", "defences", "weights", "mean", "std", "prefix_tokens", "prediction")
+        given |= self._of("seed", "lpips")
         subject = self._of("model", "encoder", "pairs")
         if subject:
             given |= {"model": "", "encoder": "", "pairs": "", **subject}

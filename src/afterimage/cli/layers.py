@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from afterimage.config import MAX_SIDE, check_range
-from afterimage.terminal import console
+from afterimage.config import MAX_SIDE, Axis, check_range
+from afterimage.terminal import console, say
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class Layers:
 
     def run(self) -> None:
         check_range("--image-size", self.image_size, 1, MAX_SIDE)
-        from afterimage.encoders import list_layers
+        from afterimage.encoders import early_end, list_layers
 
         print_layers(self.model, list_layers(self.model, self.image_size, every=self.every))
+        if ended := early_end(self.model, self.image_size):
+            say(f"WARNING: {ended}")
 
 
 def print_layers(model: str, layers: list) -> None:
@@ -43,6 +46,9 @@ def print_layers(model: str, layers: list) -> None:
         "multiply-adds",
     ):
         table.add_column(column, justify="right")
+    placed = any(layer.rows or layer.columns for layer in layers)
+    if placed:
+        table.add_column("locations lie", overflow="fold")
     for layer in layers:
         table.add_row(
             layer.name,
@@ -52,5 +58,23 @@ def print_layers(model: str, layers: list) -> None:
             f"{layer.values_per_pixel_value:.3f}",
             f"{layer.encoder_parameters:,}",
             f"{layer.encoder_macs / 1e6:,.1f} M",
+            *([_placement(layer.rows, layer.columns)] if placed else []),
         )
     console(140).print(table)
+    print_unseen({layer.name: layer.unseen for layer in layers})
+
+
+def _placement(rows: Axis | None, columns: Axis | None) -> str:
+    """Where a map's locations lie, in pixels: `every 16 from 0`, of rows and columns where these differ."""
+    texts = [
+        "evenly" if axis is None else f"every {axis.stride:g} from {axis.start:g}" for axis in (rows, columns)
+    ]
+    return " by ".join(dict.fromkeys(texts))
+
+
+def print_unseen(unseen: Mapping[str, str]) -> None:
+    """What is not seen, or not known, of each layer: a line for each text, with the layers that it is true of."""
+    for text in dict.fromkeys(filter(None, unseen.values())):
+        named = [name for name, own in unseen.items() if own == text]
+        listed = "every layer" if len(named) == len(unseen) > 1 else ", ".join(named)
+        say(f"{listed}: {text}")

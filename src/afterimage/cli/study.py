@@ -223,6 +223,7 @@ def print_plan(configs: list[RunConfig]) -> None:
     """What a study would run and cost, one line a run."""
     from rich.table import Table
 
+    from afterimage.cli.layers import print_unseen
     from afterimage.plan import macs_per_second, plan
     from afterimage.progress import clock
     from afterimage.study import study_groups
@@ -259,6 +260,7 @@ def print_plan(configs: list[RunConfig]) -> None:
             f"~{one.bytes / 2**30:.1f} GiB",
         )
     console(180).print(table)
+    print_unseen({source: text for one in plans for source, text in one.unseen.items()})
     say(*problems)
     total = sum(one.seconds for one in plans)
     say(f"{len(study_groups(configs))} groups of runs that are trained together (--list-groups)")

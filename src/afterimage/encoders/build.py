@@ -105,9 +105,10 @@ def has_fixed_size(name: str) -> bool:
     return bool(pretrained_config(name).get("fixed_input_size"))
 
 
-def runnable_sizes(name: str) -> str:
+def native_size(name: str) -> Size:
+    """The picture size of a model's pretraining."""
     height, width = pretrained_config(name).get("input_size", (3, 224, 224))[-2:]
-    return f"{height}x{width}, the size of its pretraining"
+    return height, width
 
 
 def create_model(name: str, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:

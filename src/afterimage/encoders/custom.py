@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from afterimage.config import AfterimageError, FeatureSpec, local_path, unknown
 from afterimage.encoders.build import seeded
 from afterimage.encoders.frozen import Frozen
-from afterimage.encoders.layers import picture_size
-from afterimage.encoders.layout import Key, Layout, Refused, Shapes, find_layout
+from afterimage.encoders.layers import describe_placement, picture_size
+from afterimage.encoders.layout import Key, Layout, Refused, Shapes, find_grid, find_layout
 from afterimage.encoders.observe import Event, Observation
+from afterimage.encoders.placement import Placement, find_placement
 from afterimage.weights import Weights
 
 OUTPUT = "output"
@@ -37,10 +38,14 @@ class VectorLayout(Layout):
 
 @dataclass(frozen=True)
 class Place:
-    """Where features are taken: a module's path (empty for the whole network) and the layout of what it returns."""
+    """Where features are taken: a module's path (empty for the whole network) and the layout of what it returns.
+
+    `placement` says where in the image its locations lie.
+    """
 
     module: str
     layout: Layout
+    placement: Placement = Placement()
 
 
 class _Root(nn.Module):
@@ -58,8 +63,9 @@ class CustomEncoder(Frozen):
     """The features of layers of a network that is not timm's, on pictures in [0, 1]; frozen, in evaluation mode.
 
     A layer is a module's path, or `output` for what the network returns. Where that is a dict or a tuple with several
-    maps, one is named in brackets: `output[features]`, `neck[0]`. Shapes and axes (NCHW, NHWC, tokens, vectors) are
-    measured. Pictures reach the network as they are unless `mean` and `std` are given.
+    maps, one is named in brackets: `output[features]`, `neck[0]`. Shapes, axes (NCHW, NHWC, tokens, vectors), tokens
+    that are no places and where locations lie are measured; `prefix_tokens` says how many tokens come before the map's
+    where they cannot be told apart. Pictures reach the network as they are unless `mean` and `std` are given.
 
     Attributes: `model_name`, `sources`, `specs`, `weights`, `image_size` as of `Encoder`; `places`; `notes`.
 
@@ -76,8 +82,10 @@ class CustomEncoder(Frozen):
         image_size: int | tuple[int, int] = 224,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
+        prefix_tokens: int | None = None,
     ) -> None:
         super().__init__()
+        self._prefix_tokens = prefix_tokens
         self.model_name, self.image_size = name, picture_size(image_size)
         self.model = network
         self.requires_grad_(False).train(False)
@@ -88,10 +96,16 @@ class CustomEncoder(Frozen):
             )
         self.places = [self._place(layer, seen) for seen in [self._observe()] for layer in layers]
         self.sources = tuple(f"{name}:{layer}" for layer in layers)
-        layouts = [place.layout for place in self.places]
         self.specs = tuple(
-            FeatureSpec(source, layout.channels, layout.height, layout.width)
-            for source, layout in zip(self.sources, layouts, strict=True)
+            FeatureSpec(
+                source,
+                place.layout.channels,
+                place.layout.height,
+                place.layout.width,
+                place.placement.rows,
+                place.placement.columns,
+            )
+            for source, place in zip(self.sources, self.places, strict=True)
         )
         self.notes = self._try()
 
@@ -117,6 +131,18 @@ class CustomEncoder(Frozen):
                 raise AfterimageError(f"{spec.source} returns values that are not finite")
         return [found[index] for index in range(len(self.places))]
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Per layer: source, module, shape, and where its locations lie, as `Encoder.describe` has it."""
+        return [
+            {
+                "source": spec.source,
+                "module": place.module,
+                **{name: getattr(spec, name) for name in ("channels", "height", "width")},
+                **describe_placement(place.placement),
+            }
+            for spec, place in zip(self.specs, self.places, strict=True)
+        ]
+
     def run(self, images: Float[Tensor, "batch 3 height width"]) -> Any:
         """What the network returns for pictures in [0, 1]."""
         try:
@@ -130,7 +156,7 @@ class CustomEncoder(Frozen):
     def _observe(self) -> tuple[Observation, Observation, tuple[int, int]]:
         root = _Root(self.model)
         height, width = self.image_size
-        first = Observation(root, torch.zeros(1, 3, height, width))
+        first = Observation(root, torch.zeros(1, 3, height, width), follow=True)
         if first.failure:
             raise _raised(self.model_name, (1, 3, height, width), first.failure)
         # Which axes grow with the picture: a wider one, else a larger one, else just two.
@@ -154,14 +180,42 @@ class CustomEncoder(Frozen):
                 raise Refused(event.refused or f"it runs {event.runs} times in one pass")
             if name not in second.events:
                 raise Refused("it does not run on pictures of every size")
-            later = _chosen(second.events[name], keys)
-            return Place(module, _layout(_chosen(event, keys), later, (self.image_size, size)))
+            shapes, later = _chosen(event, keys), _chosen(second.events[name], keys)
+            layout = self._layout(shapes, later, size, event)
+            if layout.axes == "NC":
+                return Place(module, layout)
+            return Place(module, layout, find_placement(event.positions[layout.key], layout, self.image_size))
         except Refused as reason:
             shapes = ", ".join(f"{_text(key)} {'x'.join(map(str, shape))}" for key, shape in event.shapes)
             hint = f"; it returns {shapes}, name one as {path}[KEY]" if len(event.shapes) > 1 else ""
+            if any(len(shape) == 3 for _, shape in event.shapes) and self._prefix_tokens is None:
+                hint += "; of tokens, prefix_tokens (--prefix-tokens) says how many come before the map's"
             raise AfterimageError(
                 f"{self.model_name}:{layer} cannot be audited: {reason}{hint}. Layers: {', '.join(known[:40])}"
             ) from None
+
+    def _layout(self, shapes: Shapes, later: Shapes, size: tuple[int, int], event: Event) -> Layout:
+        vectors = [(key, shape) for key, shape in shapes if len(shape) == 2 and shape[0] == 1]
+        if len(shapes) == len(vectors) == 1 and dict(later).get(vectors[0][0]) == (2, vectors[0][1][1]):
+            key, (_, channels) = vectors[0]
+            return VectorLayout("NC", channels, 1, 1, key=key)
+        given, sizes = self._prefix_tokens, (self.image_size, size)
+        try:
+            layout = find_layout(shapes, later, sizes, positions=event.positions)
+        except Refused:
+            tokens = [(key, shape) for key, shape in shapes if len(shape) == 3 and shape[0] == 1]
+            if given is None or len(tokens) != 1:
+                raise
+            grid = find_grid(tokens[0][1][1] - given, self.image_size)
+            if grid is None:
+                raise
+            key, (_, _, channels) = tokens[0]
+            return Layout("NLC", channels, *grid, prefix=given, key=key)
+        if given is not None and layout.axes in ("NLC", "NCL") and layout.prefix != given:
+            raise Refused(
+                f"prefix_tokens is {given}, but {layout.prefix} of its tokens come before the map's"
+            )
+        return layout
 
     @torch.no_grad()
     def _try(self) -> list[str]:
@@ -241,14 +295,6 @@ def _chosen(event: Event, keys: Sequence[str]) -> Shapes:
     if keys and not shapes:
         raise Refused(f"nothing it returns is called {''.join(f'[{key}]' for key in keys)}")
     return shapes
-
-
-def _layout(first: Shapes, second: Shapes, sizes: tuple[tuple[int, int], tuple[int, int]]) -> Layout:
-    vectors = [(key, shape) for key, shape in first if len(shape) == 2 and shape[0] == 1]
-    if len(first) == len(vectors) == 1 and dict(second).get(vectors[0][0]) == (2, vectors[0][1][1]):
-        key, (_, channels) = vectors[0]
-        return VectorLayout("NC", channels, 1, 1, key=key)
-    return find_layout(first, second, sizes)
 
 
 def _text(key: Key) -> str:

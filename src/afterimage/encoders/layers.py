@@ -104,6 +104,11 @@ def list_layers(
     return [_info(name, traced.tap(name), size) for name in names]
 
 
+def early_end(model: str, image_size: int | Sequence[int] | None = None) -> str:
+    """Why a model ended before all of its layers could be listed, and the size that works; "" where it did not."""
+    return trace(resolve_model(model), picture_size(224 if image_size is None else image_size)).early_end
+
+
 def layer_info(source: str, image_size: int | Sequence[int] = 224) -> LayerInfo:
     """One layer, `model:layer`, as `list_layers` describes it; any module that can be inverted."""
     model, layer = split_source(source)

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from afterimage.encoders.follow import PositionFlow, storage
 from afterimage.encoders.layout import Key, Refused, Shapes, reorder, tensors
-from afterimage.encoders.positions import PositionFlow, Positions
+from afterimage.encoders.positions import Positions
 
 
 @dataclass
@@ -57,18 +58,21 @@ class Observation(TorchDispatchMode):
         self.failure = ""
         self._clock = self._flops = self._finished = 0
         self._seen = {storage(images)}
+        fast = torch.backends.mha.get_fastpath_enabled()
         hooks = [
             module.register_forward_hook(functools.partial(self._finish, path))
             for path, module in model.named_modules()
             if path
         ]
         try:
-            # Attention in plain matrix products, which are counted on every device.
+            # Attention in plain matrix products, which are counted and followed on every device.
+            torch.backends.mha.set_fastpath_enabled(False)
             with torch.no_grad(), torch.device(images.device), sdpa_kernel(SDPBackend.MATH), self:
                 model(images)
         except Exception as error:
             self.failure = (str(error).splitlines() or [""])[0] or type(error).__name__
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for hook in hooks:
                 hook.remove()
 
@@ -113,8 +117,3 @@ class Observation(TorchDispatchMode):
             positions={key: self.flow.of(tensor) for key, tensor in found} if self.flow is not None else {},
         )
         self._finished += 1
-
-
-def storage(tensor: Tensor) -> int:
-    """What a tensor shares with its views, so that reading a view counts as reading the parameter."""
-    return tensor.untyped_storage()._cdata

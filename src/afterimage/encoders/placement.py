@@ -35,28 +35,45 @@ class Placement:
 def find_placement(positions: Positions | None, layout: Layout, size: Size) -> Placement:
     """The placement of a feature map on images of `size`, from the positions of what a module returned."""
     try:
-        if positions is None or len(positions.parts) != 1 or not (positions.parts[0][2] < torch.inf).any():
+        if positions is None or not positions.parts or all(part[2].isinf().all() for part in positions.parts):
             doubts = sorted(positions.doubts) if positions is not None else []
             raise Refused(
-                f"what {', '.join(doubts)} does to places is not known"
-                if doubts
-                else "it has no place of its own"
+                f"what {', '.join(doubts)} does to places is not known" if doubts else "it has no place"
             )
-        pick = replace(layout, key=())
-        y, x, _ = averaged(
-            tuple(compress(pick(array.expand(positions.shape))) for array in positions.parts[0]), 1
-        )
-        reach = [
-            [pick(array.expand(positions.shape)).amin() for array in arrays] for arrays in positions.reach
-        ]
+        centres = _over_channels(positions, layout)
+        reach = [[_map(array, positions, layout).amin() for array in arrays] for arrays in positions.reach]
         top, left, bottom, right = (int(min(values).item()) for values in zip(*reach, strict=True))
-        rows = _axis(y[0, 0], layout.height, size[0], top, -bottom)
-        columns = _axis(x[0, 0].T, layout.width, size[1], left, -right)
+        rows = _axis(centres[0], layout.height, size[0], top, -bottom)
+        columns = _axis(centres[1].T, layout.width, size[1], left, -right)
     except Refused as reason:
         return Placement(
             unseen=f"where its locations lie in the image is not known ({reason}); it is taken to be divided evenly"
         )
     return Placement(rows, columns, describe_unseen(rows, columns, size))
+
+
+def _map(array: Tensor, positions: Positions, layout: Layout) -> Tensor:
+    return compress(replace(layout, key=())(array.expand(positions.shape)))
+
+
+def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The centres `(y, x)` of a map's locations, `(h, w)` or 1 along an axis on which they are constant.
+
+    Where a location brings several places together they are those that are mixed least. Raises Refused where these
+    lie far apart.
+    """
+    parts = [averaged(tuple(_map(array, positions, layout) for array in part), 1) for part in positions.parts]
+    least = min(part[2].min().item() for part in parts)
+    parts = [part for part in parts if part[2].min().item() == least]
+    cells = (layout.height, layout.width)
+    centres = []
+    for axis in range(2):
+        several = torch.stack([part[axis][0, 0].expand(cells) for part in parts])
+        spread, steps = several.amax(0) - several.amin(0), several[0].diff(dim=axis)
+        if len(parts) > 1 and (spread > steps.median() if steps.numel() else spread > 0).any():
+            raise Refused("each of its locations brings several places together")
+        centres.append(compress(several.mean(0)))
+    return centres[0], centres[1]
 
 
 def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis | None:
@@ -71,7 +88,9 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
         raise Refused("its rows or columns are not straight")
     line = centres.expand(count, -1)[:, centres.shape[1] // 2]
     steps = line.diff()
-    if (steps < 0).any() or line[0] == line[-1]:
+    if line[0] == line[-1]:
+        raise Refused("each of its locations is made of the whole image alike")
+    if (steps < 0).any():
         raise Refused("its rows or columns are not in the image's order")
     index = torch.arange(count, dtype=torch.float64, device="cpu")
     mean = index.mean()
@@ -103,12 +122,13 @@ def describe_unseen(rows: Axis | None, columns: Axis | None, size: Size) -> str:
         for axis, length in zip((rows, columns), size, strict=True)
     ]
     if named[0] == named[1]:
-        named, words = [named[0]], ["rows and columns"]
+        parts = [f"the {end} {_counted(count, 'row', 'column')}" for end, count in named[0]]
     else:
-        words = ["rows", "columns"]
-    parts = [
-        " and ".join(f"the {end} {count}" for end, count in ends) + f" {word}"
-        for ends, word in zip(named, words, strict=True)
-        if ends
-    ]
+        words = zip(named, ("row", "column"), strict=True)
+        parts = [f"the {end} {_counted(count, word)}" for ends, word in words for end, count in ends]
     return f"{' and '.join(parts)} of {size[0]}x{size[1]} images are not seen" if parts else ""
+
+
+def _counted(count: int, *words: str) -> str:
+    text = " and ".join(words if count == 1 else [f"{word}s" for word in words])
+    return text if count == 1 else f"{count} {text}"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from afterimage.config import AfterimageError, unknown
-from afterimage.encoders.build import Blank, create_model, has_fixed_size, runnable_sizes, seeded
+from afterimage.encoders.build import Blank, create_model, has_fixed_size, native_size, seeded
 from afterimage.encoders.layout import Layout, Refused, Size, find_layout
 from afterimage.encoders.names import aliases
 from afterimage.encoders.observe import Observation, storage
@@ -83,6 +83,18 @@ class Trace:
         )
 
     @property
+    def early_end(self) -> str:
+        """Where and why the network ended before its end, and the size that works; "" where it ran through."""
+        if not self.failure:
+            return ""
+        works = _size_that_works(self.model, self.image_size)
+        return (
+            f"{self.model} ended early on {self.image_size[0]}x{self.image_size[1]} images ({self.failure}): layers "
+            f"after {self.by_order[-1] if self.taps else 'its start'} are not listed"
+            + (f"; it runs to its end on {works}" if works else "")
+        )
+
+    @property
     def by_order(self) -> list[str]:
         """Every module that can be inverted, in order of execution, by alias where there is one."""
         short = {path: alias for alias, path in self.aliases.items()}
@@ -99,25 +111,43 @@ class Trace:
         return [names for clock, names, _ in self.reads if clock <= last]
 
 
+class _Unbuildable(Exception):
+    """Why a model cannot be built for a size."""
+
+
 def cannot_run(model: str, size: Size, reason: str) -> AfterimageError:
+    works = _size_that_works(model, size)
     return AfterimageError(
-        f"{model} cannot run on {size[0]}x{size[1]} pictures ({reason}); it can on {runnable_sizes(model)}"
+        f"{model} cannot run on {size[0]}x{size[1]} pictures ({reason})"
+        + (f"; it can on {works}" if works else "")
     )
+
+
+def _size_that_works(model: str, size: Size) -> str:
+    """The size of a model's pretraining, in words, if it runs to the end there; else ""."""
+    native = native_size(model)
+    with contextlib.suppress(AfterimageError):
+        if native != size and not trace(model, native).failure:
+            return f"{native[0]}x{native[1]}, the size of its pretraining"
+    return ""
 
 
 @functools.lru_cache(maxsize=32)
 def trace(name: str, image_size: Size) -> Trace:
     """Trace a timm model (name with tag). Raises AfterimageError if it cannot be built for `image_size`."""
-    model = _blank(name, image_size)
+    try:
+        model = _blank(name, image_size)
+    except _Unbuildable as reason:
+        raise cannot_run(name, image_size, str(reason)) from reason
     first = Observation(model, _pictures(model, 1, image_size), follow=True)
-    if first.failure and _device(model) == "meta":
+    if (first.failure or first.flow.needs_values) and _device(model) == "meta":
         model = _blank(name, image_size, "cpu")
         first = Observation(model, _pictures(model, 1, image_size), follow=True)
     second, size = _observe_again(name, model, image_size, first)
     reads = _reads(model, first)
     clocks = [clock for clock, _, _ in reads]
     totals = [0, *itertools.accumulate(count for _, _, count in reads)]
-    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
+    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)  # of a timm model without any too
     nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
     taps, refused, positions = {}, {}, {}
     for path, event in first.events.items():
@@ -128,7 +158,8 @@ def trace(name: str, image_size: Size) -> Trace:
                 raise Refused(f"it runs {event.runs} times in one pass, so that its output is not one thing")
             if path not in second.events:
                 raise Refused("it does not run on pictures of every size")
-            layout = find_layout(event.shapes, second.events[path].shapes, (image_size, size), prefix, nhwc)
+            later = second.events[path].shapes
+            layout = find_layout(event.shapes, later, (image_size, size), prefix, nhwc, event.positions)
         except Refused as reason:
             refused[path] = str(reason)
             continue
@@ -156,7 +187,7 @@ def _blank(name: str, image_size: Size, device: str = "meta") -> nn.Module:
         try:
             return create_model(name, image_size)
         except Exception as error:
-            raise cannot_run(name, image_size, f"{type(error).__name__}: {error}") from error
+            raise _Unbuildable(f"{type(error).__name__}: {error}") from error
 
 
 def _device(model: nn.Module) -> str:
@@ -175,7 +206,7 @@ def _observe_again(name: str, model: nn.Module, size: Size, first: Observation) 
         if has_fixed_size(name) and other != size:
             try:
                 candidate = _blank(name, other, _device(model))
-            except AfterimageError:
+            except _Unbuildable:
                 continue
         second = Observation(candidate, _pictures(candidate, 2, other))
         if len(second.events) >= len(first.events):
