@@ -45,7 +45,8 @@ def settings(factory, layer, *defences, **changes):
 
 def audited(config, root, cache):
     results = run_audit(config, root, cache=cache, accelerator="cpu")
-    return results, judge(results.rows, results.blind, results.costs, config.limits, results.failures)
+    measured = (results.rows, results.blind, results.costs)
+    return results, judge(*measured, config.limits, results.failures, results.unmeasured)
 
 
 LIMITS = LimitsConfig(max_ssim=0.9, max_identification=0.05)

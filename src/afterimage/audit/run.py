@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,30 @@ from afterimage.audit.identification import Gallery, reduced
 from afterimage.audit.subject import Subject, open_subject
 from afterimage.audit.utility import Unavailable, measure_cost, no_cost, whole_network
 from afterimage.checkpoint import load_tensors, remove_checkpoints
-from afterimage.config import AfterimageError, dump_toml, to_dict
+from afterimage.config import AfterimageError, FeatureSpec, dump_toml, to_dict
 from afterimage.data import Data
 from afterimage.decoders.canvas import seen_box
 from afterimage.defences import Defence, create_defence
 from afterimage.encoders.placement import describe_unseen
 from afterimage.evaluate import SEEN, Box, cropped, evaluate
+from afterimage.failures import (
+    EVERYTHING,
+    TRACEBACK,
+    as_error,
+    concerns,
+    foreseen,
+    forget,
+    is_done,
+    let_go,
+    of_caller,
+    one_line,
+    record,
+)
 from afterimage.member import Member
 from afterimage.metrics import Metrics
 from afterimage.progress import Progress, silent
 from afterimage.ranks import one_device
-from afterimage.runs import environment, read_json, write_atomic, write_json
+from afterimage.runs import Run, environment, read_json, write_atomic, write_json
 from afterimage.weights import identity
 
 BLIND = "no features"
@@ -53,6 +66,8 @@ class Results:
     costs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    unmeasured: set[tuple[str, str]] = field(default_factory=set)
+    """Layers and defences of which an attacker, or all of it, could not be measured."""
 
 
 def run_audit(
@@ -66,8 +81,9 @@ def run_audit(
 ) -> Results:
     """Measure every cell that is not done yet, each into a folder below `root`; returns all of them.
 
-    `keep` test pictures a cell are stored. A cell that fails is noted in `failures` and the others go on; raises
-    `AfterimageError` for what concerns them all: the network, its weights, the pictures, a defence's text.
+    `keep` test pictures a cell are stored. A layer, a defence or an attacker that fails, whatever is raised, is noted
+    in `failures`, its cells hold the traceback, and the others go on; raises `AfterimageError` for what concerns them
+    all: the network, its weights, the pictures, a defence's text.
     """
     audit = _Audit(config, Path(root), cache, accelerator, progress, keep)
     return audit.run()
@@ -83,19 +99,30 @@ class _Audit:
         progress: Progress,
         keep: int,
     ) -> None:
+        progress = of_caller(progress)
         self.config, self.root, self.progress, self.keep = config, root, progress, keep
         self.subject: Subject = open_subject(config, cache=cache, progress=progress)
         if len(self.subject.data.test) < 2:
             raise AfterimageError(
                 "an audit needs 2 test pictures or more: a verdict rests on intervals over them"
             )
-        for spec in self.subject.specs.values():  # a wrong text is told before anything is trained
-            for text in config.defences:
-                create_defence(text, [spec], seed=config.seed, image_size=self.subject.image_size)
+        self._check_defences()
         self.fabric = one_device(accelerator, config.recipe.precision)
         self.metrics = Metrics(config.lpips, size=min(self.subject.image_size)).to(self.fabric.device)
         self.results = Results(self._describe(), notes=list(self.subject.notes))
         self._galleries: dict[Box | None, Gallery] = {}
+
+    def _check_defences(self) -> None:
+        """Raise for a text that no layer allows, before anything is trained."""
+        for text in self.config.defences:
+            errors: list[Exception] = []
+            for spec in self.subject.specs.values():
+                try:
+                    self._defence(text, spec)
+                except Exception as error:
+                    errors.append(error)
+            if len(errors) == len(self.subject.specs) and foreseen(errors[0]):
+                raise errors[0]
 
     def _describe(self) -> dict[str, Any]:
         subject = self.subject
@@ -119,12 +146,48 @@ class _Audit:
             )
         write_atomic(path, text)
         write_json(self.root / "environment.json", environment() | {"device": str(self.fabric.device)})
+        for layer, error in self.subject.failures.items():
+            self._failed(layer, error)
         attackers = dict(self._attackers())
         for data in attackers.values():
-            self._blind(data)
+            cell = self._cell("", "", BLIND, data, "query")
+            with self._ending(f"{BLIND}, {cell.pictures:,} pictures", [cell]):
+                self._blind(cell, data)
         for layer in self.subject.layers:
             self._layer(layer, attackers)
         return self.results
+
+    @contextlib.contextmanager
+    def _ending(self, what: str, cells: Sequence[Cell] = ()) -> Iterator[None]:
+        """An error inside the block ends `what`, with these cells, and leaves the others alone."""
+        try:
+            yield
+        except Exception as error:
+            self._failed(what, error, cells)
+
+    def _failed(self, what: str, error: Exception, cells: Sequence[Cell] = ()) -> None:
+        """Note what could not be measured, in the folders of its cells too, or raise what concerns everything."""
+        if concerns(error) == EVERYTHING:
+            raise error
+        file = None
+        for cell in cells:
+            run = cell.run(self.root)
+            if not is_done(run):
+                file = file or run.file(TRACEBACK).relative_to(self.root)
+                record(run, error)
+                self.results.unmeasured.add((cell.layer, cell.defence))
+        text = str(as_error(error, what, file))
+        text = text if text.startswith(what) else f"{what}: {text}"
+        if text not in self.results.failures:
+            self.results.failures.append(text)
+            self.progress(f"could not be measured: {text}", 1, 1)
+        let_go(error)
+
+    def _begin(self, cell: Cell) -> Run:
+        """The folder of a cell that is about to be measured."""
+        run = cell.begin(self.root)
+        forget(run)
+        return run
 
     def _attackers(self) -> Iterator[tuple[int, Data]]:
         """What each attacker owns, by the number of pictures; numbers that the pool does not have are left out."""
@@ -195,10 +258,9 @@ class _Audit:
         if run.state == "done":
             into.append(run.summary | {"folder": str(run.path.relative_to(self.root))})
 
-    def _blind(self, data: Data) -> None:
-        cell = self._cell("", "", BLIND, data, "query")
+    def _blind(self, cell: Cell, data: Data) -> None:
         if cell.run(self.root).state != "done":
-            cell.begin(self.root)
+            self._begin(cell)
             started = time.monotonic()
             mean = mean_picture(data.train, 16)
             result = evaluate(
@@ -223,36 +285,47 @@ class _Audit:
             ]
             for count, data in attackers.items()
         }
-        missing = any(c.run(self.root).state != "done" for cells in wanted.values() for c in cells)
         costs = {text: self._cost_file(layer, text) for text in self.config.defences}
-        unknown = [text for text, path in costs.items() if not path.exists()]
-        if missing or unknown:
-            encoder = None
-            if not self.subject.is_stored:
-                encoder = self.subject.encoder(layer).to(self.fabric.device)
-            defences = self._defences(layer, encoder)
-            found = self._costs(layer, encoder, [defences[text] for text in unknown]) if unknown else []
-            for text, cost in zip(unknown, found, strict=True):
-                write_json(costs[text], cost)
-            for count, cells in wanted.items():
-                self._attack(layer, encoder, defences, attackers[count], cells)
+        with self._ending(layer, [cell for cells in wanted.values() for cell in cells]):
+            missing = any(not is_done(c.run(self.root)) for cells in wanted.values() for c in cells)
+            unknown = [text for text, path in costs.items() if not path.exists()]
+            if missing or unknown:
+                encoder = None
+                if not self.subject.is_stored:
+                    encoder = self.subject.encoder(layer).to(self.fabric.device)
+                defences = self._defences(layer, encoder, wanted)
+                self._costs(layer, encoder, {t: defences[t] for t in unknown if t in defences}, costs)
+                for count, cells in wanted.items():
+                    own = [cell for cell in cells if cell.defence in defences]
+                    self._attack_all(layer, encoder, defences, attackers[count], own)
         for text, path in costs.items():
-            self.results.costs[layer, text] = read_json(path)
+            with self._ending(f"{layer}, {text}"):
+                if path.exists():
+                    self.results.costs[layer, text] = read_json(path)
         for cells in wanted.values():
             for cell in cells:
-                self._collect(cell, self.results.rows)
+                try:
+                    self._collect(cell, self.results.rows)
+                except Exception as error:
+                    self.results.unmeasured.add((layer, cell.defence))
+                    self._failed(f"{layer}, {cell.defence}, {cell.decoder}", error)
 
-    def _defences(self, layer: str, encoder: nn.Module | None) -> dict[str, Defence]:
-        """Every defence, fitted on the first training pictures of whoever defends."""
+    def _defences(
+        self, layer: str, encoder: nn.Module | None, wanted: Mapping[int, Sequence[Cell]]
+    ) -> dict[str, Defence]:
+        """Every defence that can be, fitted on the first training pictures of whoever defends."""
         spec, device = self.subject.specs[layer], self.fabric.device
         pictures, batch_size = self.subject.data.train, self.config.recipe.batch_size
         maps = calibration(Sent(spec.source, [], encoder), pictures, device, batch_size)
-        return {
-            text: create_defence(text, [spec], seed=self.config.seed, image_size=self.subject.image_size)
-            .to(device)
-            .fit(maps)
-            for text in self.config.defences
-        }
+        found: dict[str, Defence] = {}
+        for text in self.config.defences:
+            own = [cell for cells in wanted.values() for cell in cells if cell.defence == text]
+            with self._ending(f"{layer}, {text}", own):
+                found[text] = self._defence(text, spec).to(device).fit(maps)
+        return found
+
+    def _defence(self, text: str, spec: FeatureSpec) -> Defence:
+        return create_defence(text, [spec], seed=self.config.seed, image_size=self.subject.image_size)
 
     def _cost_file(self, layer: str, defence: str) -> Path:
         settings = self._cell(layer, defence, "", self.subject.data, "query").settings
@@ -268,6 +341,33 @@ class _Audit:
         return self.root / "costs" / f"{named}.json"
 
     def _costs(
+        self,
+        layer: str,
+        encoder: nn.Module | None,
+        defences: Mapping[str, Defence],
+        files: Mapping[str, Path],
+    ) -> None:
+        """Measure what defences cost and write it down, together or, where that fails, each by itself."""
+        if not defences:
+            return
+        try:
+            found = self._measured_costs(layer, encoder, list(defences.values()))
+        except Exception as error:
+            if len(defences) == 1:
+                ((text, defence),) = defences.items()
+                self.results.costs[layer, text] = no_cost(defence, f"measuring it failed: {one_line(error)}")
+                self._failed(f"{layer}, {text}, what it costs", error)
+                return
+            if concerns(error) == EVERYTHING:
+                raise
+            let_go(error)
+            for text, defence in defences.items():
+                self._costs(layer, encoder, {text: defence}, files)
+            return
+        for text, cost in zip(defences, found, strict=True):
+            write_json(files[text], cost)
+
+    def _measured_costs(
         self, layer: str, encoder: nn.Module | None, defences: Sequence[Defence]
     ) -> list[dict[str, Any]]:
         if encoder is None:
@@ -290,11 +390,33 @@ class _Audit:
         """An error ends one cell and leaves the others alone."""
         try:
             yield
-        except AfterimageError as error:
-            self.results.failures.append(f"{cell.layer}, {cell.defence}, {cell.decoder}: {error}")
-            cell.run(self.root).set_state("failed", error=str(error))
+        except Exception as error:
+            self._failed(f"{cell.layer}, {cell.defence}, {cell.decoder}", error, [cell])
             if member is not None:
                 member.failed = True
+
+    def _attack_all(
+        self,
+        layer: str,
+        encoder: nn.Module | None,
+        defences: dict[str, Defence],
+        data: Data,
+        cells: Sequence[Cell],
+    ) -> None:
+        """Attack every defence on one pass or, where that fails, each on a pass of its own."""
+        try:
+            self._attack(layer, encoder, defences, data, cells)
+            return
+        except Exception as error:
+            if len(defences) == 1:
+                self._failed(f"{layer}, {next(iter(defences))}", error, cells)
+                return
+            if concerns(error) == EVERYTHING:
+                raise
+            let_go(error)
+        for text, defence in defences.items():
+            own = [cell for cell in cells if cell.defence == text]
+            self._attack_all(layer, encoder, {text: defence}, data, own)
 
     def _attack(
         self,
@@ -306,7 +428,7 @@ class _Audit:
     ) -> None:
         """Everyone with the same pictures, on one pass through the encoder."""
         names = list(defences)
-        missing = [cell for cell in cells if cell.run(self.root).state != "done"]
+        missing = [cell for cell in cells if not is_done(cell.run(self.root))]
         wanted = list(dict.fromkeys((cell.defence, cell.decoder) for cell in missing))
         members: dict[Member, Cell] = {}
         for defence, decoder in wanted:
@@ -321,7 +443,7 @@ class _Audit:
                     self.config.recipe,
                     self.fabric,
                     seed=self.config.seed,
-                    run=cell.begin(self.root),
+                    run=self._begin(cell),
                 )
                 members[member] = cell
         if not members:
@@ -350,23 +472,40 @@ class _Audit:
         fresh = []
         for member, cell in members.items():
             path = cell.run(self.root).file("decoder.safetensors")
-            if cell.run(self.root).state == "done" and path.exists():
-                member.best, _ = load_tensors(path)
-                member.head.load_state_dict(member.best)
-            else:
-                member.restore()
-                fresh.append(member)
+            with self._recorded(cell, member):
+                if is_done(cell.run(self.root)) and path.exists():
+                    member.best, _ = load_tensors(path)
+                    member.head.load_state_dict(member.best)
+                else:
+                    member.restore()
+                    fresh.append(member)
         attack.members = fresh
         attack.train()
-        attack.members = [m for m in fresh if m.best and not m.failed]
-        for member in attack.members:
-            member.head.load_state_dict(member.best)
-            member.save_best()
-        if not attack.members:
+        for member in [m for m in fresh if m.best and not m.failed]:
+            with self._recorded(members[member], member):
+                member.head.load_state_dict(member.best)
+                member.save_best()
+        if sound := [m for m in fresh if m.best and not m.failed]:
+            self._measure(attack, sound, members)
+
+    def _measure(self, attack: Attack, which: list[Member], members: dict[Member, Cell]) -> None:
+        """Measure attackers on one pass or, where that fails, each on a pass of its own."""
+        attack.members = which
+        try:
+            results, small = attack.test(self.metrics, self.keep, self._box(members[which[0]].layer))
+        except Exception as error:
+            if len(which) == 1:
+                with self._recorded(members[which[0]], which[0]):
+                    raise
+                return
+            if concerns(error) == EVERYTHING:
+                raise
+            let_go(error)
+            for member in which:
+                self._measure(attack, [member], members)
             return
-        layer = members[attack.members[0]].layer
-        results, small = attack.test(self.metrics, self.keep, self._box(layer))
-        for member, result, reconstructions in zip(attack.members, results, small, strict=True):
+        layer = members[which[0]].layer
+        for member, result, reconstructions in zip(which, results, small, strict=True):
             cell = members[member]
             with self._recorded(cell, member):
                 cell.save(
@@ -385,7 +524,7 @@ class _Audit:
         from afterimage.audit.refine import refined
 
         with self._recorded(cell):
-            cell.begin(self.root)
+            self._begin(cell)
             limits = self.config.attackers
             rows, pictures, small, seconds = refined(
                 attack, member, self.metrics,

@@ -38,6 +38,8 @@ class Subject:
     pool: Data
     notes: list[str] = field(default_factory=list)
     network: nn.Module | None = None
+    failures: dict[str, Exception] = field(default_factory=dict)
+    """Layers that were asked for and cannot be read, and why."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -53,12 +55,28 @@ class Subject:
 
 
 def open_subject(config: AuditConfig, *, cache: Path | None = None, progress: Progress = silent) -> Subject:
-    """Find the network and its weights, or the store, and all pictures. Raises AfterimageError for any that fails."""
+    """Find the network and its weights, or the store, and all pictures. Raises AfterimageError for any that fails.
+
+    A layer that cannot be read is left out, and is among the `failures`; what the first raises is raised where none
+    can.
+    """
     if config.pairs:
         return _store(config)
     network = load_factory(config.encoder) if config.encoder else None
-    # All layers at once, so that a wrong one is told before the first is trained on.
-    encoder = _encoder(config, network, list(config.layers))
+    layers, failures = list(config.layers), {}
+    try:
+        # All layers at once, so that a wrong one is told before the first is trained on.
+        encoder = _encoder(config, network, layers)
+    except Exception as error:
+        for layer in layers:
+            try:
+                _encoder(config, network, [layer])
+            except Exception as found:
+                failures[layer] = found
+        layers = [layer for layer in layers if layer not in failures]
+        if not layers or not failures:
+            raise failures.get(config.layers[0], error) from None
+        encoder = _encoder(config, network, layers)
     data = load_data(config.data, cache=cache, progress=progress)
     pool = data
     if config.attackers.data:
@@ -71,9 +89,9 @@ def open_subject(config: AuditConfig, *, cache: Path | None = None, progress: Pr
     if config.encoder and config.mean == (0.0, 0.0, 0.0) and config.std == (1.0, 1.0, 1.0):
         notes.append("pictures reach the network as they are, in [0, 1]: no --mean and --std were given")
     size = (config.data.crop, config.data.crop)
-    specs = dict(zip(config.layers, encoder.specs, strict=True))
+    specs = dict(zip(layers, encoder.specs, strict=True))
     weights = encoder.weights.as_dict()
-    return Subject(config, encoder.model_name, specs, weights, size, data, pool, notes, network)
+    return Subject(config, encoder.model_name, specs, weights, size, data, pool, notes, network, failures)
 
 
 def _encoder(config: AuditConfig, network: nn.Module | None, layers: list[str]) -> Encoder | CustomEncoder:
@@ -94,11 +112,17 @@ def _encoder(config: AuditConfig, network: nn.Module | None, layers: list[str]) 
 
 def _store(config: AuditConfig) -> Subject:
     store = load_pairs(config.pairs, test_fraction=config.test_fraction, seed=config.data.split_seed)
-    for layer in config.layers:
-        if layer not in store.specs:
-            raise unknown(f"layer of {config.pairs}", layer, store.specs)
-    specs = {layer: store.specs[layer] for layer in config.layers or store.specs}
+    layers = config.layers or tuple(store.specs)
+    specs = {layer: store.specs[layer] for layer in layers if layer in store.specs}
+    failures: dict[str, Exception] = {
+        layer: unknown(f"layer of {config.pairs}", layer, store.specs)
+        for layer in layers
+        if layer not in specs
+    }
+    if not specs:
+        raise failures[layers[0]]
     name = shown(Path(local_path(config.pairs)).name)
+    notes = [*store.notes, NO_AUGMENTATION]
     return Subject(
-        config, name, specs, {}, store.image_size, store.data, store.data, [*store.notes, NO_AUGMENTATION]
+        config, name, specs, {}, store.image_size, store.data, store.data, notes, failures=failures
     )

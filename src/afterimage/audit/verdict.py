@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,16 +112,19 @@ def judge(
     costs: Mapping[tuple[str, str], Mapping[str, Any]],
     limits: LimitsConfig,
     failures: Sequence[str] = (),
+    unmeasured: Collection[tuple[str, str]] = (),
 ) -> Verdict:
     """Weigh all measured rows. Of several attackers and distances the worst counts: one that is shown to leak, else
     one that is not shown to be safe, and of these the interval's end that decides. Where a layer's locations do not see
-    the whole image, the worse of two measurements counts: of whole images, and of the part that is seen alone.
+    the whole image, the worse of two measurements counts: of whole images, and of the part that is seen alone. A layer
+    and defence among the `unmeasured`, of which an attacker could not be measured, is never within limits.
     """
     options = []
     for (layer, defence), cost in costs.items():
         own = [row for row in rows if (row["layer"], row["defence"]) == (layer, defence)]
         if own:
-            options.append(_option(layer, defence, own, cost, limits))
+            complete = (layer, defence) not in unmeasured
+            options.append(_option(layer, defence, own, cost, limits, complete))
     passed = None
     if limits:
         passed = bool(options) and not failures and all(o.status == WITHIN for o in options)
@@ -132,7 +135,12 @@ def judge(
 
 
 def _option(
-    layer: str, defence: str, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, Any], limits: LimitsConfig
+    layer: str,
+    defence: str,
+    rows: Sequence[Mapping[str, Any]],
+    cost: Mapping[str, Any],
+    limits: LimitsConfig,
+    complete: bool,
 ) -> Option:
     limit_ssim, limit_found = limits.max_ssim, limits.max_identification
     alike = [_leak(interval, by, row) for row in rows for by, interval in likeness(row).items()]
@@ -146,6 +154,9 @@ def _option(
             reasons.append(
                 f"{name} {leak.text(limit)} against a limit of {limit:g}, {leak.attacker}: {worst[-1]}"
             )
+    if not complete:
+        worst.append(OPEN)
+        reasons.append(f"an attacker could not be measured: {OPEN}")
     status = max(worst, key=SEVERITY.index)
     return Option(layer, defence, ssim, found, rows[0]["chance"], cost, status, tuple(reasons))
 
@@ -179,7 +190,7 @@ def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option 
         rule = "within the limits for every attacker measured"
     else:
         known = [option for option in options if option.utility is not None]
-        safe = [option for option in known if option.utility >= ENOUGH]
+        safe = [option for option in known if option.utility >= ENOUGH and option.status == WITHIN]
         if not safe:
             who = (
                 f"none keeps {ENOUGH:.0%} of the network's own answers"

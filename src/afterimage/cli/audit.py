@@ -104,7 +104,9 @@ class Audit:
             results = run_audit(
                 config, root, cache=self.cache, accelerator=self.accelerator, progress=display
             )
-        verdict = judge(results.rows, results.blind, results.costs, config.limits, results.failures)
+        verdict = judge(
+            results.rows, results.blind, results.costs, config.limits, results.failures, results.unmeasured
+        )
         command = shlex.join(["afterimage", *sys.argv[1:]])
         written = write_audit(results, verdict, config.limits, root, command=command)
         print_verdict(results, verdict)
