@@ -305,25 +305,17 @@ FAMILIES = {
     "vit_tiny_patch16_224": (108, 124),
     "vit_small_patch14_reg4_dinov2": (92, 80),
     "resnet18": (97, 113),
-    "resnet50d": (97, 113),
-    "inception_v3": (139, 151),
     "pit_ti_224": (104, 120),
     "swin_tiny_patch4_window7_224": (90, 102),
     "pvt_v2_b0": (97, 113),
-    "twins_svt_small": (90, 102),
     "coat_lite_tiny": (102, 90),
-    "convnext_atto": (90, 102),
-    "nextvit_small": (97, 113),
     "levit_128s": (97, 113),
-    "test_efficientnet": (97, 113),
     "tf_mobilenetv3_small_minimal_100": (97, 113),
-    "densenet121": (97, 113),
     "hrnet_w18_small": (97, 113),
-    "xcit_nano_12_p8_224": (90, 102),
-    "mvitv2_tiny": (97, 113),
-    "poolformerv2_s12": (97, 113),
     "focalnet_tiny_srf": (90, 102),
 }
+SHARP = 5
+"""Locations along an axis from which on what one of them reads stands out from what they all read."""
 
 
 @pytest.mark.slow
@@ -331,7 +323,7 @@ FAMILIES = {
 def test_gradients_peak_where_locations_lie(model):
     """Of the network as it is drawn, with all its attention, gates and norms: what a row of locations reads most."""
     size = FAMILIES[model]
-    infos = [info for info in list_layers(model, size) if min(info.height, info.width) >= 4]
+    infos = [info for info in list_layers(model, size) if min(info.height, info.width) >= SHARP]
     infos = [infos[0], infos[-1]]
     encoder = Encoder(model, layers=[info.name for info in infos], weights="random", image_size=size)
     for index, spec in enumerate(encoder.specs):

@@ -153,7 +153,9 @@ def expand(
         # With a fusion all sources are one row; without, each is a row of its own.
         for sources in [row.sources] if row.fusion else [(source,) for source in row.sources]:
             try:
-                matches = [match for source in sources for match in _matches(source, study.data.crop, progress)]
+                matches = [
+                    match for source in sources for match in _matches(source, study.data.crop, progress)
+                ]
                 groups = [tuple(matches)] if row.fusion else [(match,) for match in matches]
                 for group in groups:
                     weights = row.weights or study.weights
