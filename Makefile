@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/afterimage study quickstart --root demo
 
 test: $(VENV)/.ready-test
-	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/ruff check src tests benchmarks
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadgroup -m "not long"
 

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
-from afterimage.runs import Run, read_csv, sha256
+from afterimage.runs.files import read_csv, sha256
+from afterimage.runs.run import Run
 
 MODEL = "test_resnet.r160_in1k"
 TIMES = ("seconds", "pictures_per_second")
@@ -47,7 +48,7 @@ def small_configs(pictures: Path, weights: str = "random", **recipe) -> list[Run
 
 def context() -> multiprocessing.context.ForkServerContext:
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["afterimage.jobs", "afterimage.study", "timm", "children"])
+    server.set_forkserver_preload(["afterimage.experiments.queue", "afterimage.experiments.study", "timm", "children"])
     return server
 
 
@@ -82,7 +83,7 @@ def train_child(configs, root, cache, *, calls=None, counted=None, said=None, ch
     """What a child does: train the runs; `said` is a file that takes what progress says."""
     import torch
 
-    from afterimage.jobs import train_runs
+    from afterimage.experiments.queue import train_runs
 
     torch.set_num_threads(1)
     lines = []
@@ -129,9 +130,9 @@ def study_child(study, root, cache, log: Path, *, pause: float = 0.0) -> None:
 
     import torch
 
-    from afterimage.controls import references
-    from afterimage.group import Group
-    from afterimage.study import run_study
+    from afterimage.evaluation import baselines as references
+    from afterimage.experiments.joint_run import Group
+    from afterimage.experiments.study import run_study
 
     torch.set_num_threads(1)
 
@@ -164,7 +165,7 @@ def hold(folder: Path, ready: Path) -> None:
     """Hold a folder's lock until killed."""
     import time
 
-    from afterimage.lock import Lock
+    from afterimage.runs.lock import Lock
 
     assert Lock(folder).acquire()
     ready.touch()
@@ -176,7 +177,7 @@ def take_turns(folder: Path, inside: Path, turns: int, failed: Path, seed: int) 
     import random
     import time
 
-    from afterimage.lock import Lock
+    from afterimage.runs.lock import Lock
 
     draw = random.Random(seed)
     lock = Lock(folder)

@@ -9,13 +9,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from page_fixtures import SWITCHES, find_browser
 from PIL import Image, ImageOps
 from playwright.sync_api import sync_playwright
-
-from afterimage.progress import Display
-from afterimage.report.page import write_page
-from page_fixtures import SWITCHES, find_browser
 from report_study import picture, write_run
+
+from afterimage.report.page.page import write_page
+from afterimage.runtime.progress import Display
 
 LAYERS, DECODERS, PICTURES, SIZE = 20, ("linear", "attention", "residual"), 100, 224
 

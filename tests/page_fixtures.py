@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
-
-from afterimage.report.page import write_page
 from page_in_browser import FINDING
 from report_study import RESNET, VIT, picture, write_run, write_study
+
+from afterimage.report.page.page import write_page
 
 SWITCHES = [
     f"--{name}"

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from afterimage.runs import Run, read_csv, read_json, write_csv, write_json
+from afterimage.runs.files import read_csv, read_json, write_csv, write_json
+from afterimage.runs.run import Run
 
 HOSTILE = (
     "<script>alert(1)</script>",

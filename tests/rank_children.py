@@ -51,8 +51,8 @@ def _as_rank(rank, count, port, function, arguments, options):
 def train_ranks(configs, root, cache, *, said: Path | None = None, stop=None, pace=0.0, hurt=None, **options):
     """Train the runs; `said` takes what is said, `stop` interrupts before that step, `hurt` patches rank 1 only."""
     from afterimage.config import AfterimageError
-    from afterimage.jobs import train_runs
-    from afterimage.member import Member
+    from afterimage.experiments.queue import train_runs
+    from afterimage.training.decoder_trainer import Member
 
     step, steps = Member.step, [0]
 
@@ -79,7 +79,7 @@ def train_ranks(configs, root, cache, *, said: Path | None = None, stop=None, pa
 
 
 def study_ranks(study, root, cache):
-    from afterimage.study import run_study
+    from afterimage.experiments.study import run_study
 
     run_study(study, root, cache=cache, accelerator="cpu")
 
@@ -87,7 +87,7 @@ def study_ranks(study, root, cache):
 def fail_one_decoder():
     """The transposed decoder meets an error in its third step, on this rank alone."""
     from afterimage.config import AfterimageError
-    from afterimage.member import Member
+    from afterimage.training.decoder_trainer import Member
 
     gradients, calls = Member._gradients, [0]
 
@@ -102,7 +102,7 @@ def fail_one_decoder():
 
 def run_out_of_memory():
     """This rank has memory for one picture at a time, as far as gradients go."""
-    from afterimage.member import Member
+    from afterimage.training.decoder_trainer import Member
 
     gradients = Member._gradients
 
@@ -134,7 +134,7 @@ def train_without_drift(decoder, folder: Path, cache) -> None:
             torch.nn.init.zeros_(module.bias).requires_grad_(False)
     reconstructor = afterimage.Reconstructor(encoder, head)
     recipe = afterimage.RecipeConfig(epochs=3, batch_size=4, scheduler="plateau", plateau_patience=0)
-    history = afterimage.train(reconstructor, data, recipe, accelerator="cpu")
+    history = afterimage.training.trainer(reconstructor, data, recipe, accelerator="cpu")
     state = {name: tensor.double().sum().item() for name, tensor in head.state_dict().items()}
     name = os.environ.get("RANK", "one")
     (folder / f"{name}.json").write_text(json.dumps([history, state]))
@@ -142,7 +142,7 @@ def train_without_drift(decoder, folder: Path, cache) -> None:
 
 def stumble():
     """The wavelet decoder meets a bug in its sixth step, in the second epoch, on this rank alone."""
-    from afterimage.member import Member
+    from afterimage.training.decoder_trainer import Member
 
     gradients, calls = Member._gradients, [0]
 
@@ -158,7 +158,6 @@ def stumble():
 def break_an_encoder():
     """Encoders that read layer2 raise on this rank alone."""
     from pytest import MonkeyPatch
-
     from stand_ins import break_encoders
 
     break_encoders(MonkeyPatch(), "layer2", IndexError("one rank's network"))

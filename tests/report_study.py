@@ -21,8 +21,9 @@ from afterimage.config import (
     ReferenceConfig,
     RunConfig,
 )
-from afterimage.report import Rows, console_table
-from afterimage.runs import Run
+from afterimage.report.rows import Rows
+from afterimage.report.tables import console_table
+from afterimage.runs.run import Run
 
 # Layer: channels, side of the square map, how good its reconstructions are (1 best).
 RESNET = ("resnet34.tv_in1k", {f"layer{i}": (32 * 2**i, 112 // 2**i, 1 - 0.2 * i) for i in range(1, 5)})

@@ -15,7 +15,8 @@ from afterimage.config import (
     ReferenceConfig,
     RunConfig,
 )
-from afterimage.runs import Run, write_csv, write_json
+from afterimage.runs.files import write_csv, write_json
+from afterimage.runs.run import Run
 
 DATA = {
     "source": "procedural",

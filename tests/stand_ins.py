@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from afterimage.decoders.linear import LinearDecoder
-from afterimage.decoders.wavelet import WaveletDecoder
-from afterimage.encoders import Encoder
-from afterimage.fusion import ConcatFusion, StackedFusion
-from afterimage.losses import MSE
+from afterimage.models.decoders.linear import LinearDecoder
+from afterimage.models.decoders.wavelet import WaveletDecoder
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.fusion import ConcatFusion, StackedFusion
+from afterimage.training.losses import MSE
 
 TESTS = str(Path(__file__).parent)
 
@@ -134,9 +134,10 @@ def train_broken_group(order, post, checkpoints):
     import sys
 
     sys.path.insert(0, TESTS)
-    from afterimage.decoders import DECODERS
-    from afterimage.executors.worker import train_group
     from stand_ins import decoder
+
+    from afterimage.experiments.ray.worker import train_group
+    from afterimage.models.decoders import DECODERS
 
     if any("vit" in config.name for config in order.configs):
         raise KeyError("a worker's own bug")

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from afterimage.decoders import attend as module
-from afterimage.decoders.attend import TiledAttention, _bound, attend, narrow_attention
+from afterimage.models.layers import attention as module
+from afterimage.models.layers.attention import TiledAttention, _bound, attend, narrow_attention
 
 
 @pytest.fixture(params=["tiles", "compiled"])
@@ -142,7 +142,7 @@ def test_without_numba_or_with_one_that_cannot_be_used_there_are_tiles(broken, m
     monkeypatch.undo()
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "numba", broken)
-    monkeypatch.delitem(sys.modules, "afterimage.decoders.compiled", raising=False)
+    monkeypatch.delitem(sys.modules, "afterimage.models.layers.attention_numba", raising=False)
     kernel, said = narrow_attention.__wrapped__()
     assert kernel is TiledAttention and said.startswith("in tiles (numba cannot be used: ")
 

@@ -11,11 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from afterimage.audit import AttackersConfig, AuditConfig, LimitsConfig, judge, run_audit, write_audit
-from afterimage.audit.verdict import attacker_text
+from afterimage.analysis.audit.run import run_audit
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, RecipeConfig, dump_toml, load_toml
-from afterimage.runs import read_csv
+from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
+from afterimage.report.audit.page import write_audit
+from afterimage.report.audit.verdict import attacker_text, judge
+from afterimage.runs.files import read_csv
 
 DATA = DataConfig(source="procedural:300", resize=28, crop=24, test_fraction=0.5)
 RECIPE = RecipeConfig(batch_size=32, epochs=2)

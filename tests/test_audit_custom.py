@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from afterimage.audit.utility import Unavailable, whole_network
+from afterimage.analysis.audit.task_utility import Unavailable, whole_network
 from afterimage.config import AfterimageError
-from afterimage.encoders.custom import CustomEncoder, load_factory
+from afterimage.models.encoders.module_encoder import CustomEncoder, load_factory
 
 SIZE = 32
 

@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from afterimage.audit import AttackersConfig, AuditConfig, LimitsConfig, judge, run_audit
-from afterimage.audit.pairs import load_pairs
+from afterimage.analysis.audit.feature_store import load_pairs
+from afterimage.analysis.audit.run import run_audit
 from afterimage.config import AfterimageError, DataConfig, RecipeConfig
+from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
+from afterimage.report.audit.verdict import judge
 
 COUNT, SIZE = 60, 32
 

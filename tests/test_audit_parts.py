@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from afterimage.audit.config import LimitsConfig
-from afterimage.audit.figures import privacy_utility
-from afterimage.audit.identification import SIDE, Gallery, reduced, share
-from afterimage.audit.utility import Unavailable, measure_cost, whole_network
-from afterimage.audit.verdict import LEAKS, OPEN, WITHIN, judge
-from afterimage.data import Pictures
-from afterimage.defences import create_defence
-from afterimage.encoders import Encoder
-from afterimage.lpips import LPIPS
-from afterimage.metrics import Metrics
+from afterimage.analysis.audit.defences.chain import create_defence
+from afterimage.analysis.audit.reidentification import Gallery, reduced
+from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, whole_network
+from afterimage.config.audit import LimitsConfig
+from afterimage.data.images import Pictures
+from afterimage.evaluation.intervals import share_interval
+from afterimage.evaluation.metrics import Metrics
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.lpips import LPIPS
+from afterimage.report.audit.figures import privacy_utility
+from afterimage.report.audit.verdict import LEAKS, OPEN, WITHIN, judge
+from afterimage.runs.audit import SIDE
 
 
 def pictures(count, seed=0, size=24):
@@ -71,7 +73,7 @@ def test_large_pictures_are_reduced_and_small_ones_are_not():
     [(0, 100, 0.0, 0.0362), (1, 100, 0.00025, 0.0545), (5, 10, 0.1871, 0.8129)],
 )
 def test_intervals_of_shares_are_clopper_and_pearsons(hits, total, low, high):
-    found = share(np.arange(total) < hits)
+    found = share_interval(np.arange(total) < hits)
     assert (found["estimate"], found["count"]) == (hits / total, total)
     assert found["low"] == pytest.approx(low, abs=1e-4) and found["high"] == pytest.approx(high, abs=1e-4)
 

@@ -4,17 +4,19 @@ import json
 
 import pytest
 import torch
+from test_audit_parts import COSTS, cost, interval, row
 
-from afterimage.audit import AuditConfig, LimitsConfig, judge, run_audit, write_audit
-from afterimage.audit.verdict import LEAKS, SSIM_SEEN
+from afterimage.analysis.audit.run import run_audit
 from afterimage.cli.audit import print_verdict
 from afterimage.config import Axis, DataConfig, FeatureSpec, RecipeConfig
-from afterimage.data import Pictures
-from afterimage.decoders.canvas import seen_box
-from afterimage.evaluate import SEEN, Evaluation, cropped, evaluate_together, seen_notes, summarise
-from afterimage.metrics import Metrics, psnr, ssim
-from afterimage.runs import read_csv
-from test_audit_parts import COSTS, cost, interval, row
+from afterimage.config.audit import AuditConfig, LimitsConfig
+from afterimage.data.images import Pictures
+from afterimage.evaluation.evaluate import SEEN, Evaluation, cropped, evaluate_together, seen_notes, summarise
+from afterimage.evaluation.metrics import Metrics, psnr, ssim
+from afterimage.models.decoders.canvas import seen_box
+from afterimage.report.audit.page import write_audit
+from afterimage.report.audit.verdict import LEAKS, SSIM_SEEN, judge
+from afterimage.runs.files import read_csv
 
 DROPPED = "the last 8 rows and columns of 40x40 images are not seen"
 

@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-
-from afterimage import train_runs
-from afterimage.batchnorm import BatchNorm, adapt
-from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
-from afterimage.losses import MSE
-from afterimage.member import SINGLE
-from afterimage.ranks import joined
-from afterimage.runs import Run
 from children import result
 from rank_children import run_ranks, train_ranks
 from test_faults import too_much
 from test_resume import stop_at
+from torch import nn
+
+from afterimage import train_runs
+from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
+from afterimage.runs.run import Run
+from afterimage.runtime.distributed import joined
+from afterimage.runtime.sync_batchnorm import BatchNorm, adapt
+from afterimage.training.decoder_trainer import SINGLE
+from afterimage.training.losses import MSE
 
 MODEL = "test_resnet.r160_in1k"
 

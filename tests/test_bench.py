@@ -6,12 +6,6 @@ import pytest
 import torch
 
 from afterimage import bench
-from afterimage.bench import MEASUREMENTS, Settings, gpu, run_bench, scoring, training, work
-from afterimage.bench.child import Outcome, in_child, peak_bytes
-from afterimage.bench.growth import exponent
-from afterimage.bench.originals import write_originals
-from afterimage.bench.reference import Originals, ReferenceDecoder
-from afterimage.bench.rows import Goal, Quality, Row, print_rows
 from afterimage.cli import main
 from afterimage.config import (
     AfterimageError,
@@ -22,9 +16,15 @@ from afterimage.config import (
     RunConfig,
     to_dict,
 )
-from afterimage.data import load_data
-from afterimage.decoders import create_decoder
-from afterimage.progress import silent
+from afterimage.data.dataset import load_data
+from afterimage.models.decoders import create_decoder
+from afterimage.runtime.progress import silent
+from benchmarks import MEASUREMENTS, Settings, gpu, run_bench, scoring, training, work
+from benchmarks.child import Outcome, in_child, peak_bytes
+from benchmarks.growth import exponent
+from benchmarks.originals import write_originals
+from benchmarks.reference import Originals, ReferenceDecoder
+from benchmarks.rows import Goal, Quality, Row, print_rows
 
 COUNTS = {"train": 12, "validation": 4, "test": 2}
 

@@ -19,14 +19,14 @@ from afterimage.config import (
     FusionConfig,
     RunConfig,
 )
-from afterimage.data.procedural import dead_leaves
-from afterimage.decoders import DECODERS, create_decoder
-from afterimage.decoders.canvas import Canvas, Span, carry_on
-from afterimage.fusion import FUSIONS, WeightMaps, align, create_fusion
-from afterimage.jobs import train_runs
-from afterimage.reconstructor import Reconstructor
+from afterimage.data.sources.dead_leaves import dead_leaves
+from afterimage.experiments.queue import train_runs
+from afterimage.experiments.reproduce import verify_runs
+from afterimage.models.decoders import DECODERS, create_decoder
+from afterimage.models.decoders.canvas import Canvas, Span, carry_on
+from afterimage.models.fusion import FUSIONS, WeightMaps, align, create_fusion
 from afterimage.report.write import write_report
-from afterimage.verify import verify_runs
+from afterimage.training.checkpoint import load_reconstructor
 
 
 def spec(channels, height, width, rows=None, columns=None):
@@ -405,7 +405,7 @@ def test_a_run_says_what_no_location_sees_and_still_holds(tmp_path):
         seen = summary["scores_seen"]["psnr"]["mean"]
         assert f"on the other pixels alone the mean PSNR is {seen:.2f} dB" in notes
         assert seen > summary["scores"]["psnr"]["mean"]
-        assert Reconstructor.open(run).reconstruct(torch.rand(1, 3, 40, 40)).shape == (1, 3, 40, 40)
+        assert load_reconstructor(run).reconstruct(torch.rand(1, 3, 40, 40)).shape == (1, 3, 40, 40)
         (verdict,) = verify_runs([run], cache=tmp_path / "cache", accelerator="cpu")
         assert verdict.holds
     written = write_report(runs, tmp_path / "report")

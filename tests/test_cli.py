@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from afterimage.cli import main
-from afterimage.runs import read_csv, scan
+from afterimage.runs.files import read_csv
+from afterimage.runs.run import scan
 
 MODEL = "test_resnet.r160_in1k"
 SMALL = ["--weights", "random", "--resize", "64", "--crop", "64", "--accelerator", "cpu"]
@@ -167,7 +168,7 @@ def test_limits_are_checked_before_anything_is_done(command, tmp_path, arguments
 
 
 def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, monkeypatch):
-    import afterimage.reconstructor
+    import afterimage.models.reconstructor
 
     def computed(*_, **__):
         raise AssertionError("it should have ended before")
@@ -176,7 +177,7 @@ def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, mo
     assert command(*arguments)[0] == 0
     (run,) = scan(tmp_path / "runs")
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
-    monkeypatch.setattr(afterimage.reconstructor.Reconstructor, "open", computed)
+    monkeypatch.setattr(afterimage.models.reconstructor.Reconstructor, "open", computed)
     for arguments, message in (
         (["evaluate", run.path, "--output", tmp_path], f"--output {tmp_path} is a folder"),
         (["evaluate", run.path, "--output", tmp_path / "a.png" / "x"], "a.png is a file, not a folder"),
@@ -295,12 +296,12 @@ def test_waiting_threads_leave_their_core_to_others_unless_told_otherwise(given,
 
 
 def test_interrupting_says_how_to_go_on(command, monkeypatch, photographs):
-    import afterimage.member
+    import afterimage.training.decoder_trainer
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(afterimage.member.Member, "step", interrupted)
+    monkeypatch.setattr(afterimage.training.decoder_trainer.Member, "step", interrupted)
     code, _, err = command(
         "train", f"{MODEL}:layer1", "--decoder", "transposed", "--data", f"folder:{photographs}", *SMALL
     )

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afterimage.audit.config import AttackersConfig, AuditConfig
 from afterimage.config import (
     MAX_PARAMETERS,
     MAX_SEED,
@@ -29,9 +28,10 @@ from afterimage.config import (
     split_source,
     to_dict,
 )
-from afterimage.data.shards import expand
-from afterimage.invert.config import InversionConfig, InvertConfig
-from afterimage.study import StudyConfig, load_study
+from afterimage.config.audit import AttackersConfig, AuditConfig
+from afterimage.config.inversion import InversionConfig, InvertConfig
+from afterimage.config.study import StudyConfig, load_study
+from afterimage.data.sources.shards import expand
 
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789_.", min_size=1, max_size=20)
 sources = st.builds("{}:{}".format, words, words)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.controls import REFERENCES, information, label, reference, run_references
-from afterimage.metrics import psnr
+from afterimage.evaluation.baselines import REFERENCES, information, label, reference, run_references
+from afterimage.evaluation.metrics import psnr
 
 
 def images(height: int = 40, width: int = 56, seed: int = 0) -> torch.Tensor:

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afterimage.analysis.controls.feature_ablations import distance, level, sample, shuffle
+from afterimage.analysis.controls.run import PARTS, _Controls, run_controls
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig
-from afterimage.controls import PARTS, run_controls, with_twins
-from afterimage.controls.features import distance, level, sample, shuffle
-from afterimage.controls.measure import _Controls
-from afterimage.data import load_data
-from afterimage.jobs import train_runs
-from afterimage.metrics import Metrics
-from afterimage.reconstructor import Encoders, Head, Reconstructor
-from afterimage.runs import Run
-from afterimage.study import StudyConfig, run_study
+from afterimage.config.study import StudyConfig
+from afterimage.data.dataset import load_data
+from afterimage.evaluation.metrics import Metrics
+from afterimage.experiments.queue import train_runs
+from afterimage.experiments.study import run_study, with_twins
+from afterimage.models.reconstructor import Encoders, Head, Reconstructor
+from afterimage.runs.run import Run
 
 MODEL = "test_resnet.r160_in1k"
 DATA = DataConfig("procedural:24", test="procedural:5", resize=64, crop=64)
@@ -184,7 +184,7 @@ def test_rows_without_a_decoder_are_passed_over(tmp_path, kind):
 
 
 def test_twins(monkeypatch):
-    import afterimage.controls.twins as twins
+    import afterimage.experiments.study as twins
 
     trained = replace(CONFIG, weights="pretrained", decoder=DecoderConfig("transposed"))
     said = []

@@ -7,8 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from afterimage.controls.lost import BANDS, REGIONS, Lost, cross_spectrum, frequencies, regions, ycbcr
-from afterimage.evaluate import to_uint8
+from afterimage.analysis.controls.error_breakdown import (
+    BANDS,
+    REGIONS,
+    Lost,
+    cross_spectrum,
+    frequencies,
+    regions,
+    ycbcr,
+)
+from afterimage.evaluation.evaluate import to_uint8
 
 
 def noise(*shape, seed=0):

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from afterimage.analysis.controls.run import run_controls
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
-from afterimage.controls import run_controls, with_twins
-from afterimage.jobs import train_runs
-from afterimage.report import read_rows
+from afterimage.experiments.queue import train_runs
+from afterimage.experiments.study import with_twins
 from afterimage.report.controls import control_findings, read_part
+from afterimage.report.read import read_rows
 
 pytestmark = pytest.mark.xdist_group("controls_real")  # the runs are trained once
 SHALLOW = "resnet18.tv_in1k:layer1"

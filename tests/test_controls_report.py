@@ -5,16 +5,16 @@ import subprocess
 import sys
 
 import pytest
+from report_study import RESNET, write_run
 
-from afterimage.report import read_rows, write_report
 from afterimage.report.controls import at_psnr, at_size, control_findings
 from afterimage.report.figures import AFTER_GRIDS
-from afterimage.report.figures.controls import controls
-from afterimage.report.figures.lost import lost
+from afterimage.report.figures.controls import controls, lost
 from afterimage.report.figures.rate import rate
 from afterimage.report.figures.style import style
-from afterimage.runs import write_csv, write_json
-from report_study import RESNET, write_run
+from afterimage.report.read import read_rows
+from afterimage.report.write import write_report
+from afterimage.runs.files import write_csv, write_json
 
 MODEL, LAYERS = RESNET
 CONTROLS = ("own", "another", "shuffled", "mean", "zero", "colour")
@@ -182,7 +182,7 @@ def test_a_file_that_does_not_read_is_named_and_the_others_are_shown(study, part
 
 def test_reading_controls_needs_no_torch(study, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from afterimage.runs import scan; "
+        "import sys; from pathlib import Path; from afterimage.runs.run import scan; "
         "from afterimage.report import read_rows; from afterimage.report.controls import control_findings; "
         f"assert len(control_findings(read_rows(scan(Path({str(tmp_path)!r}))).decoders)) == 3; "
         "assert 'torch' not in sys.modules"

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from some_pictures import some_picture, write_pictures
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data import Data, default_cache, load_data
-from afterimage.data import cache as cache_module
-from afterimage.data.blob import MAGIC, Damaged, map_blob
-from afterimage.data.digests import FileDigests
+from afterimage.data import pixel_cache as cache_module
+from afterimage.data.dataset import default_cache, load_data
 from afterimage.data.examine import Facts
-from afterimage.data.originals import FileOriginal
-from some_pictures import some_picture, write_pictures
+from afterimage.data.file_digests import FileDigests
+from afterimage.data.images import Data
+from afterimage.data.pixel_cache import MAGIC, Damaged, map_blob
+from afterimage.data.records import FileOriginal
 
 COUNT = 12
 FACTS = Facts(0, 255, 256, 0, 4, 5)

@@ -14,13 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from some_pictures import png, some_picture, swapped_profile
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
 from afterimage.config import AfterimageError
-from afterimage.data import load_picture
-from afterimage.data.decode import MAX_ASPECT, decode, shorter_side
-from some_pictures import png, some_picture, swapped_profile
+from afterimage.data.decode import MAX_ASPECT, decode, load_picture, shorter_side
 
 
 def encoded(picture: Image.Image, kind: str, **options) -> bytes:

@@ -11,13 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from some_pictures import some_picture
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data import div2k, download, load_data
-from afterimage.data.div2k import read_div2k
-from afterimage.data.download import Archive
-from afterimage.data.unpack import unpack
-from some_pictures import some_picture
+from afterimage.data.dataset import load_data
+from afterimage.data.sources import div2k
+from afterimage.data.sources import div2k as download
+from afterimage.data.sources.div2k import Archive, read_div2k, unpack
 
 
 def make_zip(members: dict[str, bytes], mode: int = 0) -> bytes:

@@ -7,13 +7,14 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-
-from afterimage.config import SSIM_WINDOW, DataConfig
-from afterimage.data import Data, file_notes, load_data
-from afterimage.data.examine import Facts, examine, size_notes, value_notes
-from afterimage.invert.given import from_files
 from some_pictures import some_picture, write_pictures
 from some_shards import picture_bytes, write_tar
+
+from afterimage.analysis.inversion.run import from_files
+from afterimage.config import SSIM_WINDOW, DataConfig
+from afterimage.data.dataset import file_notes, load_data
+from afterimage.data.examine import Facts, examine, size_notes, value_notes
+from afterimage.data.images import Data
 
 COUNT = 12
 
@@ -167,6 +168,6 @@ def test_files_of_ones_own_say_the_same(tmp_path):
 
 def test_another_rank_says_nothing(tmp_path, caplog, monkeypatch):
     write(tmp_path / "images", lambda n: (smooth(n) > 99).astype(np.uint8))
-    monkeypatch.setattr("afterimage.data.load.first_rank", lambda: False)
+    monkeypatch.setattr("afterimage.data.dataset.first_rank", lambda: False)
     with caplog.at_level(logging.WARNING):
         assert load(f"folder:{tmp_path / 'images'}", tmp_path).notes and caplog.text == ""

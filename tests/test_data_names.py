@@ -3,9 +3,12 @@
 import shutil
 
 import pytest
+from some_pictures import write_pictures
+from some_shards import picture_bytes, write_parquet, write_tar
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data import Data, load_data
+from afterimage.data.dataset import load_data
+from afterimage.data.images import Data
 from afterimage.data.names import (
     TEST,
     TRAINING,
@@ -15,9 +18,7 @@ from afterimage.data.names import (
     read_name,
     split_names,
 )
-from afterimage.plan import training_pictures
-from some_pictures import write_pictures
-from some_shards import picture_bytes, write_parquet, write_tar
+from afterimage.experiments.cost import training_pictures
 
 
 def load(source, tmp_path, **settings) -> Data:

@@ -5,14 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from some_pictures import write_pictures
 from torchvision.transforms.functional import center_crop
 
 from afterimage.config import DataConfig
-from afterimage.data import Pictures, load_data, order
-from afterimage.data.blob import Blob, Slot
-from afterimage.data.pictures import gather_crops
-from afterimage.data.sampling import centre_places, crop_places
-from some_pictures import write_pictures
+from afterimage.data.dataset import load_data
+from afterimage.data.images import Pictures, gather_crops
+from afterimage.data.pixel_cache import Blob, Slot
+from afterimage.data.sampling import centre_places, crop_places, order
 
 numbers = st.integers(-(2**70), 2**70)
 
@@ -126,7 +126,7 @@ def test_another_device_gets_its_crops_there():
 
 
 def test_pixels_that_do_not_fit_on_a_device_are_cropped_before(monkeypatch):
-    monkeypatch.setattr("afterimage.data.blob.RESIDENT_LIMIT", 100)
+    monkeypatch.setattr("afterimage.data.pixel_cache.RESIDENT_LIMIT", 100)
     pictures = make_pictures([(20, 33)], crop=20)
     assert pictures.blob.on(torch.device("meta")) is None
     assert pictures.crops([0], device="meta").shape == (1, 3, 20, 20)

@@ -9,17 +9,18 @@ import tarfile
 
 import numpy as np
 import pytest
-
-from afterimage.config import AfterimageError, DataConfig
-from afterimage.data import Data, load_data
-from afterimage.data import parquet as parquet_module
-from afterimage.data import tar as tar_module
-from afterimage.data.folder import FolderShard
-from afterimage.data.shards import expand
-from afterimage.data.tar import TarShard
-from afterimage.plan import training_pictures
 from some_pictures import write_pictures
 from some_shards import header, picture_bytes, write_parquet, write_shards, write_tar
+
+from afterimage.config import AfterimageError, DataConfig
+from afterimage.data.dataset import load_data
+from afterimage.data.images import Data
+from afterimage.data.sources import parquet as parquet_module
+from afterimage.data.sources import tar as tar_module
+from afterimage.data.sources.folder import FolderShard
+from afterimage.data.sources.shards import expand
+from afterimage.data.sources.tar import TarShard
+from afterimage.experiments.cost import training_pictures
 
 PICTURES = {f"{number:03d}.png": picture_bytes(number) for number in range(12)}
 
@@ -296,8 +297,8 @@ def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
 def test_a_row_group_is_read_once_an_epoch_and_few_are_held(tmp_path, monkeypatch):
     from afterimage.data.sampling import order
 
-    monkeypatch.setattr("afterimage.data.rows.WINDOW_BYTES", 50_000)
-    monkeypatch.setattr("afterimage.data.shards.WINDOW_BYTES", 50_000)
+    monkeypatch.setattr("afterimage.data.shard_index.WINDOW_BYTES", 50_000)
+    monkeypatch.setattr("afterimage.data.sources.shards.WINDOW_BYTES", 50_000)
     read, group = [], parquet_module.ParquetShard.group
     monkeypatch.setattr(
         parquet_module.ParquetShard, "group", lambda self, number: read.append(number) or group(self, number)

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from some_pictures import some_picture, write_pictures
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data import load_data, procedural
-from afterimage.data.folder import read_folder
-from afterimage.data.originals import DeadLeaves, Original
-from afterimage.data.photographs import read_photographs
-from afterimage.data.procedural import dead_leaves
+from afterimage.data.dataset import load_data
+from afterimage.data.records import Original
+from afterimage.data.sources import dead_leaves as procedural
 from afterimage.data.sources import read_source
-from afterimage.data.split import Source, shuffled, split, take
-from some_pictures import some_picture, write_pictures
+from afterimage.data.sources.dead_leaves import DeadLeaves, dead_leaves
+from afterimage.data.sources.folder import read_folder
+from afterimage.data.sources.sample_images import read_photographs
+from afterimage.data.splits import Source, shuffled, split, take
 
 
 class Named(Original):

@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
-from afterimage.config import AfterimageError, DataConfig, RunConfig, from_dict, to_dict
-from afterimage.data import Data, load_data
-from afterimage.data import load as load_module
-from afterimage.data.folder import index_folder, read_folder
-from afterimage.data.near import near_duplicates
-from afterimage.data.sampling import Windows, order
-from afterimage.data.split import split
-from afterimage.data.stream import StreamedPictures
 from some_pictures import write_pictures
 from some_shards import picture_bytes, write_parquet, write_shards, write_tar
+
+from afterimage.config import AfterimageError, DataConfig, RunConfig, from_dict, to_dict
+from afterimage.data import dataset as load_module
+from afterimage.data.dataset import load_data
+from afterimage.data.duplicates import near_duplicates
+from afterimage.data.images import Data, StreamedPictures
+from afterimage.data.sampling import Windows, order
+from afterimage.data.sources.folder import index_folder, read_folder
+from afterimage.data.splits import split
 
 PARTS = ("train", "validation", "test")
 

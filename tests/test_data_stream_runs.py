@@ -5,17 +5,17 @@ import threading
 from dataclasses import replace
 
 import pytest
-
-from afterimage.bench.child import in_child
-from afterimage.bench.stream import write_small
-from afterimage.config import AfterimageError
-from afterimage.jobs import train_runs
-from afterimage.progress import silent
-from afterimage.runs import scan
-from afterimage.stop import Stopped
 from children import result, small_configs
 from some_shards import write_shards, write_tar
 from test_cli import MODEL, SMALL, command  # noqa: F401
+
+from afterimage.config import AfterimageError
+from afterimage.experiments.queue import train_runs
+from afterimage.runs.run import scan
+from afterimage.runtime.progress import silent
+from afterimage.runtime.signals import Stopped
+from benchmarks.child import in_child
+from benchmarks.stream import write_small
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_decoder_learns_the_same_whichever_way_its_pictures_come(pictures, sha
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(pictures, shard, tmp_path, monkeypatch):
-    from afterimage.member import Member
+    from afterimage.training.decoder_trainer import Member
 
     chosen = configs(f"webdataset:{shard}", pictures)
     whole = go(chosen, tmp_path, "whole")
@@ -84,7 +84,7 @@ def test_a_picture_that_cannot_be_decoded_stops_the_runs_with_its_name(pictures,
 def test_what_goes_wrong_in_a_worker_ends_the_run_with_the_pictures_name(
     pictures, shard, tmp_path, monkeypatch
 ):
-    from afterimage.data.tar import TarShard
+    from afterimage.data.sources.tar import TarShard
 
     data = configs(f"webdataset:{shard}", pictures)[:1]
     go(data, tmp_path, "whole")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from afterimage.config import AfterimageError, FeatureSpec
-from afterimage.decoders import DECODERS, create_decoder
-from afterimage.decoders.base import Doubling, clamp, enlarge, shrink, stages_between
-from afterimage.decoders.linear import RIDGES
-from afterimage.decoders.wavelet import haar, inverse_haar
+from afterimage.models.decoders import DECODERS, create_decoder
+from afterimage.models.decoders.linear import RIDGES
+from afterimage.models.decoders.wavelet import haar, inverse_haar
+from afterimage.models.layers.blocks import Doubling, clamp, enlarge, shrink, stages_between
 
 PUBLISHED = [
     ("resnet34.tv_in1k:layer1", (64, 56, 56), 250_147),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from afterimage.analysis.audit.defences.chain import create_defence
 from afterimage.config import AfterimageError, Axis, FeatureSpec
-from afterimage.defences import create_defence
 
 SPEC = FeatureSpec("model:layer", 6, 8, 10)
 VALUES = 6 * 8 * 10

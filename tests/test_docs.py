@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from afterimage import DECODERS
-from afterimage.study import shipped
+from afterimage.config.study import shipped
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

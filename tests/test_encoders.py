@@ -6,13 +6,15 @@ import pytest
 import timm
 import torch
 import torchvision
+from encoder_checks import assert_same, randomise_statistics
 from jaxtyping import TypeCheckError
 from torch import nn
 
 from afterimage.config import AfterimageError
-from afterimage.encoders import Encoder, list_layers, resolve
-from afterimage.encoders.build import create_random, seeded
-from encoder_checks import assert_same, randomise_statistics
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.layers import list_layers
+from afterimage.models.encoders.providers.timm import create_random, resolve
+from afterimage.models.encoders.random_init import seeded
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_tensor
 
 from afterimage.config import AfterimageError
-from afterimage.encoders import Encoder
-from afterimage.encoders.tracing import trace
-from afterimage.weights import find_weights
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.tracing import trace
+from afterimage.models.weights import find_weights
 
 TINY = "test_resnet.r160_in1k"
 

@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from afterimage.config import Axis
-from afterimage.encoders import Encoder, early_end, layer_info, list_layers
-from afterimage.encoders.follow import PositionFlow
-from afterimage.encoders.layout import Layout
-from afterimage.encoders.observe import Observation
-from afterimage.encoders.placement import Placement, describe_unseen, find_placement
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.follow import PositionFlow
+from afterimage.models.encoders.forward_trace import Observation
+from afterimage.models.encoders.layers import early_end, layer_info, list_layers
+from afterimage.models.encoders.placement import Placement, describe_unseen, find_placement
+from afterimage.models.encoders.tensor_layout import Layout
 
 
 @pytest.mark.parametrize(

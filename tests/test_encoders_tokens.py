@@ -9,10 +9,10 @@ import torch
 import torchvision
 from torch import nn
 
-from afterimage.audit.utility import whole_network
+from afterimage.analysis.audit.task_utility import whole_network
 from afterimage.config import AfterimageError, Axis
-from afterimage.encoders import Encoder
-from afterimage.encoders.custom import CustomEncoder
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.module_encoder import CustomEncoder
 
 
 @pytest.mark.parametrize(

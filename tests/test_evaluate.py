@@ -7,9 +7,16 @@ import torch
 from torch import nn
 
 from afterimage.config import AfterimageError
-from afterimage.data import Pictures
-from afterimage.evaluate import evaluate, evaluate_together, evaluating, score_notes, summarise, to_uint8
-from afterimage.metrics import PSNR_CAP, Metrics, psnr, ssim
+from afterimage.data.images import Pictures
+from afterimage.evaluation.evaluate import (
+    evaluate,
+    evaluate_together,
+    evaluating,
+    score_notes,
+    summarise,
+    to_uint8,
+)
+from afterimage.evaluation.metrics import PSNR_CAP, Metrics, psnr, ssim
 
 
 class FakePictures(Pictures):

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import context, result, small_configs, small_pictures, train_child
 from lightning_fabric import Fabric
 
 from afterimage import AfterimageError, FeatureSpec, RecipeConfig, create_decoder, train_runs
-from afterimage.checkpoint import CHECKPOINT, load_tensors
-from afterimage.losses import MSE
-from afterimage.member import Member
-from afterimage.memory import halving, out_of_memory
-from afterimage.reconstructor import Encoders, Head
-from afterimage.runs import Run
-from children import context, result, small_configs, small_pictures, train_child
+from afterimage.models.reconstructor import Encoders, Head
+from afterimage.runs.run import Run
+from afterimage.runtime.failures import out_of_memory
+from afterimage.runtime.memory import halving
+from afterimage.training.checkpoint import CHECKPOINT, load_tensors
+from afterimage.training.decoder_trainer import Member
+from afterimage.training.losses import MSE
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 import report_study
-from afterimage import AfterimageError, checkpoint, runs, train_runs
-from afterimage.config import RunConfig
-from afterimage.metrics import Metrics
-from afterimage.report import write_report
-from afterimage.report.read import read_rows
-from afterimage.runs import Run, scan, write_atomic
-from afterimage.study import StudyConfig, run_study
 from children import MODEL, context, result, small_configs, small_pictures, train_child
+
+from afterimage import AfterimageError, train_runs
+from afterimage.config import RunConfig
+from afterimage.config.study import StudyConfig
+from afterimage.evaluation.metrics import Metrics
+from afterimage.experiments.study import run_study
+from afterimage.report.read import read_rows
+from afterimage.report.write import write_report
+from afterimage.runs import run as runs
+from afterimage.runs.files import write_atomic
+from afterimage.runs.run import Run, scan
+from afterimage.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +219,7 @@ def command_line(arguments, output, ready, moment):
     import torch
 
     from afterimage.cli import main
-    from afterimage.progress import Display
+    from afterimage.runtime.progress import Display
 
     handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
@@ -276,7 +280,7 @@ def test_a_picture_replaced_while_a_study_runs_is_said(tmp_path, monkeypatch):
                 path.write_bytes(spare if path.stem == "03" else spare + b"another end")
         return train(*arguments, **options)
 
-    monkeypatch.setattr("afterimage.jobs.train_runs", replacing)
+    monkeypatch.setattr("afterimage.experiments.queue.train_runs", replacing)
     study = StudyConfig(
         sources=config.sources, decoders=(config.decoder,), weights="random",
         data=replace(config.data, limit_test=2), recipe=config.recipe,

@@ -12,11 +12,12 @@ from afterimage.config import (
     RecipeConfig,
     RunConfig,
 )
-from afterimage.decoders import create_decoder
-from afterimage.fusion import FUSIONS, WeightMaps, create_fusion
-from afterimage.jobs import train_runs
-from afterimage.member import create_optimizer
-from afterimage.reconstructor import Head, Reconstructor, build_head
+from afterimage.experiments.queue import train_runs
+from afterimage.models.decoders import create_decoder
+from afterimage.models.fusion import FUSIONS, WeightMaps, create_fusion
+from afterimage.models.reconstructor import Head, build_head
+from afterimage.training.checkpoint import load_reconstructor
+from afterimage.training.decoder_trainer import create_optimizer
 
 SPECS = [FeatureSpec("a:x", 8, 14, 14), FeatureSpec("b:y", 5, 28, 28), FeatureSpec("c:z", 16, 7, 9)]
 PUBLISHED = [
@@ -150,7 +151,7 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
     summary = run.summary
     assert summary["fusion"]["name"] == name and len(summary["features"]) == 3
     assert [w["model"] for w in summary["weights"]] == ["test_resnet.r160_in1k", "test_vit.r160_in1k"]
-    reconstructor = Reconstructor.open(run)
+    reconstructor = load_reconstructor(run)
     assert reconstructor(torch.rand(1, 3, 64, 64)).shape == (1, 3, 64, 64)
     if name != "attention":
         assert summary["fusion_weights"] is None and not any(run.fusion_maps.values())

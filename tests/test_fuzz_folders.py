@@ -6,15 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import report_study
 
 import afterimage
-import report_study
 from afterimage import AfterimageError
-from afterimage.checkpoint import load_tensors
-from afterimage.report import write_report
-from afterimage.report.album import gather
+from afterimage.report.page.images import gather
 from afterimage.report.read import read_rows
-from afterimage.runs import Run, read_csv, read_json, scan, sha256
+from afterimage.report.write import write_report
+from afterimage.runs.files import read_csv, read_json, sha256
+from afterimage.runs.run import Run, scan
+from afterimage.training.checkpoint import load_tensors
 
 
 @pytest.fixture

@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from children import MODEL, result, small_configs
 from PIL import Image
+from some_pictures import some_picture
 
 from afterimage import AfterimageError, load_data, train_runs
-from afterimage.data.near import near_duplicates
-from afterimage.data.pictures import Pictures
-from afterimage.guards import FeatureWatch, check_frozen, check_pictures, check_split
-from afterimage.reconstructor import Encoders, Reconstructor
-from children import MODEL, result, small_configs
-from some_pictures import some_picture
+from afterimage.data.duplicates import near_duplicates
+from afterimage.data.images import Pictures
+from afterimage.models.reconstructor import Encoders
+from afterimage.training.checkpoint import load_reconstructor
+from afterimage.training.checks import FeatureWatch, check_frozen, check_pictures, check_split
 
 SOURCES = (f"{MODEL}:layer1", f"{MODEL}:layer2")
 
@@ -82,7 +83,7 @@ def test_a_test_picture_in_training_stops_the_run(pictures, cache, tmp_path, dat
         check_split(leaking)
     with pytest.raises(AfterimageError, match="is also validation picture"):
         check_split(replace(data, test=data.validation))
-    monkeypatch.setattr("afterimage.jobs.load_data", lambda *_, **__: leaking)
+    monkeypatch.setattr("afterimage.experiments.queue.load_data", lambda *_, **__: leaking)
     with pytest.raises(AfterimageError, match="would falsify all scores"):
         train_runs(small_configs(pictures)[0], tmp_path, cache=cache, accelerator="cpu")
 
@@ -158,7 +159,7 @@ def test_a_decoder_of_another_encoder_is_refused(pictures, cache, tmp_path):
         tuple(run.summary["features"][0][key] for key in ("channels", "height", "width")) for run in runs
     }
     assert len(shapes) == 1
-    Reconstructor.open(runs[0])
+    load_reconstructor(runs[0])
     shutil.copy(runs[1].file("decoder.safetensors"), runs[0].file("decoder.safetensors"))
     with pytest.raises(AfterimageError, match=r"was made for other features: its sources are .*act1"):
-        Reconstructor.open(runs[0])
+        load_reconstructor(runs[0])

@@ -2,12 +2,18 @@ import numpy as np
 import pytest
 import torch
 
+from afterimage.analysis.inversion.batched_lbfgs import LBFGS
+from afterimage.analysis.inversion.invert import invert
+from afterimage.analysis.inversion.objective import Objective, alpha_norm, feature_distance, total_variation
+from afterimage.analysis.inversion.parametrizations import (
+    PARAMETRISATIONS,
+    Fourier,
+    error_spectrum,
+    natural_spectrum,
+    radii,
+)
 from afterimage.config import AfterimageError
-from afterimage.invert import InvertConfig, alpha_norm, feature_distance, invert, total_variation
-from afterimage.invert.lbfgs import LBFGS
-from afterimage.invert.objective import Objective
-from afterimage.invert.parametrise import PARAMETRISATIONS, Fourier
-from afterimage.invert.spectrum import error_spectrum, natural_spectrum, radii
+from afterimage.config.inversion import InvertConfig
 
 SIZE = (6, 6)
 VALUES = 3 * 6 * 6

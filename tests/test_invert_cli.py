@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from some_pictures import write_pictures
 
+from afterimage.analysis.inversion.invert import Inversion, Look, refine
+from afterimage.analysis.inversion.run import curve_steps, from_data, from_files, measure
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
-from afterimage.invert import InvertConfig, refine
-from afterimage.invert.given import from_data, from_files
-from afterimage.invert.limit import curve_steps, measure
-from afterimage.invert.optimise import Inversion, Look
-from afterimage.jobs import train_runs
-from afterimage.metrics import Metrics, psnr
-from afterimage.reconstructor import Reconstructor
-from afterimage.report import write_report
-from afterimage.runs import Run, read_csv, read_json, write_csv
-from some_pictures import write_pictures
+from afterimage.config.inversion import InvertConfig
+from afterimage.evaluation.metrics import Metrics, psnr
+from afterimage.experiments.queue import train_runs
+from afterimage.report.write import write_report
+from afterimage.runs.files import read_csv, read_json, write_csv
+from afterimage.runs.run import Run
+from afterimage.training.checkpoint import load_reconstructor
 
 SOURCE = "test_resnet.r160_in1k:layer1"
 WAYS = ["decoder", "inversion", "refined"]
@@ -132,7 +132,7 @@ def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place
             raise KeyboardInterrupt
         return refined(reconstructor, images, **more)
 
-    monkeypatch.setattr("afterimage.invert.limit.refine", stopping)
+    monkeypatch.setattr("afterimage.analysis.inversion.run.refine", stopping)
     code, _, err = command(*options, "--output", cut)
     assert code == 130 and "goes on from there" in err and asked == [4, 2]
     (folder,) = [path for path in cut.iterdir() if path.is_dir()]
@@ -215,7 +215,7 @@ def test_mistakes_are_one_message(command, arguments, message):
 
 
 def test_refining_starts_at_the_decoders_answer(run, place):
-    reconstructor = Reconstructor.open(run)
+    reconstructor = load_reconstructor(run)
     images = from_data(run.config.data, cache=place / "cache").pictures.crops([0, 1])
     looks = []
     result = refine(reconstructor, images, steps=8, watch=looks.append)

@@ -4,17 +4,19 @@ import traceback
 from dataclasses import replace
 
 import pytest
-
-from afterimage import AfterimageError, jobs, train_runs
-from afterimage.config import DecoderConfig, FusionConfig
-from afterimage.decoders import DECODERS
-from afterimage.failures import TRACEBACK, Unexpected, as_error, let_go, one_line
-from afterimage.fusion import FUSIONS
-from afterimage.losses import LOSSES
-from afterimage.runs import Run
 from children import MODEL, result, small_configs
 from rank_children import break_an_encoder, run_ranks, stumble, train_ranks
 from stand_ins import break_encoders, closed_form, decoder, fusion, loss
+
+from afterimage import AfterimageError, train_runs
+from afterimage.config import DecoderConfig, FusionConfig
+from afterimage.experiments import queue as jobs
+from afterimage.models.decoders import DECODERS
+from afterimage.models.fusion import FUSIONS
+from afterimage.runs.failures import TRACEBACK
+from afterimage.runs.run import Run
+from afterimage.runtime.failures import Unexpected, as_error, let_go, one_line
+from afterimage.training.losses import LOSSES
 
 BUG = RuntimeError("a bug in\nsomebody's code")
 
@@ -84,7 +86,7 @@ def test_whatever_raises_in_a_run_ends_that_run(go, pictures, whole, monkeypatch
         )
     stacked = fusion("solve", BUG)
     monkeypatch.setitem(FUSIONS, "stacked", stacked)
-    monkeypatch.setattr("afterimage.fusion.StackedFusion", stacked)
+    monkeypatch.setattr("afterimage.models.fusion.StackedFusion", stacked)
     broken.append((beside(pictures, sources=sources, fusion=FusionConfig("stacked")), BUG))
     monkeypatch.setitem(LOSSES, "l1", loss(BUG))
     broken.append((small_configs(pictures, loss="l1")[0], BUG))
@@ -113,7 +115,7 @@ def test_encoders_that_raise_end_the_rows_that_read_that_layer(go, pictures, who
 
 def test_encoders_that_raise_at_the_test_images_end_one_row(go, pictures, whole, monkeypatch):
     """After training, from whose checkpoints the others go on."""
-    from afterimage.group import Group
+    from afterimage.experiments.joint_run import Group
 
     measure = Group._measure
 
@@ -154,7 +156,7 @@ def test_weights_that_reach_one_layer_only_end_the_deeper_rows(go, pictures, tmp
 
 def test_weights_that_are_missing_are_looked_for_once_more_and_end_all_rows(go, pictures, monkeypatch):
     """Where there is no network each question takes its time."""
-    import afterimage.encoders.encoder
+    import afterimage.models.encoders.encoder
 
     asked = []
 
@@ -162,7 +164,7 @@ def test_weights_that_are_missing_are_looked_for_once_more_and_end_all_rows(go, 
         asked.append(model)
         raise AfterimageError(f"no weights for {model}")
 
-    for module in (jobs, afterimage.encoders.encoder):
+    for module in (jobs, afterimage.models.encoders.encoder):
         monkeypatch.setattr(module, "find_weights", nothing)
     configs = [replace(config, weights="pretrained") for config in small_configs(pictures)]
     unknown = replace(configs[0], sources=(f"{MODEL}:nolayer",))

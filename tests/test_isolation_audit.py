@@ -4,19 +4,22 @@ import json
 from dataclasses import replace
 
 import pytest
-
-from afterimage.audit import AttackersConfig, AuditConfig, LimitsConfig, judge, run, run_audit, write_audit
-from afterimage.audit.attackers import Attack
-from afterimage.audit.subject import Subject
-from afterimage.audit.verdict import OPEN, WITHIN
-from afterimage.cli import main
-from afterimage.config import AfterimageError, DataConfig, RecipeConfig
-from afterimage.decoders import DECODERS
-from afterimage.defences.chain import DEFENCES
-from afterimage.defences.reduce import PCA
-from afterimage.failures import TRACEBACK
 from stand_ins import decoder
 from test_audit import HERE, no_lpips  # noqa: F401
+
+from afterimage.analysis.audit import run
+from afterimage.analysis.audit.attackers import Attack
+from afterimage.analysis.audit.defences.chain import DEFENCES
+from afterimage.analysis.audit.defences.reduce import PCA
+from afterimage.analysis.audit.run import run_audit
+from afterimage.analysis.audit.target import Subject
+from afterimage.cli import main
+from afterimage.config import AfterimageError, DataConfig, RecipeConfig
+from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
+from afterimage.models.decoders import DECODERS
+from afterimage.report.audit.page import write_audit
+from afterimage.report.audit.verdict import OPEN, WITHIN, judge
+from afterimage.runs.failures import TRACEBACK
 
 BUG = RuntimeError("a bug in\nsomebody's code")
 LIMITS = LimitsConfig(max_ssim=1.0)

@@ -4,17 +4,22 @@ import json
 from dataclasses import replace
 
 import pytest
-
-from afterimage import AfterimageError
-from afterimage.cli import main
-from afterimage.config import DataConfig, DecoderConfig, FusionConfig, RecipeConfig, dump_toml
-from afterimage.controls import measure, references, run_controls, run_references
-from afterimage.decoders import DECODERS
-from afterimage.failures import TRACEBACK, Unexpected
-from afterimage.runs import Run, scan
-from afterimage.study import FAILURES, RowConfig, StudyConfig, expand, run_study
 from children import MODEL, result
 from stand_ins import decoder
+
+from afterimage import AfterimageError
+from afterimage.analysis.controls import run as measure
+from afterimage.analysis.controls.run import run_controls
+from afterimage.cli import main
+from afterimage.config import DataConfig, DecoderConfig, FusionConfig, RecipeConfig, dump_toml
+from afterimage.config.study import RowConfig, StudyConfig
+from afterimage.evaluation import baselines as references
+from afterimage.evaluation.baselines import run_references
+from afterimage.experiments.study import FAILURES, expand, run_study
+from afterimage.models.decoders import DECODERS
+from afterimage.runs.failures import TRACEBACK
+from afterimage.runs.run import Run, scan
+from afterimage.runtime.failures import Unexpected
 
 BUG = RuntimeError("a bug in\nsomebody's code")
 DATA = DataConfig("procedural:12", test="procedural:3", resize=36, crop=32)
@@ -54,16 +59,16 @@ def check_rest(root, whole, *, without=()):
 
 def test_rows_that_cannot_be_resolved_end_no_others(whole, cache, tmp_path, monkeypatch):
     """Nor does one whose model makes timm raise, which has no message of ours."""
-    import afterimage.encoders
+    import afterimage.models.encoders
 
-    listed = afterimage.encoders.list_layers
+    listed = afterimage.models.encoders.list_layers
 
     def listing(model, *arguments):
         if model == "resnet34":
             raise BUG
         return listed(model, *arguments)
 
-    monkeypatch.setattr(afterimage.encoders, "list_layers", listing)
+    monkeypatch.setattr(afterimage.models.encoders, "list_layers", listing)
     rows = (RowConfig(("resnet34:layer*",)), RowConfig((f"{MODEL}:layer1", "resnt18:layer1"), fusion=FUSION))
     study = replace(STUDY, sources=(*UNRESOLVED, *STUDY.sources), rows=rows)
     runs, failures = run_study(study, tmp_path, cache=cache, accelerator="cpu")
@@ -149,7 +154,7 @@ def test_a_part_of_the_controls_that_raises_ends_itself_alone(whole, cache, tmp_
 
 def test_controls_of_a_run_that_cannot_be_opened_end_themselves_alone(cache, tmp_path, monkeypatch):
     runs, _ = run_study(replace(STUDY, references=False), tmp_path, cache=cache, accelerator="cpu")
-    opened = measure.Reconstructor.open
+    opened = measure.load_reconstructor
 
     def opening(run, **options):
         if run == runs[0]:

@@ -5,12 +5,6 @@ import time
 from dataclasses import replace
 
 import pytest
-
-import afterimage.lock
-from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig
-from afterimage.lock import Lock, LockLost, held
-from afterimage.runs import Run, scan
-from afterimage.study import StudyConfig, run_study
 from children import (
     MODEL,
     context,
@@ -22,6 +16,14 @@ from children import (
     take_turns,
     train_child,
 )
+
+import afterimage.runs.lock
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig
+from afterimage.config.study import StudyConfig
+from afterimage.experiments.study import run_study
+from afterimage.runs.lock import Lock, held
+from afterimage.runs.run import Run, scan
+from afterimage.runtime.process import LockLost
 
 
 def start(function, *arguments, **options):
@@ -85,7 +87,7 @@ def test_another_machines_lock_is_dead_once_it_gave_no_sign_of_life(tmp_path, mo
     for beat in range(5):  # whatever its clock says, it moves
         os.utime(path, (hour + beat, hour + beat))
         assert not lock.acquire() and str(lock.holder) == "process 1 on elsewhere"
-        clock[0] += afterimage.lock.PATIENCE - 1
+        clock[0] += afterimage.runs.lock.PATIENCE - 1
     assert not lock.acquire()
     clock[0] += 2
     assert lock.acquire()
@@ -104,7 +106,7 @@ def test_who_was_taken_for_dead_notices_and_leaves_the_other_alone(tmp_path):
 
 
 def test_it_gives_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(afterimage.lock, "BEAT", 0.01)
+    monkeypatch.setattr(afterimage.runs.lock, "BEAT", 0.01)
     before = set(threading.enumerate())
     lock = Lock(tmp_path)
     assert lock.acquire()
@@ -120,7 +122,7 @@ def test_it_gives_signs_of_life(tmp_path, monkeypatch):
 
 
 def test_waiting_ends_when_the_holder_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(afterimage.lock, "POLL", 0.01)
+    monkeypatch.setattr(afterimage.runs.lock, "POLL", 0.01)
     process = start(hold, tmp_path, tmp_path / "ready")
     wait_for(tmp_path / "ready")
     said = []

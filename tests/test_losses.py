@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 
 from afterimage.config import AfterimageError
-from afterimage.losses import L1, LOSSES, MSE, create_loss, parse_loss
-from afterimage.lpips import LPIPS
-from afterimage.metrics import psnr
+from afterimage.evaluation.metrics import psnr
+from afterimage.models.lpips import LPIPS
+from afterimage.training.losses import L1, LOSSES, MSE, create_loss, parse_loss
 
 SQUEEZE = "squeezenet1_1.torchvision.safetensors"
 

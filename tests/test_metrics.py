@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from afterimage.config import LPIPS_NETS, LPIPS_SMALLEST, AfterimageError
-from afterimage.lpips import BACKBONES, LPIPS
-from afterimage.metrics import PSNR_CAP, Metrics, check, psnr, ssim
+from afterimage.evaluation.metrics import PSNR_CAP, Metrics, check, psnr, ssim
+from afterimage.models.lpips import BACKBONES, LPIPS
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -3,12 +3,13 @@
 import pytest
 import timm
 import torch
+from encoder_checks import assert_same
 
 from afterimage.config import split_source
-from afterimage.encoders import Encoder, resolve_model
-from afterimage.encoders.build import create_random
-from afterimage.study import expand, load_study
-from encoder_checks import assert_same
+from afterimage.config.study import load_study
+from afterimage.experiments.study import expand
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.providers.timm import create_random, resolve_model
 
 STUDIES = ("modern", "modern_256", "modern_518")
 FAMILIES = (

@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from page_in_browser import FINDING, HOSTILE, rename_pictures
 from PIL import Image
+from report_study import REFERENCES, RESNET, picture, write_run, write_study
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
-from afterimage.report import album
-from afterimage.report.page import SCRIPTS, STYLES, TEMPLATES, write_page
-from afterimage.runs import scan, write_json
-from page_in_browser import FINDING, HOSTILE, rename_pictures
-from report_study import REFERENCES, RESNET, picture, write_run, write_study
+from afterimage.report.page import images as album
+from afterimage.report.page.page import SCRIPTS, STYLES, TEMPLATES, write_page
+from afterimage.runs.files import write_json
+from afterimage.runs.run import scan
 
 
 class Parsed(html.parser.HTMLParser):
@@ -242,5 +243,5 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
 
 
 def test_starts_without_torch():
-    code = "import sys; import afterimage.report.page; sys.exit('torch' in sys.modules)"
+    code = "import sys; import afterimage.report.page.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

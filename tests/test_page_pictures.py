@@ -4,12 +4,12 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from afterimage.report.page import write_page
-from afterimage.runs import read_json, write_json
 from page_in_browser import HOSTILE, choose, find, pixels, shown, view
+from PIL import Image
 from report_study import VIT, picture, write_fused, write_run
+
+from afterimage.report.page.page import write_page
+from afterimage.runs.files import read_json, write_json
 
 pytest_plugins = ("page_fixtures",)
 

@@ -4,11 +4,12 @@ import re
 
 import numpy as np
 import pytest
-
-from afterimage.report import album, page
-from afterimage.report.page import write_page
 from page_in_browser import HOSTILE, choose, find, rename_pictures, shown, view
 from report_study import picture, write_run
+
+from afterimage.report.page import images as album
+from afterimage.report.page import page
+from afterimage.report.page.page import write_page
 
 pytest_plugins = ("page_fixtures",)
 

@@ -3,22 +3,22 @@
 import math
 
 import pytest
+from children import small_pictures
 
 from afterimage import (
     DataConfig,
     DecoderConfig,
     RecipeConfig,
-    Reconstructor,
     RunConfig,
-    evaluate,
     load_data,
     train_runs,
 )
+from afterimage.analysis.controls.run import run_controls
 from afterimage.config import AfterimageError, FusionConfig
-from afterimage.controls import run_controls
-from afterimage.metrics import Metrics
-from afterimage.verify import verify_runs
-from children import small_pictures
+from afterimage.evaluation import evaluate
+from afterimage.evaluation.metrics import Metrics
+from afterimage.experiments.reproduce import verify_runs
+from afterimage.training.checkpoint import load_reconstructor
 
 pytestmark = pytest.mark.xdist_group("precision")  # the runs are trained once
 MODEL = "test_resnet.r160_in1k"
@@ -97,7 +97,7 @@ def test_what_is_measured_afterwards_finds_the_same_decoder(done):
     """Controls, and a reconstructor opened from a folder, compute in float32: what that changes is rounding."""
     folder, pairs = done
     for _, mixed in pairs:
-        opened = Reconstructor.open(mixed)
+        opened = load_reconstructor(mixed)
         data = load_data(mixed.config.data, cache=folder / "cache")
         rows = evaluate(opened, data.test, Metrics()).rows
         expected = [float(row["psnr"]) for row in mixed.scores]

@@ -4,7 +4,7 @@ import pytest
 
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig
-from afterimage.profile import PARTS, profile_run
+from afterimage.training.profiler import PARTS, profile_run
 
 DATA = DataConfig("procedural:12", resize=32, crop=32)
 

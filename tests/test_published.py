@@ -3,12 +3,21 @@
 import numpy as np
 import pytest
 from PIL import Image
+from simulated_study import LAYERS_OF_FUSION, scores, write_run
 
 from afterimage.config import AfterimageError, DecoderConfig, FusionConfig
-from afterimage.report.ceiling import MEAN, STD, originals, published_ceiling
-from afterimage.report.published import FUSION, PUBLISHED, beside_published, explain, published
-from afterimage.runs import write_json
-from simulated_study import LAYERS_OF_FUSION, scores, write_run
+from afterimage.report.published import (
+    FUSION,
+    MEAN,
+    PUBLISHED,
+    STD,
+    beside_published,
+    explain,
+    originals,
+    published,
+    published_ceiling,
+)
+from afterimage.runs.files import write_json
 
 SOURCE = "vgg16.tv_in1k:block1"
 

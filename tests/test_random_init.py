@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from afterimage.encoders.random_init import CLOSED, open_branches
+from afterimage.models.encoders.random_init import CLOSED, open_branches
 
 WIDTH, SIZE = 8, (16, 16)
 

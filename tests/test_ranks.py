@@ -4,27 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-
-from afterimage.batchnorm import adapt
-from afterimage.checkpoint import CHECKPOINT
-from afterimage.cli import main
-from afterimage.config import (
-    AfterimageError,
-    DataConfig,
-    DecoderConfig,
-    FeatureSpec,
-    FusionConfig,
-    RecipeConfig,
-)
-from afterimage.decoders import create_decoder
-from afterimage.failures import ENCODERS, Unexpected, concerning, concerns, story
-from afterimage.jobs import train_runs
-from afterimage.lock import LockLost
-from afterimage.ranks import ALONE, RankLost, create_fabric, joined
-from afterimage.runs import Run, scan
-from afterimage.stop import Stopped
-from afterimage.study import StudyConfig
 from children import MODEL, small_configs
 from rank_children import (
     fail_one_decoder,
@@ -34,6 +13,28 @@ from rank_children import (
     train_ranks,
     train_without_drift,
 )
+from torch import nn
+
+from afterimage.cli import main
+from afterimage.config import (
+    AfterimageError,
+    DataConfig,
+    DecoderConfig,
+    FeatureSpec,
+    FusionConfig,
+    RecipeConfig,
+)
+from afterimage.config.study import StudyConfig
+from afterimage.experiments.queue import train_runs
+from afterimage.models.decoders import create_decoder
+from afterimage.runs.run import Run, scan
+from afterimage.runtime.device import create_fabric
+from afterimage.runtime.distributed import ALONE, RankLost, joined
+from afterimage.runtime.failures import ENCODERS, Unexpected, concerning, concerns, story
+from afterimage.runtime.process import LockLost
+from afterimage.runtime.signals import Stopped
+from afterimage.runtime.sync_batchnorm import adapt
+from afterimage.training.checkpoint import CHECKPOINT
 
 
 def configs(pictures):

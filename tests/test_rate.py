@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from afterimage.controls.rate import BITS, Quantiser, codecs, coded_bytes, entropy, histograms
-from afterimage.metrics import psnr
+from afterimage.analysis.controls.rate_distortion import (
+    BITS,
+    Quantiser,
+    codecs,
+    coded_bytes,
+    entropy,
+    histograms,
+)
+from afterimage.evaluation.metrics import psnr
 
 
 def values(channels=3, count=4000, seed=0):

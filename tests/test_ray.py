@@ -11,21 +11,22 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-
 import stand_ins
-from afterimage.checkpoint import CHECKPOINT
+import torch
+from children import context, hold, result, small_pictures, study_child
+
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
-from afterimage.executors import training
-from afterimage.executors.connect import SETTINGS
-from afterimage.executors.training import train_on_ray
-from afterimage.failures import TRACEBACK
-from afterimage.jobs import train_runs
-from afterimage.runs import Run, scan
-from afterimage.stop import Stopped
-from afterimage.study import RowConfig, StudyConfig, run_study
-from children import context, hold, result, small_pictures, study_child
+from afterimage.config.study import RowConfig, StudyConfig
+from afterimage.experiments.queue import train_runs
+from afterimage.experiments.ray import training
+from afterimage.experiments.ray.connect import SETTINGS
+from afterimage.experiments.ray.training import train_on_ray
+from afterimage.experiments.study import run_study
+from afterimage.runs.failures import TRACEBACK
+from afterimage.runs.run import Run, scan
+from afterimage.runtime.signals import Stopped
+from afterimage.training.checkpoint import CHECKPOINT
 
 os.environ |= SETTINGS
 ray = pytest.importorskip(
@@ -160,7 +161,7 @@ def test_whatever_raises_on_a_worker_ends_what_depends_on_it(
 ):
     """A decoder's bug its run, a worker's bug its group; tracebacks come back like results."""
     ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not see the tests
-    monkeypatch.setattr("afterimage.executors.worker.train_group", stand_ins.train_broken_group)
+    monkeypatch.setattr("afterimage.experiments.ray.worker.train_group", stand_ins.train_broken_group)
     rows = (
         RowConfig((RESNET,), (DecoderConfig("broken"),)),
         RowConfig((RESNET.replace("layer2", "nolayer"),)),
@@ -358,7 +359,7 @@ def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monke
 
 def test_without_an_address_ray_is_started_here_and_quietly(tmp_path):
     code = (
-        "from afterimage.executors.connect import cluster\n"
+        "from afterimage.experiments.ray.connect import cluster\n"
         "with cluster('', print) as ray:\n"
         "    print(ray.cluster_resources()['object_store_memory'], ray.get(ray.remote(lambda: 7).remote()))\n"
         "assert not ray.is_initialized()\n"

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-import afterimage.progress
-from afterimage.checkpoint import CHECKPOINT, PREVIOUS
+import afterimage.runtime.progress
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
-from afterimage.executors.files import LIMITS, PIECE, Inbox, check_result, own_files, pieces
-from afterimage.executors.needs import BASE_BYTES, describe, group_bytes, share
-from afterimage.executors.post import CAPACITY, Order, Piece, Post
-from afterimage.progress import Display, silent
-from afterimage.runs import Run, write_json
+from afterimage.experiments.ray.files import LIMITS, PIECE, Inbox, check_result, own_files, pieces
+from afterimage.experiments.ray.needs import BASE_BYTES, describe, group_bytes, share
+from afterimage.experiments.ray.post import CAPACITY, Order, Piece, Post
+from afterimage.runs.files import write_json
+from afterimage.runs.run import Run
+from afterimage.runtime.progress import Display, silent
+from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS
 
 MODEL = "test_resnet.r160_in1k"
 GIB = 2**30
@@ -224,7 +225,7 @@ def display(monkeypatch, *, terminal):
 
     text = io.StringIO()
     own = rich.console.Console(file=text, force_terminal=terminal, width=60, highlight=False, markup=False)
-    monkeypatch.setattr(afterimage.progress, "console", lambda **_: own)
+    monkeypatch.setattr(afterimage.runtime.progress, "console", lambda **_: own)
     return Display(interval=0.0), text
 
 

@@ -8,14 +8,15 @@ import re
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from report_study import VIT, printed, write_reference, write_run, write_study
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FusionConfig
-from afterimage.report import csv_table, latex_table, markdown_table, read_rows, write_report
-from afterimage.report.escape import latex, markdown, markdown_code, plain
-from afterimage.report.layout import duration, lay_out
+from afterimage.report.format import latex, markdown, markdown_code, plain
+from afterimage.report.read import read_rows
 from afterimage.report.rows import Score, pool
-from afterimage.runs import scan
-from report_study import VIT, printed, write_reference, write_run, write_study
+from afterimage.report.tables import csv_table, duration, latex_table, lay_out, markdown_table
+from afterimage.report.write import write_report
+from afterimage.runs.run import scan
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 

@@ -6,15 +6,16 @@ import subprocess
 import sys
 
 import pytest
+from report_study import RESNET, VIT, picture, write_reference, write_run, write_study
+from simulated_study import write_published_study
 
 from afterimage import cli
 from afterimage.config import AfterimageError
-from afterimage.report import write_report
 from afterimage.report.findings import find
-from afterimage.runs import read_json, scan, write_json
-from afterimage.statistics import analyse
-from report_study import RESNET, VIT, picture, write_reference, write_run, write_study
-from simulated_study import write_published_study
+from afterimage.report.statistics.analysis import analyse
+from afterimage.report.write import write_report
+from afterimage.runs.files import read_json, write_json
+from afterimage.runs.run import scan
 
 ATTENTION = (RESNET[0], "layer1", "attention")
 
@@ -109,7 +110,7 @@ def test_what_cannot_be_computed_is_said_with_its_reason(tmp_path, monkeypatch):
         raise ZeroDivisionError("no <layers>")
 
     run = write_run(tmp_path / "runs", *ATTENTION, originals=[picture(0)])
-    monkeypatch.setattr("afterimage.statistics.analysis.falls_with_depth", broken)
+    monkeypatch.setattr("afterimage.report.statistics.analysis.falls_with_depth", broken)
     monkeypatch.setattr("afterimage.report.answers.beside_published", lambda runs: broken(runs))
     written = write_report([run], tmp_path / "out")
     text, page = written["report.md"].read_text(), written["index.html"].read_text()

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 from PIL import Image
+from report_study import RESNET, VIT, picture, write_fused, write_reference, write_run, write_study
 
 from afterimage.config import FusionConfig
-from afterimage.report import read_rows
 from afterimage.report.figures import draw, render
-from afterimage.report.figures.grid import busiest
-from afterimage.runs import scan, write_json
-from report_study import RESNET, VIT, picture, write_fused, write_reference, write_run, write_study
+from afterimage.report.figures.image_grid import busiest
+from afterimage.report.read import read_rows
+from afterimage.runs.files import write_json
+from afterimage.runs.run import scan
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ import sys
 
 import numpy as np
 import pytest
+from report_study import REFERENCES, RESNET, VIT, printed, write_reference, write_run, write_study
 from scipy import stats
 
 from afterimage.config import AfterimageError, RunConfig
-from afterimage.report import csv_table, latex_table, markdown_table, read_rows
+from afterimage.report.read import read_rows
 from afterimage.report.rows import natural
-from afterimage.runs import Run, scan
-from report_study import REFERENCES, RESNET, VIT, printed, write_reference, write_run, write_study
+from afterimage.report.tables import csv_table, latex_table, markdown_table
+from afterimage.runs.run import Run, scan
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 

@@ -3,16 +3,17 @@ import signal
 
 import pytest
 import torch
-
-from afterimage import AfterimageError, group, train_runs
-from afterimage.checkpoint import CHECKPOINT, PREVIOUS
-from afterimage.config import FeatureSpec
-from afterimage.decoders import DECODERS, create_decoder
-from afterimage.member import Member
-from afterimage.reconstructor import build_head
-from afterimage.runs import Run
-from afterimage.train import Together
 from children import context, result, small_configs, small_pictures, train_child
+
+from afterimage import AfterimageError, train_runs
+from afterimage.config import FeatureSpec
+from afterimage.experiments import joint_run as group
+from afterimage.models.decoders import DECODERS, create_decoder
+from afterimage.models.reconstructor import build_head
+from afterimage.runs.run import Run
+from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS
+from afterimage.training.decoder_trainer import Member
+from afterimage.training.trainer import Together
 
 KILLS = 20
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from afterimage.config import AfterimageError, RunConfig
-from afterimage.runs import Run, environment, read_csv, scan, write_atomic, write_csv, write_json
+from afterimage.runs.environment import environment
+from afterimage.runs.files import read_csv, write_atomic, write_csv, write_json
+from afterimage.runs.run import Run, scan
 
 CONFIG = RunConfig(("resnet34.tv_in1k:layer1",))
 cells = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53)

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import small_pictures
 
 from afterimage.config import AfterimageError, load_toml
-from afterimage.runs import read_json, scan
-from afterimage.study import Part, StudyConfig, expand, study_groups
-from children import small_pictures
+from afterimage.config.study import StudyConfig
+from afterimage.experiments.study import Part, expand, study_groups
+from afterimage.runs.files import read_json
+from afterimage.runs.run import scan
 
 FOLDER = Path(__file__).parents[1] / "docs" / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))

@@ -8,8 +8,8 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from afterimage.config import AfterimageError
-from afterimage.statistics.bootstrap import mean_interval, resampled_means
-from afterimage.statistics.ranks import (
+from afterimage.evaluation.intervals import mean_interval, resampled_means
+from afterimage.report.statistics.tests import (
     epsilon_squared,
     holm,
     kendall_within,
@@ -74,7 +74,7 @@ def test_columns_of_one_table_share_their_resamples():
 def test_chunked_resampling_equals_resampling_at_once(monkeypatch):
     values = np.random.default_rng(0).normal(size=40)
     at_once = resampled_means(values, resamples=101)
-    monkeypatch.setattr("afterimage.statistics.bootstrap._CHUNK", 1000)
+    monkeypatch.setattr("afterimage.evaluation.intervals._CHUNK", 1000)
     np.testing.assert_allclose(resampled_means(values, resamples=101), at_once)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
+from simulated_study import SHAPES, pictures, scores, write_published_study, write_reference, write_run
 
 from afterimage.config import (
     RANDOM_WEIGHTS,
@@ -15,19 +16,15 @@ from afterimage.config import (
     FusionConfig,
     RecipeConfig,
 )
-from afterimage.runs import scan, scored_on, write_csv, write_json
-from afterimage.statistics import (
-    analyse,
-    architectures_differ,
-    compare,
-    corrected,
-    falls_with_depth,
-    in_words,
-    load_rows,
-    resolution_dominates,
-)
-from afterimage.statistics.rows import Row
-from simulated_study import SHAPES, pictures, scores, write_published_study, write_reference, write_run
+from afterimage.report.statistics.analysis import analyse
+from afterimage.report.statistics.architectures import architectures_differ
+from afterimage.report.statistics.depth import falls_with_depth
+from afterimage.report.statistics.resolution import resolution_dominates
+from afterimage.report.statistics.rows import Row, load_rows
+from afterimage.report.statistics.tests import compare, corrected
+from afterimage.report.words import in_words
+from afterimage.runs.files import write_csv, write_json
+from afterimage.runs.run import scan, scored_on
 
 LAYERS = [f"resnet34.tv_in1k:layer{i}" for i in range(1, 5)]
 FAST = {"resamples": 400}

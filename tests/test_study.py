@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from test_decoders import PUBLISHED
 
 from afterimage.config import (
     RANDOM_WEIGHTS,
@@ -12,10 +13,10 @@ from afterimage.config import (
     RunConfig,
     load_toml,
 )
-from afterimage.plan import plan
-from afterimage.reconstructor import build_head
-from afterimage.study import RowConfig, StudyConfig, expand, from_models, load_study, run_study, shipped
-from test_decoders import PUBLISHED
+from afterimage.config.study import RowConfig, StudyConfig, from_models, load_study, shipped
+from afterimage.experiments.cost import plan
+from afterimage.experiments.study import expand, run_study
+from afterimage.models.reconstructor import build_head
 
 MODEL = "test_resnet.r160_in1k"
 SMALL = StudyConfig(
@@ -127,12 +128,12 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path):
 def test_random_weights_only_where_the_study_says_so(kind, monkeypatch):
     from dataclasses import replace
 
-    import afterimage.weights
+    import afterimage.models.weights
 
     def nothing(model, weights="pretrained"):
         raise AfterimageError(f"no weights for {model}")
 
-    monkeypatch.setattr(afterimage.weights, "find_weights", nothing)
+    monkeypatch.setattr(afterimage.models.weights, "find_weights", nothing)
     study = replace(SMALL, weights="pretrained", missing_weights=kind)
     said = []
     configs = expand(study, lambda what, *_: said.append(what))

@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
+from children import MODEL, context, small_pictures
 
 from afterimage.report.read import read_rows
 from afterimage.report.tables import csv_table
-from afterimage.runs import scan
-from children import MODEL, context, small_pictures
+from afterimage.runs.run import scan
 
 KILLS = 4
 STUDY = """
@@ -41,7 +41,8 @@ def run(file, root, cache):
     """What a child does."""
     import torch
 
-    from afterimage.study import load_study, run_study
+    from afterimage.config.study import load_study
+    from afterimage.experiments.study import run_study
 
     torch.set_num_threads(1)
     _, failures = run_study(load_study(str(file)), root, cache=cache, accelerator="cpu")

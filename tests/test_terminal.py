@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import afterimage
-from afterimage.audit.config import AuditConfig
 from afterimage.cli import main
-from afterimage.progress import Display
-from afterimage.runs import Run, read_json, scan, write_atomic, write_csv, write_json
-from afterimage.terminal import Writer, always_writable, complain, console, printable, say, shown
+from afterimage.config import shown
+from afterimage.config.audit import AuditConfig
+from afterimage.runs.files import read_json, write_atomic, write_csv, write_json
+from afterimage.runs.run import Run, scan
+from afterimage.runtime.progress import Display
+from afterimage.runtime.terminal import Writer, always_writable, complain, console, printable, say
 
 SOURCE = Path(afterimage.__file__).parent
 MODEL = "test_resnet.r160_in1k"
@@ -267,9 +269,9 @@ def test_files_of_tensors_are_read_whatever_their_path(odd):
     from safetensors.numpy import save
     from safetensors.torch import save as save_torch
 
-    from afterimage.audit.pairs import load_pairs
-    from afterimage.checkpoint import load_tensors
-    from afterimage.weights import read_weights
+    from afterimage.analysis.audit.feature_store import load_pairs
+    from afterimage.models.weights import read_weights
+    from afterimage.training.checkpoint import load_tensors
 
     folder = odd.parent / os.fsdecode(b"tensors \xff")
     folder.mkdir()

@@ -14,15 +14,15 @@ from afterimage import (
     Reconstructor,
     RunConfig,
     create_decoder,
-    evaluate,
     load_data,
-    train,
     train_runs,
 )
-from afterimage.checkpoint import load_tensors
-from afterimage.member import Member
-from afterimage.metrics import Metrics
-from afterimage.runs import Run
+from afterimage.evaluation import evaluate
+from afterimage.evaluation.metrics import Metrics
+from afterimage.runs.run import Run
+from afterimage.training import trainer as train
+from afterimage.training.checkpoint import load_reconstructor, load_tensors
+from afterimage.training.decoder_trainer import Member
 
 MODEL = "test_resnet.r160_in1k"
 SOURCES = [f"{MODEL}:layer1", f"{MODEL}:layer2"]
@@ -103,7 +103,7 @@ def test_a_finished_run_is_left_alone(config, go):
 
 def test_the_stored_decoder_is_the_best_one_and_scores_the_same_again(config, go, tmp_path):
     (run,) = go(config(epochs=4))
-    reconstructor = Reconstructor.open(run)
+    reconstructor = load_reconstructor(run)
     test = load_data(run.config.data, cache=tmp_path / "cache").test
     rows, _ = evaluate(reconstructor, test, Metrics("squeeze"))
     for again, stored in zip(rows, run.scores, strict=True):
@@ -210,11 +210,11 @@ def test_opening_refuses_other_weights(config, go, monkeypatch):
     summary["weights"][0]["sha256"] = "0" * 64
     monkeypatch.setattr(Run, "summary", summary)
     with pytest.raises(AfterimageError, match="digest 000000000000"):
-        Reconstructor.open(run)
+        load_reconstructor(run)
 
 
 def test_jobs_and_train_keep_their_names():
     import afterimage
-    import afterimage.train as module
+    import afterimage.training.trainer as module
 
-    assert callable(afterimage.train) and callable(afterimage.evaluate) and module is afterimage.train
+    assert callable(afterimage.training.trainer) and callable(afterimage.evaluation.evaluate) and module is afterimage.training.trainer

@@ -3,14 +3,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from children import MODEL, small_configs, small_pictures
 from safetensors.torch import load_file, save_file
 
 from afterimage import train_runs
 from afterimage.cli import main
-from afterimage.controls import run_references
-from afterimage.runs import Run, read_csv, scan, write_csv, write_json
-from afterimage.verify import verify_runs
-from children import MODEL, small_configs, small_pictures
+from afterimage.evaluation.baselines import run_references
+from afterimage.experiments.reproduce import verify_runs
+from afterimage.runs.files import read_csv, write_csv, write_json
+from afterimage.runs.run import Run, scan
 
 
 @pytest.fixture(scope="module")

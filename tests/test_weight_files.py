@@ -22,10 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from afterimage import unpickling
 from afterimage.config import AfterimageError
-from afterimage.weight_files import read_named_tensors
-from afterimage.weights import file_digest, read_weights
+from afterimage.models import unpickling
+from afterimage.models.weight_files import read_named_tensors
+from afterimage.models.weights import file_digest, read_weights
 
 STATE = {
     "conv1.weight": torch.arange(24.0).view(2, 3, 4).transpose(0, 2),

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from afterimage import hub_files
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
-from afterimage.encoders import Encoder, list_layers, resolve, resolve_model
-from afterimage.encoders.build import pretrained_config
-from afterimage.weights import (
+from afterimage.models import hub_files
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.layers import list_layers
+from afterimage.models.encoders.providers.timm import pretrained_config, resolve, resolve_model
+from afterimage.models.weights import (
     file_digest,
     find_torchvision_weights,
     find_weights,
@@ -429,7 +430,7 @@ def repository(monkeypatch, serve):
 
 
 def clear():
-    from afterimage.encoders import build
+    from afterimage.models.encoders.providers import timm as build
 
     for function in (resolve_model, hub_files.repository_config, build._repository):
         function.cache_clear()

@@ -397,7 +397,7 @@ def checkpoints() -> None:
     import torch
     from safetensors.torch import save
 
-    from afterimage.checkpoint import _digest
+    from afterimage.training.checkpoint import _digest
 
     tensors, text = {"total": torch.zeros(())}, json.dumps({"identity": {}})
     keep(

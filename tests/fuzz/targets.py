@@ -20,7 +20,9 @@ from pathlib import Path
 from unittest import mock
 
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, dump_toml, load_toml
-from afterimage.runs import Run, write_atomic
+from afterimage.runs.files import write_atomic
+from afterimage.runs.run import Run
+from afterimage.training.checkpoint import load_reconstructor
 
 CORPUS = Path(__file__).with_name("corpus")
 MODEL = "test_resnet.r160_in1k"
@@ -63,10 +65,11 @@ def refused(work: Callable, *arguments, **options):
 
 def study(data: bytes) -> None:
     """A study, and any other configuration, from TOML: read, written, expanded, and its decoders built of nothing."""
-    from afterimage.audit.config import AuditConfig
     from afterimage.config import ReferenceConfig
-    from afterimage.invert.config import InvertConfig
-    from afterimage.study import expand, load_study
+    from afterimage.config.audit import AuditConfig
+    from afterimage.config.inversion import InvertConfig
+    from afterimage.config.study import load_study
+    from afterimage.experiments.study import expand
 
     with file("study.toml", data) as path:
         for kind in (RunConfig, ReferenceConfig, AuditConfig, InvertConfig):
@@ -105,7 +108,7 @@ def _round_trip(config) -> None:
 def _build(config: RunConfig) -> None:
     import torch
 
-    from afterimage.reconstructor import build_head
+    from afterimage.models.reconstructor import build_head
 
     specs = [FeatureSpec(source, 8, 4, 4) for source in config.sources]
     with torch.device("meta"):
@@ -152,9 +155,9 @@ def run_folder(data: bytes) -> Iterator[tuple[Run, Run]]:
 
 def run(data: bytes) -> None:
     """A run folder as tables, statistics and the page's data read it; a sound run beside it is always shown."""
-    from afterimage.report.album import embed, gather
     from afterimage.report.controls import control_findings
-    from afterimage.report.entries import describe_rows
+    from afterimage.report.page.images import embed, gather
+    from afterimage.report.page.page import describe_rows
     from afterimage.report.read import read_rows
     from afterimage.report.tables import csv_table, latex_table, markdown_table
 
@@ -198,7 +201,7 @@ def _is_number(cell: str) -> bool:
 
 def report(data: bytes) -> None:
     """The whole report of a run folder: figures, findings and the page too."""
-    from afterimage.report import write_report
+    from afterimage.report.write import write_report
 
     with run_folder(data) as (hostile, good):
         out = scratch() / "report"
@@ -210,16 +213,15 @@ def report(data: bytes) -> None:
 
 def verify(data: bytes) -> None:
     """A run folder as `study verify` and `evaluate` take it, on pictures and weights that are none of its business."""
-    from afterimage import verify as room
-    from afterimage.metrics import Metrics
-    from afterimage.reconstructor import Reconstructor
+    from afterimage.evaluation.metrics import Metrics
+    from afterimage.experiments import reproduce as room
 
     def unavailable(*_, **__):
         raise AfterimageError("no weights here")
 
     with (
         run_folder(data) as (hostile, _),
-        mock.patch("afterimage.weights._find", unavailable),
+        mock.patch("afterimage.models.weights._find", unavailable),
         mock.patch.object(room, "load_data", lambda *_, **__: _pictures()),
         mock.patch.object(room, "Metrics", lambda net, size: Metrics(net, size=24)),
         mock.patch.object(
@@ -230,13 +232,13 @@ def verify(data: bytes) -> None:
         assert verdict.holds or verdict.problems or verdict.missing or verdict.skipped
         config = refused(getattr, hostile, "config")
         if config is not None and set(config.sources) <= {f"{MODEL}:layer{i}" for i in (1, 2, 3)}:
-            refused(Reconstructor.open, hostile, weights="random")
+            refused(load_reconstructor, hostile, weights="random")
 
 
 @functools.cache
 def _pictures():
     from afterimage.config import DataConfig
-    from afterimage.data import load_data
+    from afterimage.data.dataset import load_data
 
     return load_data(DataConfig("procedural:6", resize=32, crop=24), cache=scratch() / "cache")
 
@@ -255,8 +257,7 @@ def picture(data: bytes) -> None:
 
 def archive(data: bytes) -> None:
     """A zip file that is unpacked: two pictures of at most 2,000 bytes appear, and nothing beside them."""
-    from afterimage.data.download import Archive
-    from afterimage.data.unpack import unpack
+    from afterimage.data.sources.div2k import Archive, unpack
 
     place = scratch() / "unpacked"
     shutil.rmtree(place, ignore_errors=True)
@@ -273,7 +274,7 @@ def archive(data: bytes) -> None:
 
 def pairs(data: bytes) -> None:
     """Stored features and their pictures, as each kind of file they may be in."""
-    from afterimage.audit.pairs import load_pairs
+    from afterimage.analysis.audit.feature_store import load_pairs
 
     ends = {b"PK": ".npz", b"PA": ".parquet"}
     with file(f"pairs{ends.get(data[:2], '.safetensors')}", data) as path:
@@ -289,8 +290,8 @@ def weights(data: bytes) -> None:
     """An encoder's weights, a decoder and a checkpoint from safetensors or from what torch.save wrote."""
     import torch
 
-    from afterimage.checkpoint import CHECKPOINT, load_checkpoints, load_decoder, load_tensors
-    from afterimage.weights import read_weights
+    from afterimage.models.weights import read_weights
+    from afterimage.training.checkpoint import CHECKPOINT, load_checkpoints, load_decoder, load_tensors
 
     with file("weights" + (".pth" if data[:2] in (b"PK", b"\x80\x02") else ".safetensors"), data) as path:
         state = refused(read_weights, path) or {}

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Union
 import tyro
 
 from afterimage.cli.audit import Audit
-from afterimage.cli.bench import Bench
 from afterimage.cli.controls import Controls
 from afterimage.cli.evaluate import Evaluate
 from afterimage.cli.invert import Invert
@@ -22,9 +21,9 @@ from afterimage.cli.study import Study
 from afterimage.cli.train import Train
 from afterimage.cli.verify import Verify
 from afterimage.config import MAX_PROCESSES, AfterimageError, check_range
-from afterimage.runs import check_folder
-from afterimage.stop import interruptible
-from afterimage.terminal import always_writable, complain, printable, say
+from afterimage.runs.run import check_folder
+from afterimage.runtime.signals import interruptible
+from afterimage.runtime.terminal import always_writable, complain, printable, say
 
 COMMANDS = {
     "layers": Layers,
@@ -36,7 +35,6 @@ COMMANDS = {
     "controls": Controls,
     "audit": Audit,
     "report": Report,
-    "bench": Bench,
     "verify": Verify,
 }
 
@@ -99,13 +97,13 @@ def _run(chosen, arguments: list[str]) -> None:
         raise AfterimageError(f"--devices must be 1 or more, got {devices}")
     check_range("--devices", devices, 1, MAX_PROCESSES)
     if devices > 1:
-        from afterimage.launch import launch, ranks_here
+        from afterimage.runtime.launch import launch, ranks_here
 
         if not ranks_here(devices):
             launch(arguments, devices, chosen.accelerator)
             return
     chosen.run()
-    if ranks := sys.modules.get("afterimage.ranks"):  # importing it takes seconds
+    if ranks := sys.modules.get("afterimage.runtime.distributed"):  # importing it takes seconds
         ranks.leave()
 
 

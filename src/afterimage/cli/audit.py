@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from afterimage.config import load_toml
-from afterimage.runs import check_folder
-from afterimage.terminal import console, say, shown
+from afterimage.config import load_toml, shown
+from afterimage.runs.run import check_folder
+from afterimage.runtime.terminal import console, say
 
 if TYPE_CHECKING:
-    from afterimage.audit import AuditConfig, Results, Verdict
+    from afterimage.config.audit import AuditConfig
+    from afterimage.report.audit.verdict import Verdict
+    from afterimage.runs.audit import Results
+
 
 FAILED = 3
 """The exit code of an audit that is not within its limits; 1 is an error, 2 a wrong command line."""
@@ -94,8 +97,10 @@ class Audit:
     """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
-        from afterimage.audit import judge, run_audit, write_audit
-        from afterimage.progress import Display
+        from afterimage.analysis.audit.run import run_audit
+        from afterimage.report.audit.page import write_audit
+        from afterimage.report.audit.verdict import judge
+        from afterimage.runtime.progress import Display
 
         config = self.resolved()
         root = self.root or Path("runs") / f"audit-{Path(config.subject.replace(':', '-')).name}"
@@ -119,8 +124,8 @@ class Audit:
 
     def resolved(self) -> AuditConfig:
         """The file's settings, or the defaults, with what was given on the command line in their place."""
-        from afterimage.audit import AttackersConfig, AuditConfig, LimitsConfig
         from afterimage.config import DataConfig, RecipeConfig
+        from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
 
         base = None if self.config is None else load_toml(AuditConfig, self.config)
         data = {"source": self.data, "test": self.test, **self._of("resize", "crop", "limit_test")}
@@ -154,7 +159,7 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from afterimage.audit.verdict import SSIM, likeness, strongest
+    from afterimage.report.audit.verdict import SSIM, likeness, strongest
 
     table = Table(title=f"audit of {results.subject['name']}", title_justify="left")
     table.add_column("layer", overflow="fold")

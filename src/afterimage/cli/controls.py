@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.terminal import complain, console
+from afterimage.runtime.terminal import complain, console
 
 if TYPE_CHECKING:
-    from afterimage.runs import Run
+    from afterimage.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Controls:
     """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
+        from afterimage.analysis.controls.run import PARTS, run_controls
         from afterimage.cli.report import find_runs
-        from afterimage.controls import PARTS, run_controls
-        from afterimage.progress import Display
-        from afterimage.runs import check_folder
+        from afterimage.runs.run import check_folder
+        from afterimage.runtime.progress import Display
 
         runs = find_runs(self.folders)
         for run in runs:
@@ -70,9 +70,9 @@ def print_controls(runs: list[Run]) -> None:
     """The tables of the controls on the terminal."""
     from rich.table import Table
 
-    from afterimage.failures import is_done
-    from afterimage.report import read_rows
     from afterimage.report.controls import control_findings
+    from afterimage.report.read import read_rows
+    from afterimage.runs.failures import is_done
 
     done = [run for run in runs if is_done(run)]
     screen = console(180)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli.tables import score_line
-from afterimage.terminal import say, shown
+from afterimage.cli.output import score_line
+from afterimage.config import shown
+from afterimage.runtime.terminal import say
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class Evaluate:
     """Where decoded pictures are kept."""
 
     def run(self) -> None:
-        from afterimage.evaluate import summarise
-        from afterimage.metrics import Metrics
-        from afterimage.progress import Display
-        from afterimage.rerun import evaluate_run
-        from afterimage.runs import Run, check_file, write_csv
+        from afterimage.evaluation.evaluate import summarise
+        from afterimage.evaluation.metrics import Metrics
+        from afterimage.experiments.inference import evaluate_run
+        from afterimage.runs.files import write_csv
+        from afterimage.runs.run import Run, check_file
+        from afterimage.runtime.progress import Display
 
         run = Run.open(self.run_folder)
         if self.output is not None:

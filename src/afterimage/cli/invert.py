@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli.tables import picture_lines
-from afterimage.config import LPIPS_NETS, AfterimageError, DataConfig, check_seed
-from afterimage.terminal import say, shown
+from afterimage.cli.output import picture_lines
+from afterimage.config import LPIPS_NETS, AfterimageError, DataConfig, check_seed, shown
+from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
-    from afterimage.invert import InvertConfig
-    from afterimage.invert.given import Given
-    from afterimage.runs import Run
+    from afterimage.analysis.inversion.run import Given
+    from afterimage.config.inversion import InvertConfig
+    from afterimage.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Invert:
     """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
-        from afterimage.invert import InvertConfig
-        from afterimage.progress import Display
-        from afterimage.ranks import one_device
-        from afterimage.runs import check_folder
+        from afterimage.config.inversion import InvertConfig
+        from afterimage.runs.run import check_folder
+        from afterimage.runtime.device import one_device
+        from afterimage.runtime.progress import Display
 
         check_folder(self.output, "--output")
         check_seed("seed", self.seed)
@@ -106,15 +106,15 @@ class Invert:
         return files, sources
 
     def _given(self, files: list[Path], data: DataConfig, progress: object) -> Given:
-        from afterimage.invert.given import from_data, from_files
+        from afterimage.analysis.inversion.run import from_data, from_files
 
         if files:
             return from_files(files, resize=data.resize, crop=data.crop)
         return from_data(data, cache=self.cache, progress=progress)
 
     def _refine(self, method: InvertConfig, files: list[Path], device: str, progress: object) -> list[Run]:
-        from afterimage.invert.limit import invert_run
-        from afterimage.runs import Run
+        from afterimage.analysis.inversion.run import invert_run
+        from afterimage.runs.run import Run
 
         folders = []
         for path in self.run_folders:
@@ -132,11 +132,11 @@ class Invert:
     def _plain(
         self, method: InvertConfig, files: list[Path], sources: list[str], device: str, progress: object
     ) -> Run:
-        from afterimage.invert.config import InversionConfig
-        from afterimage.invert.limit import invert_sources
-        from afterimage.metrics import Metrics
-        from afterimage.reconstructor import Encoders
-        from afterimage.runs import Run
+        from afterimage.analysis.inversion.run import invert_sources
+        from afterimage.config.inversion import InversionConfig
+        from afterimage.evaluation.metrics import Metrics
+        from afterimage.models.reconstructor import Encoders
+        from afterimage.runs.run import Run
 
         given = self._given(
             files, DataConfig(source=self.data or "photographs", limit_test=self.limit), progress
@@ -153,8 +153,8 @@ class Invert:
         return folder
 
     def _show(self, folders: list[Run]) -> None:
-        from afterimage.report.limit import print_limit, write_limit
-        from afterimage.runs import scan
+        from afterimage.report.inversion import print_limit, write_limit
+        from afterimage.runs.run import scan
 
         # Decoders of one layer have one inversion from grey.
         folders = list({folder.path: folder for folder in folders}.values())

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from afterimage.config import MAX_SIDE, Axis, check_range
-from afterimage.terminal import console, say
+from afterimage.runtime.terminal import console, say
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Layers:
 
     def run(self) -> None:
         check_range("--image-size", self.image_size, 1, MAX_SIDE)
-        from afterimage.encoders import early_end, list_layers
+        from afterimage.models.encoders.layers import early_end, list_layers
 
         print_layers(self.model, list_layers(self.model, self.image_size, every=self.every))
         if ended := early_end(self.model, self.image_size):

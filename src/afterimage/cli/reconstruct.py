@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from afterimage.cli.output import picture_lines
 from afterimage.cli.report import find_runs
-from afterimage.cli.tables import picture_lines
-from afterimage.config import AfterimageError
-from afterimage.terminal import say, shown
+from afterimage.config import AfterimageError, shown
+from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
-    from afterimage.rerun import Rebuilt
-    from afterimage.runs import Run
+    from afterimage.experiments.inference import Rebuilt
+    from afterimage.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Reconstruct:
     """LPIPS network: alex, vgg or squeeze (default: the one that each run was measured with)."""
 
     def run(self) -> None:
-        from afterimage.runs import check_file
+        from afterimage.runs.run import check_file
 
         runs = find_runs(self.run_folders)
         if not self.pictures:
@@ -56,9 +56,9 @@ class Reconstruct:
             self._several(runs, output)
 
     def _one(self, run: Run, output: Path) -> None:
-        from afterimage.data import file_notes
-        from afterimage.metrics import Metrics
-        from afterimage.rerun import rebuild, side_by_side
+        from afterimage.data.dataset import file_notes
+        from afterimage.evaluation.metrics import Metrics
+        from afterimage.experiments.inference import rebuild, side_by_side
 
         metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
         (rebuilt,) = rebuild(self.pictures, run, metrics, weights=self.weights)
@@ -68,13 +68,13 @@ class Reconstruct:
         say(f"saved: {shown(output)} (original left, reconstruction right)")
 
     def _several(self, runs: list[Run], output: Path) -> None:
-        from afterimage.data import file_notes
-        from afterimage.metrics import Metrics
-        from afterimage.progress import Display
+        from afterimage.data.dataset import file_notes
+        from afterimage.evaluation.metrics import Metrics
+        from afterimage.experiments.inference import rebuild
         from afterimage.report.figures import own_pictures, render
         from afterimage.report.read import read_rows
-        from afterimage.rerun import rebuild
-        from afterimage.runs import write_atomic
+        from afterimage.runs.files import write_atomic
+        from afterimage.runtime.progress import Display
 
         read = read_rows(runs)
         rows = replace(read, decoders=tuple(r for r in read.decoders if r.kind == "decoder"), references=())

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.config import AfterimageError
-from afterimage.terminal import say, shown
+from afterimage.config import AfterimageError, shown
+from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
-    from afterimage.runs import Run
+    from afterimage.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Report:
         # Before what takes long to import: a wrong folder is said at once.
         runs = find_runs(self.folders)
 
-        from afterimage.progress import Display
-        from afterimage.report import write_report
-        from afterimage.runs import check_folder
+        from afterimage.report.write import write_report
+        from afterimage.runs.run import check_folder
+        from afterimage.runtime.progress import Display
 
         output = self.output or self.folders[0] / "report"
         check_folder(output, "--output")
@@ -49,7 +49,7 @@ class Report:
 
 def find_runs(folders: tuple[Path, ...]) -> list[Run]:
     """The runs that folders name: each a run folder itself, or a folder that holds some."""
-    from afterimage.runs import Run, scan
+    from afterimage.runs.run import Run, scan
 
     if not folders:
         raise AfterimageError("name at least one run folder, or a folder that holds some")

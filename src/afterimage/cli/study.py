@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from afterimage.cli.output import print_table
 from afterimage.cli.report import Report
-from afterimage.cli.tables import print_table
 from afterimage.config import (
     MAX_PROCESSES,
     AfterimageError,
@@ -18,13 +18,16 @@ from afterimage.config import (
     RunConfig,
     check_range,
     parse_count,
+    shown,
 )
-from afterimage.failures import as_error, is_done, let_go
-from afterimage.runs import check_folder
-from afterimage.terminal import complain, console, say, shown
+from afterimage.runs.failures import is_done
+from afterimage.runs.run import check_folder
+from afterimage.runtime.failures import as_error, let_go
+from afterimage.runtime.terminal import complain, console, say
 
 if TYPE_CHECKING:
-    from afterimage.study import StudyConfig, Train
+    from afterimage.config.study import StudyConfig
+    from afterimage.experiments.study import Train
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,14 @@ class Study:
     """Train each run on so many GPUs, or in so many processes on a CPU, with the result of one."""
 
     def run(self) -> None:
-        from afterimage.progress import Display
-        from afterimage.study import Part, expand, from_models, load_study, run_study, shipped
+        from afterimage.config.study import from_models, load_study, shipped
+        from afterimage.experiments.study import Part, expand, run_study
+        from afterimage.runtime.progress import Display
 
         if not self.study and not self.models:
             say("shipped studies: " + ", ".join(shipped()))
             return
-        from afterimage.ranks import first_rank
+        from afterimage.runtime.distributed import first_rank
 
         if self.study and self.models:
             raise AfterimageError("give a study or --models, not both")
@@ -159,8 +163,8 @@ class Study:
         options |= {"address": self.address} if self.address else {}
         options |= {"fetch": True} if self.fetch else {}
         if self.executor == "ray":
-            from afterimage.executors.connect import import_ray
-            from afterimage.executors.training import train_on_ray
+            from afterimage.experiments.ray.connect import import_ray
+            from afterimage.experiments.ray.training import train_on_ray
 
             import_ray()  # before anything else is done
             return partial(train_on_ray, **options)
@@ -212,7 +216,7 @@ def print_failures(failures: list[AfterimageError]) -> None:
 
 def print_groups(configs: list[RunConfig]) -> None:
     """The groups of runs that are trained together, one a line: its number, how many there are, its runs."""
-    from afterimage.study import study_groups
+    from afterimage.experiments.study import study_groups
 
     split = study_groups(configs)
     for number, group in enumerate(split, 1):
@@ -224,9 +228,9 @@ def print_plan(configs: list[RunConfig]) -> None:
     from rich.table import Table
 
     from afterimage.cli.layers import print_unseen
-    from afterimage.plan import macs_per_second, plan
-    from afterimage.progress import clock
-    from afterimage.study import study_groups
+    from afterimage.experiments.cost import macs_per_second, plan
+    from afterimage.experiments.study import study_groups
+    from afterimage.runtime.progress import clock
 
     plans, problems = [], []
     for config in configs:

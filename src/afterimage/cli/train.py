@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli.tables import print_table
+from afterimage.cli.output import print_table
 from afterimage.config import (
     MAX_STEPS,
     AfterimageError,
@@ -18,10 +18,11 @@ from afterimage.config import (
     RunConfig,
     check_range,
     parse_count,
+    shown,
     unknown,
 )
-from afterimage.failures import is_done
-from afterimage.terminal import complain, say, shown
+from afterimage.runs.failures import is_done
+from afterimage.runtime.terminal import complain, say
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL:LAYER [...]")]
 Flat = tyro.conf.OmitArgPrefixes
@@ -77,11 +78,11 @@ class Train:
     """Train nothing: show where the time of so many steps goes and write a trace into ROOT/profiles."""
 
     def run(self) -> None:
-        from afterimage.decoders import DECODERS
-        from afterimage.encoders import resolve
-        from afterimage.jobs import train_runs
-        from afterimage.progress import Display
-        from afterimage.ranks import first_rank
+        from afterimage.experiments.queue import train_runs
+        from afterimage.models.decoders import DECODERS
+        from afterimage.models.encoders.providers.timm import resolve
+        from afterimage.runtime.distributed import first_rank
+        from afterimage.runtime.progress import Display
 
         data = DataConfig(
             source=self.data,
@@ -140,8 +141,8 @@ class Train:
             raise failures[0]
 
     def _profile(self, configs: list[RunConfig]) -> None:
-        from afterimage.profile import print_profile, profile_run
-        from afterimage.progress import Display
+        from afterimage.runtime.progress import Display
+        from afterimage.training.profiler import print_profile, profile_run
 
         for config in configs:
             with Display() as display:

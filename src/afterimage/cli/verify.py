@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli.report import find_runs
-from afterimage.terminal import say
+from afterimage.runtime.terminal import say
 
 NOT_MEASURED = 4
 """The exit code where no run fails but some could not be measured; 1 is a run that does not hold, or an error."""
@@ -36,8 +36,8 @@ class Verify:
 
     def run(self) -> None:
         runs = find_runs(self.folders)
-        from afterimage.progress import Display
-        from afterimage.verify import verify_runs
+        from afterimage.experiments.reproduce import verify_runs
+        from afterimage.runtime.progress import Display
 
         with Display() as display:
             verdicts = verify_runs(

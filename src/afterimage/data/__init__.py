@@ -1,9 +1,8 @@
 """Where pictures come from: found, split, decoded once into a shared cache, cropped on the device."""
 
+from afterimage.data.dataset import default_cache, file_notes, load_data, load_test, prepare_picture
 from afterimage.data.decode import load_picture
-from afterimage.data.load import Data, default_cache, load_data, load_test
-from afterimage.data.pictures import Pictures
-from afterimage.data.prepare import file_notes, prepare_picture
+from afterimage.data.images import Data, Pictures
 from afterimage.data.sampling import order
 from afterimage.data.sources import SOURCES
 

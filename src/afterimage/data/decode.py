@@ -14,15 +14,18 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from afterimage.config import AfterimageError
-from afterimage.terminal import shown
+from afterimage.config import AfterimageError, shown
 
 VERSION = 3  # of what is kept decoded: raised whenever the same file would give other pixels
 # Of a data set's digest. Version 3 of the pixels differs only where a PNG of 2, 4 or 16 bits names a transparent value,
 # so that all other data sets keep their names.
 DIGEST_VERSION = 2
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm")
+
+
 EXTENSIONS += (".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+
+
 # Formats that Pillow decodes by itself: no Ghostscript (EPS), no plugins of other packages.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 178_956_970  # where Pillow refuses too: about 15,000 x 12,000

@@ -1,10 +1,9 @@
 """Reports from run folders alone: tables, figures, report.md, the page. No torch; matplotlib only once it draws."""
 
-from afterimage.report.console import console_table
-from afterimage.report.page import write_page
+from afterimage.report.page.page import write_page
 from afterimage.report.read import read_rows
 from afterimage.report.rows import Row, Rows, Score, Unfinished
-from afterimage.report.tables import csv_table, latex_table, markdown_table
+from afterimage.report.tables import console_table, csv_table, latex_table, markdown_table
 from afterimage.report.write import write_report
 
 __all__ = [

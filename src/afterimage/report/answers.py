@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from afterimage.config import AfterimageError
-from afterimage.report.escape import markdown
 from afterimage.report.findings import Finding, Numbers, find, how_to_read
+from afterimage.report.format import markdown, number
 from afterimage.report.published import Beside, beside_published
-from afterimage.runs import Run
-from afterimage.statistics import analyse
-from afterimage.statistics.phrases import number
+from afterimage.report.statistics.analysis import analyse
+from afterimage.runs.run import Run
 
 LONG = 12  # rows; longer tables are folded
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""The controls that run folders hold, read and set in words and tables. See `afterimage.controls.measure`."""
+"""The controls that run folders hold, read and set in words and tables. See `afterimage.analysis.controls.run`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from afterimage.config import AfterimageError
 from afterimage.report.findings import NONE, Finding, Numbers
+from afterimage.report.format import minus, number
 from afterimage.report.rows import Row, Score
-from afterimage.runs import DAMAGE, read_csv, read_json
-from afterimage.statistics.phrases import minus, number
+from afterimage.runs.files import DAMAGE, read_csv, read_json
 
 FORMAT = 1
 STAND_INS = {

@@ -6,21 +6,31 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from afterimage.statistics import Analysis, Architectures, Comparison, Depth, Resolution, in_words
-from afterimage.statistics.depth import UNTESTABLE
-from afterimage.statistics.phrases import (
+from afterimage.report.format import (
     NAMES,
     ahead,
     difference,
+    estimate_text,
     minus,
     p_value,
-    plain,
     ratio,
     score,
     told_apart,
 )
-from afterimage.statistics.settings import control, honest
-from afterimage.statistics.words import best_buys, by_other_metrics, disagreements, not_testable, overview
+from afterimage.report.statistics.analysis import Analysis
+from afterimage.report.statistics.architectures import Architectures
+from afterimage.report.statistics.depth import UNTESTABLE, Depth
+from afterimage.report.statistics.resolution import Resolution
+from afterimage.report.statistics.rows import control, honest
+from afterimage.report.statistics.tests import Comparison
+from afterimage.report.words import (
+    best_buys,
+    by_other_metrics,
+    disagreements,
+    in_words,
+    not_testable,
+    overview,
+)
 
 Hypothesis = Depth | Resolution | Architectures
 NONE = "–"
@@ -130,7 +140,7 @@ def _depth(results: Sequence[Depth]) -> Iterable[Numbers]:
         for e in r.encoders:
             tau = f"{minus(f'{e.tau:.2f}', 2)} ({p_value(e.tau_p)})"
             monotone = f"{e.monotone} of {e.tau_within.count}"
-            encoders.append((r.setting, e.encoder, e.verdict, tau, plain(e.tau_within), monotone))
+            encoders.append((r.setting, e.encoder, e.verdict, tau, estimate_text(e.tau_within), monotone))
             for i, step in enumerate(e.steps):
                 names = f"{e.layers[i]} → {e.layers[i + 1]}"
                 steps.append((r.setting, e.encoder, names, *_difference(step)))

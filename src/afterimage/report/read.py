@@ -12,7 +12,8 @@ from typing import Any
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, read_text, unknown
 from afterimage.report.rows import METRICS, Row, Rows, Score, Unfinished, natural
 from afterimage.report.variants import fusion_letters, mixed_settings, variants
-from afterimage.runs import DAMAGE, Run, read_json, scored_on
+from afterimage.runs.files import DAMAGE, read_json
+from afterimage.runs.run import Run, scored_on
 
 KINDS = ("decoder", "inversion", "reference")
 

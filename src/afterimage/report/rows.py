@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from afterimage.runs import Run
+from afterimage.runs.run import Run
 
 METRICS = ("psnr", "ssim", "lpips")
 DECODERS = ("linear", "transposed", "attention", "wavelet", "frequency", "residual")

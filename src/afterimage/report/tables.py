@@ -1,16 +1,181 @@
-"""The table of a study as Markdown, LaTeX and CSV."""
+"""One table in four forms: terminal, Markdown, CSV, LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from afterimage.report.escape import latex, markdown, markdown_code, plain, spreadsheet
-from afterimage.report.layout import Cell, Line, lay_out
-from afterimage.report.rows import METRICS, Row, Rows
-from afterimage.report.variants import fusion_text
+from afterimage.config import unknown
+from afterimage.report.format import latex, markdown, markdown_code, plain, spreadsheet
+from afterimage.report.rows import METRICS, Row, Rows, Score
+from afterimage.report.variants import fusion_legend, fusion_text
+from afterimage.runtime.terminal import console
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+
+SPREADS = {"std": "standard deviation", "interval": "half a 95 % t interval of the mean"}
+DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
+HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one cell shows: lines of text, footnote numbers, bold for the best, loud for a warning."""
+
+    lines: tuple[str, ...]
+    marks: tuple[int, ...] = ()
+    bold: bool = False
+    loud: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table: its sources (or a reference line's label) as `names`, then one cell a column."""
+
+    row: Row
+    names: Cell
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that share an encoder and its weights; reference lines share an empty encoder."""
+
+    encoder: str
+    weights: str
+    lines: tuple[Line, ...]
+
+    @property
+    def loud(self) -> bool:
+        return "random" in self.weights
+
+
+@dataclass(frozen=True)
+class Table:
+    header: tuple[str, ...]
+    groups: tuple[Group, ...]
+    footnotes: tuple[str, ...]
+    remark: str
+
+
+@dataclass
+class Footnotes:
+    """Numbers each distinct text in the order of its first use."""
+
+    texts: list[str] = field(default_factory=list)
+
+    def number(self, text: str) -> int:
+        if text not in self.texts:
+            self.texts.append(text)
+        return self.texts.index(text) + 1
+
+
+def lay_out(rows: Rows, *, spread: str = "std") -> Table:
+    """The whole table. `spread` chooses what follows ±: the standard deviation or the mean's interval."""
+    if spread not in SPREADS:
+        raise unknown("spread", spread, SPREADS)
+    columns = [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in rows.nets or ("",))]
+    best = {column: _best(rows.decoders, *column) for column in columns}
+    seeds = len({row.seed for row in rows.decoders}) > 1
+    notes = Footnotes()
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for row in rows.all:
+        marks = tuple(notes.number(note) for note in row.notes)
+        cells = [*_what(row, seeds)]
+        cells += [_score(row, m, net, best[m, net], spread, notes) for m, net in columns]
+        line = Line(row, Cell(_names(row), marks), tuple(cells))
+        groups.setdefault((row.encoder, row.weights_label if row.kind != "reference" else ""), []).append(
+            line
+        )
+    header = ["features", "shape", "reduction", "decoder", *(["seed"] if seeds else [])]
+    header += ["weights", "parameters", "training", *(heading(metric, net) for metric, net in columns)]
+    made = tuple(Group(encoder, weights, tuple(lines)) for (encoder, weights), lines in groups.items())
+    return Table(tuple(header), made, tuple(notes.texts), _remark(rows, spread))
+
+
+def heading(metric: str, net: str = "") -> str:
+    """`PSNR (dB) ↑`, `SSIM ↑` or `LPIPS (alex) ↓`."""
+    name = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": f"LPIPS ({net})" if net else "LPIPS"}[metric]
+    return f"{name} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
+
+
+def duration(seconds: float | int | None) -> str:
+    if seconds is None:
+        return NONE
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5940 else f"{seconds / 3600:.1f} h"
+
+
+def _names(row: Row) -> tuple[str, ...]:
+    if row.kind == "reference":
+        return (row.label,)
+    if len(row.sources) == 1:
+        return row.sources
+    return (f"{row.fusion_letter}: {fusion_text(row)}", *row.sources)
+
+
+def _what(row: Row, seeds: bool) -> Iterable[Cell]:
+    def text(value: str, loud: bool = False) -> Cell:
+        return Cell((value,), loud=loud)
+
+    def aligned(lines: Sequence[str]) -> Cell:
+        return Cell(("", *lines) if len(row.sources) > 1 else tuple(lines) or (NONE,))
+
+    reference = row.kind == "reference"
+    yield aligned(row.shapes)
+    yield aligned([f"{reduction}×" if reduction else NONE for reduction in row.reductions])
+    yield text(row.decoder_label or NONE)
+    if seeds:
+        yield text(NONE if row.seed is None else str(row.seed))
+    yield text(NONE if reference else weights_text(row.weights_label), row.is_random)
+    yield text(NONE if reference or row.parameters is None else f"{row.parameters:,}")
+    yield text(NONE if reference else duration(row.train_seconds))
+
+
+def weights_text(label: str) -> str:
+    """The label of an encoder's weights, loud where they are random."""
+    return label.upper() if "random" in label else label
+
+
+def _score(row: Row, metric: str, net: str, best: str | None, spread: str, notes: Footnotes) -> Cell:
+    score = row.scores[metric]
+    if score is None:
+        return Cell(("unavailable",), (notes.number(f"LPIPS is unavailable: {row.lpips_reason}"),))
+    if metric == "lpips" and row.lpips_net != net:
+        return Cell((NONE,))
+    mean = _rounded(score, metric)
+    around = score.std if spread == "std" else score.margin
+    text = mean if around is None else f"{mean} ± {around:.{DIGITS[metric]}f}"
+    return Cell((text,), bold=row.kind != "reference" and mean == best)
+
+
+def _rounded(score: Score, metric: str) -> str:
+    return f"{score.mean:.{DIGITS[metric]}f}"
+
+
+def _best(rows: Sequence[Row], metric: str, net: str) -> str | None:
+    """The best mean as printed, so that rows which print the same are all the best."""
+    rows = [r for r in rows if not r.is_random] or rows
+    scores = [r.scores[metric] for r in rows if not net or r.lpips_net == net]
+    means = [s for s in scores if s is not None]
+    pick = max if HIGHER_IS_BETTER[metric] else min
+    return _rounded(pick(means, key=lambda s: s.mean), metric) if means else None
+
+
+def _remark(rows: Rows, spread: str) -> str:
+    counts = sorted({score.count for row in rows.all for m in METRICS if (score := row.scores[m])})
+    over = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    best = " Bold: the best decoder row, ties included." if rows.decoders else ""
+    return f"Mean ± {SPREADS[spread]} over {over} test picture{'s' if counts != [1] else ''}.{best}"
+
 
 _RIGHT = ("reduction", "seed", "parameters", "training")
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -141,3 +306,81 @@ def _record(row: Row) -> dict[str, Any]:
     record["lpips_reason"] = "" if row.scores["lpips"] else row.lpips_reason
     record["notes"] = "; ".join(map(plain, row.notes))
     return {key: spreadsheet(value) if isinstance(value, str) else value for key, value in record.items()}
+
+
+# Left out one after the other until the table fits; "±" is the spread behind each score.
+EXPENDABLE = ("reduction", "±", "shape", "parameters", "training", "seed")
+HEADING = 24
+
+
+def console_table(rows: Rows, *, width: int | None = None, title: str | None = None) -> RichTable:
+    """A rich `Table` of at most `width` columns (default: the terminal's), its footnotes as caption."""
+    screen = console(width)
+    for count in range(len(EXPENDABLE) + 1):
+        table = _build(rows, EXPENDABLE[:count], title)
+        if table.__rich_measure__(screen, screen.options.update(max_width=10_000)).maximum <= screen.width:
+            break
+    return table
+
+
+def _build(rows: Rows, dropped: tuple[str, ...], title: str | None) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    layout = lay_out(rows)
+    keep = [i for i, name in enumerate(layout.header) if name != "weights" and name not in dropped]
+    table = RichTable(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title and Text(plain(title)), title_justify="left",
+        caption=Text("\n".join(_caption(rows, layout.remark, layout.footnotes))), caption_justify="left",
+    )  # fmt: skip
+    for i in keep:
+        name = layout.header[i]
+        header = Text(name.replace(" (", "\n("))
+        if name in ("features", "shape", "decoder"):
+            table.add_column(header, overflow="fold")
+        else:
+            table.add_column(header, justify="right", no_wrap=True)
+    for group in layout.groups:
+        style = "bold red" if group.loud else "bold"
+        table.add_row(Text("\n".join(_heading(group)), style=style))
+        for line in group.lines:
+            cells = [_console_names(line), *(_text(cell, "±" not in dropped) for cell in line.cells)]
+            table.add_row(*(cells[i] for i in keep))
+        table.add_section()
+    return table
+
+
+def _heading(group: Group) -> list[str]:
+    """Rich has no cells across columns, so a long name goes on in a second line."""
+    if not group.encoder:
+        return ["reference lines"]
+    weights = f"{group.weights.upper()} WEIGHTS" if group.loud else group.weights
+    name = plain(group.encoder, 60)
+    if len(name) + len(weights) + 2 <= HEADING:
+        return [f"{name}, {weights}"]
+    model, dot, tag = name.partition(".")
+    return [name, weights] if len(name) <= HEADING or not dot else [model, dot + tag, weights]
+
+
+def _console_names(line: Line) -> Text:
+    name = line.row.layer if line.row.kind != "reference" else line.row.label
+    return _text(Cell((plain(name, 44),), line.names.marks), True, indent="  ")
+
+
+def _text(cell: Cell, has_spread: bool, indent: str = "") -> Text:
+    """The cell's first line: what a fusion's further lines say stands in the caption."""
+    from rich.text import Text
+
+    text = plain(cell.lines[0], 44)
+    text = text if has_spread else text.partition(" ± ")[0]
+    style = "bold green" if cell.bold else "dim" if text in (NONE, "unavailable") else ""
+    return Text(indent + text, style=style).append(superscript(cell.marks), style="dim")
+
+
+def _caption(rows: Rows, remark: str, footnotes: tuple[str, ...]) -> list[str]:
+    lines = [remark, *fusion_legend(rows.decoders)]
+    lines += [f"{superscript([i])} {plain(note)}" for i, note in enumerate(footnotes, 1)]
+    lines += [f"! {plain(warning)}" for warning in rows.warnings]
+    lines += [f"! {plain(': '.join(filter(None, (u.run.name, u.state, u.error))))}" for u in rows.unfinished]
+    return lines

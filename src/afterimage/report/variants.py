@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from afterimage.report.rows import Row
 
+
 # Settings that have a column or a figure's axis of their own, or do not change the result.
 SHOWN = ("sources", "seed", "lpips", "decoder.name", "fusion.")
 

@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
-from afterimage.progress import Progress, silent
-from afterimage.report.escape import markdown, markdown_block, markdown_code, plain
-from afterimage.report.page import write_page
+from afterimage.report.format import markdown, markdown_block, markdown_code, plain
+from afterimage.report.page.page import write_page
 from afterimage.report.read import read_rows
 from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.report.variants import flatten
-from afterimage.runs import Run, read_json, remove_leftovers, write_atomic
+from afterimage.runs.files import read_json, remove_leftovers, write_atomic
+from afterimage.runs.run import Run
+from afterimage.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
     from afterimage.report.answers import Answers
     from afterimage.report.figures import Drawing
     from afterimage.report.findings import Finding
+
 
 # The page draws the other figures itself.
 ON_PAGE = ("training-curves", "distributions", "controls", "lost-by", "rate")

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from afterimage.progress import Progress, silent
 from afterimage.report.answers import reason
-from afterimage.report.figures.controls import controls
+from afterimage.report.figures.controls import controls, lost
 from afterimage.report.figures.depth import quality_by_depth
 from afterimage.report.figures.distribution import distributions
 from afterimage.report.figures.fusion import fusion_weights
-from afterimage.report.figures.grid import grid, own_pictures, pages
-from afterimage.report.figures.lost import lost
+from afterimage.report.figures.image_grid import grid, own_pictures, pages
+from afterimage.report.figures.inversion import saturation
 from afterimage.report.figures.rate import rate
-from afterimage.report.figures.saturation import saturation
 from afterimage.report.figures.scatter import quality_by_locations, quality_by_parameters
 from afterimage.report.figures.style import Drawing, render, style
 from afterimage.report.figures.training import training_curves
 from afterimage.report.rows import Rows
+from afterimage.runtime.progress import Progress, silent
 
 __all__ = ["Drawing", "draw", "own_pictures", "render"]
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from afterimage.report.controls import STAND_INS, Part, decoder, read_part
+from afterimage.report.controls import PLANES, REGIONS, STAND_INS, Part, decoder, read_part, share_lost
 from afterimage.report.figures.fonts import drawable
-from afterimage.report.figures.style import INK, MUTED, Drawing, legend
+from afterimage.report.figures.style import INK, MUTED, Drawing, grid_y, legend, short_encoders
 from afterimage.report.rows import Row, Rows
 
-LOOKS = {
+CONTROL_LOOKS = {
     "own": ("#000000", "o"), "another": ("#D55E00", "s"), "shuffled": ("#56B4E9", "D"),
     "mean": ("#009E73", "^"), "zero": ("#CC79A7", "v"), "colour": (MUTED, "|"),
 }  # fmt: skip
@@ -25,7 +31,7 @@ def controls(rows: Rows) -> list[Drawing]:
     figure = Figure((7.4, 1.5 + LINE * len(parts)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for y, part in enumerate(parts):
-        for control, (color, marker) in LOOKS.items():
+        for control, (color, marker) in CONTROL_LOOKS.items():
             score = part.score(f"{control}_psnr")
             left.errorbar(
                 score.mean, y, xerr=score.margin or 0, color=color, marker=marker, ls="none", elinewidth=0.8,
@@ -46,7 +52,7 @@ def controls(rows: Rows) -> list[Drawing]:
         axes.grid(axis="x")
         axes.tick_params(length=2.5)
     names = {"own": "its own features", **STAND_INS}
-    handles = [Line2D([], [], color=c, marker=m, ls="none", label=names[k]) for k, (c, m) in LOOKS.items()]
+    handles = [Line2D([], [], color=c, marker=m, ls="none", label=names[k]) for k, (c, m) in CONTROL_LOOKS.items()]
     legend(figure, handles, columns=3)
     return [Drawing("controls", "Preserved or guessed", _caption(parts), figure)]
 
@@ -65,3 +71,137 @@ def _caption(parts: list[Part]) -> str:
         "marker was guessed. Right: the distance of the re-encoded reconstruction's features from the picture's "
         "(disc) beside that of another picture's (square)."
     )
+
+
+PANEL = (2.7, 2.1)
+MAP = 1.15
+DASHES = ("-", "--", ":", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (1, 4)))
+ERROR_LOOKS = {
+    "luma": ("#000000", "o"), "cb": ("#0072B2", "s"), "cr": ("#D55E00", "s"),
+    "flat": ("#56B4E9", "D"), "edge": ("#009E73", "^"), "texture": ("#CC79A7", "v"),
+}  # fmt: skip
+
+
+def lost(rows: Rows) -> list[Drawing]:
+    """Three figures from `lost.json`. Empty where no run folder holds one."""
+    parts, _ = read_part(rows.decoders, "lost")
+    return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
+
+
+def shades(parts: Sequence[Part]) -> dict[tuple[str, ...], tuple]:
+    """Light to dark through the layers of each encoder."""
+    layers: dict[str, dict[tuple[str, ...], None]] = {}
+    for part in parts:
+        layers.setdefault(part.row.encoder, {})[part.row.sources] = None
+    colors = matplotlib.colormaps["viridis_r"]
+    return {
+        sources: colors(0.15 + 0.8 * i / max(1, len(members) - 1))
+        for members in layers.values()
+        for i, sources in enumerate(members)
+    }
+
+
+def dashes(parts: Sequence[Part]) -> dict[str, Any]:
+    """A dash pattern a decoder."""
+    names = dict.fromkeys(decoder(p.row) for p in parts)
+    return {name: DASHES[i % len(DASHES)] for i, name in enumerate(names)}
+
+
+def _by_frequency(parts: Sequence[Part]) -> Drawing:
+    encoders = list(dict.fromkeys(p.row.encoder for p in parts))
+    names = {"fusion": "fusion", **short_encoders([p.row for p in parts])}
+    figure = Figure((max(4.4, 0.8 + PANEL[0] * len(encoders)), 1.1 + PANEL[1] * 2), layout="constrained")
+    panels = figure.subplots(2, len(encoders), sharex=True, sharey=True, squeeze=False)
+    colors, patterns = shades(parts), dashes(parts)
+    for j, encoder in enumerate(encoders):
+        members = [p for p in parts if p.row.encoder == encoder]
+        for i, plane in enumerate(("luma", "chroma")):
+            axes = panels[i][j]
+            axes.axhline(1, color=MUTED, lw=0.7, ls=(0, (4, 3)))
+            for part in members:
+                line = share_lost(part, plane)
+                axes.plot(
+                    [f for f, _ in line], [s for _, s in line],
+                    color=colors[part.row.sources], ls=patterns[decoder(part.row)], lw=1.2,
+                )  # fmt: skip
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xticks([1 / 64, 1 / 16, 1 / 4], ["1/64", "1/16", "1/4"])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+            grid_y(axes)
+            panels[i][0].set_ylabel(f"{plane}: error / picture")
+        panels[0][j].set_title(drawable(names[encoder], 28))
+        panels[1][j].set_xlabel("cycles a pixel")
+        layers = dict.fromkeys((p.row.sources, drawable(p.row.layer, 16)) for p in members)
+        panels[0][j].legend(
+            handles=[Line2D([], [], color=colors[sources], label=text) for sources, text in layers],
+            loc="best", fontsize=6.5, handlelength=1.2, labelspacing=0.2,
+        )  # fmt: skip
+    handles = [Line2D([], [], color=MUTED, ls=ls, label=name) for name, ls in patterns.items()]
+    legend(figure, handles, columns=4)
+    caption = (
+        "The error's power over the picture's at each spatial frequency (radial averages of Hann-windowed spectra, "
+        f"summed over {parts[0].facts['pictures']} test pictures), luma above and chroma (Cb and Cr) below, darker "
+        "the deeper the layer. At the broken line nothing is left; above it the decoder adds what is not there."
+    )
+    return Drawing("lost-by-frequency", "What is lost, by frequency", caption, figure)
+
+
+def _by_kind(parts: Sequence[Part]) -> Drawing:
+    figure = Figure((7.4, 1.4 + LINE * len(parts)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, part in enumerate(parts):
+        for plane in PLANES:
+            score, (color, marker) = part.score(f"psnr_{plane}"), ERROR_LOOKS[plane]
+            left.errorbar(score.mean, y, xerr=score.margin or 0, color=color, marker=marker, elinewidth=0.8)
+        for kind in REGIONS:
+            error, (color, marker) = part.facts["regions"][kind]["mse"], ERROR_LOOKS[kind]
+            if error is not None:
+                right.plot(-10 * math.log10(max(error, 1e-10)), y, color=color, marker=marker)
+    left.set_yticks(range(len(parts)), [label(p.row) for p in parts])
+    left.set_ylim(len(parts) - 0.5, -0.5)
+    for axes in (left, right):
+        axes.set_xlabel("PSNR (dB)")
+        axes.grid(axis="x")
+        axes.tick_params(length=2.5)
+    left.set_title("luma and chroma")
+    right.set_title("kind of region")
+    names = {**PLANES, **dict(zip(REGIONS, REGIONS, strict=True))}
+    handles = [
+        Line2D([], [], color=c, marker=m, ls="none", label=names[key]) for key, (c, m) in ERROR_LOOKS.items()
+    ]
+    legend(figure, handles, columns=6)
+    rules = parts[0].facts["regions"]
+    caption = (
+        "Left: PSNR of luma, Cb and Cr, each over its own range of 1, mean over test pictures with its 95 % t "
+        "interval. Right: of the mean squared error over all pixels of a kind, by the original's luma in "
+        f"{rules['window']} × {rules['window']} pixels: flat (standard deviation below {rules['flat_below']:g}), "
+        f"else edge (structure tensor's coherence {rules['edge_from']:g} or more), else texture."
+    )
+    return Drawing("lost-by-kind", "What is lost, by colour and kind of region", caption, figure)
+
+
+def _by_place(parts: Sequence[Part]) -> Drawing:
+    across = min(5, len(parts))
+    down = -(-len(parts) // across)
+    figure = Figure((max(4.4, 0.4 + (MAP + 0.3) * across), 0.3 + (MAP + 0.45) * down), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    shown = []
+    for axes, part in zip(panels, parts, strict=False):
+        place = part.facts["place"]
+        mean = math.sqrt(sum(v * v for row in place for v in row) / (len(place) * len(place[0]))) or 1.0
+        relative = [[v / mean for v in row] for row in place]
+        shown.append(axes.imshow(relative, cmap="viridis", vmin=0.5, vmax=1.5, interpolation="nearest"))
+        axes.set_title(
+            label(part.row).replace(":", "\n", 1).replace(", ", "\n", 1), fontsize=6, weight="normal"
+        )
+    for axes in panels:
+        axes.set_axis_off()
+    bar = figure.colorbar(shown[0], ax=panels, shrink=0.7, extend="both", pad=0.02)
+    bar.set_label("error / its mean")
+    caption = (
+        "The root mean squared error at each place of the crop over its mean, from all test pictures: borders and "
+        "the grid of locations show where a layer keeps less."
+    )
+    return Drawing("lost-by-place", "What is lost, by place", caption, figure)

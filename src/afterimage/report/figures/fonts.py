@@ -1,4 +1,4 @@
-"""Names in any script: drawn by a font that is installed and has their characters, else written as `\\u4e2d`."""
+"""Names in any script: drawn by a font that is installed and has their characters, else written as `\u4e2d`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
-from afterimage.report.escape import plain
+from afterimage.report.format import plain
 
 logger = logging.getLogger("afterimage")
 

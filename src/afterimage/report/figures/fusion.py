@@ -13,14 +13,24 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from afterimage.report.escape import plain
 from afterimage.report.figures.fonts import drawable
-from afterimage.report.figures.grid import CELL, EDGE, FOOT, GAP, HEAD, LINE, PICTURES, Pixels, read_pixels
+from afterimage.report.figures.image_grid import (
+    CELL,
+    EDGE,
+    FOOT,
+    GAP,
+    HEAD,
+    LINE,
+    PICTURES,
+    Pixels,
+    read_pixels,
+)
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import Drawing
+from afterimage.report.format import plain
 from afterimage.report.rows import Row, Rows
 from afterimage.report.variants import fusion_text
-from afterimage.runs import DAMAGE
+from afterimage.runs.files import DAMAGE
 
 COLORS = "cividis"
 FEW = 3  # figures that are shown open

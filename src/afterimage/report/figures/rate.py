@@ -7,8 +7,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from afterimage.report.controls import curve_of, decoder, read_part
+from afterimage.report.figures.controls import PANEL, dashes, shades
 from afterimage.report.figures.fonts import drawable
-from afterimage.report.figures.lost import PANEL, dashes, shades
 from afterimage.report.figures.style import INK, MUTED, Drawing, grid_y, legend, short_encoders
 from afterimage.report.rows import Rows, Score
 

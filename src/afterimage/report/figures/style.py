@@ -15,10 +15,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from afterimage.report.escape import plain
 from afterimage.report.figures.fonts import drawable, families, with_fallbacks
-from afterimage.report.layout import heading
+from afterimage.report.format import plain
 from afterimage.report.rows import Row
+from afterimage.report.tables import heading
 
 DPI = 200
 INK, MUTED = "#222222", "#6b6b6b"

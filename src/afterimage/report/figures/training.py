@@ -19,7 +19,7 @@ from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import MUTED, Drawing, grid_y, legend, short_encoders
 from afterimage.report.rows import Row, Rows
 from afterimage.report.variants import flatten
-from afterimage.runs import DAMAGE
+from afterimage.runs.files import DAMAGE
 
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
 PANELS = 12  # on one figure

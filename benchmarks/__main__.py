@@ -1,0 +1,86 @@
+"""`python -m benchmarks`: this package beside a plain reference, in ratios."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from afterimage.terminal import say, shown
+
+from afterimage.cli import run_command
+from afterimage.config import check_positive
+from afterimage.runs import check_file
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure training, memory, evaluating and starting beside a plain reference, in turns; print the ratios.
+
+    Each row is printed as soon as it is there, all of them in a table at the end. Takes more than half an hour on two
+    cores. With --quick it begins nothing new after two minutes, however slow the machine, and says what was left out.
+    """
+
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Only these measurements (see --list)."""
+    list: bool = False
+    """List the measurements and start nothing."""
+    quick: bool = False
+    """Smaller pictures, fewer of them, one repeat: ratios come out lower than at full size. Begins nothing new after
+    two minutes; with --only does all that is named."""
+    json: Path | None = None
+    """Write rows and facts of the machine to this JSON file."""
+    data: str = ""
+    """Photographs for the time to quality: folder:PATH, or any other source with a test split."""
+    seconds: float = 120.0
+    """Training time of each decoder in the measurement `decoders`, which runs only where --only names it."""
+    accelerator: str = "cpu"
+    """Where both ways run: cpu, cuda, mps or auto; peak memory is the host's."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """What ours computes in; auto is bf16-mixed where products of matrices are quicker in bfloat16. The reference
+    computes in float32."""
+
+    def run(self) -> None:
+        import tempfile
+
+        from afterimage.runtime.progress import Display
+        from benchmarks import MEASUREMENTS, QUICK_SECONDS, Settings, print_rows, row_line, run_bench
+
+        if self.list:
+            for name, measurement in MEASUREMENTS.items():
+                say(f"{name:16} {(measurement.__doc__ or '').splitlines()[0]}")
+            return
+        check_positive(self, "seconds")
+        if self.json is not None:
+            check_file(self.json, "--json")
+        with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder, Display() as display:
+            settings = Settings(
+                Path(folder), self.quick, self.data, self.accelerator, display, self.seconds, self.precision
+            )
+            rows, facts = run_bench(
+                self.only, settings=settings, json_path=self.json, told=lambda row: say(row_line(row))
+            )
+        print_rows(rows)
+        if facts["left_out"]:
+            say(
+                f"left out, in whole or in part, since the {QUICK_SECONDS} s of --quick were over: "
+                f"{', '.join(facts['left_out'])}; `afterimage bench --quick --only NAME` measures one"
+            )
+        say(
+            f"{facts['processor'] or 'processor unknown'}, {facts['cores']} cores, "
+            f"{facts['memory_bytes'] / 2**30:.0f} GiB, torch {facts['versions'].get('torch')}, "
+            f"OMP_NUM_THREADS {facts['OMP_NUM_THREADS'] or 'not set'}; "
+            f"ours in {facts['precision']}, attention of narrow heads {facts['narrow_attention']}"
+        )
+        if self.json is not None:
+            say(f"figures: {shown(self.json)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the measurements; an error a user can put right is one message and exit code 1."""
+    run_command(lambda: tyro.cli(Bench, prog="python -m benchmarks", args=arguments).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Decoders trained side by side until each has had the same time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afterimage.data.dataset import load_data
+from afterimage.evaluation.metrics import psnr
+from afterimage.training.decoder_trainer import Member
+from afterimage.training.trainer import Together
+from benchmarks.work import build
+
+COOLDOWN = 0.3
+"""The learning rate falls linearly to zero over this last part of the time, for every decoder alike."""
+LOOKS = 2
+
+
+def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[str, dict[str, Any]]:
+    """Train the runs' decoders side by side until each has had its seconds; what each came to on the test pictures.
+
+    A decoder's time is its closed form and its own steps, in processor seconds on a CPU: the shared encoder pass,
+    reading pictures and looking at the validation pictures are off the clock, so what else the machine does matters
+    little. The decoder that is measured is the best of `LOOKS` looks at the validation pictures.
+    """
+    built = build(configs, accelerator)
+    data = load_data(built.runs[0].data)
+    together = built.on(data)
+    device = built.fabric.device
+
+    def clock() -> float:
+        if device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def pictures(together: Together) -> Iterator[tuple[list[Tensor], Tensor]]:
+        for epoch in itertools.count():
+            yield from together.training_batches(epoch)
+
+    contestants = [
+        _Contestant(run.decoder.name, member, together, seconds, clock)
+        for run, member in zip(built.runs, together.members, strict=True)
+    ]
+    for one in contestants:
+        one.solve()
+    for features, images in pictures(together):
+        training = [one for one in contestants if one.training]
+        if not training:
+            break
+        for one in training:
+            one.step(features, images)
+    return {one.name: one.outcome() for one in contestants}
+
+
+class _Contestant:
+    def __init__(
+        self, name: str, member: Member, together: Together, budget: float, clock: Callable[[], float]
+    ) -> None:
+        self.name, self.member, self.together, self.budget, self.clock = name, member, together, budget, clock
+        self.decoder = member.head.decoder
+        self.seconds, self.pictures, self.curve = 0.0, 0, []
+
+    @property
+    def training(self) -> bool:
+        return self.member.optimizer is not None and self.seconds < self.budget
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        started = self.clock()
+        yield
+        self.seconds += self.clock() - started
+
+    def solve(self) -> None:
+        if not self.decoder.closed_form:
+            return
+        views = self.decoder.prepare(len(self.together.data.train), self.together.seed)
+        for view in range(views + 1):
+            held_out = view == views
+            for features, images in (
+                self.together.validation_batches() if held_out else self.together.views(view)
+            ):
+                with self.timed():
+                    self.decoder.accumulate(self.member.pick(features), images, validation=held_out)
+        with self.timed():
+            self.decoder.solve()
+        self.look()
+
+    def step(self, features: list[Tensor], images: Tensor) -> None:
+        share_left = (1 - self.seconds / self.budget) / COOLDOWN
+        for group in self.member.optimizer.param_groups:
+            group["lr"] = self.member.recipe.learning_rate * min(1.0, share_left)
+        self.member.begin_epoch()
+        with self.timed():
+            self.member.step(features, images)
+        self.pictures += len(images)
+        trained = [look for look in self.curve if look["pictures"]]
+        if self.seconds >= self.budget * (len(trained) + 1) / LOOKS:
+            self.look()
+
+    def look(self) -> None:
+        (loss,) = self.together.validation_losses([self.member])
+        if not self.curve or loss < min(look["validation_mse"] for look in self.curve):
+            self.member.keep(loss)
+        self.curve.append({"seconds": self.seconds, "pictures": self.pictures, "validation_mse": loss})
+
+    @torch.no_grad()
+    def outcome(self) -> dict[str, Any]:
+        self.member.head.load_state_dict(self.member.best)
+        errors, decibels = [], []
+        for features, images in self.together.batches(self.together.data.test):
+            rebuilt = self.member.reconstruct(features)
+            errors += (rebuilt - images).square().mean((1, 2, 3)).tolist()
+            decibels += psnr(rebuilt, images).tolist()
+        return {
+            "mse": statistics.fmean(errors),
+            "psnr": statistics.fmean(decibels),
+            "seconds": self.seconds,
+            "pictures": self.pictures,
+            "parameters": self.member.parameters,
+            "curve": self.curve,
+        }

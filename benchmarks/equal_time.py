@@ -1,0 +1,62 @@
+"""Every decoder at equal training time on shallow and deep layers: what `residual` is designed for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from afterimage.config import AfterimageError, to_dict
+from benchmarks.child import in_child
+from benchmarks.rows import Goal, Row
+from benchmarks.settings import Settings
+
+SOURCES = (
+    "resnet18.tv_in1k:layer1",
+    "resnet18.tv_in1k:layer3",
+    "vit_tiny_patch16_224.augreg_in21k_ft_in1k:block0",
+    "vit_tiny_patch16_224.augreg_in21k_ft_in1k:block11",
+)
+DECODERS = ("residual", "transposed", "attention", "wavelet", "frequency", "linear")
+
+
+def decoders(settings: Settings) -> Iterator[Row]:
+    """Test error of every decoder after equal training time, `residual` against the best of the others."""
+    for source in SOURCES:
+        what = f"{source}: test error after {settings.seconds:g} s of training a decoder"
+        if not settings.data:
+            unavailable = "needs photographs: --data folder:PATH with train and test"
+            yield Row("decoders", what, goal=Goal("ratio", 1.0), unavailable=unavailable)
+            continue
+        settings.say(what, 0, 1)
+        runs = [settings.run(source, name, settings.data, weights="pretrained") for name in DECODERS]
+        try:
+            outcome = in_child(
+                "contest:compare",
+                configs=[to_dict(run) for run in runs],
+                seconds=settings.seconds,
+                accelerator=settings.accelerator,
+            ).value
+        except AfterimageError as error:
+            yield Row("decoders", what, goal=Goal("ratio", 1.0), unavailable=str(error))
+            continue
+        settings.say(what, 1, 1)
+        yield _row(what, outcome)
+
+
+def _row(what: str, outcome: dict[str, dict[str, Any]]) -> Row:
+    ours, *others = (outcome[name] | {"name": name} for name in DECODERS)
+    best = min(others, key=lambda one: one["mse"])
+    listed = ", ".join(
+        f"{name} {one['psnr']:.2f} dB ({one['pictures']:,} pictures in {one['seconds']:.0f} s)"
+        for name, one in outcome.items()
+    )
+    return Row(
+        "decoders",
+        what,
+        "MSE",
+        [ours["mse"]],
+        [best["mse"]],
+        goal=Goal("ratio", 1.0),
+        notes=[f"reference: {best['name']}, the best of the others", listed],
+        points=[{"decoder": name, **one} for name, one in outcome.items()],
+    )

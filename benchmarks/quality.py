@@ -1,0 +1,81 @@
+"""Time until the test pictures come back at a given PSNR: our quickest decoder against the reference's best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from afterimage.config import AfterimageError, to_dict
+from benchmarks.child import in_child
+from benchmarks.rows import Goal, Row
+from benchmarks.settings import Settings
+from benchmarks.training import train_ours
+
+TARGETS = (
+    ("resnet18.tv_in1k:layer1", 23.0, "residual", None),
+    ("vgg19.tv_in1k:block1", 29.0, "linear", 16),
+)
+"""Features, dB to reach, our decoder, and how many training and validation pictures it needs (None: all)."""
+GOAL = 10.0
+
+
+def time_to_quality(settings: Settings) -> Iterator[Row]:
+    """Real weights and photographs, both at the full size whatever `--quick` says of the rest."""
+    for target in TARGETS:
+        yield _row(settings, *target)
+
+
+def _row(settings: Settings, source: str, target: float, decoder: str, pictures: int | None) -> Row:
+    name = f"time-to-{target:g}dB"
+    what = f"{source}: seconds to {target:g} dB on the test photographs"
+    goal = Goal("ratio", GOAL)
+    if not settings.data:
+        return Row(
+            name, what, goal=goal, unavailable="needs photographs: --data folder:PATH with train and test"
+        )
+    full = replace(settings, quick=False)
+    run = full.run(source, decoder, settings.data, epochs=30, weights="pretrained")
+    run = replace(run, data=replace(run.data, limit_train=pictures, limit_validation=pictures))
+    # The study's decoder without its attention: on a CPU its steps are many times as quick and it ends higher.
+    plain = full.run(source, "transposed", settings.data, epochs=30, weights="pretrained")
+    try:
+        settings.say(f"{name}: ours", 0, 1)
+        ours = train_ours(settings, [run], target=target).value
+        settings.say(f"{name}: ours, {ours['seconds']:.0f} s to {ours['test_db']:.2f} dB", 1, 1)
+        patience = (2 if settings.quick else GOAL) * ours["seconds"]
+        settings.say(f"{name}: reference, for {patience:.0f} s at most", 0, 1)
+        reference = in_child(
+            "work:reference",
+            configs=[to_dict(plain)],
+            target=target,
+            limit=patience,
+            accelerator=settings.accelerator,
+        ).value
+        settings.say(f"{name}: reference", 1, 1)
+    except AfterimageError as error:
+        return Row(name, what, goal=goal, unavailable=str(error))
+    count = "all" if pictures is None else str(pictures)
+    notes = [
+        f"ours: {decoder} on {count} training and validation pictures, {ours['epochs']} epochs, "
+        f"{ours['test_db']:.2f} dB",
+        f"reference: transposed, all training pictures, {reference['epochs']} epochs, "
+        f"{reference['test_db']:.2f} dB in {reference['seconds']:.0f} s",
+        "from originals that are not decoded yet; looking at the test pictures is off the clock",
+    ]
+    if ours["test_db"] < target:
+        return Row(name, what, goal=goal, notes=notes, unavailable=f"ours ends below {target:g} dB")
+    reached = reference["test_db"] >= target
+    if not reached:
+        notes.append(
+            f"the reference had not reached {target:g} dB when it was stopped: the ratio is a lower bound"
+        )
+    return Row(
+        name,
+        what,
+        "s",
+        [ours["seconds"]],
+        [reference["seconds"]],
+        goal=goal,
+        bound="" if reached else "at least",
+        notes=notes,
+    )

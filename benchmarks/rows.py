@@ -1,0 +1,149 @@
+"""What a measurement came to: figures of both ways, their ratio, the goal, and whether it is met."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from afterimage.runtime.terminal import console
+
+_MET = {None: "not decided", True: "yes", False: "NO"}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`ratio`: ours must be so many times better; `at most`: our own figure must not exceed it."""
+
+    kind: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:g}x" if self.kind == "ratio" else f"at most {self.value:g}"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What both ways ended at, and how far apart they may lie for their speeds to be comparable."""
+
+    what: str
+    ours: float
+    reference: float
+    tolerance: float
+
+    @property
+    def equal(self) -> bool:
+        return abs(self.ours - self.reference) <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "equal" if self.equal else "NOT EQUAL"
+        return (
+            f"{self.what}: ours {self.ours:.4g}, reference {self.reference:.4g}; {verdict} "
+            f"(difference {abs(self.ours - self.reference):.2g}, tolerance {self.tolerance:g})"
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `ours` and `reference` hold a figure a repeat, taken in turns.
+
+    `bound`: the reference was stopped or is computed, so the ratio is what it is at least or by computation, as the
+    notes say. `unavailable` says why there are no figures.
+    """
+
+    name: str
+    what: str
+    unit: str = ""
+    ours: Sequence[float] = ()
+    reference: Sequence[float] = ()
+    higher_is_better: bool = False
+    goal: Goal | None = None
+    bound: str = ""
+    quality: Quality | None = None
+    notes: Sequence[str] = ()
+    unavailable: str = ""
+    points: Sequence[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times better ours is, a figure a repeat; what did not grow, such as a memory, has no ratio."""
+        pairs = [(o, r) for o, r in zip(self.ours, self.reference, strict=False) if min(o, r) > 0]
+        return [o / r if self.higher_is_better else r / o for o, r in pairs]
+
+    @property
+    def ratio(self) -> float | None:
+        return statistics.median(self.ratios) if self.ratios else None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is met; None where there is none, or nothing was measured, or a bound does not tell.
+
+        A row whose two ways end at different quality meets nothing.
+        """
+        if self.goal is None or self.unavailable:
+            return None
+        if self.goal.kind != "ratio":
+            return statistics.median(self.ours) <= self.goal.value
+        if self.ratio is None:
+            return None
+        if self.quality is not None and not self.quality.equal:
+            return False
+        met = self.ratio >= self.goal.value
+        return None if self.bound == "at least" and not met else met
+
+    def as_dict(self) -> dict[str, Any]:
+        derived = {"ratios": self.ratios, "ratio": self.ratio, "met": self.met}
+        equal = None if self.quality is None else self.quality.equal
+        return asdict(self) | derived | {"quality_equal": equal}
+
+
+def row_line(row: Row) -> str:
+    """What a measurement came to, in one line."""
+    if row.unavailable:
+        return f"{row.name}: unavailable: {row.unavailable}"
+    figures = [
+        f"{who} {_figure(values, row.unit)}"
+        for who, values in (("ours", row.ours), ("reference", row.reference))
+        if values
+    ]
+    goal = f"goal {row.goal}: {_MET[row.met]}" if row.goal else ""
+    return f"{row.name}: {', '.join(filter(None, [*figures, _ratio(row), goal]))}"
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The table, and below it what one has to know of each row."""
+    from rich.table import Table
+
+    table = Table(title="ours against the plain reference", title_justify="left")
+    for column in ("measurement", "what"):
+        table.add_column(column, overflow="fold")
+    for column in ("ours", "reference", "ratio (min to max)", "goal", "met"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row.unavailable:
+            table.add_row(row.name, row.what, "unavailable", "", "", str(row.goal or ""), "")
+            continue
+        met = _MET[row.met] if row.goal else ""
+        figures = [_figure(values, row.unit) for values in (row.ours, row.reference)]
+        table.add_row(row.name, row.what, *figures, _ratio(row), str(row.goal or ""), met)
+    screen = console(150)
+    screen.print(table)
+    for row in rows:
+        lines = [f"unavailable: {row.unavailable}"] if row.unavailable else []
+        lines += [str(row.quality)] if row.quality else []
+        for line in (*lines, *row.notes):
+            screen.print(f"{row.name}: {line}", soft_wrap=True)
+
+
+def _figure(values: Sequence[float], unit: str) -> str:
+    return f"{statistics.median(values):.3g} {unit}" if values else ""
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is None:
+        return ""
+    text = f"{row.ratio:.2f}x"
+    if len(row.ratios) > 1:
+        text += f" ({min(row.ratios):.2f} to {max(row.ratios):.2f})"
+    return f"{row.bound} {text}".strip()

@@ -1,0 +1,190 @@
+"""What a child does for one side of a measurement. Arguments and results are plain JSON."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from afterimage.config import RunConfig, from_dict
+from afterimage.data.dataset import load_data
+from afterimage.data.images import Data
+from afterimage.evaluation.evaluate import evaluating
+from afterimage.evaluation.metrics import psnr
+from afterimage.models.layers.attention import narrow_attention
+from afterimage.models.reconstructor import Encoders, build_head
+from afterimage.training.decoder_trainer import Member
+from afterimage.training.trainer import Together
+from benchmarks import reference as plain
+from benchmarks.gpu import quickest_precision
+
+
+def imports() -> None:
+    """What a process holds that only imports all this."""
+
+
+def here(accelerator: str, precision: str) -> dict[str, str]:
+    """What ours computes in, for `auto` what is quicker, and what attends with narrow heads on a CPU, in words.
+
+    The latter is compiled here where it is not yet, before anything is timed.
+    """
+    return {
+        "precision": quickest_precision(accelerator) if precision == "auto" else precision,
+        "narrow_attention": narrow_attention()[1],
+    }
+
+
+def ours(
+    configs: Sequence[dict], cache: str, *, accelerator: str = "auto", target: float | None = None
+) -> dict[str, Any]:
+    """Runs that share a recipe and their encoder, trained as `afterimage.training.trainer` trains them.
+
+    Seconds count from the originals, with what `cache` holds of them, to the last validation; building the encoder
+    and the decoders is left out. With a `target` it ends as soon as the first decoder has that PSNR on the test
+    pictures, looked at after the closed form and after every epoch, off the clock.
+    """
+    built = build(configs, accelerator)
+    started, busy = time.perf_counter(), cpu_seconds()
+    data = load_data(built.runs[0].data, cache=Path(cache))
+    loaded = time.perf_counter()
+    together = built.on(data)
+    members = together.members
+    if target is None:
+        together.train()
+        reached, aside = None, 0.0
+    else:
+        reached, aside = _until(together, target)
+    ended = time.perf_counter()
+    return {
+        "cpu_seconds": cpu_seconds() - busy,
+        "seconds": ended - started - aside,
+        "loading": loaded - started,
+        "training": ended - loaded - aside,
+        "validation_db": [_decibel(member.best_loss) for member in together.members],
+        "test_db": reached,
+        "epochs": members[0].epoch,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@dataclass(frozen=True)
+class Built:
+    """Encoders and decoders of runs that are trained together, and pictures still to come."""
+
+    runs: Sequence[RunConfig]
+    encoders: Encoders
+    members: Sequence[Member]
+    fabric: Fabric
+
+    def on(self, data: Data) -> Together:
+        return Together(self.encoders, data, self.members, self.fabric, seed=self.runs[0].seed)
+
+
+def build(configs: Sequence[dict], accelerator: str) -> Built:
+    runs = [from_dict(RunConfig, config) for config in configs]
+    first = runs[0]
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=first.recipe.precision)
+    sources = list(dict.fromkeys(source for run in runs for source in run.sources))
+    encoders = Encoders(sources, weights=first.weights, image_size=first.data.crop, seed=first.seed)
+    encoders.to(fabric.device)
+    narrow_attention()
+    members = []
+    for run in runs:
+        picks = [encoders.sources.index(source) for source in run.sources]
+        head = build_head(run, [encoders.specs[i] for i in picks])
+        members.append(Member(head, picks, run.recipe, fabric))
+    return Built(runs, encoders, members, fabric)
+
+
+def _until(together: Together, target: float) -> tuple[float, float]:
+    """Train the first member until the target is reached; gives the test PSNR and the seconds of looking at it."""
+    member, aside = together.members[0], 0.0
+
+    def look() -> float:
+        nonlocal aside
+        paused = time.perf_counter()
+        reached = _test_db(
+            lambda images: member.head(member.pick(together.encoders(images))),
+            member.head,
+            together.data,
+            together.fabric.device,
+        )
+        aside += time.perf_counter() - paused
+        return reached
+
+    together.solve()
+    reached = look() if member.best else -math.inf
+    while reached < target and member.active:
+        together.train_epoch(member.epoch, [member])
+        reached = max(reached, look())
+    return reached, aside
+
+
+def reference(
+    configs: Sequence[dict],
+    *,
+    micro_batch: int | None = None,
+    accelerator: str = "auto",
+    target: float | None = None,
+    limit: float = math.inf,
+) -> dict[str, Any]:
+    """The same runs by the plain reference, one after the other, on the same clock.
+
+    With a `target` each ends at that PSNR on the test pictures, looked at after every epoch, off the clock; or once
+    `limit` seconds have passed.
+    """
+    results, device = [], Fabric(accelerator=accelerator, devices=1).device
+    for config in configs:
+        run = from_dict(RunConfig, config)
+        reached, after_epoch = -math.inf, None
+        if target is not None:
+            data = load_data(run.data)
+
+            def after_epoch(encoder, decoder, data=data):
+                nonlocal reached
+                reached = max(reached, _test_db(lambda x: decoder(encoder(x)[0]), decoder, data, device))
+                return reached >= target
+
+        results.append(
+            plain.train(run, micro_batch=micro_batch, after_epoch=after_epoch, limit=limit, device=device)
+        )
+    return {
+        "cpu_seconds": sum(result["cpu_seconds"] for result in results),
+        "seconds": sum(result["seconds"] for result in results),
+        "validation_db": [_decibel(result["validation_loss"]) for result in results],
+        "test_db": reached if target is not None else None,
+        "epochs": results[-1]["epochs"],
+        "threads": torch.get_num_threads(),
+    }
+
+
+@torch.inference_mode()
+def _test_db(
+    reconstruct: Callable[[Tensor], Tensor], decoder: nn.Module, data: Data, device: torch.device
+) -> float:
+    """Mean PSNR over the test pictures; the frozen encoders are in evaluation mode anyway."""
+    with evaluating(decoder):
+        values = [
+            value
+            for indices in torch.arange(len(data.test)).split(16)
+            for images in [data.test.crops(indices, device=device)]
+            for value in psnr(reconstruct(images).clamp(0, 1), images).tolist()
+        ]
+    return sum(values) / len(values)
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, its threads and the children it has waited for."""
+    return sum(os.times()[:4])
+
+
+def _decibel(loss: float) -> float:
+    return -10 * math.log10(loss)

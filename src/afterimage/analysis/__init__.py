@@ -1,0 +1,1 @@
+"""What trained decoders tell about features: controls, inversion, audit. Writes numbers, draws nothing."""

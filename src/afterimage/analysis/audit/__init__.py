@@ -1,0 +1,1 @@
+"""Audit: what an attacker rebuilds from features, under which defences."""

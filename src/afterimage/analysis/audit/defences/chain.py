@@ -1,0 +1,138 @@
+"""Defences one after another, and the text that names them: `noise:0.5+int8`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from afterimage.analysis.audit.defences.base import Part, Wire
+from afterimage.analysis.audit.defences.noise import Noise, Shuffle
+from afterimage.analysis.audit.defences.quantise import OneBit, Quantise
+from afterimage.analysis.audit.defences.reduce import PCA, Drop, Pool, TopK
+from afterimage.config import AfterimageError, FeatureSpec, unknown
+
+Maps = Sequence[Float[Tensor, "_ _ _ _"]]
+
+
+DEFENCES: dict[str, type[Part]] = {
+    "noise": Noise, "int": Quantise, "1bit": OneBit, "topk": TopK, "pca": PCA, "drop": Drop, "pool": Pool,
+    "shuffle": Shuffle,
+}  # fmt: skip
+
+
+class Defence(nn.Module):
+    """A chain of parts for each of several feature maps; `name` is the text it was built from.
+
+    Attributes:
+        specs: the shapes of the features, `sent_specs` of what is sent
+        sent_bytes: how many bytes the maps of one picture take, without entropy coding; `plain_bytes` as float32
+    """
+
+    def __init__(self, name: str, specs: Sequence[FeatureSpec], chains: Sequence[Sequence[Part]]) -> None:
+        super().__init__()
+        self.name, self.specs = name, tuple(specs)
+        self.chains = nn.ModuleList(nn.ModuleList(chain) for chain in chains)
+        self.sent_specs = tuple(
+            chain[-1].sent if chain else spec for chain, spec in zip(chains, specs, strict=True)
+        )
+        wires = [Wire(spec.values) for spec in specs]
+        self.plain_bytes = sum(wire.bytes for wire in wires)
+        for i, chain in enumerate(chains):
+            for part in chain:
+                wires[i] = part.wire(wires[i])
+        self.sent_bytes = sum(wire.bytes for wire in wires)
+
+    @property
+    def keeps_places(self) -> bool:
+        """Whether what is sent still lies where it was."""
+        return not any(isinstance(part, Shuffle) for chain in self.chains for part in chain)
+
+    def reseed(self, seed: int) -> None:
+        """Draw noise and orders from a seed from now on, for experiments; a deployed defence must not be seeded."""
+        for i, part in enumerate(part for chain in self.chains for part in chain):
+            part.generator = torch.Generator().manual_seed(seed + i)
+
+    @torch.no_grad()
+    def fit(self, features: Maps) -> Defence:
+        """Measure scales and directions on features `[(N, C, h, w), ...]`, each part on what the ones before send."""
+        for chain, maps in zip(self.chains, features, strict=True):
+            for part in chain:
+                part.fit(maps)
+                maps = part.encode(maps)
+        return self
+
+    def encode(self, features: Maps, *, random: bool = True) -> list[Tensor]:
+        """What is sent for `[(B, C, h, w), ...]`; without `random`, as if noise and shuffling were absent.
+
+        Raises AfterimageError where a part was not fitted.
+        """
+        sent = []
+        for chain, maps in zip(self.chains, features, strict=True):
+            for part in chain:
+                if not part.fitted:
+                    raise AfterimageError(
+                        f"the defence {self.name} has to be fitted on features before it can run"
+                    )
+                if random or not isinstance(part, Noise | Shuffle):
+                    maps = part.encode(maps)
+            sent.append(maps)
+        return sent
+
+    def decode(self, sent: Maps) -> list[Tensor]:
+        """Maps of the original shapes, for the rest of the network."""
+        restored = []
+        for chain, maps in zip(self.chains, sent, strict=True):
+            for part in reversed(chain):
+                maps = part.decode(maps)
+            restored.append(maps)
+        return restored
+
+    def forward(self, features: Maps) -> list[Tensor]:
+        return self.decode(self.encode(features))
+
+
+def create_defence(
+    text: str,
+    specs: Sequence[FeatureSpec],
+    *,
+    seed: int = 0,
+    image_size: tuple[int, int] | None = None,
+) -> Defence:
+    """Build a defence for features of the given shapes from text such as `noise:0.5+int8`, or `none`.
+
+    The parts run from left to right. `seed` chooses which channels `drop` keeps; with the `image_size` the specs of
+    what `pool` sends say where it lies, also where its size does not divide the map. Raises `AfterimageError` for an
+    unknown part or an argument out of range, saying what would be valid.
+    """
+    return Defence(text, specs, [_chain(text, spec, seed, image_size) for spec in specs])
+
+
+def _chain(text: str, spec: FeatureSpec, seed: int, image_size: tuple[int, int] | None) -> list[Part]:
+    chain: list[Part] = []
+    for word in [] if text.strip() == "none" else text.split("+"):
+        part = _part(word.strip(), chain[-1].sent if chain else spec, seed, image_size)
+        chain.append(part)
+    return chain
+
+
+def _part(word: str, spec: FeatureSpec, seed: int, image_size: tuple[int, int] | None) -> Part:
+    if match := re.fullmatch(r"int(\d+)", word):
+        return Quantise(spec, int(match[1]))
+    name, colon, argument = word.partition(":")
+    if name not in DEFENCES or name == "int":
+        raise unknown("defence", word, ["none", *(cls.usage for cls in DEFENCES.values())])
+    cls = DEFENCES[name]
+    if bool(colon) != (":" in cls.usage):
+        raise AfterimageError(f"the defence {word!r} is incomplete or too long; write {cls.usage}")
+    if not colon:
+        return cls(spec)
+    try:
+        value = int(argument) if re.fullmatch(r"\d+", argument) else float(argument)
+    except ValueError:
+        raise AfterimageError(f"the defence {word!r} needs a number; write {cls.usage}") from None
+    more = {Drop: (seed,), Pool: (image_size,)}.get(cls, ())
+    return cls(spec, value, *more)

@@ -1,0 +1,50 @@
+"""Defences by chance: noise on the values, or places in a random order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from afterimage.analysis.audit.defences.base import Map, Part, Wire, by_channel, number
+from afterimage.config import FeatureSpec
+
+
+class Noise(Part):
+    """Gaussian noise, `scale` times each channel's standard deviation over pictures and places.
+
+    Drawn anew for every picture; whoever sends one picture many times lets the noise be averaged away.
+    """
+
+    usage = "noise:SCALE (of each channel's standard deviation, for example noise:0.5)"
+    learns = True
+
+    def __init__(self, spec: FeatureSpec, scale: int | float) -> None:
+        super().__init__(spec)
+        self.scale = number(self, scale, 0.0, math.inf)
+        self.register_buffer("std", torch.ones(spec.channels))
+
+    def learn(self, maps: Map) -> None:
+        self.std.copy_(maps.transpose(0, 1).flatten(1).std(1))
+
+    def encode(self, maps: Map) -> Map:
+        drawn = torch.randn(maps.shape, generator=self.generator).to(maps)
+        return maps + self.scale * by_channel(self.std, maps) * drawn
+
+    def wire(self, wire: Wire) -> Wire:
+        return Wire(self.spec.values)
+
+
+class Shuffle(Part):
+    """The places of each picture in a new random order, all channels of a place together.
+
+    `decode` does not undo it: nobody keeps the order. Networks without a notion of place go on almost unharmed.
+    """
+
+    usage = "shuffle"
+
+    def encode(self, maps: Map) -> Map:
+        batch, _, height, width = maps.shape
+        keys = torch.rand(batch, height * width, generator=self.generator)
+        order = keys.argsort(1).to(maps.device)[:, None].expand(-1, maps.shape[1], -1)
+        return maps.flatten(2).gather(2, order).view_as(maps)

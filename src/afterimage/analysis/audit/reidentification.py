@@ -1,0 +1,105 @@
+"""Identification: does a reconstruction find its own original among all test pictures?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from afterimage.config import LPIPS_SMALLEST
+from afterimage.evaluation.evaluate import SEEN, Box, cropped
+from afterimage.models.lpips import LPIPS
+from afterimage.runs.audit import SIDE
+
+Images = Float[Tensor, "_ 3 height width"]
+Distances = Float[Tensor, "queries candidates"]
+
+
+def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
+    """Pictures as they are compared: averaged down to `SIDE` pixels on the shorter side."""
+    height, width = images.shape[-2:]
+    scale = SIDE / min(height, width)
+    if scale >= 1:
+        return images
+    return F.interpolate(
+        images, (round(height * scale), round(width * scale)), mode="bilinear", antialias=True
+    )
+
+
+Compared = dict[str, Float[Tensor, "_ 3 _ _"]]
+"""Pictures as they are compared: whole, under "", and where only a part is seen, that part, under `SEEN`."""
+
+
+def compared(images: Images, box: Box | None) -> Compared:
+    """Pictures, and the part of them in the box if there is one, `reduced` and on the CPU."""
+    found = {"": reduced(images).cpu()}
+    return found if box is None else found | {SEEN: reduced(cropped(images, box)).cpu()}
+
+
+def joined(batches: Sequence[Compared]) -> Compared:
+    """Several batches as one."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+class Gallery:
+    """All test pictures, reduced, against which reconstructions are compared by each of `DISTANCES`.
+
+    Without `lpips`, or where the pictures are too small for it, that distance is left out.
+    """
+
+    def __init__(self, originals: Images, lpips: LPIPS | None = None) -> None:
+        fits = lpips is not None and min(originals.shape[-2:]) >= LPIPS_SMALLEST[lpips.net]
+        self.originals, self.lpips = originals, lpips if fits else None
+        self._known = {name: embed(originals) for name, embed in self._embeddings().items()}
+
+    def _embeddings(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Each distance is a squared Euclidean one between rows, up to a factor."""
+        embeddings = {"pixels": lambda images: images.flatten(1), "correlation": _standardised}
+        return embeddings if self.lpips is None else embeddings | {"lpips": self._perceptual}
+
+    @torch.inference_mode()
+    def _perceptual(self, images: Tensor) -> Tensor:
+        # LPIPS is a weighted squared difference of features: the square roots of its weights go to each side.
+        rows = []
+        for part in images.split(8):
+            columns = []
+            for index, maps in enumerate(self.lpips.features(part)):
+                weights = getattr(self.lpips, f"head{index}") / maps[0, 0].numel()
+                columns.append((maps * weights.clamp(min=0).sqrt()[:, None, None]).flatten(1))
+            rows.append(torch.cat(columns, 1))
+        return torch.cat(rows)
+
+    def distances(self, reconstructions: Images) -> dict[str, Distances]:
+        """Squared distances of every reconstruction to every test picture."""
+        found = {}
+        for name, embed in self._embeddings().items():
+            known, rows = self._known[name], embed(reconstructions)
+            found[name] = rows.square().sum(1)[:, None] + known.square().sum(1) - 2 * rows @ known.T
+        return found
+
+    def find(self, reconstructions: Images) -> dict[str, Bool[np.ndarray, " queries"]]:
+        """Whether reconstruction `i` is nearest to test picture `i`, by each distance.
+
+        Pictures that are equally near are taken in a fixed random order, so that reconstructions which say nothing
+        find their original as often as chance would.
+        """
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.originals)))
+        own = torch.arange(len(reconstructions))
+        distances = self.distances(reconstructions.to(self.originals.device))
+        return {
+            name: (order[values.cpu()[:, order].argmin(1)] == own).numpy()
+            for name, values in distances.items()
+        }
+
+
+def _standardised(images: Tensor) -> Tensor:
+    rows = images.flatten(1) - images.flatten(1).mean(1, keepdim=True)
+    length = rows.norm(dim=1, keepdim=True)
+    # A reconstruction without any contrast says nothing: rounding must not give it a direction.
+    return torch.where(
+        length > 1e-4 * rows.shape[1] ** 0.5, rows / length.clamp(min=1e-12), torch.zeros_like(rows)
+    )

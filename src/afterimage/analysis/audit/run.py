@@ -1,0 +1,513 @@
+"""The audit itself: layer by layer, every defence and attacker; what is finished is not done again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from afterimage.analysis.audit.attackers import (
+    Attack,
+    Sent,
+    attacker_data,
+    attacker_member,
+    calibration,
+    mean_picture,
+)
+from afterimage.analysis.audit.condition import VERSION, Cell
+from afterimage.analysis.audit.defences.chain import Defence, create_defence
+from afterimage.analysis.audit.reidentification import Gallery, reduced
+from afterimage.analysis.audit.target import Subject, open_subject
+from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, no_cost, whole_network
+from afterimage.config import AfterimageError, FeatureSpec, dump_toml, to_dict
+from afterimage.config.audit import AuditConfig, digest
+from afterimage.data.images import Data
+from afterimage.evaluation.evaluate import SEEN, Box, cropped, evaluate
+from afterimage.evaluation.metrics import Metrics
+from afterimage.models.decoders.canvas import seen_box
+from afterimage.models.encoders.placement import describe_unseen
+from afterimage.models.weights import identity
+from afterimage.runs.audit import BLIND, Results
+from afterimage.runs.environment import environment
+from afterimage.runs.failures import TRACEBACK, forget, is_done, record
+from afterimage.runs.files import read_json, write_atomic, write_json
+from afterimage.runs.run import Run
+from afterimage.runtime.device import one_device
+from afterimage.runtime.failures import EVERYTHING, as_error, concerns, foreseen, let_go, of_caller, one_line
+from afterimage.runtime.progress import Progress, silent
+from afterimage.training.checkpoint import load_tensors, remove_checkpoints
+from afterimage.training.decoder_trainer import Member
+
+
+def run_audit(
+    config: AuditConfig,
+    root: str | Path,
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+    keep: int = 4,
+) -> Results:
+    """Measure every cell that is not done yet, each into a folder below `root`; returns all of them.
+
+    `keep` test pictures a cell are stored. A layer, a defence or an attacker that fails, whatever is raised, is noted
+    in `failures`, its cells hold the traceback, and the others go on; raises `AfterimageError` for what concerns them
+    all: the network, its weights, the pictures, a defence's text.
+    """
+    audit = _Audit(config, Path(root), cache, accelerator, progress, keep)
+    return audit.run()
+
+
+class _Audit:
+    def __init__(
+        self,
+        config: AuditConfig,
+        root: Path,
+        cache: Path | None,
+        accelerator: str,
+        progress: Progress,
+        keep: int,
+    ) -> None:
+        progress = of_caller(progress)
+        self.config, self.root, self.progress, self.keep = config, root, progress, keep
+        self.subject: Subject = open_subject(config, cache=cache, progress=progress)
+        if len(self.subject.data.test) < 2:
+            raise AfterimageError(
+                "an audit needs 2 test pictures or more: a verdict rests on intervals over them"
+            )
+        self._check_defences()
+        self.fabric = one_device(accelerator, config.recipe.precision)
+        self.metrics = Metrics(config.lpips, size=min(self.subject.image_size)).to(self.fabric.device)
+        self.results = Results(self._describe(), notes=list(self.subject.notes))
+        self._galleries: dict[Box | None, Gallery] = {}
+
+    def _check_defences(self) -> None:
+        """Raise for a text that no layer allows, before anything is trained."""
+        for text in self.config.defences:
+            errors: list[Exception] = []
+            for spec in self.subject.specs.values():
+                try:
+                    self._defence(text, spec)
+                except Exception as error:
+                    errors.append(error)
+            if len(errors) == len(self.subject.specs) and foreseen(errors[0]):
+                raise errors[0]
+
+    def _describe(self) -> dict[str, Any]:
+        subject = self.subject
+        return {
+            "name": subject.name,
+            "stored": subject.is_stored,
+            "weights": subject.weights,
+            "picture": list(subject.image_size),
+            "features": {k: [s.channels, s.height, s.width] for k, s in subject.specs.items()},
+            "seen": {layer: seen for layer in subject.specs if (seen := self._seen(layer)) is not None},
+            "data": subject.data.describe(),
+            "attacker_data": self.config.attackers.data or "the same source as the test pictures",
+            "lpips": self.metrics.lpips_status,
+        }
+
+    def run(self) -> Results:
+        path, text = self.root / "audit.toml", dump_toml(self.config)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            self._note(
+                f"{self.root} held another audit: its cells are kept, its page, audit.json and audit.toml replaced"
+            )
+        write_atomic(path, text)
+        write_json(self.root / "environment.json", environment() | {"device": str(self.fabric.device)})
+        for layer, error in self.subject.failures.items():
+            self._failed(layer, error)
+        attackers = dict(self._attackers())
+        for data in attackers.values():
+            cell = self._cell("", "", BLIND, data, "query")
+            with self._ending(f"{BLIND}, {cell.pictures:,} pictures", [cell]):
+                self._blind(cell, data)
+        for layer in self.subject.layers:
+            self._layer(layer, attackers)
+        return self.results
+
+    @contextlib.contextmanager
+    def _ending(self, what: str, cells: Sequence[Cell] = ()) -> Iterator[None]:
+        """An error inside the block ends `what`, with these cells, and leaves the others alone."""
+        try:
+            yield
+        except Exception as error:
+            self._failed(what, error, cells)
+
+    def _failed(self, what: str, error: Exception, cells: Sequence[Cell] = ()) -> None:
+        """Note what could not be measured, in the folders of its cells too, or raise what concerns everything."""
+        if concerns(error) == EVERYTHING:
+            raise error
+        file = None
+        for cell in cells:
+            run = cell.run(self.root)
+            if not is_done(run):
+                file = file or run.file(TRACEBACK).relative_to(self.root)
+                record(run, error)
+                self.results.unmeasured.add((cell.layer, cell.defence))
+        text = str(as_error(error, what, file))
+        text = text if text.startswith(what) else f"{what}: {text}"
+        if text not in self.results.failures:
+            self.results.failures.append(text)
+            self.progress(f"could not be measured: {text}", 1, 1)
+        let_go(error)
+
+    def _begin(self, cell: Cell) -> Run:
+        """The folder of a cell that is about to be measured."""
+        run = cell.begin(self.root)
+        forget(run)
+        return run
+
+    def _attackers(self) -> Iterator[tuple[int, Data]]:
+        """What each attacker owns, by the number of pictures; numbers that the pool does not have are left out."""
+        for count in self.config.attackers.pictures:
+            data = attacker_data(self.subject.data, self.subject.pool, count, self.config.seed)
+            if data is None:
+                have = len(self.subject.pool.train) + len(self.subject.pool.validation)
+                self._note(f"an attacker with {count} pictures was left out: there are {have} to own")
+            else:
+                yield len(data.train) + len(data.validation), data
+
+    def _note(self, text: str) -> None:
+        self.results.notes.append(text)
+        self.progress(text, 1, 1)
+
+    def _box(self, layer: str) -> Box | None:
+        """The part of pictures that a layer's locations see; None where that is all of them."""
+        return seen_box([self.subject.specs[layer]], self.subject.image_size)
+
+    def _seen(self, layer: str) -> dict[str, Any] | None:
+        """The same as plain values, with the share of all pixels, and in words what is not seen."""
+        box = self._box(layer)
+        if box is None:
+            return None
+        height, width = self.subject.image_size
+        (top, bottom), (left, right) = box
+        share = (bottom - top) * (right - left) / (height * width)
+        spec = self.subject.specs[layer]
+        text = describe_unseen(spec.rows, spec.columns, self.subject.image_size)
+        return {"rows": list(box[0]), "columns": list(box[1]), "share": share, "unseen": text}
+
+    def _compared(self, layer: str) -> dict[str, Gallery]:
+        """The test pictures, and what a layer's locations see of them, as galleries."""
+        box = self._box(layer) if layer else None
+        for one in {None, box} - self._galleries.keys():
+            test = self.subject.data.test
+            parts = [reduced(cropped(test.crops(i), one)) for i in torch.arange(len(test)).split(16)]
+            self._galleries[one] = Gallery(torch.cat(parts).to(self.fabric.device), self.metrics.lpips)
+        galleries = {"": self._galleries[None]}
+        return galleries if box is None else galleries | {SEEN: self._galleries[box]}
+
+    def _cell(self, layer: str, defence: str, decoder: str, data: Data, access: str) -> Cell:
+        config, subject = self.config, self.subject
+        spec = subject.specs.get(layer)
+        settings = {
+            "subject": subject.name,
+            "weights": identity(subject.weights) if subject.weights else "",
+            "normalised": [config.mean, config.std] if config.encoder else None,
+            "features": None if spec is None else [spec.channels, spec.height, spec.width],
+            "test": subject.data.digest,
+            "attacker_data": config.attackers.data,
+            "pool": data.digest,
+            "picture": subject.image_size,
+            "recipe": to_dict(config.recipe),
+            "seed": config.seed,
+            "lpips": config.lpips if self.metrics.lpips_status["available"] else "",
+        }
+        if spec is not None and (spec.rows or spec.columns):
+            settings["placement"] = [
+                None if axis is None else asdict(axis) for axis in (spec.rows, spec.columns)
+            ]
+        if access == "weights":
+            settings |= {k: getattr(config.attackers, k) for k in ("refine_steps", "refine_pictures")}
+        return Cell(layer, defence, decoder, len(data.train) + len(data.validation), access, settings)
+
+    def _collect(self, cell: Cell, into: list[dict[str, Any]]) -> None:
+        run = cell.run(self.root)
+        if run.state == "done":
+            into.append(run.summary | {"folder": str(run.path.relative_to(self.root))})
+
+    def _blind(self, cell: Cell, data: Data) -> None:
+        if cell.run(self.root).state != "done":
+            self._begin(cell)
+            started = time.monotonic()
+            mean = mean_picture(data.train, 16)
+            result = evaluate(
+                lambda images: mean.to(images.device).expand(len(images), -1, -1, -1).contiguous(),
+                data.test,
+                self.metrics,
+                device=self.fabric.device,
+                progress=self.progress,
+            )
+            small = {"": reduced(mean).expand(len(data.test), -1, -1, -1)}
+            seconds = time.monotonic() - started
+            cell.save(self.root, result.rows, [], small, self._compared(""), seconds=seconds, notes=[])
+        self._collect(cell, self.results.blind)
+
+    def _layer(self, layer: str, attackers: dict[int, Data]) -> None:
+        wanted = {
+            count: [
+                self._cell(layer, defence, decoder, data, access)
+                for defence in self.config.defences
+                for decoder in self.config.attackers.decoders
+                for access in self.config.attackers.access
+            ]
+            for count, data in attackers.items()
+        }
+        costs = {text: self._cost_file(layer, text) for text in self.config.defences}
+        with self._ending(layer, [cell for cells in wanted.values() for cell in cells]):
+            missing = any(not is_done(c.run(self.root)) for cells in wanted.values() for c in cells)
+            unknown = [text for text, path in costs.items() if not path.exists()]
+            if missing or unknown:
+                encoder = None
+                if not self.subject.is_stored:
+                    encoder = self.subject.encoder(layer).to(self.fabric.device)
+                defences = self._defences(layer, encoder, wanted)
+                self._costs(layer, encoder, {t: defences[t] for t in unknown if t in defences}, costs)
+                for count, cells in wanted.items():
+                    own = [cell for cell in cells if cell.defence in defences]
+                    self._attack_all(layer, encoder, defences, attackers[count], own)
+        for text, path in costs.items():
+            with self._ending(f"{layer}, {text}"):
+                if path.exists():
+                    self.results.costs[layer, text] = read_json(path)
+        for cells in wanted.values():
+            for cell in cells:
+                try:
+                    self._collect(cell, self.results.rows)
+                except Exception as error:
+                    self.results.unmeasured.add((layer, cell.defence))
+                    self._failed(f"{layer}, {cell.defence}, {cell.decoder}", error)
+
+    def _defences(
+        self, layer: str, encoder: nn.Module | None, wanted: Mapping[int, Sequence[Cell]]
+    ) -> dict[str, Defence]:
+        """Every defence that can be, fitted on the first training pictures of whoever defends."""
+        spec, device = self.subject.specs[layer], self.fabric.device
+        pictures, batch_size = self.subject.data.train, self.config.recipe.batch_size
+        maps = calibration(Sent(spec.source, [], encoder), pictures, device, batch_size)
+        found: dict[str, Defence] = {}
+        for text in self.config.defences:
+            own = [cell for cells in wanted.values() for cell in cells if cell.defence == text]
+            with self._ending(f"{layer}, {text}", own):
+                found[text] = self._defence(text, spec).to(device).fit(maps)
+        return found
+
+    def _defence(self, text: str, spec: FeatureSpec) -> Defence:
+        return create_defence(text, [spec], seed=self.config.seed, image_size=self.subject.image_size)
+
+    def _cost_file(self, layer: str, defence: str) -> Path:
+        settings = self._cell(layer, defence, "", self.subject.data, "query").settings
+        named = digest(
+            {
+                **settings,
+                "layer": layer,
+                "defence": defence,
+                "kind": self.config.prediction,
+                "version": VERSION,
+            }
+        )
+        return self.root / "costs" / f"{named}.json"
+
+    def _costs(
+        self,
+        layer: str,
+        encoder: nn.Module | None,
+        defences: Mapping[str, Defence],
+        files: Mapping[str, Path],
+    ) -> None:
+        """Measure what defences cost and write it down, together or, where that fails, each by itself."""
+        if not defences:
+            return
+        try:
+            found = self._measured_costs(layer, encoder, list(defences.values()))
+        except Exception as error:
+            if len(defences) == 1:
+                ((text, defence),) = defences.items()
+                self.results.costs[layer, text] = no_cost(defence, f"measuring it failed: {one_line(error)}")
+                self._failed(f"{layer}, {text}, what it costs", error)
+                return
+            if concerns(error) == EVERYTHING:
+                raise
+            let_go(error)
+            for text, defence in defences.items():
+                self._costs(layer, encoder, {text: defence}, files)
+            return
+        for text, cost in zip(defences, found, strict=True):
+            write_json(files[text], cost)
+
+    def _measured_costs(
+        self, layer: str, encoder: nn.Module | None, defences: Sequence[Defence]
+    ) -> list[dict[str, Any]]:
+        if encoder is None:
+            return [no_cost(defence, "a store holds no network to go on with") for defence in defences]
+        try:
+            return measure_cost(
+                whole_network(encoder, layer, self.config.prediction),
+                defences,
+                self.subject.data.test,
+                batch_size=self.config.recipe.batch_size,
+                seed=self.config.seed,
+                device=self.fabric.device,
+                progress=self.progress,
+            )
+        except Unavailable as error:
+            return [no_cost(defence, str(error)) for defence in defences]
+
+    @contextlib.contextmanager
+    def _recorded(self, cell: Cell, member: Member | None = None) -> Iterator[None]:
+        """An error ends one cell and leaves the others alone."""
+        try:
+            yield
+        except Exception as error:
+            self._failed(f"{cell.layer}, {cell.defence}, {cell.decoder}", error, [cell])
+            if member is not None:
+                member.failed = True
+
+    def _attack_all(
+        self,
+        layer: str,
+        encoder: nn.Module | None,
+        defences: dict[str, Defence],
+        data: Data,
+        cells: Sequence[Cell],
+    ) -> None:
+        """Attack every defence on one pass or, where that fails, each on a pass of its own."""
+        try:
+            self._attack(layer, encoder, defences, data, cells)
+            return
+        except Exception as error:
+            if len(defences) == 1:
+                self._failed(f"{layer}, {next(iter(defences))}", error, cells)
+                return
+            if concerns(error) == EVERYTHING:
+                raise
+            let_go(error)
+        for text, defence in defences.items():
+            own = [cell for cell in cells if cell.defence == text]
+            self._attack_all(layer, encoder, {text: defence}, data, own)
+
+    def _attack(
+        self,
+        layer: str,
+        encoder: nn.Module | None,
+        defences: dict[str, Defence],
+        data: Data,
+        cells: Sequence[Cell],
+    ) -> None:
+        """Everyone with the same pictures, on one pass through the encoder."""
+        names = list(defences)
+        missing = [cell for cell in cells if not is_done(cell.run(self.root))]
+        wanted = list(dict.fromkeys((cell.defence, cell.decoder) for cell in missing))
+        members: dict[Member, Cell] = {}
+        for defence, decoder in wanted:
+            # Whoever refines decodes first: the decoder is that of the query attacker.
+            cell = self._cell(layer, defence, decoder, data, "query")
+            with self._recorded(cell):
+                member = attacker_member(
+                    decoder,
+                    names.index(defence),
+                    defences[defence],
+                    self.subject.image_size,
+                    self.config.recipe,
+                    self.fabric,
+                    seed=self.config.seed,
+                    run=self._begin(cell),
+                )
+                members[member] = cell
+        if not members:
+            return
+        sent = Sent(self.subject.specs[layer].source, list(defences.values()), encoder)
+        attack = Attack(
+            sent,
+            data,
+            list(members),
+            self.fabric,
+            seed=self.config.seed,
+            progress=self.progress,
+            recorded=lambda member: self._recorded(members[member], member),
+        )
+        self._train(attack, members)
+        sound = [m for m in members if m.best and not m.failed]
+        for cell in missing:
+            of = [
+                m for m in sound if (members[m].defence, members[m].decoder) == (cell.defence, cell.decoder)
+            ]
+            if cell.access == "weights" and of:
+                self._refine(attack, of[0], cell)
+
+    def _train(self, attack: Attack, members: dict[Member, Cell]) -> None:
+        """Train and measure the decoders of query attackers, but for those that are done."""
+        fresh = []
+        for member, cell in members.items():
+            path = cell.run(self.root).file("decoder.safetensors")
+            with self._recorded(cell, member):
+                if is_done(cell.run(self.root)) and path.exists():
+                    member.best, _ = load_tensors(path)
+                    member.head.load_state_dict(member.best)
+                else:
+                    member.restore()
+                    fresh.append(member)
+        attack.members = fresh
+        attack.train()
+        for member in [m for m in fresh if m.best and not m.failed]:
+            with self._recorded(members[member], member):
+                member.head.load_state_dict(member.best)
+                member.save_best()
+        if sound := [m for m in fresh if m.best and not m.failed]:
+            self._measure(attack, sound, members)
+
+    def _measure(self, attack: Attack, which: list[Member], members: dict[Member, Cell]) -> None:
+        """Measure attackers on one pass or, where that fails, each on a pass of its own."""
+        attack.members = which
+        try:
+            results, small = attack.test(self.metrics, self.keep, self._box(members[which[0]].layer))
+        except Exception as error:
+            if len(which) == 1:
+                with self._recorded(members[which[0]], which[0]):
+                    raise
+                return
+            if concerns(error) == EVERYTHING:
+                raise
+            let_go(error)
+            for member in which:
+                self._measure(attack, [member], members)
+            return
+        layer = members[which[0]].layer
+        for member, result, reconstructions in zip(which, results, small, strict=True):
+            cell = members[member]
+            with self._recorded(cell, member):
+                cell.save(
+                    self.root, result.rows, result.pictures, reconstructions, self._compared(layer),
+                    seconds=member.seconds, notes=member.notes, seen=self._seen(layer),
+                )  # fmt: skip
+                remove_checkpoints(cell.run(self.root))
+
+    def _refine(self, attack: Attack, member: Member, cell: Cell) -> None:
+        if not attack.encoders.defences[member.picks[0]].keeps_places:
+            self._note(
+                f"{cell.layer}, {cell.defence}: not refined, since a shuffled order leaves nothing to compare "
+                "features with place by place; an attacker may find a way"
+            )
+            return
+        from afterimage.analysis.audit.white_box import refined
+
+        with self._recorded(cell):
+            self._begin(cell)
+            limits = self.config.attackers
+            rows, pictures, small, seconds = refined(
+                attack, member, self.metrics,
+                pictures=limits.refine_pictures, steps=limits.refine_steps, keep=self.keep,
+                box=self._box(cell.layer), progress=self.progress,
+            )  # fmt: skip
+            notes = [f"decoded by {cell.decoder}, then refined for {limits.refine_steps} steps"]
+            cell.save(
+                self.root, rows, pictures, small, self._compared(cell.layer),
+                seconds=seconds, notes=notes, seen=self._seen(cell.layer),
+            )  # fmt: skip

@@ -1,0 +1,129 @@
+"""What is audited: a timm model, an own network, or a store; with its pictures and the attacker's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from afterimage.analysis.audit.feature_store import load_pairs
+from afterimage.config import RANDOM_WEIGHTS, FeatureSpec, local_path, shown, unknown
+from afterimage.config.audit import AuditConfig
+from afterimage.data.dataset import load_data
+from afterimage.data.images import Data
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.module_encoder import CustomEncoder, load_factory
+from afterimage.models.encoders.providers.timm import resolve_model
+from afterimage.runtime.progress import Progress, silent
+
+NO_AUGMENTATION = (
+    "attackers train without random crops and flips, since stored features belong to whole pictures"
+)
+
+
+@dataclass
+class Subject:
+    """`data` holds the test pictures and what a defence is fitted on; `pool` is what an attacker may own.
+
+    `weights` is empty for a store, which has no encoder.
+    """
+
+    config: AuditConfig
+    name: str
+    specs: dict[str, FeatureSpec]
+    weights: dict[str, Any]
+    image_size: tuple[int, int]
+    data: Data
+    pool: Data
+    notes: list[str] = field(default_factory=list)
+    network: nn.Module | None = None
+    failures: dict[str, Exception] = field(default_factory=dict)
+    """Layers that were asked for and cannot be read, and why."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(self.specs)
+
+    @property
+    def is_stored(self) -> bool:
+        return not self.weights
+
+    def encoder(self, layer: str) -> Encoder | CustomEncoder:
+        """The frozen encoder that ends at one layer."""
+        return _encoder(self.config, self.network, [layer])
+
+
+def open_subject(config: AuditConfig, *, cache: Path | None = None, progress: Progress = silent) -> Subject:
+    """Find the network and its weights, or the store, and all pictures. Raises AfterimageError for any that fails.
+
+    A layer that cannot be read is left out, and is among the `failures`; what the first raises is raised where none
+    can.
+    """
+    if config.pairs:
+        return _store(config)
+    network = load_factory(config.encoder) if config.encoder else None
+    layers, failures = list(config.layers), {}
+    try:
+        # All layers at once, so that a wrong one is told before the first is trained on.
+        encoder = _encoder(config, network, layers)
+    except Exception as error:
+        for layer in layers:
+            try:
+                _encoder(config, network, [layer])
+            except Exception as found:
+                failures[layer] = found
+        layers = [layer for layer in layers if layer not in failures]
+        if not layers or not failures:
+            raise failures.get(config.layers[0], error) from None
+        encoder = _encoder(config, network, layers)
+    data = load_data(config.data, cache=cache, progress=progress)
+    pool = data
+    if config.attackers.data:
+        elsewhere = replace(config.data, source=config.attackers.data, test="")
+        pool = load_data(elsewhere, cache=cache, progress=progress)
+    notes = [*getattr(encoder, "notes", ()), *data.notes]
+    if encoder.weights.is_random:
+        which = f"{encoder.weights.label.upper()} weights ({RANDOM_WEIGHTS[encoder.weights.label]})"
+        notes.append(f"{which}: nothing here says anything about a trained network")
+    if config.encoder and config.mean == (0.0, 0.0, 0.0) and config.std == (1.0, 1.0, 1.0):
+        notes.append("pictures reach the network as they are, in [0, 1]: no --mean and --std were given")
+    size = (config.data.crop, config.data.crop)
+    specs = dict(zip(layers, encoder.specs, strict=True))
+    weights = encoder.weights.as_dict()
+    return Subject(config, encoder.model_name, specs, weights, size, data, pool, notes, network, failures)
+
+
+def _encoder(config: AuditConfig, network: nn.Module | None, layers: list[str]) -> Encoder | CustomEncoder:
+    size = config.data.crop
+    if network is None:
+        model = resolve_model(config.model)
+        return Encoder(model, layers=layers, weights=config.weights, image_size=size, seed=config.seed)
+    return CustomEncoder(
+        network,
+        layers,
+        name=config.encoder,
+        image_size=size,
+        mean=config.mean,
+        std=config.std,
+        prefix_tokens=config.prefix_tokens,
+    )
+
+
+def _store(config: AuditConfig) -> Subject:
+    store = load_pairs(config.pairs, test_fraction=config.test_fraction, seed=config.data.split_seed)
+    layers = config.layers or tuple(store.specs)
+    specs = {layer: store.specs[layer] for layer in layers if layer in store.specs}
+    failures: dict[str, Exception] = {
+        layer: unknown(f"layer of {config.pairs}", layer, store.specs)
+        for layer in layers
+        if layer not in specs
+    }
+    if not specs:
+        raise failures[layers[0]]
+    name = shown(Path(local_path(config.pairs)).name)
+    notes = [*store.notes, NO_AUGMENTATION]
+    return Subject(
+        config, name, specs, {}, store.image_size, store.data, store.data, notes, failures=failures
+    )

@@ -1,0 +1,237 @@
+"""What a defence costs: does the network still come to its own conclusion, and how many bytes are sent?
+
+The whole network runs on the picture; a hook puts the defended features in the place of the layer's output, so that
+any network goes on from any layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from afterimage.analysis.audit.defences.chain import Defence
+from afterimage.config import AfterimageError
+from afterimage.data.images import Pictures
+from afterimage.evaluation.intervals import interval_dict, mean_interval, share_interval
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.module_encoder import CustomEncoder, Place
+from afterimage.models.encoders.providers.timm import create_loaded, create_random, pretrained_config
+from afterimage.models.encoders.tensor_layout import Layout, field_names, has_fields, reorder, step_into
+from afterimage.models.encoders.tracing import trace
+from afterimage.models.weight_files import read_named_tensors
+from afterimage.runtime.progress import Progress, silent
+
+Change = Callable[[Tensor], Tensor]
+
+
+class Unavailable(Exception):
+    """Why the cost cannot be measured."""
+
+
+@dataclass
+class Network:
+    """A whole network, and the place in it where features are sent.
+
+    `kind` is `classes` or `embedding`, `prefix` the number of tokens that go on beside the map, undefended, whether
+    they come before its places or after.
+    """
+
+    run: Callable[[Tensor], Any]
+    module: nn.Module
+    layout: Layout
+    kind: str
+
+    @property
+    def prefix(self) -> int:
+        return self.layout.prefix + self.layout.suffix
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, change: Change | None = None, *, whole: Any = None) -> Tensor:
+        """Final outputs `(B, K)`; with `change` applied to the layer's map, or its whole output replaced."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if whole is not None:
+                return whole
+            return output if change is None else _replaced(output, self.layout, change(self.layout(output)))
+
+        handle = self.module.register_forward_hook(hook)
+        try:
+            return _final(self.run(images))
+        finally:
+            handle.remove()
+
+    def bypassed(self, images: Tensor) -> bool:
+        """Whether something of the picture reaches the end around the layer: other pictures, same layer output."""
+        kept: list[Any] = []
+        handle = self.module.register_forward_hook(
+            lambda module, args, output: kept.append(tree_map_only(Tensor, torch.clone, output))
+        )
+        before = self(images)
+        handle.remove()
+        other = self(images.flip(0).roll(1, 3), whole=kept[0])
+        return not torch.allclose(before, other, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+
+
+def whole_network(encoder: nn.Module, layer: str, prediction: str = "auto") -> Network:
+    """The network behind an encoder, with everything after the layer too.
+
+    Raises `Unavailable` where its weights hold no later layers, or where it has no one final output.
+    """
+    if isinstance(encoder, CustomEncoder):
+        place: Place = encoder.places[0]
+        kind = "classes" if prediction == "classes" else "embedding"
+        return Network(encoder.run, encoder.model.get_submodule(place.module), place.layout, kind)
+    name = encoder.model_name
+    tap = trace(name, encoder.image_size).tap(layer)
+    model, kind = _timm(encoder, prediction)
+    if reorder(model, tap.module) is not None:
+        raise Unavailable(f"{name} keeps its tokens in an order of its own, which cannot be put back")
+    run = _Normalised(model, encoder.mean, encoder.std)
+    return Network(run, model.get_submodule(tap.module), tap.layout, kind)
+
+
+class _Normalised(nn.Module):
+    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.model, self.mean, self.std = model, mean, std
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model((images - self.mean) / self.std)
+
+
+def _timm(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
+    name, size = encoder.model_name, encoder.image_size
+    device = encoder.mean.device
+    if encoder.weights.file is None:
+        model = create_random(name, size, int(encoder.weights.location.split()[-1]), encoder.weights.origin)
+        return model.to(device), "embedding" if prediction == "embedding" else "classes"
+    file = read_named_tensors(encoder.weights.file)
+    reads = [names for _, names, _ in trace(name, size).reads]
+    heads = pretrained_config(name).get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    reason = ""
+    for kind in ("classes", "embedding"):
+        if prediction not in ("auto", kind):
+            continue
+        used = reads if kind == "classes" else [r for r in reads if not any(n.startswith(heads) for n in r)]
+        try:
+            model, _ = create_loaded(name, size, file, used)
+        except AfterimageError as error:
+            reason = str(error)
+            continue
+        if kind == "embedding":
+            model.reset_classifier(0)
+        return model.to(device), kind
+    raise Unavailable(reason)
+
+
+def measure_cost(
+    network: Network,
+    defences: Sequence[Defence],
+    pictures: Pictures,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """For each defence: `{"kind", "score", "cosine", "bytes", "plain_bytes", "prefix_bytes", "notes"}`.
+
+    `score` is the share_interval of test pictures with the same top-1 class, or the mean cosine of embeddings, with its 95 %
+    interval; `bytes` are one picture's, features and prefix tokens, without entropy coding.
+    """
+    same: list[list[bool]] = [[] for _ in defences]
+    cosines: list[list[float]] = [[] for _ in defences]
+    for defence in defences:
+        defence.reseed(seed)
+    for start in range(0, len(pictures), batch_size):
+        images = pictures.crops(range(start, min(len(pictures), start + batch_size)), device=device)
+        plain = network(images)
+        for i, defence in enumerate(defences):
+            defended = network(images, lambda maps, defence=defence: defence([maps])[0])
+            same[i] += (plain.argmax(1) == defended.argmax(1)).tolist()
+            cosines[i] += nn.functional.cosine_similarity(plain, defended, dim=1).tolist()
+        progress("measuring what defences cost", start + len(images), len(pictures))
+    notes = []
+    if network.prefix:
+        notes.append(
+            f"{network.prefix} prefix tokens go on beside the map: they are counted, but neither defended nor attacked"
+        )
+    if network.bypassed(pictures.crops(range(min(2, len(pictures))), device=device)):
+        notes.append(
+            "more than this layer's output reaches the end of the network; the rest goes on undefended"
+        )
+    found = []
+    for defence, agreed, cosine in zip(defences, same, cosines, strict=True):
+        extra = 4 * network.prefix * defence.specs[0].channels
+        mean = interval_dict(mean_interval(np.array(cosine)))
+        found.append(
+            {
+                "kind": network.kind,
+                "score": share_interval(np.array(agreed)) if network.kind == "classes" else mean,
+                "cosine": mean,
+                "bytes": defence.sent_bytes + extra,
+                "plain_bytes": defence.plain_bytes + extra,
+                "prefix_bytes": extra,
+                "notes": notes,
+            }
+        )
+    return found
+
+
+def no_cost(defence: Defence, reason: str) -> dict[str, Any]:
+    """The same where the rest of the network is not to be had: bytes alone, and why."""
+    sizes = {"bytes": defence.sent_bytes, "plain_bytes": defence.plain_bytes, "prefix_bytes": 0}
+    return {"kind": None, "score": None, "cosine": None, **sizes, "notes": [f"cost unavailable: {reason}"]}
+
+
+def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
+    """A module's output with its feature map replaced: `Layout` backwards."""
+    if depth < len(layout.key):
+        step = layout.key[depth]
+        inner = _replaced(step_into(output, step), layout, maps, depth + 1)
+        if isinstance(output, MutableMapping):
+            changed = copy.copy(output)
+            changed[step] = inner
+            return changed
+        if has_fields(output):
+            changed = copy.copy(output)
+            object.__setattr__(changed, step, inner)  # also where it is frozen
+            return changed
+        items = list(output)
+        items[step] = inner
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if layout.axes == "NHWC":
+        return maps.permute(0, 2, 3, 1).contiguous()
+    if layout.axes == "NLC":
+        places, after = maps.flatten(2).transpose(1, 2), output.shape[1] - layout.suffix
+        return torch.cat([output[:, : layout.prefix], places, output[:, after:]], 1)
+    if layout.axes == "NCL":
+        after = output.shape[2] - layout.suffix
+        return torch.cat([output[:, :, : layout.prefix], maps.flatten(2), output[:, :, after:]], 2)
+    return maps.flatten(1) if layout.axes == "NC" else maps
+
+
+def _final(output: Any) -> Tensor:
+    """The one vector a picture that a network returns."""
+    while isinstance(output, Mapping | list | tuple) or has_fields(output):
+        if has_fields(output) and not isinstance(output, Mapping):
+            values = [getattr(output, name) for name in field_names(output)]
+        else:
+            values = list(output.values()) if isinstance(output, Mapping) else list(output)
+        vectors = [v for v in values if isinstance(v, Tensor) and v.ndim == 2]
+        if len(vectors) == 1:
+            return vectors[0].float()
+        if not values:
+            raise Unavailable("the network returns nothing")
+        output = values[0]
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        raise Unavailable(f"the network returns {type(output).__name__}, not a vector a picture")
+    return output.flatten(1).float()

@@ -1,0 +1,84 @@
+"""An attacker with the weights: decode, then change each picture until its features are those that were sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afterimage.analysis.audit.attackers import Attack
+from afterimage.analysis.audit.defences.chain import Defence
+from afterimage.analysis.audit.reidentification import Compared, compared, joined
+from afterimage.analysis.inversion.invert import invert
+from afterimage.analysis.inversion.parametrizations import HELD_OUT, error_spectrum
+from afterimage.config.inversion import InvertConfig
+from afterimage.evaluation.evaluate import Box, score_rows, to_uint8
+from afterimage.evaluation.metrics import Metrics
+from afterimage.runtime.progress import Progress, silent
+from afterimage.training.decoder_trainer import Member
+
+BATCH = 4
+
+
+def refined(
+    attack: Attack,
+    member: Member,
+    metrics: Metrics,
+    *,
+    pictures: int,
+    steps: int,
+    keep: int,
+    box: Box | None = None,
+    progress: Progress = silent,
+) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Compared, float]:
+    """The first test pictures, decoded by `member` and refined by `invert` for `steps` steps each.
+
+    What the decoder lacks is learnt from up to `HELD_OUT` pictures that the attacker validates on. The objective sees
+    the defence without its noise, which the attacker does not know. Returns rows as `evaluate` does, the first `keep`
+    pictures, all reconstructions as they are compared, and the seconds taken; scores and what is compared also for
+    the part of the pictures in a box, which is what is seen.
+    """
+    defence: Defence = attack.encoders.defences[member.picks[0]]
+    encoder, test, started = attack.encoders.encoder, attack.data.test, time.monotonic()
+
+    def features_of(images: Tensor) -> list[Tensor]:
+        with encoder.gradients():
+            return defence.encode(encoder(images), random=False)
+
+    spectrum = error_spectrum(_errors(attack, member))
+    rows: list[dict[str, Any]] = []
+    kept: list[tuple[str, Any, Any]] = []
+    small: list[Compared] = []
+    wanted = min(pictures, len(test))
+    for sent, images in attack.batches(test):
+        for start in range(0, min(len(images), wanted - len(rows)), BATCH):
+            part = slice(start, min(start + BATCH, start + wanted - len(rows), len(images)))
+            targets, originals = [maps[part].clone() for maps in sent], images[part]
+            found = invert(
+                features_of,
+                member.pick(targets),
+                tuple(images.shape[-2:]),
+                start=member.reconstruct(targets).clone(),
+                method=InvertConfig(steps=steps),
+                spectrum=spectrum,
+                seed=attack.seed,
+            ).images.detach()
+            ids = test.ids[len(rows) : len(rows) + len(originals)]
+            rows += score_rows(ids, originals, [found], metrics, [box])[0]
+            kept += zip(ids, to_uint8(originals), to_uint8(found), strict=True)
+            small.append(compared(found, box))
+            progress(f"refining {attack.encoders.sources[member.picks[0]]}", len(rows), wanted)
+        if len(rows) == wanted:
+            break
+    return rows, kept[:keep], joined(small), time.monotonic() - started
+
+
+@torch.no_grad()
+def _errors(attack: Attack, member: Member) -> Iterator[Tensor]:
+    """Of the decoder, on pictures of the attacker's own that it was not fitted on."""
+    own = attack.data.validation
+    for sent, images in attack.batches(own, torch.arange(min(HELD_OUT, len(own)))):
+        yield images - member.reconstruct(sent)

@@ -1,0 +1,1 @@
+"""Controls: is the image preserved in the features, or guessed by the decoder?"""

@@ -1,0 +1,161 @@
+"""What is lost: the error by spatial frequency, by luma and chroma, by place and by kind of region."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from scipy.ndimage import correlate1d, uniform_filter
+from torch import Tensor
+
+from afterimage.evaluation.metrics import PSNR_CAP
+
+BANDS = 32
+"""Bands of spatial frequency, equally wide from 0 to 0.5 cycles a pixel (the corners beyond are left out)."""
+CELLS = 56
+WINDOW = 7
+FLAT = 0.02
+COHERENT = 0.5
+REGIONS = ("flat", "edge", "texture")
+PLANES = ("luma", "cb", "cr")
+MATRIX = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+
+Images = Float[Tensor, "batch 3 height width"]
+Planes = Float[Tensor, "batch planes height width"]
+
+
+def ycbcr(images: Images) -> Images:
+    """Luma, Cb and Cr of ITU-R BT.601 in full range, as JPEG has them; chroma lies in [-0.5, 0.5]."""
+    return torch.einsum("pc,bchw->bphw", images.new_tensor(MATRIX), images)
+
+
+def regions(images: Images) -> Int[Tensor, "batch height width"]:
+    """Each pixel's kind as an index of `REGIONS`, from the luma in the 7 x 7 pixels around it.
+
+    Flat: its standard deviation is below 0.02 (5 of 255). Otherwise edge where the structure tensor has one clear
+    direction, `(l1 - l2) / (l1 + l2) >= 0.5` (Bigun and Granlund, 1987); texture where it has none.
+    """
+    luma = ycbcr(images)[:, 0].double().cpu().numpy()
+
+    def local(values: np.ndarray) -> np.ndarray:
+        return uniform_filter(values, (0, WINDOW, WINDOW), mode="reflect")
+
+    centred = luma - luma.mean((1, 2), keepdims=True)
+    deviation = np.sqrt(np.maximum(local(centred**2) - local(centred) ** 2, 0))
+    gy, gx = (correlate1d(luma, [-0.5, 0, 0.5], axis=axis, mode="reflect") for axis in (1, 2))
+    xx, yy, xy = local(gx * gx), local(gy * gy), local(gx * gy)
+    coherence = np.hypot(xx - yy, 2 * xy) / np.maximum(xx + yy, 1e-12)
+    kinds = np.where(deviation < FLAT, 0, np.where(coherence >= COHERENT, 1, 2))
+    return torch.from_numpy(kinds).to(images.device)
+
+
+def frequencies() -> list[float]:
+    """The middle of each band, in cycles a pixel."""
+    return [(i + 0.5) * 0.5 / BANDS for i in range(BANDS)]
+
+
+def cross_spectrum(a: Planes, b: Planes) -> Float[Tensor, "batch planes bands"]:
+    """The real part of the cross-spectral density of two sets of planes, the mean over each band of frequencies.
+
+    Hann windows in both directions and no mean, so that borders do not leak; scaled so that white noise has its
+    variance in every band. With `a` and `b` the same it is the radially averaged power spectrum. Bands that no
+    frequency of so small a picture falls into are NaN.
+    """
+    height, width = a.shape[-2:]
+    window = torch.outer(_hann(height), _hann(width)).to(a)
+
+    def transform(planes: Tensor) -> Tensor:
+        planes = planes - (planes * window).sum((-2, -1), keepdim=True) / window.sum()
+        return torch.fft.fft2(planes * window)
+
+    one = transform(a)
+    products = (one * (one if a is b else transform(b)).conj()).real / window.square().sum()
+    radius = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None]).to(a.device)
+    band = (radius * 2 * BANDS).long().flatten()
+    inside = band < BANDS
+    inside[0] = False  # the mean, which was taken out
+    sums = products.new_zeros(*products.shape[:2], BANDS)
+    sums.index_add_(2, band[inside], products.flatten(2)[..., inside])
+    return sums / torch.bincount(band[inside], minlength=BANDS).to(sums)
+
+
+def _hann(length: int) -> Tensor:
+    return torch.hann_window(length + 1, periodic=False, dtype=torch.float64)[:-1]
+
+
+class Lost:
+    """Adds up what reconstructions have lost of their pictures, batch by batch."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._spectra: Tensor | float = 0.0
+        self._variance: Tensor | float = 0.0
+        self._error: Tensor | float = 0.0
+        self._place: Tensor | float = 0.0
+
+    def add(self, ids: list[str], images: Images, outputs: Images) -> None:
+        """Take in reconstructions `(B, 3, H, W)` of pictures, both in [0, 1]."""
+        images, outputs = images.double(), outputs.double()
+        planes, rebuilt = ycbcr(images), ycbcr(outputs)
+        error = (rebuilt - planes).square()
+        squared = (outputs - images).square().mean(1)
+        kinds = regions(images)
+        for i, identity in enumerate(ids):
+            row: dict[str, Any] = {"id": identity}
+            row |= dict(zip((f"psnr_{p}" for p in PLANES), _decibels(error[i].mean((1, 2))), strict=True))
+            for kind, name in enumerate(REGIONS):
+                here = kinds[i] == kind
+                row[f"share_{name}"] = float(here.double().mean())
+                row[f"mse_{name}"] = float(squared[i][here].mean()) if here.any() else None
+            self.rows.append(row)
+        pairs = ((planes, planes), (rebuilt, rebuilt), (planes, rebuilt), (rebuilt - planes,) * 2)
+        self._spectra = self._spectra + torch.stack([cross_spectrum(*pair).sum(0).cpu() for pair in pairs])
+        centred = planes - planes.mean((2, 3), keepdim=True)
+        self._variance = self._variance + centred.square().mean((2, 3)).sum(0).cpu()
+        self._error = self._error + error.mean((2, 3)).sum(0).cpu()
+        size = tuple(min(CELLS, side) for side in squared.shape[-2:])
+        self._place = self._place + F.adaptive_avg_pool2d(squared, size).sum(0).cpu()
+
+    def result(self) -> dict[str, Any]:
+        """What `lost.json` holds: sums over pictures divided by their number, as plain JSON values.
+
+        `spectra` gives for luma and for chroma (Cb and Cr added) the power of the picture, of the reconstruction,
+        of what they share (`shared`, the real cross-spectrum) and of the error, band by band.
+        """
+        count = len(self.rows)
+        spectra = self._spectra / count
+        names = ("picture", "reconstruction", "shared", "error")
+        groups = {"luma": spectra[:, 0], "chroma": spectra[:, 1:].sum(1)}
+        return {
+            "pictures": count,
+            "frequencies": frequencies(),
+            "spectra": {g: dict(zip(names, map(_numbers, s), strict=True)) for g, s in groups.items()},
+            "planes": {
+                name: {"variance": float(variance) / count, "error": float(error) / count}
+                for name, variance, error in zip(PLANES, self._variance, self._error, strict=True)
+            },
+            "place": [_numbers(row) for row in (self._place / count).sqrt()],
+            "regions": {
+                "window": WINDOW, "flat_below": FLAT, "edge_from": COHERENT,
+                **{name: self._region(name) for name in REGIONS},
+            },
+        }  # fmt: skip
+
+    def _region(self, name: str) -> dict[str, float | None]:
+        """The share of all pixels, and the mean squared error on them."""
+        shares = [row[f"share_{name}"] for row in self.rows]
+        total = sum(shares)
+        error = sum(s * row[f"mse_{name}"] for s, row in zip(shares, self.rows, strict=True) if s)
+        return {"share": total / len(shares), "mse": error / total if total else None}
+
+
+def _decibels(errors: Tensor) -> list[float]:
+    return (-10 * errors.clamp_min(10 ** (-PSNR_CAP / 10)).log10()).tolist()
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    """Five significant digits; None for a band that is empty."""
+    return [None if value != value else float(f"{value:.5g}") for value in values.tolist()]

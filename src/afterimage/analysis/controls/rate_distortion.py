@@ -1,0 +1,137 @@
+"""Rate: features quantised and entropy-coded, and the same pictures as JPEG and WebP files."""
+
+from __future__ import annotations
+
+import bz2
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from afterimage.evaluation.evaluate import to_uint8
+from afterimage.evaluation.metrics import psnr
+
+BITS = (8, 6, 4, 3, 2, 1)
+TAIL = 0.001
+JPEG = (1, 5, 10, 20, 30, 50, 70, 80, 90, 95, 100)
+WEBP = (0, 5, 10, 20, 30, 50, 70, 80, 90, 95, 100)
+CODER = "bzip2"
+
+Maps = Float[Tensor, "batch channels h w"]
+Symbols = UInt8[Tensor, "batch channels h w"]
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """A uniform quantiser for each channel.
+
+    Each channel's range, from its 0.1 % to its 99.9 % quantile over training pictures, is cut into `2 ** bits`
+    cells of one width; what lies outside goes to the outermost. A symbol stands for the mean of the training
+    features in its cell (the centroid condition of Lloyd, 1982), or for its middle where there are none.
+    """
+
+    bits: int
+    low: Float[Tensor, " channels"]
+    width: Float[Tensor, " channels"]
+    table: Float[Tensor, "channels symbols"]
+
+    @classmethod
+    def fit(cls, values: Float[Tensor, "channels values"], bits: int) -> Quantiser:
+        """From training features, a table `(C, n)`; `bits` from 1 to 8."""
+        ends = np.quantile(values.numpy(), (TAIL, 1 - TAIL), axis=1)
+        low, high = torch.from_numpy(ends).float()
+        count = 2**bits
+        width = (high - low) / count
+        middles = low[:, None] + (torch.arange(count) + 0.5) * width[:, None]
+        symbols = _symbols(values, low[:, None], width[:, None], count).long()
+        sums = torch.zeros(len(values), count, dtype=torch.float64).scatter_add_(1, symbols, values.double())
+        number = torch.zeros_like(sums).scatter_add_(1, symbols, torch.ones_like(values, dtype=torch.float64))
+        return cls(bits, low, width, torch.where(number > 0, (sums / number).float(), middles))
+
+    def encode(self, maps: Maps) -> Symbols:
+        shape = (1, -1, 1, 1)
+        low, width = self.low.to(maps.device).view(shape), self.width.to(maps.device).view(shape)
+        return _symbols(maps, low, width, 2**self.bits)
+
+    def decode(self, symbols: Symbols) -> Maps:
+        table = self.table.to(symbols.device)
+        channel = torch.arange(len(table), device=symbols.device)[:, None, None]
+        return table[channel, symbols.long()]
+
+
+def _symbols(values: Tensor, low: Tensor, width: Tensor, count: int) -> Tensor:
+    """The number of each value's cell; a channel that never varies has one cell."""
+    steps = torch.where(width > 0, (values - low) / width.clamp_min(1e-30), 0)
+    return steps.floor().clamp(0, count - 1).to(torch.uint8)
+
+
+def coded_bytes(symbols: Symbols) -> list[int]:
+    """The size of each picture's symbols after bzip2 (Burrows and Wheeler, 1994), channel after channel.
+
+    The quantiser's own tables, which all pictures share, are not counted.
+    """
+    return [len(bz2.compress(picture.cpu().numpy().tobytes(), 9)) for picture in symbols]
+
+
+def histograms(symbols: Symbols, bits: int) -> Float[Tensor, "channels symbols"]:
+    """How often each symbol occurs in each channel."""
+    channels, count = symbols.shape[1], 2**bits
+    index = symbols.long() + torch.arange(channels, device=symbols.device)[:, None, None] * count
+    return torch.bincount(index.flatten(), minlength=channels * count).view(channels, count).double().cpu()
+
+
+def entropy(counts: Float[Tensor, "channels symbols"]) -> Float[Tensor, " channels"]:
+    """Shannon's entropy of each channel's symbols, in bits a symbol.
+
+    No code that codes every value by itself, with one table a channel, is shorter; one that uses what neighbours
+    have in common can be.
+    """
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    return -torch.xlogy(shares, shares).sum(1) / np.log(2)
+
+
+def codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[str, Any]]:
+    """JPEG (Huffman tables optimised, chroma at half size) and WebP at many qualities, whole files.
+
+    One row a codec and quality: mean bits a pixel and mean PSNR in dB against pictures in [0, 1]; the last row is
+    lossless WebP, whose PSNR is None. Quality runs from 0 or 1 to 100.
+    """
+    settings = [("JPEG", {"quality": q, "optimize": True}) for q in JPEG]
+    settings += [("WebP", {"quality": q, "method": 4}) for q in WEBP]
+    sizes: list[list[float]] = [[] for _ in settings]
+    scores: list[list[float]] = [[] for _ in settings]
+    exact: list[float] = []
+    for images in batches:
+        pictures = [Image.fromarray(array) for array in to_uint8(images)]
+        pixels = images.shape[-2] * images.shape[-1]
+        for i, (kind, options) in enumerate(settings):
+            files = [_file(picture, kind, **options) for picture in pictures]
+            sizes[i] += [8 * len(file) / pixels for file in files]
+            scores[i] += psnr(_read(files).to(images.device), images).tolist()
+        exact += [8 * len(_file(picture, "WebP", lossless=True)) / pixels for picture in pictures]
+    rows = [
+        {"codec": kind, "quality": o["quality"], "bits_per_pixel": _mean(size), "psnr": _mean(score)}
+        for (kind, o), size, score in zip(settings, sizes, scores, strict=True)
+    ]
+    return [*rows, {"codec": "lossless WebP", "quality": None, "bits_per_pixel": _mean(exact), "psnr": None}]
+
+
+def _file(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _read(files: Sequence[bytes]) -> Tensor:
+    arrays = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div(255)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,321 @@
+"""Controls of finished runs, beside their scores: what the decoder guesses, what is lost, and the rate.
+
+They are files of the run folder, written whole and with a format number:
+
+controls.json, .csv   features of another picture, shuffled, mean and zero features; the re-encoded reconstruction
+lost.json, .csv       the error by frequency, luma and chroma, place and kind of region
+rate.json, .csv       features at 8 to 1 bits and their coded size, beside JPEG and WebP
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afterimage.analysis.controls.error_breakdown import Lost
+from afterimage.analysis.controls.feature_ablations import SAMPLE_PICTURES, distance, level, sample, shuffle
+from afterimage.analysis.controls.rate_distortion import (
+    BITS,
+    CODER,
+    TAIL,
+    Quantiser,
+    codecs,
+    coded_bytes,
+    entropy,
+    histograms,
+)
+from afterimage.config import AfterimageError, DataConfig, unknown
+from afterimage.data.dataset import load_data
+from afterimage.data.images import Data, Pictures
+from afterimage.evaluation.baselines import mean_colour
+from afterimage.evaluation.evaluate import SCORES, summarise
+from afterimage.evaluation.metrics import Metrics, psnr
+from afterimage.models.reconstructor import Reconstructor
+from afterimage.runs.failures import TRACEBACK, forget, write_story
+from afterimage.runs.files import read_json, sha256, write_csv, write_json
+from afterimage.runs.run import Run
+from afterimage.runtime.device import one_device
+from afterimage.runtime.failures import as_error, concerns, foreseen, let_go, of_caller
+from afterimage.runtime.progress import Progress, silent
+from afterimage.training.checkpoint import load_reconstructor
+
+FORMAT = 1
+PARTS = ("controls", "lost", "rate")
+STAND_INS = ("another", "shuffled", "mean", "zero")
+BATCH = 8
+
+
+def run_controls(
+    runs: Iterable[Run],
+    *,
+    parts: Sequence[str] = PARTS,
+    again: bool = False,
+    weights: str | None = None,
+    lpips: str | None = None,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+) -> list[AfterimageError]:
+    """Measure the controls of finished decoder runs on their own test pictures, into their folders.
+
+    What is there already for the same decoder is kept, unless `again`. Reference lines and inversions are passed over.
+    `lpips` is the network that each run was measured with by default. Returns one error for each run, or part of one,
+    that could not be measured, whatever was raised; its traceback is in the run's folder, and the others go on. Raises
+    `AfterimageError` for a part that is not one of `PARTS`.
+    """
+    progress = of_caller(progress)
+    for part in parts:
+        if part not in PARTS:
+            raise unknown("part of the controls", part, PARTS)
+    device = one_device(accelerator).device
+    loaded: dict[DataConfig, _Loaded] = {}
+    failures: list[AfterimageError] = []
+    for run in runs:
+
+        def failed(error: Exception, part: str = "controls", run: Run = run) -> None:
+            if concerns(error):
+                raise error
+            file = f"{part}.{TRACEBACK}"
+            name = run.name if foreseen(error) else f"{part} of {run.name}"
+            failures.append(as_error(error, name, run.file(file)))
+            write_story(run, error, file)
+            let_go(error)
+
+        try:
+            if run.state != "done":
+                raise AfterimageError(
+                    f"run {run.name} is not finished (state: {run.state}): it has no controls"
+                )
+            if run.summary.get("kind") in ("reference", "inversion"):
+                continue
+            missing = [part for part in parts if again or not _is_fresh(run, part)]
+            for part in {"controls", *missing}:
+                forget(run, f"{part}.{TRACEBACK}")
+            if missing:
+                data = run.config.data
+                if data not in loaded:
+                    loaded = {data: _Loaded(load_data(data, cache=cache, progress=progress))}
+                options = (weights, lpips or run.config.lpips, device, progress, failed)
+                _measure(run, missing, loaded[data], *options)
+        except Exception as error:
+            failed(error)
+    return failures
+
+
+class _Loaded:
+    """The pictures of one data configuration, and their JPEG and WebP curves, drawn once."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self._codecs: list[dict[str, Any]] | None = None
+
+    def codecs(self) -> list[dict[str, Any]]:
+        if self._codecs is None:
+            test = self.data.test
+            self._codecs = codecs(test.crops(i) for i in torch.arange(len(test)).split(BATCH))
+        return self._codecs
+
+
+def _is_fresh(run: Run, part: str) -> bool:
+    path = run.file(f"{part}.json")
+    if not path.exists():
+        return False
+    content = read_json(path)
+    known = isinstance(content, dict) and content.get("format") == FORMAT
+    return known and content.get("decoder") == _digest(run)
+
+
+def _digest(run: Run) -> str:
+    path = run.file("decoder.safetensors")
+    if not path.exists():
+        raise AfterimageError(f"run {run.name} holds no decoder.safetensors to measure")
+    return sha256(path)
+
+
+@torch.no_grad()
+def _measure(
+    run: Run,
+    parts: Sequence[str],
+    loaded: _Loaded,
+    weights: str | None,
+    lpips: str,
+    device: torch.device,
+    progress: Progress,
+    failed: Callable[[Exception, str], None],
+) -> None:
+    """Measure parts of the controls on one pass; `failed` is given what a part raises, and the others go on."""
+    data, pictures = loaded.data, loaded.data.test
+    if len(pictures) < 2:
+        raise AfterimageError(
+            f"run {run.name}: controls need two test pictures or more, it has {len(pictures)}"
+        )
+    reconstructor = load_reconstructor(run, weights=weights).to(device)
+    encoders, head = reconstructor.encoders, reconstructor.head
+    values = sample(encoders, data.train, device=device, batch_size=BATCH)
+    makers: dict[str, Callable[[], Any]] = {
+        "controls": lambda: _Controls(reconstructor, values, Metrics(lpips, size=data.config.crop)),
+        "lost": _Losses,
+        "rate": lambda: _Rates(reconstructor, values, data, loaded.codecs),
+    }
+    measures: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def of_part(part: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            measures.pop(part, None)
+            failed(error, part)
+
+    for part in parts:
+        with of_part(part):
+            measures[part] = makers[part]()
+    for indices in torch.arange(len(pictures)).split(BATCH) if measures else ():
+        images, own, others = _with_next(encoders, pictures, indices, device)
+        ids = [pictures.ids[i] for i in indices.tolist()]
+        rebuilt = head(own)
+        for part, measure in list(measures.items()):
+            with of_part(part):
+                measure.add(ids, images, own, others, rebuilt)
+        progress(f"controls of {run.name}", int(indices[-1]) + 1, len(pictures))
+    digest = _digest(run)
+    for part, measure in list(measures.items()):
+        with of_part(part):
+            result = {"format": FORMAT, "decoder": digest, **measure.result()}
+            write_csv(run.file(f"{part}.csv"), measure.rows)
+            write_json(run.file(f"{part}.json"), result)
+
+
+def _with_next(
+    encoders: Callable[[Tensor], list[Tensor]], pictures: Pictures, indices: Tensor, device: torch.device
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """A batch of pictures, their features, and the features of the picture after each; the first follows the last."""
+    following = (indices[-1:] + 1) % len(pictures)
+    images = pictures.crops(torch.cat([indices, following]), device=device)
+    features = encoders(images)
+    return images[:-1], [f[:-1] for f in features], [f[1:] for f in features]
+
+
+class _Controls:
+    """Features that are not the picture's through its decoder, scored against the picture."""
+
+    def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], metrics: Metrics) -> None:
+        self.encoders, self.head = reconstructor.encoders, reconstructor.head
+        self.metrics = metrics.to(next(reconstructor.parameters()).device)
+        self.means = [table.mean(1) for table in values]
+        self.generator = torch.Generator().manual_seed(0)
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self, ids: list[str], images: Tensor, own: list[Tensor], others: list[Tensor], rebuilt: Tensor
+    ) -> None:
+        inputs = {
+            "another": others,
+            "shuffled": shuffle(own, self.generator),
+            "mean": level(own, self.means),
+            "zero": [torch.zeros_like(maps) for maps in own],
+        }
+        outputs = {"own": rebuilt, **{name: self.head(inputs[name]) for name in STAND_INS}}
+        outputs["colour"] = mean_colour(images)
+        distances = {
+            "reencoded": distance(own, self.encoders(rebuilt)).tolist(),
+            "random_pair": distance(own, others).tolist(),
+        }
+        scores = dict(zip(outputs, self.metrics.compare(list(outputs.values()), images), strict=True))
+        for i, identity in enumerate(ids):
+            row: dict[str, Any] = {"id": identity, **{name: d[i] for name, d in distances.items()}}
+            for name, score in scores.items():
+                row |= {f"{name}_{metric}": score[metric] and score[metric][i] for metric in SCORES}
+            self.rows.append(row)
+
+    def result(self) -> dict[str, Any]:
+        names = ("own", *STAND_INS, "colour")
+        return {
+            "pictures": len(self.rows),
+            "lpips": self.metrics.lpips_status,
+            "controls": {
+                name: summarise([{m: row[f"{name}_{m}"] for m in SCORES} for row in self.rows])
+                for name in names
+            },
+            "distances": {
+                name: statistics.fmean(row[name] for row in self.rows)
+                for name in ("reencoded", "random_pair")
+            },
+        }
+
+
+class _Losses(Lost):
+    """What the reconstruction has lost."""
+
+    def add(
+        self, ids: list[str], images: Tensor, own: list[Tensor], others: list[Tensor], rebuilt: Tensor
+    ) -> None:
+        super().add(ids, images, rebuilt)
+
+
+class _Rates:
+    """The reconstruction from quantised features, by a decoder that was fitted on features as they are."""
+
+    def __init__(
+        self,
+        reconstructor: Reconstructor,
+        values: Sequence[Tensor],
+        data: Data,
+        curves: Callable[[], list[dict[str, Any]]],
+    ) -> None:
+        self.head, self.curves = reconstructor.head, curves
+        self.pixels = data.config.crop**2
+        self.specs = reconstructor.encoders.specs
+        self.sampled = min(len(data.train), SAMPLE_PICTURES)
+        self.quantisers = {bits: [Quantiser.fit(table, bits) for table in values] for bits in BITS}
+        self.counts: dict[int, list[Tensor | float]] = {bits: [0.0] * len(values) for bits in BITS}
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self, ids: list[str], images: Tensor, own: list[Tensor], others: list[Tensor], rebuilt: Tensor
+    ) -> None:
+        raw = [4 * sum(spec.values for spec in self.specs)] * len(ids)
+        self._add(ids, 32, raw, psnr(rebuilt, images))
+        for bits, quantisers in self.quantisers.items():
+            symbols = [q.encode(maps) for q, maps in zip(quantisers, own, strict=True)]
+            counts = [histograms(s, bits) for s in symbols]
+            self.counts[bits] = [a + b for a, b in zip(self.counts[bits], counts, strict=True)]
+            sizes = [sum(parts) for parts in zip(*map(coded_bytes, symbols), strict=True)]
+            decoded = [q.decode(s) for q, s in zip(quantisers, symbols, strict=True)]
+            self._add(ids, bits, sizes, psnr(self.head(decoded), images))
+
+    def _add(self, ids: list[str], bits: int, sizes: list[int], scores: Tensor) -> None:
+        for identity, size, score in zip(ids, sizes, scores.tolist(), strict=True):
+            rate = 8 * size / self.pixels
+            self.rows.append(
+                {"id": identity, "bits": bits, "bytes": size, "bits_per_pixel": rate, "psnr": score}
+            )
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "pictures": len({row["id"] for row in self.rows}),
+            "coder": CODER,
+            "range": [TAIL, 1 - TAIL],
+            "training_pictures": self.sampled,
+            "points": [self._point(bits) for bits in (32, *BITS)],
+            "codecs": self.curves(),
+        }
+
+    def _point(self, bits: int) -> dict[str, Any]:
+        rows = [row for row in self.rows if row["bits"] == bits]
+        point: dict[str, Any] = {"bits": bits} | {
+            name: statistics.fmean(row[name] for row in rows) for name in ("bits_per_pixel", "psnr")
+        }
+        if bits in self.counts:
+            total = sum(
+                float(entropy(counts).sum()) * spec.locations
+                for counts, spec in zip(self.counts[bits], self.specs, strict=True)
+            )
+            point["entropy_bits_per_pixel"] = total / self.pixels
+        return point

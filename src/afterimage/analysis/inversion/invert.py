@@ -1,0 +1,212 @@
+"""The loop: pictures whose features come as near as can be to those asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from afterimage.analysis.inversion.batched_lbfgs import search_all, trials
+from afterimage.analysis.inversion.objective import GREY, FeaturesOf, Objective
+from afterimage.analysis.inversion.parametrizations import PARAMETRISATIONS, Parametrisation, Spectrum
+from afterimage.config import AfterimageError
+from afterimage.config.inversion import InvertConfig
+from afterimage.models.reconstructor import Reconstructor
+from afterimage.runtime.progress import Progress, silent
+
+Images = Float[Tensor, "batch 3 height width"]
+Watch = Callable[["Look"], None]
+
+NOISE = 0.01
+"""Standard deviation of what is added to a start, so that starts differ and grey has a gradient."""
+FINAL = 0.02
+"""Where Adam's cosine schedule ends, as a share of its learning rate."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What `watch` sees after `step` passes and `seconds`: the best pictures so far and their feature distance."""
+
+    step: int
+    seconds: float
+    images: Images
+    loss: Float[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Pictures in [0, 1], the best of each by its objective; `loss` is their relative feature distance.
+
+    `seconds` is what the whole batch took, all starts included.
+    """
+
+    images: Images
+    loss: Float[Tensor, " batch"]
+    seconds: float
+
+
+def invert(
+    features_of: FeaturesOf,
+    targets: Sequence[Tensor],
+    size: tuple[int, int],
+    *,
+    start: Images | None = None,
+    method: InvertConfig | None = None,
+    spectrum: Spectrum | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    watch: Watch | None = None,
+    milestones: Sequence[int] = (),
+) -> Inversion:
+    """Search for pictures `(B, 3, *size)` whose features are `targets`, from `start` or from grey.
+
+    Args:
+        features_of: pictures, around [0, 1], to a list of feature maps, differentiable; each picture by itself.
+        targets: those feature maps of the pictures looked for, `(B, ...)` each.
+        start: pictures in [0, 1]; with several starts the first is taken as it is, the others with noise.
+        method: how; see `InvertConfig`.
+        spectrum: what the start is expected to lack, for the method `fourier`; see `spectrum.error_spectrum`.
+        watch: called before the first pass, and after as many passes as `milestones` name.
+
+    Values may leave [0, 1] on the way and are clamped in what is returned and shown; `loss` belongs to the picture
+    before the clamp. A picture's result does not depend on which others are in the batch, and is a function of
+    `seed`. Raises `AfterimageError` where shapes do not fit or a loss is not finite.
+    """
+    config = method or InvertConfig()
+    targets = list(targets)
+    if not targets or len({len(target) for target in targets}) != 1:
+        raise AfterimageError("targets must be one feature map or more, all of the same number of pictures")
+    count, device = len(targets[0]), targets[0].device
+    if start is not None and tuple(start.shape) != (count, 3, *size):
+        raise AfterimageError(f"the start must have shape {(count, 3, *size)}, got {tuple(start.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    begin = _starts(start, (count, 3, *size), config.starts, generator).to(device)
+    objective = Objective(
+        features_of, [target.repeat(config.starts, *[1] * (target.ndim - 1)) for target in targets], config
+    )
+    form = PARAMETRISATIONS[config.method](begin, seed, spectrum)
+    best = _Best(count, config.starts)
+    searching = _adam if config.optimizer == "adam" else _lbfgs
+    started, watched = time.monotonic(), 0.0
+    for step, (images, loss, distance) in enumerate(searching(form, objective, config, generator)):
+        best.take(images, loss, distance, step)
+        progress("inverting", step, config.steps, feature_distance=lambda: float(best.chosen()[1].mean()))
+        if watch is not None and (step == 0 or step in milestones or step == config.steps):
+            paused = time.monotonic()
+            watch(Look(step, paused - started - watched, *best.chosen()))
+            watched += time.monotonic() - paused
+    return Inversion(*best.chosen(), time.monotonic() - started - watched)
+
+
+def _starts(start: Tensor | None, shape: tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
+    """All starts, `(count * B, 3, H, W)`, start by start; every picture gets the same noise."""
+    begin = torch.full(shape, GREY) if start is None else start.detach().cpu().float()
+    noise = NOISE * torch.randn(count, 1, *shape[1:], generator=generator)
+    if start is not None:
+        noise[0] = 0
+    return (begin + noise).clamp(0, 1).flatten(0, 1)
+
+
+def _adam(
+    form: Parametrisation, objective: Objective, config: InvertConfig, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The start and then every step's pictures, losses and feature distances."""
+    parameters = form.initial.requires_grad_()
+    rate = config.learning_rate or form.learning_rate
+    optimizer = torch.optim.Adam([parameters], rate, betas=(0.9, 0.99))
+    for step in range(config.steps + 1):
+        shift = torch.randint(-config.jitter, config.jitter + 1, (2,), generator=generator).tolist()
+        images = form.images(parameters)
+        loss, distance = objective(images, tuple(shift))
+        yield images.detach(), loss.detach(), distance
+        if step < config.steps:
+            share = FINAL + (1 - FINAL) * (1 + math.cos(math.pi * step / config.steps)) / 2
+            optimizer.param_groups[0]["lr"] = rate * share
+            (parameters.grad,) = torch.autograd.grad(loss.sum(), parameters)
+            optimizer.step()
+
+
+def _lbfgs(
+    form: Parametrisation, objective: Objective, config: InvertConfig, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The same for L-BFGS: each pass evaluates every picture at the place where its own search is."""
+    initial = form.initial
+    searches = search_all(initial, first=config.learning_rate or form.learning_rate)
+    for _ in range(config.steps + 1):
+        parameters = trials(searches, initial).requires_grad_()
+        images = form.images(parameters)
+        loss, distance = objective(images)
+        yield images.detach(), loss.detach(), distance
+        (gradient,) = torch.autograd.grad(loss.sum(), parameters)
+        for search, value, row in zip(searches, loss.tolist(), gradient.flatten(1), strict=True):
+            search.tell(value, row)
+
+
+class _Best:
+    """The best picture of every start by the objective, and of every picture its best start by the features."""
+
+    def __init__(self, count: int, starts: int) -> None:
+        self.count, self.starts = count, starts
+        self.images = self.loss = self.distance = None
+
+    def take(self, images: Tensor, loss: Tensor, distance: Tensor, step: int) -> None:
+        if self.images is None:
+            if not torch.isfinite(loss).all():
+                raise AfterimageError(
+                    "the features of the start are not finite, or overflow when they are compared"
+                )
+            self.images, self.loss, self.distance = images.clone(), loss.clone(), distance.clone()
+            return
+        better = loss < self.loss
+        self.images[better] = images[better]
+        self.loss = torch.where(better, loss, self.loss)
+        self.distance = torch.where(better, distance, self.distance)
+        if not (better | torch.isfinite(loss)).all() and torch.isnan(loss).all():
+            raise AfterimageError(
+                f"the loss is not finite after {step} steps; a lower learning_rate may help"
+            )
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """`(images, feature distance)` of each picture's best start."""
+        distance = self.distance.view(self.starts, self.count)
+        pick = distance.argmin(0)
+        images = self.images.view(self.starts, self.count, *self.images.shape[1:])
+        rows = torch.arange(self.count, device=pick.device)
+        return images[pick, rows].clamp(0, 1), distance[pick, rows].clone()
+
+
+def refine(
+    reconstructor: Reconstructor,
+    images: Images,
+    *,
+    steps: int | None = None,
+    method: InvertConfig | None = None,
+    **options: Any,
+) -> Inversion:
+    """Encode `images`, decode them, and search on from there for pictures with the same features.
+
+    `steps` overrides the config's; other options are `invert`'s. The decoder's own time is not in `seconds`.
+    """
+    config = method or InvertConfig()
+    config = config if steps is None else replace(config, steps=steps)
+    with torch.no_grad():
+        targets = [target.clone() for target in reconstructor.encoders(images)]
+        start = reconstructor.head(targets)
+    with differentiable(reconstructor.encoders) as features_of:
+        return invert(features_of, targets, tuple(images.shape[-2:]), start=start, method=config, **options)
+
+
+@contextlib.contextmanager
+def differentiable(encoders: nn.Module) -> Iterator[Callable[[Images], Sequence[Tensor]]]:
+    """Inside the block, an `Encoder` or `Encoders` whose features can be differentiated by the pictures."""
+    with contextlib.ExitStack() as stack:
+        for encoder in getattr(encoders, "encoders", [encoders]):
+            stack.enter_context(encoder.gradients())
+        yield encoders

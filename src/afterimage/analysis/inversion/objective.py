@@ -1,0 +1,87 @@
+"""What is minimised: how far the picture's features are from those asked for, and what pictures look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from afterimage.config import AfterimageError
+from afterimage.config.inversion import InvertConfig
+
+Images = Float[Tensor, "batch 3 height width"]
+PerPicture = Float[Tensor, " batch"]
+FeaturesOf = Callable[[Images], Sequence[Tensor]]
+
+GREY, RANGE = 0.5, 0.5
+"""Pictures lie in `GREY` ± `RANGE`: the paper's mean picture and its B."""
+STEP = 0.01
+"""The paper's a: neighbouring pixels differ by about this share of the range."""
+
+
+def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerPicture:
+    """`|f - f0|^2 / |f0|^2` of each picture (Mahendran & Vedaldi 2015, section 3), the mean over layers."""
+    distances = [
+        (f - t).flatten(1).square().sum(1) / t.flatten(1).square().sum(1).clamp_min(1e-20)
+        for f, t in zip(features, targets, strict=True)
+    ]
+    return torch.stack(distances).mean(0)
+
+
+def alpha_norm(images: Images, alpha: float = 6.0) -> PerPicture:
+    """`sum |x / B|^alpha / (H W)` of pictures around grey: holds values to the range.
+
+    Mahendran & Vedaldi 2015, `R_alpha = |x|_alpha^alpha` (section 3) at the weight that the paper proposes,
+    `sigma^alpha / (H W B^alpha)`; sigma cancels against the paper's pictures of unit norm.
+    """
+    height, width = images.shape[-2:]
+    return ((images - GREY) / RANGE).abs().pow(alpha).flatten(1).sum(1) / (height * width)
+
+
+def total_variation(images: Images, beta: float = 2.0) -> PerPicture:
+    """`sum (dx^2 + dy^2)^(beta/2) / (H W (a B)^beta)`, forward differences, none across the border.
+
+    Mahendran & Vedaldi 2015, equation 3 with the weight that goes with it, `sigma^beta / (H W (a B)^beta)`.
+    """
+    height, width = images.shape[-2:]
+    down = torch.nn.functional.pad(images.diff(dim=-2), (0, 0, 0, 1))
+    right = torch.nn.functional.pad(images.diff(dim=-1), (0, 1))
+    square = down.square() + right.square()
+    # The root of 0 has no gradient; at beta = 2 there is no root.
+    terms = square if beta == 2 else (square + 1e-12).pow(beta / 2)
+    return terms.flatten(1).sum(1) / (height * width * (STEP * RANGE) ** beta)
+
+
+class Objective:
+    """The loss of each picture, and how far its features alone are off: `(loss, distance)`, both `(B,)`.
+
+    Raises `AfterimageError` where targets and features differ in number or shape, or targets are not finite.
+    """
+
+    def __init__(self, features_of: FeaturesOf, targets: Sequence[Tensor], config: InvertConfig) -> None:
+        self.features_of, self.config = features_of, config
+        self.targets = [target.detach() for target in targets]
+        for i, target in enumerate(self.targets):
+            if not torch.isfinite(target).all():
+                raise AfterimageError(f"target {i + 1} holds values that are not finite")
+
+    def __call__(self, images: Images, shift: tuple[int, int] = (0, 0)) -> tuple[PerPicture, PerPicture]:
+        seen = images.roll(shift, (-2, -1)) if any(shift) else images
+        features = list(self.features_of(seen))
+        self._check(features)
+        distance = feature_distance(features, self.targets)
+        loss = distance
+        if self.config.tv:
+            loss = loss + self.config.tv * total_variation(images, self.config.beta)
+        if self.config.alpha_norm:
+            loss = loss + self.config.alpha_norm * alpha_norm(images, self.config.alpha)
+        return loss, distance.detach()
+
+    def _check(self, features: Sequence[Tensor]) -> None:
+        shapes = [[tuple(t.shape) for t in part] for part in (features, self.targets)]
+        if shapes[0] != shapes[1]:
+            raise AfterimageError(
+                f"the targets have shapes {shapes[1]}, the features of a picture {shapes[0]}"
+            )

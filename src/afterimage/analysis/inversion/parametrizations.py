@@ -1,0 +1,194 @@
+"""What stands for the pictures while they are searched for: a start, and a correction made of parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+from afterimage.config import AfterimageError
+
+Images = Float[Tensor, "batch 3 height width"]
+
+
+class Parametrisation(ABC):
+    """Pictures as `start + correction(parameters)`; `initial` is one row of parameters a picture.
+
+    At `initial` the correction is 0. Values may leave [0, 1] while they are searched for: with a clamp the gradient
+    would be that of another objective, along which L-BFGS goes astray. They are clamped when the search has ended.
+    """
+
+    learning_rate: float
+    """Adam's; and the root mean square of L-BFGS's first step."""
+
+    def __init__(self, start: Images, seed: int, spectrum: Spectrum | None = None) -> None:
+        self.start = start
+
+    @property
+    @abstractmethod
+    def initial(self) -> Tensor:
+        """The parameters of the start itself, `(B, ...)`."""
+
+    @abstractmethod
+    def correction(self, parameters: Tensor) -> Tensor:
+        """What is added to the start, `(B, 3, H, W)`."""
+
+    def images(self, parameters: Tensor) -> Images:
+        return self.start + self.correction(parameters)
+
+
+class Pixels(Parametrisation):
+    """Every pixel value by itself."""
+
+    learning_rate = 0.01
+
+    @property
+    def initial(self) -> Tensor:
+        return torch.zeros_like(self.start)
+
+    def correction(self, parameters: Tensor) -> Tensor:
+        return parameters
+
+
+class Fourier(Parametrisation):
+    """Amplitudes of frequencies, each scaled by the root of what is expected of it, in decorrelated colours.
+
+    Without a `spectrum` natural pictures are expected: amplitudes of 1/f, as Olah, Mordvintsev & Schubert (2017),
+    "Feature Visualization", have them. With one (see `spectrum.error_spectrum`) it is the error that the start's
+    decoder makes. Then the point that gradient steps or L-BFGS approach from 0 is, as far as the encoder is linear,
+    the mean of a Gaussian posterior: what the features do not determine follows what they do as it usually does.
+    """
+
+    learning_rate = 0.02
+
+    def __init__(self, start: Images, seed: int, spectrum: Spectrum | None = None) -> None:
+        super().__init__(start, seed)
+        size = tuple(start.shape[-2:])
+        roots = natural_spectrum(size) if spectrum is None else spectrum
+        # A typical parameter of 1 is a typical correction, whatever the spectrum's own scale.
+        roots = roots[radii(size)]
+        roots = roots / roots.square().sum((-2, -1)).mean().div(3).sqrt()
+        self.roots = roots.to(start.device, torch.complex64)
+
+    @property
+    def initial(self) -> Tensor:
+        return torch.zeros(len(self.start), 3, *self.roots.shape[:2], 2, device=self.start.device)
+
+    def correction(self, parameters: Tensor) -> Tensor:
+        spectrum = torch.einsum("hwij,bjhw->bihw", self.roots, torch.view_as_complex(parameters))
+        return torch.fft.irfft2(spectrum, s=self.start.shape[-2:], norm="ortho")
+
+
+class Prior(Parametrisation):
+    """The weights of an untrained hourglass with skips, fed fixed noise: a deep image prior.
+
+    After Ulyanov, Vedaldi & Lempitsky (2018), smaller, and with its last layer at 0, so that it begins as no
+    correction at all. Every picture has weights of its own, all begin alike.
+    """
+
+    learning_rate = 0.003
+    width, skip, levels = 32, 4, 4
+
+    def __init__(self, start: Images, seed: int, spectrum: Spectrum | None = None) -> None:
+        super().__init__(start, seed)
+        generator = torch.Generator().manual_seed(seed)
+        levels = [min(self.levels, (size - 1).bit_length() - 2) for size in start.shape[-2:]]
+        self._shapes: list[tuple[int, int, int]] = []
+        for level in range(max(1, min(levels))):
+            inputs = self.width if level else 8
+            self._shapes += [
+                (self.width, inputs, 3),
+                (self.skip, inputs, 1),
+                (self.width, self.width + self.skip, 3),
+            ]
+        weights = [
+            torch.randn(o, i, k, k, generator=generator) * (2 / (i * k * k)) ** 0.5
+            for o, i, k in self._shapes
+        ]
+        self._weights = torch.cat([w.flatten() for w in weights] + [torch.zeros(3 * self.width)]).to(
+            start.device
+        )
+        self._noise = torch.rand(1, 8, *start.shape[-2:], generator=generator).to(start.device)
+
+    @property
+    def initial(self) -> Tensor:
+        return self._weights.repeat(len(self.start), 1)
+
+    def correction(self, parameters: Tensor) -> Tensor:
+        return torch.cat([self._network(row) for row in parameters])
+
+    def _network(self, row: Tensor) -> Tensor:
+        sizes = [o * i * k * k for o, i, k in self._shapes]
+        parts = row.split([*sizes, 3 * self.width])
+        kernels = [part.view(o, i, k, k) for part, (o, i, k) in zip(parts, self._shapes, strict=False)]
+        x, skips = self._noise, []
+        for down, skip, _ in zip(*[iter(kernels)] * 3, strict=True):
+            skips.append(_layer(x, skip))
+            x = _layer(x, down, stride=2)
+        for up, skip in zip(kernels[-1::-3], reversed(skips), strict=True):
+            x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = _layer(torch.cat([x, skip], 1), up)
+        return F.conv2d(x, parts[-1].view(3, self.width, 1, 1))
+
+
+def _layer(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
+    margin = kernel.shape[-1] // 2
+    x = F.conv2d(F.pad(x, (margin,) * 4, mode="reflect"), kernel, stride=stride)
+    return F.leaky_relu(F.instance_norm(x), 0.2)
+
+
+PARAMETRISATIONS = {"pixels": Pixels, "fourier": Fourier, "prior": Prior}
+
+
+Spectrum = Float[Tensor, "radii 3 3"]
+
+HELD_OUT = 32
+"""Validation pictures from which a decoder's errors are learnt."""
+
+COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.0, -0.05), (0.27, -0.09, 0.03))
+"""Root of the colour covariance of natural pictures: lightness, red-blue, green-purple (Lucid, Olah et al. 2017)."""
+
+
+def radii(size: tuple[int, int]) -> Int[Tensor, "height half"]:
+    """The whole number of cycles along the longer side, for each frequency of `rfft2`."""
+    height, width = size
+    down, right = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
+    return (down.square() + right.square()).sqrt().mul(max(size)).round().long()
+
+
+def natural_spectrum(size: tuple[int, int]) -> Spectrum:
+    """Roots of the covariance of colours by radius, for pictures in general: amplitudes fall with 1/f."""
+    amplitude = 1 / torch.arange(int(radii(size).max()) + 1).clamp_min(1)
+    return amplitude[:, None, None] * torch.tensor(COLOURS)
+
+
+@torch.no_grad()
+def error_spectrum(errors: Iterable[Float[Tensor, "_ 3 height width"]]) -> Spectrum:
+    """The same for what a decoder lacks of pictures that it was not fitted on: original less output.
+
+    `errors` are batches `(B, 3, H, W)`, of any number of pictures each. The covariance of red, green and blue at each
+    frequency is averaged over pictures and over frequencies of one radius; returned are its symmetric roots. Raises
+    `AfterimageError` where there are no pictures.
+    """
+    total, count = None, 0
+    for error in errors:
+        bands = torch.fft.rfft2(error, norm="ortho")
+        covariance = _by_radius(bands, tuple(error.shape[-2:]))
+        total, count = covariance if total is None else total + covariance, count + len(error)
+    if total is None:
+        raise AfterimageError("there are no pictures to learn the decoder's errors from")
+    values, vectors = torch.linalg.eigh(total / count)
+    roots = values.clamp_min(1e-8 * float(values.max())).sqrt()
+    return (vectors * roots[:, None]) @ vectors.mT
+
+
+def _by_radius(bands: Complex[Tensor, "batch 3 height half"], size: tuple[int, int]) -> Spectrum:
+    radius = radii(size).flatten().to(bands.device)
+    products = torch.einsum("bihw,bjhw->hwij", bands, bands.conj()).real.flatten(0, 1).flatten(1)
+    rings = int(radius.max()) + 1
+    sums = torch.zeros(rings, 9, device=bands.device).index_add_(0, radius, products)
+    return (sums / radius.bincount(minlength=rings).clamp_min(1)[:, None]).view(rings, 3, 3)

@@ -1,0 +1,369 @@
+"""The pictures that are to be inverted: test pictures of a source, or files of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import save
+from torch import Tensor
+
+from afterimage.analysis.inversion.invert import Inversion, Look, differentiable, invert, refine
+from afterimage.analysis.inversion.parametrizations import HELD_OUT, error_spectrum
+from afterimage.config import AfterimageError, DataConfig, shown
+from afterimage.config.inversion import InversionConfig, InvertConfig
+from afterimage.data.dataset import file_notes, load_data, prepare_picture
+from afterimage.data.images import Pictures
+from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
+from afterimage.evaluation.metrics import Metrics, psnr
+from afterimage.models.reconstructor import Encoders, Reconstructor
+from afterimage.models.weights import weight_notes
+from afterimage.runs.environment import environment
+from afterimage.runs.files import sha256, write_atomic, write_csv, write_image
+from afterimage.runs.run import Run
+from afterimage.runtime.progress import Progress, silent
+from afterimage.training.checkpoint import load_reconstructor, load_tensors, plain
+
+
+@dataclass(frozen=True)
+class Given:
+    """Pictures, what a summary says of them, and those that a decoder's errors may be learnt from (None: no such)."""
+
+    pictures: Pictures
+    config: DataConfig
+    facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    validation: Pictures | None = None
+
+
+def from_data(config: DataConfig, *, cache: Path | None = None, progress: Progress = silent) -> Given:
+    """The test pictures of a data configuration; raises as `load_data` does."""
+    data = load_data(config, cache=cache, progress=progress)
+    return Given(data.test, config, data.describe(), data.notes, data.validation)
+
+
+def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> Given:
+    """Picture files, prepared as test pictures are: shorter side to `resize`, centre crop.
+
+    Raises `AfterimageError` that names the file where one is no picture, or is given twice.
+    """
+    names = [shown(path) for path in paths]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
+    crops = torch.cat([prepare_picture(path, resize, crop) for path in paths])
+    digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
+    config = DataConfig(source="files:" + digest[:16], resize=resize, crop=crop)
+    facts = {"source": "files", "test": "", "digest": digest, "test_digest": digest}
+    facts |= {"test_pictures": len(paths), "resize": resize, "crop": crop}
+    return Given(_Files(names, crops), config, facts, tuple(file_notes(paths, resize)))
+
+
+class _Files(Pictures):
+    """Crops that are held in memory, `(N, 3, crop, crop)` in [0, 1]."""
+
+    def __init__(self, ids: Sequence[str], crops: Tensor) -> None:
+        self.ids, self._crops, self.crop = list(ids), crops, crops.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def crops(self, indices: Any, *, device: str | torch.device = "cpu", **_: Any) -> Tensor:
+        return self._crops[torch.as_tensor(indices)].to(device)
+
+
+Curve = list[dict[str, Any]]
+
+
+class Batches:
+    """Files in `folder`, one a batch; `made_for` says of what they are, besides their pictures.
+
+    One that was made for anything else, or is damaged, is as if it were not there.
+    """
+
+    def __init__(self, folder: Path, made_for: Any) -> None:
+        self.folder, self.made_for = folder, json.dumps([made_for, torch.__version__], sort_keys=True)
+
+    def load(self, first: int, images: Tensor) -> tuple[Inversion, Curve] | None:
+        """What the batch whose first picture has the number `first` came to, and its curve."""
+        try:
+            tensors, metadata = load_tensors(self._path(first))
+            if metadata["key"] != self._key(images):
+                return None
+            facts = json.loads(metadata["facts"])
+            return Inversion(
+                tensors["images"].to(images.device), tensors["loss"].to(images.device), facts["seconds"]
+            ), facts["curve"]
+        except (AfterimageError, KeyError, ValueError):
+            return None
+
+    def save(self, first: int, images: Tensor, result: Inversion, curve: Curve) -> None:
+        tensors = plain({"images": result.images, "loss": result.loss})
+        facts = json.dumps({"seconds": result.seconds, "curve": curve})
+        write_atomic(self._path(first), save(tensors, {"key": self._key(images), "facts": facts}))
+
+    def clear(self) -> None:
+        for path in self.folder.glob("batch-*.safetensors"):
+            path.unlink()
+
+    def _path(self, first: int) -> Path:
+        return self.folder / f"batch-{first:06}.safetensors"
+
+    def _key(self, images: Tensor) -> str:
+        pixels = images.detach().cpu().contiguous().numpy().tobytes()
+        return hashlib.sha256(self.made_for.encode() + pixels).hexdigest()
+
+
+Images = Float[Tensor, "batch 3 height width"]
+
+BATCH = 4
+
+
+def curve_steps(steps: int) -> list[int]:
+    """Where a saturation curve is measured: about six times a doubling of the passes, the last included."""
+    return sorted(
+        {max(1, round(2 ** (i / 3))) for i in range(3 * steps.bit_length())} & set(range(steps)) | {steps}
+    )
+
+
+@dataclass
+class Measured:
+    """What one way of inverting came to: rows and curve by picture, seconds a picture without the measuring."""
+
+    rows: list[dict[str, Any]]
+    pictures: list[tuple[str, Any, Any]]
+    seconds: float
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure(
+    search: Callable[..., Inversion],
+    pictures: Pictures,
+    metrics: Metrics,
+    steps: int,
+    *,
+    batch_size: int = BATCH,
+    device: str = "cpu",
+    progress: Progress = silent,
+    snapshot: Callable[[Images], None] | None = None,
+    batches: Batches | None = None,
+) -> Measured:
+    """Run `search(images, watch=..., milestones=...)` over pictures; score what it returns and its way there.
+
+    `snapshot` is given the pictures so far at every milestone. Finished batches are kept in `batches`, and taken
+    from there where they are.
+    """
+    curve: list[dict[str, Any]] = []
+    losses: list[float] = []
+    seconds = 0.0
+    points = curve_steps(steps)
+
+    def reconstruct(images: Images) -> Images:
+        nonlocal seconds
+        first, own = len(losses), []
+
+        def watch(look: Look) -> None:
+            values = zip(psnr(look.images, images).tolist(), look.loss.tolist(), strict=True)
+            for i, (value, loss) in enumerate(values):
+                own.append(
+                    {
+                        "id": pictures.ids[first + i],
+                        "step": look.step,
+                        "seconds": look.seconds / len(images),
+                        "psnr": value,
+                        "feature_loss": loss,
+                    }
+                )
+            if snapshot is not None:
+                snapshot(look.images)
+
+        found = batches.load(first, images) if batches else None
+        if found is None:
+            # The evaluation around this is without gradients.
+            with torch.inference_mode(False), torch.enable_grad():
+                result = search(images.clone(), watch=watch, milestones=points, progress=progress)
+            if batches:
+                batches.save(first, images, result, own)
+        else:
+            result, own = found
+        curve.extend(own)
+        seconds += result.seconds
+        losses.extend(result.loss.tolist())
+        # In one order of memory, whether it was kept or not: sums depend on it.
+        return result.images.contiguous()
+
+    rows, kept = evaluate(
+        reconstruct,
+        pictures,
+        metrics,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+        keep=len(pictures),
+    )
+    rows = [row | {"feature_loss": loss} for row, loss in zip(rows, losses, strict=True)]
+    return Measured(rows, kept, seconds / len(pictures), curve)
+
+
+def invert_run(
+    run: Run,
+    root: Path,
+    method: InvertConfig,
+    given: Given,
+    *,
+    plain: bool = True,
+    weights: str | None = None,
+    seed: int = 0,
+    lpips: str | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> list[Run]:
+    """Refine what a finished run's decoder makes of pictures, and with `plain` invert the same from grey too.
+
+    Each becomes a run folder below `root` (see `save_inversion`); one that is done is not made again. Where the method is
+    `fourier` and there are validation pictures, the decoder's errors are learnt from the first `HELD_OUT` of them.
+    Plain inversion knows no pictures and no decoder. `lpips` is by default the network that the run was measured with.
+    Raises `AfterimageError` as `load_reconstructor` and `invert` do.
+    """
+    sources, where = run.config.sources, weights or run.config.weights
+    lpips = lpips or run.lpips_net
+    wanted = [("refined", run.name), *([("inversion", "")] if plain else [])]
+    made = {
+        kind: Run.create(root, InversionConfig(sources, where, start, method, given.config, seed, lpips))
+        for kind, start in wanted
+    }
+    missing = [kind for kind, folder in made.items() if folder.state != "done"]
+    if not missing:
+        return list(made.values())
+    reconstructor = load_reconstructor(run, weights=weights).to(device)
+    metrics = Metrics(lpips, size=given.config.crop)
+    options: dict[str, Any] = {"metrics": metrics, "seed": seed, "device": device, "progress": progress}
+    if "refined" in missing:
+        spectrum, note = _spectrum(reconstructor, method, given, device)
+
+        def search(images: Images, **more: Any) -> Inversion:
+            return refine(reconstructor, images, method=method, spectrum=spectrum, seed=seed, **more)
+
+        started = time.monotonic()
+        alone = evaluate(reconstructor, given.pictures, metrics, batch_size=BATCH, device=device)
+        # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
+        alone = {
+            "scores": summarise(alone.rows),
+            "seconds": (time.monotonic() - started) / len(given.pictures),
+        }
+        facts = describe(reconstructor.encoders, sources, method, run) | {"decoder_alone": alone}
+        _make(made["refined"], search, given, method, facts, note, **options)
+    if "inversion" in missing:
+        invert_sources(made["inversion"], reconstructor.encoders, method, given, **options)
+    return list(made.values())
+
+
+def invert_sources(
+    folder: Run, encoders: Encoders, method: InvertConfig, given: Given, *, seed: int, **options: Any
+) -> None:
+    """Invert pictures from grey through all sources of `encoders` at once, into a run folder."""
+    facts = describe(encoders, encoders.sources, method, None)
+    _make(folder, plain_search(encoders, method, seed), given, method, facts, [], seed=seed, **options)
+
+
+def _spectrum(
+    reconstructor: Reconstructor, method: InvertConfig, given: Given, device: str
+) -> tuple[Tensor | None, list[str]]:
+    if method.method != "fourier":
+        return None, []
+    if given.validation is None:
+        return None, [
+            "the spectrum of natural pictures stands for the decoder's errors: no validation pictures"
+        ]
+    count = min(HELD_OUT, len(given.validation))
+    batches = (given.validation.crops(batch, device=device) for batch in torch.arange(count).split(BATCH))
+    errors = (images - reconstructor(images) for images in batches)
+    note = f"the spectrum of the decoder's errors is learnt from {count} validation pictures"
+    return error_spectrum(errors), [note]
+
+
+def _make(
+    folder: Run,
+    search: Callable[..., Inversion],
+    given: Given,
+    method: InvertConfig,
+    facts: dict[str, Any],
+    notes: Sequence[str],
+    *,
+    metrics: Metrics,
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> None:
+    def snapshot(images: Images) -> None:
+        write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
+
+    made_for = [facts["weights"], facts["start"], facts["start_sha256"], given.facts]
+    batches = Batches(folder.path, made_for)
+    measured = measure(
+        search,
+        given.pictures,
+        metrics,
+        method.steps,
+        device=device,
+        progress=progress,
+        snapshot=snapshot,
+        batches=batches,
+    )
+    facts |= {"data": given.facts, "lpips": metrics.lpips_status, "seed": seed}
+    save_inversion(folder, facts, measured, [*notes, *given.notes], device)
+    batches.clear()
+
+
+def plain_search(encoders: Encoders, method: InvertConfig, seed: int) -> Callable[..., Inversion]:
+    """Inversion from grey, as `measure` takes it."""
+
+    def search(images: Images, **options: Any) -> Inversion:
+        with torch.no_grad():
+            targets = [target.clone() for target in encoders(images)]
+        with differentiable(encoders) as features_of:
+            return invert(features_of, targets, tuple(images.shape[-2:]), method=method, seed=seed, **options)
+
+    return search
+
+
+def describe(
+    encoders: Encoders, sources: Sequence[str], method: InvertConfig, start: Run | None
+) -> dict[str, Any]:
+    """What an inversion's summary says of how it was made; it trains nothing and has no parameters."""
+    name = f"{start.config.decoder.name} + refined" if start else "inversion"
+    return {
+        "kind": "inversion",
+        "label": f"{' + '.join(sources)} · {name}",
+        "sources": list(sources),
+        "decoder": name,
+        "reference": None,
+        "fusion": None,
+        "weights": encoders.weights_of(encoders.sources),
+        "features": encoders.describe(),
+        "parameters": None,
+        "train_seconds": None,
+        "start": start.name if start else None,
+        "start_sha256": sha256(start.file("decoder.safetensors")) if start else None,
+        "steps": method.steps,
+        "optimizer": method.optimizer,
+    }
+
+
+def save_inversion(run: Run, facts: dict[str, Any], measured: Measured, notes: Sequence[str], device: str) -> None:
+    """Write an inversion's folder: as any run's, and curve.csv, PSNR and feature loss by picture and pass."""
+    facts = facts | {"seconds_per_picture": measured.seconds, "scores": summarise(measured.rows)}
+    facts |= {"feature_loss": sum(row["feature_loss"] for row in measured.rows) / len(measured.rows)}
+    took = f"{facts['steps']} passes an inversion, {measured.seconds:.1f} s a picture"
+    facts["notes"] = [took, *weight_notes(facts["weights"]), *notes, *score_notes(measured.rows)]
+    run.save_environment(environment() | {"device": device, "threads": torch.get_num_threads()})
+    write_csv(run.file("curve.csv"), measured.curve)
+    run.save_result(facts, measured.rows, measured.pictures)
+    run.set_state("done")

@@ -1,0 +1,362 @@
+"""Frozen dataclasses that say what a run is, and the content hash that names its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from afterimage.config.errors import AfterimageError, unknown
+from afterimage.config.paths import absolute_path, absolute_source
+from afterimage.config.toml import MAX_PARAMETERS, Count, to_dict
+
+LPIPS_NETS = ("alex", "vgg", "squeeze")
+MAX_SIDE = 8192
+"""Pixels of the shorter side that a picture may be resized to."""
+SSIM_WINDOW = 11
+"""Pixels a side of SSIM's window: no smaller crop can be measured."""
+LPIPS_SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
+"""Pixels a side of the smallest picture that each LPIPS network takes."""
+LOSS_NAMES = ("mse", "l1", "lpips", *(f"lpips:{net}" for net in LPIPS_NETS))
+MAX_SEED = 2**63 - 1
+"""The largest seed: TOML's largest whole number, which every generator takes."""
+MAX_EPOCHS = 10**6
+MAX_BATCH = 2**20
+MAX_STEPS = 10**7
+MAX_PROCESSES = 10**6
+MAX_PICTURES = 10**9
+MAX_CHANNELS = 2**16
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+RANDOM_WEIGHTS = {
+    "random": "an untrained network whose blocks act",
+    "random-init": "an untrained network as timm initialises it, many residual branches closed or nearly so",
+}
+"""The random controls: what `weights` may be instead of trained ones, and what that is."""
+
+WEIGHTS = f"pretrained, {', '.join(RANDOM_WEIGHTS)} or a path"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the locations of a feature map lie along one axis of the image, in pixels from its top or left edge.
+
+    The cell of location `i` reaches from `start + i * stride` to `start + (i + 1) * stride`; cells may end before the
+    image does, or reach beyond it. Pixels before `first` and from `last` on influence no location.
+    """
+
+    start: float
+    stride: float
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """The measured shape of one layer's features, as a decoder is built from it: `(channels, height, width)`.
+
+    `rows` and `columns` say where the locations lie in the image. None means that their cells divide the image
+    evenly and that every pixel is seen.
+    """
+
+    source: str
+    channels: int
+    height: int
+    width: int
+    rows: Axis | None = None
+    columns: Axis | None = None
+
+    @property
+    def locations(self) -> int:
+        return self.height * self.width
+
+    @property
+    def values(self) -> int:
+        return self.channels * self.height * self.width
+
+
+def check_positive(owner: object, *names: str, most: int | float = math.inf) -> None:
+    """Raise `AfterimageError` unless the settings are finite, greater than 0 and at most `most`; None passes."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is None:
+            continue
+        if not value > 0 or value == math.inf:  # false for NaN too
+            finite = "" if value <= 0 else " and finite"
+            raise AfterimageError(f"{name} must be greater than 0{finite}, got {value}")
+        if value > most:
+            raise AfterimageError(f"{name} must be at most {most:,}, got {value}")
+
+
+def check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
+    """Raise `AfterimageError` unless a setting lies in `[low, high]`."""
+    if not low <= value <= high:  # true for NaN too
+        raise AfterimageError(f"{name} must lie between {low:,} and {high:,}, got {value}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise `AfterimageError` unless every random generator takes the seed and a run's folder can hold it."""
+    check_range(name, seed, 0, MAX_SEED)
+
+
+@contextlib.contextmanager
+def utf8_path(path: str | Path) -> Iterator[str]:
+    """Inside the block a path of a file that every library takes: some refuse one that is not UTF-8."""
+    text = str(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield text
+
+
+def absolute_weights(weights: str) -> str:
+    """Weights with their path made absolute; `pretrained`, `random` and the like, and addresses, stay as they are."""
+    if (
+        not weights
+        or weights in ("pretrained", *RANDOM_WEIGHTS)
+        or re.match(r"(hf-hub|hf_hub|https?):", weights)
+    ):
+        return weights
+    return absolute_path(weights)
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """`"0.5*mse + 0.5*lpips"` as `{"mse": 0.5, "lpips": 0.5}`; a missing weight is 1.
+
+    Raises `AfterimageError` for unknown names, names given twice, and weights that are not positive numbers.
+    """
+    terms: dict[str, float] = {}
+    for term in re.split(r"(?<!\d[eE])\+", text):
+        weight, star, name = (part.strip() for part in term.rpartition("*"))
+        if name not in LOSS_NAMES:
+            raise unknown("loss", name, LOSS_NAMES) if name else _malformed(text)
+        if name in terms:
+            raise AfterimageError(f"loss {text!r} names {name} twice")
+        try:
+            terms[name] = float(weight) if star else 1.0
+        except ValueError:
+            raise _malformed(text) from None
+        if not (math.isfinite(terms[name]) and terms[name] > 0):
+            raise AfterimageError(f"loss {text!r}: the weight of {name} must be greater than 0, got {weight}")
+    return terms
+
+
+def _malformed(text: str) -> AfterimageError:
+    return AfterimageError(
+        f"cannot read loss {text!r}; write a sum of {', '.join(LOSS_NAMES)}, each with an optional weight, "
+        "for example 0.5*mse+0.5*lpips"
+    )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder by name, an optional number of parameters to build it at, and its own options."""
+
+    name: str = "attention"
+    parameters: Count | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "parameters", most=MAX_PARAMETERS)
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How several feature maps become one: `channels` wide, `size` locations a side (None: the finest present)."""
+
+    name: str = "attention"
+    channels: int = 256
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self, "channels", most=MAX_CHANNELS)
+        check_positive(self, "size", most=MAX_SIDE)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pictures come from and how they are split.
+
+    `source` and `test` are `folder:PATH`, `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`,
+    `procedural:COUNT` or `photographs`; shards are files by a pattern, `data/{000..099}.tar` or `data/*.parquet`.
+    Where `test` is empty, the source's own test split is used, else `test_fraction` of it. `validation_fraction` is
+    taken from what is not test. Limits keep the first pictures of a split.
+
+    Paths and patterns are made absolute when the config is built, so that it means the same from every working folder.
+
+    `stream`: true decodes pictures each time they are used and keeps none, false decodes each once and keeps all on
+    disk; where it is left out, more than 50,000 pictures of a folder or of shards are streamed. Both give the same
+    crops.
+    """
+
+    source: str = "div2k"
+    test: str = ""
+    resize: int = 256
+    crop: int = 224
+    validation_fraction: float = 0.2
+    test_fraction: float = 0.1
+    split_seed: int = 42
+    limit_train: int | None = None
+    limit_validation: int | None = None
+    limit_test: int | None = None
+    stream: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self, "resize", "crop", most=MAX_SIDE)
+        if self.crop < SSIM_WINDOW:
+            raise AfterimageError(
+                f"crop must lie between {SSIM_WINDOW}, the side of SSIM's window, and resize, got {self.crop}"
+            )
+        if self.crop > self.resize:
+            raise AfterimageError(f"crop ({self.crop}) must not be larger than resize ({self.resize})")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        check_seed("split_seed", self.split_seed)
+        check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_PICTURES)
+        for name in ("source", "test"):
+            object.__setattr__(self, name, absolute_source(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """How a decoder is trained. The defaults are the published study's."""
+
+    epochs: int = 30
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-5
+    scheduler: str = "plateau"
+    plateau_factor: float = 0.5
+    plateau_patience: int = 5
+    loss: str = "mse"
+    augment: bool = True
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "epochs", most=MAX_EPOCHS)
+        check_positive(self, "batch_size", most=MAX_BATCH)
+        check_positive(self, "learning_rate", "plateau_factor")
+        if self.plateau_factor >= 1:
+            raise AfterimageError(f"plateau_factor must be less than 1, got {self.plateau_factor}")
+        if self.weight_decay < 0 or not math.isfinite(self.weight_decay):
+            raise AfterimageError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        check_range("plateau_patience", self.plateau_patience, 0, MAX_EPOCHS)
+        if self.scheduler not in ("plateau", "cosine", "constant"):
+            raise unknown("scheduler", self.scheduler, ("plateau", "cosine", "constant"))
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
+        parse_loss(self.loss)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: which features, which decoder, which pictures, which recipe.
+
+    `sources` are `model:layer` with the weights' tag pinned; `weights` is `pretrained`, one of
+    `RANDOM_WEIGHTS`, or a path.
+    `lpips` only chooses how the result is measured, so it is not part of the run's hash.
+    """
+
+    sources: tuple[str, ...]
+    weights: str = "pretrained"
+    fusion: FusionConfig | None = None
+    decoder: DecoderConfig = DecoderConfig()
+    data: DataConfig = DataConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    seed: int = 42
+    lpips: str = "alex"
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise AfterimageError("a run needs at least one source, written model:layer")
+        for source in self.sources:
+            split_source(source)
+        if len(self.sources) > 1 and self.fusion is None:
+            object.__setattr__(self, "fusion", FusionConfig())
+        if self.lpips not in LPIPS_NETS:
+            raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
+        check_seed("seed", self.seed)
+        object.__setattr__(self, "weights", absolute_weights(self.weights))
+        for term in parse_loss(self.recipe.loss):
+            name, _, net = term.partition(":")
+            smallest = LPIPS_SMALLEST[net or LPIPS_NETS[0]] if name == "lpips" else 0
+            if self.data.crop < smallest:
+                raise AfterimageError(
+                    f"the loss {term} needs a crop of {smallest} pixels or more, got {self.data.crop}"
+                )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of everything that changes the result."""
+        settings = to_dict(self)
+        settings.pop("lpips")
+        text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The run folder's name: a readable slug and the first eight digits of the hash."""
+        parts = [*self.sources, self.decoder.name]
+        if self.fusion is not None:
+            parts.insert(-1, self.fusion.name)
+        if self.weights in RANDOM_WEIGHTS:
+            parts.append(self.weights)
+        return folder_name(parts, self.digest)
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """A reference line: what a picture keeps when it is reduced by other means, measured like any decoder.
+
+    `reference` is `mean`, `thumbnail-SIZE` or `jpeg-QUALITY`.
+    """
+
+    reference: str
+    data: DataConfig = DataConfig()
+    lpips: str = "alex"
+
+    @property
+    def digest(self) -> str:
+        return settings_digest(self)
+
+    @property
+    def name(self) -> str:
+        return folder_name(("reference", self.reference), self.digest)
+
+
+def settings_digest(config: Any) -> str:
+    """SHA-256 over the JSON of a config's settings but `lpips`, which only chooses how a result is measured."""
+    settings = to_dict(config)
+    settings.pop("lpips")
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def folder_name(parts: Sequence[str], digest: str) -> str:
+    """A run folder's name: a readable slug of the parts and the first eight digits of the hash."""
+    slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts)).strip("-.")
+    return f"{slug[:100]}-{digest[:8]}"
+
+
+HUB_PREFIX = re.compile(r"^hf[-_]hub:(?=[^:/]+/)", re.IGNORECASE)
+"""What may stand before `OWNER/NAME`, a repository of the hub that is an encoder."""
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """Split `model:layer`. A model's name holds no colon, but for `hf-hub:` before it, which is taken off."""
+    model, colon, layer = re.sub(HUB_PREFIX, "", source).partition(":")
+    if not (model and colon and layer):
+        raise AfterimageError(
+            f"{source!r} names no layer; write model:layer, for example resnet34.tv_in1k:layer1 "
+            f"(`afterimage layers {model or 'MODEL'}` lists the layers)"
+        )
+    return model, layer

@@ -1,0 +1,139 @@
+"""Read and write frozen dataclasses as strict TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from afterimage.config.errors import AfterimageError, shown, unknown
+
+T = typing.TypeVar("T")
+MAX_PARAMETERS = 10**10
+
+Count = typing.NewType("Count", int)
+"""A whole number that may be written short: 250k, 4M, 1.5M, 4_000_000."""
+
+
+MAX_TEXT = 2**28
+"""Bytes of the largest text file that is read: a million pictures' scores are a quarter of it."""
+
+
+def read_text(path: str | Path) -> str:
+    """A regular file as UTF-8 text. Raises `AfterimageError` naming a file that cannot be read or is none."""
+    path = Path(path)
+    try:
+        # Looked at before it is opened: a named pipe would wait for ever, a device never end.
+        size = path.stat().st_size
+        if not path.is_file() or size > MAX_TEXT:
+            what = f"is larger than {MAX_TEXT / 2**20:.0f} MiB" if path.is_file() else "is not a regular file"
+            raise AfterimageError(f"cannot read {shown(path)}: it {what}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise AfterimageError(f"cannot read {shown(path)}: {error.strerror}") from None
+    except ValueError as error:
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+
+
+def parse_count(value: Any, where: str) -> Count:
+    """A whole number from 1 to 10^10 from an integer or a text such as `4M`; errors name the setting `where`."""
+    number = value if isinstance(value, int) and not isinstance(value, bool) else None
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d(?:_?\d)*(?:\.\d+)?)([kKmM]?)", value.strip())):
+        exact = Decimal(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]
+        number = int(exact) if exact == int(exact) else None
+    if number is None or not 0 < number <= MAX_PARAMETERS:
+        raise AfterimageError(
+            f"{where} must be a whole number such as 4000000, 250k or 1.5M, at most 10000M, got {value!r}"
+        )
+    return Count(number)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON and TOML values; settings that are None are left out."""
+    return _plain(config)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: _plain(v) for name, v in pairs if v is not None}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
+    """Build a config from plain values. Unknown settings and wrong types are errors that name the setting."""
+    hints = typing.get_type_hints(cls)
+    for key in settings:
+        if key not in hints:
+            raise unknown("setting", f"{where}{key}", [f"{where}{name}" for name in hints])
+    values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in settings.items()}
+    try:
+        return cls(**values)
+    except TypeError:
+        required = [
+            f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+        ]
+        missing = [f"{where}{name}" for name in required if name not in settings]
+        raise AfterimageError(f"missing setting: {', '.join(missing)}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = next(a for a in arguments if a is not type(None))
+        return None if value is None else _convert(inner, value, where)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and any(f.name == "name" for f in dataclasses.fields(hint)):
+            return hint(name=value)
+        if not isinstance(value, Mapping):
+            raise AfterimageError(f"{where} must be a table, got {value!r}")
+        return from_dict(hint, value, f"{where}.")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise AfterimageError(f"{where} must be a list, got {value!r}")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is Any:
+        return value
+    if hint is Count:
+        return parse_count(value, where)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise AfterimageError(f"{where} must be a table, got {value!r}")
+        return dict(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise AfterimageError(f"{where} must lie between -2^63 and 2^63")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise AfterimageError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def load_toml(cls: type[T], path: str | Path) -> T:
+    """Read a config from a TOML file; every error names the file."""
+    try:
+        text = read_text(path)
+        return from_dict(cls, tomllib.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise AfterimageError(f"{shown(path)} is not valid TOML: {error}") from None
+    except AfterimageError as error:
+        if shown(path) in str(error):
+            raise
+        raise AfterimageError(f"{shown(path)}: {error}") from None
+
+
+def dump_toml(config: Any) -> str:
+    """A config as TOML text that `load_toml` reads back to an equal config."""
+    import tomli_w
+
+    return tomli_w.dumps(to_dict(config))

@@ -1,0 +1,239 @@
+"""Decode every image once into one memory-mapped file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+
+from afterimage.config import AfterimageError
+from afterimage.data import decode
+from afterimage.data.examine import Facts
+from afterimage.data.records import Original
+from afterimage.runs.files import locked, remove_leftovers_of, whole_file
+from afterimage.runtime.threads import Progress, in_parallel
+
+logger = logging.getLogger("afterimage")
+
+MEMORY_LIMIT = 4 * 2**30
+FACTS = 1
+"""Raised whenever what is kept of an image beside its pixels changes."""
+
+
+def cached(
+    wanted: Mapping[str, Original],
+    size: int,
+    folder: Path,
+    broken: dict[str, decode.BadPicture],
+    progress: Progress | None = None,
+) -> Blob:
+    """The pixels of the wanted pictures (by content digest), their shorter side `size`.
+
+    Pictures that cannot be read are added to `broken` and missing from the result. A cache that cannot be
+    written is no error: the pictures are then kept in memory, with a message.
+    """
+    transform = f"decode {decode.VERSION}, Pillow {PIL.__version__}, facts {FACTS}, shorter side {size}"
+    path = folder / "pictures" / f"{size}-{_key(wanted, transform)}.pictures"
+    blob = _open(path, wanted.keys())
+    if blob is not None:
+        return blob
+    try:
+        with locked(path.with_suffix(".lock"), "decoding the same pictures") as alone:
+            blob = _open(path, wanted.keys())
+            if blob is not None:
+                return blob
+            if alone:
+                remove_leftovers_of(path)
+            pictures = _decoded(wanted, size, transform, path.parent, broken, progress)
+            with whole_file(path) as file:
+                write_blob(file, pictures, transform)
+            return map_blob(path)
+    except OSError as error:
+        problem = decode.reason(error)
+        logger.warning(
+            "cannot write the picture cache in %s (%s): the pictures are kept in memory, for this run only",
+            path.parent,
+            problem,
+        )
+    pictures = _decoded(wanted, size, transform, path.parent, broken, progress)
+    return _in_memory(pictures, transform, path.parent)
+
+
+def _key(contents: Mapping[str, object], transform: str) -> str:
+    return hashlib.sha256("\n".join([transform, *sorted(contents)]).encode()).hexdigest()[:24]
+
+
+def _open(path: Path, wanted: Set[str]) -> Blob | None:
+    try:
+        blob = map_blob(path)
+        if not all(map(blob.sound, blob.slots)):
+            raise Damaged("its pixels have a wrong checksum")
+        # Pictures that could not be read are not in it; perhaps they can be now.
+        return blob if wanted <= blob.slots.keys() else None
+    except FileNotFoundError:
+        return None
+    except (Damaged, OSError) as error:
+        logger.warning("the picture cache %s is damaged (%s) and is built again", path, error)
+        return None
+
+
+def _decoded(
+    wanted: Mapping[str, Original],
+    size: int,
+    transform: str,
+    folder: Path,
+    broken: dict[str, decode.BadPicture],
+    progress: Progress | None,
+) -> Iterator[tuple[str, np.ndarray, Facts]]:
+    """Every wanted picture that can be read, in their order, as `(content, (3, height, width) uint8, facts)`."""
+    known = _elsewhere(wanted, transform, folder)
+
+    def one(item: tuple[str, Original]) -> tuple[str, tuple[np.ndarray, Facts] | decode.BadPicture]:
+        content, original = item
+        if content in known and known[content].sound(content):
+            return content, (known[content].picture(content), known[content].facts[content])
+        try:
+            picture, facts = original.examined(size, content)
+        except decode.BadPicture as error:
+            return content, error
+        return content, (np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1)), facts)
+
+    for content, result in in_parallel(one, wanted.items(), len(wanted), "decoding pictures", progress):
+        if isinstance(result, decode.BadPicture):
+            broken[content] = result
+        else:
+            yield content, *result
+
+
+def _elsewhere(wanted: Mapping[str, Original], transform: str, folder: Path) -> dict[str, Blob]:
+    """Which files of the cache hold wanted pictures; a damaged one may still hold sound ones."""
+    found: dict[str, Blob] = {}
+    for path in sorted(folder.glob("*.pictures")):
+        try:
+            blob = map_blob(path)
+        except (Damaged, OSError):
+            continue
+        if blob.transform == transform:
+            found |= dict.fromkeys(wanted.keys() & blob.slots.keys(), blob)
+    return found
+
+
+def _in_memory(pictures: Iterator[tuple[str, np.ndarray, Facts]], transform: str, folder: Path) -> Blob:
+    slots: dict[str, Slot] = {}
+    facts: dict[str, Facts] = {}
+    file = io.BytesIO()
+    for content, pixels, own in pictures:
+        facts[content] = own
+        slots[content] = Slot(file.tell(), *pixels.shape[1:], zlib.crc32(pixels))
+        if file.tell() + pixels.size > MEMORY_LIMIT:
+            raise AfterimageError(
+                f"the picture cache in {folder} cannot be written, and the pictures are too many for memory "
+                f"(over {MEMORY_LIMIT / 2**30:.0f} GiB); set AFTERIMAGE_CACHE to a folder with more room"
+            )
+        file.write(pixels)
+    return Blob(np.frombuffer(file.getbuffer(), np.uint8), slots, transform, facts)
+
+
+MAGIC = b"aftimg01"
+RESIDENT_LIMIT = 4 * 2**30
+_FOOTER = struct.Struct("<QQI8s")
+
+
+class Damaged(Exception):
+    """A cache file that does not hold what it should."""
+
+
+class Slot(NamedTuple):
+    """Where a picture lies among the pixels."""
+
+    offset: int
+    height: int
+    width: int
+    crc: int
+
+    @property
+    def size(self) -> int:
+        return 3 * self.height * self.width
+
+
+@dataclass(frozen=True, eq=False)
+class Blob:
+    """Pixels of many pictures, `(size,)` uint8, and the slot and the facts of each by its content digest."""
+
+    pixels: np.ndarray
+    slots: Mapping[str, Slot]
+    transform: str
+    facts: Mapping[str, Facts] = field(default_factory=dict)
+    _resident: dict[torch.device, torch.Tensor | None] = field(default_factory=dict, repr=False)
+
+    def picture(self, content: str) -> np.ndarray:
+        """One picture, `(3, height, width)` uint8; a view, not a copy."""
+        slot = self.slots[content]
+        return self.pixels[slot.offset : slot.offset + slot.size].reshape(3, slot.height, slot.width)
+
+    def sound(self, content: str) -> bool:
+        """Whether a picture's pixels still have their checksum."""
+        return zlib.crc32(self.picture(content)) == self.slots[content].crc
+
+    def on(self, device: torch.device) -> torch.Tensor | None:
+        """All pixels as a tensor on `device`, copied there once and kept; None where they would not fit."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device not in self._resident:
+            # Half of what is free leaves room for the networks.
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else RESIDENT_LIMIT
+            fits = self.pixels.size <= free // 2
+            self._resident[device] = torch.from_numpy(self.pixels).to(device) if fits else None
+        return self._resident[device]
+
+
+def write_blob(file: BinaryIO, pictures: Iterable[tuple[str, np.ndarray, Facts]], transform: str) -> None:
+    """Write pictures, `(content, (3, height, width) uint8, facts)`, as they come."""
+    slots: dict[str, tuple[int, ...]] = {}
+    for content, pixels, facts in pictures:
+        slots[content] = (*Slot(file.tell(), *pixels.shape[1:], zlib.crc32(pixels)), *facts)
+        file.write(pixels)
+    start = file.tell()
+    index = json.dumps({"transform": transform, "pictures": slots}).encode()
+    file.write(index)
+    file.write(_FOOTER.pack(start, len(index), zlib.crc32(index), MAGIC))
+
+
+def map_blob(path: Path) -> Blob:
+    """Map a file. Its length, footer and index are checked; its pixels are not (see `Blob.sound`)."""
+    with open(path, "rb") as file:
+        end = file.seek(0, 2) - _FOOTER.size
+        if end < 0:
+            raise Damaged("it is too short")
+        file.seek(end)
+        start, length, crc, magic = _FOOTER.unpack(file.read(_FOOTER.size))
+        if magic != MAGIC or start + length != end:
+            raise Damaged("it was cut short, or is no file of pictures")
+        file.seek(start)
+        text = file.read(length)
+    if zlib.crc32(text) != crc:
+        raise Damaged("its index has a wrong checksum")
+    try:
+        index = json.loads(text)
+        transform = str(index["transform"])
+        numbers = {content: list(map(int, own)) for content, own in index["pictures"].items()}
+        slots = {content: Slot(*own[: len(Slot._fields)]) for content, own in numbers.items()}
+        facts = {content: Facts(*own[len(Slot._fields) :]) for content, own in numbers.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged("its index cannot be read") from error
+    if any(min(s.offset, s.height - 1, s.width - 1) < 0 or s.offset + s.size > start for s in slots.values()):
+        raise Damaged("its index points outside of it")
+    # Mode "c": writable in memory, as torch wants it, but never on disk, and shared until written to.
+    pixels = np.memmap(path, np.uint8, "c", shape=(start,)) if start else np.empty(0, np.uint8)
+    return Blob(np.asarray(pixels), slots, transform, facts)

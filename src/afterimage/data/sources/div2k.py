@@ -1,0 +1,277 @@
+"""DIV2K: download it, verify it, unpack it."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import stat
+import struct
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from afterimage.config import AfterimageError, local_path
+from afterimage.data.decode import reason
+from afterimage.data.records import FileOriginal
+from afterimage.data.splits import Source
+from afterimage.runs.files import locked
+from afterimage.runtime.threads import Progress
+
+TIMEOUT = 30.0
+ATTEMPTS = 4  # without any progress, one after the other
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A zip file as its publisher made it: size, digest and how many pictures it holds."""
+
+    name: str
+    bytes: int
+    sha256: str
+    pictures: int
+
+
+def download(archive: Archive, url: str, path: Path, progress: Progress | None = None) -> None:
+    """Download to `path`, by way of `path`.part, and verify size and SHA-256.
+
+    A lost connection is tried again; what has arrived is kept for the next try, in this run or a later one.
+    """
+    part = path.with_name(path.name + ".part")
+    failures = 0
+    while (before := _size(part)) < archive.bytes:
+        try:
+            _fetch(archive, url, part, progress)
+            problem = "the connection was closed"
+        except urllib.error.HTTPError as error:
+            problem = f"the server says {error.code} {error.reason}"
+            if error.code == 416:
+                part.unlink()  # more is here than the server has
+            elif error.code < 500 and error.code not in (408, 429):
+                raise _failed(url, part, problem) from None
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise  # the disk, not the network
+            problem = str(getattr(error, "reason", None) or error or type(error).__name__)
+        failures = 0 if _size(part) > before else failures + 1
+        if failures >= ATTEMPTS:
+            raise _failed(url, part, problem)
+        if failures:
+            time.sleep(2 ** (failures - 1))
+    try:
+        verify(archive, part, progress)
+    except AfterimageError as error:
+        part.unlink()
+        raise AfterimageError(f"{error}. It was removed: run the same again") from None
+    os.replace(part, path)
+
+
+def verify(archive: Archive, path: Path, progress: Progress | None = None) -> None:
+    """Raise where a file's size or SHA-256 is not that of the archive."""
+    digest, done = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(16 * _CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(f"verifying {archive.name}", done, max(archive.bytes, done))
+    if (done, digest.hexdigest()) != (archive.bytes, archive.sha256):
+        raise AfterimageError(
+            f"{path} is damaged or not the published {archive.name}.zip: it has {done:,} bytes and SHA-256 "
+            f"{digest.hexdigest()}; expected {archive.bytes:,} bytes and {archive.sha256}"
+        )
+
+
+def need_room(folder: Path, needed: int) -> None:
+    """Raise where a folder's disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise AfterimageError(
+            f"not enough room in {folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
+            "set AFTERIMAGE_CACHE to a folder with more"
+        )
+
+
+def _fetch(archive: Archive, url: str, part: Path, progress: Progress | None) -> None:
+    have = _size(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if response.status == 206 and resumed else 0
+        length = response.headers.get("Content-Length")
+        if length is not None and have + int(length) != archive.bytes:
+            raise AfterimageError(
+                f"{url} is not what it should be: {have + int(length):,} bytes instead of {archive.bytes:,}; "
+                "is there a proxy or a login page in between?"
+            )
+        with open(part, "ab" if have else "wb") as file:
+            while have < archive.bytes and (chunk := response.read1(min(_CHUNK, archive.bytes - have))):
+                file.write(chunk)
+                have += len(chunk)
+                if progress is not None:
+                    progress(f"downloading {archive.name}", have, archive.bytes)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _failed(url: str, part: Path, problem: str) -> AfterimageError:
+    kept = _size(part)
+    hint = f"; {kept:,} bytes are kept in {part} and the next try goes on from there" if kept else ""
+    return AfterimageError(
+        f"cannot download {url}: {problem}{hint}. "
+        "Or get the archives by other means and name their folder: div2k:PATH"
+    )
+
+
+_PICTURE = re.compile(r"\d{4}\.png")
+_COPY_CHUNK = 2**20
+
+
+def unpack(archive: Archive, path: Path, folder: Path, progress: Progress | None = None) -> None:
+    """Unpack the pictures of a zip file into `folder`, which appears whole or not at all.
+
+    All members are checked before the first is written: a path that leads out of the folder, a link, an
+    encrypted or doubled member, too many members or bytes are errors that name the member.
+    """
+    for leftover in folder.parent.glob(f".{folder.name}.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(path) as file:
+            members = check_members(archive, file)
+            need_room(folder.parent, sum(member.file_size for member in members.values()))
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+            try:
+                for done, (name, member) in enumerate(sorted(members.items()), 1):
+                    _write(file, member, temporary / name)
+                    if progress is not None:
+                        progress(f"unpacking {archive.name}", done, len(members))
+                temporary.chmod(0o755)
+                os.replace(temporary, folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError) as error:
+        raise AfterimageError(f"{path} is damaged: {error}") from None
+
+
+def check_members(archive: Archive, file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The pictures in a zip file by their bare names; raises unless every member is harmless."""
+
+    def refuse(why: str) -> AfterimageError:
+        return AfterimageError(f"{file.filename} is not safe to unpack: {why}")
+
+    infos = file.infolist()
+    if len(infos) > 2 * archive.pictures + 16:
+        raise refuse(f"it has {len(infos):,} members")
+    pictures: dict[str, zipfile.ZipInfo] = {}
+    total = 0
+    for member in infos:
+        name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
+        steps = name.removesuffix("/").split("/")
+        if any(step in ("", ".", "..") or "\\" in step or ":" in step for step in steps):
+            raise refuse(f"its member {name!r} leads out of the folder")
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise refuse(f"its member {name!r} is a link or a device")
+        if member.header_offset < 0:
+            raise refuse(f"its member {name!r} begins before the file does")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # LZMA takes as much memory as the member says, up to 4 GiB.
+            raise refuse(f"its member {name!r} is compressed by method {member.compress_type}")
+        if member.flag_bits & 1:
+            raise refuse(f"its member {name!r} is encrypted")
+        total += member.file_size
+        # PNG does not compress any further: an honest archive is about as large as what is in it.
+        if total > 2 * archive.bytes:
+            raise refuse(f"its member {name!r} takes it beyond {2 * archive.bytes:,} bytes")
+        if _PICTURE.fullmatch(steps[-1]) and not member.is_dir():
+            if steps[-1] in pictures:
+                raise refuse(f"its member {name!r} is there twice")
+            pictures[steps[-1]] = member
+    if len(pictures) != archive.pictures:
+        raise AfterimageError(f"{file.filename} holds {len(pictures)} pictures, expected {archive.pictures}")
+    return pictures
+
+
+def _write(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
+    # zipfile gives at most the size that was declared, and checks the CRC-32 at the end.
+    with file.open(member) as source, open(path, "wb") as target:
+        shutil.copyfileobj(source, target, _COPY_CHUNK)
+        target.flush()
+        os.fsync(target.fileno())
+    if path.stat().st_size != member.file_size:
+        raise zipfile.BadZipFile(f"{member.filename!r} is shorter than declared")
+
+
+BASE_URL = "https://data.vision.ee.ethz.ch/cvl/DIV2K/"
+# Sizes and SHA-256 as TensorFlow Datasets records them for the official files.
+_TRAIN = "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"
+_VALID = "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc"
+ARCHIVES = {
+    "train": Archive("DIV2K_train_HR", 3_530_603_713, _TRAIN, 800),
+    "test": Archive("DIV2K_valid_HR", 448_993_893, _VALID, 100),
+}
+
+
+def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progress | None = None) -> Source:
+    """DIV2K from the folder `path`, which holds its archives or their unpacked folders; if empty, downloaded.
+
+    The official validation pictures are the test split, as in the study. `parts` are those to get: `train`,
+    `test`. What is downloaded or unpacked stays in the cache.
+    """
+    given = Path(local_path(path)) if path else None
+    if given is not None and not given.is_dir():
+        raise AfterimageError(f"there is no folder {given}")
+    found: dict[str, list[FileOriginal]] = {}
+    for part, archive in ARCHIVES.items():
+        if part not in parts:
+            continue
+        try:
+            folder = _unpacked(archive, given, cache / "div2k", progress)
+            files = sorted(f for f in folder.iterdir() if re.fullmatch(r"\d{4}\.png", f.name))
+        except OSError as error:
+            where = error.filename or cache / "div2k"
+            raise AfterimageError(f"cannot get {archive.name}: {where}: {reason(error)}") from None
+        if len(files) != archive.pictures:
+            raise AfterimageError(
+                f"{folder} holds {len(files)} pictures, {archive.name} has {archive.pictures}; "
+                f"complete or remove it, or use it as it is with folder:{folder}"
+            )
+        found[part] = [FileOriginal(file.stem, file) for file in files]
+    return Source(found.get("train", ()), None, found.get("test"), root=given or cache / "div2k")
+
+
+def _unpacked(archive: Archive, given: Path | None, kept: Path, progress: Progress | None) -> Path:
+    """The folder with the archive's pictures; where there is none, one process at a time makes it."""
+    if given is not None and (given / archive.name).is_dir():
+        return given / archive.name
+    file = (given or kept) / f"{archive.name}.zip"
+    if given is not None and not file.is_file():
+        raise AfterimageError(f"{given} holds neither the folder {archive.name} nor {archive.name}.zip")
+    folder = kept / archive.name
+    if folder.is_dir():
+        return folder
+    with locked(kept / f"{archive.name}.lock", f"getting {archive.name}"):
+        if folder.is_dir():
+            return folder
+        if file.is_file():
+            verify(archive, file, progress)
+        else:
+            need_room(kept, 2 * archive.bytes)
+            download(archive, BASE_URL + file.name, file, progress)
+        unpack(archive, file, folder, progress)
+        if given is None:
+            file.unlink()
+    return folder

@@ -1,0 +1,48 @@
+"""The colour photographs that the installed scikit-image carries: nothing is downloaded.
+
+By NASA (astronaut, Hubble deep field), S. van der Walt (cat), R. Michetti (coffee), Middlebury College
+(motorcycle), SpaceX (rocket), and of a retina and a tissue section; scikit-image documents where each comes
+from. Of the stereo pair of the motorcycle only the left picture is taken: the right one is nearly the same.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from afterimage.config import AfterimageError
+from afterimage.data.records import FileOriginal, PartOriginal
+from afterimage.data.splits import Source
+
+# Id, file, and the grid of the parts that are pictures of their own.
+_PHOTOGRAPHS = (
+    ("astronaut", "astronaut.png", 2, 2),
+    ("cat", "chelsea.png", 1, 1),
+    ("coffee", "coffee.png", 2, 1),
+    ("deep-field", "hubble_deep_field.jpg", 1, 1),
+    ("motorcycle", "motorcycle_left.png", 2, 1),
+    ("retina", "retina.jpg", 1, 1),
+    ("rocket", "rocket.jpg", 2, 1),
+    ("tissue", "ihc.png", 1, 1),
+)
+
+
+def read_photographs() -> Source:
+    """Eight whole photographs, then parts of the everyday ones: 18 pictures.
+
+    A part shows a half or a quarter at a larger scale. All that is of one photograph stays in one split.
+    """
+    spec = find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise AfterimageError("the source 'photographs' needs scikit-image: pip install scikit-image")
+    folder = Path(spec.origin).parent / "data"
+    found: list[FileOriginal | PartOriginal] = []
+    for name, file, columns, rows in _PHOTOGRAPHS:
+        path = folder / file
+        if not path.is_file():
+            raise AfterimageError(f"the installed scikit-image does not carry {path}; install 0.22 or newer")
+        found.append(FileOriginal(name, path))
+        for part in range(columns * rows if columns * rows > 1 else 0):
+            cell = (part % columns, part // columns, columns, rows)
+            found.append(PartOriginal(f"{name}-part-{part + 1}", path, cell, whole=name))
+    return Source(found, root=folder)

@@ -1,0 +1,67 @@
+"""Which picture trains, which validates and which tests: a pure function of the seed and the ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from afterimage.config import AfterimageError
+from afterimage.data.records import Original
+from afterimage.data.shard_index import Rows, draw
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pictures of a source; a part that is None is to be taken from `train`. Files lie below `root`.
+
+    `notes` say what was left out and how the source is split; `pooled` are the folders that have no part in that.
+    """
+
+    train: Sequence[Original]
+    validation: Sequence[Original] | None = None
+    test: Sequence[Original] | None = None
+    root: Path = Path("/")
+    notes: tuple[str, ...] = ()
+    pooled: tuple[str, ...] = ()
+
+
+def shuffled(originals: Sequence[Original], seed: int) -> Sequence[Original]:
+    """The order of a split: each picture's place depends on the seed and on its own id alone."""
+    if isinstance(originals, Rows):
+        return originals.shuffled(seed)
+    return sorted(originals, key=lambda original: (original.rank, draw(seed, original.id), original.id))
+
+
+def take(
+    originals: Sequence[Original], fraction: float, seed: int
+) -> tuple[Sequence[Original], Sequence[Original]]:
+    """Part off a fraction of the groups (mostly of one picture each), at least one; gives taken and left."""
+    if isinstance(originals, Rows):
+        in_order, count = originals.shuffled(seed), max(1, round(fraction * len(originals)))
+        return in_order[:count], in_order[count:]
+    groups = sorted({o.group for o in originals}, key=lambda group: (draw(seed, group), group))
+    taken = set(groups[: max(1, round(fraction * len(groups)))])
+    return [o for o in originals if o.group in taken], [o for o in originals if o.group not in taken]
+
+
+def split(
+    name: str, source: Source, validation_fraction: float, test_fraction: float | None, seed: int
+) -> tuple[Sequence[Original], Sequence[Original], Sequence[Original]]:
+    """Train, validation and test pictures of a source; no test pictures where `test_fraction` is None."""
+    train, validation, test = source.train, source.validation, source.test
+    total, parts = len(train), ["training"]
+    if test_fraction is None:
+        test = []
+    elif test is None:
+        test, train = take(train, test_fraction, seed)
+        parts.append("test")
+    if validation is None:
+        validation, train = take(train, validation_fraction, seed)
+        parts.append("validation")
+    if not train or not validation:
+        raise AfterimageError(
+            f"{name} has too few pictures to split into {', '.join(parts)}: it has {total}, "
+            f"at least {len(parts)} are needed"
+        )
+    return shuffled(train, seed), shuffled(validation, seed), shuffled(test, seed)

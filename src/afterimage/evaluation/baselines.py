@@ -1,0 +1,205 @@
+"""Baselines: the mean colour, bicubic thumbnails and JPEG, measured like any decoder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from afterimage.config import AfterimageError, DataConfig, ReferenceConfig, unknown
+from afterimage.data.dataset import load_data
+from afterimage.data.images import Data
+from afterimage.evaluation.evaluate import Evaluation, evaluate_together, score_notes, summarise
+from afterimage.evaluation.metrics import Metrics
+from afterimage.runs.environment import environment
+from afterimage.runs.failures import TRACEBACK, forget, record
+from afterimage.runs.lock import held
+from afterimage.runs.run import Run
+from afterimage.runtime.failures import as_error, concerns, let_go, listed, of_caller
+from afterimage.runtime.progress import Progress, silent
+
+REFERENCES = (
+    "mean",
+    "thumbnail-7",
+    "thumbnail-14",
+    "thumbnail-28",
+    "thumbnail-56",
+    "thumbnail-112",
+    "jpeg-50",
+)
+
+Images = Float[Tensor, "batch 3 height width"]
+
+
+def reference(name: str) -> Callable[[Images], Images]:
+    """A function from pictures `(B, 3, H, W)` in [0, 1] to what `mean`, `thumbnail-N` or `jpeg-Q` leaves.
+
+    Raises `AfterimageError` for any other name, listing what would be valid.
+    """
+    kind, number = _parse(name)
+    if kind == "mean":
+        return mean_colour
+    if kind == "thumbnail":
+        return lambda images: thumbnail(images, number)
+    return lambda images: jpeg(images, number)
+
+
+def label(name: str) -> str:
+    """A reference line's name for people."""
+    kind, number = _parse(name)
+    if kind == "mean":
+        return "Mean colour"
+    return f"Bicubic thumbnail {number}×{number}" if kind == "thumbnail" else f"JPEG quality {number}"
+
+
+def information(name: str) -> int | None:
+    """How many values the reference line keeps of any picture; None for JPEG, where it depends."""
+    kind, number = _parse(name)
+    return {"mean": 3, "thumbnail": 3 * number * number}.get(kind)
+
+
+def run_references(
+    data: DataConfig,
+    root: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    lpips: str = "alex",
+    cache: Path | None = None,
+    progress: Progress = silent,
+    keep: int = 8,
+    failures: list[AfterimageError] | None = None,
+) -> list[Run]:
+    """Measure reference lines on the test pictures, each into a run folder of its own, unless done already.
+
+    Without `names` those of `REFERENCES` that make sense: thumbnails smaller than the pictures. One that fails is
+    recorded and the others go on; the errors are added to `failures`, or the first is raised at the end where no such
+    list is given.
+    """
+    progress = of_caller(progress)
+    if names is None:
+        names = [name for name in REFERENCES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < data.crop]
+    lines = {name: reference(name) for name in names}
+    runs = {name: Run.create(root, ReferenceConfig(name, data, lpips)) for name in names}
+    failed: list[AfterimageError] = []
+
+    @contextlib.contextmanager
+    def recorded(*which: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if concerns(error):
+                raise
+            ended = listed([runs[name].name for name in which])
+            failed.append(as_error(error, ended, runs[which[0]].file(TRACEBACK)))
+            for name in which:
+                record(runs[name], error)
+            let_go(error)
+
+    with contextlib.ExitStack() as stack:
+        missing = []
+        for name in names:
+            with recorded(name):
+                if runs[name].state != "done":
+                    stack.enter_context(held(runs[name].path, lambda text: progress(text, 1, 1)))
+                    if runs[name].state != "done":
+                        missing.append(name)
+        if missing:
+            with recorded(*missing):
+                metrics = Metrics(lpips, size=data.crop)
+                loaded = load_data(data, cache=cache, progress=progress)
+
+                def measure(*which: str) -> None:
+                    results = evaluate_together(
+                        lambda images: [lines[name](images) for name in which],
+                        loaded.test,
+                        metrics,
+                        names=which,
+                        progress=progress,
+                        keep=keep,
+                    )
+                    for name, result in zip(which, results, strict=True):
+                        with recorded(name):
+                            _save(runs[name], name, result, loaded, metrics)
+
+                try:
+                    measure(*missing)
+                except Exception as error:
+                    if concerns(error):
+                        raise
+                    let_go(error)
+                    for name in missing:  # which of them cannot be measured shows when each is measured alone
+                        with recorded(name):
+                            measure(name)
+    if failures is not None:
+        failures += failed
+    elif failed:
+        raise failed[0]
+    return list(runs.values())
+
+
+def _save(run: Run, name: str, result: Evaluation, data: Data, metrics: Metrics) -> None:
+    facts = {"data": data.describe(), "lpips": metrics.lpips_status, "scores": summarise(result.rows)}
+    summary = _summary(name) | facts | {"notes": [*data.notes, *score_notes(result.rows)]}
+    forget(run)
+    run.save_environment(environment())
+    run.save_result(summary, result.rows, result.pictures)
+    run.set_state("done")
+
+
+def _summary(name: str) -> dict[str, Any]:
+    nothing = ("decoder", "fusion", "macs", "seed", "best_epoch", "best_validation_loss", "batch_size")
+    zero = ("parameters", "train_seconds", "pictures_seen", "epochs")
+    return {
+        "kind": "reference",
+        "label": label(name),
+        "reference": name,
+        "values": information(name),
+        **{key: [] for key in ("sources", "weights", "features")},
+        **dict.fromkeys(nothing),
+        **dict.fromkeys(zero, 0),
+    }
+
+
+def mean_colour(images: Images) -> Images:
+    """Each picture's own mean colour, everywhere."""
+    return images.mean((2, 3), keepdim=True).expand_as(images).contiguous()
+
+
+def thumbnail(images: Images, size: int) -> Images:
+    """Pictures reduced to `size` x `size` pixels and enlarged again, both as Pillow's bicubic, clamped."""
+    height, width = images.shape[-2:]
+    if size > min(height, width):
+        raise AfterimageError(f"a thumbnail of {size} pixels is larger than the pictures, {height}x{width}")
+    small = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    # Enlarging has nothing to antialias, but the flag also selects the kernel: without it a = -0.75.
+    return F.interpolate(small, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def jpeg(images: Images, quality: int) -> Images:
+    """Pictures as 8-bit JPEG of a quality from 1 to 100, chroma subsampled as is the default."""
+    arrays = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    decoded = []
+    for array in arrays:
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "JPEG", quality=quality)
+        decoded.append(np.asarray(Image.open(file)))
+    return torch.from_numpy(np.stack(decoded)).to(images.device).permute(0, 3, 1, 2).float().div(255)
+
+
+def _parse(name: str) -> tuple[str, int]:
+    if name == "mean":
+        return "mean", 0
+    match = re.fullmatch(r"(thumbnail|jpeg)-([1-9]\d{0,4})", name)
+    if match is None or (match[1] == "jpeg" and int(match[2]) > 100):
+        raise unknown("reference line", name, (*REFERENCES, "thumbnail-SIZE", "jpeg-QUALITY (1 to 100)"))
+    return match[1], int(match[2])

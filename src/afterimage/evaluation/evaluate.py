@@ -1,0 +1,255 @@
+"""Per-picture scores of reconstructions, and their summary."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError
+from afterimage.data.images import Pictures
+from afterimage.evaluation.metrics import PSNR_CAP, Metrics, problem
+from afterimage.runtime.distributed import ALONE, Ranks
+from afterimage.runtime.progress import Progress, silent
+
+SCORES = ("psnr", "ssim", "lpips")
+
+SEEN = "_seen"
+"""Ends the name of a score that counts only the pixels that some location of the features sees."""
+
+Box = tuple[tuple[int, int], tuple[int, int]]
+"""A part of images: its first row and the one after its last, then the same of its columns."""
+
+Images = Float[Tensor, "batch 3 height width"]
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` returns.
+
+    `rows` holds one row a picture, in the pictures' order: `id`, `psnr` in dB, `ssim`, `lpips` (None where
+    unavailable), and `psnr_seen` and so on where only a part of the pictures is seen. `pictures` holds the first ones,
+    as many as asked for: `(id, original, reconstruction)`, uint8 `(H, W, 3)`.
+    """
+
+    rows: list[dict[str, Any]]
+    pictures: list[tuple[str, np.ndarray, np.ndarray]]
+
+
+def evaluate(
+    reconstruct: Callable[[Images], Images],
+    pictures: Pictures,
+    metrics: Metrics,
+    *,
+    batch_size: int = 16,
+    device: torch.device | str | None = None,
+    progress: Progress = silent,
+    keep: int = 0,
+) -> Evaluation:
+    """Measure `reconstruct`, which takes pictures `(B, 3, H, W)` in [0, 1] to pictures like them.
+
+    A module is put into evaluation mode and back. `device` is by default where a module is, else the CPU. See
+    `evaluate_together` for `keep`, `progress` and errors.
+    """
+    modules = [reconstruct] if isinstance(reconstruct, nn.Module) else []
+    if device is None:
+        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    with evaluating(*modules):
+        (result,) = evaluate_together(
+            lambda images: [reconstruct(images)],
+            pictures,
+            metrics,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+            keep=keep,
+        )
+    return result
+
+
+@torch.inference_mode()
+def evaluate_together(
+    reconstruct: Callable[[Images], Sequence[Images]],
+    pictures: Pictures,
+    metrics: Metrics,
+    *,
+    names: Sequence[str] = (),
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+    keep: int = 0,
+    seen: Sequence[Box | None] = (),
+    ranks: Ranks = ALONE,
+) -> list[Evaluation]:
+    """Measure several reconstructions of each picture; what they share, such as an encoder, runs once.
+
+    `reconstruct` takes pictures `(B, 3, H, W)` in [0, 1] to a list of such pictures, always of one length;
+    modules behind it belong in evaluation mode (see `evaluating`). The first `keep` pictures are returned
+    as uint8. Where `seen` names a part for a reconstruction, it is measured on that part alone too. Of several
+    `ranks` each measures its part of every batch, which may be none; all of them return all rows and pictures, in the
+    order of one process. Raises `AfterimageError` that names the picture, and the reconstruction by `names`, where
+    shapes differ or values are not finite or leave [0, 1].
+    """
+    if len(pictures) == 0:
+        raise AfterimageError("there are no pictures to evaluate on")
+    metrics.to(device)
+    ids, done = list(pictures.ids), 0
+    batches: list[list[Evaluation]] = []
+    for indices in torch.arange(len(ids)).split(batch_size):
+        with ranks.agreed():
+            own = indices[ranks.part(len(indices))]
+            images = pictures.crops(own, device=device)
+            outputs = list(reconstruct(images))
+            batch = [ids[index] for index in own.tolist()]
+            for index, output in enumerate(outputs):
+                _check(output, images, batch, names[index] if names else "")
+            kept = sum(index < keep for index in own.tolist())
+            batches.append(_measured(batch, images, outputs, kept, metrics, seen or [None] * len(outputs)))
+        done += len(indices)
+        progress("evaluating", done, len(ids))
+    results = [Evaluation([], []) for _ in batches[0]]
+    for batch in ranks.in_order(batches):
+        for result, part in zip(results, batch, strict=True):
+            result.rows.extend(part.rows)
+            result.pictures.extend(part.pictures)
+    return results
+
+
+def _measured(
+    ids: Sequence[str],
+    images: Tensor,
+    outputs: Sequence[Tensor],
+    keep: int,
+    metrics: Metrics,
+    seen: Sequence[Box | None],
+) -> list[Evaluation]:
+    """One batch's evaluation for each of several outputs; of an empty batch, nothing."""
+    if not ids:
+        return [Evaluation([], []) for _ in outputs]
+    results = []
+    for rows, output in zip(score_rows(ids, images, outputs, metrics, seen), outputs, strict=True):
+        pairs = zip(ids[:keep], to_uint8(images[:keep]), to_uint8(output[:keep]), strict=True)
+        results.append(Evaluation(rows, list(pairs)))
+    return results
+
+
+def score_rows(
+    ids: Sequence[str],
+    images: Images,
+    outputs: Sequence[Images],
+    metrics: Metrics,
+    seen: Sequence[Box | None],
+) -> list[list[dict[str, Any]]]:
+    """For each of several reconstructions of the same pictures a row a picture, as `Evaluation.rows` has them."""
+    columns = metrics.compare(outputs, images)
+    for box in {box for box in seen if box is not None}:
+        numbers = [i for i, other in enumerate(seen) if other == box]
+        found = metrics.compare(
+            [cropped(outputs[i], box) for i in numbers], cropped(images, box), any_size=True
+        )
+        for i, scores in zip(numbers, found, strict=True):
+            columns[i] |= {f"{name}{SEEN}": values for name, values in scores.items()}
+    results = []
+    for scores in columns:
+        names = [name for name in (*SCORES, *(f"{name}{SEEN}" for name in SCORES)) if name in scores]
+        values = zip(*(scores[name] or [None] * len(ids) for name in names), strict=True)
+        results.append(
+            [{"id": i} | dict(zip(names, row, strict=True)) for i, row in zip(ids, values, strict=True)]
+        )
+    return results
+
+
+def cropped(images: Images, box: Box | None) -> Float[Tensor, "batch 3 _ _"]:
+    """A part of pictures; all of them where there is no box."""
+    if box is None:
+        return images
+    (top, bottom), (left, right) = box
+    return images[..., top:bottom, left:right]
+
+
+def to_uint8(images: Images) -> np.ndarray:
+    """Pictures in [0, 1] as uint8 `(B, H, W, 3)`, rounded to nearest."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode inside the block; afterwards every submodule is back in the mode it had."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, dict[str, Any] | None]:
+    """`{"psnr": {"mean", "std", "count"}, "ssim": {...}, "lpips": {...}}` over pictures; of `SEEN` with that suffix.
+
+    `std` is the sample standard deviation (n - 1); None for a single picture, which has none. A score that
+    no row has is None; one that only some rows have is an `AfterimageError`.
+    """
+    if not rows:
+        raise AfterimageError("there are no scores to summarise")
+    return {name: _summary(name, [row[f"{name}{suffix}"] for row in rows]) for name in SCORES}
+
+
+def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the scores has to know: pictures that came back exactly count as `PSNR_CAP` dB."""
+    exact = sum(row["psnr"] >= PSNR_CAP for row in rows)
+    return (
+        [f"{exact} of {len(rows)} pictures came back exactly and count as {PSNR_CAP:g} dB"] if exact else []
+    )
+
+
+def seen_notes(
+    features: Sequence[Mapping[str, Any]],
+    box: Box | None,
+    size: tuple[int, int],
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> list[str]:
+    """What a reader of the scores has to know about pixels that no location sees.
+
+    Args:
+        features: the sources' `Encoder.describe` entries.
+        box: the part of images of `size` that some location of some source sees; None for all of it.
+        rows: scores with those of the part, if they were measured.
+    """
+    notes = [f"{entry['source']}: {entry['unseen']}" for entry in features if entry.get("unseen")]
+    if box is not None:
+        (top, bottom), (left, right) = box
+        share = 1 - (bottom - top) * (right - left) / (size[0] * size[1])
+        note = (
+            f"{share:.1%} of an image's pixels are seen by no location: they are filled in from those beside them and "
+            "count in every score"
+        )
+        if rows:
+            scores = summarise(rows, SEEN)
+            note += f"; on the other pixels alone the mean PSNR is {scores['psnr']['mean']:.2f} dB"
+        notes.append(note)
+    return notes
+
+
+def _summary(name: str, values: list[float | None]) -> dict[str, Any] | None:
+    if all(value is None for value in values):
+        return None
+    if None in values:
+        raise AfterimageError(f"{name} is missing for {values.count(None)} of {len(values)} pictures")
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": spread, "count": len(values)}
+
+
+def _check(output: Tensor, images: Tensor, ids: Sequence[str], name: str) -> None:
+    who = f"the reconstruction by {name}" if name else "the reconstruction"
+    if output.shape != images.shape:
+        raise AfterimageError(f"{who} has shape {tuple(output.shape)}, its pictures {tuple(images.shape)}")
+    if found := problem(output):
+        raise AfterimageError(f"{who} of picture {ids[found[0]]} {found[1]}")

@@ -1,3 +1,0 @@
-"""Where a study's runs are trained: in this process (`local`, see `jobs`), or as tasks on a Ray cluster (`ray`)."""
-
-EXECUTORS = ("local", "ray")

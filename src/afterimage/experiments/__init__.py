@@ -1,0 +1,1 @@
+"""Turn configurations into finished run folders."""

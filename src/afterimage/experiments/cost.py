@@ -1,0 +1,133 @@
+"""What a study would cost, before anything is started: shapes, parameters, multiply-adds, time and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from afterimage.config import DataConfig, FeatureSpec, RunConfig, split_source
+from afterimage.data.dataset import default_cache
+from afterimage.data.names import TEST, TRAINING, VALIDATION
+from afterimage.data.sources import SHARDS, read_source
+from afterimage.data.sources.shards import count_pictures
+from afterimage.data.splits import split
+from afterimage.models.encoders.layers import layer_info
+from afterimage.models.reconstructor import build_head
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run as it would be. `seconds` and `bytes` are estimates; multiply-adds are for one picture; `unseen` names
+    by source the pixels that no location sees."""
+
+    config: RunConfig
+    specs: tuple[FeatureSpec, ...]
+    parameters: int
+    encoder_macs: int
+    decoder_macs: int
+    seconds: float
+    bytes: int
+    unseen: Mapping[str, str]
+
+
+def plan(configs: Sequence[RunConfig]) -> list[Plan]:
+    """Measure every run's networks without data and without weights.
+
+    Time is the multiply-adds of all epochs (an encoder pass, a decoder pass and twice that backward) and of a closed
+    form at the rate a convolution reaches on this machine now, each run counted as if it were trained alone. Memory
+    is the decoder's parameters with their gradients and Adam's moments, a batch's activations, and the sums of a
+    closed form.
+    """
+    return [_plan(config) for config in configs]
+
+
+def _plan(config: RunConfig) -> Plan:
+    crop = config.data.crop
+    infos = {source: layer_info(source, crop) for source in config.sources}
+    specs = tuple(FeatureSpec(s, i.channels, i.height, i.width, i.rows, i.columns) for s, i in infos.items())
+    deepest: dict[str, int] = {}
+    for source, info in infos.items():
+        model = split_source(source)[0]
+        deepest[model] = max(deepest.get(model, 0), info.encoder_macs)
+    with torch.device("meta"):
+        head = build_head(config, specs).eval()
+        features = [torch.empty(1, s.channels, s.height, s.width) for s in specs]
+        activations = _activations(head, features)
+    decoder_macs = head.macs(specs)
+    parameters = sum(p.numel() for p in head.parameters())
+    recipe = config.recipe
+    trained = any(p.requires_grad for p in head.parameters())
+    pictures = training_pictures(config.data)
+    macs = sum(deepest.values()) + (3 if trained else 1) * decoder_macs
+    macs *= pictures * (recipe.epochs if trained else 1)
+    macs += sum(part.macs_to_solve(pictures) for part in head.closed_forms)
+    memory = 4 * (4 * parameters + 2 * recipe.batch_size * (activations + sum(s.values for s in specs)))
+    memory += sum(part.bytes_to_solve for part in head.closed_forms)
+    return Plan(
+        config,
+        specs,
+        parameters,
+        sum(deepest.values()),
+        decoder_macs,
+        macs / macs_per_second(),
+        memory,
+        {source: info.unseen for source, info in infos.items()},
+    )
+
+
+def _activations(head: nn.Module, features: list[torch.Tensor]) -> int:
+    """Values that the leaves of a head put out for one picture."""
+    total = 0
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal total
+        total += output.numel()
+
+    hooks = [m.register_forward_hook(count) for m in head.modules() if not list(m.children())]
+    head(features)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@cache
+def training_pictures(data: DataConfig) -> int:
+    """How many pictures would train; DIV2K's are known without a download, those of other sources are counted."""
+    kind, _, argument = data.source.partition(":")
+    own = not data.test
+    if kind == "div2k":
+        total = 800 - round(800 * data.validation_fraction)
+    elif kind in SHARDS:
+        counts = count_pictures(kind, argument)
+        total = counts[TRAINING]
+        for part, fraction in (
+            (TEST, data.test_fraction if own else None),
+            (VALIDATION, data.validation_fraction),
+        ):
+            if part not in counts and fraction is not None:
+                total -= max(1, round(fraction * total))
+    else:
+        source = read_source(data.source, {"train", "test"} if own else {"train"}, default_cache())
+        fractions = data.validation_fraction, data.test_fraction if own else None
+        total = len(split(data.source, source, *fractions, data.split_seed)[0])
+    return min(total, data.limit_train or total)
+
+
+@cache
+def macs_per_second() -> float:
+    """The rate of a 3x3 convolution on 64 channels here and now, best of a few."""
+    convolution = nn.Conv2d(64, 64, 3, padding=1)
+    images = torch.randn(8, 64, 56, 56)
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(5):
+            started = time.perf_counter()
+            convolution(images)
+            best = min(best, time.perf_counter() - started)
+    return 8 * 64 * 64 * 9 * 56 * 56 / best

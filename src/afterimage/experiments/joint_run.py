@@ -1,0 +1,297 @@
+"""Runs that are trained together on one pass through their encoders, from their checkpoints to their scores."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from afterimage.config import AfterimageError, RunConfig, to_dict
+from afterimage.data.images import Data
+from afterimage.evaluation.evaluate import (
+    SEEN,
+    Box,
+    Evaluation,
+    evaluate_together,
+    score_notes,
+    seen_notes,
+    summarise,
+)
+from afterimage.evaluation.metrics import Metrics
+from afterimage.models.decoders.canvas import seen_box
+from afterimage.models.encoders.providers.timm import resolve
+from afterimage.models.fusion import WeightMaps
+from afterimage.models.reconstructor import Encoders, build_head
+from afterimage.models.weights import weight_notes
+from afterimage.runs.environment import environment
+from afterimage.runs.failures import TRACEBACK, forget, record
+from afterimage.runs.files import sha256
+from afterimage.runs.lock import Lock
+from afterimage.runs.run import Run
+from afterimage.runtime.distributed import ALONE, Ranks
+from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go
+from afterimage.runtime.process import LockLost
+from afterimage.runtime.progress import Progress
+from afterimage.training.checkpoint import remove_checkpoints
+from afterimage.training.checks import check_frozen
+from afterimage.training.decoder_trainer import Member
+from afterimage.training.trainer import CHECKPOINT_SECONDS, Together
+
+
+class Group:
+    """Runs that share encoders, pictures, batches and seed; this process holds the lock of each, or the leading
+    one of several `ranks` does, which alone writes.
+
+    A run that fails is recorded in its folder, its error added to `failures`, and the others go on. `over` takes the
+    runs that have failed or are done. What ends all of them is raised; it concerns `ENCODERS` where runs that read
+    other layers might do without what failed.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[Run, RunConfig],
+        locks: Mapping[Run, Lock],
+        data: Data,
+        failures: list[AfterimageError],
+        over: set[Run],
+        *,
+        accelerator: str,
+        progress: Progress,
+        keep: int,
+        pause: Callable[[], None],
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
+        self.runs, self.locks, self.data, self.failures, self.over = runs, locks, data, failures, over
+        self.accelerator, self.progress, self.keep = accelerator, progress, keep
+        self.pause, self.checkpoint_seconds = pause, checkpoint_seconds
+        self.first = next(iter(runs.values()))
+        self.fabric = self._fabric()
+        sources = list(dict.fromkeys(source for config in runs.values() for source in config.sources))
+        with concerning(ENCODERS):
+            # One after the other: what is downloaded is then there for all.
+            self.encoders = ranks.first_to_lead(lambda: build_encoders(self.first, sources))
+            self.encoders.to(self.fabric.device)
+        for entry in self.encoders.weights_of(self.encoders.sources):
+            note = f" ({entry['note']})" if "note" in entry else ""
+            self.say(
+                f"{entry['model']}: {entry['label'].upper()} weights from {entry['origin']} {entry['location']}{note}"
+            )
+        self.metrics = ranks.first_to_lead(lambda: Metrics(self.first.lpips, size=self.first.data.crop))
+
+    def say(self, text: str) -> None:
+        self.progress(text, 1, 1)
+
+    def _fabric(self) -> Fabric:
+        return self.ranks.local_fabric(self.accelerator, self.first.recipe.precision)
+
+    @contextlib.contextmanager
+    def recorded(self, run: Run, member: Member | None = None) -> Iterator[None]:
+        """An error ends one run, is written into its folder, and leaves the others alone."""
+        try:
+            yield
+        except Exception as error:
+            if concerns(error):
+                raise
+            self.over.add(run)
+            if member is not None:
+                member.failed = True
+            if isinstance(error, LockLost):
+                # Whoever took the run over writes its folder now.
+                self.say(str(error))
+                return
+            self.failures.append(as_error(error, run.name, run.file(TRACEBACK)))
+            if self.ranks.leads:
+                record(run, error)
+            let_go(error)
+
+    @contextlib.contextmanager
+    def agreed(self, run: Run, member: Member | None = None) -> Iterator[None]:
+        """As `recorded`, for what may go wrong on one rank only."""
+        with self.recorded(run, member), self.ranks.agreed():
+            yield
+
+    def train(self) -> None:
+        """Train what is not trained, and measure it."""
+        members = []
+        for run, config in self.runs.items():
+            with self.agreed(run):
+                members.append(self._member(run, config))
+        if not members:
+            return
+        self.together = Together(
+            self.encoders,
+            self.data,
+            members,
+            self.fabric,
+            seed=self.first.seed,
+            progress=self.progress,
+            recorded=lambda member: self.recorded(member.run, member),
+            pause=self.pause,
+            checkpoint_seconds=self.checkpoint_seconds,
+            ranks=self.ranks,
+        )
+        self.together.solve()
+        # What needs no epochs is written down before hours of training that may be stopped.
+        early = [member for member in members if member.best and not member.active and not member.failed]
+        self.finish(early)
+        self.together.train_epochs()
+        self.finish([member for member in members if member.best and member not in early])
+
+    def _member(self, run: Run, config: RunConfig) -> Member:
+        picks = [self.encoders.sources.index(resolve(source)) for source in config.sources]
+        head = build_head(config, [self.encoders.specs[i] for i in picks])
+        sources = [self.encoders.sources[i] for i in picks]
+        member = Member(
+            head,
+            picks,
+            config.recipe,
+            # A gradient scaler learns from the losses it sees: one for each, whatever is trained beside it.
+            self._fabric() if config.recipe.precision == "16-mixed" else self.fabric,
+            name=f"run {run.name}",
+            run=run,
+            identity={
+                "settings": config.digest,
+                "pictures": self.data.digest,
+                "sources": sources,
+                "weights": self.encoders.weight_digests(sources),
+            },
+            guard=lambda: self.locks[run].check(),
+            said=self.say,
+            ranks=self.ranks,
+        )
+        machine = {"device": str(self.fabric.device), "threads": torch.get_num_threads()}
+        if self.ranks.leads:
+            run.remove_leftovers()
+            forget(run)
+            run.set_state("running")
+            run.save_environment(environment() | machine | {"ranks": self.ranks.count})
+        if member.restore():
+            where = f", picture {member.position}" if member.position else ""
+            self.say(f"{run.name} goes on after epoch {member.epoch}{where}")
+        return member
+
+    def finish(self, members: list[Member]) -> None:
+        """Measure the members' best decoders on the test pictures and write down what they came to."""
+        saved = []
+        for member in members:
+            with self.agreed(member.run, member):
+                member.head.load_state_dict(member.best)
+                if self.ranks.leads:
+                    member.save_best()
+                saved.append(member)
+        if not saved:
+            return
+        try:
+            with self.ranks.agreed():
+                self._measure(saved)
+            return
+        except Exception as error:
+            if concerns(error):
+                raise
+            let_go(error)
+        # One of them cannot be measured; which one shows when each is measured alone.
+        for member in saved:
+            if member.run not in self.over:
+                with self.agreed(member.run, member):
+                    self._measure([member])
+
+    def _measure(self, members: list[Member]) -> None:
+        check_frozen(self.encoders)
+        maps = {m: WeightMaps(m.head.fusion, self.keep) for m in members if hasattr(m.head.fusion, "weights")}
+
+        def reconstruct(images: Tensor) -> list[Tensor]:
+            self.pause()
+            features = self.together.features(images)
+            pictures = [member.reconstruct(features) for member in members]
+            with self.fabric.autocast():
+                for member, own in maps.items():
+                    own.add(member.pick(features))
+            return pictures
+
+        results = evaluate_together(
+            reconstruct,
+            self.data.test,
+            self.metrics,
+            names=[member.run.name for member in members],
+            batch_size=self.first.recipe.batch_size,
+            device=self.fabric.device,
+            progress=self.progress,
+            keep=self.keep,
+            seen=[self._seen(member) for member in members],
+            ranks=self.ranks,
+        )
+        for own in maps.values():
+            own.gather(self.ranks)
+        for member, result in zip(members, results, strict=True):
+            with self.agreed(member.run, member):
+                if self.ranks.leads:
+                    self._write(member, result, maps.get(member))
+            self.over.add(member.run)
+
+    def _seen(self, member: Member) -> Box | None:
+        """The part of pictures that a member's sources see; None for all of it."""
+        side = self.first.data.crop
+        return seen_box([self.encoders.specs[i] for i in member.picks], (side, side))
+
+    def _write(self, member: Member, result: Evaluation, maps: WeightMaps | None) -> None:
+        """Write what a member came to; its run is then done."""
+        facts = self._summary(member)
+        facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
+        facts |= {"scores": summarise(result.rows)}
+        size, box = (self.first.data.crop, self.first.data.crop), self._seen(member)
+        if box is not None:
+            facts["scores_seen"] = summarise(result.rows, SEEN)
+        unseen = seen_notes(facts["features"], box, size, () if box is None else result.rows)
+        notes = [*member.notes, *unseen, *weight_notes(facts["weights"]), *self.data.notes]
+        facts["notes"] = [*notes, *score_notes(result.rows)]
+        facts["fusion_weights"] = None if maps is None else maps.means
+        member.guard()
+        member.run.save_result(facts, result.rows, result.pictures, () if maps is None else maps.pictures)
+        if not member.failed:
+            member.run.set_state("done")
+            remove_checkpoints(member.run)
+
+    def _summary(self, member: Member) -> dict[str, Any]:
+        config, entries = self.runs[member.run], self.encoders.describe()
+        return {
+            "kind": "decoder",
+            "label": f"{' + '.join(config.sources)} · {config.decoder.name}",
+            "sources": list(config.sources),
+            "decoder": config.decoder.name,
+            "reference": None,
+            "fusion": None if member.head.fusion is None else to_dict(config.fusion),
+            "weights": self.encoders.weights_of([self.encoders.sources[i] for i in member.picks]),
+            "features": [entries[i] for i in member.picks],
+            "parameters": member.parameters,
+            "macs": member.head.macs([self.encoders.specs[i] for i in member.picks]),
+            "seed": config.seed,
+            "ranks": self.ranks.count,
+            "loss": config.recipe.loss,
+            "train_seconds": round(member.seconds, 2),
+            "pictures_seen": member.pictures_seen,
+            "epochs": member.epoch,
+            "best_epoch": member.best_epoch,
+            "best_validation_loss": member.best_loss,
+            "batch_size": config.recipe.batch_size,
+            "decoder_sha256": sha256(member.run.file("decoder.safetensors")),
+            "settings_sha256": config.digest,
+        }
+
+
+def build_encoders(config: RunConfig, sources: Sequence[str]) -> Encoders:
+    """The encoders of a run's weights, image size and seed, for these sources."""
+    return Encoders(sources, weights=config.weights, image_size=config.data.crop, seed=config.seed)
+
+
+def try_encoders(config: RunConfig, data: Data, accelerator: str, ranks: Ranks) -> None:
+    """Build the encoders of one run alone and run them on one image; raises what they raise."""
+    fabric = ranks.local_fabric(accelerator, config.recipe.precision)
+    encoders = build_encoders(config, config.sources).to(fabric.device)
+    with torch.no_grad(), fabric.autocast():
+        encoders(data.train.crops(torch.arange(1), device=fabric.device))

@@ -1,0 +1,383 @@
+"""Run configurations become finished run folders: grouped, each run in one process at a time, trained, measured."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from afterimage.config import AfterimageError, DataConfig, RunConfig, split_source
+from afterimage.data.dataset import load_data
+from afterimage.data.duplicates import near_duplicates
+from afterimage.data.images import Data
+from afterimage.experiments.joint_run import Group, try_encoders
+from afterimage.models.encoders.layers import layer_info
+from afterimage.models.encoders.providers.timm import resolve
+from afterimage.models.weights import find_weights
+from afterimage.runs.failures import TRACEBACK, record, recorded_error
+from afterimage.runs.lock import POLL, Lock
+from afterimage.runs.run import Run
+from afterimage.runtime.distributed import ALONE, Ranks, joined
+from afterimage.runtime.failures import (
+    ENCODERS,
+    EVERYTHING,
+    as_error,
+    concerns,
+    let_go,
+    listed,
+    of_caller,
+    one_line,
+)
+from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.signals import Stop, stoppable
+from afterimage.training.checkpoint import remove_checkpoints
+from afterimage.training.trainer import CHECKPOINT_SECONDS
+
+Key = TypeVar("Key", bound=Hashable)
+Heard = TypeVar("Heard")
+
+
+def train_runs(
+    configs: RunConfig | Sequence[RunConfig],
+    root: str | Path = "runs",
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+    keep: int = 8,
+    failures: list[AfterimageError] | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    stop: Stop | None = None,
+    left: list[Run] | None = None,
+) -> list[Run]:
+    """Train every run that is not done yet; returns all of them, in the order asked for.
+
+    Runs that share encoders, pictures, batches and seed are trained together on one pass. Each keeps its best
+    decoder by validation loss, is measured on the test pictures, and stores `keep` of them. A run that fails, by
+    whatever exception, is recorded with its error and its traceback, and all that does not depend on what failed
+    goes on; the errors are added to `failures`, or the first is raised at the end where no such list is given. What
+    `progress` raises is the caller's own and ends everything.
+
+    Any number of processes may be given the same runs: each run is trained by one of them, and every one returns
+    when all are done; with `left` what others are at is added to that list instead of waited for. A checkpoint is
+    written after every epoch and, within one, every `checkpoint_seconds`. On SIGTERM and Ctrl-C, or when `stop` is
+    set where one is given, training stops after the step under way with a checkpoint, and `stop.Stopped` is raised.
+
+    Processes that `torchrun` has started do the runs together instead, each its part of every batch (see `ranks`).
+    """
+    configs = [configs] if isinstance(configs, RunConfig) else list(configs)
+    with joined(accelerator) as ranks:
+        progress = of_caller(progress) if ranks.leads else silent
+        claims = Claims(lambda text: progress(text, 1, 1), ranks)
+        runs = claims.open(configs, root)
+        queue = _Queue(claims, cache, accelerator, progress, keep, checkpoint_seconds)
+        stopping = stoppable(patient=ranks.count > 1) if stop is None else contextlib.nullcontext(stop)
+        with ranks.agreed(), stopping as asked:
+            queue.work(asked, wait=left is None)
+    if left is not None:
+        left += claims.waiting
+    report_failures(claims.failures, failures)
+    return runs
+
+
+def report_failures(found: Sequence[AfterimageError], failures: list[AfterimageError] | None) -> None:
+    """Add what failed to `failures`, or raise the first where no such list is given."""
+    if failures is not None:
+        failures += found
+    elif found:
+        raise found[0]
+
+
+def _tidy(run: Run) -> None:
+    """Remove what a process left that was killed right after it had finished the run."""
+    lock = Lock(run.path)
+    with contextlib.suppress(AfterimageError):
+        if any(run.path.glob("lock.*")) and lock.acquire():
+            run.remove_leftovers()
+            remove_checkpoints(run)
+            lock.release()
+
+
+def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
+    """Runs by what they must share to be trained together: encoders, pictures, batches, seed and measure."""
+    found: dict[tuple, dict[Key, RunConfig]] = {}
+    for run, config in runs:
+        models = frozenset(split_source(source)[0] for source in config.sources)
+        recipe = replace(config.recipe, epochs=1, learning_rate=1.0, weight_decay=0.0, loss="mse")
+        shared = (models, config.weights, config.data, config.seed, config.lpips, recipe)
+        found.setdefault(shared, {})[run] = config
+    return list(found.values())
+
+
+@dataclass
+class Claims:
+    """Runs that wait to be done, by this process or another: which of them this one may do.
+
+    `say` is told what others do. A run that ends elsewhere leaves `waiting`; its error goes to `failures`. Of several
+    `ranks` the leading one holds the locks and decides, and the others hear what it has decided.
+    """
+
+    say: Callable[[str], None]
+    ranks: Ranks = ALONE
+    waiting: dict[Run, RunConfig] = field(default_factory=dict)
+    failures: list[AfterimageError] = field(default_factory=list)
+    locks: dict[Run, Lock] = field(default_factory=dict)
+    elsewhere: set[Run] = field(default_factory=set)
+
+    def open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
+        """Make the folders, and let those wait that are not done; returns all runs, in the order asked for."""
+        with self.ranks.agreed():
+            return self.heard(self._open(configs, root) if self.ranks.leads else [])
+
+    def _open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
+        for config in {config.digest: config for config in configs}.values():
+            run = Run(Path(root) / config.name)
+            with self.of_one(run):
+                if Run.create(root, config).state == "done":
+                    self.say(f"{config.name} is done already, nothing to do")
+                    _tidy(run)
+                else:
+                    self.waiting[run] = config
+        return [Run(Path(root) / config.name) for config in configs]
+
+    @contextlib.contextmanager
+    def of_one(self, run: Run) -> Iterator[None]:
+        """An error of a folder that cannot be read or locked ends its run; nothing is written into it."""
+        try:
+            yield
+        except Exception as error:
+            if concerns(error):
+                raise
+            self.failures.append(as_error(error, run.name))
+            self.waiting.pop(run, None)
+            if run in self.locks:
+                self.locks[run].release()
+
+    def take(self, runs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:
+        """Those of the runs that this process is to do now; it then holds the lock of each."""
+        with self.ranks.agreed():
+            leads = self.ranks.leads
+            mine = []
+            for run in runs if leads else ():
+                with self.of_one(run):
+                    if run in self.waiting and self._take(run):
+                        mine.append(run)
+            return {run: runs[run] for run in self.heard(mine)}
+
+    def heard(self, value: Heard) -> Heard:
+        """The leading rank's value, and what it now lets wait."""
+        value, waiting, failures = self.ranks.broadcast((value, self.waiting, self.failures))
+        if not self.ranks.leads:
+            self.waiting.clear()
+            self.waiting.update(waiting)
+            self.failures[:] = failures
+        return value
+
+    def _take(self, run: Run) -> bool:
+        lock = self.locks.setdefault(run, Lock(run.path, self.say))
+        if not lock.acquire():
+            if run not in self.elsewhere:
+                self.elsewhere.add(run)
+                self.say(f"{run.name} is left to {lock.holder or 'another process'}, which is at it")
+            return False
+        # Another process may have come to its end just now: what failed there would fail here too.
+        state = run.state
+        over = state == "done" or (state == "failed" and run in self.elsewhere)
+        if over:
+            lock.release()
+            self._over(run)
+        return not over
+
+    def _over(self, run: Run) -> None:
+        del self.waiting[run]
+        self.say(f"{run.name} is {run.state}, by another process")
+        if run.state == "failed":
+            self.failures.append(recorded_error(run))
+
+    def fail(self, runs: Iterable[Run], error: Exception) -> None:
+        """Record an error that ended all of the runs; the locks are held, but for those that were lost."""
+        runs = [run for run in runs if not (run in self.locks and self.locks[run].lost)]
+        names = listed([run.name for run in runs]) or "a group of runs"
+        self.failures.append(as_error(error, names, runs[0].file(TRACEBACK) if runs else None))
+        for run in runs if self.ranks.leads else ():
+            with contextlib.suppress(Exception):
+                if run.state not in ("done", "failed"):
+                    record(run, error)
+        let_go(error)
+
+    def mark(self, runs: Iterable[Run], state: str, **details: str) -> None:
+        """Set the state of those of the runs that have not ended, as far as their folders can be written."""
+        for run in runs if self.ranks.leads else ():
+            with contextlib.suppress(Exception):
+                if run.state not in ("done", "failed"):
+                    run.set_state(state, **details)
+
+
+@dataclass
+class _Queue:
+    """What one process does of the runs that wait."""
+
+    claims: Claims
+    cache: Path | None
+    accelerator: str
+    progress: Progress
+    keep: int
+    checkpoint_seconds: float
+    _loaded: dict[DataConfig, Data] = field(default_factory=dict)
+
+    def work(self, stop: Stop, wait: bool) -> None:
+        """Do what no other process does, and wait for the rest if told to."""
+        waiting = self.claims.waiting
+        while waiting:
+            split = groups(waiting.items())
+            idle = True
+            for number, group in enumerate(split, 1):
+                with self.claims.ranks.agreed():
+                    stop.check()
+                mine = self.claims.take(group)
+                if not mine:
+                    continue
+                idle = False
+                if len(split) > 1:
+                    self.claims.say(
+                        f"group {number} of {len(split)}: {', '.join(c.name for c in mine.values())}"
+                    )
+                self._train(mine, stop)
+            if waiting and idle:
+                if not wait:
+                    return
+                time.sleep(POLL)
+
+    def _train(self, mine: dict[Run, RunConfig], stop: Stop) -> None:
+        ranks = self.claims.ranks
+        locks = {run: self.claims.locks[run] for run in mine if ranks.leads}
+        over: set[Run] = set()
+        try:
+            with ranks.agreed():
+                data = self._data(next(iter(mine.values())).data, stop)
+                self._together(mine, locks, data, over, stop)
+        except BaseException as error:
+            if concerns(error) == EVERYTHING:
+                self.claims.mark((run for run in mine if run.state == "running"), "stopped")
+                raise
+            self.claims.fail([run for run in mine if run not in over], error)
+        finally:
+            for run, lock in locks.items():
+                lock.release()
+                if lock.lost:
+                    self.claims.elsewhere.add(run)
+                else:
+                    del self.claims.waiting[run]
+        self.claims.heard(None)
+
+    def _together(
+        self,
+        mine: dict[Run, RunConfig],
+        locks: Mapping[Run, Lock],
+        data: Data,
+        over: set[Run],
+        stop: Stop,
+    ) -> None:
+        """Train runs on one pass through their encoders, or on several where together the encoders fail."""
+        parts = [mine]
+        while parts:
+            part = parts.pop(0)
+            try:
+                with self.claims.ranks.agreed():
+                    Group(
+                        part,
+                        locks,
+                        data,
+                        self.claims.failures,
+                        over,
+                        accelerator=self.accelerator,
+                        progress=self.progress,
+                        keep=self.keep,
+                        pause=stop.check,
+                        checkpoint_seconds=self.checkpoint_seconds,
+                        ranks=self.claims.ranks,
+                    ).train()
+                continue
+            except Exception as caught:
+                if concerns(caught) != ENCODERS:
+                    raise
+                error = caught
+            let_go(error)
+            parts = self._apart({run: part[run] for run in part if run not in over}, error, data) + parts
+
+    def _apart(self, runs: dict[Run, RunConfig], error: Exception, data: Data) -> list[dict[Run, RunConfig]]:
+        """Runs whose encoders fail together, in parts that can go on; those that cannot are recorded.
+
+        Each row's encoders are built and tried alone. The rows that pass stay together, unless none has failed.
+        """
+        rows: dict[tuple[str, ...], dict[Run, RunConfig]] = {}
+        for run, config in runs.items():
+            rows.setdefault(config.sources, {})[run] = config
+        if len(rows) == 1:
+            self.claims.fail(runs, error)
+            return []
+        self.claims.say("the encoders failed for what is trained together: each row's are tried alone")
+        missing = self._error(lambda: _find_weights(next(iter(runs.values()))))
+        sound: list[dict[Run, RunConfig]] = []
+        failed: dict[str, tuple[Exception, list[Run]]] = {}
+        for own in rows.values():
+            config = next(iter(own.values()))
+            found = self._error(lambda config=config: self._try(config, data, missing))
+            if found is None:
+                sound.append(own)
+            else:
+                failed.setdefault(one_line(found), (found, []))[1].extend(own)
+        for found, own in failed.values():
+            self.claims.fail(own, found)
+        half = len(sound) if failed else len(sound) // 2
+        parts = (sound[:half], sound[half:])
+        return [{run: config for own in part for run, config in own.items()} for part in parts if part]
+
+    def _error(self, work: Callable[[], None]) -> Exception | None:
+        """What `work` raises on any rank, unless it concerns everything."""
+        try:
+            with self.claims.ranks.agreed():
+                work()
+            return None
+        except Exception as error:
+            if concerns(error) == EVERYTHING:
+                raise
+            let_go(error)
+            return error
+
+    def _try(self, config: RunConfig, data: Data, missing: Exception | None) -> None:
+        """Raise what a run's encoders raise; where its weights are `missing`, an unknown layer comes first."""
+        if missing is None:
+            try_encoders(config, data, self.accelerator, self.claims.ranks)
+            return
+        for source in config.sources:
+            layer_info(source, config.data.crop)
+        raise missing
+
+    def _data(self, config: DataConfig, stop: Stop) -> Data:
+        """Groups mostly share their pictures, which are found, read and checked once.
+
+        Decoding them may take long: one process alone stops between two pictures, ranks when all have them.
+        """
+        if config not in self._loaded:
+            ranks = self.claims.ranks
+
+            def progress(what: str, done: int, total: int, **figures: Any) -> None:
+                self.progress(what, done, total, **figures)
+                if ranks.count == 1:
+                    stop.check()
+
+            data = ranks.first_to_lead(lambda: load_data(config, cache=self.cache, progress=progress))
+            with ranks.agreed():
+                found = near_duplicates(data) if ranks.leads else ()
+            self._loaded[config] = replace(data, notes=(*data.notes, *found))
+        return self._loaded[config]
+
+
+def _find_weights(config: RunConfig) -> None:
+    """Raise where a run's pretrained weights cannot be had: without a network every question takes its time."""
+    for source in config.sources if config.weights == "pretrained" else ():
+        find_weights(split_source(resolve(source))[0])

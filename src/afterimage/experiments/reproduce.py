@@ -1,0 +1,288 @@
+"""Whether finished runs still hold: their stored decoders are measured again, and what changed is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afterimage.config import (
+    RANDOM_WEIGHTS,
+    AfterimageError,
+    DataConfig,
+    ReferenceConfig,
+    RunConfig,
+    absolute_weights,
+    load_toml,
+    split_source,
+)
+from afterimage.data.dataset import load_data, load_test
+from afterimage.data.images import Pictures
+from afterimage.evaluation.baselines import reference
+from afterimage.evaluation.evaluate import SCORES, evaluate, summarise
+from afterimage.evaluation.metrics import Metrics
+from afterimage.models.encoders.providers.timm import resolve_model
+from afterimage.models.weights import find_weights
+from afterimage.runs.environment import environment
+from afterimage.runs.files import DAMAGE, read_json, sha256
+from afterimage.runs.run import Run
+from afterimage.runtime.device import one_device
+from afterimage.runtime.progress import Progress, silent
+from afterimage.training.checkpoint import load_reconstructor
+
+TOLERANCE = {"psnr": 0.01, "ssim": 1e-4, "lpips": 1e-3}
+"""How far a picture's score may be from the stored one: dB for PSNR. Another machine or another number of threads
+adds in another order; 0.01 dB of PSNR is 0.2 % of an error."""
+
+SHOWN = 5
+"""Missing pictures that are named."""
+
+CONFIGS = {"decoder": RunConfig, "reference": ReferenceConfig}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one run when it was measured again.
+
+    `worst` is the largest difference of any picture's score, by name, where it could be measured; `changes` names
+    what is not as it was when the run was made, `problems` why its scores do not hold, `missing` what it would take to
+    measure them. `skipped` says why this kind of row is not measured at all.
+    """
+
+    run: Run
+    pictures: int = 0
+    worst: Mapping[str, float] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    skipped: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the scores were measured and are what was written down."""
+        return not (self.problems or self.missing or self.skipped)
+
+
+class _Missing(AfterimageError):
+    """Something that a measurement needs is not here; it says nothing about the scores."""
+
+
+def verify_runs(
+    runs: Iterable[Run],
+    *,
+    weights: str | None = None,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+) -> list[Verdict]:
+    """Measure every run's decoder (or reference line) again, on its own pictures, and compare with its scores.
+
+    Scores hold where every picture's are within `TOLERANCE`. What cannot be measured, since pictures, weights or the
+    rest of a run that is not done are missing, neither holds nor fails; rows of other kinds are skipped.
+    """
+    loaded: dict[DataConfig, _Loaded] = {}
+    verdicts = []
+    for run in runs:
+        progress(f"verifying {run.name}", 1, 1)
+        problems: list[str] = []
+        missing: list[str] = []
+        changes: list[str] = []
+        worst: dict[str, float] = {}
+        try:
+            if run.state != "done":
+                raise _Missing(f"it is not finished (state: {run.state})")
+            if run.summary["kind"] not in CONFIGS:
+                verdicts.append(
+                    Verdict(run, skipped=f"rows of kind {run.summary['kind']} are not measured again")
+                )
+                continue
+            config = _config(run)
+            problems += _within(run)
+            changes += _folder_changes(run, config)
+            if config.data not in loaded:
+                loaded[config.data] = _load(config.data, cache, progress)
+            changes += _picture_changes(run, loaded[config.data])
+            _same_pictures(run.scores, loaded[config.data].test)
+            rows = _measured(run, config, loaded[config.data], weights, accelerator, progress, changes)
+            worst = _compare(run.scores, rows, problems, missing)
+        except _Missing as error:
+            missing.append(str(error))
+        except AfterimageError as error:
+            problems.append(str(error))
+        except DAMAGE as damage:
+            what = f"{type(damage).__name__}: {damage}"
+            problems.append(f"{run.path}: its files do not hold what a finished run's do ({what:.300})")
+        if problems:
+            changes += _versions(run)
+        pictures = len(run.scores) if worst else 0
+        verdicts.append(Verdict(run, pictures, worst, tuple(changes), tuple(problems), tuple(missing)))
+    return verdicts
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What was found of a run's pictures: those that test, of all of them the digest and counts where all are here."""
+
+    test: Pictures
+    digest: str | None
+    counts: str
+    notes: tuple[str, ...] = ()
+
+
+def _load(config: DataConfig, cache: Path | None, progress: Progress) -> _Loaded:
+    """The pictures of a run; those that train may be missing where the test pictures have a source of their own."""
+    try:
+        data = load_data(config, cache=cache, progress=progress)
+        counts = f"{len(data.train)}/{len(data.validation)}/{len(data.test)}"
+        return _Loaded(data.test, data.digest, counts)
+    except AfterimageError as error:
+        if not config.test:
+            raise _Missing(str(error)) from None
+    try:
+        test, notes = load_test(config, cache=cache, progress=progress)
+    except AfterimageError as error:
+        raise _Missing(str(error)) from None
+    return _Loaded(test, None, "", tuple(notes))
+
+
+def _config(run: Run) -> RunConfig | ReferenceConfig:
+    return load_toml(CONFIGS[run.summary["kind"]], run.file("config.toml"))
+
+
+def _folder_changes(run: Run, config: RunConfig | ReferenceConfig) -> list[str]:
+    """What differs between the run's folder as it was written and as it is."""
+    summary, changes = run.summary, []
+    if not run.name.endswith(config.digest[:8]):
+        changes.append("the settings: config.toml is not the one that named the folder")
+    digest = summary.get("decoder_sha256")
+    if summary["kind"] == "decoder" and digest != sha256(run.file("decoder.safetensors")):
+        changes.append(
+            "the decoder: decoder.safetensors is not the one that was measured"
+            if digest
+            else "the decoder: no digest of it was kept"
+        )
+    return changes
+
+
+def _picture_changes(run: Run, data: _Loaded) -> list[str]:
+    """What differs between the run's pictures and these."""
+    before = run.summary["data"]
+    if data.digest is None:
+        return [f"the pictures: {note}" for note in data.notes]
+    if before["digest"] == data.digest:
+        return []
+    counts = f"{before['train']}/{before['validation']}/{before['test_pictures']}"
+    return [
+        f"the pictures: digest {before['digest'][:12]} then, {data.digest[:12]} now; training/validation/test "
+        f"{counts} then, {data.counts} now"
+    ]
+
+
+def _same_pictures(stored: list[dict[str, Any]], test: Pictures) -> None:
+    """Raise unless the scores are of these test pictures: those of others say nothing."""
+    before, now = [row["id"] for row in stored], list(test.ids)
+    if before == now:
+        return
+    lost = [identity for identity in before if identity not in set(now)]
+    named = (
+        f"; missing: {', '.join(lost[:SHOWN])}" + (" and more" if len(lost) > SHOWN else "") if lost else ""
+    )
+    raise _Missing(
+        f"other test pictures: {len(before)} were measured then, {len(now)} are here, or other ids{named}"
+    )
+
+
+def _within(run: Run) -> list[str]:
+    """Whether the summary is that of the scores."""
+    stored = run.summary["scores"]
+    again = summarise([{"lpips": None} | row for row in run.scores])
+    for name, score in again.items():
+        before = stored.get(name)
+        if (score is None) != (before is None) or (
+            score is not None and not math.isclose(score["mean"], before["mean"], rel_tol=1e-9)
+        ):
+            return [f"summary.json and scores.csv do not agree about {name}"]
+    return []
+
+
+def _measured(
+    run: Run,
+    config: RunConfig | ReferenceConfig,
+    data: _Loaded,
+    weights: str | None,
+    accelerator: str,
+    progress: Progress,
+    changes: list[str],
+) -> list[dict[str, Any]]:
+    status = run.summary["lpips"]
+    metrics = Metrics(status["net"], size=config.data.crop)
+    before, now = ((s["weights"] or {}).get("sha256") for s in (status, metrics.lpips_status))
+    if before != now:
+        changes.append(f"LPIPS: weights {before and before[:12]} then, {now and now[:12]} now")
+    if run.summary["kind"] == "reference":
+        return evaluate(reference(run.summary["reference"]), data.test, metrics, progress=progress).rows
+    recipe = config.recipe
+    where = absolute_weights(weights or config.weights)
+    try:
+        fabric = one_device(accelerator, recipe.precision)
+        for source in config.sources if where not in RANDOM_WEIGHTS else ():
+            find_weights(resolve_model(split_source(source)[0]), where)
+    except AfterimageError as error:
+        raise _Missing(str(error)) from None
+    reconstructor = load_reconstructor(run, weights=weights).to(fabric.device)
+
+    def reconstruct(images):
+        with fabric.autocast():
+            return reconstructor.reconstruct(images).float()
+
+    return evaluate(
+        reconstruct,
+        data.test,
+        metrics,
+        batch_size=recipe.batch_size,
+        device=fabric.device,
+        progress=progress,
+    ).rows
+
+
+def _compare(
+    stored: list[dict], rows: list[dict], problems: list[str], missing: list[str]
+) -> dict[str, float]:
+    """The largest difference of each score; what goes beyond the tolerance is added to `problems`, what could not be
+    measured to `missing`."""
+    worst = {}
+    for name in SCORES:
+        pairs = [(before.get(name), now[name], now["id"]) for before, now in zip(stored, rows, strict=True)]
+        if all(before is None for before, _, _ in pairs):
+            continue
+        if any(now is None for _, now, _ in pairs):
+            missing.append(f"{name} cannot be measured here")
+            continue
+        difference, picture = max((abs(now - before), identity) for before, now, identity in pairs)
+        worst[name] = difference
+        if not difference <= TOLERANCE[name]:
+            problems.append(
+                f"{name} differs by up to {difference:.3g} (picture {picture}), over {TOLERANCE[name]:g}"
+            )
+    return worst
+
+
+def _versions(run: Run) -> list[str]:
+    """Which versions, and which number of threads, are not those the run was made with."""
+    path = run.file("environment.json")
+    if not path.exists():
+        return ["the environment: none was kept"]
+    try:
+        before = read_json(path)
+        versions = dict(before.get("versions", {}))
+    except DAMAGE as damage:
+        return [f"the environment: {path} cannot be read ({type(damage).__name__}: {damage})"]
+    now = environment()
+    now["threads"] = torch.get_num_threads()
+    pairs = {name: (before.get(name), now[name]) for name in ("python", "commit", "threads")}
+    pairs |= {name: (versions.get(name), version) for name, version in now["versions"].items()}
+    return [f"{name}: {old} then, {new} now" for name, (old, new) in pairs.items() if old != new]

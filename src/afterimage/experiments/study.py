@@ -1,0 +1,303 @@
+"""Run a study: expand its grid into runs, train them, measure baselines and controls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from afterimage.config import (
+    LPIPS_NETS,
+    RANDOM_WEIGHTS,
+    AfterimageError,
+    Count,
+    DecoderConfig,
+    RecipeConfig,
+    RunConfig,
+    dump_toml,
+    from_dict,
+    split_source,
+    to_dict,
+)
+from afterimage.config.study import RowConfig, StudyConfig
+from afterimage.evaluation.metrics import Metrics
+from afterimage.models.decoders import DECODERS
+from afterimage.runs.failures import is_done
+from afterimage.runs.files import write_atomic
+from afterimage.runs.run import Run
+from afterimage.runtime.failures import as_error, concerns, foreseen, of_caller, story
+from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import printable
+
+FAILURES = "failures.txt"
+"""The file of a study's folder that says which rows gave no runs, and why."""
+Train = Callable[..., list[Run]]
+"""Trains runs as `jobs.train_runs` does, with its arguments up to `failures`."""
+
+
+def expand(
+    study: StudyConfig, progress: Progress = silent, failures: list[AfterimageError] | None = None
+) -> list[RunConfig]:
+    """The study's runs, with globs resolved, tags pinned and weights looked for.
+
+    A source that cannot be resolved (an unknown model, one that cannot be built at this size, a glob that matches no
+    layer) ends its own rows alone; the errors are added to `failures`, or the first is raised where no such list is
+    given.
+    """
+    progress = of_caller(progress)
+    rows = [RowConfig((source,)) for source in study.sources] + list(study.rows)
+    # A setting that no recipe has is told before anything is looked for.
+    recipes = [
+        from_dict(RecipeConfig, {**to_dict(study.recipe), **row.recipe}, f"rows[{i}].recipe.")
+        for i, row in enumerate(rows, -len(study.sources))
+    ]
+    lpips = _first_lpips() if study.lpips == "any" else study.lpips
+    sized = _sizer(study.parameters, progress)
+    configs: list[RunConfig] = []
+    decided: dict[tuple, str] = {}
+    for row, recipe in zip(rows, recipes, strict=True):
+        # With a fusion all sources are one row; without, each is a row of its own.
+        for sources in [row.sources] if row.fusion else [(source,) for source in row.sources]:
+            try:
+                matches = [
+                    match for source in sources for match in _matches(source, study.data.crop, progress)
+                ]
+                groups = [tuple(matches)] if row.fusion else [(match,) for match in matches]
+                for group in groups:
+                    weights = row.weights or study.weights
+                    if study.missing_weights in RANDOM_WEIGHTS and weights not in RANDOM_WEIGHTS:
+                        models = tuple(dict.fromkeys(split_source(source)[0] for source in group))
+                        if (models, weights) not in decided:
+                            decided[models, weights] = _weights_or_random(
+                                models, weights, study.missing_weights, progress
+                            )
+                        weights = decided[models, weights]
+                    configs += [
+                        RunConfig(
+                            sources=group,
+                            weights=weights,
+                            fusion=row.fusion,
+                            decoder=decoder,
+                            data=study.data,
+                            recipe=recipe,
+                            seed=seed,
+                            lpips=lpips,
+                        )
+                        for decoder in map(sized, row.decoders or study.decoders)
+                        for seed in study.seeds
+                    ]
+            except Exception as error:
+                if failures is None or concerns(error):
+                    raise
+                failures.append(as_error(error, f"the row {' + '.join(sources)}"))
+    if study.controls:
+
+        configs = with_twins(configs, progress)
+    return list({config.digest: config for config in configs}.values())
+
+
+def _sizer(parameters: Count | None, progress: Progress) -> Callable[[DecoderConfig], DecoderConfig]:
+    """Gives decoders the study's number of parameters, and says once of each that it has one size only."""
+    if parameters is None:
+        return lambda decoder: decoder
+    from afterimage.models.decoders import DECODERS
+
+    said = set()
+
+    def sized(decoder: DecoderConfig) -> DecoderConfig:
+        if decoder.name not in DECODERS or DECODERS[decoder.name].size_option is not None:
+            return dataclasses.replace(decoder, parameters=parameters)
+        if decoder.name not in said:
+            said.add(decoder.name)
+            progress(
+                f"the {decoder.name} decoder has one size only, which it keeps beside {parameters:,}", 1, 1
+            )
+        return decoder
+
+    return sized
+
+
+def _matches(source: str, size: int, progress: Progress) -> list[str]:
+    from afterimage.models.encoders.layers import early_end, list_layers
+    from afterimage.models.encoders.providers.timm import resolve
+
+    model, layer = split_source(source)
+    if not any(sign in layer for sign in "*?["):
+        return [resolve(source)]
+    names = [info.name for info in list_layers(model, size)]
+    if ended := early_end(model, size):
+        progress(f"WARNING: {ended}", 1, 1)
+    matches = [resolve(f"{model}:{name}") for name in names if fnmatch.fnmatchcase(name, layer)]
+    if not matches:
+        raise AfterimageError(f"{source!r} matches no layer of {model}. Layers: {', '.join(names)}")
+    return matches
+
+
+def _weights_or_random(models: Sequence[str], weights: str, otherwise: str, progress: Progress) -> str:
+    from afterimage.models.weights import find_weights
+
+    for model in models:
+        try:
+            find_weights(model, weights)
+        except AfterimageError as error:
+            told = f"no pretrained weights for {model}: going on with {otherwise.upper()} weights ({error})"
+            progress(f"WARNING: {told}", 1, 1)
+            return otherwise
+    return weights
+
+
+def _first_lpips() -> str:
+    from afterimage.evaluation.metrics import Metrics
+
+    return next((net for net in LPIPS_NETS if Metrics(net).lpips_status["available"]), LPIPS_NETS[0])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of `count` of a study, from 1: every so-many-th group of runs that are trained together.
+
+    The reference lines belong to part 1.
+    """
+
+    number: int = 1
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise AfterimageError(
+                f"a part of a study is K/N with K from 1 to N, such as 2/5, got {self.number}/{self.count}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """`2/5` as the second part of five."""
+        number, slash, count = text.partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal()):
+            raise AfterimageError(f"a part of a study is written K/N, such as 2/5, got {text!r}")
+        return cls(int(number), int(count))
+
+    def of(self, configs: Sequence[RunConfig]) -> list[RunConfig]:
+        """The part's runs. The parts 1 to `count` together hold every run once."""
+        groups = study_groups(configs)[self.number - 1 :: self.count]
+        mine = {config.digest for group in groups for config in group}
+        return [config for config in configs if config.digest in mine]
+
+
+def study_groups(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """The runs by what is trained together (see `jobs.groups`), in the study's order."""
+    from afterimage.experiments.queue import groups
+
+    return [list(group.values()) for group in groups((config.digest, config) for config in configs)]
+
+
+def run_study(
+    study: StudyConfig,
+    root: str | Path,
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+    train: Train | None = None,
+    part: Part = Part(),
+) -> tuple[list[Run], list[AfterimageError]]:
+    """Run what is not done yet. A run that fails is recorded and the others go on; returns runs and failures.
+
+    So is a row that gives no runs, in the study's failures.txt, a reference line, and the controls of one run: what
+    does not depend on them goes on.
+
+    `train` does the training: here (`jobs.train_runs`, the default) or elsewhere (see `executors`). With a `part`
+    the rest of the study is left to others. Of processes that `torchrun` has started the leading one does what is
+    not training, and alone returns the reference lines.
+    """
+    from afterimage.analysis.controls.run import run_controls
+    from afterimage.evaluation.baselines import run_references
+    from afterimage.experiments.queue import train_runs
+    from afterimage.runtime.distributed import joined
+
+    failures: list[AfterimageError] = []
+    runs: list[Run] = []
+
+    @contextlib.contextmanager
+    def beside_training(what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if concerns(error):
+                raise
+            failures.append(as_error(error, what))
+
+    with joined(accelerator) as ranks:
+        progress = of_caller(progress) if ranks.leads else silent
+        unresolved: list[AfterimageError] = []
+        with ranks.agreed():
+            configs = expand(study, progress, unresolved) if ranks.leads else []
+        configs = ranks.broadcast(configs)
+        if part.number == 1:  # which speaks for rows that belong to no part
+            failures += unresolved
+        with ranks.agreed():
+            if ranks.leads:
+                write_atomic(Path(root) / "study.toml", dump_toml(study))
+                _write_failures(Path(root) / FAILURES, unresolved)
+            if ranks.leads and study.references and part.number == 1 and configs:
+                options = {"lpips": configs[0].lpips, "cache": cache, "progress": progress}
+                with beside_training("the reference lines"):
+                    runs += run_references(study.data, root, keep=study.keep, failures=failures, **options)
+        trained = (train or train_runs)(
+            part.of(configs),
+            root,
+            cache=cache,
+            accelerator=accelerator,
+            progress=progress,
+            keep=study.keep,
+            failures=failures,
+        )
+        with ranks.agreed():
+            if study.controls and ranks.leads:
+                with beside_training("the controls"):
+                    done = [run for run in trained if is_done(run)]
+                    failures += run_controls(done, cache=cache, accelerator=accelerator, progress=progress)
+        failures = ranks.broadcast(failures)
+    return trained + runs, failures
+
+
+def _write_failures(path: Path, failures: Sequence[AfterimageError]) -> None:
+    """Write down why rows gave no runs, with the traceback of what nobody foresaw; they have no folders."""
+    parts = [printable(f"{error}\n") + ("" if foreseen(error) else f"\n{story(error)}") for error in failures]
+    if parts:
+        write_atomic(path, "\n".join(parts))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def perceptual(net: str) -> str:
+    """The published study's second loss, with LPIPS of this network."""
+    return "0.5*mse + 0.5*lpips" + ("" if net == "alex" else f":{net}")
+
+
+def with_twins(configs: Sequence[RunConfig], progress: Progress = silent) -> list[RunConfig]:
+    """The runs and, after each, its twins, without doubles.
+
+    A run on trained weights gets one with `random` ones, whose blocks act. A decoder that is trained by epochs for the
+    mean squared error gets one trained with `perceptual`, unless the weights of the run's LPIPS network cannot be had,
+    which `progress` is told; a closed form minimises the squared error and nothing else, so it has none.
+    """
+    found: list[RunConfig] = []
+    available: dict[str, bool] = {}
+    for config in configs:
+        found.append(config)
+        if config.weights not in RANDOM_WEIGHTS:
+            found.append(replace(config, weights="random"))
+        decoder = DECODERS.get(config.decoder.name)
+        if config.recipe.loss != "mse" or decoder is None or not decoder.trainable:
+            continue
+        if config.lpips not in available:
+            status = Metrics(config.lpips).lpips_status
+            available[config.lpips] = status["available"]
+            if not status["available"]:
+                progress(f"WARNING: no perceptual twins: LPIPS is unavailable: {status['reason']}", 1, 1)
+        if available[config.lpips]:
+            found.append(replace(config, recipe=replace(config.recipe, loss=perceptual(config.lpips))))
+    return list({config.digest: config for config in found}.values())

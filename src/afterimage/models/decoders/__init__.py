@@ -1,0 +1,71 @@
+"""One family of decoders a file; `DECODERS` names them all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from afterimage.config import AfterimageError, FeatureSpec, unknown
+from afterimage.models.decoders.attention import AttentionDecoder
+from afterimage.models.decoders.base import Decoder
+from afterimage.models.decoders.frequency import FrequencyDecoder
+from afterimage.models.decoders.linear import LinearDecoder
+from afterimage.models.decoders.residual import ResidualDecoder
+from afterimage.models.decoders.sizing import options_for
+from afterimage.models.decoders.transposed import TransposedDecoder
+from afterimage.models.decoders.wavelet import WaveletDecoder
+
+__all__ = ["DECODERS", "Decoder", "create_decoder"]
+
+MAX_OPTION = 2**24
+"""Options come from configurations of strangers: no width, depth or kernel that makes sense is larger."""
+
+DECODERS: dict[str, type[Decoder]] = {
+    "attention": AttentionDecoder,
+    "transposed": TransposedDecoder,
+    "linear": LinearDecoder,
+    "wavelet": WaveletDecoder,
+    "frequency": FrequencyDecoder,
+    "residual": ResidualDecoder,
+}
+
+
+def create_decoder(
+    name: str,
+    specs: Sequence[FeatureSpec],
+    image_size: int | tuple[int, int] = 224,
+    *,
+    seed: int | None = None,
+    parameters: int | None = None,
+    **options: Any,
+) -> Decoder:
+    """Build a decoder for features of the given shapes.
+
+    `image_size` is a side in pixels or `(height, width)`. With a `seed` the initial weights depend on it alone.
+    With `parameters` it is built at that size, within 5 %. Raises `AfterimageError` for an unknown decoder or
+    option, listing what there is.
+    """
+    if name not in DECODERS:
+        raise unknown("decoder", name, DECODERS)
+    cls = DECODERS[name]
+    accepted = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in accepted:
+            raise unknown(f"option of the {name} decoder", option, accepted)
+        if isinstance(options[option], int | float) and not abs(options[option]) <= MAX_OPTION:
+            raise AfterimageError(
+                f"{option} of the {name} decoder must be at most {MAX_OPTION:,}, got {options[option]!r}"
+            )
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            if parameters is not None:
+                options = options_for(cls, tuple(specs), size, parameters, options)
+            return cls(tuple(specs), size, **options)
+        except (TypeError, ValueError) as error:
+            raise AfterimageError(f"the {name} decoder cannot be built with {options}: {error}") from None

@@ -1,0 +1,111 @@
+"""What every decoder is: built from measured shapes alone, returns pictures in [0, 1]."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, FeatureSpec
+from afterimage.models.decoders.canvas import Canvas, Window
+from afterimage.models.layers.blocks import clamp
+from afterimage.runtime.distributed import ALONE, Ranks
+
+
+class Decoder(nn.Module, ABC):
+    """A map from feature maps `[(B, C, h, w), ...]` to pictures `(B, 3, H, W)` in [0, 1].
+
+    What a decoder makes of a map is its `canvas`, the pixels of the map's cells; the canvas then puts it where these
+    lie in the image. A decoder with `closed_form` is first shown the data once (`prepare`, `accumulate`, `solve`);
+    one with `trainable` is then trained by gradient descent. The two may go together.
+    """
+
+    closed_form = False
+    trainable = True
+    decays = True
+    """Whether the recipe's weight decay applies to it."""
+    size_option: str | None = None
+    """The option that makes the decoder larger or smaller, in steps of `size_step`."""
+    size_step = 1
+    fine_option: str | None = None
+    """A second option, between half and twice its default, that evens out what a step leaves."""
+    smaller: ClassVar[dict[str, Any]] = {}
+    """Options with which the decoder can be smaller still, for sizes that are out of reach without them."""
+
+    def __init__(self, specs: Sequence[FeatureSpec], image_size: tuple[int, int]) -> None:
+        super().__init__()
+        if len(specs) != 1:
+            names = ", ".join(spec.source for spec in specs)
+            raise AfterimageError(
+                f"{type(self).__name__} takes one feature map, got {len(specs)} ({names}); fuse them first"
+            )
+        self.spec = specs[0]
+        self.image_size = image_size
+        self.canvas = Canvas(self.spec, image_size)
+
+    def forward(
+        self, features: Sequence[Float[Tensor, "batch _ _ _"]], window: Window | None = None
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Rebuild pictures `(B, 3, H, W)` in [0, 1] from a list with one feature map `(B, C, h, w)`.
+
+        With one of its `windows`, only that part of the pictures (`cut` cuts it out of a picture).
+        """
+        (features,) = features
+        expected = (self.spec.channels, self.spec.height, self.spec.width)
+        if features.shape[1:] != expected:
+            raise AfterimageError(
+                f"this decoder was built for {self.spec.source} with features of shape {expected}, "
+                f"got {tuple(features.shape[1:])}"
+            )
+        if window is None:
+            return clamp(self.canvas.place(self.decode(features)))
+        rows, columns = self.canvas.window(window)[0]
+        return clamp(self.decode(features, window)[..., rows, columns])
+
+    @abstractmethod
+    def decode(self, features: Tensor) -> Tensor:
+        """Fill canvases `(B, 3, *canvas.size)`, not yet held to [0, 1].
+
+        A decoder with `windows` takes one as a second argument.
+        """
+
+    def windows(self, generator: torch.Generator) -> list[Window | None]:
+        """The parts of a batch's maps to train on, an optimizer step each; None is all of it."""
+        return [None]
+
+    def cut(self, images: Tensor, window: Window | None) -> Tensor:
+        """The part of pictures `(B, 3, H, W)` that belongs to a window of their features."""
+        if window is None:
+            return images
+        rows, columns = self.canvas.window(window)[1]
+        return images[..., rows, columns]
+
+    def stepped(self) -> None:
+        """Called after every optimizer step."""
+
+    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
+        """Announce how many training pictures there are; returns how many views of each are wanted.
+
+        Each of the `ranks` is then given its part of every batch, which may be none, and all solve together.
+        """
+        return 1
+
+    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+        """Take in a batch for the closed-form solution."""
+
+    def solve(self) -> list[str]:
+        """Compute the closed-form solution; returns notes for the report."""
+        return []
+
+    @property
+    def bytes_to_solve(self) -> int:
+        """Memory that the closed form takes beside the decoder itself."""
+        return 0
+
+    def macs_to_solve(self, pictures: int) -> int:
+        """Multiply-adds of the closed form on so many training pictures, those in float64 counted twice."""
+        return 0

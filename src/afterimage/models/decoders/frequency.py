@@ -1,0 +1,90 @@
+"""A low-pass and a high-pass branch, added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afterimage.config import FeatureSpec
+from afterimage.models.decoders.base import Decoder
+from afterimage.models.layers.blocks import Doubling, adapter, resize, stage, stages_between
+
+
+class FrequencyDecoder(Decoder):
+    """A smooth picture from one branch and its detail from another, added.
+
+    The low-pass branch convolves at the features' own size, reads off RGB and enlarges it bilinearly. The
+    high-pass branch goes up by transposed convolutions (4x4, stride 2, halving channels down to 32), each
+    followed by channel and spatial attention (CBAM, Woo et al. 2018), and gives up what a Gaussian blur of the
+    features' cell size would keep.
+    """
+
+    size_option = "channels"
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        image_size: tuple[int, int],
+        *,
+        channels: int | None = None,
+        minimum_channels: int = 32,
+    ) -> None:
+        super().__init__(specs, image_size)
+        self.adapter = adapter(self.spec.channels, channels)
+        width = channels or self.spec.channels
+        self.low = nn.Sequential(
+            *stage(nn.Conv2d(width, width, kernel_size=3, padding=1)),
+            nn.Conv2d(width, 3, kernel_size=3, padding=1),
+        )
+        stages: list[nn.Module] = []
+        for _ in range(stages_between((self.spec.height, self.spec.width), self.canvas.size)):
+            narrower = max(minimum_channels, width // 2)
+            stages += [
+                *stage(Doubling(width, narrower)),
+                ChannelAttention(narrower),
+                SpatialAttention(),
+            ]
+            width = narrower
+        self.high = nn.Sequential(*stages, nn.Conv2d(width, 3, kernel_size=3, padding=1))
+
+    def decode(self, features: Tensor) -> Tensor:
+        features = self.adapter(features)
+        low = F.interpolate(self.low(features), self.canvas.size, mode="bilinear", align_corners=False)
+        high = resize(self.high(features), self.canvas.size)
+        return low + high - _blur(high, (self.spec.height, self.spec.width))
+
+
+def _blur(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """What is left after reduction to the features' size: everything coarser than one cell."""
+    small = F.adaptive_avg_pool2d(pictures, size)
+    return F.interpolate(small, pictures.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class ChannelAttention(nn.Module):
+    """A weight in (0, 1) for each channel from its mean and its maximum (CBAM, equation 2)."""
+
+    def __init__(self, channels: int, reduction: int = 8) -> None:
+        super().__init__()
+        hidden = max(4, channels // reduction)
+        self.weigh = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels)
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        weights = self.weigh(maps.mean((2, 3))) + self.weigh(maps.amax((2, 3)))
+        return maps * weights.sigmoid()[:, :, None, None]
+
+
+class SpatialAttention(nn.Module):
+    """A weight in (0, 1) for each place from the mean and the maximum over channels (CBAM, equation 3)."""
+
+    def __init__(self, kernel: int = 7) -> None:
+        super().__init__()
+        self.weigh = nn.Conv2d(2, 1, kernel_size=kernel, padding=kernel // 2)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        seen = torch.cat((maps.mean(1, keepdim=True), maps.amax(1, keepdim=True)), dim=1)
+        return maps * self.weigh(seen).sigmoid()

@@ -1,0 +1,226 @@
+"""The closed-form linear solution, and a network that learns what it leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from afterimage.config import FeatureSpec
+from afterimage.models.decoders.base import Decoder, Window
+from afterimage.models.decoders.linear import LinearDecoder, pad
+from afterimage.models.layers.blocks import enlarge, for_sums, resize, shrink
+from afterimage.runtime.distributed import ALONE, Ranks
+
+GAIN = 0.03
+"""Scales the correction: Adam's first steps are as large as the learning rate whatever the gradient, and would undo
+more of the linear solution than they mend."""
+
+MOST_INPUTS = 1728
+"""The linear part reads the largest neighbourhood, up to 7x7, with no more values than this (192 channels in 3x3)."""
+
+ROWS_PER_INPUT = 200
+"""Five times fewer than `LinearDecoder` takes: 0.03 dB less before training, at a fifth of the time."""
+
+WINDOW = 64
+"""Decoders are trained on windows of about so many pixels a side, an optimizer step each."""
+
+CELL = 2
+"""Pixels a side of a cell of the grid on which most of the correction is computed."""
+
+TRUNK, TRUNK_PIXELS, TRUNK_MARGIN = 2, 64, 2
+"""Residual blocks on the features' own grid, where a location stands for so many pixels (8x8): there they bring more
+than they cost, at 4x4 and 16x16 not (docs/LOG.md). They see so many locations around a window."""
+
+RECENCY = 8
+"""Of n steps the average that is kept weighs step i by about (i / n) ** RECENCY."""
+
+CONTRAST = 4
+"""Brings pixels, in [0, 1], to about the scale of standardised features."""
+
+
+class ResidualDecoder(Decoder):
+    """Starts as a linear decoder, fitted in closed form, and adds a learned correction that starts at zero.
+
+    The linear part is `LinearDecoder` on the largest neighbourhood that `MOST_INPUTS` allows. The correction sees its
+    picture and the features (standardised: channel means and deviations are measured during the closed-form pass),
+    both on a grid of 2x2 pixels a cell: where many values come from one location, what is missing are edges that no
+    linear map can place, and those are seen among pixels, across the borders of the locations' blocks. Features get
+    there by a convolution and a sub-pixel shuffle (Shi et al. 2016); residual blocks without normalisation
+    (as EDSR, Lim et al. 2017) follow. Where `trunk` says so, such blocks on the features' own grid come before.
+
+    It is trained window by window, an optimizer step each: neighbouring pixels tell nearly the same, so many steps on
+    small parts bring much more than one step on all, in the same time. What decodes is the average of the weights
+    over the last steps, a longer time the longer training has lasted (the power-function average of Karras et al.
+    2024, section 3.1), so that it is ready at any time without waiting for the learning rate to fall.
+    """
+
+    closed_form = True
+    # Its gradients are as small as `GAIN` makes them: a decay of 1e-5, added to them, would outweigh them.
+    decays = False
+    size_option = "width"
+    # On deep layers the linear part alone, from 3x3 neighbourhoods, is larger than most sizes asked for.
+    smaller: ClassVar = {"kernel": 1}
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        image_size: tuple[int, int],
+        *,
+        width: int = 32,
+        blocks: int = 2,
+        trunk: int | None = None,
+        kernel: int | None = None,
+        window: int = WINDOW,
+    ) -> None:
+        super().__init__(specs, image_size)
+        channels = self.spec.channels
+        kernel = kernel or next((k for k in (7, 5) if channels * k * k <= MOST_INPUTS), 3)
+        self.base = LinearDecoder(specs, image_size, kernel=kernel, rows_per_input=ROWS_PER_INPUT)
+        self.window = tuple(max(2, round(window / side)) for side in self.base.block)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels))
+        if trunk is None:
+            trunk = TRUNK if math.prod(self.base.block) == TRUNK_PIXELS else 0
+        self.margin = max(TRUNK_MARGIN if trunk else 0, kernel // 2)
+        self.correction = Correction(channels, width, blocks, trunk, self.base.block, self.margin)
+        self.register_buffer("average", self._flat())
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def decode(self, features: Tensor, window: Window | None = None) -> Tensor:
+        # The margin gives a window's border the neighbours it has in the whole map.
+        maps = pad(features, self.margin)
+        if window is not None:
+            top, left, height, width = window
+            maps = maps[..., top : top + height + 2 * self.margin, left : left + width + 2 * self.margin]
+        linear = self.base.unblock(self.base.blocks(_inner(maps, self.margin - self.base.kernel // 2)))
+        maps = (maps - self.mean[:, None, None]) * self.scale[:, None, None]
+        pictures = linear + GAIN * self._correct(maps, linear)
+        return pictures if window is not None else resize(pictures, self.canvas.size)
+
+    def _correct(self, maps: Tensor, linear: Tensor) -> Tensor:
+        if self.training:
+            return self.correction(maps, linear)
+        named = dict(self.correction.named_parameters())
+        parts = self.average.split([p.numel() for p in named.values()])
+        weights = {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
+        return functional_call(self.correction, weights, (maps, linear))
+
+    @torch.no_grad()
+    def _flat(self) -> Tensor:
+        return torch.cat([p.flatten() for p in self.correction.parameters()])
+
+    @torch.no_grad()
+    def stepped(self) -> None:
+        self.steps += 1
+        self.average.lerp_(self._flat(), 1 - (1 - 1 / self.steps) ** (RECENCY + 1))
+
+    def windows(self, generator: torch.Generator) -> list[Window | None]:
+        """Random windows, as many as cover the map's area once; all of it where blocks are not whole."""
+        (top, bottom), (left, right) = self.canvas.rows.cells, self.canvas.columns.cells
+        h, w = bottom - top, right - left
+        height, width = min(h, self.window[0]), min(w, self.window[1])
+        if not self.canvas.whole or (height, width) == (h, w):
+            return [None]
+
+        def place(first: int, side: int, part: int) -> int:
+            return first + int(torch.randint(side - part + 1, (), generator=generator))
+
+        return [
+            (place(top, h, height), place(left, w, width), height, width)
+            for _ in range(round(h * w / height / width))
+        ]
+
+    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
+        self._ranks = ranks
+        # In one tensor: how many locations there were, and each channel's sum and sum of squares.
+        self._sums = for_sums(self.mean).new_zeros(1 + 2 * self.spec.channels, dtype=torch.float64)
+        return self.base.prepare(pictures, seed, ranks)
+
+    @torch.no_grad()
+    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+        self.base.accumulate(features, images, validation=validation)
+        if not validation:
+            # In float64 from the first sum on: squares of channels far from zero cancel each other.
+            maps = for_sums(features[0]).double()
+            self._sums[0] += maps.numel() // maps.shape[1]
+            self._sums[1:] += torch.cat([maps.sum((0, 2, 3)), maps.square().sum((0, 2, 3))])
+
+    @property
+    def bytes_to_solve(self) -> int:
+        return self.base.bytes_to_solve
+
+    def macs_to_solve(self, pictures: int) -> int:
+        return self.base.macs_to_solve(pictures)
+
+    @torch.no_grad()
+    def solve(self) -> list[str]:
+        self._ranks.sum([self._sums])
+        mean, squares = (self._sums[1:] / self._sums[0]).chunk(2)
+        deviation = (squares - mean.square()).clamp(min=0).sqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(1 / deviation.clamp(min=1e-4 * float(deviation.mean()) + 1e-12))
+        notes = self.base.solve()
+        return notes if self.base.kernel > 1 else [*notes, "its linear part reads 1x1 neighbourhoods"]
+
+
+class Correction(nn.Module):
+    """What a linear decoder's pictures lack, from its features and the pictures themselves, before scaling."""
+
+    def __init__(
+        self, channels: int, width: int, blocks: int, trunk: int, block: tuple[int, int], margin: int
+    ) -> None:
+        super().__init__()
+        self.block, self.margin = block, margin
+        self.cell = tuple(math.gcd(CELL, side) for side in block)
+        self.cells = tuple(side // cell for side, cell in zip(block, self.cell, strict=True))
+        inside = 3 * math.prod(self.cell)
+        self.trunk = None
+        if trunk:
+            self.trunk = nn.Sequential(
+                nn.Conv2d(channels, 2 * width, kernel_size=3, padding=1),
+                *(ResidualBlock(2 * width) for _ in range(trunk)),
+                _zeroed(nn.Conv2d(2 * width, 3 * math.prod(block), kernel_size=3, padding=1)),
+            )
+        self.from_features = nn.Conv2d(channels, width * math.prod(self.cells), kernel_size=1)
+        self.from_pixels = nn.Conv2d(inside, width, kernel_size=3, padding=1)
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
+        self.head = _zeroed(nn.Conv2d(width, inside, kernel_size=3, padding=1))
+
+    def forward(self, maps: Tensor, pictures: Tensor) -> Tensor:
+        """Standardised features with `margin` locations around, and pictures without, to a correction of these."""
+        inner, missing = _inner(maps, self.margin), torch.zeros_like(pictures)
+        if self.trunk is not None:
+            refined = self.trunk(maps.to(memory_format=torch.channels_last))
+            missing = enlarge(_inner(refined, self.margin), self.block)
+        pixels = shrink(CONTRAST * (pictures + GAIN * missing - 0.5), self.cell)
+        pixels = self.from_pixels(pixels.to(memory_format=torch.channels_last))
+        pixels = pixels + enlarge(self.from_features(inner), self.cells)
+        return missing + enlarge(self.head(self.blocks(pixels)), self.cell)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around an activation, added to their input; the second starts at zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.second = _zeroed(nn.Conv2d(width, width, kernel_size=3, padding=1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.second(F.silu(self.first(maps)))
+
+
+def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(convolution.weight)
+    nn.init.zeros_(convolution.bias)
+    return convolution
+
+
+def _inner(maps: Tensor, margin: int) -> Tensor:
+    return maps[..., margin : maps.shape[-2] - margin, margin : maps.shape[-1] - margin]

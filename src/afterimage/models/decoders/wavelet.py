@@ -1,0 +1,83 @@
+"""Pictures from predicted wavelet sub-bands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from afterimage.config import FeatureSpec
+from afterimage.models.decoders.base import Decoder
+from afterimage.models.layers.blocks import Doubling, adapter, resize, stage, stages_between
+
+
+class WaveletDecoder(Decoder):
+    """Predicts a small picture and, level by level, the Haar detail bands that double its size.
+
+    One orthonormal Haar level (Mallat 1989) takes an approximation `(B, 3, h, w)` and its horizontal, vertical and
+    diagonal details `(B, 9, h, w)` to `(B, 3, 2h, 2w)`. Between levels a transposed convolution (4x4, stride 2),
+    batch norm and ReLU refines the maps that the details are read from, halving channels down to 32. Nothing but
+    the inverse transform runs at the picture's own size.
+    """
+
+    size_option = "channels"
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        image_size: tuple[int, int],
+        *,
+        channels: int | None = None,
+        minimum_channels: int = 32,
+    ) -> None:
+        super().__init__(specs, image_size)
+        self.adapter = adapter(self.spec.channels, channels)
+        width = channels or self.spec.channels
+        levels = stages_between((self.spec.height, self.spec.width), self.canvas.size)
+        self.trunk = stage(nn.Conv2d(width, width, kernel_size=3, padding=1))
+        self.approximation = nn.Conv2d(width, 3, kernel_size=3, padding=1)
+        self.refine, self.details = nn.ModuleList(), nn.ModuleList()
+        for level in range(levels):
+            if level:
+                narrower = max(minimum_channels, width // 2)
+                self.refine.append(stage(Doubling(width, narrower)))
+                width = narrower
+            self.details.append(nn.Conv2d(width, 9, kernel_size=3, padding=1))
+        self.levels = levels
+
+    def decode(self, features: Tensor) -> Tensor:
+        maps = self.trunk(self.adapter(features))
+        # An orthonormal level doubles the mean of its approximation: the first must be 2^levels times a picture.
+        picture = self.approximation(maps) * 2**self.levels
+        for level, details in enumerate(self.details):
+            if level:
+                maps = self.refine[level - 1](maps)
+            picture = inverse_haar(picture, details(maps))
+        return resize(picture, self.canvas.size)
+
+
+def inverse_haar(
+    approximation: Float[Tensor, "batch c h w"], details: Float[Tensor, "batch c*3 h w"]
+) -> Float[Tensor, "batch c 2*h 2*w"]:
+    """One level of the orthonormal inverse Haar transform; `details` holds horizontal, vertical, diagonal bands."""
+    horizontal, vertical, diagonal = details.chunk(3, dim=1)
+    top = torch.stack(
+        (approximation + horizontal + vertical + diagonal, approximation - horizontal + vertical - diagonal),
+        -1,
+    )
+    bottom = torch.stack(
+        (approximation + horizontal - vertical - diagonal, approximation - horizontal - vertical + diagonal),
+        -1,
+    )
+    b, c, h, w = approximation.shape
+    return torch.stack((top, bottom), dim=3).reshape(b, c, 2 * h, 2 * w) / 2
+
+
+def haar(pictures: Float[Tensor, "batch c height width"]) -> tuple[Tensor, Tensor]:
+    """One level of the orthonormal Haar transform: approximation `(B, C, h, w)` and details `(B, 3C, h, w)`."""
+    a, b = pictures[..., ::2, ::2], pictures[..., ::2, 1::2]
+    c, d = pictures[..., 1::2, ::2], pictures[..., 1::2, 1::2]
+    details = torch.cat((a - b + c - d, a + b - c - d, a - b - c + d), dim=1)
+    return (a + b + c + d) / 2, details / 2

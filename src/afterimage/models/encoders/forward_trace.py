@@ -1,0 +1,119 @@
+"""Observation: one forward pass of a model, seen module by module and operation by operation."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from afterimage.models.encoders.follow import PositionFlow, storage
+from afterimage.models.encoders.positions import Positions
+from afterimage.models.encoders.tensor_layout import Key, Refused, Shapes, reorder, tensors
+
+
+@dataclass
+class Event:
+    """One module that has finished: its place, the operations and multiply-adds until then, and its shapes.
+
+    `returned` keeps the tensors and their versions, which count changes in place; `positions` say where in the image
+    they lie, if that was followed.
+    """
+
+    order: int
+    clock: int
+    macs: int
+    shapes: Shapes
+    runs: int
+    refused: str
+    returned: list[tuple[Tensor, int]]
+    positions: dict[Key, Positions | None]
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether something has since changed a returned tensor in place."""
+        return any(tensor._version != version for tensor, version in self.returned)
+
+
+class Observation(TorchDispatchMode):
+    """Runs a model on `images` once; keeps what finished, by module path, and when each tensor was first read.
+
+    On the meta device that takes neither weights nor memory. A pass that fails leaves what had finished by
+    then and says why in `failure`. `_seen` are the tensors that depend on the pictures. With `follow` each event also
+    knows where in the image its values lie.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, *, follow: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.flow = PositionFlow(images) if follow else None
+        self.events: dict[str, Event] = {}
+        self.first_read: dict[int, int] = {}
+        self.failure = ""
+        self._clock = self._flops = self._finished = 0
+        self._seen = {storage(images)}
+        fast = torch.backends.mha.get_fastpath_enabled()
+        hooks = [
+            module.register_forward_hook(functools.partial(self._finish, path))
+            for path, module in model.named_modules()
+            if path
+        ]
+        try:
+            # Attention in plain matrix products, which are counted and followed on every device.
+            torch.backends.mha.set_fastpath_enabled(False)
+            with torch.no_grad(), torch.device(images.device), sdpa_kernel(SDPBackend.MATH), self:
+                model(images)
+        except Exception as error:
+            self.failure = (str(error).splitlines() or [""])[0] or type(error).__name__
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for hook in hooks:
+                hook.remove()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self._clock += 1
+        read = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for key in read:
+            self.first_read.setdefault(key, self._clock)
+        result = func(*args, **kwargs)
+        made = {storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        (self._seen.difference_update if self._seen.isdisjoint(read) else self._seen.update)(made)
+        if self.flow is not None:
+            self.flow.step(func, args, kwargs, result)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self._flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        elif packet is torch.ops.aten.mkldnn_rnn_layer:
+            sequence, input_weights, hidden_weights = args[:3]
+            steps = sequence.shape[0] * sequence.shape[1]
+            self._flops += 2 * steps * (input_weights.numel() + hidden_weights.numel())
+        return result
+
+    def _finish(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        refused = ""
+        try:
+            roll = reorder(self.model, path)
+            output = roll(output) if roll else output
+        except Refused as reason:
+            refused = str(reason)
+        found = [(key, tensor) for key, tensor in tensors(output) if storage(tensor) in self._seen]
+        if not found and not refused:
+            refused = "it returns nothing that depends on the picture"
+        self.events[path] = Event(
+            order=self._finished,
+            clock=self._clock,
+            macs=self._flops // 2,
+            shapes=[(key, tuple(tensor.shape)) for key, tensor in found],
+            runs=self.events[path].runs + 1 if path in self.events else 1,
+            refused=refused,
+            returned=[(tensor, tensor._version) for _, tensor in found],
+            positions={key: self.flow.of(tensor) for key, tensor in found} if self.flow is not None else {},
+        )
+        self._finished += 1

@@ -1,0 +1,165 @@
+"""Which tensors of a file are a model's: the ones under the beginning of names that fits its own names best."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from afterimage.config import AfterimageError
+from afterimage.models.weight_files import NamedTensors
+
+State = Mapping[str, Tensor]
+AVERAGED = {"ema", "swa", "averaged"}
+FIRST = ("state_dict", "model")
+LAST = {"student", "momentum", "optimizer", "optim", "grad", "grads"}
+RULE = (
+    "of several that fit, averaged weights (ema) come first, then state_dict, then model, then the order of the file; "
+    "student, momentum and optimizer come last"
+)
+CANDIDATES = 12
+"""Beginnings of names that are tried with a model's filter, which may take a while."""
+FOREIGN = 0.1
+"""The share of names that a model does not have from which on another network is the more likely owner."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A file's tensors under `prefix`, as the model's filter left them, and how well they fit."""
+
+    prefix: str
+    state: State
+    score: tuple[int, ...]
+    missing: tuple[str, ...]
+
+
+def best_match(
+    file: NamedTensors,
+    own: State,
+    required: Sequence[tuple[str, ...]],
+    convert: Callable[[dict[str, Tensor]], State],
+) -> tuple[Match, str]:
+    """The tensors of a file that are the model's, and a note on where in the file they are; empty where that is plain.
+
+    One beginning is taken off, be it a container in the file or a part of the names, under which most of the
+    `required` tensors lie (each by all names that it has) with the model's shapes. Where no names fit as they are,
+    `convert`, which brings a publisher's names and shapes into the model's, has its say on each.
+
+    Raises:
+        AfterimageError: `convert` refuses all that the file holds.
+    """
+    found = {prefix: _match(file, prefix, own, required) for prefix in _by_names(file, own)}
+    fits = [match for match in found.values() if not match.missing]
+    refused: AfterimageError | None = None
+    if not fits:
+        for prefix in dict.fromkeys([*list(found)[:CANDIDATES], *_by_count(file, len(required))]):
+            try:
+                fits.append(_match(file, prefix, own, required, convert))
+            except AfterimageError as error:
+                refused = refused or error
+        if not fits:
+            raise refused or AssertionError("every file has a beginning of names")
+        best = max(fits, key=lambda match: match.score)
+        return _chosen(file, [match for match in fits if match.score == best.score])
+    top = max(match.score for match in fits)
+    best, note = _chosen(file, [match for match in fits if match.score == top])
+    return _match(file, best.prefix, own, required, convert), note
+
+
+def nearest(file: NamedTensors, missing: str, limit: int = 2000) -> str:
+    """The name in the file that is most like one that is missing; empty where none is."""
+    names = list(file.tensors)[:limit]
+    ends = [name for name in names if name.endswith(f".{missing}")]
+    return next(iter(ends or difflib.get_close_matches(missing, names, n=1, cutoff=0.75)), "")
+
+
+def _by_names(file: NamedTensors, own: State) -> list[str]:
+    """The beginnings under which there are names of the model's, most of them first."""
+    counts: Counter[str] = Counter()
+    for name in file.tensors:
+        for rest in _ends(name):
+            if rest in own:
+                counts[name[: len(name) - len(rest)]] += 1
+    return [prefix for prefix, _ in counts.most_common(4 * CANDIDATES)]
+
+
+def _by_count(file: NamedTensors, required: int) -> list[str]:
+    """The beginnings under which there are at least half as many tensors as the model needs, and the file's own."""
+    counts: Counter[str] = Counter([""])
+    for name in file.tensors:
+        counts.update(name[: len(name) - len(rest)] for rest in _ends(name))
+    enough = [prefix for prefix, count in counts.items() if 2 * count >= required]
+    return sorted(dict.fromkeys(["", *enough]), key=lambda prefix: prefix.count("."))[:CANDIDATES]
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A name, and what is left of it as its words are taken off one by one."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def _match(
+    file: NamedTensors,
+    prefix: str,
+    own: State,
+    required: Sequence[tuple[str, ...]],
+    convert: Callable[[dict[str, Tensor]], State] | None = None,
+) -> Match:
+    """Score what lies under a prefix: needed tensors of the right shape, needed ones at all, all of the model's."""
+    container = _container(file, prefix)
+    under = {name: name[len(prefix) :] for name in file.tensors if name.startswith(prefix)}
+    # A name of another container is no part of this state dict, unless it is one of the model's.
+    names = {rest: name for name, rest in under.items() if rest in own or file.containers[name] == container}
+    state: State = {rest: file.tensors[name] for rest, name in names.items()}
+    foreign = sum(rest not in own for rest in names)
+    if convert is not None:
+        state = convert(dict(state))
+    right = {key for key, value in state.items() if key in own and value.shape == own[key].shape}
+    missing = tuple(names[0] for names in required if not state.keys() & set(names))
+    score = (
+        sum(not right.isdisjoint(names) for names in required),
+        len(required) - len(missing),
+        len(right),
+        foreign <= FOREIGN * len(names),
+    )
+    return Match(prefix, state, tuple(map(int, score)), missing)
+
+
+def _container(file: NamedTensors, prefix: str) -> str:
+    """The innermost container in the file that a beginning of names leads into."""
+    inside = {container for container in file.containers.values() if prefix.startswith(container)}
+    return max(inside, key=len, default="")
+
+
+def _order(prefix: str) -> tuple[int, int]:
+    words = set(re.split(r"[._]", prefix.lower()))
+    containers = prefix.split(".")
+    first = min((FIRST.index(word) for word in containers if word in FIRST), default=len(FIRST))
+    return (0 if words & AVERAGED else 2 if words & LAST else 1), first
+
+
+def _chosen(file: NamedTensors, fits: list[Match]) -> tuple[Match, str]:
+    """Of what fits equally well the one that the rule names, and the note that says so."""
+    places = {name: place for place, name in enumerate(file.tensors)}
+    begins = {m.prefix: min(p for n, p in places.items() if n.startswith(m.prefix)) for m in fits}
+    best, *others = sorted(fits, key=lambda match: (*_order(match.prefix), begins[match.prefix]))
+    parts = []
+    if best.prefix:
+        container = _container(file, best.prefix)
+        where = [f"in {container[:-1]!r}"] if container else []
+        rest = best.prefix[len(container) :]
+        taken = [f"without the beginning {rest!r} of their names"] if rest else []
+        parts.append(f"the tensors {', '.join(where + taken)}")
+    if file.wrappers:
+        parts.append(f"{' and '.join(map(repr, file.wrappers))} taken out of their names")
+    if others:
+        also = " and ".join(repr(match.prefix.rstrip(".")) or "the file's own" for match in others[:4])
+        parts.append(f"{also} would fit as well ({RULE})")
+    if file.unread:
+        parts.append(f"not read: {', '.join(file.unread[:5])}{', ...' if len(file.unread) > 5 else ''}")
+    return best, "; ".join(parts)

@@ -1,0 +1,134 @@
+"""Placement: where a layer's locations lie in the image, and which pixels none of them sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from afterimage.config import Axis
+from afterimage.models.encoders.positions import Positions, averaged, compress
+from afterimage.models.encoders.tensor_layout import Layout, Refused, Size
+
+SHIFT = 0.5
+"""Locations by which a map may be shifted as a whole and still count as even: padded convolutions of stride s put
+location i at pixel i s, half a location (less half a pixel) from where an even grid has it, and decoders learn that."""
+DRIFT = 0.125
+"""Locations by which the two ends of a map may differ in their shift and the map still count as even."""
+GRAIN = 1024
+"""Starts and strides are given in multiples of 1/1024 pixel, so that every machine finds the same."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a map's rows and columns lie (None: they divide the image evenly and every pixel is seen).
+
+    `unseen` names in words the pixels that no location sees, or says why the placement is not known; else it is "".
+    """
+
+    rows: Axis | None = None
+    columns: Axis | None = None
+    unseen: str = ""
+
+
+def find_placement(positions: Positions | None, layout: Layout, size: Size) -> Placement:
+    """The placement of a feature map on images of `size`, from the positions of what a module returned."""
+    try:
+        if positions is None or not positions.parts or all(part[2].isinf().all() for part in positions.parts):
+            doubts = sorted(positions.doubts) if positions is not None else []
+            raise Refused(
+                f"what {', '.join(doubts)} does to places is not known" if doubts else "it has no place"
+            )
+        centres = _over_channels(positions, layout)
+        reach = [[_map(array, positions, layout).amin() for array in arrays] for arrays in positions.reach]
+        top, left, bottom, right = (int(min(values).item()) for values in zip(*reach, strict=True))
+        rows = _axis(centres[0], layout.height, size[0], top, -bottom)
+        columns = _axis(centres[1].T, layout.width, size[1], left, -right)
+    except Refused as reason:
+        return Placement(
+            unseen=f"where its locations lie in the image is not known ({reason}); it is taken to be divided evenly"
+        )
+    return Placement(rows, columns, describe_unseen(rows, columns, size))
+
+
+def _map(array: Tensor, positions: Positions, layout: Layout) -> Tensor:
+    return compress(replace(layout, key=())(array.expand(positions.shape)))
+
+
+def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The centres `(y, x)` of a map's locations, `(h, w)` or 1 along an axis on which they are constant.
+
+    Where a location brings several places together they are those that are mixed least. Raises Refused where these
+    lie far apart.
+    """
+    parts = [averaged(tuple(_map(array, positions, layout) for array in part), 1) for part in positions.parts]
+    least = min(part[2].min().item() for part in parts)
+    parts = [part for part in parts if part[2].min().item() == least]
+    cells = (layout.height, layout.width)
+    centres = []
+    for axis in range(2):
+        several = torch.stack([part[axis][0, 0].expand(cells) for part in parts])
+        spread, steps = several.amax(0) - several.amin(0), several[0].diff(dim=axis)
+        if len(parts) > 1 and (spread > steps.median() if steps.numel() else spread > 0).any():
+            raise Refused("each of its locations brings several places together")
+        centres.append(compress(several.mean(0)))
+    return centres[0], centres[1]
+
+
+def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis | None:
+    """One axis, from the centres of its locations in pixels, `(count, others)` or 1 where they are all the same.
+
+    Raises Refused where they lie on no line.
+    """
+    sees_all = (first, last) == (0, size)
+    if count == 1:
+        return None if sees_all else Axis(float(first), float(last - first), first, last)
+    if (centres.amax(1) - centres.amin(1)).max() > SHIFT * size / count:
+        raise Refused("its rows or columns are not straight")
+    line = centres.expand(count, -1)[:, centres.shape[1] // 2]
+    steps = line.diff()
+    if line[0] == line[-1]:
+        raise Refused("each of its locations is made of the whole image alike")
+    if (steps < 0).any():
+        raise Refused("its rows or columns are not in the image's order")
+    index = torch.arange(count, dtype=torch.float64, device="cpu")
+    mean = index.mean()
+    # Most steps are the stride, but interpolation stops at the border; or it repeats them, and only their mean is.
+    typical, middle = steps.median(), (count - 1) // 2
+    fits = [
+        (typical, line[middle] - middle * typical),
+        (slope := (index - mean) @ line / (index - mean).square().sum(), line.mean() - slope * mean),
+    ]
+    errors = [(line - origin - index * stride).abs() for stride, origin in fits]
+    best = min(range(2), key=lambda number: errors[number].median().item())
+    if errors[best].quantile(0.75) > SHIFT * max(fits[best][0], steps.max()):
+        raise Refused("its locations are not evenly spaced")
+    stride, origin = (round(value.item() * GRAIN) / GRAIN for value in fits[best])
+    start = origin - stride / 2
+    drift = (count * stride - size) / stride
+    shift = abs(start + count * stride / 2 - size / 2) / stride
+    if sees_all and abs(drift) <= DRIFT and shift <= SHIFT:
+        return None
+    return Axis(start, stride, first, last)
+
+
+def describe_unseen(rows: Axis | None, columns: Axis | None, size: Size) -> str:
+    """`the last 8 rows and columns of 104x104 images are not seen`, or "" where all are."""
+    named = [
+        [(end, count) for end, count in (("first", axis.first), ("last", length - axis.last)) if count]
+        if axis
+        else []
+        for axis, length in zip((rows, columns), size, strict=True)
+    ]
+    if named[0] == named[1]:
+        parts = [f"the {end} {_counted(count, 'row', 'column')}" for end, count in named[0]]
+    else:
+        words = zip(named, ("row", "column"), strict=True)
+        parts = [f"the {end} {_counted(count, word)}" for ends, word in words for end, count in ends]
+    return f"{' and '.join(parts)} of {size[0]}x{size[1]} images are not seen" if parts else ""
+
+
+def _counted(count: int, *words: str) -> str:
+    text = " and ".join(words if count == 1 else [f"{word}s" for word in words])
+    return text if count == 1 else f"{count} {text}"

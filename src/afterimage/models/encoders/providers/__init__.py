@@ -1,0 +1,1 @@
+"""One library of networks a file."""

@@ -1,0 +1,329 @@
+"""Models of timm: their names, building them, and loading weights into them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import inspect
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import timm
+import torch
+from timm.models import PretrainedCfg, _builder, get_pretrained_cfg
+from torch import Tensor, nn
+
+from afterimage.config import HUB_PREFIX, AfterimageError, split_source, unknown
+from afterimage.models.encoders.match import best_match, nearest
+from afterimage.models.encoders.random_init import Blank, open_branches, seeded
+from afterimage.models.hub_files import repository_config
+from afterimage.models.weight_files import NamedTensors
+
+
+def resolve(source: str) -> str:
+    """`model:layer` with the weights' tag pinned: `vgg16:block1` becomes `vgg16.tv_in1k:block1`.
+
+    The layer keeps the word it was written with; whether the model has it is seen when it is measured.
+    Raises AfterimageError for a model or tag that timm does not know.
+    """
+    model, layer = split_source(source.strip())
+    return f"{resolve_model(model)}:{layer}"
+
+
+@functools.cache
+def resolve_model(name: str) -> str:
+    """A timm model's name with the tag of its weights: the one given, else timm's default.
+
+    A model for which no weights were ever published has no tag and stays as it is. A repository of the hub,
+    `OWNER/NAME` with `hf-hub:` before it or not, is the timm model whose weights it holds, or stays `OWNER/NAME`: its
+    config.json then names the architecture.
+    """
+    name = re.sub(HUB_PREFIX, "", name)
+    if "/" in name:
+        return _resolve_repository(name)
+    architecture, _, tag = name.partition(".")
+    current = _renamed(architecture)
+    if current is not None:
+        architecture, _, current_tag = current.partition(".")
+        tag = tag or current_tag
+    elif not timm.is_model(architecture):
+        raise _unknown_model(name)
+    if not tag:
+        config = get_pretrained_cfg(architecture)
+        return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
+    pinned, known = f"{architecture}.{tag}", _tags(architecture)
+    if pinned not in known:
+        raise unknown("weights' tag", pinned, known or [architecture])
+    return pinned
+
+
+def _resolve_repository(name: str) -> str:
+    owner, _, model = name.partition("/")
+    if owner == "timm":
+        known, _, tag = model.partition(".")
+        if _renamed(known) or (timm.is_model(known) and (not tag or model in _tags(known))):
+            return resolve_model(model)
+    if timm.is_model(owner.partition(".")[0]):
+        raise AfterimageError(
+            f"unknown model {name!r}; did you mean {owner!r}? A layer is named after a colon"
+        )
+    architecture(name)
+    return name
+
+
+def architecture(name: str) -> str:
+    """What timm calls a model's architecture: its name without the tag; for a repository what its config.json says.
+
+    Raises AfterimageError for a repository that cannot be read, or whose network is none of timm's.
+    """
+    if "/" not in name:
+        return name.partition(".")[0]
+    config = repository_config(name)
+    found = str(config.get("architecture", "")).partition(".")[0]
+    if timm.is_model(found):
+        return found
+    says = f"names the architecture {found!r}" if found else "names no architecture"
+    if isinstance(kind := config.get("model_type"), str):
+        says += f" (it describes a {kind!r} of another library)"
+    raise AfterimageError(
+        f"{name} is no model of timm's: its config.json {says}, which timm would have to know"
+    )
+
+
+def _renamed(architecture: str) -> str | None:
+    """What timm calls a model today whose old name it still knows."""
+    from timm.models._registry import _deprecated_models
+
+    if architecture not in _deprecated_models:
+        return None
+    current = _deprecated_models[architecture]
+    if not current:
+        raise AfterimageError(f"timm has removed the model {architecture!r} and names no successor")
+    return current
+
+
+def _tags(architecture: str) -> list[str]:
+    return [name for name in timm.list_models(f"{architecture}.*", include_tags=True) if "." in name]
+
+
+def _unknown_model(name: str) -> AfterimageError:
+    """Near matches only: timm knows over a thousand models, too many to list."""
+    known = timm.list_models(pretrained=True)
+    architectures = dict.fromkeys(known_name.partition(".")[0] for known_name in known)
+    near = difflib.get_close_matches(name, [*known, *architectures], n=5, cutoff=0.6)
+    near = near or [architecture for architecture in architectures if name.lower() in architecture][:5]
+    hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else "."
+    return AfterimageError(
+        f"unknown model {name!r}{hint} Valid: any of timm's {len(architectures)} pretrained models, "
+        "for example resnet34, vgg16, vit_base_patch16_224, convnext_tiny "
+        '(python -c "import timm; print(timm.list_models(pretrained=True))")'
+    )
+
+
+def aliases(model: nn.Module, name: str) -> dict[str, str]:
+    """The study's names for layers, as `{alias: module path}`; a real module path always wins over an alias.
+
+    VGG's `block1` .. `block5` are the pooled outputs; `block0` .. of anything made of `blocks` are its blocks
+    in order; PVT-v2's `stage1` .. `stage4` are its stages. ResNet's `layer1` .. `layer4` are module paths as
+    they are.
+    """
+    name = architecture(name)
+    if name.startswith("vgg"):
+        pools = [f"features.{i}" for i, m in model.features.named_children() if isinstance(m, nn.MaxPool2d)]
+        return {f"block{n}": path for n, path in enumerate(pools, start=1)}
+    if name.startswith("pvt_v2"):
+        return {f"stage{n}": f"stages.{i}" for n, (i, _) in enumerate(model.stages.named_children(), start=1)}
+    for path in ("blocks", "encoder.blocks"):
+        with contextlib.suppress(AttributeError):
+            return {f"block{i}": f"{path}.{i}" for i, _ in enumerate(model.get_submodule(path).children())}
+    return {}
+
+
+Size = tuple[int, int]
+_LOCK = threading.Lock()
+
+
+def pretrained_config(name: str) -> dict[str, Any]:
+    """timm's description of a model's weights: mean and std, the picture size that they expect, and so on."""
+    if "/" in name:
+        return _repository(name)[0]
+    config = get_pretrained_cfg(name, allow_unregistered=True)
+    return config.to_dict() if config is not None else {}
+
+
+@functools.cache
+def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a repository's config.json says of its weights, and with which arguments timm builds its network.
+
+    Old ones have no table of their own for the weights. An argument that sets the image's size is left out, as
+    `create_model` has it. What is not said is as timm takes it.
+    """
+    config, known = repository_config(name), {field.name for field in fields(PretrainedCfg)}
+    told, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    try:
+        default = get_pretrained_cfg(architecture(name)) or PretrainedCfg()
+        told = {"num_classes": config.get("num_classes"), **told, "architecture": architecture(name)}
+        told = {key: value for key, value in told.items() if key in known and value is not None}
+        shapes = {key: getattr(default, key) for key in ("fixed_input_size", "first_conv", "classifier")}
+        weights = PretrainedCfg(**{**shapes, **told}).to_dict()
+        for key in ("mean", "std", "input_size"):
+            if len([float(value) for value in weights[key]]) != 3:
+                raise ValueError(f"{key} must be three numbers, got {weights[key]}")
+        return weights, {key: value for key, value in arguments.items() if key != "img_size"}
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise AfterimageError(f"cannot use the config.json of {name}: {error}") from None
+
+
+def has_fixed_size(name: str) -> bool:
+    """Whether a model is built for one picture size; any other takes what it is given."""
+    return bool(pretrained_config(name).get("fixed_input_size"))
+
+
+def native_size(name: str) -> Size:
+    """The picture size of a model's pretraining."""
+    height, width = pretrained_config(name).get("input_size", (3, 224, 224))[-2:]
+    return height, width
+
+
+def create_model(name: str, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
+    """A timm model in eval mode for pictures of `image_size`."""
+    if has_fixed_size(name):
+        options["img_size"] = image_size
+    if "/" in name:
+        config, arguments = _repository(name)
+        options, name = {**arguments, **options, "pretrained_cfg": config}, architecture(name)
+    with warnings.catch_warnings(), torch.device(device):
+        warnings.simplefilter("ignore")
+        return timm.create_model(name, **options).eval()
+
+
+def create_random(name: str, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
+    """A random control, drawn from a seed: timm's own initialisation (`random-init`), or its blocks act (`random`)."""
+    with seeded(seed):
+        model = create_model(name, image_size)
+    if kind == "random":
+        open_branches(model, image_size)
+    return model
+
+
+def create_loaded(
+    name: str, image_size: Size, file: NamedTensors, used: Sequence[tuple[str, ...]]
+) -> tuple[nn.Module, str]:
+    """A model with the weights of a file, in timm's names or in their publisher's, and a note on where in the file
+    they are (see `best_match`), empty where that is plain.
+
+    Position embeddings and the like are resampled to `image_size` by the model's own filter. The file may hold a
+    part of the network only. `used` are the tensors that must be in it, each by all the names it goes by.
+
+    Raises:
+        AfterimageError: one of them is missing, does not fit or is not finite; it names the file.
+    """
+    notes: list[str] = []
+    load = functools.partial(_load, image_size=image_size, file=file, used=used, notes=notes)
+    with seeded(0), _intercept(load), Blank():
+        return create_model(name, image_size, pretrained=True), notes[0]
+
+
+@contextlib.contextmanager
+def _intercept(load: Callable[[nn.Module, Callable | None], None]) -> Iterator[None]:
+    """Have timm call `load(model, filter)` where it would load weights itself.
+
+    The filter, which brings weights into a model's own names and shapes, is an argument of that one call:
+    timm has no public way to it.
+    """
+
+    def replacement(model: nn.Module, *_: Any, filter_fn: Callable | None = None, **__: Any) -> None:
+        load(model, filter_fn)
+
+    with _LOCK:
+        original = _builder.load_pretrained
+        _builder.load_pretrained = replacement
+        try:
+            yield
+        finally:
+            _builder.load_pretrained = original
+
+
+def _load(
+    model: nn.Module,
+    filter_fn: Callable | None,
+    image_size: Size,
+    file: NamedTensors,
+    used: Sequence[tuple[str, ...]],
+    notes: list[str],
+) -> None:
+    name, own = model.pretrained_cfg["architecture"], model.state_dict()
+    required = [names for names in used if own[names[0]].is_floating_point()]
+    match, note = best_match(file, own, required, lambda state: _fit(model, filter_fn, state, own, file.file))
+    notes.append(note)
+    if match.missing:
+        like = nearest(file, match.missing[0])
+        hint = f"; most like {match.missing[0]} is {like}" if like else ""
+        raise AfterimageError(
+            f"{file.file} lacks {_listed(match.missing)}, which the layers in use of {name} read; "
+            f"{file.holds()}{hint}"
+        )
+    read = {key for names in used for key in names}
+    classifiers = tuple(_as_tuple(model.pretrained_cfg.get("classifier")))
+    known = {key: value for key, value in match.state.items() if key in own}
+    misfits = {key: value for key, value in known.items() if value.shape != own[key].shape}
+    wrong = [
+        f"{key} is {_shape(value)} there and {_shape(own[key])} in the model"
+        for key, value in misfits.items()
+        if key in read or not key.startswith(classifiers)
+    ]
+    if wrong:
+        raise AfterimageError(
+            f"{file.file} does not fit {name}: {_listed(wrong)}{_resized(name, image_size)}"
+        )
+    broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
+    if broken:
+        raise AfterimageError(f"{file.file} holds values that are not finite, in {_listed(broken)}")
+    model.load_state_dict({key: value for key, value in known.items() if key not in misfits}, strict=False)
+
+
+def _fit(
+    model: nn.Module, filter_fn: Callable | None, state: dict[str, Tensor], own: dict[str, Tensor], file: str
+) -> dict[str, Tensor]:
+    """Bring a state dict into the model's names and shapes.
+
+    Where the names are the model's already, a filter must not see a part of the network: some tell formats
+    apart by the classifier's key. It then gets the rest from the model itself, which is taken out again.
+    """
+    if filter_fn is None or all(key in own and value.shape == own[key].shape for key, value in state.items()):
+        return state
+    added = own.keys() - state.keys() if state.keys() <= own.keys() else ()
+    arguments = ({**state, **{key: own[key] for key in added}}, model)
+    try:
+        fitted = filter_fn(*arguments[: len(inspect.signature(filter_fn).parameters)])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        name = model.pretrained_cfg["architecture"]
+        raise AfterimageError(f"{file} does not fit {name}: it cannot be converted ({reason})") from error
+    return {key: value for key, value in fitted.items() if key not in added}
+
+
+def _resized(name: str, size: Size) -> str:
+    """A hint where a model of fixed size was built for another size than its weights are for."""
+    native = tuple(pretrained_config(name).get("input_size", (3, *size))[-2:])
+    if not has_fixed_size(name) or native == size:
+        return ""
+    return f" (built for {size[0]}x{size[1]} pictures; its weights are for {native[0]}x{native[1]})"
+
+
+def _as_tuple(value: str | Sequence[str] | None) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value or ()
+
+
+def _listed(items: Sequence[str], limit: int = 10) -> str:
+    more = f" and {len(items) - limit} more ({len(items)} in all)" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"

@@ -1,0 +1,267 @@
+"""Layouts: how what a module returns becomes `(B, C, h, w)`.
+
+Which axes are spatial, and which of several tokens lie somewhere in the image, is measured, not declared: the network
+is run on two picture sizes (and two batch sizes), the axes that grow with the picture are its height and width, and
+tokens are told apart by where in the image they lie (`positions`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afterimage.models.encoders.positions import WIDE, Positions
+
+COARSEST = 128
+ROUND = 64
+"""Parts of a pixel within which the tokens of one row of a grid lie."""
+Size = tuple[int, int]
+Shape = tuple[int, ...]
+Key = tuple[int | str, ...]
+Shapes = list[tuple[Key, Shape]]
+
+
+class Refused(Exception):
+    """Why a module's output is no feature map."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One module's output: the tensor at `key`, its axes, the tokens before and after the map's, its measured shape."""
+
+    axes: str
+    channels: int
+    height: int
+    width: int
+    prefix: int = 0
+    key: Key = ()
+    suffix: int = 0
+
+    def __call__(self, output: Any) -> Tensor:
+        """The feature map `(B, C, h, w)` inside a module's output; a view of it wherever that is possible."""
+        for step in self.key:
+            output = step_into(output, step)
+        if self.axes == "NHWC":
+            return output.permute(0, 3, 1, 2)
+        if self.axes == "NLC":
+            output = output.transpose(1, 2)
+        if self.axes in ("NLC", "NCL"):
+            places = output[:, :, self.prefix : output.shape[2] - self.suffix]
+            return places.unflatten(2, (self.height, self.width))
+        return output
+
+
+def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
+    """Every tensor in an output, with the indices, keys and names of fields that lead to it."""
+    if isinstance(output, Tensor):
+        return [(key, output)]
+    items: Any = ()
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, list | tuple):
+        items = enumerate(output)
+    elif has_fields(output):
+        items = ((name, getattr(output, name)) for name in field_names(output))
+    return [found for step, item in items for found in tensors(item, (*key, step))]
+
+
+def has_fields(output: Any) -> bool:
+    """Whether an output keeps what it holds in named fields: a dataclass or a namespace."""
+    return (is_dataclass(output) and not isinstance(output, type)) or isinstance(output, SimpleNamespace)
+
+
+def field_names(output: Any) -> list[str]:
+    return [field.name for field in fields(output)] if is_dataclass(output) else list(vars(output))
+
+
+def step_into(output: Any, step: int | str) -> Any:
+    """What an output holds under an index, a key or a field's name."""
+    by_name = isinstance(step, str) and not isinstance(output, Mapping) and has_fields(output)
+    return getattr(output, step) if by_name else output[step]
+
+
+def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
+    """What puts a module's tokens into raster order first, for models that keep them in another order.
+
+    Hiera unrolls its tokens so that pooling is a maximum over contiguous ones (Ryali et al., 2023); only at
+    the end of a block does it say how to roll them back, into (B, h, w, C).
+    """
+    if not hasattr(model, "reroll") or path.partition(".")[0] == "patch_embed":
+        return None
+    stem, _, index = path.rpartition(".")
+    if stem == "blocks" and index.isdigit():
+        return functools.partial(model.reroll.forward, block_idx=int(index))
+    raise Refused("its tokens are not in raster order; take patch_embed or a whole block, blocks.0 and on")
+
+
+def find_layout(
+    first: Shapes,
+    second: Shapes,
+    sizes: tuple[Size, Size],
+    prefix: int | None = None,
+    prefers_nhwc: bool = False,
+    positions: Mapping[Key, Positions | None] | None = None,
+) -> Layout:
+    """The layout of one module's output, from its tensors' shapes on one picture and on two of another size.
+
+    `sizes` are the pictures', `prefix` the number of prefix tokens that the model declares, if it does. Where both
+    passes had the same size, `prefers_nhwc` decides what the shapes leave open. `positions` say where the elements
+    of the first pass lie in the image: they come before what shapes suggest. Raises Refused with the reason where no
+    tensor, or more than one, is a feature map.
+    """
+    later, positions = dict(second), positions or {}
+    found: dict[Layout, None] = {}
+    reasons: dict[str, None] = {} if first else {"it returns no tensor": None}
+    for key, shape in first:
+        try:
+            if key not in later:
+                raise Refused("what it returns changes with the picture's size")
+            seen = _seen(key, shape, positions.get(key)) if _is_batch(shape, later[key]) else None
+            found[seen or _layout(key, shape, later[key], sizes, prefix, prefers_nhwc)] = None
+        except Refused as reason:
+            reasons[f"{'x'.join(map(str, shape))}: {reason}"] = None
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        maps = ", ".join(f"{layout.channels}x{layout.height}x{layout.width}" for layout in found)
+        raise Refused(
+            f"it returns {len(found)} feature maps ({maps}); take a module inside it that returns one"
+        )
+    raise Refused("; ".join(reasons))
+
+
+def _layout(
+    key: Key, shape: Shape, later: Shape, sizes: tuple[Size, Size], prefix: int | None, prefers_nhwc: bool
+) -> Layout:
+    if not _is_batch(shape, later):
+        raise Refused("its first axis is not the batch (windows, or a table)")
+    if len(shape) == 2:
+        raise Refused("a vector has no locations")
+    both, found = (shape, later), []
+    if len(shape) == 4:
+        for axes, channel, row, column in (("NCHW", 1, 2, 3), ("NHWC", 3, 1, 2)):
+            grids = [(s[row], s[column]) for s in both]
+            if shape[channel] == later[channel] and all(map(_is_grid, grids, sizes)) and _grows(grids, sizes):
+                found.append(Layout(axes, shape[channel], *grids[0], key=key))
+        if prefers_nhwc:
+            found.reverse()
+    if len(shape) == 3 and sizes[0] == sizes[1] and prefix is None:
+        raise Refused(
+            "which of its tokens lie where in the image cannot be measured, and their number does not tell"
+        )
+    if len(shape) == 3:
+        measured = _prefix(shape[1], later[1], sizes)
+        for axes, channel, token, skipped in (
+            ("NLC", 2, 1, prefix or 0),
+            ("NLC", 2, 1, 0),
+            ("NLC", 2, 1, measured),
+            ("NCL", 1, 2, 0),
+        ):
+            grids = [find_grid(s[token] - skipped, size) for s, size in zip(both, sizes, strict=True)]
+            if shape[channel] == later[channel] and all(grids) and _grows(grids, sizes):
+                found.append(Layout(axes, shape[channel], *grids[0], prefix=skipped, key=key))
+    if not found:
+        raise Refused(
+            "no axes of it grow with the picture's height and width as a map's, or a grid of tokens, do"
+        )
+    return found[0]
+
+
+def _is_batch(shape: Shape, later: Shape) -> bool:
+    return len(shape) == len(later) and (shape[:1], later[:1]) == ((1,), (2,))
+
+
+def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
+    """The layout of tokens by where they lie in the image; None where that does not tell.
+
+    Raises Refused where those that lie somewhere are no grid in raster order.
+    """
+    if positions is None or len(shape) != 3 or not positions.parts:
+        return None
+    parts = [tuple(array.expand(shape)[0] for array in part) for part in positions.parts]
+    varies = {
+        axis
+        for part in positions.parts
+        for array in part
+        for axis, size in enumerate(array.shape)
+        if size > 1
+    }
+    if len(varies) != 1:
+        return None
+    (axis,) = varies
+    y, x, mixed = (array.select(2 - axis, 0) for array in min(parts, key=lambda part: part[2].min().item()))
+    own = mixed < mixed.min() + WIDE / 2  # others, such as class tokens, have been mixed over the whole image
+    y, x = ((array * ROUND).round() for array in (y, x))
+    rows, columns = y[own].unique(), x[own].unique()
+    indices = own.nonzero().flatten()
+    first, count = int(indices[0]), len(indices)
+    if (len(rows), len(columns)) == (1, 1) and count > 1:
+        return None  # they are all made of the whole image alike
+    grid = torch.cartesian_prod(rows, columns) if count == len(rows) * len(columns) else None
+    if (
+        int(indices[-1]) != first + count - 1
+        or grid is None
+        or not torch.equal(grid.reshape(-1, 2), torch.stack([y[own], x[own]], 1))
+    ):
+        raise Refused("its tokens are not in raster order")
+    return Layout(
+        "NLC" if axis == 1 else "NCL",
+        shape[3 - axis],
+        len(rows),
+        len(columns),
+        prefix=first,
+        key=key,
+        suffix=len(own) - first - count,
+    )
+
+
+def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
+    """How many of the tokens did not grow in number with the picture's area, if a few did not."""
+    small, large = (math.prod(size) for size in sizes)
+    if large == small:
+        return 0
+    count, rest = divmod(large * before - small * after, large - small)
+    return count if rest == 0 and 0 < count <= 16 else 0
+
+
+def _is_grid(grid: Size, size: Size) -> bool:
+    """Whether a grid has the picture's aspect, up to what padding (or its absence) adds and takes away.
+
+    One location for a whole picture of ordinary size is no map but what pooling left of one.
+    """
+    if not all(grid) or (size[0] == size[1] and grid[0] != grid[1]):
+        return False
+    reduction = math.sqrt(math.prod(size) / math.prod(grid))
+    return reduction <= COARSEST and all(
+        abs(g - s / reduction) <= max(1.5, 0.1 * g) for g, s in zip(grid, size, strict=True)
+    )
+
+
+def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
+    """Whether a grid has grown along each axis about as much as the picture has.
+
+    An attention map has the aspect of a square picture too, but grows with its area.
+    """
+    (before, after), (small, large) = grids, sizes
+    return all(
+        a == b if s1 == s2 else a < b and 0.6 <= (b / a) / (s2 / s1) <= 1.6
+        for a, b, s1, s2 in zip(before, after, small, large, strict=True)
+    )
+
+
+def find_grid(count: int, size: Size) -> Size | None:
+    """The `(h, w)` with h w = count that is closest to the picture's aspect and within one of it."""
+    if count < 1:
+        return None
+    reduction = math.sqrt(math.prod(size) / count)
+    height, width = (s / reduction for s in size)
+    candidates = [(h, count // h) for h in range(max(1, int(height) - 1), int(height) + 3) if count % h == 0]
+    candidates = [c for c in candidates if abs(c[0] - height) < 1 and abs(c[1] - width) < 1]
+    return min(candidates, key=lambda c: abs(c[0] - height) + abs(c[1] - width), default=None)

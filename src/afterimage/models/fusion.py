@@ -1,0 +1,343 @@
+"""Several feature maps become one: attention, concat, weighted, aligned or stacked."""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, unknown
+from afterimage.models.decoders.canvas import Canvas, Span, seen_box
+from afterimage.models.decoders.linear import LinearDecoder
+from afterimage.models.layers.blocks import resize, shrink
+from afterimage.runtime.distributed import ALONE, Ranks
+
+
+def fused_spec(
+    specs: Sequence[FeatureSpec], channels: int, size: tuple[int, int], image_size: tuple[int, int]
+) -> FeatureSpec:
+    """The spec of a fused map of `size` locations: it lies where the finest map does, and sees what any of them sees.
+
+    Of several finest maps the first counts.
+    """
+    finest = max(specs, key=lambda spec: spec.locations)
+    seen = seen_box(specs, image_size) or tuple((0, length) for length in image_size)
+    cells = (finest.height, finest.width)
+    axes = [
+        None if axis is None else Axis(axis.start, axis.stride * own / count, *ends)
+        for axis, own, count, ends in zip((finest.rows, finest.columns), cells, size, seen, strict=True)
+    ]
+    return FeatureSpec(" + ".join(spec.source for spec in specs), channels, *size, *axes)
+
+
+def align(maps: Tensor, source: Canvas, target: Canvas, *, smooth: bool = True) -> Tensor:
+    """Feature maps `(B, C, h, w)` of one canvas's cells, interpolated bilinearly at the middles of another's.
+
+    With `smooth` they are antialiased where cells become larger.
+    """
+    cells = (target.rows.count, target.columns.count)
+    if source.even and target.even:
+        if smooth:
+            return resize(maps, cells)
+        return F.interpolate(maps, cells, mode="bilinear", align_corners=False)
+    if (source.rows, source.columns) == (target.rows, target.columns):
+        return maps
+    rows, columns = (
+        _weights(one, other, smooth).to(maps.device, maps.dtype)
+        for one, other in ((source.rows, target.rows), (source.columns, target.columns))
+    )
+    return rows @ maps @ columns.mT
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(source: Span, target: Span, smooth: bool) -> Float[Tensor, "target source"]:
+    """How much of each cell of one span is in each of another, along one axis: triangles of the wider cell's width."""
+    middles = (
+        target.start + (torch.arange(target.count, dtype=torch.float64, device="cpu") + 0.5) * target.stride
+    )
+    places = ((middles - source.start) / source.stride - 0.5).clamp(0, source.count - 1)
+    reach = max(1.0, target.stride / source.stride) if smooth else 1.0
+    distance = (places[:, None] - torch.arange(source.count, dtype=torch.float64, device="cpu")).abs()
+    weights = (1 - distance / reach).clamp(min=0)
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+class Fusion(nn.Module, ABC):
+    """Brings every map to one size and number of channels, then makes one of them.
+
+    Each source has a 1x1 convolution to `channels` and batch norm; it is then resampled bilinearly (antialiased
+    where it shrinks) to `size` locations, so that what lies in one place of the image meets. `spec` describes what
+    comes out.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.specs, self.size = tuple(specs), size
+        self.spec = fused_spec(specs, channels, size, image_size)
+        self.canvas = Canvas(self.spec, image_size)
+        self.canvases = [Canvas(spec, image_size) for spec in specs]
+        self.projections = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(spec.channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels)
+            )
+            for spec in specs
+        )
+
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Every source as `(B, channels, h, w)`; smaller maps are projected before they are enlarged."""
+        if len(features) != len(self.specs):
+            raise AfterimageError(f"this fusion takes {len(self.specs)} feature maps, got {len(features)}")
+        projected = []
+        for feature, canvas, projection in zip(features, self.canvases, self.projections, strict=True):
+            shrinks = feature.shape[-2] > self.size[0] or feature.shape[-1] > self.size[1]
+            projected.append(
+                projection(align(feature, canvas, self.canvas))
+                if shrinks
+                else align(projection(feature), canvas, self.canvas)
+            )
+        return projected
+
+    @abstractmethod
+    def forward(
+        self, features: Sequence[Float[Tensor, "batch _ _ _"]]
+    ) -> Float[Tensor, "batch channels h w"]:
+        """One feature map `(B, channels, h, w)` from several."""
+
+
+class AttentionFusion(Fusion):
+    """A softmax weight for each source and location, from the projected maps themselves.
+
+    `weights` gives them as `(B, sources, h, w)`, summing to 1 over sources.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__(specs, channels, size, image_size)
+        self.score = nn.Sequential(
+            nn.Conv2d(len(specs) * channels, channels, kernel_size=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, len(specs), kernel_size=1),
+        )
+
+    def weights(self, features: Sequence[Tensor]) -> Float[Tensor, "batch sources h w"]:
+        return self._weights(self.project(features))
+
+    def _weights(self, projected: Sequence[Tensor]) -> Tensor:
+        return self.score(torch.cat(projected, dim=1)).softmax(dim=1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        projected = self.project(features)
+        weights = self._weights(projected)
+        return sum(weights[:, i : i + 1] * maps for i, maps in enumerate(projected))
+
+
+class ConcatFusion(Fusion):
+    """All projected maps side by side, brought back to `channels` by a 1x1 convolution."""
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__(specs, channels, size, image_size)
+        self.mix = nn.Conv2d(len(specs) * channels, channels, kernel_size=1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.mix(torch.cat(self.project(features), dim=1))
+
+
+class WeightedFusion(Fusion):
+    """One learned weight a source, the same everywhere; a softmax holds their sum at 1."""
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__(specs, channels, size, image_size)
+        self.logits = nn.Parameter(torch.zeros(len(specs)))
+
+    def weights(self, features: Sequence[Tensor]) -> Float[Tensor, "batch sources h w"]:
+        b = features[0].shape[0]
+        return self.logits.softmax(0)[None, :, None, None].expand(b, -1, *self.size)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        weights = self.logits.softmax(0)
+        return sum(weights[i] * maps for i, maps in enumerate(self.project(features)))
+
+
+class AlignedFusion(nn.Module):
+    """Maps side by side at one size, with nothing to learn: what a closed-form decoder can be fitted on."""
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.spec = fused_spec(specs, sum(spec.channels for spec in specs), size, image_size)
+        self.canvas = Canvas(self.spec, image_size)
+        self.canvases = [Canvas(spec, image_size) for spec in specs]
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        pairs = zip(features, self.canvases, strict=True)
+        return torch.cat([align(maps, own, self.canvas, smooth=False) for maps, own in pairs], 1)
+
+
+class StackedFusion(nn.Module):
+    """The finest maps as they are, beside what each coarser map says of the picture there (stacking, Wolpert 1992).
+
+    A coarse location knows what lies where within its block of pixels, which enlarging its channels would blur. So
+    every coarser map first has a `LinearDecoder` of its own, fitted in closed form; each location of the fused map
+    gets the pixels that belong to it. Nothing here is trained by gradient descent.
+    """
+
+    closed_form = True
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.size = size
+        place = fused_spec(specs, 1, size, image_size)
+        self.canvas = Canvas(place, image_size)
+        self.canvases = [Canvas(spec, image_size) for spec in specs]
+        self.block = max(1, round(math.sqrt(math.prod(self.canvas.size) / (size[0] * size[1]))))
+        self.readers = nn.ModuleDict(
+            {
+                str(i): LinearDecoder([spec], image_size, rows_per_input=200)
+                for i, spec in enumerate(specs)
+                if spec.height < size[0] or spec.width < size[1]
+            }
+        )
+        read = len(self.readers) * 3 * self.block**2
+        kept = sum(spec.channels for i, spec in enumerate(specs) if str(i) not in self.readers)
+        self.spec = replace(place, channels=kept + read)
+
+    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
+        views = [reader.prepare(pictures, seed, ranks) for reader in self.readers.values()]
+        return max(views, default=0)
+
+    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+        for i, reader in self.readers.items():
+            reader.accumulate([features[int(i)]], images, validation=validation)
+
+    @property
+    def bytes_to_solve(self) -> int:
+        return sum(reader.bytes_to_solve for reader in self.readers.values())
+
+    def macs_to_solve(self, pictures: int) -> int:
+        return sum(reader.macs_to_solve(pictures) for reader in self.readers.values())
+
+    def solve(self) -> list[str]:
+        return [
+            f"{reader.spec.source}: {note}" for reader in self.readers.values() for note in reader.solve()
+        ]
+
+    def forward(self, features: Sequence[Float[Tensor, "batch _ _ _"]]) -> Float[Tensor, "batch _ h w"]:
+        parts = [
+            self._read(self.readers[str(i)], maps)
+            if str(i) in self.readers
+            else align(maps, self.canvases[i], self.canvas)
+            for i, maps in enumerate(features)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _read(self, reader: LinearDecoder, maps: Tensor) -> Tensor:
+        """What a reader says of the image, given to the locations of the fused map in whose cells it lies."""
+        pixels = (self.size[0] * self.block, self.size[1] * self.block)
+        images = reader.canvas.place(reader.decode(maps))
+        return shrink(resize(self.canvas.cut(images), pixels), (self.block, self.block))
+
+
+FUSIONS: dict[str, type[nn.Module]] = {
+    "attention": AttentionFusion,
+    "concat": ConcatFusion,
+    "weighted": WeightedFusion,
+    "aligned": AlignedFusion,
+    "stacked": StackedFusion,
+}
+
+
+def create_fusion(
+    config: FusionConfig, specs: Sequence[FeatureSpec], image_size: int | tuple[int, int] = 224
+) -> nn.Module | None:
+    """Build a fusion for features of the given shapes; None for a single source, which is its own fusion.
+
+    Without a size the maps meet at the finest resolution present. Raises `AfterimageError` for an unknown name.
+    """
+    if config.name not in FUSIONS:
+        raise unknown("fusion", config.name, FUSIONS)
+    if len(specs) == 1:
+        return None
+    finest = max(specs, key=lambda spec: spec.locations)
+    size = (config.size, config.size) if config.size is not None else (finest.height, finest.width)
+    pixels = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    return FUSIONS[config.name](specs, config.channels, size, pixels)
+
+
+class WeightMaps:
+    """How much a fusion with `weights` gave each source, summed up batch by batch over the pictures of `add`."""
+
+    def __init__(self, fusion: AttentionFusion | WeightedFusion, keep: int) -> None:
+        self.fusion, self.keep = fusion, keep
+        self._kept: list[Tensor] = []
+        self._sums: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, features: Sequence[Float[Tensor, "batch _ _ _"]]) -> None:
+        weights = self.fusion.weights(features).float()
+        wanted = max(0, self.keep - sum(map(len, self._kept)))
+        self._kept.append(self._in_image(weights[:wanted]).mul(255).round().to(torch.uint8).cpu())
+        self._sums.append(weights.mean((2, 3)).cpu().double())
+
+    def _in_image(self, weights: Tensor) -> Tensor:
+        """Maps that lie as the image does: of its size, where the fused cells do not divide it evenly."""
+        canvas = self.fusion.canvas
+        return weights if canvas.even else canvas.place(F.interpolate(weights, canvas.size)).clamp(0, 1)
+
+    def gather(self, ranks: Ranks) -> None:
+        """Take in what other ranks have added, each for its part of the same batches, in the order of one process."""
+        self._sums = ranks.in_order(self._sums)
+        kept = torch.cat(ranks.in_order(self._kept))
+        self._kept = [kept[: self.keep]]
+
+    @property
+    def means(self) -> list[float]:
+        """Each source's weight, the mean over pictures and locations."""
+        return torch.cat(self._sums).mean(0).tolist()
+
+    @property
+    def pictures(self) -> list[UInt8[np.ndarray, "sources h w"]]:
+        """The maps of the first `keep` pictures; 255 is a weight of 1."""
+        return list(torch.cat(self._kept).numpy())

@@ -1,0 +1,1 @@
+"""Layers that decoders are made of."""

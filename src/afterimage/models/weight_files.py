@@ -1,0 +1,243 @@
+"""Files of weights as named tensors, by what they hold and not by what they are called; never unpickled."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from afterimage.config import AfterimageError, utf8_path
+from afterimage.models.unpickling import Damaged, HoldsCode, Inert, _Array, read_archive, read_stream
+
+VALID = "valid are safetensors, and state dicts that torch.save wrote"
+HEAD = 1024
+"""Bytes at the beginning of a file that tell its format."""
+MAX_HEADER = 100_000_000
+"""The longest header that safetensors allows, in bytes."""
+DEPTH = 12
+"""Containers within containers that are looked into."""
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, FSDP and activation checkpointing put into the names of tensors, at any place."""
+PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstandard"))
+FORMATS = (
+    (b"\x89HDF\r\n", "an HDF5 file, as Keras writes them"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x93NUMPY", "one NumPy array"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"%PDF", "a PDF document"),
+    (b"7z\xbc\xaf", "a 7z archive"),
+    (b"Rar!", "a RAR archive"),
+)
+
+
+@dataclass(frozen=True)
+class NamedTensors:
+    """All tensors of a file, flat and in its order: `state_dict.module.conv1.weight`.
+
+    `containers` are the dictionaries that they were in, by tensor, as the beginning of the name: `state_dict.` there,
+    empty for the file's own. `unread` are the types of what else was in the file, and `wrappers` what was taken out of
+    the names.
+    """
+
+    file: str
+    tensors: Mapping[str, Tensor]
+    containers: Mapping[str, str]
+    unread: tuple[str, ...] = ()
+    wrappers: tuple[str, ...] = ()
+
+    def holds(self, limit: int = 5) -> str:
+        """What was found, for messages: how many tensors, and the first few names."""
+        count = len(self.tensors)
+        return f"it holds {count} tensor{'s' * (count != 1)}: {_listed(list(self.tensors), limit)}"
+
+
+def read_named_tensors(file: str | Path) -> NamedTensors:
+    """Read a file of safetensors, one that torch.save wrote, a pickled dictionary of arrays, or an index of shards.
+
+    Tensors of safetensors and of today's torch.save stay in the file until they are used.
+
+    Raises:
+        AfterimageError: the file is none of these, damaged, or holds no named tensors; it says what was found.
+    """
+    path = Path(file)
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(HEAD)
+        size = path.stat().st_size
+    except OSError as error:
+        raise AfterimageError(f"cannot read weights from {path}: {error.strerror}") from None
+    try:
+        content = _read(path, head, size)
+    except AfterimageError:
+        raise
+    except HoldsCode as found:
+        raise AfterimageError(
+            f"{path} is no checkpoint of plain tensors: it names {found}, which runs commands; nothing in it was run"
+        ) from None
+    except Exception as error:
+        reason = str(error) if isinstance(error, Damaged) else f"{type(error).__name__}: {first_line(error)}"
+        raise AfterimageError(
+            f"cannot read weights from {path}: it begins as a checkpoint does, and is damaged or cut short at "
+            f"{size:,} bytes ({reason}); download or save it again"
+        ) from None
+    return _named(path, content)
+
+
+def _read(path: Path, head: bytes, size: int) -> Any:
+    if head[8:9] == b"{" and (length := int.from_bytes(head[:8], "little")) <= MAX_HEADER:
+        return _read_safetensors(path, length, size)
+    if head[:4] == b"PK\3\4":
+        return _read_zip(path)
+    if head[:1] == b"\x80" and head[1:2] <= b"\5":
+        with open(path, "rb") as stream:
+            return read_stream(stream, size)
+    if path.name.endswith(".index.json") and head.lstrip()[:1] == b"{":
+        return _read_shards(path)
+    raise AfterimageError(f"{path} holds no weights: {_told(path, head, size)}; {VALID}")
+
+
+def _read_safetensors(path: Path, length: int, size: int) -> Mapping[str, Tensor]:
+    try:
+        with utf8_path(path) as name:
+            return load_file(name)
+    except SafetensorError:
+        with open(path, "rb") as stream:
+            header = stream.read(8 + length)[8:]
+        if len(header) == length:
+            entries = [entry for key, entry in json.loads(header).items() if key != "__metadata__"]
+            whole = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
+            if whole > size:
+                raise Damaged(f"its header promises {whole:,} bytes") from None
+        raise
+
+
+def _read_zip(path: Path) -> Any:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise Damaged("the list at the end of a zip file is missing") from None
+    with archive:
+        names = archive.namelist()
+        pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        if not pickles:
+            what = f"a zip file of {len(names)} files ({_listed(names)})"
+            if names and all(name.endswith(".npy") for name in names):
+                what = f"a NumPy archive (.npz) of {len(names)} arrays ({_listed(names)})"
+            raise AfterimageError(
+                f"{path} holds no weights: it is {what}; if weights are inside, unpack it; {VALID}"
+            )
+        folder = pickles[0].removesuffix("data.pkl")
+        if f"{folder}constants.pkl" in names:
+            raise AfterimageError(
+                f"{path} is a TorchScript archive, a program with its weights, which is not run; save its tensors with "
+                f"safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), FILE); {VALID}"
+            )
+        return read_archive(path, archive, folder)
+
+
+def shards(index: str | Path) -> list[Path]:
+    """The files that an index of shards (`model.safetensors.index.json`) lists. Raises AfterimageError."""
+    path = Path(index)
+    try:
+        listed = json.loads(path.read_bytes())["weight_map"].values()
+        names = sorted({str(name) for name in listed})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"it has no table weight_map ({first_line(error)})"
+        raise AfterimageError(f"{path} is no index of shards: {reason}") from None
+    found = [path.parent / name for name in names]
+    if outside := [name for name in names if Path(name).name != name]:
+        raise AfterimageError(f"{path} lists {outside[0]!r}, which is not beside it")
+    if missing := [file.name for file in found if not file.is_file()]:
+        raise AfterimageError(f"{path} lists {_listed(missing)}, which {path.parent} lacks")
+    return found
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for file in shards(path):
+        content.update(read_named_tensors(file).tensors)
+    return content
+
+
+def _told(path: Path, head: bytes, size: int) -> str:
+    """What a file is that is no checkpoint, in words."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not size:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        real = re.search(rb"size (\d+)", head)
+        whole = f" of {int(real[1]):,} bytes" if real else ""
+        return f"it is a Git LFS pointer to a file{whole}; fetch that with `git lfs pull`"
+    if re.match(rb"<(!doctype|html|head|body|\?xml)", start, re.IGNORECASE):
+        title = re.search(rb"<title[^>]*>\s*([^<]{1,80})", head, re.IGNORECASE)
+        words = f" ({title[1].decode('utf-8', 'replace').strip()!r})" if title else ""
+        return f"it is a web page{words}, saved in place of the file; download that again"
+    for magic, name in PACKED:
+        if head.startswith(magic):
+            return f"it is packed with {name}; unpack it first"
+    if head[257:262] == b"ustar":
+        return "it is a tar archive of files; unpack it first"
+    for magic, name in FORMATS:
+        if head.startswith(magic):
+            return f"it is {name}"
+    text = head[:60].decode("utf-8", "replace")
+    if sum(c.isprintable() or c.isspace() for c in text) > 0.9 * len(text):
+        return f"it is text of {size:,} bytes that begins {' '.join(text.split())!r}"
+    return f"its {size:,} bytes begin with {head[:8].hex(' ')}, which no known format does"
+
+
+def _named(path: Path, content: Any) -> NamedTensors:
+    """Flatten what was read. A container that is in several places counts where it comes first."""
+    tensors: dict[str, Tensor] = {}
+    containers: dict[str, str] = {}
+    unread: dict[str, None] = {}
+    wrappers: dict[str, None] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any, prefix: str, container: str, depth: int) -> None:
+        if isinstance(value, Inert) and not value and not value.is_module:
+            unread[value.kind] = None
+        if not isinstance(value, (dict, list, tuple)) or id(value) in seen or depth > DEPTH:
+            return
+        seen.add(id(value))
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            found = item.tensor if isinstance(item, _Array) else item
+            name = f"{prefix}{key}"
+            for wrapper in WRAPPERS:
+                if wrapper in name:
+                    wrappers[wrapper], name = None, name.replace(wrapper, "")
+            if not isinstance(found, Tensor):
+                # The children of a pickled module are parts of its names, not containers.
+                inside = isinstance(value, Inert) and isinstance(found, Inert)
+                visit(found, f"{name}.", container if inside else f"{name}.", depth + 1)
+            elif isinstance(value, dict) and isinstance(key, str):
+                if name in tensors:
+                    raise AfterimageError(f"{path} holds two tensors that are called {name}")
+                tensors[name], containers[name] = found, container
+
+    visit(content, "", "", 0)
+    if not tensors:
+        keys = (
+            f" with {_listed([str(key) for key in content])}" if isinstance(content, dict) and content else ""
+        )
+        others = f"; not read, as they are no tensors: {_listed(list(unread))}" if unread else ""
+        kind = content.kind if isinstance(content, Inert) else type(content).__name__
+        raise AfterimageError(f"{path} holds no named tensors: it is a {kind}{keys}{others}; {VALID}")
+    return NamedTensors(str(path), tensors, containers, tuple(unread), tuple(wrappers))
+
+
+def _listed(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,293 @@
+"""Where weights come from: a path, a folder, a local cache, the hub, or a seed. Never unpickled."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, local_path, unknown
+from afterimage.models.hub_files import (
+    CONFIG,
+    Unavailable,
+    cached,
+    download,
+    download_url,
+    repository_config,
+    torch_hub_file,
+)
+from afterimage.models.weight_files import first_line, read_named_tensors, shards
+
+SUFFIXES = (".safetensors", ".pth")
+FOLDER = "AFTERIMAGE_WEIGHTS"
+SNAPSHOT = tuple(
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+)
+"""What a repository of the hub calls its weights: one file, or an index of several."""
+NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights a network has, and where they were found.
+
+    `origin` is `path`, `folder` (the one that AFTERIMAGE_WEIGHTS names), `cache`, `hub` or one of
+    `RANDOM_WEIGHTS`; `location` a path, a repository, an address, or `seed N`; `sha256` the file's digest,
+    empty for random ones; `note` says where in the file they are, once they are read, and is empty where that is
+    plain.
+    """
+
+    model: str
+    origin: str
+    location: str
+    sha256: str = ""
+    file: Path | None = field(default=None, repr=False, compare=False)
+    note: str = ""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the network is a random control."""
+        return self.origin in RANDOM_WEIGHTS
+
+    @property
+    def label(self) -> str:
+        """`pretrained`, or which random control it is."""
+        return self.origin if self.is_random else "pretrained"
+
+    def as_dict(self) -> dict[str, str | bool]:
+        values = asdict(self)
+        del values["file"]
+        if not self.note:
+            del values["note"]
+        return {**values, "label": self.label, "is_random": self.is_random}
+
+
+def weight_notes(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What is to be said of weights, given as `Weights.as_dict`, in a run's notes."""
+    return [f"weights of {entry['model']}: {entry['note']}" for entry in entries if entry.get("note")]
+
+
+def random_weights(model: str, kind: str, seed: int) -> Weights:
+    """The weights of a random control; `kind` is one of `RANDOM_WEIGHTS`."""
+    return Weights(model, kind, f"seed {seed}")
+
+
+def identity(weights: Mapping[str, Any]) -> str:
+    """What tells weights apart, from `Weights.as_dict`: the file's digest, or which random draw it is."""
+    return weights["sha256"] or f"{weights['label']}, {weights['location']}"
+
+
+def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
+    """Find a file of weights for a timm model, named with its tag, or for a repository of the hub, `OWNER/NAME`.
+
+    `weights` is a path to a file or a folder, or `pretrained`: then the folder that AFTERIMAGE_WEIGHTS names,
+    the local caches of the hub and of torch.hub, and the hub itself are tried in this order.
+
+    Raises:
+        AfterimageError: nothing was found; it says what was tried and how to go on.
+    """
+    from timm.models import get_pretrained_cfg
+
+    if "/" in model:
+        stem = model.partition("@")[0].rpartition("/")[2]
+        return _find(
+            model, weights, [f"{stem}{suffix}" for suffix in SUFFIXES], _hub_files(model, None), None
+        )
+    architecture = model.partition(".")[0]
+    names = [f"{stem}{suffix}" for stem in dict.fromkeys([model, architecture]) for suffix in SUFFIXES]
+    config = get_pretrained_cfg(model, allow_unregistered=True)
+    hub = _hub_files(config.hf_hub_id, config.hf_hub_filename) if config and config.hf_hub_id else ()
+    url = config.url if config and isinstance(config.url, str) and not config.url.endswith(".npz") else None
+    return _find(model, weights, names, hub, url)
+
+
+def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> Weights:
+    """Find torchvision's ImageNet weights for a network by torchvision's name, as LPIPS needs them.
+
+    In folders the file is `<name>.torchvision.safetensors` or `.pth`; the cache is torch.hub's.
+    Raises AfterimageError as `find_weights` does.
+    """
+    from torchvision.models import get_model_weights, list_models
+
+    if name not in list_models():
+        raise unknown("torchvision model", name, list_models())
+    names = [f"{name}.torchvision{suffix}" for suffix in SUFFIXES]
+    url = get_model_weights(name).IMAGENET1K_V1.url
+    # No command has an option for these: --weights are the encoder's.
+    advice = (
+        f"set {FOLDER} to a folder with {' or '.join(names[:2])}, or take another LPIPS network with --lpips"
+    )
+    return _find(f"torchvision/{name}", weights, names, (), url, advice)
+
+
+def _find(
+    model: str, weights: str | Path, names: list[str], hub: tuple, url: str | None, advice: str = ""
+) -> Weights:
+    if str(weights) != "pretrained":
+        return _from_path(model, Path(local_path(str(weights))), names)
+    tried = []
+    folder = os.environ.get(FOLDER)
+    if folder:
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise AfterimageError(f"{FOLDER} names {folder}, which is not a folder")
+        if file := _in_folder(path, names):
+            return _weights(model, "folder", str(file), file)
+        tried.append(f"the folder {folder} that {FOLDER} names (no {', '.join(names)})")
+    else:
+        tried.append(f"no folder, as {FOLDER} is not set")
+    if found := _in_cache(model, hub, url, tried) or _from_hub(model, hub, url, tried):
+        return found
+    advice = advice or (
+        f"give --weights PATH (a file, or a folder with {' or '.join(names[:2])}), set {FOLDER} to such a folder, "
+        "or give --weights random (a control: the network has then learned nothing)"
+    )
+    raise AfterimageError(f"no weights for {model}. Tried: {'; '.join(tried)}. To go on, {advice}")
+
+
+def _from_path(model: str, path: Path, names: list[str]) -> Weights:
+    file = (_in_folder(path, names) or _in_snapshot(model, path)) if path.is_dir() else path
+    if file is None:
+        inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+        more = ", ..." if len(inside) > 5 else ""
+        raise AfterimageError(
+            f"the folder {path} holds no weights for {model}: none of {', '.join(names)}, nor a snapshot of the hub "
+            f"({' or '.join(SNAPSHOT)}). It holds {', '.join(inside[:5]) or 'nothing'}{more}; "
+            "name a file to read just that"
+        )
+    if not file.is_file():
+        raise AfterimageError(f"there are no weights at {path}; write {WEIGHTS}")
+    return _weights(model, "path", str(file), file)
+
+
+def _in_folder(folder: Path, names: list[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _in_snapshot(model: str, folder: Path) -> Path | None:
+    """The weights of a repository that was copied from the hub, whose config.json must not name another network.
+
+    The folder may also be that of a repository in the hub's cache, which keeps a snapshot for each commit.
+    """
+    commit = folder / "refs" / "main"
+    if commit.is_file() and (folder / "snapshots").is_dir():
+        folder = folder / "snapshots" / commit.read_text().strip()
+    file = _in_folder(folder, list(SNAPSHOT))
+    if file is None or not (folder / CONFIG).is_file():
+        return file
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise AfterimageError(f"cannot read {folder / CONFIG}: {first_line(error)}") from None
+    found = config.get("architecture") if isinstance(config, dict) else None
+    own = repository_config(model).get("architecture") if "/" in model else model
+    if isinstance(found, str) and _architecture(found) != _architecture(str(own)):
+        raise AfterimageError(
+            f"the folder {folder} holds weights of {found}, by its {CONFIG}, and not of {model}"
+        )
+    return file
+
+
+def _architecture(name: str) -> str:
+    """A model's name without its tag, as timm has it today."""
+    from timm.models._registry import _deprecated_models
+
+    name = name.partition(".")[0]
+    return (_deprecated_models.get(name) or name).partition(".")[0]
+
+
+def _weights(model: str, origin: str, location: str, file: Path) -> Weights:
+    return Weights(model, origin, location, file_digest(file), file)
+
+
+def _hub_files(repository: str, filename: str | None) -> tuple[str, str | None, list[str]]:
+    """Repository, revision, and the file names to try, safetensors first."""
+    repository, _, revision = repository.partition("@")
+    names = [filename] if filename else ["model.safetensors", "pytorch_model.bin"]
+    if filename and not filename.endswith(".safetensors"):
+        names.insert(0, f"{Path(filename).stem}.safetensors")
+    return repository, revision or None, names
+
+
+def _in_cache(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weights | None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if hub:
+        if file := cached(*hub):
+            return _weights(model, "cache", hub[0], file)
+        tried.append(f"the hub's cache {HF_HUB_CACHE} (no {hub[0]})")
+    if url:
+        file = torch_hub_file(url)
+        if file.is_file():
+            return _weights(model, "cache", url, file)
+        tried.append(f"torch.hub's cache (no {file})")
+    return None
+
+
+def _from_hub(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weights | None:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        tried.append("no download, as HF_HUB_OFFLINE is set")
+        return None
+    for location, get in ((hub and hub[0], lambda: download(*hub)), (url, lambda: download_url(url))):
+        if location:
+            try:
+                return _weights(model, "hub", location, get())
+            except Unavailable as reason:
+                tried.append(str(reason))
+    if not hub and not url:
+        tried.append("no download, as none is published")
+    return None
+
+
+def file_digest(file: str | Path) -> str:
+    """SHA-256 of a file, computed once for as long as its size and time of change stay the same.
+
+    For an index of shards it is that of their names and digests.
+    """
+    if str(file).endswith(".index.json"):
+        digests = [f"{shard.name} {file_digest(shard)}\n" for shard in shards(file)]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+    path = Path(file).resolve()
+    try:
+        status = path.stat()
+        return _digest(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise AfterimageError(f"cannot read {file}: {error.strerror}") from None
+
+
+@functools.cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """Read a file's state dict without a model to compare it with; no code in it is ever run.
+
+    A checkpoint that nests its state dict is opened: averaged versions come first, then `state_dict`, then `model`,
+    then the container with most tensors. Raises AfterimageError as `read_named_tensors` does.
+    """
+    found = read_named_tensors(file)
+    sizes = Counter(found.containers.values())
+    nested = next((f"{key}." for key in NESTS if f"{key}." in sizes), "")
+    container = nested if nested or "" in sizes else sizes.most_common(1)[0][0]
+    return {
+        _strip(name.removeprefix(container)): tensor
+        for name, tensor in found.tensors.items()
+        if found.containers[name] == container
+    }
+
+
+def _strip(key: str) -> str:
+    """Take off what data-parallel training puts before a name."""
+    return key.removeprefix("module.")

@@ -1,0 +1,263 @@
+"""The verdict: which layers and defences stay within the limits, and which split to recommend."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy import stats
+
+from afterimage.config.audit import LimitsConfig
+
+WITHIN, OPEN, LEAKS = "within limits", "not shown to be safe", "leaks"
+SEVERITY = (WITHIN, OPEN, LEAKS)
+UTILITY = {"classes": "same top-1 prediction", "embedding": "cosine of the embedding"}
+"""What is compared between the network with and without the defence, by the kind of its final output."""
+SCOPE = (
+    "measured were pixels (how alike a reconstruction and its original look) and own originals (whether a "
+    "reconstruction finds its own among the test images), and not which labels, captions or persons can be read from "
+    "the same features"
+)
+"""What every verdict says of itself, whether it passed, failed or had no limits."""
+SSIM, SSIM_SEEN = "SSIM", "SSIM of what is seen"
+"""The two ways in which SSIM is measured where a layer's locations do not see the whole image: the higher counts."""
+ENOUGH = 0.9
+"""Without limits, what keeps this much of the network's own answers may be recommended."""
+
+
+def interval_status(interval: Mapping[str, Any], limit: float | None) -> str:
+    """How an interval, `low` to `high`, stands to a limit; within it where there is none."""
+    if limit is None or interval["high"] <= limit:
+        return WITHIN
+    return LEAKS if interval["low"] > limit else OPEN
+
+
+@dataclass(frozen=True)
+class Leak:
+    """How much an attacker got, by one measure: an interval, and who got it."""
+
+    estimate: float
+    low: float
+    high: float
+    count: int
+    by: str
+    attacker: str
+
+    def against(self, limit: float | None) -> str:
+        return interval_status(asdict(self), limit)
+
+    def text(self, limit: float) -> str:
+        """The estimate with the end of its interval that decides."""
+        share = self.by not in (SSIM, SSIM_SEEN)
+        estimate = f"{self.estimate:.0%}" if share else f"{self.estimate:.3f}"
+        end, value = ("at least", self.low) if self.against(limit) == LEAKS else ("up to", self.high)
+        return f"{estimate} ({end} {value:.1%})" if share else f"{estimate} ({end} {value:.3f})"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One layer behind one defence: its strongest attackers, its cost, and how it stands to the limits."""
+
+    layer: str
+    defence: str
+    ssim: Leak
+    identification: Leak
+    chance: float
+    cost: Mapping[str, Any]
+    status: str
+    reasons: tuple[str, ...]
+
+    @property
+    def utility(self) -> float | None:
+        return None if self.cost["score"] is None else self.cost["score"]["estimate"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`passed` is None where no limits were set; an audit with failures never passes. `scope`: what was measured."""
+
+    options: tuple[Option, ...]
+    passed: bool | None
+    recommended: Option | None
+    reason: str
+    remarks: tuple[str, ...]
+    scope: str = SCOPE
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def attacker_text(attacker: Mapping[str, Any]) -> str:
+    """`linear, 640 pictures, query access`."""
+    access = "also has the weights" if attacker["access"] == "weights" else "query access"
+    source = f" from {attacker['data']}" if attacker["data"] else ""
+    return f"{attacker['decoder']}, {attacker['pictures']:,} pictures{source}, {access}"
+
+
+def strongest(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The distance by which most reconstructions found their original, and its share."""
+    return max(row["identification"].items(), key=lambda item: item[1]["high"])
+
+
+def likeness(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The intervals of the mean SSIM: of whole images and, where not all of them is seen, of what is."""
+    part = row["seen"]["scores"]["ssim"] if row.get("seen") else None
+    return {SSIM: row["scores"]["ssim"]} | ({} if part is None else {SSIM_SEEN: part})
+
+
+def judge(
+    rows: Sequence[Mapping[str, Any]],
+    blind: Sequence[Mapping[str, Any]],
+    costs: Mapping[tuple[str, str], Mapping[str, Any]],
+    limits: LimitsConfig,
+    failures: Sequence[str] = (),
+    unmeasured: Collection[tuple[str, str]] = (),
+) -> Verdict:
+    """Weigh all measured rows. Of several attackers and distances the worst counts: one that is shown to leak, else
+    one that is not shown to be safe, and of these the interval's end that decides. Where a layer's locations do not see
+    the whole image, the worse of two measurements counts: of whole images, and of the part that is seen alone. A layer
+    and defence among the `unmeasured`, of which an attacker could not be measured, is never within limits.
+    """
+    options = []
+    for (layer, defence), cost in costs.items():
+        own = [row for row in rows if (row["layer"], row["defence"]) == (layer, defence)]
+        if own:
+            complete = (layer, defence) not in unmeasured
+            options.append(_option(layer, defence, own, cost, limits, complete))
+    passed = None
+    if limits:
+        passed = bool(options) and not failures and all(o.status == WITHIN for o in options)
+    recommended, reason = _recommend(options, limits)
+    return Verdict(
+        tuple(options), passed, recommended, reason, tuple(_remarks(rows, blind, limits, failures))
+    )
+
+
+def _option(
+    layer: str,
+    defence: str,
+    rows: Sequence[Mapping[str, Any]],
+    cost: Mapping[str, Any],
+    limits: LimitsConfig,
+    complete: bool,
+) -> Option:
+    limit_ssim, limit_found = limits.max_ssim, limits.max_identification
+    alike = [_leak(interval, by, row) for row in rows for by, interval in likeness(row).items()]
+    ssim = _worst(alike, limit_ssim)
+    shares = [_leak(share, by, row) for row in rows for by, share in row["identification"].items()]
+    found = _worst(shares, limit_found)
+    reasons, worst = [], []
+    for name, leak, limit in ((ssim.by, ssim, limit_ssim), ("identification", found, limit_found)):
+        worst.append(leak.against(limit))
+        if worst[-1] != WITHIN:
+            reasons.append(
+                f"{name} {leak.text(limit)} against a limit of {limit:g}, {leak.attacker}: {worst[-1]}"
+            )
+    if not complete:
+        worst.append(OPEN)
+        reasons.append(f"an attacker could not be measured: {OPEN}")
+    status = max(worst, key=SEVERITY.index)
+    return Option(layer, defence, ssim, found, rows[0]["chance"], cost, status, tuple(reasons))
+
+
+def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
+    """A shown leak before a possible one: few pictures have wide intervals, which reach far and show little."""
+
+    def weight(leak: Leak) -> tuple[int, float]:
+        status = leak.against(limit)
+        return SEVERITY.index(status), leak.low if status == LEAKS else leak.high
+
+    return max(leaks, key=weight)
+
+
+def _leak(interval: Mapping[str, Any], by: str, row: Mapping[str, Any]) -> Leak:
+    return Leak(**interval, by=by, attacker=attacker_text(row["attacker"]))
+
+
+def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option | None, str]:
+    aside = any("shuffle" in option.defence for option in options)
+    options = [option for option in options if "shuffle" not in option.defence]
+    if not options:
+        return None, "nothing that can be recommended was measured"
+    least = min(options, key=lambda o: (o.identification.high, o.ssim.high))
+    least_text = f"{_name(least)} leaks least" + (", shuffled features aside" if aside else "")
+    if limits:
+        safe = [option for option in options if option.status == WITHIN]
+        if not safe:
+            got = f"{least.identification.estimate:.0%} identified and SSIM {least.ssim.estimate:.3f}"
+            return None, f"no combination is within the limits; {least_text}: {got}"
+        rule = "within the limits for every attacker measured"
+    else:
+        known = [option for option in options if option.utility is not None]
+        safe = [option for option in known if option.utility >= ENOUGH and option.status == WITHIN]
+        if not safe:
+            who = (
+                f"none keeps {ENOUGH:.0%} of the network's own answers"
+                if known
+                else "what each costs is unknown"
+            )
+            return None, f"no limits were set and {who}; {least_text}"
+        best = min(safe, key=lambda o: (o.identification.high, o.ssim.high, o.cost["bytes"]))
+        return (
+            best,
+            f"no limits were set: it leaks least of what keeps {ENOUGH:.0%} of the network's own answers",
+        )
+    known = [option for option in safe if option.utility is not None]
+    if not known:
+        best = min(safe, key=lambda o: (o.cost["bytes"], o.identification.high))
+        return best, f"{rule}, and the fewest bytes of those; what it costs in accuracy is not known"
+    best = max(known, key=lambda o: (o.utility, -o.cost["bytes"]))
+    unknown = len(safe) - len(known)
+    return best, f"{rule}, and keeps most of the network's own answers ({best.utility:.0%})" + (
+        f"; for {unknown} others within the limits that is not known" if unknown else ""
+    )
+
+
+def _name(option: Option) -> str:
+    return f"{option.layer} with {option.defence}"
+
+
+def _remarks(
+    rows: Sequence[Mapping[str, Any]],
+    blind: Sequence[Mapping[str, Any]],
+    limits: LimitsConfig,
+    failures: Sequence[str],
+) -> list[str]:
+    remarks = [f"could not be measured: {failure}" for failure in failures]
+    for row in blind:
+        floor = row["scores"]["ssim"]
+        if limits.max_ssim is not None and floor["high"] > limits.max_ssim:
+            remarks.append(
+                f"the limit on SSIM is below what is reached without any features: the mean of the attacker's "
+                f"{row['attacker']['pictures']:,} pictures has SSIM {floor['estimate']:.3f} (up to {floor['high']:.3f})"
+            )
+            break
+    if limits.max_identification is not None:
+        for count in sorted({strongest(row)[1]["count"] for row in rows}):
+            least = float(stats.binomtest(0, count).proportion_ci(0.95, method="exact").high)
+            if least > limits.max_identification:
+                remarks.append(
+                    f"{count} test pictures are too few to show an identification below {limits.max_identification:g}: "
+                    f"even without a single hit the interval reaches {least:.3f}"
+                )
+    unseen = {row["layer"]: row["seen"] for row in rows if row.get("seen")}
+    for layer, seen in unseen.items():
+        remarks.append(
+            f"{layer}: {seen['unseen']}, {1 - seen['share']:.1%} of their pixels. That protects none of the others: "
+            "every attacker was measured on whole images and on what is seen of them alone, and what leaks more counts"
+        )
+    floor = max((row["scores"]["ssim"]["estimate"] for row in blind), default=0.0)
+    for row in rows:
+        found, ssim = strongest(row)[1], row["scores"]["ssim"]["estimate"]
+        if row["defence"] == "none" and found["low"] <= row["chance"] and ssim <= floor:
+            remarks.append(
+                f"{row['layer']}, undefended: {attacker_text(row['attacker'])} got no more than one without features; "
+                "are these the features of these pictures?"
+            )
+    if any("shuffle" in row["defence"] for row in rows):
+        remarks.append(
+            "no attacker here puts shuffled places back in order, though that is known to be possible (as a jigsaw "
+            "puzzle is solved): shuffled features are measured, but not recommended"
+        )
+    return remarks

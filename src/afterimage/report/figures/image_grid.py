@@ -1,0 +1,274 @@
+"""Originals beside their reconstructions, whole and in a detail."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from afterimage.config import AfterimageError
+from afterimage.report.figures.fonts import drawable
+from afterimage.report.figures.labels import wrap
+from afterimage.report.figures.style import INK, MUTED, Drawing, short_encoders, style
+from afterimage.report.format import plain
+from afterimage.report.rows import Row, Rows
+from afterimage.report.variants import fusion_legend
+from afterimage.runs.files import DAMAGE, read_image
+from afterimage.runs.run import Run
+
+Pixels = UInt8[np.ndarray, "height width 3"]
+COLUMNS = 8
+PICTURES, FEW_PICTURES, MANY_PAGES = 3, 2, 4  # a page shows fewer pictures where there are many pages
+DETAIL = 4  # a detail is this part of the shorter side
+CELL = 1.12  # inches: at 200 dpi the 224 pixels of a usual picture are printed one to one
+LINE = 0.13  # inches a line of text takes
+GAP, EDGE, FOOT = 0.06, 0.05, 0.18
+BLOCK = 2 * CELL + FOOT + 0.14  # a picture, its PSNR, its detail, and the way to the next picture
+HEAD = 17  # characters that fit above a column
+BOX = "#D55E00"
+
+
+@dataclass(frozen=True)
+class Album:
+    """The pictures of a figure: `cells[id][i]` is the reconstruction by row `i`, None where there is none, and
+    `psnr[id][i]` its score."""
+
+    ids: list[str]
+    originals: dict[str, Pixels]
+    cells: dict[str, list[Pixels | None]]
+    psnr: dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """The runs that share a figure."""
+
+    stem: str
+    title: str
+    rows: list[Row]
+    names: dict[str, str]
+    pictures: int = PICTURES
+    folded: bool = False
+
+
+def pages(rows: Rows) -> list[Page]:
+    """Few runs share a page; more are split by encoder, decoder and seed. Reference lines stand apart."""
+    names, found = short_encoders(rows.decoders), []
+    split = list(_split(rows, names))
+    many = len(split) > MANY_PAGES
+    for title, members in split:
+        stem = _slug(title)
+        # Names that differ only in what a file's name cannot hold must not share a file.
+        taken = sum(page.stem == stem or page.stem.startswith(f"{stem}~") for page in found)
+        stem = f"{stem}~{taken + 1}" if taken else stem
+        found.append(
+            Page(stem, title, members, names, FEW_PICTURES if many else PICTURES, many and bool(found))
+        )
+    return found
+
+
+def grid(page: Page) -> list[Drawing]:
+    """Whole pictures and a detail of each in one figure. Empty where the runs saved none."""
+    album = _album(page.rows, page.pictures)
+    return [_drawing(page, album)] if album.ids else []
+
+
+@runtime_checkable
+class Shown(Protocol):
+    """What a run made of a picture: uint8 `(H, W, 3)`, scores by name."""
+
+    original: Pixels
+    picture: Pixels
+    scores: Mapping[str, float | None]
+
+
+def own_pictures(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Drawing]:
+    """The same figures of pictures that are not the runs' own test pictures; `shown` has all of them for each run."""
+    drawings = []
+    for page in pages(rows):
+        columns = [shown[row.run] for row in page.rows]
+        ids = list(columns[0])
+        album = Album(
+            ids,
+            {i: columns[0][i].original for i in ids},
+            {i: [column[i].picture for column in columns] for i in ids},
+            {i: [column[i].scores["psnr"] for column in columns] for i in ids},
+        )
+        with style():
+            drawings.append(_drawing(page, album))
+    return drawings
+
+
+def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]:
+    room = COLUMNS - 1
+    if rows.decoders and len(rows.decoders) <= room:
+        yield "Reconstructions", list(rows.decoders)
+    else:
+        for encoder, control in dict.fromkeys((r.encoder, r.control) for r in rows.decoders):
+            members = [r for r in rows.decoders if (r.encoder, r.control) == (encoder, control)]
+            name = names[encoder] + (f", {control}" if control else "")
+            if len(members) <= room:
+                yield f"Reconstructions: {name}", members
+                continue
+            seeds = len({r.seed for r in members}) > 1
+            by_decoder = sorted(members, key=lambda r: (r.decoder_order, r.seed or 0, r.order))
+            for _, group in itertools.groupby(by_decoder, key=lambda r: (r.decoder_label, r.seed)):
+                own = list(group)
+                title = f"Reconstructions: {name}, {plain(own[0].decoder_label)}"
+                yield from _chunks(title + (f", seed {own[0].seed}" if seeds else ""), own)
+    if rows.references:
+        yield from _chunks("Reconstructions: reference lines", list(rows.references))
+
+
+def _chunks(title: str, rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
+    count = -(-len(rows) // (COLUMNS - 1))
+    size = -(-len(rows) // count)
+    for i in range(count):
+        yield title + (f" ({i + 1} of {count})" if count > 1 else ""), rows[i * size : (i + 1) * size]
+
+
+def _album(rows: Sequence[Row], limit: int) -> Album:
+    """The first pictures that most rows saved; a row whose original differs under the same id has no cell."""
+    saved = [_saved(row) for row in rows]
+    counts = {i: sum(i in s for s in saved) for i in dict.fromkeys(itertools.chain(*saved))}
+    ids = sorted(counts, key=lambda i: -counts[i])
+    album = Album([], {}, {}, {})
+    for identity in ids:
+        pairs = [tuple(map(read_pixels, s[identity])) if identity in s else (None, None) for s in saved]
+        original = next((o for o, _ in pairs if o is not None), None)
+        if original is not None:
+            album.ids.append(identity)
+            album.originals[identity] = original
+            album.cells[identity] = [
+                r if r is not None and r.shape == original.shape and np.array_equal(o, original) else None
+                for o, r in pairs
+            ]
+            album.psnr[identity] = [row.values("psnr").get(identity) for row in rows]
+        if len(album.ids) == limit:
+            break
+    return album
+
+
+def _saved(row: Row) -> dict[str, tuple[Path, Path]]:
+    try:
+        return {str(identity): (original, rebuilt) for identity, original, rebuilt in row.run.pictures}
+    except DAMAGE:
+        return {}
+
+
+def read_pixels(path: Path) -> Pixels | None:
+    try:
+        return np.asarray(read_image(path).convert("RGB"))
+    except AfterimageError:
+        return None
+
+
+def _drawing(page: Page, album: Album) -> Drawing:
+    """One axes in inches holds everything: an axes a cell would take most of a report's time."""
+    heads = ["original", *(_head(row, page) for row in page.rows)]
+    top = EDGE + LINE * max(head.count("\n") + 1 for head in heads) + 0.08
+    width = len(heads) * (CELL + GAP) - GAP + 2 * EDGE
+    height = top + len(album.ids) * BLOCK - BLOCK + 2 * CELL + FOOT + EDGE
+    figure = Figure((width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    for column, head in enumerate(heads):
+        center = EDGE + column * (CELL + GAP) + CELL / 2
+        axes.text(center, top - 0.05, head, ha="center", va="bottom", fontsize=7.5, linespacing=1.25)
+    for line, identity in enumerate(album.ids):
+        original, y = album.originals[identity], top + line * BLOCK
+        scores = ("" if psnr is None else f"{psnr:.2f} dB" for psnr in album.psnr[identity])
+        feet = [drawable(identity, HEAD), *scores]
+        for column, (pixels, foot) in enumerate(zip([original, *album.cells[identity]], feet, strict=True)):
+            x = EDGE + column * (CELL + GAP)
+            if pixels is None:
+                _absent(axes, x, y)
+            else:
+                _show(axes, pixels, x, y, foot, busiest(original), boxed=column == 0)
+    caption = (
+        "Originals and what each row rebuilt, and under each the boxed detail enlarged pixel by pixel: the "
+        "part of the original with the highest contrast (variance of its luma). Above a column: its row and "
+        f"mean PSNR over all test pictures; below a picture: its own PSNR.{_missing(album)}{_fusions(page.rows)}"
+    )
+    return Drawing(page.stem, page.title, caption, figure, page.folded)
+
+
+def _show(
+    axes: Axes, pixels: Pixels, x: float, y: float, foot: str, detail: tuple[int, int, int], *, boxed: bool
+) -> None:
+    """A picture in the square cell at `(x, y)`, `foot` below it, its detail in the cell under that."""
+    rows, columns = pixels.shape[:2]
+    scale = CELL / max(rows, columns)
+    left, above = x + (CELL - columns * scale) / 2, y + (CELL - rows * scale) / 2
+    axes.imshow(
+        pixels, extent=(left, left + columns * scale, above + rows * scale, above), aspect="auto",
+        interpolation="auto",
+    )  # fmt: skip
+    top, side, size = detail
+    corner, length = (left + side * scale, above + top * scale), size * scale
+    if boxed:
+        axes.add_patch(Rectangle(corner, length, length, fill=False, ec="white", lw=2.2))
+        axes.add_patch(Rectangle(corner, length, length, fill=False, ec=BOX, lw=1.2))
+    axes.text(x + CELL / 2, y + CELL + 0.03, foot, ha="center", va="top", fontsize=7, color=INK)
+    y += CELL + FOOT
+    axes.imshow(
+        pixels[top : top + size, side : side + size], extent=(x, x + CELL, y + CELL, y), aspect="auto",
+        interpolation="nearest",
+    )  # fmt: skip
+
+
+def _absent(axes: Axes, x: float, y: float) -> None:
+    for top in (y, y + CELL + FOOT):
+        axes.add_patch(Rectangle((x, top), CELL, CELL, fill=False, ec="#cccccc", lw=0.7))
+    axes.text(x + CELL / 2, y + CELL / 2, "not saved", ha="center", va="center", color=MUTED, fontsize=7)
+
+
+def busiest(pixels: Pixels) -> tuple[int, int, int]:
+    """Top, left and size of the square with the highest luma variance; a quarter of the shorter side wide."""
+    luma: Float[np.ndarray, "height width"] = pixels @ np.array([0.299, 0.587, 0.114])
+    size = max(1, min(luma.shape) // DETAIL)
+
+    def sums(values: Float[np.ndarray, "height width"]) -> Float[np.ndarray, "rows columns"]:
+        total = np.pad(values.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        return total[size:, size:] - total[:-size, size:] - total[size:, :-size] + total[:-size, :-size]
+
+    variance = sums(luma**2) / size**2 - (sums(luma) / size**2) ** 2
+    y, x = np.unravel_index(variance.argmax(), variance.shape)
+    return int(y), int(x), size
+
+
+def _head(row: Row, page: Page) -> str:
+    """What tells this column from the others, and its mean PSNR."""
+    parts = []
+    if row.kind == "reference":
+        parts.append(wrap(drawable(row.label, 44), HEAD))
+    else:
+        if len({(r.encoder, r.control) for r in page.rows}) > 1 and len(row.sources) == 1:
+            parts.append(wrap(drawable(page.names[row.encoder]), HEAD))
+        parts += [drawable(row.layer, HEAD), wrap(drawable(row.decoder_label, 60), HEAD)]
+        parts += [f"seed {row.seed}"] if len({r.seed for r in page.rows}) > 1 else []
+        parts += [row.control] if row.is_random else []
+    return "\n".join([*parts, f"mean {row.scores['psnr'].mean:.2f} dB"])
+
+
+def _missing(album: Album) -> str:
+    gaps = sum(pixels is None for cells in album.cells.values() for pixels in cells)
+    return f" {gaps} pictures were not saved, cannot be read, or are of another original." if gaps else ""
+
+
+def _fusions(rows: Sequence[Row]) -> str:
+    return "".join(f" {line[0].upper()}{line[1:]}." for line in fusion_legend(rows))
+
+
+def _slug(name: str) -> str:
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name.lower())
+    return "-".join(part for part in kept.split("-") if part)[:120]

@@ -1,0 +1,90 @@
+"""Where inversions saturate: PSNR against passes through the encoder and back."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from afterimage.report.figures.fonts import drawable
+from afterimage.report.figures.labels import margin_labels
+from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
+from afterimage.report.rows import Rows
+from afterimage.runs.files import read_csv
+from afterimage.runs.run import Run, origin
+
+
+def saturation(rows: Rows) -> list[Drawing]:
+    """The curves of all inversions among the rows; empty where there are none."""
+    folders = [row.run for row in rows.decoders if row.kind == "inversion"]
+    return [draw_saturation(folders)] if folders else []
+
+
+def draw_saturation(folders: Sequence[Run]) -> Drawing:
+    """The mean PSNR of each inversion over its passes; a line a run folder, dashed where it began from grey."""
+    with style():
+        figure = Figure((6.2, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        sources = list(dict.fromkeys(features_of(folder.summary) for folder in folders))
+        colors = {name: ENCODER_COLORS[i % len(ENCODER_COLORS)] for i, name in enumerate(sources)}
+        ends = []
+        for folder in folders:
+            curve = mean_curve(folder)
+            steps, means = zip(*curve, strict=True)
+            color = colors[features_of(folder.summary)]
+            axes.plot(steps, means, color=color, ls="-" if folder.summary["start"] else "--")
+            ends.append((means[-1], f"{means[-1]:.1f}", color))
+            passes, peak = highest(curve)
+            if peak - means[-1] >= PAST:
+                axes.plot(passes, peak, "o", ms=4, color=color)
+                axes.annotate(
+                    f"{peak:.1f} after {passes}", (passes, peak), (0, 5),
+                    textcoords="offset points", ha="center", fontsize=8.0, color=MUTED,
+                )  # fmt: skip
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(0, max(1, *(line.get_xdata()[-1] for line in axes.lines)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("passes through the encoder and back (0: the start)")
+        axes.set_ylabel("PSNR (dB) ↑")
+        grid_y(axes)
+        handles = [Line2D([], [], color=color, label=drawable(name, 60)) for name, color in colors.items()]
+        handles += [
+            Line2D([], [], color=MUTED, ls=ls, label=label)
+            for ls, label in (("-", "from a decoder"), ("--", "from grey"))
+        ]
+        legend(figure, handles, columns=2)
+        figure.draw_without_rendering()
+        axes.set_ylim(axes.get_ylim())
+        margin_labels(axes, ends, size=8.0)
+    caption = "The mean PSNR over pictures of the best picture so far by its features, against passes; a lower bound."
+    return Drawing("saturation", "Where inversion saturates", caption, figure)
+
+
+PAST = 0.1
+"""From so many dB below its peak on, an inversion has gone on for too long."""
+
+
+def features_of(summary: Mapping[str, Any]) -> str:
+    """What an inversion was made of: its sources, and whether an encoder was an untrained control."""
+    return named_features(" + ".join(summary["sources"]), origin(summary))
+
+
+def named_features(sources: str, weights: str) -> str:
+    return sources if weights == "pretrained" else f"{sources} ({weights.upper()} weights)"
+
+
+def mean_curve(folder: Run) -> list[tuple[int, float]]:
+    """Passes, and the mean PSNR over an inversion's pictures after so many."""
+    values = defaultdict(list)
+    for row in read_csv(folder.file("curve.csv")):
+        values[row["step"]].append(row["psnr"])
+    return [(step, statistics.fmean(values[step])) for step in sorted(values)]
+
+
+def highest(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """The point of a curve with the highest PSNR."""
+    return max(curve, key=lambda point: point[1])

@@ -1,0 +1,126 @@
+"""Format numbers, intervals and names of strangers for people."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from afterimage.evaluation.intervals import Interval
+from afterimage.report.statistics.rows import NEGLIGIBLE
+from afterimage.report.statistics.tests import Comparison
+
+NAMES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
+UNITS = {"psnr": " dB", "ssim": "", "lpips": ""}
+_DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
+
+
+def number(value: float, metric: str, *, signed: bool = False) -> str:
+    """A score with the digits and the minus sign of print; the unit is left to the caller."""
+    digits = _DIGITS[metric]
+    return minus(f"{value:{'+' if signed else ''}.{digits}f}", digits)
+
+
+def minus(text: str, digits: int) -> str:
+    zero = f"{0:.{digits}f}"
+    return zero if text.lstrip("+-") == zero else text.replace("-", "−")
+
+
+def ratio(value: float) -> str:
+    """Three digits, and no power of ten."""
+    return minus(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", 3)
+
+
+def score(value: float, metric: str) -> str:
+    return number(value, metric) + UNITS[metric]
+
+
+def span(interval: Interval, metric: str, *, signed: bool = True) -> str:
+    low, high = (number(v, metric, signed=signed) for v in (interval.low, interval.high))
+    return f"[{low}, {high}]"
+
+
+def estimate_text(interval: Interval) -> str:
+    estimate, low, high = (minus(f"{v:.2f}", 2) for v in (interval.estimate, interval.low, interval.high))
+    return f"{estimate} [{low}, {high}]"
+
+
+def p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def difference(c: Comparison) -> str:
+    """For example `−1.32 dB [−1.45, −1.20]`."""
+    estimate = number(c.difference.estimate, c.metric, signed=True)
+    return f"{estimate}{UNITS[c.metric]} {span(c.difference, c.metric)}"
+
+
+def ahead(c: Comparison) -> str:
+    """How `a`, which has the better mean, stands to `b`: for example `ahead of`."""
+    if c.better == "a":
+        return "ahead of"
+    return "negligibly different from" if c.certain else "not told apart from"
+
+
+def told_apart(c: Comparison) -> str:
+    """Empty where the comparison has a better side, else why it has none."""
+    if c.better:
+        return ""
+    if c.certain:
+        return f", no more than {NEGLIGIBLE[c.metric]:g}{UNITS[c.metric]} and so negligible"
+    return f", not told apart ({p_value(c.p_holm)})"
+
+
+_MARKDOWN = {
+    "&": "&amp;", "<": "&lt;", ">": "&gt;",
+    **{c: "\\" + c for c in "\\`*_[]|#~$!"},
+}  # fmt: skip
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_",
+    "%": r"\%",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "'": r"\textquotesingle{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}",
+    "±": r"$\pm$", "×": r"$\times$", "·": r"$\cdot$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "[": "{[}", "*": "{*}",  # after a line's end they would be taken for its options
+    "–": "--", "—": "---", "…": r"\dots{}",
+}  # fmt: skip
+_CODE = re.compile(r"[\w.:/+ @=,()\-]+")
+
+
+def plain(text: object, limit: int = 0) -> str:
+    """One line without control characters; longer than `limit` (where given), it is cut in the middle."""
+    spaced = " ".join(str(text).split())
+    clean = "".join(c for c in spaced if unicodedata.category(c)[0] != "C")
+    if limit and len(clean) > limit:
+        tail = (limit - 1) // 2
+        clean = f"{clean[: limit - 1 - tail]}…{clean[len(clean) - tail :]}"
+    return clean
+
+
+def markdown(text: object) -> str:
+    """Text that shows as itself in GitHub's Markdown, inside a table too."""
+    return "".join(_MARKDOWN.get(c, c) for c in plain(text))
+
+
+def markdown_code(text: object) -> str:
+    """A code span; escaped text instead where the name holds what a code span cannot."""
+    clean = plain(text)
+    return f"`{clean}`" if _CODE.fullmatch(clean) else markdown(clean)
+
+
+def markdown_block(text: str, language: str = "text") -> str:
+    """A fenced block whose fence is longer than any run of backticks in the text."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    lines = ("".join(c for c in line if unicodedata.category(c)[0] != "C") for line in text.splitlines())
+    return "\n".join([f"{fence}{language}", *lines, fence])
+
+
+def latex(text: object) -> str:
+    """Text that shows as itself in LaTeX (UTF-8 input, `textcomp` symbols)."""
+    return "".join(_LATEX.get(c, c) for c in plain(text))
+
+
+def spreadsheet(text: object) -> str:
+    """A text cell that no spreadsheet takes for a formula."""
+    clean = plain(text)
+    return f"'{clean}" if clean[:1] in ("=", "+", "-", "@") else clean

@@ -1,0 +1,172 @@
+"""The saved test pictures of many runs, gathered once each and re-encoded so that they travel in one file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2.utils import htmlsafe_json_dumps
+from PIL import Image
+
+from afterimage.config import AfterimageError
+from afterimage.report.rows import Row
+from afterimage.runs.files import read_image
+from afterimage.runtime.progress import Progress, silent
+
+QUALITIES = (90, 80)
+EXACT_BYTES = 12_000_000
+THUMBNAIL = 96
+OVERHEAD = 5_000  # bytes of a thumbnail and of what else a page says about a picture
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One test picture: its original, and its reconstruction by the position of the run that made it.
+
+    `maps` holds the weight maps of runs whose fusion has such, one a source.
+    """
+
+    id: str
+    original: Path
+    reconstructions: dict[int, Path] = field(default_factory=dict)
+    maps: dict[int, list[Path]] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.original, *self.reconstructions.values(), *itertools.chain(*self.maps.values())]
+
+
+@dataclass(frozen=True)
+class Album:
+    """What a page embeds.
+
+    `blocks[i]` holds the data URIs of `pictures[i]`: `original`, and `runs` and `maps` by position. `quality` is
+    WebP's, or None where the files are embedded as they are. `total` counts the pictures before any was left out.
+    """
+
+    total: int
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    quality: int | None = None
+
+
+def gather(rows: Sequence[Row]) -> list[Picture]:
+    """The pictures that the rows' runs saved, in the order of their first appearance.
+
+    Rows share a picture where both its id and the content of its original agree: the same id from another
+    crop or data set is another picture.
+    """
+    pictures: dict[tuple[str, str], Picture] = {}
+    hashes: dict[tuple[str, str], str] = {}
+    for position, row in enumerate(rows):
+        settings = [row.data.get(key) for key in ("digest", "resize", "crop")]
+        origin = repr(settings) if row.data.get("digest") else row.run.name
+        maps = row.run.fusion_maps if row.fusion_weights else {}
+        for id, original, reconstruction in row.run.pictures:
+            # Hashing every run's copy would read gigabytes; one copy for each data set is enough.
+            if (id, origin) not in hashes:
+                hashes[id, origin] = hashlib.sha256(_read(original)).hexdigest()
+            picture = pictures.setdefault((id, hashes[id, origin]), Picture(id, original))
+            picture.reconstructions[position] = reconstruction
+            if (own := maps.get(id)) and len(own) == len(row.sources):
+                picture.maps[position] = own
+    return list(pictures.values())
+
+
+def embed(pictures: Sequence[Picture], limit: int, progress: Progress = silent) -> Album:
+    """Encode pictures into at most `limit` bytes of JSON.
+
+    Small sets are embedded as they are, larger ones as WebP at the first of `QUALITIES` that fits. Where not
+    even the last one does, pictures are left out from the end, each with all its reconstructions.
+    """
+    if not pictures:
+        return Album(0)
+    kept, blocks, spent = [], [], 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        quality = _choose_quality(pictures, limit, pool)
+        for done, picture in enumerate(pictures, start=1):
+            block, entry = _encode_picture(picture, quality, pool), _describe(picture)
+            spent += _length(block) + _length(entry)
+            if spent > limit:
+                break
+            kept.append(entry)
+            blocks.append(block)
+            progress("embedding pictures", done, len(pictures))
+    return Album(len(pictures), kept, blocks, quality)
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _choose_quality(pictures: Sequence[Picture], limit: int, pool: Executor) -> int | None:
+    size = sum(_size(file) + 100 for picture in pictures for file in picture.files)
+    if size * 4 / 3 + OVERHEAD * len(pictures) <= min(limit, EXACT_BYTES):
+        return None
+    sample = pictures[:: max(1, len(pictures) // 5)]
+    for quality in QUALITIES:
+        length = sum(_length(_encode_picture(picture, quality, pool)) + OVERHEAD for picture in sample)
+        if length / len(sample) * len(pictures) <= limit:
+            return quality
+    return QUALITIES[-1]
+
+
+def _encode_picture(picture: Picture, quality: int | None, pool: Executor) -> dict[str, Any]:
+    encoded = pool.map(lambda file: _encode(file, quality), picture.files)
+    block: dict[str, Any] = {"original": next(encoded)}
+    block["runs"] = {str(position): next(encoded) for position in picture.reconstructions}
+    block["maps"] = {str(position): [next(encoded) for _ in own] for position, own in picture.maps.items()}
+    return block
+
+
+def _length(value: dict[str, Any]) -> int:
+    """The bytes this adds to a page: as JSON, and the element around it."""
+    return len(htmlsafe_json_dumps(value)) + 100
+
+
+def _encode(path: Path, quality: int | None) -> str:
+    content = _read(path)
+    image = read_image(path, content)
+    if quality is not None:
+        smaller = _webp(image, quality)
+        if len(smaller) < len(content):
+            return data_uri(smaller, "image/webp")
+    return data_uri(content, "image/png")
+
+
+def _describe(picture: Picture) -> dict[str, Any]:
+    image = read_image(picture.original)
+    width, height = image.size
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    thumbnail = data_uri(_webp(small, 80), "image/webp")
+    runs = sorted(picture.reconstructions)
+    return {"id": picture.id, "width": width, "height": height, "runs": runs, "thumbnail": thumbnail}
+
+
+def _webp(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "WEBP", quality=quality, method=2)
+    return buffer.getvalue()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AfterimageError(f"cannot read the picture {path}: {error.strerror}") from None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise AfterimageError(f"cannot read the picture {path}: {error.strerror}") from None

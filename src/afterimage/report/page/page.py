@@ -1,0 +1,257 @@
+"""One self-contained HTML page that shows a study: its pictures first, then charts, findings and the table.
+
+The page opens from disk and asks the network for nothing: scripts, styles and pictures are inlined, and its
+content security policy allows those scripts alone, so that no name out of a run folder can become code.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from afterimage.config import AfterimageError, read_text
+from afterimage.report.page.images import Album, Picture, data_uri, embed, gather
+from afterimage.report.read import read_rows
+from afterimage.report.rows import METRICS, Row, Rows
+from afterimage.report.tables import DIGITS, HIGHER_IS_BETTER, NONE, duration
+from afterimage.runs.files import write_atomic
+from afterimage.runs.run import Run
+from afterimage.runtime.progress import Progress, silent
+
+PAGE_BYTES = 58_000_000
+TEMPLATES = Path(__file__).with_name("templates")
+STYLES = ("base.css", "viewer.css", "results.css")
+SCRIPTS = (
+    "dom.js", "data.js", "images.js", "strip.js", "walk.js", "weights.js", "panes.js", "zoom.js", "table.js", "plot.js",
+    "depth.js", "scatter.js", "main.js",
+)  # fmt: skip
+IMAGES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".webp": "image/webp"}
+
+
+def write_page(
+    runs: Sequence[Run],
+    out: str | Path,
+    *,
+    title: str,
+    findings: Sequence[Mapping[str, Any]] = (),
+    lead: str = "",
+    problems: Sequence[str] = (),
+    figures: Sequence[Path | tuple[str, Path]] = (),
+    limit: int = PAGE_BYTES,
+    progress: Progress = silent,
+) -> Path:
+    """Write the page of these runs to the file `out` and return its path.
+
+    `findings` hold `title`, `verdict`, `rule`, `paragraphs` and `tables` (each with `title`, `header` and
+    `rows` of text); `lead` goes before them, and `problems` say what could not be computed. `figures` are
+    image files, with or without a caption before them. The page stays below `limit` bytes: pictures are
+    re-encoded, then left out, and the page says so. Raises `AfterimageError` where no run is finished, a
+    picture cannot be read, or the limit is too small for the page without pictures.
+    """
+    rows = read_rows(runs)
+    shown = [_figure(figure) for figure in figures]
+    pictures = gather(rows.all)
+    entries = describe_rows(rows, pictures)
+    context = {"title": title, "findings": findings, "lead": lead, "problems": problems, "figures": shown}
+    # Rendered once without pictures, to learn how much room is left for them.
+    room = limit - len(_render(rows, entries, Album(total=len(pictures)), **context).encode())
+    if room < 0:
+        raise AfterimageError(
+            f"{out}: tables, charts and figures alone take more than the limit of {limit:,} bytes"
+        )
+    album = embed(pictures, room, progress)
+    write_atomic(out, _render(rows, entries, album, **context))
+    return Path(out)
+
+
+def _render(
+    rows: Rows, entries: Sequence[Mapping[str, Any]], album: Album, *, title: str, **context: Any
+) -> str:
+    theme, style = _text("theme.js"), "\n".join(map(_text, STYLES))
+    script = "\n".join(["(() => {", '"use strict";', *map(_text, SCRIPTS), "})();"])
+    data = {
+        "runs": entries,
+        "pictures": album.pictures,
+        "ids": picture_ids(rows),
+        "net": main_net(rows),
+    }
+    return _page_template().render(
+        title=title,
+        theme=theme,
+        style=style,
+        script=script,
+        script_hashes=[_hash(theme), _hash(script)],
+        style_hash=_hash(style),
+        rows=list(zip(rows.all, entries, strict=True)),
+        unfinished=rows.unfinished,
+        warnings=rows.warnings,
+        notes=grouped(
+            (note, entry["name"]) for row, entry in zip(rows.all, entries, strict=True) for note in row.notes
+        ),
+        lpips_missing=grouped((row.lpips_reason, row.label) for row in rows.all if not row.scores["lpips"]),
+        nets=rows.nets,
+        best=best_scores(rows),
+        metrics=[(metric, DIGITS[metric]) for metric in METRICS],
+        data=data,
+        album=album,
+        config_text=_config_text,
+        duration=duration,
+        dash=NONE,
+        **context,
+    )
+
+
+def page_environment(templates: Path) -> Environment:
+    """Templates of a folder, escaping everything they show; an undefined name is an error."""
+    return Environment(
+        loader=FileSystemLoader(templates),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _page_template() -> Template:
+    environment = page_environment(TEMPLATES)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment.get_template("page.html")
+
+
+def _config_text(row: Row) -> str:
+    path = row.run.file("config.toml")
+    return read_text(path) if path.exists() else "This run folder holds no config.toml."
+
+
+def _figure(figure: Path | tuple[str, Path]) -> dict[str, str]:
+    caption, path = figure if isinstance(figure, tuple) else (Path(figure).stem.replace("_", " "), figure)
+    kind = IMAGES.get(Path(path).suffix.lower())
+    if kind is None:
+        raise AfterimageError(f"the page cannot show the figure {path}; it shows {', '.join(IMAGES)}")
+    try:
+        return {"caption": caption, "uri": data_uri(Path(path).read_bytes(), kind)}
+    except OSError as error:
+        raise AfterimageError(f"cannot read the figure {path}: {error.strerror}") from None
+
+
+def _text(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def describe_rows(rows: Rows, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+    """An entry for each of `rows.all`, in that order. Numbers are None where they are unavailable.
+
+    `series` and `decoder` place a row in a walk over layers; per-picture scores follow `picture_ids(rows)`;
+    rows compare picture by picture only where their `testSet` agrees.
+    """
+    ids = picture_ids(rows)
+    seeds = len({row.seed for row in rows.decoders}) > 1
+    names = _short_names([row.encoder for row in rows.decoders])
+    test_sets = _test_sets(rows.all, pictures)
+    return [
+        {**_names(row, names, seeds), **_numbers(row, ids), "testSet": test_set, "fusion": _fusion(row)}
+        for row, test_set in zip(rows.all, test_sets, strict=True)
+    ]
+
+
+def picture_ids(rows: Rows) -> list[str]:
+    """The test pictures of all rows, in the order of their first appearance."""
+    return list(dict.fromkeys(picture["id"] for row in rows.all for picture in row.pictures))
+
+
+def best_scores(rows: Rows) -> dict[str, str]:
+    """The best mean of each metric, as it is printed, among decoders on pretrained weights.
+
+    LPIPS has none where several networks measured it: their distances do not compare.
+    """
+    best = {}
+    for metric in METRICS:
+        means = [row.scores[metric].mean for row in rows.decoders if row.scores[metric] and not row.is_random]
+        if means and not (metric == "lpips" and len(rows.nets) > 1):
+            best[metric] = f"{(max if HIGHER_IS_BETTER[metric] else min)(means):.{DIGITS[metric]}f}"
+    return best
+
+
+def main_net(rows: Rows) -> str:
+    """The LPIPS network that measured the most rows; empty where LPIPS is unavailable throughout."""
+    nets = Counter(row.lpips_net for row in rows.all if row.scores["lpips"])
+    return nets.most_common(1)[0][0] if nets else ""
+
+
+def grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Texts with the names of the rows that share them."""
+    groups: dict[str, list[str]] = {}
+    for text, name in pairs:
+        groups.setdefault(text, []).append(name)
+    return list(groups.items())
+
+
+def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
+    if row.kind == "reference":
+        series, short = "Reference lines", str(row.settings.get("reference", row.label)).replace("-", " ")
+        return {
+            "name": row.label, "reference": True, "random": "", "series": series, "encoder": series,
+            "layer": row.label, "short": short, "decoder": "", "shape": "",
+        }  # fmt: skip
+    encoder = names[row.encoder]
+    series = f"{encoder} ({row.weights_label} weights)" if row.is_random else encoder
+    decoder = row.decoder_label + (f", seed {row.seed}" if seeds else "")
+    return {
+        "name": f"{series} · {row.layer} · {decoder}", "reference": False, "random": row.control,
+        "series": series, "encoder": encoder, "layer": row.layer, "short": row.layer, "decoder": decoder,
+        "shape": " + ".join(row.shapes),
+    }  # fmt: skip
+
+
+def _numbers(row: Row, ids: Sequence[str]) -> dict[str, Any]:
+    reference = row.kind == "reference"
+    values = {metric: row.values(metric) for metric in METRICS}
+    return {
+        "parameters": None if reference else row.parameters,
+        "seconds": None if reference else row.train_seconds,
+        "locations": None if reference else row.locations,
+        "net": row.lpips_net,
+        "scores": {metric: _score(row, metric) for metric in METRICS},
+        "perPicture": {
+            m: [None if (v := values[m].get(id)) is None else round(v, 4) for id in ids] for m in METRICS
+        },
+    }
+
+
+def _fusion(row: Row) -> list[dict[str, Any]]:
+    """Each source's mean weight; empty where the row has no fusion that weighs its sources."""
+    pairs = zip(row.sources, row.fusion_weights, strict=True) if row.fusion_weights else ()
+    return [{"source": source, "weight": weight} for source, weight in pairs]
+
+
+def _score(row: Row, metric: str) -> dict[str, Any] | None:
+    score = row.scores[metric]
+    if score is None:
+        return None
+    return {"mean": score.mean, "std": score.std, "count": score.count, "margin": score.margin}
+
+
+def _test_sets(rows: Sequence[Row], pictures: Sequence[Picture]) -> list[str]:
+    # The first picture a row saved tells its test set, also where not every row has a digest of its own.
+    first: dict[int, str] = {}
+    for number, picture in enumerate(pictures):
+        for position in picture.reconstructions:
+            first.setdefault(position, f"picture {number}")
+    return [first.get(i, str(row.data.get("digest") or row.run.name)) for i, row in enumerate(rows)]
+
+
+def _short_names(encoders: Sequence[str]) -> dict[str, str]:
+    """Encoders without their weights' tag, where that stays unambiguous."""
+    distinct = list(dict.fromkeys(encoders))
+    bare = Counter(name.partition(".")[0] for name in distinct)
+    return {name: short if bare[short := name.partition(".")[0]] == 1 else name for name in distinct}

@@ -1,0 +1,1 @@
+"""Paired comparisons and hypotheses, from scores per image."""

@@ -1,0 +1,98 @@
+"""All answers of one study, from its run folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from afterimage.evaluation.intervals import RESAMPLES
+from afterimage.report.statistics.architectures import Architectures, architectures_differ
+from afterimage.report.statistics.depth import Depth, falls_with_depth
+from afterimage.report.statistics.rankings import (
+    DecoderRanking,
+    Degradation,
+    Efficiency,
+    Score,
+    decoders,
+    degradation,
+    efficiency,
+    fusions,
+    scores,
+)
+from afterimage.report.statistics.resolution import Resolution, resolution_dominates
+from afterimage.report.statistics.rows import METRICS, Row, load_rows
+from afterimage.report.statistics.tests import Comparison
+from afterimage.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a study's scores say. Every list holds one entry a metric and, where it says so, a setting."""
+
+    rows: tuple[Row, ...]
+    scores: tuple[Score, ...]
+    depth: tuple[Depth, ...]
+    resolution: tuple[Resolution, ...]
+    architectures: tuple[Architectures, ...]
+    degradation: tuple[Degradation, ...]
+    efficiency: tuple[Efficiency, ...]
+    decoders: tuple[DecoderRanking, ...]
+    fusions: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+    resamples: int
+    seed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the rows' scores as JSON values; comparisons carry `better` and the like."""
+        return {f.name: as_json(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "rows"}
+
+
+def as_json(value: Any) -> Any:
+    """A result as JSON values: its fields, and its properties beside them."""
+    if dataclasses.is_dataclass(value):
+        names = [f.name for f in dataclasses.fields(value)]
+        names += [n for n, member in vars(type(value)).items() if isinstance(member, property)]
+        return {name: as_json(getattr(value, name)) for name in names}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return value
+
+
+def analyse(runs: Iterable[Run], *, resamples: int = RESAMPLES, seed: int = 0) -> Analysis:
+    """Read finished runs and answer H1, H2 and H3, for every metric and every setting that the runs hold.
+
+    A setting is a way of decoding (decoder, its size, weights, loss); only rows of one setting, on the same
+    pictures, are compared across layers. Every verdict is a family of tests of its own: Holm's correction
+    keeps the chance of any false step in it at 5 %. Seeds are averaged per picture before anything else.
+
+    Args:
+        resamples: bootstrap resamples an interval.
+        seed: of the resampling; the same runs and seed give the same answers.
+    """
+    rows, notes = load_rows(runs)
+    decoded = [row for row in rows if row.sources]
+    references = [row for row in rows if not row.sources]
+    settings = sorted({row.setting for row in decoded if not row.fused})
+    options = {"resamples": resamples, "seed": seed}
+    results: dict[str, list[Any]] = {f.name: [] for f in dataclasses.fields(Analysis)}
+    for metric in METRICS:
+        scored = [row for row in rows if metric in row.scores]
+        if not scored:
+            continue
+        measured = [row for row in decoded if metric in row.scores]
+        results["scores"] += scores(scored, metric, **options)
+        results["efficiency"] += efficiency(measured, references, metric)
+        results["decoders"] += decoders(measured, metric, **options)
+        results["fusions"] += fusions(measured, metric, **options)
+        for setting in settings:
+            single = [row for row in measured if row.setting == setting and not row.fused]
+            if not single:
+                continue
+            results["depth"].append(falls_with_depth(single, metric, setting, **options))
+            results["resolution"].append(resolution_dominates(single, metric, setting, **options))
+            results["architectures"].append(architectures_differ(single, metric, setting, **options))
+            results["degradation"] += degradation(single, metric, setting, **options)
+    results |= {"rows": rows, "notes": notes}
+    return Analysis(**{k: tuple(v) for k, v in results.items() if k not in options}, **options)

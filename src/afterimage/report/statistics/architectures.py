@@ -1,0 +1,73 @@
+"""H3: different architectures keep different things."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+from afterimage.evaluation.intervals import RESAMPLES
+from afterimage.report.statistics.depth import CONTRADICTED, MARGIN, SUPPORTED, UNDECIDED, UNTESTABLE
+from afterimage.report.statistics.resolution import MatchedPair
+from afterimage.report.statistics.rows import NEGLIGIBLE, Row
+from afterimage.report.statistics.tests import compare, corrected
+
+RULE = (
+    "At each resolution, the first layer of every encoder is compared with every other's. A pair differs "
+    "where its paired difference does from zero: t test, Holm-corrected over all pairs, p < 0.05, and a "
+    f"95 % interval without zero {MARGIN}. Supported: some pair differs and decoder size cannot explain it "
+    "(sizes within 5 %, or the "
+    "better side's decoder is the smaller). Contradicted, which only PSNR can be for want of other margins: "
+    f"every pair's 95 % interval lies within {NEGLIGIBLE['psnr']:g} dB of zero. Undecided: otherwise."
+)
+
+
+@dataclass(frozen=True)
+class Architectures:
+    """The answer to H3 for one metric and one setting.
+
+    `pairs` compares the first layer that each encoder has at a resolution (a choice made before looking at
+    scores, so that no encoder gains from having many layers of one size).
+    """
+
+    metric: str
+    setting: str
+    verdict: str
+    rule: str
+    reason: str
+    pairs: tuple[MatchedPair, ...] = ()
+    hypothesis: str = "H3"
+    claim: str = "different architectures keep different things"
+
+
+def architectures_differ(
+    rows: list[Row], metric: str, setting: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Architectures:
+    """Test H3 on the single-source rows of one setting. The family of tests is every pair below."""
+    first: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda r: r.order):
+        first.setdefault((row.height, row.width), {}).setdefault(row.encoder, row)
+    matched = [
+        (size, a, b)
+        for size, encoders in sorted(first.items(), key=lambda item: -item[0][0] * item[0][1])
+        for a, b in combinations(sorted(encoders.values(), key=lambda r: r.encoder), 2)
+    ]
+    if not matched:
+        reason = "needs layers of one resolution from two or more encoders, decoded alike"
+        return Architectures(metric, setting, UNTESTABLE, RULE, reason)
+
+    family = corrected([compare(a, b, metric, resamples=resamples, seed=seed) for _, a, b in matched])
+    apart = [c for c in family if c.better]
+    clear = [c for c in apart if not c.explained_by_capacity]
+    equal = sum(c.matched_capacity for c in family)
+    reason = (
+        f"{len(apart)} of {len(family)} pairs of equal resolution differ, {len(clear)} of them beyond what "
+        f"decoder size can explain; {equal} of the pairs have decoders of equal size"
+    )
+    if clear:
+        verdict = SUPPORTED
+    elif NEGLIGIBLE[metric] and all(c.negligible for c in family):
+        verdict = CONTRADICTED
+    else:
+        verdict = UNDECIDED
+    pairs = tuple(MatchedPair(*size, False, c) for (size, _, _), c in zip(matched, family, strict=True))
+    return Architectures(metric, setting, verdict, RULE, reason, pairs)

@@ -1,0 +1,114 @@
+"""H1: quality falls monotonically with depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from scipy import stats
+
+from afterimage.evaluation.intervals import RESAMPLES, Interval, mean_interval
+from afterimage.report.statistics.rows import HIGHER_IS_BETTER, NEGLIGIBLE, Row, matrix
+from afterimage.report.statistics.tests import Comparison, compare, corrected, kendall_within
+
+SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE = "supported", "contradicted", "undecided", "not testable"
+
+
+MARGIN = f"(for PSNR, and is larger than the {NEGLIGIBLE['psnr']:g} dB that the study calls negligible)"
+RULE = (
+    "A step counts where its paired difference differs from zero: t test, Holm-corrected over all steps of "
+    f"all encoders, p < 0.05, and a 95 % interval without zero {MARGIN}. Supported: every step of every "
+    "encoder counts as a fall. "
+    "Contradicted: some step counts as a rise. Undecided: otherwise."
+)
+
+
+@dataclass(frozen=True)
+class DepthOfEncoder:
+    """One encoder's layers in execution order; `steps[i]` compares layer i + 1 with layer i.
+
+    `tau` is Kendall's between depth and the layers' mean quality, with its exact p-value (of few layers it
+    cannot be small: 1/12 at best for four). `tau_within` is the mean over pictures of tau within a picture.
+    `monotone` counts the pictures whose quality falls at every step.
+    """
+
+    encoder: str
+    layers: tuple[str, ...]
+    means: tuple[float, ...]
+    steps: tuple[Comparison, ...]
+    tau: float
+    tau_p: float
+    tau_within: Interval
+    monotone: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The answer to H1 for one metric and one setting (decoder)."""
+
+    metric: str
+    setting: str
+    verdict: str
+    rule: str
+    reason: str
+    encoders: tuple[DepthOfEncoder, ...]
+    hypothesis: str = "H1"
+    claim: str = "quality falls monotonically with depth"
+
+
+def falls_with_depth(
+    rows: list[Row], metric: str, setting: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Depth:
+    """Test H1 on the single-source rows of one setting. The family of tests: every step of every encoder."""
+    encoders: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: r.order):
+        encoders.setdefault(row.encoder, []).append(row)
+    encoders = {name: layers for name, layers in encoders.items() if len(layers) > 1}
+    if not encoders:
+        reason = "needs two or more layers of one encoder, decoded alike"
+        return Depth(metric, setting, UNTESTABLE, RULE, reason, ())
+
+    steps = corrected(
+        [
+            compare(deep, shallow, metric, resamples=resamples, seed=seed)
+            for layers in encoders.values()
+            for shallow, deep in pairwise(layers)
+        ]
+    )
+    results = []
+    for name, layers in encoders.items():
+        own, steps = steps[: len(layers) - 1], steps[len(layers) - 1 :]
+        results.append(_encoder(name, layers, own, metric, resamples, seed))
+    verdicts = {r.verdict for r in results}
+    verdict = next((v for v in (CONTRADICTED, UNDECIDED) if v in verdicts), SUPPORTED)
+    parts = [f"{v} for {', '.join(r.encoder for r in results if r.verdict == v)}" for v in sorted(verdicts)]
+    reason = "; ".join(parts)
+    if len(verdicts) == 1:
+        reason = f"for {', '.join(r.encoder for r in results)}" + (" alike" if len(results) > 1 else "")
+    return Depth(metric, setting, verdict, RULE, reason, tuple(results))
+
+
+def _encoder(
+    name: str, layers: list[Row], steps: list[Comparison], metric: str, resamples: int, seed: int
+) -> DepthOfEncoder:
+    _, scores = matrix(layers, metric)
+    quality = scores if HIGHER_IS_BETTER[metric] else -scores
+    tau, tau_p = stats.kendalltau(np.arange(len(layers)), quality.mean(axis=0))
+    verdict = UNDECIDED
+    if any(step.better == "a" for step in steps):
+        verdict = CONTRADICTED
+    elif all(step.better == "b" for step in steps):
+        verdict = SUPPORTED
+    return DepthOfEncoder(
+        encoder=name,
+        layers=tuple(row.layer for row in layers),
+        means=tuple(float(m) for m in scores.mean(axis=0)),
+        steps=tuple(steps),
+        tau=float(np.nan_to_num(tau)),
+        tau_p=1.0 if np.isnan(tau_p) else float(tau_p),
+        tau_within=mean_interval(kendall_within(quality), resamples=resamples, seed=seed),
+        monotone=int((np.diff(quality, axis=1) < 0).all(axis=1).sum()),
+        verdict=verdict,
+    )

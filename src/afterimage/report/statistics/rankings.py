@@ -1,0 +1,183 @@
+"""From best to worst: how far quality falls, which layer and decoder is best, and what quality costs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import combinations
+
+from afterimage.evaluation.intervals import (
+    CONFIDENCE,
+    RESAMPLES,
+    Interval,
+    mean_interval,
+    percentile_interval,
+    resampled_means,
+)
+from afterimage.report.statistics.rows import HIGHER_IS_BETTER, Row, honest, matrix
+from afterimage.report.statistics.tests import Comparison, compare, corrected
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row's mean score over pictures with its interval; `seed_spread` is None for a single seed."""
+
+    name: str
+    setting: str
+    metric: str
+    mean: Interval
+    seeds: int
+    seed_spread: float | None
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """One encoder's best and worst layers under one setting.
+
+    `drop` compares worst with best; `percent` is the change relative to the best (its interval is a
+    percentile bootstrap of the ratio of means). `runner_up` compares the best layer with the second best,
+    corrected over the encoders of the setting. Best and worst are picked on the same pictures, which flatters
+    `drop` slightly.
+    """
+
+    metric: str
+    setting: str
+    encoder: str
+    best: str
+    worst: str
+    drop: Comparison
+    percent: Interval
+    runner_up: Comparison
+
+
+@dataclass(frozen=True)
+class DecoderRanking:
+    """The settings that decode the same features, best first, their means, every pair compared."""
+
+    metric: str
+    name: str
+    settings: tuple[str, ...]
+    means: tuple[float, ...]
+    pairs: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What a row's quality costs.
+
+    `gain` is the mean score beyond `baseline`: the mean-colour reference line of the row's test pictures where the
+    study has any such line, else 0. It is None for LPIPS without one, which has no zero to count from, and where
+    other rows have a line and this one has not. Ratios are None where the cost is unknown or zero.
+    """
+
+    metric: str
+    name: str
+    setting: str
+    gain: float | None
+    baseline: float | None
+    per_minute: float | None
+    per_million_parameters: float | None
+    per_thousand_values: float | None
+
+
+def scores(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Score]:
+    """Every row's mean with its interval, in the order given."""
+    results = []
+    for row in rows:
+        _, values = matrix([row], metric)
+        interval = mean_interval(values[:, 0], resamples=resamples, seed=seed)
+        label = row.setting or "reference"
+        spread = row.seed_spread(metric)
+        results.append(Score(row.name, label, metric, interval, len(row.runs), spread, row.runs))
+    return results
+
+
+def _best_first(rows: list[Row], metric: str) -> list[Row]:
+    """Rows by mean over the pictures that all of them have."""
+    _, values = matrix(rows, metric)
+    means = values.mean(axis=0) if HIGHER_IS_BETTER[metric] else -values.mean(axis=0)
+    return [row for _, row in sorted(zip(-means, rows, strict=True), key=lambda pair: pair[0])]
+
+
+def degradation(
+    rows: list[Row], metric: str, setting: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Degradation]:
+    """For each encoder with two or more layers among the single-source rows of one setting."""
+    encoders: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        encoders[row.encoder].append(row)
+    ranked = {name: _best_first(layers, metric) for name, layers in encoders.items() if len(layers) > 1}
+    runners = corrected(
+        [compare(r[0], r[1], metric, resamples=resamples, seed=seed) for r in ranked.values()]
+    )
+    results = []
+    for (name, layers), runner_up in zip(ranked.items(), runners, strict=True):
+        best, worst = layers[0], layers[-1]
+        ids, values = matrix([best, worst], metric)
+        drawn = resampled_means(values, resamples=resamples, seed=seed)
+        means = values.mean(axis=0)
+        percent = 100 * (means[1] / means[0] - 1)
+        interval = percentile_interval(percent, 100 * (drawn[:, 1] / drawn[:, 0] - 1), len(ids), CONFIDENCE)
+        drop = compare(worst, best, metric, resamples=resamples, seed=seed)
+        results.append(Degradation(metric, setting, name, best.layer, worst.layer, drop, interval, runner_up))
+    return results
+
+
+def efficiency(rows: list[Row], references: list[Row], metric: str) -> list[Efficiency]:
+    """Quality per minute of training, per million decoder parameters and per thousand feature values."""
+    baselines = {r.data: r.mean(metric) for r in references if r.reference == "mean" and metric in r.scores}
+    nothing = 0.0 if HIGHER_IS_BETTER[metric] and not baselines else None
+    results = []
+    for row in rows:
+        baseline = baselines.get(row.data, nothing)
+        gain = None
+        if baseline is not None:
+            gain = row.mean(metric) - baseline if HIGHER_IS_BETTER[metric] else baseline - row.mean(metric)
+        costs = (row.seconds / 60, row.parameters / 1e6, row.values / 1e3)
+        ratios = [gain / cost if gain is not None and cost > 0 else None for cost in costs]
+        results.append(Efficiency(metric, row.name, row.setting, gain, baseline, *ratios))
+    return results
+
+
+def decoders(
+    rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[DecoderRanking]:
+    """Rank the settings that decode the same features; every pair of every ranking is one family of tests.
+
+    Features of an untrained encoder are others, and controls: they are left out unless there is nothing else.
+    """
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in honest(rows) or rows:
+        groups[row.name, row.data].append(row)
+    ranked = [_best_first(group, metric) for group in groups.values() if len(group) > 1]
+    family = corrected(
+        [
+            compare(a, b, metric, names=(a.setting, b.setting), resamples=resamples, seed=seed)
+            for group in ranked
+            for a, b in combinations(group, 2)
+        ]
+    )
+    results = []
+    for group in ranked:
+        pairs = len(group) * (len(group) - 1) // 2
+        own, family = family[:pairs], family[pairs:]
+        means = tuple(row.mean(metric) for row in group)
+        results.append(
+            DecoderRanking(metric, group[0].name, tuple(r.setting for r in group), means, tuple(own))
+        )
+    return results
+
+
+def fusions(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
+    """Each fusion against its best single member, decoded alike where the study has that, else anyhow."""
+    family = []
+    for fused in (row for row in rows if row.fused):
+        same = [r for r in rows if (r.data, r.control) == (fused.data, fused.control)]
+        members = [r for r in same if not r.fused and r.sources[0] in fused.sources]
+        alike = [r for r in members if r.setting == fused.setting]
+        if members:
+            best = _best_first(alike or members, metric)[0]
+            names = (f"{fused.name}, {fused.setting}", f"{best.name}, {best.setting}")
+            family.append(compare(fused, best, metric, names=names, resamples=resamples, seed=seed))
+    return corrected(family)

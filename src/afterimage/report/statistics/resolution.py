@@ -1,0 +1,153 @@
+"""H2: spatial resolution dominates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from afterimage.evaluation.intervals import (
+    CONFIDENCE,
+    RESAMPLES,
+    Interval,
+    percentile_interval,
+    resampled_means,
+)
+from afterimage.report.statistics.depth import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE
+from afterimage.report.statistics.rows import HIGHER_IS_BETTER, Row, matrix
+from afterimage.report.statistics.tests import (
+    ALPHA,
+    Comparison,
+    compare,
+    corrected,
+    epsilon_squared,
+    holm,
+    separable,
+    spearman,
+    spearman_p,
+)
+
+RULE = (
+    "Supported: over layers, the rank correlations of quality with the number of locations, plain and given "
+    "channels, are both positive (permutation test, Holm-corrected, p < 0.05), and resolution accounts for "
+    "more than half of the variance between layers (the whole 95 % interval of epsilon squared lies above "
+    "0.5). Contradicted: that interval lies below 0.5, or the plain correlation is negative (same test). "
+    "Undecided: otherwise."
+)
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """Two layers of the same resolution; `same_encoder` where they differ in depth alone."""
+
+    height: int
+    width: int
+    same_encoder: bool
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The answer to H2 for one metric and one setting.
+
+    Correlations are between quality (the metric turned so that more is better) and locations, over `layers`
+    layers. Their intervals resample pictures, the layers given; their p-values permute layers, and are a
+    guide only, since layers of one encoder are not independent. `partial` is None where channels and
+    locations rank the layers alike, `share` (epsilon squared) where no two layers share a resolution.
+    """
+
+    metric: str
+    setting: str
+    verdict: str
+    rule: str
+    reason: str
+    layers: int = 0
+    correlation: Interval | None = None
+    correlation_p: float | None = None
+    partial: Interval | None = None
+    partial_p: float | None = None
+    share: Interval | None = None
+    pairs: tuple[MatchedPair, ...] = ()
+    hypothesis: str = "H2"
+    claim: str = "spatial resolution dominates"
+
+
+def resolution_dominates(
+    rows: list[Row], metric: str, setting: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Resolution:
+    """Test H2 on the single-source rows of one setting."""
+    locations = np.array([row.locations for row in rows], dtype=float)
+    if len(rows) < 4 or len(set(locations)) < 2:
+        reason = "needs four or more layers of two or more resolutions, decoded alike"
+        return Resolution(metric, setting, UNTESTABLE, RULE, reason, len(rows))
+
+    channels = np.array([row.channels for row in rows], dtype=float)
+    ids, scores = matrix(rows, metric)
+    quality = scores if HIGHER_IS_BETTER[metric] else -scores
+    means = quality.mean(axis=0)
+    drawn = resampled_means(quality, resamples=resamples, seed=seed)
+
+    def interval(estimate: np.ndarray, values: np.ndarray) -> Interval:
+        return percentile_interval(float(estimate), values, len(ids), CONFIDENCE)
+
+    correlation = interval(spearman(locations, means), spearman(locations, drawn))
+    p = [spearman_p(locations, means, seed=seed)]
+    partial = None
+    if separable(locations, channels) and len(rows) > 4:
+        partial = interval(spearman(locations, means, channels), spearman(locations, drawn, channels))
+        p.append(spearman_p(locations, means, channels, seed=seed))
+    p = [float(v) for v in holm(p)]
+
+    sizes = np.array([row.height * 100_000 + row.width for row in rows])
+    share, pairs = None, ()
+    if len(set(sizes)) < len(sizes):
+        share = interval(epsilon_squared(means, sizes), epsilon_squared(drawn, sizes))
+        pairs = _pairs(rows, metric, resamples, seed)
+    verdict, reason = _judge(correlation, p, partial, share)
+    return Resolution(
+        metric=metric,
+        setting=setting,
+        verdict=verdict,
+        rule=RULE,
+        reason=reason,
+        layers=len(rows),
+        correlation=correlation,
+        correlation_p=p[0],
+        partial=partial,
+        partial_p=p[1] if partial else None,
+        share=share,
+        pairs=pairs,
+    )
+
+
+def _pairs(rows: list[Row], metric: str, resamples: int, seed: int) -> tuple[MatchedPair, ...]:
+    """Every two layers of one resolution, finest first; the family of tests is all of them."""
+    matched = [(a, b) for a, b in combinations(rows, 2) if (a.height, a.width) == (b.height, b.width)]
+    matched.sort(key=lambda pair: -pair[0].locations)
+    family = corrected([compare(a, b, metric, resamples=resamples, seed=seed) for a, b in matched])
+    return tuple(
+        MatchedPair(a.height, a.width, a.encoder == b.encoder, comparison)
+        for (a, b), comparison in zip(matched, family, strict=True)
+    )
+
+
+def _judge(
+    correlation: Interval, p: list[float], partial: Interval | None, share: Interval | None
+) -> tuple[str, str]:
+    if correlation.estimate < 0 and p[0] < ALPHA:
+        return CONTRADICTED, "quality falls as locations grow"
+    if share is not None and share.high < 0.5:
+        return CONTRADICTED, "resolution accounts for less than half of the variance between layers"
+    missing = []
+    if not (correlation.estimate > 0 and p[0] < ALPHA):
+        missing.append("the rank correlation with locations is not established over these layers")
+    if partial is None:
+        missing.append("channels and locations cannot be told apart over these layers")
+    elif not (partial.estimate > 0 and p[1] < ALPHA):
+        missing.append("the correlation given channels is not established over these layers")
+    if share is None:
+        missing.append("no two layers share a resolution")
+    elif share.low <= 0.5:
+        missing.append("the share of variance that resolution accounts for is not clearly above one half")
+    return (UNDECIDED, "; ".join(missing)) if missing else (SUPPORTED, "all three conditions hold")

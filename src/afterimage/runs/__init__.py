@@ -1,0 +1,1 @@
+"""Run folders on disk: files, locks, states, results. No torch."""

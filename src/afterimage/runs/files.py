@@ -1,0 +1,241 @@
+"""Atomic writes, and readers that name the file they could not read."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from afterimage.config import AfterimageError, read_text, shown
+
+# What a damaged or foreign file can raise while it is read; anything else is a bug here and should show.
+DAMAGE = (
+    *(AfterimageError, ArithmeticError, AttributeError, LookupError, OSError, RecursionError),
+    *(TypeError, ValueError),
+)
+MAX_PIXELS = 2**26
+"""Pixels of the largest picture that a run folder may hold."""
+
+LEFTOVER = ".part"
+"""How files that are being written end; one that stays was left by a process that was killed."""
+
+
+def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = None) -> None:
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it.
+
+    With `keep` the file that was there gets that name, once the new one is safe on disk.
+    """
+    path = Path(path)
+    # A name that is no text has lone surrogates, which UTF-8 cannot hold; their escape is JSON's too.
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
+        raise AfterimageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+    _sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path, *, older: float = 0.0) -> None:
+    """Remove half-written files below a folder that have not changed for `older` seconds."""
+    for path in folder.rglob(f".*{LEFTOVER}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older:
+                path.unlink()
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames in a folder last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; raises `AfterimageError` where it cannot be read."""
+    if path.exists() and not path.is_file():
+        raise AfterimageError(f"cannot read {shown(path)}: it is not a regular file")
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise AfterimageError(f"cannot read {shown(path)}: {error.strerror}") from None
+
+
+# Of the surrogates those of bytes in a file's name are kept, as Python writes them (PEP 383).
+_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+def read_json(path: str | Path) -> Any:
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+        if "\\u" in text and (half := _HALF.search(json.dumps(value, ensure_ascii=False))):
+            raise ValueError(f"{half[0]!r} is half a character")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise AfterimageError(f"{shown(path)} is not valid JSON: {error}") from None
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Inside the block, whatever a file of another shape raises becomes an `AfterimageError` that names it."""
+    try:
+        yield
+    except AfterimageError:
+        raise
+    except DAMAGE as error:
+        what = f"{type(error).__name__}: {error}"
+        raise AfterimageError(f"{shown(path)} does not hold what it should ({what:.300})") from error
+
+
+def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows under a header; None becomes an empty cell, floats keep every digit."""
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def write_image(path: str | Path, pixels: Any) -> None:
+    """Write uint8 pixels, `(H, W, 3)` or grey `(H, W)`, as PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def read_image(path: str | Path, content: bytes | None = None) -> Any:
+    """A picture of a run folder, PNG, as a loaded Pillow picture; `content` where its bytes are read already.
+
+    Raises `AfterimageError` naming a file that is missing, damaged, of another format or too large.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content) if content is not None else path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise AfterimageError(
+                    f"cannot read the picture {shown(path)}: it has over {MAX_PIXELS:,} pixels"
+                )
+            image.load()
+            return image
+    except AfterimageError:
+        raise
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        raise AfterimageError(f"cannot read the picture {shown(path)}: {error}") from None
+
+
+def read_csv(path: str | Path) -> list[dict[str, Any]]:
+    """Read rows back; cells that are numbers become numbers, empty cells None. The id stays text.
+
+    Raises `AfterimageError` for a file that cannot be read, and for a row with more or fewer cells than columns.
+    """
+    rows = []
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise AfterimageError(
+                    f"{shown(path)}, line {reader.line_num}: the row does not have the header's "
+                    f"{len(reader.fieldnames or ())} cells"
+                )
+            rows.append({k: v if k == "id" else _number(v) for k, v in row.items()})
+    except csv.Error as error:
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+    return rows
+
+
+def _number(cell: str | None) -> Any:
+    if not cell:
+        return None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(cell)
+    return cell
+
+
+logger = logging.getLogger("afterimage")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a temporary file beside `path`, which is flushed to disk and renamed at the end, else removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Remove what writers of `path` that were killed have left; call it with the lock held."""
+    for leftover in path.parent.glob(f".{path.name}.*.part"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[bool]:
+    """Hold an exclusive lock on a file, waiting for it; yields whether the file system can lock at all.
+
+    Where it cannot, two processes may do the same work; files are written whole, so neither harms the other.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    with open(path, "ab") as file:
+        held = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that is %s", what)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            held = False
+        yield held

@@ -1,0 +1,1 @@
+"""This machine and its processes: devices, memory, threads, signals, several processes."""

@@ -1,0 +1,69 @@
+"""`--devices N`: this command again, as N ranks on this machine, by the machinery of `torchrun`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from afterimage.config import AfterimageError
+from afterimage.runtime.device import create_fabric
+from afterimage.runtime.distributed import GO_ON, started_together
+from afterimage.runtime.threads import cores
+
+
+def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
+    """Run `afterimage ARGUMENTS` as so many ranks; returns when all have ended well.
+
+    Otherwise ends with the exit code of the rank that ended first, or 1 where it was killed. Raises
+    `AfterimageError` where the machine has fewer devices.
+    """
+    fabric = create_fabric(accelerator, devices)
+    if fabric.device.type == "cpu" and devices > max(2, cores()):
+        raise AfterimageError(
+            f"--devices {devices} on a CPU: this machine has {cores()} cores for as many processes"
+        )
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # what it tells at length is said below in a line
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=60,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "afterimage", *arguments)
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:  # the rank has said why
+            raise SystemExit(failure.exitcode) from None
+        name = signal.Signals(-failure.exitcode).name
+        raise AfterimageError(
+            f"rank {rank} (process {failure.pid}) was ended by {name}, and the others with it; {GO_ON}"
+        ) from None
+
+
+def ranks_here(devices: int) -> bool:
+    """Whether this process is a rank already. Raises `AfterimageError` where `devices` says otherwise."""
+    if not started_together():
+        return False
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if devices not in (1, here):
+        raise AfterimageError(
+            f"--devices {devices}, but {here} ranks were started on this machine: leave it out"
+        )
+    return True

@@ -1,0 +1,178 @@
+"""Everything that is shown on the terminal, by one writer that can always write.
+
+A terminal or a log may not know a character, a name may hold what steers a terminal, whoever reads may be gone and a
+disk may be full: none of these ends a computation.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import functools
+import logging
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+_HANDLER = "afterimage.runtime.terminal"
+_STAND_INS = {
+    "→": "->", "←": "<-", "↑": "^", "↓": "v", "×": "x", "·": ".", "±": "+-", "−": "-", "–": "-", "—": "-", "…": "...",
+    **{mark: f"^{digit}" for digit, mark in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},  # a bare digit would belong to the number before
+    **dict.fromkeys("─━═╌╍┄┅", "-"), **dict.fromkeys("│┃║", "|"), **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼┏┓┗┛┡┩╇╈", "+"),
+}  # fmt: skip
+"""What stands for a character that the terminal's encoding lacks; any other is escaped."""
+
+
+def printable(text: str) -> str:
+    """Text as it may be sent to a terminal: what would steer it, or is no character, is escaped; lines stay."""
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c in "\n\t" or _is_safe(c) else _escaped(c) for c in text)
+
+
+def say(*lines: object, error: bool = False) -> None:
+    """Print lines on standard output, or on standard error."""
+    writer = Writer.of(sys.stderr if error else sys.stdout)
+    for line in lines:
+        writer.write(printable(str(line)) + "\n")
+    writer.flush()
+
+
+def complain(what: str, error: object) -> None:
+    """Say `what: error` on standard error; further lines are indented, so that no name can pass for a message."""
+    text = str(error).replace("\n", "\n  ").replace("\n    ", "\n  ")
+    say(f"{what}: {text}", error=True)
+
+
+def console(width: int | None = None, *, error: bool = False) -> Console:
+    """A console for tables; they get `width` columns where nobody's terminal says how many there are.
+
+    It takes text as it is: nothing in a name is markup, or steers the terminal.
+    """
+    writer = Writer.of(sys.stderr if error else sys.stdout)
+    return _console_class()(
+        file=writer, width=None if writer.isatty() else width, markup=False, emoji=False, highlight=False
+    )
+
+
+class Writer:
+    """A text stream that never fails: it shows in other characters what its encoding lacks, and drops what cannot be
+    written. `failure` then says why.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        # A process may be started with its output closed.
+        self.stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        self.failure: OSError | ValueError | None = None
+
+    @classmethod
+    def of(cls, stream: Any) -> Writer:
+        return stream if isinstance(stream, Writer) else cls(stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with self._kept():
+            self.stream.write(text.encode(encoding, _HANDLER).decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with self._kept():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: the stream has been closed
+            self.failure = self.failure or error
+
+    def finish(self) -> None:
+        """Write what is left; what cannot be written is dropped, so that the interpreter's end does not try again."""
+        self.flush()
+        if self.failure is not None:
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+
+@contextlib.contextmanager
+def always_writable() -> Iterator[None]:
+    """Inside the block standard output and standard error take any text and never raise.
+
+    Ends with exit code 1 where standard output, which somebody waits for, could not be written.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = output, errors = Writer.of(sys.stdout), Writer.of(sys.stderr)
+    logger, warnings = logging.getLogger("afterimage"), _Warnings(logging.WARNING)
+    logger.addHandler(warnings)
+    ended: SystemExit | None = None
+    try:
+        yield
+    except SystemExit as end:
+        ended = end
+    finally:
+        output.finish()
+        if output.failure is not None and not isinstance(output.failure, BrokenPipeError):
+            reason = getattr(output.failure, "strerror", None) or output.failure
+            say(f"afterimage: standard output could not be written in full: {reason}", error=True)
+        errors.finish()
+        logger.removeHandler(warnings)
+        sys.stdout, sys.stderr = before
+    if output.failure is not None and not (ended and ended.code):
+        raise SystemExit(1)
+    if ended is not None:
+        raise ended
+
+
+class _Warnings(logging.Handler):
+    """Says what the package warns of, as everything else is said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record), error=True)
+
+
+@functools.cache
+def _console_class() -> type[Console]:
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Plain(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    return Plain
+
+
+def _is_safe(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte of a name that is no text
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def _in_other_characters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end]
+    return "".join(_STAND_INS.get(c) or _escaped(c) for c in found), error.end
+
+
+codecs.register_error(_HANDLER, _in_other_characters)

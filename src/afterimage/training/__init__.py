@@ -1,0 +1,1 @@
+"""Train decoders on the features of frozen encoders."""

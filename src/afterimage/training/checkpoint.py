@@ -1,0 +1,187 @@
+"""Tensors on disk, whole or not at all: a run's best decoder, and the state that training goes on from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from afterimage.config import AfterimageError, utf8_path
+from afterimage.models.reconstructor import Encoders, Reconstructor, build_head
+from afterimage.models.weights import identity
+from afterimage.runs.files import reading, write_atomic
+from afterimage.runs.run import Run
+
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+
+
+def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[str, Any]) -> None:
+    """Write a decoder as one safetensors file, with what it was made for; the same gives the same bytes."""
+    write_atomic(path, save(plain(tensors), {"made_for": json.dumps(made_for, sort_keys=True)}))
+
+
+def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read a decoder back. Raises `AfterimageError` for a damaged file, and for one made for other features."""
+    tensors, metadata = load_tensors(path)
+    try:
+        stored = json.loads(metadata.get("made_for", "{}"))
+        differing = {key: stored[key] for key in made_for if key in stored and stored[key] != made_for[key]}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AfterimageError(f"cannot read {path}: {error}") from None
+    for key, value in differing.items():
+        raise AfterimageError(
+            f"{path} was made for other features: its {key} are {value!s:.300}, but these are "
+            f"{made_for[key]!s:.300}"
+        )
+    return tensors
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata back. Raises `AfterimageError` naming a file that is damaged."""
+    try:
+        if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+            raise OSError("it is not a regular file")
+        with utf8_path(path) as name, safe_open(name, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise AfterimageError(f"cannot read {path}: {error}") from None
+
+
+def save_checkpoint(run: Run, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write what training goes on from, with a digest; the last one is kept until this one is safe on disk."""
+    stored, text = plain(tensors), json.dumps(facts)
+    content = save(stored, {"facts": text, "sha256": _digest(stored, text)})
+    write_atomic(run.file(CHECKPOINT), content, keep=run.file(PREVIOUS))
+
+
+def load_checkpoints(run: Run, said: Callable[[str], None]) -> Iterator[tuple[dict[str, Tensor], dict]]:
+    """The run's sound checkpoints, newest first, as tensors and facts. `said` is told of damaged ones."""
+    for name in (CHECKPOINT, PREVIOUS):
+        path = run.file(name)
+        if not path.exists():
+            continue
+        try:
+            tensors, metadata = load_tensors(path)
+            text = metadata.get("facts", "")
+            if _digest(tensors, text) != metadata.get("sha256"):
+                raise AfterimageError(f"{path} is damaged: its contents do not have its digest")
+            with reading(path):
+                facts = dict(json.loads(text))
+                identity = dict(facts["identity"])
+            facts["identity"] = identity
+        except AfterimageError as error:
+            said(f"{error}; it is not used")
+        else:
+            yield tensors, facts
+
+
+def remove_checkpoints(run: Run) -> None:
+    for name in (CHECKPOINT, PREVIOUS):
+        with contextlib.suppress(OSError):
+            run.file(name).unlink()
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As they can be stored."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by name and plain facts."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{key}": torch.as_tensor(value)
+        for index, slot in state["state"].items()
+        for key, value in slot.items()
+    }
+    groups = [
+        {k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in state["param_groups"]
+    ]
+    return tensors, {"param_groups": groups}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """The inverse of `pack_optimizer`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": facts["param_groups"]})
+    # Fused kernels read parameter and state side by side in memory, and a checkpoint keeps no memory format.
+    for parameter, slot in optimizer.state.items():
+        for key, value in slot.items():
+            if value.shape == parameter.shape:
+                slot[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}:{name}": tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}:"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> Reconstructor:
+    """Rebuild a finished run's reconstructor from its folder, in evaluation mode.
+
+    Raises `AfterimageError` where the run is not finished, its decoder does not fit or was made for other
+    features, or the encoder's weights are not those it was trained on.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    config = run.config
+    path = run.file("decoder.safetensors")
+    if not path.exists():
+        raise AfterimageError(f"run {run.name} has no decoder yet (state: {run.state})")
+    encoders = Encoders(
+        config.sources, weights=weights or config.weights, image_size=config.data.crop, seed=config.seed
+    )
+    _same_weights(run, encoders)
+    head = build_head(config, encoders.specs)
+    try:
+        sources = list(encoders.sources)
+        made_for = {"sources": sources, "weights": encoders.weight_digests(sources)}
+        head.load_state_dict(load_decoder(path, made_for))
+    except RuntimeError as error:
+        raise AfterimageError(f"cannot load {path}: {error}") from None
+    return Reconstructor(encoders, head).eval()
+
+
+def _same_weights(run: Run, encoders: Encoders) -> None:
+    if not run.file("summary.json").exists():
+        return
+    with reading(run.file("summary.json")):
+        recorded = {entry["model"]: (identity(entry), _told(entry)) for entry in run.summary["weights"]}
+    for entry in encoders.weights_of(encoders.sources):
+        before = recorded.get(entry["model"])
+        if before is not None and before[0] != identity(entry):
+            raise AfterimageError(
+                f"run {run.name} was trained on weights of {entry['model']} with {before[1]}, but these have "
+                f"{_told(entry)}"
+            )
+
+
+def _told(weights: Mapping[str, Any]) -> str:
+    digest = str(weights["sha256"])[:12] or f"none: {weights['label']}"
+    return f"digest {digest} ({weights['location']})"

@@ -1,0 +1,400 @@
+"""One decoder while it is trained: its optimizer and schedule, and what it has reached so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
+
+from afterimage.config import AfterimageError, RecipeConfig
+from afterimage.models.decoders.base import Window
+from afterimage.models.reconstructor import Head
+from afterimage.runs.run import Run
+from afterimage.runtime.distributed import ALONE, RankLost, Ranks
+from afterimage.runtime.memory import Result, halving
+from afterimage.runtime.sync_batchnorm import adapt
+from afterimage.training.checkpoint import (
+    load_checkpoints,
+    pack_optimizer,
+    prefixed,
+    save_checkpoint,
+    save_decoder,
+    unpack_optimizer,
+    without_prefix,
+)
+from afterimage.training.losses import create_loss
+
+PROGRESS = (
+    "history",
+    "notes",
+    "best_loss",
+    "best_epoch",
+    "epoch",
+    "position",
+    "seconds",
+    "epoch_seconds",
+    "pictures_seen",
+    "micro_batch",
+)
+"""What a checkpoint holds besides tensors. No random state: training draws none (order, crops and flips are
+functions of seed, epoch and picture), which a test holds every decoder to."""
+SINGLE = (
+    "batch norm met a single value a channel (one image on 1x1 maps) and normalised it by its running statistics, "
+    "which it left as they were"
+)
+
+
+class Member:
+    """A decoder in training beside others on the same features; `picks` says which features are its own.
+
+    With a run it writes its history and a checkpoint there after every epoch, and where it is told to in between.
+    `identity` is what a checkpoint must share to be gone on from, by name: the pictures' digest, the weights'; a
+    decoder is only for its own `sources` and `weights`.
+    `guard` is called before anything is written and may raise; `said` is told what a user should know.
+    With `ranks` each of them has such a member, and all stay equal; the leading one writes.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        picks: Sequence[int],
+        recipe: RecipeConfig,
+        fabric: Fabric,
+        *,
+        name: str = "decoder",
+        run: Run | None = None,
+        identity: Mapping[str, Any] | None = None,
+        guard: Callable[[], None] = lambda: None,
+        said: Callable[[str], None] = lambda text: None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
+        self.name, self.recipe, self.fabric, self.run = name, recipe, fabric, run
+        self.identity, self.guard, self.said = dict(identity or {}), guard, said
+        self.picks = list(picks)
+        self._norms = adapt(head, ranks)
+        self._synchronised = ranks.count > 1 and bool(self._norms)
+        self.head = head.to(fabric.device, memory_format=torch.channels_last)
+        self.loss = create_loss(recipe.loss).to(fabric.device)
+        self.history: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_loss, self.best_epoch, self.epoch, self.seconds = math.inf, 0, 0, 0.0
+        self.epoch_seconds = 0.0
+        self.pictures_seen = self.position = 0
+        self.micro_batch = self._at_once = recipe.batch_size
+        self.failed = self.restored = False
+        self.between_steps = True
+        """Whether it is as after a whole number of steps, so that training could go on from it."""
+        self._total = torch.zeros((), device=fabric.device)
+        if any(p.requires_grad for p in head.parameters()):
+            optimizer = create_optimizer(head, recipe)
+            self.trained, self.optimizer = fabric.setup(self.head, optimizer)
+            self.scheduler = _scheduler(optimizer, recipe)
+        else:
+            self.trained, self.optimizer, self.scheduler = self.head, None, None
+        self.share()
+
+    def share(self) -> None:
+        """Take the leading rank's decoder over: other machines may round otherwise."""
+        if self.ranks.count > 1:
+            state = {name: tensor.cpu() for name, tensor in self.head.state_dict().items()}
+            self.head.load_state_dict(self.ranks.broadcast(state if self.ranks.leads else None))
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.head.parameters())
+
+    @property
+    def active(self) -> bool:
+        """Whether there are epochs left to train."""
+        return not self.failed and self.optimizer is not None and self.epoch < self.recipe.epochs
+
+    @property
+    def running_loss(self) -> float:
+        """The mean loss of the epoch so far; asking waits for the device."""
+        return float(self._total) / max(1, self.position)
+
+    @property
+    def best_text(self) -> str:
+        return f"epoch {self.best_epoch}, validation loss {self.best_loss:.6f}" if self.best else "none yet"
+
+    def pick(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [features[i] for i in self.picks]
+
+    def begin_epoch(self) -> None:
+        """Get ready to step, at the start of an epoch or at `position` pictures in it."""
+        self.head.train()
+
+    def step(self, features: Sequence[Tensor], images: Tensor, count: int | None = None) -> None:
+        """An optimizer step for each of the decoder's windows on the features of `images`, both on the device.
+
+        Of several ranks each gives its own part of the batch of `count` pictures, or none. Where memory does not
+        suffice, gradients are summed over micro-batches. Raises `AfterimageError` for a loss that is not finite: at
+        once on a CPU, where asking is free; on other devices `end_epoch` does, so that steps need not wait.
+        """
+        picked, count = self.pick(features), len(images) if count is None else count
+        # Windows depend on the position in the run alone, so that one that goes on draws the same.
+        generator = torch.Generator().manual_seed((self.epoch << 32) + self.position)
+        windows = self.head.decoder.windows(generator)
+        for number, window in enumerate(windows):
+            self._total += self._descend(picked, images, count, window) / len(windows)
+            self.between_steps = number == len(windows) - 1
+        self._note_single_values()
+        self.position += count
+
+    def _descend(self, picked: list[Tensor], images: Tensor, count: int, window: Window | None) -> Tensor:
+        """One optimizer step; returns the sum of the losses of the batch's `count` pictures."""
+        most = self.ranks.most(count)
+        wanted = min(self.micro_batch, most)
+        buffers = [buffer.clone() for buffer in self.head.buffers()]
+
+        def undo() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            for buffer, before in zip(self.head.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+        def work(size: int) -> Tensor:
+            if size < wanted:  # what the attempt that failed has left
+                undo()
+            with self.ranks.agreed():
+                parts = list(_parts(picked, images, size))
+                if self._synchronised:  # batch norm needs every rank in every part
+                    nothing = [maps[:0] for maps in picked], images[:0]
+                    parts = [part for part in parts if len(part[1])]
+                    parts += [nothing] * (-(-most // size) - len(parts))
+                losses = [self._gradients(maps, part, count, window) for maps, part in parts]
+                return self._summed(sum(losses, self._total.new_zeros(())))
+
+        try:
+            total, size = halving(work, wanted, self.name)
+        except RankLost:
+            undo()
+            raise
+        if size < wanted:
+            self._shrink(size)
+        self.optimizer.step()
+        self.head.decoder.stepped()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _summed(self, total: Tensor) -> Tensor:
+        """Sum gradients over ranks, and the losses' `total`, which is returned."""
+        if self.ranks.count > 1:
+            trainable = [p for p in self.head.parameters() if p.requires_grad]
+            for parameter in trainable:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.ranks.sum([*(parameter.grad for parameter in trainable), total])
+        return total
+
+    def _gradients(self, features: list[Tensor], images: Tensor, count: int, window: Window | None) -> Tensor:
+        """Add the gradients of some of the batch's `count` pictures; returns the sum of their losses."""
+        if len(images) == 0:
+            if self._synchronised:
+                self.fabric.backward(self.trained(features, window).sum())
+            return self._total.new_zeros(())
+        loss = self.loss(self.trained(features, window), self.head.decoder.cut(images, window))
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            raise AfterimageError(
+                f"{self.name}: the loss is {loss.item()} in epoch {self.epoch + 1}, step "
+                f"{self.position // self.recipe.batch_size + 1}; the best decoder so far ({self.best_text}) is kept. "
+                "A lower learning_rate may help."
+            )
+        self.fabric.backward(loss if len(images) == count else loss * (len(images) / count))
+        return loss.detach() * len(images)
+
+    def _shrink(self, size: int) -> None:
+        self.micro_batch = size
+        note = f"out of memory: gradients are summed over micro-batches of {size}, the same mathematics"
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.head.modules()):
+            note += f" except that batch norm sees {size * self.ranks.count} pictures at a time"
+        self.notes.append(f"{note}; from epoch {self.epoch + 1} on")
+        self.said(f"{self.name}: {note}")
+
+    def _note_single_values(self) -> None:
+        """Say once that batch norm met a batch with a single value a channel."""
+        if any(norm.met_single for norm in self._norms) and not any(SINGLE in note for note in self.notes):
+            self.notes.append(f"{SINGLE}, first in epoch {self.epoch + 1}")
+            self.said(f"{self.name}: {SINGLE}")
+
+    @torch.no_grad()
+    def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
+        """The loss summed over the pictures of one validation batch, of which there may be none."""
+        self.head.eval()
+        if len(images) == 0:
+            return 0.0
+
+        def work(size: int) -> float:
+            parts = _parts(self.pick(features), images, size)
+            return sum(float(self.loss(self.trained(maps), part)) * len(part) for maps, part in parts)
+
+        return self._looking(work)
+
+    def end_epoch(self, validation_loss: float) -> None:
+        """Note an epoch, keep the decoder if it is the best, move the schedule, write a checkpoint."""
+        train_loss = self.running_loss
+        if not (math.isfinite(train_loss) and math.isfinite(validation_loss)):
+            raise AfterimageError(
+                f"{self.name}: the loss is not finite in epoch {self.epoch + 1} (training {train_loss}, validation "
+                f"{validation_loss}); the best decoder so far ({self.best_text}) is kept"
+            )
+        self.epoch += 1
+        self.seconds += self.epoch_seconds
+        self.pictures_seen += self.position
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "train_loss": train_loss,
+                "validation_loss": validation_loss,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "seconds": round(self.epoch_seconds, 3),
+                "pictures_per_second": round(self.position / max(self.epoch_seconds, 1e-9), 2),
+            }
+        )
+        self.position, self.epoch_seconds = 0, 0.0
+        self._total.zero_()
+        if validation_loss < self.best_loss:
+            self.keep(validation_loss)
+        self.scheduler.step(*([validation_loss] if self.recipe.scheduler == "plateau" else []))
+        self.save()
+
+    def keep(self, validation_loss: float) -> None:
+        """Remember the decoder as it is now as the best one."""
+        self.best = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
+        self.best_loss, self.best_epoch = validation_loss, self.epoch
+
+    def save(self) -> None:
+        """Write the checkpoint that `restore` goes on from; the leading rank does."""
+        if self.run is None or not self.ranks.leads:
+            return
+        self.guard()
+        tensors = (
+            prefixed("head", self.head.state_dict()) | prefixed("best", self.best) | {"total": self._total}
+        )
+        facts = {name: getattr(self, name) for name in PROGRESS}
+        facts |= {"identity": self.identity, "torch": torch.__version__, "ranks": self.ranks.count}
+        if self.optimizer is not None:
+            moments, groups = pack_optimizer(self.optimizer.optimizer)
+            tensors |= prefixed("optimizer", moments)
+            facts |= groups | {"scheduler": self.scheduler.state_dict()}
+            facts["precision"] = self.fabric.strategy.precision.state_dict()
+        save_checkpoint(self.run, tensors, facts)
+        if self.history:
+            self.run.save_history(self.history)
+
+    def save_best(self) -> None:
+        """Write the best decoder and the history."""
+        self.guard()
+        made_for = {key: self.identity[key] for key in ("sources", "weights") if key in self.identity}
+        save_decoder(self.run.file("decoder.safetensors"), self.best, made_for)
+        if self.history:
+            self.run.save_history(self.history)
+
+    def restore(self) -> bool:
+        """Go on from the run's newest sound checkpoint; False where there is none, as `said` has been told.
+
+        Raises `AfterimageError` for one that does not fit the decoder.
+        """
+        found = None
+        if self.run is not None and self.ranks.leads:
+            found = next(iter(load_checkpoints(self.run, self.said)), None)
+        if found := self.ranks.broadcast(found):
+            tensors, facts = found
+            made_on = facts["identity"]
+            changed = [key for key in self.identity if made_on.get(key) != self.identity[key]]
+            if changed:
+                self.said(
+                    f"{self.name}: starts over, since a checkpoint was made on other {', '.join(changed)}"
+                )
+                return False
+            try:
+                self._restore(tensors, facts)
+            except (RuntimeError, KeyError, ValueError) as error:
+                raise AfterimageError(
+                    f"{self.name}: its checkpoint does not fit ({error!s:.200}); delete the folder "
+                    f"{self.run.path} to start over"
+                ) from None
+            return True
+        return False
+
+    def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.head.load_state_dict(without_prefix("head", tensors))
+        self.best = {
+            name: tensor.to(self.fabric.device) for name, tensor in without_prefix("best", tensors).items()
+        }
+        self._total.copy_(tensors["total"])
+        if self.optimizer is not None:
+            unpack_optimizer(self.optimizer.optimizer, without_prefix("optimizer", tensors), facts)
+            self.scheduler.load_state_dict(facts["scheduler"])
+            self.fabric.strategy.precision.load_state_dict(facts["precision"])
+        for name in PROGRESS:
+            setattr(self, name, facts[name])
+        if (before := facts.get("ranks", 1)) != self.ranks.count:
+            self.notes.append(
+                f"went on with {self.ranks.count} instead of {before} processes in epoch {self.epoch + 1}, which "
+                "rounds sums in another order"
+            )
+        if facts["torch"] != torch.__version__:
+            self.notes.append(
+                f"went on under PyTorch {torch.__version__} after {facts['torch']} in epoch {self.epoch + 1}"
+            )
+        self.restored = True
+
+    @torch.inference_mode()
+    def reconstruct(self, features: Sequence[Tensor]) -> Tensor:
+        """Pictures `(B, 3, H, W)` in [0, 1] from the features of all encoders."""
+        self.head.eval()
+        picked = self.pick(features)
+        if len(picked[0]) == 0:
+            return picked[0].new_zeros(0, 3, *self.head.decoder.image_size)
+
+        def work(size: int) -> Tensor:
+            with self.fabric.autocast():
+                parts = zip(*(maps.split(size) for maps in picked), strict=True)
+                return torch.cat([self.head(list(part)).float() for part in parts])
+
+        return self._looking(work)
+
+    def _looking(self, work: Callable[[int], Result]) -> Result:
+        """Do without gradients what takes a number of pictures at a time; fewer where memory does not suffice."""
+        result, size = halving(work, self._at_once, self.name)
+        if size < self._at_once:
+            self._at_once = size
+            self.said(f"{self.name}: out of memory: it is measured on {size} pictures at a time")
+        return result
+
+
+def _parts(features: Sequence[Tensor], images: Tensor, size: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """A batch in parts of `size` pictures; the batch itself where it is no larger."""
+    if len(images) <= size:
+        yield list(features), images
+        return
+    for maps, part in zip(
+        zip(*(f.split(size) for f in features), strict=True), images.split(size), strict=True
+    ):
+        yield list(maps), part
+
+
+def create_optimizer(head: Head, recipe: RecipeConfig) -> torch.optim.Adam:
+    """Adam on what is trained of fusion and decoder; weight decay on all but a decoder that takes none."""
+    spared = set() if head.decoder.decays else set(head.decoder.parameters())
+    trained = [p for p in head.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p not in spared], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p in spared], "weight_decay": 0.0},
+    ]
+    return torch.optim.Adam([g for g in groups if g["params"]], recipe.learning_rate, fused=True)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, recipe: RecipeConfig) -> Any:
+    if recipe.scheduler == "plateau":
+        return ReduceLROnPlateau(optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience)
+    if recipe.scheduler == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=recipe.epochs)
+    return LambdaLR(optimizer, lambda epoch: 1.0)

@@ -1,0 +1,109 @@
+"""What a decoder is trained to make small: MSE, L1, LPIPS, and weighted sums of them.
+
+Every loss takes pictures `(B, 3, H, W)` in [0, 1] and is a mean over the batch, in float32 also under
+autocast. Values are not checked: that would make every step wait for the device.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from afterimage.config import LOSS_NAMES, LPIPS_NETS, AfterimageError, parse_loss
+from afterimage.models.lpips import LPIPS
+
+Images = Float[Tensor, "batch 3 height width"]
+
+
+class Loss(nn.Module):
+    """A distance of two pictures, one value a picture; calling it gives the mean over the batch."""
+
+    @abstractmethod
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]: ...
+
+    def forward(self, prediction: Images, target: Images) -> Float[Tensor, ""]:
+        return self.per_picture(prediction, target).mean()
+
+
+class MSE(Loss):
+    """Mean squared error: what PSNR counts (Dosovitskiy and Brox, 2016, invert features with it)."""
+
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+        _same_shape(prediction, target)
+        return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+class L1(Loss):
+    """Mean absolute error (Zhao et al., 2017, Loss Functions for Image Restoration with Neural Networks)."""
+
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+        _same_shape(prediction, target)
+        return (prediction.float() - target.float()).abs().flatten(1).mean(1)
+
+
+class Perceptual(Loss):
+    """LPIPS (Zhang et al., 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric).
+
+    Raises `AfterimageError` where the network's weights cannot be had: a loss has no stand-in.
+    """
+
+    def __init__(self, net: str = "alex", weights: str | Path = "pretrained") -> None:
+        super().__init__()
+        try:
+            self.lpips = LPIPS(net, weights)
+        except AfterimageError as error:
+            others = " or ".join(f"lpips:{other}" for other in LPIPS_NETS if other != net)
+            raise AfterimageError(f"the loss lpips:{net} ({others} are others): {error}") from None
+
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+        _same_shape(prediction, target)
+        return self.lpips(prediction, target)
+
+
+class WeightedSum(Loss):
+    """Several losses, each times its weight, added."""
+
+    def __init__(self, terms: Mapping[Loss, float]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+        self.weights = tuple(terms.values())
+
+    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+        values = (
+            w * term.per_picture(prediction, target) for w, term in zip(self.weights, self.terms, strict=True)
+        )
+        return torch.stack(list(values)).sum(0)
+
+
+LOSSES: dict[str, type[Loss]] = {
+    name: {"mse": MSE, "l1": L1, "lpips": Perceptual}[name.partition(":")[0]] for name in LOSS_NAMES
+}
+
+
+def create_loss(text: str, *, lpips_net: str = "alex", lpips_weights: str | Path = "pretrained") -> Loss:
+    """The loss that `text` describes (see `parse_loss`).
+
+    The network and weights are for LPIPS; a name such as `lpips:squeeze` says its network itself.
+    """
+    weights = parse_loss(text)
+    terms = [
+        LOSSES[name](name.partition(":")[2] or lpips_net, lpips_weights)
+        if LOSSES[name] is Perceptual
+        else LOSSES[name]()
+        for name in weights
+    ]
+    if list(weights.values()) == [1.0]:
+        return terms[0]
+    return WeightedSum(dict(zip(terms, weights.values(), strict=True)))
+
+
+def _same_shape(prediction: Tensor, target: Tensor) -> None:
+    if prediction.shape != target.shape:
+        raise AfterimageError(
+            f"prediction and target differ in shape: {tuple(prediction.shape)} and {tuple(target.shape)}"
+        )
