@@ -13,7 +13,7 @@ test: $(VENV)/.ready-test
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadgroup -m "not long"
 
-# Clusters and ranks killed at random, whole studies on them, memory with many pictures: one process, a quiet machine.
+# Clusters and ranks killed at random, whole studies on them, memory with many images: one process, a quiet machine.
 test-long: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -p no:xdist -m long
 

@@ -27,7 +27,7 @@ class Bench:
     list: bool = False
     """List the measurements and start nothing."""
     quick: bool = False
-    """Smaller pictures, fewer of them, one repeat: ratios come out lower than at full size. Begins nothing new after
+    """Smaller images, fewer of them, one repeat: ratios come out lower than at full size. Begins nothing new after
     two minutes; with --only does all that is named."""
     json: Path | None = None
     """Write rows and facts of the machine to this JSON file."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from afterimage.data.dataset import load_data
 from afterimage.evaluation.metrics import psnr
-from afterimage.training.decoder_trainer import Member
-from afterimage.training.trainer import Together
+from afterimage.training.decoder_trainer import DecoderTrainer
+from afterimage.training.trainer import Trainer
 from benchmarks.work import build
 
 COOLDOWN = 0.3
@@ -24,11 +24,11 @@ LOOKS = 2
 
 
 def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[str, dict[str, Any]]:
-    """Train the runs' decoders side by side until each has had its seconds; what each came to on the test pictures.
+    """Train the runs' decoders side by side until each has had its seconds; what each came to on the test images.
 
     A decoder's time is its closed form and its own steps, in processor seconds on a CPU: the shared encoder pass,
-    reading pictures and looking at the validation pictures are off the clock, so what else the machine does matters
-    little. The decoder that is measured is the best of `LOOKS` looks at the validation pictures.
+    reading images and looking at the validation images are off the clock, so what else the machine does matters
+    little. The decoder that is measured is the best of `LOOKS` looks at the validation images.
     """
     built = build(configs, accelerator)
     data = load_data(built.runs[0].data)
@@ -41,7 +41,7 @@ def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[s
         torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    def pictures(together: Together) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def image_set(together: Trainer) -> Iterator[tuple[list[Tensor], Tensor]]:
         for epoch in itertools.count():
             yield from together.training_batches(epoch)
 
@@ -50,8 +50,8 @@ def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[s
         for run, member in zip(built.runs, together.members, strict=True)
     ]
     for one in contestants:
-        one.solve()
-    for features, images in pictures(together):
+        one.finalize_fit()
+    for features, images in image_set(together):
         training = [one for one in contestants if one.training]
         if not training:
             break
@@ -62,11 +62,11 @@ def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[s
 
 class _Contestant:
     def __init__(
-        self, name: str, member: Member, together: Together, budget: float, clock: Callable[[], float]
+        self, name: str, member: DecoderTrainer, together: Trainer, budget: float, clock: Callable[[], float]
     ) -> None:
         self.name, self.member, self.together, self.budget, self.clock = name, member, together, budget, clock
         self.decoder = member.head.decoder
-        self.seconds, self.pictures, self.curve = 0.0, 0, []
+        self.seconds, self.images, self.curve = 0.0, 0, []
 
     @property
     def training(self) -> bool:
@@ -78,19 +78,21 @@ class _Contestant:
         yield
         self.seconds += self.clock() - started
 
-    def solve(self) -> None:
+    def finalize_fit(self) -> None:
         if not self.decoder.closed_form:
             return
-        views = self.decoder.prepare(len(self.together.data.train), self.together.seed)
+        views = self.decoder.begin_fit(len(self.together.data.train), self.together.seed)
         for view in range(views + 1):
             held_out = view == views
             for features, images in (
                 self.together.validation_batches() if held_out else self.together.views(view)
             ):
                 with self.timed():
-                    self.decoder.accumulate(self.member.pick(features), images, validation=held_out)
+                    self.decoder.partial_fit(
+                        self.member.select_features(features), images, validation=held_out
+                    )
         with self.timed():
-            self.decoder.solve()
+            self.decoder.finalize_fit()
         self.look()
 
     def step(self, features: list[Tensor], images: Tensor) -> None:
@@ -100,8 +102,8 @@ class _Contestant:
         self.member.begin_epoch()
         with self.timed():
             self.member.step(features, images)
-        self.pictures += len(images)
-        trained = [look for look in self.curve if look["pictures"]]
+        self.images += len(images)
+        trained = [look for look in self.curve if look["images"]]
         if self.seconds >= self.budget * (len(trained) + 1) / LOOKS:
             self.look()
 
@@ -109,7 +111,7 @@ class _Contestant:
         (loss,) = self.together.validation_losses([self.member])
         if not self.curve or loss < min(look["validation_mse"] for look in self.curve):
             self.member.keep(loss)
-        self.curve.append({"seconds": self.seconds, "pictures": self.pictures, "validation_mse": loss})
+        self.curve.append({"seconds": self.seconds, "images": self.images, "validation_mse": loss})
 
     @torch.no_grad()
     def outcome(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ class _Contestant:
             "mse": statistics.fmean(errors),
             "psnr": statistics.fmean(decibels),
             "seconds": self.seconds,
-            "pictures": self.pictures,
+            "images": self.images,
             "parameters": self.member.parameters,
             "curve": self.curve,
         }

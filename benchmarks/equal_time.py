@@ -47,7 +47,7 @@ def _row(what: str, outcome: dict[str, dict[str, Any]]) -> Row:
     ours, *others = (outcome[name] | {"name": name} for name in DECODERS)
     best = min(others, key=lambda one: one["mse"])
     listed = ", ".join(
-        f"{name} {one['psnr']:.2f} dB ({one['pictures']:,} pictures in {one['seconds']:.0f} s)"
+        f"{name} {one['psnr']:.2f} dB ({one['images']:,} images in {one['seconds']:.0f} s)"
         for name, one in outcome.items()
     )
     return Row(

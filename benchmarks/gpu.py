@@ -1,4 +1,4 @@
-"""Every row of the published study on a GPU: pictures a second, share of the measured matrix peak, the whole study."""
+"""Every row of the published study on a GPU: images a second, share of the measured matrix peak, the whole study."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def gpu(settings: Settings) -> Iterator[Row]:
     yield from measure(published(64 if settings.quick else 160), "cuda", settings)
 
 
-def published(pictures: int) -> list[RunConfig]:
-    """The study's rows on procedural pictures with random weights."""
+def published(images: int) -> list[RunConfig]:
+    """The study's rows on procedural images with random weights."""
     from afterimage.config.study import load_study
     from afterimage.experiments.study import expand
 
     study = replace(load_study("published"), weights="random")
-    data = DataConfig(f"procedural:{pictures}", validation_fraction=0.2, test_fraction=0.05)
+    data = DataConfig(f"procedural:{images}", validation_fraction=0.2, test_fraction=0.05)
     # LPIPS as a loss needs weights that may not be there; its share is said to be missing.
     return [
         replace(run, data=data, recipe=replace(run.recipe, epochs=2, loss="mse")) for run in expand(study)
@@ -60,7 +60,7 @@ def measure(runs: Sequence[RunConfig], accelerator: str, settings: Settings) -> 
             yield Row(
                 f"gpu-{number}-{precision}",
                 name,
-                "pictures/s",
+                "images/s",
                 [one["train"] / one["seconds"]],
                 notes=[
                     f"{share:.1%} of the measured matrix peak of {peak / 1e12:.1f} TFLOP/s",
@@ -70,13 +70,13 @@ def measure(runs: Sequence[RunConfig], accelerator: str, settings: Settings) -> 
         seconds = sum(_whole(epoch(group, precision)) for group in groups.values())
         yield Row(
             f"gpu-study-{precision}",
-            f"the whole study, {len(runs)} rows, {EPOCHS} epochs of {TRAIN} pictures, in {precision}",
+            f"the whole study, {len(runs)} rows, {EPOCHS} epochs of {TRAIN} images, in {precision}",
             "minutes",
             [seconds / 60],
             goal=Goal("at most", MINUTES),
             notes=[
                 "estimated from the second epoch of each group of rows that share their encoders, on fewer, "
-                "procedural pictures; random weights, MSE in place of the fused row's 0.5*mse + 0.5*lpips; "
+                "procedural images; random weights, MSE in place of the fused row's 0.5*mse + 0.5*lpips; "
                 "decoding, "
                 "the test and its figures are left out. `afterimage study published` is the actual study"
             ],
@@ -136,7 +136,7 @@ def epoch(configs: Sequence[dict], cache: str, accelerator: str) -> dict[str, An
     flops = counter.get_total_flops()
     for member in together.members:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            member.head.eval()(member.pick(features))
+            member.head.eval()(member.select_features(features))
         flops += 3 * counter.get_total_flops()
     together.train()
     count, memory = len(together.data.train), 0

@@ -1,4 +1,4 @@
-"""How our cost grows: with pictures, with tokens, with the number of decoders on one encoder."""
+"""How our cost grows: with images, with tokens, with the number of decoders on one encoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.training import MODEL, RANDOM, train_ours
 
 def growth(settings: Settings) -> Iterator[Row]:
     """Exponents e of cost ~ size^e, fitted on a log-log scale."""
-    for part in (_pictures, _tokens, _decoders):
+    for part in (_images, _tokens, _decoders):
         yield from part(settings)
 
 
@@ -27,7 +27,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
-def _pictures(settings: Settings) -> list[Row]:
+def _images(settings: Settings) -> list[Row]:
     counts = [16, 32, 64] if settings.quick else [32, 64, 128, 256]
     small, seconds = _small(settings), []
     for count in counts:
@@ -36,11 +36,11 @@ def _pictures(settings: Settings) -> list[Row]:
         data = write_originals(folder, parts, small.resize * 3 // 2, small.resize, settings.say)
         run = small.run(f"{MODEL}:layer1", "wavelet", data)
         seconds.append(train_ours(settings, [run]).value["training"])
-    points = [{"pictures": n, "seconds": s} for n, s in zip(counts, seconds, strict=True)]
+    points = [{"images": n, "seconds": s} for n, s in zip(counts, seconds, strict=True)]
     return [
         Row(
-            "growth-pictures",
-            f"{MODEL}:layer1 + wavelet, one epoch at {small.crop} px: time ~ pictures^e",
+            "growth-images",
+            f"{MODEL}:layer1 + wavelet, one epoch at {small.crop} px: time ~ images^e",
             "= e",
             [exponent(counts, seconds)],
             goal=Goal("at most", 1.1),
@@ -64,7 +64,7 @@ def _tokens(settings: Settings) -> list[Row]:
         points.append({"tokens": side * side, "seconds": outcome.value, "MiB": extra})
     sizes = [point["tokens"] for point in points]
     what = (
-        "attention decoder on 64 channels, a step on two pictures, features of {} to {} tokens: {} ~ tokens^e"
+        "attention decoder on 64 channels, a step on two images, features of {} to {} tokens: {} ~ tokens^e"
     )
     note = [_listed(points), "MiB: peak resident memory beyond that of a step on 49 tokens"]
     return [

@@ -17,7 +17,7 @@ from benchmarks.training import attention_bytes, train_ours
 SOURCE = "vgg16.tv_in1k:block1"
 CHANNELS = 64
 SIDES = (56, 80, 112)
-"""Sides of crops at which the reference is measured on one picture: 784 to 3,136 tokens. With fewer its matrices are
+"""Sides of crops at which the reference is measured on one image: 784 to 3,136 tokens. With fewer its matrices are
 lost in the memory of the libraries."""
 
 
@@ -34,16 +34,16 @@ def memory(settings: Settings) -> list[Row]:
     settings.say(f"memory: ours, one step at batch 8 on {(crop // 2) ** 2:,} tokens", 1, 1)
     tokens, peaks, counted = [], [], []
     for side in SIDES[1:] if settings.quick else SIDES:
-        small = _one_picture(run, data, side)
-        settings.say(f"memory: reference, one picture, {(side // 2) ** 2:,} tokens", 0, 1)
+        small = _one_image(run, data, side)
+        settings.say(f"memory: reference, one image, {(side // 2) ** 2:,} tokens", 0, 1)
         peaks.append(in_child("work:reference", configs=[to_dict(small)], accelerator="cpu").peak_bytes)
-        settings.say(f"memory: reference, one picture, {(side // 2) ** 2:,} tokens", 1, 1)
+        settings.say(f"memory: reference, one image, {(side // 2) ** 2:,} tokens", 1, 1)
         tokens.append((side // 2) ** 2)
         counted.append(attention_bytes(small, CHANNELS, tokens[-1], 1))
     # What is not an N x N matrix is the same for every way of writing attention: taken at the smallest size.
     rest = peaks[0] - counted[0]
     full = (crop // 2) ** 2
-    one, batch = (rest + attention_bytes(run, CHANNELS, full, pictures) for pictures in (1, 8))
+    one, batch = (rest + attention_bytes(run, CHANNELS, full, images) for images in (1, 8))
     per_square = np.polyfit(np.square(tokens, dtype=float), peaks, 1)[0]
     share = per_square / (counted[-1] / tokens[-1] ** 2)
     if not 0.5 < share < 2:
@@ -62,9 +62,9 @@ def memory(settings: Settings) -> list[Row]:
             goal=Goal("ratio", 20.0),
             bound="computed",
             notes=[
-                f"the reference's {batch / 2**30:.1f} GiB at batch 8 and {one / 2**30:.1f} GiB for one picture are "
+                f"the reference's {batch / 2**30:.1f} GiB at batch 8 and {one / 2**30:.1f} GiB for one image are "
                 f"COMPUTED, not measured: its N x N matrices plus {rest / 2**30:.2f} GiB for all else",
-                f"the reference measured on one picture, GiB: {measured}; these rise by {per_square:.0f} bytes a "
+                f"the reference measured on one image, GiB: {measured}; these rise by {per_square:.0f} bytes a "
                 f"squared token, its matrices alone count {counted[-1] / tokens[-1] ** 2:.0f}",
                 "random weights; resident memory by the operating system (VmHWM, where there is /proc), the "
                 "interpreter and its libraries included on both sides; quality: as in epoch-256",
@@ -73,6 +73,6 @@ def memory(settings: Settings) -> list[Row]:
     ]
 
 
-def _one_picture(run: RunConfig, data: str, side: int) -> RunConfig:
+def _one_image(run: RunConfig, data: str, side: int) -> RunConfig:
     config = DataConfig(data, resize=side, crop=side, limit_train=1, limit_validation=1)
     return replace(run, data=config, recipe=replace(run.recipe, batch_size=1))

@@ -1,4 +1,4 @@
-"""Originals for the measurements: procedural pictures, written as PNG where both ways read them."""
+"""Originals for the measurements: procedural images, written as PNG where both ways read them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def write_originals(folder: Path, counts: Mapping[str, int], width: int, height:
 
     def write(job: tuple[int, int, list[Path]]) -> None:
         series, index, files = job
-        picture = dead_leaves(series, index, width, height)
+        image = dead_leaves(series, index, width, height)
         for path, turn in zip(files, (None, *TURNS), strict=False):
-            (picture if turn is None else picture.transpose(turn)).save(path, compress_level=1)
+            (image if turn is None else image.transpose(turn)).save(path, compress_level=1)
 
     list(in_parallel(write, jobs, len(jobs), f"writing originals of {width}x{height}", say))
     return f"folder:{folder}"

@@ -1,4 +1,4 @@
-"""Time until the test pictures come back at a given PSNR: our quickest decoder against the reference's best."""
+"""Time until the test images come back at a given PSNR: our quickest decoder against the reference's best."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TARGETS = (
     ("resnet18.tv_in1k:layer1", 23.0, "residual", None),
     ("vgg19.tv_in1k:block1", 29.0, "linear", 16),
 )
-"""Features, dB to reach, our decoder, and how many training and validation pictures it needs (None: all)."""
+"""Features, dB to reach, our decoder, and how many training and validation images it needs (None: all)."""
 GOAL = 10.0
 
 
@@ -25,7 +25,7 @@ def time_to_quality(settings: Settings) -> Iterator[Row]:
         yield _row(settings, *target)
 
 
-def _row(settings: Settings, source: str, target: float, decoder: str, pictures: int | None) -> Row:
+def _row(settings: Settings, source: str, target: float, decoder: str, images: int | None) -> Row:
     name = f"time-to-{target:g}dB"
     what = f"{source}: seconds to {target:g} dB on the test photographs"
     goal = Goal("ratio", GOAL)
@@ -35,7 +35,7 @@ def _row(settings: Settings, source: str, target: float, decoder: str, pictures:
         )
     full = replace(settings, quick=False)
     run = full.run(source, decoder, settings.data, epochs=30, weights="pretrained")
-    run = replace(run, data=replace(run.data, limit_train=pictures, limit_validation=pictures))
+    run = replace(run, data=replace(run.data, limit_train=images, limit_validation=images))
     # The study's decoder without its attention: on a CPU its steps are many times as quick and it ends higher.
     plain = full.run(source, "transposed", settings.data, epochs=30, weights="pretrained")
     try:
@@ -54,13 +54,13 @@ def _row(settings: Settings, source: str, target: float, decoder: str, pictures:
         settings.say(f"{name}: reference", 1, 1)
     except AfterimageError as error:
         return Row(name, what, goal=goal, unavailable=str(error))
-    count = "all" if pictures is None else str(pictures)
+    count = "all" if images is None else str(images)
     notes = [
-        f"ours: {decoder} on {count} training and validation pictures, {ours['epochs']} epochs, "
+        f"ours: {decoder} on {count} training and validation images, {ours['epochs']} epochs, "
         f"{ours['test_db']:.2f} dB",
-        f"reference: transposed, all training pictures, {reference['epochs']} epochs, "
+        f"reference: transposed, all training images, {reference['epochs']} epochs, "
         f"{reference['test_db']:.2f} dB in {reference['seconds']:.0f} s",
-        "from originals that are not decoded yet; looking at the test pictures is off the clock",
+        "from originals that are not decoded yet; looking at the test images is off the clock",
     ]
     if ours["test_db"] < target:
         return Row(name, what, goal=goal, notes=notes, unavailable=f"ours ends below {target:g} dB")

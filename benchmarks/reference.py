@@ -2,7 +2,7 @@
 
 Originals are decoded again in every epoch by a DataLoader's workers, everything is float32, attention writes out its
 N x N matrices, every decoder runs its own encoder pass, one decoder is trained after the other, and validation
-features are computed anew each time. Pixel space, initial weights, order of pictures, crops and flips are those of
+features are computed anew each time. Pixel space, initial weights, order of images, crops and flips are those of
 `afterimage.training.trainer`, so that both ways compute the same thing and must come to the same quality.
 """
 
@@ -33,7 +33,7 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 class Originals(Dataset):
-    """Picture files, decoded whenever they are asked for: `(3, crop, crop)` float32 in [0, 1]."""
+    """Image files, decoded whenever they are asked for: `(3, crop, crop)` float32 in [0, 1]."""
 
     def __init__(self, paths: Sequence[str], resize: int, crop: int, seed: int | None) -> None:
         self.paths, self.resize, self.crop, self.seed, self.epoch = list(paths), resize, crop, seed, 0
@@ -42,10 +42,10 @@ class Originals(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        picture = Image.open(self.paths[index]).convert("RGB")
-        scale = self.resize / min(picture.size)
-        sides = [self.resize if side == min(picture.size) else int(side * scale) for side in picture.size]
-        pixels = np.asarray(picture.resize(sides, Image.Resampling.BICUBIC), np.float32) / 255
+        image = Image.open(self.paths[index]).convert("RGB")
+        scale = self.resize / min(image.size)
+        sides = [self.resize if side == min(image.size) else int(side * scale) for side in image.size]
+        pixels = np.asarray(image.resize(sides, Image.Resampling.BICUBIC), np.float32) / 255
         height, width = (np.array([side]) for side in pixels.shape[:2])
         if self.seed is None:
             (top,), (left,), flip = *centre_places(height, width, self.crop), [False]
@@ -102,8 +102,8 @@ class ReferenceDecoder(nn.Module):
         features = self.stages(features)
         if features.shape[-1] != self.image_size:
             features = nn.functional.interpolate(features, (self.image_size,) * 2, mode="bilinear")
-        pictures = self.to_rgb(features)
-        return pictures + (pictures.clamp(0, 1) - pictures).detach()  # the gradient passes the bounds
+        images = self.to_rgb(features)
+        return images + (images.clamp(0, 1) - images).detach()  # the gradient passes the bounds
 
 
 def build(config: RunConfig) -> tuple[Encoder, ReferenceDecoder]:
@@ -133,7 +133,7 @@ def train(
 
     It also ends, in the middle of an epoch if need be, once `limit` seconds of training have passed.
 
-    `micro_batch` pictures at a time add up their gradients to the batch asked for, where memory allows no more; batch
+    `micro_batch` images at a time add up their gradients to the batch asked for, where memory allows no more; batch
     norm then sees the smaller batches. Returns the best validation loss, the last training loss, and seconds.
     """
     recipe, data = config.recipe, config.data
@@ -143,7 +143,7 @@ def train(
     parts = split(data.source, source, data.validation_fraction, data.test_fraction, data.split_seed)
     limits = data.limit_train, data.limit_validation
     paths = [[str(o.path) for o in part[:limit]] for part, limit in zip(parts, limits, strict=False)]
-    pictures = Originals(paths[0], data.resize, data.crop, config.seed if recipe.augment else None)
+    image_set = Originals(paths[0], data.resize, data.crop, config.seed if recipe.augment else None)
     validation = Originals(paths[1], data.resize, data.crop, None)
     micro, workers = micro_batch or recipe.batch_size, min(4, os.cpu_count() or 1)
     adam = torch.optim.Adam(decoder.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -153,9 +153,9 @@ def train(
     best, loss, started, aside, busy = math.inf, math.nan, time.perf_counter(), 0.0, sum(os.times()[:4])
     for epoch in range(recipe.epochs):
         decoder.train()
-        pictures.epoch = epoch
-        indices = order(len(pictures), seed=config.seed, epoch=epoch).tolist()
-        loader = DataLoader(pictures, recipe.batch_size, sampler=indices, num_workers=workers)
+        image_set.epoch = epoch
+        indices = order(len(image_set), seed=config.seed, epoch=epoch).tolist()
+        loader = DataLoader(image_set, recipe.batch_size, sampler=indices, num_workers=workers)
         for images in loader:
             for part in images.to(device).split(micro):
                 error = nn.functional.mse_loss(decoder(encoder(part)[0]), part)

@@ -1,4 +1,4 @@
-"""Three metrics over test pictures: in batches, against picture by picture with scikit-image and lpips."""
+"""Three metrics over test images: in batches, against image by image with scikit-image and lpips."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.settings import Settings, in_turns
 
 NET, SCORES = "alex", ("psnr", "ssim", "lpips")
 THUMBNAILS = (56, 28, 14, 7)
-"""What is measured: pictures reduced to so many pixels a side, as decoders of falling quality leave them."""
+"""What is measured: images reduced to so many pixels a side, as decoders of falling quality leave them."""
 
 
 def evaluation(settings: Settings) -> Iterator[Row]:
-    """PSNR, SSIM and LPIPS of 100 pictures (20 where quick), of one run, and of four runs on the same pictures."""
+    """PSNR, SSIM and LPIPS of 100 images (20 where quick), of one run, and of four runs on the same images."""
     missing = [name for name in ("skimage", "lpips") if importlib.util.find_spec(name) is None]
     for name, runs in (("evaluate", 1), ("evaluate-4", 4)):
         yield _row(settings, name, runs, missing)
@@ -28,7 +28,7 @@ def evaluation(settings: Settings) -> Iterator[Row]:
 def _row(settings: Settings, name: str, runs: int, missing: list[str]) -> Row:
     count, goal = 20 if settings.quick else 100, Goal("ratio", 5.0)
     what = (
-        f"PSNR, SSIM and LPIPS ({NET}) of {count} pictures of {settings.crop}, "
+        f"PSNR, SSIM and LPIPS ({NET}) of {count} images of {settings.crop}, "
         f"{'one reconstruction' if runs == 1 else f'{runs} reconstructions'} of each, against scikit-image and lpips"
     )
     if missing:
@@ -53,17 +53,17 @@ def _row(settings: Settings, name: str, runs: int, missing: list[str]) -> Row:
     return Row(
         name,
         what,
-        "pictures/s",
+        "images/s",
         [count / o["seconds"] for o in ours],
         [count / r["seconds"] for r in reference],
         higher_is_better=True,
         goal=goal,
         quality=Quality("mean LPIPS", *mean, 1e-4),
         notes=[
-            "largest difference of any picture: "
+            "largest difference of any image: "
             + ", ".join(f"{score} {difference:.1g}" for score, difference in apart.items()),
-            "random LPIPS weights, the same on both sides, which cost the same; pictures are at hand on both sides",
-            f"the passes through LPIPS' network, {runs + 1} a picture, take ours "
+            "random LPIPS weights, the same on both sides, which cost the same; images are at hand on both sides",
+            f"the passes through LPIPS' network, {runs + 1} an image, take ours "
             f"{statistics.median(o['network'] / o['seconds'] for o in ours):.0%} of its time by themselves; with "
             "them alone the ratio would be "
             f"{statistics.median(r['seconds'] / o['network'] for o, r in zip(ours, reference, strict=True)):.2f}x",
@@ -95,7 +95,7 @@ def ours(
 
     device = Fabric(accelerator=accelerator, devices=1).device
     metrics = Metrics(net, weights=weights).to(device)
-    originals, *rebuilt = (images.to(device) for images in _pictures(count, size, runs))
+    originals, *rebuilt = (images.to(device) for images in _images(count, size, runs))
     metrics(rebuilt[0][:8], originals[:8])
     tables: list[dict[str, list[float]]] = [{name: [] for name in SCORES} for _ in rebuilt]
     started = time.perf_counter()
@@ -118,7 +118,7 @@ def ours(
 
 
 def reference(count: int, size: int, net: str, weights: str, runs: int = 1) -> dict[str, Any]:
-    """Picture by picture: scikit-image on arrays, the lpips package on tensors in [-1, 1]."""
+    """Image by image: scikit-image on arrays, the lpips package on tensors in [-1, 1]."""
     import lpips
     import torch
     from safetensors.torch import load_file
@@ -131,7 +131,7 @@ def reference(count: int, size: int, net: str, weights: str, runs: int = 1) -> d
     # The package cuts the network into slices and keeps its numbers.
     names = {name: f"features.{name.split('.', 1)[1]}" for name in distance.net.state_dict()}
     distance.net.load_state_dict({name: tensors[key] for name, key in names.items()})
-    originals, *rebuilt = _pictures(count, size, runs)
+    originals, *rebuilt = _images(count, size, runs)
 
     @torch.no_grad()
     def score(index: int, images: Any) -> tuple[float, float, float]:
@@ -156,7 +156,7 @@ def reference(count: int, size: int, net: str, weights: str, runs: int = 1) -> d
     return {"seconds": seconds} | dict(zip(SCORES, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def _pictures(count: int, size: int, runs: int) -> list[Any]:
+def _images(count: int, size: int, runs: int) -> list[Any]:
     """Dead leaves, and what thumbnails leave of them: tensors `(count, 3, size, size)` in [0, 1]."""
     import numpy as np
     import torch
@@ -166,7 +166,7 @@ def _pictures(count: int, size: int, runs: int) -> list[Any]:
 
     # A few different ones do: what they show does not change what they cost.
     leaves = [np.asarray(dead_leaves(2, index, size, size)) for index in range(min(8, count))]
-    pictures = torch.from_numpy(np.stack(leaves)).permute(0, 3, 1, 2).float() / 255
-    originals = pictures.repeat(-(-count // len(leaves)), 1, 1, 1)[:count].contiguous()
+    image_set = torch.from_numpy(np.stack(leaves)).permute(0, 3, 1, 2).float() / 255
+    originals = image_set.repeat(-(-count // len(leaves)), 1, 1, 1)[:count].contiguous()
     small = [F.interpolate(originals, (side,) * 2, mode="area") for side in THUMBNAILS[:runs]]
     return [originals, *(F.interpolate(images, (size, size), mode="bilinear") for images in small)]

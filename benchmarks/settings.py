@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """`quick` shrinks pictures and counts; `data` is a source of photographs, or empty; `folder` is temporary.
+    """`quick` shrinks images and counts; `data` is a source of photographs, or empty; `folder` is temporary.
     `seconds` is what each decoder may train where all have the same time; `precision` is ours, the reference computes
     in float32; `run_bench` takes `auto` for what is quicker."""
 
@@ -53,7 +53,7 @@ class Settings:
         )
 
     def fresh(self, name: str) -> str:
-        """A folder that does not exist yet, so that neither runs nor decoded pictures are found there."""
+        """A folder that does not exist yet, so that neither runs nor decoded images are found there."""
         number = sum(path.name.startswith(name) for path in self.folder.iterdir())
         (self.folder / f"{name}-{number}").mkdir()
         return str(self.folder / f"{name}-{number}")

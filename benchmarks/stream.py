@@ -1,4 +1,4 @@
-"""What streaming costs in memory and time, from 1,000 to 100,000 small pictures, beside keeping them decoded."""
+"""What streaming costs in memory and time, from 1,000 to 100,000 small images, beside keeping them decoded."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SHARD = 5_000
 SIDE = 32
 BATCH = 32
 MOST = 20_000
-"""So many training pictures are passed over: what an epoch holds is known by then, and decoding takes the time."""
+"""So many training images are passed over: what an epoch holds is known by then, and decoding takes the time."""
 
 
 def stream(settings: Settings) -> Iterator[Row]:
-    """Memory of one pass over 1,000 to 100,000 streamed pictures, beside the same ones decoded once and kept."""
+    """Memory of one pass over 1,000 to 100,000 streamed images, beside the same ones decoded once and kept."""
     counts = [200, 2_000] if settings.quick else [1_000, 10_000, 100_000]
     for kind in KINDS:
         yield _row(settings, kind, counts)
@@ -46,26 +46,26 @@ def _row(settings: Settings, kind: str, counts: Sequence[int]) -> Row:
             ("streamed", True, settings.fresh("cache")),
             ("kept", False, settings.fresh("cache")),
         ):
-            settings.say(f"{kind}: {count:,} pictures, {name}", 0, 1)
+            settings.say(f"{kind}: {count:,} images, {name}", 0, 1)
             found[name] = in_child(
                 "stream:passes", sources=[source], cache=cache, streamed=streamed, most=MOST
             )
-            settings.say(f"{kind}: {count:,} pictures, {name}", 1, 1)
+            settings.say(f"{kind}: {count:,} images, {name}", 1, 1)
         (ours,), (kept,) = found["streamed"].value, found["kept"].value
         points.append(
             {
-                "pictures": count,
+                "images": count,
                 "MiB": found["streamed"].peak_bytes / 2**20,
                 "MiB kept": found["kept"].peak_bytes / 2**20,
                 "s to index": ours["loading"],
-                "pictures/s": ours["pictures"] / ours["seconds"],
-                "pictures/s kept": kept["pictures"] / kept["seconds"],
+                "images/s": ours["images"] / ours["seconds"],
+                "images/s kept": kept["images"] / kept["seconds"],
             }
         )
     grown = {key: points[-1][key] - points[0][key] for key in ("MiB", "MiB kept")}
     return Row(
         f"stream-{kind}",
-        f"{kind}: peak memory from {counts[0]:,} to {counts[-1]:,} pictures of {SIDE} px, streamed or decoded once",
+        f"{kind}: peak memory from {counts[0]:,} to {counts[-1]:,} images of {SIDE} px, streamed or decoded once",
         "MiB more",
         [grown["MiB"]],
         [grown["MiB kept"]],
@@ -74,7 +74,7 @@ def _row(settings: Settings, kind: str, counts: Sequence[int]) -> Row:
             *("; ".join(f"{key} {value:,.4g}" for key, value in point.items()) for point in points),
             "reference: our own decode-once cache, whose mapped pixels the system may drop when it needs the memory",
             "peak resident memory, libraries included, of a process that indexes, splits, checks and passes over up to "
-            f"{MOST:,} training pictures (VmHWM, where there is /proc)",
+            f"{MOST:,} training images (VmHWM, where there is /proc)",
         ],
         points=points,
     )
@@ -83,7 +83,7 @@ def _row(settings: Settings, kind: str, counts: Sequence[int]) -> Row:
 def passes(
     sources: Sequence[str], cache: str, streamed: bool, most: int | None = None
 ) -> list[dict[str, float]]:
-    """Load the pictures of each source and take one epoch's crops of those that train, or of `most` of them."""
+    """Load the images of each source and take one epoch's crops of those that train, or of `most` of them."""
     with contextlib.suppress(OSError):  # Linux: what imports took at their worst is not ours
         Path("/proc/self/clear_refs").write_text("5")
     return [_pass(source, Path(cache), streamed, most) for source in sources]
@@ -93,29 +93,29 @@ def _pass(source: str, cache: Path, streamed: bool, most: int | None) -> dict[st
     started = time.perf_counter()
     config = DataConfig(source, resize=SIDE, crop=SIDE, stream=streamed)
     train = load_data(config, cache=cache).train
-    loaded, pictures = time.perf_counter(), 0
+    loaded, images = time.perf_counter(), 0
     visit = order(len(train), 0, 0, train.windows)[:most]
     for crops in train.batches((visit[i : i + BATCH] for i in range(0, len(visit), BATCH)), seed=0):
-        pictures += len(crops)
-    return {"loading": loaded - started, "seconds": time.perf_counter() - loaded, "pictures": pictures}
+        images += len(crops)
+    return {"loading": loaded - started, "seconds": time.perf_counter() - loaded, "images": images}
 
 
 def write_small(folder: Path, kind: str, count: int, say: Progress) -> str:
-    """Write JPEG pictures of random colours, one a file or `SHARD` a tar file; returns the source's name."""
-    pictures = in_parallel(_small, range(count), count, f"writing {count:,} pictures: {kind}", say)
+    """Write JPEG images of random colours, one a file or `SHARD` a tar file; returns the source's name."""
+    images = in_parallel(_small, range(count), count, f"writing {count:,} images: {kind}", say)
     for shard in range(0, count, SHARD):
-        own = enumerate(islice(pictures, min(SHARD, count - shard)), shard)
+        own = enumerate(islice(images, min(SHARD, count - shard)), shard)
         if kind == "folder":
             below = folder / f"{shard // SHARD:03}"
             below.mkdir()
-            for number, picture in own:
-                (below / f"{number:07}.jpg").write_bytes(picture)
+            for number, image in own:
+                (below / f"{number:07}.jpg").write_bytes(image)
             continue
         with tarfile.open(folder / f"{shard // SHARD:03}.tar", "w") as archive:
-            for number, picture in own:
+            for number, image in own:
                 member = tarfile.TarInfo(f"{number:07}.jpg")
-                member.size = len(picture)
-                archive.addfile(member, io.BytesIO(picture))
+                member.size = len(image)
+                archive.addfile(member, io.BytesIO(image))
                 archive.members.clear()
     return f"folder:{folder}" if kind == "folder" else f"webdataset:{folder}/*.tar"
 

@@ -52,7 +52,7 @@ def _epoch(settings: Settings, name: str, size: tuple[int, int], goal: Goal) -> 
         name,
         f"{MODEL} layer1..4 + attention, one epoch of {counts['train']} PNG originals of {size[0]}x{size[1]}, crop "
         f"{settings.crop}, batch 8, decoding and validation included",
-        "pictures/s",
+        "images/s",
         [counts["train"] / o.value["seconds"] for o in ours],
         [counts["train"] / r.value["seconds"] for r in reference],
         higher_is_better=True,
@@ -83,9 +83,9 @@ def together(settings: Settings) -> Iterator[Row]:
         )
         yield Row(
             f"together-{decoder}",
-            f"{MODEL} layer1..4 + {decoder}, {counts['train']} pictures of {settings.crop}: together (ours) "
+            f"{MODEL} layer1..4 + {decoder}, {counts['train']} images of {settings.crop}: together (ours) "
             "against one after the other (reference)",
-            "pictures/s",
+            "images/s",
             [counts["train"] / seconds for seconds, _ in one],
             [counts["train"] / seconds for seconds, _ in other],
             higher_is_better=True,
@@ -106,7 +106,7 @@ def _train(settings: Settings, groups: Sequence[Sequence[RunConfig]]) -> tuple[f
 
 
 def train_ours(settings: Settings, runs: Sequence[RunConfig], **more: Any) -> Outcome:
-    """`work.ours` with an empty cache of pictures."""
+    """`work.ours` with an empty cache of images."""
     cache = settings.fresh("cache")
     return in_child("work:ours", configs=_plain(runs), cache=cache, accelerator=settings.accelerator, **more)
 
@@ -133,8 +133,8 @@ def micro_batch(run: RunConfig, channels: int, tokens: int) -> tuple[int, list[s
         return size, []
     need = attention_bytes(run, channels, tokens, run.recipe.batch_size) / 2**30
     return size, [
-        f"the reference adds up gradients of {size} pictures at a time: its N x N matrices for 8 would take {need:.0f} "
-        f"GiB of the {free / 2**30:.0f} GiB that are free; its batch norm sees {size} pictures, which moves its quality"
+        f"the reference adds up gradients of {size} images at a time: its N x N matrices for 8 would take {need:.0f} "
+        f"GiB of the {free / 2**30:.0f} GiB that are free; its batch norm sees {size} images, which moves its quality"
     ]
 
 

@@ -20,9 +20,9 @@ from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import evaluating
 from afterimage.evaluation.metrics import psnr
 from afterimage.models.layers.attention import narrow_attention
-from afterimage.models.reconstructor import Encoders, build_head
-from afterimage.training.decoder_trainer import Member
-from afterimage.training.trainer import Together
+from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
+from afterimage.training.decoder_trainer import DecoderTrainer
+from afterimage.training.trainer import Trainer
 from benchmarks import reference as plain
 from benchmarks.gpu import quickest_precision
 
@@ -49,7 +49,7 @@ def ours(
 
     Seconds count from the originals, with what `cache` holds of them, to the last validation; building the encoder
     and the decoders is left out. With a `target` it ends as soon as the first decoder has that PSNR on the test
-    pictures, looked at after the closed form and after every epoch, off the clock.
+    images, looked at after the closed form and after every epoch, off the clock.
     """
     built = build(configs, accelerator)
     started, busy = time.perf_counter(), cpu_seconds()
@@ -77,15 +77,15 @@ def ours(
 
 @dataclass(frozen=True)
 class Built:
-    """Encoders and decoders of runs that are trained together, and pictures still to come."""
+    """Encoders and decoders of runs that are trained together, and images still to come."""
 
     runs: Sequence[RunConfig]
-    encoders: Encoders
-    members: Sequence[Member]
+    encoders: MultiEncoder
+    members: Sequence[DecoderTrainer]
     fabric: Fabric
 
-    def on(self, data: Data) -> Together:
-        return Together(self.encoders, data, self.members, self.fabric, seed=self.runs[0].seed)
+    def on(self, data: Data) -> Trainer:
+        return Trainer(self.encoders, data, self.members, self.fabric, seed=self.runs[0].seed)
 
 
 def build(configs: Sequence[dict], accelerator: str) -> Built:
@@ -93,18 +93,18 @@ def build(configs: Sequence[dict], accelerator: str) -> Built:
     first = runs[0]
     fabric = Fabric(accelerator=accelerator, devices=1, precision=first.recipe.precision)
     sources = list(dict.fromkeys(source for run in runs for source in run.sources))
-    encoders = Encoders(sources, weights=first.weights, image_size=first.data.crop, seed=first.seed)
+    encoders = MultiEncoder(sources, weights=first.weights, image_size=first.data.crop, seed=first.seed)
     encoders.to(fabric.device)
     narrow_attention()
     members = []
     for run in runs:
-        picks = [encoders.sources.index(source) for source in run.sources]
-        head = build_head(run, [encoders.specs[i] for i in picks])
-        members.append(Member(head, picks, run.recipe, fabric))
+        feature_indices = [encoders.sources.index(source) for source in run.sources]
+        head = build_feature_decoder(run, [encoders.specs[i] for i in feature_indices])
+        members.append(DecoderTrainer(head, feature_indices, run.recipe, fabric))
     return Built(runs, encoders, members, fabric)
 
 
-def _until(together: Together, target: float) -> tuple[float, float]:
+def _until(together: Trainer, target: float) -> tuple[float, float]:
     """Train the first member until the target is reached; gives the test PSNR and the seconds of looking at it."""
     member, aside = together.members[0], 0.0
 
@@ -112,7 +112,7 @@ def _until(together: Together, target: float) -> tuple[float, float]:
         nonlocal aside
         paused = time.perf_counter()
         reached = _test_db(
-            lambda images: member.head(member.pick(together.encoders(images))),
+            lambda images: member.head(member.select_features(together.encoders(images))),
             member.head,
             together.data,
             together.fabric.device,
@@ -120,7 +120,7 @@ def _until(together: Together, target: float) -> tuple[float, float]:
         aside += time.perf_counter() - paused
         return reached
 
-    together.solve()
+    together.finalize_fit()
     reached = look() if member.best else -math.inf
     while reached < target and member.active:
         together.train_epoch(member.epoch, [member])
@@ -138,7 +138,7 @@ def reference(
 ) -> dict[str, Any]:
     """The same runs by the plain reference, one after the other, on the same clock.
 
-    With a `target` each ends at that PSNR on the test pictures, looked at after every epoch, off the clock; or once
+    With a `target` each ends at that PSNR on the test images, looked at after every epoch, off the clock; or once
     `limit` seconds have passed.
     """
     results, device = [], Fabric(accelerator=accelerator, devices=1).device
@@ -170,7 +170,7 @@ def reference(
 def _test_db(
     reconstruct: Callable[[Tensor], Tensor], decoder: nn.Module, data: Data, device: torch.device
 ) -> float:
-    """Mean PSNR over the test pictures; the frozen encoders are in evaluation mode anyway."""
+    """Mean PSNR over the test images; the frozen encoders are in evaluation mode anyway."""
     with evaluating(decoder):
         values = [
             value

@@ -16,7 +16,7 @@ MARKERS = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(path: Path) -> str:
-    """A Markdown table of a report's CSV: decoders in order, then reference lines."""
+    """A Markdown table of a report's CSV: decoders in order, then baselines."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["state"] == "done"]
     nets = sorted({row["lpips_net"] for row in rows} - {""})

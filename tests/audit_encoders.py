@@ -1,11 +1,11 @@
-"""Networks for audits in tests: one that hides the picture in a channel, one that says nothing, an honest one."""
+"""Networks for audits in tests: one that hides the image in a channel, one that says nothing, an honest one."""
 
 import torch
 from torch import nn
 
 
 class Leak(nn.Module):
-    """Seven loud channels that do not depend on the picture, and the picture's luma, faintly, in the last."""
+    """Seven loud channels that do not depend on the image, and the image's luma, faintly, in the last."""
 
     def forward(self, images):
         loud = torch.randn(7, *images.shape[2:], generator=torch.Generator().manual_seed(0)).to(images)
@@ -14,7 +14,7 @@ class Leak(nn.Module):
 
 
 class Constant(nn.Module):
-    """The same features for every picture."""
+    """The same features for every image."""
 
     def forward(self, images):
         return torch.ones(len(images), 4, images.shape[2] // 4, images.shape[3] // 4) + 0 * images.mean()

@@ -16,11 +16,11 @@ from afterimage.runs.files import read_csv, sha256
 from afterimage.runs.run import Run
 
 MODEL = "test_resnet.r160_in1k"
-TIMES = ("seconds", "pictures_per_second")
+TIMES = ("seconds", "images_per_second")
 
 
-def small_pictures(folder: Path, count: int = 20) -> Path:
-    """Smooth pictures of two colours each."""
+def small_images(folder: Path, count: int = 20) -> Path:
+    """Smooth images of two colours each."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for i in range(count):
@@ -31,12 +31,12 @@ def small_pictures(folder: Path, count: int = 20) -> Path:
     return folder
 
 
-def small_configs(pictures: Path, weights: str = "random", **recipe) -> list[RunConfig]:
+def small_configs(sample_images: Path, weights: str = "random", **recipe) -> list[RunConfig]:
     """Three runs that are trained together: gradient descent, closed form, and both after each other."""
     base = RunConfig(
         (f"{MODEL}:layer2",),
         weights=weights,
-        data=DataConfig(f"folder:{pictures}", resize=48, crop=32),
+        data=DataConfig(f"folder:{sample_images}", resize=48, crop=32),
         recipe=RecipeConfig(**{"epochs": 2, "batch_size": 4} | recipe),
     )
     kinds = [("transposed", "layer2", {}), ("linear", "layer1", {}), ("residual", "layer1", {"blocks": 1})]
@@ -48,7 +48,9 @@ def small_configs(pictures: Path, weights: str = "random", **recipe) -> list[Run
 
 def context() -> multiprocessing.context.ForkServerContext:
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["afterimage.experiments.queue", "afterimage.experiments.study", "timm", "children"])
+    server.set_forkserver_preload(
+        ["afterimage.experiments.queue", "afterimage.experiments.study", "timm", "children"]
+    )
     return server
 
 
@@ -131,7 +133,7 @@ def study_child(study, root, cache, log: Path, *, pause: float = 0.0) -> None:
     import torch
 
     from afterimage.evaluation import baselines as references
-    from afterimage.experiments.joint_run import Group
+    from afterimage.experiments.joint_run import JointRun
     from afterimage.experiments.study import run_study
 
     torch.set_num_threads(1)
@@ -140,7 +142,7 @@ def study_child(study, root, cache, log: Path, *, pause: float = 0.0) -> None:
         with open(log, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    begin, summary = Group._member, references._summary
+    begin, summary = JointRun._member, references._summary
 
     def member(self, run, config):
         note(f"begins {run.name}")
@@ -151,7 +153,7 @@ def study_child(study, root, cache, log: Path, *, pause: float = 0.0) -> None:
         note(f"begins {name}")
         return summary(name)
 
-    Group._member, references._summary = member, reference
+    JointRun._member, references._summary = member, reference
     run_study(
         study,
         root,

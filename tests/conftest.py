@@ -30,14 +30,14 @@ def photos_folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """A folder of twenty small pictures."""
-    from children import small_pictures
+def sample_images(tmp_path_factory) -> Path:
+    """A folder of twenty small images."""
+    from children import small_images
 
-    return small_pictures(tmp_path_factory.mktemp("pictures"))
+    return small_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """A folder for decoded pictures."""
+    """A folder for decoded images."""
     return tmp_path_factory.mktemp("cache")

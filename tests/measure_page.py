@@ -1,6 +1,6 @@
-"""Measure a full page: 60 runs x 100 pictures of 224 x 224, its size in MB and how long Chromium takes to open it.
+"""Measure a full page: 60 runs x 100 images of 224 x 224, its size in MB and how long Chromium takes to open it.
 
-python tests/measure_page.py [FOLDER]     # FOLDER holds photographs; without one the pictures are made up
+python tests/measure_page.py [FOLDER]     # FOLDER holds photographs; without one the images are made up
 """
 
 import os
@@ -12,30 +12,30 @@ from pathlib import Path
 from page_fixtures import SWITCHES, find_browser
 from PIL import Image, ImageOps
 from playwright.sync_api import sync_playwright
-from report_study import picture, write_run
+from report_study import sample_image, write_run
 
 from afterimage.report.page.page import write_page
 from afterimage.runtime.progress import Display
 
-LAYERS, DECODERS, PICTURES, SIZE = 20, ("linear", "attention", "residual"), 100, 224
+LAYERS, DECODERS, IMAGES, SIZE = 20, ("linear", "attention", "residual"), 100, 224
 
 
 def originals(folder: str | None) -> list[Image.Image]:
     if folder is None:
-        return [picture(seed, SIZE) for seed in range(PICTURES)]
+        return [sample_image(seed, SIZE) for seed in range(IMAGES)]
     files = [f for f in sorted(Path(folder).rglob("*")) if f.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    if len(files) < PICTURES:
-        sys.exit(f"{folder} holds {len(files)} pictures, {PICTURES} are needed")
-    return [ImageOps.fit(Image.open(file).convert("RGB"), (SIZE, SIZE)) for file in files[:PICTURES]]
+    if len(files) < IMAGES:
+        sys.exit(f"{folder} holds {len(files)} images, {IMAGES} are needed")
+    return [ImageOps.fit(Image.open(file).convert("RGB"), (SIZE, SIZE)) for file in files[:IMAGES]]
 
 
 def main(folder: str | None = None) -> None:
-    pictures = originals(folder)
+    sample_images = originals(folder)
     os.fsync = lambda _: None  # 12,000 files that need not survive a power cut
     with tempfile.TemporaryDirectory() as root, sync_playwright() as driver:
         runs = [
             write_run(
-                Path(root), "resnet34.tv_in1k", f"layer{i}", decoder, originals=pictures, count=PICTURES,
+                Path(root), "resnet34.tv_in1k", f"layer{i}", decoder, originals=sample_images, count=IMAGES,
                 features=(64, 56, 1 - i / LAYERS), order=i,
             )
             for i in range(LAYERS)
@@ -54,7 +54,7 @@ def main(folder: str | None = None) -> None:
             shown = time.monotonic() - started
             tab.wait_for_load_state("load")
             loaded = tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
-            print(f"pictures shown after {shown:.2f} s, all loaded after {loaded:.2f} s")
+            print(f"images shown after {shown:.2f} s, all loaded after {loaded:.2f} s")
         print(tab.inner_text("#encoding"))
         browser.close()
 

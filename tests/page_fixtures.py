@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from page_in_browser import FINDING
-from report_study import RESNET, VIT, picture, write_run, write_study
+from report_study import RESNET, VIT, sample_image, write_run, write_study
 
 from afterimage.report.page.page import write_page
 
@@ -35,9 +35,9 @@ def browser():
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
-    """Runs and their page: two encoders, two decoders, reference lines, random weights; five pictures."""
+    """Runs and their page: two encoders, two decoders, baselines, random weights; five images."""
     root = tmp_path_factory.mktemp("study")
-    originals = [picture(seed) for seed in range(5)]
+    originals = [sample_image(seed) for seed in range(5)]
     runs = write_study(root, encoders=(RESNET, VIT), originals=originals, references=("mean", "thumbnail-28"))
     runs.append(
         write_run(

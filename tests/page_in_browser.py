@@ -48,9 +48,9 @@ def choose(tab, encoder: str, decoder: str, layer: int, slot: str = "a") -> None
     tab.locator(f"#layer-{slot}").fill(str(layer))
 
 
-def rename_pictures(run: Run, names) -> None:
-    """Give a finished run's pictures other ids."""
-    ids = [f"picture-{i:03}" for i in range(len(names))]
+def rename_images(run: Run, names) -> None:
+    """Give a finished run's images other ids."""
+    ids = [f"image-{i:03}" for i in range(len(names))]
     new = dict(zip(ids, names, strict=True))
     write_csv(
         run.file("scores.csv"),

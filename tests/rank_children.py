@@ -52,9 +52,9 @@ def train_ranks(configs, root, cache, *, said: Path | None = None, stop=None, pa
     """Train the runs; `said` takes what is said, `stop` interrupts before that step, `hurt` patches rank 1 only."""
     from afterimage.config import AfterimageError
     from afterimage.experiments.queue import train_runs
-    from afterimage.training.decoder_trainer import Member
+    from afterimage.training.decoder_trainer import DecoderTrainer
 
-    step, steps = Member.step, [0]
+    step, steps = DecoderTrainer.step, [0]
 
     def stepping(self, *arguments):
         if steps[0] == stop:
@@ -68,7 +68,7 @@ def train_ranks(configs, root, cache, *, said: Path | None = None, stop=None, pa
             with open(said, "a", encoding="utf-8") as file:
                 file.write(what + "\n")
 
-    Member.step = stepping
+    DecoderTrainer.step = stepping
     if hurt is not None and os.environ["RANK"] == "1":
         hurt()
     try:
@@ -87,9 +87,9 @@ def study_ranks(study, root, cache):
 def fail_one_decoder():
     """The transposed decoder meets an error in its third step, on this rank alone."""
     from afterimage.config import AfterimageError
-    from afterimage.training.decoder_trainer import Member
+    from afterimage.training.decoder_trainer import DecoderTrainer
 
-    gradients, calls = Member._gradients, [0]
+    gradients, calls = DecoderTrainer._gradients, [0]
 
     def failing(self, features, images, count, window):
         calls[0] += "transposed" in self.name
@@ -97,21 +97,21 @@ def fail_one_decoder():
             raise AfterimageError("a part of a step went wrong")
         return gradients(self, features, images, count, window)
 
-    Member._gradients = failing
+    DecoderTrainer._gradients = failing
 
 
 def run_out_of_memory():
-    """This rank has memory for one picture at a time, as far as gradients go."""
-    from afterimage.training.decoder_trainer import Member
+    """This rank has memory for one image at a time, as far as gradients go."""
+    from afterimage.training.decoder_trainer import DecoderTrainer
 
-    gradients = Member._gradients
+    gradients = DecoderTrainer._gradients
 
     def short(self, features, images, count, window):
         if len(images) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return gradients(self, features, images, count, window)
 
-    Member._gradients = short
+    DecoderTrainer._gradients = short
 
 
 def train_without_drift(decoder, folder: Path, cache) -> None:
@@ -142,9 +142,9 @@ def train_without_drift(decoder, folder: Path, cache) -> None:
 
 def stumble():
     """The wavelet decoder meets a bug in its sixth step, in the second epoch, on this rank alone."""
-    from afterimage.training.decoder_trainer import Member
+    from afterimage.training.decoder_trainer import DecoderTrainer
 
-    gradients, calls = Member._gradients, [0]
+    gradients, calls = DecoderTrainer._gradients, [0]
 
     def stumbling(self, features, images, count, window):
         calls[0] += "wavelet" in self.name
@@ -152,7 +152,7 @@ def stumble():
             raise IndexError("one rank's own bug")
         return gradients(self, features, images, count, window)
 
-    Member._gradients = stumbling
+    DecoderTrainer._gradients = stumbling
 
 
 def break_an_encoder():

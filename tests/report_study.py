@@ -14,11 +14,11 @@ from rich.console import Console
 
 from afterimage.config import (
     RANDOM_WEIGHTS,
+    BaselineConfig,
     DataConfig,
     DecoderConfig,
     FusionConfig,
     RecipeConfig,
-    ReferenceConfig,
     RunConfig,
 )
 from afterimage.report.rows import Rows
@@ -33,7 +33,7 @@ VIT = (
 )
 PARAMETERS = {"linear": 1728, "transposed": 90_000, "attention": 250_147}
 BONUS = {"linear": 0.0, "transposed": 0.05, "attention": 0.08}
-REFERENCES = {
+BASELINES = {
     "mean": ("Mean colour", 12.4, 0.26, 0.90), "thumbnail-7": ("Bicubic thumbnail 7×7", 16.1, 0.33, 0.80),
     "thumbnail-14": ("Bicubic thumbnail 14×14", 18.0, 0.40, 0.70),
     "thumbnail-28": ("Bicubic thumbnail 28×28", 20.2, 0.50, 0.57),
@@ -43,7 +43,7 @@ REFERENCES = {
 }  # fmt: skip
 
 
-def picture(seed: int, size: int = 64) -> Image.Image:
+def sample_image(seed: int, size: int = 64) -> Image.Image:
     """Overlapping discs on a gradient, the same for the same seed."""
     random = np.random.default_rng(seed)
     image = Image.linear_gradient("L").resize((size, size)).convert("RGB")
@@ -101,7 +101,7 @@ def write_run(
             for s in sources
         ],
         "parameters": size, "macs": 123_456_789, "seed": seed, "train_seconds": 20 + size / 5000,
-        "pictures_seen": 19200,
+        "images_seen": 19200,
         "epochs": 30, "best_epoch": 28, "best_validation_loss": 0.004, "batch_size": 8,
         "fusion_weights": (np.mean(fusion_maps, (0, 2, 3)) / 255).tolist() if len(fusion_maps) else None,
     }  # fmt: skip
@@ -112,7 +112,7 @@ def write_run(
             loss_value = best * (1 + 3 * math.exp(-epoch / 4) + 0.05 * math.sin(epoch * 1.7 + channels))
             rate = 1e-3 * 0.5 ** ((epoch > 14) + (epoch > 22))
             history.append({"epoch": epoch, "train_loss": loss_value * 0.95, "validation_loss": loss_value,
-                            "learning_rate": rate, "seconds": 4.0, "pictures_per_second": 160.0})  # fmt: skip
+                            "learning_rate": rate, "seconds": 4.0, "images_per_second": 160.0})  # fmt: skip
         run.save_history(history)
     return _finish(run, summary, mean, quality, originals, count, lpips, notes, fusion_maps)
 
@@ -136,8 +136,8 @@ def write_reference(
     count: int = 20,
     lpips: str | None = "alex",
 ) -> Run:
-    label, *mean = REFERENCES[name]
-    run = Run.create(root, ReferenceConfig(name, DataConfig("procedural")))
+    label, *mean = BASELINES[name]
+    run = Run.create(root, BaselineConfig(name, DataConfig("procedural")))
     summary = {
         "kind": "reference", "label": label, "sources": [], "decoder": None, "reference": name,
         "fusion": None, "weights": [], "features": [], "parameters": 0, "macs": None, "seed": 0,
@@ -153,7 +153,7 @@ def _finish(run, summary, mean, quality, originals, count, lpips, notes, fusion_
     values = mean + spread * (0.8 * easy * np.array([1, 1, -1]) + 0.4 * own)
     values[:, 1:] = values[:, 1:].clip(0.01, 0.99)
     rows = [
-        {"id": f"picture-{i:03}", "psnr": p, "ssim": s, "lpips": None if lpips is None else d}
+        {"id": f"image-{i:03}", "psnr": p, "ssim": s, "lpips": None if lpips is None else d}
         for i, (p, s, d) in enumerate(values.tolist())
     ]
     stats = {
@@ -165,10 +165,10 @@ def _finish(run, summary, mean, quality, originals, count, lpips, notes, fusion_
         "lpips": {"net": lpips or "alex", "available": lpips is not None, "reason": reason},
         "scores": stats | ({} if lpips else {"lpips": None}), "notes": list(notes),
         "data": {"source": "procedural", "test": "", "digest": "d1", "train": 640, "validation": 160,
-                 "test_pictures": count, "resize": 256, "crop": 224},
+                 "test_images": count, "resize": 256, "crop": 224},
     }  # fmt: skip
     saved = [
-        (f"picture-{i:03}", np.asarray(o), np.asarray(rebuilt(o, quality))) for i, o in enumerate(originals)
+        (f"image-{i:03}", np.asarray(o), np.asarray(rebuilt(o, quality))) for i, o in enumerate(originals)
     ]
     run.save_environment({"versions": {"torch": "2.4"}, "command": ["afterimage", "study", "made-up.toml"]})
     run.save_result(summary, rows, saved, fusion_maps)
@@ -178,9 +178,9 @@ def _finish(run, summary, mean, quality, originals, count, lpips, notes, fusion_
 
 def write_study(
     root: Path, *, encoders=(RESNET, VIT), decoders: Sequence[str] = ("linear", "attention"),
-    originals: Sequence[Image.Image] = (), references: Sequence[str] = tuple(REFERENCES), **options,
+    originals: Sequence[Image.Image] = (), references: Sequence[str] = tuple(BASELINES), **options,
 ) -> list[Run]:  # fmt: skip
-    """Every layer of every encoder with every decoder, and the reference lines."""
+    """Every layer of every encoder with every decoder, and the baselines."""
     runs = [
         write_run(root, model, layer, decoder, features=features, order=order, originals=originals, **options)
         for model, layers in encoders

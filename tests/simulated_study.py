@@ -8,11 +8,11 @@ import numpy as np
 
 from afterimage.config import (
     RANDOM_WEIGHTS,
+    BaselineConfig,
     DataConfig,
     DecoderConfig,
     FusionConfig,
     RecipeConfig,
-    ReferenceConfig,
     RunConfig,
 )
 from afterimage.runs.files import write_csv, write_json
@@ -24,7 +24,7 @@ DATA = {
     "digest": "d" * 64,
     "train": 640,
     "validation": 160,
-    "test_pictures": 100,
+    "test_images": 100,
     "resize": 256,
     "crop": 224,
 }
@@ -52,17 +52,17 @@ LAYERS_OF_FUSION = (
 _MORE_SHAPES = {LAYERS_OF_FUSION[2]: (384, 14, 0, 0.0), LAYERS_OF_FUSION[3]: (64, 56, 0, 0.0)}
 
 
-def pictures(count: int = 100) -> list[str]:
-    return [f"picture-{i:03d}" for i in range(count)]
+def sample_images(count: int = 100) -> list[str]:
+    return [f"image-{i:03d}" for i in range(count)]
 
 
 def scores(mean: float, *, count: int = 100, noise: float = 0.2, seed: int = 0) -> list[dict[str, object]]:
-    """Rows of scores.csv: PSNR = mean + what the picture brings + noise; SSIM and LPIPS follow it."""
+    """Rows of scores.csv: PSNR = mean + what the image brings + noise; SSIM and LPIPS follow it."""
     common = np.random.default_rng(1).normal(0, 2.5, count)
     psnr = mean + common - common.mean() + np.random.default_rng(seed).normal(0, noise, count)
     return [
         {"id": name, "psnr": value, "ssim": value / 40, "lpips": 1 - value / 40}
-        for name, value in zip(pictures(count), psnr.tolist(), strict=True)
+        for name, value in zip(sample_images(count), psnr.tolist(), strict=True)
     ]
 
 
@@ -111,7 +111,7 @@ def write_run(
 
 
 def write_reference(root: Path, reference: str, rows: list[dict[str, object]]) -> Run:
-    run = Run.create(root, ReferenceConfig(reference, DataConfig()))
+    run = Run.create(root, BaselineConfig(reference, DataConfig()))
     summary = {
         "kind": "reference",
         "label": reference,
@@ -129,7 +129,7 @@ def write_reference(root: Path, reference: str, rows: list[dict[str, object]]) -
 def _finish(run: Run, summary: dict[str, object], rows: list[dict[str, object]], lpips_net: str) -> Run:
     has_lpips = any(row.get("lpips") is not None for row in rows)
     summary |= {
-        "data": DATA | {"test_pictures": len(rows)},
+        "data": DATA | {"test_images": len(rows)},
         "lpips": {"net": lpips_net, "available": has_lpips, "reason": None},
         "scores": {"lpips": {} if has_lpips else None} if not has_lpips else {"lpips": {"mean": 0.5}},
     }
@@ -139,7 +139,7 @@ def _finish(run: Run, summary: dict[str, object], rows: list[dict[str, object]],
 
 
 def write_published_study(root: Path, *, noise: float = 0.2, count: int = 100) -> list[Run]:
-    """The published means as a study of `count` pictures, and the mean-colour line at 10 dB."""
+    """The published means as a study of `count` images, and the mean-colour line at 10 dB."""
     runs = [
         write_run(root, source, scores(mean, noise=noise, count=count, seed=i))
         for i, (source, (_, _, _, mean)) in enumerate(SHAPES.items())

@@ -1,16 +1,16 @@
-"""Shards for tests: tar files and Parquet files of small pictures, and a tar header by hand."""
+"""Shards for tests: tar files and Parquet files of small images, and a tar header by hand."""
 
 import io
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from some_pictures import some_picture
+from some_images import some_image
 
 
-def picture_bytes(seed: int, width: int = 40, height: int = 30, kind: str = "PNG") -> bytes:
+def image_bytes(seed: int, width: int = 40, height: int = 30, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    some_picture(seed, width, height).save(file, kind)
+    some_image(seed, width, height).save(file, kind)
     return file.getvalue()
 
 
@@ -29,7 +29,7 @@ def write_shards(folder: Path, shards: int, each: int, first: int = 0) -> str:
     for shard in range(shards):
         files = {}
         for number in range(first + shard * each, first + (shard + 1) * each):
-            files[f"{number:06d}.png"] = picture_bytes(number)
+            files[f"{number:06d}.png"] = image_bytes(number)
             files[f"{number:06d}.cls"] = b"1"
         write_tar(folder / f"shard-{shard:03d}.tar", files)
     return f"webdataset:{folder}/shard-{{000..{shards - 1:03d}}}.tar"
@@ -43,7 +43,7 @@ def write_parquet(folder: Path, shards: int, each: int, group: int, plain: bool 
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
         numbers = range(shard * each, (shard + 1) * each)
-        rows = [picture_bytes(n) for n in numbers]
+        rows = [image_bytes(n) for n in numbers]
         image = (
             rows if plain else [{"bytes": r, "path": f"{n}.png"} for n, r in zip(numbers, rows, strict=True)]
         )

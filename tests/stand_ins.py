@@ -99,7 +99,7 @@ def fusion(when, error):
 
 def loss(error):
     class Broken(MSE):
-        def per_picture(self, prediction, target):
+        def per_image(self, prediction, target):
             raise error
 
     return Broken

@@ -71,7 +71,7 @@ def test_the_gradient_of_tiles_against_finite_differences(monkeypatch):
     assert torch.autograd.gradcheck(lambda q, k, v: TiledAttention.apply(q, k, v, bound + 1), (q, k, v))
 
 
-def test_no_pictures_give_no_tokens(narrow):
+def test_no_images_give_no_tokens(narrow):
     """As one of several ranks may have."""
     q = torch.zeros(0, 2, 600, 8, requires_grad=True)
     out = attend(q, q, q)

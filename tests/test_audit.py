@@ -101,11 +101,11 @@ def test_the_command_exits_by_its_limits(cache, tmp_path, monkeypatch, capsys):
 
 
 def test_finished_cells_are_not_done_again(cache, tmp_path):
-    attackers = AttackersConfig(pictures=(40, "all"))
+    attackers = AttackersConfig(images=(40, "all"))
     config = settings("Classifier", "stem", "none", "int8", attackers=attackers)
     first, _ = audited(config, tmp_path, cache)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/summary.json")}
-    assert len(written) == 2 * 2 + 2 and {r["attacker"]["pictures"] for r in first.rows} == {40, 150}
+    assert len(written) == 2 * 2 + 2 and {r["attacker"]["images"] for r in first.rows} == {40, 150}
     more = settings("Classifier", "stem", "none", "int8", "1bit", attackers=attackers)
     second, _ = audited(more, tmp_path, cache)
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
@@ -146,20 +146,20 @@ def test_more_defence_never_leaks_more_within_the_intervals(strengths, cache, tm
     assert kept[0]["estimate"] > 0.9 and results.costs["stem", strengths[0]]["kind"] == "classes"
 
 
-def test_more_pictures_of_their_own_help_an_attacker(cache, tmp_path):
-    config = settings("Classifier", "stem", "noise:0.5", attackers=AttackersConfig(pictures=(10, 150, 4000)))
+def test_more_images_of_their_own_help_an_attacker(cache, tmp_path):
+    config = settings("Classifier", "stem", "noise:0.5", attackers=AttackersConfig(images=(10, 150, 4000)))
     results, _ = audited(config, tmp_path, cache)
     few, many = (row["scores"]["psnr"] for row in results.rows)
     assert few["estimate"] < many["estimate"]
-    assert "an attacker with 4000 pictures was left out: there are 150 to own" in results.notes
+    assert "an attacker with 4000 images was left out: there are 150 to own" in results.notes
 
 
-def test_an_attacker_with_other_pictures(cache, tmp_path):
+def test_an_attacker_with_other_images(cache, tmp_path):
     config = settings("Classifier", "stem", "none", attackers=AttackersConfig(data="photographs"))
     (row,) = audited(config, tmp_path, cache)[0].rows
-    assert row["attacker"]["data"] == "photographs" and row["attacker"]["pictures"] < 150
+    assert row["attacker"]["data"] == "photographs" and row["attacker"]["images"] < 150
     config = settings("Classifier", "stem", "none", attackers=AttackersConfig(data="procedural:40"))
-    with pytest.raises(AfterimageError, match="test pictures are among the attacker's own"):
+    with pytest.raises(AfterimageError, match="test images are among the attacker's own"):
         audited(config, tmp_path, cache)
 
 
@@ -191,7 +191,7 @@ def test_the_page_is_self_contained_and_escapes_names(cache, tmp_path):
 
 def test_settings_survive_toml(tmp_path):
     config = settings(
-        "Leak", "output", "noise:0.5+int8", limits=LIMITS, attackers=AttackersConfig(pictures=(128, "all"))
+        "Leak", "output", "noise:0.5+int8", limits=LIMITS, attackers=AttackersConfig(images=(128, "all"))
     )
     (tmp_path / "audit.toml").write_text(dump_toml(config))
     assert load_toml(AuditConfig, tmp_path / "audit.toml") == config
@@ -217,8 +217,8 @@ def test_impossible_settings_are_errors(changes, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AttackersConfig(pictures=("some",)), "a number from 5 on, or 'all'"),
-        (lambda: AttackersConfig(pictures=(2,)), "a number from 5 on"),
+        (lambda: AttackersConfig(images=("some",)), "a number from 5 on, or 'all'"),
+        (lambda: AttackersConfig(images=(2,)), "a number from 5 on"),
         (lambda: AttackersConfig(access=("root",)), "unknown access 'root'.*query, weights"),
         (lambda: AttackersConfig(decoders=()), "attackers.decoders"),
         (lambda: LimitsConfig(max_ssim=1.5), "max_ssim must lie between 0 and 1"),
@@ -259,7 +259,7 @@ def test_audits_repeat(cache, tmp_path):
 
 @pytest.mark.parametrize("defence", ["none", "noise:0.3+int8"])
 def test_an_attacker_with_the_weights_gets_at_least_as_much(defence, cache, tmp_path):
-    attackers = AttackersConfig(access=("query", "weights"), refine_steps=60, refine_pictures=6)
+    attackers = AttackersConfig(access=("query", "weights"), refine_steps=60, refine_images=6)
     results, _ = audited(settings("Classifier", "stem", defence, attackers=attackers), tmp_path, cache)
     decoded, refined = results.rows
     assert refined["attacker"]["access"] == "weights" and refined["scores"]["psnr"]["count"] == 6
@@ -274,7 +274,7 @@ def test_an_attacker_with_the_weights_gets_at_least_as_much(defence, cache, tmp_
 
 
 def test_shuffled_features_are_not_refined_and_that_is_said(cache, tmp_path):
-    attackers = AttackersConfig(access=("weights",), refine_steps=2, refine_pictures=2)
+    attackers = AttackersConfig(access=("weights",), refine_steps=2, refine_images=2)
     results, verdict = audited(
         settings("Classifier", "stem", "shuffle", attackers=attackers), tmp_path, cache
     )

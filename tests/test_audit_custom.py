@@ -80,8 +80,8 @@ def test_a_layers_output_can_be_replaced_whatever_it_is(case):
             self.body = Net(wrap)
             self.head = nn.Linear(8, 5)
 
-        def forward(self, pictures):
-            found = self.body(pictures)
+        def forward(self, sample_images):
+            found = self.body(sample_images)
             while not isinstance(found, torch.Tensor):
                 found = next(iter(found.values())) if isinstance(found, dict) else found[0]
             flat = found.flatten(2) if found.ndim > 2 else found[:, :, None]
@@ -101,7 +101,7 @@ def test_a_vector_is_a_map_of_one_place():
     assert encoder(images())[0].shape == (3, 8, 1, 1)
 
 
-def test_pictures_are_normalised_only_when_asked():
+def test_images_are_normalised_only_when_asked():
     given = CustomEncoder(nn.Identity(), ["output"], image_size=SIZE)
     torch.testing.assert_close(given(images())[0], images())
     normal = CustomEncoder(nn.Identity(), ["output"], image_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
@@ -109,11 +109,11 @@ def test_pictures_are_normalised_only_when_asked():
 
 
 def test_features_can_be_differentiated_only_where_asked():
-    encoder, pictures = CustomEncoder(Net(), ["stem"], image_size=SIZE), images().requires_grad_()
-    assert not encoder(pictures)[0].requires_grad
+    encoder, sample_images = CustomEncoder(Net(), ["stem"], image_size=SIZE), images().requires_grad_()
+    assert not encoder(sample_images)[0].requires_grad
     with encoder.gradients():
-        encoder(pictures)[0].sum().backward()
-    assert pictures.grad.abs().sum() > 0
+        encoder(sample_images)[0].sum().backward()
+    assert sample_images.grad.abs().sum() > 0
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
@@ -136,20 +136,20 @@ class Growing(nn.Module):
         super().__init__()
         self.calls = 0
 
-    def forward(self, pictures):
+    def forward(self, sample_images):
         self.calls += 1
-        return pictures if self.calls < 7 else pictures[:, :1]
+        return sample_images if self.calls < 7 else sample_images[:, :1]
 
 
 class Dishonest(nn.Module):
-    def forward(self, pictures):
-        return pictures.mul_(float("nan")) if len(pictures) > 2 else pictures
+    def forward(self, sample_images):
+        return sample_images.mul_(float("nan")) if len(sample_images) > 2 else sample_images
 
 
 @pytest.mark.parametrize(
     ("network", "layer", "message"),
     [
-        (Net(raising), "output", "own cannot run on pictures .*no such luck"),
+        (Net(raising), "output", "own cannot run on images .*no such luck"),
         (Net(), "stm", r"unknown layer of own 'stm'; did you mean 'stem'.*Valid: output, stem.0"),
         (Net(), "stem[0", "must be a module's path"),
         (
@@ -176,11 +176,11 @@ def test_a_network_that_changes_its_mind_is_an_error():
             encoder(images())
 
 
-def test_a_network_that_writes_into_its_input_cannot_change_the_picture():
-    encoder, pictures = CustomEncoder(Dishonest(), ["output"], image_size=SIZE), images()
+def test_a_network_that_writes_into_its_input_cannot_change_the_image():
+    encoder, sample_images = CustomEncoder(Dishonest(), ["output"], image_size=SIZE), images()
     with pytest.raises(AfterimageError, match="not finite"):
-        encoder(pictures)
-    torch.testing.assert_close(pictures, images())
+        encoder(sample_images)
+    torch.testing.assert_close(sample_images, images())
 
 
 def test_chance_in_a_network_and_mixing_in_a_batch_are_noted():
@@ -196,8 +196,8 @@ def test_what_bypasses_the_layer_is_found():
             super().__init__()
             self.stem = nn.Conv2d(3, 8, 4, 4)
 
-        def forward(self, pictures):
-            return self.stem(pictures).mean((2, 3)) + pictures.std((1, 2, 3))[:, None]
+        def forward(self, sample_images):
+            return self.stem(sample_images).mean((2, 3)) + sample_images.std((1, 2, 3))[:, None]
 
     assert whole_network(CustomEncoder(Skipping(), ["stem"], image_size=SIZE), "stem").bypassed(images())
 

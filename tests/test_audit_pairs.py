@@ -18,14 +18,14 @@ COUNT, SIZE = 60, 32
 
 @pytest.fixture
 def arrays():
-    """Pictures of smooth colours, and features that are their 2x2 means."""
+    """Images of smooth colours, and features that are their 2x2 means."""
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (COUNT, 4, 4, 3), np.uint8)
     pixels = np.stack(
         [np.asarray(Image.fromarray(c).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for c in coarse]
     )
     small = pixels.reshape(COUNT, 16, 2, 16, 2, 3).mean((2, 4)) / 255
-    return {"pictures": pixels, "features": np.ascontiguousarray(small.transpose(0, 3, 1, 2), np.float32)}
+    return {"images": pixels, "features": np.ascontiguousarray(small.transpose(0, 3, 1, 2), np.float32)}
 
 
 def write(path, arrays):
@@ -39,7 +39,7 @@ def write(path, arrays):
 
         columns = {}
         for name, values in arrays.items():
-            if name == "pictures":
+            if name == "images":
                 files = [io.BytesIO() for _ in values]
                 for file, value in zip(files, values, strict=True):
                     Image.fromarray(value).save(file, "PNG")
@@ -58,7 +58,7 @@ def test_every_kind_of_file_holds_the_same(suffix, arrays, tmp_path):
     assert len({i for part in parts for i in part.ids}) == COUNT
     for part in parts:
         for i, identity in enumerate(part.ids):
-            expected = arrays["pictures"][int(identity)]
+            expected = arrays["images"][int(identity)]
             assert np.array_equal((part.crops([i])[0] * 255).round().numpy().transpose(1, 2, 0), expected)
             np.testing.assert_allclose(
                 part.features([i], "features")[0], arrays["features"][int(identity)], rtol=1e-6
@@ -66,7 +66,7 @@ def test_every_kind_of_file_holds_the_same(suffix, arrays, tmp_path):
 
 
 def test_pixels_of_0_and_1_are_said(arrays, tmp_path):
-    arrays["pictures"] = (arrays["pictures"] > 99).astype(np.uint8)
+    arrays["images"] = (arrays["images"] > 99).astype(np.uint8)
     notes = load_pairs(write(tmp_path / "store.npz", arrays)).notes
     assert f"narrow range of values: {COUNT} of {COUNT} images use only values from 0 to 1" in notes[-1]
 
@@ -92,7 +92,7 @@ def test_another_split_of_a_store_is_another_measurement(arrays, tmp_path):
     found = []
     for fraction, seed in ((0.2, 42), (0.4, 42), (0.2, 7)):
         config = AuditConfig(
-            pairs=str(path), defences=("none",), attackers=AttackersConfig(pictures=("20",)),
+            pairs=str(path), defences=("none",), attackers=AttackersConfig(images=("20",)),
             recipe=RecipeConfig(batch_size=16), test_fraction=fraction, data=DataConfig(split_seed=seed),
         )  # fmt: skip
         (row,) = run_audit(config, tmp_path / "audit", accelerator="cpu").rows
@@ -135,7 +135,7 @@ def test_several_layers_and_names(arrays, tmp_path):
         "features.deep": arrays["features"][:, :1],
         "ids": np.array([f"person {i}" for i in range(COUNT)]),
     }
-    arrays["images"] = arrays.pop("pictures").transpose(0, 3, 1, 2).astype(np.float32) / 255
+    arrays["images"] = arrays.pop("images").transpose(0, 3, 1, 2).astype(np.float32) / 255
     store = load_pairs(write(tmp_path / "store.npz", arrays))
     assert list(store.specs) == ["features", "deep"] and store.data.test.ids[0].startswith("person ")
     config = AuditConfig(pairs=str(tmp_path / "store.npz"), layers=("depe",))
@@ -150,7 +150,7 @@ class Evil:
 
 def test_nothing_is_unpickled(arrays, tmp_path, capsys):
     np.savez(
-        tmp_path / "evil.npz", pictures=arrays["pictures"], features=np.array([Evil()] * COUNT, dtype=object)
+        tmp_path / "evil.npz", images=arrays["images"], features=np.array([Evil()] * COUNT, dtype=object)
     )
     with pytest.raises(AfterimageError, match=r"cannot read .*evil.npz"):
         load_pairs(tmp_path / "evil.npz")
@@ -162,20 +162,20 @@ def nan(values):
 
 
 def twice(values):
-    values["pictures"][1] = values["pictures"][0]
+    values["images"][1] = values["images"][0]
     values["ids"] = np.array(["same"] * COUNT)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a.pop("features"), "must hold `pictures`.*it holds pictures"),
-        (lambda a: a.pop("pictures"), "it holds features"),
-        (lambda a: a.update(features=a["features"][:-1]), "for each of 60 pictures"),
+        (lambda a: a.pop("features"), "must hold `images`.*it holds images"),
+        (lambda a: a.pop("images"), "it holds features"),
+        (lambda a: a.update(features=a["features"][:-1]), "for each of 60 images"),
         (nan, "not finite"),
-        (lambda a: a.update(pictures=a["pictures"][..., :2]), "must be"),
-        (lambda a: a.update(pictures=a["pictures"].astype(np.float32)), r"must lie in \[0, 1\]"),
-        (lambda a: a.update(pictures=a["pictures"].astype(np.int64)), "uint8 or floats"),
+        (lambda a: a.update(images=a["images"][..., :2]), "must be"),
+        (lambda a: a.update(images=a["images"].astype(np.float32)), r"must lie in \[0, 1\]"),
+        (lambda a: a.update(images=a["images"].astype(np.int64)), "uint8 or floats"),
         (lambda a: a.update(features=a["features"].reshape(COUNT, 48, 16)[:, :46]), "no square grid"),
         (lambda a: a.update(features=a["features"][:, 0, 0, 0]), "2, 3 or 4 axes"),
         (twice, "ids must name"),

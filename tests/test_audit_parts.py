@@ -8,7 +8,7 @@ from afterimage.analysis.audit.defences.chain import create_defence
 from afterimage.analysis.audit.reidentification import Gallery, reduced
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, whole_network
 from afterimage.config.audit import LimitsConfig
-from afterimage.data.images import Pictures
+from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import share_interval
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.encoders.encoder import Encoder
@@ -18,30 +18,30 @@ from afterimage.report.audit.verdict import LEAKS, OPEN, WITHIN, judge
 from afterimage.runs.audit import SIDE
 
 
-def pictures(count, seed=0, size=24):
+def sample_images(count, seed=0, size=24):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def test_copies_find_themselves_and_noise_does_not():
-    originals = pictures(40)
+    originals = sample_images(40)
     gallery = Gallery(originals)
     assert all(found.all() for found in gallery.find(originals).values())
     faded = 0.3 * originals + 0.5
     assert gallery.find(faded)["correlation"].all()
-    for found in gallery.find(pictures(40, seed=1)).values():
+    for found in gallery.find(sample_images(40, seed=1)).values():
         assert found.mean() < 0.2
 
 
 @pytest.mark.parametrize("guess", [0.5, 0.0, 1.0])
-def test_the_same_answer_for_every_picture_finds_one_at_most(guess):
-    for found in Gallery(pictures(60)).find(torch.full((60, 3, 24, 24), guess)).values():
+def test_the_same_answer_for_every_image_finds_one_at_most(guess):
+    for found in Gallery(sample_images(60)).find(torch.full((60, 3, 24, 24), guess)).values():
         assert found.sum() <= 1
-    almost = torch.full((60, 3, 24, 24), guess) + 1e-7 * pictures(60)
-    assert Gallery(pictures(60)).find(almost)["correlation"].sum() <= 1, "rounding has no direction"
+    almost = torch.full((60, 3, 24, 24), guess) + 1e-7 * sample_images(60)
+    assert Gallery(sample_images(60)).find(almost)["correlation"].sum() <= 1, "rounding has no direction"
 
 
 def test_distances_are_those_of_every_pair():
-    originals, others = pictures(5), pictures(4, seed=1)
+    originals, others = sample_images(5), sample_images(4, seed=1)
     found = Gallery(originals).distances(others)["pixels"]
     expected = (others[:, None] - originals).square().sum((2, 3, 4))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -52,7 +52,7 @@ def test_distances_are_those_of_every_pair():
 
 def test_perceptual_distances_are_lpips(weights_folder, monkeypatch):
     monkeypatch.setenv("AFTERIMAGE_WEIGHTS", str(weights_folder))
-    originals, others = pictures(3, size=64), pictures(3, seed=1, size=64)
+    originals, others = sample_images(3, size=64), sample_images(3, seed=1, size=64)
     lpips = LPIPS("squeeze")
     found = Gallery(originals, lpips).distances(others)["lpips"]
     for i in range(3):
@@ -60,9 +60,9 @@ def test_perceptual_distances_are_lpips(weights_folder, monkeypatch):
         torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_large_pictures_are_reduced_and_small_ones_are_not():
-    assert reduced(pictures(1, size=300)).shape[-2:] == (SIDE, SIDE)
-    small = pictures(1, size=40)
+def test_large_images_are_reduced_and_small_ones_are_not():
+    assert reduced(sample_images(1, size=300)).shape[-2:] == (SIDE, SIDE)
+    small = sample_images(1, size=40)
     assert reduced(small) is small
     wide = torch.rand(1, 3, 224, 448)
     assert reduced(wide).shape[-2:] == (SIDE, 2 * SIDE)
@@ -78,8 +78,8 @@ def test_intervals_of_shares_are_clopper_and_pearsons(hits, total, low, high):
     assert found["low"] == pytest.approx(low, abs=1e-4) and found["high"] == pytest.approx(high, abs=1e-4)
 
 
-class Split(Pictures):
-    """Pictures that are given."""
+class Split(ImageSet):
+    """Images that are given."""
 
     def __init__(self, images):
         self.images = images
@@ -102,7 +102,7 @@ TIMM = [
 def test_a_timm_network_goes_on_from_defended_features(model, layer):
     encoder = Encoder(model, layers=[layer], weights="random", image_size=96)
     network = whole_network(encoder, layer)
-    images = pictures(6, size=96)
+    images = sample_images(6, size=96)
     seen = []
     plain = network(images, lambda maps: seen.append(maps) or maps)
     torch.testing.assert_close(seen[0], encoder(images)[0], rtol=1e-3, atol=1e-4)
@@ -130,7 +130,7 @@ def test_a_network_whose_end_is_missing_has_no_utility(weights_folder):
 def test_a_network_without_its_classifier_is_judged_by_its_embedding(weights_folder):
     encoder = Encoder("mobilenetv2_100:blocks.1", weights=weights_folder, image_size=64)
     network = whole_network(encoder, "blocks.1")
-    assert network.kind == "embedding" and network(pictures(2, size=64)).shape == (2, 1280)
+    assert network.kind == "embedding" and network(sample_images(2, size=64)).shape == (2, 1280)
 
 
 def interval(estimate, half=0.02, count=100):
@@ -142,11 +142,11 @@ def interval(estimate, half=0.02, count=100):
     }
 
 
-def row(layer, defence, ssim, found, decoder="linear", pictures=640):
+def row(layer, defence, ssim, found, decoder="linear", images=640):
     return {
         "layer": layer,
         "defence": defence,
-        "attacker": {"decoder": decoder, "pictures": pictures, "access": "query", "data": ""},
+        "attacker": {"decoder": decoder, "images": sample_images, "access": "query", "data": ""},
         "scores": {"ssim": interval(ssim)},
         "identification": {"pixels": interval(found), "correlation": interval(found / 2)},
         "chance": 0.01,
@@ -187,8 +187,8 @@ def test_the_upper_end_decides():
     )
 
 
-def test_an_attacker_with_few_pictures_hides_no_leak_that_another_shows():
-    """Refined attackers have few test pictures: their wide interval reaches further and shows less."""
+def test_an_attacker_with_few_images_hides_no_leak_that_another_shows():
+    """Refined attackers have few test images: their wide interval reaches further and shows less."""
     shown = row("a", "none", 0.44, 0.65)
     refined = row("a", "none", 0.44, 0.6, "linear + refined")
     refined["scores"]["ssim"] = interval(0.44, 0.08, 20)
@@ -237,17 +237,17 @@ def test_limits_that_cannot_be_met_are_remarked_on():
     blind = row("", "", 0.4, 0.01, "no features")
     remarks = judge(ROWS, [blind], COSTS, LimitsConfig(0.35, 0.03)).remarks
     assert "below what is reached without any features" in remarks[0]
-    assert "100 test pictures are too few" in remarks[1] and "0.036" in remarks[1]
+    assert "100 test images are too few" in remarks[1] and "0.036" in remarks[1]
     assert judge(ROWS, [row("", "", 0.1, 0.01)], COSTS, LimitsConfig(0.35, 0.05)).remarks == ()
 
 
 def test_undefended_features_that_tell_nothing_are_doubted():
-    """Such as those of a store whose pictures are in another order."""
+    """Such as those of a store whose images are in another order."""
     blind = row("", "", 0.3, 0.01, "no features")
     scrambled, sound = row("a", "none", 0.25, 0.01), row("b", "none", 0.25, 0.2)
     remarks = judge([scrambled, sound], [blind], {}, LimitsConfig()).remarks
     assert len(remarks) == 1 and remarks[0].startswith(
-        "a, undefended: linear, 640 pictures, query access got no"
+        "a, undefended: linear, 640 images, query access got no"
     )
 
 
@@ -276,4 +276,4 @@ def test_the_curve_shows_every_option(utility):
 def test_no_metrics_means_no_perceptual_identification(monkeypatch, tmp_path):
     monkeypatch.setenv("AFTERIMAGE_WEIGHTS", str(tmp_path))
     metrics = Metrics("squeeze", size=8)
-    assert set(Gallery(pictures(3), metrics.lpips).find(pictures(3))) == {"pixels", "correlation"}
+    assert set(Gallery(sample_images(3), metrics.lpips).find(sample_images(3))) == {"pixels", "correlation"}

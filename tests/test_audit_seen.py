@@ -10,7 +10,7 @@ from afterimage.analysis.audit.run import run_audit
 from afterimage.cli.audit import print_verdict
 from afterimage.config import Axis, DataConfig, FeatureSpec, RecipeConfig
 from afterimage.config.audit import AuditConfig, LimitsConfig
-from afterimage.data.images import Pictures
+from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import SEEN, Evaluation, cropped, evaluate_together, seen_notes, summarise
 from afterimage.evaluation.metrics import Metrics, psnr, ssim
 from afterimage.models.decoders.canvas import seen_box
@@ -112,7 +112,7 @@ def test_what_several_maps_see_together():
 
 @pytest.mark.parametrize("box", [((0, 32), (4, 40)), ((0, 8), (0, 40))])
 def test_scores_of_what_is_seen_are_those_of_that_part(box):
-    class Given(Pictures):
+    class Given(ImageSet):
         ids, content, crop = [f"{i}" for i in range(5)], [f"{i}" for i in range(5)], 40
 
         def __init__(self):

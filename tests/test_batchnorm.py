@@ -13,7 +13,7 @@ from torch import nn
 from afterimage import train_runs
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
 from afterimage.runs.run import Run
-from afterimage.runtime.distributed import joined
+from afterimage.runtime.distributed import distributed_context
 from afterimage.runtime.sync_batchnorm import BatchNorm, adapt
 from afterimage.training.decoder_trainer import SINGLE
 from afterimage.training.losses import MSE
@@ -109,7 +109,7 @@ def test_ranks_come_to_the_same(cache, tmp_path):
 
 def compare_single_values():
     """On three ranks, of which one has the only image: as on one process, forward, backward and buffers."""
-    with joined("cpu") as ranks:
+    with distributed_context("cpu") as ranks:
         plain, module = nn.Sequential(norms()), nn.Sequential(norms())
         adapt(plain)
         (norm,) = adapt(module, ranks)

@@ -77,11 +77,11 @@ def test_ours_computes_in_what_is_quicker_here(monkeypatch, tmp_path, exact, mix
 
 def test_the_reference_reads_the_same_crops(originals, tmp_path):
     config = run(originals).data
-    pictures = load_data(config, cache=tmp_path).train
-    paths = [f"{originals.removeprefix('folder:')}/{identity}" for identity in pictures.ids]
+    sample_images = load_data(config, cache=tmp_path).train
+    paths = [f"{originals.removeprefix('folder:')}/{identity}" for identity in sample_images.ids]
     plain = Originals(paths, config.resize, config.crop, seed=3)
     plain.epoch = 5
-    expected = pictures.crops(range(len(pictures)), seed=3, epoch=5)
+    expected = sample_images.crops(range(len(sample_images)), seed=3, epoch=5)
     torch.testing.assert_close(torch.stack([plain[i] for i in range(len(plain))]), expected, rtol=0, atol=0)
 
 
@@ -114,7 +114,7 @@ def test_the_batch_is_halved_until_the_matrices_fit(originals, monkeypatch):
     assert training.attention_bytes(config, 64, 100, 2) == 6 * 2 * 8 * 100 * 100 * 4
     monkeypatch.setattr(training, "available_bytes", lambda: 2 * training.attention_bytes(config, 64, 100, 2))
     size, (note,) = training.micro_batch(config, 64, 100)
-    assert size == 2 and "2 pictures at a time" in note
+    assert size == 2 and "2 images at a time" in note
     monkeypatch.setattr(training, "available_bytes", lambda: 1 << 60)
     assert training.micro_batch(config, 64, 100) == (8, [])
 

@@ -377,7 +377,7 @@ def test_weight_maps_lie_as_the_image_does(name):
     maps = WeightMaps(fusion, keep=2)
     maps.add(features)
     weights = fusion.weights(features)[:2]
-    for stored, own in zip(maps.pictures, weights, strict=True):
+    for stored, own in zip(maps.images, weights, strict=True):
         assert stored.shape == (3, 100, 100)
         cells = torch.from_numpy(stored[:, 4:96:8, 4:96:8].copy()) / 255
         torch.testing.assert_close(cells, own.detach(), atol=0.51 / 255, rtol=0)

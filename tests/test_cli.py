@@ -44,7 +44,7 @@ def photographs(tmp_path):
     return folder
 
 
-def test_from_pictures_to_a_report(command, photographs, tmp_path):
+def test_from_images_to_a_report(command, photographs, tmp_path):
     code, out, err = command(
         "train", f"{MODEL}:layer1", f"{MODEL}:layer2", "--decoder", "linear", "transposed",
         "--data", f"folder:{photographs}", "--epochs", 2, *SMALL,
@@ -75,8 +75,8 @@ def test_from_pictures_to_a_report(command, photographs, tmp_path):
     assert code == 0 and "PSNR" in out and "dB" in out
     assert Image.open(tmp_path / "00.reconstruction.png").size == (64 + 8 + 64, 64)
     alone = next(line for line in out.splitlines() if line.startswith("PSNR")).strip()
-    pictures = photographs / "00.png", photographs / "01.png"
-    code, out, _ = command("reconstruct", *pictures, "--run", "runs", "--output", "both.png")
+    sample_images = photographs / "00.png", photographs / "01.png"
+    code, out, _ = command("reconstruct", *sample_images, "--run", "runs", "--output", "both.png")
     lines = [line for line in out.splitlines() if "PSNR" in line]
     assert (
         code == 0
@@ -85,12 +85,12 @@ def test_from_pictures_to_a_report(command, photographs, tmp_path):
     )
     assert sum(alone in line and ", 00: " in line for line in lines) == 1
     width, height = Image.open(tmp_path / "both.png").size
-    assert width > 5 * 64 and height > 4 * 64, "the originals and four runs, two pictures and their details"
-    code, _, err = command("reconstruct", *pictures, "--run", "runs", "--output", "both.svg")
+    assert width > 5 * 64 and height > 4 * 64, "the originals and four runs, two images and their details"
+    code, _, err = command("reconstruct", *sample_images, "--run", "runs", "--output", "both.svg")
     assert code == 1 and "PNG" in err and not (tmp_path / "both.svg").exists()
-    code, _, err = command("reconstruct", pictures[0], pictures[0], "--run", "runs")
+    code, _, err = command("reconstruct", sample_images[0], sample_images[0], "--run", "runs")
     assert code == 1 and "named twice" in err
-    code, _, err = command("reconstruct", pictures[0], "--run", "report")
+    code, _, err = command("reconstruct", sample_images[0], "--run", "report")
     assert code == 1 and "no folder report" in err
     code, out, _ = command("report", "runs")
     assert code == 0 and (tmp_path / "runs/report/report.md").exists() and "report.md" in out
@@ -152,7 +152,7 @@ def test_bad_input_is_one_message(command, arguments, message):
         (["layers", MODEL, "--image-size", "0"], "--image-size must lie between 1"),
         (["audit", MODEL, "--layers", "layer1", "--max-ssim", "nan"], "max_ssim must lie between 0 and 1"),
         (["audit", MODEL, "--layers", "layer1", "--mean", "0", "0", "inf"], "mean must be finite"),
-        (["audit", MODEL, "--layers", "layer1", "--pictures", "²"], "a number from 5 on"),
+        (["audit", MODEL, "--layers", "layer1", "--images", "²"], "a number from 5 on"),
         (["audit", MODEL, "--layers", "layer1", "--root", "/dev/null"], "--root /dev/null: /dev/null is a file"),
         (["invert", "a.png", f"{MODEL}:layer1", "--seed", "-1"], "seed must lie between 0"),
         (["invert", "a.png", f"{MODEL}:layer1", "--steps", "0"], "steps must be greater than 0"),
@@ -213,7 +213,7 @@ def test_version(command):
 
 
 @pytest.mark.parametrize("name", ["truncated.jpg", "empty.png", "text.png"])
-def test_a_broken_picture_is_named_before_training(command, photographs, tmp_path, name):
+def test_a_broken_image_is_named_before_training(command, photographs, tmp_path, name):
     whole = (photographs / "00.png").read_bytes()
     Image.open(photographs / "00.png").save(photographs / "whole.jpg")
     broken = {

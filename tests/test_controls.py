@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.evaluation.baselines import REFERENCES, information, label, reference, run_references
+from afterimage.evaluation.baselines import BASELINES, information, label, reference, run_baselines
 from afterimage.evaluation.metrics import psnr
 
 
@@ -19,26 +19,26 @@ def images(height: int = 40, width: int = 56, seed: int = 0) -> torch.Tensor:
     return (smooth + 0.2 * (torch.rand(2, 3, height, width, generator=generator) - 0.5)).clamp(0, 1)
 
 
-def test_mean_is_each_pictures_own_colour():
+def test_mean_is_each_images_own_colour():
     originals = images()
     result = reference("mean")(originals)
     assert result.shape == originals.shape
-    for original, picture in zip(originals.numpy(), result.numpy(), strict=True):
+    for original, sample_image in zip(originals.numpy(), result.numpy(), strict=True):
         expected = original.reshape(3, -1).mean(1)[:, None, None]
-        np.testing.assert_allclose(picture, np.broadcast_to(expected, picture.shape), atol=1e-6)
+        np.testing.assert_allclose(sample_image, np.broadcast_to(expected, sample_image.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 5, 7, 14, 39])
 def test_thumbnails_agree_with_pillow(size):
     originals = images()
-    for original, picture in zip(originals, reference(f"thumbnail-{size}")(originals), strict=True):
-        for channel, result in zip(original.numpy(), picture.numpy(), strict=True):
+    for original, sample_image in zip(originals, reference(f"thumbnail-{size}")(originals), strict=True):
+        for channel, result in zip(original.numpy(), sample_image.numpy(), strict=True):
             small = Image.fromarray(channel).resize((size, size), Image.Resampling.BICUBIC)
             expected = np.asarray(small.resize((56, 40), Image.Resampling.BICUBIC))
             np.testing.assert_allclose(result, expected.clip(0, 1), atol=1e-5)
 
 
-def test_a_thumbnail_of_full_size_is_the_picture():
+def test_a_thumbnail_of_full_size_is_the_image():
     originals = images(24, 24)
     torch.testing.assert_close(reference("thumbnail-24")(originals), originals, rtol=0, atol=1e-6)
 
@@ -46,12 +46,12 @@ def test_a_thumbnail_of_full_size_is_the_picture():
 @pytest.mark.parametrize("quality", [1, 50, 95, 100])
 def test_jpeg_is_pillows(quality):
     originals = images()
-    for original, picture in zip(originals, reference(f"jpeg-{quality}")(originals), strict=True):
+    for original, sample_image in zip(originals, reference(f"jpeg-{quality}")(originals), strict=True):
         pixels = (original.permute(1, 2, 0).numpy().astype(np.float64) * 255 + 0.5).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format="jpeg", quality=quality)
         expected = np.asarray(Image.open(file)).astype(np.float32) / 255
-        np.testing.assert_allclose(picture.permute(1, 2, 0).numpy(), expected, atol=1e-6)
+        np.testing.assert_allclose(sample_image.permute(1, 2, 0).numpy(), expected, atol=1e-6)
 
 
 def test_jpeg_is_a_good_copy():
@@ -71,7 +71,7 @@ def test_more_information_scores_higher():
     st.sampled_from(["mean", "thumbnail-3", "thumbnail-11", "jpeg-20"]), st.integers(0, 1000), st.booleans()
 )
 @settings(max_examples=25, deadline=None)
-def test_references_stay_in_range_and_take_each_picture_alone(name, seed, hard):
+def test_references_stay_in_range_and_take_each_image_alone(name, seed, hard):
     originals = images(16, 21, seed)
     originals = originals.round() if hard else originals
     before = originals.clone()
@@ -83,7 +83,7 @@ def test_references_stay_in_range_and_take_each_picture_alone(name, seed, hard):
 
 
 def test_reference_lines_of_every_table():
-    assert [label(name) for name in REFERENCES] == [
+    assert [label(name) for name in BASELINES] == [
         "Mean colour",
         "Bicubic thumbnail 7×7",
         "Bicubic thumbnail 14×14",
@@ -100,14 +100,12 @@ def test_reference_lines_of_every_table():
 )
 def test_unknown_names_are_errors_that_list_the_known_ones(name):
     for function in (reference, label, information):
-        with pytest.raises(
-            AfterimageError, match=r"unknown reference line .*mean, thumbnail-7, .*jpeg-QUALITY"
-        ):
+        with pytest.raises(AfterimageError, match=r"unknown baseline .*mean, thumbnail-7, .*jpeg-QUALITY"):
             function(name)
 
 
-def test_a_thumbnail_larger_than_the_picture_is_an_error():
-    with pytest.raises(AfterimageError, match="a thumbnail of 41 pixels is larger than the pictures, 40x56"):
+def test_a_thumbnail_larger_than_the_image_is_an_error():
+    with pytest.raises(AfterimageError, match="a thumbnail of 41 pixels is larger than the images, 40x56"):
         reference("thumbnail-41")(images())
 
 
@@ -124,7 +122,7 @@ DATA = DataConfig(source="procedural:20", resize=36, crop=32)
 
 
 def test_reference_lines_become_runs_once(no_weights, tmp_path):
-    runs = run_references(DATA, tmp_path / "runs", cache=tmp_path / "cache", keep=1)
+    runs = run_baselines(DATA, tmp_path / "runs", cache=tmp_path / "cache", keep=1)
     summaries = [run.summary for run in runs]
     assert [s["reference"] for s in summaries] == [
         "mean",
@@ -138,16 +136,16 @@ def test_reference_lines_become_runs_once(no_weights, tmp_path):
         assert (summary["kind"], summary["sources"], summary["parameters"]) == ("reference", [], 0)
         assert summary["lpips"]["available"] is False and summary["scores"]["lpips"] is None
         scores = [row["psnr"] for row in run.scores]
-        assert len(scores) == summary["data"]["test_pictures"] == 2
+        assert len(scores) == summary["data"]["test_images"] == 2
         assert summary["scores"]["psnr"]["mean"] == pytest.approx(np.mean(scores))
-        assert len(run.pictures) == 1
+        assert len(run.images) == 1
     means = [s["scores"]["psnr"]["mean"] for s in summaries[:4]]
     assert means == sorted(means)
     written = [run.file("summary.json").stat().st_mtime_ns for run in runs]
-    assert run_references(DATA, tmp_path / "runs", cache=tmp_path / "cache") == runs
+    assert run_baselines(DATA, tmp_path / "runs", cache=tmp_path / "cache") == runs
     assert [run.file("summary.json").stat().st_mtime_ns for run in runs] == written
 
 
-def test_a_named_thumbnail_larger_than_the_pictures_is_an_error(no_weights, tmp_path):
+def test_a_named_thumbnail_larger_than_the_images_is_an_error(no_weights, tmp_path):
     with pytest.raises(AfterimageError, match="a thumbnail of 56 pixels"):
-        run_references(DATA, tmp_path / "runs", names=["thumbnail-56"], cache=tmp_path / "cache")
+        run_baselines(DATA, tmp_path / "runs", names=["thumbnail-56"], cache=tmp_path / "cache")

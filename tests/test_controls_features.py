@@ -1,4 +1,4 @@
-"""Features that are not the picture's own, distances, and what runs of controls write."""
+"""Features that are not the image's own, distances, and what runs of controls write."""
 
 import itertools
 import json
@@ -16,8 +16,8 @@ from afterimage.config.study import StudyConfig
 from afterimage.data.dataset import load_data
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.queue import train_runs
-from afterimage.experiments.study import run_study, with_twins
-from afterimage.models.reconstructor import Encoders, Head, Reconstructor
+from afterimage.experiments.study import run_study, with_matched_controls
+from afterimage.models.reconstructor import FeatureDecoder, MultiEncoder, Reconstructor
 from afterimage.runs.run import Run
 
 MODEL = "test_resnet.r160_in1k"
@@ -33,21 +33,21 @@ def maps(*shape, seed=0):
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
 @settings(max_examples=20, deadline=None)
-def test_shuffling_moves_whole_locations(pictures, channels, height, width):
-    features = [maps(pictures, channels, height, width)]
+def test_shuffling_moves_whole_locations(sample_images, channels, height, width):
+    features = [maps(sample_images, channels, height, width)]
     (moved,) = shuffle(features, torch.Generator().manual_seed(1))
     assert moved.shape == features[0].shape
     for before, after in zip(features[0].flatten(2), moved.flatten(2), strict=True):
         assert sorted(map(tuple, before.T.tolist())) == sorted(map(tuple, after.T.tolist()))
 
 
-def test_each_picture_is_shuffled_its_own_way():
+def test_each_image_is_shuffled_its_own_way():
     features = [maps(1, 3, 8, 8).repeat(2, 1, 1, 1)]
     (moved,) = shuffle(features, torch.Generator().manual_seed(1))
     assert not torch.equal(moved[0], moved[1]) and not torch.equal(moved[0], features[0][0])
 
 
-def test_level_features_say_nothing_of_the_picture():
+def test_level_features_say_nothing_of_the_image():
     (made,) = level([maps(2, 3, 4, 5)], [torch.tensor([1.0, 2.0, 3.0])])
     assert torch.equal(made, torch.tensor([1.0, 2.0, 3.0])[None, :, None, None].expand(2, 3, 4, 5))
 
@@ -62,7 +62,7 @@ def test_distances_have_their_closed_forms():
 
 def test_the_identity_decoder_reencodes_at_distance_zero(tmp_path):
     images = load_data(DATA, cache=tmp_path).test.crops(range(4))
-    encoders = Encoders(CONFIG.sources, weights="random", image_size=64)
+    encoders = MultiEncoder(CONFIG.sources, weights="random", image_size=64)
     reconstructor = Reconstructor(encoders, Recall(images[:3]))
     measure = _Controls(
         reconstructor, sample(encoders, load_data(DATA, cache=tmp_path).train), Metrics("squeeze", size=64)
@@ -73,8 +73,8 @@ def test_the_identity_decoder_reencodes_at_distance_zero(tmp_path):
     assert all(row["random_pair"] > 0.05 and row["zero_psnr"] == 100 for row in measure.rows)
 
 
-class Recall(Head):
-    """Knows its pictures whatever the features are: the strongest prior there is."""
+class Recall(FeatureDecoder):
+    """Knows its images whatever the features are: the strongest prior there is."""
 
     def __init__(self, images):
         torch.nn.Module.__init__(self)
@@ -86,7 +86,7 @@ class Recall(Head):
 
 def test_a_sample_has_the_features_mean_and_repeats(tmp_path):
     data = load_data(DATA, cache=tmp_path)
-    encoders = Encoders(CONFIG.sources, weights="random", image_size=64)
+    encoders = MultiEncoder(CONFIG.sources, weights="random", image_size=64)
     (table,), (again,) = sample(encoders, data.train), sample(encoders, data.train)
     assert torch.equal(table, again)
     (whole,) = encoders(data.train.crops(range(len(data.train))))
@@ -114,7 +114,7 @@ def test_controls_come_out_in_their_order(finished):
     assert means["own"] > means["colour"] + 1
     assert all(means[name] < means["colour"] for name in ("another", "shuffled", "mean"))
     assert 0 < facts["distances"]["reencoded"] < facts["distances"]["random_pair"]
-    assert facts["pictures"] == 5
+    assert facts["images"] == 5
 
 
 def test_error_energy_is_what_the_planes_hold(finished):
@@ -147,7 +147,7 @@ def test_fewer_bits_take_less_and_give_less(finished):
 def test_what_is_there_for_the_same_decoder_is_kept(finished, tmp_path):
     run, cache = finished
     stamps = {part: run.file(f"{part}.json").stat().st_mtime_ns for part in PARTS}
-    path = run.file("lost.json")
+    path = run.file("error_breakdown.json")
     path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
     assert run_controls([run], cache=cache, accelerator="cpu") == []
     changed = {part for part in PARTS if run.file(f"{part}.json").stat().st_mtime_ns != stamps[part]}
@@ -165,13 +165,13 @@ def test_a_run_that_cannot_be_measured_leaves_the_others_alone(finished, tmp_pat
         run_controls([run], parts=["lots"])
 
 
-def test_one_test_picture_has_no_other(finished, tmp_path):
+def test_one_test_image_has_no_other(finished, tmp_path):
     run, cache = finished
     alone = Run.create(tmp_path, replace(CONFIG, data=replace(DATA, limit_test=1)))
     for name in ("summary.json", "status.json", "decoder.safetensors"):
         alone.file(name).write_bytes(run.file(name).read_bytes())
     (error,) = run_controls([alone], cache=cache, accelerator="cpu")
-    assert "controls need two test pictures or more, it has 1" in str(error)
+    assert "controls need two test images or more, it has 1" in str(error)
 
 
 @pytest.mark.parametrize("kind", ["reference", "inversion"])
@@ -189,7 +189,7 @@ def test_twins(monkeypatch):
     trained = replace(CONFIG, weights="pretrained", decoder=DecoderConfig("transposed"))
     said = []
     monkeypatch.setattr(twins, "Metrics", lambda net: type("M", (), {"lpips_status": {"available": True}}))
-    found = with_twins([trained, replace(CONFIG, weights="pretrained"), trained], said.append)
+    found = with_matched_controls([trained, replace(CONFIG, weights="pretrained"), trained], said.append)
     assert [(c.decoder.name, c.weights, c.recipe.loss) for c in found] == [
         ("transposed", "pretrained", "mse"),
         ("transposed", "random", "mse"),
@@ -199,10 +199,10 @@ def test_twins(monkeypatch):
     ]
     status = {"available": False, "reason": "no weights"}
     monkeypatch.setattr(twins, "Metrics", lambda net: type("M", (), {"lpips_status": status}))
-    found = with_twins([trained], lambda what, *_: said.append(what))
+    found = with_matched_controls([trained], lambda what, *_: said.append(what))
     assert len(found) == 2 and said == ["WARNING: no perceptual twins: LPIPS is unavailable: no weights"]
     other = replace(trained, recipe=RecipeConfig(loss="l1"))
-    assert [c.recipe.loss for c in with_twins([other])] == ["l1", "l1"]
+    assert [c.recipe.loss for c in with_matched_controls([other])] == ["l1", "l1"]
 
 
 def test_a_study_with_controls_measures_them_all(tmp_path):

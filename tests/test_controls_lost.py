@@ -10,7 +10,7 @@ from PIL import Image
 from afterimage.analysis.controls.error_breakdown import (
     BANDS,
     REGIONS,
-    Lost,
+    ErrorBreakdown,
     cross_spectrum,
     frequencies,
     regions,
@@ -48,7 +48,7 @@ def test_power_is_symmetric_and_shared_power_is_bounded():
     torch.testing.assert_close(cross_spectrum(a, -a), -cross_spectrum(a, a))
 
 
-def test_small_pictures_have_empty_bands():
+def test_small_images_have_empty_bands():
     tiny = noise(1, 1, 16, 16)
     power = cross_spectrum(tiny, tiny)
     assert power.isnan().any() and not power.isnan().all()
@@ -63,7 +63,7 @@ def test_planes_are_pillows():
 
 
 def lost(images, outputs):
-    measure = Lost()
+    measure = ErrorBreakdown()
     measure.add([str(i) for i in range(len(images))], images, outputs)
     return measure, measure.result()
 
@@ -84,7 +84,7 @@ def test_nothing_lost_is_nothing():
     measure, facts = lost(images, images)
     assert all(row["psnr_luma"] == row["psnr_cb"] == 100 for row in measure.rows)
     assert not any(map(any, facts["place"]))
-    assert facts["spectra"]["luma"]["picture"] == facts["spectra"]["luma"]["shared"]
+    assert facts["spectra"]["luma"]["image"] == facts["spectra"]["luma"]["shared"]
 
 
 def test_an_error_in_one_corner_is_there_on_the_map():

@@ -9,7 +9,7 @@ import pytest
 from afterimage.analysis.controls.run import run_controls
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.experiments.queue import train_runs
-from afterimage.experiments.study import with_twins
+from afterimage.experiments.study import with_matched_controls
 from afterimage.report.controls import control_findings, read_part
 from afterimage.report.read import read_rows
 
@@ -26,7 +26,7 @@ def runs(weights_folder, photos_folder, tmp_path_factory):
     decoder = DecoderConfig("linear", options={"rows_per_input": 100})
     base = RunConfig((SHALLOW,), str(weights_folder), decoder=decoder, data=data, lpips="squeeze")
     deep = replace(base, sources=(DEEP,), decoder=DecoderConfig("linear", options={"kernel": 1}))
-    found = train_runs([*with_twins([base]), deep], root, cache=root / "cache", accelerator="cpu")
+    found = train_runs([*with_matched_controls([base]), deep], root, cache=root / "cache", accelerator="cpu")
     assert run_controls(found, cache=root / "cache", accelerator="cpu") == []
     return dict(zip(("trained", "random", "deep"), found, strict=True))
 
@@ -37,20 +37,20 @@ def controls(run):
 
 
 @pytest.mark.slow
-def test_what_is_not_the_pictures_is_no_better_than_its_mean_colour(runs):
+def test_what_is_not_the_images_is_no_better_than_its_mean_colour(runs):
     for run in runs.values():
         psnr, _ = controls(run)
         for name in ("another", "shuffled", "mean", "zero"):
             assert psnr[name] < psnr["colour"] + 0.5, f"{run.name}: {name}"
         assert psnr["own"] > psnr["another"] + 2
-    # At the deep layer a decoder fitted on so few pictures need not make one that the layer takes for the original.
+    # At the deep layer a decoder fitted on so few images need not make one that the layer takes for the original.
     for run in (runs["trained"], runs["random"]):
         _, distances = controls(run)
         assert distances["reencoded"] < distances["random_pair"]
 
 
 @pytest.mark.slow
-def test_a_shallow_layer_hardly_needs_training_to_keep_the_picture(runs):
+def test_a_shallow_layer_hardly_needs_training_to_keep_the_image(runs):
     (trained, _), (random, _), (deep, _) = (controls(runs[key]) for key in ("trained", "random", "deep"))
     assert abs(trained["own"] - random["own"]) < 4
     assert min(trained["own"], random["own"]) > deep["own"] + 2
@@ -64,8 +64,8 @@ def test_rate_curves_are_monotone_within_their_intervals(runs):
     parts, problems = read_part(read_rows(runs.values()).decoders, "rate")
     assert len(parts) == 3 and not problems
     for part in parts:
-        rows = {(p["bits"], p["id"]): p["psnr"] for p in part.pictures}
-        ids = {p["id"] for p in part.pictures}
+        rows = {(p["bits"], p["id"]): p["psnr"] for p in part.images}
+        ids = {p["id"] for p in part.images}
         sizes = [point["bits_per_pixel"] for point in part.facts["points"]]
         assert sizes == sorted(sizes, reverse=True)
         for more, fewer in itertools.pairwise([point["bits"] for point in part.facts["points"]]):
@@ -77,8 +77,8 @@ def test_rate_curves_are_monotone_within_their_intervals(runs):
 
 @pytest.mark.slow
 def test_fine_detail_goes_before_coarse(runs):
-    facts = json.loads(runs["trained"].file("lost.json").read_text())
+    facts = json.loads(runs["trained"].file("error_breakdown.json").read_text())
     for spectrum in facts["spectra"].values():
-        shares = [e / p for e, p in zip(spectrum["error"], spectrum["picture"], strict=True) if p]
+        shares = [e / p for e, p in zip(spectrum["error"], spectrum["image"], strict=True) if p]
         assert sum(shares[:4]) / 4 < 0.5 < sum(shares[-8:]) / 8
     assert facts["planes"]["luma"]["error"] > facts["planes"]["cb"]["error"]

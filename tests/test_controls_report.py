@@ -23,29 +23,29 @@ PERCEPTUAL = "0.5*mse + 0.5*lpips"
 
 
 def write_controls(run, *, power=0.5, shared=0.4):
-    """Made-up controls of five pictures; `power` and `shared` are the reconstruction's above 1/8 cycles a pixel."""
+    """Made-up controls of five images; `power` and `shared` are the reconstruction's above 1/8 cycles a pixel."""
     ids = [row["id"] for row in run.scores]
     rows = [
         {"id": i, **{f"{name}_psnr": 20.0 - 2 * k + n % 2 for k, name in enumerate(CONTROLS)}}
         for n, i in enumerate(ids)
     ]
     write_csv(run.file("controls.csv"), rows)
-    facts = {"pictures": len(ids), "distances": {"reencoded": 0.3, "random_pair": 0.9}}
+    facts = {"images": len(ids), "distances": {"reencoded": 0.3, "random_pair": 0.9}}
     write_json(run.file("controls.json"), {"format": 1, **facts})
     write_csv(run.file("lost.csv"), [{"id": i, "psnr_luma": 20, "psnr_cb": 31, "psnr_cr": 32} for i in ids])
     spectrum = {
-        "picture": [4, 1, 1], "reconstruction": [4, power, power], "shared": [3.9, shared, shared],
+        "image": [4, 1, 1], "reconstruction": [4, power, power], "shared": [3.9, shared, shared],
         "error": [0.2, 1 + power - 2 * shared, 1 + power - 2 * shared],
     }  # fmt: skip
     plane = {"variance": 0.05, "error": 0.01}
     region = {"share": 1 / 3, "mse": 0.01}
     losses = {
-        "pictures": len(ids), "frequencies": BANDS, "spectra": {"luma": spectrum, "chroma": spectrum},
+        "images": len(ids), "frequencies": BANDS, "spectra": {"luma": spectrum, "chroma": spectrum},
         "planes": dict.fromkeys(("luma", "cb", "cr"), plane), "place": [[0.1, 0.2], [0.1, 0.1]],
         "regions": {"window": 7, "flat_below": 0.02, "edge_from": 0.5, "flat": region, "edge": region,
                     "texture": {"share": 0.0, "mse": None}},
     }  # fmt: skip
-    write_json(run.file("lost.json"), {"format": 1, **losses})
+    write_json(run.file("error_breakdown.json"), {"format": 1, **losses})
     points = [{"bits": b, "bits_per_pixel": b / 2, "psnr": 15 + b / 8} for b in (32, 8, 1)]
     points[1]["entropy_bits_per_pixel"] = 3.5
     write_csv(
@@ -58,13 +58,13 @@ def write_controls(run, *, power=0.5, shared=0.4):
     ]
     codecs.append({"codec": "lossless WebP", "quality": None, "bits_per_pixel": 12.0, "psnr": None})
     rates = {
-        "pictures": len(ids),
+        "images": len(ids),
         "coder": "bzip2",
-        "training_pictures": 64,
+        "training_images": 64,
         "points": points,
         "codecs": codecs,
     }
-    write_json(run.file("rate.json"), {"format": 1, **rates})
+    write_json(run.file("rate_distortion.json"), {"format": 1, **rates})
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_tables_hold_the_numbers(study):
     table, against = found["Preserved or guessed"].tables
     assert len(table.rows) == 4 and set(map(len, table.rows)) == {len(table.header)}
     own, another = (
-        table.rows[0][table.header.index(h)] for h in ("own features", "another picture's features")
+        table.rows[0][table.header.index(h)] for h in ("own features", "another image's features")
     )
     assert own.startswith("20.40 ± 0.68") and another.startswith("18.40")
     ((features, decoder, trained, random, gap),) = against.rows

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from some_pictures import some_picture, write_pictures
+from some_images import some_image, write_images
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data import pixel_cache as cache_module
@@ -31,8 +31,8 @@ FACTS = Facts(0, 255, 256, 0, 4, 5)
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    write_pictures(tmp_path / "pictures", COUNT)
-    return tmp_path / "pictures"
+    write_images(tmp_path / "images", COUNT)
+    return tmp_path / "images"
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def pixels(data: Data) -> dict[str, bytes]:
 
 
 def blobs(cache: Path) -> list[Path]:
-    return sorted((cache / "pictures").glob("*.pictures"))
+    return sorted((cache / "images").glob("*.images"))
 
 
 def test_the_second_start_decodes_and_reads_nothing(folder, cache, work):
@@ -96,12 +96,12 @@ def test_another_split_or_place_decodes_nothing(folder, cache, work):
     assert len(blobs(cache)) == 1
 
 
-def test_only_new_pictures_are_decoded(folder, cache, work):
+def test_only_new_images_are_decoded(folder, cache, work):
     load(folder, cache, limit_train=2, limit_validation=1, limit_test=1)
     assert len(work["decoded"]) == 4
     load(folder, cache)
     assert len(work["decoded"]) == COUNT
-    write_pictures(folder, 2, first=COUNT)
+    write_images(folder, 2, first=COUNT)
     load(folder, cache)
     assert sorted(work["decoded"][COUNT:]) == ["0012.png", "0013.png"]
 
@@ -113,14 +113,14 @@ def test_another_size_is_another_file(folder, cache, work):
     assert len(blobs(cache)) == 2
 
 
-def test_a_replaced_picture_is_seen_though_size_and_time_are_the_same(tmp_path, cache):
-    folder = tmp_path / "pictures"
+def test_a_replaced_image_is_seen_though_size_and_time_are_the_same(tmp_path, cache):
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(6):
-        some_picture(number).save(folder / f"{number}.bmp")
+        some_image(number).save(folder / f"{number}.bmp")
     first = load(folder, cache)
     before = (folder / "0.bmp").stat()
-    some_picture(99).save(folder / "0.bmp")
+    some_image(99).save(folder / "0.bmp")
     os.utime(folder / "0.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (folder / "0.bmp").stat().st_size == before.st_size
     second = load(folder, cache)
@@ -128,12 +128,12 @@ def test_a_replaced_picture_is_seen_though_size_and_time_are_the_same(tmp_path, 
     assert pixels(second)["0.bmp"] != pixels(first)["0.bmp"]
 
 
-def test_a_picture_that_changes_while_it_is_read_is_an_error(folder, tmp_path):
+def test_a_image_that_changes_while_it_is_read_is_an_error(folder, tmp_path):
     original = FileOriginal("a", folder / "0000.png")
     content = original.content(FileDigests(tmp_path, folder), 24)
-    some_picture(99).save(folder / "0000.png")
+    some_image(99).save(folder / "0000.png")
     with pytest.raises(AfterimageError, match=r"0000\.png: changed"):
-        original.picture(24, content)
+        original.image(24, content)
 
 
 FAULTS = ["cut", "empty", "flipped pixel", "flipped index", "flipped footer", "other"]
@@ -152,7 +152,7 @@ def test_a_damaged_file_is_seen_and_built_again(folder, cache, fault, caplog, wo
     path.write_bytes(changed)
     assert pixels(load(folder, cache)) == expected
     assert "is damaged" in caplog.text and str(path) in caplog.text
-    # Of a file with one bad pixel the other pictures are still good.
+    # Of a file with one bad pixel the other images are still good.
     assert len(work["decoded"]) == COUNT + (1 if fault == "flipped pixel" else COUNT)
     caplog.clear()
     load(folder, cache)
@@ -163,7 +163,7 @@ def test_a_damaged_file_is_seen_and_built_again(folder, cache, fault, caplog, wo
 def test_any_cut_and_any_flipped_bit_is_seen(tmp_path, seed):
     random = np.random.default_rng(seed)
     slots = {f"{n}": random.integers(0, 256, (3, 5, 4), np.uint8) for n in range(3)}
-    path = tmp_path / "a.pictures"
+    path = tmp_path / "a.images"
     with open(path, "wb") as file:
         cache_module.write_blob(file, ((name, pixels, FACTS) for name, pixels in slots.items()), "t")
     assert cache_module._open(path, slots.keys()).slots.keys() == slots.keys()
@@ -180,12 +180,12 @@ def test_an_index_that_points_outside_is_refused(tmp_path):
     sound = [0, 2, 2, 0, *FACTS]
     wrong = [[1, 2, 2, 0, *FACTS], [-1, 2, 2, 0, *FACTS], [0, 3, 2, 0, *FACTS], [0, 0, 2, 0, *FACTS]]
     for numbers in (sound, *wrong, [0, 2], [0, 2, 2, 0], [*sound, 0], "x", None):
-        index = json.dumps({"transform": "t", "pictures": {"a": numbers}}).encode()
+        index = json.dumps({"transform": "t", "images": {"a": numbers}}).encode()
         footer = struct.pack("<QQI8s", 12, len(index), zlib.crc32(index), MAGIC)
-        path = tmp_path / "a.pictures"
+        path = tmp_path / "a.images"
         path.write_bytes(bytes(12) + index + footer)
         if numbers == sound:
-            assert map_blob(path).picture("a").shape == (3, 2, 2)
+            assert map_blob(path).image("a").shape == (3, 2, 2)
         else:
             with pytest.raises(Damaged, match="its index"):
                 map_blob(path)
@@ -218,7 +218,7 @@ def test_processes_that_start_together_share_one_file(folder, cache, tmp_path):
     assert run_together(child) == [0, 0, 0]
     assert log.stat().st_size == COUNT
     assert len(blobs(cache)) == 1
-    assert list((cache / "pictures").glob(".*.part")) == []
+    assert list((cache / "images").glob(".*.part")) == []
 
 
 def test_a_killed_process_leaves_nothing_that_harms(folder, cache):
@@ -235,9 +235,9 @@ def test_a_killed_process_leaves_nothing_that_harms(folder, cache):
 
     assert run_together(child, processes=1) == [-signal.SIGKILL]
     assert blobs(cache) == []
-    assert len(list((cache / "pictures").glob(".*.part"))) == 1
+    assert len(list((cache / "images").glob(".*.part"))) == 1
     assert len(pixels(load(folder, cache))) == COUNT
-    assert list((cache / "pictures").glob(".*.part")) == []
+    assert list((cache / "images").glob(".*.part")) == []
 
 
 def test_a_cache_that_cannot_be_written_is_kept_in_memory(folder, cache, tmp_path, caplog):
@@ -261,8 +261,8 @@ def test_a_full_disk_is_no_end(folder, cache, caplog):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert pixels(data) == expected
-    assert "cannot write the picture cache" in caplog.text
-    assert [path for path in (cache / "pictures").iterdir() if path.suffix != ".lock"] == []
+    assert "cannot write the image cache" in caplog.text
+    assert [path for path in (cache / "images").iterdir() if path.suffix != ".lock"] == []
 
 
 def test_too_much_for_memory_is_an_error(folder, tmp_path, monkeypatch):
@@ -280,7 +280,7 @@ def test_remembered_digests_that_cannot_be_read_are_taken_anew(folder, cache):
         assert load(folder, cache).digest == first.digest
 
 
-def test_a_broken_picture_stays_an_error_and_costs_no_more_than_itself(folder, cache, work):
+def test_a_broken_image_stays_an_error_and_costs_no_more_than_itself(folder, cache, work):
     whole = (folder / "0003.png").read_bytes()
     (folder / "0003.png").write_bytes(whole[:-40])
     for attempt in (0, 1):
@@ -296,7 +296,7 @@ def test_progress_counts_to_the_end(folder, cache):
     seen: dict[str, list[tuple[int, int]]] = {}
     config = DataConfig(f"folder:{folder}", resize=24, crop=16)
     load_data(config, cache=cache, progress=lambda what, *counts: seen.setdefault(what, []).append(counts))
-    assert seen.keys() == {"reading pictures", "decoding pictures"}
+    assert seen.keys() == {"reading images", "decoding images"}
     for counts in seen.values():
         assert counts == [(done, COUNT) for done in range(1, COUNT + 1)]
 

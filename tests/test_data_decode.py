@@ -1,4 +1,4 @@
-"""Any picture file becomes 8-bit sRGB or one error that names the file."""
+"""Any image file becomes 8-bit sRGB or one error that names the file."""
 
 import io
 import os
@@ -14,28 +14,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from some_pictures import png, some_picture, swapped_profile
+from some_images import png, some_image, swapped_profile
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
 from afterimage.config import AfterimageError
-from afterimage.data.decode import MAX_ASPECT, decode, load_picture, shorter_side
+from afterimage.data.decode import MAX_ASPECT, decode, load_image, shorter_side
 
 
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+def encoded(sample_image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    sample_image.save(file, kind, **options)
     return file.getvalue()
 
 
 def colour(content: bytes) -> tuple[int, ...]:
-    picture = decode(content, "x")
-    assert picture.mode == "RGB"
-    return picture.getpixel((0, 0))
+    sample_image = decode(content, "x")
+    assert sample_image.mode == "RGB"
+    return sample_image.getpixel((0, 0))
 
 
 @pytest.mark.parametrize(
-    ("picture", "kind", "expected"),
+    ("image", "kind", "expected"),
     [
         (Image.new("RGB", (2, 2), (10, 20, 30)), "PNG", (10, 20, 30)),
         (Image.new("L", (2, 2), 77), "PNG", (77, 77, 77)),
@@ -53,8 +53,8 @@ def colour(content: bytes) -> tuple[int, ...]:
     ],
     ids=lambda value: getattr(value, "mode", None),
 )
-def test_every_mode_has_the_expected_colour(picture, kind, expected):
-    assert colour(encoded(picture, kind)) == expected
+def test_every_mode_has_the_expected_colour(sample_image, kind, expected):
+    assert colour(encoded(sample_image, kind)) == expected
 
 
 def test_lab():
@@ -69,17 +69,17 @@ def test_cmyk_jpeg():
 
 @pytest.mark.parametrize("transparent", [0, bytes([0, 255])])
 def test_palette_with_transparency_is_laid_on_white(transparent):
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([200, 0, 0, 0, 0, 200])
-    picture.putdata([0, 1])
-    result = decode(encoded(picture, "PNG", transparency=transparent), "x")
+    sample_image = Image.new("P", (2, 1))
+    sample_image.putpalette([200, 0, 0, 0, 0, 200])
+    sample_image.putdata([0, 1])
+    result = decode(encoded(sample_image, "PNG", transparency=transparent), "x")
     assert [result.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (0, 0, 200)]
 
 
 def test_transparent_colour_key():
-    picture = Image.new("RGB", (2, 1), (9, 9, 9))
-    picture.putpixel((1, 0), (1, 2, 3))
-    result = decode(encoded(picture, "PNG", transparency=(9, 9, 9)), "x")
+    sample_image = Image.new("RGB", (2, 1), (9, 9, 9))
+    sample_image.putpixel((1, 0), (1, 2, 3))
+    result = decode(encoded(sample_image, "PNG", transparency=(9, 9, 9)), "x")
     assert [result.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (1, 2, 3)]
 
 
@@ -152,15 +152,15 @@ def test_whatever_a_png_calls_transparent_is_white(bits, kind, row, transparent,
 def test_turned_as_exif_says(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = encoded(some_picture(1), kind, exif=exif)
+    content = encoded(some_image(1), kind, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     assert decode(content, "x").size == ((40, 30) if orientation < 5 else (30, 40))
     assert np.array_equal(decode(content, "x"), expected)
 
 
-def test_damaged_exif_is_no_reason_to_refuse_a_picture():
-    content = encoded(some_picture(1), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert np.array_equal(decode(content, "x"), some_picture(1))
+def test_damaged_exif_is_no_reason_to_refuse_a_image():
+    content = encoded(some_image(1), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert np.array_equal(decode(content, "x"), some_image(1))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -177,7 +177,7 @@ def test_another_colour_profile_is_converted(kind):
     assert np.abs(np.subtract(colour(content), (0, 0, 255))).max() <= 4
 
 
-def test_profile_of_a_transparent_picture():
+def test_profile_of_a_transparent_image():
     content = encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 51)), "PNG", icc_profile=swapped_profile())
     assert np.abs(np.subtract(colour(content), (204, 204, 255))).max() <= 4
 
@@ -219,27 +219,27 @@ def test_srgb_and_damaged_profiles_change_nothing():
 
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (srgb, b"no profile", swapped_profile()[:200]):
-        content = encoded(some_picture(2), "PNG", icc_profile=profile)
-        assert np.array_equal(decode(content, "x"), some_picture(2))
-    grey = encoded(some_picture(2, mode="L"), "PNG", icc_profile=swapped_profile())  # a profile for RGB
-    assert np.array_equal(decode(grey, "x"), some_picture(2, mode="L").convert("RGB"))
+        content = encoded(some_image(2), "PNG", icc_profile=profile)
+        assert np.array_equal(decode(content, "x"), some_image(2))
+    grey = encoded(some_image(2, mode="L"), "PNG", icc_profile=swapped_profile())  # a profile for RGB
+    assert np.array_equal(decode(grey, "x"), some_image(2, mode="L").convert("RGB"))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_truncated(tmp_path, kind):
     path = tmp_path / "half.jpg"
-    content = encoded(some_picture(3, 80, 60), kind)
+    content = encoded(some_image(3, 80, 60), kind)
     path.write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(AfterimageError, match=r"half\.jpg: is "):
-        load_picture(path)
+        load_image(path)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"not a picture at all", "not a picture in a format that is read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in a format that is read"),
+        (b"not an image at all", "not an image in a format that is read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a format that is read"),
         (png(60_000, 60_000, 8, 2, b""), "too large"),
         (png(15_000, 12_000, 8, 2, b""), "too large"),
         (encoded(Image.new("F", (2, 2), 300.0), "TIFF"), "floating-point"),
@@ -252,14 +252,14 @@ def test_bad_content_is_one_error(tmp_path, content, message):
     path = tmp_path / "bad.png"
     path.write_bytes(content)
     with pytest.raises(AfterimageError, match=rf"bad\.png: .*{message}"):
-        load_picture(path)
+        load_image(path)
 
 
 def test_half_as_large_as_pillow_refuses_is_read_without_a_warning(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decode(encoded(some_picture(1), "PNG"), "x").size == (40, 30)
+        assert decode(encoded(some_image(1), "PNG"), "x").size == (40, 30)
 
 
 def test_not_a_regular_file(tmp_path):
@@ -270,7 +270,7 @@ def test_not_a_regular_file(tmp_path):
     cases |= {"dangling.png": "no such file", "missing.png": "no such file", "a\0b.png": "null"}
     for name, message in cases.items():
         with pytest.raises(AfterimageError, match=message):
-            load_picture(f"{tmp_path}/{name}")
+            load_image(f"{tmp_path}/{name}")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
@@ -278,14 +278,14 @@ def test_unreadable_file():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         path = Path(folder, "secret.png")
-        some_picture(1).save(path)
+        some_image(1).save(path)
         path.chmod(0)
         root = os.geteuid() == 0
         if root:
             os.seteuid(65534)
         try:
             with pytest.raises(AfterimageError, match=r"secret\.png: permission denied"):
-                load_picture(path)
+                load_image(path)
         finally:
             if root:
                 os.seteuid(0)
@@ -294,21 +294,21 @@ def test_unreadable_file():
 @pytest.mark.parametrize("name", ["café ☕ <script>.png".encode(), b"\xff\xfe.png", b"a\nb\x1b[31m.png"])
 def test_odd_names_are_read_and_can_be_printed(tmp_path, name):
     path = Path(os.fsdecode(bytes(tmp_path) + b"/" + name))
-    some_picture(1).save(path, "PNG")
-    assert load_picture(path).size == (40, 30)
-    path.write_bytes(b"no picture")
+    some_image(1).save(path, "PNG")
+    assert load_image(path).size == (40, 30)
+    path.write_bytes(b"no image")
     with pytest.raises(AfterimageError) as error:
-        load_picture(path)
+        load_image(path)
     assert str(error.value).encode() and str(error.value).isprintable()
 
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")
-FILES = {kind: encoded(some_picture(4, 24, 16), kind) for kind in FORMATS}
+FILES = {kind: encoded(some_image(4, 24, 16), kind) for kind in FORMATS}
 
 
 @given(st.sampled_from(sorted(FILES)), st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_damaged_file_is_a_picture_or_an_error(kind, data):
+def test_a_damaged_file_is_a_image_or_an_error(kind, data):
     content = bytearray(FILES[kind])
     for _ in range(data.draw(st.integers(1, 6))):
         place = data.draw(st.integers(0, len(content) - 1))
@@ -318,34 +318,34 @@ def test_a_damaged_file_is_a_picture_or_an_error(kind, data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            picture = decode(bytes(content), "x.png")
+            sample_image = decode(bytes(content), "x.png")
         except AfterimageError as error:
             assert str(error).startswith("x.png: is ")
         else:
-            assert picture.mode == "RGB"
+            assert sample_image.mode == "RGB"
 
 
 @given(st.integers(1, 120), st.integers(1, 120), st.integers(1, 64))
 @settings(max_examples=60, deadline=None)
 def test_shorter_side_is_what_torchvision_does(width, height, size):
-    picture = some_picture(5, width, height)
-    result = shorter_side(picture, size)
+    sample_image = some_image(5, width, height)
+    result = shorter_side(sample_image, size)
     assert min(result.size) == size
     if max(width, height) <= MAX_ASPECT * min(width, height):
-        assert np.array_equal(result, reference.resize(picture, [size], InterpolationMode.BICUBIC))
+        assert np.array_equal(result, reference.resize(sample_image, [size], InterpolationMode.BICUBIC))
 
 
 def test_shorter_side_is_antialiased():
-    picture = some_picture(6, 300, 200)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    sample_image = some_image(6, 300, 200)
+    pixels = torch.from_numpy(np.array(sample_image)).permute(2, 0, 1)[None].float()
     expected = torch.nn.functional.interpolate(pixels, (50, 75), mode="bicubic", antialias=True)
-    result = torch.from_numpy(np.array(shorter_side(picture, 50))).permute(2, 0, 1)
+    result = torch.from_numpy(np.array(shorter_side(sample_image, 50))).permute(2, 0, 1)
     assert (expected[0].clamp(0, 255) - result).abs().max() <= 1.01
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1), (3, 4000)])
 def test_strips_are_bounded(size):
-    result = shorter_side(some_picture(7, *size), 256)
+    result = shorter_side(some_image(7, *size), 256)
     assert min(result.size) == 256
     assert max(result.size) <= 256 * MAX_ASPECT
 

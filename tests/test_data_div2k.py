@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from some_pictures import some_picture
+from some_images import some_image
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
@@ -30,18 +30,18 @@ def make_zip(members: dict[str, bytes], mode: int = 0) -> bytes:
     return file.getvalue()
 
 
-def pictures(name: str, first: int, count: int) -> dict[str, bytes]:
+def sample_images(name: str, first: int, count: int) -> dict[str, bytes]:
     members = {f"{name}/": b""}
     for number in range(first, first + count):
         file = io.BytesIO()
-        some_picture(number).save(file, "PNG")
+        some_image(number).save(file, "PNG")
         members[f"{name}/{number:04d}.png"] = file.getvalue()
     return members
 
 
 FILES = {
-    "DIV2K_train_HR.zip": make_zip(pictures("DIV2K_train_HR", 1, 10)),
-    "DIV2K_valid_HR.zip": make_zip(pictures("DIV2K_valid_HR", 11, 3)),
+    "DIV2K_train_HR.zip": make_zip(sample_images("DIV2K_train_HR", 1, 10)),
+    "DIV2K_valid_HR.zip": make_zip(sample_images("DIV2K_valid_HR", 11, 3)),
 }
 
 
@@ -120,7 +120,7 @@ def test_the_official_archives():
     import importlib
 
     official = importlib.reload(div2k).ARCHIVES
-    assert [(a.name, a.bytes, a.pictures) for a in official.values()] == [
+    assert [(a.name, a.bytes, a.images) for a in official.values()] == [
         ("DIV2K_train_HR", 3530603713, 800),
         ("DIV2K_valid_HR", 448993893, 100),
     ]
@@ -223,7 +223,7 @@ def test_a_folder_with_the_archives_or_what_is_in_them(tmp_path):
     unpacked = read_div2k(str(given), {"train", "test"}, cache)
     assert ids(unpacked.train) == ids(packed.train) and ids(unpacked.test) == ids(packed.test)
     (given / "DIV2K_train_HR" / "0004.png").unlink()
-    with pytest.raises(AfterimageError, match="holds 9 pictures, DIV2K_train_HR has 10"):
+    with pytest.raises(AfterimageError, match="holds 9 images, DIV2K_train_HR has 10"):
         read_div2k(str(given), {"train"}, cache)
     with pytest.raises(AfterimageError, match="neither the folder DIV2K_train_HR nor"):
         read_div2k(str(tmp_path), {"train"}, cache)
@@ -253,10 +253,10 @@ def unpack_bytes(content: bytes, tmp_path: Path, count: int = 2) -> list[str]:
     return sorted(p.name for p in out.iterdir())
 
 
-GOOD = pictures("a", 1, 2)
+GOOD = sample_images("a", 1, 2)
 
 
-def test_only_pictures_are_unpacked(tmp_path):
+def test_only_images_are_unpacked(tmp_path):
     assert unpack_bytes(make_zip(GOOD | {"a/readme.txt": b"x"}), tmp_path) == ["0001.png", "0002.png"]
 
 
@@ -294,7 +294,7 @@ def test_too_many_too_few_and_doubled_members(tmp_path):
     with pytest.raises(AfterimageError, match="it has 60 members"):
         unpack_bytes(make_zip({f"a/{n}.txt": b"" for n in range(60)}), tmp_path)
     for members, message in (
-        ({"a/0001.png": b"x"}, "holds 1 pictures, expected 2"),
+        ({"a/0001.png": b"x"}, "holds 1 images, expected 2"),
         (GOOD | {"b/0002.png": b"x"}, "there twice"),
     ):
         (tmp_path / "out").rmdir()

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from some_pictures import some_picture, write_pictures
-from some_shards import picture_bytes, write_tar
+from some_images import some_image, write_images
+from some_shards import image_bytes, write_tar
 
 from afterimage.analysis.inversion.run import from_files
 from afterimage.config import SSIM_WINDOW, DataConfig
@@ -21,7 +21,7 @@ COUNT = 12
 
 def smooth(number: int) -> np.ndarray:
     """Grey values from 0 to 255, `(60, 80)` uint8."""
-    values = np.asarray(some_picture(number, 80, 60, "L"), float)
+    values = np.asarray(some_image(number, 80, 60, "L"), float)
     return ((values - values.min()) / np.ptp(values) * 255).round().astype(np.uint8)
 
 
@@ -40,7 +40,7 @@ def load(source, tmp_path, **settings) -> Data:
 
 
 def test_facts_are_of_the_image_before_it_is_resized():
-    image = some_picture(1, 40, 30)
+    image = some_image(1, 40, 30)
     pixels = np.asarray(image)
     expected = Facts(pixels.min(), pixels.max(), len(np.unique(pixels)), 0, 40, 30)
     assert examine(image) == expected
@@ -76,7 +76,7 @@ KINDS = {
     ),
     "8 bits": (smooth, []),
     "grey stored as RGB": (lambda n: np.stack([smooth(n)] * 3, 2), []),
-    "colour": (lambda n: some_picture(n, 80, 60), []),
+    "colour": (lambda n: some_image(n, 80, 60), []),
     "16 bits": (lambda n: smooth(n).astype(np.uint16) * 257, []),
 }
 
@@ -113,7 +113,7 @@ def test_some_of_many_are_counted_and_test_images_apart(tmp_path):
 
 @pytest.mark.parametrize("side", [1, 28])
 def test_images_that_are_enlarged_are_said(tmp_path, side):
-    write(tmp_path / "images", lambda n: some_picture(n).resize((side, side + 3)))
+    write(tmp_path / "images", lambda n: some_image(n).resize((side, side + 3)))
     notes = load(f"folder:{tmp_path / 'images'}", tmp_path, resize=64, crop=32).notes
     assert (
         f"enlarged: {COUNT} of {COUNT} images (1 of 1 test images), the side {64 / side:.3g} times"
@@ -138,8 +138,8 @@ def test_nothing_is_said_of_no_images():
 
 
 def test_streamed_images_say_what_was_not_examined(tmp_path):
-    write_pictures(tmp_path / "images", 20)
-    path = write_tar(tmp_path / "a.tar", {f"{n:03}.png": picture_bytes(n) for n in range(20)})
+    write_images(tmp_path / "images", 20)
+    path = write_tar(tmp_path / "a.tar", {f"{n:03}.png": image_bytes(n) for n in range(20)})
     for source in (f"folder:{tmp_path / 'images'}", f"webdataset:{path}"):
         first = load(source, tmp_path, resize=60, stream=True)
         assert "the range of values of streamed images was not examined" in first.notes
@@ -168,6 +168,6 @@ def test_files_of_ones_own_say_the_same(tmp_path):
 
 def test_another_rank_says_nothing(tmp_path, caplog, monkeypatch):
     write(tmp_path / "images", lambda n: (smooth(n) > 99).astype(np.uint8))
-    monkeypatch.setattr("afterimage.data.dataset.first_rank", lambda: False)
+    monkeypatch.setattr("afterimage.data.dataset.on_main_process", lambda: False)
     with caplog.at_level(logging.WARNING):
         assert load(f"folder:{tmp_path / 'images'}", tmp_path).notes and caplog.text == ""

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from some_pictures import write_pictures
-from some_shards import picture_bytes, write_parquet, write_tar
+from some_images import write_images
+from some_shards import image_bytes, write_parquet, write_tar
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
@@ -18,7 +18,7 @@ from afterimage.data.names import (
     read_name,
     split_names,
 )
-from afterimage.experiments.cost import training_pictures
+from afterimage.experiments.cost import training_images
 
 
 def load(source, tmp_path, **settings) -> Data:
@@ -29,7 +29,7 @@ def load(source, tmp_path, **settings) -> Data:
 def write(root, folders: dict[str, int]) -> str:
     first = 0
     for name, count in folders.items():
-        write_pictures(root / name, count, first=first)
+        write_images(root / name, count, first=first)
         first += count
     return f"folder:{root}"
 
@@ -37,7 +37,7 @@ def write(root, folders: dict[str, int]) -> str:
 def places(data: Data) -> dict[str, set[str]]:
     """The folders that the images of each part come from."""
     parts = {TRAINING: data.train, VALIDATION: data.validation, TEST: data.test}
-    return {part: {i.rpartition("/")[0] for i in pictures.ids} for part, pictures in parts.items()}
+    return {part: {i.rpartition("/")[0] for i in sample_images.ids} for part, sample_images in parts.items()}
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_train_and_dev_is_a_split_whose_test_images_are_said_to_be_drawn(tmp_pat
 def test_plain_names_say_nothing_and_what_lies_beside_is_said(tmp_path, caplog):
     folders = {"train/cat": 6, "val/cat": 2, "test/dog": 3}
     assert load(write(tmp_path / "a", folders), tmp_path).notes == () and caplog.text == ""
-    write_pictures(tmp_path / "a" / "other" / "deep", 2, first=50)
-    write_pictures(tmp_path / "a", 1, first=60)
+    write_images(tmp_path / "a" / "other" / "deep", 2, first=50)
+    write_images(tmp_path / "a", 1, first=60)
     data = load(f"folder:{tmp_path / 'a'}", tmp_path)
     assert data.notes == (
         "left out beside the folders of the split: 3 images, 2 in other, 1 in the folder itself",
@@ -197,7 +197,7 @@ def test_pooled_folders_are_named(tmp_path):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_files_that_are_not_read_are_counted_by_kind(tmp_path, stream, caplog):
-    write_pictures(tmp_path / "a", 12)
+    write_images(tmp_path / "a", 12)
     names = [
         "a.heic",
         "B.HEIC",
@@ -231,7 +231,7 @@ def test_only_what_lies_in_the_folders_of_a_split_is_counted(tmp_path):
 def test_an_empty_test_folder_is_an_error(tmp_path):
     source = write(tmp_path / "a", {"training": 8})
     (tmp_path / "a" / "testing").mkdir()
-    with pytest.raises(AfterimageError, match=r"no pictures in .*testing or below"):
+    with pytest.raises(AfterimageError, match=r"no images in .*testing or below"):
         load(source, tmp_path)
     # Folders that happen to have such words in their names, and hold no images, are no split.
     shutil.rmtree(tmp_path / "a" / "testing")
@@ -244,7 +244,7 @@ def test_an_empty_test_folder_is_an_error(tmp_path):
 def test_shards_are_taken_for_what_their_names_say(tmp_path, kind):
     if kind == "webdataset":
         for number, name in enumerate(("train-000", "train-001", "val-000", "test-000")):
-            content = {f"{n:03}.png": picture_bytes(n) for n in range(5 * number, 5 * number + 5)}
+            content = {f"{n:03}.png": image_bytes(n) for n in range(5 * number, 5 * number + 5)}
             write_tar(tmp_path / "shards" / f"{name}.tar", content)
         source = f"webdataset:{tmp_path}/shards/*.tar"
     else:
@@ -258,12 +258,12 @@ def test_shards_are_taken_for_what_their_names_say(tmp_path, kind):
     assert all("train" in name for name in data.train.ids) and all("test" in name for name in data.test.ids)
     (note,) = [note for note in data.notes if "split by the names of shards" in note]
     assert "training images from train-0" in note and "test images from test-0" in note
-    assert training_pictures(data.config) == 10
+    assert training_images(data.config) == 10
     assert load(source, tmp_path).notes == data.notes
 
 
 def test_other_members_of_shards_are_counted_and_kept_with_the_index(tmp_path):
-    content = {f"{n:03}.{kind}": picture_bytes(n) for n in range(12) for kind in ("png", "heic")}
+    content = {f"{n:03}.{kind}": image_bytes(n) for n in range(12) for kind in ("png", "heic")}
     content |= {"000.txt": b"x", ".hidden": b"x", "README": b"x"}
     path = write_tar(tmp_path / "x.tar", content)
     for stream in (True, False):

@@ -9,8 +9,8 @@ import tarfile
 
 import numpy as np
 import pytest
-from some_pictures import write_pictures
-from some_shards import header, picture_bytes, write_parquet, write_shards, write_tar
+from some_images import write_images
+from some_shards import header, image_bytes, write_parquet, write_shards, write_tar
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
@@ -20,9 +20,9 @@ from afterimage.data.sources import tar as tar_module
 from afterimage.data.sources.folder import FolderShard
 from afterimage.data.sources.shards import expand
 from afterimage.data.sources.tar import TarShard
-from afterimage.experiments.cost import training_pictures
+from afterimage.experiments.cost import training_images
 
-PICTURES = {f"{number:03d}.png": picture_bytes(number) for number in range(12)}
+IMAGES = {f"{number:03d}.png": image_bytes(number) for number in range(12)}
 
 
 def load(source: str, tmp_path, **settings) -> Data:
@@ -37,8 +37,8 @@ def refused(path, tmp_path, message: str) -> None:
 
 
 def with_header(path, block: bytes, first: bool = False):
-    """A good tar file with another header (and its data) before or behind its pictures."""
-    good = write_tar(path, PICTURES).read_bytes().rstrip(b"\0")
+    """A good tar file with another header (and its data) before or behind its images."""
+    good = write_tar(path, IMAGES).read_bytes().rstrip(b"\0")
     good += bytes(-len(good) % 512)
     path.write_bytes((block + good if first else good + block) + bytes(1024))
     return path
@@ -61,7 +61,7 @@ def test_links_and_devices_are_refused(tmp_path, kind, message):
 
 @pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/../../x.png"])
 def test_names_that_lead_out_are_refused(tmp_path, name):
-    refused(write_tar(tmp_path / "x.tar", PICTURES | {name: b"x"}), tmp_path, "leads out of the folder")
+    refused(write_tar(tmp_path / "x.tar", IMAGES | {name: b"x"}), tmp_path, "leads out of the folder")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_headers_without_end_are_refused(tmp_path):
 
 
 def test_what_was_cut_short_or_damaged_is_not_taken_for_the_end(tmp_path):
-    path = write_tar(tmp_path / "x.tar", PICTURES)
+    path = write_tar(tmp_path / "x.tar", IMAGES)
     whole = path.read_bytes()
     ends = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     for cut, message in (
@@ -117,19 +117,19 @@ def test_what_was_cut_short_or_damaged_is_not_taken_for_the_end(tmp_path):
 
 
 def test_other_shards_that_cannot_be_read(tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "x.tar", PICTURES)
+    path = write_tar(tmp_path / "x.tar", IMAGES)
     packed = tmp_path / "y.tar"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     refused(packed, tmp_path, "is compressed with gzip")
     refused(
         write_tar(tmp_path / "z.tar", {"a.txt": b"x", ".b.png": b"y"}),
         tmp_path,
-        "no pictures among 2 members",
+        "no images among 2 members",
     )
-    with pytest.raises(AfterimageError, match=r"two pictures have one name: .*001.png"):
-        twice = write_tar(tmp_path / "w.tar", PICTURES)
+    with pytest.raises(AfterimageError, match=r"two images have one name: .*001.png"):
+        twice = write_tar(tmp_path / "w.tar", IMAGES)
         with tarfile.open(twice, "a") as archive:
-            archive.add(write_pictures(tmp_path, 1)[0], "001.png")
+            archive.add(write_images(tmp_path, 1)[0], "001.png")
         load(f"webdataset:{twice}", tmp_path)
     monkeypatch.setattr(tar_module, "MAX_MEMBERS", 5)
     refused(path, tmp_path, "more than 5 members")
@@ -145,24 +145,24 @@ def test_members_are_known_as_in_a_folder(tmp_path):
         ".h/5.png",
         "__MACOSX/6.png",
     ]
-    path = write_tar(tmp_path / "x.tar", {name: picture_bytes(n) for n, name in enumerate(names)})
+    path = write_tar(tmp_path / "x.tar", {name: image_bytes(n) for n, name in enumerate(names)})
     found = [(name.decode(), size) for name, _, size in TarShard(path, "").members()]
     expected = ["a/1.png", "a/2.PNG", "a/é.png", "n" * 150 + "/3.png"]
     assert [name for name, _ in found] == expected
     for (name, place, size), content in zip(TarShard(path, "").members(), range(4), strict=True):
-        assert TarShard(path, "").read(name, place, size) == picture_bytes(content)
+        assert TarShard(path, "").read(name, place, size) == image_bytes(content)
 
 
-def test_broken_pictures_are_named_before_anything_is_trained(tmp_path):
-    broken = PICTURES | {"x.png": b"no picture", "y.jpg": b"\xff\xd8 nor this"}
+def test_broken_images_are_named_before_anything_is_trained(tmp_path):
+    broken = IMAGES | {"x.png": b"no image", "y.jpg": b"\xff\xd8 nor this"}
     path = write_tar(tmp_path / "x.tar", broken)
-    with pytest.raises(AfterimageError, match=r"2 pictures cannot be read") as error:
+    with pytest.raises(AfterimageError, match=r"2 images cannot be read") as error:
         load(f"webdataset:{path}", tmp_path)
-    assert f"{path}/x.png: is not a picture" in str(error.value) and f"{path}/y.jpg" in str(error.value)
+    assert f"{path}/x.png: is not an image" in str(error.value) and f"{path}/y.jpg" in str(error.value)
 
 
-def test_a_picture_that_cannot_be_decoded_is_named_when_it_is_used(tmp_path):
-    path = write_tar(tmp_path / "x.tar", PICTURES | {"012.png": PICTURES["000.png"][:1500]})
+def test_a_image_that_cannot_be_decoded_is_named_when_it_is_used(tmp_path):
+    path = write_tar(tmp_path / "x.tar", IMAGES | {"012.png": IMAGES["000.png"][:1500]})
     train = load(f"webdataset:{path}", tmp_path, split_seed=1).train
     damaged = list(train.ids).index("x.tar/012.png")
     train.crops([index for index in range(len(train)) if index != damaged])
@@ -171,9 +171,9 @@ def test_a_picture_that_cannot_be_decoded_is_named_when_it_is_used(tmp_path):
 
 
 def test_a_shard_replaced_while_it_is_used_is_noticed(tmp_path):
-    path = write_tar(tmp_path / "x.tar", PICTURES)
+    path = write_tar(tmp_path / "x.tar", IMAGES)
     train = load(f"webdataset:{path}", tmp_path).train
-    write_tar(path, {name: PICTURES["003.png"] for name in PICTURES})
+    write_tar(path, {name: IMAGES["003.png"] for name in IMAGES})
     with pytest.raises(AfterimageError, match=r"x.tar/\d+.png: (has changed|is cut short)"):
         train.crops(range(len(train)))
     path.unlink()
@@ -205,13 +205,13 @@ def test_shards_are_read_once_for_as_long_as_they_stay_the_same(tmp_path, read):
 
 
 def test_of_a_folder_only_what_changed_is_read_again(tmp_path, read):
-    paths = write_pictures(tmp_path / "pictures", 10)
-    source = f"folder:{tmp_path / 'pictures'}"
+    paths = write_images(tmp_path / "images", 10)
+    source = f"folder:{tmp_path / 'sample_images'}"
     first = load(source, tmp_path)
     assert len(read) == 10 and load(source, tmp_path).digest == first.digest and len(read) == 10
-    paths[3].write_bytes(picture_bytes(100))
+    paths[3].write_bytes(image_bytes(100))
     paths[4].unlink()
-    write_pictures(tmp_path / "pictures", 2, first=20)
+    write_images(tmp_path / "images", 2, first=20)
     second = load(source, tmp_path)
     assert sorted(read[10:]) == ["0003.png", "0020.png", "0021.png"]
     assert second.digest == load_data(second.config, cache=tmp_path / "other").digest
@@ -288,7 +288,7 @@ def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
         {"image": [{"bytes": None, "path": "x.png"}] * 2, "k": [b"", b""]}, "no column of bytes|has no bytes"
     )
     monkeypatch.setattr(parquet_module, "MAX_GROUP", 1000)
-    refuse({"image": list(PICTURES.values())}, "row group of .* write the file again")
+    refuse({"image": list(IMAGES.values())}, "row group of .* write the file again")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 not really PAR1")
     with pytest.raises(AfterimageError, match="damaged or no Parquet file"):
         load(f"parquet:{tmp_path}/x.parquet", tmp_path)
@@ -315,10 +315,10 @@ def test_a_row_group_is_read_once_an_epoch_and_few_are_held(tmp_path, monkeypatc
     assert sum(column.nbytes for column in shard._groups._held.values()) <= 100_000
 
 
-def test_a_plan_counts_the_pictures_of_shards_without_reading_them(tmp_path, read):
+def test_a_plan_counts_the_images_of_shards_without_reading_them(tmp_path, read):
     source = write_shards(tmp_path / "shards", 2, 20)
-    assert training_pictures(DataConfig(source)) == 29 and not read
+    assert training_images(DataConfig(source)) == 29 and not read
     assert len(load(source, tmp_path).train) == 29
     shutil.rmtree(tmp_path / "cache")
     config = DataConfig(source, test="procedural:2", limit_train=1000)
-    assert training_pictures(config) == 32 == len(load_data(config, cache=tmp_path / "cache").train)
+    assert training_images(config) == 32 == len(load_data(config, cache=tmp_path / "cache").train)

@@ -1,4 +1,4 @@
-"""Which pictures a source has, how they are split, and what is refused."""
+"""Which images a source has, how they are split, and what is refused."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from some_pictures import some_picture, write_pictures
+from some_images import some_image, write_images
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
@@ -30,7 +30,7 @@ class Named(Original):
         return self._of
 
     def content(self, digests, size):
-        raise AssertionError("a split does not look into pictures")
+        raise AssertionError("a split does not look into images")
 
     decoded = content
 
@@ -70,7 +70,7 @@ def test_the_split_of_the_study():
     assert ids(split("div2k", source, 0.2, 0.1, 43)[0]) != ids(train)
 
 
-def test_another_picture_does_not_shuffle_the_others():
+def test_another_image_does_not_shuffle_the_others():
     numbers = [Named(f"{number}") for number in range(50)]
     order = ids(shuffled(numbers[:49], 42))
     assert [name for name in ids(shuffled(numbers, 42)) if name != "49"] == order
@@ -87,20 +87,20 @@ def test_a_group_stays_together(sizes, seed):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_too_few_pictures_to_split(tmp_path, count):
-    write_pictures(tmp_path / "a", count)
-    with pytest.raises(AfterimageError, match=f"too few pictures.* has {count}, at least 3"):
+def test_too_few_images_to_split(tmp_path, count):
+    write_images(tmp_path / "a", count)
+    with pytest.raises(AfterimageError, match=f"too few images.* has {count}, at least 3"):
         load(f"folder:{tmp_path / 'a'}", tmp_path)
 
 
-def test_three_pictures_are_enough(tmp_path):
-    write_pictures(tmp_path / "a", 3)
+def test_three_images_are_enough(tmp_path):
+    write_images(tmp_path / "a", 3)
     data = load(f"folder:{tmp_path / 'a'}", tmp_path)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [1, 1, 1]
 
 
 def test_limits_keep_the_first_of_each_split(tmp_path):
-    write_pictures(tmp_path / "a", 30)
+    write_images(tmp_path / "a", 30)
     all_of_it = load(f"folder:{tmp_path / 'a'}", tmp_path)
     some = load(f"folder:{tmp_path / 'a'}", tmp_path, limit_train=5, limit_validation=2, limit_test=1)
     assert some.train.ids == all_of_it.train.ids[:5]
@@ -113,10 +113,10 @@ def test_limits_keep_the_first_of_each_split(tmp_path):
 
 
 def test_a_folder_is_read_to_any_depth(tmp_path):
-    write_pictures(tmp_path / "b" / "c", 1)
-    some_picture(7).save(tmp_path / "A.JPG")
-    write_pictures(tmp_path / ".hidden", 1)
-    write_pictures(tmp_path / "__MACOSX", 1)
+    write_images(tmp_path / "b" / "c", 1)
+    some_image(7).save(tmp_path / "A.JPG")
+    write_images(tmp_path / ".hidden", 1)
+    write_images(tmp_path / "__MACOSX", 1)
     for name in ("README.md", "labels.txt", "a.json", ".DS_Store", "._A.jpg", "no_extension"):
         (tmp_path / name).write_text("x")
     source = read_folder(str(tmp_path))
@@ -126,7 +126,7 @@ def test_a_folder_is_read_to_any_depth(tmp_path):
 
 def test_a_folder_with_its_own_splits(tmp_path):
     for number, name in enumerate(("Train/x", "test", "val", "other")):
-        write_pictures(tmp_path / name, 2, first=2 * number)
+        write_images(tmp_path / name, 2, first=2 * number)
     source = read_folder(str(tmp_path))
     assert ids(source.train) == ["Train/x/0000.png", "Train/x/0001.png"]
     assert ids(source.test) == ["test/0002.png", "test/0003.png"]
@@ -136,16 +136,16 @@ def test_a_folder_with_its_own_splits(tmp_path):
     assert len(read_folder(str(tmp_path)).validation) == 2
 
 
-def test_train_and_test_folders_leave_the_test_pictures_alone(tmp_path):
-    write_pictures(tmp_path / "a" / "train", 10)
-    write_pictures(tmp_path / "a" / "test", 3, first=10)
+def test_train_and_test_folders_leave_the_test_images_alone(tmp_path):
+    write_images(tmp_path / "a" / "train", 10)
+    write_images(tmp_path / "a" / "test", 3, first=10)
     data = load(f"folder:{tmp_path / 'a'}", tmp_path)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [8, 2, 3]
     assert sorted(data.test.ids) == ["test/0010.png", "test/0011.png", "test/0012.png"]
 
 
 def test_links_are_followed_and_loops_end(tmp_path):
-    write_pictures(tmp_path / "elsewhere", 2)
+    write_images(tmp_path / "elsewhere", 2)
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "a" / "b" / "loop").symlink_to(tmp_path / "a")
@@ -155,7 +155,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 def test_odd_names_have_ids_that_can_be_written(tmp_path):
     names = [b"\xff.png", b"\\xff.png", b"a b\n<script>.png", "ünïcödé ☕.png".encode()]
     for number, name in enumerate(names):
-        some_picture(number).save(os.fsdecode(bytes(tmp_path) + b"/" + name), "PNG")
+        some_image(number).save(os.fsdecode(bytes(tmp_path) + b"/" + name), "PNG")
     found = ids(read_folder(str(tmp_path)).train)
     assert len(set(found)) == len(names)
     assert all(name.isprintable() and name.encode() for name in found)
@@ -165,9 +165,9 @@ def test_odd_names_have_ids_that_can_be_written(tmp_path):
 def test_an_empty_folder_says_what_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "photo.heic").write_text("x")
-    with pytest.raises(AfterimageError, match=r"no pictures in .*\.jpg, .* found only 1 \.txt, 1 \.heic"):
+    with pytest.raises(AfterimageError, match=r"no images in .*\.jpg, .* found only 1 \.txt, 1 \.heic"):
         read_folder(str(tmp_path))
-    for missing in (str(tmp_path / "missing"), "~nobody-at-all/pictures"):
+    for missing in (str(tmp_path / "missing"), "~nobody-at-all/images"):
         with pytest.raises(AfterimageError, match="no such file"):
             read_folder(missing)
     with pytest.raises(AfterimageError, match="not a directory"):
@@ -176,20 +176,20 @@ def test_an_empty_folder_says_what_was_looked_for(tmp_path):
 
 def test_all_broken_files_are_listed_before_anything_begins(tmp_path):
     folder = tmp_path / "a"
-    write_pictures(folder, 5)
+    write_images(folder, 5)
     for number in range(30):
-        (folder / f"broken{number:02d}.png").write_bytes(b"" if number % 2 else b"no picture")
+        (folder / f"broken{number:02d}.png").write_bytes(b"" if number % 2 else b"no image")
     (folder / "a dangling.jpg").symlink_to("nowhere")
     with pytest.raises(AfterimageError) as error:
         load(f"folder:{folder}", tmp_path)
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("31 pictures cannot be read")
+    assert lines[0].startswith("31 images cannot be read")
     assert len(lines) == 22 and lines[-1].strip() == "… and 11 more"
     assert any("is empty" in line for line in lines) and any("no such file" in line for line in lines)
 
 
 def test_one_broken_file_is_named(tmp_path):
-    write_pictures(tmp_path / "a", 5)
+    write_images(tmp_path / "a", 5)
     content = (tmp_path / "a" / "0003.png").read_bytes()
     (tmp_path / "a" / "0003.png").write_bytes(content[:-40])
     with pytest.raises(AfterimageError, match=r"0003\.png: is damaged"):
@@ -199,33 +199,33 @@ def test_one_broken_file_is_named(tmp_path):
 # Copies
 
 
-def test_a_test_picture_to_train_on_is_an_error_that_names_both(tmp_path):
+def test_a_test_image_to_train_on_is_an_error_that_names_both(tmp_path):
     folder = tmp_path / "a"
-    write_pictures(folder / "train", 6)
-    write_pictures(folder / "test", 2, first=6)
+    write_images(folder / "train", 6)
+    write_images(folder / "test", 2, first=6)
     shutil.copy(folder / "train" / "0002.png", folder / "test" / "copy.png")
     with pytest.raises(AfterimageError, match=r"1 of the test(.|\n)*test/copy\.png is .*train/0002\.png"):
         load(f"folder:{folder}", tmp_path)
 
 
-def test_the_same_pixels_in_another_file_are_the_same_picture(tmp_path):
-    write_pictures(tmp_path / "a", 6)
+def test_the_same_pixels_in_another_file_are_the_same_image(tmp_path):
+    write_images(tmp_path / "a", 6)
     (tmp_path / "b").mkdir()
-    some_picture(2).save(tmp_path / "b" / "copy.bmp")
-    some_picture(50).save(tmp_path / "b" / "other.bmp")
+    some_image(2).save(tmp_path / "b" / "copy.bmp")
+    some_image(50).save(tmp_path / "b" / "other.bmp")
     with pytest.raises(AfterimageError, match=r"copy\.bmp is .*0002\.png"):
         load(f"folder:{tmp_path / 'a'}", tmp_path, test=f"folder:{tmp_path / 'b'}")
 
 
 def test_copies_within_a_split_are_noted(tmp_path):
     folder = tmp_path / "a"
-    write_pictures(folder / "train", 6)
-    write_pictures(folder / "val", 2, first=6)
-    write_pictures(folder / "test", 2, first=8)
+    write_images(folder / "train", 6)
+    write_images(folder / "val", 2, first=6)
+    write_images(folder / "test", 2, first=8)
     shutil.copy(folder / "train" / "0002.png", folder / "train" / "copy.png")
     data = load(f"folder:{folder}", tmp_path)
     assert len(data.train) == 7
-    assert data.notes == ("exact copies of other pictures among the 7 training pictures: 1",)
+    assert data.notes == ("exact copies of other images among the 7 training images: 1",)
 
 
 # Names of sources
@@ -264,13 +264,13 @@ def test_the_description_is_complete(tmp_path):
         "test_digest": data.test_digest,
         "train": 8,
         "validation": 2,
-        "test_pictures": 18,
+        "test_images": 18,
         "resize": 24,
         "crop": 16,
     }
 
 
-def test_the_test_digest_is_of_the_test_pictures_as_they_are_scored(tmp_path):
+def test_the_test_digest_is_of_the_test_images_as_they_are_scored(tmp_path):
     first = load("procedural:10", tmp_path, test="photographs").test_digest
     assert load("procedural:20", tmp_path, test="photographs").test_digest == first
     others = [
@@ -282,12 +282,12 @@ def test_the_test_digest_is_of_the_test_pictures_as_they_are_scored(tmp_path):
 
 
 def test_the_digest_is_of_contents_and_split(tmp_path):
-    write_pictures(tmp_path / "a", 10)
+    write_images(tmp_path / "a", 10)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first = load(f"folder:{tmp_path / 'a'}", tmp_path).digest
     assert load(f"folder:{tmp_path / 'b'}", tmp_path).digest == first
     assert load(f"folder:{tmp_path / 'a'}", tmp_path, resize=25).digest != first
-    some_picture(77).save(tmp_path / "b" / "0003.png")
+    some_image(77).save(tmp_path / "b" / "0003.png")
     assert load(f"folder:{tmp_path / 'b'}", tmp_path).digest != first
 
 
@@ -320,7 +320,7 @@ def test_parts_never_leave_their_photograph(tmp_path):
     assert not (of[0] & of[1] or of[0] & of[2] or of[1] & of[2])
 
 
-# Procedural pictures
+# Procedural images
 
 
 def test_dead_leaves_are_a_pure_function_of_their_numbers():
@@ -366,8 +366,8 @@ def test_leaf_radii_fall_as_their_third_power():
     assert abs(np.mean(slopes) + 3) < 0.15
 
 
-def test_procedural_pictures_to_test_on_are_others_than_those_to_train_on(tmp_path):
+def test_procedural_images_to_test_on_are_others_than_those_to_train_on(tmp_path):
     data = load("procedural:6", tmp_path, test="procedural:6")
     assert not set(data.test.ids) & set(data.train.ids + data.validation.ids)
     assert data.train.ids == load("procedural:6", tmp_path, test="photographs").train.ids
-    assert DeadLeaves(0, 3).picture(24, "").size == (30, 24)
+    assert DeadLeaves(0, 3).image(24, "").size == (30, 24)

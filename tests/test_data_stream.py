@@ -1,4 +1,4 @@
-"""Streamed pictures: the same splits, order and crops as kept ones, with threads that end."""
+"""Streamed images: the same splits, order and crops as kept ones, with threads that end."""
 
 import threading
 from dataclasses import replace
@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from some_pictures import write_pictures
-from some_shards import picture_bytes, write_parquet, write_shards, write_tar
+from some_images import write_images
+from some_shards import image_bytes, write_parquet, write_shards, write_tar
 
 from afterimage.config import AfterimageError, DataConfig, RunConfig, from_dict, to_dict
 from afterimage.data import dataset as load_module
 from afterimage.data.dataset import load_data
 from afterimage.data.duplicates import near_duplicates
-from afterimage.data.images import Data, StreamedPictures
-from afterimage.data.sampling import Windows, order
+from afterimage.data.images import Data, StreamedImages
+from afterimage.data.sampling import ShuffleBuffer, order
 from afterimage.data.sources.folder import index_folder, read_folder
 from afterimage.data.splits import split
 
@@ -24,9 +24,9 @@ PARTS = ("train", "validation", "test")
 @pytest.fixture(params=["folder", "webdataset", "parquet"])
 def source(request, tmp_path) -> str:
     if request.param == "folder":
-        write_pictures(tmp_path / "pictures", 30)
-        write_pictures(tmp_path / "pictures" / "more", 10, first=30)
-        return f"folder:{tmp_path / 'pictures'}"
+        write_images(tmp_path / "images", 30)
+        write_images(tmp_path / "images" / "more", 10, first=30)
+        return f"folder:{tmp_path / 'sample_images'}"
     if request.param == "webdataset":
         return write_shards(tmp_path / "shards", 2, 20)
     return write_parquet(tmp_path / "parquet", 2, 20, group=6)
@@ -37,34 +37,34 @@ def load(source: str, tmp_path, stream: bool | None = True, **settings) -> Data:
     return load_data(config, cache=tmp_path / "cache")
 
 
-def test_both_ways_give_the_same_pictures_bit_for_bit(source, tmp_path):
+def test_both_ways_give_the_same_images_bit_for_bit(source, tmp_path):
     streamed, kept = load(source, tmp_path), load(source, tmp_path, stream=False)
     assert streamed.digest == kept.digest
     for name in PARTS:
         ours, theirs = getattr(streamed, name), getattr(kept, name)
-        assert isinstance(ours, StreamedPictures) and not isinstance(theirs, StreamedPictures)
+        assert isinstance(ours, StreamedImages) and not isinstance(theirs, StreamedImages)
         assert list(ours.ids) == list(theirs.ids) and list(ours.content) == list(theirs.content)
         assert np.array_equal(ours.digests, theirs.digests)
         everything = np.arange(len(ours))[::-1]
         for crop in ({}, {"seed": 3, "epoch": 2}):
             assert torch.equal(ours.crops(everything, **crop), theirs.crops(everything, **crop))
         assert torch.equal(ours.whole(1), theirs.whole(1))
-        orders = [order(len(ours), 5, 1, pictures.windows) for pictures in (ours, theirs)]
+        orders = [order(len(ours), 5, 1, sample_images.windows) for sample_images in (ours, theirs)]
         assert np.array_equal(*orders)
     assert not any("near-duplicates" in note for note in near_duplicates(kept))
-    assert "were not looked for, since pictures are streamed" in near_duplicates(streamed)[0]
-    assert any("40 pictures were streamed" in note for note in streamed.notes)
+    assert "were not looked for, since images are streamed" in near_duplicates(streamed)[0]
+    assert any("40 images were streamed" in note for note in streamed.notes)
 
 
 def test_streaming_writes_no_pixels(source, tmp_path):
     load(source, tmp_path).train.crops([0])
-    assert not list((tmp_path / "cache").rglob("*.pictures"))
+    assert not list((tmp_path / "cache").rglob("*.images"))
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_the_split_of_a_folder_is_the_one_it_always_was(tmp_path, own):
-    write_pictures(tmp_path / "a" / "train", 20)
-    write_pictures(tmp_path / "a" / ("val" if own else "other"), 10, first=20)
+    write_images(tmp_path / "a" / "train", 20)
+    write_images(tmp_path / "a" / ("val" if own else "other"), 10, first=20)
     for fractions in ((0.3, 0.2), (0.2, None)):
         ways = [read_folder(str(tmp_path / "a")), index_folder(str(tmp_path / "a"), tmp_path / "cache")]
         ids = [[[o.id for o in part] for part in split("a", way, *fractions, 7)] for way in ways]
@@ -73,9 +73,9 @@ def test_the_split_of_a_folder_is_the_one_it_always_was(tmp_path, own):
 
 
 def test_parquet_and_tar_and_folder_hold_the_same_contents(tmp_path):
-    write_pictures(tmp_path / "pictures", 12)
+    write_images(tmp_path / "images", 12)
     sources = [
-        f"folder:{tmp_path / 'pictures'}",
+        f"folder:{tmp_path / 'sample_images'}",
         write_shards(tmp_path / "shards", 3, 4),
         write_parquet(tmp_path / "parquet", 3, 4, group=3),
         write_parquet(tmp_path / "plain", 3, 4, group=3, plain=True),
@@ -94,9 +94,9 @@ def test_limits_keep_the_first_of_a_split(tmp_path):
         assert list(getattr(few, name).ids) == list(getattr(everything, name).ids)[:count]
 
 
-def test_many_pictures_are_streamed_unless_told_otherwise(source, tmp_path, monkeypatch):
+def test_many_images_are_streamed_unless_told_otherwise(source, tmp_path, monkeypatch):
     def streamed(stream=None, **settings):
-        return isinstance(load(source, tmp_path, stream, **settings).train, StreamedPictures)
+        return isinstance(load(source, tmp_path, stream, **settings).train, StreamedImages)
 
     assert not streamed()
     monkeypatch.setattr(load_module, "STREAM_ABOVE", 20)
@@ -127,22 +127,22 @@ def test_what_cannot_be_streamed_says_so(tmp_path):
 def test_another_source_may_test(tmp_path):
     source = write_shards(tmp_path / "shards", 1, 20)
     data = load(source, tmp_path, test="procedural:3")
-    assert isinstance(data.train, StreamedPictures) and len(data.test) == 3
+    assert isinstance(data.train, StreamedImages) and len(data.test) == 3
     assert data.test.crops([0, 1, 2]).shape == (3, 3, 16, 16)
-    write_pictures(tmp_path / "pictures", 3, first=100)
-    assert len(load(source, tmp_path, test=f"folder:{tmp_path / 'pictures'}").test) == 3
+    write_images(tmp_path / "images", 3, first=100)
+    assert len(load(source, tmp_path, test=f"folder:{tmp_path / 'sample_images'}").test) == 3
 
 
-def test_a_test_picture_that_trains_is_refused_and_copies_are_counted(tmp_path):
-    content = {f"{number:03d}.png": picture_bytes(number) for number in range(20)}
+def test_a_test_image_that_trains_is_refused_and_copies_are_counted(tmp_path):
+    content = {f"{number:03d}.png": image_bytes(number) for number in range(20)}
     own = write_tar(tmp_path / "a.tar", content)
-    other = write_tar(tmp_path / "b.tar", {"x.png": picture_bytes(50), "y.png": content["007.png"]})
-    leak = r"1 of the test pictures are trained .*\n .*b.tar/y.png is .*a.tar/007.png"
+    other = write_tar(tmp_path / "b.tar", {"x.png": image_bytes(50), "y.png": content["007.png"]})
+    leak = r"1 of the test images are trained .*\n .*b.tar/y.png is .*a.tar/007.png"
     with pytest.raises(AfterimageError, match=leak):
         load(f"webdataset:{own}", tmp_path, test=f"webdataset:{other}")
-    write_tar(tmp_path / "c.tar", {"x.png": picture_bytes(50), "y.png": picture_bytes(50)})
+    write_tar(tmp_path / "c.tar", {"x.png": image_bytes(50), "y.png": image_bytes(50)})
     notes = load(f"webdataset:{own}", tmp_path, test=f"webdataset:{tmp_path}/c.tar").notes
-    assert "exact copies of other pictures among the 2 test pictures: 1" in notes
+    assert "exact copies of other images among the 2 test images: 1" in notes
 
 
 def test_batches_depend_on_their_indices_alone(source, tmp_path):
@@ -170,9 +170,9 @@ def test_a_rank_may_have_no_part_of_a_batch(tmp_path):
 
 def test_decoding_stays_a_few_batches_ahead_and_its_threads_end(tmp_path, monkeypatch):
     train = load(write_shards(tmp_path / "shards", 2, 100), tmp_path).train
-    decoded, decode = [], StreamedPictures._decoded
+    decoded, decode = [], StreamedImages._decoded
     monkeypatch.setattr(
-        StreamedPictures, "_decoded", lambda self, index: decoded.append(index) or decode(self, index)
+        StreamedImages, "_decoded", lambda self, index: decoded.append(index) or decode(self, index)
     )
     before = set(threading.enumerate())
     batches = train.batches([range(i, i + 20) for i in range(0, 140, 20)])
@@ -186,7 +186,7 @@ def test_decoding_stays_a_few_batches_ahead_and_its_threads_end(tmp_path, monkey
 
 def test_row_groups_are_visited_together_in_any_order():
     part = np.repeat(np.arange(10), 8)
-    windows = Windows(part, 2)
+    windows = ShuffleBuffer(part, 2)
     visits = [order(80, seed, epoch, windows) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     for visit in visits:
         assert sorted(visit) == list(range(80))

@@ -1,4 +1,4 @@
-"""Runs on streamed pictures: the same decoders as on kept ones, errors that name a picture, memory that stays flat."""
+"""Runs on streamed images: the same decoders as on kept ones, errors that name an image, memory that stays flat."""
 
 import signal
 import threading
@@ -19,12 +19,16 @@ from benchmarks.stream import write_small
 
 
 @pytest.fixture
-def shard(pictures, tmp_path):
-    return write_tar(tmp_path / "pictures.tar", {path.name: path.read_bytes() for path in pictures.iterdir()})
+def shard(sample_images, tmp_path):
+    return write_tar(
+        tmp_path / "images.tar", {path.name: path.read_bytes() for path in sample_images.iterdir()}
+    )
 
 
-def configs(source, pictures, stream=True):
-    return [replace(c, data=replace(c.data, source=source, stream=stream)) for c in small_configs(pictures)]
+def configs(source, sample_images, stream=True):
+    return [
+        replace(c, data=replace(c.data, source=source, stream=stream)) for c in small_configs(sample_images)
+    ]
 
 
 def go(configs, tmp_path, name, **options):
@@ -32,7 +36,7 @@ def go(configs, tmp_path, name, **options):
 
 
 def learned(runs):
-    """All of the runs that must not depend on how their pictures were read, but for what says how."""
+    """All of the runs that must not depend on how their images were read, but for what says how."""
     parts = [result(run) for run in runs]
     return [
         (part["decoder"], part["history"], part["scores"], run.summary["data"]["digest"])
@@ -40,18 +44,18 @@ def learned(runs):
     ]
 
 
-def test_a_decoder_learns_the_same_whichever_way_its_pictures_come(pictures, shard, tmp_path):
+def test_a_decoder_learns_the_same_whichever_way_its_images_come(sample_images, shard, tmp_path):
     source = f"webdataset:{shard}"
-    ways = [go(configs(source, pictures, stream), tmp_path, f"{stream}") for stream in (True, False)]
+    ways = [go(configs(source, sample_images, stream), tmp_path, f"{stream}") for stream in (True, False)]
     assert learned(ways[0]) == learned(ways[1])
     for run in ways[0]:
-        assert any("20 pictures were streamed" in note for note in run.summary["notes"])
+        assert any("20 images were streamed" in note for note in run.summary["notes"])
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(pictures, shard, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_bits(sample_images, shard, tmp_path, monkeypatch):
     from afterimage.training.decoder_trainer import Member
 
-    chosen = configs(f"webdataset:{shard}", pictures)
+    chosen = configs(f"webdataset:{shard}", sample_images)
     whole = go(chosen, tmp_path, "whole")
     step, left = Member.step, [5]
 
@@ -70,30 +74,28 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pictures, shard, tmp_path, monke
     assert learned(go(chosen, tmp_path, "stopped")) == learned(whole)
 
 
-def test_a_picture_that_cannot_be_decoded_stops_the_runs_with_its_name(pictures, tmp_path):
-    files = {path.name: path.read_bytes() for path in sorted(pictures.iterdir())}
+def test_a_image_that_cannot_be_decoded_stops_the_runs_with_its_name(sample_images, tmp_path):
+    files = {path.name: path.read_bytes() for path in sorted(sample_images.iterdir())}
     broken = {name: content[:150] if name == "03.png" else content for name, content in files.items()}
     shard = write_tar(tmp_path / "broken.tar", broken)
     failures = []
-    runs = go(configs(f"webdataset:{shard}", pictures), tmp_path, "runs", failures=failures)
+    runs = go(configs(f"webdataset:{shard}", sample_images), tmp_path, "runs", failures=failures)
     assert [run.state for run in runs] == ["failed"] * 3
     assert all("broken.tar/03.png: is damaged" in run.status["error"] for run in runs)
     assert "broken.tar/03.png" in str(failures[0])
 
 
-def test_what_goes_wrong_in_a_worker_ends_the_run_with_the_pictures_name(
-    pictures, shard, tmp_path, monkeypatch
+def test_what_goes_wrong_in_a_worker_ends_the_run_with_the_images_name(
+    sample_images, shard, tmp_path, monkeypatch
 ):
     from afterimage.data.sources.tar import TarShard
 
-    data = configs(f"webdataset:{shard}", pictures)[:1]
+    data = configs(f"webdataset:{shard}", sample_images)[:1]
     go(data, tmp_path, "whole")
     monkeypatch.setattr(
         TarShard, "read", lambda *_: (_ for _ in ()).throw(MemoryError("no room in a worker"))
     )
-    with pytest.raises(
-        AfterimageError, match=r"pictures.tar/\d+.png could not be read: MemoryError: no room"
-    ):
+    with pytest.raises(AfterimageError, match=r"images.tar/\d+.png could not be read: MemoryError: no room"):
         go(data, tmp_path, "again")
 
 
@@ -111,15 +113,15 @@ def test_a_study_on_shards_from_the_command_line(command, tmp_path):  # noqa: F8
     assert all(run.summary["data"]["source"] == source for run in runs)
     assert all(row["id"].startswith("shard-00") for run in decoders for row in run.scores)
     report = (tmp_path / "runs" / MODEL / "report" / "report.md").read_text()
-    assert "30 pictures were streamed" in report and (tmp_path / "runs" / MODEL / "report").is_dir()
+    assert "30 images were streamed" in report and (tmp_path / "runs" / MODEL / "report").is_dir()
     assert "indexing shard-002.tar (3 of 3)" in err
-    assert not list((tmp_path / "cache").rglob("*.pictures"))
+    assert not list((tmp_path / "cache").rglob("*.images"))
     code, out, _ = command("study", "verify", tmp_path / "runs" / MODEL)
     assert code == 0, out
 
 
 @pytest.mark.long
-def test_memory_stays_flat_from_a_thousand_to_twenty_thousand_pictures(tmp_path):
+def test_memory_stays_flat_from_a_thousand_to_twenty_thousand_images(tmp_path):
     peaks = []
     for count in (1_000, 20_000):
         sources = []
@@ -128,7 +130,7 @@ def test_memory_stays_flat_from_a_thousand_to_twenty_thousand_pictures(tmp_path)
             sources.append(write_small(tmp_path / f"{kind}-{count}", kind, count, silent))
         work = {"sources": sources, "cache": str(tmp_path / "cache"), "streamed": True, "most": 3_000}
         outcome = in_child("stream:passes", **work)
-        assert [p["pictures"] for p in outcome.value] == [min(3_000, round(0.72 * count))] * 2
+        assert [p["images"] for p in outcome.value] == [min(3_000, round(0.72 * count))] * 2
         peaks.append(outcome.peak_bytes / 2**20)
     # Their decoded pixels alone would be 70 MiB more.
     assert peaks[1] - peaks[0] < 16

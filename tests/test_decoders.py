@@ -9,7 +9,7 @@ from afterimage.config import AfterimageError, FeatureSpec
 from afterimage.models.decoders import DECODERS, create_decoder
 from afterimage.models.decoders.linear import RIDGES
 from afterimage.models.decoders.wavelet import haar, inverse_haar
-from afterimage.models.layers.blocks import Doubling, clamp, enlarge, shrink, stages_between
+from afterimage.models.layers.blocks import UpConv2x, clamp, pixel_shuffle, pixel_unshuffle, stages_between
 
 PUBLISHED = [
     ("resnet34.tv_in1k:layer1", (64, 56, 56), 250_147),
@@ -48,11 +48,11 @@ def test_attention_has_the_published_number_of_parameters(source, shape, paramet
 
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize(("shape", "size"), SIZES)
-def test_any_feature_size_to_any_picture_size(name, shape, size):
+def test_any_feature_size_to_any_image_size(name, shape, size):
     decoder = create_decoder(name, [spec(*shape)], size, seed=0)
-    pictures = decoder([torch.randn(2, *shape)])
-    assert pictures.shape == (2, 3, *size)
-    assert pictures.dtype == torch.float32 and pictures.min() >= 0 and pictures.max() <= 1
+    sample_images = decoder([torch.randn(2, *shape)])
+    assert sample_images.shape == (2, 3, *size)
+    assert sample_images.dtype == torch.float32 and sample_images.min() >= 0 and sample_images.max() <= 1
 
 
 @pytest.mark.parametrize("name", [name for name, cls in DECODERS.items() if cls.trainable])
@@ -106,9 +106,9 @@ def test_a_residual_decoder_that_shrank_its_linear_part_says_so():
     decoder = create_decoder("residual", [spec(32, 4, 4)], 16, parameters=20_000)
     assert count(decoder) == pytest.approx(20_000, rel=0.05) and decoder.base.kernel == 1
     features, images = torch.randn(8, 32, 4, 4), torch.rand(8, 3, 16, 16)
-    decoder.prepare(8, 0)
-    decoder.accumulate([features], images)
-    assert any("1x1 neighbourhoods" in note for note in decoder.solve())
+    decoder.begin_fit(8, 0)
+    decoder.partial_fit([features], images)
+    assert any("1x1 neighbourhoods" in note for note in decoder.finalize_fit())
 
 
 def test_bad_requests_are_named():
@@ -132,7 +132,7 @@ def test_number_of_stages(size, target, stages):
 
 def test_doubling_is_a_transposed_convolution():
     torch.manual_seed(0)
-    ours = Doubling(6, 5)
+    ours = UpConv2x(6, 5)
     theirs = torch.nn.ConvTranspose2d(6, 5, kernel_size=4, stride=2, padding=1)
     theirs.load_state_dict(ours.state_dict())
     maps = torch.randn(2, 6, 7, 9, requires_grad=True)
@@ -172,11 +172,11 @@ def test_a_loss_that_always_asks_for_more_ends_at_the_bound():
 
 
 def test_haar_is_inverted_exactly_and_keeps_energy():
-    pictures = torch.rand(2, 3, 12, 20, dtype=torch.float64)
-    approximation, details = haar(pictures)
-    torch.testing.assert_close(inverse_haar(approximation, details), pictures)
+    sample_images = torch.rand(2, 3, 12, 20, dtype=torch.float64)
+    approximation, details = haar(sample_images)
+    torch.testing.assert_close(inverse_haar(approximation, details), sample_images)
     energy = approximation.square().sum() + details.square().sum()
-    torch.testing.assert_close(energy, pictures.square().sum())
+    torch.testing.assert_close(energy, sample_images.square().sum())
 
 
 def repeated(features):
@@ -191,9 +191,9 @@ def test_residual_starts_at_the_linear_solution():
         create_decoder(name, [spec(6, 5, 5)], 20, seed=0, kernel=5) for name in ("linear", "residual")
     )
     for decoder in (linear, residual):
-        decoder.prepare(12, seed=0)
-        decoder.accumulate([features], images)
-        decoder.solve()
+        decoder.begin_fit(12, seed=0)
+        decoder.partial_fit([features], images)
+        decoder.finalize_fit()
     assert torch.equal(linear([features]), residual([features]))
     torch.testing.assert_close(residual.mean, features.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
 
@@ -206,13 +206,13 @@ def randomised_residual(shape, size, generator, **options):
 
 
 @pytest.mark.parametrize("trunk", [0, 1])
-def test_a_window_of_a_residual_decoder_is_that_part_of_the_picture(trunk):
+def test_a_window_of_a_residual_decoder_is_that_part_of_the_image(trunk):
     generator = torch.Generator().manual_seed(5)
     decoder = randomised_residual((6, 40, 60), (80, 120), generator, blocks=1, trunk=trunk)
     features = [torch.rand(2, 6, 40, 60, generator=generator)]
-    windows = decoder.windows(generator)
-    assert [window[2:] for window in windows] == [(32, 32)] * 2
-    for top, left, height, width in [*windows, (0, 0, 32, 32), (8, 28, 32, 32)]:
+    feature_crops = decoder.feature_crops(generator)
+    assert [window[2:] for window in feature_crops] == [(32, 32)] * 2
+    for top, left, height, width in [*feature_crops, (0, 0, 32, 32), (8, 28, 32, 32)]:
         assert 0 <= top <= 8 and 0 <= left <= 28
         window = (top, left, height, width)
         part, whole = decoder(features, window), decoder.cut(decoder(features), window)
@@ -229,7 +229,7 @@ def test_a_residual_decoder_decodes_with_an_average_that_weighs_late_steps_most(
     steps, weights = [], decoder.correction.head.weight
     for _ in range(5):
         torch.nn.init.uniform_(weights, -0.1, 0.1, generator=generator)
-        decoder.stepped()
+        decoder.after_optimizer_step()
         steps.append(weights.detach().clone())
     share = [(i**9 - (i - 1) ** 9) / 5**9 for i in range(1, 6)]
     features = [torch.rand(1, 6, 8, 8, generator=generator)]
@@ -248,16 +248,16 @@ def test_a_residual_decoder_decodes_with_an_average_that_weighs_late_steps_most(
 @pytest.mark.parametrize(("shape", "size"), [((6, 28, 28), 56), ((6, 40, 40), 90), ((6, 5, 5), 20)])
 def test_small_maps_and_blocks_that_are_not_whole_are_trained_whole(shape, size):
     decoder = create_decoder("residual", [spec(*shape)], size)
-    assert decoder.windows(torch.Generator()) == [None]
+    assert decoder.feature_crops(torch.Generator()) == [None]
 
 
 @pytest.mark.parametrize("block", [(2, 2), (2, 3)])
 @pytest.mark.parametrize("count", [0, 2])
 def test_blocks_of_pixels_and_back(block, count):
     maps = torch.rand(count, 5 * block[0] * block[1], 3, 4)
-    pixels = enlarge(maps, block)
+    pixels = pixel_shuffle(maps, block)
     assert pixels.shape == (count, 5, 3 * block[0], 4 * block[1])
-    assert torch.equal(shrink(pixels, block), maps)
+    assert torch.equal(pixel_unshuffle(pixels, block), maps)
 
 
 def test_a_size_and_a_width_are_not_both_taken():
@@ -269,10 +269,10 @@ def test_residual_standardises_channels_far_from_zero():
     generator = torch.Generator().manual_seed(0)
     features = 100 + 0.02 * torch.randn(8, 6, 10, 10, generator=generator)
     decoder = create_decoder("residual", [spec(6, 10, 10)], 40, blocks=1)
-    decoder.prepare(8, seed=0)
+    decoder.begin_fit(8, seed=0)
     for chunk in features.split(3):
-        decoder.accumulate([chunk], torch.rand(len(chunk), 3, 40, 40, generator=generator))
-    decoder.solve()
+        decoder.partial_fit([chunk], torch.rand(len(chunk), 3, 40, 40, generator=generator))
+    decoder.finalize_fit()
     deviation = features.double().std((0, 2, 3), correction=0)
     torch.testing.assert_close(decoder.scale.double().flatten(), 1 / deviation, rtol=1e-4, atol=0)
 
@@ -280,11 +280,11 @@ def test_residual_standardises_channels_far_from_zero():
 class TestLinear:
     def fitted(self, features, images, *, validation=None, **options):
         decoder = create_decoder("linear", [spec(*features.shape[1:])], tuple(images.shape[-2:]), **options)
-        decoder.prepare(len(features), seed=0)
+        decoder.begin_fit(len(features), seed=0)
         for chunk in torch.arange(len(features)).split(3):
-            decoder.accumulate([features[chunk]], images[chunk])
-        decoder.accumulate([validation[0]], validation[1], validation=True) if validation else None
-        return decoder, decoder.solve()
+            decoder.partial_fit([features[chunk]], images[chunk])
+        decoder.partial_fit([validation[0]], validation[1], validation=True) if validation else None
+        return decoder, decoder.finalize_fit()
 
     def test_recovers_a_linear_map_exactly(self):
         generator = torch.Generator().manual_seed(0)
@@ -312,31 +312,35 @@ class TestLinear:
         np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
 
     @pytest.mark.parametrize(
-        ("pictures", "noise", "expected"),
+        ("images", "noise", "expected"),
         [(60, 0.003, 1e-8), (60, 0.3, 1e-3), (20, 0.5, 1e-1), (3, 30, 1e-1)],
     )
-    def test_the_ridge_is_the_best_on_validation_pictures(self, pictures, noise, expected):
-        """Against ridge regression by numpy's `solve`, with every ridge."""
+    def test_the_ridge_is_the_best_on_validation_images(self, sample_images, noise, expected):
+        """Against ridge regression by numpy's `finalize_fit`, with every ridge."""
         generator = torch.Generator().manual_seed(2)
-        count = pictures + 40
+        count = sample_images + 40
         features = torch.randn(count, 8, 3, 3, generator=generator)
         images = features.mean(1, keepdim=True).expand(-1, 3, -1, -1) / 10 + 0.5
         images = (images + noise * torch.rand(count, 3, 3, 3, generator=generator) / 8).clamp(0, 1)
-        held_out = features[pictures:], images[pictures:]
-        decoder, notes = self.fitted(features[:pictures], images[:pictures], validation=held_out)
+        held_out = features[sample_images:], images[sample_images:]
+        decoder, notes = self.fitted(features[:sample_images], images[:sample_images], validation=held_out)
         unfolded = torch.nn.functional.unfold(repeated(features), 3).double().numpy()
         rows, targets = unfolded.transpose(0, 2, 1), images.flatten(2).transpose(1, 2).double().numpy()
-        inputs, outputs = rows[:pictures].reshape(-1, 72), targets[:pictures].reshape(-1, 3)
+        inputs, outputs = rows[:sample_images].reshape(-1, 72), targets[:sample_images].reshape(-1, 3)
         mean, colour = inputs.mean(0), outputs.mean(0)
         centred, moments = inputs - mean, (inputs - mean).T @ (inputs - mean)
         first = rows[:3].reshape(-1, 72).mean(0)  # of the first batch: what the decoder shifts by
         scale, errors = ((inputs - first) ** 2).sum(0), {}
         for ridge in RIDGES:
-            solution = np.linalg.solve(moments + np.diag(ridge * scale), centred.T @ (outputs - colour))
-            errors[ridge] = np.mean(((rows[pictures:] - mean) @ solution + colour - targets[pictures:]) ** 2)
+            solution = np.linalg.finalize_fit(
+                moments + np.diag(ridge * scale), centred.T @ (outputs - colour)
+            )
+            errors[ridge] = np.mean(
+                ((rows[sample_images:] - mean) @ solution + colour - targets[sample_images:]) ** 2
+            )
         best = min(errors, key=errors.__getitem__)
         assert best == expected
-        assert f"ridge {best:g}, chosen on the validation pictures" in notes
+        assert f"ridge {best:g}, chosen on the validation images" in notes
         with torch.no_grad():
             blocks = decoder.blocks(repeated(held_out[0]))
         error = (blocks - held_out[1]).double().square().mean()

@@ -159,7 +159,7 @@ def test_what_is_pooled_lies_where_its_squares_do(size, rows, columns):
     torch.testing.assert_close(back[..., 1:7], ramp[..., 1:7])
 
 
-def test_a_shuffle_is_a_permutation_of_places_of_each_picture():
+def test_a_shuffle_is_a_permutation_of_places_of_each_image():
     spec = FeatureSpec("model:layer", 2, 4, 5)
     places = torch.arange(20.0).view(1, 1, 4, 5).expand(8, 2, 4, 5)
     defence = fitted("shuffle", places, spec)
@@ -167,7 +167,7 @@ def test_a_shuffle_is_a_permutation_of_places_of_each_picture():
     result = defence([places])[0].flatten(2)
     assert torch.equal(result.sort(2).values, places.flatten(2))
     assert torch.equal(result[:, 0], result[:, 1]), "all channels of a place move together"
-    assert len({tuple(row.tolist()) for row in result[:, 0]}) == 8, "every picture has its own order"
+    assert len({tuple(row.tolist()) for row in result[:, 0]}) == 8, "every image has its own order"
     assert not defence.keeps_places and fitted("noise:1").keeps_places
 
 

@@ -18,7 +18,7 @@ def test_tables_are_what_their_results_say():
     assert "<!-- table:" in README
 
 
-def test_links_and_pictures_exist():
+def test_links_and_images_exist():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

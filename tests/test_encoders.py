@@ -156,7 +156,7 @@ def test_inversion_can_differentiate_through_the_encoder(source, images):
     assert all(p.grad is None for p in encoder.parameters())
 
 
-def test_pictures_are_left_as_they_are(images):
+def test_images_are_left_as_they_are(images):
     before = images.clone()
     Encoder("resnet18:act1", weights="random", image_size=64)(images)
     assert torch.equal(images, before)
@@ -210,7 +210,7 @@ def test_random_weights_depend_on_the_seed_alone(images):
     assert (first.weights.label, first.weights.location, first.weights.sha256) == ("random", "seed 3", "")
 
 
-def test_non_square_and_odd_pictures():
+def test_non_square_and_odd_images():
     for source, size, shape in (
         ("vit_tiny_patch16_224:block1", (64, 96), (192, 4, 6)),
         ("swin_tiny_patch4_window7_224:layers.1", (64, 128), (192, 8, 16)),
@@ -284,9 +284,9 @@ def test_the_tag_is_pinned_and_the_layers_word_kept():
         ("hrnet_w18_small:stage2.0", 224, "returns 2 feature maps"),
         ("hiera_tiny_224:blocks.0.mlp", 224, "not in raster order"),
         ("resnet18:layer1.0.drop_path", 224, "unknown layer|does not run"),
-        ("xcit_nano_12_p8_224:pos_embed", 224, "nothing that depends on the picture"),
-        ("vit_tiny_patch16_224:block0", 8, "cannot run on 8x8 pictures .*it can on 224x224"),
-        ("crossvit_tiny_240:blocks.0.blocks.0", 224, "cannot run on 224x224 pictures.*it can on 240x240"),
+        ("xcit_nano_12_p8_224:pos_embed", 224, "nothing that depends on the image"),
+        ("vit_tiny_patch16_224:block0", 8, "cannot run on 8x8 images .*it can on 224x224"),
+        ("crossvit_tiny_240:blocks.0.blocks.0", 224, "cannot run on 224x224 images.*it can on 240x240"),
         ("resnet18:layer1", 0, "image_size must be"),
     ],
 )
@@ -295,7 +295,7 @@ def test_what_cannot_be_done_says_why(source, size, message):
         Encoder(source, weights="random", image_size=size)
 
 
-def test_wrong_pictures_are_errors(images):
+def test_wrong_images_are_errors(images):
     encoder = Encoder("resnet18:layer1", weights="random", image_size=64)
     for wrong in (images[:, :1], images[0], images[..., :63], (images * 255).byte()):
         with pytest.raises((AfterimageError, TypeCheckError), match=r"\(B, 3, 64, 64\) of floats|Type-check"):

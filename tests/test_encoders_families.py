@@ -15,7 +15,7 @@ from afterimage.models.encoders.layers import list_layers
 from afterimage.models.encoders.providers.timm import create_random, resolve_model
 from afterimage.models.encoders.tensor_layout import reorder
 
-# The smallest model of each family that is quick to build, and the side of the pictures that it is tried on.
+# The smallest model of each family that is quick to build, and the side of the images that it is tried on.
 FAMILIES = {
     "test_byobnet": 64,
     "cait_xxs24_224": 64,
@@ -86,7 +86,7 @@ FAMILIES = {
 
 
 def quadrants(size):
-    """A smooth picture, and four with a patch of one quadrant brightened: (5, 3, size, size)."""
+    """A smooth image, and four with a patch of one quadrant brightened: (5, 3, size, size)."""
     coarse = torch.rand(1, 3, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
     images = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear").repeat(5, 1, 1, 1) / 2
     half, margin = size // 2, size // 8

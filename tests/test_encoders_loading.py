@@ -131,8 +131,8 @@ def test_real_weights(weights_folder, monkeypatch, model, deepest, beyond):
 def test_gatys_weights_have_unit_mean_activations_on_photographs(weights_folder, photos_folder):
     """Their activations were scaled to a mean of 1 over ImageNet: any other mean, std or range misses that."""
     paths = sorted((photos_folder / "test").iterdir())[:12]
-    pictures = [Image.open(p).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for p in paths]
-    images = torch.stack([to_tensor(picture) for picture in pictures])
+    sample_images = [Image.open(p).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for p in paths]
+    images = torch.stack([to_tensor(sample_image) for sample_image in sample_images])
     for features in Encoder("vgg19", layers=["features.1", "features.6"], weights=weights_folder)(images):
         assert features.mean() == pytest.approx(1, abs=0.1)
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from afterimage.config import Axis
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.follow import PositionFlow
-from afterimage.models.encoders.forward_trace import Observation
+from afterimage.models.encoders.forward_trace import ForwardTrace
 from afterimage.models.encoders.layers import early_end, layer_info, list_layers
 from afterimage.models.encoders.placement import Placement, describe_unseen, find_placement
 from afterimage.models.encoders.tensor_layout import Layout
@@ -90,7 +90,7 @@ def test_what_is_not_seen_in_words():
 
 def placed(network, size, *, layout=None):
     """The placement of what a network returns, and its positions."""
-    seen = Observation(_Whole(network), torch.zeros(1, 3, *size), follow=True)
+    seen = ForwardTrace(_Whole(network), torch.zeros(1, 3, *size), follow=True)
     assert seen.failure == ""
     event = seen.events["network"]
     ((key, shape),) = event.shapes

@@ -10,24 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import context, result, small_configs, small_pictures, train_child
+from children import context, result, small_configs, small_images, train_child
 from lightning_fabric import Fabric
 
 from afterimage import AfterimageError, FeatureSpec, RecipeConfig, create_decoder, train_runs
-from afterimage.models.reconstructor import Encoders, Head
+from afterimage.models.reconstructor import FeatureDecoder, MultiEncoder
 from afterimage.runs.run import Run
 from afterimage.runtime.failures import out_of_memory
-from afterimage.runtime.memory import halving
+from afterimage.runtime.memory import retry_with_smaller_batch
 from afterimage.training.checkpoint import CHECKPOINT, load_tensors
-from afterimage.training.decoder_trainer import Member
+from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.losses import MSE
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, cache, tmp_path_factory):
+def whole(sample_images, cache, tmp_path_factory):
     """The results of the runs that nothing happened to."""
     root = tmp_path_factory.mktemp("whole")
-    return [result(run) for run in train_runs(small_configs(pictures), root, cache=cache, accelerator="cpu")]
+    return [
+        result(run) for run in train_runs(small_configs(sample_images), root, cache=cache, accelerator="cpu")
+    ]
 
 
 def run_child(function, *arguments, **options):
@@ -44,7 +46,7 @@ def command_line(arguments, output, ready, steps):
     handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    step, taken = Member.step, [0]
+    step, taken = DecoderTrainer.step, [0]
 
     def slowly(self, *arguments):
         step(self, *arguments)
@@ -53,15 +55,15 @@ def command_line(arguments, output, ready, steps):
             ready.touch()
             time.sleep(0.2)
 
-    Member.step = slowly
+    DecoderTrainer.step = slowly
     torch.set_num_threads(1)
     main(arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_cleanly_and_says_how_to_go_on(pictures, cache, whole, tmp_path, number, code):
-    config = small_configs(pictures)[0]
+def test_a_signal_stops_cleanly_and_says_how_to_go_on(sample_images, cache, whole, tmp_path, number, code):
+    config = small_configs(sample_images)[0]
     arguments = [
         "train", *config.sources, "--decoder", "transposed", "--weights", "random", "--resize", "48", "--crop", "32",
         "--data", config.data.source, "--epochs", "2", "--batch-size", "4", "--accelerator", "cpu",
@@ -82,7 +84,7 @@ def test_a_signal_stops_cleanly_and_says_how_to_go_on(pictures, cache, whole, tm
     position = json.loads(load_tensors(run.file(CHECKPOINT))[1]["facts"])["position"]
     assert run.state == "stopped" and position in (8, 12) and not list(run.path.glob("lock*"))
     assert run_child(command_line, arguments, output, tmp_path / "never", 1000) == 0
-    assert f"goes on after epoch 1, picture {position}" in output.read_text()
+    assert f"goes on after epoch 1, image {position}" in output.read_text()
     assert result(run) == whole[0]
 
 
@@ -96,8 +98,8 @@ def small_disk(configs, root, cache, limit, said):
         said.write_text(str(error))
 
 
-def test_a_full_disk_in_a_write_keeps_the_last_checkpoint(pictures, cache, whole, tmp_path, monkeypatch):
-    only, step, steps = small_configs(pictures)[:1], Member.step, [0]
+def test_a_full_disk_in_a_write_keeps_the_last_checkpoint(sample_images, cache, whole, tmp_path, monkeypatch):
+    only, step, steps = small_configs(sample_images)[:1], DecoderTrainer.step, [0]
 
     def stopping(self, *arguments):
         steps[0] += 1
@@ -107,7 +109,7 @@ def test_a_full_disk_in_a_write_keeps_the_last_checkpoint(pictures, cache, whole
 
     options = {"cache": cache, "accelerator": "cpu", "checkpoint_seconds": 0.0}
     with monkeypatch.context() as patch:
-        patch.setattr(Member, "step", stopping)
+        patch.setattr(DecoderTrainer, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
             train_runs(only, tmp_path / "runs", **options)
     run, said = Run(tmp_path / "runs" / only[0].name), tmp_path / "said"
@@ -143,8 +145,8 @@ def open_folder():
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become nobody")
 def test_a_read_only_run_folder_is_one_message(open_folder):
-    pictures = small_pictures(open_folder / "pictures")
-    (config,) = small_configs(pictures)[:1]
+    sample_images = small_images(open_folder / "images")
+    (config,) = small_configs(sample_images)[:1]
     run, said = Run.create(open_folder / "runs", config), open_folder / "said"
     said.touch()
     said.chmod(0o666)
@@ -155,11 +157,11 @@ def test_a_read_only_run_folder_is_one_message(open_folder):
 
 
 def too_much(limit, original, error):
-    """`original`, which runs out of memory on more than `limit` pictures at a time."""
+    """`original`, which runs out of memory on more than `limit` images at a time."""
 
     def limited(self, first, *others):
-        pictures = first if isinstance(first, torch.Tensor) else first[0]
-        if len(pictures) > limit:
+        sample_images = first if isinstance(first, torch.Tensor) else first[0]
+        if len(sample_images) > limit:
             raise error
         return original(self, first, *others)
 
@@ -178,12 +180,12 @@ CPU = RuntimeError(
     ids=["python", "cuda", "cpu"],
 )
 def test_without_memory_gradients_are_summed_over_micro_batches(
-    pictures, cache, whole, tmp_path, monkeypatch, error
+    sample_images, cache, whole, tmp_path, monkeypatch, error
 ):
     said = []
     monkeypatch.setattr(MSE, "forward", too_much(1, MSE.forward, error))
     (other,) = train_runs(
-        small_configs(pictures)[2],
+        small_configs(sample_images)[2],
         tmp_path,
         cache=cache,
         accelerator="cpu",
@@ -204,12 +206,12 @@ def test_micro_batches_give_the_same_gradients(monkeypatch):
     fabric = Fabric(accelerator="cpu", devices=1)
     found = []
     for limit in (7, 4, 2):
-        head = Head(create_decoder("residual", [spec], 32, seed=0, blocks=1))
+        head = FeatureDecoder(create_decoder("residual", [spec], 32, seed=0, blocks=1))
         for (
             parameter
         ) in head.parameters():  # zeros at the end of a network would leave its start without gradients
             parameter.data += 0.01
-        member = Member(head, [0], RecipeConfig(batch_size=7), fabric)
+        member = DecoderTrainer(head, [0], RecipeConfig(batch_size=7), fabric)
         gradients = {}
 
         def note(head=head, gradients=gradients):
@@ -228,17 +230,17 @@ def test_micro_batches_give_the_same_gradients(monkeypatch):
             torch.testing.assert_close(gradient, found[0][0][name], rtol=1e-4, atol=1e-7)
 
 
-def test_micro_batches_with_batch_norm_say_what_differs(pictures, cache, tmp_path, monkeypatch):
+def test_micro_batches_with_batch_norm_say_what_differs(sample_images, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(MSE, "forward", too_much(2, MSE.forward, MemoryError()))
-    (run,) = train_runs(small_configs(pictures)[0], tmp_path, cache=cache, accelerator="cpu")
+    (run,) = train_runs(small_configs(sample_images)[0], tmp_path, cache=cache, accelerator="cpu")
     (note,) = [note for note in run.summary["notes"] if "micro-batches" in note]
-    assert "micro-batches of 2" in note and "except that batch norm sees 2 pictures at a time" in note
+    assert "micro-batches of 2" in note and "except that batch norm sees 2 images at a time" in note
 
 
-def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(pictures, cache, tmp_path, monkeypatch):
+def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(sample_images, cache, tmp_path, monkeypatch):
     """The decoder has seen the whole batch when memory runs out: its batch statistics are taken back."""
     counted = []
-    forward, step = MSE.forward, Member.step
+    forward, step = MSE.forward, DecoderTrainer.step
 
     def counting(self, *arguments):
         before = {k: v.clone() for k, v in self.head.named_buffers() if "num_batches" in k}
@@ -246,38 +248,40 @@ def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(pictures, cache, tmp_
         counted.extend(int(v - before[k]) for k, v in self.head.named_buffers() if k in before)
 
     monkeypatch.setattr(MSE, "forward", too_much(2, forward, MemoryError()))
-    monkeypatch.setattr(Member, "step", counting)
-    train_runs(small_configs(pictures, epochs=1)[0], tmp_path, cache=cache, accelerator="cpu")
-    # Batches of 4, 4, 4 and 2 pictures in parts of two.
+    monkeypatch.setattr(DecoderTrainer, "step", counting)
+    train_runs(small_configs(sample_images, epochs=1)[0], tmp_path, cache=cache, accelerator="cpu")
+    # Batches of 4, 4, 4 and 2 images in parts of two.
     assert counted and counted[0] == 2 and set(counted) == {1, 2}
 
 
-def test_encoders_without_memory_see_fewer_pictures_at_a_time(pictures, cache, tmp_path, whole, monkeypatch):
+def test_encoders_without_memory_see_fewer_images_at_a_time(
+    sample_images, cache, tmp_path, whole, monkeypatch
+):
     said = []
-    monkeypatch.setattr(Encoders, "forward", too_much(1, Encoders.forward, MemoryError()))
+    monkeypatch.setattr(MultiEncoder, "forward", too_much(1, MultiEncoder.forward, MemoryError()))
     runs = train_runs(
-        small_configs(pictures),
+        small_configs(sample_images),
         tmp_path,
         cache=cache,
         accelerator="cpu",
         progress=lambda what, *_, **__: said.append(what),
     )
-    assert any("the encoders see 1 pictures at a time" in line for line in said)
+    assert any("the encoders see 1 images at a time" in line for line in said)
     for run, before in zip(runs, whole, strict=True):
         for row, other in zip(run.scores, before["scores"], strict=True):
             assert row["psnr"] == pytest.approx(other["psnr"], abs=0.05)
 
 
-def test_one_picture_that_is_too_much_is_an_error(pictures, cache, tmp_path, monkeypatch):
+def test_one_image_that_is_too_much_is_an_error(sample_images, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(MSE, "forward", too_much(0, MSE.forward, MemoryError()))
-    with pytest.raises(AfterimageError, match="out of memory even with one picture at a time"):
-        train_runs(small_configs(pictures)[0], tmp_path, cache=cache, accelerator="cpu")
+    with pytest.raises(AfterimageError, match="out of memory even with one image at a time"):
+        train_runs(small_configs(sample_images)[0], tmp_path, cache=cache, accelerator="cpu")
 
 
 def test_other_errors_are_not_taken_for_memory():
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(ZeroDivisionError):
-        halving(lambda size: 1 // 0, 4, "this")
+        retry_with_smaller_batch(lambda size: 1 // 0, 4, "this")
 
 
 def little_memory(said):
@@ -292,9 +296,9 @@ def little_memory(said):
 
     def work(size):
         sizes.append(size)
-        return float(torch.ones(size, 25 << 20).sum())  # 100 MiB a picture
+        return float(torch.ones(size, 25 << 20).sum())  # 100 MiB an image
 
-    total, size = halving(work, 8, "this")
+    total, size = retry_with_smaller_batch(work, 8, "this")
     said.write_text(json.dumps([total, size, sizes]))
 
 

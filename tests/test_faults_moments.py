@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import report_study
-from children import MODEL, context, result, small_configs, small_pictures, train_child
+from children import MODEL, context, result, small_configs, small_images, train_child
 
 from afterimage import AfterimageError, train_runs
 from afterimage.config import RunConfig
@@ -26,8 +26,8 @@ from afterimage.training import checkpoint
 
 
 @pytest.fixture(scope="module")
-def only(pictures) -> RunConfig:
-    return small_configs(pictures)[0]
+def only(sample_images) -> RunConfig:
+    return small_configs(sample_images)[0]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_checkpoint_is_on_disk_before_it_takes_the_place_of_the_last(tmp_path,
 IN_THE_END = {
     "in the evaluation": lambda: dies(Metrics, "compare"),
     "before the decoder": lambda: dies_writing("decoder.safetensors"),
-    "among the pictures": lambda: dies_writing("001.png"),
+    "among the images": lambda: dies_writing("001.png"),
     "before the scores": lambda: dies_writing("scores.csv"),
     "before the summary": lambda: dies_writing("summary.json"),
     "before it is done": lambda: dies(Run, "set_state", skip=1),
@@ -196,7 +196,7 @@ def reporting(root, out, deaths):
 def test_killed_in_a_report_the_next_one_is_whole(tmp_path):
     """Every file is a whole one at any moment, and what the killed process left half written is taken away."""
     root, out = tmp_path / "study", tmp_path / "report"
-    originals = [report_study.picture(0, 24)]
+    originals = [report_study.image(0, 24)]
     for decoder in ("linear", "attention"):
         report_study.write_run(root, MODEL, "layer1", decoder, originals=originals)
     assert child(reporting, root, tmp_path / "expected", None) == 0
@@ -211,7 +211,7 @@ def test_killed_in_a_report_the_next_one_is_whole(tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
 
 
-MOMENTS = {"decoding": "decoding pictures", "evaluating": "evaluating"}
+MOMENTS = {"decoding": "decoding images", "evaluating": "evaluating"}
 
 
 def command_line(arguments, output, ready, moment):
@@ -240,8 +240,8 @@ def command_line(arguments, output, ready, moment):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_at_any_other_moment_stops_cleanly_too(only, pictures, whole, tmp_path, moment, number):
-    """While pictures are decoded there is no step to wait for; while scores are taken there is a checkpoint."""
+def test_a_signal_at_any_other_moment_stops_cleanly_too(only, sample_images, whole, tmp_path, moment, number):
+    """While images are decoded there is no step to wait for; while scores are taken there is a checkpoint."""
     arguments = [
         "train", *only.sources, "--decoder", "transposed", "--weights", "random", "--resize", "48", "--crop", "32",
         "--data", only.data.source, "--epochs", "2", "--batch-size", "4", "--accelerator", "cpu",
@@ -266,16 +266,16 @@ def test_a_signal_at_any_other_moment_stops_cleanly_too(only, pictures, whole, t
     assert result(run) == whole
 
 
-def test_a_picture_replaced_while_a_study_runs_is_said(tmp_path, monkeypatch):
-    """Between the reference lines and the decoders: the rows tell that they did not have the same pictures."""
-    pictures = small_pictures(tmp_path / "pictures", 21)
-    spare = (pictures / "20.png").read_bytes()
-    (pictures / "20.png").unlink()
-    config = small_configs(pictures)[1]
+def test_a_image_replaced_while_a_study_runs_is_said(tmp_path, monkeypatch):
+    """Between the baselines and the decoders: the rows tell that they did not have the same images."""
+    sample_images = small_images(tmp_path / "images", 21)
+    spare = (sample_images / "20.png").read_bytes()
+    (sample_images / "20.png").unlink()
+    config = small_configs(sample_images)[1]
     train = train_runs
 
     def replacing(*arguments, **options):
-        for path in pictures.iterdir():
+        for path in sample_images.iterdir():
             if path.stem in ("03", "07"):
                 path.write_bytes(spare if path.stem == "03" else spare + b"another end")
         return train(*arguments, **options)
@@ -288,4 +288,4 @@ def test_a_picture_replaced_while_a_study_runs_is_said(tmp_path, monkeypatch):
     found, failures = run_study(study, tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
     assert not failures and len({run.summary["data"]["digest"] for run in found}) == 2
     warnings = " ".join(read_rows(found).warnings)
-    assert "had 2 sets of pictures: files changed between them" in warnings
+    assert "had 2 sets of images: files changed between them" in warnings

@@ -15,7 +15,7 @@ from afterimage.config import (
 from afterimage.experiments.queue import train_runs
 from afterimage.models.decoders import create_decoder
 from afterimage.models.fusion import FUSIONS, WeightMaps, create_fusion
-from afterimage.models.reconstructor import Head, build_head
+from afterimage.models.reconstructor import FeatureDecoder, build_feature_decoder
 from afterimage.training.checkpoint import load_reconstructor
 from afterimage.training.decoder_trainer import create_optimizer
 
@@ -72,8 +72,8 @@ def test_weight_maps_are_the_weights_of_all_batches(name):
         kept.add([feature[batch] for feature in features])
     assert kept.means == pytest.approx(weights.mean((0, 2, 3)).tolist())
     assert sum(kept.means) == pytest.approx(1)
-    assert len(kept.pictures) == 3
-    for stored, weight in zip(kept.pictures, weights, strict=False):
+    assert len(kept.images) == 3
+    for stored, weight in zip(kept.images, weights, strict=False):
         assert stored.shape == (3, 10, 10) and stored.dtype == "uint8"
         torch.testing.assert_close(torch.from_numpy(stored) / 255, weight.detach(), atol=0.51 / 255, rtol=0)
 
@@ -86,22 +86,22 @@ def test_aligned_maps_keep_their_values():
 
 
 def test_a_stacked_fusion_gives_each_location_its_own_part_of_a_coarse_map():
-    """Red in a fine map, green and blue block by block in a coarse one: together they are the whole picture."""
+    """Red in a fine map, green and blue block by block in a coarse one: together they are the whole image."""
     images = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     fine = torch.nn.functional.pixel_unshuffle(images[:, :1], 2)
     coarse = torch.nn.functional.pixel_unshuffle(images[:, 1:], 8)
     specs = [FeatureSpec("fine:x", 4, 8, 8), FeatureSpec("coarse:x", 128, 2, 2)]
     fusion = create_fusion(FusionConfig("stacked"), specs, 16)
-    head = Head(create_decoder("linear", [fusion.spec], 16, kernel=1), fusion)
+    head = FeatureDecoder(create_decoder("linear", [fusion.spec], 16, kernel=1), fusion)
     assert fusion.spec == FeatureSpec("fine:x + coarse:x", 4 + 3 * 2 * 2, 8, 8)
     assert head.closed_forms == [fusion, head.decoder]
     for part in head.closed_forms:
-        part.prepare(24, seed=0)
-        head.accumulate(part, [fine, coarse], images)
-        notes = part.solve()
+        part.begin_fit(24, seed=0)
+        head.partial_fit(part, [fine, coarse], images)
+        notes = part.finalize_fit()
         assert ("coarse:x: ridge" in notes[0]) == (part is fusion)
     rebuilt = head([fine, coarse])
-    # The coarse map's own decoder has 1,152 inputs and 96 rows, so it is close on the pictures it was fitted on only.
+    # The coarse map's own decoder has 1,152 inputs and 96 rows, so it is close on the images it was fitted on only.
     torch.testing.assert_close(rebuilt, images, atol=0.02, rtol=0)
 
 
@@ -112,7 +112,7 @@ def test_the_published_fusion():
         decoder=DecoderConfig("transposed"),
     )
     with torch.device("meta"):
-        head = build_head(config, PUBLISHED)
+        head = build_feature_decoder(config, PUBLISHED)
         assert head.fusion.spec == FeatureSpec(" + ".join(config.sources), 256, 28, 28)
         features = [torch.empty(1, s.channels, s.height, s.width) for s in PUBLISHED]
         assert head.eval()(features).shape == (1, 3, 224, 224)
@@ -125,7 +125,7 @@ def test_bad_fusions_are_named():
         create_fusion(FusionConfig("concat", 4), SPECS)(maps(SPECS)[:2])
     config = RunConfig(("a:x", "b:y"), fusion=FusionConfig("attention"), decoder=DecoderConfig("linear"))
     with pytest.raises(AfterimageError, match="'stacked' or 'aligned', which have nothing to learn"):
-        build_head(config, SPECS[:2])
+        build_feature_decoder(config, SPECS[:2])
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
     if name != "attention":
         assert summary["fusion_weights"] is None and not any(run.fusion_maps.values())
         return
-    pictures = [np.asarray(Image.open(original)) for _, original, _ in run.pictures]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    sample_images = [np.asarray(Image.open(original)) for _, original, _ in run.images]
+    images = torch.from_numpy(np.stack(sample_images)).permute(0, 3, 1, 2).float() / 255
     weights = reconstructor.head.fusion.weights(reconstructor.encoders(images)).detach().numpy()
     stored = [[np.asarray(Image.open(path)) for path in paths] for paths in run.fusion_maps.values()]
     # The originals are stored in 8 bits, so that their features are not quite those that were measured.
@@ -168,7 +168,7 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
 def test_weight_decay_spares_a_decoder_that_takes_none_and_nothing_else():
     def decays(decoder):
         fusion = create_fusion(FusionConfig("concat", 6), SPECS)
-        head = Head(create_decoder(decoder, [fusion.spec], 56, seed=0), fusion)
+        head = FeatureDecoder(create_decoder(decoder, [fusion.spec], 56, seed=0), fusion)
         groups = create_optimizer(head, RecipeConfig(weight_decay=0.01)).param_groups
         held = {p: group["weight_decay"] for group in groups for p in group["params"]}
         assert set(held) == {p for p in head.parameters() if p.requires_grad}

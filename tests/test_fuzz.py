@@ -83,7 +83,7 @@ def damaged(draw, target):
     return bytes(content)
 
 
-@pytest.mark.parametrize("target", ["picture", "archive", "pairs", "weights", "study"])
+@pytest.mark.parametrize("target", ["image", "archive", "pairs", "weights", "study"])
 def test_damaged_bytes(target):
     @fuzz(40)
     @given(damaged(target))
@@ -305,13 +305,13 @@ TYPES = ["u1", "i8", "f2", "f4", "f8", "c8", "?", "M8[s]", "m8[s]", "U3", "S3", 
 @fuzz(60)
 @given(
     st.dictionaries(
-        st.sampled_from(["pictures", "images", "features", "features.a", "features.", "ids", "../x", ""]),
+        st.sampled_from(["images", "images", "features", "features.a", "features.", "ids", "../x", ""]),
         st.tuples(SHAPES, st.sampled_from(TYPES), st.integers(0, 2**32 - 1)),
         max_size=4,
     )
 )
 def test_stores_of_odd_arrays(parts):
-    arrays = {"pictures": np.zeros((8, 3, 2, 2), np.uint8), "features": np.ones((8, 2), np.float32)}
+    arrays = {"images": np.zeros((8, 3, 2, 2), np.uint8), "features": np.ones((8, 2), np.float32)}
     for name, (shape, kind, seed) in parts.items():
         content = np.random.default_rng(seed).bytes(int(np.prod(shape)) * np.dtype(kind).itemsize)
         arrays[name] = np.frombuffer(content, kind).reshape(shape) if content else np.zeros(shape, kind)
@@ -324,7 +324,7 @@ def test_stores_of_odd_arrays(parts):
 
 
 HEADERS = st.dictionaries(
-    st.sampled_from(["a", "pictures", "features", "__metadata__", ""]),
+    st.sampled_from(["a", "images", "features", "__metadata__", ""]),
     st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(

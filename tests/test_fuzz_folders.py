@@ -21,14 +21,14 @@ from afterimage.training.checkpoint import load_tensors
 @pytest.fixture
 def run(tmp_path) -> Run:
     return report_study.write_run(
-        tmp_path / "study", "a", "layer1", originals=[report_study.picture(0, 24)], count=3
+        tmp_path / "study", "a", "layer1", originals=[report_study.image(0, 24)], count=3
     )
 
 
-@pytest.mark.parametrize("what", ["picture", "folder"])
+@pytest.mark.parametrize("what", ["image", "folder"])
 def test_a_link_out_of_a_run_folder_is_not_followed(run, tmp_path, what):
     """What somebody else's link points to must not end up in a page that is passed on."""
-    place = run.file("reconstructions") / "000.png" if what == "picture" else run.file("reconstructions")
+    place = run.file("reconstructions") / "000.png" if what == "image" else run.file("reconstructions")
     moved = tmp_path / "private"
     shutil.move(place, moved)
     place.symlink_to(moved)
@@ -36,14 +36,14 @@ def test_a_link_out_of_a_run_folder_is_not_followed(run, tmp_path, what):
         gather(read_rows([run]).all)
 
 
-def test_pictures_of_a_run_are_png_and_no_program_is_started_for_others(run, monkeypatch):
+def test_images_of_a_run_are_png_and_no_program_is_started_for_others(run, monkeypatch):
     monkeypatch.setattr("afterimage.report.figures.draw", lambda *_, **__: ())
     (run.file("reconstructions") / "000.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     )
     written = write_report([run], run.path.parent / "report")
     assert "index.html" not in written
-    assert "cannot read the picture" in written["report.md"].read_text()
+    assert "cannot read the image" in written["report.md"].read_text()
 
 
 def pipe(path: Path) -> None:

@@ -7,25 +7,25 @@ import pytest
 import torch
 from children import MODEL, result, small_configs
 from PIL import Image
-from some_pictures import some_picture
+from some_images import some_image
 
 from afterimage import AfterimageError, load_data, train_runs
 from afterimage.data.duplicates import near_duplicates
-from afterimage.data.images import Pictures
-from afterimage.models.reconstructor import Encoders
+from afterimage.data.images import ImageSet
+from afterimage.models.reconstructor import MultiEncoder
 from afterimage.training.checkpoint import load_reconstructor
-from afterimage.training.checks import FeatureWatch, check_frozen, check_pictures, check_split
+from afterimage.training.checks import FeatureWatch, check_frozen, check_images, check_split
 
 SOURCES = (f"{MODEL}:layer1", f"{MODEL}:layer2")
 
 
 @pytest.fixture(scope="module")
-def data(pictures, cache):
-    return load_data(small_configs(pictures)[0].data, cache=cache)
+def data(sample_images, cache):
+    return load_data(small_configs(sample_images)[0].data, cache=cache)
 
 
-def test_an_encoder_in_training_mode_stops_the_run(pictures, cache, tmp_path, monkeypatch):
-    encoders = Encoders(SOURCES, weights="random", image_size=32)
+def test_an_encoder_in_training_mode_stops_the_run(sample_images, cache, tmp_path, monkeypatch):
+    encoders = MultiEncoder(SOURCES, weights="random", image_size=32)
     check_frozen(encoders)
     check_frozen(encoders.encoders[0])
     encoders.train()  # this is refused by the encoder itself
@@ -39,56 +39,54 @@ def test_an_encoder_in_training_mode_stops_the_run(pictures, cache, tmp_path, mo
     with pytest.raises(AfterimageError, match="takes gradients"):
         check_frozen(encoders)
 
-    to = Encoders.to
+    to = MultiEncoder.to
     monkeypatch.setattr(
-        Encoders, "to", lambda self, *a: [m.train() for m in to(self, *a).encoders[0].model.modules()]
+        MultiEncoder, "to", lambda self, *a: [m.train() for m in to(self, *a).encoders[0].model.modules()]
     )
     with pytest.raises(AfterimageError, match="is in training mode"):
-        train_runs(small_configs(pictures)[0], tmp_path, cache=cache, accelerator="cpu")
+        train_runs(small_configs(sample_images)[0], tmp_path, cache=cache, accelerator="cpu")
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [(1.2, r"values from .* to 1\.2"), (math.nan, "values that are not finite")],
 )
-def test_a_picture_out_of_range_stops_the_run_and_is_named(
-    pictures, cache, tmp_path, monkeypatch, data, value, message
+def test_a_image_out_of_range_stops_the_run_and_is_named(
+    sample_images, cache, tmp_path, monkeypatch, data, value, message
 ):
     images = torch.rand(3, 3, 8, 8)
-    check_pictures(images, "abc")
+    check_images(images, "abc")
     images[1, 0, 0, 0] = value
-    with pytest.raises(AfterimageError, match=f"picture b holds {message}"):
-        check_pictures(images, "abc")
+    with pytest.raises(AfterimageError, match=f"image b holds {message}"):
+        check_images(images, "abc")
 
-    crops = Pictures.crops
+    crops = ImageSet.crops
 
     def wrong(self, indices, **options):
         found = crops(self, indices, **options)
         found[torch.as_tensor(indices) == 3, 0, 0, 0] = value
         return found
 
-    monkeypatch.setattr(Pictures, "crops", wrong)
+    monkeypatch.setattr(ImageSet, "crops", wrong)
     with pytest.raises(AfterimageError, match=message) as error:
-        train_runs(small_configs(pictures)[0], tmp_path, cache=cache, accelerator="cpu")
+        train_runs(small_configs(sample_images)[0], tmp_path, cache=cache, accelerator="cpu")
     assert data.train.ids[3] in str(error.value)
 
 
-def test_a_test_picture_in_training_stops_the_run(pictures, cache, tmp_path, data, monkeypatch):
+def test_a_test_image_in_training_stops_the_run(sample_images, cache, tmp_path, data, monkeypatch):
     check_split(data)
-    test = Pictures(["new", "same"], [data.test.content[0], data.train.content[5]], data.test.blob, 32)
+    test = ImageSet(["new", "same"], [data.test.content[0], data.train.content[5]], data.test.blob, 32)
     leaking = replace(data, test=test)
-    with pytest.raises(
-        AfterimageError, match=f"test picture same is also training picture {data.train.ids[5]}"
-    ):
+    with pytest.raises(AfterimageError, match=f"test image same is also training image {data.train.ids[5]}"):
         check_split(leaking)
-    with pytest.raises(AfterimageError, match="is also validation picture"):
+    with pytest.raises(AfterimageError, match="is also validation image"):
         check_split(replace(data, test=data.validation))
     monkeypatch.setattr("afterimage.experiments.queue.load_data", lambda *_, **__: leaking)
     with pytest.raises(AfterimageError, match="would falsify all scores"):
-        train_runs(small_configs(pictures)[0], tmp_path, cache=cache, accelerator="cpu")
+        train_runs(small_configs(sample_images)[0], tmp_path, cache=cache, accelerator="cpu")
 
 
-def test_the_watch_names_source_and_picture():
+def test_the_watch_names_source_and_image():
     watch = FeatureWatch(["a:x", "a:y"])
     maps = [torch.rand(3, 4, 2, 2), torch.rand(3, 8, 1, 1)]
     watch.look(maps, ["one", "two", "three"])
@@ -96,18 +94,18 @@ def test_the_watch_names_source_and_picture():
     maps[1][2, 5] = math.inf
     watch.look(maps, ["four", "five", "six"])
     watch.check("run", [0])
-    with pytest.raises(AfterimageError, match="run: the features of a:y are not finite for picture six"):
+    with pytest.raises(AfterimageError, match="run: the features of a:y are not finite for image six"):
         watch.check("run", [0, 1])
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_nan_in_a_feature_map_ends_the_runs_on_it_and_no_other(
-    pictures, cache, tmp_path, monkeypatch, data, split
+    sample_images, cache, tmp_path, monkeypatch, data, split
 ):
-    configs = small_configs(pictures, augment=False)
+    configs = small_configs(sample_images, augment=False)
     good = train_runs(configs, tmp_path / "good", cache=cache, accelerator="cpu")
-    forward, victim = Encoders.forward, getattr(data, split)
-    colour = victim.crops([0]).mean((2, 3))  # no other picture has it
+    forward, victim = MultiEncoder.forward, getattr(data, split)
+    colour = victim.crops([0]).mean((2, 3))  # no other image has it
 
     def broken(self, images):
         features = forward(self, images)
@@ -117,7 +115,7 @@ def test_a_nan_in_a_feature_map_ends_the_runs_on_it_and_no_other(
                 features[i] = torch.where(hit[:, None, None, None], math.nan, features[i])
         return features
 
-    monkeypatch.setattr(Encoders, "forward", broken)
+    monkeypatch.setattr(MultiEncoder, "forward", broken)
     failures = []
     runs = train_runs(configs, tmp_path / "bad", cache=cache, accelerator="cpu", failures=failures)
     assert [run.state for run in runs] == ["done", "failed", "failed"] and len(failures) == 2
@@ -127,13 +125,13 @@ def test_a_nan_in_a_feature_map_ends_the_runs_on_it_and_no_other(
 
 
 def test_near_duplicates_are_reported(tmp_path, cache):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     for name in ("train", "test"):
         (folder / name).mkdir(parents=True)
     for i in range(12):
-        some_picture(i, 80, 60).save(folder / "train" / f"{i:02}.png")
-    some_picture(40, 80, 60).save(folder / "test" / "new.png")
-    some_picture(3, 80, 60).save(folder / "test" / "again.jpg", quality=60)
+        some_image(i, 80, 60).save(folder / "train" / f"{i:02}.png")
+    some_image(40, 80, 60).save(folder / "test" / "new.png")
+    some_image(3, 80, 60).save(folder / "test" / "again.jpg", quality=60)
     Image.fromarray(np.full((60, 80, 3), 90, np.uint8)).save(folder / "test" / "flat.png")
     config = small_configs(folder)[1]
     found = load_data(config.data, cache=cache)
@@ -144,13 +142,13 @@ def test_near_duplicates_are_reported(tmp_path, cache):
     assert run.state == "done" and note in run.summary["notes"]
 
 
-def test_smooth_pictures_of_other_colours_are_no_duplicates(data):
+def test_smooth_images_of_other_colours_are_no_duplicates(data):
     assert near_duplicates(data) == []
 
 
-def test_a_decoder_of_another_encoder_is_refused(pictures, cache, tmp_path):
+def test_a_decoder_of_another_encoder_is_refused(sample_images, cache, tmp_path):
     """Two layers of the same shape: nothing but the file itself tells their decoders apart."""
-    config = small_configs(pictures)[1]
+    config = small_configs(sample_images)[1]
     runs = [
         train_runs(replace(config, sources=(source,)), tmp_path, cache=cache, accelerator="cpu")[0]
         for source in (f"{MODEL}:conv1", f"{MODEL}:act1")

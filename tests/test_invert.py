@@ -19,7 +19,7 @@ SIZE = (6, 6)
 VALUES = 3 * 6 * 6
 
 
-def pictures(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> torch.Tensor:
+def sample_images(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> torch.Tensor:
     return 0.2 + 0.6 * torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -39,7 +39,7 @@ def linear(outputs: int, seed: int = 1):
     ("method", "optimizer"), [("pixels", "lbfgs"), ("pixels", "adam"), ("fourier", "lbfgs")]
 )
 def test_an_invertible_linear_encoder_is_inverted_exactly(method, optimizer):
-    originals, (_, features_of) = pictures(3), linear(VALUES)
+    originals, (_, features_of) = sample_images(3), linear(VALUES)
     config = InvertConfig(method, optimizer, steps=400)
     result = invert(features_of, features_of(originals), SIZE, method=config)
     tolerance = (
@@ -52,7 +52,7 @@ def test_an_invertible_linear_encoder_is_inverted_exactly(method, optimizer):
 
 def test_what_a_linear_encoder_does_not_see_stays_at_the_start():
     matrix, features_of = linear(40)
-    originals, start = pictures(2), 0.4 + 0.2 * pictures(2, seed=5)
+    originals, start = sample_images(2), 0.4 + 0.2 * sample_images(2, seed=5)
     originals = start + (originals - 0.5) / 4
     result = invert(
         features_of, features_of(originals), SIZE, start=start, method=InvertConfig("pixels", steps=120)
@@ -60,7 +60,7 @@ def test_what_a_linear_encoder_does_not_see_stays_at_the_start():
     gap = (originals - start).flatten(1)
     expected = start.flatten(1) + gap @ (torch.linalg.pinv(matrix) @ matrix).T
     inside = (expected > 0).all() and (expected < 1).all()
-    assert inside, "the test's own pictures must not touch the clamp"
+    assert inside, "the test's own images must not touch the clamp"
     torch.testing.assert_close(result.images.flatten(1), expected, atol=2e-4, rtol=0)
 
 
@@ -68,7 +68,7 @@ def test_what_a_linear_encoder_does_not_see_stays_at_the_start():
 def test_fourier_moves_the_unseen_as_a_gaussian_posterior_does(natural):
     """Against x0 + S A' (A S A')^-1 A (x - x0), S the covariance of the corrections."""
     matrix, features_of = linear(30)
-    originals, start = pictures(1), pictures(1, seed=5)
+    originals, start = sample_images(1), sample_images(1, seed=5)
     rings = int(radii(SIZE).max()) + 1
     generator = torch.Generator().manual_seed(3)
     spectrum = (
@@ -97,7 +97,7 @@ def test_fourier_moves_the_unseen_as_a_gaussian_posterior_does(natural):
 
 
 def test_regularisers_against_numpy():
-    images = pictures(2, size=(5, 7))
+    images = sample_images(2, size=(5, 7))
     for image, norm, variation in zip(
         images.numpy(), alpha_norm(images, 6.0), total_variation(images, 1.5), strict=True
     ):
@@ -113,7 +113,7 @@ def test_regularisers_against_numpy():
         assert float(variation) == pytest.approx(total / (35 * 0.005**1.5), rel=1e-4)
 
 
-def test_a_flat_picture_has_no_variation_and_grey_no_norm():
+def test_a_flat_image_has_no_variation_and_grey_no_norm():
     flat = torch.full((1, 3, 4, 4), 0.5)
     assert float(total_variation(flat)) == float(alpha_norm(flat)) == 0
 
@@ -133,10 +133,10 @@ def test_the_objectives_gradient_against_finite_differences():
         maps = torch.tanh(torch.nn.functional.conv2d(images, weight, stride=2))
         return [maps, maps.mean((2, 3), keepdim=True)]
 
-    originals = pictures(2).double()
+    originals = sample_images(2).double()
     config = InvertConfig(tv=0.01, alpha_norm=0.1, beta=1.5)
     objective = Objective(features_of, features_of(originals), config)
-    at = pictures(2, seed=9).double().requires_grad_()
+    at = sample_images(2, seed=9).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda images: objective(images)[0], at)
     with_shift = objective(at, (1, -1))[0]
     assert not torch.allclose(with_shift, objective(at)[0])
@@ -149,9 +149,9 @@ def nonlinear(images):
 
 @pytest.mark.parametrize("method", PARAMETRISATIONS)
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
-def test_a_picture_does_not_depend_on_its_batch(method, optimizer):
+def test_a_image_does_not_depend_on_its_batch(method, optimizer):
     size = (12, 12)
-    originals = pictures(3, size=size)
+    originals = sample_images(3, size=size)
     config = InvertConfig(method, optimizer, steps=12, starts=2)
     together = invert(nonlinear, nonlinear(originals), size, method=config, seed=4)
     begun = invert(
@@ -166,7 +166,7 @@ def test_a_picture_does_not_depend_on_its_batch(method, optimizer):
 
 
 def test_the_seed_decides():
-    originals, config = pictures(1, size=(12, 12)), InvertConfig("pixels", "adam", steps=5, jitter=2)
+    originals, config = sample_images(1, size=(12, 12)), InvertConfig("pixels", "adam", steps=5, jitter=2)
     first, again, other = (
         invert(nonlinear, nonlinear(originals), (12, 12), method=config, seed=seed).images
         for seed in (1, 1, 2)
@@ -176,13 +176,13 @@ def test_the_seed_decides():
 
 def test_of_several_starts_the_nearest_is_kept():
     """A fold: of two starts only the one on the right side reaches the target."""
-    originals = pictures(1)
+    originals = sample_images(1)
     one, many = (
         invert(nonlinear, nonlinear(originals), SIZE, method=InvertConfig(steps=15, starts=k), seed=0)
         for k in (1, 4)
     )
     assert float(many.loss) <= float(one.loss)
-    start = pictures(1, seed=8)
+    start = sample_images(1, seed=8)
     untouched = invert(
         nonlinear,
         nonlinear(start),
@@ -195,11 +195,11 @@ def test_of_several_starts_the_nearest_is_kept():
     )  # the first start is taken without noise, and is perfect
 
 
-def test_the_best_picture_is_kept_and_watched():
-    originals, looks = pictures(2), []
+def test_the_best_image_is_kept_and_watched():
+    originals, looks = sample_images(2), []
     config = InvertConfig("pixels", "adam", steps=30, learning_rate=0.5)  # overshoots
     result = invert(
-        nonlinear, nonlinear(originals), SIZE, method=config, watch=looks.append, milestones=(1, 10)
+        nonlinear, nonlinear(originals), SIZE, method=config, callback=looks.append, milestones=(1, 10)
     )
     assert [look.step for look in looks] == [0, 1, 10, 30]
     losses = torch.stack([look.loss for look in looks])
@@ -239,7 +239,7 @@ def test_the_error_spectrum_is_the_root_of_the_errors_covariance():
     assert spectrum.shape == (int(radii((16, 16)).max()) + 1, 3, 3)
     for root in spectrum[1:]:
         torch.testing.assert_close(root @ root, mix @ mix.T, atol=3e-3, rtol=0)
-    with pytest.raises(AfterimageError, match="no pictures to learn"):
+    with pytest.raises(AfterimageError, match="no images to learn"):
         error_spectrum([])
 
 
@@ -261,7 +261,7 @@ def test_settings_that_make_no_sense_are_errors(settings, message):
 
 
 def test_targets_and_starts_that_do_not_fit_are_errors():
-    originals = pictures(2)
+    originals = sample_images(2)
     targets = nonlinear(originals)
     quick = {"method": InvertConfig(steps=1)}
     with pytest.raises(AfterimageError, match="one feature map or more"):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from some_pictures import write_pictures
+from some_images import write_images
 
-from afterimage.analysis.inversion.invert import Inversion, Look, refine
+from afterimage.analysis.inversion.invert import Inversion, Snapshot, refine
 from afterimage.analysis.inversion.run import curve_steps, from_data, from_files, measure
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
@@ -60,7 +60,7 @@ def test_the_limit_of_a_run(command, run, place):
     rows = read_json(output / "limit.json")
     assert [row["way"] for row in rows] == WAYS
     assert [row["passes"] for row in rows] == [0, 30, 30]
-    assert all(row["pictures"] == 3 and row["seconds_per_picture"] > 0 for row in rows)
+    assert all(row["images"] == 3 and row["seconds_per_image"] > 0 for row in rows)
     decoder, inversion, refined = rows
     assert refined["psnr"] > decoder["psnr"] and refined["psnr"] > inversion["psnr"]
     assert refined["feature_loss"] < inversion["feature_loss"]
@@ -72,14 +72,14 @@ def test_the_limit_of_a_run(command, run, place):
     folder = Run(output / refined["run"])
     summary, scores = folder.summary, folder.scores
     assert (summary["kind"], summary["start"], folder.state) == ("inversion", run.name, "done")
-    assert [p[0] for p in folder.pictures] == [row["id"] for row in scores]
+    assert [p[0] for p in folder.images] == [row["id"] for row in scores]
     assert np.mean([row["psnr"] for row in scores]) == pytest.approx(refined["psnr"])
     curve = read_csv(folder.file("curve.csv"))
     assert {row["step"] for row in curve} == {0, *curve_steps(30)}
     begin = [row["psnr"] for row in curve if row["step"] == 0]
     assert np.mean(begin) == pytest.approx(decoder["psnr"], abs=1e-3)
     assert folder.file("progress.png").exists()
-    assert any("validation pictures" in note for note in summary["notes"])
+    assert any("validation images" in note for note in summary["notes"])
 
     before = folder.file("summary.json").stat().st_mtime_ns
     assert command("--run", run.path, "--limit", 3, "--steps", 30, "--output", output)[0] == 0
@@ -96,7 +96,7 @@ def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
     curve = read_csv(folder.file("curve.csv"))
     for point in curve:
         point["psnr"] = row["psnr"] + (2.5 if point["step"] == 2 else 0)
-    curve[0]["psnr"] += 4  # of one picture: their mean counts
+    curve[0]["psnr"] += 4  # of one image: their mean counts
     write_csv(folder.file("curve.csv"), curve)
     code, out, _ = command(*options)
     assert (
@@ -160,8 +160,8 @@ def test_the_table_of_a_folder_holds_all_its_inversions(command, run, place):
     assert sorted(row["passes"] for row in rows) == [0, 2, 4]
 
 
-def test_ones_own_pictures_through_several_layers(command, place):
-    paths = write_pictures(place / "own", 2)
+def test_ones_own_images_through_several_layers(command, place):
+    paths = write_images(place / "own", 2)
     output = place / "plain"
     layers = [SOURCE, "test_resnet.r160_in1k:layer2"]
     options = [
@@ -179,14 +179,14 @@ def test_ones_own_pictures_through_several_layers(command, place):
     code, out, err = command(*paths, *layers, *options, "--starts", 2, "--output", output)
     assert code == 0, err
     (row,) = read_json(output / "limit.json")
-    assert row["way"] == "inversion" and row["sources"] == " + ".join(layers) and row["pictures"] == 2
+    assert row["way"] == "inversion" and row["sources"] == " + ".join(layers) and row["images"] == 2
     assert row["weights"] == "random"
     assert all(f"{path}: PSNR" in out for path in paths)
     assert Run(output / row["run"]).summary["data"]["source"] == "files"
 
 
-def test_ones_own_picture_from_a_decoder(command, run, place):
-    (path,) = write_pictures(place / "one", 1)
+def test_ones_own_image_from_a_decoder(command, run, place):
+    (path,) = write_images(place / "one", 1)
     code, _, err = command(
         path, "--run", run.path, "--steps", 3, "--refine-only", "--output", place / "one-out"
     )
@@ -194,17 +194,17 @@ def test_ones_own_picture_from_a_decoder(command, run, place):
     rows = read_json(place / "one-out" / "limit.json")
     assert [row["way"] for row in rows] == ["decoder", "refined"]
     notes = Run(place / "one-out" / rows[1]["run"]).summary["notes"]
-    assert any("spectrum of natural pictures" in note for note in notes)
+    assert any("spectrum of natural images" in note for note in notes)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give pictures and layers"),
+        ((), "give images and layers"),
         (("nothing.png", SOURCE), "nothing.png"),
-        ((SOURCE,), "give pictures and layers"),
+        ((SOURCE,), "give images and layers"),
         ((SOURCE, "--run", "RUN"), "with --run the layers are the run's own"),
-        (("a.png", SOURCE, "--data", "photographs"), "picture files or --data, not both"),
+        (("a.png", SOURCE, "--data", "photographs"), "image files or --data, not both"),
         ((SOURCE, "--data", "photographs", "--method", "waves"), "unknown inversion method"),
         (("--run", "nowhere"), "not a run folder"),
     ],
@@ -216,9 +216,9 @@ def test_mistakes_are_one_message(command, arguments, message):
 
 def test_refining_starts_at_the_decoders_answer(run, place):
     reconstructor = load_reconstructor(run)
-    images = from_data(run.config.data, cache=place / "cache").pictures.crops([0, 1])
+    images = from_data(run.config.data, cache=place / "cache").images.crops([0, 1])
     looks = []
-    result = refine(reconstructor, images, steps=8, watch=looks.append)
+    result = refine(reconstructor, images, steps=8, callback=looks.append)
     torch.testing.assert_close(looks[0].images, reconstructor.reconstruct(images))
     assert (result.loss < looks[0].loss).all()
     features = reconstructor.encoders(images)[0]
@@ -227,22 +227,22 @@ def test_refining_starts_at_the_decoders_answer(run, place):
 
 
 def test_measuring_counts_the_search_alone(place):
-    given = from_files(write_pictures(place / "measured", 5), resize=36, crop=32)
+    given = from_files(write_images(place / "measured", 5), resize=36, crop=32)
 
-    def search(images, *, watch, milestones, progress):
+    def search(images, *, callback, milestones, progress):
         worse = (images * 0.5).clamp(0, 1)
         loss = torch.arange(float(len(images)))
-        watch(Look(0, 0.0, worse, loss + 1))
-        watch(Look(milestones[-1], 2.0, images, loss))
+        callback(Snapshot(0, 0.0, worse, loss + 1))
+        callback(Snapshot(milestones[-1], 2.0, images, loss))
         return Inversion(images, loss, 4.0)
 
-    measured = measure(search, given.pictures, Metrics(size=32), 6, batch_size=4)
+    measured = measure(search, given.images, Metrics(size=32), 6, batch_size=4)
     assert measured.seconds == pytest.approx(8 / 5)  # two batches of 4 seconds
     assert [row["psnr"] for row in measured.rows] == [100.0] * 5
     assert [row["feature_loss"] for row in measured.rows] == [0, 1, 2, 3, 0]
     first = [row for row in measured.curve if row["step"] == 0]
-    assert [row["id"] for row in first] == given.pictures.ids
-    images = given.pictures.crops(range(5))
+    assert [row["id"] for row in first] == given.images.ids
+    images = given.images.crops(range(5))
     np.testing.assert_allclose([row["psnr"] for row in first], psnr(images * 0.5, images), rtol=1e-5)
 
 

@@ -22,10 +22,12 @@ BUG = RuntimeError("a bug in\nsomebody's code")
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, cache, tmp_path_factory):
+def whole(sample_images, cache, tmp_path_factory):
     """The results of the runs beside which nothing fails."""
     root = tmp_path_factory.mktemp("whole")
-    return [result(run) for run in train_runs(small_configs(pictures), root, cache=cache, accelerator="cpu")]
+    return [
+        result(run) for run in train_runs(small_configs(sample_images), root, cache=cache, accelerator="cpu")
+    ]
 
 
 @pytest.fixture
@@ -49,9 +51,9 @@ def check_failed(run, failures, error):
     assert not list(run.path.glob("lock*"))
 
 
-def beside(pictures, **changes):
+def beside(sample_images, **changes):
     """A run that is trained together with the small ones."""
-    return replace(small_configs(pictures)[0], **changes)
+    return replace(small_configs(sample_images)[0], **changes)
 
 
 DECODER_BUGS = [
@@ -72,26 +74,26 @@ DECODER_BUGS = [
 ]
 
 
-def test_whatever_raises_in_a_run_ends_that_run(go, pictures, whole, monkeypatch):
+def test_whatever_raises_in_a_run_ends_that_run(go, sample_images, whole, monkeypatch):
     """Decoders, a fusion and a loss, at every moment of a run, all trained together with three that are sound."""
     broken = []
     for number, (make, when, error) in enumerate(DECODER_BUGS):
         monkeypatch.setitem(DECODERS, f"broken{number}", make(when, error))
-        broken.append((beside(pictures, decoder=DecoderConfig(f"broken{number}")), error))
+        broken.append((beside(sample_images, decoder=DecoderConfig(f"broken{number}")), error))
     sources = (f"{MODEL}:layer1", f"{MODEL}:layer2")
     for when in ("step", "validation", "test"):
         monkeypatch.setitem(FUSIONS, f"broken {when}", fusion(when, BUG))
         broken.append(
-            (beside(pictures, sources=sources, fusion=FusionConfig(f"broken {when}", channels=8)), BUG)
+            (beside(sample_images, sources=sources, fusion=FusionConfig(f"broken {when}", channels=8)), BUG)
         )
     stacked = fusion("solve", BUG)
     monkeypatch.setitem(FUSIONS, "stacked", stacked)
     monkeypatch.setattr("afterimage.models.fusion.StackedFusion", stacked)
-    broken.append((beside(pictures, sources=sources, fusion=FusionConfig("stacked")), BUG))
+    broken.append((beside(sample_images, sources=sources, fusion=FusionConfig("stacked")), BUG))
     monkeypatch.setitem(LOSSES, "l1", loss(BUG))
-    broken.append((small_configs(pictures, loss="l1")[0], BUG))
+    broken.append((small_configs(sample_images, loss="l1")[0], BUG))
 
-    first, *others = small_configs(pictures)
+    first, *others = small_configs(sample_images)
     runs, failures = go(first, *(config for config, _ in broken), *others)
     assert [result(run) for run in (runs[0], *runs[-2:])] == whole
     assert len(failures) == len(broken)
@@ -100,20 +102,22 @@ def test_whatever_raises_in_a_run_ends_that_run(go, pictures, whole, monkeypatch
 
 
 @pytest.mark.parametrize("options", [{}, {"build": True}, {"above": 1}], ids=["at once", "built", "batches"])
-def test_encoders_that_raise_end_the_rows_that_read_that_layer(go, pictures, whole, monkeypatch, options):
+def test_encoders_that_raise_end_the_rows_that_read_that_layer(
+    go, sample_images, whole, monkeypatch, options
+):
     """Also where the images alone make them raise, which no trial on one image shows."""
     error = IndexError("index 5 is out of bounds")
     break_encoders(monkeypatch, "layer2", error, **options)
     said = []
     (broken, *others), failures = go(
-        *small_configs(pictures), progress=lambda what, *_, **__: said.append(what)
+        *small_configs(sample_images), progress=lambda what, *_, **__: said.append(what)
     )
     assert [result(run) for run in others] == whole[1:]
     check_failed(broken, failures, error)
     assert sum("tried alone" in line for line in said) == 1
 
 
-def test_encoders_that_raise_at_the_test_images_end_one_row(go, pictures, whole, monkeypatch):
+def test_encoders_that_raise_at_the_test_images_end_one_row(go, sample_images, whole, monkeypatch):
     """After training, from whose checkpoints the others go on."""
     from afterimage.experiments.joint_run import Group
 
@@ -125,21 +129,21 @@ def test_encoders_that_raise_at_the_test_images_end_one_row(go, pictures, whole,
             measure(self, members)
 
     monkeypatch.setattr(Group, "_measure", measuring)
-    (broken, *others), failures = go(*small_configs(pictures))
+    (broken, *others), failures = go(*small_configs(sample_images))
     assert [result(run) for run in others] == whole[1:]
     check_failed(broken, failures, BUG)
 
 
-def test_an_unknown_layer_ends_its_own_row_with_its_own_message(go, pictures, whole):
-    unknown = beside(pictures, sources=(f"{MODEL}:nolayer",))
-    runs, failures = go(unknown, *small_configs(pictures))
+def test_an_unknown_layer_ends_its_own_row_with_its_own_message(go, sample_images, whole):
+    unknown = beside(sample_images, sources=(f"{MODEL}:nolayer",))
+    runs, failures = go(unknown, *small_configs(sample_images))
     assert [result(run) for run in runs[1:]] == whole
     (error,) = failures
     assert not isinstance(error, Unexpected) and unknown.name in str(error)
     assert "nolayer" in runs[0].status["error"] and "layer1" in runs[0].status["error"]
 
 
-def test_weights_that_reach_one_layer_only_end_the_deeper_rows(go, pictures, tmp_path):
+def test_weights_that_reach_one_layer_only_end_the_deeper_rows(go, sample_images, tmp_path):
     import timm
     from safetensors.torch import save_file
 
@@ -147,14 +151,14 @@ def test_weights_that_reach_one_layer_only_end_the_deeper_rows(go, pictures, tmp
     reached = ("conv1", "bn1", "layer1")
     file = tmp_path / "part.safetensors"
     save_file({key: value for key, value in state.items() if key.startswith(reached)}, file)
-    deep, *shallow = (replace(config, weights=str(file)) for config in small_configs(pictures))
+    deep, *shallow = (replace(config, weights=str(file)) for config in small_configs(sample_images))
     runs, failures = go(deep, replace(deep, sources=(f"{MODEL}:layer3",)), *shallow)
     assert [run.state for run in runs] == ["failed", "failed", "done", "done"]
     assert len(failures) == 2 and all("lacks layer2" in str(error) for error in failures)
     assert [run.name in str(error) for run, error in zip(runs, failures, strict=False)] == [True, True]
 
 
-def test_weights_that_are_missing_are_looked_for_once_more_and_end_all_rows(go, pictures, monkeypatch):
+def test_weights_that_are_missing_are_looked_for_once_more_and_end_all_rows(go, sample_images, monkeypatch):
     """Where there is no network each question takes its time."""
     import afterimage.models.encoders.encoder
 
@@ -166,7 +170,7 @@ def test_weights_that_are_missing_are_looked_for_once_more_and_end_all_rows(go, 
 
     for module in (jobs, afterimage.models.encoders.encoder):
         monkeypatch.setattr(module, "find_weights", nothing)
-    configs = [replace(config, weights="pretrained") for config in small_configs(pictures)]
+    configs = [replace(config, weights="pretrained") for config in small_configs(sample_images)]
     unknown = replace(configs[0], sources=(f"{MODEL}:nolayer",))
     runs, failures = go(*configs, unknown)
     assert {run.state for run in runs} == {"failed"} and len(asked) <= 2
@@ -174,7 +178,7 @@ def test_weights_that_are_missing_are_looked_for_once_more_and_end_all_rows(go, 
     assert "nolayer" in runs[3].status["error"] and len(failures) == 2
 
 
-def test_images_that_cannot_be_had_end_their_runs_and_no_others(go, pictures, whole, monkeypatch):
+def test_images_that_cannot_be_had_end_their_runs_and_no_others(go, sample_images, whole, monkeypatch):
     load = jobs.load_data
 
     def loading(config, **options):
@@ -183,25 +187,25 @@ def test_images_that_cannot_be_had_end_their_runs_and_no_others(go, pictures, wh
         return load(config, **options)
 
     monkeypatch.setattr(jobs, "load_data", loading)
-    first = small_configs(pictures)[0]
+    first = small_configs(sample_images)[0]
     config = replace(first, data=replace(first.data, resize=40))
-    (broken, *others), failures = go(config, *small_configs(pictures))
+    (broken, *others), failures = go(config, *small_configs(sample_images))
     assert [result(run) for run in others] == whole
     check_failed(broken, failures, KeyError("a column"))
 
 
-def test_a_folder_that_cannot_be_read_ends_its_own_run(go, pictures, whole, tmp_path):
-    first = small_configs(pictures)[0]
+def test_a_folder_that_cannot_be_read_ends_its_own_run(go, sample_images, whole, tmp_path):
+    first = small_configs(sample_images)[0]
     damaged = Run.create(tmp_path / "runs", replace(first, seed=9))
     damaged.file("status.json").write_text("{")
-    runs, failures = go(replace(first, seed=9), *small_configs(pictures))
+    runs, failures = go(replace(first, seed=9), *small_configs(sample_images))
     assert [result(run) for run in runs[1:]] == whole
     (error,) = failures
     assert "status.json" in str(error) and damaged.file("status.json").read_text() == "{"
 
 
-def test_a_run_that_failed_is_tried_again_and_leaves_no_traceback(go, pictures, whole, monkeypatch):
-    first = small_configs(pictures)[0]
+def test_a_run_that_failed_is_tried_again_and_leaves_no_traceback(go, sample_images, whole, monkeypatch):
+    first = small_configs(sample_images)[0]
     with monkeypatch.context() as patch:
         patch.setitem(DECODERS, "transposed", decoder("step 6", BUG, DECODERS["transposed"]))
         (run,), failures = go(first)
@@ -210,7 +214,7 @@ def test_a_run_that_failed_is_tried_again_and_leaves_no_traceback(go, pictures, 
     assert not failures and result(run) == whole[0] and not run.file(TRACEBACK).exists()
 
 
-def test_what_progress_raises_is_the_callers_own(go, pictures):
+def test_what_progress_raises_is_the_callers_own(go, sample_images):
     class Enough(Exception):
         pass
 
@@ -218,15 +222,15 @@ def test_what_progress_raises_is_the_callers_own(go, pictures):
         if what == "training":
             raise Enough
 
-    configs = small_configs(pictures)
+    configs = small_configs(sample_images)
     with pytest.raises(Enough):
         go(*configs, progress=progress)
 
 
-def test_without_a_list_the_first_failure_is_raised(go, pictures, monkeypatch):
+def test_without_a_list_the_first_failure_is_raised(go, sample_images, monkeypatch):
     monkeypatch.setitem(DECODERS, "broken", decoder("step", BUG))
     with pytest.raises(Unexpected, match="RuntimeError: a bug in somebody's code") as caught:
-        go(beside(pictures, decoder=DecoderConfig("broken")), failures=None)
+        go(beside(sample_images, decoder=DecoderConfig("broken")), failures=None)
     assert caught.value.__cause__ is BUG
 
 
@@ -262,9 +266,9 @@ def test_what_frames_hold_is_let_go():
 
 
 @pytest.mark.slow
-def test_ranks_agree_on_what_one_of_them_raises(pictures, cache, tmp_path, whole):
+def test_ranks_agree_on_what_one_of_them_raises(sample_images, cache, tmp_path, whole):
     """A step on one rank only: the run ends on both, and the others are trained as without it."""
-    configs = small_configs(pictures)
+    configs = small_configs(sample_images)
     failing = replace(configs[0], seed=configs[0].seed, decoder=DecoderConfig("wavelet"))
     said = tmp_path / "said"
     codes = run_ranks(2, train_ranks, [*configs, failing], tmp_path / "runs", cache, hurt=stumble, said=said)
@@ -278,8 +282,8 @@ def test_ranks_agree_on_what_one_of_them_raises(pictures, cache, tmp_path, whole
 
 
 @pytest.mark.slow
-def test_ranks_agree_on_which_encoders_fail(pictures, cache, tmp_path):
-    configs = small_configs(pictures)
+def test_ranks_agree_on_which_encoders_fail(sample_images, cache, tmp_path):
+    configs = small_configs(sample_images)
     codes = run_ranks(2, train_ranks, configs, tmp_path / "runs", cache, hurt=break_an_encoder)
     assert codes == [1, 1]
     runs = [Run(tmp_path / "runs" / config.name) for config in configs]

@@ -8,11 +8,11 @@ from stand_ins import decoder
 from test_audit import HERE, no_lpips  # noqa: F401
 
 from afterimage.analysis.audit import run
-from afterimage.analysis.audit.attackers import Attack
+from afterimage.analysis.audit.attackers import AttackTrainer
 from afterimage.analysis.audit.defences.chain import DEFENCES
 from afterimage.analysis.audit.defences.reduce import PCA
 from afterimage.analysis.audit.run import run_audit
-from afterimage.analysis.audit.target import Subject
+from afterimage.analysis.audit.target import AuditTarget
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, RecipeConfig
 from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
@@ -162,14 +162,14 @@ def test_a_layer_that_is_not_there_ends_itself_alone(whole, cache, tmp_path):
 
 
 def test_a_layer_whose_encoder_raises_ends_itself_alone(whole, cache, tmp_path, monkeypatch):
-    encoder = Subject.encoder
+    encoder = AuditTarget.encoder
 
     def raising(self, layer):
         if layer == "first":
             raise BUG
         return encoder(self, layer)
 
-    monkeypatch.setattr(Subject, "encoder", raising)
+    monkeypatch.setattr(AuditTarget, "encoder", raising)
     results, _ = check(
         CONFIG,
         tmp_path,
@@ -202,14 +202,14 @@ def test_costs_that_raise_leave_what_leaks(whole, cache, tmp_path, monkeypatch):
 
 
 def test_test_images_that_one_attacker_cannot_take_end_it_alone(whole, cache, tmp_path, monkeypatch):
-    test = Attack.test
+    test = AttackTrainer.test
 
     def raising(self, *arguments):
         if any("wavelet on none of" in member.name for member in self.members):
             raise BUG
         return test(self, *arguments)
 
-    monkeypatch.setattr(Attack, "test", raising)
+    monkeypatch.setattr(AttackTrainer, "test", raising)
     check(
         CONFIG, tmp_path, cache, whole,
         without=lambda layer, defence, by: (defence, by) == ("none", "wavelet"),
@@ -221,8 +221,8 @@ def test_one_who_sees_nothing_and_raises_ends_themselves_alone(whole, cache, tmp
     def raising(*arguments):
         raise BUG
 
-    monkeypatch.setattr(run, "mean_picture", raising)
-    check(CONFIG, tmp_path, cache, whole, without=lambda *key: False, names=["no features, 30 pictures: "])
+    monkeypatch.setattr(run, "mean_image", raising)
+    check(CONFIG, tmp_path, cache, whole, without=lambda *key: False, names=["no features, 30 images: "])
 
 
 def test_a_damaged_cell_is_told_and_not_within_limits(whole, cache, tmp_path):

@@ -1,4 +1,4 @@
-"""A study of which a row, a reference line, a part of the controls or a run fails goes on without it."""
+"""A study of which a row, a baseline, a part of the controls or a run fails goes on without it."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, FusionConfig, RecipeConfig, dump_toml
 from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.evaluation import baselines as references
-from afterimage.evaluation.baselines import run_references
+from afterimage.evaluation.baselines import run_baselines
 from afterimage.experiments.study import FAILURES, expand, run_study
 from afterimage.models.decoders import DECODERS
 from afterimage.runs.failures import TRACEBACK
@@ -114,7 +114,7 @@ def test_a_reference_line_that_raises_ends_itself_alone(whole, cache, tmp_path, 
     assert broken.name in str(error) and "a bug in somebody's code" in str(error) and "\n" not in str(error)
     assert "in raising" in broken.file(TRACEBACK).read_text() and not list(tmp_path.rglob("lock.*"))
     monkeypatch.undo()
-    again = run_references(DATA, tmp_path, lpips="squeeze", cache=cache)
+    again = run_baselines(DATA, tmp_path, lpips="squeeze", cache=cache)
     assert {run.state for run in again} == {"done"} and not broken.file(TRACEBACK).exists()
 
 
@@ -145,11 +145,14 @@ def test_a_part_of_the_controls_that_raises_ends_itself_alone(whole, cache, tmp_
     assert "rate of " + runs[0].name in str(error) and "\n" not in str(error)
     assert "in adding" in runs[0].file(f"rate.{TRACEBACK}").read_text()
     files = [sorted(path.name for path in run.path.glob("*.json")) for run in runs]
-    assert set(files[1]) - set(files[0]) == {"rate.json"} and set(files[1]) >= {"controls.json", "lost.json"}
+    assert set(files[1]) - set(files[0]) == {"rate_distortion.json"} and set(files[1]) >= {
+        "controls.json",
+        "error_breakdown.json",
+    }
     assert {run.state for run in runs} == {"done"}
     monkeypatch.undo()
     assert not run_controls(runs, cache=cache, accelerator="cpu")
-    assert runs[0].file("rate.json").exists() and not runs[0].file(f"rate.{TRACEBACK}").exists()
+    assert runs[0].file("rate_distortion.json").exists() and not runs[0].file(f"rate.{TRACEBACK}").exists()
 
 
 def test_controls_of_a_run_that_cannot_be_opened_end_themselves_alone(cache, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from children import (
     hold,
     result,
     small_configs,
-    small_pictures,
+    small_images,
     study_child,
     take_turns,
     train_child,
@@ -216,8 +216,8 @@ def test_what_failed_elsewhere_just_now_is_not_tried_again(tmp_path):
     """The lock is held when first asked for; when it comes free, the run has failed."""
     from afterimage import train_runs
 
-    pictures = small_pictures(tmp_path / "pictures")
-    config = small_configs(pictures)[0]
+    sample_images = small_images(tmp_path / "images")
+    config = small_configs(sample_images)[0]
     run = Run.create(tmp_path / "runs", config)
     lock = Lock(run.path)
     assert lock.acquire()

@@ -61,19 +61,19 @@ def test_pixel_losses_agree_with_torch(text, torch_loss, images):
     value = loss(*images)
     assert value.shape == () and value.dtype == torch.float32
     torch.testing.assert_close(value, torch_loss(*images))
-    per_picture = loss.per_picture(*images)
+    per_image = loss.per_image(*images)
     expected = torch.stack([torch_loss(p, t) for p, t in zip(*images, strict=True)])
-    torch.testing.assert_close(per_picture, expected)
+    torch.testing.assert_close(per_image, expected)
 
 
 def test_mse_is_what_psnr_counts(images):
-    torch.testing.assert_close(-10 * MSE().per_picture(*images).log10(), psnr(*images))
+    torch.testing.assert_close(-10 * MSE().per_image(*images).log10(), psnr(*images))
 
 
 def test_a_weighted_sum_is_the_sum_of_its_weighted_losses(images):
     loss = create_loss("0.25*mse + 3*l1")
-    expected = 0.25 * MSE().per_picture(*images) + 3 * L1().per_picture(*images)
-    torch.testing.assert_close(loss.per_picture(*images), expected)
+    expected = 0.25 * MSE().per_image(*images) + 3 * L1().per_image(*images)
+    torch.testing.assert_close(loss.per_image(*images), expected)
     torch.testing.assert_close(loss(*images), expected.mean())
     torch.testing.assert_close(create_loss("2*mse")(*images), 2 * MSE()(*images))
 
@@ -103,7 +103,7 @@ def test_lpips_loss_is_lpips_and_gives_gradients_to_the_prediction_alone(weights
     lpips = LPIPS("squeeze", weights_folder / SQUEEZE)(prediction, target)
     torch.testing.assert_close(value, 0.5 * F.mse_loss(prediction, target) + 0.5 * lpips.mean())
     only = create_loss("lpips", lpips_net="squeeze", lpips_weights=weights_folder)
-    torch.testing.assert_close(only.per_picture(prediction, target), lpips)
+    torch.testing.assert_close(only.per_image(prediction, target), lpips)
     only(prediction, target).backward()
     assert prediction.grad.isfinite().all() and prediction.grad.abs().sum() > 0
     assert target.grad is None

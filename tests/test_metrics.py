@@ -20,7 +20,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def smooth(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Pictures with structure: flat and textured places, values that reach both ends of [0, 1]."""
+    """Images with structure: flat and textured places, values that reach both ends of [0, 1]."""
     small = noise(batch, 3, 6, 6, seed=seed) * 1.6 - 0.3
     return F.interpolate(small, (height, width), mode="bicubic").clamp(0, 1)
 
@@ -83,7 +83,7 @@ def test_known_values():
     assert ssim(grey, darker).item() == pytest.approx((2 * 0.3 + 1e-4) / (0.61 + 1e-4), abs=1e-6)
 
 
-def test_identical_pictures_are_finite_and_pass_through_json():
+def test_identical_images_are_finite_and_pass_through_json():
     images = smooth(2, 20, 20)
     scores = {"psnr": psnr(images, images).tolist(), "ssim": ssim(images, images).tolist()}
     assert json.loads(json.dumps(scores, allow_nan=False)) == {"psnr": [PSNR_CAP] * 2, "ssim": [1.0] * 2}
@@ -112,7 +112,7 @@ def test_symmetric_and_bounded(seed, amount):
 
 @given(seeds, amounts, st.permutations(range(3)))
 @settings(max_examples=25, deadline=None)
-def test_a_picture_scores_the_same_in_any_company(seed, amount, order):
+def test_a_image_scores_the_same_in_any_company(seed, amount, order):
     prediction, target = pair(seed, amount)
     for metric in (psnr, ssim):
         values = metric(prediction, target)
@@ -125,7 +125,7 @@ def test_a_picture_scores_the_same_in_any_company(seed, amount, order):
 
 @given(seeds, amounts, st.sampled_from([(-1,), (-2,), (-2, -1)]))
 @settings(max_examples=15, deadline=None)
-def test_flipping_both_pictures_changes_nothing(seed, amount, axes):
+def test_flipping_both_images_changes_nothing(seed, amount, axes):
     prediction, target = pair(seed, amount)
     for metric in (psnr, ssim):
         flipped = metric(prediction.flip(axes), target.flip(axes))
@@ -155,17 +155,17 @@ def with_value(value: float) -> torch.Tensor:
 @pytest.mark.parametrize("metric", [psnr, ssim])
 def test_not_finite_raises(metric, value):
     with pytest.raises(
-        AfterimageError, match="prediction: picture 1 of the batch holds values that are not finite"
+        AfterimageError, match="prediction: image 1 of the batch holds values that are not finite"
     ):
         metric(with_value(value), GOOD)
-    with pytest.raises(AfterimageError, match="target: picture 1"):
+    with pytest.raises(AfterimageError, match="target: image 1"):
         metric(GOOD, with_value(value))
 
 
 @pytest.mark.parametrize("value", [-1e-5, 1 + 1e-5, 255.0, -2.1])
 @pytest.mark.parametrize("metric", [psnr, ssim])
 def test_outside_the_range_raises(metric, value):
-    with pytest.raises(AfterimageError, match=r"picture 1 .* pictures lie in \[0, 1\]"):
+    with pytest.raises(AfterimageError, match=r"image 1 .* images lie in \[0, 1\]"):
         metric(with_value(value), GOOD)
 
 
@@ -242,7 +242,7 @@ def test_lpips_agrees_with_the_reference(lpips_pair):
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_lpips_is_a_symmetric_distance_per_picture(lpips_pair):
+def test_lpips_is_a_symmetric_distance_per_image(lpips_pair):
     ours, _ = lpips_pair
     target = smooth(3, 40, 40)
     prediction = damaged(target, 0.5)
@@ -255,7 +255,7 @@ def test_lpips_is_a_symmetric_distance_per_picture(lpips_pair):
         torch.testing.assert_close(ours(prediction[:1], target[:1]), values[:1])
 
 
-def test_lpips_takes_its_smallest_picture_and_refuses_smaller(lpips_pair):
+def test_lpips_takes_its_smallest_image_and_refuses_smaller(lpips_pair):
     ours, _ = lpips_pair
     size = LPIPS_SMALLEST[ours.net]
     assert ours(noise(1, 3, size, size), noise(1, 3, size, size, seed=1)).isfinite().all()
@@ -344,7 +344,7 @@ def test_without_weights_lpips_is_unavailable_and_never_a_number(no_weights):
     json.dumps([scores, status], allow_nan=False)
 
 
-def test_lpips_is_unavailable_for_pictures_known_to_be_too_small(no_weights):
+def test_lpips_is_unavailable_for_images_known_to_be_too_small(no_weights):
     save_file(random_features("alex"), no_weights / "alexnet.torchvision.safetensors")
     assert Metrics("alex", size=31).lpips_status["available"]
     small = Metrics("alex", size=30)
@@ -373,5 +373,5 @@ def test_metrics_are_the_three_functions(no_weights):
         assert scores["ssim"] == pytest.approx(ssim(prediction, target).tolist(), abs=1e-6)
         assert scores["lpips"] == pytest.approx(metrics.lpips(prediction, target).tolist(), abs=1e-6)
     assert metrics(second, target) == both[1]
-    with pytest.raises(AfterimageError, match="prediction: picture 0"):
+    with pytest.raises(AfterimageError, match="prediction: image 0"):
         metrics(first * 3, target)

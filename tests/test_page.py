@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from page_in_browser import FINDING, HOSTILE, rename_pictures
+from page_in_browser import FINDING, HOSTILE, rename_images
 from PIL import Image
-from report_study import REFERENCES, RESNET, picture, write_run, write_study
+from report_study import BASELINES, RESNET, sample_image, write_run, write_study
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.report.page import images as album
@@ -46,7 +46,7 @@ class Parsed(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def originals():
-    return [picture(seed) for seed in range(6)]
+    return [sample_image(seed) for seed in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_says_what_it_holds(runs, tmp_path):
         "Always.",
         "supported",
         "All steps fall.",
-        REFERENCES["mean"][0],
+        BASELINES["mean"][0],
         "not finite at step 7",
     ):
         assert words in text
@@ -112,18 +112,20 @@ def test_says_what_it_holds(runs, tmp_path):
 
 def test_names_stay_text(runs, tmp_path):
     for run in runs:
-        rename_pictures(run, HOSTILE)
+        rename_images(run, HOSTILE)
     run = write_run(
         tmp_path / "runs", "x", HOSTILE[0], "linear", sources=(f"{HOSTILE[0]}:{HOSTILE[1]}",), notes=HOSTILE
     )
-    rename_pictures(run, HOSTILE) if run.pictures else None
+    rename_images(run, HOSTILE) if run.images else None
     finding = {"title": HOSTILE[0], "verdict": HOSTILE[1], "rule": HOSTILE[2], "paragraphs": HOSTILE}
-    honest = Parsed(write_page(runs, tmp_path / "honest.html", title="t", findings=[FINDING]))
+    without_random_controls = Parsed(
+        write_page(runs, tmp_path / "honest.html", title="t", findings=[FINDING])
+    )
     page = Parsed(write_page([*runs, run], tmp_path / "page.html", title=HOSTILE[2], findings=[finding]))
-    count = [sum(tag == "script" for tag, _ in p.elements) for p in (honest, page)]
+    count = [sum(tag == "script" for tag, _ in p.elements) for p in (without_random_controls, page)]
     assert count[0] == count[1]
     assert not [a for tag, a in page.elements if tag == "img" or a.get("onerror") or a.get("onload")]
-    assert [p["id"] for p in page.data["data"]["pictures"][:3]] == list(HOSTILE), (
+    assert [p["id"] for p in page.data["data"]["images"][:3]] == list(HOSTILE), (
         "the data keeps the names as they are"
     )
     assert all(name in page.text for name in HOSTILE)
@@ -131,59 +133,63 @@ def test_names_stay_text(runs, tmp_path):
 
 def test_small_studies_embed_the_files_themselves(runs, tmp_path):
     page = Parsed(write_page(runs, tmp_path / "page.html", title="t"))
-    position = page.data["data"]["pictures"][2]["runs"][-1]
-    uri = page.data["picture-2"]["runs"][str(position)]
+    position = page.data["data"]["images"][2]["runs"][-1]
+    uri = page.data["image-2"]["runs"][str(position)]
     by_name = {entry["name"]: i for i, entry in enumerate(page.data["data"]["runs"])}
     run = next(run for run in runs if run.summary["reference"] == "thumbnail-28")
     assert position == by_name[run.summary["label"]]
-    assert base64.b64decode(uri.removeprefix("data:image/png;base64,")) == run.pictures[2][2].read_bytes()
+    assert base64.b64decode(uri.removeprefix("data:image/png;base64,")) == run.images[2][2].read_bytes()
     assert "the run folders’ own files" in page.text
 
 
 def test_larger_studies_are_reencoded_and_say_so(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(album, "EXACT_BYTES", 0)
     page = Parsed(write_page(runs, tmp_path / "page.html", title="t"))
-    uris = [uri for i in range(6) for uri in page.data[f"picture-{i}"]["runs"].values()]
+    uris = [uri for i in range(6) for uri in page.data[f"image-{i}"]["runs"].values()]
     assert sum(uri.startswith("data:image/webp;base64,") for uri in uris) > 40
     assert "WebP copies (quality 90)" in page.text and "do not measure here" in page.text
     assert "embedded, to keep this file small" not in page.text
 
 
-def test_too_many_pictures_are_left_out_and_the_page_says_so(runs, tmp_path, monkeypatch):
+def test_too_many_images_are_left_out_and_the_page_says_so(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(album, "EXACT_BYTES", 0)
     whole = write_page(runs, tmp_path / "whole.html", title="t")
     limit = whole.stat().st_size * 2 // 3
     path = write_page(runs, tmp_path / "page.html", title="t", limit=limit)
     page = Parsed(path)
-    kept = len(page.data["data"]["pictures"])
+    kept = len(page.data["data"]["images"])
     assert 0 < kept < 6 and len(page.data) == kept + 1
     assert path.stat().st_size <= limit
-    assert f"Only the first {kept} of 6 pictures are embedded" in page.text and "quality 80" in page.text
-    assert len(page.data["data"]["ids"]) == 20, "scores cover every picture"
+    assert f"Only the first {kept} of 6 images are embedded" in page.text and "quality 80" in page.text
+    assert len(page.data["data"]["ids"]) == 20, "scores cover every image"
     data = Parsed(whole).data
-    pictures = sum(
-        len(json.dumps(data[f"picture-{i}"]) + json.dumps(data["data"]["pictures"][i])) for i in range(6)
+    sample_images = sum(
+        len(json.dumps(data[f"image-{i}"]) + json.dumps(data["data"]["images"][i])) for i in range(6)
     )
     page = Parsed(
-        write_page(runs, tmp_path / "page.html", title="t", limit=whole.stat().st_size - pictures + 5_000)
+        write_page(
+            runs, tmp_path / "page.html", title="t", limit=whole.stat().st_size - sample_images + 5_000
+        )
     )
-    assert "None of the 6 saved pictures fits" in page.text
+    assert "None of the 6 saved images fits" in page.text
     with pytest.raises(AfterimageError, match="alone take more than the limit of 1,000 bytes"):
         write_page(runs, tmp_path / "none.html", title="t", limit=1000)
 
 
-def test_the_same_id_from_another_data_set_is_another_picture(tmp_path, originals):
+def test_the_same_id_from_another_data_set_is_another_image(tmp_path, originals):
     runs = [
         write_run(tmp_path / "a", "m", "layer1", originals=originals),
         write_run(tmp_path / "a", "m", "layer2", originals=originals),
     ]
-    others = [write_run(tmp_path / "b", "m", "layer3", originals=[picture(seed) for seed in range(90, 93)])]
+    others = [
+        write_run(tmp_path / "b", "m", "layer3", originals=[sample_image(seed) for seed in range(90, 93)])
+    ]
     write_json(
         others[0].file("summary.json"),
         others[0].summary | {"data": {**others[0].summary["data"], "digest": "d2"}},
     )
     data = Parsed(write_page([*runs, *others], tmp_path / "page.html", title="t")).data["data"]
-    assert [p["runs"] for p in data["pictures"]] == [[0, 1]] * 6 + [[2]] * 3
+    assert [p["runs"] for p in data["images"]] == [[0, 1]] * 6 + [[2]] * 3
     first, second, other = (entry["testSet"] for entry in data["runs"])
     assert first == second != other
 
@@ -228,7 +234,7 @@ def test_figures_are_inlined(runs, tmp_path):
 def test_errors_name_the_file(runs, tmp_path):
     with pytest.raises(AfterimageError, match="no run"):
         write_page([], tmp_path / "page.html", title="t")
-    broken = runs[0].pictures[1][2]
+    broken = runs[0].images[1][2]
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(AfterimageError, match=re.escape(str(broken))):
         write_page(runs, tmp_path / "page.html", title="t")

@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from page_in_browser import HOSTILE, choose, find, rename_pictures, shown, view
-from report_study import picture, write_run
+from page_in_browser import HOSTILE, choose, find, rename_images, shown, view
+from report_study import sample_image, write_run
 
 from afterimage.report.page import images as album
 from afterimage.report.page import page
@@ -14,7 +14,7 @@ from afterimage.report.page.page import write_page
 pytest_plugins = ("page_fixtures",)
 
 
-def test_table_sorts_filters_and_sends_rows_to_the_pictures(visit, study):
+def test_table_sorts_filters_and_sends_rows_to_the_images(visit, study):
     runs, path = study
     tab = visit(path)
 
@@ -79,7 +79,7 @@ def test_charts_answer_to_mouse_and_keys(visit, study):
     assert "LPIPS" in tab.locator("#depth-chart .point").first.get_attribute("aria-label")
 
 
-def test_scatter_pairs_pictures(visit, study):
+def test_scatter_pairs_images(visit, study):
     runs, path = study
     tab = visit(path)
     view(tab, "runs")
@@ -89,30 +89,28 @@ def test_scatter_pairs_pictures(visit, study):
     a, b = (find(runs, f"resnet34.tv_in1k:layer1 · {decoder}").scores for decoder in ("linear", "attention"))
     gaps = np.array([y["psnr"] - x["psnr"] for x, y in zip(a, b, strict=True)])
     caption = tab.inner_text("#scatter-caption")
-    assert (
-        f"B is better on {(gaps > 0).sum()} of 20 pictures; mean of B − A: {gaps.mean():+.2f} dB" in caption
-    )
+    assert f"B is better on {(gaps > 0).sum()} of 20 images; mean of B − A: {gaps.mean():+.2f} dB" in caption
     low, high = (
         float(n.replace("−", "-")) for n in re.search(r"interval (\S+) to ([^)]+)\)", caption).groups()
     )
     half = 1.96 * gaps.std(ddof=1) / np.sqrt(20)
     assert (low, high) == pytest.approx((gaps.mean() - half, gaps.mean() + half), abs=0.35 * half)
     assert tab.locator("#scatter-chart .point").count() == 20
-    tab.locator("#scatter-chart .point[aria-label^='picture-003']").press("Enter")
-    shown(tab, "picture-003.")
+    tab.locator("#scatter-chart .point[aria-label^='image-003']").press("Enter")
+    shown(tab, "image-003.")
     choose(tab, "resnet34", "linear", 0, slot="b")
     tab.wait_for_function("document.getElementById('scatter-caption').textContent.includes('the same run')")
 
 
 def test_hostile_names_are_only_text(visit, tmp_path):
     source = f"{HOSTILE[0]}:{HOSTILE[1]}"
-    originals = [picture(seed) for seed in range(3)]
+    originals = [sample_image(seed) for seed in range(3)]
     runs = [
         write_run(tmp_path, "x", "y", decoder, sources=(source,), notes=HOSTILE, originals=originals)
         for decoder in ("linear", "attention")
     ]
     for run in runs:
-        rename_pictures(run, HOSTILE)
+        rename_images(run, HOSTILE)
     finding = {"title": HOSTILE[0], "verdict": HOSTILE[1], "rule": HOSTILE[2], "paragraphs": HOSTILE}
     tab = visit(write_page(runs, tmp_path / "page.html", title=HOSTILE[2], findings=[finding]))
     view(tab, "runs")
@@ -142,9 +140,7 @@ def test_on_a_phone(visit, study):
     tab = visit(study[1], 390, 844, has_touch=True, is_mobile=True, reduced_motion="reduce")
     assert tab.get_attribute("#viewer", "data-view") == "wipe"
     slider, stage = (tab.locator(s).bounding_box() for s in ("#layer-a", "#pane-wipe .stage"))
-    assert slider["y"] + slider["height"] <= 844 and stage["width"] > 350, (
-        "picture and slider share the screen"
-    )
+    assert slider["y"] + slider["height"] <= 844 and stage["width"] > 350, "image and slider share the screen"
     for name in ("layers", "runs", "wipe"):
         view(tab, name)
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
@@ -156,7 +152,7 @@ def test_on_a_phone(visit, study):
     assert not tab.is_visible("#sections")
 
 
-def test_without_pictures_the_rest_still_works(visit, tmp_path):
+def test_without_images_the_rest_still_works(visit, tmp_path):
     tab = visit(write_page([write_run(tmp_path, "m", "layer1")], tmp_path / "page.html", title="t"))
     assert tab.locator("#depth-chart .point").count() == 1
     tab.click("[data-sort=psnr]")
@@ -166,19 +162,19 @@ def test_without_pictures_the_rest_still_works(visit, tmp_path):
 
 @pytest.mark.long
 def test_a_page_of_full_size_opens_in_two_seconds(visit, tmp_path, monkeypatch):
-    """60 runs x 100 pictures at the largest size a page may have; one real picture, padded, over and over."""
-    original = picture(0, size=224)
+    """60 runs x 100 images at the largest size a page may have; one real image, padded, over and over."""
+    original = sample_image(0, size=224)
     runs = [
         write_run(tmp_path, "m", f"layer{i}", originals=[original], count=100, order=i) for i in range(60)
     ]
-    one = album._encode(runs[0].pictures[0][1], 90)
+    one = album._encode(runs[0].images[0][1], 90)
     padding = (page.PAGE_BYTES - 1_500_000) // 6100 - len(one) - 10
-    assert padding > 0, "the real picture must not be larger than its share"
+    assert padding > 0, "the real image must not be larger than its share"
     uri = one + "A" * (padding - padding % 4)
     block = {"original": uri, "runs": {str(i): uri for i in range(60)}}
     thumbnail = {"width": 224, "height": 224, "runs": list(range(60)), "thumbnail": one}
     full = album.Album(
-        100, [{"id": f"picture-{i:03}", **thumbnail} for i in range(100)], [block] * 100, quality=90
+        100, [{"id": f"image-{i:03}", **thumbnail} for i in range(100)], [block] * 100, quality=90
     )
     monkeypatch.setattr(page, "embed", lambda *_: full)
     path = write_page(runs, tmp_path / "page.html", title="60 x 100")
@@ -191,4 +187,4 @@ def test_a_page_of_full_size_opens_in_two_seconds(visit, tmp_path, monkeypatch):
         milliseconds.append(tab.evaluate(loaded))
     assert min(milliseconds) < 2000
     tab.locator("#strip button").nth(99).click()
-    shown(tab, "picture-099.")
+    shown(tab, "image-099.")

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from children import small_pictures
+from children import small_images
 
 from afterimage import (
     DataConfig,
@@ -53,10 +53,10 @@ def configs(folder, precision):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("precision")
-    pictures = small_pictures(folder / "pictures")
+    sample_images = small_images(folder / "images")
     both = [
         train_runs(
-            configs(pictures, precision), folder / precision, cache=folder / "cache", accelerator="cpu"
+            configs(sample_images, precision), folder / precision, cache=folder / "cache", accelerator="cpu"
         )
         for precision in ("32-true", "bf16-mixed")
     ]
@@ -80,7 +80,7 @@ def test_half_precision_is_refused_on_a_cpu(done):
     folder, _ = done
     with pytest.raises(AfterimageError, match="16-mixed needs a GPU"):
         train_runs(
-            configs(folder / "pictures", "16-mixed")[:1],
+            configs(folder / "images", "16-mixed")[:1],
             folder / "half",
             cache=folder / "cache",
             accelerator="cpu",

@@ -22,7 +22,7 @@ from afterimage.runs.files import write_json
 SOURCE = "vgg16.tv_in1k:block1"
 
 
-def picture(seed=0, size=16):
+def sample_image(seed=0, size=16):
     return np.random.default_rng(seed).random((3, size, size))
 
 
@@ -62,8 +62,8 @@ def test_other_decoders_models_and_layers_have_no_counterpart():
     assert published(FUSION.sources[:3], "transposed") is None
 
 
-def test_ceiling_is_what_the_nearest_reachable_picture_scores():
-    x = picture()
+def test_ceiling_is_what_the_nearest_reachable_image_scores():
+    x = sample_image()
     mean, std = MEAN[:, None, None], STD[:, None, None]
     target = (x - mean) / std
     answer = target.clip(0, 1) * std + mean
@@ -75,7 +75,7 @@ def test_ceiling_is_what_the_nearest_reachable_picture_scores():
 
 
 def test_no_answer_of_a_sigmoid_scores_above_the_ceiling():
-    x, random = picture(), np.random.default_rng(1)
+    x, random = sample_image(), np.random.default_rng(1)
     ceiling = published_ceiling([x]).psnr
     for spread in (0.1, 1.0, 10.0):
         logits = spread * ((x - MEAN[:, None, None]) / STD[:, None, None] - 0.5) + random.normal(
@@ -105,13 +105,13 @@ def test_deviation_of_batch_means_is_smaller_by_the_root_of_the_batch():
 @pytest.mark.parametrize(
     "image", [np.zeros((16, 16, 3)), np.zeros((3, 0, 4)), np.full((3, 4, 4), 1.1), np.full((3, 4, 4), np.nan)]
 )
-def test_ceiling_refuses_what_is_no_picture(image):
+def test_ceiling_refuses_what_is_no_image(image):
     with pytest.raises(AfterimageError):
         published_ceiling([image])
 
 
-def test_ceiling_names_an_unreadable_file_and_needs_pictures(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_ceiling_names_an_unreadable_file_and_needs_images(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(AfterimageError, match=r"broken\.png"):
         published_ceiling([tmp_path / "broken.png"])
     with pytest.raises(AfterimageError, match="at least one"):
@@ -134,13 +134,13 @@ def test_ceiling_on_photographs_is_about_what_the_published_table_shows(photos_f
 
 
 def keep(run, *seeds):
-    """Keep pictures in a run folder, as training does."""
+    """Keep images in a run folder, as training does."""
     index = []
     for seed in seeds:
-        name = f"picture-{seed:03d}"
+        name = f"image-{seed:03d}"
         path = run.file(f"reconstructions/{name}.original.png")
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray((picture(seed) * 255).astype(np.uint8).transpose(1, 2, 0)).save(path)
+        Image.fromarray((sample_image(seed) * 255).astype(np.uint8).transpose(1, 2, 0)).save(path)
         index.append({"id": name, "original": path.name, "reconstruction": path.name})
     write_json(run.file("reconstructions/index.json"), index)
     return run
@@ -159,7 +159,7 @@ def test_rows_stand_beside_their_published_counterparts(tmp_path):
     random = with_mean(write_run(tmp_path, SOURCE, scores(20), weights="random-init"), 20.0)
     resized = with_mean(write_run(tmp_path, SOURCE, scores(20), parameters=4_000_000, seed=1), 20.0)
     linear = with_mean(write_run(tmp_path, SOURCE, scores(20), decoder=DecoderConfig("linear")), 20.0)
-    assert list(originals([ours, random])) == ["picture-001", "picture-003"]
+    assert list(originals([ours, random])) == ["image-001", "image-003"]
     (beside,) = beside_published([ours, random, resized, linear])
     assert beside.run == ours.name and beside.published.psnr == (14.45, 2.27)
     assert beside.ceiling.count == 2
@@ -169,18 +169,17 @@ def test_rows_stand_beside_their_published_counterparts(tmp_path):
     )
 
 
-def test_explanation_without_pictures_or_below_the_ceiling():
+def test_explanation_without_images_or_below_the_ceiling():
     row = published([SOURCE], "attention")
     assert "not known" in explain(row, {"psnr": 20.0}, None, None)
-    assert "alone does not explain" in explain(row, {"psnr": 5.0}, published_ceiling([picture()]), 5.0)
-    assert "Ours" not in explain(row, {"psnr": 20.0}, published_ceiling([picture()]), None)
+    assert "alone does not explain" in explain(row, {"psnr": 5.0}, published_ceiling([sample_image()]), 5.0)
+    assert "Ours" not in explain(row, {"psnr": 20.0}, published_ceiling([sample_image()]), None)
     assert "No PSNR" in explain(row, {"psnr": None}, None, None)
 
 
-def test_the_ceiling_is_compared_with_our_scores_of_the_same_pictures(tmp_path):
+def test_the_ceiling_is_compared_with_our_scores_of_the_same_images(tmp_path):
     rows = [
-        score | {"psnr": 5.0 if score["id"] in ("picture-001", "picture-003") else 30.0}
-        for score in scores(29)
+        score | {"psnr": 5.0 if score["id"] in ("image-001", "image-003") else 30.0} for score in scores(29)
     ]
     (beside,) = beside_published([keep(with_mean(write_run(tmp_path, SOURCE, rows), 29.5), 3, 1)])
     assert 5 < beside.ceiling.psnr < 29.5
@@ -202,7 +201,7 @@ def test_only_the_published_fusion_is_the_published_fusion(tmp_path, size, found
 
 
 def test_what_is_inferred_of_the_published_fusion_is_called_an_inference():
-    random, within = published_ceiling([picture()]), published_ceiling([np.full((3, 4, 4), 0.5)])
+    random, within = published_ceiling([sample_image()]), published_ceiling([np.full((3, 4, 4), 0.5)])
     assert random.psnr < FUSION.psnr[0] < within.psnr
     assert "are above that: an inference is" in explain(FUSION, {"psnr": 20.0}, random, 20.0)
     assert "inference" not in explain(FUSION, {"psnr": 20.0}, within, 20.0)

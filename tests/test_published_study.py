@@ -1,4 +1,4 @@
-"""The published study, all of it, on small pictures: the shipped file, the command line, the whole report."""
+"""The published study, all of it, on small images: the shipped file, the command line, the whole report."""
 
 import csv
 

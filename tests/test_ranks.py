@@ -29,7 +29,7 @@ from afterimage.experiments.queue import train_runs
 from afterimage.models.decoders import create_decoder
 from afterimage.runs.run import Run, scan
 from afterimage.runtime.device import create_fabric
-from afterimage.runtime.distributed import ALONE, RankLost, joined
+from afterimage.runtime.distributed import SINGLE_PROCESS, RankLost, distributed_context
 from afterimage.runtime.failures import ENCODERS, Unexpected, concerning, concerns, story
 from afterimage.runtime.process import LockLost
 from afterimage.runtime.signals import Stopped
@@ -37,11 +37,11 @@ from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import CHECKPOINT
 
 
-def configs(pictures):
-    """Batch norm, closed forms, windows, fusions; 14 pictures in batches of four: the last has two, for three ranks."""
+def configs(sample_images):
+    """Batch norm, closed forms, windows, fusions; 14 images in batches of four: the last has two, for three ranks."""
     # timm's own random network: the values of one whose blocks act are larger, and so is what rounding makes of them.
     recipe = {"scheduler": "plateau", "plateau_patience": 0}
-    transposed, linear, residual = small_configs(pictures, "random-init", **recipe)
+    transposed, linear, residual = small_configs(sample_images, "random-init", **recipe)
     windows = {"blocks": 1, "window": 16}
     sources = (f"{MODEL}:layer1", f"{MODEL}:layer2")
     fused = replace(transposed, sources=sources)
@@ -56,9 +56,9 @@ def configs(pictures):
 
 
 @pytest.fixture(scope="module")
-def one(pictures, cache, tmp_path_factory):
+def one(sample_images, cache, tmp_path_factory):
     """The runs of one process."""
-    return train_runs(configs(pictures), tmp_path_factory.mktemp("one"), cache=cache, accelerator="cpu")
+    return train_runs(configs(sample_images), tmp_path_factory.mktemp("one"), cache=cache, accelerator="cpu")
 
 
 def same(run, expected, tolerance=2e-3):
@@ -72,18 +72,18 @@ def same(run, expected, tolerance=2e-3):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=tolerance)
         assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=tolerance)
         assert row["learning_rate"] == other["learning_rate"]
-    for key in ("best_epoch", "pictures_seen", "epochs", "parameters", "macs"):
+    for key in ("best_epoch", "images_seen", "epochs", "parameters", "macs"):
         assert run.summary[key] == expected.summary[key]
     assert run.summary["best_validation_loss"] == pytest.approx(
         expected.summary["best_validation_loss"], rel=tolerance
     )
-    assert [entry for entry, *_ in run.pictures] == [entry for entry, *_ in expected.pictures]
+    assert [entry for entry, *_ in run.images] == [entry for entry, *_ in expected.images]
     assert run.fusion_maps.keys() == expected.fusion_maps.keys()
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.long)])
-def test_ranks_come_to_what_one_process_does(pictures, cache, tmp_path, one, count):
-    assert run_ranks(count, train_ranks, configs(pictures), tmp_path, cache) == [0] * count
+def test_ranks_come_to_what_one_process_does(sample_images, cache, tmp_path, one, count):
+    assert run_ranks(count, train_ranks, configs(sample_images), tmp_path, cache) == [0] * count
     for expected in one:
         run = Run(tmp_path / expected.name)
         same(run, expected)
@@ -107,7 +107,7 @@ def test_the_loss_curve_is_that_of_one_process_to_rounding(cache, tmp_path):
 
 def primitives():
     """What ranks do together, and that each hears of an error on any of them; three ranks."""
-    with joined("cpu") as ranks:
+    with distributed_context("cpu") as ranks:
         rank = ranks.rank
         total = [list(range(size))[ranks.part(size)] for size in (7, 2, 1)]
         assert total == [[[0, 1, 2], [0], [0]], [[3, 4], [1], []], [[5, 6], [], []]][rank]
@@ -116,14 +116,14 @@ def primitives():
         ranks.sum([a, b])
         assert a.tolist() == [[6.0, 6.0]] * 2 and b.item() == 3
         assert ranks.broadcast(f"from {rank}") == "from 0" and ranks.gather(rank) == [0, 1, 2]
-        assert ranks.in_order([[rank, "first"], [rank, "second"]])[1:4] == [
+        assert ranks.gather_batches([[rank, "first"], [rank, "second"]])[1:4] == [
             [1, "first"],
             [2, "first"],
             [0, "second"],
         ]
         assert ranks.decide(rank == 0) and not ranks.decide(rank == 1)
         told = [
-            (AfterimageError("a picture"), AfterimageError, "a picture"),
+            (AfterimageError("an image"), AfterimageError, "an image"),
             (LockLost("taken"), LockLost, "taken"),
             (MemoryError("no memory"), MemoryError, "no memory"),
             (Stopped(15), Stopped, "SIGTERM"),
@@ -131,11 +131,11 @@ def primitives():
             (SystemExit("over"), SystemExit if rank == 1 else RankLost, "over"),
         ]
         for error, kind, text in told:
-            with pytest.raises(kind, match=text), ranks.agreed(), ranks.agreed():
+            with pytest.raises(kind, match=text), ranks.raise_on_all_ranks(), ranks.raise_on_all_ranks():
                 if rank == 1:
                     raise error
                 ranks.sum([a])
-        with pytest.raises(Exception) as caught, concerning(ENCODERS), ranks.agreed():
+        with pytest.raises(Exception) as caught, concerning(ENCODERS), ranks.raise_on_all_ranks():
             if rank == 1:
                 with concerning(ENCODERS):
                     raise IndexError("of a network")
@@ -173,14 +173,14 @@ def check_sampling(ranks):
         for n in (7, 2)
     ]
     solved = []
-    for among in (ALONE, ranks):
+    for among in (SINGLE_PROCESS, ranks):
         decoder = create_decoder("linear", [FeatureSpec("a:b", 4, 6, 6)], 12, seed=0)
-        decoder.prepare(9, 3, among)
+        decoder.begin_fit(9, 3, among)
         decoder._quota = 10
         for features, images in batches:
             own = among.part(len(images))
-            decoder.accumulate([features[own]], images[own])
-        assert "fitted on 90 locations, a random 28%" in decoder.solve()[1]
+            decoder.partial_fit([features[own]], images[own])
+        assert "fitted on 90 locations, a random 28%" in decoder.finalize_fit()[1]
         solved.append(decoder.weight)
     torch.testing.assert_close(*solved, rtol=1e-4, atol=1e-5)
 
@@ -189,8 +189,8 @@ def test_what_ranks_do_together():
     assert run_ranks(3, primitives) == [0, 0, 0]
 
 
-def test_an_error_on_one_rank_ends_that_run_on_all_and_no_other(pictures, cache, tmp_path, one):
-    codes = run_ranks(2, train_ranks, configs(pictures)[:2], tmp_path, cache, hurt=fail_one_decoder)
+def test_an_error_on_one_rank_ends_that_run_on_all_and_no_other(sample_images, cache, tmp_path, one):
+    codes = run_ranks(2, train_ranks, configs(sample_images)[:2], tmp_path, cache, hurt=fail_one_decoder)
     assert codes == [1, 1]
     failed, done = (Run(tmp_path / run.name) for run in one[:2])
     assert failed.status == {"state": "failed", "error": "a part of a step went wrong"}
@@ -198,8 +198,8 @@ def test_an_error_on_one_rank_ends_that_run_on_all_and_no_other(pictures, cache,
 
 
 @pytest.mark.long
-def test_out_of_memory_on_one_rank_halves_on_all(pictures, cache, tmp_path, one):
-    (config,) = configs(pictures)[2:3]
+def test_out_of_memory_on_one_rank_halves_on_all(sample_images, cache, tmp_path, one):
+    (config,) = configs(sample_images)[2:3]
     assert run_ranks(2, train_ranks, [config], tmp_path, cache, hurt=run_out_of_memory) == [0, 0]
     run = Run(tmp_path / config.name)
     same(run, one[2])
@@ -208,8 +208,8 @@ def test_out_of_memory_on_one_rank_halves_on_all(pictures, cache, tmp_path, one)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (3, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(pictures, cache, tmp_path, one, first, then):
-    some = [configs(pictures)[0], configs(pictures)[2]]
+def test_a_run_goes_on_with_another_number_of_ranks(sample_images, cache, tmp_path, one, first, then):
+    some = [configs(sample_images)[0], configs(sample_images)[2]]
     options = {"checkpoint_seconds": 0.0}
     codes = run_ranks(first, train_ranks, some, tmp_path, cache, stop=5, **options)
     assert codes in ([1] * first, [130] * first)
@@ -217,7 +217,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(pictures, cache, tmp_path, o
     assert (
         run_ranks(then, train_ranks, some, tmp_path, cache, said=tmp_path / "said", **options) == [0] * then
     )
-    assert "goes on after epoch 0, picture" in (tmp_path / "said").read_text()
+    assert "goes on after epoch 0, image" in (tmp_path / "said").read_text()
     for config, expected in zip(some, (one[0], one[2]), strict=True):
         run = Run(tmp_path / config.name)
         same(run, expected)
@@ -249,8 +249,8 @@ def test_a_study_gives_one_table(tmp_path):
 
 
 def test_alone_nothing_is_asked_of_anybody():
-    with joined() as ranks:
-        assert ranks is ALONE and ranks.leads and ranks.count == 1
+    with distributed_context() as ranks:
+        assert ranks is SINGLE_PROCESS and ranks.is_main_process and ranks.count == 1
         assert ranks.part(5) == slice(0, 5) and ranks.place(5) == (0, 5)
 
 

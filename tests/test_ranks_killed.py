@@ -22,8 +22,8 @@ BOUND = 60
 
 
 @pytest.fixture(scope="module")
-def configs(pictures):
-    return small_configs(pictures, "random-init", epochs=3)[::2]
+def configs(sample_images):
+    return small_configs(sample_images, "random-init", epochs=3)[::2]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_rank_killed_ends_the_run_which_then_goes_on(configs, cache, tmp_path,
     assert [run.state for run in runs] == ["stopped" if rank else "running"] * len(runs)
     assert all(run.file(CHECKPOINT).exists() for run in runs) or not rank
     assert run_ranks(2, train_ranks, configs, tmp_path / "runs", cache, said=said) == [0, 0]
-    assert "picture" in said.read_text().partition("goes on after epoch")[2].partition("\n")[0] or not rank
+    assert "image" in said.read_text().partition("goes on after epoch")[2].partition("\n")[0] or not rank
     for run, expected in zip(runs, whole, strict=True):
         same(run, expected)
 

@@ -98,7 +98,7 @@ def test_values_without_memory_are_coded_close_to_their_entropy(bits):
     assert 0.98 * bits < size < 1.25 * bits + 0.1
 
 
-def pictures():
+def sample_images():
     coarse = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return (
         torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 1).mul(255).round() / 255
@@ -106,16 +106,16 @@ def pictures():
 
 
 def test_codecs_are_pillows_whole_files():
-    images = pictures()
+    images = sample_images()
     rows = {(r["codec"], r["quality"]): r for r in codecs(images.split(2))}
     sizes, scores = [], []
-    for picture in images:
+    for sample_image in images:
         buffer = io.BytesIO()
-        array = (picture * 255).round().byte().permute(1, 2, 0).numpy()
+        array = (sample_image * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(array).save(buffer, "JPEG", quality=80, optimize=True)
         sizes.append(8 * len(buffer.getvalue()) / 64**2)
         decoded = torch.from_numpy(np.asarray(Image.open(buffer)).astype(np.float32) / 255).permute(2, 0, 1)
-        scores.append(psnr(decoded[None], picture[None]).item())
+        scores.append(psnr(decoded[None], sample_image[None]).item())
     assert rows["JPEG", 80]["bits_per_pixel"] == pytest.approx(np.mean(sizes))
     assert rows["JPEG", 80]["psnr"] == pytest.approx(np.mean(scores), abs=1e-3)
     for codec in ("JPEG", "WebP"):

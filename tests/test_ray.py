@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import stand_ins
 import torch
-from children import context, hold, result, small_pictures, study_child
+from children import context, hold, result, small_images, study_child
 
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
@@ -65,8 +65,8 @@ def nodes(no_weights):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return small_pictures(tmp_path_factory.mktemp("data") / "pictures")
+def sample_images(tmp_path_factory):
+    return small_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +83,24 @@ def check_same(tmp_path_factory, cache):
 
 
 @pytest.fixture
-def study(pictures):
+def study(sample_images):
     return StudyConfig(
         "On Ray",
         sources=(RESNET, VIT),
         decoders=(DecoderConfig("linear"), DecoderConfig("transposed")),
         weights="random",
-        data=DataConfig(f"folder:{pictures}", resize=48, crop=32),
+        data=DataConfig(f"folder:{sample_images}", resize=48, crop=32),
         recipe=RecipeConfig(epochs=2, batch_size=4),
     )
 
 
-def long_config(pictures: Path, epochs: int = 300) -> RunConfig:
+def long_config(sample_images: Path, epochs: int = 300) -> RunConfig:
     """A run of seconds, so that something can happen to it."""
     return RunConfig(
         (RESNET,),
         weights="random",
         decoder=DecoderConfig("transposed"),
-        data=DataConfig(f"folder:{pictures}", resize=48, crop=32),
+        data=DataConfig(f"folder:{sample_images}", resize=48, crop=32),
         recipe=RecipeConfig(epochs=epochs, batch_size=4),
     )
 
@@ -187,9 +187,9 @@ def test_whatever_raises_on_a_worker_ends_what_depends_on_it(
 
 @pytest.mark.parametrize("fetch", [False, True], ids=["shared", "fetched"])
 def test_a_killed_worker_is_replaced_and_goes_on_from_the_checkpoint(
-    nodes, cache, check_same, pictures, tmp_path, fetch
+    nodes, cache, check_same, sample_images, tmp_path, fetch
 ):
-    config = long_config(pictures)
+    config = long_config(sample_images)
     run = Run(tmp_path / "ray" / config.name)
     killed = []
 
@@ -225,8 +225,8 @@ def worker_of(name: str) -> int:
     return json.loads(lock.read_text())[0]
 
 
-def test_retries_end(nodes, cache, pictures, tmp_path):
-    config = long_config(pictures)
+def test_retries_end(nodes, cache, sample_images, tmp_path):
+    config = long_config(sample_images)
     run = Run(tmp_path / config.name)
     failures = []
     train_on_ray(
@@ -242,8 +242,8 @@ def test_retries_end(nodes, cache, pictures, tmp_path):
     assert [str(error) for error in failures] == [run.status["error"]] and not list(run.path.glob("lock.*"))
 
 
-def test_a_stop_leaves_a_checkpoint_to_go_on_from(nodes, cache, check_same, pictures, tmp_path):
-    config = long_config(pictures)
+def test_a_stop_leaves_a_checkpoint_to_go_on_from(nodes, cache, check_same, sample_images, tmp_path):
+    config = long_config(sample_images)
     run = Run(tmp_path / "ray" / config.name)
     options = {"cache": cache, "accelerator": "cpu", "cpus": 1}
     watcher = Watcher(lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -257,7 +257,9 @@ def test_a_stop_leaves_a_checkpoint_to_go_on_from(nodes, cache, check_same, pict
     check_same(run)
 
 
-def test_workers_without_the_folder_are_noticed(nodes, cache, check_same, pictures, tmp_path, monkeypatch):
+def test_workers_without_the_folder_are_noticed(
+    nodes, cache, check_same, sample_images, tmp_path, monkeypatch
+):
     @contextmanager
     def elsewhere(root):
         path = tmp_path / "nowhere.part"
@@ -265,15 +267,15 @@ def test_workers_without_the_folder_are_noticed(nodes, cache, check_same, pictur
         yield path
 
     monkeypatch.setattr(training, "_probe", elsewhere)
-    config = long_config(pictures, epochs=1)
+    config = long_config(sample_images, epochs=1)
     watcher, run = Watcher(), Run(tmp_path / "ray" / config.name)
     train_on_ray(config, tmp_path / "ray", cache=cache, accelerator="cpu", progress=watcher, cpus=1)
     assert watcher.has("does not see") and watcher.has("files are fetched")
     check_same(run)
 
 
-def test_what_another_process_is_at_is_left_to_it(nodes, cache, pictures, tmp_path):
-    config = long_config(pictures, epochs=1)
+def test_what_another_process_is_at_is_left_to_it(nodes, cache, sample_images, tmp_path):
+    config = long_config(sample_images, epochs=1)
     run = Run.create(tmp_path / "ray", config)
     process = context().Process(target=hold, args=(run.path, tmp_path / "ready"))
     process.start()
@@ -314,8 +316,8 @@ def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
     assert here & trained | there == trained and not here & there, "\n".join([*here, *watcher.said])
 
 
-def test_a_lost_node_is_replaced(nodes, cache, check_same, pictures, tmp_path):
-    config = long_config(pictures)
+def test_a_lost_node_is_replaced(nodes, cache, check_same, sample_images, tmp_path):
+    config = long_config(sample_images)
     run = Run(tmp_path / "ray" / config.name)
     nodes.add_node(num_cpus=2, object_store_memory=STORE)
     lost = []
@@ -345,10 +347,10 @@ def test_a_lost_node_is_replaced(nodes, cache, check_same, pictures, tmp_path):
 def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    small_pictures(tmp_path / "pictures")
+    small_images(tmp_path / "images")
     (tmp_path / "mine.toml").write_text(
         f'sources = ["{RESNET}"]\ndecoders = ["linear"]\nweights = "random"\nreferences = false\n'
-        '[data]\nsource = "folder:pictures"\nresize = 48\ncrop = 32\n'
+        '[data]\nsource = "folder:images"\nresize = 48\ncrop = 32\n'
     )
     main(["study", "mine.toml", "--executor", "ray", "--controls", "--accelerator", "cpu", "--cpus", "1"])
     err = capsys.readouterr().err

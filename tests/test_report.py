@@ -37,7 +37,7 @@ def test_order_does_not_depend_on_the_order_of_the_runs(tmp_path):
     assert csv_table(read_rows(runs)) == csv_table(read_rows(reversed(runs)))
 
 
-def test_one_picture_has_no_spread_and_no_interval(tmp_path):
+def test_one_image_has_no_spread_and_no_interval(tmp_path):
     rows = read_rows([write_run(tmp_path, "m", "l", count=1)])
     assert rows.decoders[0].scores["psnr"].std is rows.decoders[0].scores["psnr"].margin is None
     assert "±" not in cells(markdown_table(rows))[2][-1]
@@ -136,7 +136,7 @@ def test_fusions_are_lettered_and_explained(tmp_path):
     )
 
 
-def test_seeds_have_a_column_and_pool_picture_by_picture(tmp_path):
+def test_seeds_have_a_column_and_pool_image_by_image(tmp_path):
     rows = read_rows([write_run(tmp_path, "m", "l", seed=seed) for seed in (42, 43)])
     assert "seed" in [name.strip() for name in cells(markdown_table(rows))[0]]
     both = np.array([list(row.values("psnr").values()) for row in rows.decoders])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from report_study import RESNET, VIT, picture, write_reference, write_run, write_study
+from report_study import RESNET, VIT, sample_image, write_reference, write_run, write_study
 from simulated_study import write_published_study
 
 from afterimage import cli
@@ -29,7 +29,7 @@ def no_figures(monkeypatch):
 def study(tmp_path_factory):
     """Two encoders, two decoders, two rows on random weights."""
     root = tmp_path_factory.mktemp("answers")
-    runs = write_study(root, originals=[picture(0)], references=("mean",))
+    runs = write_study(root, originals=[sample_image(0)], references=("mean",))
     for i in (1, 2):
         layer = f"layer{i}"
         runs.append(write_run(root, RESNET[0], layer, weights="random", features=RESNET[1][layer], order=i))
@@ -109,7 +109,7 @@ def test_what_cannot_be_computed_is_said_with_its_reason(tmp_path, monkeypatch):
     def broken(rows, *args, **options):
         raise ZeroDivisionError("no <layers>")
 
-    run = write_run(tmp_path / "runs", *ATTENTION, originals=[picture(0)])
+    run = write_run(tmp_path / "runs", *ATTENTION, originals=[sample_image(0)])
     monkeypatch.setattr("afterimage.report.statistics.analysis.falls_with_depth", broken)
     monkeypatch.setattr("afterimage.report.answers.beside_published", lambda runs: broken(runs))
     written = write_report([run], tmp_path / "out")
@@ -121,8 +121,8 @@ def test_what_cannot_be_computed_is_said_with_its_reason(tmp_path, monkeypatch):
     assert len(json.loads(written["findings.json"].read_text())["problems"]) == 2
 
 
-def test_a_picture_that_is_gone_costs_the_page_and_is_named(tmp_path):
-    run = write_run(tmp_path / "runs", *ATTENTION, originals=[picture(0)])
+def test_a_image_that_is_gone_costs_the_page_and_is_named(tmp_path):
+    run = write_run(tmp_path / "runs", *ATTENTION, originals=[sample_image(0)])
     assert "index.html" in write_report([run], tmp_path / "out")
     run.file("reconstructions/000.png").unlink()
     written = write_report([run], tmp_path / "out")
@@ -149,7 +149,7 @@ def test_lpips_of_another_network_does_not_stand_beside_the_published_one(tmp_pa
     part = section(
         write_report([run], tmp_path / "out")["report.md"].read_text(), "Beside the published figures"
     )
-    assert "0.455 ± 0.031 → unavailable" in part and "No test pictures are kept" in part
+    assert "0.455 ± 0.031 → unavailable" in part and "No test images are kept" in part
 
 
 def test_the_published_study_itself_is_told_as_it_told_itself(tmp_path):
@@ -194,8 +194,8 @@ def test_the_command_prints_two_paths_and_needs_no_torch(tmp_path):
 
 
 def test_the_command_says_when_there_is_no_page(tmp_path, capsys):
-    run = write_run(tmp_path / "runs", *ATTENTION, originals=[picture(0)])
-    run.file("reconstructions/000.png").write_bytes(b"no picture")
+    run = write_run(tmp_path / "runs", *ATTENTION, originals=[sample_image(0)])
+    run.file("reconstructions/000.png").write_bytes(b"no image")
     cli.main(["report", str(tmp_path / "runs")])
     captured = capsys.readouterr()
     assert "index.html" not in captured.out and "page could not be written" in captured.err

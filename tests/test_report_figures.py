@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 from PIL import Image
-from report_study import RESNET, VIT, picture, write_fused, write_reference, write_run, write_study
+from report_study import RESNET, VIT, sample_image, write_fused, write_reference, write_run, write_study
 
 from afterimage.config import FusionConfig
 from afterimage.report.figures import draw, render
@@ -22,8 +22,8 @@ from afterimage.runs.run import scan
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Two encoders, two decoders, random weights, a fusion, reference lines."""
-    root, originals = tmp_path_factory.mktemp("figures"), [picture(0)]
+    """Two encoders, two decoders, random weights, a fusion, baselines."""
+    root, originals = tmp_path_factory.mktemp("figures"), [sample_image(0)]
     write_study(root, originals=originals, count=8)
     write_run(root, RESNET[0], "layer1", weights="random", originals=originals, count=8)
     sources = (f"{RESNET[0]}:layer1", f"{VIT[0]}:blocks.0")
@@ -98,7 +98,7 @@ def test_many_encoders_with_long_names_fit(tmp_path):
     encoders = [(f"{name}.tag", layers) for name in names]
     encoders.append(("one_layer_only_patch16", {"l": (8, 7, 0.3)}))
     write_study(tmp_path, encoders=encoders, decoders=("attention",), count=6)
-    originals = [picture(0)]
+    originals = [sample_image(0)]
     for layer in layers:
         write_run(
             tmp_path, encoders[2][0], layer, "an_attention_of_another_kind", originals=originals, count=6
@@ -156,13 +156,13 @@ def test_what_is_missing_is_left_out_and_said(tmp_path):
     assert all("LPIPS is not available for any row" in drawing.caption for drawing in found.values())
 
 
-def test_pictures_that_cannot_be_shown_are_said_to_be_missing(tmp_path):
-    originals = [picture(0), picture(1)]
+def test_images_that_cannot_be_shown_are_said_to_be_missing(tmp_path):
+    originals = [sample_image(0), sample_image(1)]
     good, bad = (write_run(tmp_path, "m", layer, originals=originals) for layer in ("l1", "l2"))
-    bad.file("reconstructions/000.png").write_bytes(b"no picture")
+    bad.file("reconstructions/000.png").write_bytes(b"no image")
     Image.new("RGB", (64, 64)).save(bad.file("reconstructions/001.original.png"))
     whole = next(d for d in draw(read_rows([good, bad])) if d.name == "reconstructions")
-    assert "2 pictures were not saved" in whole.caption
+    assert "2 images were not saved" in whole.caption
     assert [t.get_text() for t in texts(whole.figure)].count("not saved") == 2
 
 
@@ -173,13 +173,13 @@ def test_a_damaged_history_is_no_curve(tmp_path):
         assert not [d for d in draw(read_rows([run])) if d.name.startswith("training")]
 
 
-def test_pictures_of_the_usual_size_are_printed_pixel_by_pixel(tmp_path):
-    run = write_run(tmp_path, "m", "l", originals=[picture(3, 224)])
+def test_images_of_the_usual_size_are_printed_pixel_by_pixel(tmp_path):
+    run = write_run(tmp_path, "m", "l", originals=[sample_image(3, 224)])
     whole = next(iter(draw(read_rows([run]))))
     png, _ = render(whole.figure)
     page, wanted = (
         np.asarray(Image.open(io.BytesIO(png)).convert("RGB")),
-        np.asarray(Image.open(run.pictures[0][2])),
+        np.asarray(Image.open(run.images[0][2])),
     )
     found = [
         (y, x)
@@ -191,7 +191,7 @@ def test_pictures_of_the_usual_size_are_printed_pixel_by_pixel(tmp_path):
 
 
 def test_a_detail_is_the_boxed_part_of_the_row_above_it(tmp_path):
-    original = picture(3, 224)
+    original = sample_image(3, 224)
     (drawing,) = (
         d for d in draw(read_rows([write_run(tmp_path, "m", "l", originals=[original])])) if "rec" in d.name
     )
@@ -207,8 +207,8 @@ def test_a_detail_is_the_boxed_part_of_the_row_above_it(tmp_path):
         )
 
 
-def test_many_pages_show_fewer_pictures_and_are_folded(tmp_path):
-    originals = [picture(seed) for seed in range(4)]
+def test_many_pages_show_fewer_images_and_are_folded(tmp_path):
+    originals = [sample_image(seed) for seed in range(4)]
     for model in "abcde":
         for i in range(2):
             write_run(tmp_path, model, f"l{i}", originals=originals, count=4)
@@ -219,7 +219,7 @@ def test_many_pages_show_fewer_pictures_and_are_folded(tmp_path):
 
 def test_hostile_names_draw(tmp_path):
     name = "<b>$\\frac{$ & 日本\n|"
-    runs = [write_run(tmp_path, name, f"{name}{i}", name, originals=[picture(0)]) for i in range(2)]
+    runs = [write_run(tmp_path, name, f"{name}{i}", name, originals=[sample_image(0)]) for i in range(2)]
     for drawing in draw(read_rows(runs)):
         png, svg = render(drawing.figure)
         assert Image.open(io.BytesIO(png)).info["dpi"] == pytest.approx((200, 200), abs=0.1)
@@ -230,13 +230,13 @@ def test_hostile_names_draw(tmp_path):
 def test_names_that_make_the_same_file_name_keep_their_own_figures(tmp_path):
     for model in ("日本", "ブロック"):
         for i in range(5):
-            write_run(tmp_path, model, f"l{i}", originals=[picture(0)])
+            write_run(tmp_path, model, f"l{i}", originals=[sample_image(0)])
     found = [drawing.name for drawing in draw(read_rows(scan(tmp_path)))]
     assert len(set(found)) == len(found) and sum(name.startswith("recon") for name in found) == 2
 
 
 def test_reference_lines_alone_are_a_report(tmp_path):
-    runs = [write_reference(tmp_path, name, originals=[picture(0)]) for name in ("mean", "jpeg-50")]
+    runs = [write_reference(tmp_path, name, originals=[sample_image(0)]) for name in ("mean", "jpeg-50")]
     assert [d.name for d in draw(read_rows(runs))] == [
         "reconstructions-reference-lines", "distributions",
     ]  # fmt: skip
@@ -246,15 +246,15 @@ THREE = (f"{RESNET[0]}:layer1", f"{RESNET[0]}:layer2", f"{VIT[0]}:blocks.0")
 
 
 def test_fusion_weights_are_maps_on_one_scale(tmp_path):
-    run = write_fused(tmp_path, THREE, [picture(seed) for seed in range(4)])
+    run = write_fused(tmp_path, THREE, [sample_image(seed) for seed in range(4)])
     (drawing,) = (d for d in draw(read_rows([run])) if d.name.startswith("fusion"))
     page, bar = drawing.figure.axes
     assert faults(drawing.figure) == []
-    assert len(page.images) == 3 * (2 + 3), "three pictures of four: original, reconstruction, a map a source"
+    assert len(page.images) == 3 * (2 + 3), "three images of four: original, reconstruction, a map a source"
     original, rebuilt, *maps = page.images[:5]
-    assert (original.get_array() == np.asarray(Image.open(run.pictures[0][1]))).all()
-    assert (rebuilt.get_array() == np.asarray(Image.open(run.pictures[0][2]))).all()
-    for image, path in zip(maps, run.fusion_maps["picture-000"], strict=True):
+    assert (original.get_array() == np.asarray(Image.open(run.images[0][1]))).all()
+    assert (rebuilt.get_array() == np.asarray(Image.open(run.images[0][2]))).all()
+    for image, path in zip(maps, run.fusion_maps["image-000"], strict=True):
         assert np.allclose(image.get_array(), np.asarray(Image.open(path)) / 255)
         assert image.get_clim() == (0, 1) and bar.get_ylim() == (0, 1)
     words = [text.get_text() for text in texts(drawing.figure)]
@@ -265,7 +265,7 @@ def test_fusion_weights_are_maps_on_one_scale(tmp_path):
 
 
 def test_fused_rows_with_and_without_maps(tmp_path):
-    originals = [picture(0)]
+    originals = [sample_image(0)]
     names = ["<b>$\\frac{$ & 日本\n|:layer", f"{RESNET[0]}:layer1"]
     runs = [write_fused(tmp_path, names, originals, seed=seed) for seed in (1, 2)]
     runs.append(
@@ -274,12 +274,12 @@ def test_fused_rows_with_and_without_maps(tmp_path):
     found = [d for d in draw(read_rows(runs)) if d.name.startswith("fusion")]
     assert [d.name for d in found] == ["fusion-weights-1", "fusion-weights-2"]
     assert [d.title[-6:] for d in found] == ["seed 1", "seed 2"] and not any(faults(d.figure) for d in found)
-    runs[0].fusion_maps["picture-000"][0].write_bytes(b"no picture")
+    runs[0].fusion_maps["image-000"][0].write_bytes(b"no image")
     assert sum(d.name.startswith("fusion") for d in draw(read_rows(runs))) == 1
 
 
 def test_weights_that_do_not_fit_the_sources_are_damage(tmp_path):
-    run = write_fused(tmp_path, THREE, [picture(0)])
+    run = write_fused(tmp_path, THREE, [sample_image(0)])
     run.file("summary.json").write_text(json.dumps(run.summary | {"fusion_weights": [0.5, 0.5]}))
     rows = read_rows([run, write_run(tmp_path, "m", "l")])
     assert "fusion_weights must have one value for each of 3 sources" in rows.unfinished[0].error

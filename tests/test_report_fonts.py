@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from report_study import picture, write_run
+from report_study import sample_image, write_run
 
 from afterimage.report.figures import draw, fonts, render, style
 from afterimage.report.figures.fonts import BASE, columns, drawable, families
@@ -126,7 +126,7 @@ def test_every_figure_draws_such_names(tmp_path, has_font):
     if has_font:
         install(tmp_path, "Test Sans CJK", LACKING)
     runs = [
-        write_run(tmp_path, f"{LACKING}net", layer, decoder, originals=[picture(0, 32)], count=3)
+        write_run(tmp_path, f"{LACKING}net", layer, decoder, originals=[sample_image(0, 32)], count=3)
         for layer in (f"{LACKING}1", f"{LACKING}2")
         for decoder in ("linear", LACKING)
     ]

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from report_study import REFERENCES, RESNET, VIT, printed, write_reference, write_run, write_study
+from report_study import BASELINES, RESNET, VIT, printed, write_reference, write_run, write_study
 from scipy import stats
 
 from afterimage.config import AfterimageError, RunConfig
@@ -34,7 +34,7 @@ def test_rows_stand_by_encoder_depth_and_decoder_and_reference_lines_last(study)
     ]
     assert [row.label for row in study.decoders] == expected
     assert [row.label for row in study.references] == [
-        REFERENCES[name][0] for name in ("mean", "thumbnail-112", "jpeg-50")
+        BASELINES[name][0] for name in ("mean", "thumbnail-112", "jpeg-50")
     ]
 
 
@@ -42,7 +42,7 @@ def test_a_layer_number_sorts_as_a_number():
     assert sorted(["blocks.11", "blocks.2", "blocks.1"], key=natural) == ["blocks.1", "blocks.2", "blocks.11"]
 
 
-def test_scores_are_those_of_the_pictures(study):
+def test_scores_are_those_of_the_images(study):
     for row in study.all:
         for metric, score in row.scores.items():
             values = np.array(list(row.values(metric).values()))
@@ -60,7 +60,7 @@ def test_rows_that_differ_in_a_setting_say_which(tmp_path):
     }  # fmt: skip
 
 
-def test_mixed_recipes_and_mixed_pictures_are_warned_of(tmp_path):
+def test_mixed_recipes_and_mixed_images_are_warned_of(tmp_path):
     runs = [write_run(tmp_path, "m", "l", "linear"), write_run(tmp_path, "m", "l", "attention", loss="l1")]
     assert "recipe.loss (l1, mse)" in "".join(read_rows(runs).warnings)
     summary = runs[0].summary

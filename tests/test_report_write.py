@@ -6,7 +6,7 @@ from urllib.parse import unquote
 import matplotlib
 import pytest
 from matplotlib.figure import Figure
-from report_study import picture, write_reference, write_run
+from report_study import sample_image, write_reference, write_run
 
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.report.figures import Drawing
@@ -16,7 +16,7 @@ from afterimage.runs.run import Run
 
 @pytest.fixture
 def runs(tmp_path):
-    originals = [picture(0)]
+    originals = [sample_image(0)]
     return [
         write_run(
             tmp_path / "runs", "m.tag", "l1", "attention", originals=originals, notes=["fitted on half"]
@@ -40,8 +40,8 @@ def test_every_link_leads_to_a_file_and_the_same_runs_give_the_same_bytes(tmp_pa
     assert {"report.md", "index.html", "findings.json", "table.md", "table.csv", "table.tex"} < set(written)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.relative_to(tmp_path / "out").as_posix() for path in files} == set(written)
-    pictures = {name for name in written if name.endswith((".png", ".svg"))}
-    assert pictures <= set(links) and len(pictures) >= 8
+    sample_images = {name for name in written if name.endswith((".png", ".svg"))}
+    assert sample_images <= set(links) and len(sample_images) >= 8
     with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "axes.grid": True, "savefig.dpi": 30}):
         again = write_report(runs, tmp_path / "again")
     assert {n: p.read_bytes() for n, p in again.items()} == {n: p.read_bytes() for n, p in written.items()}

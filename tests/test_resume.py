@@ -3,32 +3,34 @@ import signal
 
 import pytest
 import torch
-from children import context, result, small_configs, small_pictures, train_child
+from children import context, result, small_configs, small_images, train_child
 
 from afterimage import AfterimageError, train_runs
 from afterimage.config import FeatureSpec
 from afterimage.experiments import joint_run as group
 from afterimage.models.decoders import DECODERS, create_decoder
-from afterimage.models.reconstructor import build_head
+from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.runs.run import Run
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS
-from afterimage.training.decoder_trainer import Member
-from afterimage.training.trainer import Together
+from afterimage.training.decoder_trainer import DecoderTrainer
+from afterimage.training.trainer import Trainer
 
 KILLS = 20
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, cache, tmp_path_factory):
+def whole(sample_images, cache, tmp_path_factory):
     """The results of the runs that were never stopped."""
     root = tmp_path_factory.mktemp("whole")
-    return [result(run) for run in train_runs(small_configs(pictures), root, cache=cache, accelerator="cpu")]
+    return [
+        result(run) for run in train_runs(small_configs(sample_images), root, cache=cache, accelerator="cpu")
+    ]
 
 
 @pytest.fixture
-def go(pictures, cache, tmp_path):
+def go(sample_images, cache, tmp_path):
     def run(configs=None, **options):
-        configs = configs or small_configs(pictures)
+        configs = configs or small_configs(sample_images)
         options = {"accelerator": "cpu", "cache": cache, "checkpoint_seconds": 0.0} | options
         return train_runs(configs, tmp_path / "runs", **options)
 
@@ -43,8 +45,8 @@ def child(function, *arguments, **options):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_bits(pictures, cache, whole, tmp_path):
-    configs = small_configs(pictures)
+def test_killed_at_any_moment_it_ends_with_the_same_bits(sample_images, cache, whole, tmp_path):
+    configs = small_configs(sample_images)
     counted = tmp_path / "calls"
     assert child(train_child, configs, tmp_path / "counted", cache, counted=counted) == 0
     calls, draw = int(counted.read_text()), random.Random(5)
@@ -68,7 +70,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(pictures, cache, whole,
 
 def stop_at(monkeypatch, step):
     """Interrupt before the so-many-th optimizer step of this process, whichever member takes it."""
-    steps, original = [0], Member.step
+    steps, original = [0], DecoderTrainer.step
 
     def stopping(self, *arguments):
         if steps[0] == step:
@@ -76,12 +78,12 @@ def stop_at(monkeypatch, step):
         steps[0] += 1
         original(self, *arguments)
 
-    monkeypatch.setattr(Member, "step", stopping)
+    monkeypatch.setattr(DecoderTrainer, "step", stopping)
 
 
 @pytest.mark.parametrize("step", [3, 10])
 def test_members_at_different_steps_go_on_each_from_its_own(go, whole, monkeypatch, step):
-    save, saved = Together.save, []
+    save, saved = Trainer.save, []
 
     def only_the_first(self, members):
         saved.append(members[0].name)
@@ -89,12 +91,12 @@ def test_members_at_different_steps_go_on_each_from_its_own(go, whole, monkeypat
 
     with monkeypatch.context() as patch:
         stop_at(patch, step)
-        patch.setattr(Together, "save", only_the_first)
+        patch.setattr(Trainer, "save", only_the_first)
         with pytest.raises(KeyboardInterrupt):
             go()
     said = []
     runs = go(progress=lambda what, *_, **__: said.append(what))
-    assert saved and any("goes on after epoch" in line and "picture" in line for line in said)
+    assert saved and any("goes on after epoch" in line and "image" in line for line in said)
     assert [result(run) for run in runs] == whole
 
 
@@ -122,8 +124,10 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["cut", "first", "middle", "last"])
 @pytest.mark.parametrize("which", [(CHECKPOINT,), (CHECKPOINT, PREVIOUS)])
-def test_a_damaged_checkpoint_is_said_and_not_used(go, whole, monkeypatch, pictures, tmp_path, how, which):
-    only = small_configs(pictures)[:1]
+def test_a_damaged_checkpoint_is_said_and_not_used(
+    go, whole, monkeypatch, sample_images, tmp_path, how, which
+):
+    only = small_configs(sample_images)[:1]
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         with pytest.raises(KeyboardInterrupt):
@@ -138,44 +142,44 @@ def test_a_damaged_checkpoint_is_said_and_not_used(go, whole, monkeypatch, pictu
     assert result(run) == whole[0]
 
 
-def test_a_picture_replaced_before_going_on_starts_over_and_says_so(cache, tmp_path, monkeypatch):
-    pictures = small_pictures(tmp_path / "pictures")
-    only = small_configs(pictures)[:1]
+def test_a_image_replaced_before_going_on_starts_over_and_says_so(cache, tmp_path, monkeypatch):
+    sample_images = small_images(tmp_path / "images")
+    only = small_configs(sample_images)[:1]
     options = {"cache": cache, "accelerator": "cpu", "checkpoint_seconds": 0.0}
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         with pytest.raises(KeyboardInterrupt):
             train_runs(only, tmp_path / "runs", **options)
-    small_pictures(tmp_path / "others", 21)
-    (pictures / "03.png").write_bytes((tmp_path / "others" / "20.png").read_bytes())
+    small_images(tmp_path / "others", 21)
+    (sample_images / "03.png").write_bytes((tmp_path / "others" / "20.png").read_bytes())
     said = []
     (run,) = train_runs(only, tmp_path / "runs", progress=lambda what, *_, **__: said.append(what), **options)
-    assert any("starts over, since a checkpoint was made on other pictures" in line for line in said)
+    assert any("starts over, since a checkpoint was made on other images" in line for line in said)
     (fresh,) = train_runs(only, tmp_path / "fresh", **options)
     assert result(run) == result(fresh)
 
 
-def test_a_picture_replaced_while_it_trains_changes_nothing(cache, tmp_path, whole, monkeypatch):
-    pictures = small_pictures(tmp_path / "pictures")
-    step, replaced = Member.step, []
+def test_a_image_replaced_while_it_trains_changes_nothing(cache, tmp_path, whole, monkeypatch):
+    sample_images = small_images(tmp_path / "images")
+    step, replaced = DecoderTrainer.step, []
 
     def replacing(self, *arguments):
         if not replaced:
-            for path in pictures.iterdir():
-                path.write_bytes(b"no picture at all")
+            for path in sample_images.iterdir():
+                path.write_bytes(b"no image at all")
             replaced.append(True)
         step(self, *arguments)
 
-    monkeypatch.setattr(Member, "step", replacing)
-    (run,) = train_runs(small_configs(pictures)[:1], tmp_path / "runs", cache=cache, accelerator="cpu")
+    monkeypatch.setattr(DecoderTrainer, "step", replacing)
+    (run,) = train_runs(small_configs(sample_images)[:1], tmp_path / "runs", cache=cache, accelerator="cpu")
     assert replaced and result(run)["scores"] == whole[0]["scores"]
     assert run.summary["data"]["digest"] in whole[0]["summary"]
 
 
-def test_the_interval_is_kept_inside_an_epoch(go, monkeypatch, pictures):
+def test_the_interval_is_kept_inside_an_epoch(go, monkeypatch, sample_images):
     """Steps of 20 seconds each, of the only clock that decides: a checkpoint after 45, and at the epochs' ends."""
     clock, saves = [0.0], []
-    step, save = Member.step, Member.save
+    step, save = DecoderTrainer.step, DecoderTrainer.save
 
     def ticking(self, *arguments):
         step(self, *arguments)
@@ -185,11 +189,11 @@ def test_the_interval_is_kept_inside_an_epoch(go, monkeypatch, pictures):
         saves.append((self.epoch, self.position))
         save(self)
 
-    monkeypatch.setattr(Member, "step", ticking)
-    monkeypatch.setattr(Member, "save", noting)
+    monkeypatch.setattr(DecoderTrainer, "step", ticking)
+    monkeypatch.setattr(DecoderTrainer, "save", noting)
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    go(small_configs(pictures, epochs=2)[:1], checkpoint_seconds=45.0)
-    # Fourteen training pictures in batches of four: the third step passes 45 seconds.
+    go(small_configs(sample_images, epochs=2)[:1], checkpoint_seconds=45.0)
+    # Fourteen training images in batches of four: the third step passes 45 seconds.
     assert saves == [(0, 12), (1, 0), (1, 12), (2, 0)]
 
 
@@ -215,14 +219,16 @@ def test_no_decoder_draws_random_numbers_in_training(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_checkpoint_that_does_not_fit_is_an_error(go, pictures, monkeypatch):
-    only = small_configs(pictures)[:1]
+def test_a_checkpoint_that_does_not_fit_is_an_error(go, sample_images, monkeypatch):
+    only = small_configs(sample_images)[:1]
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         with pytest.raises(KeyboardInterrupt):
             go(only)
     monkeypatch.setattr(
-        group, "build_head", lambda config, specs: build_head(small_configs(pictures)[2], specs)
+        group,
+        "build_feature_decoder",
+        lambda config, specs: build_feature_decoder(small_configs(sample_images)[2], specs),
     )
     with pytest.raises(AfterimageError, match=r"its checkpoint does not fit (?s:.*)delete the folder"):
         go(only)

@@ -111,7 +111,7 @@ def test_result_round_trip(tmp_path):
     run = Run.create(tmp_path, CONFIG)
     original, rebuilt = np.zeros((4, 5, 3), np.uint8), np.full((4, 5, 3), 200, np.uint8)
     run.save_result({"kind": "decoder"}, [{"id": "a/b", "psnr": 20.0}], [("a/b", original, rebuilt)])
-    ((identity, first, second),) = run.pictures
+    ((identity, first, second),) = run.images
     assert identity == "a/b"
     assert (np.array(Image.open(first)) == original).all() and (np.array(Image.open(second)) == rebuilt).all()
     assert run.scores == [{"id": "a/b", "psnr": 20.0}] and run.summary == {"kind": "decoder"}

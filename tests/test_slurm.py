@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from children import small_pictures
+from children import small_images
 
 from afterimage.config import AfterimageError, load_toml
 from afterimage.config.study import StudyConfig
@@ -25,7 +25,7 @@ weights = "random"
 references = {references}
 seeds = {seeds}
 [data]
-source = "folder:pictures"
+source = "folder:images"
 resize = 48
 crop = 32
 """
@@ -98,7 +98,7 @@ def slurm(tmp_path, monkeypatch):
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_CPUS_PER_TASK": "1",
     }
-    small_pictures(tmp_path / "pictures")
+    small_images(tmp_path / "images")
 
     def run(script, *arguments, **more):
         done = subprocess.run(
@@ -184,7 +184,7 @@ def test_torchrun_trains_one_run(slurm, tmp_path):
     done, log = slurm(
         "torchrun.sh",
         *("test_resnet.r160_in1k:layer1", "--decoder", "transposed", "--weights", "random", "--epochs", "1"),
-        *("--data", "folder:pictures", "--resize", "48", "--crop", "32", "--accelerator", "cpu"),
+        *("--data", "folder:images", "--resize", "48", "--crop", "32", "--accelerator", "cpu"),
         SLURM_NNODES="1",
         SLURM_GPUS_ON_NODE="1",
     )

@@ -80,7 +80,7 @@ def test_chunked_resampling_equals_resampling_at_once(monkeypatch):
 
 @settings(max_examples=40, deadline=None)
 @given(samples, st.randoms())
-def test_interval_ignores_the_order_of_pictures(values, random):
+def test_interval_ignores_the_order_of_images(values, random):
     shuffled = values.copy()
     random.shuffle(shuffled)
     first, second = mean_interval(values, resamples=200), mean_interval(shuffled, resamples=200)
@@ -121,7 +121,7 @@ def test_holm_lies_between_no_correction_and_bonferroni(p_values):
 
 
 def test_holm_keeps_the_familys_error_at_five_per_cent():
-    """20 true nulls and 5 clear effects on 100 pictures each: some false positive in 5 % of families."""
+    """20 true nulls and 5 clear effects on 100 images each: some false positive in 5 % of families."""
     random = np.random.default_rng(17)
     families = 600
     shift = np.array([0.0] * 20 + [1.0] * 5)

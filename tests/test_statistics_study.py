@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
-from simulated_study import SHAPES, pictures, scores, write_published_study, write_reference, write_run
+from simulated_study import SHAPES, sample_images, scores, write_published_study, write_reference, write_run
 
 from afterimage.config import (
     RANDOM_WEIGHTS,
@@ -33,7 +33,7 @@ FAST = {"resamples": 400}
 def row(quality, name="model layer1", *, order=1, side=14, channels=64, parameters=1000, metric="psnr"):
     """A row with the given scores, without a run folder."""
     encoder, _, layer = name.partition(" ")
-    values = dict(zip(pictures(len(quality)), np.asarray(quality, dtype=float).tolist(), strict=True))
+    values = dict(zip(sample_images(len(quality)), np.asarray(quality, dtype=float).tolist(), strict=True))
     return Row(
         name=name,
         encoder=encoder,
@@ -57,7 +57,7 @@ def row(quality, name="model layer1", *, order=1, side=14, channels=64, paramete
 
 
 def layered(means, random, *, count=60, noise=1.0, encoder="model", side=14, metric="psnr"):
-    """Rows of one encoder: what the picture brings is common to its layers, the noise is not."""
+    """Rows of one encoder: what the image brings is common to its layers, the noise is not."""
     common = random.normal(0, 3, count)
     return [
         row(
@@ -154,7 +154,7 @@ def test_words_hold_the_numbers(study):
     assert (
         f"layer1 to layer2 −{-resnet.steps[0].difference.estimate:.2f} dB [−{-low:.2f}, −{-high:.2f}]" in told
     )
-    assert f"{resnet.monotone} of 100 pictures fall at every step" in told
+    assert f"{resnet.monotone} of 100 images fall at every step" in told
 
 
 def test_same_runs_and_seed_give_the_same_answers(tmp_path):
@@ -277,7 +277,7 @@ def test_only_the_first_layer_of_a_size_speaks_for_its_encoder():
         name="second layer9",
         layer="layer9",
         order=9,
-        scores={"psnr": {k: 99.0 for k in pictures(60)}},
+        scores={"psnr": {k: 99.0 for k in sample_images(60)}},
     )
     result = architectures_differ([late, *rows], "psnr", "linear", **FAST)
     assert [p.comparison.b for p in result.pairs] == ["second layer1"]
@@ -307,11 +307,11 @@ def test_comparison_agrees_with_scipys_paired_t_test():
     assert same.p == 1 and same.better is None and not same.explained_by_capacity
 
 
-def test_comparison_pairs_common_pictures_only():
+def test_comparison_pairs_common_images_only():
     a, b = two_encoders(0.5)
     b = replace(b, scores={"psnr": {k: v for k, v in list(b.scores["psnr"].items())[:40]} | {"other": 99.0}})
     assert compare(a, b, "psnr", **FAST).difference.count == 40
-    with pytest.raises(AfterimageError, match="share 0 pictures"):
+    with pytest.raises(AfterimageError, match="share 0 images"):
         compare(a, replace(b, scores={"psnr": {"other": 1.0}}), "psnr")
 
 
@@ -401,7 +401,7 @@ def test_lpips_of_different_networks_is_not_compared(tmp_path):
     assert "alex, vgg" in analysis.notes[0]
 
 
-def test_unfinished_runs_and_single_pictures_are_left_out_by_name(tmp_path):
+def test_unfinished_runs_and_single_images_are_left_out_by_name(tmp_path):
     unfinished, single, whole = [write_run(tmp_path, s, scores(20)) for s in LAYERS[:3]]
     unfinished.set_state("failed", error="out of memory")
     write_csv(single.file("scores.csv"), scores(20)[:1])
@@ -412,7 +412,7 @@ def test_unfinished_runs_and_single_pictures_are_left_out_by_name(tmp_path):
 
 def test_no_runs_at_all_is_said(tmp_path):
     assert in_words(analyse([])) == [
-        "No finished decoder with scores of 2 pictures or more: nothing to compare."
+        "No finished decoder with scores of 2 images or more: nothing to compare."
     ]
 
 
@@ -421,7 +421,7 @@ def test_no_runs_at_all_is_said(tmp_path):
     [
         ({"psnr": float("inf")}, "not a finite"),
         ({"psnr": "good"}, "not a finite"),
-        ({"id": "picture-001"}, "twice"),
+        ({"id": "image-001"}, "twice"),
     ],
 )
 def test_scores_that_cannot_be_are_errors_that_name_the_file(tmp_path, change, message):
@@ -512,7 +512,7 @@ def test_a_certain_but_negligible_difference_is_not_called_undecided(tmp_path):
 
 
 def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
-    """As pictures of one test set they are compared; what trained the rows is a setting."""
+    """As images of one test set they are compared; what trained the rows is a setting."""
     for train, mean in ((640, 22), (16, 18)):
         run = write_run(tmp_path, LAYERS[0], scores(mean), data=DataConfig("procedural", limit_train=train))
         data = run.summary["data"] | {"train": train, "digest": f"{train:064}", "test_digest": "t" * 64}
@@ -521,7 +521,7 @@ def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
     write_json(run.file("summary.json"), run.summary | {"data": data})
     analysis = analyse(scan(tmp_path), **FAST)
     ranking = analysis.decoders[0]
-    assert ranking.settings == ("attention (training pictures 640)", "attention (training pictures 16)")
+    assert ranking.settings == ("attention (training images 640)", "attention (training images 16)")
     gains = [e.gain for e in analysis.efficiency if e.metric == "psnr"]
     assert sorted(gains) == pytest.approx([6, 10], abs=0.1)
     # Of another test set there is no mean colour to count from.
@@ -532,7 +532,7 @@ def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
     assert gains["resnet34 layer2"] is None and gains["resnet34 layer1"] is not None
 
 
-def test_settings_of_data_are_told_where_the_pictures_are_the_same(tmp_path):
+def test_settings_of_data_are_told_where_the_images_are_the_same(tmp_path):
     for crop in (224, 128):
         write_run(tmp_path, LAYERS[0], scores(20), data=DataConfig("procedural", crop=crop))
     rows, _ = load_rows(scan(tmp_path))
@@ -540,7 +540,7 @@ def test_settings_of_data_are_told_where_the_pictures_are_the_same(tmp_path):
 
 
 def test_what_rows_were_scored_on():
-    """By the test part's own digest; by that of all pictures where one row has no other, as in older folders."""
+    """By the test part's own digest; by that of all images where one row has no other, as in older folders."""
     new = [{"digest": "a", "test_digest": "t"}, {"digest": "b", "test_digest": "t"}]
     assert scored_on(new) == ["t", "t"]
     assert scored_on([*new, {"digest": "a"}]) == ["a", "b", "a"]

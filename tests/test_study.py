@@ -16,7 +16,7 @@ from afterimage.config import (
 from afterimage.config.study import RowConfig, StudyConfig, from_models, load_study, shipped
 from afterimage.experiments.cost import plan
 from afterimage.experiments.study import expand, run_study
-from afterimage.models.reconstructor import build_head
+from afterimage.models.reconstructor import build_feature_decoder
 
 MODEL = "test_resnet.r160_in1k"
 SMALL = StudyConfig(
@@ -169,10 +169,10 @@ def test_a_plan_counts_attention_and_the_sums_of_a_closed_form():
         for depth in (1, 0)
     )
     assert whole - none > 2 * n * n * spec.channels
-    head = build_head(config, [spec])
+    head = build_feature_decoder(config, [spec])
     assert head.macs([spec]) == whole and head.training
     linear = plan([replace(config, decoder=DecoderConfig("linear"))])[0]
     assert linear.bytes > 2 * 8 * (9 * spec.channels + 1) ** 2
-    decoder = build_head(replace(config, decoder=DecoderConfig("linear")), [spec]).decoder
-    rows, inputs = 16 * n, 9 * spec.channels + 1  # every location of 16 pictures, seen once or twice
-    assert rows * inputs**2 // 2 < decoder.macs_to_solve(16) < 8 * rows * inputs**2 + 3 * inputs**3
+    decoder = build_feature_decoder(replace(config, decoder=DecoderConfig("linear")), [spec]).decoder
+    rows, inputs = 16 * n, 9 * spec.channels + 1  # every location of 16 images, seen once or twice
+    assert rows * inputs**2 // 2 < decoder.fit_macs(16) < 8 * rows * inputs**2 + 3 * inputs**3

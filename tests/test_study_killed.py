@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from children import MODEL, context, small_pictures
+from children import MODEL, context, small_images
 
 from afterimage.report.read import read_rows
 from afterimage.report.tables import csv_table
@@ -22,7 +22,7 @@ decoders = ["linear", "transposed", "residual"]
 weights = "random"
 
 [data]
-source = "folder:{pictures}"
+source = "folder:{images}"
 resize = 48
 crop = 32
 
@@ -54,7 +54,7 @@ def start(tmp_path, monkeypatch):
     """Starts a process that runs the study in a folder; returns when it has begun."""
     monkeypatch.delenv("AFTERIMAGE_WEIGHTS", raising=False)
     file = tmp_path / "killed.toml"
-    file.write_text(STUDY.format(model=MODEL, pictures=small_pictures(tmp_path / "pictures")))
+    file.write_text(STUDY.format(model=MODEL, images=small_images(tmp_path / "images")))
 
     def start(root):
         (root / "study.toml").unlink(missing_ok=True)

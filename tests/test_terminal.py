@@ -163,8 +163,8 @@ def test_text_that_is_no_character_is_written_and_read_back(tmp_path):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """A folder whose own name and whose pictures' names are no text, or steer a terminal."""
-    folder = tmp_path_factory.mktemp("odd") / os.fsdecode(b"pictures \xff")
+    """A folder whose own name and whose images' names are no text, or steer a terminal."""
+    folder = tmp_path_factory.mktemp("odd") / os.fsdecode(b"images \xff")
     try:
         folder.mkdir()
     except OSError:
@@ -205,12 +205,15 @@ def test_odd_names_and_a_windows_log_from_training_to_a_report(odd, tmp_path, mo
 
     monkeypatch.chdir(odd)  # another working folder than the run was made in
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(tmp_path / "cache"))
-    pictures = sorted(odd.iterdir())[:2]
+    sample_images = sorted(odd.iterdir())[:2]
     for arguments, told in (
         (["evaluate", run.path, "--output", tmp_path / os.fsdecode(b"scores \xff.csv")], "scores \\xff.csv"),
         (["verify", run.path, "--accelerator", "cpu"], "1 of 1 runs hold"),
-        (["reconstruct", pictures[0], "--run", run.path, "--output", tmp_path / "one.png"], "PSNR"),
-        (["reconstruct", *pictures, "--run", run.path, "--output", tmp_path / "two.png"], "\\x1b[31m\\xfe 0"),
+        (["reconstruct", sample_images[0], "--run", run.path, "--output", tmp_path / "one.png"], "PSNR"),
+        (
+            ["reconstruct", *sample_images, "--run", run.path, "--output", tmp_path / "two.png"],
+            "\\x1b[31m\\xfe 0",
+        ),
         (["report", run.path, "--output", tmp_path / os.fsdecode(b"report \xff")], "report \\xff"),
     ):
         main([str(argument) for argument in arguments])
@@ -285,8 +288,8 @@ def test_files_of_tensors_are_read_whatever_their_path(odd):
         else:
             assert torch.equal(load_tensors(path)[0]["conv.weight"], tensors["conv.weight"])
         assert torch.equal(dict(read_weights(path))["conv.weight"], tensors["conv.weight"])
-    pictures = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
-    arrays = {"pictures": pictures, "features": np.zeros((10, 4), np.float32)}
+    sample_images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
+    arrays = {"images": sample_images, "features": np.zeros((10, 4), np.float32)}
     (folder / "pairs.safetensors").write_bytes(save(arrays))
     store = load_pairs(AuditConfig(pairs=str(folder / "pairs.safetensors")).pairs)
     assert [spec.source for spec in store.specs.values()] == ["pairs.safetensors:features"]

@@ -22,16 +22,16 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.runs.run import Run
 from afterimage.training import trainer as train
 from afterimage.training.checkpoint import load_reconstructor, load_tensors
-from afterimage.training.decoder_trainer import Member
+from afterimage.training.decoder_trainer import DecoderTrainer
 
 MODEL = "test_resnet.r160_in1k"
 SOURCES = [f"{MODEL}:layer1", f"{MODEL}:layer2"]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Twenty smooth pictures of two colours each, easy to learn."""
-    folder = tmp_path_factory.mktemp("pictures")
+def sample_images(tmp_path_factory):
+    """Twenty smooth images of two colours each, easy to learn."""
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for i in range(20):
         ends = random.uniform(0, 255, (2, 3))
@@ -42,13 +42,13 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def config(pictures):
+def config(sample_images):
     def make(source=SOURCES[0], decoder="transposed", *, seed=42, **recipe):
         return RunConfig(
             (source,),
             weights="random",
             decoder=DecoderConfig(decoder),
-            data=DataConfig(f"folder:{pictures}", resize=48, crop=32),
+            data=DataConfig(f"folder:{sample_images}", resize=48, crop=32),
             recipe=RecipeConfig(**{"epochs": 3, "batch_size": 4} | recipe),
             seed=seed,
         )
@@ -79,14 +79,14 @@ def test_a_run_folder_holds_everything(config, go):
     summary = run.summary
     assert run.state == "done"
     assert [row["epoch"] for row in run.history] == [1, 2, 3]
-    assert len(run.scores) == summary["data"]["test_pictures"] == len(run.pictures) == 2
+    assert len(run.scores) == summary["data"]["test_images"] == len(run.images) == 2
     mean = np.mean([row["psnr"] for row in run.scores])
     assert summary["scores"]["psnr"]["mean"] == pytest.approx(mean)
     assert summary["parameters"] == sum(
         t.numel() for k, t in weights(run).items() if "running" not in k and "num_" not in k
     )
     assert summary["weights"][0]["label"] == "random" and "random" in run.name
-    assert summary["pictures_seen"] == 3 * summary["data"]["train"]
+    assert summary["images_seen"] == 3 * summary["data"]["train"]
     assert summary["best_validation_loss"] == min(row["validation_loss"] for row in run.history)
     assert not run.file("checkpoint.safetensors").exists()
     assert run.file("environment.json").exists() and run.config.sources == (SOURCES[0],)
@@ -125,7 +125,7 @@ def test_training_together_equals_training_alone(config, go):
 def test_a_stopped_run_goes_on_to_the_same_bits(config, go, monkeypatch, stop, precision):
     settings = {"epochs": 4, "precision": precision}
     (whole,) = go(config(**settings), root="whole")
-    steps, step = [0], Member.step
+    steps, step = [0], DecoderTrainer.step
 
     def stopping(self, *arguments):
         if steps[0] == stop:
@@ -134,7 +134,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, go, monkeypatch, stop, p
         step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Member, "step", stopping)
+        patch.setattr(DecoderTrainer, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
             go(config(**settings), root="stopped")
     (resumed,) = go(config(**settings), root="stopped")
@@ -149,8 +149,8 @@ def test_it_learns(config, go):
     assert last["validation_loss"] < first["validation_loss"] / 2
 
 
-def test_the_encoder_does_not_change_by_a_bit(pictures, tmp_path):
-    data = load_data(DataConfig(f"folder:{pictures}", resize=48, crop=32), cache=tmp_path)
+def test_the_encoder_does_not_change_by_a_bit(sample_images, tmp_path):
+    data = load_data(DataConfig(f"folder:{sample_images}", resize=48, crop=32), cache=tmp_path)
     encoder = Encoder(f"{MODEL}:layer2", weights="random", image_size=32)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     assert any("running_var" in key for key in before)
@@ -161,8 +161,8 @@ def test_the_encoder_does_not_change_by_a_bit(pictures, tmp_path):
     assert len(rows) == 2 and all(math.isfinite(row["psnr"]) for row in rows)
 
 
-def test_a_closed_form_needs_no_epochs(pictures, tmp_path):
-    data = load_data(DataConfig(f"folder:{pictures}", resize=48, crop=32), cache=tmp_path)
+def test_a_closed_form_needs_no_epochs(sample_images, tmp_path):
+    data = load_data(DataConfig(f"folder:{sample_images}", resize=48, crop=32), cache=tmp_path)
     encoder = Encoder(f"{MODEL}:layer1", weights="random-init", image_size=32)  # nearly linear
     reconstructor = Reconstructor(encoder, create_decoder("linear", encoder.specs, 32))
     assert train(reconstructor, data, accelerator="cpu") == []
@@ -180,14 +180,14 @@ def test_a_loss_that_is_not_finite_ends_one_run_and_no_other(config, go):
 
 
 def test_the_best_checkpoint_survives_a_late_failure(config, go, monkeypatch):
-    step = Member.step
+    step = DecoderTrainer.step
 
     def failing(self, features, images, count):
         if self.epoch == 2:
             features = [feature * math.nan for feature in features]
         step(self, features, images)
 
-    monkeypatch.setattr(Member, "step", failing)
+    monkeypatch.setattr(DecoderTrainer, "step", failing)
     with pytest.raises(AfterimageError, match="the loss is nan in epoch 3, step 1"):
         go(config(epochs=4))
     (run,) = [Run.open(path) for path in (go.__closure__[0].cell_contents / "runs").iterdir()]
@@ -217,4 +217,8 @@ def test_jobs_and_train_keep_their_names():
     import afterimage
     import afterimage.training.trainer as module
 
-    assert callable(afterimage.training.trainer) and callable(afterimage.evaluation.evaluate) and module is afterimage.training.trainer
+    assert (
+        callable(afterimage.training.trainer)
+        and callable(afterimage.evaluation.evaluate)
+        and module is afterimage.training.trainer
+    )

@@ -3,12 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from children import MODEL, small_configs, small_pictures
+from children import MODEL, small_configs, small_images
 from safetensors.torch import load_file, save_file
 
 from afterimage import train_runs
 from afterimage.cli import main
-from afterimage.evaluation.baselines import run_references
+from afterimage.evaluation.baselines import run_baselines
 from afterimage.experiments.reproduce import verify_runs
 from afterimage.runs.files import read_csv, write_csv, write_json
 from afterimage.runs.run import Run, scan
@@ -16,18 +16,18 @@ from afterimage.runs.run import Run, scan
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished study of three decoders and two reference lines: its pictures, its folder, its cache."""
+    """A finished study of three decoders and two baselines: its images, its folder, its cache."""
     folder = tmp_path_factory.mktemp("study")
-    configs = small_configs(small_pictures(folder / "pictures"), epochs=1)
+    configs = small_configs(small_images(folder / "images"), epochs=1)
     options = {"cache": folder / "cache"}
     train_runs(configs, folder / "runs", accelerator="cpu", **options)
-    run_references(configs[0].data, folder / "runs", names=["mean", "jpeg-50"], **options)
+    run_baselines(configs[0].data, folder / "runs", names=["mean", "jpeg-50"], **options)
     return folder
 
 
 @pytest.fixture
 def study(done, tmp_path):
-    """A copy that a test may change; the pictures keep their place, which the runs name."""
+    """A copy that a test may change; the images keep their place, which the runs name."""
     import shutil
 
     shutil.copytree(done / "runs", tmp_path / "runs")
@@ -44,7 +44,7 @@ def test_everything_holds(study, done):
     verdicts = verify_runs(scan(study), cache=done / "cache", accelerator="cpu")
     assert len(verdicts) == 5
     for one in verdicts:
-        assert one.holds and not one.changes and one.pictures == 2
+        assert one.holds and not one.changes and one.images == 2
         assert one.worst["psnr"] <= 1e-4
 
 
@@ -116,12 +116,12 @@ def test_other_settings_and_versions_are_named(study, done):
     assert f"threads: 99 then, {torch.get_num_threads()} now" in found.changes
 
 
-def test_other_pictures_are_named(tmp_path):
-    pictures = small_pictures(tmp_path / "pictures")
-    (run,) = train_runs(small_configs(pictures)[1], tmp_path / "runs", cache=tmp_path / "cache")
-    small_pictures(pictures, 24)
+def test_other_images_are_named(tmp_path):
+    sample_images = small_images(tmp_path / "images")
+    (run,) = train_runs(small_configs(sample_images)[1], tmp_path / "runs", cache=tmp_path / "cache")
+    small_images(sample_images, 24)
     (found,) = verify_runs([run], cache=tmp_path / "cache")
-    assert not found.holds and not found.problems and "other test pictures" in found.missing[0]
+    assert not found.holds and not found.problems and "other test images" in found.missing[0]
     assert "training/validation/test 14/4/2 then" in found.changes[0]
 
 
@@ -153,12 +153,12 @@ def test_the_command_says_so_and_ends_with_one(study, done, capsys, monkeypatch)
 
 @pytest.fixture
 def moved(done, tmp_path):
-    """Runs whose pictures are a folder of their own, which a test may take away; test pictures from another."""
-    pictures, tests = small_pictures(tmp_path / "pictures"), tmp_path / "tests"
+    """Runs whose images are a folder of their own, which a test may take away; test images from another."""
+    sample_images, tests = small_images(tmp_path / "images"), tmp_path / "tests"
     tests.mkdir()
     for i in (17, 18, 19):
-        (pictures / f"{i}.png").rename(tests / f"{i}.png")
-    config = small_configs(pictures, epochs=1)[1]
+        (sample_images / f"{i}.png").rename(tests / f"{i}.png")
+    config = small_configs(sample_images, epochs=1)[1]
     data = replace(config.data, test=f"folder:{tests}")
     train_runs(
         [config, replace(config, data=data)], tmp_path / "runs", accelerator="cpu", cache=tmp_path / "cache"
@@ -167,14 +167,14 @@ def moved(done, tmp_path):
     return tmp_path, runs[False], runs[True]
 
 
-def test_missing_pictures_are_not_measured_and_not_a_failure(moved, capsys, monkeypatch):
+def test_missing_images_are_not_measured_and_not_a_failure(moved, capsys, monkeypatch):
     folder, own, elsewhere = moved
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(folder / "empty"))
-    (folder / "pictures").rename(folder / "away")
+    (folder / "images").rename(folder / "away")
     alone, other = verify_runs([own, elsewhere], cache=folder / "cache", accelerator="cpu")
     assert not alone.holds and not alone.problems and "cannot read the folder" in alone.missing[0]
-    assert other.holds and other.pictures == 3, "its test pictures are here"
-    assert "could not be looked at" in other.changes[0] and str(folder / "pictures") in other.changes[0]
+    assert other.holds and other.images == 3, "its test images are here"
+    assert "could not be looked at" in other.changes[0] and str(folder / "images") in other.changes[0]
     with pytest.raises(SystemExit) as stopped:
         main(["verify", str(own.path), "--accelerator", "cpu"])
     out = capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_missing_pictures_are_not_measured_and_not_a_failure(moved, capsys, monk
     assert stopped.value.code == 1 and "0 of 2 runs hold, 1 do not, 1 could not be measured" in out
 
 
-def test_a_test_picture_that_is_missing_is_named(moved):
+def test_a_test_image_that_is_missing_is_named(moved):
     folder, _, elsewhere = moved
     (folder / "tests" / "18.png").unlink()
     (found,) = verify_runs([elsewhere], cache=folder / "cache", accelerator="cpu")
@@ -212,25 +212,25 @@ def test_a_score_that_cannot_be_measured_is_not_measured(study, done):
     )
 
 
-def test_evaluating_on_other_pictures_needs_no_training_pictures_and_keeps_the_network(
+def test_evaluating_on_other_images_needs_no_training_images_and_keeps_the_network(
     moved, capsys, monkeypatch
 ):
     folder, own, _ = moved
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(folder / "empty"))
     edit(own, "summary.json", lambda s: s["lpips"].update(net="vgg"))
-    (folder / "pictures").rename(folder / "away")
+    (folder / "images").rename(folder / "away")
     main(["evaluate", str(own.path), "--data", f"folder:{folder}/tests"])
     out, err = capsys.readouterr()
-    assert "over 3 pictures" in out and "vgg" in out and "could not be looked at" in err
-    (folder / "away").rename(folder / "pictures")
-    (folder / "tests" / "00.png").write_bytes((folder / "pictures" / "00.png").read_bytes())
+    assert "over 3 images" in out and "vgg" in out and "could not be looked at" in err
+    (folder / "away").rename(folder / "images")
+    (folder / "tests" / "00.png").write_bytes((folder / "images" / "00.png").read_bytes())
     with pytest.raises(SystemExit):
         main(["evaluate", str(own.path), "--data", f"folder:{folder}/tests"])
     assert "trained or validated on too" in capsys.readouterr().err
 
 
 def test_a_run_can_be_used_from_another_working_folder(tmp_path, monkeypatch, capsys):
-    small_pictures(tmp_path / "here" / "pictures")
+    small_images(tmp_path / "here" / "images")
     (tmp_path / "there").mkdir()
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path / "here")
@@ -245,7 +245,7 @@ def test_a_run_can_be_used_from_another_working_folder(tmp_path, monkeypatch, ca
         "--crop",
         "32",
     ]
-    for spelling in ("pictures", "./pictures", "pictures/"):
+    for spelling in ("images", "./images", "images/"):
         main(
             [
                 "train",
@@ -264,4 +264,4 @@ def test_a_run_can_be_used_from_another_working_folder(tmp_path, monkeypatch, ca
     main(["verify", str(run.path), "--accelerator", "cpu"])
     assert "1 of 1 runs hold, 0 do not\n" in capsys.readouterr().out
     main(["evaluate", str(run.path)])
-    assert "over 2 pictures" in capsys.readouterr().out
+    assert "over 2 images" in capsys.readouterr().out

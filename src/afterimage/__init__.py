@@ -1,4 +1,4 @@
-"""How much of a picture is left in the features of a frozen vision encoder?
+"""How much of an image is left in the features of a frozen vision encoder?
 
 Names are imported when they are first used, so that the command line and reports start without torch.
 """
@@ -17,14 +17,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "RecipeConfig",
             "RunConfig",
         ],
-        "data": ["Data", "Pictures", "load_data", "load_picture"],
+        "data": ["Data", "ImageSet", "load_data", "load_image"],
         "models.decoders": ["DECODERS", "Decoder", "create_decoder"],
         "models.encoders": ["Encoder", "list_layers"],
         "evaluation.evaluate": ["evaluate", "summarise"],
         "experiments.queue": ["train_runs"],
         "training.losses": ["create_loss"],
         "evaluation.metrics": ["Metrics", "psnr", "ssim"],
-        "models.reconstructor": ["Encoders", "Reconstructor"],
+        "models.reconstructor": ["MultiEncoder", "Reconstructor"],
         "report": ["write_report"],
         "runs.run": ["Run", "scan"],
         "config.study": ["StudyConfig", "load_study"],
@@ -32,4 +32,3 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "training.trainer": ["train"],
     },
 )
-

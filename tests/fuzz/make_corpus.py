@@ -22,7 +22,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz import targets
-from some_pictures import png, some_picture
+from some_images import png, some_image
 
 SIZE = (12, 9)
 
@@ -33,9 +33,9 @@ def keep(target: str, name: str, content: bytes | str) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+def encoded(sample_image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    sample_image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -43,10 +43,10 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def pictures() -> None:
-    colour = some_picture(1, *SIZE)
+def sample_images() -> None:
+    colour = some_image(1, *SIZE)
     grey = colour.convert("L")
-    frames = [some_picture(i, *SIZE) for i in (2, 3)]
+    frames = [some_image(i, *SIZE) for i in (2, 3)]
     for kind, end in (
         ("PNG", "png"),
         ("JPEG", "jpg"),
@@ -58,12 +58,12 @@ def pictures() -> None:
         ("JPEG2000", "jp2"),
         ("AVIF", "avif"),
     ):
-        keep("picture", f"plain.{end}", encoded(colour, kind))
+        keep("image", f"plain.{end}", encoded(colour, kind))
     for kind, end in (("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("TIFF", "tif"), ("MPO", "mpo")):
-        keep("picture", f"frames.{end}", encoded(colour, kind, save_all=True, append_images=frames))
+        keep("image", f"frames.{end}", encoded(colour, kind, save_all=True, append_images=frames))
     for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
         own = Image.fromarray(np.asarray(grey, np.uint16) * 257) if mode == "I;16" else colour.convert(mode)
-        keep("picture", f"{mode.replace(';', '')}.png", encoded(own, "PNG"))
+        keep("image", f"{mode.replace(';', '')}.png", encoded(own, "PNG"))
     for mode in ("CMYK", "LAB", "F", "I", "YCbCr"):
         own = (
             grey.point(lambda v: v / 255, "F")
@@ -72,30 +72,28 @@ def pictures() -> None:
             if mode != "I"
             else grey.convert("I")
         )
-        keep("picture", f"{mode}.tif", encoded(own, "TIFF"))
-    keep("picture", "CMYK.jpg", encoded(colour.convert("CMYK"), "JPEG"))
-    keep("picture", "nan.tif", encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"))
-    keep("picture", "key.png", encoded(colour, "PNG", transparency=(9, 9, 9)))
+        keep("image", f"{mode}.tif", encoded(own, "TIFF"))
+    keep("image", "CMYK.jpg", encoded(colour.convert("CMYK"), "JPEG"))
+    keep("image", "nan.tif", encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"))
+    keep("image", "key.png", encoded(colour, "PNG", transparency=(9, 9, 9)))
     exif = Image.Exif()
     exif[0x0112] = 6
     for kind, end in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("TIFF", "tif")):
-        keep("picture", f"turned.{end}", encoded(colour, kind, exif=exif))
-    keep("picture", "exif.jpg", encoded(colour, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
-    keep("picture", "profile.jpg", encoded(colour, "JPEG", icc_profile=b"\0\0\0\x80nonsense" * 9))
+        keep("image", f"turned.{end}", encoded(colour, kind, exif=exif))
+    keep("image", "exif.jpg", encoded(colour, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    keep("image", "profile.jpg", encoded(colour, "JPEG", icc_profile=b"\0\0\0\x80nonsense" * 9))
     whole = encoded(colour, "PNG")
-    keep("picture", "cut.png", whole[:-20])
-    keep("picture", "cut.jpg", encoded(colour, "JPEG")[:-30])
+    keep("image", "cut.png", whole[:-20])
+    keep("image", "cut.jpg", encoded(colour, "JPEG")[:-30])
     for name, width, height in (("zero", 0, 5), ("huge", 2**31 - 1, 2**31 - 1), ("wide", 2**21, 1)):
-        keep("picture", f"{name}.png", png(width, height, 8, 0, b""))
-    keep("picture", "strip.png", encoded(Image.new("L", (4000, 1)), "PNG"))
+        keep("image", f"{name}.png", png(width, height, 8, 0, b""))
+    keep("image", "strip.png", encoded(Image.new("L", (4000, 1)), "PNG"))
     # A text chunk and a profile that unpack to far more than they hold.
     bomb = zlib.compress(bytes(4 * 10**6), 9)
-    keep("picture", "text.png", whole[:33] + chunk(b"zTXt", b"a\0\0" + bomb) + whole[33:])
-    keep("picture", "iccp.png", whole[:33] + chunk(b"iCCP", b"a\0\0" + bomb) + whole[33:])
-    keep("picture", "empty", b"")
-    keep(
-        "picture", "script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-    )
+    keep("image", "text.png", whole[:33] + chunk(b"zTXt", b"a\0\0" + bomb) + whole[33:])
+    keep("image", "iccp.png", whole[:33] + chunk(b"iCCP", b"a\0\0" + bomb) + whole[33:])
+    keep("image", "empty", b"")
+    keep("image", "script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
 
 
 def studies() -> None:
@@ -135,7 +133,7 @@ loss = "0.5*mse + 0.5*lpips"
     keep(
         "study",
         "audit.toml",
-        'model = "resnet18"\nlayers = ["layer1"]\n[attackers]\npictures = [5, "all"]\n[limits]\nmax_ssim = 0.5\n',
+        'model = "resnet18"\nlayers = ["layer1"]\n[attackers]\nimages = [5, "all"]\n[limits]\nmax_ssim = 0.5\n',
     )
     for kind in ("attention", "transposed", "linear", "wavelet", "frequency", "residual"):
         keep(
@@ -175,7 +173,7 @@ def runs() -> None:
         ),
     )
     index = [{"id": "<script>alert(1)</script>", "original": "000.original.png", "reconstruction": "000.png"}]
-    keep("run", "pictures", targets.bundle({"index.json": json.dumps(index)}))
+    keep("run", "images", targets.bundle({"index.json": json.dumps(index)}))
     for name, place in (
         ("escape", "../../../good/reconstructions/000.png"),
         ("absolute", "/etc/passwd"),
@@ -214,14 +212,14 @@ def runs() -> None:
         targets.bundle(
             {
                 "controls.json": json.dumps(
-                    {"format": 1, "pictures": 1, "distances": {"reencoded": 0.1, "random_pair": 1.0}}
+                    {"format": 1, "images": 1, "distances": {"reencoded": 0.1, "random_pair": 1.0}}
                 ),
                 "controls.csv": ",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n",
-                "rate.json": json.dumps(
+                "rate_distortion.json": json.dumps(
                     {
                         "format": 1,
                         "coder": "bzip2",
-                        "training_pictures": 4,
+                        "training_images": 4,
                         "points": [{"bits": 8, "bits_per_pixel": 3.0, "psnr": 20.0}],
                         "codecs": [
                             {"codec": c, "bits_per_pixel": b, "psnr": p}
@@ -235,13 +233,13 @@ def runs() -> None:
                     }
                 ),
                 "rate.csv": "id,bits,psnr\na,8,20.0\n",
-                "lost.json": json.dumps(
+                "error_breakdown.json": json.dumps(
                     {
                         "format": 1,
                         "frequencies": [0.1, 0.3],
                         "place": {},
                         "spectra": {
-                            p: {k: [1.0, 0.5] for k in ("error", "picture", "reconstruction", "shared")}
+                            p: {k: [1.0, 0.5] for k in ("error", "image", "reconstruction", "shared")}
                             for p in ("luma", "cb", "cr")
                         },
                         "planes": {p: {"error": 0.1, "variance": 1.0} for p in ("luma", "cb", "cr")},
@@ -295,7 +293,7 @@ def stores() -> None:
 
     random = np.random.default_rng(0)
     arrays = {
-        "pictures": random.integers(0, 256, (8, 3, 4, 4), dtype=np.uint8),
+        "images": random.integers(0, 256, (8, 3, 4, 4), dtype=np.uint8),
         "features": random.normal(size=(8, 2, 2, 2)).astype(np.float16),
     }
     ids = {"ids": np.array([f"p{i}" for i in range(8)])}
@@ -315,7 +313,7 @@ def stores() -> None:
         "complex": {"features": arrays["features"].astype(np.complex64)},
         "times": {"features": np.zeros((8, 2), "m8[s]")},
         "no-channels": {"features": np.zeros((8, 0, 2, 2))},
-        "no-pixels": {"pictures": np.zeros((8, 3, 0, 4), np.uint8)},
+        "no-pixels": {"images": np.zeros((8, 3, 0, 4), np.uint8)},
         "tokens": {"features": np.zeros((8, 5, 3), np.float32)},
         "beyond": {"features": np.full((8, 2), 1e300)},
         "bytes": {"ids": np.array([b"a%d" % i for i in range(8)])},
@@ -335,7 +333,7 @@ def stores() -> None:
             safe({"a": entry | {"dtype": kind, "shape": [8, 4 // size]}}, bytes(32)),
         )
     bf16 = {
-        "pictures": {"dtype": "U8", "shape": [8, 3, 1, 1], "data_offsets": [0, 24]},
+        "images": {"dtype": "U8", "shape": [8, 3, 1, 1], "data_offsets": [0, 24]},
         "features": {"dtype": "BF16", "shape": [8, 2], "data_offsets": [24, 56]},
     }
     keep("pairs", "bf16.safetensors", safe(bf16, bytes(56)))
@@ -382,10 +380,10 @@ def stores() -> None:
     except ImportError:
         return
     file = io.BytesIO()
-    encoded_pictures = [encoded(some_picture(i, 4, 4), "PNG") for i in range(8)]
+    encoded_images = [encoded(some_image(i, 4, 4), "PNG") for i in range(8)]
     table = pa.table(
         {
-            "pictures": encoded_pictures,
+            "images": encoded_images,
             "features": arrays["features"].reshape(8, -1).astype(np.float32).tolist(),
         }
     )
@@ -433,5 +431,5 @@ def checkpoints() -> None:
 
 
 if __name__ == "__main__":
-    for make in (pictures, studies, runs, archives, stores, checkpoints):
+    for make in (sample_images, studies, runs, archives, stores, checkpoints):
         make()

@@ -65,14 +65,14 @@ def refused(work: Callable, *arguments, **options):
 
 def study(data: bytes) -> None:
     """A study, and any other configuration, from TOML: read, written, expanded, and its decoders built of nothing."""
-    from afterimage.config import ReferenceConfig
+    from afterimage.config import BaselineConfig
     from afterimage.config.audit import AuditConfig
     from afterimage.config.inversion import InvertConfig
     from afterimage.config.study import load_study
     from afterimage.experiments.study import expand
 
     with file("study.toml", data) as path:
-        for kind in (RunConfig, ReferenceConfig, AuditConfig, InvertConfig):
+        for kind in (RunConfig, BaselineConfig, AuditConfig, InvertConfig):
             if (config := refused(load_toml, kind, path)) is not None:
                 _round_trip(config)
         found = refused(load_study, str(path))
@@ -108,11 +108,11 @@ def _round_trip(config) -> None:
 def _build(config: RunConfig) -> None:
     import torch
 
-    from afterimage.models.reconstructor import build_head
+    from afterimage.models.reconstructor import build_feature_decoder
 
     specs = [FeatureSpec(source, 8, 4, 4) for source in config.sources]
     with torch.device("meta"):
-        refused(build_head, config, specs)
+        refused(build_feature_decoder, config, specs)
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def _good() -> dict[str, bytes]:
     import report_study
 
     folder = scratch() / "good"
-    run = report_study.write_run(folder, MODEL, "layer1", originals=[report_study.picture(0, 16)], count=3)
+    run = report_study.write_run(folder, MODEL, "layer1", originals=[report_study.image(0, 16)], count=3)
     found = {name: run.file(place) for name, place in FILES.items()}
     content = {name: path.read_bytes() for name, path in found.items() if path.exists()}
     shutil.rmtree(folder)
@@ -178,14 +178,14 @@ def run(data: bytes) -> None:
             for cell in line:
                 assert not cell.startswith(("=", "@", "+", "-", "\t", "\r")) or _is_number(cell), cell
         control_findings(rows.decoders)
-        pictures = refused(gather, rows.all)
-        if pictures is not None:
-            describe_rows(rows, pictures)
-            refused(embed, pictures, 10**6)
+        sample_images = refused(gather, rows.all)
+        if sample_images is not None:
+            describe_rows(rows, sample_images)
+            refused(embed, sample_images, 10**6)
 
 
 def _inside(hostile: Run) -> None:
-    found = refused(getattr, hostile, "pictures") or ()
+    found = refused(getattr, hostile, "images") or ()
     maps = refused(getattr, hostile, "fusion_maps") or {}
     for path in [p for _, *pair in found for p in pair] + [p for own in maps.values() for p in own]:
         assert path.resolve().is_relative_to(hostile.path.resolve()), path
@@ -212,7 +212,7 @@ def report(data: bytes) -> None:
 
 
 def verify(data: bytes) -> None:
-    """A run folder as `study verify` and `evaluate` take it, on pictures and weights that are none of its business."""
+    """A run folder as `study verify` and `evaluate` take it, on images and weights that are none of its business."""
     from afterimage.evaluation.metrics import Metrics
     from afterimage.experiments import reproduce as room
 
@@ -222,7 +222,7 @@ def verify(data: bytes) -> None:
     with (
         run_folder(data) as (hostile, _),
         mock.patch("afterimage.models.weights._find", unavailable),
-        mock.patch.object(room, "load_data", lambda *_, **__: _pictures()),
+        mock.patch.object(room, "load_data", lambda *_, **__: _images()),
         mock.patch.object(room, "Metrics", lambda net, size: Metrics(net, size=24)),
         mock.patch.object(
             room, "environment", lambda: {"python": "3", "commit": None, "versions": {"torch": "2"}}
@@ -236,27 +236,27 @@ def verify(data: bytes) -> None:
 
 
 @functools.cache
-def _pictures():
+def _images():
     from afterimage.config import DataConfig
     from afterimage.data.dataset import load_data
 
     return load_data(DataConfig("procedural:6", resize=32, crop=24), cache=scratch() / "cache")
 
 
-def picture(data: bytes) -> None:
-    """A picture file of any kind: 8-bit sRGB, resized, or an error that names it."""
+def sample_image(data: bytes) -> None:
+    """An image file of any kind: 8-bit sRGB, resized, or an error that names it."""
     from afterimage.data import decode
 
     # The real limit takes seconds and a gigabyte; what is beyond it is refused by the same line.
     with mock.patch.object(decode, "MAX_PIXELS", 2**22):
-        found = refused(decode.decode, data, "picture")
+        found = refused(decode.decode, data, "image")
         if found is not None:
             small = decode.shorter_side(found, 16)
             assert found.mode == "RGB" and min(small.size) == 16 and max(small.size) <= 16 * decode.MAX_ASPECT
 
 
 def archive(data: bytes) -> None:
-    """A zip file that is unpacked: two pictures of at most 2,000 bytes appear, and nothing beside them."""
+    """A zip file that is unpacked: two images of at most 2,000 bytes appear, and nothing beside them."""
     from afterimage.data.sources.div2k import Archive, unpack
 
     place = scratch() / "unpacked"
@@ -264,16 +264,16 @@ def archive(data: bytes) -> None:
     place.mkdir()
     with file("archive.zip", data) as path:
         before = set(scratch().iterdir())
-        refused(unpack, Archive("fuzzed", 1000, "", 2), path, place / "pictures")
+        refused(unpack, Archive("fuzzed", 1000, "", 2), path, place / "images")
         assert set(scratch().iterdir()) == before
-    assert {p.name for p in place.iterdir()} <= {"pictures"}
-    inside = list((place / "pictures").iterdir()) if (place / "pictures").exists() else []
+    assert {p.name for p in place.iterdir()} <= {"images"}
+    inside = list((place / "images").iterdir()) if (place / "images").exists() else []
     assert len(inside) in (0, 2) and all(p.is_file() and not p.is_symlink() for p in inside)
     assert sum(p.stat().st_size for p in inside) <= 2000
 
 
 def pairs(data: bytes) -> None:
-    """Stored features and their pictures, as each kind of file they may be in."""
+    """Stored features and their images, as each kind of file they may be in."""
     from afterimage.analysis.audit.feature_store import load_pairs
 
     ends = {b"PK": ".npz", b"PA": ".parquet"}
@@ -305,7 +305,7 @@ def weights(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (study, run, report, verify, picture, archive, pairs, weights)
+    target.__name__: target for target in (study, run, report, verify, sample_image, archive, pairs, weights)
 }
 
 

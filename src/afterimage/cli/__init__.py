@@ -81,7 +81,7 @@ def _parsed(arguments: list[str]) -> Any:
         return tyro.cli(
             _union(),
             prog="afterimage",
-            description="How much of a picture is left in the features of a frozen vision encoder?",
+            description="How much of an image is left in the features of a frozen vision encoder?",
             args=arguments,
         )
 
@@ -90,7 +90,7 @@ def _run(chosen, arguments: list[str]) -> None:
     """Run a command here, or as several ranks where it has `devices` and is not one of them yet."""
     for name in ("root", "cache"):
         if (folder := getattr(chosen, name, None)) is not None:
-            # Decoded pictures that are all there may lie where nothing can be written.
+            # Decoded images that are all there may lie where nothing can be written.
             check_folder(folder, f"--{name}", writable=name == "root")
     devices = getattr(chosen, "devices", 1)
     if devices < 1:

@@ -1,4 +1,4 @@
-"""`afterimage audit`: how badly a layer leaks its pictures, what helps, and what that costs."""
+"""`afterimage audit`: how badly a layer leaks its images, what helps, and what that costs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAILED = 3
 class Audit:
     """Audit what leaks from features that are sent or stored: layer x defence x attacker, with a verdict.
 
-    Audits a timm MODEL, one's own network (--encoder) or a store of features with their pictures (--pairs). With
+    Audits a timm MODEL, one's own network (--encoder) or a store of features with their images (--pairs). With
     limits the exit code is 3 where the upper end of a 95 % interval exceeds one, for any layer, defence and attacker
     audited: name only what is to be deployed. What is done is not done again.
     """
@@ -41,23 +41,23 @@ class Audit:
     """One's own network: package.module:factory or file.py:factory, which returns a torch.nn.Module; its layers are
     module paths, or `output`, with keys in brackets where it returns several: output[features]."""
     pairs: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Stored `features` and `pictures` in one .safetensors, .npz or .parquet file, instead of a network."""
+    """Stored `features` and `images` in one .safetensors, .npz or .parquet file, instead of a network."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
     """Settings from a file such as the audit.toml that each audit writes; what is given here comes first."""
     data: str = ""
-    """Pictures: folder:PATH, div2k, div2k:PATH, procedural[:COUNT] or photographs."""
+    """Images: folder:PATH, div2k, div2k:PATH, procedural[:COUNT] or photographs."""
     test: str = ""
-    """Another source whose pictures are the test set."""
+    """Another source whose images are the test set."""
     defences: tuple[str, ...] = ()
     """none, noise:SCALE, int8, int4, 1bit, topk:FRACTION, pca:D, drop:FRACTION, pool:SIZE, shuffle; chained by +."""
     decoders: tuple[str, ...] = ()
     """What attackers train: linear, residual, attention and so on."""
-    pictures: tuple[str, ...] = ()
-    """How many pictures of their own attackers have: numbers, or all."""
+    images: tuple[str, ...] = ()
+    """How many images of their own attackers have: numbers, or all."""
     access: tuple[str, ...] = ()
     """query (trains a decoder), weights (then refines each reconstruction by optimisation), or both."""
     attacker_data: str = ""
-    """Where the attackers' own pictures come from, if not from --data."""
+    """Where the attackers' own images come from, if not from --data."""
     max_ssim: float | None = None
     """Fail where the mean SSIM of any attacker's reconstructions may exceed this."""
     max_identification: float | None = None
@@ -66,7 +66,7 @@ class Audit:
     """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control (`random`: its blocks act;
     `random-init`: as timm initialises it), or a file or folder."""
     mean: tuple[float, float, float] | None = None
-    """With --encoder: what is taken from pictures in [0, 1] before it sees them."""
+    """With --encoder: what is taken from images in [0, 1] before it sees them."""
     std: tuple[float, float, float] | None = None
     """With --encoder: what they are then divided by."""
     prefix_tokens: int | None = None
@@ -78,21 +78,21 @@ class Audit:
     crop: int | None = None
     """Side of the crop in pixels (default 224)."""
     limit_test: int | None = None
-    """Use only so many test pictures."""
+    """Use only so many test images."""
     epochs: int | None = None
     """Epochs for decoders that are trained by them (default 30)."""
     refine_steps: int | None = None
-    """With --access weights: optimisation steps a picture (default 200)."""
-    refine_pictures: int | None = None
-    """With --access weights: how many test pictures are refined (default 20)."""
+    """With --access weights: optimisation steps an image (default 200)."""
+    refine_images: int | None = None
+    """With --access weights: how many test images are refined (default 20)."""
     seed: int | None = None
-    """Decides initial weights, order, crops, noise and who owns which picture (default 42)."""
+    """Decides initial weights, order, crops, noise and who owns which image (default 42)."""
     lpips: str = ""
     """LPIPS network: alex, vgg or squeeze."""
     root: Path | None = None
     """Folder for the audit (default: runs/audit-NAME)."""
     cache: Path | None = None
-    """Where decoded pictures are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
 
@@ -129,7 +129,7 @@ class Audit:
 
         base = None if self.config is None else load_toml(AuditConfig, self.config)
         data = {"source": self.data, "test": self.test, **self._of("resize", "crop", "limit_test")}
-        attackers = self._of("decoders", "pictures", "access", "refine_steps", "refine_pictures")
+        attackers = self._of("decoders", "images", "access", "refine_steps", "refine_images")
         nested = {
             "data": (DataConfig, data),
             "attackers": (AttackersConfig, {"data": self.attacker_data, **attackers}),
@@ -178,9 +178,7 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
         table.add_row(
             Text(row["layer"] or "–"),
             Text(row["defence"] or "–"),
-            Text(
-                f"{who['decoder']} {who['pictures']}" + (" + weights" if who["access"] == "weights" else "")
-            ),
+            Text(f"{who['decoder']} {who['images']}" + (" + weights" if who["access"] == "weights" else "")),
             f"{found['estimate']:.1%} ({found['low']:.1%}–{found['high']:.1%})",
             by,
             "\n".join(

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Controls:
-    """Hold finished runs against controls, on their own test pictures; the report then shows them.
+    """Hold finished runs against controls, on their own test images; the report then shows them.
 
-    Writes into each run folder: controls.json (features of another picture, shuffled, mean and zero features
-    through the trained decoder; how far the re-encoded reconstruction is from its features), lost.json (the error
-    by frequency, luma and chroma, place, kind of region) and rate.json (features at 8 to 1 bits, entropy-coded,
-    beside JPEG and WebP), each with a CSV by picture.
+    Writes into each run folder: controls.json (features of another image, shuffled, mean and zero features
+    through the trained decoder; how far the re-encoded reconstruction is from its features), error_breakdown.json (the error
+    by frequency, luma and chroma, place, kind of region) and rate_distortion.json (features at 8 to 1 bits, entropy-coded,
+    beside JPEG and WebP), each with a CSV by image.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER [...]")]
@@ -35,7 +35,7 @@ class Controls:
     lpips: str | None = None
     """LPIPS network (default: the one that each run was measured with)."""
     cache: Path | None = None
-    """Where decoded pictures are kept."""
+    """Where decoded images are kept."""
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
 

@@ -1,4 +1,4 @@
-"""`afterimage evaluate`: a finished run on its own pictures or on others."""
+"""`afterimage evaluate`: a finished run on its own images or on others."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from afterimage.runtime.terminal import say
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a finished run's decoder again, on its own test pictures or on others."""
+    """Measure a finished run's decoder again, on its own test images or on others."""
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
     """A run folder."""
     data: str | None = None
-    """Another source of pictures to measure on, such as folder:PATH (default: the run's own test pictures)."""
+    """Another source of images to measure on, such as folder:PATH (default: the run's own test images)."""
     weights: str | None = None
     """Where the encoder's weights are, if not where they were in training."""
     lpips: str | None = None
     """LPIPS network: alex, vgg or squeeze (default: the one that the run was measured with)."""
     output: Path | None = None
-    """Write the per-picture scores to this CSV file."""
+    """Write the per-image scores to this CSV file."""
     cache: Path | None = None
-    """Where decoded pictures are kept."""
+    """Where decoded images are kept."""
 
     def run(self) -> None:
         from afterimage.evaluation.evaluate import summarise
@@ -48,6 +48,6 @@ class Evaluate:
             )
         if self.output is not None:
             write_csv(self.output, rows)
-            say(f"scores of {len(rows)} pictures: {shown(self.output)}")
+            say(f"scores of {len(rows)} images: {shown(self.output)}")
         for name, score in summarise(rows).items():
             say(score_line(name, score, metrics.lpips_status))

@@ -1,4 +1,4 @@
-"""`afterimage invert`: inversion by optimising the picture, from grey or from a decoder's answer; the limit."""
+"""`afterimage invert`: inversion by optimising the image, from grey or from a decoder's answer; the limit."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli.output import picture_lines
+from afterimage.cli.output import image_lines
 from afterimage.config import LPIPS_NETS, AfterimageError, DataConfig, check_seed, shown
 from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
-    from afterimage.analysis.inversion.run import Given
+    from afterimage.analysis.inversion.run import InversionInputs
     from afterimage.config.inversion import InvertConfig
     from afterimage.runs.run import Run
 
 
 @dataclass(frozen=True)
 class Invert:
-    """Rebuild pictures from features alone by optimising them until their own features are the same.
+    """Rebuild images from features alone by optimising them until their own features are the same.
 
-    `invert PICTURE... MODEL:LAYER...` starts from grey and uses all layers at once. With `--run` it starts from that
-    run's decoder and refines its answer; without pictures the run's own test pictures are taken (`--limit` keeps the
+    `invert IMAGE... MODEL:LAYER...` starts from grey and uses all layers at once. With `--run` it starts from that
+    run's decoder and refines its answer; without images the run's own test images are taken (`--limit` keeps the
     first), inverted from grey as well, and decoder, inversion and refinement are put in one table: limit.csv,
     limit.json and the curve of PSNR against passes, saturation.png, of all that the output folder holds. What comes
     back is a lower bound on what the features hold: it was reached. Decoders approximate it at a fraction of the time.
     """
 
     what: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PICTURE|MODEL:LAYER ...]")
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE|MODEL:LAYER ...]")
     ] = ()
-    """Picture files, and layers as model:layer."""
+    """Image files, and layers as model:layer."""
     run_folders: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", metavar="RUN [...]")] = ()
     """Start from the decoders of these finished runs."""
     data: str = ""
-    """A source of pictures such as folder:PATH, instead of files or of a run's own."""
+    """A source of images such as folder:PATH, instead of files or of a run's own."""
     limit: int | None = None
-    """Only the first pictures of the source's test split."""
+    """Only the first images of the source's test split."""
     method: str = "fourier"
     """What is optimised: pixels, fourier or prior (a deep image prior)."""
     optimizer: str = "lbfgs"
@@ -48,9 +48,9 @@ class Invert:
     learning_rate: float | None = None
     """Adam's, and the size of L-BFGS's first step."""
     starts: int = 1
-    """Starts of each picture in one batch; the one whose features come nearest is kept."""
+    """Starts of each image in one batch; the one whose features come nearest is kept."""
     jitter: int = 0
-    """Shift the picture by up to so many pixels before each pass (adam)."""
+    """Shift the image by up to so many pixels before each pass (adam)."""
     tv: float = 0.0
     """Weight of the total variation; 1 is the weight Mahendran and Vedaldi propose."""
     alpha_norm: float = 0.0
@@ -65,7 +65,7 @@ class Invert:
     lpips: str | None = None
     """LPIPS network: alex, vgg or squeeze (default: with --run the one that the run was measured with, else alex)."""
     cache: Path | None = None
-    """Where decoded pictures are kept."""
+    """Where decoded images are kept."""
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
 
@@ -97,15 +97,15 @@ class Invert:
         if self.refine_only and not self.run_folders:
             raise AfterimageError("--refine-only needs --run: without a decoder there is nothing to refine")
         if files and self.data:
-            raise AfterimageError("give picture files or --data, not both")
+            raise AfterimageError("give image files or --data, not both")
         if not self.run_folders and not (sources and (files or self.data)):
             raise AfterimageError(
-                "give pictures and layers, `afterimage invert PICTURE MODEL:LAYER`, or a decoder to start from, "
+                "give images and layers, `afterimage invert IMAGE MODEL:LAYER`, or a decoder to start from, "
                 "--run RUN"
             )
         return files, sources
 
-    def _given(self, files: list[Path], data: DataConfig, progress: object) -> Given:
+    def _given(self, files: list[Path], data: DataConfig, progress: object) -> InversionInputs:
         from afterimage.analysis.inversion.run import from_data, from_files
 
         if files:
@@ -135,7 +135,7 @@ class Invert:
         from afterimage.analysis.inversion.run import invert_sources
         from afterimage.config.inversion import InversionConfig
         from afterimage.evaluation.metrics import Metrics
-        from afterimage.models.reconstructor import Encoders
+        from afterimage.models.reconstructor import MultiEncoder
         from afterimage.runs.run import Run
 
         given = self._given(
@@ -143,7 +143,7 @@ class Invert:
         )
         lpips = self.lpips or LPIPS_NETS[0]
         where, size = self.weights or "pretrained", given.config.crop
-        encoders = Encoders(sources, weights=where, image_size=size, seed=self.seed).to(device)
+        encoders = MultiEncoder(sources, weights=where, image_size=size, seed=self.seed).to(device)
         config = InversionConfig(encoders.sources, where, "", method, given.config, self.seed, lpips)
         folder = Run.create(self.output, config)
         if folder.state != "done":
@@ -163,7 +163,7 @@ class Invert:
             summary = folders[0].summary
             for row in folders[0].scores:
                 scores = {name: row[name] for name in ("psnr", "ssim", "lpips")}
-                lines = picture_lines(scores, summary["lpips"])
+                lines = image_lines(scores, summary["lpips"])
                 say(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
         done = [run for run in scan(self.output) if run.state == "done"]
         inversions = [run for run in done if run.summary.get("kind") == "inversion"]

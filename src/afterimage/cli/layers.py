@@ -19,7 +19,7 @@ class Layers:
     model: Annotated[str, tyro.conf.Positional]
     """A timm name, for example resnet34.tv_in1k; the default weights' tag is taken where none is given."""
     image_size: int = 224
-    """Side of the picture in pixels."""
+    """Side of the image in pixels."""
     every: bool = False
     """List each module whose output can be inverted, not only stages and blocks."""
 

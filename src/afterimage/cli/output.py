@@ -8,7 +8,7 @@ from afterimage.runtime.terminal import console
 
 
 def score_line(name: str, score: dict | None, status: dict) -> str:
-    """`PSNR 24.31 ± 2.80 dB over 100 pictures`."""
+    """`PSNR 24.31 ± 2.80 dB over 100 images`."""
     if score is None:
         return f"{name.upper()} unavailable: {status['reason']}"
     label = f"LPIPS ({status['net']})" if name == "lpips" else name.upper()
@@ -16,12 +16,12 @@ def score_line(name: str, score: dict | None, status: dict) -> str:
     digits = 2 if name == "psnr" else 4
     spread = ""
     if score.get("std") is not None:
-        spread = f" ± {score['std']:.{digits}f}{unit} over {score['count']} pictures"
+        spread = f" ± {score['std']:.{digits}f}{unit} over {score['count']} images"
     return f"{label} {score['mean']:.{digits}f}{'' if spread else unit}{spread}"
 
 
-def picture_lines(scores: Mapping[str, float | None], status: dict) -> list[str]:
-    """A `score_line` for each score of one picture."""
+def image_lines(scores: Mapping[str, float | None], status: dict) -> list[str]:
+    """A `score_line` for each score of one image."""
     return [
         score_line(name, None if value is None else {"mean": value}, status) for name, value in scores.items()
     ]

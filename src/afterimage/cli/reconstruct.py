@@ -1,4 +1,4 @@
-"""`afterimage reconstruct`: pictures of one's own through finished runs."""
+"""`afterimage reconstruct`: images of one's own through finished runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli.output import picture_lines
+from afterimage.cli.output import image_lines
 from afterimage.cli.report import find_runs
 from afterimage.config import AfterimageError, shown
 from afterimage.runtime.terminal import say
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Rebuild your own pictures through finished runs.
+    """Rebuild your own images through finished runs.
 
-    One picture through one run: original and reconstruction side by side. Several of either: a figure as in reports, a
-    column a run, with an enlarged detail of each picture.
+    One image through one run: original and reconstruction side by side. Several of either: a figure as in reports, a
+    column a run, with an enlarged detail of each image.
     """
 
-    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE [...]")]
-    """Any picture files."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [...]")]
+    """Any image files."""
     run_folders: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", metavar="RUN [...]")]
     """Run folders, or folders that hold run folders, such as a study's."""
     output: Path | None = None
     """Where to save, a PNG file; where one figure does not hold all, FILE-1.png, FILE-2.png, ... (default: in the
-    working folder, PICTURE.reconstruction.png, of several pictures the first's)."""
+    working folder, IMAGE.reconstruction.png, of several images the first's)."""
     weights: str | None = None
     """Where the encoder's weights are, if not where they were in training."""
     lpips: str | None = None
@@ -42,15 +42,15 @@ class Reconstruct:
         from afterimage.runs.run import check_file
 
         runs = find_runs(self.run_folders)
-        if not self.pictures:
-            raise AfterimageError("name at least one picture file")
-        if len(set(self.pictures)) < len(self.pictures):
-            raise AfterimageError("a picture file is named twice")
+        if not self.images:
+            raise AfterimageError("name at least one image file")
+        if len(set(self.images)) < len(self.images):
+            raise AfterimageError("an image file is named twice")
         if self.output is not None and self.output.suffix.lower() != ".png":
             raise AfterimageError(f"--output {shown(self.output)}: the figure is a PNG file, name it .png")
-        output = self.output or Path(f"{self.pictures[0].stem}.reconstruction.png")
+        output = self.output or Path(f"{self.images[0].stem}.reconstruction.png")
         check_file(output, "--output")
-        if len(runs) == len(self.pictures) == 1:
+        if len(runs) == len(self.images) == 1:
             self._one(runs[0], output)
         else:
             self._several(runs, output)
@@ -61,17 +61,17 @@ class Reconstruct:
         from afterimage.experiments.inference import rebuild, side_by_side
 
         metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
-        (rebuilt,) = rebuild(self.pictures, run, metrics, weights=self.weights)
+        (rebuilt,) = rebuild(self.images, run, metrics, weights=self.weights)
         side_by_side(rebuilt, output)
-        notes = file_notes(self.pictures, run.config.data.resize)
-        say(*picture_lines(rebuilt.scores, metrics.lpips_status), *notes)
+        notes = file_notes(self.images, run.config.data.resize)
+        say(*image_lines(rebuilt.scores, metrics.lpips_status), *notes)
         say(f"saved: {shown(output)} (original left, reconstruction right)")
 
     def _several(self, runs: list[Run], output: Path) -> None:
         from afterimage.data.dataset import file_notes
         from afterimage.evaluation.metrics import Metrics
         from afterimage.experiments.inference import rebuild
-        from afterimage.report.figures import own_pictures, render
+        from afterimage.report.figures import own_images, render
         from afterimage.report.read import read_rows
         from afterimage.runs.files import write_atomic
         from afterimage.runtime.progress import Display
@@ -79,18 +79,14 @@ class Reconstruct:
         read = read_rows(runs)
         rows = replace(read, decoders=tuple(r for r in read.decoders if r.kind == "decoder"), references=())
         if not rows.decoders:
-            raise AfterimageError(
-                "none of the runs has a decoder; reference lines and inversions rebuild nothing"
-            )
+            raise AfterimageError("none of the runs has a decoder; baselines and inversions rebuild nothing")
         sizes = {(d.resize, d.crop): row.run.name for row in rows.decoders for d in [row.run.config.data]}
         if len(sizes) > 1:
             told = ", ".join(
                 f"{resize} cropped to {crop} in {name}" for (resize, crop), name in sizes.items()
             )
-            raise AfterimageError(
-                f"the runs see pictures at different sizes ({told}); give those of one size"
-            )
-        names = _names(self.pictures)
+            raise AfterimageError(f"the runs see images at different sizes ({told}); give those of one size")
+        names = _names(self.images)
         ((resize, crop),) = sizes
         nets = {row.run: self.lpips or row.run.lpips_net for row in rows.decoders}
         metrics = {net: Metrics(net, size=crop) for net in nets.values()}
@@ -98,25 +94,25 @@ class Reconstruct:
         with Display() as display:
             for number, row in enumerate(rows.decoders):
                 display("reconstructing", number, len(rows.decoders), run=row.run.name)
-                results = rebuild(self.pictures, row.run, metrics[nets[row.run]], weights=self.weights)
+                results = rebuild(self.images, row.run, metrics[nets[row.run]], weights=self.weights)
                 found[row.run] = dict(zip(names, results, strict=True))
             display("reconstructing", len(rows.decoders), len(rows.decoders))
         for row in rows.decoders:
             for name, rebuilt in found[row.run].items():
-                lines = picture_lines(rebuilt.scores, metrics[nets[row.run]].lpips_status)
+                lines = image_lines(rebuilt.scores, metrics[nets[row.run]].lpips_status)
                 say(f"{row.label}, {name}: {', '.join(lines)}")
-        say(*file_notes(self.pictures, resize))
+        say(*file_notes(self.images, resize))
         for left in rows.unfinished:
             say(f"left out: {left.run.name} ({left.state})")
-        drawings = own_pictures(rows, found)
+        drawings = own_images(rows, found)
         for number, drawing in enumerate(drawings, 1):
             path = output if len(drawings) == 1 else output.with_stem(f"{output.stem}-{number}")
             write_atomic(path, render(drawing.figure)[0])
-            say(f"saved: {shown(path)} (mean: over a run's own test pictures)")
+            say(f"saved: {shown(path)} (mean: over a run's own test images)")
 
 
 def _names(paths: tuple[Path, ...]) -> list[str]:
-    """What the figure calls the pictures: their stems, or whole paths where stems repeat."""
+    """What the figure calls the images: their stems, or whole paths where stems repeat."""
     stems = [shown(path.stem) for path in paths]
     names = stems if len(set(stems)) == len(stems) else [shown(path) for path in paths]
     # Two names may differ only in bytes that are no text.

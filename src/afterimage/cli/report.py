@@ -26,7 +26,7 @@ class Report:
     title: str = ""
     """The report's title."""
     intervals: bool = False
-    """Show 95 % intervals of the means in the tables instead of standard deviations over pictures."""
+    """Show 95 % intervals of the means in the tables instead of standard deviations over images."""
 
     def run(self) -> None:
         # Before what takes long to import: a wrong folder is said at once.

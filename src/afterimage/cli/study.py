@@ -45,27 +45,27 @@ class Study:
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build every decoder that comes in sizes with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
     data: str = ""
-    """Pictures instead of the study's own: folder:PATH, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], ..."""
+    """Images instead of the study's own: folder:PATH, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], ..."""
     test: str = ""
-    """Another source whose pictures are the test set."""
+    """Another source whose images are the test set."""
     resize: int | None = None
     """Shorter side in pixels after resizing, instead of the study's own."""
     crop: int | None = None
     """Side of the crop in pixels, instead of the study's own."""
     limit_train: int | None = None
-    """Use only so many training pictures."""
+    """Use only so many training images."""
     limit_validation: int | None = None
-    """Use only so many validation pictures."""
+    """Use only so many validation images."""
     limit_test: int | None = None
-    """Use only so many test pictures."""
+    """Use only so many test images."""
     stream: bool | None = None
-    """Decode pictures each time they are used and keep none, or keep them all, instead of the study's own."""
+    """Decode images each time they are used and keep none, or keep them all, instead of the study's own."""
     weights: str = ""
     """Weights instead of the study's own: pretrained, random, random-init, or a file or folder."""
     epochs: int | None = None
     """Epochs instead of the study's own, in every row."""
     batch_size: int | None = None
-    """Pictures a step instead of the study's own, in every row."""
+    """Images a step instead of the study's own, in every row."""
     loss: str = ""
     """Loss instead of the study's own, in every row: mse, l1, 0.5*mse + 0.5*lpips."""
     precision: str = ""
@@ -95,7 +95,7 @@ class Study:
     retries: int | None = None
     """With --executor ray: how often a group whose worker is lost is given to another (default: 3)."""
     cache: Path | None = None
-    """Where decoded pictures are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
     devices: int = 1
@@ -109,7 +109,7 @@ class Study:
         if not self.study and not self.models:
             say("shipped studies: " + ", ".join(shipped()))
             return
-        from afterimage.runtime.distributed import first_rank
+        from afterimage.runtime.distributed import on_main_process
 
         if self.study and self.models:
             raise AfterimageError("give a study or --models, not both")
@@ -141,7 +141,7 @@ class Study:
                 train=train,
                 part=part,
             )
-        if not first_rank():
+        if not on_main_process():
             raise SystemExit(1 if failures else 0)
         try:
             if any(is_done(run) for run in runs):
@@ -270,5 +270,5 @@ def print_plan(configs: list[RunConfig]) -> None:
     say(f"{len(study_groups(configs))} groups of runs that are trained together (--list-groups)")
     say(
         f"estimates at {macs_per_second() / 1e9:.0f} GMAC/s, measured here on one convolution: ~{clock(total)} if each "
-        "run were trained alone; runs that share encoders share their pass. MACs are for one picture."
+        "run were trained alone; runs that share encoders share their pass. MACs are for one image."
     )

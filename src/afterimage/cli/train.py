@@ -36,7 +36,7 @@ class Train:
     """
 
     sources: Sources
-    """Features to rebuild pictures from, for example resnet34.tv_in1k:layer1."""
+    """Features to rebuild images from, for example resnet34.tv_in1k:layer1."""
     decoder: tuple[str, ...] = ("attention",)
     """Decoders to train: attention, transposed, linear, wavelet, frequency or residual."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
@@ -47,19 +47,19 @@ class Train:
     data: str = "div2k"
     """folder:PATH, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""
-    """Another source whose pictures are the test set."""
+    """Another source whose images are the test set."""
     resize: int = 256
     """Shorter side in pixels after resizing."""
     crop: int = 224
     """Side of the crop in pixels."""
     limit_train: int | None = None
-    """Use only so many training pictures."""
+    """Use only so many training images."""
     limit_validation: int | None = None
-    """Use only so many validation pictures."""
+    """Use only so many validation images."""
     limit_test: int | None = None
-    """Use only so many test pictures."""
+    """Use only so many test images."""
     stream: bool | None = None
-    """Decode pictures each time they are used and keep none (None: above 50,000 of a folder or of shards)."""
+    """Decode images each time they are used and keep none (None: above 50,000 of a folder or of shards)."""
     recipe: Flat[RecipeConfig] = RecipeConfig()
     """The training recipe; the defaults are the published study's."""
     seed: int = 42
@@ -69,7 +69,7 @@ class Train:
     root: Path = Path("runs")
     """Folder that holds the run folders."""
     cache: Path | None = None
-    """Where decoded pictures are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
     devices: int = 1
@@ -81,7 +81,7 @@ class Train:
         from afterimage.experiments.queue import train_runs
         from afterimage.models.decoders import DECODERS
         from afterimage.models.encoders.providers.timm import resolve
-        from afterimage.runtime.distributed import first_rank
+        from afterimage.runtime.distributed import on_main_process
         from afterimage.runtime.progress import Display
 
         data = DataConfig(
@@ -94,7 +94,7 @@ class Train:
             limit_test=self.limit_test,
             stream=self.stream,
         )
-        for name in self.decoder:  # before any picture is read
+        for name in self.decoder:  # before any image is read
             if name not in DECODERS:
                 raise unknown("decoder", name, DECODERS)
         size = parse_count(self.parameters, "--parameters") if self.parameters else None
@@ -130,10 +130,10 @@ class Train:
         with Display() as display:
             options = {"cache": self.cache, "accelerator": self.accelerator, "progress": display}
             runs = train_runs(configs, self.root, failures=failures, **options)
-        if first_rank() and any(is_done(run) for run in runs):
+        if on_main_process() and any(is_done(run) for run in runs):
             print_table(runs)
             say(*(f"run: {shown(run.path)}" for run in runs))
-        if failures and not first_rank():
+        if failures and not on_main_process():
             raise SystemExit(1)
         for error in failures[1:]:
             complain("failed", error)

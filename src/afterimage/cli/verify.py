@@ -19,8 +19,8 @@ NOT_MEASURED = 4
 class Verify:
     """Measure the stored decoders of runs again; say for each whether its scores still hold, and what changed.
 
-    Scores hold where every picture's PSNR is within 0.01 dB, its SSIM within 0.0001 and its LPIPS within 0.001 of
-    what was written down. A run whose pictures or weights are missing, or that is not finished, is NOT MEASURED, which
+    Scores hold where every image's PSNR is within 0.01 dB, its SSIM within 0.0001 and its LPIPS within 0.001 of
+    what was written down. A run whose images or weights are missing, or that is not finished, is NOT MEASURED, which
     says nothing about its scores. The exit code is 0 where all hold, 1 where any does not (or of an error), 4 where
     none fails but some could not be measured.
     """
@@ -30,7 +30,7 @@ class Verify:
     weights: str | None = None
     """Where the encoders' weights are, if not where they were in training."""
     cache: Path | None = None
-    """Where decoded pictures are kept."""
+    """Where decoded images are kept."""
     accelerator: str = "auto"
     """cpu, cuda, mps or auto."""
 
@@ -45,7 +45,7 @@ class Verify:
             )
         for verdict in verdicts:
             worst = ", ".join(f"{name} by {value:.2g}" for name, value in verdict.worst.items())
-            measured = f": {verdict.pictures} pictures, scores differ at most: {worst}" if worst else ""
+            measured = f": {verdict.images} images, scores differ at most: {worst}" if worst else ""
             held = (
                 "holds" if verdict.holds
                 else "DOES NOT HOLD" if verdict.problems

@@ -14,7 +14,7 @@ from afterimage.config.errors import AfterimageError, unknown
 from afterimage.config.paths import absolute_path, absolute_source
 from afterimage.config.schema import (
     LPIPS_NETS,
-    MAX_PICTURES,
+    MAX_IMAGES,
     MAX_STEPS,
     DataConfig,
     RecipeConfig,
@@ -32,7 +32,7 @@ DEFENCES = ("none", "noise:0.5", "int8", "1bit", "topk:0.1", "pca:8")
 class LimitsConfig:
     """What must hold for every layer, defence and attacker: upper ends of the 95 % intervals at most these.
 
-    `max_ssim` bounds the mean SSIM over test pictures, `max_identification` the share of reconstructions that find
+    `max_ssim` bounds the mean SSIM over test images, `max_identification` the share of reconstructions that find
     their own original. None: not limited.
     """
 
@@ -52,37 +52,35 @@ class LimitsConfig:
 class AttackersConfig:
     """Who attacks: every combination is a row.
 
-    `pictures` are numbers of pictures of their own, or `all`, a fifth of which they validate on. `data` is where
-    they come from, empty for the same source as the audited pictures. `access` is `query` (trains a decoder on
+    `images` are numbers of images of their own, or `all`, a fifth of which they validate on. `data` is where
+    they come from, empty for the same source as the audited images. `access` is `query` (trains a decoder on
     defended features) or `weights` too (then refines each reconstruction, `refine_steps` steps, for the first
-    `refine_pictures` test pictures).
+    `refine_images` test images).
     """
 
     decoders: tuple[str, ...] = ("linear",)
-    pictures: tuple[Any, ...] = ("all",)
+    images: tuple[Any, ...] = ("all",)
     access: tuple[str, ...] = ("query",)
     data: str = ""
     refine_steps: int = 200
-    refine_pictures: int = 20
+    refine_images: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("decoders", "pictures", "access"):
+        for name in ("decoders", "images", "access"):
             if not getattr(self, name):
                 raise AfterimageError(f"an audit needs at least one of attackers.{name}")
-        for count in self.pictures:
+        for count in self.images:
             if count != "all" and not (re.fullmatch("[0-9]{1,10}", str(count)) and int(count) >= 5):
                 raise AfterimageError(
-                    f"an attacker's pictures must be a number from 5 on, or 'all', got {count!r:.80}"
+                    f"an attacker's images must be a number from 5 on, or 'all', got {count!r:.80}"
                 )
         for access in self.access:
             if access not in ACCESS:
                 raise unknown("access", access, ACCESS)
-        if self.refine_steps < 1 or self.refine_pictures < 2:
-            raise AfterimageError(
-                "refine_steps must be 1 or more, refine_pictures 2 or more, for an interval"
-            )
+        if self.refine_steps < 1 or self.refine_images < 2:
+            raise AfterimageError("refine_steps must be 1 or more, refine_images 2 or more, for an interval")
         check_range("refine_steps", self.refine_steps, 1, MAX_STEPS)
-        check_range("refine_pictures", self.refine_pictures, 2, MAX_PICTURES)
+        check_range("refine_images", self.refine_images, 2, MAX_IMAGES)
         object.__setattr__(self, "data", absolute_source(self.data))
 
 
@@ -90,10 +88,10 @@ class AttackersConfig:
 class AuditConfig:
     """One audit. Exactly one of `model` (timm), `encoder` (`package.module:factory`) and `pairs` (a file).
 
-    `mean` and `std` are what pictures are normalised with before they reach an own encoder; `prefix_tokens` says how
+    `mean` and `std` are what images are normalised with before they reach an own encoder; `prefix_tokens` says how
     many of its tokens come before those of the map, where that cannot be measured; `prediction` says what
     such a network returns: `classes`, `embedding`, or `auto` (a timm model's classifier, else an embedding).
-    `test_fraction` of stored pairs is held out; pictures from elsewhere follow `data`.
+    `test_fraction` of stored pairs is held out; images from elsewhere follow `data`.
     """
 
     model: str = ""
@@ -135,9 +133,9 @@ class AuditConfig:
             raise AfterimageError("stored pairs hold no weights: attackers.access can only be query")
         if self.pairs and self.attackers.data:
             raise AfterimageError(
-                "stored pairs cannot be attacked with pictures from elsewhere: there is no encoder"
+                "stored pairs cannot be attacked with images from elsewhere: there is no encoder"
             )
-        if self.pairs and self.recipe.augment:  # features belong to the picture as it is
+        if self.pairs and self.recipe.augment:  # features belong to the image as it is
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
         if len(self.mean) != 3 or len(self.std) != 3 or not all(0 < std < math.inf for std in self.std):
             raise AfterimageError("mean and std must be three numbers each, std greater than 0")

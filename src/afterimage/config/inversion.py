@@ -1,4 +1,4 @@
-"""How a picture is searched for: what is optimised, by which method, for how long."""
+"""How an image is searched for: what is optimised, by which method, for how long."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OPTIMIZERS = ("adam", "lbfgs")
 
 @dataclass(frozen=True)
 class InvertConfig:
-    """Inversion by optimising the picture itself.
+    """Inversion by optimising the image itself.
 
     `method` is what is optimised: `pixels`, `fourier` (decorrelated colours and frequencies, see
     `parametrise.Fourier`) or `prior` (the weights of an untrained network, see `parametrise.Prior`). `steps` counts
     passes through the encoder and back, so that both optimizers cost the same a step; `learning_rate` is Adam's, by
-    default the method's own. `starts` runs are made of every picture and the one whose features come nearest is
-    kept. `jitter` shifts the picture by up to so many pixels before each pass. `tv` and `alpha_norm` weigh the
+    default the method's own. `starts` runs are made of every image and the one whose features come nearest is
+    kept. `jitter` shifts the image by up to so many pixels before each pass. `tv` and `alpha_norm` weigh the
     regularisers of `objective`, with the exponents `beta` and `alpha`; 0 leaves one out.
     """
 
@@ -66,7 +66,7 @@ class InvertConfig:
 
 @dataclass(frozen=True)
 class InversionConfig:
-    """One inversion of test pictures as it is written into its run folder.
+    """One inversion of test images as it is written into its run folder.
 
     `start` is the run whose decoder made the start, empty for grey. `lpips` is not part of the hash.
     """

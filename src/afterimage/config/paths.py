@@ -50,7 +50,7 @@ def local_path(path: str) -> str:
 
 
 def absolute_source(source: str) -> str:
-    """A source of pictures with its path, or its pattern of shards, made absolute; others stay as they are."""
+    """A source of images with its path, or its pattern of shards, made absolute; others stay as they are."""
     kind, _, path = source.partition(":")
     if not path or kind not in ("folder", "div2k", "webdataset", "parquet", "pairs"):
         return source

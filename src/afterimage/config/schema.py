@@ -18,11 +18,11 @@ from afterimage.config.toml import MAX_PARAMETERS, Count, to_dict
 
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 MAX_SIDE = 8192
-"""Pixels of the shorter side that a picture may be resized to."""
+"""Pixels of the shorter side that an image may be resized to."""
 SSIM_WINDOW = 11
 """Pixels a side of SSIM's window: no smaller crop can be measured."""
 LPIPS_SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
-"""Pixels a side of the smallest picture that each LPIPS network takes."""
+"""Pixels a side of the smallest image that each LPIPS network takes."""
 LOSS_NAMES = ("mse", "l1", "lpips", *(f"lpips:{net}" for net in LPIPS_NETS))
 MAX_SEED = 2**63 - 1
 """The largest seed: TOML's largest whole number, which every generator takes."""
@@ -30,7 +30,7 @@ MAX_EPOCHS = 10**6
 MAX_BATCH = 2**20
 MAX_STEPS = 10**7
 MAX_PROCESSES = 10**6
-MAX_PICTURES = 10**9
+MAX_IMAGES = 10**9
 MAX_CHANNELS = 2**16
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -184,17 +184,17 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where pictures come from and how they are split.
+    """Where images come from and how they are split.
 
     `source` and `test` are `folder:PATH`, `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`,
     `procedural:COUNT` or `photographs`; shards are files by a pattern, `data/{000..099}.tar` or `data/*.parquet`.
     Where `test` is empty, the source's own test split is used, else `test_fraction` of it. `validation_fraction` is
-    taken from what is not test. Limits keep the first pictures of a split.
+    taken from what is not test. Limits keep the first images of a split.
 
     Paths and patterns are made absolute when the config is built, so that it means the same from every working folder.
 
-    `stream`: true decodes pictures each time they are used and keeps none, false decodes each once and keeps all on
-    disk; where it is left out, more than 50,000 pictures of a folder or of shards are streamed. Both give the same
+    `stream`: true decodes images each time they are used and keeps none, false decodes each once and keeps all on
+    disk; where it is left out, more than 50,000 images of a folder or of shards are streamed. Both give the same
     crops.
     """
 
@@ -222,7 +222,7 @@ class DataConfig:
             if not 0 < getattr(self, name) < 1:
                 raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         check_seed("split_seed", self.split_seed)
-        check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_PICTURES)
+        check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_IMAGES)
         for name in ("source", "test"):
             object.__setattr__(self, name, absolute_source(getattr(self, name)))
 
@@ -260,7 +260,7 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: which features, which decoder, which pictures, which recipe.
+    """One run: which features, which decoder, which images, which recipe.
 
     `sources` are `model:layer` with the weights' tag pinned; `weights` is `pretrained`, one of
     `RANDOM_WEIGHTS`, or a path.
@@ -315,8 +315,8 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ReferenceConfig:
-    """A reference line: what a picture keeps when it is reduced by other means, measured like any decoder.
+class BaselineConfig:
+    """A baseline: what an image keeps when it is reduced by other means, measured like any decoder.
 
     `reference` is `mean`, `thumbnail-SIZE` or `jpeg-QUALITY`.
     """

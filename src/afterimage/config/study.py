@@ -11,7 +11,7 @@ from typing import Any
 from afterimage.config.errors import AfterimageError, unknown
 from afterimage.config.schema import (
     LPIPS_NETS,
-    MAX_PICTURES,
+    MAX_IMAGES,
     RANDOM_WEIGHTS,
     DataConfig,
     DecoderConfig,
@@ -41,7 +41,7 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Sources x decoders x seeds on the same pictures by the same recipe; `rows` adds what does not fit the grid.
+    """Sources x decoders x seeds on the same images by the same recipe; `rows` adds what does not fit the grid.
 
     A layer may be a glob (`resnet34.tv_in1k:layer*`). With `parameters` every decoder that comes in sizes is built
     at that one, within 5 %, whatever its own says; a fusion's parameters come on top. `lpips` may be `any`: the
@@ -78,7 +78,7 @@ class StudyConfig:
             raise unknown("LPIPS network", self.lpips, (*LPIPS_NETS, "any"))
         for i, seed in enumerate(self.seeds):
             check_seed(f"seeds[{i}]", seed)
-        check_range("keep", self.keep, 0, MAX_PICTURES)
+        check_range("keep", self.keep, 0, MAX_IMAGES)
         check_positive(self, "parameters", most=MAX_PARAMETERS)
         object.__setattr__(self, "weights", absolute_weights(self.weights))
 

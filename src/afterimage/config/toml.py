@@ -22,7 +22,7 @@ Count = typing.NewType("Count", int)
 
 
 MAX_TEXT = 2**28
-"""Bytes of the largest text file that is read: a million pictures' scores are a quarter of it."""
+"""Bytes of the largest text file that is read: a million images' scores are a quarter of it."""
 
 
 def read_text(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""From a `DataConfig` to the pictures that train, validate and test."""
+"""From a `DataConfig` to the images that train, validate and test."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data.decode import BadPicture, load_picture, shorter_side
+from afterimage.data.decode import BadImage, load_image, shorter_side
 from afterimage.data.duplicates import NAMES, check_copies
 from afterimage.data.examine import examine, size_notes, value_notes
 from afterimage.data.file_digests import FileDigests
-from afterimage.data.images import Data, Pictures, StreamedPictures, _digest
+from afterimage.data.images import Data, ImageSet, StreamedImages, _digest
 from afterimage.data.names import listed
 from afterimage.data.pixel_cache import cached
-from afterimage.data.records import Original, broken_pictures
+from afterimage.data.records import Original, broken_images
 from afterimage.data.sampling import centre_places
 from afterimage.data.shard_index import Rows
 from afterimage.data.sources import INDEXED, read_source
 from afterimage.data.splits import Source, shuffled, split
-from afterimage.runtime.distributed import first_rank
+from afterimage.runtime.distributed import on_main_process
 from afterimage.runtime.threads import Progress, in_parallel
 
 logger = logging.getLogger("afterimage")
 
 STREAM_ABOVE = 50_000
-"""More pictures than these are streamed where the config leaves it open: 10 GiB of pixels at 256 x 256."""
+"""More images than these are streamed where the config leaves it open: 10 GiB of pixels at 256 x 256."""
 
 
 def default_cache() -> Path:
@@ -42,13 +42,13 @@ def default_cache() -> Path:
 def load_data(
     config: DataConfig, *, cache: str | Path | None = None, progress: Progress | None = None
 ) -> Data:
-    """Find, split, decode and check the pictures that a config names.
+    """Find, split, decode and check the images that a config names.
 
     `cache` is the folder of the decode-once cache and of indexes (default: `default_cache()`); `progress` is called
     with (what, done, total). Of a source that only tests, its own test split is used where it has one, else all of
-    it. Pictures are decoded once and kept, or streamed, as `DataConfig.stream` says. Raises an `AfterimageError` that
-    names the file, the source or the counts where pictures are missing, broken or too few, and where a test picture
-    is also a training or validation picture.
+    it. Images are decoded once and kept, or streamed, as `DataConfig.stream` says. Raises an `AfterimageError` that
+    names the file, the source or the counts where images are missing, broken or too few, and where a test image
+    is also a training or validation image.
     """
     folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
     parts, source = _source(config, folder, progress)
@@ -57,36 +57,36 @@ def load_data(
         # Found before anything is decoded: a wrong name is told at once.
         part, other = _other(config, folder, progress)
         found += _of_test(other)
-        pictures = _pictures(parts, source.root, config, folder, progress)
+        images = _images(parts, source.root, config, folder, progress)
         parts.append(part)
-        pictures += _pictures([part], other.root, config, folder, progress)
+        images += _images([part], other.root, config, folder, progress)
     else:
-        pictures = _pictures(parts, source.root, config, folder, progress)
-    found += _examined(dict(zip(NAMES, pictures, strict=True)), config.resize)
+        images = _images(parts, source.root, config, folder, progress)
+    found += _examined(dict(zip(NAMES, images, strict=True)), config.resize)
     _warn(found)
-    notes = check_copies(parts, pictures) + _notes(pictures) + found
-    return Data(config, *pictures, _digest(config, pictures), tuple(notes))
+    notes = check_copies(parts, images) + _notes(images) + found
+    return Data(config, *images, _digest(config, images), tuple(notes))
 
 
 def load_test(
     config: DataConfig, *, cache: str | Path | None = None, progress: Progress | None = None
-) -> tuple[Pictures, list[str]]:
-    """The test pictures of a config whose `test` names a source of their own; the training pictures may be missing.
+) -> tuple[ImageSet, list[str]]:
+    """The test images of a config whose `test` names a source of their own; the training images may be missing.
 
-    Where these are there, an `AfterimageError` is raised if one of them is also a test picture, as by `load_data`;
+    Where these are there, an `AfterimageError` is raised if one of them is also a test image, as by `load_data`;
     where they are not, a note says that this could not be looked at.
     """
     folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
     part, other = _other(config, folder, progress)
-    (test,) = _pictures([part], other.root, config, folder, progress)
+    (test,) = _images([part], other.root, config, folder, progress)
     notes = _of_test(other) + _examined({NAMES[2]: test}, config.resize)
     try:
         parts, source = _source(config, folder, progress)
-        pictures = _pictures(parts, source.root, config, folder, progress)
+        images = _images(parts, source.root, config, folder, progress)
     except AfterimageError as error:
-        notes.append(f"whether a test picture was also trained on could not be looked at: {error}")
+        notes.append(f"whether a test image was also trained on could not be looked at: {error}")
     else:
-        notes += check_copies([*parts, part], [*pictures, test])
+        notes += check_copies([*parts, part], [*images, test])
     _warn(notes)
     return test, notes
 
@@ -104,14 +104,14 @@ def _source(
 
 
 def _other(config: DataConfig, folder: Path, progress: Progress | None) -> tuple[Sequence[Original], Source]:
-    """The test pictures of the source that `config.test` names, and that source."""
+    """The test images of the source that `config.test` names, and that source."""
     other = _read(config.test, {"test"}, config, [config.limit_test], folder, progress)
     test = shuffled(other.train if other.test is None else other.test, config.split_seed)
     return _part(test, config.limit_test, config.split_seed), other
 
 
 def _warn(notes: Sequence[str]) -> None:
-    if first_rank():
+    if on_main_process():
         for note in notes:
             logger.warning("%s", note)
 
@@ -124,7 +124,7 @@ def _read(
     cache: Path,
     progress: Progress | None,
 ) -> Source:
-    """A source; of a folder the index where its pictures will be streamed."""
+    """A source; of a folder the index where its images will be streamed."""
     kind = name.partition(":")[0]
     if config.stream and kind not in INDEXED and "train" in parts:
         raise AfterimageError(
@@ -136,39 +136,39 @@ def _read(
 
 
 def _part(originals: Sequence[Original], limit: int | None, seed: int) -> Sequence[Original]:
-    """The first pictures of a part of a split, in an order in which they read well."""
+    """The first images of a part of a split, in an order in which they read well."""
     originals = originals[:limit]
     return originals.arranged(seed) if isinstance(originals, Rows) else originals
 
 
-def _pictures(
+def _images(
     parts: list[Sequence[Original]],
     root: Path,
     config: DataConfig,
     cache: Path,
     progress: Progress | None,
-) -> list[Pictures]:
+) -> list[ImageSet]:
     """The parts of one source, streamed or decoded once."""
     rows = [part for part in parts if isinstance(part, Rows)]
     stream = sum(map(len, parts)) > STREAM_ABOVE if config.stream is None else config.stream
     if stream and len(rows) == len(parts):
-        return [StreamedPictures(part, config.resize, config.crop) for part in rows]
+        return [StreamedImages(part, config.resize, config.crop) for part in rows]
     return _decode(parts, root, config, cache, progress)
 
 
-def _notes(pictures: Sequence[Pictures]) -> list[str]:
-    """What a reader of the results has to know of how the pictures were read."""
-    streamed = sum(len(part) for part in pictures if isinstance(part, StreamedPictures))
+def _notes(images: Sequence[ImageSet]) -> list[str]:
+    """What a reader of the results has to know of how the images were read."""
+    streamed = sum(len(part) for part in images if isinstance(part, StreamedImages))
     notes = []
     if streamed:
         notes.append(
-            f"{streamed:,} pictures were streamed: decoded each time they were used, found to be pictures by their "
+            f"{streamed:,} images were streamed: decoded each time they were used, found to be images by their "
             "first bytes before; one that could not be decoded would have stopped the run"
         )
-    if windows := pictures[0].windows:
+    if windows := images[0].windows:
         notes.append(
-            f"training pictures lie in row groups: each epoch visits these in random order, {windows.together} at a "
-            "time, and the pictures of those in random order"
+            f"training images lie in row groups: each epoch visits these in random order, {windows.together} at a "
+            "time, and the images of those in random order"
         )
     return notes
 
@@ -194,11 +194,11 @@ def _of_test(source: Source) -> list[str]:
     return notes
 
 
-def _examined(named: Mapping[str, Pictures], size: int) -> list[str]:
+def _examined(named: Mapping[str, ImageSet], size: int) -> list[str]:
     """Notes on the values and sizes of the images of each part, as far as they were looked at."""
-    kept = {name: part.facts for name, part in named.items() if not isinstance(part, StreamedPictures)}
+    kept = {name: part.facts for name, part in named.items() if not isinstance(part, StreamedImages)}
     sides = {
-        name: part.rows.sides if isinstance(part, StreamedPictures) else kept[name][:, -2:].min(1)
+        name: part.rows.sides if isinstance(part, StreamedImages) else kept[name][:, -2:].min(1)
         for name, part in named.items()
     }
     notes = (value_notes(kept) if kept else []) + size_notes(sides, size)
@@ -213,30 +213,30 @@ def _decode(
     config: DataConfig,
     cache: Path,
     progress: Progress | None,
-) -> list[Pictures]:
+) -> list[ImageSet]:
     digests = FileDigests(cache, root)
-    broken: dict[str, BadPicture] = {}
+    broken: dict[str, BadImage] = {}
     originals = [original for part in parts for original in part]
 
-    def content(original: Original) -> str | BadPicture:
+    def content(original: Original) -> str | BadImage:
         try:
             return original.content(digests, config.resize)
-        except BadPicture as error:
+        except BadImage as error:
             return error
 
-    contents = list(in_parallel(content, originals, len(originals), "reading pictures", progress))
+    contents = list(in_parallel(content, originals, len(originals), "reading images", progress))
     digests.save()
     pairs = list(zip(contents, originals, strict=True))
     wanted = {c: o for c, o in pairs if isinstance(c, str)}
     blob = cached(wanted, config.resize, cache, broken, progress)
-    unreadable = [c for c in contents if isinstance(c, BadPicture)]
+    unreadable = [c for c in contents if isinstance(c, BadImage)]
     # Two files may hold the same broken content.
-    unreadable += [BadPicture(o.name, broken[c].reason) for c, o in pairs if c in broken]
+    unreadable += [BadImage(o.name, broken[c].reason) for c, o in pairs if c in broken]
     if unreadable:
-        raise broken_pictures(unreadable)
+        raise broken_images(unreadable)
     remaining = iter(contents)
     return [
-        Pictures(
+        ImageSet(
             [o.id for o in part],
             [next(remaining) for _ in part],
             blob,
@@ -247,15 +247,15 @@ def _decode(
     ]
 
 
-def prepare_picture(path: Path, resize: int, crop: int) -> Tensor:
-    """A picture file as `(1, 3, crop, crop)` in [0, 1]: shorter side to `resize` pixels, centre crop."""
-    picture = shorter_side(load_picture(path), resize)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+def prepare_image(path: Path, resize: int, crop: int) -> Tensor:
+    """An image file as `(1, 3, crop, crop)` in [0, 1]: shorter side to `resize` pixels, centre crop."""
+    image = shorter_side(load_image(path), resize)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     top, left = (int(place[0]) for place in centre_places(*np.array(pixels.shape[-2:]).reshape(2, 1), crop))
     return pixels[..., top : top + crop, left : left + crop].float() / 255
 
 
 def file_notes(paths: Sequence[Path], resize: int) -> list[str]:
-    """What has to be known of picture files to read their scores, as `Data.notes` has it of a source."""
-    facts = np.array([examine(load_picture(path)) for path in paths], np.int64).reshape(-1, 6)
+    """What has to be known of image files to read their scores, as `Data.notes` has it of a source."""
+    facts = np.array([examine(load_image(path)) for path in paths], np.int64).reshape(-1, 6)
     return value_notes({"given": facts}) + size_notes({"given": facts[:, -2:].min(1)}, resize)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from afterimage.config import AfterimageError
 from afterimage.data.decode import open_file, reason, shown
-from afterimage.runs.files import whole_file
+from afterimage.runs.files import atomic_file
 
 logger = logging.getLogger("afterimage")
 
@@ -29,7 +29,7 @@ class FileDigests:
         self._known: dict[str, list] = known if isinstance(known, dict) else {}
 
     def of(self, path: Path) -> str:
-        """The SHA-256 of a file's bytes, in hexadecimal; raises `BadPicture` where it cannot be read."""
+        """The SHA-256 of a file's bytes, in hexadecimal; raises `BadImage` where it cannot be read."""
         key = os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
         with open_file(path) as file:
             seen = _seen(os.fstat(file.fileno()))
@@ -45,7 +45,7 @@ class FileDigests:
         if not self._changed:
             return
         try:
-            with whole_file(self._file) as file:
+            with atomic_file(self._file) as file:
                 file.write(json.dumps(self._known).encode())
         except OSError as error:
             logger.debug("cannot remember digests in %s: %s", self._file, error)

@@ -18,23 +18,23 @@ from torch import Tensor
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.decode import DIGEST_VERSION
 from afterimage.data.pixel_cache import Blob
-from afterimage.data.sampling import Windows, centre_places, crop_places
+from afterimage.data.sampling import ShuffleBuffer, centre_places, crop_places
 from afterimage.data.shard_index import Rows
 from afterimage.runtime.threads import in_parallel
 
 Indices = Sequence[int] | np.ndarray | Tensor
 
 
-class Pictures:
-    """One split: pictures with stable, unique ids, each whole (after resizing), as uint8.
+class ImageSet:
+    """One split: images with stable, unique ids, each whole (after resizing), as uint8.
 
-    `ids[i]` names picture `i`, `content[i]` is the SHA-256 of its original, `crop` the side of its crops, `windows`
-    says which pictures an epoch visits together (None: any).
+    `ids[i]` names image `i`, `content[i]` is the SHA-256 of its original, `crop` the side of its crops, `windows`
+    says which images an epoch visits together (None: any).
     """
 
     ids: Sequence[str]
     content: Sequence[str]
-    windows: Windows | None = None
+    windows: ShuffleBuffer | None = None
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Pictures:
         content: Sequence[str],
         blob: Blob,
         crop: int,
-        windows: Windows | None = None,
+        windows: ShuffleBuffer | None = None,
     ) -> None:
         self.ids = list(ids)
         self.content = list(content)
@@ -65,13 +65,13 @@ class Pictures:
         return np.array([self.blob.facts[c] for c in self.content], np.int64).reshape(-1, 6)
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        """Picture `index`, uncropped, uint8 in [0, 255]."""
-        return torch.from_numpy(self.blob.picture(self.content[index]).copy())
+        """Image `index`, uncropped, uint8 in [0, 255]."""
+        return torch.from_numpy(self.blob.image(self.content[index]).copy())
 
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 crop crop"]:
-        """Crops of the pictures at `indices`, float32 in [0, 1].
+        """Crops of the images at `indices`, float32 in [0, 1].
 
         Without a seed the centre crop, where torchvision's CenterCrop takes it. With a seed a random crop,
         flipped half of the time: a pure function of (seed, epoch, index), whatever batch or process asks.
@@ -102,13 +102,13 @@ class Pictures:
     def _checked(self, indices: Indices) -> np.ndarray:
         indices = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices, np.int64).reshape(-1)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"indices {indices.min()} .. {indices.max()} of {len(self)} pictures")
+            raise IndexError(f"indices {indices.min()} .. {indices.max()} of {len(self)} images")
         return indices
 
     def _places(
         self, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray, seed: int | None, epoch: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Top, left and whether to flip, one of each a picture."""
+        """Top, left and whether to flip, one of each an image."""
         if seed is None:
             return *centre_places(heights, widths, self.crop), np.zeros(len(indices), bool)
         return crop_places(heights, widths, self.crop, indices, seed, epoch)
@@ -118,17 +118,17 @@ class Pictures:
     ) -> np.ndarray:
         """The crops as `(batch, 3, crop, crop)`: uint8, or float32 in [0, 1].
 
-        NumPy, picture by picture: each stays in the processor's cache, and no thread pool has to wake up.
+        NumPy, image by image: each stays in the processor's cache, and no thread pool has to wake up.
         """
         crops = np.empty((len(indices), 3, self.crop, self.crop), dtype)
         for i, (index, y, x) in enumerate(zip(indices, top, left, strict=True)):
-            picture = self.blob.picture(self.content[index])[:, y : y + self.crop, x : x + self.crop]
+            image = self.blob.image(self.content[index])[:, y : y + self.crop, x : x + self.crop]
             if flip[i]:
-                picture = np.ascontiguousarray(picture[:, :, ::-1])
+                image = np.ascontiguousarray(image[:, :, ::-1])
             if dtype is np.float32:
-                np.divide(picture, np.float32(255), out=crops[i], dtype=np.float32)
+                np.divide(image, np.float32(255), out=crops[i], dtype=np.float32)
             else:
-                crops[i] = picture
+                crops[i] = image
         return crops
 
 
@@ -163,11 +163,11 @@ AHEAD = 2
 """Batches that are decoded while one is worked on."""
 
 
-class StreamedPictures(Pictures):
+class StreamedImages(ImageSet):
     """One split whose originals are decoded each time they are used: the same crops as if they were kept.
 
-    A picture that cannot be decoded, or is not what it was when it was indexed, raises a `BadPicture` that names it:
-    leaving it out would train on other pictures than the run says.
+    An image that cannot be decoded, or is not what it was when it was indexed, raises a `BadImage` that names it:
+    leaving it out would train on other images than the run says.
     """
 
     def __init__(self, rows: Rows, resize: int, crop: int) -> None:
@@ -184,7 +184,7 @@ class StreamedPictures(Pictures):
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 crop crop"]:
-        """Crops of the pictures at `indices`, as `Pictures.crops` has them."""
+        """Crops of the images at `indices`, as `Images.crops` has them."""
         return next(self.batches([indices], seed=seed, epoch=epoch, device=device))
 
     def batches(
@@ -201,11 +201,11 @@ class StreamedPictures(Pictures):
         """
 
         def one(index: int) -> np.ndarray:
-            picture = self._decoded(index)
-            height, width = picture.shape[1:]
+            image = self._decoded(index)
+            height, width = image.shape[1:]
             places = np.array([index]), np.array([height]), np.array([width])
             (top,), (left,), (flip,) = self._places(*places, seed, epoch)
-            cut = picture[:, top : top + self.crop, left : left + self.crop]
+            cut = image[:, top : top + self.crop, left : left + self.crop]
             return np.ascontiguousarray(cut[:, :, ::-1] if flip else cut)
 
         sizes: deque[int] = deque()
@@ -238,13 +238,13 @@ class StreamedPictures(Pictures):
         return placed(np.stack(crops) if crops else np.empty(shape, np.uint8), device)
 
     def _decoded(self, index: int) -> np.ndarray:
-        """Picture `index` after resizing, `(3, height, width)` uint8."""
+        """Image `index` after resizing, `(3, height, width)` uint8."""
         original = self.rows[index]
         try:
-            return np.asarray(original.picture(self.resize, "")).transpose(2, 0, 1)
+            return np.asarray(original.image(self.resize, "")).transpose(2, 0, 1)
         except AfterimageError:
             raise
-        except Exception as error:  # of which picture no traceback would say
+        except Exception as error:  # of which image no traceback would say
             raise AfterimageError(
                 f"{original.name} could not be read: {type(error).__name__}: {error}"
             ) from error
@@ -252,22 +252,22 @@ class StreamedPictures(Pictures):
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The pictures of a run.
+    """The images of a run.
 
-    `digest` is a SHA-256 over the pictures' contents, their split and their size; paths have no part in it.
+    `digest` is a SHA-256 over the images' contents, their split and their size; paths have no part in it.
     `notes` are sentences for whoever reads the results.
     """
 
     config: DataConfig
-    train: Pictures
-    validation: Pictures
-    test: Pictures
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
     digest: str
     notes: tuple[str, ...] = ()
 
     @property
     def test_digest(self) -> str:
-        """Of the test pictures alone, as they are scored: rows that agree in it compare, whatever trained them."""
+        """Of the test images alone, as they are scored: rows that agree in it compare, whatever trained them."""
         return hashlib.sha256(f"{_digest(self.config, [self.test])} {self.config.crop}".encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -279,16 +279,16 @@ class Data:
             "test_digest": self.test_digest,
             "train": len(self.train),
             "validation": len(self.validation),
-            "test_pictures": len(self.test),
+            "test_images": len(self.test),
             "resize": self.config.resize,
             "crop": self.config.crop,
         }
 
 
-def _digest(config: DataConfig, pictures: Sequence[Pictures]) -> str:
+def _digest(config: DataConfig, images: Sequence[ImageSet]) -> str:
     """SHA-256 of the JSON list of decoder version, size and the contents of each part, written piece by piece."""
     digest = hashlib.sha256(f"[{DIGEST_VERSION}, {config.resize}".encode())
-    for part in pictures:
+    for part in images:
         digest.update(b", [")
         for number, content in enumerate(part.content):
             digest.update(f'{", " if number else ""}"{content}"'.encode())

@@ -20,7 +20,7 @@ PLAIN = frozenset(("train", "test", "validation", "val", "valid"))
 """Names that nobody has to be told the meaning of."""
 BESIDE = frozenset((
     "data", "dataset", "files", "folder", "image", "images", "img", "imgs", "jpeg", "jpg", "of", "photo", "photos",
-    "picture", "pictures", "png", "set", "split",
+    "image", "images", "png", "set", "split",
 ))  # fmt: skip
 """Words beside a split's that tell no two data sets apart: `train` and `test_images` belong together."""
 OTHER_KINDS = "of other kinds"

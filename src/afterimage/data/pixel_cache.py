@@ -21,7 +21,7 @@ from afterimage.config import AfterimageError
 from afterimage.data import decode
 from afterimage.data.examine import Facts
 from afterimage.data.records import Original
-from afterimage.runs.files import locked, remove_leftovers_of, whole_file
+from afterimage.runs.files import atomic_file, locked, remove_leftovers_of
 from afterimage.runtime.threads import Progress, in_parallel
 
 logger = logging.getLogger("afterimage")
@@ -35,39 +35,39 @@ def cached(
     wanted: Mapping[str, Original],
     size: int,
     folder: Path,
-    broken: dict[str, decode.BadPicture],
+    broken: dict[str, decode.BadImage],
     progress: Progress | None = None,
 ) -> Blob:
-    """The pixels of the wanted pictures (by content digest), their shorter side `size`.
+    """The pixels of the wanted images (by content digest), their shorter side `size`.
 
-    Pictures that cannot be read are added to `broken` and missing from the result. A cache that cannot be
-    written is no error: the pictures are then kept in memory, with a message.
+    Images that cannot be read are added to `broken` and missing from the result. A cache that cannot be
+    written is no error: the images are then kept in memory, with a message.
     """
     transform = f"decode {decode.VERSION}, Pillow {PIL.__version__}, facts {FACTS}, shorter side {size}"
-    path = folder / "pictures" / f"{size}-{_key(wanted, transform)}.pictures"
+    path = folder / "images" / f"{size}-{_key(wanted, transform)}.images"
     blob = _open(path, wanted.keys())
     if blob is not None:
         return blob
     try:
-        with locked(path.with_suffix(".lock"), "decoding the same pictures") as alone:
+        with locked(path.with_suffix(".lock"), "decoding the same images") as alone:
             blob = _open(path, wanted.keys())
             if blob is not None:
                 return blob
             if alone:
                 remove_leftovers_of(path)
-            pictures = _decoded(wanted, size, transform, path.parent, broken, progress)
-            with whole_file(path) as file:
-                write_blob(file, pictures, transform)
+            images = _decoded(wanted, size, transform, path.parent, broken, progress)
+            with atomic_file(path) as file:
+                write_blob(file, images, transform)
             return map_blob(path)
     except OSError as error:
         problem = decode.reason(error)
         logger.warning(
-            "cannot write the picture cache in %s (%s): the pictures are kept in memory, for this run only",
+            "cannot write the image cache in %s (%s): the images are kept in memory, for this run only",
             path.parent,
             problem,
         )
-    pictures = _decoded(wanted, size, transform, path.parent, broken, progress)
-    return _in_memory(pictures, transform, path.parent)
+    images = _decoded(wanted, size, transform, path.parent, broken, progress)
+    return _in_memory(images, transform, path.parent)
 
 
 def _key(contents: Mapping[str, object], transform: str) -> str:
@@ -79,12 +79,12 @@ def _open(path: Path, wanted: Set[str]) -> Blob | None:
         blob = map_blob(path)
         if not all(map(blob.sound, blob.slots)):
             raise Damaged("its pixels have a wrong checksum")
-        # Pictures that could not be read are not in it; perhaps they can be now.
+        # Images that could not be read are not in it; perhaps they can be now.
         return blob if wanted <= blob.slots.keys() else None
     except FileNotFoundError:
         return None
     except (Damaged, OSError) as error:
-        logger.warning("the picture cache %s is damaged (%s) and is built again", path, error)
+        logger.warning("the image cache %s is damaged (%s) and is built again", path, error)
         return None
 
 
@@ -93,33 +93,33 @@ def _decoded(
     size: int,
     transform: str,
     folder: Path,
-    broken: dict[str, decode.BadPicture],
+    broken: dict[str, decode.BadImage],
     progress: Progress | None,
 ) -> Iterator[tuple[str, np.ndarray, Facts]]:
-    """Every wanted picture that can be read, in their order, as `(content, (3, height, width) uint8, facts)`."""
+    """Every wanted image that can be read, in their order, as `(content, (3, height, width) uint8, facts)`."""
     known = _elsewhere(wanted, transform, folder)
 
-    def one(item: tuple[str, Original]) -> tuple[str, tuple[np.ndarray, Facts] | decode.BadPicture]:
+    def one(item: tuple[str, Original]) -> tuple[str, tuple[np.ndarray, Facts] | decode.BadImage]:
         content, original = item
         if content in known and known[content].sound(content):
-            return content, (known[content].picture(content), known[content].facts[content])
+            return content, (known[content].image(content), known[content].facts[content])
         try:
-            picture, facts = original.examined(size, content)
-        except decode.BadPicture as error:
+            image, facts = original.examined(size, content)
+        except decode.BadImage as error:
             return content, error
-        return content, (np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1)), facts)
+        return content, (np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), facts)
 
-    for content, result in in_parallel(one, wanted.items(), len(wanted), "decoding pictures", progress):
-        if isinstance(result, decode.BadPicture):
+    for content, result in in_parallel(one, wanted.items(), len(wanted), "decoding images", progress):
+        if isinstance(result, decode.BadImage):
             broken[content] = result
         else:
             yield content, *result
 
 
 def _elsewhere(wanted: Mapping[str, Original], transform: str, folder: Path) -> dict[str, Blob]:
-    """Which files of the cache hold wanted pictures; a damaged one may still hold sound ones."""
+    """Which files of the cache hold wanted images; a damaged one may still hold sound ones."""
     found: dict[str, Blob] = {}
-    for path in sorted(folder.glob("*.pictures")):
+    for path in sorted(folder.glob("*.images")):
         try:
             blob = map_blob(path)
         except (Damaged, OSError):
@@ -129,16 +129,16 @@ def _elsewhere(wanted: Mapping[str, Original], transform: str, folder: Path) -> 
     return found
 
 
-def _in_memory(pictures: Iterator[tuple[str, np.ndarray, Facts]], transform: str, folder: Path) -> Blob:
+def _in_memory(images: Iterator[tuple[str, np.ndarray, Facts]], transform: str, folder: Path) -> Blob:
     slots: dict[str, Slot] = {}
     facts: dict[str, Facts] = {}
     file = io.BytesIO()
-    for content, pixels, own in pictures:
+    for content, pixels, own in images:
         facts[content] = own
         slots[content] = Slot(file.tell(), *pixels.shape[1:], zlib.crc32(pixels))
         if file.tell() + pixels.size > MEMORY_LIMIT:
             raise AfterimageError(
-                f"the picture cache in {folder} cannot be written, and the pictures are too many for memory "
+                f"the image cache in {folder} cannot be written, and the images are too many for memory "
                 f"(over {MEMORY_LIMIT / 2**30:.0f} GiB); set AFTERIMAGE_CACHE to a folder with more room"
             )
         file.write(pixels)
@@ -155,7 +155,7 @@ class Damaged(Exception):
 
 
 class Slot(NamedTuple):
-    """Where a picture lies among the pixels."""
+    """Where an image lies among the pixels."""
 
     offset: int
     height: int
@@ -169,7 +169,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Blob:
-    """Pixels of many pictures, `(size,)` uint8, and the slot and the facts of each by its content digest."""
+    """Pixels of many images, `(size,)` uint8, and the slot and the facts of each by its content digest."""
 
     pixels: np.ndarray
     slots: Mapping[str, Slot]
@@ -177,14 +177,14 @@ class Blob:
     facts: Mapping[str, Facts] = field(default_factory=dict)
     _resident: dict[torch.device, torch.Tensor | None] = field(default_factory=dict, repr=False)
 
-    def picture(self, content: str) -> np.ndarray:
-        """One picture, `(3, height, width)` uint8; a view, not a copy."""
+    def image(self, content: str) -> np.ndarray:
+        """One image, `(3, height, width)` uint8; a view, not a copy."""
         slot = self.slots[content]
         return self.pixels[slot.offset : slot.offset + slot.size].reshape(3, slot.height, slot.width)
 
     def sound(self, content: str) -> bool:
-        """Whether a picture's pixels still have their checksum."""
-        return zlib.crc32(self.picture(content)) == self.slots[content].crc
+        """Whether an image's pixels still have their checksum."""
+        return zlib.crc32(self.image(content)) == self.slots[content].crc
 
     def on(self, device: torch.device) -> torch.Tensor | None:
         """All pixels as a tensor on `device`, copied there once and kept; None where they would not fit."""
@@ -198,14 +198,14 @@ class Blob:
         return self._resident[device]
 
 
-def write_blob(file: BinaryIO, pictures: Iterable[tuple[str, np.ndarray, Facts]], transform: str) -> None:
-    """Write pictures, `(content, (3, height, width) uint8, facts)`, as they come."""
+def write_blob(file: BinaryIO, images: Iterable[tuple[str, np.ndarray, Facts]], transform: str) -> None:
+    """Write images, `(content, (3, height, width) uint8, facts)`, as they come."""
     slots: dict[str, tuple[int, ...]] = {}
-    for content, pixels, facts in pictures:
+    for content, pixels, facts in images:
         slots[content] = (*Slot(file.tell(), *pixels.shape[1:], zlib.crc32(pixels)), *facts)
         file.write(pixels)
     start = file.tell()
-    index = json.dumps({"transform": transform, "pictures": slots}).encode()
+    index = json.dumps({"transform": transform, "images": slots}).encode()
     file.write(index)
     file.write(_FOOTER.pack(start, len(index), zlib.crc32(index), MAGIC))
 
@@ -219,7 +219,7 @@ def map_blob(path: Path) -> Blob:
         file.seek(end)
         start, length, crc, magic = _FOOTER.unpack(file.read(_FOOTER.size))
         if magic != MAGIC or start + length != end:
-            raise Damaged("it was cut short, or is no file of pictures")
+            raise Damaged("it was cut short, or is no file of images")
         file.seek(start)
         text = file.read(length)
     if zlib.crc32(text) != crc:
@@ -227,7 +227,7 @@ def map_blob(path: Path) -> Blob:
     try:
         index = json.loads(text)
         transform = str(index["transform"])
-        numbers = {content: list(map(int, own)) for content, own in index["pictures"].items()}
+        numbers = {content: list(map(int, own)) for content, own in index["images"].items()}
         slots = {content: Slot(*own[: len(Slot._fields)]) for content, own in numbers.items()}
         facts = {content: Facts(*own[len(Slot._fields) :]) for content, own in numbers.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:

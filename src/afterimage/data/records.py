@@ -1,4 +1,4 @@
-"""Originals: the pictures of a source before they are decoded, each with a stable id and a content digest."""
+"""Originals: the images of a source before they are decoded, each with a stable id and a content digest."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from PIL import Image
 
 from afterimage.config import AfterimageError
-from afterimage.data.decode import BadPicture, decode, read_bytes, shorter_side, shown
+from afterimage.data.decode import BadImage, decode, read_bytes, shorter_side, shown
 from afterimage.data.examine import Facts, examine
 from afterimage.data.file_digests import FileDigests
 
 
 class Original(ABC):
-    """One picture of a source.
+    """One image of a source.
 
     `id` is stable and unique in its source, `name` is what messages call it, `group` names what a split must
-    not tear apart, and pictures of a lower `rank` come first in a split.
+    not tear apart, and images of a lower `rank` come first in a split.
     """
 
     id: str
@@ -36,25 +36,25 @@ class Original(ABC):
 
     @abstractmethod
     def content(self, digests: FileDigests, size: int) -> str:
-        """SHA-256 of what the picture is made from: a file's bytes, or the recipe of a generated picture."""
+        """SHA-256 of what the image is made from: a file's bytes, or the recipe of a generated image."""
 
     @abstractmethod
     def decoded(self, size: int, content: str) -> Image.Image:
-        """The picture as RGB, at its own size or, where it has none, at `size`; raises `BadPicture`."""
+        """The image as RGB, at its own size or, where it has none, at `size`; raises `BadImage`."""
 
-    def picture(self, size: int, content: str) -> Image.Image:
-        """The picture as RGB, its shorter side `size` pixels long; raises `BadPicture`."""
+    def image(self, size: int, content: str) -> Image.Image:
+        """The image as RGB, its shorter side `size` pixels long; raises `BadImage`."""
         return shorter_side(self.decoded(size, content), size)
 
     def examined(self, size: int, content: str) -> tuple[Image.Image, Facts]:
-        """`picture`, and the facts of what it was before it was resized."""
+        """`image`, and the facts of what it was before it was resized."""
         whole = self.decoded(size, content)
         return shorter_side(whole, size), examine(whole)
 
 
 @dataclass(frozen=True)
 class FileOriginal(Original):
-    """A picture file."""
+    """An image file."""
 
     id: str
     path: Path
@@ -69,13 +69,13 @@ class FileOriginal(Original):
     def decoded(self, size: int, content: str) -> Image.Image:
         file = read_bytes(self.path)
         if hashlib.sha256(file).hexdigest() != content:
-            raise BadPicture(self.name, "changed while it was being read")
+            raise BadImage(self.name, "changed while it was being read")
         return decode(file, self.name)
 
 
 @dataclass(frozen=True)
 class PartOriginal(Original):
-    """One cell of a grid over a picture file: `cell` is its column, its row and the grid's size in both."""
+    """One cell of a grid over an image file: `cell` is its column, its row and the grid's size in both."""
 
     id: str
     path: Path
@@ -92,20 +92,20 @@ class PartOriginal(Original):
 
     def decoded(self, size: int, content: str) -> Image.Image:
         column, row, columns, rows = self.cell
-        picture = decode(read_bytes(self.path), shown(self.path))
-        width, height = picture.width // columns, picture.height // rows
+        image = decode(read_bytes(self.path), shown(self.path))
+        width, height = image.width // columns, image.height // rows
         left, top = column * width, row * height
-        return picture.crop((left, top, left + width, top + height))
+        return image.crop((left, top, left + width, top + height))
 
 
-def broken_pictures(broken: Sequence[BadPicture]) -> AfterimageError:
+def broken_images(broken: Sequence[BadImage]) -> AfterimageError:
     """One error for all files that cannot be read: the first 20 with their reasons, and how many more."""
     lines = sorted(set(map(str, broken)))
     if len(lines) == 1:
         return AfterimageError(f"{lines[0]}. Mend the file or take it out of the folder")
     more = f"\n  … and {len(lines) - 20} more" if len(lines) > 20 else ""
     return AfterimageError(
-        f"{len(lines)} pictures cannot be read; mend the files or take them out of the folder:\n  "
+        f"{len(lines)} images cannot be read; mend the files or take them out of the folder:\n  "
         + "\n  ".join(lines[:20])
         + more
     )

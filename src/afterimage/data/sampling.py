@@ -1,4 +1,4 @@
-"""Randomness as pure functions: what a picture's crop is, and in which order pictures come.
+"""Randomness as pure functions: what an image's crop is, and in which order images come.
 
 Each draw is a hash of what it is for (seed, epoch, number), so that resuming a run, grouping runs or
 spreading them over processes changes nothing. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood,
@@ -16,17 +16,17 @@ _MASK = 2**64 - 1
 _ORDER, _CROP, _PART = 1, 2, 3
 
 
-class Windows(NamedTuple):
-    """Pictures that can only be read in parts of many: the part of each, `(n,)`, and how many parts are at hand."""
+class ShuffleBuffer(NamedTuple):
+    """Images that can only be read in parts of many: the part of each, `(n,)`, and how many parts are at hand."""
 
     part: np.ndarray
     together: int
 
 
-def order(n: int, seed: int, epoch: int, windows: Windows | None = None) -> np.ndarray:
-    """The order of `n` pictures in an epoch: `(n,)` int64, a permutation of 0 .. n - 1.
+def order(n: int, seed: int, epoch: int, windows: ShuffleBuffer | None = None) -> np.ndarray:
+    """The order of `n` images in an epoch: `(n,)` int64, a permutation of 0 .. n - 1.
 
-    With windows the parts are shuffled, and the pictures of every `together` parts among themselves.
+    With windows the parts are shuffled, and the images of every `together` parts among themselves.
     """
     draws = _hash(np.arange(n), _ORDER, seed, epoch)
     if windows is None or n == 0:
@@ -39,7 +39,7 @@ def order(n: int, seed: int, epoch: int, windows: Windows | None = None) -> np.n
 def crop_places(
     heights: np.ndarray, widths: np.ndarray, crop: int, indices: np.ndarray, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Top, left and whether to flip, one of each a picture; uniform over all places that fit."""
+    """Top, left and whether to flip, one of each an image; uniform over all places that fit."""
     bits = _hash(indices, _CROP, seed, epoch)
     high = (bits >> np.uint64(33)).astype(np.int64)
     low = ((bits >> np.uint64(2)) & np.uint64(2**31 - 1)).astype(np.int64)

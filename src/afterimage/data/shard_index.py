@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from afterimage.config import AfterimageError
-from afterimage.data.decode import BadPicture, check_header, decode, reason, shown
+from afterimage.data.decode import BadImage, check_header, decode, reason, shown
 from afterimage.data.file_digests import FileDigests
 from afterimage.data.records import Original
-from afterimage.data.sampling import Windows, order
-from afterimage.runs.files import whole_file
+from afterimage.data.sampling import ShuffleBuffer, order
+from afterimage.runs.files import atomic_file
 from afterimage.runtime.threads import Progress, in_parallel
 
 logger = logging.getLogger("afterimage")
@@ -37,11 +37,11 @@ _COLUMNS |= {"side": np.int32}
 
 
 Member = tuple[bytes, int, int]
-"""Name, place and size in bytes of a picture; what the place means is the shard's own affair."""
+"""Name, place and size in bytes of an image; what the place means is the shard's own affair."""
 
 
 class Shard(ABC):
-    """A file or folder that holds many pictures. `prefix` is what their ids begin with."""
+    """A file or folder that holds many images. `prefix` is what their ids begin with."""
 
     path: Path
     prefix: str
@@ -50,29 +50,29 @@ class Shard(ABC):
 
     @abstractmethod
     def state(self) -> list[int]:
-        """What changes when the shard does; empty where each picture's place says whether it has changed."""
+        """What changes when the shard does; empty where each image's place says whether it has changed."""
 
     @abstractmethod
     def members(self) -> Iterator[Member]:
-        """All pictures, without their content; raises `AfterimageError` for what is damaged or not safe to read."""
+        """All images, without their content; raises `AfterimageError` for what is damaged or not safe to read."""
 
     @abstractmethod
     def read(self, name: bytes, place: int, size: int) -> bytes:
-        """A picture's file; raises `BadPicture`. Any thread may call it."""
+        """An image's file; raises `BadImage`. Any thread may call it."""
 
     def called(self, name: bytes) -> str:
-        """What messages call a picture."""
+        """What messages call an image."""
         return f"{shown(self.path)}/{text(name)}"
 
     @property
     def blocks(self) -> list[int]:
-        """Bytes of each part that can only be read whole; empty where every picture can be read by itself."""
+        """Bytes of each part that can only be read whole; empty where every image can be read by itself."""
         return []
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The pictures of one shard: `names` end to end, where each ends, place and size in the shard, SHA-256 `(n, 32)`,
+    """The images of one shard: `names` end to end, where each ends, place and size in the shard, SHA-256 `(n, 32)`,
     shorter side in pixels. `others` counts the shard's other files by kind.
     """
 
@@ -96,7 +96,7 @@ class Block:
 
 
 class Index:
-    """The pictures of several shards as one list."""
+    """The images of several shards as one list."""
 
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
@@ -109,7 +109,7 @@ class Index:
         return len(self.content)
 
     def at(self, row: int) -> tuple[Block, int]:
-        """The block that holds a picture, and its row there."""
+        """The block that holds an image, and its row there."""
         number = int(np.searchsorted(self._starts, row, "right")) - 1
         return self.blocks[number], int(row - self._starts[number])
 
@@ -122,15 +122,15 @@ class Index:
         return block.shard.called(block.name(row))
 
     def read(self, row: int) -> bytes:
-        """A picture's file, the very bytes that were indexed; raises `BadPicture`."""
+        """An image's file, the very bytes that were indexed; raises `BadImage`."""
         block, own = self.at(row)
         content = block.read(own)
         if hashlib.sha256(content).digest() != self.content[row].tobytes():
-            raise BadPicture(self.name(row), "has changed since it was indexed")
+            raise BadImage(self.name(row), "has changed since it was indexed")
         return content
 
     def parts(self) -> tuple[np.ndarray, list[int]] | None:
-        """For each picture the number of the part it can only be read with, and the bytes of each part."""
+        """For each image the number of the part it can only be read with, and the bytes of each part."""
         sizes = [block.shard.blocks for block in self.blocks]
         if not any(sizes):
             return None
@@ -140,7 +140,7 @@ class Index:
 
 
 def text(name: bytes) -> str:
-    """A picture's name as text that can always be printed."""
+    """An image's name as text that can always be printed."""
     try:
         decoded = name.decode()
         return decoded if decoded.isprintable() else shown(decoded)
@@ -149,11 +149,11 @@ def text(name: bytes) -> str:
 
 
 def read_block(
-    shard: Shard, cache: Path, what: str, broken: list[BadPicture], progress: Progress | None = None
+    shard: Shard, cache: Path, what: str, broken: list[BadImage], progress: Progress | None = None
 ) -> Block:
-    """List a shard and read each of its pictures once, unless the cache knows it.
+    """List a shard and read each of its images once, unless the cache knows it.
 
-    Pictures that cannot be read, or whose first bytes are no picture's, are added to `broken` and missing from the
+    Images that cannot be read, or whose first bytes are no image's, are added to `broken` and missing from the
     result. Raises `AfterimageError` where the shard itself is damaged.
     """
     key = hashlib.sha256(os.fsencode(shard.path.absolute())).hexdigest()[:24]
@@ -174,13 +174,13 @@ def read_block(
     good = np.ones(len(block), bool)
     done = 0
 
-    def look(rows: np.ndarray) -> list[tuple[bytes, int] | BadPicture]:
+    def look(rows: np.ndarray) -> list[tuple[bytes, int] | BadImage]:
         return [_look(block, int(row)) for row in rows]
 
     chunks = [new[i : i + CHUNK] for i in range(0, len(new), CHUNK)]
     for rows, results in zip(chunks, in_parallel(look, chunks, len(chunks), what, None), strict=True):
         for row, result in zip(rows, results, strict=True):
-            if isinstance(result, BadPicture):
+            if isinstance(result, BadImage):
                 good[row] = False
                 broken.append(result)
             else:
@@ -208,7 +208,7 @@ def _listed(shard: Shard) -> dict[str, np.ndarray]:
 
 
 def _found(known: dict[str, np.ndarray] | None, block: Block) -> np.ndarray:
-    """The row of each picture in what is known, -1 for one that is not."""
+    """The row of each image in what is known, -1 for one that is not."""
     if known is None or not len(known["place"]):
         return np.full(len(block), -1)
     order = np.argsort(known["place"])
@@ -216,12 +216,12 @@ def _found(known: dict[str, np.ndarray] | None, block: Block) -> np.ndarray:
     return np.where(known["place"][at] == block.place, at, -1)
 
 
-def _look(block: Block, row: int) -> tuple[bytes, int] | BadPicture:
-    """A picture's digest and shorter side."""
+def _look(block: Block, row: int) -> tuple[bytes, int] | BadImage:
+    """An image's digest and shorter side."""
     try:
         content = block.read(row)
         size = check_header(content, block.shard.called(block.name(row)))
-    except BadPicture as error:
+    except BadImage as error:
         return error
     return hashlib.sha256(content).digest(), min(size)
 
@@ -236,7 +236,7 @@ def _kept(block: Block, good: np.ndarray) -> Block:
 
 def _remember(file: Path, block: Block, state: list[int]) -> None:
     try:
-        with whole_file(file) as out:
+        with atomic_file(file) as out:
             columns = {name: getattr(block, name) for name in _COLUMNS}
             others = np.frombuffer(json.dumps(block.others).encode(), np.uint8)
             np.savez(out, **columns, others=others, state=np.array([VERSION, *state], np.int64))
@@ -278,7 +278,7 @@ WINDOW_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class IndexedOriginal(Original):
-    """One picture of an index."""
+    """One image of an index."""
 
     index: Index
     row: int
@@ -317,7 +317,7 @@ class Lazy(Sequence[str]):
 
 
 class Rows(Sequence[Original]):
-    """Some pictures of an index, by their `rows` in it."""
+    """Some images of an index, by their `rows` in it."""
 
     def __init__(self, index: Index, rows: np.ndarray | None = None, seed: int | None = None) -> None:
         self.index = index
@@ -362,24 +362,22 @@ class Rows(Sequence[Original]):
         same = np.flatnonzero((keys[places[1:]] == keys[places[:-1]]).all(1))
         if len(same):
             names = [self[int(places[at])].name for at in (same[0], same[0] + 1)]
-            raise AfterimageError(
-                f"two pictures have one name: {names[0]} and {names[1]}; rename one of them"
-            )
+            raise AfterimageError(f"two images have one name: {names[0]} and {names[1]}; rename one of them")
         return Rows(self.index, self.rows[places], seed)
 
-    def windows(self) -> Windows | None:
-        """Which pictures are best read together; None where it does not matter."""
+    def windows(self) -> ShuffleBuffer | None:
+        """Which images are best read together; None where it does not matter."""
         parts = self.index.parts()
         if parts is None:
             return None
-        return Windows(parts[0][self.rows], max(1, WINDOW_BYTES // max(parts[1])))
+        return ShuffleBuffer(parts[0][self.rows], max(1, WINDOW_BYTES // max(parts[1])))
 
     def arranged(self, seed: int) -> Rows:
-        """The same pictures, in an order in which they are best read where that matters."""
+        """The same images, in an order in which they are best read where that matters."""
         windows = self.windows()
         return self if windows is None else Rows(self.index, self.rows[order(len(self), seed, 0, windows)])
 
 
 def draw(seed: int, name: str) -> bytes:
-    """What decides a picture's place in a split: SHA-256 of the seed and its id."""
+    """What decides an image's place in a split: SHA-256 of the seed and its id."""
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()

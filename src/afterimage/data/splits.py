@@ -1,4 +1,4 @@
-"""Which picture trains, which validates and which tests: a pure function of the seed and the ids."""
+"""Which image trains, which validates and which tests: a pure function of the seed and the ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from afterimage.data.shard_index import Rows, draw
 
 @dataclass(frozen=True)
 class Source:
-    """The pictures of a source; a part that is None is to be taken from `train`. Files lie below `root`.
+    """The images of a source; a part that is None is to be taken from `train`. Files lie below `root`.
 
     `notes` say what was left out and how the source is split; `pooled` are the folders that have no part in that.
     """
@@ -27,7 +27,7 @@ class Source:
 
 
 def shuffled(originals: Sequence[Original], seed: int) -> Sequence[Original]:
-    """The order of a split: each picture's place depends on the seed and on its own id alone."""
+    """The order of a split: each image's place depends on the seed and on its own id alone."""
     if isinstance(originals, Rows):
         return originals.shuffled(seed)
     return sorted(originals, key=lambda original: (original.rank, draw(seed, original.id), original.id))
@@ -36,7 +36,7 @@ def shuffled(originals: Sequence[Original], seed: int) -> Sequence[Original]:
 def take(
     originals: Sequence[Original], fraction: float, seed: int
 ) -> tuple[Sequence[Original], Sequence[Original]]:
-    """Part off a fraction of the groups (mostly of one picture each), at least one; gives taken and left."""
+    """Part off a fraction of the groups (mostly of one image each), at least one; gives taken and left."""
     if isinstance(originals, Rows):
         in_order, count = originals.shuffled(seed), max(1, round(fraction * len(originals)))
         return in_order[:count], in_order[count:]
@@ -48,7 +48,7 @@ def take(
 def split(
     name: str, source: Source, validation_fraction: float, test_fraction: float | None, seed: int
 ) -> tuple[Sequence[Original], Sequence[Original], Sequence[Original]]:
-    """Train, validation and test pictures of a source; no test pictures where `test_fraction` is None."""
+    """Train, validation and test images of a source; no test images where `test_fraction` is None."""
     train, validation, test = source.train, source.validation, source.test
     total, parts = len(train), ["training"]
     if test_fraction is None:
@@ -61,7 +61,7 @@ def split(
         parts.append("validation")
     if not train or not validation:
         raise AfterimageError(
-            f"{name} has too few pictures to split into {', '.join(parts)}: it has {total}, "
+            f"{name} has too few images to split into {', '.join(parts)}: it has {total}, "
             f"at least {len(parts)} are needed"
         )
     return shuffled(train, seed), shuffled(validation, seed), shuffled(test, seed)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from afterimage.config import AfterimageError, DataConfig, ReferenceConfig, unknown
+from afterimage.config import AfterimageError, BaselineConfig, DataConfig, unknown
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import Evaluation, evaluate_together, score_notes, summarise
@@ -28,7 +28,7 @@ from afterimage.runs.run import Run
 from afterimage.runtime.failures import as_error, concerns, let_go, listed, of_caller
 from afterimage.runtime.progress import Progress, silent
 
-REFERENCES = (
+BASELINES = (
     "mean",
     "thumbnail-7",
     "thumbnail-14",
@@ -42,7 +42,7 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 def reference(name: str) -> Callable[[Images], Images]:
-    """A function from pictures `(B, 3, H, W)` in [0, 1] to what `mean`, `thumbnail-N` or `jpeg-Q` leaves.
+    """A function from images `(B, 3, H, W)` in [0, 1] to what `mean`, `thumbnail-N` or `jpeg-Q` leaves.
 
     Raises `AfterimageError` for any other name, listing what would be valid.
     """
@@ -55,7 +55,7 @@ def reference(name: str) -> Callable[[Images], Images]:
 
 
 def label(name: str) -> str:
-    """A reference line's name for people."""
+    """A baseline's name for people."""
     kind, number = _parse(name)
     if kind == "mean":
         return "Mean colour"
@@ -63,12 +63,12 @@ def label(name: str) -> str:
 
 
 def information(name: str) -> int | None:
-    """How many values the reference line keeps of any picture; None for JPEG, where it depends."""
+    """How many values the baseline keeps of any image; None for JPEG, where it depends."""
     kind, number = _parse(name)
     return {"mean": 3, "thumbnail": 3 * number * number}.get(kind)
 
 
-def run_references(
+def run_baselines(
     data: DataConfig,
     root: str | Path,
     *,
@@ -79,17 +79,17 @@ def run_references(
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
 ) -> list[Run]:
-    """Measure reference lines on the test pictures, each into a run folder of its own, unless done already.
+    """Measure baselines on the test images, each into a run folder of its own, unless done already.
 
-    Without `names` those of `REFERENCES` that make sense: thumbnails smaller than the pictures. One that fails is
+    Without `names` those of `BASELINES` that make sense: thumbnails smaller than the images. One that fails is
     recorded and the others go on; the errors are added to `failures`, or the first is raised at the end where no such
     list is given.
     """
     progress = of_caller(progress)
     if names is None:
-        names = [name for name in REFERENCES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < data.crop]
+        names = [name for name in BASELINES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < data.crop]
     lines = {name: reference(name) for name in names}
-    runs = {name: Run.create(root, ReferenceConfig(name, data, lpips)) for name in names}
+    runs = {name: Run.create(root, BaselineConfig(name, data, lpips)) for name in names}
     failed: list[AfterimageError] = []
 
     @contextlib.contextmanager
@@ -152,13 +152,13 @@ def _save(run: Run, name: str, result: Evaluation, data: Data, metrics: Metrics)
     summary = _summary(name) | facts | {"notes": [*data.notes, *score_notes(result.rows)]}
     forget(run)
     run.save_environment(environment())
-    run.save_result(summary, result.rows, result.pictures)
+    run.save_result(summary, result.rows, result.images)
     run.set_state("done")
 
 
 def _summary(name: str) -> dict[str, Any]:
     nothing = ("decoder", "fusion", "macs", "seed", "best_epoch", "best_validation_loss", "batch_size")
-    zero = ("parameters", "train_seconds", "pictures_seen", "epochs")
+    zero = ("parameters", "train_seconds", "images_seen", "epochs")
     return {
         "kind": "reference",
         "label": label(name),
@@ -171,22 +171,22 @@ def _summary(name: str) -> dict[str, Any]:
 
 
 def mean_colour(images: Images) -> Images:
-    """Each picture's own mean colour, everywhere."""
+    """Each image's own mean colour, everywhere."""
     return images.mean((2, 3), keepdim=True).expand_as(images).contiguous()
 
 
 def thumbnail(images: Images, size: int) -> Images:
-    """Pictures reduced to `size` x `size` pixels and enlarged again, both as Pillow's bicubic, clamped."""
+    """Images reduced to `size` x `size` pixels and enlarged again, both as Pillow's bicubic, clamped."""
     height, width = images.shape[-2:]
     if size > min(height, width):
-        raise AfterimageError(f"a thumbnail of {size} pixels is larger than the pictures, {height}x{width}")
+        raise AfterimageError(f"a thumbnail of {size} pixels is larger than the images, {height}x{width}")
     small = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     # Enlarging has nothing to antialias, but the flag also selects the kernel: without it a = -0.75.
     return F.interpolate(small, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def jpeg(images: Images, quality: int) -> Images:
-    """Pictures as 8-bit JPEG of a quality from 1 to 100, chroma subsampled as is the default."""
+    """Images as 8-bit JPEG of a quality from 1 to 100, chroma subsampled as is the default."""
     arrays = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     decoded = []
     for array in arrays:
@@ -201,5 +201,5 @@ def _parse(name: str) -> tuple[str, int]:
         return "mean", 0
     match = re.fullmatch(r"(thumbnail|jpeg)-([1-9]\d{0,4})", name)
     if match is None or (match[1] == "jpeg" and int(match[2]) > 100):
-        raise unknown("reference line", name, (*REFERENCES, "thumbnail-SIZE", "jpeg-QUALITY (1 to 100)"))
+        raise unknown("baseline", name, (*BASELINES, "thumbnail-SIZE", "jpeg-QUALITY (1 to 100)"))
     return match[1], int(match[2])

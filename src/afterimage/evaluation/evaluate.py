@@ -1,4 +1,4 @@
-"""Per-picture scores of reconstructions, and their summary."""
+"""Per-image scores of reconstructions, and their summary."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError
-from afterimage.data.images import Pictures
+from afterimage.data.images import ImageSet
 from afterimage.evaluation.metrics import PSNR_CAP, Metrics, problem
-from afterimage.runtime.distributed import ALONE, Ranks
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from afterimage.runtime.progress import Progress, silent
 
 SCORES = ("psnr", "ssim", "lpips")
@@ -32,18 +32,18 @@ Images = Float[Tensor, "batch 3 height width"]
 class Evaluation(NamedTuple):
     """What `evaluate` returns.
 
-    `rows` holds one row a picture, in the pictures' order: `id`, `psnr` in dB, `ssim`, `lpips` (None where
-    unavailable), and `psnr_seen` and so on where only a part of the pictures is seen. `pictures` holds the first ones,
+    `rows` holds one row an image, in the images' order: `id`, `psnr` in dB, `ssim`, `lpips` (None where
+    unavailable), and `psnr_seen` and so on where only a part of the images is seen. `images` holds the first ones,
     as many as asked for: `(id, original, reconstruction)`, uint8 `(H, W, 3)`.
     """
 
     rows: list[dict[str, Any]]
-    pictures: list[tuple[str, np.ndarray, np.ndarray]]
+    images: list[tuple[str, np.ndarray, np.ndarray]]
 
 
 def evaluate(
     reconstruct: Callable[[Images], Images],
-    pictures: Pictures,
+    image_set: ImageSet,
     metrics: Metrics,
     *,
     batch_size: int = 16,
@@ -51,7 +51,7 @@ def evaluate(
     progress: Progress = silent,
     keep: int = 0,
 ) -> Evaluation:
-    """Measure `reconstruct`, which takes pictures `(B, 3, H, W)` in [0, 1] to pictures like them.
+    """Measure `reconstruct`, which takes images `(B, 3, H, W)` in [0, 1] to images like them.
 
     A module is put into evaluation mode and back. `device` is by default where a module is, else the CPU. See
     `evaluate_together` for `keep`, `progress` and errors.
@@ -63,7 +63,7 @@ def evaluate(
     with evaluating(*modules):
         (result,) = evaluate_together(
             lambda images: [reconstruct(images)],
-            pictures,
+            image_set,
             metrics,
             batch_size=batch_size,
             device=device,
@@ -76,7 +76,7 @@ def evaluate(
 @torch.inference_mode()
 def evaluate_together(
     reconstruct: Callable[[Images], Sequence[Images]],
-    pictures: Pictures,
+    image_set: ImageSet,
     metrics: Metrics,
     *,
     names: Sequence[str] = (),
@@ -85,26 +85,26 @@ def evaluate_together(
     progress: Progress = silent,
     keep: int = 0,
     seen: Sequence[Box | None] = (),
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Evaluation]:
-    """Measure several reconstructions of each picture; what they share, such as an encoder, runs once.
+    """Measure several reconstructions of each image; what they share, such as an encoder, runs once.
 
-    `reconstruct` takes pictures `(B, 3, H, W)` in [0, 1] to a list of such pictures, always of one length;
-    modules behind it belong in evaluation mode (see `evaluating`). The first `keep` pictures are returned
+    `reconstruct` takes images `(B, 3, H, W)` in [0, 1] to a list of such images, always of one length;
+    modules behind it belong in evaluation mode (see `evaluating`). The first `keep` images are returned
     as uint8. Where `seen` names a part for a reconstruction, it is measured on that part alone too. Of several
-    `ranks` each measures its part of every batch, which may be none; all of them return all rows and pictures, in the
-    order of one process. Raises `AfterimageError` that names the picture, and the reconstruction by `names`, where
+    `ranks` each measures its part of every batch, which may be none; all of them return all rows and images, in the
+    order of one process. Raises `AfterimageError` that names the image, and the reconstruction by `names`, where
     shapes differ or values are not finite or leave [0, 1].
     """
-    if len(pictures) == 0:
-        raise AfterimageError("there are no pictures to evaluate on")
+    if len(image_set) == 0:
+        raise AfterimageError("there are no images to evaluate on")
     metrics.to(device)
-    ids, done = list(pictures.ids), 0
+    ids, done = list(image_set.ids), 0
     batches: list[list[Evaluation]] = []
     for indices in torch.arange(len(ids)).split(batch_size):
-        with ranks.agreed():
+        with ranks.raise_on_all_ranks():
             own = indices[ranks.part(len(indices))]
-            images = pictures.crops(own, device=device)
+            images = image_set.crops(own, device=device)
             outputs = list(reconstruct(images))
             batch = [ids[index] for index in own.tolist()]
             for index, output in enumerate(outputs):
@@ -114,10 +114,10 @@ def evaluate_together(
         done += len(indices)
         progress("evaluating", done, len(ids))
     results = [Evaluation([], []) for _ in batches[0]]
-    for batch in ranks.in_order(batches):
+    for batch in ranks.gather_batches(batches):
         for result, part in zip(results, batch, strict=True):
             result.rows.extend(part.rows)
-            result.pictures.extend(part.pictures)
+            result.images.extend(part.images)
     return results
 
 
@@ -146,7 +146,7 @@ def score_rows(
     metrics: Metrics,
     seen: Sequence[Box | None],
 ) -> list[list[dict[str, Any]]]:
-    """For each of several reconstructions of the same pictures a row a picture, as `Evaluation.rows` has them."""
+    """For each of several reconstructions of the same images a row an image, as `Evaluation.rows` has them."""
     columns = metrics.compare(outputs, images)
     for box in {box for box in seen if box is not None}:
         numbers = [i for i, other in enumerate(seen) if other == box]
@@ -166,7 +166,7 @@ def score_rows(
 
 
 def cropped(images: Images, box: Box | None) -> Float[Tensor, "batch 3 _ _"]:
-    """A part of pictures; all of them where there is no box."""
+    """A part of images; all of them where there is no box."""
     if box is None:
         return images
     (top, bottom), (left, right) = box
@@ -174,7 +174,7 @@ def cropped(images: Images, box: Box | None) -> Float[Tensor, "batch 3 _ _"]:
 
 
 def to_uint8(images: Images) -> np.ndarray:
-    """Pictures in [0, 1] as uint8 `(B, H, W, 3)`, rounded to nearest."""
+    """Images in [0, 1] as uint8 `(B, H, W, 3)`, rounded to nearest."""
     return images.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
@@ -192,9 +192,9 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, dict[str, Any] | None]:
-    """`{"psnr": {"mean", "std", "count"}, "ssim": {...}, "lpips": {...}}` over pictures; of `SEEN` with that suffix.
+    """`{"psnr": {"mean", "std", "count"}, "ssim": {...}, "lpips": {...}}` over images; of `SEEN` with that suffix.
 
-    `std` is the sample standard deviation (n - 1); None for a single picture, which has none. A score that
+    `std` is the sample standard deviation (n - 1); None for a single image, which has none. A score that
     no row has is None; one that only some rows have is an `AfterimageError`.
     """
     if not rows:
@@ -203,11 +203,9 @@ def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, 
 
 
 def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the scores has to know: pictures that came back exactly count as `PSNR_CAP` dB."""
+    """What a reader of the scores has to know: images that came back exactly count as `PSNR_CAP` dB."""
     exact = sum(row["psnr"] >= PSNR_CAP for row in rows)
-    return (
-        [f"{exact} of {len(rows)} pictures came back exactly and count as {PSNR_CAP:g} dB"] if exact else []
-    )
+    return [f"{exact} of {len(rows)} images came back exactly and count as {PSNR_CAP:g} dB"] if exact else []
 
 
 def seen_notes(
@@ -242,7 +240,7 @@ def _summary(name: str, values: list[float | None]) -> dict[str, Any] | None:
     if all(value is None for value in values):
         return None
     if None in values:
-        raise AfterimageError(f"{name} is missing for {values.count(None)} of {len(values)} pictures")
+        raise AfterimageError(f"{name} is missing for {values.count(None)} of {len(values)} images")
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": spread, "count": len(values)}
 
@@ -250,6 +248,6 @@ def _summary(name: str, values: list[float | None]) -> dict[str, Any] | None:
 def _check(output: Tensor, images: Tensor, ids: Sequence[str], name: str) -> None:
     who = f"the reconstruction by {name}" if name else "the reconstruction"
     if output.shape != images.shape:
-        raise AfterimageError(f"{who} has shape {tuple(output.shape)}, its pictures {tuple(images.shape)}")
+        raise AfterimageError(f"{who} has shape {tuple(output.shape)}, its images {tuple(images.shape)}")
     if found := problem(output):
-        raise AfterimageError(f"{who} of picture {ids[found[0]]} {found[1]}")
+        raise AfterimageError(f"{who} of image {ids[found[0]]} {found[1]}")

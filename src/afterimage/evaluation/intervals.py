@@ -16,13 +16,13 @@ from afterimage.config import AfterimageError
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 FEW = 10
-"""Below so many pictures resamples hold too few different values, and an interval is never shorter than Student's."""
+"""Below so many images resamples hold too few different values, and an interval is never shorter than Student's."""
 _CHUNK = 4_000_000  # resampled values held at a time: 32 MB
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval, from `count` pictures."""
+    """An estimate with its confidence interval, from `count` images."""
 
     estimate: float
     low: float
@@ -39,7 +39,7 @@ class Interval:
 
 
 def _draw(random: np.random.Generator, rows: int, count: int) -> np.ndarray:
-    """How often each of `count` pictures is drawn in each of `rows` resamples: `(rows, count)`."""
+    """How often each of `count` images is drawn in each of `rows` resamples: `(rows, count)`."""
     drawn = random.integers(0, count, (rows, count)) + np.arange(rows)[:, None] * count
     return np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(float)
 
@@ -59,12 +59,12 @@ def _chunks(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def resampled_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means over pictures in each bootstrap resample.
+    """Means over images in each bootstrap resample.
 
-    The same seed draws the same pictures whatever is measured on them, so that columns stay paired.
+    The same seed draws the same images whatever is measured on them, so that columns stay paired.
 
     Args:
-        values: `(pictures,)` or `(pictures, columns)`.
+        values: `(images,)` or `(images, columns)`.
 
     Returns:
         `(resamples,)` or `(resamples, columns)`.
@@ -81,28 +81,26 @@ def mean_interval(
     seed: int = 0,
     expand: bool = True,
 ) -> Interval:
-    """BCa interval of a mean over pictures; of a mean difference when given paired differences.
+    """BCa interval of a mean over images; of a mean difference when given paired differences.
 
     Bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). `expand` widens the
     levels as Student's t does (Hesterberg 2015, "What teachers should know about the bootstrap"): without it,
-    intervals over fewer than about 30 pictures are too short. No mean of resamples leaves the values' range, so
-    below `FEW` pictures the interval also takes in Student's t interval. With `expand` off, this is scipy's
+    intervals over fewer than about 30 images are too short. No mean of resamples leaves the values' range, so
+    below `FEW` images the interval also takes in Student's t interval. With `expand` off, this is scipy's
     `method="BCa"`.
 
     Args:
-        values: `(pictures,)`, finite.
+        values: `(images,)`, finite.
 
     Raises:
-        AfterimageError: fewer than two pictures, or values that are not finite.
+        AfterimageError: fewer than two images, or values that are not finite.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2:
-        raise AfterimageError(
-            f"an interval needs the scores of at least 2 pictures, got shape {values.shape}"
-        )
+        raise AfterimageError(f"an interval needs the scores of at least 2 images, got shape {values.shape}")
     if not np.isfinite(values).all():
         raise AfterimageError("an interval needs finite scores")
-    # Exact sums: the order of the pictures must not move the interval, not by a rounding that breaks a tie either.
+    # Exact sums: the order of the images must not move the interval, not by a rounding that breaks a tie either.
     count, centre = len(values), math.fsum(values) / len(values)
     deviations = values - centre
     scale = math.fsum(deviations**2)
@@ -137,9 +135,9 @@ def _expanded(level: float, count: int) -> float:
 
 
 def percentile_interval(estimate: float, resampled: np.ndarray, count: int, confidence: float) -> Interval:
-    """Percentile interval (Efron 1979) of any statistic of `count` pictures from its bootstrap values `(resamples,)`.
+    """Percentile interval (Efron 1979) of any statistic of `count` images from its bootstrap values `(resamples,)`.
 
-    Its levels are widened as those of `mean_interval`; over fewer than about 10 pictures it is still too short.
+    Its levels are widened as those of `mean_interval`; over fewer than about 10 images it is still too short.
     """
     level = _expanded((1 - confidence) / 2, count)
     low, high = np.quantile(resampled, [level, 1 - level])

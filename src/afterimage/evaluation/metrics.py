@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS, per picture. They see pictures in [0, 1] or raise."""
+"""PSNR, SSIM and LPIPS, per image. They see images in [0, 1] or raise."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from afterimage.models.lpips import LPIPS, find_lpips_weights
 __all__ = ["LPIPS", "PSNR_CAP", "Metrics", "check", "problem", "psnr", "ssim"]
 
 PSNR_CAP = 100.0
-"""What identical pictures score, in dB. Infinity would swallow every mean, and JSON cannot hold it."""
+"""What identical images score, in dB. Infinity would swallow every mean, and JSON cannot hold it."""
 
 TOLERANCE = 1e-6
 SIGMA = 1.5
 C1, C2 = 0.01**2, 0.03**2
 CHUNK = 8
-"""Pictures that LPIPS takes at once on a CPU: more are hardly quicker, and take more memory."""
+"""Images that LPIPS takes at once on a CPU: more are hardly quicker, and take more memory."""
 
 Images = Float[Tensor, "batch 3 height width"]
 Scores = Float[Tensor, " batch"]
 
 
 def problem(images: Images) -> tuple[int, str] | None:
-    """The first picture of a batch that is not finite or leaves [0, 1] by over 1e-6, and what is wrong."""
+    """The first image of a batch that is not finite or leaves [0, 1] by over 1e-6, and what is wrong."""
     values = images.detach().flatten(1)  # amin and amax along an axis are many times faster than aminmax
     bounds = torch.stack([values.amin(1), values.amax(1)], 1).tolist()
     for index, (least, most) in enumerate(bounds):
         if not (math.isfinite(least) and math.isfinite(most)):
             return index, "holds values that are not finite"
         if least < -TOLERANCE or most > 1 + TOLERANCE:
-            return index, f"holds values from {least:.6g} to {most:.6g}; pictures lie in [0, 1]"
+            return index, f"holds values from {least:.6g} to {most:.6g}; images lie in [0, 1]"
     return None
 
 
@@ -54,28 +54,28 @@ def check(prediction: Tensor, target: Tensor) -> None:
         raise AfterimageError(f"prediction and target differ in shape: {shapes}")
     for name, images in pair:
         if found := problem(images):
-            raise AfterimageError(f"{name}: picture {found[0]} of the batch {found[1]}")
+            raise AfterimageError(f"{name}: image {found[0]} of the batch {found[1]}")
 
 
 def psnr(prediction: Images, target: Images) -> Scores:
-    """Peak signal-to-noise ratio in dB, one value a picture, at most `PSNR_CAP`. Raises as `check` does."""
+    """Peak signal-to-noise ratio in dB, one value an image, at most `PSNR_CAP`. Raises as `check` does."""
     check(prediction, target)
-    return _by_picture(_psnr, prediction.float(), target.float())
+    return _by_image(_psnr, prediction.float(), target.float())
 
 
 def ssim(prediction: Images, target: Images) -> Scores:
-    """Structural similarity (Wang et al., 2004), one value a picture: the mean over channels and over all
+    """Structural similarity (Wang et al., 2004), one value an image: the mean over channels and over all
     places where an 11 x 11 Gaussian window (sigma 1.5) fits, with population covariances, as scikit-image
     computes it.
 
     Raises as `check` does, and where a side is shorter than 11 pixels.
     """
     check(prediction, target)
-    return _by_picture(_ssim, prediction.float(), target.float())
+    return _by_image(_ssim, prediction.float(), target.float())
 
 
-def _by_picture(metric: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
-    # One at a time on a CPU: one picture stays in its cache, a batch does not.
+def _by_image(metric: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
+    # One at a time on a CPU: one image stays in its cache, a batch does not.
     size = 1 if prediction.device.type == "cpu" else len(prediction)
     pairs = zip(prediction.split(size), target.split(size), strict=True)
     return torch.cat([metric(p, t) for p, t in pairs])
@@ -89,12 +89,12 @@ def _psnr(prediction: Tensor, target: Tensor) -> Tensor:
 def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
     if min(prediction.shape[-2:]) < SSIM_WINDOW:
         size = "x".join(map(str, prediction.shape[-2:]))
-        raise AfterimageError(f"SSIM needs pictures of {SSIM_WINDOW}x{SSIM_WINDOW} or more, got {size}")
-    # By the sum s and the difference d of the pictures, SSIM's two fractions are
+        raise AfterimageError(f"SSIM needs images of {SSIM_WINDOW}x{SSIM_WINDOW} or more, got {size}")
+    # By the sum s and the difference d of the images, SSIM's two fractions are
     #     (E[s]^2 - E[d]^2 + 2 C1) / (E[s]^2 + E[d]^2 + 2 C1),
     #     (var s - var d + 2 C2) / (var s + var d + 2 C2).
-    # Four moments instead of five, and exactly 1 for equal pictures. Centred first: float32 would lose the
-    # variance of nearly flat pictures as the difference of two large numbers.
+    # Four moments instead of five, and exactly 1 for equal images. Centred first: float32 would lose the
+    # variance of nearly flat images as the difference of two large numbers.
     s, d = prediction + target, prediction - target
     centre_s, centre_d = s.mean((2, 3), keepdim=True), d.mean((2, 3), keepdim=True)
     s, d = s.sub_(centre_s), d.sub_(centre_d)
@@ -131,7 +131,7 @@ class Metrics:
     """PSNR, SSIM and, where its network's weights can be had, LPIPS against the original.
 
     `lpips_net` is `alex`, `vgg` or `squeeze`; `weights` a file or folder of its backbone, or `pretrained`
-    to look for it. Where that finds none, and where pictures of `size` pixels a side are too small for the
+    to look for it. Where that finds none, and where images of `size` pixels a side are too small for the
     network, LPIPS is unavailable and `lpips_status` says why. A file that is there but does not fit is an
     `AfterimageError`, and so is a path that does not exist.
     """
@@ -151,7 +151,7 @@ class Metrics:
         smallest = LPIPS_SMALLEST[lpips_net]
         if size is not None and size < smallest:
             self.lpips_status["reason"] = (
-                f"LPIPS ({lpips_net}) needs pictures of {smallest}x{smallest} or more, got {size}x{size}"
+                f"LPIPS ({lpips_net}) needs images of {smallest}x{smallest} or more, got {size}x{size}"
             )
             return
         try:
@@ -170,16 +170,16 @@ class Metrics:
         return self
 
     def __call__(self, prediction: Images, target: Images) -> dict[str, list[float] | None]:
-        """`{"psnr": [...], "ssim": [...], "lpips": [...]}`, one number a picture; `lpips` may be None."""
+        """`{"psnr": [...], "ssim": [...], "lpips": [...]}`, one number an image; `lpips` may be None."""
         return self.compare([prediction], target)[0]
 
     @torch.inference_mode()
     def compare(
         self, predictions: Sequence[Images], target: Images, *, any_size: bool = False
     ) -> list[dict[str, list[float] | None]]:
-        """As calling, for several reconstructions of the same pictures: LPIPS looks at the originals once.
+        """As calling, for several reconstructions of the same images: LPIPS looks at the originals once.
 
-        With `any_size` SSIM and LPIPS are None where pictures are too small for them.
+        With `any_size` SSIM and LPIPS are None where images are too small for them.
         """
         for prediction in predictions:
             check(prediction, target)
@@ -193,12 +193,12 @@ class Metrics:
             original = target[start : start + size].float()
             features = None if lpips is None else lpips.features(original)
             for column, prediction in zip(columns, predictions, strict=True):
-                picture = prediction[start : start + size].float()
-                column["psnr"].append(_by_picture(_psnr, picture, original))
+                image = prediction[start : start + size].float()
+                column["psnr"].append(_by_image(_psnr, image, original))
                 if side >= SSIM_WINDOW or not any_size:
-                    column["ssim"].append(_by_picture(_ssim, picture, original))
+                    column["ssim"].append(_by_image(_ssim, image, original))
                 if lpips is not None:
-                    column["lpips"].append(lpips.distance(lpips.features(picture), features))
+                    column["lpips"].append(lpips.distance(lpips.features(image), features))
         return [
             {name: torch.cat(parts).tolist() if parts else None for name, parts in column.items()}
             for column in columns

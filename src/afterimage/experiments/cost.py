@@ -15,15 +15,15 @@ from afterimage.config import DataConfig, FeatureSpec, RunConfig, split_source
 from afterimage.data.dataset import default_cache
 from afterimage.data.names import TEST, TRAINING, VALIDATION
 from afterimage.data.sources import SHARDS, read_source
-from afterimage.data.sources.shards import count_pictures
+from afterimage.data.sources.shards import count_images
 from afterimage.data.splits import split
 from afterimage.models.encoders.layers import layer_info
-from afterimage.models.reconstructor import build_head
+from afterimage.models.reconstructor import build_feature_decoder
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run as it would be. `seconds` and `bytes` are estimates; multiply-adds are for one picture; `unseen` names
+    """One run as it would be. `seconds` and `bytes` are estimates; multiply-adds are for one image; `unseen` names
     by source the pixels that no location sees."""
 
     config: RunConfig
@@ -56,19 +56,19 @@ def _plan(config: RunConfig) -> Plan:
         model = split_source(source)[0]
         deepest[model] = max(deepest.get(model, 0), info.encoder_macs)
     with torch.device("meta"):
-        head = build_head(config, specs).eval()
+        head = build_feature_decoder(config, specs).eval()
         features = [torch.empty(1, s.channels, s.height, s.width) for s in specs]
         activations = _activations(head, features)
     decoder_macs = head.macs(specs)
     parameters = sum(p.numel() for p in head.parameters())
     recipe = config.recipe
     trained = any(p.requires_grad for p in head.parameters())
-    pictures = training_pictures(config.data)
+    images = training_images(config.data)
     macs = sum(deepest.values()) + (3 if trained else 1) * decoder_macs
-    macs *= pictures * (recipe.epochs if trained else 1)
-    macs += sum(part.macs_to_solve(pictures) for part in head.closed_forms)
+    macs *= images * (recipe.epochs if trained else 1)
+    macs += sum(part.fit_macs(images) for part in head.closed_forms)
     memory = 4 * (4 * parameters + 2 * recipe.batch_size * (activations + sum(s.values for s in specs)))
-    memory += sum(part.bytes_to_solve for part in head.closed_forms)
+    memory += sum(part.fit_bytes for part in head.closed_forms)
     return Plan(
         config,
         specs,
@@ -82,7 +82,7 @@ def _plan(config: RunConfig) -> Plan:
 
 
 def _activations(head: nn.Module, features: list[torch.Tensor]) -> int:
-    """Values that the leaves of a head put out for one picture."""
+    """Values that the leaves of a head put out for one image."""
     total = 0
 
     def count(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -97,14 +97,14 @@ def _activations(head: nn.Module, features: list[torch.Tensor]) -> int:
 
 
 @cache
-def training_pictures(data: DataConfig) -> int:
-    """How many pictures would train; DIV2K's are known without a download, those of other sources are counted."""
+def training_images(data: DataConfig) -> int:
+    """How many images would train; DIV2K's are known without a download, those of other sources are counted."""
     kind, _, argument = data.source.partition(":")
     own = not data.test
     if kind == "div2k":
         total = 800 - round(800 * data.validation_fraction)
     elif kind in SHARDS:
-        counts = count_pictures(kind, argument)
+        counts = count_images(kind, argument)
         total = counts[TRAINING]
         for part, fraction in (
             (TEST, data.test_fraction if own else None),

@@ -25,25 +25,25 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.providers.timm import resolve
 from afterimage.models.fusion import WeightMaps
-from afterimage.models.reconstructor import Encoders, build_head
+from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
 from afterimage.models.weights import weight_notes
 from afterimage.runs.environment import environment
 from afterimage.runs.failures import TRACEBACK, forget, record
 from afterimage.runs.files import sha256
 from afterimage.runs.lock import Lock
 from afterimage.runs.run import Run
-from afterimage.runtime.distributed import ALONE, Ranks
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go
 from afterimage.runtime.process import LockLost
 from afterimage.runtime.progress import Progress
 from afterimage.training.checkpoint import remove_checkpoints
 from afterimage.training.checks import check_frozen
-from afterimage.training.decoder_trainer import Member
-from afterimage.training.trainer import CHECKPOINT_SECONDS, Together
+from afterimage.training.decoder_trainer import DecoderTrainer
+from afterimage.training.trainer import CHECKPOINT_SECONDS, Trainer
 
 
-class Group:
-    """Runs that share encoders, pictures, batches and seed; this process holds the lock of each, or the leading
+class JointRun:
+    """Runs that share encoders, images, batches and seed; this process holds the lock of each, or the leading
     one of several `ranks` does, which alone writes.
 
     A run that fails is recorded in its folder, its error added to `failures`, and the others go on. `over` takes the
@@ -64,7 +64,7 @@ class Group:
         keep: int,
         pause: Callable[[], None],
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.ranks = ranks
         self.runs, self.locks, self.data, self.failures, self.over = runs, locks, data, failures, over
@@ -75,14 +75,14 @@ class Group:
         sources = list(dict.fromkeys(source for config in runs.values() for source in config.sources))
         with concerning(ENCODERS):
             # One after the other: what is downloaded is then there for all.
-            self.encoders = ranks.first_to_lead(lambda: build_encoders(self.first, sources))
+            self.encoders = ranks.main_process_first(lambda: build_encoders(self.first, sources))
             self.encoders.to(self.fabric.device)
         for entry in self.encoders.weights_of(self.encoders.sources):
             note = f" ({entry['note']})" if "note" in entry else ""
             self.say(
                 f"{entry['model']}: {entry['label'].upper()} weights from {entry['origin']} {entry['location']}{note}"
             )
-        self.metrics = ranks.first_to_lead(lambda: Metrics(self.first.lpips, size=self.first.data.crop))
+        self.metrics = ranks.main_process_first(lambda: Metrics(self.first.lpips, size=self.first.data.crop))
 
     def say(self, text: str) -> None:
         self.progress(text, 1, 1)
@@ -91,7 +91,7 @@ class Group:
         return self.ranks.local_fabric(self.accelerator, self.first.recipe.precision)
 
     @contextlib.contextmanager
-    def recorded(self, run: Run, member: Member | None = None) -> Iterator[None]:
+    def recorded(self, run: Run, member: DecoderTrainer | None = None) -> Iterator[None]:
         """An error ends one run, is written into its folder, and leaves the others alone."""
         try:
             yield
@@ -106,25 +106,25 @@ class Group:
                 self.say(str(error))
                 return
             self.failures.append(as_error(error, run.name, run.file(TRACEBACK)))
-            if self.ranks.leads:
+            if self.ranks.is_main_process:
                 record(run, error)
             let_go(error)
 
     @contextlib.contextmanager
-    def agreed(self, run: Run, member: Member | None = None) -> Iterator[None]:
+    def raise_on_all_ranks(self, run: Run, member: DecoderTrainer | None = None) -> Iterator[None]:
         """As `recorded`, for what may go wrong on one rank only."""
-        with self.recorded(run, member), self.ranks.agreed():
+        with self.recorded(run, member), self.ranks.raise_on_all_ranks():
             yield
 
     def train(self) -> None:
         """Train what is not trained, and measure it."""
         members = []
         for run, config in self.runs.items():
-            with self.agreed(run):
+            with self.raise_on_all_ranks(run):
                 members.append(self._member(run, config))
         if not members:
             return
-        self.together = Together(
+        self.together = Trainer(
             self.encoders,
             self.data,
             members,
@@ -136,20 +136,20 @@ class Group:
             checkpoint_seconds=self.checkpoint_seconds,
             ranks=self.ranks,
         )
-        self.together.solve()
+        self.together.finalize_fit()
         # What needs no epochs is written down before hours of training that may be stopped.
         early = [member for member in members if member.best and not member.active and not member.failed]
         self.finish(early)
         self.together.train_epochs()
         self.finish([member for member in members if member.best and member not in early])
 
-    def _member(self, run: Run, config: RunConfig) -> Member:
-        picks = [self.encoders.sources.index(resolve(source)) for source in config.sources]
-        head = build_head(config, [self.encoders.specs[i] for i in picks])
-        sources = [self.encoders.sources[i] for i in picks]
-        member = Member(
+    def _member(self, run: Run, config: RunConfig) -> DecoderTrainer:
+        feature_indices = [self.encoders.sources.index(resolve(source)) for source in config.sources]
+        head = build_feature_decoder(config, [self.encoders.specs[i] for i in feature_indices])
+        sources = [self.encoders.sources[i] for i in feature_indices]
+        member = DecoderTrainer(
             head,
-            picks,
+            feature_indices,
             config.recipe,
             # A gradient scaler learns from the losses it sees: one for each, whatever is trained beside it.
             self._fabric() if config.recipe.precision == "16-mixed" else self.fabric,
@@ -157,7 +157,7 @@ class Group:
             run=run,
             identity={
                 "settings": config.digest,
-                "pictures": self.data.digest,
+                "images": self.data.digest,
                 "sources": sources,
                 "weights": self.encoders.weight_digests(sources),
             },
@@ -166,29 +166,29 @@ class Group:
             ranks=self.ranks,
         )
         machine = {"device": str(self.fabric.device), "threads": torch.get_num_threads()}
-        if self.ranks.leads:
+        if self.ranks.is_main_process:
             run.remove_leftovers()
             forget(run)
             run.set_state("running")
             run.save_environment(environment() | machine | {"ranks": self.ranks.count})
         if member.restore():
-            where = f", picture {member.position}" if member.position else ""
+            where = f", image {member.position}" if member.position else ""
             self.say(f"{run.name} goes on after epoch {member.epoch}{where}")
         return member
 
-    def finish(self, members: list[Member]) -> None:
-        """Measure the members' best decoders on the test pictures and write down what they came to."""
+    def finish(self, members: list[DecoderTrainer]) -> None:
+        """Measure the members' best decoders on the test images and write down what they came to."""
         saved = []
         for member in members:
-            with self.agreed(member.run, member):
+            with self.raise_on_all_ranks(member.run, member):
                 member.head.load_state_dict(member.best)
-                if self.ranks.leads:
+                if self.ranks.is_main_process:
                     member.save_best()
                 saved.append(member)
         if not saved:
             return
         try:
-            with self.ranks.agreed():
+            with self.ranks.raise_on_all_ranks():
                 self._measure(saved)
             return
         except Exception as error:
@@ -198,21 +198,21 @@ class Group:
         # One of them cannot be measured; which one shows when each is measured alone.
         for member in saved:
             if member.run not in self.over:
-                with self.agreed(member.run, member):
+                with self.raise_on_all_ranks(member.run, member):
                     self._measure([member])
 
-    def _measure(self, members: list[Member]) -> None:
+    def _measure(self, members: list[DecoderTrainer]) -> None:
         check_frozen(self.encoders)
         maps = {m: WeightMaps(m.head.fusion, self.keep) for m in members if hasattr(m.head.fusion, "weights")}
 
         def reconstruct(images: Tensor) -> list[Tensor]:
             self.pause()
             features = self.together.features(images)
-            pictures = [member.reconstruct(features) for member in members]
+            image_set = [member.reconstruct(features) for member in members]
             with self.fabric.autocast():
                 for member, own in maps.items():
-                    own.add(member.pick(features))
-            return pictures
+                    own.add(member.select_features(features))
+            return image_set
 
         results = evaluate_together(
             reconstruct,
@@ -229,17 +229,17 @@ class Group:
         for own in maps.values():
             own.gather(self.ranks)
         for member, result in zip(members, results, strict=True):
-            with self.agreed(member.run, member):
-                if self.ranks.leads:
+            with self.raise_on_all_ranks(member.run, member):
+                if self.ranks.is_main_process:
                     self._write(member, result, maps.get(member))
             self.over.add(member.run)
 
-    def _seen(self, member: Member) -> Box | None:
-        """The part of pictures that a member's sources see; None for all of it."""
+    def _seen(self, member: DecoderTrainer) -> Box | None:
+        """The part of images that a member's sources see; None for all of it."""
         side = self.first.data.crop
-        return seen_box([self.encoders.specs[i] for i in member.picks], (side, side))
+        return seen_box([self.encoders.specs[i] for i in member.feature_indices], (side, side))
 
-    def _write(self, member: Member, result: Evaluation, maps: WeightMaps | None) -> None:
+    def _write(self, member: DecoderTrainer, result: Evaluation, maps: WeightMaps | None) -> None:
         """Write what a member came to; its run is then done."""
         facts = self._summary(member)
         facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
@@ -252,12 +252,12 @@ class Group:
         facts["notes"] = [*notes, *score_notes(result.rows)]
         facts["fusion_weights"] = None if maps is None else maps.means
         member.guard()
-        member.run.save_result(facts, result.rows, result.pictures, () if maps is None else maps.pictures)
+        member.run.save_result(facts, result.rows, result.images, () if maps is None else maps.images)
         if not member.failed:
             member.run.set_state("done")
             remove_checkpoints(member.run)
 
-    def _summary(self, member: Member) -> dict[str, Any]:
+    def _summary(self, member: DecoderTrainer) -> dict[str, Any]:
         config, entries = self.runs[member.run], self.encoders.describe()
         return {
             "kind": "decoder",
@@ -266,15 +266,15 @@ class Group:
             "decoder": config.decoder.name,
             "reference": None,
             "fusion": None if member.head.fusion is None else to_dict(config.fusion),
-            "weights": self.encoders.weights_of([self.encoders.sources[i] for i in member.picks]),
-            "features": [entries[i] for i in member.picks],
+            "weights": self.encoders.weights_of([self.encoders.sources[i] for i in member.feature_indices]),
+            "features": [entries[i] for i in member.feature_indices],
             "parameters": member.parameters,
-            "macs": member.head.macs([self.encoders.specs[i] for i in member.picks]),
+            "macs": member.head.macs([self.encoders.specs[i] for i in member.feature_indices]),
             "seed": config.seed,
             "ranks": self.ranks.count,
             "loss": config.recipe.loss,
             "train_seconds": round(member.seconds, 2),
-            "pictures_seen": member.pictures_seen,
+            "images_seen": member.images_seen,
             "epochs": member.epoch,
             "best_epoch": member.best_epoch,
             "best_validation_loss": member.best_loss,
@@ -284,12 +284,12 @@ class Group:
         }
 
 
-def build_encoders(config: RunConfig, sources: Sequence[str]) -> Encoders:
+def build_encoders(config: RunConfig, sources: Sequence[str]) -> MultiEncoder:
     """The encoders of a run's weights, image size and seed, for these sources."""
-    return Encoders(sources, weights=config.weights, image_size=config.data.crop, seed=config.seed)
+    return MultiEncoder(sources, weights=config.weights, image_size=config.data.crop, seed=config.seed)
 
 
-def try_encoders(config: RunConfig, data: Data, accelerator: str, ranks: Ranks) -> None:
+def try_encoders(config: RunConfig, data: Data, accelerator: str, ranks: ProcessGroup) -> None:
     """Build the encoders of one run alone and run them on one image; raises what they raise."""
     fabric = ranks.local_fabric(accelerator, config.recipe.precision)
     encoders = build_encoders(config, config.sources).to(fabric.device)

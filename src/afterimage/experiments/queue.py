@@ -13,14 +13,14 @@ from afterimage.config import AfterimageError, DataConfig, RunConfig, split_sour
 from afterimage.data.dataset import load_data
 from afterimage.data.duplicates import near_duplicates
 from afterimage.data.images import Data
-from afterimage.experiments.joint_run import Group, try_encoders
+from afterimage.experiments.joint_run import JointRun, try_encoders
 from afterimage.models.encoders.layers import layer_info
 from afterimage.models.encoders.providers.timm import resolve
 from afterimage.models.weights import find_weights
 from afterimage.runs.failures import TRACEBACK, record, recorded_error
 from afterimage.runs.lock import POLL, Lock
 from afterimage.runs.run import Run
-from afterimage.runtime.distributed import ALONE, Ranks, joined
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup, distributed_context
 from afterimage.runtime.failures import (
     ENCODERS,
     EVERYTHING,
@@ -32,7 +32,7 @@ from afterimage.runtime.failures import (
     one_line,
 )
 from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.signals import Stop, stoppable
+from afterimage.runtime.signals import GracefulShutdown, graceful_shutdown
 from afterimage.training.checkpoint import remove_checkpoints
 from afterimage.training.trainer import CHECKPOINT_SECONDS
 
@@ -50,13 +50,13 @@ def train_runs(
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    stop: Stop | None = None,
+    stop: GracefulShutdown | None = None,
     left: list[Run] | None = None,
 ) -> list[Run]:
     """Train every run that is not done yet; returns all of them, in the order asked for.
 
-    Runs that share encoders, pictures, batches and seed are trained together on one pass. Each keeps its best
-    decoder by validation loss, is measured on the test pictures, and stores `keep` of them. A run that fails, by
+    Runs that share encoders, images, batches and seed are trained together on one pass. Each keeps its best
+    decoder by validation loss, is measured on the test images, and stores `keep` of them. A run that fails, by
     whatever exception, is recorded with its error and its traceback, and all that does not depend on what failed
     goes on; the errors are added to `failures`, or the first is raised at the end where no such list is given. What
     `progress` raises is the caller's own and ends everything.
@@ -69,13 +69,17 @@ def train_runs(
     Processes that `torchrun` has started do the runs together instead, each its part of every batch (see `ranks`).
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
-    with joined(accelerator) as ranks:
-        progress = of_caller(progress) if ranks.leads else silent
-        claims = Claims(lambda text: progress(text, 1, 1), ranks)
+    with distributed_context(accelerator) as ranks:
+        progress = of_caller(progress) if ranks.is_main_process else silent
+        claims = RunQueue(lambda text: progress(text, 1, 1), ranks)
         runs = claims.open(configs, root)
-        queue = _Queue(claims, cache, accelerator, progress, keep, checkpoint_seconds)
-        stopping = stoppable(patient=ranks.count > 1) if stop is None else contextlib.nullcontext(stop)
-        with ranks.agreed(), stopping as asked:
+        queue = _Worker(claims, cache, accelerator, progress, keep, checkpoint_seconds)
+        stopping = (
+            graceful_shutdown(ignore_second_signal=ranks.count > 1)
+            if stop is None
+            else contextlib.nullcontext(stop)
+        )
+        with ranks.raise_on_all_ranks(), stopping as asked:
             queue.work(asked, wait=left is None)
     if left is not None:
         left += claims.waiting
@@ -102,7 +106,7 @@ def _tidy(run: Run) -> None:
 
 
 def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
-    """Runs by what they must share to be trained together: encoders, pictures, batches, seed and measure."""
+    """Runs by what they must share to be trained together: encoders, images, batches, seed and measure."""
     found: dict[tuple, dict[Key, RunConfig]] = {}
     for run, config in runs:
         models = frozenset(split_source(source)[0] for source in config.sources)
@@ -113,7 +117,7 @@ def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
 
 
 @dataclass
-class Claims:
+class RunQueue:
     """Runs that wait to be done, by this process or another: which of them this one may do.
 
     `say` is told what others do. A run that ends elsewhere leaves `waiting`; its error goes to `failures`. Of several
@@ -121,7 +125,7 @@ class Claims:
     """
 
     say: Callable[[str], None]
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
     waiting: dict[Run, RunConfig] = field(default_factory=dict)
     failures: list[AfterimageError] = field(default_factory=list)
     locks: dict[Run, Lock] = field(default_factory=dict)
@@ -129,8 +133,8 @@ class Claims:
 
     def open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
         """Make the folders, and let those wait that are not done; returns all runs, in the order asked for."""
-        with self.ranks.agreed():
-            return self.heard(self._open(configs, root) if self.ranks.leads else [])
+        with self.ranks.raise_on_all_ranks():
+            return self.heard(self._open(configs, root) if self.ranks.is_main_process else [])
 
     def _open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
         for config in {config.digest: config for config in configs}.values():
@@ -158,10 +162,10 @@ class Claims:
 
     def take(self, runs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:
         """Those of the runs that this process is to do now; it then holds the lock of each."""
-        with self.ranks.agreed():
-            leads = self.ranks.leads
+        with self.ranks.raise_on_all_ranks():
+            is_main_process = self.ranks.is_main_process
             mine = []
-            for run in runs if leads else ():
+            for run in runs if is_main_process else ():
                 with self.of_one(run):
                     if run in self.waiting and self._take(run):
                         mine.append(run)
@@ -170,7 +174,7 @@ class Claims:
     def heard(self, value: Heard) -> Heard:
         """The leading rank's value, and what it now lets wait."""
         value, waiting, failures = self.ranks.broadcast((value, self.waiting, self.failures))
-        if not self.ranks.leads:
+        if not self.ranks.is_main_process:
             self.waiting.clear()
             self.waiting.update(waiting)
             self.failures[:] = failures
@@ -202,7 +206,7 @@ class Claims:
         runs = [run for run in runs if not (run in self.locks and self.locks[run].lost)]
         names = listed([run.name for run in runs]) or "a group of runs"
         self.failures.append(as_error(error, names, runs[0].file(TRACEBACK) if runs else None))
-        for run in runs if self.ranks.leads else ():
+        for run in runs if self.ranks.is_main_process else ():
             with contextlib.suppress(Exception):
                 if run.state not in ("done", "failed"):
                     record(run, error)
@@ -210,17 +214,17 @@ class Claims:
 
     def mark(self, runs: Iterable[Run], state: str, **details: str) -> None:
         """Set the state of those of the runs that have not ended, as far as their folders can be written."""
-        for run in runs if self.ranks.leads else ():
+        for run in runs if self.ranks.is_main_process else ():
             with contextlib.suppress(Exception):
                 if run.state not in ("done", "failed"):
                     run.set_state(state, **details)
 
 
 @dataclass
-class _Queue:
+class _Worker:
     """What one process does of the runs that wait."""
 
-    claims: Claims
+    claims: RunQueue
     cache: Path | None
     accelerator: str
     progress: Progress
@@ -228,14 +232,14 @@ class _Queue:
     checkpoint_seconds: float
     _loaded: dict[DataConfig, Data] = field(default_factory=dict)
 
-    def work(self, stop: Stop, wait: bool) -> None:
+    def work(self, stop: GracefulShutdown, wait: bool) -> None:
         """Do what no other process does, and wait for the rest if told to."""
         waiting = self.claims.waiting
         while waiting:
             split = groups(waiting.items())
             idle = True
             for number, group in enumerate(split, 1):
-                with self.claims.ranks.agreed():
+                with self.claims.ranks.raise_on_all_ranks():
                     stop.check()
                 mine = self.claims.take(group)
                 if not mine:
@@ -251,12 +255,12 @@ class _Queue:
                     return
                 time.sleep(POLL)
 
-    def _train(self, mine: dict[Run, RunConfig], stop: Stop) -> None:
+    def _train(self, mine: dict[Run, RunConfig], stop: GracefulShutdown) -> None:
         ranks = self.claims.ranks
-        locks = {run: self.claims.locks[run] for run in mine if ranks.leads}
+        locks = {run: self.claims.locks[run] for run in mine if ranks.is_main_process}
         over: set[Run] = set()
         try:
-            with ranks.agreed():
+            with ranks.raise_on_all_ranks():
                 data = self._data(next(iter(mine.values())).data, stop)
                 self._together(mine, locks, data, over, stop)
         except BaseException as error:
@@ -279,15 +283,15 @@ class _Queue:
         locks: Mapping[Run, Lock],
         data: Data,
         over: set[Run],
-        stop: Stop,
+        stop: GracefulShutdown,
     ) -> None:
         """Train runs on one pass through their encoders, or on several where together the encoders fail."""
         parts = [mine]
         while parts:
             part = parts.pop(0)
             try:
-                with self.claims.ranks.agreed():
-                    Group(
+                with self.claims.ranks.raise_on_all_ranks():
+                    JointRun(
                         part,
                         locks,
                         data,
@@ -339,7 +343,7 @@ class _Queue:
     def _error(self, work: Callable[[], None]) -> Exception | None:
         """What `work` raises on any rank, unless it concerns everything."""
         try:
-            with self.claims.ranks.agreed():
+            with self.claims.ranks.raise_on_all_ranks():
                 work()
             return None
         except Exception as error:
@@ -357,10 +361,10 @@ class _Queue:
             layer_info(source, config.data.crop)
         raise missing
 
-    def _data(self, config: DataConfig, stop: Stop) -> Data:
-        """Groups mostly share their pictures, which are found, read and checked once.
+    def _data(self, config: DataConfig, stop: GracefulShutdown) -> Data:
+        """Groups mostly share their images, which are found, read and checked once.
 
-        Decoding them may take long: one process alone stops between two pictures, ranks when all have them.
+        Decoding them may take long: one process alone stops between two images, ranks when all have them.
         """
         if config not in self._loaded:
             ranks = self.claims.ranks
@@ -370,9 +374,9 @@ class _Queue:
                 if ranks.count == 1:
                     stop.check()
 
-            data = ranks.first_to_lead(lambda: load_data(config, cache=self.cache, progress=progress))
-            with ranks.agreed():
-                found = near_duplicates(data) if ranks.leads else ()
+            data = ranks.main_process_first(lambda: load_data(config, cache=self.cache, progress=progress))
+            with ranks.raise_on_all_ranks():
+                found = near_duplicates(data) if ranks.is_main_process else ()
             self._loaded[config] = replace(data, notes=(*data.notes, *found))
         return self._loaded[config]
 

@@ -13,15 +13,15 @@ import torch
 from afterimage.config import (
     RANDOM_WEIGHTS,
     AfterimageError,
+    BaselineConfig,
     DataConfig,
-    ReferenceConfig,
     RunConfig,
     absolute_weights,
     load_toml,
     split_source,
 )
 from afterimage.data.dataset import load_data, load_test
-from afterimage.data.images import Pictures
+from afterimage.data.images import ImageSet
 from afterimage.evaluation.baselines import reference
 from afterimage.evaluation.evaluate import SCORES, evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
@@ -35,26 +35,26 @@ from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
 TOLERANCE = {"psnr": 0.01, "ssim": 1e-4, "lpips": 1e-3}
-"""How far a picture's score may be from the stored one: dB for PSNR. Another machine or another number of threads
+"""How far an image's score may be from the stored one: dB for PSNR. Another machine or another number of threads
 adds in another order; 0.01 dB of PSNR is 0.2 % of an error."""
 
 SHOWN = 5
-"""Missing pictures that are named."""
+"""Missing images that are named."""
 
-CONFIGS = {"decoder": RunConfig, "reference": ReferenceConfig}
+CONFIGS = {"decoder": RunConfig, "reference": BaselineConfig}
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What became of one run when it was measured again.
 
-    `worst` is the largest difference of any picture's score, by name, where it could be measured; `changes` names
+    `worst` is the largest difference of any image's score, by name, where it could be measured; `changes` names
     what is not as it was when the run was made, `problems` why its scores do not hold, `missing` what it would take to
     measure them. `skipped` says why this kind of row is not measured at all.
     """
 
     run: Run
-    pictures: int = 0
+    images: int = 0
     worst: Mapping[str, float] = field(default_factory=dict)
     changes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -79,9 +79,9 @@ def verify_runs(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> list[Verdict]:
-    """Measure every run's decoder (or reference line) again, on its own pictures, and compare with its scores.
+    """Measure every run's decoder (or baseline) again, on its own images, and compare with its scores.
 
-    Scores hold where every picture's are within `TOLERANCE`. What cannot be measured, since pictures, weights or the
+    Scores hold where every image's are within `TOLERANCE`. What cannot be measured, since images, weights or the
     rest of a run that is not done are missing, neither holds nor fails; rows of other kinds are skipped.
     """
     loaded: dict[DataConfig, _Loaded] = {}
@@ -105,8 +105,8 @@ def verify_runs(
             changes += _folder_changes(run, config)
             if config.data not in loaded:
                 loaded[config.data] = _load(config.data, cache, progress)
-            changes += _picture_changes(run, loaded[config.data])
-            _same_pictures(run.scores, loaded[config.data].test)
+            changes += _image_changes(run, loaded[config.data])
+            _same_images(run.scores, loaded[config.data].test)
             rows = _measured(run, config, loaded[config.data], weights, accelerator, progress, changes)
             worst = _compare(run.scores, rows, problems, missing)
         except _Missing as error:
@@ -118,23 +118,23 @@ def verify_runs(
             problems.append(f"{run.path}: its files do not hold what a finished run's do ({what:.300})")
         if problems:
             changes += _versions(run)
-        pictures = len(run.scores) if worst else 0
-        verdicts.append(Verdict(run, pictures, worst, tuple(changes), tuple(problems), tuple(missing)))
+        images = len(run.scores) if worst else 0
+        verdicts.append(Verdict(run, images, worst, tuple(changes), tuple(problems), tuple(missing)))
     return verdicts
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What was found of a run's pictures: those that test, of all of them the digest and counts where all are here."""
+    """What was found of a run's images: those that test, of all of them the digest and counts where all are here."""
 
-    test: Pictures
+    test: ImageSet
     digest: str | None
     counts: str
     notes: tuple[str, ...] = ()
 
 
 def _load(config: DataConfig, cache: Path | None, progress: Progress) -> _Loaded:
-    """The pictures of a run; those that train may be missing where the test pictures have a source of their own."""
+    """The images of a run; those that train may be missing where the test images have a source of their own."""
     try:
         data = load_data(config, cache=cache, progress=progress)
         counts = f"{len(data.train)}/{len(data.validation)}/{len(data.test)}"
@@ -149,11 +149,11 @@ def _load(config: DataConfig, cache: Path | None, progress: Progress) -> _Loaded
     return _Loaded(test, None, "", tuple(notes))
 
 
-def _config(run: Run) -> RunConfig | ReferenceConfig:
+def _config(run: Run) -> RunConfig | BaselineConfig:
     return load_toml(CONFIGS[run.summary["kind"]], run.file("config.toml"))
 
 
-def _folder_changes(run: Run, config: RunConfig | ReferenceConfig) -> list[str]:
+def _folder_changes(run: Run, config: RunConfig | BaselineConfig) -> list[str]:
     """What differs between the run's folder as it was written and as it is."""
     summary, changes = run.summary, []
     if not run.name.endswith(config.digest[:8]):
@@ -168,22 +168,22 @@ def _folder_changes(run: Run, config: RunConfig | ReferenceConfig) -> list[str]:
     return changes
 
 
-def _picture_changes(run: Run, data: _Loaded) -> list[str]:
-    """What differs between the run's pictures and these."""
+def _image_changes(run: Run, data: _Loaded) -> list[str]:
+    """What differs between the run's images and these."""
     before = run.summary["data"]
     if data.digest is None:
-        return [f"the pictures: {note}" for note in data.notes]
+        return [f"the images: {note}" for note in data.notes]
     if before["digest"] == data.digest:
         return []
-    counts = f"{before['train']}/{before['validation']}/{before['test_pictures']}"
+    counts = f"{before['train']}/{before['validation']}/{before['test_images']}"
     return [
-        f"the pictures: digest {before['digest'][:12]} then, {data.digest[:12]} now; training/validation/test "
+        f"the images: digest {before['digest'][:12]} then, {data.digest[:12]} now; training/validation/test "
         f"{counts} then, {data.counts} now"
     ]
 
 
-def _same_pictures(stored: list[dict[str, Any]], test: Pictures) -> None:
-    """Raise unless the scores are of these test pictures: those of others say nothing."""
+def _same_images(stored: list[dict[str, Any]], test: ImageSet) -> None:
+    """Raise unless the scores are of these test images: those of others say nothing."""
     before, now = [row["id"] for row in stored], list(test.ids)
     if before == now:
         return
@@ -192,7 +192,7 @@ def _same_pictures(stored: list[dict[str, Any]], test: Pictures) -> None:
         f"; missing: {', '.join(lost[:SHOWN])}" + (" and more" if len(lost) > SHOWN else "") if lost else ""
     )
     raise _Missing(
-        f"other test pictures: {len(before)} were measured then, {len(now)} are here, or other ids{named}"
+        f"other test images: {len(before)} were measured then, {len(now)} are here, or other ids{named}"
     )
 
 
@@ -211,7 +211,7 @@ def _within(run: Run) -> list[str]:
 
 def _measured(
     run: Run,
-    config: RunConfig | ReferenceConfig,
+    config: RunConfig | BaselineConfig,
     data: _Loaded,
     weights: str | None,
     accelerator: str,
@@ -262,11 +262,11 @@ def _compare(
         if any(now is None for _, now, _ in pairs):
             missing.append(f"{name} cannot be measured here")
             continue
-        difference, picture = max((abs(now - before), identity) for before, now, identity in pairs)
+        difference, image = max((abs(now - before), identity) for before, now, identity in pairs)
         worst[name] = difference
         if not difference <= TOLERANCE[name]:
             problems.append(
-                f"{name} differs by up to {difference:.3g} (picture {picture}), over {TOLERANCE[name]:g}"
+                f"{name} differs by up to {difference:.3g} (image {image}), over {TOLERANCE[name]:g}"
             )
     return worst
 

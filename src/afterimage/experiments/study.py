@@ -94,8 +94,7 @@ def expand(
                     raise
                 failures.append(as_error(error, f"the row {' + '.join(sources)}"))
     if study.controls:
-
-        configs = with_twins(configs, progress)
+        configs = with_matched_controls(configs, progress)
     return list({config.digest: config for config in configs}.values())
 
 
@@ -159,7 +158,7 @@ def _first_lpips() -> str:
 class Part:
     """Part `number` of `count` of a study, from 1: every so-many-th group of runs that are trained together.
 
-    The reference lines belong to part 1.
+    The baselines belong to part 1.
     """
 
     number: int = 1
@@ -205,17 +204,17 @@ def run_study(
 ) -> tuple[list[Run], list[AfterimageError]]:
     """Run what is not done yet. A run that fails is recorded and the others go on; returns runs and failures.
 
-    So is a row that gives no runs, in the study's failures.txt, a reference line, and the controls of one run: what
+    So is a row that gives no runs, in the study's failures.txt, a baseline, and the controls of one run: what
     does not depend on them goes on.
 
     `train` does the training: here (`jobs.train_runs`, the default) or elsewhere (see `executors`). With a `part`
     the rest of the study is left to others. Of processes that `torchrun` has started the leading one does what is
-    not training, and alone returns the reference lines.
+    not training, and alone returns the baselines.
     """
     from afterimage.analysis.controls.run import run_controls
-    from afterimage.evaluation.baselines import run_references
+    from afterimage.evaluation.baselines import run_baselines
     from afterimage.experiments.queue import train_runs
-    from afterimage.runtime.distributed import joined
+    from afterimage.runtime.distributed import distributed_context
 
     failures: list[AfterimageError] = []
     runs: list[Run] = []
@@ -229,22 +228,22 @@ def run_study(
                 raise
             failures.append(as_error(error, what))
 
-    with joined(accelerator) as ranks:
-        progress = of_caller(progress) if ranks.leads else silent
+    with distributed_context(accelerator) as ranks:
+        progress = of_caller(progress) if ranks.is_main_process else silent
         unresolved: list[AfterimageError] = []
-        with ranks.agreed():
-            configs = expand(study, progress, unresolved) if ranks.leads else []
+        with ranks.raise_on_all_ranks():
+            configs = expand(study, progress, unresolved) if ranks.is_main_process else []
         configs = ranks.broadcast(configs)
         if part.number == 1:  # which speaks for rows that belong to no part
             failures += unresolved
-        with ranks.agreed():
-            if ranks.leads:
+        with ranks.raise_on_all_ranks():
+            if ranks.is_main_process:
                 write_atomic(Path(root) / "study.toml", dump_toml(study))
                 _write_failures(Path(root) / FAILURES, unresolved)
-            if ranks.leads and study.references and part.number == 1 and configs:
+            if ranks.is_main_process and study.references and part.number == 1 and configs:
                 options = {"lpips": configs[0].lpips, "cache": cache, "progress": progress}
-                with beside_training("the reference lines"):
-                    runs += run_references(study.data, root, keep=study.keep, failures=failures, **options)
+                with beside_training("the baselines"):
+                    runs += run_baselines(study.data, root, keep=study.keep, failures=failures, **options)
         trained = (train or train_runs)(
             part.of(configs),
             root,
@@ -254,8 +253,8 @@ def run_study(
             keep=study.keep,
             failures=failures,
         )
-        with ranks.agreed():
-            if study.controls and ranks.leads:
+        with ranks.raise_on_all_ranks():
+            if study.controls and ranks.is_main_process:
                 with beside_training("the controls"):
                     done = [run for run in trained if is_done(run)]
                     failures += run_controls(done, cache=cache, accelerator=accelerator, progress=progress)
@@ -277,7 +276,7 @@ def perceptual(net: str) -> str:
     return "0.5*mse + 0.5*lpips" + ("" if net == "alex" else f":{net}")
 
 
-def with_twins(configs: Sequence[RunConfig], progress: Progress = silent) -> list[RunConfig]:
+def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = silent) -> list[RunConfig]:
     """The runs and, after each, its twins, without doubles.
 
     A run on trained weights gets one with `random` ones, whose blocks act. A decoder that is trained by epochs for the

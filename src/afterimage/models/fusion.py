@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, unknown
 from afterimage.models.decoders.canvas import Canvas, Span, seen_box
 from afterimage.models.decoders.linear import LinearDecoder
-from afterimage.models.layers.blocks import resize, shrink
-from afterimage.runtime.distributed import ALONE, Ranks
+from afterimage.models.layers.blocks import pixel_unshuffle, resize
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 def fused_spec(
@@ -211,7 +211,7 @@ class AlignedFusion(nn.Module):
 
 
 class StackedFusion(nn.Module):
-    """The finest maps as they are, beside what each coarser map says of the picture there (stacking, Wolpert 1992).
+    """The finest maps as they are, beside what each coarser map says of the image there (stacking, Wolpert 1992).
 
     A coarse location knows what lies where within its block of pixels, which enlarging its channels would blur. So
     every coarser map first has a `LinearDecoder` of its own, fitted in closed form; each location of the fused map
@@ -244,24 +244,26 @@ class StackedFusion(nn.Module):
         kept = sum(spec.channels for i, spec in enumerate(specs) if str(i) not in self.readers)
         self.spec = replace(place, channels=kept + read)
 
-    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
-        views = [reader.prepare(pictures, seed, ranks) for reader in self.readers.values()]
+    def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
+        views = [reader.begin_fit(images, seed, ranks) for reader in self.readers.values()]
         return max(views, default=0)
 
-    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+    def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
         for i, reader in self.readers.items():
-            reader.accumulate([features[int(i)]], images, validation=validation)
+            reader.partial_fit([features[int(i)]], images, validation=validation)
 
     @property
-    def bytes_to_solve(self) -> int:
-        return sum(reader.bytes_to_solve for reader in self.readers.values())
+    def fit_bytes(self) -> int:
+        return sum(reader.fit_bytes for reader in self.readers.values())
 
-    def macs_to_solve(self, pictures: int) -> int:
-        return sum(reader.macs_to_solve(pictures) for reader in self.readers.values())
+    def fit_macs(self, images: int) -> int:
+        return sum(reader.fit_macs(images) for reader in self.readers.values())
 
-    def solve(self) -> list[str]:
+    def finalize_fit(self) -> list[str]:
         return [
-            f"{reader.spec.source}: {note}" for reader in self.readers.values() for note in reader.solve()
+            f"{reader.spec.source}: {note}"
+            for reader in self.readers.values()
+            for note in reader.finalize_fit()
         ]
 
     def forward(self, features: Sequence[Float[Tensor, "batch _ _ _"]]) -> Float[Tensor, "batch _ h w"]:
@@ -277,7 +279,7 @@ class StackedFusion(nn.Module):
         """What a reader says of the image, given to the locations of the fused map in whose cells it lies."""
         pixels = (self.size[0] * self.block, self.size[1] * self.block)
         images = reader.canvas.place(reader.decode(maps))
-        return shrink(resize(self.canvas.cut(images), pixels), (self.block, self.block))
+        return pixel_unshuffle(resize(self.canvas.cut(images), pixels), (self.block, self.block))
 
 
 FUSIONS: dict[str, type[nn.Module]] = {
@@ -307,7 +309,7 @@ def create_fusion(
 
 
 class WeightMaps:
-    """How much a fusion with `weights` gave each source, summed up batch by batch over the pictures of `add`."""
+    """How much a fusion with `weights` gave each source, summed up batch by batch over the images of `add`."""
 
     def __init__(self, fusion: AttentionFusion | WeightedFusion, keep: int) -> None:
         self.fusion, self.keep = fusion, keep
@@ -326,18 +328,18 @@ class WeightMaps:
         canvas = self.fusion.canvas
         return weights if canvas.even else canvas.place(F.interpolate(weights, canvas.size)).clamp(0, 1)
 
-    def gather(self, ranks: Ranks) -> None:
+    def gather(self, ranks: ProcessGroup) -> None:
         """Take in what other ranks have added, each for its part of the same batches, in the order of one process."""
-        self._sums = ranks.in_order(self._sums)
-        kept = torch.cat(ranks.in_order(self._kept))
+        self._sums = ranks.gather_batches(self._sums)
+        kept = torch.cat(ranks.gather_batches(self._kept))
         self._kept = [kept[: self.keep]]
 
     @property
     def means(self) -> list[float]:
-        """Each source's weight, the mean over pictures and locations."""
+        """Each source's weight, the mean over images and locations."""
         return torch.cat(self._sums).mean(0).tolist()
 
     @property
-    def pictures(self) -> list[UInt8[np.ndarray, "sources h w"]]:
-        """The maps of the first `keep` pictures; 255 is a weight of 1."""
+    def images(self) -> list[UInt8[np.ndarray, "sources h w"]]:
+        """The maps of the first `keep` images; 255 is a weight of 1."""
         return list(torch.cat(self._kept).numpy())

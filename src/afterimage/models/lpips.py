@@ -34,7 +34,7 @@ BACKBONES = {
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual image patch similarity (Zhang et al., 2018), version 0.1: 0 for equal pictures.
+    """Learned perceptual image patch similarity (Zhang et al., 2018), version 0.1: 0 for equal images.
 
     `net` is `alex`, `vgg` or `squeeze`. `weights` is torchvision's file for it (its `features` part is
     enough), a folder, `pretrained` to look for it, or what `find_lpips_weights` found. The linear heads are
@@ -53,7 +53,7 @@ class LPIPS(nn.Module):
         self.slices = nn.ModuleList(layers[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
         for index, head in enumerate(_heads(net, len(ends))):
             self.register_buffer(f"head{index}", head)
-        # The reference's constants are for pictures in [-1, 1]; carried over to [0, 1].
+        # The reference's constants are for images in [-1, 1]; carried over to [0, 1].
         shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
         self.register_buffer("mean", ((shift + 1) / 2).view(1, 3, 1, 1))
         self.register_buffer("std", (scale / 2).view(1, 3, 1, 1))
@@ -63,12 +63,12 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def features(self, images: Images) -> list[Tensor]:
-        """Feature maps `(B, C, h, w)` of pictures in [0, 1], of unit length at every location."""
+        """Feature maps `(B, C, h, w)` of images in [0, 1], of unit length at every location."""
         smallest = LPIPS_SMALLEST[self.net]
         if min(images.shape[-2:]) < smallest:
             size = "x".join(map(str, images.shape[-2:]))
             raise AfterimageError(
-                f"LPIPS ({self.net}) needs pictures of {smallest}x{smallest} or more, got {size}"
+                f"LPIPS ({self.net}) needs images of {smallest}x{smallest} or more, got {size}"
             )
         maps = []
         with torch.autocast(images.device.type, enabled=False):
@@ -80,7 +80,7 @@ class LPIPS(nn.Module):
         return maps
 
     def distance(self, prediction: Sequence[Tensor], target: Sequence[Tensor]) -> Float[Tensor, " batch"]:
-        """The distance of two results of `features`, one value a picture."""
+        """The distance of two results of `features`, one value an image."""
         total = 0
         with torch.autocast(target[0].device.type, enabled=False):
             for index, (p, t) in enumerate(zip(prediction, target, strict=True)):
@@ -89,7 +89,7 @@ class LPIPS(nn.Module):
         return total
 
     def forward(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
-        """The distance of pictures in [0, 1], one value a picture. Gradients flow to the prediction alone."""
+        """The distance of images in [0, 1], one value an image. Gradients flow to the prediction alone."""
         with torch.no_grad():
             features = self.features(target)
         return self.distance(self.features(prediction), features)

@@ -1,4 +1,4 @@
-"""Encoders, fusion and decoder as one module: picture in, picture rebuilt from features out."""
+"""Encoders, fusion and decoder as one module: image in, image rebuilt from features out."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, split_source
 from afterimage.models.decoders import Decoder, create_decoder
-from afterimage.models.decoders.base import Window
+from afterimage.models.decoders.base import FeatureCrop
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers.timm import resolve
 from afterimage.models.fusion import create_fusion
 from afterimage.models.weights import identity
-from afterimage.runtime.distributed import ALONE, Ranks
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
-class Encoders(nn.Module):
+class MultiEncoder(nn.Module):
     """Any number of `model:layer` sources; each network runs once, as deep as its deepest layer."""
 
     def __init__(
@@ -61,34 +61,36 @@ class Encoders(nn.Module):
         return {entry["model"]: identity(entry) for entry in self.weights_of(sources)}
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
-        """Feature maps `(B, C, h, w)` of pictures in [0, 1], in the order of `sources`."""
+        """Feature maps `(B, C, h, w)` of images in [0, 1], in the order of `sources`."""
         features = [feature for encoder in self.encoders for feature in encoder(images)]
         return [features[i] for i in self._picks]
 
 
 def no_maps(specs: Sequence[FeatureSpec], device: torch.device) -> list[Tensor]:
-    """The feature maps `(0, C, h, w)` of no pictures, which some networks cannot make themselves."""
+    """The feature maps `(0, C, h, w)` of no images, which some networks cannot make themselves."""
     return [torch.zeros(0, spec.channels, spec.height, spec.width, device=device) for spec in specs]
 
 
 @runtime_checkable
 class ClosedForm(Protocol):
-    """What is fitted on one pass over the pictures (see `Decoder`)."""
+    """What is fitted on one pass over the images (see `Decoder`)."""
 
     @property
-    def bytes_to_solve(self) -> int: ...
+    def fit_bytes(self) -> int: ...
 
-    def macs_to_solve(self, pictures: int) -> int: ...
+    def fit_macs(self, images: int) -> int: ...
 
-    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int: ...
+    def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int: ...
 
-    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None: ...
+    def partial_fit(
+        self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
+    ) -> None: ...
 
-    def solve(self) -> list[str]: ...
+    def finalize_fit(self) -> list[str]: ...
 
 
-class Head(nn.Module):
-    """What is trained: an optional fusion and a decoder. Feature maps in, pictures `(B, 3, H, W)` in [0, 1] out."""
+class FeatureDecoder(nn.Module):
+    """What is trained: an optional fusion and a decoder. Feature maps in, images `(B, 3, H, W)` in [0, 1] out."""
 
     def __init__(self, decoder: Decoder, fusion: nn.Module | None = None) -> None:
         super().__init__()
@@ -103,20 +105,20 @@ class Head(nn.Module):
         """The parts with a closed form, in the order in which they are fitted."""
         return [part for part in (self.fusion, self.decoder) if getattr(part, "closed_form", False)]
 
-    def accumulate(
+    def partial_fit(
         self, part: ClosedForm, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
     ) -> None:
         """Give one of the `closed_forms` a batch: a fusion takes the features, a decoder what is made of them."""
         given = features
         if part is not self.fusion:
             given = self.fuse(features) if len(images) else no_maps([self.decoder.spec], images.device)
-        part.accumulate(given, images, validation=validation)
+        part.partial_fit(given, images, validation=validation)
 
-    def forward(self, features: Sequence[Tensor], window: Window | None = None) -> Tensor:
-        return self.decoder(self.fuse(features), window)
+    def forward(self, features: Sequence[Tensor], crop: FeatureCrop | None = None) -> Tensor:
+        return self.decoder(self.fuse(features), crop)
 
     def macs(self, specs: Sequence[FeatureSpec]) -> int:
-        """Multiply-adds for one picture with features of these shapes.
+        """Multiply-adds for one image with features of these shapes.
 
         Counted on tensors without values: of what computes attention on a CPU the counter sees nothing.
         """
@@ -131,7 +133,7 @@ class Head(nn.Module):
         return counter.get_total_flops() // 2
 
 
-def build_head(config: RunConfig, specs: Sequence[FeatureSpec]) -> Head:
+def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> FeatureDecoder:
     """Fusion and decoder for features of the given shapes; initial weights depend on the run's seed alone."""
     fusion = None
     if config.fusion is not None:
@@ -151,16 +153,16 @@ def build_head(config: RunConfig, specs: Sequence[FeatureSpec]) -> Head:
             f"{config.decoder.name} is fitted in closed form on features as they are; fuse them with "
             f"'stacked' or 'aligned', which have nothing to learn by descent, instead of {config.fusion.name!r}"
         )
-    return Head(decoder, fusion)
+    return FeatureDecoder(decoder, fusion)
 
 
 class Reconstructor(nn.Module):
     """`images -> encoder(s) -> [fusion ->] decoder -> images`, all in [0, 1]. Encoders stay frozen."""
 
-    def __init__(self, encoders: Encoder | Encoders, decoder: Decoder | Head) -> None:
+    def __init__(self, encoders: Encoder | MultiEncoder, decoder: Decoder | FeatureDecoder) -> None:
         super().__init__()
         self.encoders = encoders
-        self.head = decoder if isinstance(decoder, Head) else Head(decoder)
+        self.head = decoder if isinstance(decoder, FeatureDecoder) else FeatureDecoder(decoder)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
         return self.head(self.encoders(images))

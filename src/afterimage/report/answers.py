@@ -88,9 +88,9 @@ def _beside(rows: Sequence[Beside]) -> Finding:
     paragraphs = [
         "Blazanovic and Khan (2025) on DIV2K; their deviations are over batch means. The last column is "
         "computed here: what a perfect decoder with the published pipeline's range would score on the test "
-        "pictures that these run folders keep.",
+        "images that these run folders keep.",
         *(why if len(reasons) == 1 else f"{', '.join(names)}: {why}" for why, names in reasons.items()),
-        "Pictures, epochs and hardware may differ as well: the rows' configurations say what was done here.",
+        "Images, epochs and hardware may differ as well: the rows' configurations say what was done here.",
     ]
     return Finding(
         "Beside the published figures",

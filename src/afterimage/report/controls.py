@@ -17,11 +17,11 @@ from afterimage.runs.files import DAMAGE, read_csv, read_json
 
 FORMAT = 1
 STAND_INS = {
-    "another": "another picture's features",
+    "another": "another image's features",
     "shuffled": "shuffled features",
     "mean": "mean features",
     "zero": "zero features",
-    "colour": "the picture's mean colour",
+    "colour": "the image's mean colour",
 }
 REGIONS = ("flat", "edge", "texture")
 PLANES = {"luma": "luma", "cb": "Cb", "cr": "Cr"}
@@ -31,14 +31,14 @@ DETAIL = 0.125
 
 @dataclass(frozen=True)
 class Part:
-    """One row's controls, losses or rate: the JSON file, and its CSV by picture."""
+    """One row's controls, losses or rate: the JSON file, and its CSV by image."""
 
     row: Row
     facts: Mapping[str, Any]
-    pictures: Sequence[Mapping[str, Any]]
+    images: Sequence[Mapping[str, Any]]
 
     def score(self, column: str) -> Score:
-        return Score.of([float(p[column]) for p in self.pictures if p[column] is not None])
+        return Score.of([float(p[column]) for p in self.images if p[column] is not None])
 
 
 def read_part(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
@@ -83,9 +83,9 @@ def decoder(row: Row) -> str:
 
 
 def share_lost(part: Part, plane: str) -> list[tuple[float, float]]:
-    """`(cycles a pixel, power of the error over power of the picture)` for each band that has any."""
+    """`(cycles a pixel, power of the error over power of the image)` for each band that has any."""
     spectrum = part.facts["spectra"][plane]
-    triples = zip(part.facts["frequencies"], spectrum["error"], spectrum["picture"], strict=True)
+    triples = zip(part.facts["frequencies"], spectrum["error"], spectrum["image"], strict=True)
     return [(float(f), float(e) / float(p)) for f, e, p in triples if e is not None and p]
 
 
@@ -119,7 +119,7 @@ def _psnr(score: Score) -> str:
 
 
 def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
-    header = ("features", "decoder", "own features", *STAND_INS.values(), "re-encoded", "another picture")
+    header = ("features", "decoder", "own features", *STAND_INS.values(), "re-encoded", "another image")
     table = [
         (
             name(p.row), decoder(p.row), *(_psnr(p.score(f"{c}_psnr")) for c in ("own", *STAND_INS)),
@@ -128,14 +128,14 @@ def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
         for p in parts
     ]  # fmt: skip
     paragraphs = [
-        "Features that are not the picture's go through its trained decoder, and what comes out is scored against "
-        "the picture: what is left is the decoder's prior. Another picture's features are those of the next test "
-        "picture; shuffled ones have their locations in random order; mean ones hold each channel's mean over "
-        f"training pictures everywhere. PSNR in dB, mean over {parts[0].facts['pictures']} test pictures ± half its "
-        "95 % t interval. A column that comes near the first is what the decoder knew without the picture.",
-        "Re-encoded: the distance of the reconstruction's features from the picture's, over the norm of these; "
-        "beside it the distance of another picture's features. Near 0 the reconstruction is one that the layer "
-        "takes for the picture; near the other it has little to do with it.",
+        "Features that are not the image's go through its trained decoder, and what comes out is scored against "
+        "the image: what is left is the decoder's prior. Another image's features are those of the next test "
+        "image; shuffled ones have their locations in random order; mean ones hold each channel's mean over "
+        f"training images everywhere. PSNR in dB, mean over {parts[0].facts['images']} test images ± half its "
+        "95 % t interval. A column that comes near the first is what the decoder knew without the image.",
+        "Re-encoded: the distance of the reconstruction's features from the image's, over the norm of these; "
+        "beside it the distance of another image's features. Near 0 the reconstruction is one that the layer "
+        "takes for the image; near the other it has little to do with it.",
     ]
     tables = [Numbers("Controls", header, tuple(table))]
     return paragraphs, [*tables, *_against_random([p.row for p in parts])]
@@ -168,7 +168,7 @@ def _twins(a: Row, b: Row, *but: str) -> bool:
 
 
 def _difference(a: Row, b: Row, metric: str) -> str:
-    """The mean difference by picture, `a` less `b`, with half its 95 % t interval."""
+    """The mean difference by image, `a` less `b`, with half its 95 % t interval."""
     one, other = a.values(metric), b.values(metric)
     score = Score.of([one[key] - other[key] for key in one if key in other])
     digits = 2 if metric == "psnr" else 3
@@ -192,14 +192,14 @@ def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
         kinds = [_decibels(p.facts["regions"][kind]["mse"]) for kind in REGIONS]
         table.append((name(p.row), decoder(p.row), *planes, *lost, *kinds, half))
     paragraphs = [
-        "Luma, Cb and Cr are JPEG's (BT.601, full range), PSNR by picture ± half the 95 % t interval of its mean; "
-        "the variance lost is the squared error over the plane's own variance within pictures (above 100 %: worse "
+        "Luma, Cb and Cr are JPEG's (BT.601, full range), PSNR by image ± half the 95 % t interval of its mean; "
+        "the variance lost is the squared error over the plane's own variance within images (above 100 %: worse "
         "than its mean). "
         f"Regions are judged on the original's luma in {rules['window']} × {rules['window']} pixels: flat where its "
         f"standard deviation is below {rules['flat_below']:g}, else edge where the structure tensor's coherence is "
         f"{rules['edge_from']:g} or more, else texture ({shares} of the pixels); their dB are of the mean squared "
         "error over all pixels of the kind. The last column is the lowest frequency at which the error has half "
-        "the picture's power or more.",
+        "the image's power or more.",
     ]
     return paragraphs, [Numbers("By colour, region and frequency", header, tuple(table)), *_gap(parts)]
 
@@ -228,20 +228,20 @@ def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
     if lines:
         header = (
             "features", "decoder", "loss", "PSNR less mse's (dB)", "LPIPS less mse's",
-            f"power above {DETAIL:g} cycles a pixel, of the picture's", "agreement there",
+            f"power above {DETAIL:g} cycles a pixel, of the image's", "agreement there",
         )  # fmt: skip
         title = "MSE beside a perceptual loss: power that comes back with less agreement is guessed detail"
         yield Numbers(title, header, tuple(lines))
 
 
 def _detail(part: Part) -> tuple[str, str]:
-    """Above `DETAIL`: luma power over the picture's, and its correlation with the picture."""
+    """Above `DETAIL`: luma power over the image's, and its correlation with the image."""
     spectrum = part.facts["spectra"]["luma"]
     high = [i for i, f in enumerate(part.facts["frequencies"]) if f > DETAIL]
     # A band's share of the spectrum grows with its circumference.
     own, rebuilt, shared = (
         sum((spectrum[key][i] or 0) * part.facts["frequencies"][i] for i in high)
-        for key in ("picture", "reconstruction", "shared")
+        for key in ("image", "reconstruction", "shared")
     )
     if not own or not rebuilt:
         return NONE, NONE
@@ -258,7 +258,7 @@ def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     for p in parts:
         jpeg, webp = curve_of(p, "JPEG"), curve_of(p, "WebP")
         for point in p.facts["points"]:
-            rows = [float(r["psnr"]) for r in p.pictures if r["bits"] == point["bits"]]
+            rows = [float(r["psnr"]) for r in p.images if r["bits"] == point["bits"]]
             size, bound = point["bits_per_pixel"], point.get("entropy_bits_per_pixel")
             table.append((
                 name(p.row), decoder(p.row), f"{point['bits']}", f"{size:.2f}",
@@ -268,14 +268,14 @@ def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     exact = next(c for c in facts["codecs"] if c["psnr"] is None)
     paragraphs = [
         "Each channel is quantised evenly between its 0.1 % and 99.9 % quantiles over "
-        f"{facts['training_pictures']} training pictures, a symbol standing for the mean of what it covers there; "
+        f"{facts['training_images']} training images, a symbol standing for the mean of what it covers there; "
         "32 bits are the features as they are, uncoded. The decoder was fitted on unquantised features and not "
         f"again. Bits a pixel are real: {facts['coder']} on one symbol a byte, channel after channel. The entropy "
-        "bound is that of each channel's symbols over the test pictures: no code that takes every value by itself "
+        "bound is that of each channel's symbols over the test images: no code that takes every value by itself "
         "is shorter; bzip2 may be, since it sees neighbours.",
-        "JPEG and WebP are whole files of the same pictures (chroma at half size), interpolated between qualities "
+        "JPEG and WebP are whole files of the same images (chroma at half size), interpolated between qualities "
         f"along the logarithm of the size. Lossless WebP takes {exact['bits_per_pixel']:.2f} bits a pixel: a size "
-        "beyond it buys the picture itself.",
+        "beyond it buys the image itself.",
     ]
     return paragraphs, [Numbers("dB at each size", header, tuple(table))]
 
@@ -309,16 +309,16 @@ def _check(columns: Sequence[str], keys: Sequence[str]) -> Any:
     def check(part: Part) -> None:
         for key in keys:
             _ = part.facts[key]
-        for picture in part.pictures:
-            _ = [picture[column] for column in columns]
-        if not part.pictures:
-            raise AfterimageError("it has no pictures")
+        for image in part.images:
+            _ = [image[column] for column in columns]
+        if not part.images:
+            raise AfterimageError("it has no images")
 
     return check
 
 
 CHECKS = {
-    "controls": _check([f"{c}_psnr" for c in ("own", *STAND_INS)], ("pictures", "distances")),
+    "controls": _check([f"{c}_psnr" for c in ("own", *STAND_INS)], ("images", "distances")),
     "lost": _check([f"psnr_{p}" for p in PLANES], ("frequencies", "spectra", "planes", "place", "regions")),
-    "rate": _check(["bits", "psnr"], ("points", "codecs", "coder", "training_pictures")),
+    "rate": _check(["bits", "psnr"], ("points", "codecs", "coder", "training_images")),
 }

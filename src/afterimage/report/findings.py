@@ -21,7 +21,7 @@ from afterimage.report.statistics.analysis import Analysis
 from afterimage.report.statistics.architectures import Architectures
 from afterimage.report.statistics.depth import UNTESTABLE, Depth
 from afterimage.report.statistics.resolution import Resolution
-from afterimage.report.statistics.rows import control, honest
+from afterimage.report.statistics.rows import control, without_random_controls
 from afterimage.report.statistics.tests import Comparison
 from afterimage.report.words import (
     best_buys,
@@ -125,7 +125,7 @@ def _hypothesis(
 
 def _overall(results: Sequence[Hypothesis]) -> str:
     """One verdict over settings; controls on random weights count only where there is nothing else."""
-    counted = honest(results)
+    counted = without_random_controls(results)
     verdicts = list(dict.fromkeys(r.verdict for r in counted or results))
     if not verdicts:
         return UNTESTABLE
@@ -149,12 +149,12 @@ def _depth(results: Sequence[Depth]) -> Iterable[Numbers]:
         "encoder",
         "verdict",
         "Kendall's tau (exact p)",
-        "tau within a picture",
+        "tau within an image",
         "fall at every step",
     )
     yield Numbers("Each encoder", header, tuple(encoders))
     yield Numbers(
-        "Each step, paired by picture", ("decoder", "encoder", "step", *_heads(results)), tuple(steps)
+        "Each step, paired by image", ("decoder", "encoder", "step", *_heads(results)), tuple(steps)
     )
 
 
@@ -180,11 +180,9 @@ def _architectures(results: Sequence[Architectures]) -> Iterable[Numbers]:
             rows.append((*place, *_difference(c), wins, sizes, minus(f"{c.agreement:.2f}", 2)))
             won.append((*place, ", ".join(c.won_a[:5]) or NONE, ", ".join(c.won_b[:5]) or NONE))
     header = ("decoder", "resolution", "A", "B", *_heads(results))
-    header += ("pictures won (A / B)", "decoder parameters (A / B)", "agreement")
+    header += ("images won (A / B)", "decoder parameters (A / B)", "agreement")
     yield Numbers("First layers of equal resolution", header, tuple(rows))
-    yield Numbers(
-        "Pictures won most clearly", ("decoder", "resolution", "A", "B", "by A", "by B"), tuple(won)
-    )
+    yield Numbers("Images won most clearly", ("decoder", "resolution", "A", "B", "by A", "by B"), tuple(won))
 
 
 def _heads(results: Sequence[Hypothesis]) -> tuple[str, str]:
@@ -221,7 +219,7 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
         "the best is",
     )
     sentences = []
-    counted = honest(results)
+    counted = without_random_controls(results)
     for metric in dict.fromkeys(d.metric for d in counted):
         change = sorted(abs(d.percent.estimate) for d in counted if d.metric == metric)
         span = f"{change[0]:.0f}" if len(change) == 1 else f"{change[0]:.0f} to {change[-1]:.0f}"

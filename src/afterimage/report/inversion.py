@@ -24,7 +24,7 @@ def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
             if not any(_same(row, other) for other in rows):
                 rows.append(row)
         way = "refined" if summary["start"] else "inversion"
-        facts = summary["scores"], summary["seconds_per_picture"], summary["steps"], summary["feature_loss"]
+        facts = summary["scores"], summary["seconds_per_image"], summary["steps"], summary["feature_loss"]
         passes, psnr = highest(mean_curve(folder))
         row = _row(folder, summary, way, summary["decoder"], *facts)
         rows.append(row | {"peak_passes": passes, "peak_psnr": psnr})
@@ -41,14 +41,14 @@ def _row(
         "sources": " + ".join(summary["sources"]), "weights": origin(summary), "way": way, "how": name,
         "psnr": scores["psnr"]["mean"], "ssim": scores["ssim"]["mean"], "lpips": lpips and lpips["mean"],
         "lpips_net": summary["lpips"]["net"], "feature_loss": loss, "passes": passes,
-        "seconds_per_picture": round(seconds, 3), "pictures": scores["psnr"]["count"], "run": folder.name,
+        "seconds_per_image": round(seconds, 3), "images": scores["psnr"]["count"], "run": folder.name,
         "optimizer": summary.get("optimizer"), "peak_passes": None, "peak_psnr": None,
     }  # fmt: skip
 
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """The same decoder on the same pictures: several refinements may start from it."""
-    measured = ("way", "how", "psnr", "ssim", "lpips", "pictures")
+    """The same decoder on the same images: several refinements may start from it."""
+    measured = ("way", "how", "psnr", "ssim", "lpips", "images")
     return all(row[name] == other[name] for name in measured)
 
 
@@ -59,7 +59,7 @@ def print_limit(folders: Sequence[Run]) -> None:
     table = Table(caption="measured lower bounds on what the features hold", caption_justify="left")
     table.add_column("features", overflow="fold")
     table.add_column("how")
-    for column in ("PSNR (dB)", "SSIM", "LPIPS", "feature loss", "passes", "s a picture", "pictures"):
+    for column in ("PSNR (dB)", "SSIM", "LPIPS", "feature loss", "passes", "s an image", "images"):
         table.add_column(column, justify="right")
     rows = limit_rows(folders)
     for row in rows:
@@ -67,7 +67,7 @@ def print_limit(folders: Sequence[Run]) -> None:
         loss = "–" if row["feature_loss"] is None else f"{row['feature_loss']:.2g}"
         table.add_row(
             named_features(row["sources"], row["weights"]), row["how"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}", lpips, loss,
-            str(row["passes"]), f"{row['seconds_per_picture']:.2f}", str(row["pictures"]),
+            str(row["passes"]), f"{row['seconds_per_image']:.2f}", str(row["images"]),
         )  # fmt: skip
     screen = console(160)
     screen.print(table)
@@ -80,7 +80,7 @@ def print_limit(folders: Sequence[Run]) -> None:
                 hint = f". --steps {row['peak_passes']} ends there"
             screen.print(
                 f"{named_features(row['sources'], row['weights'])}, {row['how']}: highest after {row['peak_passes']} passes, "
-                f"{row['peak_psnr']:.2f} dB; later ones fit the features and lead away from the pictures, "
+                f"{row['peak_psnr']:.2f} dB; later ones fit the features and lead away from the images, "
                 f"which only the originals tell{hint}",
                 soft_wrap=True,
             )

@@ -29,7 +29,7 @@ class Published:
     """One published row: means and deviations as printed, minutes of training, and its decoder's parameters.
 
     `parameters` is the exact count of the study's decoder on these features; its table prints rounded ones,
-    which for VGG16 differ. Its deviations are over batch means, not over pictures. None: not published.
+    which for VGG16 differ. Its deviations are over batch means, not over images. None: not published.
     """
 
     sources: tuple[str, ...]
@@ -116,7 +116,7 @@ class Beside:
 
 
 def beside_published(runs: Iterable[Run]) -> list[Beside]:
-    """Every finished run that repeats a published row, with the ceiling of the test pictures that are kept.
+    """Every finished run that repeats a published row, with the ceiling of the test images that are kept.
 
     A run repeats a row when sources, decoder and its parameters agree (for the fusion: its name and size) and
     its weights are pretrained. The data need not be DIV2K.
@@ -127,20 +127,20 @@ def beside_published(runs: Iterable[Run]) -> list[Beside]:
         by_data.setdefault(test, []).append(run)
     results = []
     for same in by_data.values():
-        pictures = originals(same)
-        ceiling = published_ceiling(pictures.values()) if pictures else None
+        images = originals(same)
+        ceiling = published_ceiling(images.values()) if images else None
         for run in same:
             row = _counterpart(run)
             if row is not None:
-                ours, kept = _means(run), _mean_psnr(run, pictures)
+                ours, kept = _means(run), _mean_psnr(run, images)
                 reason, why = explain(row, ours, ceiling, kept), why_they_differ(row, kept, ceiling)
                 results.append(Beside(run.name, row, ours, ceiling, reason, why))
     return results
 
 
-def _mean_psnr(run: Run, pictures: Collection[str]) -> float | None:
-    """The run's mean over these pictures alone, with whose ceiling it is compared."""
-    scores = [score["psnr"] for score in run.scores if score["id"] in pictures]
+def _mean_psnr(run: Run, images: Collection[str]) -> float | None:
+    """The run's mean over these images alone, with whose ceiling it is compared."""
+    scores = [score["psnr"] for score in run.scores if score["id"] in images]
     return statistics.fmean(scores) if scores else None
 
 
@@ -168,8 +168,8 @@ def explain(
 
     Args:
         ours: our mean `psnr` (and other metrics) for the same sources and decoder; None where unavailable.
-        ceiling: of the pictures that are kept in the run folders; None where there are none.
-        kept: our mean PSNR over these very pictures; None where they have no scores.
+        ceiling: of the images that are kept in the run folders; None where there are none.
+        kept: our mean PSNR over these very images; None where they have no scores.
     """
     psnr = ours["psnr"]
     if psnr is None:
@@ -182,12 +182,12 @@ def explain(
 def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None) -> str:
     """The reason alone: what is documented, what was computed here, and what is inferred from the two."""
     if ceiling is None:
-        return "No test pictures are kept, so what the published range allows on them is not known."
-    pictures = f"the {ceiling.count} test pictures kept" if ceiling.count > 1 else "the one test picture kept"
+        return "No test images are kept, so what the published range allows on them is not known."
+    images = f"the {ceiling.count} test images kept" if ceiling.count > 1 else "the one test image kept"
     best = f"{number(ceiling.psnr, 'psnr')} dB"
     text = (
         "The published decoders end in a sigmoid and their targets are normalised. Computed here, if answers "
-        f"are denormalised before they are scored: {100 * ceiling.unreachable:.0f} % of the values of {pictures} "
+        f"are denormalised before they are scored: {100 * ceiling.unreachable:.0f} % of the values of {images} "
         f"are out of their reach, and a perfect decoder would have scored {best}."
     )
     if row is FUSION:
@@ -213,10 +213,10 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The best score under the published pipeline, over `count` pictures.
+    """The best score under the published pipeline, over `count` images.
 
-    `psnr` and `psnr_std` are over pictures; `psnr_of_mean_error` is the PSNR of the squared error averaged
-    over all pictures first. `batch_std` is the deviation of batch means (the published way of reporting it),
+    `psnr` and `psnr_std` are over images; `psnr_of_mean_error` is the PSNR of the squared error averaged
+    over all images first. `batch_std` is the deviation of batch means (the published way of reporting it),
     None for fewer than two whole batches. `unreachable` is the share of values outside the decoder's range.
     """
 
@@ -229,27 +229,27 @@ class Ceiling:
 
 
 def published_ceiling(images: Iterable[np.ndarray | str | Path]) -> Ceiling:
-    """What a perfect decoder would have scored under the published pipeline on these very pictures.
+    """What a perfect decoder would have scored under the published pipeline on these very images.
 
-    Documented: decoders end in a sigmoid, their targets are pictures normalised with ImageNet's mean and std,
-    and metrics are computed on denormalised pictures clamped to [0, 1]. Taken together, a picture x in [0, 1]
+    Documented: decoders end in a sigmoid, their targets are images normalised with ImageNet's mean and std,
+    and metrics are computed on denormalised images clamped to [0, 1]. Taken together, an image x in [0, 1]
     becomes the target n = (x - mean) / std per channel, of about -2.1 to 2.6; the decoder answers y in (0, 1);
-    as a picture (v * std + mean) its answer lies between mean and mean + std: red 0.485 to 0.714, green 0.456
+    as an image (v * std + mean) its answer lies between mean and mean + std: red 0.485 to 0.714, green 0.456
     to 0.680, blue 0.406 to 0.631. Nearest to x in there, value by value, is x clipped to that range, hence
     no decoder's PSNR exceeds
 
         10 log10(1 / mean((clip(x, mean, mean + std) - x)^2)).
 
     Computed here on photographs, three quarters to four fifths of the values lie outside, and the bound is 14
-    to 15 dB as a mean over pictures, about 14 dB as the PSNR of the squared error averaged over all of them;
+    to 15 dB as a mean over images, about 14 dB as the PSNR of the squared error averaged over all of them;
     the best published single rows score 14.3 to 14.5 dB. The published fusion (17.57 dB) lies above; that it
     was scored in another way is an inference.
 
     Args:
-        images: paths of RGB pictures, or arrays `(3, height, width)` in [0, 1].
+        images: paths of RGB images, or arrays `(3, height, width)` in [0, 1].
 
     Raises:
-        AfterimageError: no pictures; a picture that cannot be read; an array of another shape or range.
+        AfterimageError: no images; an image that cannot be read; an array of another shape or range.
     """
     errors, outside = [], []
     low, high = MEAN[:, None, None], (MEAN + STD)[:, None, None]
@@ -258,8 +258,8 @@ def published_ceiling(images: Iterable[np.ndarray | str | Path]) -> Ceiling:
         errors.append(float(((x.clip(low, high) - x) ** 2).mean()))
         outside.append(float(((x < low) | (x > high)).mean()))
     if not errors:
-        raise AfterimageError("the published pipeline's ceiling needs at least one picture")
-    # A picture wholly within reach would be perfect; one grey level in one value keeps its PSNR finite.
+        raise AfterimageError("the published pipeline's ceiling needs at least one image")
+    # An image wholly within reach would be perfect; one grey level in one value keeps its PSNR finite.
     psnr = -10 * np.log10(np.maximum(errors, 1e-10))
     whole = psnr[: len(psnr) // BATCH * BATCH].reshape(-1, BATCH).mean(axis=1)
     return Ceiling(
@@ -277,16 +277,16 @@ def _pixels(image: np.ndarray | str | Path) -> np.ndarray:
         return np.asarray(read_image(image).convert("RGB"), dtype=float).transpose(2, 0, 1) / 255
     x = np.asarray(image, dtype=float)
     if x.ndim != 3 or x.shape[0] != 3 or x.size == 0:
-        raise AfterimageError(f"a picture must have the shape (3, height, width), got {x.shape}")
+        raise AfterimageError(f"an image must have the shape (3, height, width), got {x.shape}")
     if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
-        raise AfterimageError("a picture's values must lie in [0, 1]")
+        raise AfterimageError("an image's values must lie in [0, 1]")
     return x
 
 
 def originals(runs: Iterable[Run]) -> dict[str, Path]:
-    """The test pictures kept in these run folders, by id."""
+    """The test images kept in these run folders, by id."""
     found: dict[str, Path] = {}
     for run in runs:
-        for name, original, _ in run.pictures:
+        for name, original, _ in run.images:
             found.setdefault(name, original)
     return {name: found[name] for name in sorted(found)}

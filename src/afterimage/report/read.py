@@ -85,7 +85,7 @@ def _read(run: Run) -> Row:
         lpips_net=str(lpips.get("net") or "unknown net"),
         lpips_reason=str(lpips.get("reason") or "not measured"),
         scores={metric: _score(path, summary["scores"], metric) for metric in METRICS},
-        pictures=tuple(run.scores),
+        images=tuple(run.scores),
         data=summary.get("data") or {},
         notes=tuple(map(str, summary.get("notes") or ())),
         settings=settings,
@@ -137,9 +137,9 @@ def _reference_order(row: Row) -> tuple[Any, ...]:
 
 
 def _uninformed(rows: Sequence[Row], tests: Sequence[str]) -> Iterable[str]:
-    """Decoders whose pictures are no nearer than those of one who knows nothing but each picture's mean colour.
+    """Decoders whose images are no nearer than those of one who knows nothing but each image's mean colour.
 
-    `tests` names each row's test pictures.
+    `tests` names each row's test images.
     """
     lines = {
         test: row.scores["psnr"].mean
@@ -157,12 +157,12 @@ def _uninformed(rows: Sequence[Row], tests: Sequence[str]) -> Iterable[str]:
         told = ", ".join(row.label for row in low[:3]) + (", …" if len(low) > 3 else "")
         yield (
             f"{len(low)} decoder row{'s are' if len(low) > 1 else ' is'} not above the mean colour in PSNR ({told}): "
-            "they learned too little from these pictures to say what the features hold."
+            "they learned too little from these images to say what the features hold."
         )
 
 
 def _changed(rows: Sequence[Row]) -> int:
-    """How many sets of pictures the same settings came to, at most; 0 where always to one."""
+    """How many sets of images the same settings came to, at most; 0 where always to one."""
     digests = defaultdict(set)
     for row in rows:
         digests[json.dumps(row.settings.get("data"), sort_keys=True, default=str)].add(row.data.get("digest"))
@@ -174,11 +174,11 @@ def _warnings(rows: Sequence[Row]) -> Iterable[str]:
     tests = scored_on([r.data for r in rows])
     counts = sorted({r.scores["psnr"].count for r in rows})
     if len(set(tests)) > 1:
-        yield f"The rows were measured on {len(set(tests))} sets of pictures: their scores do not compare."
+        yield f"The rows were measured on {len(set(tests))} sets of images: their scores do not compare."
     elif len(counts) > 1:
-        yield f"The rows were measured on different numbers of pictures ({counts[0]} to {counts[-1]})."
+        yield f"The rows were measured on different numbers of images ({counts[0]} to {counts[-1]})."
     elif changed := _changed(rows):
-        yield f"Rows that name the same data had {changed} sets of pictures: files changed between them."
+        yield f"Rows that name the same data had {changed} sets of images: files changed between them."
     yield from _uninformed(rows, tests)
     mixed = mixed_settings(rows)
     if mixed:

@@ -17,7 +17,7 @@ DECODERS = ("linear", "transposed", "attention", "wavelet", "frequency", "residu
 
 @dataclass(frozen=True)
 class Score:
-    """A metric over `count` pictures: mean and sample standard deviation (None for a single picture)."""
+    """A metric over `count` images: mean and sample standard deviation (None for a single image)."""
 
     mean: float
     std: float | None
@@ -25,7 +25,7 @@ class Score:
 
     @property
     def margin(self) -> float | None:
-        """Half the width of the 95 % t interval of the mean, the pictures taken as a random sample."""
+        """Half the width of the 95 % t interval of the mean, the images taken as a random sample."""
         if self.std is None or self.count < 2:
             return None
         from scipy.special import stdtrit
@@ -43,7 +43,7 @@ class Score:
 class Row:
     """One finished run as it enters tables and figures. `features` are `Encoder.describe()` entries.
 
-    `fusion_weights` are the sources' mean weights over all test pictures, empty where the fusion has none.
+    `fusion_weights` are the sources' mean weights over all test images, empty where the fusion has none.
     """
 
     run: Run
@@ -60,7 +60,7 @@ class Row:
     lpips_net: str
     lpips_reason: str
     scores: Mapping[str, Score | None]
-    pictures: tuple[Mapping[str, Any], ...]
+    images: tuple[Mapping[str, Any], ...]
     data: Mapping[str, Any]
     notes: tuple[str, ...]
     settings: Mapping[str, Any]
@@ -106,7 +106,7 @@ class Row:
 
     @property
     def reductions(self) -> tuple[str, ...]:
-        """Picture height over feature height, as text; empty where it is not known."""
+        """Image height over feature height, as text; empty where it is not known."""
         return tuple(f"{f['reduction']:g}" if f.get("reduction") else "" for f in self.features)
 
     @property
@@ -138,8 +138,8 @@ class Row:
         return place, natural(self.decoder), natural(self.variant)
 
     def values(self, metric: str) -> dict[str, float]:
-        """The metric by picture id, finite values only."""
-        found = {p["id"]: p.get(metric) for p in self.pictures}
+        """The metric by image id, finite values only."""
+        found = {p["id"]: p.get(metric) for p in self.images}
         return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and math.isfinite(v)}
 
 
@@ -154,7 +154,7 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Rows:
-    """Decoder rows by encoder, depth of the layer and decoder; reference lines; what has no result."""
+    """Decoder rows by encoder, depth of the layer and decoder; baselines; what has no result."""
 
     decoders: tuple[Row, ...]
     references: tuple[Row, ...]
@@ -172,7 +172,7 @@ class Rows:
 
 
 def pool(rows: Sequence[Row], metric: str) -> Score | None:
-    """One score for runs that differ only in their seed: the mean over runs, then over pictures."""
+    """One score for runs that differ only in their seed: the mean over runs, then over images."""
     if len(rows) == 1:
         return rows[0].scores[metric]
     values = [row.values(metric) for row in rows]

@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: its sources (or a reference line's label) as `names`, then one cell a column."""
+    """One row of the table: its sources (or a baseline's label) as `names`, then one cell a column."""
 
     row: Row
     names: Cell
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that share an encoder and its weights; reference lines share an empty encoder."""
+    """Rows that share an encoder and its weights; baselines share an empty encoder."""
 
     encoder: str
     weights: str
@@ -174,7 +174,7 @@ def _remark(rows: Rows, spread: str) -> str:
     counts = sorted({score.count for row in rows.all for m in METRICS if (score := row.scores[m])})
     over = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     best = " Bold: the best decoder row, ties included." if rows.decoders else ""
-    return f"Mean ± {SPREADS[spread]} over {over} test picture{'s' if counts != [1] else ''}.{best}"
+    return f"Mean ± {SPREADS[spread]} over {over} test image{'s' if counts != [1] else ''}.{best}"
 
 
 _RIGHT = ("reduction", "seed", "parameters", "training")
@@ -182,7 +182,7 @@ _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def markdown_table(rows: Rows, *, spread: str = "std") -> str:
-    """A GitHub table with its footnotes. One row a run; reference lines last."""
+    """A GitHub table with its footnotes. One row a run; baselines last."""
     table = lay_out(rows, spread=spread)
     lines = [_markdown_line(map(markdown, table.header))]
     lines.append(_markdown_line("---:" if _is_right(name) else "---" for name in table.header))
@@ -260,7 +260,7 @@ def _latex_line(cells: Iterable[str]) -> str:
 
 def _latex_heading(encoder: str, weights: str) -> str:
     if not encoder:
-        return r"\emph{reference lines}"
+        return r"\emph{baselines}"
     name = "fusion of several sources" if encoder == "fusion" else rf"\texttt{{{latex(encoder)}}}"
     loud = rf"\textbf{{{latex(weights.upper())} WEIGHTS}}"
     return f"{name}, {loud if 'random' in weights else latex(weights) + ' weights'}"
@@ -354,7 +354,7 @@ def _build(rows: Rows, dropped: tuple[str, ...], title: str | None) -> RichTable
 def _heading(group: Group) -> list[str]:
     """Rich has no cells across columns, so a long name goes on in a second line."""
     if not group.encoder:
-        return ["reference lines"]
+        return ["baselines"]
     weights = f"{group.weights.upper()} WEIGHTS" if group.loud else group.weights
     name = plain(group.encoder, 60)
     if len(name) + len(weights) + 2 <= HEADING:

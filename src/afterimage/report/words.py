@@ -25,7 +25,7 @@ from afterimage.report.statistics.architectures import Architectures
 from afterimage.report.statistics.depth import UNTESTABLE, Depth, DepthOfEncoder
 from afterimage.report.statistics.rankings import DecoderRanking, Degradation, Efficiency, Score
 from afterimage.report.statistics.resolution import MatchedPair, Resolution
-from afterimage.report.statistics.rows import honest
+from afterimage.report.statistics.rows import without_random_controls
 from afterimage.report.statistics.tests import Comparison
 
 _PAIRS_TOLD = 12
@@ -60,7 +60,7 @@ def _encoder(e: DepthOfEncoder, metric: str) -> str:
     return (
         f"{e.encoder}: {e.verdict}. {'; '.join(steps)}. Kendall's tau between depth and mean quality is "
         f"{minus(f'{e.tau:.2f}', 2)} over {len(e.layers)} layers (exact {p_value(e.tau_p)}); within a "
-        f"picture it is {estimate_text(e.tau_within)} on average, and {e.monotone} of {e.tau_within.count} pictures "
+        f"image it is {estimate_text(e.tau_within)} on average, and {e.monotone} of {e.tau_within.count} images "
         "fall at every step."
     )
 
@@ -75,7 +75,9 @@ def _(result: Resolution) -> list[str]:
         f"{estimate_text(result.correlation)} ({p_value(result.correlation_p or 0.0)})"
     )
     if result.partial is not None:
-        text += f", and of {estimate_text(result.partial)} given channels ({p_value(result.partial_p or 0.0)})"
+        text += (
+            f", and of {estimate_text(result.partial)} given channels ({p_value(result.partial_p or 0.0)})"
+        )
     else:
         text += "; what channels add cannot be told apart over these layers"
     if result.share is not None:
@@ -132,8 +134,8 @@ def _(result: Architectures) -> list[str]:
             if ids
         )
         paragraphs.append(
-            f"{_pair(pair)}; {size}. Of {c.difference.count} pictures, {won}; "
-            f"{clearest or 'none clearly'}. Over pictures, their scores have a rank "
+            f"{_pair(pair)}; {size}. Of {c.difference.count} images, {won}; "
+            f"{clearest or 'none clearly'}. Over images, their scores have a rank "
             f"correlation of {minus(f'{c.agreement:.2f}', 2)}."
         )
     return paragraphs
@@ -167,7 +169,7 @@ def _(result: Comparison) -> list[str]:
     outcome = {"a": "better than", "b": "worse than"}.get(result.better) or ahead(result)
     return [
         f"{result.a} is {outcome} {result.b} in {NAMES[result.metric]}: {difference(result)} "
-        f"({p_value(result.p_holm)}, better on {result.wins_a} of {result.difference.count} pictures)."
+        f"({p_value(result.p_holm)}, better on {result.wins_a} of {result.difference.count} images)."
     ]
 
 
@@ -178,7 +180,7 @@ def _(result: Score) -> list[str]:
         spread = f"; between {result.seeds} seeds ±{number(result.seed_spread, result.metric)}"
     return [
         f"{result.name} ({result.setting}): {score(result.mean.estimate, result.metric)} "
-        f"{span(result.mean, result.metric, signed=False)} over {result.mean.count} pictures{spread}."
+        f"{span(result.mean, result.metric, signed=False)} over {result.mean.count} images{spread}."
     ]
 
 
@@ -216,18 +218,18 @@ def _(analysis: Analysis) -> list[str]:
 
 
 def overview(analysis: Analysis) -> str:
-    """What was compared, on how many pictures, and how to read the numbers."""
+    """What was compared, on how many images, and how to read the numbers."""
     decoded = [row for row in analysis.rows if row.sources]
     if not decoded:
-        return "No finished decoder with scores of 2 pictures or more: nothing to compare."
+        return "No finished decoder with scores of 2 images or more: nothing to compare."
     counts = sorted({score.mean.count for score in analysis.scores})
-    pictures = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    images = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     seeds = max(len(row.runs) for row in decoded)
     averaged = "scores are averaged over seeds first" if seeds > 1 else "each row has one"
     return (
-        f"{len(decoded)} rows on {pictures} test pictures. Brackets are 95 % bootstrap intervals over "
-        f"pictures (BCa for means, {analysis.resamples:,} resamples); differences are paired by picture. "
-        f"They speak of other pictures, not of other seeds: {averaged}."
+        f"{len(decoded)} rows on {images} test images. Brackets are 95 % bootstrap intervals over "
+        f"images (BCa for means, {analysis.resamples:,} resamples); differences are paired by image. "
+        f"They speak of other images, not of other seeds: {averaged}."
     )
 
 
@@ -293,7 +295,7 @@ def best_buys(rows: list[Efficiency]) -> list[str]:
         ("per_million_parameters", "million decoder parameters"),
         ("per_thousand_values", "thousand feature values"),
     ):
-        known = [row for row in honest(rows) or rows if getattr(row, field) is not None]
+        known = [row for row in without_random_controls(rows) or rows if getattr(row, field) is not None]
         if len(known) > 1:
             best = max(known, key=lambda row: getattr(row, field))
             value = f"{ratio(getattr(best, field))}{UNITS[best.metric]}"

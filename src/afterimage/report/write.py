@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ON_PAGE = ("training-curves", "distributions", "controls", "lost-by", "rate")
 ABANDONED = 3600.0
 """Seconds after which a half-written file was left by a process that was killed: another may be reporting now."""
-TITLE = "How much of a picture is left in the features?"
+TITLE = "How much of an image is left in the features?"
 
 
 def write_report(
@@ -93,7 +93,7 @@ def write_report(
         (out / "index.html").unlink(missing_ok=True)  # an earlier report's page would pass for this one's
     parts = [
         f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problems),
-        *(["Also as [a page](index.html) with every picture and chart."] if "index.html" in written else []),
+        *(["Also as [a page](index.html) with every image and chart."] if "index.html" in written else []),
         "## Results",
         markdown_table(rows, spread=spread).rstrip(),
         "Also as [CSV](table.csv) and [LaTeX](table.tex).",
@@ -116,18 +116,18 @@ def _sentence(rows: Rows) -> str:
     models = {model for row in rows.decoders for model in row.models}
     sources = {source for row in rows.decoders for source in row.sources}
     decoders = {row.decoder for row in rows.decoders}
-    pictures = {markdown(r.data.get("test") or r.data.get("source") or "unknown pictures") for r in rows.all}
+    images = {markdown(r.data.get("test") or r.data.get("source") or "unknown images") for r in rows.all}
     parts = []
     if rows.decoders:
         layers = f"{_count(len(sources), 'layer')} of {_count(len(models), 'frozen encoder')}"
         runs = _count(len(rows.decoders), "run")
         parts.append(f"{runs} on {layers} with {_count(len(decoders), 'decoder')}")
     if rows.references:
-        parts.append(_count(len(rows.references), "reference line"))
+        parts.append(_count(len(rows.references), "baseline"))
     return (
-        "A decoder rebuilds pictures from the features of a frozen vision encoder; what comes back, measured "
-        f"on pictures that it was not trained on, tells what the features kept. {', '.join(parts)}. "
-        f"Test pictures: {', '.join(sorted(pictures))}."
+        "A decoder rebuilds images from the features of a frozen vision encoder; what comes back, measured "
+        f"on images that it was not trained on, tells what the features kept. {', '.join(parts)}. "
+        f"Test images: {', '.join(sorted(images))}."
     )
 
 
@@ -176,7 +176,7 @@ def _weights(rows: Rows) -> Iterable[str]:
             proof = f", SHA-256 {markdown_code(digest)}…" if digest else ""
             origin = f"{markdown(weights.get('label'))}, from {markdown(weights.get('origin'))} {where}"
             lines[f"- {model}: {origin}{proof}"] = None
-    yield "\n".join(lines) if lines else "No encoder was used: these are reference lines."
+    yield "\n".join(lines) if lines else "No encoder was used: these are baselines."
 
 
 def _origins(rows: Rows, out: Path) -> Iterable[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BLIND = "no features"
-"""The attacker who sees nothing and answers with the mean of their own pictures."""
+"""The attacker who sees nothing and answers with the mean of their own images."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Results:
 
 
 SIDE = 112
-"""Pictures are compared at this many pixels on their shorter side, or at their own size where they are smaller."""
+"""Images are compared at this many pixels on their shorter side, or at their own size where they are smaller."""
 
 DISTANCES = {
     "pixels": "mean squared error of pixels",

@@ -24,7 +24,7 @@ DAMAGE = (
     *(TypeError, ValueError),
 )
 MAX_PIXELS = 2**26
-"""Pixels of the largest picture that a run folder may hold."""
+"""Pixels of the largest image that a run folder may hold."""
 
 LEFTOVER = ".part"
 """How files that are being written end; one that stays was left by a process that was killed."""
@@ -140,7 +140,7 @@ def write_image(path: str | Path, pixels: Any) -> None:
 
 
 def read_image(path: str | Path, content: bytes | None = None) -> Any:
-    """A picture of a run folder, PNG, as a loaded Pillow picture; `content` where its bytes are read already.
+    """An image of a run folder, PNG, as a loaded Pillow image; `content` where its bytes are read already.
 
     Raises `AfterimageError` naming a file that is missing, damaged, of another format or too large.
     """
@@ -150,14 +150,14 @@ def read_image(path: str | Path, content: bytes | None = None) -> Any:
         with Image.open(io.BytesIO(content) if content is not None else path, formats=["PNG"]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise AfterimageError(
-                    f"cannot read the picture {shown(path)}: it has over {MAX_PIXELS:,} pixels"
+                    f"cannot read the image {shown(path)}: it has over {MAX_PIXELS:,} pixels"
                 )
             image.load()
             return image
     except AfterimageError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise AfterimageError(f"cannot read the picture {shown(path)}: {error}") from None
+        raise AfterimageError(f"cannot read the image {shown(path)}: {error}") from None
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ logger = logging.getLogger("afterimage")
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write a temporary file beside `path`, which is flushed to disk and renamed at the end, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

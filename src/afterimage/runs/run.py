@@ -164,15 +164,15 @@ class Run:
         self,
         summary: Mapping[str, Any],
         rows: Iterable[Mapping[str, Any]],
-        pictures: Iterable[tuple[str, Any, Any]],
+        images: Iterable[tuple[str, Any, Any]],
         fusion_maps: Sequence[Any] = (),
     ) -> None:
-        """Write scores, pictures as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the summary.
+        """Write scores, images as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the summary.
 
-        `fusion_maps` holds uint8 `(sources, h, w)` for each picture, 255 for a weight of 1, where a fusion has such.
+        `fusion_maps` holds uint8 `(sources, h, w)` for each image, 255 for a weight of 1, where a fusion has such.
         """
         index = []
-        for i, (identity, *pair) in enumerate(pictures):
+        for i, (identity, *pair) in enumerate(images):
             names = [f"{i:03}.original.png", f"{i:03}.png"]
             for name, pixels in zip(names, pair, strict=True):
                 write_image(self.file("reconstructions") / name, pixels)
@@ -187,8 +187,8 @@ class Run:
         write_json(self.file("summary.json"), summary)
 
     @property
-    def pictures(self) -> list[tuple[str, Path, Path]]:
-        """The saved test pictures as `(id, original, reconstruction)`, in their fixed order."""
+    def images(self) -> list[tuple[str, Path, Path]]:
+        """The saved test images as `(id, original, reconstruction)`, in their fixed order."""
         with reading(self._index_file):
             return [
                 (str(e["id"]), *map(self._saved, (e["original"], e["reconstruction"]))) for e in self._index()
@@ -196,7 +196,7 @@ class Run:
 
     @property
     def fusion_maps(self) -> dict[str, list[Path]]:
-        """Where a fusion weighs its sources: each saved picture's maps, a grey PNG a source, 255 a weight of 1."""
+        """Where a fusion weighs its sources: each saved image's maps, a grey PNG a source, 255 a weight of 1."""
         with reading(self._index_file):
             return {str(e["id"]): list(map(self._saved, e.get("fusion_maps", ()))) for e in self._index()}
 
@@ -208,7 +208,7 @@ class Run:
         return read_json(self._index_file) if self._index_file.exists() else []
 
     def _saved(self, name: str) -> Path:
-        """A saved picture's file, which must lie in the run folder, whatever the index or a link says."""
+        """A saved image's file, which must lie in the run folder, whatever the index or a link says."""
         path = self.file("reconstructions") / name
         if path.name != name or not path.resolve().is_relative_to(self.path.resolve()):
             raise AfterimageError(f"{self._index_file} names {name!r:.200}, which is no file of its folder")
@@ -221,10 +221,10 @@ def origin(summary: Mapping[str, Any]) -> str:
 
 
 def scored_on(data: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which test pictures each of several rows was measured on, as a name; `data` is what their summaries say of it.
+    """Which test images each of several rows was measured on, as a name; `data` is what their summaries say of it.
 
     Older summaries lack the digest of the test part. Where one does, the digest of all
-    pictures stands in for every row's, which tells training sets apart as well.
+    images stands in for every row's, which tells training sets apart as well.
     """
     key = "test_digest" if all(entry.get("test_digest") for entry in data) else "digest"
     return [str(entry.get(key)) for entry in data]

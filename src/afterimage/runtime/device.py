@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # it takes seconds to import, and a decoder is built without 
 
 
 TIMEOUT = timedelta(days=7)
-"""How long a rank waits for another, which may be reading a million pictures; a dead one is noticed by other means."""
+"""How long a rank waits for another, which may be reading a million images; a dead one is noticed by other means."""
 
 
 def one_device(accelerator: str, precision: str = "32-true", devices: Any = 1) -> Fabric:

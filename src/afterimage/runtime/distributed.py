@@ -1,6 +1,6 @@
 """The processes that train one run together, each on its part of every batch. Alone, nothing here costs anything.
 
-Ranks run the same lines in the same order. What can go wrong on one of them alone stands in an `agreed` block, and
+Ranks run the same lines in the same order. What can go wrong on one of them alone stands in an `raise_on_all_ranks` block, and
 every operation first asks whether all are well: an error anywhere is raised everywhere, at the same place, so that
 no rank waits for one that has turned back. Those words go over gloo on the CPU, also where the data go over NCCL.
 """
@@ -43,7 +43,7 @@ class RankLost(Exception):
     concerns = EVERYTHING
 
 
-class Ranks:
+class ProcessGroup:
     """What ranks do together. Without a `fabric` there is one, for which every operation is the identity."""
 
     def __init__(self, fabric: Fabric | None = None) -> None:
@@ -56,7 +56,7 @@ class Ranks:
         self._noticed = False
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this rank writes, locks and speaks for all."""
         return self.rank == 0
 
@@ -68,7 +68,7 @@ class Ranks:
         return one_device(device.type, precision, 1 if device.type == "cpu" else [device.index])
 
     def part(self, total: int) -> slice:
-        """Which of `total` pictures in a row are this rank's; parts differ by one at most, the first are larger."""
+        """Which of `total` images in a row are this rank's; parts differ by one at most, the first are larger."""
         least, more = divmod(total, self.count)
         first = self.rank * least + min(self.rank, more)
         return slice(first, first + least + (self.rank < more))
@@ -78,7 +78,7 @@ class Ranks:
         return -(-total // self.count)
 
     @contextlib.contextmanager
-    def agreed(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """An error in this block, on whatever rank, is raised by the block on every rank."""
         if self.count == 1:
             yield
@@ -91,16 +91,16 @@ class Ranks:
             raise
         self._settle()
 
-    def first_to_lead(self, work: Callable[[], Value]) -> Value:
+    def main_process_first(self, work: Callable[[], Value]) -> Value:
         """What `work` gives, done by the leading rank first: the others find what it has stored."""
-        with self.agreed():
-            found = work() if self.leads else None
-        with self.agreed():
-            return found if self.leads else work()
+        with self.raise_on_all_ranks():
+            found = work() if self.is_main_process else None
+        with self.raise_on_all_ranks():
+            return found if self.is_main_process else work()
 
     def decide(self, flag: bool) -> bool:
         """What the leading rank's flag is."""
-        return self._settle(flag=flag and self.leads)
+        return self._settle(flag=flag and self.is_main_process)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over ranks; one message for all that share a type."""
@@ -145,13 +145,13 @@ class Ranks:
         self._settle()
         return self._gather(value)
 
-    def in_order(self, parts: list[Value]) -> list[Value]:
+    def gather_batches(self, parts: list[Value]) -> list[Value]:
         """All ranks' results, of which each gives one a batch, in the order of one process."""
         return [part for batch in zip(*self.gather(parts), strict=True) for part in batch]
 
-    def place(self, pictures: int) -> tuple[int, int]:
-        """Where this rank's pictures lie among those of the batch: how many come before, how many there are."""
-        counts = self.gather(pictures)
+    def place(self, images: int) -> tuple[int, int]:
+        """Where this rank's images lie among those of the batch: how many come before, how many there are."""
+        counts = self.gather(images)
         return sum(counts[: self.rank]), sum(counts)
 
     def _gather(self, value: Value) -> list[Value]:
@@ -175,7 +175,7 @@ class Ranks:
         rank = next(rank for rank, what in enumerate(told) if what is not None)
         if rank != self.rank or told[rank][0] == "stop":  # a stop must be the same to all, for all then save
             error = _retold(rank, *told[rank])
-        raise _known(error, elsewhere=not self.leads)
+        raise _known(error, elsewhere=not self.is_main_process)
 
     @contextlib.contextmanager
     def _talking(self) -> Iterator[None]:
@@ -218,10 +218,10 @@ class Ranks:
                 os._exit(1)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 GO_ON = "the same command, on any number of devices, goes on from the last checkpoint"
 
-_joined: list[Ranks] = []
+_joined: list[ProcessGroup] = []
 _depth = [0]
 
 
@@ -231,22 +231,22 @@ def started_together() -> bool:
     return elastic and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def first_rank() -> bool:
+def on_main_process() -> bool:
     """Whether this process is the leading rank, or the only one; asks nobody."""
     return not started_together() or os.environ["RANK"] == "0"
 
 
 @contextlib.contextmanager
-def joined(accelerator: str = "auto") -> Iterator[Ranks]:
-    """All ranks that were started with this process; `ALONE` where there are no others.
+def distributed_context(accelerator: str = "auto") -> Iterator[ProcessGroup]:
+    """All ranks that were started with this process; `SINGLE_PROCESS` where there are no others.
 
     Raises `AfterimageError` where this machine has fewer devices than ranks, and where a rank is lost.
     """
     if not started_together():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if not _joined:
-        _joined.append(Ranks(_launched(accelerator)))
+        _joined.append(ProcessGroup(_launched(accelerator)))
     (ranks,) = _joined
     if _depth[0]:
         yield ranks
@@ -289,7 +289,7 @@ def _launched(accelerator: str) -> Fabric:
 
 def _known(error: Error, elsewhere: bool) -> Error:
     """Mark an error as one that all ranks know of; `elsewhere`: that another rank tells the user."""
-    error.agreed, error.elsewhere = True, elsewhere
+    error.raise_on_all_ranks, error.elsewhere = True, elsewhere
     return error
 
 

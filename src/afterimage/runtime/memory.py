@@ -1,4 +1,4 @@
-"""Out of memory: the same work again, on fewer pictures at a time."""
+"""Out of memory: the same work again, on fewer images at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from afterimage.runtime.failures import out_of_memory
 Result = TypeVar("Result")
 
 
-def halving(work: Callable[[int], Result], size: int, what: str) -> tuple[Result, int]:
+def retry_with_smaller_batch(work: Callable[[int], Result], size: int, what: str) -> tuple[Result, int]:
     """`work(size)`, with half the size for as long as it runs out of memory; also returns the size that went.
 
-    Raises `AfterimageError` where one picture at a time is too much.
+    Raises `AfterimageError` where one image at a time is too much.
     """
     while True:
         try:
@@ -27,7 +27,7 @@ def halving(work: Callable[[int], Result], size: int, what: str) -> tuple[Result
                 raise
             reason = str(error) or type(error).__name__
         if size <= 1:
-            raise AfterimageError(f"{what}: out of memory even with one picture at a time ({reason:.200})")
+            raise AfterimageError(f"{what}: out of memory even with one image at a time ({reason:.200})")
         size = (size + 1) // 2
         # The frames that failed are gone now, and what they held with them.
         gc.collect()

@@ -21,33 +21,33 @@ class Stopped(Interrupted):
     """It was asked to, and stopped between two steps."""
 
 
-class Stop:
+class GracefulShutdown:
     """Whether this process was asked to stop; `check` raises `Stopped` where it was.
 
-    A `patient` one does not end at once when it is asked twice: a launcher passes on what its group got already.
+    A `ignore_second_signal` one does not end at once when it is asked twice: a launcher passes on what its group got already.
     """
 
-    def __init__(self, patient: bool = False) -> None:
+    def __init__(self, ignore_second_signal: bool = False) -> None:
         self.number: int | None = None
-        self.patient = patient
+        self.ignore_second_signal = ignore_second_signal
 
     def check(self) -> None:
         if self.number is not None:
             raise Stopped(self.number)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None and not self.patient:  # asked twice: at once
+        if self.number is not None and not self.ignore_second_signal:  # asked twice: at once
             raise Interrupted(number)
         self.number = number
 
 
 @contextlib.contextmanager
-def stoppable(patient: bool = False) -> Iterator[Stop]:
-    """Inside the block SIGTERM and Ctrl-C only set the `Stop`; a second one ends the block at once, unless `patient`.
+def graceful_shutdown(ignore_second_signal: bool = False) -> Iterator[GracefulShutdown]:
+    """Inside the block SIGTERM and Ctrl-C only set the `GracefulShutdown`; a second one ends the block at once, unless `ignore_second_signal`.
 
     Python hands signals to the main thread alone, so in any other nothing changes.
     """
-    stop = Stop(patient)
+    stop = GracefulShutdown(ignore_second_signal)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -62,7 +62,7 @@ def stoppable(patient: bool = False) -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside the block SIGTERM ends what runs as Ctrl-C does, at once unless in a `stoppable` block."""
+    """Inside the block SIGTERM ends what runs as Ctrl-C does, at once unless in a `graceful_shutdown` block."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afterimage.runtime.distributed import ALONE, Ranks
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
-def adapt(module: nn.Module, ranks: Ranks = ALONE) -> list[BatchNorm]:
+def adapt(module: nn.Module, ranks: ProcessGroup = SINGLE_PROCESS) -> list[BatchNorm]:
     """Replace every batch norm inside `module` by one that takes any batch of all ranks; returns them.
 
     Names, parameters and buffers stay, so that state dicts are those of `nn.BatchNorm2d`. PyTorch's `SyncBatchNorm`
@@ -33,7 +33,7 @@ def adapt(module: nn.Module, ranks: Ranks = ALONE) -> list[BatchNorm]:
 class BatchNorm(nn.BatchNorm2d):
     """`nn.BatchNorm2d` that takes a single value a channel; `met_single` counts the batches in which it did."""
 
-    def __init__(self, plain: nn.BatchNorm2d, ranks: Ranks = ALONE) -> None:
+    def __init__(self, plain: nn.BatchNorm2d, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
         super().__init__(plain.num_features, plain.eps, plain.momentum, device="meta")
         self.__dict__.update(plain.__dict__)
         self.ranks = ranks

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from afterimage.config import AfterimageError, utf8_path
-from afterimage.models.reconstructor import Encoders, Reconstructor, build_head
+from afterimage.models.reconstructor import MultiEncoder, Reconstructor, build_feature_decoder
 from afterimage.models.weights import identity
 from afterimage.runs.files import reading, write_atomic
 from afterimage.runs.run import Run
@@ -154,11 +154,11 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
     path = run.file("decoder.safetensors")
     if not path.exists():
         raise AfterimageError(f"run {run.name} has no decoder yet (state: {run.state})")
-    encoders = Encoders(
+    encoders = MultiEncoder(
         config.sources, weights=weights or config.weights, image_size=config.data.crop, seed=config.seed
     )
     _same_weights(run, encoders)
-    head = build_head(config, encoders.specs)
+    head = build_feature_decoder(config, encoders.specs)
     try:
         sources = list(encoders.sources)
         made_for = {"sources": sources, "weights": encoders.weight_digests(sources)}
@@ -168,7 +168,7 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
     return Reconstructor(encoders, head).eval()
 
 
-def _same_weights(run: Run, encoders: Encoders) -> None:
+def _same_weights(run: Run, encoders: MultiEncoder) -> None:
     if not run.file("summary.json").exists():
         return
     with reading(run.file("summary.json")):

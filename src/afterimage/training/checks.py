@@ -1,4 +1,4 @@
-"""What would falsify a number stops the run: a woken encoder, a wrong range, a test picture in training, a NaN."""
+"""What would falsify a number stops the run: a woken encoder, a wrong range, a test image in training, a NaN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_frozen(encoders: nn.Module) -> None:
         if module.training and not container:
             raise AfterimageError(
                 f"the encoder's {name} is in training mode: its batch statistics would change with every "
-                "picture, and with them all scores"
+                "image, and with them all scores"
             )
     for name, parameter in encoders.named_parameters():
         if parameter.requires_grad:
@@ -28,24 +28,24 @@ def check_frozen(encoders: nn.Module) -> None:
 
 
 def check_split(data: Data) -> None:
-    """Raise `AfterimageError` where a picture, by its content's digest, both tests and trains or validates."""
-    for name, pictures in (("training", data.train), ("validation", data.validation)):
-        indices, places = shared(data.test, pictures)
+    """Raise `AfterimageError` where an image, by its content's digest, both tests and trains or validates."""
+    for name, images in (("training", data.train), ("validation", data.validation)):
+        indices, places = shared(data.test, images)
         if len(indices):
-            tested, known = data.test.ids[int(indices[0])], pictures.ids[int(places[0])]
+            tested, known = data.test.ids[int(indices[0])], images.ids[int(places[0])]
             raise AfterimageError(
-                f"test picture {tested} is also {name} picture {known}, which would falsify all scores"
+                f"test image {tested} is also {name} image {known}, which would falsify all scores"
             )
 
 
-def check_pictures(images: Tensor, ids: Sequence[str]) -> None:
-    """Raise `AfterimageError` naming the picture whose values are not finite or leave [0, 1]."""
+def check_images(images: Tensor, ids: Sequence[str]) -> None:
+    """Raise `AfterimageError` naming the image whose values are not finite or leave [0, 1]."""
     if found := problem(images):
-        raise AfterimageError(f"picture {ids[found[0]]} {found[1]}")
+        raise AfterimageError(f"image {ids[found[0]]} {found[1]}")
 
 
 class FeatureWatch:
-    """Looks for values that are not finite in feature maps, and remembers of which source and picture.
+    """Looks for values that are not finite in feature maps, and remembers of which source and image.
 
     On a CPU at once; on other devices when `settle` is called, so that steps need not wait.
     """
@@ -56,7 +56,7 @@ class FeatureWatch:
         self._pending: list[tuple[Tensor, Sequence[str]]] = []
 
     def look(self, features: Sequence[Tensor], ids: Sequence[str]) -> None:
-        """Look at maps `(B, C, h, w)`, one a source, of the pictures `ids`."""
+        """Look at maps `(B, C, h, w)`, one a source, of the images `ids`."""
         finite = [maps.sum((1, 2, 3), dtype=torch.float32).isfinite() for maps in features]
         self._pending.append((torch.stack(finite), ids))
         if finite[0].device.type == "cpu":
@@ -64,15 +64,15 @@ class FeatureWatch:
 
     def settle(self) -> None:
         for finite, ids in self._pending:
-            for source, picture in finite.logical_not().nonzero().tolist():
-                self._found.setdefault(source, ids[picture])
+            for source, image in finite.logical_not().nonzero().tolist():
+                self._found.setdefault(source, ids[image])
         self._pending.clear()
 
-    def check(self, name: str, picks: Sequence[int]) -> None:
-        """Raise `AfterimageError` for the run `name` where one of its sources `picks` was found not finite."""
-        for source in picks:
+    def check(self, name: str, feature_indices: Sequence[int]) -> None:
+        """Raise `AfterimageError` for the run `name` where one of its sources `feature_indices` was found not finite."""
+        for source in feature_indices:
             if source in self._found:
                 raise AfterimageError(
-                    f"{name}: the features of {self.sources[source]} are not finite for picture "
+                    f"{name}: the features of {self.sources[source]} are not finite for image "
                     f"{self._found[source]}"
                 )

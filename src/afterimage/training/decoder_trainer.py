@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
 from afterimage.config import AfterimageError, RecipeConfig
-from afterimage.models.decoders.base import Window
-from afterimage.models.reconstructor import Head
+from afterimage.models.decoders.base import FeatureCrop
+from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
-from afterimage.runtime.distributed import ALONE, RankLost, Ranks
-from afterimage.runtime.memory import Result, halving
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup, RankLost
+from afterimage.runtime.memory import Result, retry_with_smaller_batch
 from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import (
     load_checkpoints,
@@ -38,22 +38,22 @@ PROGRESS = (
     "position",
     "seconds",
     "epoch_seconds",
-    "pictures_seen",
+    "images_seen",
     "micro_batch",
 )
 """What a checkpoint holds besides tensors. No random state: training draws none (order, crops and flips are
-functions of seed, epoch and picture), which a test holds every decoder to."""
+functions of seed, epoch and image), which a test holds every decoder to."""
 SINGLE = (
     "batch norm met a single value a channel (one image on 1x1 maps) and normalised it by its running statistics, "
     "which it left as they were"
 )
 
 
-class Member:
-    """A decoder in training beside others on the same features; `picks` says which features are its own.
+class DecoderTrainer:
+    """A decoder in training beside others on the same features; `feature_indices` says which features are its own.
 
     With a run it writes its history and a checkpoint there after every epoch, and where it is told to in between.
-    `identity` is what a checkpoint must share to be gone on from, by name: the pictures' digest, the weights'; a
+    `identity` is what a checkpoint must share to be gone on from, by name: the images' digest, the weights'; a
     decoder is only for its own `sources` and `weights`.
     `guard` is called before anything is written and may raise; `said` is told what a user should know.
     With `ranks` each of them has such a member, and all stay equal; the leading one writes.
@@ -61,8 +61,8 @@ class Member:
 
     def __init__(
         self,
-        head: Head,
-        picks: Sequence[int],
+        head: FeatureDecoder,
+        feature_indices: Sequence[int],
         recipe: RecipeConfig,
         fabric: Fabric,
         *,
@@ -71,12 +71,12 @@ class Member:
         identity: Mapping[str, Any] | None = None,
         guard: Callable[[], None] = lambda: None,
         said: Callable[[str], None] = lambda text: None,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.ranks = ranks
         self.name, self.recipe, self.fabric, self.run = name, recipe, fabric, run
         self.identity, self.guard, self.said = dict(identity or {}), guard, said
-        self.picks = list(picks)
+        self.feature_indices = list(feature_indices)
         self._norms = adapt(head, ranks)
         self._synchronised = ranks.count > 1 and bool(self._norms)
         self.head = head.to(fabric.device, memory_format=torch.channels_last)
@@ -86,7 +86,7 @@ class Member:
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_epoch, self.epoch, self.seconds = math.inf, 0, 0, 0.0
         self.epoch_seconds = 0.0
-        self.pictures_seen = self.position = 0
+        self.images_seen = self.position = 0
         self.micro_batch = self._at_once = recipe.batch_size
         self.failed = self.restored = False
         self.between_steps = True
@@ -104,7 +104,7 @@ class Member:
         """Take the leading rank's decoder over: other machines may round otherwise."""
         if self.ranks.count > 1:
             state = {name: tensor.cpu() for name, tensor in self.head.state_dict().items()}
-            self.head.load_state_dict(self.ranks.broadcast(state if self.ranks.leads else None))
+            self.head.load_state_dict(self.ranks.broadcast(state if self.ranks.is_main_process else None))
 
     @property
     def parameters(self) -> int:
@@ -124,32 +124,32 @@ class Member:
     def best_text(self) -> str:
         return f"epoch {self.best_epoch}, validation loss {self.best_loss:.6f}" if self.best else "none yet"
 
-    def pick(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [features[i] for i in self.picks]
+    def select_features(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [features[i] for i in self.feature_indices]
 
     def begin_epoch(self) -> None:
-        """Get ready to step, at the start of an epoch or at `position` pictures in it."""
+        """Get ready to step, at the start of an epoch or at `position` images in it."""
         self.head.train()
 
     def step(self, features: Sequence[Tensor], images: Tensor, count: int | None = None) -> None:
         """An optimizer step for each of the decoder's windows on the features of `images`, both on the device.
 
-        Of several ranks each gives its own part of the batch of `count` pictures, or none. Where memory does not
+        Of several ranks each gives its own part of the batch of `count` images, or none. Where memory does not
         suffice, gradients are summed over micro-batches. Raises `AfterimageError` for a loss that is not finite: at
         once on a CPU, where asking is free; on other devices `end_epoch` does, so that steps need not wait.
         """
-        picked, count = self.pick(features), len(images) if count is None else count
+        picked, count = self.select_features(features), len(images) if count is None else count
         # Windows depend on the position in the run alone, so that one that goes on draws the same.
         generator = torch.Generator().manual_seed((self.epoch << 32) + self.position)
-        windows = self.head.decoder.windows(generator)
-        for number, window in enumerate(windows):
-            self._total += self._descend(picked, images, count, window) / len(windows)
-            self.between_steps = number == len(windows) - 1
+        feature_crops = self.head.decoder.feature_crops(generator)
+        for number, crop in enumerate(feature_crops):
+            self._total += self._descend(picked, images, count, crop) / len(feature_crops)
+            self.between_steps = number == len(feature_crops) - 1
         self._note_single_values()
         self.position += count
 
-    def _descend(self, picked: list[Tensor], images: Tensor, count: int, window: Window | None) -> Tensor:
-        """One optimizer step; returns the sum of the losses of the batch's `count` pictures."""
+    def _descend(self, picked: list[Tensor], images: Tensor, count: int, crop: FeatureCrop | None) -> Tensor:
+        """One optimizer step; returns the sum of the losses of the batch's `count` images."""
         most = self.ranks.most(count)
         wanted = min(self.micro_batch, most)
         buffers = [buffer.clone() for buffer in self.head.buffers()]
@@ -162,24 +162,24 @@ class Member:
         def work(size: int) -> Tensor:
             if size < wanted:  # what the attempt that failed has left
                 undo()
-            with self.ranks.agreed():
+            with self.ranks.raise_on_all_ranks():
                 parts = list(_parts(picked, images, size))
                 if self._synchronised:  # batch norm needs every rank in every part
                     nothing = [maps[:0] for maps in picked], images[:0]
                     parts = [part for part in parts if len(part[1])]
                     parts += [nothing] * (-(-most // size) - len(parts))
-                losses = [self._gradients(maps, part, count, window) for maps, part in parts]
+                losses = [self._gradients(maps, part, count, crop) for maps, part in parts]
                 return self._summed(sum(losses, self._total.new_zeros(())))
 
         try:
-            total, size = halving(work, wanted, self.name)
+            total, size = retry_with_smaller_batch(work, wanted, self.name)
         except RankLost:
             undo()
             raise
         if size < wanted:
             self._shrink(size)
         self.optimizer.step()
-        self.head.decoder.stepped()
+        self.head.decoder.after_optimizer_step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
@@ -193,13 +193,15 @@ class Member:
             self.ranks.sum([*(parameter.grad for parameter in trainable), total])
         return total
 
-    def _gradients(self, features: list[Tensor], images: Tensor, count: int, window: Window | None) -> Tensor:
-        """Add the gradients of some of the batch's `count` pictures; returns the sum of their losses."""
+    def _gradients(
+        self, features: list[Tensor], images: Tensor, count: int, crop: FeatureCrop | None
+    ) -> Tensor:
+        """Add the gradients of some of the batch's `count` images; returns the sum of their losses."""
         if len(images) == 0:
             if self._synchronised:
-                self.fabric.backward(self.trained(features, window).sum())
+                self.fabric.backward(self.trained(features, crop).sum())
             return self._total.new_zeros(())
-        loss = self.loss(self.trained(features, window), self.head.decoder.cut(images, window))
+        loss = self.loss(self.trained(features, crop), self.head.decoder.cut(images, crop))
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             raise AfterimageError(
                 f"{self.name}: the loss is {loss.item()} in epoch {self.epoch + 1}, step "
@@ -213,7 +215,7 @@ class Member:
         self.micro_batch = size
         note = f"out of memory: gradients are summed over micro-batches of {size}, the same mathematics"
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.head.modules()):
-            note += f" except that batch norm sees {size * self.ranks.count} pictures at a time"
+            note += f" except that batch norm sees {size * self.ranks.count} images at a time"
         self.notes.append(f"{note}; from epoch {self.epoch + 1} on")
         self.said(f"{self.name}: {note}")
 
@@ -225,13 +227,13 @@ class Member:
 
     @torch.no_grad()
     def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
-        """The loss summed over the pictures of one validation batch, of which there may be none."""
+        """The loss summed over the images of one validation batch, of which there may be none."""
         self.head.eval()
         if len(images) == 0:
             return 0.0
 
         def work(size: int) -> float:
-            parts = _parts(self.pick(features), images, size)
+            parts = _parts(self.select_features(features), images, size)
             return sum(float(self.loss(self.trained(maps), part)) * len(part) for maps, part in parts)
 
         return self._looking(work)
@@ -246,7 +248,7 @@ class Member:
             )
         self.epoch += 1
         self.seconds += self.epoch_seconds
-        self.pictures_seen += self.position
+        self.images_seen += self.position
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -254,7 +256,7 @@ class Member:
                 "validation_loss": validation_loss,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "seconds": round(self.epoch_seconds, 3),
-                "pictures_per_second": round(self.position / max(self.epoch_seconds, 1e-9), 2),
+                "images_per_second": round(self.position / max(self.epoch_seconds, 1e-9), 2),
             }
         )
         self.position, self.epoch_seconds = 0, 0.0
@@ -271,7 +273,7 @@ class Member:
 
     def save(self) -> None:
         """Write the checkpoint that `restore` goes on from; the leading rank does."""
-        if self.run is None or not self.ranks.leads:
+        if self.run is None or not self.ranks.is_main_process:
             return
         self.guard()
         tensors = (
@@ -302,7 +304,7 @@ class Member:
         Raises `AfterimageError` for one that does not fit the decoder.
         """
         found = None
-        if self.run is not None and self.ranks.leads:
+        if self.run is not None and self.ranks.is_main_process:
             found = next(iter(load_checkpoints(self.run, self.said)), None)
         if found := self.ranks.broadcast(found):
             tensors, facts = found
@@ -348,9 +350,9 @@ class Member:
 
     @torch.inference_mode()
     def reconstruct(self, features: Sequence[Tensor]) -> Tensor:
-        """Pictures `(B, 3, H, W)` in [0, 1] from the features of all encoders."""
+        """Images `(B, 3, H, W)` in [0, 1] from the features of all encoders."""
         self.head.eval()
-        picked = self.pick(features)
+        picked = self.select_features(features)
         if len(picked[0]) == 0:
             return picked[0].new_zeros(0, 3, *self.head.decoder.image_size)
 
@@ -362,16 +364,16 @@ class Member:
         return self._looking(work)
 
     def _looking(self, work: Callable[[int], Result]) -> Result:
-        """Do without gradients what takes a number of pictures at a time; fewer where memory does not suffice."""
-        result, size = halving(work, self._at_once, self.name)
+        """Do without gradients what takes a number of images at a time; fewer where memory does not suffice."""
+        result, size = retry_with_smaller_batch(work, self._at_once, self.name)
         if size < self._at_once:
             self._at_once = size
-            self.said(f"{self.name}: out of memory: it is measured on {size} pictures at a time")
+            self.said(f"{self.name}: out of memory: it is measured on {size} images at a time")
         return result
 
 
 def _parts(features: Sequence[Tensor], images: Tensor, size: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """A batch in parts of `size` pictures; the batch itself where it is no larger."""
+    """A batch in parts of `size` images; the batch itself where it is no larger."""
     if len(images) <= size:
         yield list(features), images
         return
@@ -381,7 +383,7 @@ def _parts(features: Sequence[Tensor], images: Tensor, size: int) -> Iterator[tu
         yield list(maps), part
 
 
-def create_optimizer(head: Head, recipe: RecipeConfig) -> torch.optim.Adam:
+def create_optimizer(head: FeatureDecoder, recipe: RecipeConfig) -> torch.optim.Adam:
     """Adam on what is trained of fusion and decoder; weight decay on all but a decoder that takes none."""
     spared = set() if head.decoder.decays else set(head.decoder.parameters())
     trained = [p for p in head.parameters() if p.requires_grad]

@@ -1,6 +1,6 @@
 """What a decoder is trained to make small: MSE, L1, LPIPS, and weighted sums of them.
 
-Every loss takes pictures `(B, 3, H, W)` in [0, 1] and is a mean over the batch, in float32 also under
+Every loss takes images `(B, 3, H, W)` in [0, 1] and is a mean over the batch, in float32 also under
 autocast. Values are not checked: that would make every step wait for the device.
 """
 
@@ -21,19 +21,19 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 class Loss(nn.Module):
-    """A distance of two pictures, one value a picture; calling it gives the mean over the batch."""
+    """A distance of two images, one value an image; calling it gives the mean over the batch."""
 
     @abstractmethod
-    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]: ...
+    def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]: ...
 
     def forward(self, prediction: Images, target: Images) -> Float[Tensor, ""]:
-        return self.per_picture(prediction, target).mean()
+        return self.per_image(prediction, target).mean()
 
 
 class MSE(Loss):
     """Mean squared error: what PSNR counts (Dosovitskiy and Brox, 2016, invert features with it)."""
 
-    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+    def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
         _same_shape(prediction, target)
         return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
@@ -41,7 +41,7 @@ class MSE(Loss):
 class L1(Loss):
     """Mean absolute error (Zhao et al., 2017, Loss Functions for Image Restoration with Neural Networks)."""
 
-    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+    def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
         _same_shape(prediction, target)
         return (prediction.float() - target.float()).abs().flatten(1).mean(1)
 
@@ -60,7 +60,7 @@ class Perceptual(Loss):
             others = " or ".join(f"lpips:{other}" for other in LPIPS_NETS if other != net)
             raise AfterimageError(f"the loss lpips:{net} ({others} are others): {error}") from None
 
-    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+    def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
         _same_shape(prediction, target)
         return self.lpips(prediction, target)
 
@@ -73,9 +73,9 @@ class WeightedSum(Loss):
         self.terms = nn.ModuleList(terms)
         self.weights = tuple(terms.values())
 
-    def per_picture(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+    def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
         values = (
-            w * term.per_picture(prediction, target) for w, term in zip(self.weights, self.terms, strict=True)
+            w * term.per_image(prediction, target) for w, term in zip(self.weights, self.terms, strict=True)
         )
         return torch.stack(list(values)).sum(0)
 

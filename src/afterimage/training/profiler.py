@@ -1,6 +1,6 @@
 """Where a training step's time goes, measured in a short loop of its own, with a trace for a trace viewer.
 
-The loop is built from the same pieces as `train` and `Member` (crops, encoders, head, loss, Adam, precision), one
+The loop is built from the same pieces as `train` and `DecoderTrainer` (crops, encoders, head, loss, Adam, precision), one
 decoder at a time, without validation and checkpoints. It waits for the device after every part, so that each part's
 time is its own; without these waits a step on a GPU is somewhat faster than the sum.
 """
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.sampling import order
-from afterimage.models.reconstructor import Encoders, build_head
+from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
 from afterimage.runs.files import write_json
 from afterimage.runtime.device import one_device
 from afterimage.runtime.progress import Progress, silent
@@ -33,7 +33,7 @@ WARM_UP, TRACED = 2, 3
 
 @dataclass(frozen=True)
 class Profile:
-    """Mean seconds a step in each of `PARTS`, pictures a step, and the costliest operators of the traced steps.
+    """Mean seconds a step in each of `PARTS`, images a step, and the costliest operators of the traced steps.
 
     `operators` are `(name, seconds a step, calls a step)` by their own time on the device where that is not the CPU.
     `trace` opens in a trace viewer (chrome://tracing, ui.perfetto.dev); tracing slows its steps down, so `parts` are
@@ -44,7 +44,7 @@ class Profile:
     device: str
     threads: int
     steps: int
-    pictures: float
+    images: float
     parts: dict[str, float]
     operators: list[tuple[str, float, float]]
     trace: Path
@@ -72,16 +72,16 @@ def profile_run(
     if steps < 1:
         raise AfterimageError(f"a profile needs one step or more, got {steps}")
     fabric = one_device(accelerator, config.recipe.precision)
-    encoders = Encoders(
+    encoders = MultiEncoder(
         config.sources, weights=config.weights, image_size=config.data.crop, seed=config.seed
     ).to(fabric.device)
-    head = build_head(config, encoders.specs).to(fabric.device, memory_format=torch.channels_last)
+    head = build_feature_decoder(config, encoders.specs).to(fabric.device, memory_format=torch.channels_last)
     if not any(p.requires_grad for p in head.parameters()):
         raise AfterimageError(
             f"{config.decoder.name} is solved in closed form and takes no training steps; profile a decoder that is "
             "trained, such as transposed or attention"
         )
-    recipe, pictures = config.recipe, load_data(config.data, cache=cache, progress=progress).train
+    recipe, image_set = config.recipe, load_data(config.data, cache=cache, progress=progress).train
     loss = create_loss(recipe.loss).to(fabric.device)
     trained, optimizer = fabric.setup(head.train(), create_optimizer(head, recipe))
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -99,24 +99,24 @@ def profile_run(
     def step(indices: torch.Tensor, epoch: int) -> int:
         crop = {"seed": config.seed, "epoch": epoch} if recipe.augment else {}
         with part("data"):
-            images = pictures.crops(indices, device=fabric.device, **crop)
+            images = image_set.crops(indices, device=fabric.device, **crop)
         with part("encoder"), torch.no_grad(), fabric.autocast():
             features = encoders(images)
-        for window in head.decoder.windows(places):
+        for window in head.decoder.feature_crops(places):
             with part("decoder forward"):
                 error = loss(trained(features, window), head.decoder.cut(images, window))
             with part("backward"):
                 fabric.backward(error)
             with part("optimizer"):
                 optimizer.step()
-                head.decoder.stepped()
+                head.decoder.after_optimizer_step()
                 optimizer.zero_grad(set_to_none=True)
         return len(images)
 
     def batches() -> Iterator[tuple[torch.Tensor, int]]:
         epoch = 0
         while True:
-            indices = torch.as_tensor(order(len(pictures), seed=config.seed, epoch=epoch))
+            indices = torch.as_tensor(order(len(image_set), seed=config.seed, epoch=epoch))
             yield from ((part, epoch) for part in indices.split(recipe.batch_size))
             epoch += 1
 
@@ -161,8 +161,8 @@ def print_profile(result: Profile) -> None:
     from rich.table import Table
 
     screen = console(120)
-    rate = result.pictures / result.seconds
-    step = f"a step of {result.pictures:g} pictures on {result.device}, {rate:.1f} pictures/s"
+    rate = result.images / result.seconds
+    step = f"a step of {result.images:g} images on {result.device}, {rate:.1f} images/s"
     screen.print(f"{result.name}: {step}", soft_wrap=True)
     table = Table("part", "ms a step", "share")
     for name, seconds in result.parts.items():

@@ -15,23 +15,23 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, RecipeConfig
-from afterimage.data.images import Data, Pictures
+from afterimage.data.images import Data, ImageSet
 from afterimage.data.sampling import order
 from afterimage.models.reconstructor import ClosedForm, Reconstructor, no_maps
-from afterimage.runtime.distributed import ALONE, RankLost, Ranks, joined
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup, RankLost, distributed_context
 from afterimage.runtime.failures import ENCODERS, concerning
-from afterimage.runtime.memory import halving
+from afterimage.runtime.memory import retry_with_smaller_batch
 from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.signals import Stopped
-from afterimage.training.checks import FeatureWatch, check_frozen, check_pictures, check_split
-from afterimage.training.decoder_trainer import Member
+from afterimage.training.checks import FeatureWatch, check_frozen, check_images, check_split
+from afterimage.training.decoder_trainer import DecoderTrainer
 
 VALIDATION_BYTES = 1 << 30
 """Validation features are computed once and kept where they take no more memory than this."""
 CHECKPOINT_SECONDS = 45.0
 """With the step that is under way when they have passed, a checkpoint is never older than a minute of work."""
 
-Recorder = Callable[[Member], contextlib.AbstractContextManager[None]]
+Recorder = Callable[[DecoderTrainer], contextlib.AbstractContextManager[None]]
 
 
 def train(
@@ -52,21 +52,21 @@ def train(
     of every batch, and all are left with it.
     """
     recipe = recipe or RecipeConfig()
-    with joined(accelerator) as ranks, contextlib.ExitStack() as stack:
+    with distributed_context(accelerator) as ranks, contextlib.ExitStack() as stack:
         fabric = ranks.local_fabric(accelerator, recipe.precision)
         reconstructor.to(fabric.device)
         sources = reconstructor.encoders.sources
-        member = Member(reconstructor.head, range(len(sources)), recipe, fabric, ranks=ranks)
+        member = DecoderTrainer(reconstructor.head, range(len(sources)), recipe, fabric, ranks=ranks)
         stack.callback(lambda: member.best and member.head.load_state_dict(member.best))
-        progress = progress if ranks.leads else silent
+        progress = progress if ranks.is_main_process else silent
         encoders = reconstructor.encoders
-        Together(encoders, data, [member], fabric, seed=seed, progress=progress, ranks=ranks).train()
+        Trainer(encoders, data, [member], fabric, seed=seed, progress=progress, ranks=ranks).train()
     reconstructor.eval()
     return member.history
 
 
-class Together:
-    """Decoders that learn from the same pictures in the same order, through the same encoders.
+class Trainer:
+    """Decoders that learn from the same images in the same order, through the same encoders.
 
     `recorded(member)` wraps what one member does; it may turn an error into a record and mark the member failed.
     `pause` is called between steps, where every member can be saved, and may raise `Stopped`. Members need not be
@@ -79,7 +79,7 @@ class Together:
         self,
         encoders: nn.Module,
         data: Data,
-        members: Sequence[Member],
+        members: Sequence[DecoderTrainer],
         fabric: Fabric,
         *,
         seed: int,
@@ -87,7 +87,7 @@ class Together:
         recorded: Recorder = lambda member: contextlib.nullcontext(),
         pause: Callable[[], None] = lambda: None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         check_split(data)
         self.encoders, self.data, self.members, self.fabric = encoders, data, list(members), fabric
@@ -100,17 +100,17 @@ class Together:
         self._kept: list[tuple[list[Tensor], Tensor]] | None = None
 
     @contextlib.contextmanager
-    def recorded(self, member: Member) -> Iterator[None]:
-        with self._recorded(member), self.ranks.agreed():
+    def recorded(self, member: DecoderTrainer) -> Iterator[None]:
+        with self._recorded(member), self.ranks.raise_on_all_ranks():
             yield
 
     def pause(self) -> None:
-        with self.ranks.agreed():
+        with self.ranks.raise_on_all_ranks():
             self._pause()
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of pictures `(B, 3, H, W)`; fewer pictures at a time where memory does not suffice."""
+        """Feature maps of images `(B, 3, H, W)`; fewer images at a time where memory does not suffice."""
 
         def work(size: int) -> list[Tensor]:
             with self.fabric.autocast():
@@ -121,28 +121,28 @@ class Together:
             return no_maps(self.encoders.specs, images.device)
         wanted = min(self._at_once, len(images))
         with concerning(ENCODERS):
-            features, size = halving(work, wanted, "the encoders")
+            features, size = retry_with_smaller_batch(work, wanted, "the encoders")
         if size < wanted:
             self._at_once = size
-            self.progress(f"out of memory: the encoders see {size} pictures at a time from here on", 1, 1)
+            self.progress(f"out of memory: the encoders see {size} images at a time from here on", 1, 1)
         return features
 
     @torch.no_grad()
     def batches(
-        self, pictures: Pictures, indices: np.ndarray | Tensor | None = None, **crop: Any
+        self, image_set: ImageSet, indices: np.ndarray | Tensor | None = None, **crop: Any
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Features and pictures `(B, 3, H, W)` of this rank's part of every batch, on the device."""
+        """Features and images `(B, 3, H, W)` of this rank's part of every batch, on the device."""
         check_frozen(self.encoders)
-        indices = torch.arange(len(pictures)) if indices is None else torch.as_tensor(indices)
+        indices = torch.arange(len(image_set)) if indices is None else torch.as_tensor(indices)
         chunks, ahead = itertools.tee(self._chunks(indices))
-        with contextlib.closing(pictures.batches(ahead, device=self.fabric.device, **crop)) as crops:
+        with contextlib.closing(image_set.batches(ahead, device=self.fabric.device, **crop)) as crops:
             for number, chunk in enumerate(chunks):
-                with self.ranks.agreed():
+                with self.ranks.raise_on_all_ranks():
                     images = next(crops)
-                    ids = [pictures.ids[index] for index in chunk.tolist()]
+                    ids = [image_set.ids[index] for index in chunk.tolist()]
                     if number == 0 or images.device.type == "cpu":  # elsewhere asking makes every step wait
-                        check_pictures(images, ids)
-                    features = self.seen(pictures, chunk, images, **crop)
+                        check_images(images, ids)
+                    features = self.seen(image_set, chunk, images, **crop)
                     self.watch.look(features, ids)
                 yield features, images
         self.watch.settle()
@@ -153,24 +153,24 @@ class Together:
             batch = indices[start : start + self.recipe.batch_size]
             yield batch[self.ranks.part(len(batch))]
 
-    def seen(self, pictures: Pictures, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
-        """The feature maps that decoders get of `images`, the pictures at `indices`."""
+    def seen(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
+        """The feature maps that decoders get of `images`, the images at `indices`."""
         return self.features(images)
 
     def training_batches(self, epoch: int, position: int = 0) -> Iterator[tuple[list[Tensor], Tensor]]:
         """One epoch's batches, from a position in it: a pure function of seed and epoch, whatever else is
         trained beside or resumed."""
         train = self.data.train
-        indices = order(len(train), seed=self.seed, epoch=epoch, windows=train.windows)[position:]
+        indices = order(len(train), seed=self.seed, epoch=epoch, feature_crops=train.feature_crops)[position:]
         crop = {"seed": self.seed, "epoch": epoch} if self.recipe.augment else {}
         return self.batches(train, indices, **crop) if len(indices) else iter(())
 
     def views(self, view: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """The training pictures for a closed form: centre crops as test pictures have, then random ones."""
+        """The training images for a closed form: centre crops as test images have, then random ones."""
         return self.batches(self.data.train) if view == 0 else self.training_batches(view - 1)
 
     def validation_batches(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """The validation pictures and their features, kept after the first pass where memory allows."""
+        """The validation images and their features, kept after the first pass where memory allows."""
         if self._kept is not None:
             yield from self._kept
             return
@@ -183,7 +183,7 @@ class Together:
         if size <= VALIDATION_BYTES:
             self._kept = kept
 
-    def validation_losses(self, members: Sequence[Member]) -> list[float]:
+    def validation_losses(self, members: Sequence[DecoderTrainer]) -> list[float]:
         """The mean loss of each member; not a number for one that failed on the way."""
         sums = [0.0] * len(members)
         for features, images in self.validation_batches():
@@ -197,7 +197,7 @@ class Together:
 
     def train(self) -> None:
         """Closed forms first, then the epochs."""
-        self.solve()
+        self.finalize_fit()
         self.train_epochs()
 
     def train_epochs(self) -> None:
@@ -211,18 +211,18 @@ class Together:
                 self.save(members)
                 raise
             except RankLost:
-                if self.ranks.leads:
+                if self.ranks.is_main_process:
                     self._rescue(members)
                 raise
 
-    def _rescue(self, members: Sequence[Member]) -> None:
+    def _rescue(self, members: Sequence[DecoderTrainer]) -> None:
         """Keep what can be kept when another rank is lost: nothing may be asked of the others any more."""
         for member in members:
             if member.between_steps and not member.failed:
                 with contextlib.suppress(Exception):
                     member.save()
 
-    def save(self, members: Sequence[Member]) -> None:
+    def save(self, members: Sequence[DecoderTrainer]) -> None:
         """Write the members' checkpoints, wherever they are."""
         for member in members:
             if not member.failed:
@@ -230,7 +230,7 @@ class Together:
                     member.save()
         self._saved = time.monotonic()
 
-    def solve(self) -> None:
+    def finalize_fit(self) -> None:
         """What has a closed form, before any epoch: fusions first, then the decoders that read them."""
         waiting = [m for m in self.members if m.head.closed_forms and not m.restored and not m.failed]
         for stage in range(max((len(m.head.closed_forms) for m in waiting), default=0)):
@@ -250,13 +250,13 @@ class Together:
                 if not member.failed:
                     member.save()
 
-    def _solve(self, parts: Mapping[Member, ClosedForm]) -> None:
-        """One part of each member, on one pass over the training and the validation pictures."""
+    def _solve(self, parts: Mapping[DecoderTrainer, ClosedForm]) -> None:
+        """One part of each member, on one pass over the training and the validation images."""
         started = time.monotonic()
-        views: dict[Member, int] = {}
+        views: dict[DecoderTrainer, int] = {}
         for member, part in parts.items():
             with self.recorded(member):
-                views[member] = part.prepare(len(self.data.train), self.seed, self.ranks)
+                views[member] = part.begin_fit(len(self.data.train), self.seed, self.ranks)
         parts = {member: part for member, part in parts.items() if member in views}
         passes = max(views.values(), default=0)
         done, total = 0, passes * len(self.data.train) + len(self.data.validation)
@@ -266,8 +266,10 @@ class Together:
                 for member, part in parts.items():
                     if not member.failed and (held_out or view < views[member]):
                         with self.recorded(member):
-                            self.watch.check(member.name, member.picks)
-                            member.head.accumulate(part, member.pick(features), images, validation=held_out)
+                            self.watch.check(member.name, member.feature_indices)
+                            member.head.partial_fit(
+                                part, member.select_features(features), images, validation=held_out
+                            )
                 done += self.ranks.place(len(images))[1]
                 self.progress("fitting in closed form", done, total)
                 self.pause()
@@ -276,13 +278,13 @@ class Together:
             if not member.failed:
                 with self.recorded(member):
                     started = time.monotonic()
-                    self.watch.check(member.name, member.picks)
-                    member.notes += part.solve()
+                    self.watch.check(member.name, member.feature_indices)
+                    member.notes += part.finalize_fit()
                     member.share()
                     member.seconds += shared + time.monotonic() - started
-                    member.pictures_seen += views[member] * len(self.data.train)
+                    member.images_seen += views[member] * len(self.data.train)
 
-    def train_epoch(self, epoch: int, members: list[Member]) -> None:
+    def train_epoch(self, epoch: int, members: list[DecoderTrainer]) -> None:
         """One epoch for `members`; its time is divided evenly between them, since they share the pass.
 
         It begins where the one that is furthest behind left off; those ahead wait until it is their turn.
@@ -298,7 +300,7 @@ class Together:
             stepping = [m for m in members if m.position == done and not m.failed]
             for member in stepping:
                 with self.recorded(member):
-                    self.watch.check(member.name, member.picks)
+                    self.watch.check(member.name, member.feature_indices)
                     member.step(features, images, count)
                 self.pause()
             if all(member.failed for member in members):
@@ -314,7 +316,7 @@ class Together:
                 last * total,
                 epoch=f"{epoch + 1}/{last}",
                 loss=lambda: min(member.running_loss for member in members),
-                pictures_per_second=(done - begun) / (time.monotonic() - started),
+                images_per_second=(done - begun) / (time.monotonic() - started),
             )
         members = [member for member in members if not member.failed]
         losses = self.validation_losses(members)
@@ -322,12 +324,12 @@ class Together:
         for member, loss in zip(members, losses, strict=True):
             if not member.failed:
                 with self.recorded(member):
-                    self.watch.check(member.name, member.picks)
+                    self.watch.check(member.name, member.feature_indices)
                     member.end_epoch(loss)
         self._saved = time.monotonic()
 
 
-def _share(now: float, since: float, members: Sequence[Member]) -> float:
+def _share(now: float, since: float, members: Sequence[DecoderTrainer]) -> float:
     """Divide the time since then between members; returns now."""
     for member in members:
         member.epoch_seconds += (now - since) / len(members)

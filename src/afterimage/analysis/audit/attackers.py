@@ -1,4 +1,4 @@
-"""Attackers: they know the defence, own some pictures, and train a decoder on what is sent."""
+"""Attackers: they know the defence, own some images, and train a decoder on what is sent."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from afterimage.analysis.audit.defences.chain import Defence
-from afterimage.analysis.audit.feature_store import StoredPictures
+from afterimage.analysis.audit.feature_store import StoredImages
 from afterimage.analysis.audit.reidentification import Compared, compared, joined
 from afterimage.config import AfterimageError, RecipeConfig
-from afterimage.data.images import Data, Pictures, StreamedPictures
+from afterimage.data.images import Data, ImageSet, StreamedImages
 from afterimage.evaluation.evaluate import Box, Evaluation, evaluate_together
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import create_decoder
-from afterimage.models.reconstructor import Head
+from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
-from afterimage.training.decoder_trainer import Member
-from afterimage.training.trainer import Together
+from afterimage.training.decoder_trainer import DecoderTrainer
+from afterimage.training.trainer import Trainer
 
 CALIBRATION_BYTES = 1 << 29
-CALIBRATION_PICTURES = 128
+CALIBRATION_IMAGES = 128
 VALIDATION_SHARE = 5
-"""An attacker keeps one in so many of their own pictures to validate on."""
+"""An attacker keeps one in so many of their own images to validate on."""
 
 
-class Sent(nn.Module):
+class DefendedFeatures(nn.Module):
     """What each of several defences sends of one layer's features, `source`; they come from an encoder or a store."""
 
     def __init__(self, source: str, defences: Sequence[Defence], encoder: nn.Module | None = None) -> None:
@@ -40,10 +40,10 @@ class Sent(nn.Module):
         self.sources = tuple(f"{source} through {defence.name}" for defence in defences)
         self.requires_grad_(False).eval()
 
-    def raw(self, pictures: Pictures, indices: Tensor, images: Tensor) -> list[Tensor]:
-        """The undefended features of `images`, the pictures at `indices`."""
-        if isinstance(pictures, StoredPictures):
-            return [pictures.features(indices, self.layer, images.device)]
+    def raw(self, image_set: ImageSet, indices: Tensor, images: Tensor) -> list[Tensor]:
+        """The undefended features of `images`, the images at `indices`."""
+        if isinstance(image_set, StoredImages):
+            return [image_set.features(indices, self.layer, images.device)]
         return self.encoder(images)
 
     def defend(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -53,31 +53,31 @@ class Sent(nn.Module):
         return self.defend(self.encoder(images))
 
 
-class Attack(Together):
+class AttackTrainer(Trainer):
     """Decoders trained on one layer's features as each of several defences sends them; a member picks its defence."""
 
-    encoders: Sent
+    encoders: DefendedFeatures
 
-    def seen(self, pictures: Pictures, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
-        """What each defence sends of the pictures.
+    def seen(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
+        """What each defence sends of the images.
 
-        Noise is a function of the seed, the batch's pictures and the epoch, whatever else is trained beside or
+        Noise is a function of the seed, the batch's images and the epoch, whatever else is trained beside or
         resumed.
         """
-        names = " ".join(pictures.ids[index] for index in indices.tolist())
+        names = " ".join(image_set.ids[index] for index in indices.tolist())
         drawn = zlib.crc32(f"{self.seed} {crop.get('epoch')} {names}".encode())
         for defence in self.encoders.defences:
             defence.reseed(drawn)
-        if isinstance(pictures, StoredPictures):
-            return self.encoders.defend(self.encoders.raw(pictures, indices, images))
+        if isinstance(image_set, StoredImages):
+            return self.encoders.defend(self.encoders.raw(image_set, indices, images))
         return self.features(images)
 
     def test(
         self, metrics: Metrics, keep: int, box: Box | None = None
     ) -> tuple[list[Evaluation], list[Compared]]:
-        """Every member's scores on the test pictures, and its reconstructions as they are compared.
+        """Every member's scores on the test images, and its reconstructions as they are compared.
 
-        Both also for the part of the pictures in a box: what is seen.
+        Both also for the part of the images in a box: what is seen.
         """
         small: list[list[Compared]] = [[] for _ in self.members]
         batches = self.batches(self.data.test)
@@ -114,76 +114,78 @@ def attacker_member(
     *,
     seed: int,
     run: Run | None = None,
-) -> Member:
+) -> DecoderTrainer:
     """A decoder for what `defence`, the one at `index`, sends."""
     spec = defence.sent_specs[0]
     # Around a single place there are no neighbours to read.
     options = {"kernel": 1} if decoder == "linear" and spec.locations == 1 else {}
-    head = Head(create_decoder(decoder, [spec], image_size, seed=seed, **options))
-    return Member(
+    head = FeatureDecoder(create_decoder(decoder, [spec], image_size, seed=seed, **options))
+    return DecoderTrainer(
         head, [index], recipe, fabric, name=f"{decoder} on {defence.name} of {spec.source}", run=run
     )
 
 
 def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data | None:
-    """`data` with `count` of the pool's pictures to train on, a fifth of them to validate; None where it has fewer.
+    """`data` with `count` of the pool's images to train on, a fifth of them to validate; None where it has fewer.
 
-    Smaller numbers are contained in larger ones. Raises AfterimageError where the pool holds a test picture.
+    Smaller numbers are contained in larger ones. Raises AfterimageError where the pool holds a test image.
     """
     own = merged(pool.train, pool.validation)
     shared = set(own.content) & set(data.test.content)
     if shared:
         names = [i for i, content in zip(own.ids, own.content, strict=True) if content in shared]
         raise AfterimageError(
-            f"{len(shared)} test pictures are among the attacker's own, for example {names[0]}: take them out"
+            f"{len(shared)} test images are among the attacker's own, for example {names[0]}: take them out"
         )
     if count != "all" and int(count) > len(own):
         return None
     total = len(own) if count == "all" else int(count)
     order = np.random.default_rng(seed).permutation(len(own))[:total]
     held = max(1, total // VALIDATION_SHARE)
-    # Every fifth, so that the validation pictures are nested like the rest.
+    # Every fifth, so that the validation images are nested like the rest.
     validation = order[:: total // held][:held]
     train = np.array([i for i in order if i not in set(validation.tolist())])
     return Data(data.config, subset(own, train), subset(own, validation), data.test, pool.digest, data.notes)
 
 
-def merged(first: Pictures, second: Pictures) -> Pictures:
-    if isinstance(first, StoredPictures):
-        return StoredPictures(
+def merged(first: ImageSet, second: ImageSet) -> ImageSet:
+    if isinstance(first, StoredImages):
+        return StoredImages(
             first.ids + second.ids,
             np.concatenate([first.pixels, second.pixels]),
             {k: np.concatenate([v, second.stored[k]]) for k, v in first.stored.items()},
         )
-    if isinstance(first, StreamedPictures):
+    if isinstance(first, StreamedImages):
         raise AfterimageError(
-            "an attacker's pictures are drawn at random and cannot be streamed: set data.stream = false, or lower "
+            "an attacker's images are drawn at random and cannot be streamed: set data.stream = false, or lower "
             "data.limit_train and data.limit_validation"
         )
-    return Pictures(first.ids + second.ids, first.content + second.content, first.blob, first.crop)
+    return ImageSet(first.ids + second.ids, first.content + second.content, first.blob, first.crop)
 
 
-def subset(pictures: Pictures, indices: np.ndarray) -> Pictures:
-    if isinstance(pictures, StoredPictures):
-        return pictures.take(indices)
-    ids, content = ([values[i] for i in indices] for values in (pictures.ids, pictures.content))
-    return Pictures(ids, content, pictures.blob, pictures.crop)
+def subset(images: ImageSet, indices: np.ndarray) -> ImageSet:
+    if isinstance(images, StoredImages):
+        return images.take(indices)
+    ids, content = ([values[i] for i in indices] for values in (images.ids, images.content))
+    return ImageSet(ids, content, images.blob, images.crop)
 
 
 @torch.no_grad()
-def calibration(sent: Sent, pictures: Pictures, device: torch.device | str, batch_size: int) -> list[Tensor]:
-    """Features of the first pictures, as many as 128 or 512 MiB hold: what whoever defends fits a defence on."""
+def calibration(
+    sent: DefendedFeatures, image_set: ImageSet, device: torch.device | str, batch_size: int
+) -> list[Tensor]:
+    """Features of the first images, as many as 128 or 512 MiB hold: what whoever defends fits a defence on."""
     maps: list[Tensor] = []
-    limit = min(len(pictures), CALIBRATION_PICTURES)
+    limit = min(len(image_set), CALIBRATION_IMAGES)
     for chunk in torch.arange(limit).split(batch_size):
-        images = pictures.crops(chunk, device=device)
-        maps.append(sent.raw(pictures, chunk, images)[0])
+        images = image_set.crops(chunk, device=device)
+        maps.append(sent.raw(image_set, chunk, images)[0])
         if sum(part.nbytes for part in maps) >= CALIBRATION_BYTES:
             break
     return [torch.cat(maps)]
 
 
-def mean_picture(pictures: Pictures, batch_size: int) -> Tensor:
-    """The mean of pictures, `(1, 3, H, W)`: the best guess of an attacker who sees nothing."""
-    parts = torch.arange(len(pictures)).split(batch_size)
-    return (sum(pictures.crops(part).double().sum(0, keepdim=True) for part in parts) / len(pictures)).float()
+def mean_image(images: ImageSet, batch_size: int) -> Tensor:
+    """The mean of images, `(1, 3, H, W)`: the best guess of an attacker who sees nothing."""
+    parts = torch.arange(len(images)).split(batch_size)
+    return (sum(images.crops(part).double().sum(0, keepdim=True) for part in parts) / len(images)).float()

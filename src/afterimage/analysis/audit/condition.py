@@ -22,19 +22,19 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Cell:
+class AuditCondition:
     """What is measured; everything that changes the result is in `settings`, whose digest ends the folder's name."""
 
     layer: str
     defence: str
     decoder: str
-    pictures: int
+    images: int
     access: str
     settings: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        parts = (self.layer, self.defence, self.decoder, str(self.pictures), self.access)
+        parts = (self.layer, self.defence, self.decoder, str(self.images), self.access)
         slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(parts)).strip("-.")
         return f"{slug[:100]}-{digest({**self.settings, 'cell': parts, 'version': VERSION})}"
 
@@ -44,7 +44,7 @@ class Cell:
     def attacker(self) -> dict[str, Any]:
         return {
             "decoder": self.decoder,
-            "pictures": self.pictures,
+            "images": self.images,
             "access": self.access,
             "data": self.settings["attacker_data"],
         }
@@ -66,7 +66,7 @@ class Cell:
         self,
         root: Path,
         rows: Sequence[Mapping[str, Any]],
-        pictures: Sequence[tuple[str, Any, Any]],
+        image_set: Sequence[tuple[str, Any, Any]],
         reconstructions: Compared,
         galleries: Mapping[str, Gallery],
         *,
@@ -74,9 +74,9 @@ class Cell:
         notes: Sequence[str],
         seen: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write what leaked: `rows` from `evaluate`, one a test picture, and `reconstructions` as they are compared.
+        """Write what leaked: `rows` from `evaluate`, one a test image, and `reconstructions` as they are compared.
 
-        `galleries` go by the same names as these. `seen` says which part of the pictures is seen, where it is not all.
+        `galleries` go by the same names as these. `seen` says which part of the images is seen, where it is not all.
         """
         found = {
             f"{name}{part}": values
@@ -105,12 +105,12 @@ class Cell:
                 "scores": {name: _interval(values) for name, values in columns.items()},
             }
         run = self.run(root)
-        run.save_result(summary, rows, pictures)
+        run.save_result(summary, rows, image_set)
         run.set_state("done")
 
 
 def _most(row: Mapping[str, Any]) -> float:
-    """The SSIM of a whole picture, or of what is seen of it, whichever is higher."""
+    """The SSIM of a whole image, or of what is seen of it, whichever is higher."""
     part = row.get(f"ssim{SEEN}")
     return row["ssim"] if part is None else max(row["ssim"], part)
 

@@ -1,4 +1,4 @@
-"""A leaked store: features and their pictures from one file, never unpickled."""
+"""A leaked store: features and their images from one file, never unpickled."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from afterimage.config import (
 )
 from afterimage.data.decode import decode
 from afterimage.data.examine import examine, value_notes
-from afterimage.data.images import Data, Indices, Pictures
+from afterimage.data.images import Data, ImageSet, Indices
 
-PICTURES, IDS = ("pictures", "images"), "ids"
+IMAGES, IDS = ("images", "images"), "ids"
 OBJECT = 32
 """Bytes that a number takes in a list of Python's."""
 MEMORY = 16 * 2**30
@@ -43,24 +43,24 @@ MAX_PREFIX = 5
 """Class token and registers: more tokens beside a square grid are taken for another shape of grid."""
 
 
-class StoredPictures(Pictures):
-    """One split of a store: pictures that cannot be cropped or flipped, since their features are given.
+class StoredImages(ImageSet):
+    """One split of a store: images that cannot be cropped or flipped, since their features are given.
 
-    Pictures are kept as uint8 `(N, 3, H, W)`, features as `(N, C, h, w)` by layer.
+    Images are kept as uint8 `(N, 3, H, W)`, features as `(N, C, h, w)` by layer.
     """
 
     def __init__(self, ids: list[str], pixels: np.ndarray, features: Mapping[str, np.ndarray]) -> None:
         self.ids, self.pixels, self.stored = ids, pixels, features
-        self.content = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pixels]
+        self.content = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
 
-    def take(self, indices: np.ndarray) -> StoredPictures:
+    def take(self, indices: np.ndarray) -> StoredImages:
         features = {layer: maps[indices] for layer, maps in self.stored.items()}
-        return StoredPictures([self.ids[i] for i in indices], self.pixels[indices], features)
+        return StoredImages([self.ids[i] for i in indices], self.pixels[indices], features)
 
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 height width"]:
-        """The whole pictures at `indices`, float32 in [0, 1]."""
+        """The whole images at `indices`, float32 in [0, 1]."""
         if seed is not None:
             raise AfterimageError("stored pairs cannot be cropped at random: set recipe.augment = false")
         chosen = torch.from_numpy(self.pixels[np.asarray(indices, np.int64)])
@@ -84,11 +84,11 @@ class Store:
 
 
 def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) -> Store:
-    """Read pairs from `.safetensors`, `.npz` or `.parquet`: `pictures` and `features`, or `features.NAME` for more.
+    """Read pairs from `.safetensors`, `.npz` or `.parquet`: `images` and `features`, or `features.NAME` for more.
 
-    Pictures are uint8 or floats in [0, 1], `(N, H, W, 3)` or `(N, 3, H, W)`, in Parquet also encoded files. Features
+    Images are uint8 or floats in [0, 1], `(N, H, W, 3)` or `(N, 3, H, W)`, in Parquet also encoded files. Features
     are maps `(N, C, h, w)` or `(N, h, w, C)`, tokens `(N, L, C)` of a square grid, or vectors `(N, C)`; how they were
-    understood is in `notes`. Optional `ids` name the pictures.
+    understood is in `notes`. Optional `ids` name the images.
 
     Raises:
         AfterimageError: the file is missing, damaged or of another kind, lacks a part, holds values that are not
@@ -103,11 +103,11 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
         arrays = READERS[path.suffix](path)
     except OSError as error:
         raise AfterimageError(f"cannot read {shown(path)}: {error.strerror or error}") from None
-    named = [name for name in PICTURES if name in arrays]
+    named = [name for name in IMAGES if name in arrays]
     layers = [name for name in arrays if name == "features" or name.startswith("features.")]
     if len(named) != 1 or not layers:
         raise AfterimageError(
-            f"{shown(path)} must hold `pictures` (or `images`) and `features` (or `features.NAME`); "
+            f"{shown(path)} must hold `images` (or `images`) and `features` (or `features.NAME`); "
             f"it holds {', '.join(sorted(arrays)) or 'nothing'}"
         )
     pixels = _pixels(f"{shown(path)}: {named[0]}", arrays[named[0]])
@@ -120,16 +120,16 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
     notes += value_notes({"all": np.array(facts, np.int64).reshape(-1, 6)})
     if not SSIM_WINDOW <= min(size) <= MAX_SIDE:
         raise AfterimageError(
-            f"{shown(path)}: pictures of {size[0]}x{size[1]}; their shorter side must have {SSIM_WINDOW}, for SSIM, to "
+            f"{shown(path)}: images of {size[0]}x{size[1]}; their shorter side must have {SSIM_WINDOW}, for SSIM, to "
             f"{MAX_SIDE} pixels"
         )
     given = np.atleast_1d(arrays[IDS]) if IDS in arrays else None
     ids = [f"{i:06}" for i in range(len(pixels))] if given is None else [str(i) for i in given]
     if len(ids) != len(pixels) or len(set(ids)) != len(ids):
         raise AfterimageError(
-            f"{shown(path)}: ids must name each of the {len(pixels)} pictures, each differently"
+            f"{shown(path)}: ids must name each of the {len(pixels)} images, each differently"
         )
-    everything = StoredPictures(ids, pixels, maps)
+    everything = StoredImages(ids, pixels, maps)
     order = np.random.default_rng(seed).permutation(len(ids))
     held = round(test_fraction * len(ids))
     rest = len(ids) - held
@@ -190,7 +190,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
             column = table.column(name).combine_chunks()
             shaped = isinstance(column.type, pa.FixedShapeTensorType)
             arrays[name] = column.to_numpy_ndarray() if shaped else column.to_pylist()
-            if name in PICTURES and not shaped and arrays[name] and isinstance(arrays[name][0], bytes | dict):
+            if name in IMAGES and not shaped and arrays[name] and isinstance(arrays[name][0], bytes | dict):
                 arrays[name] = _decoded(path, arrays[name])
     except (AfterimageError, OSError):
         raise
@@ -200,15 +200,15 @@ def _read_parquet(path: Path) -> dict[str, Any]:
 
 
 def _decoded(path: Path, rows: list[Any]) -> list[np.ndarray]:
-    """Encoded picture files, all of one size: `(H, W, 3)` uint8 each."""
+    """Encoded image files, all of one size: `(H, W, 3)` uint8 each."""
     contents = [row["bytes"] if isinstance(row, dict) else row for row in rows]
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for i, content in enumerate(contents):
-        pictures.append(np.asarray(decode(content, f"{shown(path)}, picture {i}")))
-        if pictures[i].shape != pictures[0].shape:
-            raise AfterimageError(f"{shown(path)}: picture {i} has another size than picture 0")
-        _fits(path, len(contents) * pictures[0].size)
-    return pictures
+        images.append(np.asarray(decode(content, f"{shown(path)}, image {i}")))
+        if images[i].shape != images[0].shape:
+            raise AfterimageError(f"{shown(path)}: image {i} has another size than image 0")
+        _fits(path, len(contents) * images[0].size)
+    return images
 
 
 def _fits(path: Path, size: int) -> None:
@@ -255,7 +255,7 @@ def _maps(name: str, values: np.ndarray, count: int, notes: list[str]) -> np.nda
     real = values.dtype.kind in "iuf"  # no complex numbers, no times
     if not real or values.ndim == 0 or len(values) != count or not values.size:
         raise AfterimageError(
-            f"{name} must be numbers for each of {count} pictures, got {values.shape} {values.dtype}"
+            f"{name} must be numbers for each of {count} images, got {values.shape} {values.dtype}"
         )
     with np.errstate(over="ignore"):  # what is too large for float32 is infinite, which is told
         finite = np.isfinite(values.astype(np.float32)).all()

@@ -1,4 +1,4 @@
-"""Identification: does a reconstruction find its own original among all test pictures?"""
+"""Identification: does a reconstruction find its own original among all test images?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Distances = Float[Tensor, "queries candidates"]
 
 
 def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
-    """Pictures as they are compared: averaged down to `SIDE` pixels on the shorter side."""
+    """Images as they are compared: averaged down to `SIDE` pixels on the shorter side."""
     height, width = images.shape[-2:]
     scale = SIDE / min(height, width)
     if scale >= 1:
@@ -31,11 +31,11 @@ def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
 
 
 Compared = dict[str, Float[Tensor, "_ 3 _ _"]]
-"""Pictures as they are compared: whole, under "", and where only a part is seen, that part, under `SEEN`."""
+"""Images as they are compared: whole, under "", and where only a part is seen, that part, under `SEEN`."""
 
 
 def compared(images: Images, box: Box | None) -> Compared:
-    """Pictures, and the part of them in the box if there is one, `reduced` and on the CPU."""
+    """Images, and the part of them in the box if there is one, `reduced` and on the CPU."""
     found = {"": reduced(images).cpu()}
     return found if box is None else found | {SEEN: reduced(cropped(images, box)).cpu()}
 
@@ -46,9 +46,9 @@ def joined(batches: Sequence[Compared]) -> Compared:
 
 
 class Gallery:
-    """All test pictures, reduced, against which reconstructions are compared by each of `DISTANCES`.
+    """All test images, reduced, against which reconstructions are compared by each of `DISTANCES`.
 
-    Without `lpips`, or where the pictures are too small for it, that distance is left out.
+    Without `lpips`, or where the images are too small for it, that distance is left out.
     """
 
     def __init__(self, originals: Images, lpips: LPIPS | None = None) -> None:
@@ -74,7 +74,7 @@ class Gallery:
         return torch.cat(rows)
 
     def distances(self, reconstructions: Images) -> dict[str, Distances]:
-        """Squared distances of every reconstruction to every test picture."""
+        """Squared distances of every reconstruction to every test image."""
         found = {}
         for name, embed in self._embeddings().items():
             known, rows = self._known[name], embed(reconstructions)
@@ -82,9 +82,9 @@ class Gallery:
         return found
 
     def find(self, reconstructions: Images) -> dict[str, Bool[np.ndarray, " queries"]]:
-        """Whether reconstruction `i` is nearest to test picture `i`, by each distance.
+        """Whether reconstruction `i` is nearest to test image `i`, by each distance.
 
-        Pictures that are equally near are taken in a fixed random order, so that reconstructions which say nothing
+        Images that are equally near are taken in a fixed random order, so that reconstructions which say nothing
         find their original as often as chance would.
         """
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.originals)))

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from afterimage.analysis.audit.attackers import (
-    Attack,
-    Sent,
+    AttackTrainer,
+    DefendedFeatures,
     attacker_data,
     attacker_member,
     calibration,
-    mean_picture,
+    mean_image,
 )
-from afterimage.analysis.audit.condition import VERSION, Cell
+from afterimage.analysis.audit.condition import VERSION, AuditCondition
 from afterimage.analysis.audit.defences.chain import Defence, create_defence
 from afterimage.analysis.audit.reidentification import Gallery, reduced
-from afterimage.analysis.audit.target import Subject, open_subject
+from afterimage.analysis.audit.target import AuditTarget, open_subject
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, no_cost, whole_network
 from afterimage.config import AfterimageError, FeatureSpec, dump_toml, to_dict
 from afterimage.config.audit import AuditConfig, digest
@@ -42,7 +42,7 @@ from afterimage.runtime.device import one_device
 from afterimage.runtime.failures import EVERYTHING, as_error, concerns, foreseen, let_go, of_caller, one_line
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_tensors, remove_checkpoints
-from afterimage.training.decoder_trainer import Member
+from afterimage.training.decoder_trainer import DecoderTrainer
 
 
 def run_audit(
@@ -56,9 +56,9 @@ def run_audit(
 ) -> Results:
     """Measure every cell that is not done yet, each into a folder below `root`; returns all of them.
 
-    `keep` test pictures a cell are stored. A layer, a defence or an attacker that fails, whatever is raised, is noted
+    `keep` test images a cell are stored. A layer, a defence or an attacker that fails, whatever is raised, is noted
     in `failures`, its cells hold the traceback, and the others go on; raises `AfterimageError` for what concerns them
-    all: the network, its weights, the pictures, a defence's text.
+    all: the network, its weights, the images, a defence's text.
     """
     audit = _Audit(config, Path(root), cache, accelerator, progress, keep)
     return audit.run()
@@ -76,10 +76,10 @@ class _Audit:
     ) -> None:
         progress = of_caller(progress)
         self.config, self.root, self.progress, self.keep = config, root, progress, keep
-        self.subject: Subject = open_subject(config, cache=cache, progress=progress)
+        self.subject: AuditTarget = open_subject(config, cache=cache, progress=progress)
         if len(self.subject.data.test) < 2:
             raise AfterimageError(
-                "an audit needs 2 test pictures or more: a verdict rests on intervals over them"
+                "an audit needs 2 test images or more: a verdict rests on intervals over them"
             )
         self._check_defences()
         self.fabric = one_device(accelerator, config.recipe.precision)
@@ -105,11 +105,11 @@ class _Audit:
             "name": subject.name,
             "stored": subject.is_stored,
             "weights": subject.weights,
-            "picture": list(subject.image_size),
+            "image": list(subject.image_size),
             "features": {k: [s.channels, s.height, s.width] for k, s in subject.specs.items()},
             "seen": {layer: seen for layer in subject.specs if (seen := self._seen(layer)) is not None},
             "data": subject.data.describe(),
-            "attacker_data": self.config.attackers.data or "the same source as the test pictures",
+            "attacker_data": self.config.attackers.data or "the same source as the test images",
             "lpips": self.metrics.lpips_status,
         }
 
@@ -126,21 +126,21 @@ class _Audit:
         attackers = dict(self._attackers())
         for data in attackers.values():
             cell = self._cell("", "", BLIND, data, "query")
-            with self._ending(f"{BLIND}, {cell.pictures:,} pictures", [cell]):
+            with self._ending(f"{BLIND}, {cell.images:,} images", [cell]):
                 self._blind(cell, data)
         for layer in self.subject.layers:
             self._layer(layer, attackers)
         return self.results
 
     @contextlib.contextmanager
-    def _ending(self, what: str, cells: Sequence[Cell] = ()) -> Iterator[None]:
+    def _ending(self, what: str, cells: Sequence[AuditCondition] = ()) -> Iterator[None]:
         """An error inside the block ends `what`, with these cells, and leaves the others alone."""
         try:
             yield
         except Exception as error:
             self._failed(what, error, cells)
 
-    def _failed(self, what: str, error: Exception, cells: Sequence[Cell] = ()) -> None:
+    def _failed(self, what: str, error: Exception, cells: Sequence[AuditCondition] = ()) -> None:
         """Note what could not be measured, in the folders of its cells too, or raise what concerns everything."""
         if concerns(error) == EVERYTHING:
             raise error
@@ -158,19 +158,19 @@ class _Audit:
             self.progress(f"could not be measured: {text}", 1, 1)
         let_go(error)
 
-    def _begin(self, cell: Cell) -> Run:
+    def _begin(self, cell: AuditCondition) -> Run:
         """The folder of a cell that is about to be measured."""
         run = cell.begin(self.root)
         forget(run)
         return run
 
     def _attackers(self) -> Iterator[tuple[int, Data]]:
-        """What each attacker owns, by the number of pictures; numbers that the pool does not have are left out."""
-        for count in self.config.attackers.pictures:
+        """What each attacker owns, by the number of images; numbers that the pool does not have are left out."""
+        for count in self.config.attackers.images:
             data = attacker_data(self.subject.data, self.subject.pool, count, self.config.seed)
             if data is None:
                 have = len(self.subject.pool.train) + len(self.subject.pool.validation)
-                self._note(f"an attacker with {count} pictures was left out: there are {have} to own")
+                self._note(f"an attacker with {count} images was left out: there are {have} to own")
             else:
                 yield len(data.train) + len(data.validation), data
 
@@ -179,7 +179,7 @@ class _Audit:
         self.progress(text, 1, 1)
 
     def _box(self, layer: str) -> Box | None:
-        """The part of pictures that a layer's locations see; None where that is all of them."""
+        """The part of images that a layer's locations see; None where that is all of them."""
         return seen_box([self.subject.specs[layer]], self.subject.image_size)
 
     def _seen(self, layer: str) -> dict[str, Any] | None:
@@ -195,7 +195,7 @@ class _Audit:
         return {"rows": list(box[0]), "columns": list(box[1]), "share": share, "unseen": text}
 
     def _compared(self, layer: str) -> dict[str, Gallery]:
-        """The test pictures, and what a layer's locations see of them, as galleries."""
+        """The test images, and what a layer's locations see of them, as galleries."""
         box = self._box(layer) if layer else None
         for one in {None, box} - self._galleries.keys():
             test = self.subject.data.test
@@ -204,7 +204,7 @@ class _Audit:
         galleries = {"": self._galleries[None]}
         return galleries if box is None else galleries | {SEEN: self._galleries[box]}
 
-    def _cell(self, layer: str, defence: str, decoder: str, data: Data, access: str) -> Cell:
+    def _cell(self, layer: str, defence: str, decoder: str, data: Data, access: str) -> AuditCondition:
         config, subject = self.config, self.subject
         spec = subject.specs.get(layer)
         settings = {
@@ -215,7 +215,7 @@ class _Audit:
             "test": subject.data.digest,
             "attacker_data": config.attackers.data,
             "pool": data.digest,
-            "picture": subject.image_size,
+            "image": subject.image_size,
             "recipe": to_dict(config.recipe),
             "seed": config.seed,
             "lpips": config.lpips if self.metrics.lpips_status["available"] else "",
@@ -225,19 +225,21 @@ class _Audit:
                 None if axis is None else asdict(axis) for axis in (spec.rows, spec.columns)
             ]
         if access == "weights":
-            settings |= {k: getattr(config.attackers, k) for k in ("refine_steps", "refine_pictures")}
-        return Cell(layer, defence, decoder, len(data.train) + len(data.validation), access, settings)
+            settings |= {k: getattr(config.attackers, k) for k in ("refine_steps", "refine_images")}
+        return AuditCondition(
+            layer, defence, decoder, len(data.train) + len(data.validation), access, settings
+        )
 
-    def _collect(self, cell: Cell, into: list[dict[str, Any]]) -> None:
+    def _collect(self, cell: AuditCondition, into: list[dict[str, Any]]) -> None:
         run = cell.run(self.root)
         if run.state == "done":
             into.append(run.summary | {"folder": str(run.path.relative_to(self.root))})
 
-    def _blind(self, cell: Cell, data: Data) -> None:
+    def _blind(self, cell: AuditCondition, data: Data) -> None:
         if cell.run(self.root).state != "done":
             self._begin(cell)
             started = time.monotonic()
-            mean = mean_picture(data.train, 16)
+            mean = mean_image(data.train, 16)
             result = evaluate(
                 lambda images: mean.to(images.device).expand(len(images), -1, -1, -1).contiguous(),
                 data.test,
@@ -286,12 +288,12 @@ class _Audit:
                     self._failed(f"{layer}, {cell.defence}, {cell.decoder}", error)
 
     def _defences(
-        self, layer: str, encoder: nn.Module | None, wanted: Mapping[int, Sequence[Cell]]
+        self, layer: str, encoder: nn.Module | None, wanted: Mapping[int, Sequence[AuditCondition]]
     ) -> dict[str, Defence]:
-        """Every defence that can be, fitted on the first training pictures of whoever defends."""
+        """Every defence that can be, fitted on the first training images of whoever defends."""
         spec, device = self.subject.specs[layer], self.fabric.device
-        pictures, batch_size = self.subject.data.train, self.config.recipe.batch_size
-        maps = calibration(Sent(spec.source, [], encoder), pictures, device, batch_size)
+        images, batch_size = self.subject.data.train, self.config.recipe.batch_size
+        maps = calibration(DefendedFeatures(spec.source, [], encoder), images, device, batch_size)
         found: dict[str, Defence] = {}
         for text in self.config.defences:
             own = [cell for cells in wanted.values() for cell in cells if cell.defence == text]
@@ -361,7 +363,7 @@ class _Audit:
             return [no_cost(defence, str(error)) for defence in defences]
 
     @contextlib.contextmanager
-    def _recorded(self, cell: Cell, member: Member | None = None) -> Iterator[None]:
+    def _recorded(self, cell: AuditCondition, member: DecoderTrainer | None = None) -> Iterator[None]:
         """An error ends one cell and leaves the others alone."""
         try:
             yield
@@ -376,7 +378,7 @@ class _Audit:
         encoder: nn.Module | None,
         defences: dict[str, Defence],
         data: Data,
-        cells: Sequence[Cell],
+        cells: Sequence[AuditCondition],
     ) -> None:
         """Attack every defence on one pass or, where that fails, each on a pass of its own."""
         try:
@@ -399,13 +401,13 @@ class _Audit:
         encoder: nn.Module | None,
         defences: dict[str, Defence],
         data: Data,
-        cells: Sequence[Cell],
+        cells: Sequence[AuditCondition],
     ) -> None:
-        """Everyone with the same pictures, on one pass through the encoder."""
+        """Everyone with the same images, on one pass through the encoder."""
         names = list(defences)
         missing = [cell for cell in cells if not is_done(cell.run(self.root))]
         wanted = list(dict.fromkeys((cell.defence, cell.decoder) for cell in missing))
-        members: dict[Member, Cell] = {}
+        members: dict[DecoderTrainer, AuditCondition] = {}
         for defence, decoder in wanted:
             # Whoever refines decodes first: the decoder is that of the query attacker.
             cell = self._cell(layer, defence, decoder, data, "query")
@@ -423,8 +425,8 @@ class _Audit:
                 members[member] = cell
         if not members:
             return
-        sent = Sent(self.subject.specs[layer].source, list(defences.values()), encoder)
-        attack = Attack(
+        sent = DefendedFeatures(self.subject.specs[layer].source, list(defences.values()), encoder)
+        attack = AttackTrainer(
             sent,
             data,
             list(members),
@@ -442,7 +444,7 @@ class _Audit:
             if cell.access == "weights" and of:
                 self._refine(attack, of[0], cell)
 
-    def _train(self, attack: Attack, members: dict[Member, Cell]) -> None:
+    def _train(self, attack: AttackTrainer, members: dict[DecoderTrainer, AuditCondition]) -> None:
         """Train and measure the decoders of query attackers, but for those that are done."""
         fresh = []
         for member, cell in members.items():
@@ -463,7 +465,12 @@ class _Audit:
         if sound := [m for m in fresh if m.best and not m.failed]:
             self._measure(attack, sound, members)
 
-    def _measure(self, attack: Attack, which: list[Member], members: dict[Member, Cell]) -> None:
+    def _measure(
+        self,
+        attack: AttackTrainer,
+        which: list[DecoderTrainer],
+        members: dict[DecoderTrainer, AuditCondition],
+    ) -> None:
         """Measure attackers on one pass or, where that fails, each on a pass of its own."""
         attack.members = which
         try:
@@ -484,13 +491,13 @@ class _Audit:
             cell = members[member]
             with self._recorded(cell, member):
                 cell.save(
-                    self.root, result.rows, result.pictures, reconstructions, self._compared(layer),
+                    self.root, result.rows, result.images, reconstructions, self._compared(layer),
                     seconds=member.seconds, notes=member.notes, seen=self._seen(layer),
                 )  # fmt: skip
                 remove_checkpoints(cell.run(self.root))
 
-    def _refine(self, attack: Attack, member: Member, cell: Cell) -> None:
-        if not attack.encoders.defences[member.picks[0]].keeps_places:
+    def _refine(self, attack: AttackTrainer, member: DecoderTrainer, cell: AuditCondition) -> None:
+        if not attack.encoders.defences[member.feature_indices[0]].keeps_places:
             self._note(
                 f"{cell.layer}, {cell.defence}: not refined, since a shuffled order leaves nothing to compare "
                 "features with place by place; an attacker may find a way"
@@ -501,13 +508,13 @@ class _Audit:
         with self._recorded(cell):
             self._begin(cell)
             limits = self.config.attackers
-            rows, pictures, small, seconds = refined(
+            rows, images, small, seconds = refined(
                 attack, member, self.metrics,
-                pictures=limits.refine_pictures, steps=limits.refine_steps, keep=self.keep,
+                images=limits.refine_images, steps=limits.refine_steps, keep=self.keep,
                 box=self._box(cell.layer), progress=self.progress,
             )  # fmt: skip
             notes = [f"decoded by {cell.decoder}, then refined for {limits.refine_steps} steps"]
             cell.save(
-                self.root, rows, pictures, small, self._compared(cell.layer),
+                self.root, rows, images, small, self._compared(cell.layer),
                 seconds=seconds, notes=notes, seen=self._seen(cell.layer),
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is audited: a timm model, an own network, or a store; with its pictures and the attacker's."""
+"""What is audited: a timm model, an own network, or a store; with its images and the attacker's."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from afterimage.models.encoders.providers.timm import resolve_model
 from afterimage.runtime.progress import Progress, silent
 
 NO_AUGMENTATION = (
-    "attackers train without random crops and flips, since stored features belong to whole pictures"
+    "attackers train without random crops and flips, since stored features belong to whole images"
 )
 
 
 @dataclass
-class Subject:
-    """`data` holds the test pictures and what a defence is fitted on; `pool` is what an attacker may own.
+class AuditTarget:
+    """`data` holds the test images and what a defence is fitted on; `pool` is what an attacker may own.
 
     `weights` is empty for a store, which has no encoder.
     """
@@ -55,8 +55,10 @@ class Subject:
         return _encoder(self.config, self.network, [layer])
 
 
-def open_subject(config: AuditConfig, *, cache: Path | None = None, progress: Progress = silent) -> Subject:
-    """Find the network and its weights, or the store, and all pictures. Raises AfterimageError for any that fails.
+def open_subject(
+    config: AuditConfig, *, cache: Path | None = None, progress: Progress = silent
+) -> AuditTarget:
+    """Find the network and its weights, or the store, and all images. Raises AfterimageError for any that fails.
 
     A layer that cannot be read is left out, and is among the `failures`; what the first raises is raised where none
     can.
@@ -88,11 +90,11 @@ def open_subject(config: AuditConfig, *, cache: Path | None = None, progress: Pr
         which = f"{encoder.weights.label.upper()} weights ({RANDOM_WEIGHTS[encoder.weights.label]})"
         notes.append(f"{which}: nothing here says anything about a trained network")
     if config.encoder and config.mean == (0.0, 0.0, 0.0) and config.std == (1.0, 1.0, 1.0):
-        notes.append("pictures reach the network as they are, in [0, 1]: no --mean and --std were given")
+        notes.append("images reach the network as they are, in [0, 1]: no --mean and --std were given")
     size = (config.data.crop, config.data.crop)
     specs = dict(zip(layers, encoder.specs, strict=True))
     weights = encoder.weights.as_dict()
-    return Subject(config, encoder.model_name, specs, weights, size, data, pool, notes, network, failures)
+    return AuditTarget(config, encoder.model_name, specs, weights, size, data, pool, notes, network, failures)
 
 
 def _encoder(config: AuditConfig, network: nn.Module | None, layers: list[str]) -> Encoder | CustomEncoder:
@@ -111,7 +113,7 @@ def _encoder(config: AuditConfig, network: nn.Module | None, layers: list[str]) 
     )
 
 
-def _store(config: AuditConfig) -> Subject:
+def _store(config: AuditConfig) -> AuditTarget:
     store = load_pairs(config.pairs, test_fraction=config.test_fraction, seed=config.data.split_seed)
     layers = config.layers or tuple(store.specs)
     specs = {layer: store.specs[layer] for layer in layers if layer in store.specs}
@@ -124,6 +126,6 @@ def _store(config: AuditConfig) -> Subject:
         raise failures[layers[0]]
     name = shown(Path(local_path(config.pairs)).name)
     notes = [*store.notes, NO_AUGMENTATION]
-    return Subject(
+    return AuditTarget(
         config, name, specs, {}, store.image_size, store.data, store.data, notes, failures=failures
     )

@@ -1,6 +1,6 @@
 """What a defence costs: does the network still come to its own conclusion, and how many bytes are sent?
 
-The whole network runs on the picture; a hook puts the defended features in the place of the layer's output, so that
+The whole network runs on the image; a hook puts the defended features in the place of the layer's output, so that
 any network goes on from any layer.
 """
 
@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_map_only
 
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.config import AfterimageError
-from afterimage.data.images import Pictures
+from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import interval_dict, mean_interval, share_interval
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.module_encoder import CustomEncoder, Place
+from afterimage.models.encoders.module_encoder import CustomEncoder, LayerOutput
 from afterimage.models.encoders.providers.timm import create_loaded, create_random, pretrained_config
 from afterimage.models.encoders.tensor_layout import Layout, field_names, has_fields, reorder, step_into
 from afterimage.models.encoders.tracing import trace
@@ -68,7 +68,7 @@ class Network:
             handle.remove()
 
     def bypassed(self, images: Tensor) -> bool:
-        """Whether something of the picture reaches the end around the layer: other pictures, same layer output."""
+        """Whether something of the image reaches the end around the layer: other images, same layer output."""
         kept: list[Any] = []
         handle = self.module.register_forward_hook(
             lambda module, args, output: kept.append(tree_map_only(Tensor, torch.clone, output))
@@ -85,7 +85,7 @@ def whole_network(encoder: nn.Module, layer: str, prediction: str = "auto") -> N
     Raises `Unavailable` where its weights hold no later layers, or where it has no one final output.
     """
     if isinstance(encoder, CustomEncoder):
-        place: Place = encoder.places[0]
+        place: LayerOutput = encoder.places[0]
         kind = "classes" if prediction == "classes" else "embedding"
         return Network(encoder.run, encoder.model.get_submodule(place.module), place.layout, kind)
     name = encoder.model_name
@@ -135,7 +135,7 @@ def _timm(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
 def measure_cost(
     network: Network,
     defences: Sequence[Defence],
-    pictures: Pictures,
+    image_set: ImageSet,
     *,
     batch_size: int = 8,
     seed: int = 0,
@@ -144,27 +144,27 @@ def measure_cost(
 ) -> list[dict[str, Any]]:
     """For each defence: `{"kind", "score", "cosine", "bytes", "plain_bytes", "prefix_bytes", "notes"}`.
 
-    `score` is the share_interval of test pictures with the same top-1 class, or the mean cosine of embeddings, with its 95 %
-    interval; `bytes` are one picture's, features and prefix tokens, without entropy coding.
+    `score` is the share_interval of test images with the same top-1 class, or the mean cosine of embeddings, with its 95 %
+    interval; `bytes` are one image's, features and prefix tokens, without entropy coding.
     """
     same: list[list[bool]] = [[] for _ in defences]
     cosines: list[list[float]] = [[] for _ in defences]
     for defence in defences:
         defence.reseed(seed)
-    for start in range(0, len(pictures), batch_size):
-        images = pictures.crops(range(start, min(len(pictures), start + batch_size)), device=device)
+    for start in range(0, len(image_set), batch_size):
+        images = image_set.crops(range(start, min(len(image_set), start + batch_size)), device=device)
         plain = network(images)
         for i, defence in enumerate(defences):
             defended = network(images, lambda maps, defence=defence: defence([maps])[0])
             same[i] += (plain.argmax(1) == defended.argmax(1)).tolist()
             cosines[i] += nn.functional.cosine_similarity(plain, defended, dim=1).tolist()
-        progress("measuring what defences cost", start + len(images), len(pictures))
+        progress("measuring what defences cost", start + len(images), len(image_set))
     notes = []
     if network.prefix:
         notes.append(
             f"{network.prefix} prefix tokens go on beside the map: they are counted, but neither defended nor attacked"
         )
-    if network.bypassed(pictures.crops(range(min(2, len(pictures))), device=device)):
+    if network.bypassed(image_set.crops(range(min(2, len(image_set))), device=device)):
         notes.append(
             "more than this layer's output reaches the end of the network; the rest goes on undefended"
         )
@@ -220,7 +220,7 @@ def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
 
 
 def _final(output: Any) -> Tensor:
-    """The one vector a picture that a network returns."""
+    """The one vector an image that a network returns."""
     while isinstance(output, Mapping | list | tuple) or has_fields(output):
         if has_fields(output) and not isinstance(output, Mapping):
             values = [getattr(output, name) for name in field_names(output)]
@@ -233,5 +233,5 @@ def _final(output: Any) -> Tensor:
             raise Unavailable("the network returns nothing")
         output = values[0]
     if not isinstance(output, Tensor) or output.ndim < 2:
-        raise Unavailable(f"the network returns {type(output).__name__}, not a vector a picture")
+        raise Unavailable(f"the network returns {type(output).__name__}, not a vector an image")
     return output.flatten(1).float()

@@ -1,4 +1,4 @@
-"""An attacker with the weights: decode, then change each picture until its features are those that were sent."""
+"""An attacker with the weights: decode, then change each image until its features are those that were sent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afterimage.analysis.audit.attackers import Attack
+from afterimage.analysis.audit.attackers import AttackTrainer
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.audit.reidentification import Compared, compared, joined
 from afterimage.analysis.inversion.invert import invert
@@ -18,30 +18,30 @@ from afterimage.config.inversion import InvertConfig
 from afterimage.evaluation.evaluate import Box, score_rows, to_uint8
 from afterimage.evaluation.metrics import Metrics
 from afterimage.runtime.progress import Progress, silent
-from afterimage.training.decoder_trainer import Member
+from afterimage.training.decoder_trainer import DecoderTrainer
 
 BATCH = 4
 
 
 def refined(
-    attack: Attack,
-    member: Member,
+    attack: AttackTrainer,
+    member: DecoderTrainer,
     metrics: Metrics,
     *,
-    pictures: int,
+    image_set: int,
     steps: int,
     keep: int,
     box: Box | None = None,
     progress: Progress = silent,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Compared, float]:
-    """The first test pictures, decoded by `member` and refined by `invert` for `steps` steps each.
+    """The first test images, decoded by `member` and refined by `invert` for `steps` steps each.
 
-    What the decoder lacks is learnt from up to `HELD_OUT` pictures that the attacker validates on. The objective sees
+    What the decoder lacks is learnt from up to `HELD_OUT` images that the attacker validates on. The objective sees
     the defence without its noise, which the attacker does not know. Returns rows as `evaluate` does, the first `keep`
-    pictures, all reconstructions as they are compared, and the seconds taken; scores and what is compared also for
-    the part of the pictures in a box, which is what is seen.
+    images, all reconstructions as they are compared, and the seconds taken; scores and what is compared also for
+    the part of the images in a box, which is what is seen.
     """
-    defence: Defence = attack.encoders.defences[member.picks[0]]
+    defence: Defence = attack.encoders.defences[member.feature_indices[0]]
     encoder, test, started = attack.encoders.encoder, attack.data.test, time.monotonic()
 
     def features_of(images: Tensor) -> list[Tensor]:
@@ -52,14 +52,14 @@ def refined(
     rows: list[dict[str, Any]] = []
     kept: list[tuple[str, Any, Any]] = []
     small: list[Compared] = []
-    wanted = min(pictures, len(test))
+    wanted = min(image_set, len(test))
     for sent, images in attack.batches(test):
         for start in range(0, min(len(images), wanted - len(rows)), BATCH):
             part = slice(start, min(start + BATCH, start + wanted - len(rows), len(images)))
             targets, originals = [maps[part].clone() for maps in sent], images[part]
             found = invert(
                 features_of,
-                member.pick(targets),
+                member.select_features(targets),
                 tuple(images.shape[-2:]),
                 start=member.reconstruct(targets).clone(),
                 method=InvertConfig(steps=steps),
@@ -70,15 +70,15 @@ def refined(
             rows += score_rows(ids, originals, [found], metrics, [box])[0]
             kept += zip(ids, to_uint8(originals), to_uint8(found), strict=True)
             small.append(compared(found, box))
-            progress(f"refining {attack.encoders.sources[member.picks[0]]}", len(rows), wanted)
+            progress(f"refining {attack.encoders.sources[member.feature_indices[0]]}", len(rows), wanted)
         if len(rows) == wanted:
             break
     return rows, kept[:keep], joined(small), time.monotonic() - started
 
 
 @torch.no_grad()
-def _errors(attack: Attack, member: Member) -> Iterator[Tensor]:
-    """Of the decoder, on pictures of the attacker's own that it was not fitted on."""
+def _errors(attack: AttackTrainer, member: DecoderTrainer) -> Iterator[Tensor]:
+    """Of the decoder, on images of the attacker's own that it was not fitted on."""
     own = attack.data.validation
     for sent, images in attack.batches(own, torch.arange(min(HELD_OUT, len(own)))):
         yield images - member.reconstruct(sent)

@@ -62,7 +62,7 @@ def cross_spectrum(a: Planes, b: Planes) -> Float[Tensor, "batch planes bands"]:
 
     Hann windows in both directions and no mean, so that borders do not leak; scaled so that white noise has its
     variance in every band. With `a` and `b` the same it is the radially averaged power spectrum. Bands that no
-    frequency of so small a picture falls into are NaN.
+    frequency of so small an image falls into are NaN.
     """
     height, width = a.shape[-2:]
     window = torch.outer(_hann(height), _hann(width)).to(a)
@@ -86,8 +86,8 @@ def _hann(length: int) -> Tensor:
     return torch.hann_window(length + 1, periodic=False, dtype=torch.float64)[:-1]
 
 
-class Lost:
-    """Adds up what reconstructions have lost of their pictures, batch by batch."""
+class ErrorBreakdown:
+    """Adds up what reconstructions have lost of their images, batch by batch."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ class Lost:
         self._place: Tensor | float = 0.0
 
     def add(self, ids: list[str], images: Images, outputs: Images) -> None:
-        """Take in reconstructions `(B, 3, H, W)` of pictures, both in [0, 1]."""
+        """Take in reconstructions `(B, 3, H, W)` of images, both in [0, 1]."""
         images, outputs = images.double(), outputs.double()
         planes, rebuilt = ycbcr(images), ycbcr(outputs)
         error = (rebuilt - planes).square()
@@ -120,17 +120,17 @@ class Lost:
         self._place = self._place + F.adaptive_avg_pool2d(squared, size).sum(0).cpu()
 
     def result(self) -> dict[str, Any]:
-        """What `lost.json` holds: sums over pictures divided by their number, as plain JSON values.
+        """What `error_breakdown.json` holds: sums over images divided by their number, as plain JSON values.
 
-        `spectra` gives for luma and for chroma (Cb and Cr added) the power of the picture, of the reconstruction,
+        `spectra` gives for luma and for chroma (Cb and Cr added) the power of the image, of the reconstruction,
         of what they share (`shared`, the real cross-spectrum) and of the error, band by band.
         """
         count = len(self.rows)
         spectra = self._spectra / count
-        names = ("picture", "reconstruction", "shared", "error")
+        names = ("image", "reconstruction", "shared", "error")
         groups = {"luma": spectra[:, 0], "chroma": spectra[:, 1:].sum(1)}
         return {
-            "pictures": count,
+            "images": count,
             "frequencies": frequencies(),
             "spectra": {g: dict(zip(names, map(_numbers, s), strict=True)) for g, s in groups.items()},
             "planes": {

@@ -1,4 +1,4 @@
-"""Features that are not the picture's own: what a trained decoder makes of them is its prior."""
+"""Features that are not the image's own: what a trained decoder makes of them is its prior."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.data.images import Pictures
-from afterimage.models.reconstructor import Encoders
+from afterimage.data.images import ImageSet
+from afterimage.models.reconstructor import MultiEncoder
 
-SAMPLE_PICTURES = 64
+SAMPLE_IMAGES = 64
 SAMPLE_VALUES = 20_000
 """Values a channel that its mean, range and levels are taken from."""
 
@@ -19,7 +19,7 @@ Maps = Sequence[Float[Tensor, "batch _ _ _"]]
 
 
 def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
-    """Every map with its locations in random order, a different one for each picture; channels stay together."""
+    """Every map with its locations in random order, a different one for each image; channels stay together."""
     shuffled = []
     for maps in features:
         rows = maps.flatten(2)
@@ -30,7 +30,7 @@ def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
 
 
 def level(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[Tensor]:
-    """Every channel at one value everywhere: the same features for every picture."""
+    """Every channel at one value everywhere: the same features for every image."""
     return [
         mean.to(maps.device)[None, :, None, None].expand_as(maps).contiguous()
         for maps, mean in zip(features, means, strict=True)
@@ -38,7 +38,7 @@ def level(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[T
 
 
 def distance(features: Maps, others: Maps) -> Float[Tensor, " batch"]:
-    """`||others - features|| / ||features||`, one value a picture; the mean over maps where there are several."""
+    """`||others - features|| / ||features||`, one value an image; the mean over maps where there are several."""
     ratios = []
     for own, other in zip(features, others, strict=True):
         norm = own.flatten(1).norm(dim=1).clamp_min(1e-12)  # features that are all zero are 0 from themselves
@@ -48,14 +48,14 @@ def distance(features: Maps, others: Maps) -> Float[Tensor, " batch"]:
 
 @torch.no_grad()
 def sample(
-    encoders: Encoders, pictures: Pictures, *, device: torch.device | str = "cpu", batch_size: int = 8
+    encoders: MultiEncoder, images: ImageSet, *, device: torch.device | str = "cpu", batch_size: int = 8
 ) -> list[Float[Tensor, "channels values"]]:
-    """Features at random locations of the first pictures, one table `(C, n)` a source, the same on every call."""
-    count = min(len(pictures), SAMPLE_PICTURES)
+    """Features at random locations of the first images, one table `(C, n)` a source, the same on every call."""
+    count = min(len(images), SAMPLE_IMAGES)
     generator = torch.Generator().manual_seed(0)
     parts: list[list[Tensor]] = [[] for _ in encoders.sources]
     for indices in torch.arange(count).split(batch_size):
-        for part, maps in zip(parts, encoders(pictures.crops(indices, device=device)), strict=True):
+        for part, maps in zip(parts, encoders(images.crops(indices, device=device)), strict=True):
             rows = maps.flatten(2)
             for row in rows:
                 some = torch.randperm(rows.shape[2], generator=generator)[: -(-SAMPLE_VALUES // count)]

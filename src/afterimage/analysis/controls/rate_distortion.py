@@ -1,4 +1,4 @@
-"""Rate: features quantised and entropy-coded, and the same pictures as JPEG and WebP files."""
+"""Rate: features quantised and entropy-coded, and the same images as JPEG and WebP files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Symbols = UInt8[Tensor, "batch channels h w"]
 class Quantiser:
     """A uniform quantiser for each channel.
 
-    Each channel's range, from its 0.1 % to its 99.9 % quantile over training pictures, is cut into `2 ** bits`
+    Each channel's range, from its 0.1 % to its 99.9 % quantile over training images, is cut into `2 ** bits`
     cells of one width; what lies outside goes to the outermost. A symbol stands for the mean of the training
     features in its cell (the centroid condition of Lloyd, 1982), or for its middle where there are none.
     """
@@ -72,11 +72,11 @@ def _symbols(values: Tensor, low: Tensor, width: Tensor, count: int) -> Tensor:
 
 
 def coded_bytes(symbols: Symbols) -> list[int]:
-    """The size of each picture's symbols after bzip2 (Burrows and Wheeler, 1994), channel after channel.
+    """The size of each image's symbols after bzip2 (Burrows and Wheeler, 1994), channel after channel.
 
-    The quantiser's own tables, which all pictures share, are not counted.
+    The quantiser's own tables, which all images share, are not counted.
     """
-    return [len(bz2.compress(picture.cpu().numpy().tobytes(), 9)) for picture in symbols]
+    return [len(bz2.compress(image.cpu().numpy().tobytes(), 9)) for image in symbols]
 
 
 def histograms(symbols: Symbols, bits: int) -> Float[Tensor, "channels symbols"]:
@@ -99,7 +99,7 @@ def entropy(counts: Float[Tensor, "channels symbols"]) -> Float[Tensor, " channe
 def codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[str, Any]]:
     """JPEG (Huffman tables optimised, chroma at half size) and WebP at many qualities, whole files.
 
-    One row a codec and quality: mean bits a pixel and mean PSNR in dB against pictures in [0, 1]; the last row is
+    One row a codec and quality: mean bits a pixel and mean PSNR in dB against images in [0, 1]; the last row is
     lossless WebP, whose PSNR is None. Quality runs from 0 or 1 to 100.
     """
     settings = [("JPEG", {"quality": q, "optimize": True}) for q in JPEG]
@@ -108,13 +108,13 @@ def codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[st
     scores: list[list[float]] = [[] for _ in settings]
     exact: list[float] = []
     for images in batches:
-        pictures = [Image.fromarray(array) for array in to_uint8(images)]
+        image_set = [Image.fromarray(array) for array in to_uint8(images)]
         pixels = images.shape[-2] * images.shape[-1]
         for i, (kind, options) in enumerate(settings):
-            files = [_file(picture, kind, **options) for picture in pictures]
+            files = [_file(image, kind, **options) for image in image_set]
             sizes[i] += [8 * len(file) / pixels for file in files]
             scores[i] += psnr(_read(files).to(images.device), images).tolist()
-        exact += [8 * len(_file(picture, "WebP", lossless=True)) / pixels for picture in pictures]
+        exact += [8 * len(_file(image, "WebP", lossless=True)) / pixels for image in image_set]
     rows = [
         {"codec": kind, "quality": o["quality"], "bits_per_pixel": _mean(size), "psnr": _mean(score)}
         for (kind, o), size, score in zip(settings, sizes, scores, strict=True)
@@ -122,9 +122,9 @@ def codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[st
     return [*rows, {"codec": "lossless WebP", "quality": None, "bits_per_pixel": _mean(exact), "psnr": None}]
 
 
-def _file(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def _file(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -2,9 +2,9 @@
 
 They are files of the run folder, written whole and with a format number:
 
-controls.json, .csv   features of another picture, shuffled, mean and zero features; the re-encoded reconstruction
-lost.json, .csv       the error by frequency, luma and chroma, place and kind of region
-rate.json, .csv       features at 8 to 1 bits and their coded size, beside JPEG and WebP
+controls.json, .csv   features of another image, shuffled, mean and zero features; the re-encoded reconstruction
+error_breakdown.json, .csv       the error by frequency, luma and chroma, place and kind of region
+rate_distortion.json, .csv       features at 8 to 1 bits and their coded size, beside JPEG and WebP
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afterimage.analysis.controls.error_breakdown import Lost
-from afterimage.analysis.controls.feature_ablations import SAMPLE_PICTURES, distance, level, sample, shuffle
+from afterimage.analysis.controls.error_breakdown import ErrorBreakdown
+from afterimage.analysis.controls.feature_ablations import SAMPLE_IMAGES, distance, level, sample, shuffle
 from afterimage.analysis.controls.rate_distortion import (
     BITS,
     CODER,
@@ -32,7 +32,7 @@ from afterimage.analysis.controls.rate_distortion import (
 )
 from afterimage.config import AfterimageError, DataConfig, unknown
 from afterimage.data.dataset import load_data
-from afterimage.data.images import Data, Pictures
+from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.baselines import mean_colour
 from afterimage.evaluation.evaluate import SCORES, summarise
 from afterimage.evaluation.metrics import Metrics, psnr
@@ -62,9 +62,9 @@ def run_controls(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> list[AfterimageError]:
-    """Measure the controls of finished decoder runs on their own test pictures, into their folders.
+    """Measure the controls of finished decoder runs on their own test images, into their folders.
 
-    What is there already for the same decoder is kept, unless `again`. Reference lines and inversions are passed over.
+    What is there already for the same decoder is kept, unless `again`. Baselines and inversions are passed over.
     `lpips` is the network that each run was measured with by default. Returns one error for each run, or part of one,
     that could not be measured, whatever was raised; its traceback is in the run's folder, and the others go on. Raises
     `AfterimageError` for a part that is not one of `PARTS`.
@@ -109,7 +109,7 @@ def run_controls(
 
 
 class _Loaded:
-    """The pictures of one data configuration, and their JPEG and WebP curves, drawn once."""
+    """The images of one data configuration, and their JPEG and WebP curves, drawn once."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -150,10 +150,10 @@ def _measure(
     failed: Callable[[Exception, str], None],
 ) -> None:
     """Measure parts of the controls on one pass; `failed` is given what a part raises, and the others go on."""
-    data, pictures = loaded.data, loaded.data.test
-    if len(pictures) < 2:
+    data, image_set = loaded.data, loaded.data.test
+    if len(image_set) < 2:
         raise AfterimageError(
-            f"run {run.name}: controls need two test pictures or more, it has {len(pictures)}"
+            f"run {run.name}: controls need two test images or more, it has {len(image_set)}"
         )
     reconstructor = load_reconstructor(run, weights=weights).to(device)
     encoders, head = reconstructor.encoders, reconstructor.head
@@ -176,14 +176,14 @@ def _measure(
     for part in parts:
         with of_part(part):
             measures[part] = makers[part]()
-    for indices in torch.arange(len(pictures)).split(BATCH) if measures else ():
-        images, own, others = _with_next(encoders, pictures, indices, device)
-        ids = [pictures.ids[i] for i in indices.tolist()]
+    for indices in torch.arange(len(image_set)).split(BATCH) if measures else ():
+        images, own, others = _with_next(encoders, image_set, indices, device)
+        ids = [image_set.ids[i] for i in indices.tolist()]
         rebuilt = head(own)
         for part, measure in list(measures.items()):
             with of_part(part):
                 measure.add(ids, images, own, others, rebuilt)
-        progress(f"controls of {run.name}", int(indices[-1]) + 1, len(pictures))
+        progress(f"controls of {run.name}", int(indices[-1]) + 1, len(image_set))
     digest = _digest(run)
     for part, measure in list(measures.items()):
         with of_part(part):
@@ -193,17 +193,17 @@ def _measure(
 
 
 def _with_next(
-    encoders: Callable[[Tensor], list[Tensor]], pictures: Pictures, indices: Tensor, device: torch.device
+    encoders: Callable[[Tensor], list[Tensor]], image_set: ImageSet, indices: Tensor, device: torch.device
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """A batch of pictures, their features, and the features of the picture after each; the first follows the last."""
-    following = (indices[-1:] + 1) % len(pictures)
-    images = pictures.crops(torch.cat([indices, following]), device=device)
+    """A batch of images, their features, and the features of the image after each; the first follows the last."""
+    following = (indices[-1:] + 1) % len(image_set)
+    images = image_set.crops(torch.cat([indices, following]), device=device)
     features = encoders(images)
     return images[:-1], [f[:-1] for f in features], [f[1:] for f in features]
 
 
 class _Controls:
-    """Features that are not the picture's through its decoder, scored against the picture."""
+    """Features that are not the image's through its decoder, scored against the image."""
 
     def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], metrics: Metrics) -> None:
         self.encoders, self.head = reconstructor.encoders, reconstructor.head
@@ -237,7 +237,7 @@ class _Controls:
     def result(self) -> dict[str, Any]:
         names = ("own", *STAND_INS, "colour")
         return {
-            "pictures": len(self.rows),
+            "images": len(self.rows),
             "lpips": self.metrics.lpips_status,
             "controls": {
                 name: summarise([{m: row[f"{name}_{m}"] for m in SCORES} for row in self.rows])
@@ -250,7 +250,7 @@ class _Controls:
         }
 
 
-class _Losses(Lost):
+class _Losses(ErrorBreakdown):
     """What the reconstruction has lost."""
 
     def add(
@@ -272,7 +272,7 @@ class _Rates:
         self.head, self.curves = reconstructor.head, curves
         self.pixels = data.config.crop**2
         self.specs = reconstructor.encoders.specs
-        self.sampled = min(len(data.train), SAMPLE_PICTURES)
+        self.sampled = min(len(data.train), SAMPLE_IMAGES)
         self.quantisers = {bits: [Quantiser.fit(table, bits) for table in values] for bits in BITS}
         self.counts: dict[int, list[Tensor | float]] = {bits: [0.0] * len(values) for bits in BITS}
         self.rows: list[dict[str, Any]] = []
@@ -299,10 +299,10 @@ class _Rates:
 
     def result(self) -> dict[str, Any]:
         return {
-            "pictures": len({row["id"] for row in self.rows}),
+            "images": len({row["id"] for row in self.rows}),
             "coder": CODER,
             "range": [TAIL, 1 - TAIL],
-            "training_pictures": self.sampled,
+            "training_images": self.sampled,
             "points": [self._point(bits) for bits in (32, *BITS)],
             "codecs": self.curves(),
         }

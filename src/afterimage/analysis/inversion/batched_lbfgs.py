@@ -1,4 +1,4 @@
-"""L-BFGS for pictures that are evaluated in one batch and know nothing of each other."""
+"""L-BFGS for images that are evaluated in one batch and know nothing of each other."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SHORTEST = 1e-6
 
 
 class LBFGS:
-    """Limited-memory BFGS of one picture (Nocedal & Wright 2006, algorithm 7.4), as a dialogue.
+    """Limited-memory BFGS of one image (Nocedal & Wright 2006, algorithm 7.4), as a dialogue.
 
     Evaluate at `trial`, `tell` what came out, evaluate at the next `trial`. Steps backtrack with quadratic
     interpolation until the loss has fallen enough (Armijo, 1e-4). A pair without positive curvature is left out of
-    the memory. `torch.optim.LBFGS` would search along one line for the whole batch, and so let each picture
+    the memory. `torch.optim.LBFGS` would search along one line for the whole batch, and so let each image
     depend on its mates; here each searches along its own, and every pass serves all of them.
 
     The first step has a root mean square of `first` a parameter.

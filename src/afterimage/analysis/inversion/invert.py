@@ -1,4 +1,4 @@
-"""The loop: pictures whose features come as near as can be to those asked for."""
+"""The loop: images whose features come as near as can be to those asked for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from afterimage.models.reconstructor import Reconstructor
 from afterimage.runtime.progress import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
-Watch = Callable[["Look"], None]
+Watch = Callable[["Snapshot"], None]
 
 NOISE = 0.01
 """Standard deviation of what is added to a start, so that starts differ and grey has a gradient."""
@@ -31,8 +31,8 @@ FINAL = 0.02
 
 
 @dataclass(frozen=True)
-class Look:
-    """What `watch` sees after `step` passes and `seconds`: the best pictures so far and their feature distance."""
+class Snapshot:
+    """What `callback` sees after `step` passes and `seconds`: the best images so far and their feature distance."""
 
     step: int
     seconds: float
@@ -42,7 +42,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Inversion:
-    """Pictures in [0, 1], the best of each by its objective; `loss` is their relative feature distance.
+    """Images in [0, 1], the best of each by its objective; `loss` is their relative feature distance.
 
     `seconds` is what the whole batch took, all starts included.
     """
@@ -62,27 +62,27 @@ def invert(
     spectrum: Spectrum | None = None,
     seed: int = 0,
     progress: Progress = silent,
-    watch: Watch | None = None,
+    callback: Watch | None = None,
     milestones: Sequence[int] = (),
 ) -> Inversion:
-    """Search for pictures `(B, 3, *size)` whose features are `targets`, from `start` or from grey.
+    """Search for images `(B, 3, *size)` whose features are `targets`, from `start` or from grey.
 
     Args:
-        features_of: pictures, around [0, 1], to a list of feature maps, differentiable; each picture by itself.
-        targets: those feature maps of the pictures looked for, `(B, ...)` each.
-        start: pictures in [0, 1]; with several starts the first is taken as it is, the others with noise.
+        features_of: images, around [0, 1], to a list of feature maps, differentiable; each image by itself.
+        targets: those feature maps of the images looked for, `(B, ...)` each.
+        start: images in [0, 1]; with several starts the first is taken as it is, the others with noise.
         method: how; see `InvertConfig`.
         spectrum: what the start is expected to lack, for the method `fourier`; see `spectrum.error_spectrum`.
         watch: called before the first pass, and after as many passes as `milestones` name.
 
-    Values may leave [0, 1] on the way and are clamped in what is returned and shown; `loss` belongs to the picture
-    before the clamp. A picture's result does not depend on which others are in the batch, and is a function of
+    Values may leave [0, 1] on the way and are clamped in what is returned and shown; `loss` belongs to the image
+    before the clamp. An image's result does not depend on which others are in the batch, and is a function of
     `seed`. Raises `AfterimageError` where shapes do not fit or a loss is not finite.
     """
     config = method or InvertConfig()
     targets = list(targets)
     if not targets or len({len(target) for target in targets}) != 1:
-        raise AfterimageError("targets must be one feature map or more, all of the same number of pictures")
+        raise AfterimageError("targets must be one feature map or more, all of the same number of images")
     count, device = len(targets[0]), targets[0].device
     if start is not None and tuple(start.shape) != (count, 3, *size):
         raise AfterimageError(f"the start must have shape {(count, 3, *size)}, got {tuple(start.shape)}")
@@ -98,15 +98,15 @@ def invert(
     for step, (images, loss, distance) in enumerate(searching(form, objective, config, generator)):
         best.take(images, loss, distance, step)
         progress("inverting", step, config.steps, feature_distance=lambda: float(best.chosen()[1].mean()))
-        if watch is not None and (step == 0 or step in milestones or step == config.steps):
+        if callback is not None and (step == 0 or step in milestones or step == config.steps):
             paused = time.monotonic()
-            watch(Look(step, paused - started - watched, *best.chosen()))
+            callback(Snapshot(step, paused - started - watched, *best.chosen()))
             watched += time.monotonic() - paused
     return Inversion(*best.chosen(), time.monotonic() - started - watched)
 
 
 def _starts(start: Tensor | None, shape: tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
-    """All starts, `(count * B, 3, H, W)`, start by start; every picture gets the same noise."""
+    """All starts, `(count * B, 3, H, W)`, start by start; every image gets the same noise."""
     begin = torch.full(shape, GREY) if start is None else start.detach().cpu().float()
     noise = NOISE * torch.randn(count, 1, *shape[1:], generator=generator)
     if start is not None:
@@ -117,7 +117,7 @@ def _starts(start: Tensor | None, shape: tuple[int, ...], count: int, generator:
 def _adam(
     form: Parametrisation, objective: Objective, config: InvertConfig, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The start and then every step's pictures, losses and feature distances."""
+    """The start and then every step's images, losses and feature distances."""
     parameters = form.initial.requires_grad_()
     rate = config.learning_rate or form.learning_rate
     optimizer = torch.optim.Adam([parameters], rate, betas=(0.9, 0.99))
@@ -136,7 +136,7 @@ def _adam(
 def _lbfgs(
     form: Parametrisation, objective: Objective, config: InvertConfig, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The same for L-BFGS: each pass evaluates every picture at the place where its own search is."""
+    """The same for L-BFGS: each pass evaluates every image at the place where its own search is."""
     initial = form.initial
     searches = search_all(initial, first=config.learning_rate or form.learning_rate)
     for _ in range(config.steps + 1):
@@ -150,7 +150,7 @@ def _lbfgs(
 
 
 class _Best:
-    """The best picture of every start by the objective, and of every picture its best start by the features."""
+    """The best image of every start by the objective, and of every image its best start by the features."""
 
     def __init__(self, count: int, starts: int) -> None:
         self.count, self.starts = count, starts
@@ -174,7 +174,7 @@ class _Best:
             )
 
     def chosen(self) -> tuple[Tensor, Tensor]:
-        """`(images, feature distance)` of each picture's best start."""
+        """`(images, feature distance)` of each image's best start."""
         distance = self.distance.view(self.starts, self.count)
         pick = distance.argmin(0)
         images = self.images.view(self.starts, self.count, *self.images.shape[1:])
@@ -190,7 +190,7 @@ def refine(
     method: InvertConfig | None = None,
     **options: Any,
 ) -> Inversion:
-    """Encode `images`, decode them, and search on from there for pictures with the same features.
+    """Encode `images`, decode them, and search on from there for images with the same features.
 
     `steps` overrides the config's; other options are `invert`'s. The decoder's own time is not in `seconds`.
     """
@@ -205,7 +205,7 @@ def refine(
 
 @contextlib.contextmanager
 def differentiable(encoders: nn.Module) -> Iterator[Callable[[Images], Sequence[Tensor]]]:
-    """Inside the block, an `Encoder` or `Encoders` whose features can be differentiated by the pictures."""
+    """Inside the block, an `Encoder` or `MultiEncoder` whose features can be differentiated by the images."""
     with contextlib.ExitStack() as stack:
         for encoder in getattr(encoders, "encoders", [encoders]):
             stack.enter_context(encoder.gradients())

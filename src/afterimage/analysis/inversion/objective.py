@@ -1,4 +1,4 @@
-"""What is minimised: how far the picture's features are from those asked for, and what pictures look like."""
+"""What is minimised: how far the image's features are from those asked for, and what images look like."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from afterimage.config import AfterimageError
 from afterimage.config.inversion import InvertConfig
 
 Images = Float[Tensor, "batch 3 height width"]
-PerPicture = Float[Tensor, " batch"]
+PerImage = Float[Tensor, " batch"]
 FeaturesOf = Callable[[Images], Sequence[Tensor]]
 
 GREY, RANGE = 0.5, 0.5
-"""Pictures lie in `GREY` ± `RANGE`: the paper's mean picture and its B."""
+"""Images lie in `GREY` ± `RANGE`: the paper's mean image and its B."""
 STEP = 0.01
 """The paper's a: neighbouring pixels differ by about this share of the range."""
 
 
-def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerPicture:
-    """`|f - f0|^2 / |f0|^2` of each picture (Mahendran & Vedaldi 2015, section 3), the mean over layers."""
+def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerImage:
+    """`|f - f0|^2 / |f0|^2` of each image (Mahendran & Vedaldi 2015, section 3), the mean over layers."""
     distances = [
         (f - t).flatten(1).square().sum(1) / t.flatten(1).square().sum(1).clamp_min(1e-20)
         for f, t in zip(features, targets, strict=True)
@@ -30,17 +30,17 @@ def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> P
     return torch.stack(distances).mean(0)
 
 
-def alpha_norm(images: Images, alpha: float = 6.0) -> PerPicture:
-    """`sum |x / B|^alpha / (H W)` of pictures around grey: holds values to the range.
+def alpha_norm(images: Images, alpha: float = 6.0) -> PerImage:
+    """`sum |x / B|^alpha / (H W)` of images around grey: holds values to the range.
 
     Mahendran & Vedaldi 2015, `R_alpha = |x|_alpha^alpha` (section 3) at the weight that the paper proposes,
-    `sigma^alpha / (H W B^alpha)`; sigma cancels against the paper's pictures of unit norm.
+    `sigma^alpha / (H W B^alpha)`; sigma cancels against the paper's images of unit norm.
     """
     height, width = images.shape[-2:]
     return ((images - GREY) / RANGE).abs().pow(alpha).flatten(1).sum(1) / (height * width)
 
 
-def total_variation(images: Images, beta: float = 2.0) -> PerPicture:
+def total_variation(images: Images, beta: float = 2.0) -> PerImage:
     """`sum (dx^2 + dy^2)^(beta/2) / (H W (a B)^beta)`, forward differences, none across the border.
 
     Mahendran & Vedaldi 2015, equation 3 with the weight that goes with it, `sigma^beta / (H W (a B)^beta)`.
@@ -55,7 +55,7 @@ def total_variation(images: Images, beta: float = 2.0) -> PerPicture:
 
 
 class Objective:
-    """The loss of each picture, and how far its features alone are off: `(loss, distance)`, both `(B,)`.
+    """The loss of each image, and how far its features alone are off: `(loss, distance)`, both `(B,)`.
 
     Raises `AfterimageError` where targets and features differ in number or shape, or targets are not finite.
     """
@@ -67,7 +67,7 @@ class Objective:
             if not torch.isfinite(target).all():
                 raise AfterimageError(f"target {i + 1} holds values that are not finite")
 
-    def __call__(self, images: Images, shift: tuple[int, int] = (0, 0)) -> tuple[PerPicture, PerPicture]:
+    def __call__(self, images: Images, shift: tuple[int, int] = (0, 0)) -> tuple[PerImage, PerImage]:
         seen = images.roll(shift, (-2, -1)) if any(shift) else images
         features = list(self.features_of(seen))
         self._check(features)
@@ -83,5 +83,5 @@ class Objective:
         shapes = [[tuple(t.shape) for t in part] for part in (features, self.targets)]
         if shapes[0] != shapes[1]:
             raise AfterimageError(
-                f"the targets have shapes {shapes[1]}, the features of a picture {shapes[0]}"
+                f"the targets have shapes {shapes[1]}, the features of an image {shapes[0]}"
             )

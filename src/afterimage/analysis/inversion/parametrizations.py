@@ -1,4 +1,4 @@
-"""What stands for the pictures while they are searched for: a start, and a correction made of parameters."""
+"""What stands for the images while they are searched for: a start, and a correction made of parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 class Parametrisation(ABC):
-    """Pictures as `start + correction(parameters)`; `initial` is one row of parameters a picture.
+    """Images as `start + correction(parameters)`; `initial` is one row of parameters an image.
 
     At `initial` the correction is 0. Values may leave [0, 1] while they are searched for: with a clamp the gradient
     would be that of another objective, along which L-BFGS goes astray. They are clamped when the search has ended.
@@ -57,7 +57,7 @@ class Pixels(Parametrisation):
 class Fourier(Parametrisation):
     """Amplitudes of frequencies, each scaled by the root of what is expected of it, in decorrelated colours.
 
-    Without a `spectrum` natural pictures are expected: amplitudes of 1/f, as Olah, Mordvintsev & Schubert (2017),
+    Without a `spectrum` natural images are expected: amplitudes of 1/f, as Olah, Mordvintsev & Schubert (2017),
     "Feature Visualization", have them. With one (see `spectrum.error_spectrum`) it is the error that the start's
     decoder makes. Then the point that gradient steps or L-BFGS approach from 0 is, as far as the encoder is linear,
     the mean of a Gaussian posterior: what the features do not determine follows what they do as it usually does.
@@ -87,7 +87,7 @@ class Prior(Parametrisation):
     """The weights of an untrained hourglass with skips, fed fixed noise: a deep image prior.
 
     After Ulyanov, Vedaldi & Lempitsky (2018), smaller, and with its last layer at 0, so that it begins as no
-    correction at all. Every picture has weights of its own, all begin alike.
+    correction at all. Every image has weights of its own, all begin alike.
     """
 
     learning_rate = 0.003
@@ -147,10 +147,10 @@ PARAMETRISATIONS = {"pixels": Pixels, "fourier": Fourier, "prior": Prior}
 Spectrum = Float[Tensor, "radii 3 3"]
 
 HELD_OUT = 32
-"""Validation pictures from which a decoder's errors are learnt."""
+"""Validation images from which a decoder's errors are learnt."""
 
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.0, -0.05), (0.27, -0.09, 0.03))
-"""Root of the colour covariance of natural pictures: lightness, red-blue, green-purple (Lucid, Olah et al. 2017)."""
+"""Root of the colour covariance of natural images: lightness, red-blue, green-purple (Lucid, Olah et al. 2017)."""
 
 
 def radii(size: tuple[int, int]) -> Int[Tensor, "height half"]:
@@ -161,18 +161,18 @@ def radii(size: tuple[int, int]) -> Int[Tensor, "height half"]:
 
 
 def natural_spectrum(size: tuple[int, int]) -> Spectrum:
-    """Roots of the covariance of colours by radius, for pictures in general: amplitudes fall with 1/f."""
+    """Roots of the covariance of colours by radius, for images in general: amplitudes fall with 1/f."""
     amplitude = 1 / torch.arange(int(radii(size).max()) + 1).clamp_min(1)
     return amplitude[:, None, None] * torch.tensor(COLOURS)
 
 
 @torch.no_grad()
 def error_spectrum(errors: Iterable[Float[Tensor, "_ 3 height width"]]) -> Spectrum:
-    """The same for what a decoder lacks of pictures that it was not fitted on: original less output.
+    """The same for what a decoder lacks of images that it was not fitted on: original less output.
 
-    `errors` are batches `(B, 3, H, W)`, of any number of pictures each. The covariance of red, green and blue at each
-    frequency is averaged over pictures and over frequencies of one radius; returned are its symmetric roots. Raises
-    `AfterimageError` where there are no pictures.
+    `errors` are batches `(B, 3, H, W)`, of any number of images each. The covariance of red, green and blue at each
+    frequency is averaged over images and over frequencies of one radius; returned are its symmetric roots. Raises
+    `AfterimageError` where there are no images.
     """
     total, count = None, 0
     for error in errors:
@@ -180,7 +180,7 @@ def error_spectrum(errors: Iterable[Float[Tensor, "_ 3 height width"]]) -> Spect
         covariance = _by_radius(bands, tuple(error.shape[-2:]))
         total, count = covariance if total is None else total + covariance, count + len(error)
     if total is None:
-        raise AfterimageError("there are no pictures to learn the decoder's errors from")
+        raise AfterimageError("there are no images to learn the decoder's errors from")
     values, vectors = torch.linalg.eigh(total / count)
     roots = values.clamp_min(1e-8 * float(values.max())).sqrt()
     return (vectors * roots[:, None]) @ vectors.mT

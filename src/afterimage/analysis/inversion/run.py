@@ -1,4 +1,4 @@
-"""The pictures that are to be inverted: test pictures of a source, or files of one's own."""
+"""The images that are to be inverted: test images of a source, or files of one's own."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from afterimage.analysis.inversion.invert import Inversion, Look, differentiable, invert, refine
+from afterimage.analysis.inversion.invert import Inversion, Snapshot, differentiable, invert, refine
 from afterimage.analysis.inversion.parametrizations import HELD_OUT, error_spectrum
 from afterimage.config import AfterimageError, DataConfig, shown
 from afterimage.config.inversion import InversionConfig, InvertConfig
-from afterimage.data.dataset import file_notes, load_data, prepare_picture
-from afterimage.data.images import Pictures
+from afterimage.data.dataset import file_notes, load_data, prepare_image
+from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics, psnr
-from afterimage.models.reconstructor import Encoders, Reconstructor
+from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.environment import environment
 from afterimage.runs.files import sha256, write_atomic, write_csv, write_image
@@ -34,39 +34,41 @@ from afterimage.training.checkpoint import load_reconstructor, load_tensors, pla
 
 
 @dataclass(frozen=True)
-class Given:
-    """Pictures, what a summary says of them, and those that a decoder's errors may be learnt from (None: no such)."""
+class InversionInputs:
+    """Images, what a summary says of them, and those that a decoder's errors may be learnt from (None: no such)."""
 
-    pictures: Pictures
+    images: ImageSet
     config: DataConfig
     facts: dict[str, Any]
     notes: tuple[str, ...] = ()
-    validation: Pictures | None = None
+    validation: ImageSet | None = None
 
 
-def from_data(config: DataConfig, *, cache: Path | None = None, progress: Progress = silent) -> Given:
-    """The test pictures of a data configuration; raises as `load_data` does."""
+def from_data(
+    config: DataConfig, *, cache: Path | None = None, progress: Progress = silent
+) -> InversionInputs:
+    """The test images of a data configuration; raises as `load_data` does."""
     data = load_data(config, cache=cache, progress=progress)
-    return Given(data.test, config, data.describe(), data.notes, data.validation)
+    return InversionInputs(data.test, config, data.describe(), data.notes, data.validation)
 
 
-def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> Given:
-    """Picture files, prepared as test pictures are: shorter side to `resize`, centre crop.
+def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> InversionInputs:
+    """Image files, prepared as test images are: shorter side to `resize`, centre crop.
 
-    Raises `AfterimageError` that names the file where one is no picture, or is given twice.
+    Raises `AfterimageError` that names the file where one is no image, or is given twice.
     """
     names = [shown(path) for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
         raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
-    crops = torch.cat([prepare_picture(path, resize, crop) for path in paths])
+    crops = torch.cat([prepare_image(path, resize, crop) for path in paths])
     digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
     config = DataConfig(source="files:" + digest[:16], resize=resize, crop=crop)
     facts = {"source": "files", "test": "", "digest": digest, "test_digest": digest}
-    facts |= {"test_pictures": len(paths), "resize": resize, "crop": crop}
-    return Given(_Files(names, crops), config, facts, tuple(file_notes(paths, resize)))
+    facts |= {"test_images": len(paths), "resize": resize, "crop": crop}
+    return InversionInputs(_Files(names, crops), config, facts, tuple(file_notes(paths, resize)))
 
 
-class _Files(Pictures):
+class _Files(ImageSet):
     """Crops that are held in memory, `(N, 3, crop, crop)` in [0, 1]."""
 
     def __init__(self, ids: Sequence[str], crops: Tensor) -> None:
@@ -83,7 +85,7 @@ Curve = list[dict[str, Any]]
 
 
 class Batches:
-    """Files in `folder`, one a batch; `made_for` says of what they are, besides their pictures.
+    """Files in `folder`, one a batch; `made_for` says of what they are, besides their images.
 
     One that was made for anything else, or is damaged, is as if it were not there.
     """
@@ -92,7 +94,7 @@ class Batches:
         self.folder, self.made_for = folder, json.dumps([made_for, torch.__version__], sort_keys=True)
 
     def load(self, first: int, images: Tensor) -> tuple[Inversion, Curve] | None:
-        """What the batch whose first picture has the number `first` came to, and its curve."""
+        """What the batch whose first image has the number `first` came to, and its curve."""
         try:
             tensors, metadata = load_tensors(self._path(first))
             if metadata["key"] != self._key(images):
@@ -135,17 +137,17 @@ def curve_steps(steps: int) -> list[int]:
 
 @dataclass
 class Measured:
-    """What one way of inverting came to: rows and curve by picture, seconds a picture without the measuring."""
+    """What one way of inverting came to: rows and curve by image, seconds an image without the measuring."""
 
     rows: list[dict[str, Any]]
-    pictures: list[tuple[str, Any, Any]]
+    images: list[tuple[str, Any, Any]]
     seconds: float
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
 def measure(
     search: Callable[..., Inversion],
-    pictures: Pictures,
+    image_set: ImageSet,
     metrics: Metrics,
     steps: int,
     *,
@@ -155,9 +157,9 @@ def measure(
     snapshot: Callable[[Images], None] | None = None,
     batches: Batches | None = None,
 ) -> Measured:
-    """Run `search(images, watch=..., milestones=...)` over pictures; score what it returns and its way there.
+    """Run `search(images, callback=..., milestones=...)` over images; score what it returns and its way there.
 
-    `snapshot` is given the pictures so far at every milestone. Finished batches are kept in `batches`, and taken
+    `snapshot` is given the images so far at every milestone. Finished batches are kept in `batches`, and taken
     from there where they are.
     """
     curve: list[dict[str, Any]] = []
@@ -169,12 +171,12 @@ def measure(
         nonlocal seconds
         first, own = len(losses), []
 
-        def watch(look: Look) -> None:
+        def callback(look: Snapshot) -> None:
             values = zip(psnr(look.images, images).tolist(), look.loss.tolist(), strict=True)
             for i, (value, loss) in enumerate(values):
                 own.append(
                     {
-                        "id": pictures.ids[first + i],
+                        "id": image_set.ids[first + i],
                         "step": look.step,
                         "seconds": look.seconds / len(images),
                         "psnr": value,
@@ -188,7 +190,7 @@ def measure(
         if found is None:
             # The evaluation around this is without gradients.
             with torch.inference_mode(False), torch.enable_grad():
-                result = search(images.clone(), watch=watch, milestones=points, progress=progress)
+                result = search(images.clone(), callback=callback, milestones=points, progress=progress)
             if batches:
                 batches.save(first, images, result, own)
         else:
@@ -201,22 +203,22 @@ def measure(
 
     rows, kept = evaluate(
         reconstruct,
-        pictures,
+        image_set,
         metrics,
         batch_size=batch_size,
         device=device,
         progress=progress,
-        keep=len(pictures),
+        keep=len(image_set),
     )
     rows = [row | {"feature_loss": loss} for row, loss in zip(rows, losses, strict=True)]
-    return Measured(rows, kept, seconds / len(pictures), curve)
+    return Measured(rows, kept, seconds / len(image_set), curve)
 
 
 def invert_run(
     run: Run,
     root: Path,
     method: InvertConfig,
-    given: Given,
+    given: InversionInputs,
     *,
     plain: bool = True,
     weights: str | None = None,
@@ -225,11 +227,11 @@ def invert_run(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> list[Run]:
-    """Refine what a finished run's decoder makes of pictures, and with `plain` invert the same from grey too.
+    """Refine what a finished run's decoder makes of images, and with `plain` invert the same from grey too.
 
     Each becomes a run folder below `root` (see `save_inversion`); one that is done is not made again. Where the method is
-    `fourier` and there are validation pictures, the decoder's errors are learnt from the first `HELD_OUT` of them.
-    Plain inversion knows no pictures and no decoder. `lpips` is by default the network that the run was measured with.
+    `fourier` and there are validation images, the decoder's errors are learnt from the first `HELD_OUT` of them.
+    Plain inversion knows no images and no decoder. `lpips` is by default the network that the run was measured with.
     Raises `AfterimageError` as `load_reconstructor` and `invert` do.
     """
     sources, where = run.config.sources, weights or run.config.weights
@@ -252,11 +254,11 @@ def invert_run(
             return refine(reconstructor, images, method=method, spectrum=spectrum, seed=seed, **more)
 
         started = time.monotonic()
-        alone = evaluate(reconstructor, given.pictures, metrics, batch_size=BATCH, device=device)
+        alone = evaluate(reconstructor, given.images, metrics, batch_size=BATCH, device=device)
         # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
         alone = {
             "scores": summarise(alone.rows),
-            "seconds": (time.monotonic() - started) / len(given.pictures),
+            "seconds": (time.monotonic() - started) / len(given.images),
         }
         facts = describe(reconstructor.encoders, sources, method, run) | {"decoder_alone": alone}
         _make(made["refined"], search, given, method, facts, note, **options)
@@ -266,33 +268,37 @@ def invert_run(
 
 
 def invert_sources(
-    folder: Run, encoders: Encoders, method: InvertConfig, given: Given, *, seed: int, **options: Any
+    folder: Run,
+    encoders: MultiEncoder,
+    method: InvertConfig,
+    given: InversionInputs,
+    *,
+    seed: int,
+    **options: Any,
 ) -> None:
-    """Invert pictures from grey through all sources of `encoders` at once, into a run folder."""
+    """Invert images from grey through all sources of `encoders` at once, into a run folder."""
     facts = describe(encoders, encoders.sources, method, None)
     _make(folder, plain_search(encoders, method, seed), given, method, facts, [], seed=seed, **options)
 
 
 def _spectrum(
-    reconstructor: Reconstructor, method: InvertConfig, given: Given, device: str
+    reconstructor: Reconstructor, method: InvertConfig, given: InversionInputs, device: str
 ) -> tuple[Tensor | None, list[str]]:
     if method.method != "fourier":
         return None, []
     if given.validation is None:
-        return None, [
-            "the spectrum of natural pictures stands for the decoder's errors: no validation pictures"
-        ]
+        return None, ["the spectrum of natural images stands for the decoder's errors: no validation images"]
     count = min(HELD_OUT, len(given.validation))
     batches = (given.validation.crops(batch, device=device) for batch in torch.arange(count).split(BATCH))
     errors = (images - reconstructor(images) for images in batches)
-    note = f"the spectrum of the decoder's errors is learnt from {count} validation pictures"
+    note = f"the spectrum of the decoder's errors is learnt from {count} validation images"
     return error_spectrum(errors), [note]
 
 
 def _make(
     folder: Run,
     search: Callable[..., Inversion],
-    given: Given,
+    given: InversionInputs,
     method: InvertConfig,
     facts: dict[str, Any],
     notes: Sequence[str],
@@ -309,7 +315,7 @@ def _make(
     batches = Batches(folder.path, made_for)
     measured = measure(
         search,
-        given.pictures,
+        given.images,
         metrics,
         method.steps,
         device=device,
@@ -322,7 +328,7 @@ def _make(
     batches.clear()
 
 
-def plain_search(encoders: Encoders, method: InvertConfig, seed: int) -> Callable[..., Inversion]:
+def plain_search(encoders: MultiEncoder, method: InvertConfig, seed: int) -> Callable[..., Inversion]:
     """Inversion from grey, as `measure` takes it."""
 
     def search(images: Images, **options: Any) -> Inversion:
@@ -335,7 +341,7 @@ def plain_search(encoders: Encoders, method: InvertConfig, seed: int) -> Callabl
 
 
 def describe(
-    encoders: Encoders, sources: Sequence[str], method: InvertConfig, start: Run | None
+    encoders: MultiEncoder, sources: Sequence[str], method: InvertConfig, start: Run | None
 ) -> dict[str, Any]:
     """What an inversion's summary says of how it was made; it trains nothing and has no parameters."""
     name = f"{start.config.decoder.name} + refined" if start else "inversion"
@@ -357,13 +363,15 @@ def describe(
     }
 
 
-def save_inversion(run: Run, facts: dict[str, Any], measured: Measured, notes: Sequence[str], device: str) -> None:
-    """Write an inversion's folder: as any run's, and curve.csv, PSNR and feature loss by picture and pass."""
-    facts = facts | {"seconds_per_picture": measured.seconds, "scores": summarise(measured.rows)}
+def save_inversion(
+    run: Run, facts: dict[str, Any], measured: Measured, notes: Sequence[str], device: str
+) -> None:
+    """Write an inversion's folder: as any run's, and curve.csv, PSNR and feature loss by image and pass."""
+    facts = facts | {"seconds_per_image": measured.seconds, "scores": summarise(measured.rows)}
     facts |= {"feature_loss": sum(row["feature_loss"] for row in measured.rows) / len(measured.rows)}
-    took = f"{facts['steps']} passes an inversion, {measured.seconds:.1f} s a picture"
+    took = f"{facts['steps']} passes an inversion, {measured.seconds:.1f} s an image"
     facts["notes"] = [took, *weight_notes(facts["weights"]), *notes, *score_notes(measured.rows)]
     run.save_environment(environment() | {"device": device, "threads": torch.get_num_threads()})
     write_csv(run.file("curve.csv"), measured.curve)
-    run.save_result(facts, measured.rows, measured.pictures)
+    run.save_result(facts, measured.rows, measured.images)
     run.set_state("done")

@@ -35,11 +35,11 @@ def read_source(
     *,
     index_above: int | None = None,
 ) -> Source:
-    """The pictures of a source, not yet read; those of shards, and of a folder with more than `index_above` pictures,
+    """The images of a source, not yet read; those of shards, and of a folder with more than `index_above` images,
     through an index (None: of no folder).
 
     `parts` are those that are used, `train`, `test` or both: of DIV2K only these are downloaded, and
-    procedural pictures that only test are another series than those that train.
+    procedural images that only test are another series than those that train.
     """
     kind, _, argument = name.partition(":")
     if kind == "folder" and argument:

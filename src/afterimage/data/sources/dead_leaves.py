@@ -1,4 +1,4 @@
-"""Procedural pictures: dead leaves, the simplest model that has the statistics of natural pictures.
+"""Procedural images: dead leaves, the simplest model that has the statistics of natural images.
 
 Opaque shapes of all sizes fall on one another; what shows is scale invariant, so its power spectrum falls
 about as 1/f^2, and it is full of occlusion edges (Lee, Mumford and Huang, "Occlusion models for natural
@@ -25,22 +25,22 @@ OVERSAMPLING = 2
 
 
 def dead_leaves(series: int, index: int, width: int, height: int) -> Image.Image:
-    """Picture number `index` of a series, `width` x `height` pixels, RGB; a pure function of the four."""
+    """Image number `index` of a series, `width` x `height` pixels, RGB; a pure function of the four."""
     random = np.random.Generator(np.random.Philox(key=[series, index]))
     radii = _radii(random, width, height)
     leaves = _paint(random, radii, width, height)
     flat = Image.fromarray(_colours(random, len(radii))[leaves]).reduce(OVERSAMPLING)
     near = np.ascontiguousarray(leaves[::OVERSAMPLING, ::OVERSAMPLING])
     light = _shading(random, near, radii) + _texture(random, near, 0.12) + _illumination(random, near.shape)
-    picture = np.asarray(flat, np.float32) / 255 * (np.exp(light) * _shadow(random, near))[..., None]
-    picture += _texture(random, near, 0.03)[..., None] * _chroma(random)
+    image = np.asarray(flat, np.float32) / 255 * (np.exp(light) * _shadow(random, near))[..., None]
+    image += _texture(random, near, 0.03)[..., None] * _chroma(random)
     # A lens never resolves single pixels.
-    sharp = Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
+    sharp = Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8))
     return sharp.filter(ImageFilter.GaussianBlur(random.uniform(0.2, 0.5)))
 
 
 def _radii(random: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Radii in pixels, density r^-3 between two cutoffs, of all leaves that reach into the picture.
+    """Radii in pixels, density r^-3 between two cutoffs, of all leaves that reach into the image.
 
     A leaf reaches in from as far away as its radius, so what is drawn from is (w + 2r)(h + 2r) r^-3.
     """
@@ -95,7 +95,7 @@ def _chroma(random: np.random.Generator) -> np.ndarray:
 
 
 def _colours(random: np.random.Generator, count: int) -> np.ndarray:
-    """`(count, 3)` uint8: luminance varies most, and chroma keeps to a few hues of the picture's own."""
+    """`(count, 3)` uint8: luminance varies most, and chroma keeps to a few hues of the image's own."""
     luminance = random.uniform(0.3, 0.6) + random.uniform(0.1, 0.25) * random.normal(0, 1, count)
     luminance = np.clip(luminance, 0.03, 0.97)
     hues = np.stack([_chroma(random) for _ in range(5)]) * random.uniform(0.01, 0.1)
@@ -110,7 +110,7 @@ def _shading(random: np.random.Generator, near: np.ndarray, radii: np.ndarray) -
     slope_x, slope_y = (random.normal(0, 0.15, (2, len(radii))) / radii).astype(np.float32)
     level = random.normal(0, 0.1, len(radii)).astype(np.float32)
     y, x = _places(near)
-    # The middle of what shows of a leaf stands for its centre, which may lie outside of the picture.
+    # The middle of what shows of a leaf stands for its centre, which may lie outside of the image.
     flat, seen = near.ravel(), np.maximum(np.bincount(near.ravel(), minlength=len(radii)), 1)
     middle_x = (np.bincount(flat, x.ravel(), len(radii)) / seen).astype(np.float32)
     middle_y = (np.bincount(flat, y.ravel(), len(radii)) / seen).astype(np.float32)
@@ -148,7 +148,7 @@ def _noise(random: np.random.Generator, shape: tuple[int, int], exponent: float)
 
 
 def _illumination(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """A slow change of light over the whole picture, in log light."""
+    """A slow change of light over the whole image, in log light."""
     y, x = np.linspace(-1, 1, shape[0])[:, None], np.linspace(-1, 1, shape[1])[None]
     a, b, c = random.normal(0, 0.15, 3)
     return (a * x + b * y - 0.5 * abs(c) * (x * x + y * y)).astype(np.float32)
@@ -169,7 +169,7 @@ def _places(near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class DeadLeaves(Original):
-    """Picture number `index` of a series of procedural pictures."""
+    """Image number `index` of a series of procedural images."""
 
     series: int
     index: int
@@ -179,7 +179,7 @@ class DeadLeaves(Original):
         return f"dead-leaves-{self.series}-{self.index:06d}"
 
     def content(self, digests: FileDigests, size: int) -> str:
-        recipe = f"dead leaves {procedural.VERSION}, series {self.series}, picture {self.index}, size {size}"
+        recipe = f"dead leaves {procedural.VERSION}, series {self.series}, image {self.index}, size {size}"
         return hashlib.sha256(recipe.encode()).hexdigest()
 
     def decoded(self, size: int, content: str) -> Image.Image:

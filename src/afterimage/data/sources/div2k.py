@@ -33,12 +33,12 @@ _CHUNK = 2**20
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file as its publisher made it: size, digest and how many pictures it holds."""
+    """A zip file as its publisher made it: size, digest and how many images it holds."""
 
     name: str
     bytes: int
     sha256: str
-    pictures: int
+    images: int
 
 
 def download(archive: Archive, url: str, path: Path, progress: Progress | None = None) -> None:
@@ -136,12 +136,12 @@ def _failed(url: str, part: Path, problem: str) -> AfterimageError:
     )
 
 
-_PICTURE = re.compile(r"\d{4}\.png")
+_IMAGE = re.compile(r"\d{4}\.png")
 _COPY_CHUNK = 2**20
 
 
 def unpack(archive: Archive, path: Path, folder: Path, progress: Progress | None = None) -> None:
-    """Unpack the pictures of a zip file into `folder`, which appears whole or not at all.
+    """Unpack the images of a zip file into `folder`, which appears whole or not at all.
 
     All members are checked before the first is written: a path that leads out of the folder, a link, an
     encrypted or doubled member, too many members or bytes are errors that name the member.
@@ -168,15 +168,15 @@ def unpack(archive: Archive, path: Path, folder: Path, progress: Progress | None
 
 
 def check_members(archive: Archive, file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The pictures in a zip file by their bare names; raises unless every member is harmless."""
+    """The images in a zip file by their bare names; raises unless every member is harmless."""
 
     def refuse(why: str) -> AfterimageError:
         return AfterimageError(f"{file.filename} is not safe to unpack: {why}")
 
     infos = file.infolist()
-    if len(infos) > 2 * archive.pictures + 16:
+    if len(infos) > 2 * archive.images + 16:
         raise refuse(f"it has {len(infos):,} members")
-    pictures: dict[str, zipfile.ZipInfo] = {}
+    images: dict[str, zipfile.ZipInfo] = {}
     total = 0
     for member in infos:
         name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
@@ -196,13 +196,13 @@ def check_members(archive: Archive, file: zipfile.ZipFile) -> dict[str, zipfile.
         # PNG does not compress any further: an honest archive is about as large as what is in it.
         if total > 2 * archive.bytes:
             raise refuse(f"its member {name!r} takes it beyond {2 * archive.bytes:,} bytes")
-        if _PICTURE.fullmatch(steps[-1]) and not member.is_dir():
-            if steps[-1] in pictures:
+        if _IMAGE.fullmatch(steps[-1]) and not member.is_dir():
+            if steps[-1] in images:
                 raise refuse(f"its member {name!r} is there twice")
-            pictures[steps[-1]] = member
-    if len(pictures) != archive.pictures:
-        raise AfterimageError(f"{file.filename} holds {len(pictures)} pictures, expected {archive.pictures}")
-    return pictures
+            images[steps[-1]] = member
+    if len(images) != archive.images:
+        raise AfterimageError(f"{file.filename} holds {len(images)} images, expected {archive.images}")
+    return images
 
 
 def _write(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
@@ -228,7 +228,7 @@ ARCHIVES = {
 def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progress | None = None) -> Source:
     """DIV2K from the folder `path`, which holds its archives or their unpacked folders; if empty, downloaded.
 
-    The official validation pictures are the test split, as in the study. `parts` are those to get: `train`,
+    The official validation images are the test split, as in the study. `parts` are those to get: `train`,
     `test`. What is downloaded or unpacked stays in the cache.
     """
     given = Path(local_path(path)) if path else None
@@ -244,9 +244,9 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
         except OSError as error:
             where = error.filename or cache / "div2k"
             raise AfterimageError(f"cannot get {archive.name}: {where}: {reason(error)}") from None
-        if len(files) != archive.pictures:
+        if len(files) != archive.images:
             raise AfterimageError(
-                f"{folder} holds {len(files)} pictures, {archive.name} has {archive.pictures}; "
+                f"{folder} holds {len(files)} images, {archive.name} has {archive.images}; "
                 f"complete or remove it, or use it as it is with folder:{folder}"
             )
         found[part] = [FileOriginal(file.stem, file) for file in files]
@@ -254,7 +254,7 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
 
 
 def _unpacked(archive: Archive, given: Path | None, kept: Path, progress: Progress | None) -> Path:
-    """The folder with the archive's pictures; where there is none, one process at a time makes it."""
+    """The folder with the archive's images; where there is none, one process at a time makes it."""
     if given is not None and (given / archive.name).is_dir():
         return given / archive.name
     file = (given or kept) / f"{archive.name}.zip"

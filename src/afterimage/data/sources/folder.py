@@ -1,4 +1,4 @@
-"""A folder of pictures, nested to any depth, with splits of its own or without."""
+"""A folder of images, nested to any depth, with splits of its own or without."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WORDS = frozenset(word for words in SPLIT_WORDS.values() for word in words)
 
 
 class FolderShard(Shard):
-    """All pictures below `path`; names are paths below `root`. A picture's place stands for its size and times."""
+    """All images below `path`; names are paths below `root`. An image's place stands for its size and times."""
 
     prefix = ""
 
@@ -61,7 +61,7 @@ class FolderShard(Shard):
             mark = hashlib.sha256(f"{size}/{times}/".encode() + name).digest()
             yield name, int.from_bytes(mark[:8], "big", signed=True), size
         if not found:
-            raise _no_pictures(self.path, self.others)
+            raise _no_images(self.path, self.others)
 
     def read(self, name: bytes, place: int, size: int) -> bytes:
         return read_bytes(self.root / os.fsdecode(name))
@@ -90,7 +90,7 @@ class Layout:
 
 
 def read_folder(path: str) -> Source:
-    """All pictures below a folder, known by their file extension; hidden and other files are left out.
+    """All images below a folder, known by their file extension; hidden and other files are left out.
 
     Folders that are named after the parts of a split (`SPLIT_WORDS`), one for training and one for validation or test
     at least, are its split, at the first level where everything has a place in one; what lies beside them is left out.
@@ -99,18 +99,18 @@ def read_folder(path: str) -> Source:
 
 
 def index_folder(path: str, cache: Path, progress: Progress | None = None) -> Source:
-    """The same pictures as `read_folder` finds, read through and kept in an index."""
+    """The same images as `read_folder` finds, read through and kept in an index."""
     return _indexed(look_into(path), cache, progress)
 
 
 def open_folder(path: str, cache: Path, progress: Progress | None = None, *, above: int) -> Source:
-    """`index_folder` where a folder holds more than so many pictures, else `read_folder`."""
+    """`index_folder` where a folder holds more than so many images, else `read_folder`."""
     layout = look_into(path)
     return _indexed(layout, cache, progress) if layout.count > above else _listed(layout)
 
 
 def _listed(layout: Layout) -> Source:
-    return layout.source(lambda folders: list_pictures(folders, layout.root))
+    return layout.source(lambda folders: list_images(folders, layout.root))
 
 
 def _indexed(layout: Layout, cache: Path, progress: Progress | None) -> Source:
@@ -184,8 +184,8 @@ def _survey(root: Path) -> tuple[Counter[tuple[str, ...]], dict[tuple[str, ...],
     return images, others
 
 
-def list_pictures(folders: Sequence[Path], root: Path) -> list[FileOriginal]:
-    """The pictures below `folders`, sorted by id: the path below `root`. Raises where there are none."""
+def list_images(folders: Sequence[Path], root: Path) -> list[FileOriginal]:
+    """The images below `folders`, sorted by id: the path below `root`. Raises where there are none."""
     found: dict[str, FileOriginal] = {}
     others: Counter[str] = Counter()
     for file in sorted(file for folder in folders for file in _walk(folder)):
@@ -197,14 +197,14 @@ def list_pictures(folders: Sequence[Path], root: Path) -> list[FileOriginal]:
             name += "~"
         found[name] = FileOriginal(name, file)
     if not found:
-        raise _no_pictures(folders[0], others)
+        raise _no_images(folders[0], others)
     return [found[name] for name in sorted(found)]
 
 
-def _no_pictures(folder: Path, others: Counter[str]) -> AfterimageError:
+def _no_images(folder: Path, others: Counter[str]) -> AfterimageError:
     kinds = ", ".join(f"{count} {shown(kind)}" for kind, count in others.most_common(5))
     return AfterimageError(
-        f"there are no pictures in {shown(folder)} or below it; looked for {', '.join(EXTENSIONS)}"
+        f"there are no images in {shown(folder)} or below it; looked for {', '.join(EXTENSIONS)}"
         + (f" and found only {kinds}" if kinds else "")
     )
 

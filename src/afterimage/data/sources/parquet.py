@@ -1,4 +1,4 @@
-"""Pictures in Parquet files as Hugging Face writes them: a column of `{bytes, path}`, or of bytes."""
+"""Images in Parquet files as Hugging Face writes them: a column of `{bytes, path}`, or of bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from afterimage.config import AfterimageError
-from afterimage.data.decode import MAX_BYTES, BadPicture, shown
+from afterimage.data.decode import MAX_BYTES, BadImage, shown
 from afterimage.data.file_digests import file_state
 from afterimage.data.shard_index import Member, Shard
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 MAX_GROUP = 2**30
-_NAMES = ("image", "img", "picture", "jpg", "png", "bytes")
+_NAMES = ("image", "img", "image", "jpg", "png", "bytes")
 
 
 class RowGroups:
@@ -50,7 +50,7 @@ class RowGroups:
 
 
 class ParquetShard(Shard):
-    """One Parquet file. A picture's place is its row group times 2^32 and its row in that."""
+    """One Parquet file. An image's place is its row group times 2^32 and its row in that."""
 
     def __init__(self, path: Path, prefix: str, groups: RowGroups) -> None:
         self.path, self.prefix, self._groups, self.others = path, prefix, groups, Counter()
@@ -67,7 +67,7 @@ class ParquetShard(Shard):
         if self._blocks and max(self._blocks) > MAX_GROUP:
             raise AfterimageError(
                 f"{shown(path)} has a row group of {max(self._blocks) / 2**30:.1f} GiB, which is read as a whole; "
-                "write the file again with row groups of at most 1 GiB, best of 100 pictures (row_group_size=100)"
+                "write the file again with row groups of at most 1 GiB, best of 100 images (row_group_size=100)"
             )
 
     @property
@@ -78,7 +78,7 @@ class ParquetShard(Shard):
         return file_state(self.path)
 
     def members(self) -> Iterator[Member]:
-        """Every row is a picture; its name is its number in the file."""
+        """Every row is an image; its name is its number in the file."""
         number = 0
         for group, rows in enumerate(self._rows):
             for row in range(rows):
@@ -92,16 +92,16 @@ class ParquetShard(Shard):
         try:
             content = self._groups.get(self, group)[row].as_py()
         except IndexError:
-            raise BadPicture(self.called(name), "is gone: the shard has changed") from None
+            raise BadImage(self.called(name), "is gone: the shard has changed") from None
         except AfterimageError as error:
-            raise BadPicture(self.called(name), str(error)) from None
+            raise BadImage(self.called(name), str(error)) from None
         if not content or len(content) > MAX_BYTES:
             why = "is larger than 1 GiB" if content else f"has no bytes in the column {self.column}"
-            raise BadPicture(self.called(name), why)
+            raise BadImage(self.called(name), why)
         return content
 
     def group(self, number: int) -> pa.ChunkedArray:
-        """The pictures' bytes in one row group."""
+        """The images' bytes in one row group."""
         import pyarrow.compute as pc
 
         with self._file() as file:
@@ -125,7 +125,7 @@ class ParquetShard(Shard):
             raise AfterimageError(f"{shown(self.path)} is damaged or no Parquet file: {line:.300}") from None
 
     def _find(self, schema: pa.Schema) -> tuple[str, bool]:
-        """The column with the pictures' bytes as Parquet calls it, and whether it lies in a struct."""
+        """The column with the images' bytes as Parquet calls it, and whether it lies in a struct."""
         import pyarrow as pa
 
         found: dict[str, tuple[str, bool]] = {}
@@ -143,7 +143,7 @@ class ParquetShard(Shard):
             return found[named[0] if named else next(iter(found))]
         what = f"several columns of bytes ({', '.join(found)})" if found else "no column of bytes"
         raise AfterimageError(
-            f"{shown(self.path)} has {what}; pictures are looked for in a column of {{bytes, path}} or of bytes, "
+            f"{shown(self.path)} has {what}; images are looked for in a column of {{bytes, path}} or of bytes, "
             f"called {', '.join(_NAMES)}; its columns: {', '.join(schema.names)}"
         )
 

@@ -2,7 +2,7 @@
 
 By NASA (astronaut, Hubble deep field), S. van der Walt (cat), R. Michetti (coffee), Middlebury College
 (motorcycle), SpaceX (rocket), and of a retina and a tissue section; scikit-image documents where each comes
-from. Of the stereo pair of the motorcycle only the left picture is taken: the right one is nearly the same.
+from. Of the stereo pair of the motorcycle only the left image is taken: the right one is nearly the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from afterimage.config import AfterimageError
 from afterimage.data.records import FileOriginal, PartOriginal
 from afterimage.data.splits import Source
 
-# Id, file, and the grid of the parts that are pictures of their own.
+# Id, file, and the grid of the parts that are images of their own.
 _PHOTOGRAPHS = (
     ("astronaut", "astronaut.png", 2, 2),
     ("cat", "chelsea.png", 1, 1),
@@ -28,7 +28,7 @@ _PHOTOGRAPHS = (
 
 
 def read_photographs() -> Source:
-    """Eight whole photographs, then parts of the everyday ones: 18 pictures.
+    """Eight whole photographs, then parts of the everyday ones: 18 images.
 
     A part shows a half or a quarter at a larger scale. All that is of one photograph stays in one split.
     """

@@ -1,4 +1,4 @@
-"""Sources of many files with many pictures each: `webdataset:shard-{000..099}.tar`, `parquet:data/*.parquet`."""
+"""Sources of many files with many images each: `webdataset:shard-{000..099}.tar`, `parquet:data/*.parquet`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from afterimage.config import AfterimageError, local_path
-from afterimage.data.decode import BadPicture, shown
+from afterimage.data.decode import BadImage, shown
 from afterimage.data.names import TEST, TRAINING, VALIDATION, left_out, listed, nested_split, pooled_names
-from afterimage.data.records import broken_pictures
+from afterimage.data.records import broken_images
 from afterimage.data.shard_index import WINDOW_BYTES, Index, Rows, Shard, read_block
 from afterimage.data.sources.parquet import ParquetShard, RowGroups
 from afterimage.data.sources.tar import TarShard
@@ -26,9 +26,9 @@ _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 
 
 def read_shards(kind: str, pattern: str, cache: Path, progress: Progress | None = None) -> Source:
-    """The pictures of all shards that a pattern with brace ranges and globs names; `kind` is webdataset or parquet.
+    """The images of all shards that a pattern with brace ranges and globs names; `kind` is webdataset or parquet.
 
-    An id is the shard's path below the folder that holds all of them, and the picture's name in it.
+    An id is the shard's path below the folder that holds all of them, and the image's name in it.
     """
     shards, root, notes, pooled = _opened(kind, pattern)
     found = {part: Rows(read_index(own, cache, progress)) for part, own in shards.items()}
@@ -36,8 +36,8 @@ def read_shards(kind: str, pattern: str, cache: Path, progress: Progress | None 
     return Source(*map(found.get, (TRAINING, VALIDATION, TEST)), root, tuple(notes), tuple(pooled))
 
 
-def count_pictures(kind: str, pattern: str) -> dict[str, int]:
-    """How many pictures the shards of each part hold, by their lists of contents alone."""
+def count_images(kind: str, pattern: str) -> dict[str, int]:
+    """How many images the shards of each part hold, by their lists of contents alone."""
     shards = _opened(kind, pattern)[0]
     return {part: sum(1 for shard in own for _ in shard.members()) for part, own in shards.items()}
 
@@ -78,14 +78,14 @@ def _names(paths: list[Path], root: Path) -> list[str]:
 
 
 def read_index(shards: list[Shard], cache: Path, progress: Progress | None = None) -> Index:
-    """All shards listed and read through once, unless the cache knows them. Raises for pictures that are broken."""
-    broken: list[BadPicture] = []
+    """All shards listed and read through once, unless the cache knows them. Raises for images that are broken."""
+    broken: list[BadImage] = []
     blocks = []
     for number, shard in enumerate(shards, 1):
         where = f" ({number} of {len(shards)})" if len(shards) > 1 else ""
         blocks.append(read_block(shard, cache, f"indexing {shown(shard.path.name)}{where}", broken, progress))
     if broken:
-        raise broken_pictures(broken)
+        raise broken_images(broken)
     return Index(blocks)
 
 

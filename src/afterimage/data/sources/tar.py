@@ -1,4 +1,4 @@
-"""WebDataset shards: pictures in uncompressed tar files, read where they lie and never unpacked."""
+"""WebDataset shards: images in uncompressed tar files, read where they lie and never unpacked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from afterimage.config import AfterimageError
-from afterimage.data.decode import EXTENSIONS, MAX_BYTES, BadPicture, reason, shown
+from afterimage.data.decode import EXTENSIONS, MAX_BYTES, BadImage, reason, shown
 from afterimage.data.file_digests import file_state
 from afterimage.data.names import count_kind
 from afterimage.data.shard_index import Member, Shard
@@ -22,7 +22,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "z
 
 
 class TarShard(Shard):
-    """One tar file. A picture's place is where its first byte lies."""
+    """One tar file. An image's place is where its first byte lies."""
 
     def __init__(self, path: Path, prefix: str) -> None:
         self.path, self.prefix, self.others = path, prefix, Counter()
@@ -31,7 +31,7 @@ class TarShard(Shard):
         return file_state(self.path)
 
     def members(self) -> Iterator[Member]:
-        """The pictures, known by their extension, without hidden ones; all members and the file's end are checked."""
+        """The images, known by their extension, without hidden ones; all members and the file's end are checked."""
         try:
             with open(self.path, "rb") as file:
                 yield from self._members(file)
@@ -45,7 +45,7 @@ class TarShard(Shard):
         kind = _COMPRESSED.get(file.read(2))
         if kind is not None:
             raise self._refused(
-                f"is compressed with {kind}; pictures in it cannot be found one by one: unpack it"
+                f"is compressed with {kind}; images in it cannot be found one by one: unpack it"
             )
         file.seek(0)
         seen, found, end = 0, 0, 0
@@ -66,9 +66,7 @@ class TarShard(Shard):
                     count_kind(self.others, name)
             self._check_end(file, archive.offset, length)
         if not found:
-            raise self._refused(
-                f"holds no pictures among {seen:,} members; looked for {', '.join(EXTENSIONS)}"
-            )
+            raise self._refused(f"holds no images among {seen:,} members; looked for {', '.join(EXTENSIONS)}")
 
     def _checked(self, member: tarfile.TarInfo, end: int, length: int) -> str:
         """The name of a harmless member."""
@@ -82,10 +80,10 @@ class TarShard(Shard):
             raise self._refused(f"is not safe to read: its member {shown_name} overlaps another")
         if member.offset_data + member.size > length:
             raise self._refused(f"was cut short: its member {shown_name} goes on after its end")
-        picture = member.isfile() and os.path.splitext(member.name)[1].lower() in EXTENSIONS
-        if picture and not 0 < member.size <= MAX_BYTES:
+        image = member.isfile() and os.path.splitext(member.name)[1].lower() in EXTENSIONS
+        if image and not 0 < member.size <= MAX_BYTES:
             size = "larger than 1 GiB" if member.size else "empty (0 bytes)"
-            raise self._refused(f"has a picture that cannot be read: {shown_name} is {size}")
+            raise self._refused(f"has an image that cannot be read: {shown_name} is {size}")
         return "/".join(steps)
 
     def _check_end(self, file: BinaryIO, offset: int, length: int) -> None:
@@ -108,9 +106,9 @@ class TarShard(Shard):
                 file.seek(place)
                 content = file.read(size)
         except OSError as error:
-            raise BadPicture(self.called(name), reason(error)) from None
+            raise BadImage(self.called(name), reason(error)) from None
         if len(content) != size:
-            raise BadPicture(self.called(name), "is cut short: the shard has changed")
+            raise BadImage(self.called(name), "is cut short: the shard has changed")
         return content
 
 

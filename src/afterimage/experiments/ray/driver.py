@@ -10,7 +10,7 @@ from typing import Any
 
 import afterimage.experiments.ray.worker as worker
 from afterimage.config import AfterimageError, RunConfig
-from afterimage.experiments.queue import Claims
+from afterimage.experiments.queue import RunQueue
 from afterimage.experiments.ray.files import PIECE, Inbox, check_result
 from afterimage.experiments.ray.needs import describe
 from afterimage.experiments.ray.post import Answer, Order, Piece, Post, Said, Started
@@ -19,7 +19,7 @@ from afterimage.runs.lock import POLL
 from afterimage.runs.run import Run
 from afterimage.runtime.failures import Unexpected, concerns, one_line
 from afterimage.runtime.progress import Progress
-from afterimage.runtime.signals import Stop
+from afterimage.runtime.signals import GracefulShutdown
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS, remove_checkpoints
 
 TICK = 0.2
@@ -53,7 +53,7 @@ class Driver:
     """Jobs on their way through the cluster. `order` is what all attempts have in common."""
 
     def __init__(
-        self, ray: Any, claims: Claims, jobs: Sequence[Job], order: Order, progress: Progress, retries: int
+        self, ray: Any, claims: RunQueue, jobs: Sequence[Job], order: Order, progress: Progress, retries: int
     ) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -65,7 +65,7 @@ class Driver:
         # Ray's own retries know of no checkpoint and of no limit that a user is told.
         self.task = ray.remote(worker.train_group)
 
-    def work(self, stop: Stop) -> None:
+    def work(self, stop: GracefulShutdown) -> None:
         """Until every run is done, here or elsewhere, or failed; on a stop until every worker has stopped."""
         try:
             while any(self._unfinished(job) for job in self.jobs):

@@ -27,18 +27,18 @@ FILES = (
     TRACEBACK,
     STATUS,
 )
-PICTURE = re.compile(r"reconstructions/(\d{3,6})(\.original|\.weights\.\d{1,3})?\.png", re.ASCII)
+IMAGE = re.compile(r"reconstructions/(\d{3,6})(\.original|\.weights\.\d{1,3})?\.png", re.ASCII)
 INDEX = "reconstructions/index.json"
 LIMITS = {".json": 64 * 2**20, ".txt": 2**24, ".csv": 2**30, ".png": 2**28, ".safetensors": 16 * 2**30}
 """Bytes that a file may have, by suffix."""
 
 
 def is_allowed(name: str, keep: int) -> bool:
-    """Whether a worker may send a file of this name, a path in the run folder; `keep` pictures belong to a run."""
+    """Whether a worker may send a file of this name, a path in the run folder; `keep` images belong to a run."""
     if name in FILES or name == INDEX:
         return True
-    picture = PICTURE.fullmatch(name)
-    return picture is not None and int(picture[1]) < keep
+    image = IMAGE.fullmatch(name)
+    return image is not None and int(image[1]) < keep
 
 
 def own_files(run: Run, keep: int) -> list[str]:

@@ -13,7 +13,7 @@ from afterimage.runtime.failures import let_go
 from afterimage.training.trainer import VALIDATION_BYTES
 
 BASE_BYTES = 2**30
-"""PyTorch, the pictures of a batch, and what a worker is before it does anything."""
+"""PyTorch, the images of a batch, and what a worker is before it does anything."""
 
 
 def group_bytes(configs: Iterable[RunConfig]) -> int:

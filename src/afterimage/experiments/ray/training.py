@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from afterimage.config import AfterimageError, RunConfig
-from afterimage.experiments.queue import Claims, groups, report_failures
+from afterimage.experiments.queue import RunQueue, groups, report_failures
 from afterimage.experiments.ray.connect import cluster
 from afterimage.experiments.ray.driver import Driver, Job
 from afterimage.experiments.ray.needs import group_bytes, share
@@ -20,7 +20,7 @@ from afterimage.runs.files import LEFTOVER, write_atomic
 from afterimage.runs.run import Run
 from afterimage.runtime.failures import of_caller
 from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.signals import stoppable
+from afterimage.runtime.signals import graceful_shutdown
 from afterimage.training.trainer import CHECKPOINT_SECONDS
 
 RETRIES = 3
@@ -53,11 +53,11 @@ def train_on_ray(
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     progress = of_caller(progress)
-    claims = Claims(lambda text: progress(text, 1, 1))
+    claims = RunQueue(lambda text: progress(text, 1, 1))
     root = Path(root).resolve()
     runs = claims.open(configs, root)
     if claims.waiting:
-        with cluster(address, claims.say) as ray, _probe(root) as probe, stoppable() as stop:
+        with cluster(address, claims.say) as ray, _probe(root) as probe, graceful_shutdown() as stop:
             order = Order(
                 number=0,
                 attempt=0,
@@ -108,7 +108,7 @@ def _probe(root: Path) -> Iterator[Path]:
 
 
 def _disagreeing(runs: Sequence[Run]) -> list[AfterimageError]:
-    """Machines that were asked for the same pictures and found others."""
+    """Machines that were asked for the same images and found others."""
     found: dict[Any, dict[str, Run]] = {}
     for run in runs:
         with contextlib.suppress(AfterimageError):  # a folder that cannot be read is told elsewhere
@@ -118,7 +118,7 @@ def _disagreeing(runs: Sequence[Run]) -> list[AfterimageError]:
             found.setdefault(run.config.data, {}).setdefault(digest, run)
     return [
         AfterimageError(
-            f"{' and '.join(run.name for run in digests.values())} were trained on different pictures, although both "
+            f"{' and '.join(run.name for run in digests.values())} were trained on different images, although both "
             f"ask for {data.source}: two machines hold different ones. Their scores cannot be compared."
         )
         for data, digests in found.items()

@@ -38,10 +38,10 @@ def train_group(order: Order, post: Any, checkpoints: Sent) -> Answer:
 
     from afterimage.experiments.queue import train_runs
     from afterimage.runs.run import Run
-    from afterimage.runtime.signals import Stop, Stopped
+    from afterimage.runtime.signals import GracefulShutdown, Stopped
 
     torch.set_num_threads(order.threads)
-    stop, failures, left, stopped = Stop(), [], [], False
+    stop, failures, left, stopped = GracefulShutdown(), [], [], False
     with _folder(order) as root:
         runs = [Run.create(root, config) for config in order.configs]
         known = _unpack(root, checkpoints)

@@ -40,6 +40,6 @@ class AttentionDecoder(TransposedDecoder):
         self.blocks = nn.Sequential(*(TransformerBlock(self.channels, heads, hidden) for _ in range(depth)))
 
     def decode(self, features: Tensor) -> Tensor:
-        features = self.adapter(features)
+        features = self.channel_projection(features)
         tokens = self.blocks(features.flatten(2).transpose(1, 2))
         return self.upsample(tokens.transpose(1, 2).reshape(features.shape))

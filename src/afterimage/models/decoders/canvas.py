@@ -14,7 +14,7 @@ from torch import Tensor
 
 from afterimage.config import AfterimageError, Axis, FeatureSpec
 
-Window = tuple[int, int, int, int]
+FeatureCrop = tuple[int, int, int, int]
 """Top, left, height and width of a part of a feature map, in locations."""
 
 ROUNDED = 0.5
@@ -162,7 +162,7 @@ class Canvas:
             return images
         return self.columns.from_image(self.rows.from_image(images, -2), -1)
 
-    def window(self, window: Window) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    def window(self, window: FeatureCrop) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """Of a `whole` canvas's window what lies in the image: where in the window, and where in the image."""
         top, left, height, width = window
         within, pixels = [], []

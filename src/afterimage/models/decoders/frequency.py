@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
 from afterimage.models.decoders.base import Decoder
-from afterimage.models.layers.blocks import Doubling, adapter, resize, stage, stages_between
+from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_bn_relu, resize, stages_between
 
 
 class FrequencyDecoder(Decoder):
-    """A smooth picture from one branch and its detail from another, added.
+    """A smooth image from one branch and its detail from another, added.
 
     The low-pass branch convolves at the features' own size, reads off RGB and enlarges it bilinearly. The
     high-pass branch goes up by transposed convolutions (4x4, stride 2, halving channels down to 32), each
@@ -33,17 +33,17 @@ class FrequencyDecoder(Decoder):
         minimum_channels: int = 32,
     ) -> None:
         super().__init__(specs, image_size)
-        self.adapter = adapter(self.spec.channels, channels)
+        self.channel_projection = channel_projection(self.spec.channels, channels)
         width = channels or self.spec.channels
         self.low = nn.Sequential(
-            *stage(nn.Conv2d(width, width, kernel_size=3, padding=1)),
+            *conv_bn_relu(nn.Conv2d(width, width, kernel_size=3, padding=1)),
             nn.Conv2d(width, 3, kernel_size=3, padding=1),
         )
         stages: list[nn.Module] = []
         for _ in range(stages_between((self.spec.height, self.spec.width), self.canvas.size)):
             narrower = max(minimum_channels, width // 2)
             stages += [
-                *stage(Doubling(width, narrower)),
+                *conv_bn_relu(UpConv2x(width, narrower)),
                 ChannelAttention(narrower),
                 SpatialAttention(),
             ]
@@ -51,16 +51,16 @@ class FrequencyDecoder(Decoder):
         self.high = nn.Sequential(*stages, nn.Conv2d(width, 3, kernel_size=3, padding=1))
 
     def decode(self, features: Tensor) -> Tensor:
-        features = self.adapter(features)
+        features = self.channel_projection(features)
         low = F.interpolate(self.low(features), self.canvas.size, mode="bilinear", align_corners=False)
         high = resize(self.high(features), self.canvas.size)
         return low + high - _blur(high, (self.spec.height, self.spec.width))
 
 
-def _blur(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+def _blur(images: Tensor, size: tuple[int, int]) -> Tensor:
     """What is left after reduction to the features' size: everything coarser than one cell."""
-    small = F.adaptive_avg_pool2d(pictures, size)
-    return F.interpolate(small, pictures.shape[-2:], mode="bilinear", align_corners=False)
+    small = F.adaptive_avg_pool2d(images, size)
+    return F.interpolate(small, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class ChannelAttention(nn.Module):

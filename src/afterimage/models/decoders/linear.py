@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec
 from afterimage.models.decoders.base import Decoder
-from afterimage.models.layers.blocks import enlarge, for_sums, resize
-from afterimage.runtime.distributed import ALONE, Ranks
+from afterimage.models.layers.blocks import for_sums, pixel_shuffle, resize
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 FEW_ROWS = 200
-"""Below so many rows an input a second view of each picture still lowers the error."""
+"""Below so many rows an input a second view of each image still lowers the error."""
 
 PANELS = 6
 JUDGED = 96
 
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Larger ones lower the error of a few pictures of a deep layer, by blurring away what tells pictures apart."""
+"""Larger ones lower the error of a few images of a deep layer, by blurring away what tells images apart."""
 
 
 class LinearDecoder(Decoder):
@@ -30,9 +30,9 @@ class LinearDecoder(Decoder):
 
     Ridge regression (Hoerl & Kennard 1970): `W = (X'X + lambda D)^-1 X'Y` with D the diagonal of X'X, so that
     channels of different scale are held back alike. X'X and X'Y are summed over one pass (two views of each
-    picture where rows are few). Lambda is the best on the validation pictures of every other one of `RIDGES` and
+    image where rows are few). Lambda is the best on the validation images of every other one of `RIDGES` and
     of the two beside it. At the border the outermost features are repeated. Above `rows_per_input` rows an input,
-    locations are sampled and `solve` says so. Where the picture is not a whole multiple of the features, blocks
+    locations are sampled and `finalize_fit` says so. Where the image is not a whole multiple of the features, blocks
     are rounded up and the result resampled.
 
     Parameters are counted as any convolution's: `9 C (3 b^2) + 3 b^2` for blocks of b x b pixels.
@@ -87,16 +87,16 @@ class LinearDecoder(Decoder):
         return 3 * self.block[0] * self.block[1]
 
     @property
-    def bytes_to_solve(self) -> int:
+    def fit_bytes(self) -> int:
         inputs = self.weight.shape[1] + 1
-        # The sums of training and validation pictures by kind of cell; while it solves, those of some kinds together,
+        # The sums of training and validation images by kind of cell; while it solves, those of some kinds together,
         # and a penalised copy, its diagonal and its factor.
         sums = 2 * len(self._present) * inputs * (inputs + self.outputs)
         several = 2 * inputs * (inputs + self.outputs) if len(self._present) > 1 else 0
         return 8 * (sums + several + 3 * inputs**2)
 
-    def macs_to_solve(self, pictures: int) -> int:
-        rows = self.prepare(pictures, seed=0) * pictures * self._quota
+    def fit_macs(self, images: int) -> int:
+        rows = self.begin_fit(images, seed=0) * images * self._quota
         inputs = self.weight.shape[1] + 1
         searched = len(RIDGES[::2]) + 2
         # Half of the symmetric X'X and all of X'Y; then factorisations of n^3 / 6 in float64, the last to solve.
@@ -117,7 +117,7 @@ class LinearDecoder(Decoder):
 
     def unblock(self, blocks: Tensor) -> Tensor:
         """`(B, 3 bh bw, h, w)` to `(B, 3, h bh, w bw)`."""
-        return enlarge(blocks, self.block)
+        return pixel_shuffle(blocks, self.block)
 
     def blocks_of(self, images: Tensor) -> Tensor:
         """`(B, 3, H, W)` to one row of pixels a location: `(B, h w, 3 bh bw)`."""
@@ -126,28 +126,28 @@ class LinearDecoder(Decoder):
         parts = images.view(images.shape[0], 3, h, self.block[0], w, self.block[1])
         return parts.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], h * w, self.outputs)
 
-    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
+    def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
         self._ranks = ranks
         inputs = self.weight.shape[1] + 1
         budget = max(self.rows_per_input * inputs, 100_000)
-        self._quota = min(len(self._inside), math.ceil(budget / max(1, pictures)))
+        self._quota = min(len(self._inside), math.ceil(budget / max(1, images)))
         self._generator = torch.Generator().manual_seed(seed)
         self._sums = {}
-        return 1 if pictures * self._quota >= FEW_ROWS * inputs else 2
+        return 1 if images * self._quota >= FEW_ROWS * inputs else 2
 
     @torch.no_grad()
-    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+    def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
         maps, images = for_sums(features[0]), for_sums(images)
         b, c, h, w = maps.shape
         margin = self.kernel // 2
         rows = pad(maps.float(), margin).permute(0, 2, 3, 1).reshape(-1, c)
-        picture, location = self._locations(b, maps.device)
+        image, location = self._locations(b, maps.device)
         stride = w + 2 * margin
-        corner = picture * (h + 2 * margin) * stride + (location // w) * stride + location % w
+        corner = image * (h + 2 * margin) * stride + (location // w) * stride + location % w
         steps = torch.arange(self.kernel, device=maps.device)
         offsets = (steps[:, None] * stride + steps).flatten()
         inputs = rows[corner[:, None] + offsets].flatten(1)
-        targets = self.blocks_of(images.float())[picture, location]
+        targets = self.blocks_of(images.float())[image, location]
         if validation not in self._sums:
             shift, scale = self._sums[False][0].frame if validation else self._frame(inputs)
             self._sums[validation] = [_Sums(shift, scale, self.outputs) for _ in self._present]
@@ -166,20 +166,20 @@ class LinearDecoder(Decoder):
         overall = (variance + (mean - mean.mean()).square()).mean().sqrt()
         return mean, variance.sqrt().clamp(min=1e-6 * float(overall) + 1e-12)
 
-    def _locations(self, pictures: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _locations(self, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
         n = len(self._inside)
         if self._quota >= n:
-            location = self._inside.repeat(pictures)
+            location = self._inside.repeat(images)
         else:
-            # Drawn for the whole batch, so that a picture's do not depend on how many ranks there are.
-            before, total = self._ranks.place(pictures)
-            draws = torch.rand(total, n, generator=self._generator)[before : before + pictures]
+            # Drawn for the whole batch, so that an image's do not depend on how many ranks there are.
+            before, total = self._ranks.place(images)
+            draws = torch.rand(total, n, generator=self._generator)[before : before + images]
             location = self._inside[draws.topk(self._quota).indices.flatten()]
-        picture = torch.arange(pictures).repeat_interleave(min(self._quota, n))
-        return picture.to(device), location.to(device)
+        image = torch.arange(images).repeat_interleave(min(self._quota, n))
+        return image.to(device), location.to(device)
 
     @torch.no_grad()
-    def solve(self) -> list[str]:
+    def finalize_fit(self) -> list[str]:
         for kinds in self._sums.values():
             for sums in kinds:
                 self._ranks.sum(sums.tensors)
@@ -191,18 +191,16 @@ class LinearDecoder(Decoder):
             fitted, judged = (_Sums.of([sums[kind] for kind in kinds], outputs) for sums in (train, judge))
             # What most cells have chooses for what all but those at the border have.
             ridge = self._ridge(fitted, judged) if ridge is None else ridge
-            solution = fitted.solve(ridge)
+            solution = fitted.finalize_fit(ridge)
             if solution is None:
                 raise AfterimageError(f"the linear decoder found no finite solution for {self.spec.source}")
             weight = solution[:-1].T / fitted.scale
             self.weight[outputs] = weight.to(self.weight)
             self.bias[outputs] = (solution[-1] - weight @ fitted.shift).to(self.bias)
-        notes = [f"ridge {ridge:g}, chosen on the validation pictures"]
+        notes = [f"ridge {ridge:g}, chosen on the validation images"]
         if self._quota < len(self._inside):
             share = self._quota / len(self._inside)
-            notes.append(
-                f"fitted on {int(rows):,} locations, a random {share:.0%} of each training picture's"
-            )
+            notes.append(f"fitted on {int(rows):,} locations, a random {share:.0%} of each training image's")
         self._sums = {}
         return notes
 
@@ -224,7 +222,7 @@ class LinearDecoder(Decoder):
 
         def best(ridges: Sequence[float]) -> float:
             for ridge in ridges:
-                solution = train.solve(ridge, some)
+                solution = train.finalize_fit(ridge, some)
                 errors[ridge] = math.inf if solution is None else judge.error(solution, some)
             return min(errors, key=errors.__getitem__)
 
@@ -293,7 +291,7 @@ class _Sums:
         self.xx = self.xx.triu() + self.xx.triu(1).T
         return self
 
-    def solve(self, ridge: float, outputs: slice = slice(None)) -> Tensor | None:
+    def finalize_fit(self, ridge: float, outputs: slice = slice(None)) -> Tensor | None:
         """The solution for some outputs, `(inputs + 1, outputs)`; None where it is numerically out of reach."""
         diagonal = self.xx.diagonal()
         penalty = ridge * torch.where(diagonal > 0, diagonal, self.rows)  # a channel that never varies

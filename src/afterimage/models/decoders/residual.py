@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from afterimage.config import FeatureSpec
-from afterimage.models.decoders.base import Decoder, Window
+from afterimage.models.decoders.base import Decoder, FeatureCrop
 from afterimage.models.decoders.linear import LinearDecoder, pad
-from afterimage.models.layers.blocks import enlarge, for_sums, resize, shrink
-from afterimage.runtime.distributed import ALONE, Ranks
+from afterimage.models.layers.blocks import for_sums, pixel_shuffle, pixel_unshuffle, resize
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 GAIN = 0.03
 """Scales the correction: Adam's first steps are as large as the learning rate whatever the gradient, and would undo
@@ -48,7 +48,7 @@ class ResidualDecoder(Decoder):
     """Starts as a linear decoder, fitted in closed form, and adds a learned correction that starts at zero.
 
     The linear part is `LinearDecoder` on the largest neighbourhood that `MOST_INPUTS` allows. The correction sees its
-    picture and the features (standardised: channel means and deviations are measured during the closed-form pass),
+    image and the features (standardised: channel means and deviations are measured during the closed-form pass),
     both on a grid of 2x2 pixels a cell: where many values come from one location, what is missing are edges that no
     linear map can place, and those are seen among pixels, across the borders of the locations' blocks. Features get
     there by a convolution and a sub-pixel shuffle (Shi et al. 2016); residual blocks without normalisation
@@ -88,11 +88,11 @@ class ResidualDecoder(Decoder):
         if trunk is None:
             trunk = TRUNK if math.prod(self.base.block) == TRUNK_PIXELS else 0
         self.margin = max(TRUNK_MARGIN if trunk else 0, kernel // 2)
-        self.correction = Correction(channels, width, blocks, trunk, self.base.block, self.margin)
+        self.correction = RefinementCNN(channels, width, blocks, trunk, self.base.block, self.margin)
         self.register_buffer("average", self._flat())
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def decode(self, features: Tensor, window: Window | None = None) -> Tensor:
+    def decode(self, features: Tensor, window: FeatureCrop | None = None) -> Tensor:
         # The margin gives a window's border the neighbours it has in the whole map.
         maps = pad(features, self.margin)
         if window is not None:
@@ -100,8 +100,8 @@ class ResidualDecoder(Decoder):
             maps = maps[..., top : top + height + 2 * self.margin, left : left + width + 2 * self.margin]
         linear = self.base.unblock(self.base.blocks(_inner(maps, self.margin - self.base.kernel // 2)))
         maps = (maps - self.mean[:, None, None]) * self.scale[:, None, None]
-        pictures = linear + GAIN * self._correct(maps, linear)
-        return pictures if window is not None else resize(pictures, self.canvas.size)
+        images = linear + GAIN * self._correct(maps, linear)
+        return images if window is not None else resize(images, self.canvas.size)
 
     def _correct(self, maps: Tensor, linear: Tensor) -> Tensor:
         if self.training:
@@ -116,11 +116,11 @@ class ResidualDecoder(Decoder):
         return torch.cat([p.flatten() for p in self.correction.parameters()])
 
     @torch.no_grad()
-    def stepped(self) -> None:
+    def after_optimizer_step(self) -> None:
         self.steps += 1
         self.average.lerp_(self._flat(), 1 - (1 - 1 / self.steps) ** (RECENCY + 1))
 
-    def windows(self, generator: torch.Generator) -> list[Window | None]:
+    def feature_crops(self, generator: torch.Generator) -> list[FeatureCrop | None]:
         """Random windows, as many as cover the map's area once; all of it where blocks are not whole."""
         (top, bottom), (left, right) = self.canvas.rows.cells, self.canvas.columns.cells
         h, w = bottom - top, right - left
@@ -136,15 +136,15 @@ class ResidualDecoder(Decoder):
             for _ in range(round(h * w / height / width))
         ]
 
-    def prepare(self, pictures: int, seed: int, ranks: Ranks = ALONE) -> int:
+    def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
         self._ranks = ranks
         # In one tensor: how many locations there were, and each channel's sum and sum of squares.
         self._sums = for_sums(self.mean).new_zeros(1 + 2 * self.spec.channels, dtype=torch.float64)
-        return self.base.prepare(pictures, seed, ranks)
+        return self.base.begin_fit(images, seed, ranks)
 
     @torch.no_grad()
-    def accumulate(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
-        self.base.accumulate(features, images, validation=validation)
+    def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+        self.base.partial_fit(features, images, validation=validation)
         if not validation:
             # In float64 from the first sum on: squares of channels far from zero cancel each other.
             maps = for_sums(features[0]).double()
@@ -152,25 +152,25 @@ class ResidualDecoder(Decoder):
             self._sums[1:] += torch.cat([maps.sum((0, 2, 3)), maps.square().sum((0, 2, 3))])
 
     @property
-    def bytes_to_solve(self) -> int:
-        return self.base.bytes_to_solve
+    def fit_bytes(self) -> int:
+        return self.base.fit_bytes
 
-    def macs_to_solve(self, pictures: int) -> int:
-        return self.base.macs_to_solve(pictures)
+    def fit_macs(self, images: int) -> int:
+        return self.base.fit_macs(images)
 
     @torch.no_grad()
-    def solve(self) -> list[str]:
+    def finalize_fit(self) -> list[str]:
         self._ranks.sum([self._sums])
         mean, squares = (self._sums[1:] / self._sums[0]).chunk(2)
         deviation = (squares - mean.square()).clamp(min=0).sqrt()
         self.mean.copy_(mean)
         self.scale.copy_(1 / deviation.clamp(min=1e-4 * float(deviation.mean()) + 1e-12))
-        notes = self.base.solve()
+        notes = self.base.finalize_fit()
         return notes if self.base.kernel > 1 else [*notes, "its linear part reads 1x1 neighbourhoods"]
 
 
-class Correction(nn.Module):
-    """What a linear decoder's pictures lack, from its features and the pictures themselves, before scaling."""
+class RefinementCNN(nn.Module):
+    """What a linear decoder's images lack, from its features and the images themselves, before scaling."""
 
     def __init__(
         self, channels: int, width: int, blocks: int, trunk: int, block: tuple[int, int], margin: int
@@ -192,16 +192,16 @@ class Correction(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
         self.head = _zeroed(nn.Conv2d(width, inside, kernel_size=3, padding=1))
 
-    def forward(self, maps: Tensor, pictures: Tensor) -> Tensor:
-        """Standardised features with `margin` locations around, and pictures without, to a correction of these."""
-        inner, missing = _inner(maps, self.margin), torch.zeros_like(pictures)
+    def forward(self, maps: Tensor, images: Tensor) -> Tensor:
+        """Standardised features with `margin` locations around, and images without, to a correction of these."""
+        inner, missing = _inner(maps, self.margin), torch.zeros_like(images)
         if self.trunk is not None:
             refined = self.trunk(maps.to(memory_format=torch.channels_last))
-            missing = enlarge(_inner(refined, self.margin), self.block)
-        pixels = shrink(CONTRAST * (pictures + GAIN * missing - 0.5), self.cell)
+            missing = pixel_shuffle(_inner(refined, self.margin), self.block)
+        pixels = pixel_unshuffle(CONTRAST * (images + GAIN * missing - 0.5), self.cell)
         pixels = self.from_pixels(pixels.to(memory_format=torch.channels_last))
-        pixels = pixels + enlarge(self.from_features(inner), self.cells)
-        return missing + enlarge(self.head(self.blocks(pixels)), self.cell)
+        pixels = pixels + pixel_shuffle(self.from_features(inner), self.cells)
+        return missing + pixel_shuffle(self.head(self.blocks(pixels)), self.cell)
 
 
 class ResidualBlock(nn.Module):

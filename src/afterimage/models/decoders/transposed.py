@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
 from afterimage.models.decoders.base import Decoder
-from afterimage.models.layers.blocks import Doubling, adapter, resize, stage, stages_between
+from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_bn_relu, resize, stages_between
 
 
 class TransposedDecoder(Decoder):
     """Stages of 4x4 transposed convolution (stride 2), batch norm and ReLU, halving channels down to 32,
     then a 3x3 convolution to RGB.
 
-    The number of stages is the number of doublings nearest to the picture's size; where that is not exact,
+    The number of stages is the number of doublings nearest to the image's size; where that is not exact,
     the last map is resampled bilinearly before the convolution to RGB. With `channels` a 1x1 convolution first
     brings the features to that many.
     """
@@ -31,19 +31,19 @@ class TransposedDecoder(Decoder):
         minimum_channels: int = 32,
     ) -> None:
         super().__init__(specs, image_size)
-        self.adapter = adapter(self.spec.channels, channels)
+        self.channel_projection = channel_projection(self.spec.channels, channels)
         channels = channels or self.spec.channels
         self.channels = channels
         stages = []
         for _ in range(stages_between((self.spec.height, self.spec.width), self.canvas.size)):
             narrower = max(minimum_channels, channels // 2)
-            stages.append(stage(Doubling(channels, narrower)))
+            stages.append(conv_bn_relu(UpConv2x(channels, narrower)))
             channels = narrower
         self.stages = nn.Sequential(*stages)
         self.to_rgb = nn.Conv2d(channels, 3, kernel_size=3, padding=1)
 
     def decode(self, features: Tensor) -> Tensor:
-        return self.upsample(self.adapter(features))
+        return self.upsample(self.channel_projection(features))
 
     def upsample(self, features: Tensor) -> Tensor:
         return self.to_rgb(resize(self.stages(features), self.canvas.size))

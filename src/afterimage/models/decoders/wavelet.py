@@ -1,4 +1,4 @@
-"""Pictures from predicted wavelet sub-bands."""
+"""Images from predicted wavelet sub-bands."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
 from afterimage.models.decoders.base import Decoder
-from afterimage.models.layers.blocks import Doubling, adapter, resize, stage, stages_between
+from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_bn_relu, resize, stages_between
 
 
 class WaveletDecoder(Decoder):
-    """Predicts a small picture and, level by level, the Haar detail bands that double its size.
+    """Predicts a small image and, level by level, the Haar detail bands that double its size.
 
     One orthonormal Haar level (Mallat 1989) takes an approximation `(B, 3, h, w)` and its horizontal, vertical and
     diagonal details `(B, 9, h, w)` to `(B, 3, 2h, 2w)`. Between levels a transposed convolution (4x4, stride 2),
     batch norm and ReLU refines the maps that the details are read from, halving channels down to 32. Nothing but
-    the inverse transform runs at the picture's own size.
+    the inverse transform runs at the image's own size.
     """
 
     size_option = "channels"
@@ -33,29 +33,29 @@ class WaveletDecoder(Decoder):
         minimum_channels: int = 32,
     ) -> None:
         super().__init__(specs, image_size)
-        self.adapter = adapter(self.spec.channels, channels)
+        self.channel_projection = channel_projection(self.spec.channels, channels)
         width = channels or self.spec.channels
         levels = stages_between((self.spec.height, self.spec.width), self.canvas.size)
-        self.trunk = stage(nn.Conv2d(width, width, kernel_size=3, padding=1))
+        self.trunk = conv_bn_relu(nn.Conv2d(width, width, kernel_size=3, padding=1))
         self.approximation = nn.Conv2d(width, 3, kernel_size=3, padding=1)
         self.refine, self.details = nn.ModuleList(), nn.ModuleList()
         for level in range(levels):
             if level:
                 narrower = max(minimum_channels, width // 2)
-                self.refine.append(stage(Doubling(width, narrower)))
+                self.refine.append(conv_bn_relu(UpConv2x(width, narrower)))
                 width = narrower
             self.details.append(nn.Conv2d(width, 9, kernel_size=3, padding=1))
         self.levels = levels
 
     def decode(self, features: Tensor) -> Tensor:
-        maps = self.trunk(self.adapter(features))
-        # An orthonormal level doubles the mean of its approximation: the first must be 2^levels times a picture.
-        picture = self.approximation(maps) * 2**self.levels
+        maps = self.trunk(self.channel_projection(features))
+        # An orthonormal level doubles the mean of its approximation: the first must be 2^levels times an image.
+        image = self.approximation(maps) * 2**self.levels
         for level, details in enumerate(self.details):
             if level:
                 maps = self.refine[level - 1](maps)
-            picture = inverse_haar(picture, details(maps))
-        return resize(picture, self.canvas.size)
+            image = inverse_haar(image, details(maps))
+        return resize(image, self.canvas.size)
 
 
 def inverse_haar(
@@ -75,9 +75,9 @@ def inverse_haar(
     return torch.stack((top, bottom), dim=3).reshape(b, c, 2 * h, 2 * w) / 2
 
 
-def haar(pictures: Float[Tensor, "batch c height width"]) -> tuple[Tensor, Tensor]:
+def haar(images: Float[Tensor, "batch c height width"]) -> tuple[Tensor, Tensor]:
     """One level of the orthonormal Haar transform: approximation `(B, C, h, w)` and details `(B, 3C, h, w)`."""
-    a, b = pictures[..., ::2, ::2], pictures[..., ::2, 1::2]
-    c, d = pictures[..., 1::2, ::2], pictures[..., 1::2, 1::2]
+    a, b = images[..., ::2, ::2], images[..., ::2, 1::2]
+    c, d = images[..., 1::2, ::2], images[..., 1::2, 1::2]
     details = torch.cat((a - b + c - d, a + b - c - d, a - b - c + d), dim=1)
     return (a + b + c + d) / 2, details / 2

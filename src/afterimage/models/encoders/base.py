@@ -17,7 +17,7 @@ class Frozen(nn.Module):
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
-        """Inside this context the features can be differentiated with respect to the pictures."""
+        """Inside this context the features can be differentiated with respect to the images."""
         before, self._gradients = self._gradients, True
         try:
             yield
@@ -29,7 +29,7 @@ class Frozen(nn.Module):
         return super().train(False)
 
 
-def picture_size(size: int | Sequence[int]) -> tuple[int, int]:
+def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """`(height, width)` from one number or two."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):

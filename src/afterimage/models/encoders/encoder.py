@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FeatureSpec, split_source
-from afterimage.models.encoders.base import Frozen, picture_size
+from afterimage.models.encoders.base import Frozen, size_pair
 from afterimage.models.encoders.layers import describe_tap
 from afterimage.models.encoders.providers.timm import (
     create_loaded,
@@ -21,7 +21,7 @@ from afterimage.models.encoders.providers.timm import (
     resolve_model,
 )
 from afterimage.models.encoders.tensor_layout import reorder
-from afterimage.models.encoders.tracing import Tap, trace
+from afterimage.models.encoders.tracing import TracedLayer, trace
 from afterimage.models.weight_files import read_named_tensors
 from afterimage.models.weights import find_weights, random_weights, weight_notes
 
@@ -33,7 +33,9 @@ class _Done(Exception):
 class _Hook:
     """Keeps one layer's feature map; the last one ends the pass."""
 
-    def __init__(self, features: list, index: int, tap: Tap, roll: Callable | None, *, last: bool) -> None:
+    def __init__(
+        self, features: list, index: int, tap: TracedLayer, roll: Callable | None, *, last: bool
+    ) -> None:
         self.features, self.index, self.layout, self.roll = features, index, tap.layout, roll
         self.copy = tap.overwritten and not last
         self.last = last
@@ -48,7 +50,7 @@ class _Hook:
 
 
 class Encoder(Frozen):
-    """The features of one or more layers of a frozen timm model, on pictures in [0, 1].
+    """The features of one or more layers of a frozen timm model, on images in [0, 1].
 
     `Encoder("resnet34.tv_in1k:layer1")`, or `Encoder("resnet34", layers=["layer1", "layer2"])`: several
     layers cost one pass. `weights` is `pretrained` (see `weights.find_weights`), `random` (drawn from `seed`,
@@ -64,7 +66,7 @@ class Encoder(Frozen):
         notes: what is to be said of them in a run's notes
 
     Raises:
-        AfterimageError: unknown model or layer, a layer that is no feature map, a picture size at which the
+        AfterimageError: unknown model or layer, a layer that is no feature map, an image size at which the
             model cannot run, or weights that are missing or do not fit.
     """
 
@@ -84,7 +86,7 @@ class Encoder(Frozen):
         elif isinstance(layers, str) or not layers:
             raise AfterimageError(f"layers must be a list of one layer or more, got {layers!r}")
         self.model_name = resolve_model(source)
-        self.image_size = picture_size(image_size)
+        self.image_size = size_pair(image_size)
         traced = trace(self.model_name, self.image_size)
         self._taps = [traced.tap(layer) for layer in layers]
         self.sources = tuple(f"{self.model_name}:{layer}" for layer in layers)
@@ -127,14 +129,14 @@ class Encoder(Frozen):
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> list[Float[Tensor, "batch channels h w"]]:
-        """Feature maps of pictures in [0, 1], one `(B, C, h, w)` a layer, in the order of `sources`.
+        """Feature maps of images in [0, 1], one `(B, C, h, w)` a layer, in the order of `sources`.
 
-        Without gradients, unless inside `gradients()`. Raises AfterimageError for pictures of another size.
+        Without gradients, unless inside `gradients()`. Raises AfterimageError for images of another size.
         """
         if images.ndim != 4 or images.shape[1:] != (3, *self.image_size) or not images.is_floating_point():
             height, width = self.image_size
             raise AfterimageError(
-                f"{self.model_name} was built for pictures (B, 3, {height}, {width}) of floats in [0, 1], "
+                f"{self.model_name} was built for images (B, 3, {height}, {width}) of floats in [0, 1], "
                 f"got {tuple(images.shape)} of {images.dtype}"
             )
         try:

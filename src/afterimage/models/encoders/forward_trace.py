@@ -19,7 +19,7 @@ from afterimage.models.encoders.tensor_layout import Key, Refused, Shapes, reord
 
 
 @dataclass
-class Event:
+class ModuleCall:
     """One module that has finished: its place, the operations and multiply-adds until then, and its shapes.
 
     `returned` keeps the tensors and their versions, which count changes in place; `positions` say where in the image
@@ -41,11 +41,11 @@ class Event:
         return any(tensor._version != version for tensor, version in self.returned)
 
 
-class Observation(TorchDispatchMode):
+class ForwardTrace(TorchDispatchMode):
     """Runs a model on `images` once; keeps what finished, by module path, and when each tensor was first read.
 
     On the meta device that takes neither weights nor memory. A pass that fails leaves what had finished by
-    then and says why in `failure`. `_seen` are the tensors that depend on the pictures. With `follow` each event also
+    then and says why in `failure`. `_seen` are the tensors that depend on the images. With `follow` each event also
     knows where in the image its values lie.
     """
 
@@ -53,7 +53,7 @@ class Observation(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.flow = PositionFlow(images) if follow else None
-        self.events: dict[str, Event] = {}
+        self.events: dict[str, ModuleCall] = {}
         self.first_read: dict[int, int] = {}
         self.failure = ""
         self._clock = self._flops = self._finished = 0
@@ -105,8 +105,8 @@ class Observation(TorchDispatchMode):
             refused = str(reason)
         found = [(key, tensor) for key, tensor in tensors(output) if storage(tensor) in self._seen]
         if not found and not refused:
-            refused = "it returns nothing that depends on the picture"
-        self.events[path] = Event(
+            refused = "it returns nothing that depends on the image"
+        self.events[path] = ModuleCall(
             order=self._finished,
             clock=self._clock,
             macs=self._flops // 2,

@@ -1,4 +1,4 @@
-"""What can be inverted: the layers of a model, measured on pictures of one size."""
+"""What can be inverted: the layers of a model, measured on images of one size."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from afterimage.config import Axis, split_source
-from afterimage.models.encoders.base import picture_size
+from afterimage.models.encoders.base import size_pair
 from afterimage.models.encoders.placement import Placement
 from afterimage.models.encoders.providers.timm import resolve_model
-from afterimage.models.encoders.tracing import Tap, cannot_run, trace
+from afterimage.models.encoders.tracing import TracedLayer, cannot_run, trace
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer that can be inverted, and what the encoder costs up to there (multiply-adds a picture).
+    """One layer that can be inverted, and what the encoder costs up to there (multiply-adds an image).
 
     `rows`, `columns` and `unseen` say where its locations lie, as `placement.Placement` has it.
     """
@@ -43,11 +43,11 @@ class LayerInfo:
         return asdict(self)
 
 
-def describe_tap(tap: Tap, image_size: Sequence[int]) -> dict[str, Any]:
+def describe_tap(tap: TracedLayer, image_size: Sequence[int]) -> dict[str, Any]:
     """Shape, cost and placement of a layer, in plain values.
 
-    `reduction` is the picture's height over the features'; `values_per_pixel_value` the number of feature values over
-    the number of values in the picture, so that 1 keeps their count. `rows` and `columns` are an `Axis` as a dict, or
+    `reduction` is the image's height over the features'; `values_per_pixel_value` the number of feature values over
+    the number of values in the image, so that 1 keeps their count. `rows` and `columns` are an `Axis` as a dict, or
     None where the locations divide the image evenly and see all of it; `unseen` names the pixels that none of them
     sees, or says that their placement is not known, and is "" where there is nothing to say.
     """
@@ -75,7 +75,7 @@ def describe_placement(placement: Placement) -> dict[str, Any]:
     return {**plain, "unseen": placement.unseen}
 
 
-def _info(name: str, tap: Tap, size: Sequence[int]) -> LayerInfo:
+def _info(name: str, tap: TracedLayer, size: Sequence[int]) -> LayerInfo:
     placed = {"rows": tap.placement.rows, "columns": tap.placement.columns}
     return LayerInfo(name=name, **{**describe_tap(tap, size), **placed})
 
@@ -86,10 +86,10 @@ def list_layers(
     """The layers of a timm model that can be inverted, in order of execution; no weights are needed.
 
     Stages and blocks, under the study's names where it has one; `every` module on request. `image_size` is
-    224 by default. Raises AfterimageError for a model that is unknown or that cannot run on pictures of that
+    224 by default. Raises AfterimageError for a model that is unknown or that cannot run on images of that
     size.
     """
-    size = picture_size(224 if image_size is None else image_size)
+    size = size_pair(224 if image_size is None else image_size)
     traced = trace(resolve_model(model), size)
     if not traced.taps:
         raise cannot_run(traced.model, size, traced.failure or "no module returns a feature map")
@@ -99,11 +99,11 @@ def list_layers(
 
 def early_end(model: str, image_size: int | Sequence[int] | None = None) -> str:
     """Why a model ended before all of its layers could be listed, and the size that works; "" where it did not."""
-    return trace(resolve_model(model), picture_size(224 if image_size is None else image_size)).early_end
+    return trace(resolve_model(model), size_pair(224 if image_size is None else image_size)).early_end
 
 
 def layer_info(source: str, image_size: int | Sequence[int] = 224) -> LayerInfo:
     """One layer, `model:layer`, as `list_layers` describes it; any module that can be inverted."""
     model, layer = split_source(source)
-    size = picture_size(image_size)
+    size = size_pair(image_size)
     return _info(layer, trace(resolve_model(model), size).tap(layer), size)

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec, local_path, unknown
-from afterimage.models.encoders.base import Frozen, picture_size
-from afterimage.models.encoders.forward_trace import Event, Observation
+from afterimage.models.encoders.base import Frozen, size_pair
+from afterimage.models.encoders.forward_trace import ForwardTrace, ModuleCall
 from afterimage.models.encoders.layers import describe_placement
 from afterimage.models.encoders.placement import Placement, find_placement
 from afterimage.models.encoders.random_init import seeded
@@ -30,14 +30,14 @@ OUTPUT = "output"
 
 
 class VectorLayout(Layout):
-    """A vector a picture, `(B, C)`, as a map of one place."""
+    """A vector an image, `(B, C)`, as a map of one place."""
 
     def __call__(self, output: Any) -> Tensor:
         return super().__call__(output)[:, :, None, None]
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerOutput:
     """Where features are taken: a module's path (empty for the whole network) and the layout of what it returns.
 
     `placement` says where in the image its locations lie.
@@ -60,12 +60,12 @@ class _Root(nn.Module):
 
 
 class CustomEncoder(Frozen):
-    """The features of layers of a network that is not timm's, on pictures in [0, 1]; frozen, in evaluation mode.
+    """The features of layers of a network that is not timm's, on images in [0, 1]; frozen, in evaluation mode.
 
     A layer is a module's path, or `output` for what the network returns. Where that is a dict or a tuple with several
     maps, one is named in brackets: `output[features]`, `neck[0]`. Shapes, axes (NCHW, NHWC, tokens, vectors), tokens
     that are no places and where locations lie are measured; `prefix_tokens` says how many tokens come before the map's
-    where they cannot be told apart. Pictures reach the network as they are unless `mean` and `std` are given.
+    where they cannot be told apart. Images reach the network as they are unless `mean` and `std` are given.
 
     Attributes: `model_name`, `sources`, `specs`, `weights`, `image_size` as of `Encoder`; `places`; `notes`.
 
@@ -86,7 +86,7 @@ class CustomEncoder(Frozen):
     ) -> None:
         super().__init__()
         self._prefix_tokens = prefix_tokens
-        self.model_name, self.image_size = name, picture_size(image_size)
+        self.model_name, self.image_size = name, size_pair(image_size)
         self.model = network
         self.requires_grad_(False).train(False)
         self.weights = Weights(name, "own", name, _digest(network))
@@ -144,29 +144,29 @@ class CustomEncoder(Frozen):
         ]
 
     def run(self, images: Float[Tensor, "batch 3 height width"]) -> Any:
-        """What the network returns for pictures in [0, 1]."""
+        """What the network returns for images in [0, 1]."""
         try:
-            # Out of place, so that a network that writes into its input cannot change the picture.
+            # Out of place, so that a network that writes into its input cannot change the image.
             return self.model((images - self.mean) / self.std)
         except AfterimageError:
             raise
         except Exception as error:
             raise _raised(self.model_name, tuple(images.shape), f"{type(error).__name__}: {error}") from error
 
-    def _observe(self) -> tuple[Observation, Observation, tuple[int, int]]:
+    def _observe(self) -> tuple[ForwardTrace, ForwardTrace, tuple[int, int]]:
         root = _Root(self.model)
         height, width = self.image_size
-        first = Observation(root, torch.zeros(1, 3, height, width), follow=True)
+        first = ForwardTrace(root, torch.zeros(1, 3, height, width), follow=True)
         if first.failure:
             raise _raised(self.model_name, (1, 3, height, width), first.failure)
-        # Which axes grow with the picture: a wider one, else a larger one, else just two.
+        # Which axes grow with the image: a wider one, else a larger one, else just two.
         for size in ((height, 2 * width), (2 * height, 2 * width), (height, width)):
-            second = Observation(root, torch.zeros(2, 3, *size))
+            second = ForwardTrace(root, torch.zeros(2, 3, *size))
             if not second.failure:
                 return first, second, size
         raise _raised(self.model_name, (2, 3, height, width), second.failure)
 
-    def _place(self, layer: str, seen: tuple[Observation, Observation, tuple[int, int]]) -> Place:
+    def _place(self, layer: str, seen: tuple[ForwardTrace, ForwardTrace, tuple[int, int]]) -> LayerOutput:
         path, keys = _parse(layer)
         module = "" if path == OUTPUT else path
         first, second, size = seen
@@ -179,12 +179,14 @@ class CustomEncoder(Frozen):
             if event.refused or event.runs > 1:
                 raise Refused(event.refused or f"it runs {event.runs} times in one pass")
             if name not in second.events:
-                raise Refused("it does not run on pictures of every size")
+                raise Refused("it does not run on images of every size")
             shapes, later = _chosen(event, keys), _chosen(second.events[name], keys)
             layout = self._layout(shapes, later, size, event)
             if layout.axes == "NC":
-                return Place(module, layout)
-            return Place(module, layout, find_placement(event.positions[layout.key], layout, self.image_size))
+                return LayerOutput(module, layout)
+            return LayerOutput(
+                module, layout, find_placement(event.positions[layout.key], layout, self.image_size)
+            )
         except Refused as reason:
             shapes = ", ".join(f"{_text(key)} {'x'.join(map(str, shape))}" for key, shape in event.shapes)
             hint = f"; it returns {shapes}, name one as {path}[KEY]" if len(event.shapes) > 1 else ""
@@ -194,7 +196,7 @@ class CustomEncoder(Frozen):
                 f"{self.model_name}:{layer} cannot be audited: {reason}{hint}. Layers: {', '.join(known[:40])}"
             ) from None
 
-    def _layout(self, shapes: Shapes, later: Shapes, size: tuple[int, int], event: Event) -> Layout:
+    def _layout(self, shapes: Shapes, later: Shapes, size: tuple[int, int], event: ModuleCall) -> Layout:
         vectors = [(key, shape) for key, shape in shapes if len(shape) == 2 and shape[0] == 1]
         if len(shapes) == len(vectors) == 1 and dict(later).get(vectors[0][0]) == (2, vectors[0][1][1]):
             key, (_, channels) = vectors[0]
@@ -225,12 +227,12 @@ class CustomEncoder(Frozen):
         notes = []
         if any(not torch.equal(a, b) for a, b in zip(once, again, strict=True)):
             notes.append(
-                f"the features of {self.model_name} differ from one pass to the next on equal pictures"
+                f"the features of {self.model_name} differ from one pass to the next on equal images"
             )
         elif any(
             not torch.allclose(a[:1], b, rtol=1e-3, atol=1e-4) for a, b in zip(once, alone, strict=True)
         ):
-            notes.append(f"a picture's features in {self.model_name} depend on the others in its batch")
+            notes.append(f"an image's features in {self.model_name} depend on the others in its batch")
         return notes
 
 
@@ -290,7 +292,7 @@ def _parse(layer: str) -> tuple[str, list[str]]:
     return match[1], re.findall(r"\[([^\[\]]+)\]", match[2])
 
 
-def _chosen(event: Event, keys: Sequence[str]) -> Shapes:
+def _chosen(event: ModuleCall, keys: Sequence[str]) -> Shapes:
     shapes = [(key, s) for key, s in event.shapes if [str(step) for step in key[: len(keys)]] == list(keys)]
     if keys and not shapes:
         raise Refused(f"nothing it returns is called {''.join(f'[{key}]' for key in keys)}")
@@ -302,7 +304,7 @@ def _text(key: Key) -> str:
 
 
 def _raised(name: str, shape: tuple[int, ...], reason: str) -> AfterimageError:
-    return AfterimageError(f"{name} cannot run on pictures {shape} in [0, 1]: {reason}")
+    return AfterimageError(f"{name} cannot run on images {shape} in [0, 1]: {reason}")
 
 
 def _digest(network: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """Layouts: how what a module returns becomes `(B, C, h, w)`.
 
 Which axes are spatial, and which of several tokens lie somewhere in the image, is measured, not declared: the network
-is run on two picture sizes (and two batch sizes), the axes that grow with the picture are its height and width, and
+is run on two image sizes (and two batch sizes), the axes that grow with the image are its height and width, and
 tokens are told apart by where in the image they lie (`positions`).
 """
 
@@ -109,9 +109,9 @@ def find_layout(
     prefers_nhwc: bool = False,
     positions: Mapping[Key, Positions | None] | None = None,
 ) -> Layout:
-    """The layout of one module's output, from its tensors' shapes on one picture and on two of another size.
+    """The layout of one module's output, from its tensors' shapes on one image and on two of another size.
 
-    `sizes` are the pictures', `prefix` the number of prefix tokens that the model declares, if it does. Where both
+    `sizes` are the images', `prefix` the number of prefix tokens that the model declares, if it does. Where both
     passes had the same size, `prefers_nhwc` decides what the shapes leave open. `positions` say where the elements
     of the first pass lie in the image: they come before what shapes suggest. Raises Refused with the reason where no
     tensor, or more than one, is a feature map.
@@ -122,7 +122,7 @@ def find_layout(
     for key, shape in first:
         try:
             if key not in later:
-                raise Refused("what it returns changes with the picture's size")
+                raise Refused("what it returns changes with the image's size")
             seen = _seen(key, shape, positions.get(key)) if _is_batch(shape, later[key]) else None
             found[seen or _layout(key, shape, later[key], sizes, prefix, prefers_nhwc)] = None
         except Refused as reason:
@@ -169,7 +169,7 @@ def _layout(
                 found.append(Layout(axes, shape[channel], *grids[0], prefix=skipped, key=key))
     if not found:
         raise Refused(
-            "no axes of it grow with the picture's height and width as a map's, or a grid of tokens, do"
+            "no axes of it grow with the image's height and width as a map's, or a grid of tokens, do"
         )
     return found[0]
 
@@ -223,7 +223,7 @@ def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
 
 
 def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
-    """How many of the tokens did not grow in number with the picture's area, if a few did not."""
+    """How many of the tokens did not grow in number with the image's area, if a few did not."""
     small, large = (math.prod(size) for size in sizes)
     if large == small:
         return 0
@@ -232,9 +232,9 @@ def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
 
 
 def _is_grid(grid: Size, size: Size) -> bool:
-    """Whether a grid has the picture's aspect, up to what padding (or its absence) adds and takes away.
+    """Whether a grid has the image's aspect, up to what padding (or its absence) adds and takes away.
 
-    One location for a whole picture of ordinary size is no map but what pooling left of one.
+    One location for a whole image of ordinary size is no map but what pooling left of one.
     """
     if not all(grid) or (size[0] == size[1] and grid[0] != grid[1]):
         return False
@@ -245,9 +245,9 @@ def _is_grid(grid: Size, size: Size) -> bool:
 
 
 def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
-    """Whether a grid has grown along each axis about as much as the picture has.
+    """Whether a grid has grown along each axis about as much as the image has.
 
-    An attention map has the aspect of a square picture too, but grows with its area.
+    An attention map has the aspect of a square image too, but grows with its area.
     """
     (before, after), (small, large) = grids, sizes
     return all(
@@ -257,7 +257,7 @@ def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
 
 
 def find_grid(count: int, size: Size) -> Size | None:
-    """The `(h, w)` with h w = count that is closest to the picture's aspect and within one of it."""
+    """The `(h, w)` with h w = count that is closest to the image's aspect and within one of it."""
     if count < 1:
         return None
     reduction = math.sqrt(math.prod(size) / count)

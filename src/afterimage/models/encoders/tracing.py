@@ -1,6 +1,6 @@
 """Tracing: which modules of a model can be inverted, their shapes, and what the network costs up to each.
 
-Nothing is declared. The model is observed twice, on pictures of two sizes, before any weights are loaded.
+Nothing is declared. The model is observed twice, on images of two sizes, before any weights are loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from afterimage.config import AfterimageError, unknown
-from afterimage.models.encoders.forward_trace import Observation, storage
+from afterimage.models.encoders.forward_trace import ForwardTrace, storage
 from afterimage.models.encoders.placement import Placement, find_placement
 from afterimage.models.encoders.positions import Positions
 from afterimage.models.encoders.providers.timm import aliases, create_model, has_fixed_size, native_size
@@ -25,10 +25,10 @@ from afterimage.models.encoders.tensor_layout import Layout, Refused, Size, find
 
 
 @dataclass(frozen=True)
-class Tap:
+class TracedLayer:
     """A module whose output is a feature map.
 
-    `order` counts finished modules, `clock` operations; `parameters` and `macs` (of one picture) are the
+    `order` counts finished modules, `clock` operations; `parameters` and `macs` (of one image) are the
     network's up to there. `overwritten` says that the network later changes what the module returned. `placement` is
     where its locations lie in the image.
     """
@@ -45,7 +45,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class Trace:
-    """A model on pictures of `image_size`: what can be inverted (`taps`) and why the rest cannot (`refused`).
+    """A model on images of `image_size`: what can be inverted (`taps`) and why the rest cannot (`refused`).
 
     `reads` are the saved tensors in the order in which they are first read: clock, names, number of
     parameters. `positions` say where in the image the values of each tap lie; `tap` works its placement out of them.
@@ -54,7 +54,7 @@ class Trace:
     model: str
     image_size: Size
     modules: Sequence[str]
-    taps: Mapping[str, Tap]
+    taps: Mapping[str, TracedLayer]
     refused: Mapping[str, str]
     reads: Sequence[tuple[int, tuple[str, ...], int]]
     aliases: Mapping[str, str]
@@ -63,7 +63,7 @@ class Trace:
     positions: Mapping[str, Positions | None]
     placements: dict[str, Placement] = field(default_factory=dict)
 
-    def tap(self, layer: str) -> Tap:
+    def tap(self, layer: str) -> TracedLayer:
         """The tap of a layer, by module path or alias. Raises AfterimageError that says what is valid."""
         path = layer if layer in self.modules else self.aliases.get(layer, layer)
         if path in self.taps:
@@ -105,7 +105,7 @@ class Trace:
         """The layers worth listing, likewise."""
         return [name for name in self.by_order if self.aliases.get(name, name) in self.stages]
 
-    def used(self, taps: Sequence[Tap]) -> list[tuple[str, ...]]:
+    def used(self, taps: Sequence[TracedLayer]) -> list[tuple[str, ...]]:
         """The saved tensors that the layers in use read, each by all the names that it goes by."""
         last = max(tap.clock for tap in taps)
         return [names for clock, names, _ in self.reads if clock <= last]
@@ -118,7 +118,7 @@ class _Unbuildable(Exception):
 def cannot_run(model: str, size: Size, reason: str) -> AfterimageError:
     works = _size_that_works(model, size)
     return AfterimageError(
-        f"{model} cannot run on {size[0]}x{size[1]} pictures ({reason})"
+        f"{model} cannot run on {size[0]}x{size[1]} images ({reason})"
         + (f"; it can on {works}" if works else "")
     )
 
@@ -139,10 +139,10 @@ def trace(name: str, image_size: Size) -> Trace:
         model = _blank(name, image_size)
     except _Unbuildable as reason:
         raise cannot_run(name, image_size, str(reason)) from reason
-    first = Observation(model, _pictures(model, 1, image_size), follow=True)
+    first = ForwardTrace(model, _images(model, 1, image_size), follow=True)
     if (first.failure or first.flow.needs_values) and _device(model) == "meta":
         model = _blank(name, image_size, "cpu")
-        first = Observation(model, _pictures(model, 1, image_size), follow=True)
+        first = ForwardTrace(model, _images(model, 1, image_size), follow=True)
     second, size = _observe_again(name, model, image_size, first)
     reads = _reads(model, first)
     clocks = [clock for clock, _, _ in reads]
@@ -157,7 +157,7 @@ def trace(name: str, image_size: Size) -> Trace:
             if event.runs > 1:
                 raise Refused(f"it runs {event.runs} times in one pass, so that its output is not one thing")
             if path not in second.events:
-                raise Refused("it does not run on pictures of every size")
+                raise Refused("it does not run on images of every size")
             later = second.events[path].shapes
             layout = find_layout(event.shapes, later, (image_size, size), prefix, nhwc, event.positions)
         except Refused as reason:
@@ -165,7 +165,7 @@ def trace(name: str, image_size: Size) -> Trace:
             continue
         total = totals[bisect_right(clocks, event.clock)]
         positions[path] = event.positions[layout.key]
-        taps[path] = Tap(path, layout, event.order, event.clock, total, event.macs, event.overwritten)
+        taps[path] = TracedLayer(path, layout, event.order, event.clock, total, event.macs, event.overwritten)
     modules = tuple(path for path, _ in model.named_modules() if path)
     short = aliases(model, name)
     stages = _stages(model, taps, short.values())
@@ -194,12 +194,12 @@ def _device(model: nn.Module) -> str:
     return next(model.parameters()).device.type
 
 
-def _pictures(model: nn.Module, count: int, size: Size) -> torch.Tensor:
+def _images(model: nn.Module, count: int, size: Size) -> torch.Tensor:
     return torch.zeros(count, 3, *size, device=_device(model))
 
 
-def _observe_again(name: str, model: nn.Module, size: Size, first: Observation) -> tuple[Observation, Size]:
-    """Two pictures, wider, else larger, else just two: the first that gets as far as one did."""
+def _observe_again(name: str, model: nn.Module, size: Size, first: ForwardTrace) -> tuple[ForwardTrace, Size]:
+    """Two images, wider, else larger, else just two: the first that gets as far as one did."""
     height, width = size
     for other in ((height, 2 * width), (2 * height, 2 * width), size):
         candidate = model
@@ -208,13 +208,13 @@ def _observe_again(name: str, model: nn.Module, size: Size, first: Observation) 
                 candidate = _blank(name, other, _device(model))
             except _Unbuildable:
                 continue
-        second = Observation(candidate, _pictures(candidate, 2, other))
+        second = ForwardTrace(candidate, _images(candidate, 2, other))
         if len(second.events) >= len(first.events):
             break
     return second, other
 
 
-def _reads(model: nn.Module, seen: Observation) -> list[tuple[int, tuple[str, ...], int]]:
+def _reads(model: nn.Module, seen: ForwardTrace) -> list[tuple[int, tuple[str, ...], int]]:
     names: dict[int, list[str]] = {}
     counts: dict[int, int] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -223,7 +223,9 @@ def _reads(model: nn.Module, seen: Observation) -> list[tuple[int, tuple[str, ..
     return sorted((seen.first_read[s], tuple(names[s]), counts[s]) for s in names if s in seen.first_read)
 
 
-def _stages(model: nn.Module, taps: Mapping[str, Tap], named: Collection[str], depth: int = 4) -> list[str]:
+def _stages(
+    model: nn.Module, taps: Mapping[str, TracedLayer], named: Collection[str], depth: int = 4
+) -> list[str]:
     """The layers worth listing: those with a name in the study (`named`), those that timm declares, and the
     outermost other modules that are made of several, unless they are most of the network.
 

@@ -12,25 +12,25 @@ from torch import Tensor, nn
 
 class _Clamp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pictures):
-        ctx.save_for_backward(pictures)
-        return pictures.clamp(0, 1)
+    def forward(ctx, images):
+        ctx.save_for_backward(images)
+        return images.clamp(0, 1)
 
     @staticmethod
     def backward(ctx, gradient):
-        (pictures,) = ctx.saved_tensors
-        outward = ((pictures > 1) & (gradient < 0)) | ((pictures < 0) & (gradient > 0))
+        (images,) = ctx.saved_tensors
+        outward = ((images > 1) & (gradient < 0)) | ((images < 0) & (gradient > 0))
         return gradient.masked_fill(outward, 0)
 
 
-def clamp(pictures: Tensor) -> Tensor:
-    """Hold pictures to [0, 1] and let gradients pass, but for those that lead further beyond the range.
+def clamp(images: Tensor) -> Tensor:
+    """Hold images to [0, 1] and let gradients pass, but for those that lead further beyond the range.
 
     A sigmoid saturates where photographs have most of their black and white; a plain clamp has no gradient to
     bring a value back. Straight through, a value beyond the range is drawn back unless its target is the bound.
     Errors of pixels never lead outward there; LPIPS may, and without end, as what it sees does not change.
     """
-    return _Clamp.apply(pictures)
+    return _Clamp.apply(images)
 
 
 def for_sums(tensor: Tensor) -> Tensor:
@@ -38,7 +38,9 @@ def for_sums(tensor: Tensor) -> Tensor:
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
-def enlarge(maps: Float[Tensor, "batch cbb h w"], block: tuple[int, int]) -> Float[Tensor, "batch c hb wb"]:
+def pixel_shuffle(
+    maps: Float[Tensor, "batch cbb h w"], block: tuple[int, int]
+) -> Float[Tensor, "batch c hb wb"]:
     """Give every location its block of pixels: a pixel shuffle whose blocks need not be square, also of no maps."""
     (b, cbb, h, w), (bh, bw) = maps.shape, block
     if bh == bw and b:
@@ -47,8 +49,10 @@ def enlarge(maps: Float[Tensor, "batch cbb h w"], block: tuple[int, int]) -> Flo
     return maps.view(b, c, bh, bw, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c, h * bh, w * bw)
 
 
-def shrink(maps: Float[Tensor, "batch c hb wb"], block: tuple[int, int]) -> Float[Tensor, "batch cbb h w"]:
-    """The inverse of `enlarge`."""
+def pixel_unshuffle(
+    maps: Float[Tensor, "batch c hb wb"], block: tuple[int, int]
+) -> Float[Tensor, "batch cbb h w"]:
+    """The inverse of `pixel_shuffle`."""
     (b, c, height, width), (bh, bw) = maps.shape, block
     if bh == bw and b:  # of no maps it forgets to unshuffle
         return F.pixel_unshuffle(maps, bh)
@@ -56,12 +60,12 @@ def shrink(maps: Float[Tensor, "batch c hb wb"], block: tuple[int, int]) -> Floa
     return maps.reshape(b, c * bh * bw, height // bh, width // bw)
 
 
-def adapter(channels: int, wanted: int | None) -> nn.Module:
+def channel_projection(channels: int, wanted: int | None) -> nn.Module:
     """A 1x1 convolution to `wanted` channels; nothing where none are asked for."""
     return nn.Identity() if wanted is None else nn.Conv2d(channels, wanted, kernel_size=1)
 
 
-class Doubling(nn.ConvTranspose2d):
+class UpConv2x(nn.ConvTranspose2d):
     """A transposed convolution (4x4) that doubles height and width: `(B, C, h, w)` to `(B, narrower, 2h, 2w)`.
 
     The bias is added by itself: on a CPU its gradient within the kernel takes as long as the other two together.
@@ -75,7 +79,7 @@ class Doubling(nn.ConvTranspose2d):
         return doubled + self.bias.to(doubled.dtype)[:, None, None]
 
 
-def stage(convolution: nn.Module) -> nn.Sequential:
+def conv_bn_relu(convolution: nn.Module) -> nn.Sequential:
     """A convolution, batch norm and ReLU."""
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU(inplace=True))
 
@@ -86,15 +90,15 @@ def stages_between(size: tuple[int, int], target: tuple[int, int]) -> int:
     return max(0, round(math.log2(ratio)))
 
 
-def resize(pictures: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Float[Tensor, "batch c _ _"]:
+def resize(images: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Float[Tensor, "batch c _ _"]:
     """Bilinear, antialiased when it shrinks; the identity where the size already fits."""
-    if tuple(pictures.shape[-2:]) == tuple(size):
-        return pictures
-    shrinks = size[0] < pictures.shape[-2] or size[1] < pictures.shape[-1]
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    shrinks = size[0] < images.shape[-2] or size[1] < images.shape[-1]
     # PyTorch antialiases in float32 only.
-    exact = pictures.float() if shrinks and pictures.dtype in (torch.bfloat16, torch.float16) else pictures
+    exact = images.float() if shrinks and images.dtype in (torch.bfloat16, torch.float16) else images
     resized = F.interpolate(exact, size=tuple(size), mode="bilinear", antialias=shrinks, align_corners=False)
-    return resized.to(pictures.dtype)
+    return resized.to(images.dtype)
 
 
 def log2_scale(d: int) -> float:

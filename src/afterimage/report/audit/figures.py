@@ -17,7 +17,7 @@ from afterimage.report.figures.style import MUTED, Drawing, encoder_styles, grid
 
 PANEL = (3.4, 2.7)
 MARKERS = "osD^vPX*<>h"
-MEASURES = {"identification": "pictures identified", "ssim": "SSIM of the reconstruction"}
+MEASURES = {"identification": "images identified", "ssim": "SSIM of the reconstruction"}
 
 
 def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: str) -> Drawing | None:
@@ -89,7 +89,7 @@ def _bar(estimate: float, low: float, high: float, count: int = 0) -> list[list[
 
 def _across(kinds: set[str]) -> str:
     if not kinds:
-        return "bytes sent a picture (log scale)"
+        return "bytes sent an image (log scale)"
     return " or ".join(UTILITY[kind] for kind in sorted(kinds))
 
 

@@ -31,8 +31,8 @@ from afterimage.runs.run import Run
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN = 3
 MARKS = {WITHIN: "good", OPEN: "open", LEAKS: "bad"}
-PICTURE = 168
-"""Pixels on the longer side of pictures on the page."""
+IMAGE = 168
+"""Pixels on the longer side of images on the page."""
 
 
 def write_audit(
@@ -89,12 +89,12 @@ def write_audit(
 
 
 DOES_NOT_SHOW = (
-    "That no stronger attack exists. Every number says what these attackers got: more pictures, a larger decoder, a "
+    "That no stronger attack exists. Every number says what these attackers got: more images, a larger decoder, a "
     "generative model or an idea nobody has had yet may get more. A pass is no proof of privacy.",
-    "What leaks besides the picture. A reconstruction that nobody recognises can still give away age, place, disease "
+    "What leaks besides the image. A reconstruction that nobody recognises can still give away age, place, disease "
     "or identity: none of that was tested.",
-    "What single people risk. Scores are means over the test pictures; the table names the one that came back best.",
-    "Anything about other pictures. The test pictures stand for yours only as far as they resemble them.",
+    "What single people risk. Scores are means over the test images; the table names the one that came back best.",
+    "Anything about other images. The test images stand for yours only as far as they resemble them.",
 )
 
 
@@ -111,7 +111,7 @@ def _table(results: Results, limits: LimitsConfig) -> list[dict[str, Any]]:
 
 
 def _albums(results: Results, root: Path) -> list[dict[str, Any]]:
-    """For each layer the first test pictures and what the attacker with the best mean SSIM made of each defence."""
+    """For each layer the first test images and what the attacker with the best mean SSIM made of each defence."""
     albums = []
     for layer in dict.fromkeys(row["layer"] for row in results.rows):
         best: dict[str, Mapping[str, Any]] = {}
@@ -119,12 +119,12 @@ def _albums(results: Results, root: Path) -> list[dict[str, Any]]:
             known = best.get(row["defence"])
             if known is None or row["scores"]["ssim"]["estimate"] > known["scores"]["ssim"]["estimate"]:
                 best[row["defence"]] = row
-        stored = {defence: Run(root / row["folder"]).pictures[:SHOWN] for defence, row in best.items()}
-        originals = next((pictures for pictures in stored.values() if pictures), [])
-        columns = [{"name": "original", "pictures": _encoded(original for _, original, _ in originals)}]
+        stored = {defence: Run(root / row["folder"]).images[:SHOWN] for defence, row in best.items()}
+        originals = next((images for images in stored.values() if images), [])
+        columns = [{"name": "original", "images": _encoded(original for _, original, _ in originals)}]
         columns += [
-            {"name": defence, "pictures": _encoded(path for _, _, path in pictures)}
-            for defence, pictures in stored.items()
+            {"name": defence, "images": _encoded(path for _, _, path in images)}
+            for defence, images in stored.items()
         ]
         albums.append({"layer": layer, "columns": columns})
     return albums
@@ -133,10 +133,10 @@ def _albums(results: Results, root: Path) -> list[dict[str, Any]]:
 def _encoded(paths: Iterable[Path]) -> list[str]:
     uris = []
     for path in paths:
-        picture = read_image(path)
-        picture.thumbnail((PICTURE, PICTURE))
+        image = read_image(path)
+        image.thumbnail((IMAGE, IMAGE))
         buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, "WEBP", quality=85)
+        image.convert("RGB").save(buffer, "WEBP", quality=85)
         uris.append(data_uri(buffer.getvalue(), "image/webp"))
     return uris
 

@@ -89,10 +89,10 @@ class Verdict:
 
 
 def attacker_text(attacker: Mapping[str, Any]) -> str:
-    """`linear, 640 pictures, query access`."""
+    """`linear, 640 images, query access`."""
     access = "also has the weights" if attacker["access"] == "weights" else "query access"
     source = f" from {attacker['data']}" if attacker["data"] else ""
-    return f"{attacker['decoder']}, {attacker['pictures']:,} pictures{source}, {access}"
+    return f"{attacker['decoder']}, {attacker['images']:,} images{source}, {access}"
 
 
 def strongest(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -162,7 +162,7 @@ def _option(
 
 
 def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
-    """A shown leak before a possible one: few pictures have wide intervals, which reach far and show little."""
+    """A shown leak before a possible one: few images have wide intervals, which reach far and show little."""
 
     def weight(leak: Leak) -> tuple[int, float]:
         status = leak.against(limit)
@@ -230,7 +230,7 @@ def _remarks(
         if limits.max_ssim is not None and floor["high"] > limits.max_ssim:
             remarks.append(
                 f"the limit on SSIM is below what is reached without any features: the mean of the attacker's "
-                f"{row['attacker']['pictures']:,} pictures has SSIM {floor['estimate']:.3f} (up to {floor['high']:.3f})"
+                f"{row['attacker']['images']:,} images has SSIM {floor['estimate']:.3f} (up to {floor['high']:.3f})"
             )
             break
     if limits.max_identification is not None:
@@ -238,7 +238,7 @@ def _remarks(
             least = float(stats.binomtest(0, count).proportion_ci(0.95, method="exact").high)
             if least > limits.max_identification:
                 remarks.append(
-                    f"{count} test pictures are too few to show an identification below {limits.max_identification:g}: "
+                    f"{count} test images are too few to show an identification below {limits.max_identification:g}: "
                     f"even without a single hit the interval reaches {least:.3f}"
                 )
     unseen = {row["layer"]: row["seen"] for row in rows if row.get("seen")}
@@ -253,7 +253,7 @@ def _remarks(
         if row["defence"] == "none" and found["low"] <= row["chance"] and ssim <= floor:
             remarks.append(
                 f"{row['layer']}, undefended: {attacker_text(row['attacker'])} got no more than one without features; "
-                "are these the features of these pictures?"
+                "are these the features of these images?"
             )
     if any("shuffle" in row["defence"] for row in rows):
         remarks.append(

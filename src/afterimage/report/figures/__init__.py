@@ -10,7 +10,7 @@ from afterimage.report.figures.controls import controls, lost
 from afterimage.report.figures.depth import quality_by_depth
 from afterimage.report.figures.distribution import distributions
 from afterimage.report.figures.fusion import fusion_weights
-from afterimage.report.figures.image_grid import grid, own_pictures, pages
+from afterimage.report.figures.image_grid import grid, own_images, pages
 from afterimage.report.figures.inversion import saturation
 from afterimage.report.figures.rate import rate
 from afterimage.report.figures.scatter import quality_by_locations, quality_by_parameters
@@ -19,7 +19,7 @@ from afterimage.report.figures.training import training_curves
 from afterimage.report.rows import Rows
 from afterimage.runtime.progress import Progress, silent
 
-__all__ = ["Drawing", "draw", "own_pictures", "render"]
+__all__ = ["Drawing", "draw", "own_images", "render"]
 
 BEFORE_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {"quality by depth": quality_by_depth}
 AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {

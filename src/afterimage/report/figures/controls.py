@@ -1,4 +1,4 @@
-"""Controls: what each decoder makes of features that are not the picture's, and how far re-encoding leads."""
+"""Controls: what each decoder makes of features that are not the image's, and how far re-encoding leads."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ def controls(rows: Rows) -> list[Drawing]:
         right.plot(distances["random_pair"], y, "s", color="#D55E00")
     left.set_yticks(range(len(parts)), [label(p.row) for p in parts])
     left.set_ylim(len(parts) - 0.5, -0.5)
-    left.set_xlabel("PSNR (dB) against the picture")
+    left.set_xlabel("PSNR (dB) against the image")
     right.set_xlabel("distance of features / their norm")
     right.set_xlim(left=0)
     for axes in (left, right):
         axes.grid(axis="x")
         axes.tick_params(length=2.5)
     names = {"own": "its own features", **STAND_INS}
-    handles = [Line2D([], [], color=c, marker=m, ls="none", label=names[k]) for k, (c, m) in CONTROL_LOOKS.items()]
+    handles = [
+        Line2D([], [], color=c, marker=m, ls="none", label=names[k]) for k, (c, m) in CONTROL_LOOKS.items()
+    ]
     legend(figure, handles, columns=3)
     return [Drawing("controls", "Preserved or guessed", _caption(parts), figure)]
 
@@ -66,10 +68,10 @@ def label(row: Row) -> str:
 
 def _caption(parts: list[Part]) -> str:
     return (
-        "Left: features that are not the picture's own through the trained decoder, scored against the picture; "
-        f"mean over {parts[0].facts['pictures']} test pictures with its 95 % t interval. What reaches the first "
-        "marker was guessed. Right: the distance of the re-encoded reconstruction's features from the picture's "
-        "(disc) beside that of another picture's (square)."
+        "Left: features that are not the image's own through the trained decoder, scored against the image; "
+        f"mean over {parts[0].facts['images']} test images with its 95 % t interval. What reaches the first "
+        "marker was guessed. Right: the distance of the re-encoded reconstruction's features from the image's "
+        "(disc) beside that of another image's (square)."
     )
 
 
@@ -83,7 +85,7 @@ ERROR_LOOKS = {
 
 
 def lost(rows: Rows) -> list[Drawing]:
-    """Three figures from `lost.json`. Empty where no run folder holds one."""
+    """Three figures from `error_breakdown.json`. Empty where no run folder holds one."""
     parts, _ = read_part(rows.decoders, "lost")
     return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
 
@@ -130,7 +132,7 @@ def _by_frequency(parts: Sequence[Part]) -> Drawing:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
             grid_y(axes)
-            panels[i][0].set_ylabel(f"{plane}: error / picture")
+            panels[i][0].set_ylabel(f"{plane}: error / image")
         panels[0][j].set_title(drawable(names[encoder], 28))
         panels[1][j].set_xlabel("cycles a pixel")
         layers = dict.fromkeys((p.row.sources, drawable(p.row.layer, 16)) for p in members)
@@ -141,8 +143,8 @@ def _by_frequency(parts: Sequence[Part]) -> Drawing:
     handles = [Line2D([], [], color=MUTED, ls=ls, label=name) for name, ls in patterns.items()]
     legend(figure, handles, columns=4)
     caption = (
-        "The error's power over the picture's at each spatial frequency (radial averages of Hann-windowed spectra, "
-        f"summed over {parts[0].facts['pictures']} test pictures), luma above and chroma (Cb and Cr) below, darker "
+        "The error's power over the image's at each spatial frequency (radial averages of Hann-windowed spectra, "
+        f"summed over {parts[0].facts['images']} test images), luma above and chroma (Cb and Cr) below, darker "
         "the deeper the layer. At the broken line nothing is left; above it the decoder adds what is not there."
     )
     return Drawing("lost-by-frequency", "What is lost, by frequency", caption, figure)
@@ -174,7 +176,7 @@ def _by_kind(parts: Sequence[Part]) -> Drawing:
     legend(figure, handles, columns=6)
     rules = parts[0].facts["regions"]
     caption = (
-        "Left: PSNR of luma, Cb and Cr, each over its own range of 1, mean over test pictures with its 95 % t "
+        "Left: PSNR of luma, Cb and Cr, each over its own range of 1, mean over test images with its 95 % t "
         "interval. Right: of the mean squared error over all pixels of a kind, by the original's luma in "
         f"{rules['window']} × {rules['window']} pixels: flat (standard deviation below {rules['flat_below']:g}), "
         f"else edge (structure tensor's coherence {rules['edge_from']:g} or more), else texture."
@@ -201,7 +203,7 @@ def _by_place(parts: Sequence[Part]) -> Drawing:
     bar = figure.colorbar(shown[0], ax=panels, shrink=0.7, extend="both", pad=0.02)
     bar.set_label("error / its mean")
     caption = (
-        "The root mean squared error at each place of the crop over its mean, from all test pictures: borders and "
+        "The root mean squared error at each place of the crop over its mean, from all test images: borders and "
         "the grid of locations show where a layer keeps less."
     )
     return Drawing("lost-by-place", "What is lost, by place", caption, figure)

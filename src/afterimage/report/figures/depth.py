@@ -1,4 +1,4 @@
-"""Quality by depth: every encoder's layers in execution order, a line a decoder, reference lines behind."""
+"""Quality by depth: every encoder's layers in execution order, a line a decoder, baselines behind."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _handles(rows: Sequence[Row], styles: dict[str, Style], has_references: bool
         for name, control in looks
     ]  # fmt: skip
     if has_references:
-        handles.append(Line2D([], [], color=MUTED, lw=0.7, ls=(0, (4, 3)), label="reference line"))
+        handles.append(Line2D([], [], color=MUTED, lw=0.7, ls=(0, (4, 3)), label="baseline"))
     return handles
 
 
@@ -160,11 +160,11 @@ def _caption(rows: Rows) -> str:
         seeds[row.encoder, row.decoder_label, row.control, *_layer_key(row)].add(row.seed)
     most = max(map(len, seeds.values()))
     text = (
-        "Mean over test pictures with its 95 % t interval; decoders of a layer stand side by side. "
-        "Intervals of two points may overlap although their difference is certain: the pictures are the "
+        "Mean over test images with its 95 % t interval; decoders of a layer stand side by side. "
+        "Intervals of two points may overlap although their difference is certain: the images are the "
         "same, so compare pairs."
     )
-    text += f" Each picture's score is its mean over up to {most} seeds." if most > 1 else ""
+    text += f" Each image's score is its mean over up to {most} seeds." if most > 1 else ""
     text += controls_note(rows.decoders)
     text += "".join(f" {line[0].upper()}{line[1:]}." for line in fusion_legend(rows.decoders))
     return text + lpips_note(rows.decoders)

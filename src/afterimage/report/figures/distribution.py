@@ -1,4 +1,4 @@
-"""Per-picture distributions: every test picture's score in every row, not only the mean."""
+"""Per-image distributions: every test image's score in every row, not only the mean."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GOLDEN = 0.618034
 
 def distributions(rows: Rows) -> list[Drawing]:
     """Box and dots for each row; a figure for every 36 rows, split between encoders."""
-    pages = _pages([row for row in rows.all if len(row.pictures) > 1])
+    pages = _pages([row for row in rows.all if len(row.images) > 1])
     looks = decoder_styles(rows.decoders)
     colors = {name: look.color for name, look in looks.items()}
     return [_page(page, rows, colors, f"-{i}" if len(pages) > 1 else "") for i, page in enumerate(pages, 1)]
@@ -80,14 +80,14 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
             va="center", weight="bold", fontsize=7.5, color="#b00020" if control else INK,
         )  # fmt: skip
     caption = (
-        "Every dot is a test picture; the box holds the middle half with the median, whiskers reach the "
-        f"farthest picture within 1.5 box lengths.{lpips_note(page)}"
+        "Every dot is a test image; the box holds the middle half with the median, whiskers reach the "
+        f"farthest image within 1.5 box lengths.{lpips_note(page)}"
     )
-    return Drawing(f"distributions{suffix}", "Picture by picture", caption, figure)
+    return Drawing(f"distributions{suffix}", "Image by image", caption, figure)
 
 
 def _heading(names: dict[str, str], encoder: str, control: str) -> str:
-    return f"{names.get(encoder, 'reference lines')}{f', {control}' if control else ''}"
+    return f"{names.get(encoder, 'baselines')}{f', {control}' if control else ''}"
 
 
 def _label(row: Row, has_seeds: bool) -> str:

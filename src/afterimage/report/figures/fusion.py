@@ -1,4 +1,4 @@
-"""Fusion weights as maps: which of its sources a fusion listens to, and where in a picture."""
+"""Fusion weights as maps: which of its sources a fusion listens to, and where in an image."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from afterimage.report.figures.image_grid import (
     FOOT,
     GAP,
     HEAD,
+    IMAGES,
     LINE,
-    PICTURES,
     Pixels,
     read_pixels,
 )
@@ -41,7 +41,7 @@ Map = UInt8[np.ndarray, "h w"]
 
 @dataclass(frozen=True)
 class Line:
-    """One picture: its original, its reconstruction and a map a source."""
+    """One image: its original, its reconstruction and a map a source."""
 
     identity: str
     original: Pixels
@@ -62,9 +62,9 @@ def fusion_weights(rows: Rows) -> list[Drawing]:
 
 
 def _lines(row: Row) -> list[Line]:
-    """The first pictures of which everything can be read."""
+    """The first images of which everything can be read."""
     try:
-        saved, maps = row.run.pictures, row.run.fusion_maps
+        saved, maps = row.run.images, row.run.fusion_maps
     except DAMAGE:
         return []
     lines = []
@@ -73,7 +73,7 @@ def _lines(row: Row) -> list[Line]:
         pixels = [read_pixels(file) for file in files]
         if len(pixels) == 2 + len(row.sources) and all(image is not None for image in pixels):
             lines.append(Line(str(identity), *pixels[:2], [image[..., 0] for image in pixels[2:]]))
-        if len(lines) == PICTURES:
+        if len(lines) == IMAGES:
             break
     return lines
 
@@ -142,5 +142,5 @@ def _caption(row: Row) -> str:
         f"{text[0].upper()}{text[1:]} of {' + '.join(row.sources)}. Each map shows how much of the fused features "
         "comes from one source at each location; at a location the sources' weights add up to 1, and an equal "
         f"share would be {1 / len(row.sources):.2f}. All maps have one colour scale. Above a column: the mean over "
-        "all test pictures; below a map: its own mean."
+        "all test images; below a map: its own mean."
     )

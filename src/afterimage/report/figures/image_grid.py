@@ -26,19 +26,19 @@ from afterimage.runs.run import Run
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 COLUMNS = 8
-PICTURES, FEW_PICTURES, MANY_PAGES = 3, 2, 4  # a page shows fewer pictures where there are many pages
+IMAGES, FEW_IMAGES, MANY_PAGES = 3, 2, 4  # a page shows fewer images where there are many pages
 DETAIL = 4  # a detail is this part of the shorter side
-CELL = 1.12  # inches: at 200 dpi the 224 pixels of a usual picture are printed one to one
+CELL = 1.12  # inches: at 200 dpi the 224 pixels of a usual image are printed one to one
 LINE = 0.13  # inches a line of text takes
 GAP, EDGE, FOOT = 0.06, 0.05, 0.18
-BLOCK = 2 * CELL + FOOT + 0.14  # a picture, its PSNR, its detail, and the way to the next picture
+BLOCK = 2 * CELL + FOOT + 0.14  # an image, its PSNR, its detail, and the way to the next image
 HEAD = 17  # characters that fit above a column
 BOX = "#D55E00"
 
 
 @dataclass(frozen=True)
 class Album:
-    """The pictures of a figure: `cells[id][i]` is the reconstruction by row `i`, None where there is none, and
+    """The images of a figure: `cells[id][i]` is the reconstruction by row `i`, None where there is none, and
     `psnr[id][i]` its score."""
 
     ids: list[str]
@@ -55,12 +55,12 @@ class Page:
     title: str
     rows: list[Row]
     names: dict[str, str]
-    pictures: int = PICTURES
+    images: int = IMAGES
     folded: bool = False
 
 
 def pages(rows: Rows) -> list[Page]:
-    """Few runs share a page; more are split by encoder, decoder and seed. Reference lines stand apart."""
+    """Few runs share a page; more are split by encoder, decoder and seed. Baselines stand apart."""
     names, found = short_encoders(rows.decoders), []
     split = list(_split(rows, names))
     many = len(split) > MANY_PAGES
@@ -69,29 +69,27 @@ def pages(rows: Rows) -> list[Page]:
         # Names that differ only in what a file's name cannot hold must not share a file.
         taken = sum(page.stem == stem or page.stem.startswith(f"{stem}~") for page in found)
         stem = f"{stem}~{taken + 1}" if taken else stem
-        found.append(
-            Page(stem, title, members, names, FEW_PICTURES if many else PICTURES, many and bool(found))
-        )
+        found.append(Page(stem, title, members, names, FEW_IMAGES if many else IMAGES, many and bool(found)))
     return found
 
 
 def grid(page: Page) -> list[Drawing]:
-    """Whole pictures and a detail of each in one figure. Empty where the runs saved none."""
-    album = _album(page.rows, page.pictures)
+    """Whole images and a detail of each in one figure. Empty where the runs saved none."""
+    album = _album(page.rows, page.images)
     return [_drawing(page, album)] if album.ids else []
 
 
 @runtime_checkable
 class Shown(Protocol):
-    """What a run made of a picture: uint8 `(H, W, 3)`, scores by name."""
+    """What a run made of an image: uint8 `(H, W, 3)`, scores by name."""
 
     original: Pixels
-    picture: Pixels
+    image: Pixels
     scores: Mapping[str, float | None]
 
 
-def own_pictures(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Drawing]:
-    """The same figures of pictures that are not the runs' own test pictures; `shown` has all of them for each run."""
+def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Drawing]:
+    """The same figures of images that are not the runs' own test images; `shown` has all of them for each run."""
     drawings = []
     for page in pages(rows):
         columns = [shown[row.run] for row in page.rows]
@@ -99,7 +97,7 @@ def own_pictures(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[D
         album = Album(
             ids,
             {i: columns[0][i].original for i in ids},
-            {i: [column[i].picture for column in columns] for i in ids},
+            {i: [column[i].image for column in columns] for i in ids},
             {i: [column[i].scores["psnr"] for column in columns] for i in ids},
         )
         with style():
@@ -125,7 +123,7 @@ def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]
                 title = f"Reconstructions: {name}, {plain(own[0].decoder_label)}"
                 yield from _chunks(title + (f", seed {own[0].seed}" if seeds else ""), own)
     if rows.references:
-        yield from _chunks("Reconstructions: reference lines", list(rows.references))
+        yield from _chunks("Reconstructions: baselines", list(rows.references))
 
 
 def _chunks(title: str, rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
@@ -136,7 +134,7 @@ def _chunks(title: str, rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
 
 
 def _album(rows: Sequence[Row], limit: int) -> Album:
-    """The first pictures that most rows saved; a row whose original differs under the same id has no cell."""
+    """The first images that most rows saved; a row whose original differs under the same id has no cell."""
     saved = [_saved(row) for row in rows]
     counts = {i: sum(i in s for s in saved) for i in dict.fromkeys(itertools.chain(*saved))}
     ids = sorted(counts, key=lambda i: -counts[i])
@@ -159,7 +157,7 @@ def _album(rows: Sequence[Row], limit: int) -> Album:
 
 def _saved(row: Row) -> dict[str, tuple[Path, Path]]:
     try:
-        return {str(identity): (original, rebuilt) for identity, original, rebuilt in row.run.pictures}
+        return {str(identity): (original, rebuilt) for identity, original, rebuilt in row.run.images}
     except DAMAGE:
         return {}
 
@@ -197,7 +195,7 @@ def _drawing(page: Page, album: Album) -> Drawing:
     caption = (
         "Originals and what each row rebuilt, and under each the boxed detail enlarged pixel by pixel: the "
         "part of the original with the highest contrast (variance of its luma). Above a column: its row and "
-        f"mean PSNR over all test pictures; below a picture: its own PSNR.{_missing(album)}{_fusions(page.rows)}"
+        f"mean PSNR over all test images; below an image: its own PSNR.{_missing(album)}{_fusions(page.rows)}"
     )
     return Drawing(page.stem, page.title, caption, figure, page.folded)
 
@@ -205,7 +203,7 @@ def _drawing(page: Page, album: Album) -> Drawing:
 def _show(
     axes: Axes, pixels: Pixels, x: float, y: float, foot: str, detail: tuple[int, int, int], *, boxed: bool
 ) -> None:
-    """A picture in the square cell at `(x, y)`, `foot` below it, its detail in the cell under that."""
+    """An image in the square cell at `(x, y)`, `foot` below it, its detail in the cell under that."""
     rows, columns = pixels.shape[:2]
     scale = CELL / max(rows, columns)
     left, above = x + (CELL - columns * scale) / 2, y + (CELL - rows * scale) / 2
@@ -262,7 +260,7 @@ def _head(row: Row, page: Page) -> str:
 
 def _missing(album: Album) -> str:
     gaps = sum(pixels is None for cells in album.cells.values() for pixels in cells)
-    return f" {gaps} pictures were not saved, cannot be read, or are of another original." if gaps else ""
+    return f" {gaps} images were not saved, cannot be read, or are of another original." if gaps else ""
 
 
 def _fusions(rows: Sequence[Row]) -> str:

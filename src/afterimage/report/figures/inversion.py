@@ -60,7 +60,9 @@ def draw_saturation(folders: Sequence[Run]) -> Drawing:
         figure.draw_without_rendering()
         axes.set_ylim(axes.get_ylim())
         margin_labels(axes, ends, size=8.0)
-    caption = "The mean PSNR over pictures of the best picture so far by its features, against passes; a lower bound."
+    caption = (
+        "The mean PSNR over images of the best image so far by its features, against passes; a lower bound."
+    )
     return Drawing("saturation", "Where inversion saturates", caption, figure)
 
 
@@ -78,7 +80,7 @@ def named_features(sources: str, weights: str) -> str:
 
 
 def mean_curve(folder: Run) -> list[tuple[int, float]]:
-    """Passes, and the mean PSNR over an inversion's pictures after so many."""
+    """Passes, and the mean PSNR over an inversion's images after so many."""
     values = defaultdict(list)
     for row in read_csv(folder.file("curve.csv")):
         values[row["step"]].append(row["psnr"])

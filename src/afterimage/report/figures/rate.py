@@ -16,7 +16,7 @@ CODECS = {"JPEG": "--", "WebP": ":"}
 
 
 def rate(rows: Rows) -> list[Drawing]:
-    """A panel an encoder, a line a layer. Empty where no run folder holds `rate.json`."""
+    """A panel an encoder, a line a layer. Empty where no run folder holds `rate_distortion.json`."""
     parts, _ = read_part(rows.decoders, "rate")
     if not parts:
         return []
@@ -35,7 +35,7 @@ def rate(rows: Rows) -> list[Drawing]:
         for part in members:
             points = [p for p in part.facts["points"] if p["bits"] < 32]
             scores = [
-                Score.of([float(r["psnr"]) for r in part.pictures if r["bits"] == p["bits"]]) for p in points
+                Score.of([float(r["psnr"]) for r in part.images if r["bits"] == p["bits"]]) for p in points
             ]
             axes.errorbar(
                 [p["bits_per_pixel"] for p in points], [s.mean for s in scores], [s.margin or 0 for s in scores],
@@ -60,7 +60,7 @@ def rate(rows: Rows) -> list[Drawing]:
     caption = (
         "Features at 1, 2, 3, 4, 6 and 8 bits (left to right) after "
         f"{parts[0].facts['coder']}, rebuilt by decoders that were fitted on unquantised ones; mean over "
-        f"{parts[0].facts['pictures']} test pictures with its 95 % t interval. Grey: the same pictures as JPEG and "
-        "WebP files. Channels are quantised between their 0.1 % and 99.9 % quantiles over training pictures."
+        f"{parts[0].facts['images']} test images with its 95 % t interval. Grey: the same images as JPEG and "
+        "WebP files. Channels are quantised between their 0.1 % and 99.9 % quantiles over training images."
     )
     return [Drawing("rate", "Quality against the size of the features", caption, figure)]

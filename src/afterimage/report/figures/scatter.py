@@ -67,7 +67,7 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
     legend(figure, _handles(looks, lambda name: drawable(names[name]), shown), columns=4)
     caption = (
         "Every layer by the number of its feature locations (height × width), a column a decoder, a line an "
-        "encoder through its layers in execution order; mean over test pictures with its 95 % t interval."
+        "encoder through its layers in execution order; mean over test images with its 95 % t interval."
         f"{controls_note(shown)}{lpips_note(shown)}"
     )
     return [Drawing("quality-by-locations", "Quality and spatial resolution", caption, figure)]
@@ -101,7 +101,7 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
     figure.set_layout_engine("none")  # labels lie inside the axes: the layout stays, and costs as much again
     caption = (
         "Every row by the size of its decoder, a column an encoder, a line a decoder through the layers in "
-        "execution order (named where there is room); mean over test pictures with its 95 % t interval."
+        "execution order (named where there is room); mean over test images with its 95 % t interval."
         f"{controls_note(shown)}{lpips_note(shown)}"
     )
     return [Drawing("quality-by-parameters", "Quality and decoder size", caption, figure)]

@@ -33,7 +33,7 @@ RC = {
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": "#ececec", "grid.linewidth": 0.7,
     "lines.linewidth": 1.4, "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 7.5,
     "svg.hashsalt": "afterimage", "svg.fonttype": "path", "savefig.dpi": DPI, "figure.dpi": 100,
-    "image.composite_image": False,  # an SVG would merge a grid's pictures at screen resolution
+    "image.composite_image": False,  # an SVG would merge a grid's images at screen resolution
     "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
 }  # fmt: skip
 # Okabe and Ito's colours (2008) for decoders, Tol's (2021) for encoders, so that the two are not confused.

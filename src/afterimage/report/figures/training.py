@@ -1,4 +1,4 @@
-"""Training curves: what the validation pictures came to, epoch by epoch."""
+"""Training curves: what the validation images came to, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def _caption(trained: Sequence[tuple[Row, Epochs]], count: int) -> str:
     )
     if any(_loss(row) == "mse" for row, _ in trained):
         text += (
-            " As PSNR of the mean squared error, which is lower than the table's mean of the pictures' PSNR."
+            " As PSNR of the mean squared error, which is lower than the table's mean of the images' PSNR."
         )
     missing = count - len(trained)
     return text + (

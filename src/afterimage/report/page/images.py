@@ -1,4 +1,4 @@
-"""The saved test pictures of many runs, gathered once each and re-encoded so that they travel in one file."""
+"""The saved test images of many runs, gathered once each and re-encoded so that they travel in one file."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from afterimage.runtime.progress import Progress, silent
 QUALITIES = (90, 80)
 EXACT_BYTES = 12_000_000
 THUMBNAIL = 96
-OVERHEAD = 5_000  # bytes of a thumbnail and of what else a page says about a picture
+OVERHEAD = 5_000  # bytes of a thumbnail and of what else a page says about an image
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One test picture: its original, and its reconstruction by the position of the run that made it.
+class PageImage:
+    """One test image: its original, and its reconstruction by the position of the run that made it.
 
     `maps` holds the weight maps of runs whose fusion has such, one a source.
     """
@@ -48,82 +48,82 @@ class Picture:
 class Album:
     """What a page embeds.
 
-    `blocks[i]` holds the data URIs of `pictures[i]`: `original`, and `runs` and `maps` by position. `quality` is
-    WebP's, or None where the files are embedded as they are. `total` counts the pictures before any was left out.
+    `blocks[i]` holds the data URIs of `images[i]`: `original`, and `runs` and `maps` by position. `quality` is
+    WebP's, or None where the files are embedded as they are. `total` counts the images before any was left out.
     """
 
     total: int
-    pictures: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     quality: int | None = None
 
 
-def gather(rows: Sequence[Row]) -> list[Picture]:
-    """The pictures that the rows' runs saved, in the order of their first appearance.
+def gather(rows: Sequence[Row]) -> list[PageImage]:
+    """The images that the rows' runs saved, in the order of their first appearance.
 
-    Rows share a picture where both its id and the content of its original agree: the same id from another
-    crop or data set is another picture.
+    Rows share an image where both its id and the content of its original agree: the same id from another
+    crop or data set is another image.
     """
-    pictures: dict[tuple[str, str], Picture] = {}
+    images: dict[tuple[str, str], PageImage] = {}
     hashes: dict[tuple[str, str], str] = {}
     for position, row in enumerate(rows):
         settings = [row.data.get(key) for key in ("digest", "resize", "crop")]
         origin = repr(settings) if row.data.get("digest") else row.run.name
         maps = row.run.fusion_maps if row.fusion_weights else {}
-        for id, original, reconstruction in row.run.pictures:
+        for id, original, reconstruction in row.run.images:
             # Hashing every run's copy would read gigabytes; one copy for each data set is enough.
             if (id, origin) not in hashes:
                 hashes[id, origin] = hashlib.sha256(_read(original)).hexdigest()
-            picture = pictures.setdefault((id, hashes[id, origin]), Picture(id, original))
-            picture.reconstructions[position] = reconstruction
+            page_image = images.setdefault((id, hashes[id, origin]), PageImage(id, original))
+            page_image.reconstructions[position] = reconstruction
             if (own := maps.get(id)) and len(own) == len(row.sources):
-                picture.maps[position] = own
-    return list(pictures.values())
+                page_image.maps[position] = own
+    return list(images.values())
 
 
-def embed(pictures: Sequence[Picture], limit: int, progress: Progress = silent) -> Album:
-    """Encode pictures into at most `limit` bytes of JSON.
+def embed(images: Sequence[PageImage], limit: int, progress: Progress = silent) -> Album:
+    """Encode images into at most `limit` bytes of JSON.
 
     Small sets are embedded as they are, larger ones as WebP at the first of `QUALITIES` that fits. Where not
-    even the last one does, pictures are left out from the end, each with all its reconstructions.
+    even the last one does, images are left out from the end, each with all its reconstructions.
     """
-    if not pictures:
+    if not images:
         return Album(0)
     kept, blocks, spent = [], [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        quality = _choose_quality(pictures, limit, pool)
-        for done, picture in enumerate(pictures, start=1):
-            block, entry = _encode_picture(picture, quality, pool), _describe(picture)
+        quality = _choose_quality(images, limit, pool)
+        for done, page_image in enumerate(images, start=1):
+            block, entry = _encode_image(page_image, quality, pool), _describe(page_image)
             spent += _length(block) + _length(entry)
             if spent > limit:
                 break
             kept.append(entry)
             blocks.append(block)
-            progress("embedding pictures", done, len(pictures))
-    return Album(len(pictures), kept, blocks, quality)
+            progress("embedding images", done, len(images))
+    return Album(len(images), kept, blocks, quality)
 
 
 def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _choose_quality(pictures: Sequence[Picture], limit: int, pool: Executor) -> int | None:
-    size = sum(_size(file) + 100 for picture in pictures for file in picture.files)
-    if size * 4 / 3 + OVERHEAD * len(pictures) <= min(limit, EXACT_BYTES):
+def _choose_quality(images: Sequence[PageImage], limit: int, pool: Executor) -> int | None:
+    size = sum(_size(file) + 100 for page_image in images for file in page_image.files)
+    if size * 4 / 3 + OVERHEAD * len(images) <= min(limit, EXACT_BYTES):
         return None
-    sample = pictures[:: max(1, len(pictures) // 5)]
+    sample = images[:: max(1, len(images) // 5)]
     for quality in QUALITIES:
-        length = sum(_length(_encode_picture(picture, quality, pool)) + OVERHEAD for picture in sample)
-        if length / len(sample) * len(pictures) <= limit:
+        length = sum(_length(_encode_image(page_image, quality, pool)) + OVERHEAD for page_image in sample)
+        if length / len(sample) * len(images) <= limit:
             return quality
     return QUALITIES[-1]
 
 
-def _encode_picture(picture: Picture, quality: int | None, pool: Executor) -> dict[str, Any]:
-    encoded = pool.map(lambda file: _encode(file, quality), picture.files)
+def _encode_image(page_image: PageImage, quality: int | None, pool: Executor) -> dict[str, Any]:
+    encoded = pool.map(lambda file: _encode(file, quality), page_image.files)
     block: dict[str, Any] = {"original": next(encoded)}
-    block["runs"] = {str(position): next(encoded) for position in picture.reconstructions}
-    block["maps"] = {str(position): [next(encoded) for _ in own] for position, own in picture.maps.items()}
+    block["runs"] = {str(position): next(encoded) for position in page_image.reconstructions}
+    block["maps"] = {str(position): [next(encoded) for _ in own] for position, own in page_image.maps.items()}
     return block
 
 
@@ -142,14 +142,14 @@ def _encode(path: Path, quality: int | None) -> str:
     return data_uri(content, "image/png")
 
 
-def _describe(picture: Picture) -> dict[str, Any]:
-    image = read_image(picture.original)
+def _describe(page_image: PageImage) -> dict[str, Any]:
+    image = read_image(page_image.original)
     width, height = image.size
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     thumbnail = data_uri(_webp(small, 80), "image/webp")
-    runs = sorted(picture.reconstructions)
-    return {"id": picture.id, "width": width, "height": height, "runs": runs, "thumbnail": thumbnail}
+    runs = sorted(page_image.reconstructions)
+    return {"id": page_image.id, "width": width, "height": height, "runs": runs, "thumbnail": thumbnail}
 
 
 def _webp(image: Image.Image, quality: int) -> bytes:
@@ -162,11 +162,11 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise AfterimageError(f"cannot read the picture {path}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read the image {path}: {error.strerror}") from None
 
 
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise AfterimageError(f"cannot read the picture {path}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read the image {path}: {error.strerror}") from None

@@ -1,6 +1,6 @@
-"""One self-contained HTML page that shows a study: its pictures first, then charts, findings and the table.
+"""One self-contained HTML page that shows a study: its images first, then charts, findings and the table.
 
-The page opens from disk and asks the network for nothing: scripts, styles and pictures are inlined, and its
+The page opens from disk and asks the network for nothing: scripts, styles and images are inlined, and its
 content security policy allows those scripts alone, so that no name out of a run folder can become code.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from afterimage.config import AfterimageError, read_text
-from afterimage.report.page.images import Album, Picture, data_uri, embed, gather
+from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather
 from afterimage.report.read import read_rows
 from afterimage.report.rows import METRICS, Row, Rows
 from afterimage.report.tables import DIGITS, HIGHER_IS_BETTER, NONE, duration
@@ -50,22 +50,22 @@ def write_page(
 
     `findings` hold `title`, `verdict`, `rule`, `paragraphs` and `tables` (each with `title`, `header` and
     `rows` of text); `lead` goes before them, and `problems` say what could not be computed. `figures` are
-    image files, with or without a caption before them. The page stays below `limit` bytes: pictures are
+    image files, with or without a caption before them. The page stays below `limit` bytes: images are
     re-encoded, then left out, and the page says so. Raises `AfterimageError` where no run is finished, a
-    picture cannot be read, or the limit is too small for the page without pictures.
+    image cannot be read, or the limit is too small for the page without images.
     """
     rows = read_rows(runs)
     shown = [_figure(figure) for figure in figures]
-    pictures = gather(rows.all)
-    entries = describe_rows(rows, pictures)
+    images = gather(rows.all)
+    entries = describe_rows(rows, images)
     context = {"title": title, "findings": findings, "lead": lead, "problems": problems, "figures": shown}
-    # Rendered once without pictures, to learn how much room is left for them.
-    room = limit - len(_render(rows, entries, Album(total=len(pictures)), **context).encode())
+    # Rendered once without images, to learn how much room is left for them.
+    room = limit - len(_render(rows, entries, Album(total=len(images)), **context).encode())
     if room < 0:
         raise AfterimageError(
             f"{out}: tables, charts and figures alone take more than the limit of {limit:,} bytes"
         )
-    album = embed(pictures, room, progress)
+    album = embed(images, room, progress)
     write_atomic(out, _render(rows, entries, album, **context))
     return Path(out)
 
@@ -77,8 +77,8 @@ def _render(
     script = "\n".join(["(() => {", '"use strict";', *map(_text, SCRIPTS), "})();"])
     data = {
         "runs": entries,
-        "pictures": album.pictures,
-        "ids": picture_ids(rows),
+        "images": album.images,
+        "ids": image_ids(rows),
         "net": main_net(rows),
     }
     return _page_template().render(
@@ -148,25 +148,25 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def describe_rows(rows: Rows, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any]]:
     """An entry for each of `rows.all`, in that order. Numbers are None where they are unavailable.
 
-    `series` and `decoder` place a row in a walk over layers; per-picture scores follow `picture_ids(rows)`;
-    rows compare picture by picture only where their `testSet` agrees.
+    `series` and `decoder` place a row in a walk over layers; per-image scores follow `image_ids(rows)`;
+    rows compare image by image only where their `testSet` agrees.
     """
-    ids = picture_ids(rows)
+    ids = image_ids(rows)
     seeds = len({row.seed for row in rows.decoders}) > 1
     names = _short_names([row.encoder for row in rows.decoders])
-    test_sets = _test_sets(rows.all, pictures)
+    test_sets = _test_sets(rows.all, images)
     return [
         {**_names(row, names, seeds), **_numbers(row, ids), "testSet": test_set, "fusion": _fusion(row)}
         for row, test_set in zip(rows.all, test_sets, strict=True)
     ]
 
 
-def picture_ids(rows: Rows) -> list[str]:
-    """The test pictures of all rows, in the order of their first appearance."""
-    return list(dict.fromkeys(picture["id"] for row in rows.all for picture in row.pictures))
+def image_ids(rows: Rows) -> list[str]:
+    """The test images of all rows, in the order of their first appearance."""
+    return list(dict.fromkeys(image["id"] for row in rows.all for image in row.images))
 
 
 def best_scores(rows: Rows) -> dict[str, str]:
@@ -198,7 +198,7 @@ def grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 
 def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
     if row.kind == "reference":
-        series, short = "Reference lines", str(row.settings.get("reference", row.label)).replace("-", " ")
+        series, short = "Baselines", str(row.settings.get("reference", row.label)).replace("-", " ")
         return {
             "name": row.label, "reference": True, "random": "", "series": series, "encoder": series,
             "layer": row.label, "short": short, "decoder": "", "shape": "",
@@ -222,7 +222,7 @@ def _numbers(row: Row, ids: Sequence[str]) -> dict[str, Any]:
         "locations": None if reference else row.locations,
         "net": row.lpips_net,
         "scores": {metric: _score(row, metric) for metric in METRICS},
-        "perPicture": {
+        "perImage": {
             m: [None if (v := values[m].get(id)) is None else round(v, 4) for id in ids] for m in METRICS
         },
     }
@@ -241,12 +241,12 @@ def _score(row: Row, metric: str) -> dict[str, Any] | None:
     return {"mean": score.mean, "std": score.std, "count": score.count, "margin": score.margin}
 
 
-def _test_sets(rows: Sequence[Row], pictures: Sequence[Picture]) -> list[str]:
-    # The first picture a row saved tells its test set, also where not every row has a digest of its own.
+def _test_sets(rows: Sequence[Row], images: Sequence[PageImage]) -> list[str]:
+    # The first image a row saved tells its test set, also where not every row has a digest of its own.
     first: dict[int, str] = {}
-    for number, picture in enumerate(pictures):
-        for position in picture.reconstructions:
-            first.setdefault(position, f"picture {number}")
+    for number, image in enumerate(images):
+        for position in image.reconstructions:
+            first.setdefault(position, f"image {number}")
     return [first.get(i, str(row.data.get("digest") or row.run.name)) for i, row in enumerate(rows)]
 
 

@@ -64,8 +64,8 @@ def analyse(runs: Iterable[Run], *, resamples: int = RESAMPLES, seed: int = 0) -
     """Read finished runs and answer H1, H2 and H3, for every metric and every setting that the runs hold.
 
     A setting is a way of decoding (decoder, its size, weights, loss); only rows of one setting, on the same
-    pictures, are compared across layers. Every verdict is a family of tests of its own: Holm's correction
-    keeps the chance of any false step in it at 5 %. Seeds are averaged per picture before anything else.
+    images, are compared across layers. Every verdict is a family of tests of its own: Holm's correction
+    keeps the chance of any false step in it at 5 %. Seeds are averaged per image before anything else.
 
     Args:
         resamples: bootstrap resamples an interval.

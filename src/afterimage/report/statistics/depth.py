@@ -29,8 +29,8 @@ class DepthOfEncoder:
     """One encoder's layers in execution order; `steps[i]` compares layer i + 1 with layer i.
 
     `tau` is Kendall's between depth and the layers' mean quality, with its exact p-value (of few layers it
-    cannot be small: 1/12 at best for four). `tau_within` is the mean over pictures of tau within a picture.
-    `monotone` counts the pictures whose quality falls at every step.
+    cannot be small: 1/12 at best for four). `tau_within` is the mean over images of tau within an image.
+    `monotone` counts the images whose quality falls at every step.
     """
 
     encoder: str

@@ -14,13 +14,13 @@ from afterimage.evaluation.intervals import (
     percentile_interval,
     resampled_means,
 )
-from afterimage.report.statistics.rows import HIGHER_IS_BETTER, Row, honest, matrix
+from afterimage.report.statistics.rows import HIGHER_IS_BETTER, Row, matrix, without_random_controls
 from afterimage.report.statistics.tests import Comparison, compare, corrected
 
 
 @dataclass(frozen=True)
 class Score:
-    """A row's mean score over pictures with its interval; `seed_spread` is None for a single seed."""
+    """A row's mean score over images with its interval; `seed_spread` is None for a single seed."""
 
     name: str
     setting: str
@@ -37,7 +37,7 @@ class Degradation:
 
     `drop` compares worst with best; `percent` is the change relative to the best (its interval is a
     percentile bootstrap of the ratio of means). `runner_up` compares the best layer with the second best,
-    corrected over the encoders of the setting. Best and worst are picked on the same pictures, which flatters
+    corrected over the encoders of the setting. Best and worst are picked on the same images, which flatters
     `drop` slightly.
     """
 
@@ -66,7 +66,7 @@ class DecoderRanking:
 class Efficiency:
     """What a row's quality costs.
 
-    `gain` is the mean score beyond `baseline`: the mean-colour reference line of the row's test pictures where the
+    `gain` is the mean score beyond `baseline`: the mean-colour baseline of the row's test images where the
     study has any such line, else 0. It is None for LPIPS without one, which has no zero to count from, and where
     other rows have a line and this one has not. Ratios are None where the cost is unknown or zero.
     """
@@ -94,7 +94,7 @@ def scores(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: in
 
 
 def _best_first(rows: list[Row], metric: str) -> list[Row]:
-    """Rows by mean over the pictures that all of them have."""
+    """Rows by mean over the images that all of them have."""
     _, values = matrix(rows, metric)
     means = values.mean(axis=0) if HIGHER_IS_BETTER[metric] else -values.mean(axis=0)
     return [row for _, row in sorted(zip(-means, rows, strict=True), key=lambda pair: pair[0])]
@@ -148,7 +148,7 @@ def decoders(
     Features of an untrained encoder are others, and controls: they are left out unless there is nothing else.
     """
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in honest(rows) or rows:
+    for row in without_random_controls(rows) or rows:
         groups[row.name, row.data].append(row)
     ranked = [_best_first(group, metric) for group in groups.values() if len(group) > 1]
     family = corrected(

@@ -52,7 +52,7 @@ class Resolution:
     """The answer to H2 for one metric and one setting.
 
     Correlations are between quality (the metric turned so that more is better) and locations, over `layers`
-    layers. Their intervals resample pictures, the layers given; their p-values permute layers, and are a
+    layers. Their intervals resample images, the layers given; their p-values permute layers, and are a
     guide only, since layers of one encoder are not independent. `partial` is None where channels and
     locations rank the layers alike, `share` (epsilon squared) where no two layers share a resolution.
     """

@@ -19,7 +19,7 @@ HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 # The published study calls differences below 0.1 dB negligible; it names no such margin for SSIM and LPIPS.
 NEGLIGIBLE = {"psnr": 0.1, "ssim": 0.0, "lpips": 0.0}
 
-Scores = dict[str, float]  # picture id -> score
+Scores = dict[str, float]  # image id -> score
 
 _SHAPE = {"order", "channels", "height", "width"}
 _NEEDED = (
@@ -32,7 +32,7 @@ _NEEDED = (
 class Row:
     """One line of a study's table: the runs that differ in nothing but the seed.
 
-    `scores[metric][picture]` is the mean over seeds. Everything computed from it speaks of pictures, given
+    `scores[metric][image]` is the mean over seeds. Everything computed from it speaks of images, given
     the seeds that were trained; `seed_means[metric]` holds each seed's mean, for the spread between seeds.
     `setting` says how the features were decoded (decoder, its size, weights, loss, data where they differ);
     only rows of one setting are compared across layers. `data` tells test sets apart.
@@ -80,7 +80,7 @@ class Row:
 
 
 def matrix(rows: list[Row], metric: str) -> tuple[list[str], np.ndarray]:
-    """Scores of the pictures that every row has: their ids, sorted, and `(pictures, rows)`."""
+    """Scores of the images that every row has: their ids, sorted, and `(images, rows)`."""
     common = set.intersection(*(set(row.scores[metric]) for row in rows))
     ids = sorted(common)
     return ids, np.array([[row.scores[metric][i] for row in rows] for i in ids]).reshape(len(ids), len(rows))
@@ -90,7 +90,7 @@ def load_rows(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
     """Read finished runs as rows; the second answer says what was left out and why.
 
     Raises:
-        AfterimageError: a summary without a key that is needed, a score that is not finite, or a picture
+        AfterimageError: a summary without a key that is needed, a score that is not finite, or an image
             scored twice; each names the file.
     """
     found, notes = [], []
@@ -134,7 +134,7 @@ def load_rows(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
     for group in groups.values():
         row = _row(group, metrics)
         if all(len(scores) < 2 for scores in row.scores.values()):
-            notes.append(f"{row.runs[0]} is left out: it has scores for fewer than 2 pictures")
+            notes.append(f"{row.runs[0]} is left out: it has scores for fewer than 2 images")
             continue
         rows.append(row)
         configs.append(group[0][2] | {"origin": origin(group[0][1])})
@@ -179,14 +179,14 @@ def _scores(run: Run, metrics: tuple[str, ...]) -> dict[str, Scores]:
     seen = set()
     for line in run.scores:
         if line["id"] in seen:
-            raise AfterimageError(f"{run.file('scores.csv')} scores picture {line['id']!r} twice")
+            raise AfterimageError(f"{run.file('scores.csv')} scores image {line['id']!r} twice")
         seen.add(line["id"])
         for metric in metrics:
             value = line.get(metric)
             if value is None:
                 continue
             if not isinstance(value, int | float) or not math.isfinite(value):
-                where = f"{run.file('scores.csv')}: {metric} of picture {line['id']!r}"
+                where = f"{run.file('scores.csv')}: {metric} of image {line['id']!r}"
                 raise AfterimageError(f"{where} is {value!r}, not a finite number")
             table[metric][line["id"]] = float(value)
     return table
@@ -201,7 +201,7 @@ def control(setting: str) -> str:
     return next((mark for mark in CONTROLS if mark in setting), "")
 
 
-def honest(results: Iterable[Any]) -> list[Any]:
+def without_random_controls(results: Iterable[Any]) -> list[Any]:
     """Of rows or results that have a `setting`, all but the controls on untrained encoders."""
     return [result for result in results if not control(result.setting)]
 
@@ -263,7 +263,7 @@ def _setting(config: dict[str, Any]) -> dict[str, Any]:
         "weights": config["origin"],
         "loss": config["recipe"]["loss"],
         "options": decoder.get("options") or None,
-        "training pictures": config["train"],
+        "training images": config["train"],
         "data": config["digest"],
     }
 
@@ -271,8 +271,8 @@ def _setting(config: dict[str, Any]) -> dict[str, Any]:
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     recipe = {k: v for k, v in config["recipe"].items() if k != "loss"}
     # Not the fusion: a fused row is compared with single ones that are decoded alike.
-    pictures = {f"data.{key}": value for key, value in config["data"].items() if key != "limit_train"}
-    return _setting(config) | recipe | {"weights from": config["weights"]} | pictures
+    images = {f"data.{key}": value for key, value in config["data"].items() if key != "limit_train"}
+    return _setting(config) | recipe | {"weights from": config["weights"]} | images
 
 
 def _label(setting: dict[str, Any]) -> str:
@@ -291,7 +291,7 @@ def _distinct(labels: list[str], details: list[dict[str, Any]]) -> list[str]:
     for label, detail in zip(labels, details, strict=True):
         rivals = [d for other, d in zip(labels, details, strict=True) if other == label]
         keys = [k for k in detail if any(d.get(k) != detail[k] for d in rivals)]
-        if any(k == "training pictures" or k.startswith("data.") for k in keys):
+        if any(k == "training images" or k.startswith("data.") for k in keys):
             keys = [k for k in keys if k != "data"]  # a digest, which says less
         told = [f"{k.removeprefix('data.')} {detail[k][:8] if k == 'data' else detail[k]}" for k in keys]
         distinct.append(f"{label} ({', '.join(told)})" if told else label)

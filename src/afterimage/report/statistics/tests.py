@@ -114,12 +114,12 @@ _LISTED = 10
 
 @dataclass(frozen=True)
 class Comparison:
-    """`a` against `b` on the pictures that both have.
+    """`a` against `b` on the images that both have.
 
     `difference` is the mean of a - b in the metric's own unit (so below zero is better for LPIPS). `p` is
     the paired t test's (Student 1908), `p_holm` its value corrected over the comparison's family.
-    `agreement` is the rank correlation of the two over pictures: near 1, they find the same pictures hard.
-    `won_a` and `won_b` are the pictures won by the widest margins, at most ten, widest first.
+    `agreement` is the rank correlation of the two over images: near 1, they find the same images hard.
+    `won_a` and `won_b` are the images won by the widest margins, at most ten, widest first.
     """
 
     metric: str
@@ -179,16 +179,16 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Comparison:
-    """Compare two rows by `metric` over the pictures that both have scores for.
+    """Compare two rows by `metric` over the images that both have scores for.
 
     `p_holm` starts out as `p`; `corrected` sets it once the family is known.
 
     Raises:
-        AfterimageError: fewer than two common pictures.
+        AfterimageError: fewer than two common images.
     """
     ids, scores = matrix([a, b], metric)
     if len(ids) < 2:
-        raise AfterimageError(f"{a.name} and {b.name} share {len(ids)} pictures with {metric}; 2 are needed")
+        raise AfterimageError(f"{a.name} and {b.name} share {len(ids)} images with {metric}; 2 are needed")
     difference = scores[:, 0] - scores[:, 1]
     interval = mean_interval(difference, resamples=resamples, seed=seed)
     p = 1.0

@@ -16,7 +16,7 @@ Map = Float[Tensor, "batch _ _ _"]
 
 @dataclass(frozen=True)
 class Wire:
-    """What one picture's features cost to send: numbers of so many bits, and bits that say which they are."""
+    """What one image's features cost to send: numbers of so many bits, and bits that say which they are."""
 
     values: int
     bits: int = 32

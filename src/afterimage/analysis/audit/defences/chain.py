@@ -29,7 +29,7 @@ class Defence(nn.Module):
 
     Attributes:
         specs: the shapes of the features, `sent_specs` of what is sent
-        sent_bytes: how many bytes the maps of one picture take, without entropy coding; `plain_bytes` as float32
+        sent_bytes: how many bytes the maps of one image take, without entropy coding; `plain_bytes` as float32
     """
 
     def __init__(self, name: str, specs: Sequence[FeatureSpec], chains: Sequence[Sequence[Part]]) -> None:

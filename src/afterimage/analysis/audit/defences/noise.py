@@ -11,9 +11,9 @@ from afterimage.config import FeatureSpec
 
 
 class Noise(Part):
-    """Gaussian noise, `scale` times each channel's standard deviation over pictures and places.
+    """Gaussian noise, `scale` times each channel's standard deviation over images and places.
 
-    Drawn anew for every picture; whoever sends one picture many times lets the noise be averaged away.
+    Drawn anew for every image; whoever sends one image many times lets the noise be averaged away.
     """
 
     usage = "noise:SCALE (of each channel's standard deviation, for example noise:0.5)"
@@ -36,7 +36,7 @@ class Noise(Part):
 
 
 class Shuffle(Part):
-    """The places of each picture in a new random order, all channels of a place together.
+    """The places of each image in a new random order, all channels of a place together.
 
     `decode` does not undo it: nobody keeps the order. Networks without a notion of place go on almost unharmed.
     """

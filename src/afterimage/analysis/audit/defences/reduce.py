@@ -13,12 +13,12 @@ from afterimage.config import AfterimageError, Axis, FeatureSpec
 
 
 class TopK(Part):
-    """Of each picture's values only the `k` largest in magnitude; the others become 0.
+    """Of each image's values only the `k` largest in magnitude; the others become 0.
 
     They are sent with their places: by number, or as one bit a value where that is shorter.
     """
 
-    usage = "topk:FRACTION or topk:COUNT (values kept a picture, for example topk:0.1)"
+    usage = "topk:FRACTION or topk:COUNT (values kept an image, for example topk:0.1)"
 
     def __init__(self, spec: FeatureSpec, keep: int | float) -> None:
         super().__init__(spec)
@@ -40,7 +40,7 @@ class TopK(Part):
 
 
 class PCA(Part):
-    """The first `dimensions` principal components over channels, every place of every picture a sample.
+    """The first `dimensions` principal components over channels, every place of every image a sample.
 
     Pearson (1901): what `decode` returns is the best linear approximation of that rank to the features in `fit`.
     """

@@ -149,7 +149,7 @@ _LOCK = threading.Lock()
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """timm's description of a model's weights: mean and std, the picture size that they expect, and so on."""
+    """timm's description of a model's weights: mean and std, the image size that they expect, and so on."""
     if "/" in name:
         return _repository(name)[0]
     config = get_pretrained_cfg(name, allow_unregistered=True)
@@ -180,18 +180,18 @@ def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def has_fixed_size(name: str) -> bool:
-    """Whether a model is built for one picture size; any other takes what it is given."""
+    """Whether a model is built for one image size; any other takes what it is given."""
     return bool(pretrained_config(name).get("fixed_input_size"))
 
 
 def native_size(name: str) -> Size:
-    """The picture size of a model's pretraining."""
+    """The image size of a model's pretraining."""
     height, width = pretrained_config(name).get("input_size", (3, 224, 224))[-2:]
     return height, width
 
 
 def create_model(name: str, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
-    """A timm model in eval mode for pictures of `image_size`."""
+    """A timm model in eval mode for images of `image_size`."""
     if has_fixed_size(name):
         options["img_size"] = image_size
     if "/" in name:
@@ -313,7 +313,7 @@ def _resized(name: str, size: Size) -> str:
     native = tuple(pretrained_config(name).get("input_size", (3, *size))[-2:])
     if not has_fixed_size(name) or native == size:
         return ""
-    return f" (built for {size[0]}x{size[1]} pictures; its weights are for {native[0]}x{native[1]})"
+    return f" (built for {size[0]}x{size[1]} images; its weights are for {native[0]}x{native[1]})"
 
 
 def _as_tuple(value: str | Sequence[str] | None) -> Sequence[str]:

@@ -1,10 +1,10 @@
 // What the page knows, and its one state. Everything that shows something subscribes to changes of the state.
 const DATA = JSON.parse(byId("data").textContent);
 const RUNS = DATA.runs;
-const PICTURES = DATA.pictures;
+const IMAGES = DATA.images;
 const ORIGINAL = null;
 
-// Series (an encoder, or the reference lines) -> decoder -> runs from shallow to deep.
+// Series (an encoder, or the baselines) -> decoder -> runs from shallow to deep.
 const SERIES = new Map();
 RUNS.forEach((run, index) => {
   if (!SERIES.has(run.series)) SERIES.set(run.series, new Map());
@@ -16,24 +16,24 @@ RUNS.forEach((run, index) => {
 const walkOf = (index) => SERIES.get(RUNS[index].series).get(RUNS[index].decoder);
 
 const ROW_OF_ID = new Map(DATA.ids.map((id, row) => [id, row]));
-const PICTURE_OF_ID = new Map();
+const IMAGE_OF_ID = new Map();
 const AMBIGUOUS = new Set();
-PICTURES.forEach((picture, index) => {
-  if (PICTURE_OF_ID.has(picture.id)) AMBIGUOUS.add(picture.id);
-  PICTURE_OF_ID.set(picture.id, index);
+IMAGES.forEach((image, index) => {
+  if (IMAGE_OF_ID.has(image.id)) AMBIGUOUS.add(image.id);
+  IMAGE_OF_ID.set(image.id, index);
 });
 
-/** The run's score on one picture, or null: unavailable, or its picture of that id is another one. */
-function scoreOf(index, pictureIndex, metric) {
-  const picture = PICTURES[pictureIndex];
-  if (AMBIGUOUS.has(picture.id) && !picture.runs.includes(index)) return null;
-  return RUNS[index].perPicture[metric][ROW_OF_ID.get(picture.id)] ?? null;
+/** The run's score on one image, or null: unavailable, or its image of that id is another one. */
+function scoreOf(index, imageIndex, metric) {
+  const image = IMAGES[imageIndex];
+  if (AMBIGUOUS.has(image.id) && !image.runs.includes(index)) return null;
+  return RUNS[index].perImage[metric][ROW_OF_ID.get(image.id)] ?? null;
 }
 
 /** Whether two runs' scores compare: LPIPS distances of different networks do not. */
 const sameScale = (one, other, metric) => metric !== "lpips" || RUNS[one].net === RUNS[other].net;
 
-/** The run's score over all pictures, or null where a chart cannot show it beside the others. */
+/** The run's score over all images, or null where a chart cannot show it beside the others. */
 const meanOf = (run, metric) => (metric === "lpips" && run.net !== DATA.net ? null : run.scores[metric]);
 
 function firstChoice() {
@@ -56,7 +56,7 @@ function firstChoice() {
 const narrow = matchMedia("(max-width: 700px)");
 const [firstA, firstB] = firstChoice();
 const state = {
-  picture: 0,
+  image: 0,
   a: firstA,
   b: firstB,
   view: narrow.matches ? "wipe" : "layers",
@@ -97,6 +97,6 @@ function stepLayer(slot, step) {
   choose(slot, walk[clamp(walk.indexOf(state[slot]) + step, 0, walk.length - 1)]);
 }
 
-function stepPicture(step) {
-  update({ picture: clamp(state.picture + step, 0, PICTURES.length - 1) });
+function stepImage(step) {
+  update({ image: clamp(state.image + step, 0, IMAGES.length - 1) });
 }

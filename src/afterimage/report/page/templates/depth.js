@@ -16,7 +16,7 @@ function setUpDepth() {
   });
   const weights = groups.reduce((sum, group) => sum + group.weight, 0);
   const entries = (single ? series : lineNames).map((name, key) => ({ name, colour: key % COLOURS, shape: key, lined: true, key }));
-  if (RUNS.some((run) => run.reference)) entries.push({ name: "Reference lines", colour: "ref", shape: null, lined: true, key: "reference" });
+  if (RUNS.some((run) => run.reference)) entries.push({ name: "Baselines", colour: "ref", shape: null, lined: true, key: "reference" });
 
   const redraw = keepDrawn(host, ["metric", "a"], (width) => host.replaceChildren(drawDepth(Math.max(width, leastWidth()))));
   byId("depth-legend").append(...entries.map((entry) => legendEntry(entry, (event) => {

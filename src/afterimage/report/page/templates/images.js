@@ -1,4 +1,4 @@
-// Pictures are decoded when they are first shown. The data of each picture lies in a script element of its own, so
+// Images are decoded when they are first shown. The data of each image lies in a script element of its own, so
 // that opening the page parses none of it.
 const BLOCKS_KEPT = 4;
 const BITMAPS_KEPT = 240;
@@ -17,15 +17,15 @@ function remember(cache, key, value, most) {
   return value;
 }
 
-async function blockOf(picture) {
-  if (blocks.has(picture)) return remember(blocks, picture, blocks.get(picture), BLOCKS_KEPT);
-  let script = byId(`picture-${picture}`);
+async function blockOf(image) {
+  if (blocks.has(image)) return remember(blocks, image, blocks.get(image), BLOCKS_KEPT);
+  let script = byId(`image-${image}`);
   // While the page loads, an element that already has a successor is whole; any other may still be growing.
-  if (picture > 0 && !byId(`picture-${picture + 1}`)) {
+  if (image > 0 && !byId(`image-${image + 1}`)) {
     await loaded;
-    script = byId(`picture-${picture}`);
+    script = byId(`image-${image}`);
   }
-  return remember(blocks, picture, JSON.parse(script.textContent), BLOCKS_KEPT);
+  return remember(blocks, image, JSON.parse(script.textContent), BLOCKS_KEPT);
 }
 
 function blobOf(uri) {
@@ -36,21 +36,21 @@ function blobOf(uri) {
   return new Blob([bytes], { type: uri.slice(5, uri.indexOf(";")) });
 }
 
-async function decode(picture, run) {
-  const block = await blockOf(picture);
+async function decode(image, run) {
+  const block = await blockOf(image);
   const uri = run === ORIGINAL ? block.original : block.runs[run];
   return uri ? createImageBitmap(blobOf(uri)) : null;
 }
 
-/** The picture's original, or its reconstruction by a run; null where the run saved none. */
-function bitmapOf(picture, run) {
-  const key = `${picture}/${run}`;
-  return remember(bitmaps, key, bitmaps.get(key) ?? decode(picture, run), BITMAPS_KEPT);
+/** The image's original, or its reconstruction by a run; null where the run saved none. */
+function bitmapOf(image, run) {
+  const key = `${image}/${run}`;
+  return remember(bitmaps, key, bitmaps.get(key) ?? decode(image, run), BITMAPS_KEPT);
 }
 
-/** The weight maps of a fused run on a picture, one a source, each location's weight in grey; none where it saved none. */
-async function mapsOf(picture, run) {
-  const block = await blockOf(picture);
+/** The weight maps of a fused run on an image, one a source, each location's weight in grey; none where it saved none. */
+async function mapsOf(image, run) {
+  const block = await blockOf(image);
   return Promise.all((block.maps?.[run] ?? []).map((uri) => createImageBitmap(blobOf(uri))));
 }
 

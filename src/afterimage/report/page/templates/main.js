@@ -47,7 +47,7 @@ function setUpKeys() {
   const anywhere = { ArrowLeft: () => stepLayer("a", -1), ArrowRight: () => stepLayer("a", 1) };
   // Single characters act only inside the viewer, so that they never surprise speech input or a form.
   const inViewer = {
-    ArrowUp: () => stepPicture(-1), ArrowDown: () => stepPicture(1), 1: view("layers"), 2: view("wipe"), 3: view("runs"),
+    ArrowUp: () => stepImage(-1), ArrowDown: () => stepImage(1), 1: view("layers"), 2: view("wipe"), 3: view("runs"),
     "+": () => zoomTo(state.zoom.scale * 2), "=": () => zoomTo(state.zoom.scale * 2), "-": () => zoomTo(state.zoom.scale / 2), 0: () => zoomTo(1),
   };
   const shifted = { ArrowLeft: [0.1, 0], ArrowRight: [-0.1, 0], ArrowUp: [0, 0.1], ArrowDown: [0, -0.1] };
@@ -55,7 +55,7 @@ function setUpKeys() {
     if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
     const target = event.target;
     if (target.closest("input, select, textarea, pre, .scroll, [role=slider], [role=listbox]")) return;
-    const inside = target.closest("#pictures") !== null;
+    const inside = target.closest("#images") !== null;
     const atTop = target === document.body && byId("viewer").getBoundingClientRect().bottom > 0;
     let act = null;
     if (inside && event.shiftKey && event.key in shifted) act = () => panBy(...shifted[event.key]);
@@ -68,13 +68,13 @@ function setUpKeys() {
 
 setUpTheme();
 setUpMenu();
-if (PICTURES.length > 0) {
+if (IMAGES.length > 0) {
   setUpStrip();
   setUpChoosers();
   setUpToolbar();
   setUpZoom();
   setUpKeys();
-  subscribe(["picture", "a", "b", "view", "wipeLeft", "errors", "gain"], renderPanes);
+  subscribe(["image", "a", "b", "view", "wipeLeft", "errors", "gain"], renderPanes);
   renderPanes();
 }
 byId("metric").addEventListener("change", (event) => update({ metric: event.target.value }));

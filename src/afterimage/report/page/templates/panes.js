@@ -1,4 +1,4 @@
-// The large pictures: which panes a view has, what each shows, and the words and scores below it.
+// The large images: which panes a view has, what each shows, and the words and scores below it.
 const panes = new Map();
 let paneTurn = 0;
 
@@ -22,7 +22,7 @@ function addWipe(pane) {
   pane.over = el("canvas", { role: "img", width: 1, height: 1 });
   pane.clip = el("div", { class: "clip" }, el("div", { class: "layer" }, pane.over));
   pane.handle = el("div", {
-    class: "handle", role: "slider", tabindex: 0, "aria-label": "Wipe: share of the width that shows the left picture",
+    class: "handle", role: "slider", tabindex: 0, "aria-label": "Wipe: share of the width that shows the left image",
     "aria-valuemin": 0, "aria-valuemax": 100, "aria-orientation": "horizontal",
   });
   pane.tags = [el("span", { class: "tag left" }), el("span", { class: "tag right" })];
@@ -49,9 +49,9 @@ function renderWipe() {
 function scoreList(index, against = null) {
   const list = el("dl", { class: "scores" });
   for (const [metric, { name, unit }] of Object.entries(METRICS)) {
-    const value = scoreOf(index, state.picture, metric);
+    const value = scoreOf(index, state.image, metric);
     const mean = RUNS[index].scores[metric];
-    const other = against === null || !sameScale(index, against, metric) ? null : scoreOf(against, state.picture, metric);
+    const other = against === null || !sameScale(index, against, metric) ? null : scoreOf(against, state.image, metric);
     const number = el("dd", { class: value === null ? "none" : "" }, format(value, metric), value === null ? "" : el("small", {}, unit));
     const below = value !== null && other !== null
       ? el("dd", { class: "aside" }, `${signed(value - other, metric)} to A`)
@@ -63,20 +63,20 @@ function scoreList(index, against = null) {
 
 function runTitle(slot) {
   const run = RUNS[state[slot]];
-  const detail = run.reference ? "reference line" : [run.series, run.decoder, run.shape].filter(Boolean).join(" · ");
+  const detail = run.reference ? "baseline" : [run.series, run.decoder, run.shape].filter(Boolean).join(" · ");
   return el(
     "div", { class: "title" }, el("span", { class: `chip ${slot}` }, slot.toUpperCase()),
     el("span", {}, el("strong", {}, run.layer), " ", run.random ? el("strong", { class: "badge" }, run.random) : "", el("small", {}, detail)),
   );
 }
 
-function pictureTitle() {
-  const picture = PICTURES[state.picture];
-  const step = (by, text, label) => el("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick: () => stepPicture(by) }, text);
+function imageTitle() {
+  const image = IMAGES[state.image];
+  const step = (by, text, label) => el("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick: () => stepImage(by) }, text);
   return el(
     "div", { class: "title" },
-    el("span", {}, el("strong", {}, "Original"), el("small", { title: picture.id }, picture.id)),
-    el("span", { class: "pager" }, step(-1, "‹", "Previous picture"), `${state.picture + 1} / ${PICTURES.length}`, step(1, "›", "Next picture")),
+    el("span", {}, el("strong", {}, "Original"), el("small", { title: image.id }, image.id)),
+    el("span", { class: "pager" }, step(-1, "‹", "Previous image"), `${state.image + 1} / ${IMAGES.length}`, step(1, "›", "Next image")),
   );
 }
 
@@ -90,19 +90,19 @@ function errorTitle(slot) {
 }
 
 const CAPTIONS = {
-  original: () => [pictureTitle()],
+  original: () => [imageTitle()],
   a: () => [runTitle("a"), scoreList(state.a), ...weightStrip("a")],
   b: () => [runTitle("b"), scoreList(state.b, state.a), ...weightStrip("b")],
   "error-a": () => (state.view === "layers" ? [errorTitle("a")] : [runTitle("a"), errorTitle("a")]),
   "error-b": () => [runTitle("b"), errorTitle("b")],
-  wipe: () => [pictureTitle(), runTitle("a"), scoreList(state.a), ...(showsB() ? [runTitle("b"), scoreList(state.b, state.a)] : [])],
+  wipe: () => [imageTitle(), runTitle("a"), scoreList(state.a), ...(showsB() ? [runTitle("b"), scoreList(state.b, state.a)] : [])],
 };
 
 function nameOf(key) {
-  const picture = PICTURES[state.picture].id;
-  if (key === "original") return `Original of ${picture}`;
+  const image = IMAGES[state.image].id;
+  if (key === "original") return `Original of ${image}`;
   const run = RUNS[state[key.endsWith("b") ? "b" : "a"]];
-  return key.startsWith("error") ? `Error map of ${picture} by ${run.name}` : `${picture} reconstructed by ${run.name}`;
+  return key.startsWith("error") ? `Error map of ${image} by ${run.name}` : `${image} reconstructed by ${run.name}`;
 }
 
 function showPane(pane, images) {
@@ -111,9 +111,9 @@ function showPane(pane, images) {
   if (pane.key === "wipe") pair.push(state.wipeLeft === "b" ? images.b : images.original);
   const whole = pair.every(Boolean) && (!pane.key.startsWith("error") || images.original);
   pane.message.hidden = whole;
-  pane.message.textContent = whole ? "" : "This run saved no reconstruction of this picture.";
+  pane.message.textContent = whole ? "" : "This run saved no reconstruction of this image.";
   pane.stage.classList.toggle("empty", !whole);
-  pane.stage.setAttribute("aria-label", "Picture. Arrow keys: left and right change the layer, up and down the picture; plus and minus zoom.");
+  pane.stage.setAttribute("aria-label", "Image. Arrow keys: left and right change the layer, up and down the image; plus and minus zoom.");
   if (whole && pane.key.startsWith("error")) drawError(pane.canvas, images.original, pair[0], state.gain);
   else if (whole) draw(pane.canvas, pair[0]);
   pane.canvas.setAttribute("aria-label", nameOf(pane.key === "wipe" ? "a" : pane.key));
@@ -130,7 +130,7 @@ async function renderPanes() {
   paneTurn += 1;
   const turn = paneTurn;
   const none = (error) => { console.error(error); return null; };
-  const [original, a, b] = await Promise.all([ORIGINAL, state.a, state.b].map((run) => bitmapOf(state.picture, run).catch(none)));
+  const [original, a, b] = await Promise.all([ORIGINAL, state.a, state.b].map((run) => bitmapOf(state.image, run).catch(none)));
   if (turn !== paneTurn) return;
   const shown = VIEWS[state.view]();
   const host = byId("panes");
@@ -150,13 +150,13 @@ async function renderPanes() {
     pane.caption.replaceChildren(...CAPTIONS[key]());
     if (focused) pane.caption.querySelector(`[aria-label="${focused}"]`)?.focus();
   }
-  host.dataset.ready = `${state.picture}/${state.a}/${state.b}`;
+  host.dataset.ready = `${state.image}/${state.a}/${state.b}`;
   announce();
 }
 
 function announce() {
   const words = (slot) => Object.keys(METRICS)
-    .map((metric) => `${METRICS[metric].name} ${format(scoreOf(state[slot], state.picture, metric), metric)}${METRICS[metric].unit}`).join(", ");
+    .map((metric) => `${METRICS[metric].name} ${format(scoreOf(state[slot], state.image, metric), metric)}${METRICS[metric].unit}`).join(", ");
   const parts = (showsB() ? ["a", "b"] : ["a"]).map((slot) => `${RUNS[state[slot]].name}: ${words(slot)}`);
-  byId("announce").textContent = `${PICTURES[state.picture].id}. ${parts.join(". ")}.`;
+  byId("announce").textContent = `${IMAGES[state.image].id}. ${parts.join(". ")}.`;
 }

@@ -1,17 +1,17 @@
-// Two charts of points: every picture under run A against run B, and every run's quality against what it takes.
+// Two charts of points: every image under run A against run B, and every run's quality against what it takes.
 function setUpScatter() {
   const host = byId("scatter-chart");
-  keepDrawn(host, ["metric", "a", "b", "picture"], (width) => {
+  keepDrawn(host, ["metric", "a", "b", "image"], (width) => {
     const [a, b] = [RUNS[state.a], RUNS[state.b]];
     const { metric } = state;
     const { name, unit, better } = METRICS[metric];
-    const pairs = DATA.ids.map((id, row) => ({ id, x: a.perPicture[metric][row], y: b.perPicture[metric][row] }))
+    const pairs = DATA.ids.map((id, row) => ({ id, x: a.perImage[metric][row], y: b.perImage[metric][row] }))
       .filter((pair) => pair.x !== null && pair.y !== null);
     const problem = state.a === state.b ? "A and B are the same run: choose another B, above or in the table."
-      : a.testSet !== b.testSet ? "A and B were tested on different pictures, which cannot be paired."
+      : a.testSet !== b.testSet ? "A and B were tested on different images, which cannot be paired."
         : !sameScale(state.a, state.b, metric) ? "A and B were measured by different LPIPS networks, which do not compare."
         : pairs.length === 0 ? `${name} is unavailable for A or B.` : "";
-    byId("scatter-title").textContent = `Picture by picture: ${name} of A against B`;
+    byId("scatter-title").textContent = `Image by image: ${name} of A against B`;
     byId("scatter-caption").replaceChildren(
       el("span", { class: "chip a" }, "A"), ` ${a.name} `, el("span", { class: "chip b" }, "B"), ` ${b.name}. `, problem || compare(pairs, metric),
     );
@@ -19,7 +19,7 @@ function setUpScatter() {
 
     const size = Math.min(width, 460);
     const [left, right, top, bottom] = [52, width - 14, 10, size - 46];
-    const chart = svg("svg", { width, height: size, role: "group", "aria-label": `${name} of every picture under A and B. Arrow keys go from point to point.` });
+    const chart = svg("svg", { width, height: size, role: "group", "aria-label": `${name} of every image under A and B. Arrow keys go from point to point.` });
     const domain = padded(pairs.flatMap((pair) => [pair.x, pair.y]));
     const x = linear(domain, [left, right]);
     const y = linear(domain, [bottom, top]);
@@ -34,12 +34,12 @@ function setUpScatter() {
       svg("text", { class: "axis-name", "text-anchor": "middle", transform: `translate(13 ${(top + bottom) / 2}) rotate(-90)` }, `${name} under B${unit && `,${unit}`}`),
     );
     const points = pairs.sort((one, other) => one.x - other.x).map((pair) => {
-      const picture = PICTURE_OF_ID.get(pair.id);
+      const image = IMAGE_OF_ID.get(pair.id);
       return {
-        x: x(pair.x), y: y(pair.y), colour: better * (pair.y - pair.x) > 0 ? "b" : "a", shape: 0, current: picture === state.picture,
-        image: PICTURES[picture]?.thumbnail,
+        x: x(pair.x), y: y(pair.y), colour: better * (pair.y - pair.x) > 0 ? "b" : "a", shape: 0, current: image === state.image,
+        image: IMAGES[image]?.thumbnail,
         lines: [pair.id, `A ${format(pair.x, metric)}${unit}`, `B ${format(pair.y, metric)}${unit}`, `B − A ${signed(pair.y - pair.x, metric)}${unit}`],
-        choose: picture === undefined ? null : () => update({ picture }),
+        choose: image === undefined ? null : () => update({ image }),
       };
     });
     addPoints(chart, points);
@@ -53,7 +53,7 @@ function compare(pairs, metric) {
   const wins = gaps.filter((gap) => gap * better > 0).length;
   const [low, high] = bootstrap(gaps);
   const interval = pairs.length > 1 ? ` (95 % bootstrap interval ${signed(low, metric)} to ${signed(high, metric)})` : "";
-  return `B is better on ${wins} of ${pairs.length} pictures; mean of B − A: ${signed(average(gaps), metric)}${unit}${interval}.`;
+  return `B is better on ${wins} of ${pairs.length} images; mean of B − A: ${signed(average(gaps), metric)}${unit}${interval}.`;
 }
 
 const average = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;

@@ -1,13 +1,13 @@
-// The strip of thumbnails: a list box in which the arrow keys, Home and End pick the picture.
+// The strip of thumbnails: a list box in which the arrow keys, Home and End pick the image.
 function setUpStrip() {
   const strip = byId("strip");
-  const options = PICTURES.map((picture, index) => el(
+  const options = IMAGES.map((image, index) => el(
     "button",
     {
-      type: "button", role: "option", "aria-label": `Picture ${index + 1}: ${picture.id}`, title: picture.id, tabindex: -1,
-      onclick: () => update({ picture: index }),
+      type: "button", role: "option", "aria-label": `Image ${index + 1}: ${image.id}`, title: image.id, tabindex: -1,
+      onclick: () => update({ image: index }),
     },
-    el("img", { src: picture.thumbnail, alt: "", width: 56, height: 56, loading: "lazy", draggable: "false" }),
+    el("img", { src: image.thumbnail, alt: "", width: 56, height: 56, loading: "lazy", draggable: "false" }),
   ));
   strip.append(...options);
 
@@ -16,18 +16,18 @@ function setUpStrip() {
     if (!(event.key in STEPS) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     event.stopPropagation();
-    stepPicture(STEPS[event.key]);
-    options[state.picture].focus();
+    stepImage(STEPS[event.key]);
+    options[state.image].focus();
   });
 
   const mark = () => {
     options.forEach((option, index) => {
-      option.setAttribute("aria-selected", String(index === state.picture));
-      option.tabIndex = index === state.picture ? 0 : -1;
+      option.setAttribute("aria-selected", String(index === state.image));
+      option.tabIndex = index === state.image ? 0 : -1;
     });
-    const { offsetLeft, offsetWidth } = options[state.picture];
+    const { offsetLeft, offsetWidth } = options[state.image];
     strip.scrollTo({ left: offsetLeft - (strip.clientWidth - offsetWidth) / 2 });
   };
-  subscribe(["picture"], mark);
+  subscribe(["image"], mark);
   mark();
 }

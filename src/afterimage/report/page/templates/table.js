@@ -1,4 +1,4 @@
-// Sorting and filtering the table of results, which the document already holds, and sending its rows to the pictures.
+// Sorting and filtering the table of results, which the document already holds, and sending its rows to the images.
 function setUpTable() {
   const body = byId("table").tBodies[0];
   const rows = [...body.rows];
@@ -65,7 +65,7 @@ function setUpTable() {
     const run = Number(button.closest("tr").dataset.run);
     if (button.dataset.slot === "b") update({ view: "runs", b: run });
     else choose("a", run);
-    byId("pictures").scrollIntoView();
+    byId("images").scrollIntoView();
   });
   const mark = () => {
     for (const row of rows) {

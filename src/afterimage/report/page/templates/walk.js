@@ -66,7 +66,7 @@ function renderChooser(slot) {
     cell.root.classList.toggle("current", here === index);
     cell.layer.textContent = names[place];
     cell.layer.title = RUNS[here].layer;
-    cell.score.textContent = format(scoreOf(here, state.picture, "psnr"), "psnr", 1).replace("unavailable", "–");
+    cell.score.textContent = format(scoreOf(here, state.image, "psnr"), "psnr", 1).replace("unavailable", "–");
   });
   renderCells(chooser, walk);
 }
@@ -82,11 +82,11 @@ function makeCell(slot, place) {
 async function renderCells(chooser, walk) {
   chooser.turn += 1;
   const turn = chooser.turn;
-  const pictures = await Promise.all(walk.map((run) => bitmapOf(state.picture, run).catch(() => null)));
+  const images = await Promise.all(walk.map((run) => bitmapOf(state.image, run).catch(() => null)));
   if (turn !== chooser.turn) return;
   chooser.cells.forEach((cell, place) => {
-    cell.root.classList.toggle("missing", !pictures[place]);
-    if (pictures[place]) draw(cell.canvas, pictures[place]);
+    cell.root.classList.toggle("missing", !images[place]);
+    if (images[place]) draw(cell.canvas, images[place]);
   });
 }
 
@@ -100,6 +100,6 @@ function setUpChoosers() {
     renderChooser("a");
     if (showsB()) renderChooser("b");
   };
-  subscribe(["picture", "a", "b", "view", "wipeLeft"], render);
+  subscribe(["image", "a", "b", "view", "wipeLeft"], render);
   render();
 }

@@ -8,7 +8,7 @@ function weightStrip(slot) {
     const [model, layer] = [source.slice(0, colon).split(".")[0], source.slice(colon + 1)];
     const canvas = el("canvas", { role: "img", width: 1, height: 1, hidden: true });
     return el(
-      "li", { title: `${source}: mean weight ${weight.toFixed(2)} over all test pictures` }, canvas,
+      "li", { title: `${source}: mean weight ${weight.toFixed(2)} over all test images` }, canvas,
       el("span", {}, model), el("span", {}, layer, " ", el("b", {}, weight.toFixed(2))),
     );
   });
@@ -18,15 +18,15 @@ function weightStrip(slot) {
     el("div", { class: "weights-head" }, el("strong", {}, "Fusion weights"), el("span", { class: "scale" }, "0", el("span", { class: "heat", "aria-hidden": "true" }), top)),
     el("ul", {}, ...items),
   );
-  drawWeights(items.map((item) => item.firstChild), top, index, state.picture);
+  drawWeights(items.map((item) => item.firstChild), top, index, state.image);
   return [strip];
 }
 
-async function drawWeights(canvases, top, index, picture) {
-  const bitmaps = await mapsOf(picture, index).catch((error) => { console.error(error); return []; });
+async function drawWeights(canvases, top, index, image) {
+  const bitmaps = await mapsOf(image, index).catch((error) => { console.error(error); return []; });
   const images = bitmaps.map((bitmap) => pixels(bitmap, bitmap.width, bitmap.height));
   const most = images.reduce((value, image) => image.data.reduce((m, v, i) => (i % 4 === 0 && v > m ? v : m), value), 1);
-  top.textContent = images.length === 0 ? "no maps of this picture" : (most / 255).toFixed(2);
+  top.textContent = images.length === 0 ? "no maps of this image" : (most / 255).toFixed(2);
   images.forEach((image, source) => {
     const { data } = image;
     const mean = data.reduce((sum, v, i) => (i % 4 === 0 ? sum + v : sum), 0) / (data.length / 4) / 255;
@@ -35,7 +35,7 @@ async function drawWeights(canvases, top, index, picture) {
     canvas.width = image.width;
     canvas.height = image.height;
     canvas.hidden = false;
-    canvas.setAttribute("aria-label", `Weight of ${RUNS[index].fusion[source].source} on ${PICTURES[picture].id}: mean ${mean.toFixed(2)}, highest ${(most / 255).toFixed(2)} of all sources`);
+    canvas.setAttribute("aria-label", `Weight of ${RUNS[index].fusion[source].source} on ${IMAGES[image].id}: mean ${mean.toFixed(2)}, highest ${(most / 255).toFixed(2)} of all sources`);
     canvas.getContext("2d").putImageData(image, 0, 0);
   });
 }

@@ -1,4 +1,4 @@
-// One zoom for all pictures: buttons, keys, double click, pinch, Ctrl and wheel; dragging pans. The wipe line is dragged too.
+// One zoom for all images: buttons, keys, double click, pinch, Ctrl and wheel; dragging pans. The wipe line is dragged too.
 const MOST = 16;
 
 function applyZoom() {

@@ -1,4 +1,4 @@
-"""Small pictures for tests: files in a folder, a profile, a PNG of 16 bits a channel."""
+"""Small images for tests: files in a folder, a profile, a PNG of 16 bits a channel."""
 
 import struct
 import zlib
@@ -8,17 +8,17 @@ import numpy as np
 from PIL import Image
 
 
-def some_picture(seed: int, width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
-    """A smooth random picture, so that JPEG keeps it about as it is."""
+def some_image(seed: int, width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
+    """A smooth random image, so that JPEG keeps it about as it is."""
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
-def write_pictures(folder: Path, count: int, first: int = 0) -> list[Path]:
+def write_images(folder: Path, count: int, first: int = 0) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:04d}.png" for number in range(first, first + count)]
     for number, path in enumerate(paths, first):
-        some_picture(number).save(path)
+        some_image(number).save(path)
     return paths
 
 

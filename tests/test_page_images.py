@@ -1,4 +1,4 @@
-"""The page's pictures in a real browser: pixels, keys, wipe, zoom. Skips where there is no Chromium."""
+"""The page's images in a real browser: pixels, keys, wipe, zoom. Skips where there is no Chromium."""
 
 import re
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from page_in_browser import HOSTILE, choose, find, pixels, shown, view
 from PIL import Image
-from report_study import VIT, picture, write_fused, write_run
+from report_study import VIT, sample_image, write_fused, write_run
 
 from afterimage.report.page.page import write_page
 from afterimage.runs.files import read_json, write_json
@@ -14,25 +14,23 @@ from afterimage.runs.files import read_json, write_json
 pytest_plugins = ("page_fixtures",)
 
 
-def test_first_screen_shows_pictures_and_their_scores(visit, study):
+def test_first_screen_shows_images_and_their_scores(visit, study):
     runs, path = study
     tab = visit(path)
     choose(tab, "resnet34", "linear", 2)
     run = find(runs, "resnet34.tv_in1k:layer3 · linear")
     score = run.scores[0]
     shown(
-        tab, f"picture-000. resnet34 · layer3 · linear: PSNR {score['psnr']:.2f} dB, SSIM {score['ssim']:.3f}"
+        tab, f"image-000. resnet34 · layer3 · linear: PSNR {score['psnr']:.2f} dB, SSIM {score['ssim']:.3f}"
     )
     assert f"{score['psnr']:.2f} dB" in tab.inner_text("#pane-a .scores")
-    assert np.array_equal(pixels(tab, "#pane-original canvas"), np.asarray(Image.open(run.pictures[0][1])))
-    assert np.array_equal(pixels(tab, "#pane-a canvas"), np.asarray(Image.open(run.pictures[0][2])))
+    assert np.array_equal(pixels(tab, "#pane-original canvas"), np.asarray(Image.open(run.images[0][1])))
+    assert np.array_equal(pixels(tab, "#pane-a canvas"), np.asarray(Image.open(run.images[0][2])))
     bottom = tab.locator("#choosers").bounding_box()
-    assert bottom["y"] + bottom["height"] <= 900, (
-        "pictures, scores and the layers' slider fit the first screen"
-    )
+    assert bottom["y"] + bottom["height"] <= 900, "images, scores and the layers' slider fit the first screen"
     assert (
         tab.get_attribute("#pane-a canvas", "aria-label")
-        == "picture-000 reconstructed by resnet34 · layer3 · linear"
+        == "image-000 reconstructed by resnet34 · layer3 · linear"
     )
 
 
@@ -41,7 +39,7 @@ def test_error_map_is_the_amplified_difference(visit, study):
     tab = visit(path)
     choose(tab, "resnet34", "linear", 3)
     shown(tab, "layer4")
-    _, original, result = find(runs, "resnet34.tv_in1k:layer4 · linear").pictures[0]
+    _, original, result = find(runs, "resnet34.tv_in1k:layer4 · linear").images[0]
     error = np.abs(np.asarray(Image.open(original), float) - np.asarray(Image.open(result), float)).mean(-1)
     colours = pixels(tab, "#pane-error-a canvas").astype(int)
     assert tuple(colours[error == error.min()][0]) < (60, 30, 90), "black where nothing differs"
@@ -55,29 +53,29 @@ def test_error_map_is_the_amplified_difference(visit, study):
     assert pixels(tab, "#pane-error-a canvas").astype(int).sum() < 0.6 * colours.sum()
 
 
-def test_keys_walk_through_layers_and_pictures(visit, study):
+def test_keys_walk_through_layers_and_images(visit, study):
     tab = visit(study[1])
     choose(tab, "resnet34", "attention", 0)
     tab.evaluate("document.activeElement.blur()")
     tab.keyboard.press("ArrowRight")
-    shown(tab, "picture-000. resnet34 · layer2 · attention")
+    shown(tab, "image-000. resnet34 · layer2 · attention")
     tab.focus("#pane-a .stage")
     tab.keyboard.press("ArrowDown")
-    shown(tab, "picture-001. resnet34 · layer2")
+    shown(tab, "image-001. resnet34 · layer2")
     tab.keyboard.press("ArrowLeft")
-    shown(tab, "picture-001. resnet34 · layer1")
+    shown(tab, "image-001. resnet34 · layer1")
     tab.focus("#layer-a")
     tab.keyboard.press("End")
-    shown(tab, "picture-001. resnet34 · layer4")
+    shown(tab, "image-001. resnet34 · layer4")
     assert tab.get_attribute("#layer-a", "aria-valuetext") == "layer4, 4 of 4"
     tab.focus("#strip [aria-selected=true]")
     tab.keyboard.press("End")
-    shown(tab, "picture-004. resnet34 · layer4")
-    assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == "Picture 5: picture-004"
+    shown(tab, "image-004. resnet34 · layer4")
+    assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == "Image 5: image-004"
     tab.keyboard.press("ArrowLeft")
-    shown(tab, "picture-003.")
-    tab.click("[aria-label='Next picture']")
-    shown(tab, "picture-004.")
+    shown(tab, "image-003.")
+    tab.click("[aria-label='Next image']")
+    shown(tab, "image-004.")
     tab.focus("#pane-a .stage")
     tab.keyboard.press("3")
     tab.wait_for_selector("#pane-b")
@@ -130,7 +128,7 @@ def test_two_runs_side_by_side(visit, study):
     assert tab.locator("#panes figure").count() == 3 and tab.is_visible("#gain")
 
 
-def test_zoom_and_pan_move_every_picture_alike(visit, study):
+def test_zoom_and_pan_move_every_image_alike(visit, study):
     tab = visit(study[1])
     layers = "nodes => nodes.map(node => node.style.transform)"
     tab.dblclick("#pane-a .stage", position={"x": 10, "y": 10})
@@ -159,8 +157,8 @@ def test_zoom_and_pan_move_every_picture_alike(visit, study):
     assert tab.inner_text("#zoom-level") == "1×" and tab.is_disabled("#zoom-out")
 
 
-def test_runs_that_kept_different_pictures(visit, tmp_path):
-    few, many = [picture(0)], [picture(seed) for seed in range(3)]
+def test_runs_that_kept_different_images(visit, tmp_path):
+    few, many = [sample_image(0)], [sample_image(seed) for seed in range(3)]
     runs = [
         write_run(tmp_path, "m", "layer1", originals=many),
         write_run(tmp_path, "m", "layer2", originals=few, order=1),
@@ -168,7 +166,7 @@ def test_runs_that_kept_different_pictures(visit, tmp_path):
     tab = visit(write_page(runs, tmp_path / "page.html", title="t"))
     tab.locator("#layer-a").fill("1")
     tab.locator("#strip button").nth(2).click()
-    shown(tab, f"picture-002. m · layer2 · linear: PSNR {runs[1].scores[2]['psnr']:.2f}")
+    shown(tab, f"image-002. m · layer2 · linear: PSNR {runs[1].scores[2]['psnr']:.2f}")
     assert "saved no reconstruction" in tab.inner_text("#pane-a")
     tab.locator("#layer-a").fill("0")
     shown(tab, "layer1")
@@ -176,7 +174,7 @@ def test_runs_that_kept_different_pictures(visit, tmp_path):
 
 
 def test_a_fused_run_shows_its_weights(visit, tmp_path):
-    originals = [picture(seed) for seed in range(2)]
+    originals = [sample_image(seed) for seed in range(2)]
     sources = ("resnet34.tv_in1k:layer1", f"{HOSTILE[0]}:{HOSTILE[1]}", f"vgg16:{HOSTILE[2]}")
     runs = [
         write_fused(tmp_path, sources, originals),
@@ -189,12 +187,12 @@ def test_a_fused_run_shows_its_weights(visit, tmp_path):
     words = tab.inner_text("#pane-a .weights")
     assert "layer1 0.50" in words and HOSTILE[1] in words and words.count("0.25") == 2
     label = tab.get_attribute("#pane-a .weights canvas >> nth=1", "aria-label")
-    assert label == f"Weight of {sources[1]} on picture-000: mean 0.25, highest 1.00 of all sources"
+    assert label == f"Weight of {sources[1]} on image-000: mean 0.25, highest 1.00 of all sources"
     brightness = pixels(tab, "#pane-a .weights canvas", size=8).astype(int).sum(-1)
     assert (np.diff(brightness, axis=1) > 0).all() and (brightness == brightness[0]).all()
     tab.locator("#strip button").nth(1).click()
-    shown(tab, "picture-001.")
-    tab.wait_for_selector("#pane-a .weights canvas[aria-label*='picture-001']")
+    shown(tab, "image-001.")
+    tab.wait_for_selector("#pane-a .weights canvas[aria-label*='image-001']")
     tab.select_option("#encoder-a", "m")
     shown(tab, "m · layer1 · linear")
     assert tab.locator(".weights").count() == 0
@@ -203,13 +201,11 @@ def test_a_fused_run_shows_its_weights(visit, tmp_path):
     tab.wait_for_selector("#pane-b .weights canvas >> nth=2")
 
 
-def test_a_fused_run_without_a_map_of_the_picture_says_so(visit, tmp_path):
-    run = write_fused(tmp_path, ("m:a", "m:b"), [picture(0), picture(1)])
+def test_a_fused_run_without_a_map_of_the_image_says_so(visit, tmp_path):
+    run = write_fused(tmp_path, ("m:a", "m:b"), [sample_image(0), sample_image(1)])
     index = run.file("reconstructions") / "index.json"
     write_json(index, [{k: v for k, v in e.items() if k != "fusion_maps"} for e in read_json(index)])
     tab = visit(write_page([run], tmp_path / "page.html", title="t"))
     tab.wait_for_selector(".weights")
-    tab.wait_for_function(
-        "document.querySelector('.weights').textContent.includes('no maps of this picture')"
-    )
+    tab.wait_for_function("document.querySelector('.weights').textContent.includes('no maps of this image')")
     assert not tab.is_visible(".weights canvas") and "a 0.50" in tab.inner_text(".weights")

@@ -5,27 +5,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from some_pictures import write_pictures
+from some_images import write_images
 from torchvision.transforms.functional import center_crop
 
 from afterimage.config import DataConfig
 from afterimage.data.dataset import load_data
-from afterimage.data.images import Pictures, gather_crops
+from afterimage.data.images import ImageSet, gather_crops
 from afterimage.data.pixel_cache import Blob, Slot
 from afterimage.data.sampling import centre_places, crop_places, order
 
 numbers = st.integers(-(2**70), 2**70)
 
 
-def make_pictures(sizes: list[tuple[int, int]], crop: int) -> Pictures:
-    """Pictures of these heights and widths in which every value is different from its neighbours'."""
+def make_images(sizes: list[tuple[int, int]], crop: int) -> ImageSet:
+    """Images of these heights and widths in which every value is different from its neighbours'."""
     parts, slots, offset = [], {}, 0
     for number, (height, width) in enumerate(sizes):
         parts.append(np.random.default_rng(number).integers(0, 256, 3 * height * width, np.uint8))
         slots[f"content {number}"] = Slot(offset, height, width, 0)
         offset += 3 * height * width
-    ids = [f"picture {number}" for number in range(len(sizes))]
-    return Pictures(ids, list(slots), Blob(np.concatenate(parts), slots, "none"), crop)
+    ids = [f"image {number}" for number in range(len(sizes))]
+    return ImageSet(ids, list(slots), Blob(np.concatenate(parts), slots, "none"), crop)
 
 
 @given(st.integers(0, 200), numbers, numbers)
@@ -76,21 +76,21 @@ def test_centre_crop_is_where_torchvision_takes_it(height, width, crop):
 
 
 def test_centre_crops_are_exact():
-    pictures = make_pictures([(30, 45), (51, 31), (24, 24)], crop=24)
-    crops = pictures.crops([2, 0, 1])
+    sample_images = make_images([(30, 45), (51, 31), (24, 24)], crop=24)
+    crops = sample_images.crops([2, 0, 1])
     assert crops.shape == (3, 3, 24, 24)
     assert crops.dtype == torch.float32
     for crop, index in zip(crops, [2, 0, 1], strict=True):
-        assert torch.equal(crop, center_crop(pictures.whole(index), [24]).to(torch.float32) / 255)
+        assert torch.equal(crop, center_crop(sample_images.whole(index), [24]).to(torch.float32) / 255)
 
 
-def test_random_crops_are_parts_of_the_picture_flipped_or_not():
-    pictures = make_pictures([(30, 45)] * 12, crop=24)
-    crops = pictures.crops(range(12), seed=1, epoch=2)
+def test_random_crops_are_parts_of_the_image_flipped_or_not():
+    sample_images = make_images([(30, 45)] * 12, crop=24)
+    crops = sample_images.crops(range(12), seed=1, epoch=2)
     top, left, flip = crop_places(np.full(12, 30), np.full(12, 45), 24, np.arange(12), 1, 2)
     assert flip.any() and not flip.all()
     for index, crop in enumerate(crops):
-        part = pictures.whole(index)[:, top[index] : top[index] + 24, left[index] : left[index] + 24]
+        part = sample_images.whole(index)[:, top[index] : top[index] + 24, left[index] : left[index] + 24]
         part = part.flip(-1) if flip[index] else part
         assert torch.equal(crop, part.to(torch.float32) / 255)
 
@@ -98,61 +98,63 @@ def test_random_crops_are_parts_of_the_picture_flipped_or_not():
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.integers(0, 2**40), st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
 def test_a_crop_depends_on_nothing_but_seed_epoch_and_index(indices, seed, epoch):
-    pictures = make_pictures([(20, 33), (41, 20), (20, 20), (29, 27), (20, 21), (22, 50)], crop=20)
-    everything = pictures.crops(range(6), seed=seed, epoch=epoch)
-    assert torch.equal(pictures.crops(indices, seed=seed, epoch=epoch), everything[indices])
-    assert torch.equal(pictures.crops(torch.tensor(indices), seed=seed, epoch=epoch), everything[indices])
+    sample_images = make_images([(20, 33), (41, 20), (20, 20), (29, 27), (20, 21), (22, 50)], crop=20)
+    everything = sample_images.crops(range(6), seed=seed, epoch=epoch)
+    assert torch.equal(sample_images.crops(indices, seed=seed, epoch=epoch), everything[indices])
+    assert torch.equal(
+        sample_images.crops(torch.tensor(indices), seed=seed, epoch=epoch), everything[indices]
+    )
 
 
 @given(st.integers(0, 2**40), st.integers(0, 100))
 @settings(max_examples=40, deadline=None)
 def test_the_gather_on_a_device_equals_the_copies(seed, epoch):
     sizes = [(20, 33), (41, 20), (20, 20), (29, 27), (20, 21), (22, 50)]
-    pictures = make_pictures(sizes, crop=20)
+    sample_images = make_images(sizes, crop=20)
     heights, widths = np.array(sizes).T
     top, left, flip = crop_places(heights, widths, 20, np.arange(6), seed, epoch)
-    offsets = np.array([pictures.blob.slots[content].offset for content in pictures.content])
-    pixels = torch.from_numpy(pictures.blob.pixels)
+    offsets = np.array([sample_images.blob.slots[content].offset for content in sample_images.content])
+    pixels = torch.from_numpy(sample_images.blob.pixels)
     crops = gather_crops(pixels, offsets + top * widths + left, heights, widths, flip, 20)
-    assert torch.equal(crops.to(torch.float32) / 255, pictures.crops(range(6), seed=seed, epoch=epoch))
+    assert torch.equal(crops.to(torch.float32) / 255, sample_images.crops(range(6), seed=seed, epoch=epoch))
 
 
 def test_another_device_gets_its_crops_there():
-    pictures = make_pictures([(20, 33), (41, 20)], crop=20)
-    crops = pictures.crops([0, 1], seed=1, device="meta")
+    sample_images = make_images([(20, 33), (41, 20)], crop=20)
+    crops = sample_images.crops([0, 1], seed=1, device="meta")
     assert crops.device.type == "meta"
     assert crops.shape == (2, 3, 20, 20)
-    assert pictures.blob.on(torch.device("meta")) is pictures.blob.on(torch.device("meta"))
+    assert sample_images.blob.on(torch.device("meta")) is sample_images.blob.on(torch.device("meta"))
 
 
 def test_pixels_that_do_not_fit_on_a_device_are_cropped_before(monkeypatch):
     monkeypatch.setattr("afterimage.data.pixel_cache.RESIDENT_LIMIT", 100)
-    pictures = make_pictures([(20, 33)], crop=20)
-    assert pictures.blob.on(torch.device("meta")) is None
-    assert pictures.crops([0], device="meta").shape == (1, 3, 20, 20)
+    sample_images = make_images([(20, 33)], crop=20)
+    assert sample_images.blob.on(torch.device("meta")) is None
+    assert sample_images.crops([0], device="meta").shape == (1, 3, 20, 20)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_crops_on_cuda_equal_those_on_the_cpu(monkeypatch):
-    pictures = make_pictures([(20, 33), (41, 20), (20, 20)], crop=20)
+    sample_images = make_images([(20, 33), (41, 20), (20, 20)], crop=20)
     for seed in (None, 5):
-        expected = pictures.crops([2, 0, 1], seed=seed)
-        assert torch.equal(pictures.crops([2, 0, 1], seed=seed, device="cuda").cpu(), expected)
+        expected = sample_images.crops([2, 0, 1], seed=seed)
+        assert torch.equal(sample_images.crops([2, 0, 1], seed=seed, device="cuda").cpu(), expected)
     monkeypatch.setattr(Blob, "on", lambda self, device: None)
-    assert torch.equal(pictures.crops([2, 0, 1], seed=5, device="cuda").cpu(), expected)
+    assert torch.equal(sample_images.crops([2, 0, 1], seed=5, device="cuda").cpu(), expected)
 
 
 def test_indices_outside_are_errors():
-    pictures = make_pictures([(20, 33)], crop=20)
+    sample_images = make_images([(20, 33)], crop=20)
     for index in (-1, 1):
-        with pytest.raises(IndexError, match="of 1 pictures"):
-            pictures.crops([index])
-    assert pictures.crops([]).shape == (0, 3, 20, 20)
+        with pytest.raises(IndexError, match="of 1 images"):
+            sample_images.crops([index])
+    assert sample_images.crops([]).shape == (0, 3, 20, 20)
 
 
-def test_loaded_pictures_have_the_size_asked_for(tmp_path):
-    write_pictures(tmp_path / "pictures", 6)
-    config = DataConfig(f"folder:{tmp_path / 'pictures'}", resize=24, crop=16)
+def test_loaded_images_have_the_size_asked_for(tmp_path):
+    write_images(tmp_path / "images", 6)
+    config = DataConfig(f"folder:{tmp_path / 'sample_images'}", resize=24, crop=16)
     data = load_data(config, cache=tmp_path / "cache")
     crops = data.train.crops(range(len(data.train)), seed=0)
     assert crops.shape == (len(data.train), 3, 16, 16)
