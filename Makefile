@@ -6,7 +6,7 @@ export AFTERIMAGE_WEIGHTS ?= $(wildcard ../shared/weights)
 .PHONY: demo test test-long clean
 
 demo: $(VENV)/.ready
-	$(VENV)/bin/afterimage study quickstart --root demo
+	$(VENV)/bin/afterimage study quickstart --output-dir demo
 
 test: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check src tests benchmarks

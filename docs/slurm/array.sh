@@ -15,4 +15,4 @@ groups=$1
 shift
 
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
-srun afterimage study "$@" --group "$SLURM_ARRAY_TASK_ID/$groups"
+srun afterimage study "$@" --shard "$SLURM_ARRAY_TASK_ID/$groups"

@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz import targets
+import targets
 from some_images import png, some_image
 
 SIZE = (12, 9)

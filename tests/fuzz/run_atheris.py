@@ -25,7 +25,7 @@ PACKAGES = ["afterimage", "PIL", "zipfile", "tomllib", "safetensors", "fuzz"]
 
 def main() -> None:
     with atheris.instrument_imports(include=PACKAGES):
-        from fuzz import targets
+        import targets
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("target", choices=targets.TARGETS)

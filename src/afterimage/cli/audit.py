@@ -28,7 +28,7 @@ FAILED = 3
 class Audit:
     """Audit what leaks from features that are sent or stored: layer x defence x attacker, with a verdict.
 
-    Audits a timm MODEL, one's own network (--encoder) or a store of features with their images (--pairs). With
+    Audits a timm MODEL, one's own network (--encoder) or a store of features with their images (--feature-store). With
     limits the exit code is 3 where the upper end of a 95 % interval exceeds one, for any layer, defence and attacker
     audited: name only what is to be deployed. What is done is not done again.
     """
@@ -36,11 +36,11 @@ class Audit:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
     """A timm name, for example resnet18.tv_in1k."""
     layers: tuple[str, ...] = ()
-    """Layers to audit (`afterimage layers MODEL` lists them); with --pairs: all by default."""
+    """Layers to audit (`afterimage layers MODEL` lists them); with --feature-store: all by default."""
     encoder: Annotated[str, tyro.conf.arg(metavar="MODULE:FACTORY")] = ""
     """One's own network: package.module:factory or file.py:factory, which returns a torch.nn.Module; its layers are
     module paths, or `output`, with keys in brackets where it returns several: output[features]."""
-    pairs: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    feature_store: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Stored `features` and `images` in one .safetensors, .npz or .parquet file, instead of a network."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
     """Settings from a file such as the audit.toml that each audit writes; what is given here comes first."""
@@ -52,9 +52,9 @@ class Audit:
     """none, noise:SCALE, int8, int4, 1bit, topk:FRACTION, pca:D, drop:FRACTION, pool:SIZE, shuffle; chained by +."""
     decoders: tuple[str, ...] = ()
     """What attackers train: linear, residual, attention and so on."""
-    images: tuple[str, ...] = ()
+    attacker_images: tuple[str, ...] = ()
     """How many images of their own attackers have: numbers, or all."""
-    access: tuple[str, ...] = ()
+    threat_model: tuple[str, ...] = ()
     """query (trains a decoder), weights (then refines each reconstruction by optimisation), or both."""
     attacker_data: str = ""
     """Where the attackers' own images come from, if not from --data."""
@@ -82,18 +82,18 @@ class Audit:
     epochs: int | None = None
     """Epochs for decoders that are trained by them (default 30)."""
     refine_steps: int | None = None
-    """With --access weights: optimisation steps an image (default 200)."""
+    """With --threat-model white-box: optimisation steps an image (default 200)."""
     refine_images: int | None = None
-    """With --access weights: how many test images are refined (default 20)."""
+    """With --threat-model white-box: how many test images are refined (default 20)."""
     seed: int | None = None
     """Decides initial weights, order, crops, noise and who owns which image (default 42)."""
     lpips: str = ""
     """LPIPS network: alex, vgg or squeeze."""
-    root: Path | None = None
+    output_dir: Path | None = None
     """Folder for the audit (default: runs/audit-NAME)."""
     cache: Path | None = None
     """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    accelerator: str = "auto"
+    device: str = "auto"
     """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
@@ -103,12 +103,10 @@ class Audit:
         from afterimage.runtime.progress import Display
 
         config = self.resolved()
-        root = self.root or Path("runs") / f"audit-{Path(config.subject.replace(':', '-')).name}"
-        check_folder(root, "--root")
+        root = self.output_dir or Path("runs") / f"audit-{Path(config.subject.replace(':', '-')).name}"
+        check_folder(root, "--output-dir")
         with Display() as display:
-            results = run_audit(
-                config, root, cache=self.cache, accelerator=self.accelerator, progress=display
-            )
+            results = run_audit(config, root, cache=self.cache, accelerator=self.device, progress=display)
         verdict = judge(
             results.rows, results.blind, results.costs, config.limits, results.failures, results.unmeasured
         )

@@ -28,7 +28,7 @@ class Controls:
     """Run folders, or folders that hold run folders."""
     only: tuple[str, ...] = ()
     """Only these parts: controls, lost, rate."""
-    again: bool = False
+    force: bool = False
     """Measure again what has been measured."""
     weights: str | None = None
     """Where the encoders' weights are, if not where they were in training."""
@@ -36,7 +36,7 @@ class Controls:
     """LPIPS network (default: the one that each run was measured with)."""
     cache: Path | None = None
     """Where decoded images are kept."""
-    accelerator: str = "auto"
+    device: str = "auto"
     """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
@@ -52,11 +52,11 @@ class Controls:
             failures = run_controls(
                 runs,
                 parts=self.only or PARTS,
-                again=self.again,
+                again=self.force,
                 weights=self.weights,
                 lpips=self.lpips,
                 cache=self.cache,
-                accelerator=self.accelerator,
+                accelerator=self.device,
                 progress=display,
             )
         print_controls(runs)

@@ -23,7 +23,7 @@ class Invert:
     """Rebuild images from features alone by optimising them until their own features are the same.
 
     `invert IMAGE... MODEL:LAYER...` starts from grey and uses all layers at once. With `--run` it starts from that
-    run's decoder and refines its answer; without images the run's own test images are taken (`--limit` keeps the
+    run's decoder and refines its answer; without images the run's own test images are taken (`--max-images` keeps the
     first), inverted from grey as well, and decoder, inversion and refinement are put in one table: limit.csv,
     limit.json and the curve of PSNR against passes, saturation.png, of all that the output folder holds. What comes
     back is a lower bound on what the features hold: it was reached. Decoders approximate it at a fraction of the time.
@@ -37,7 +37,7 @@ class Invert:
     """Start from the decoders of these finished runs."""
     data: str = ""
     """A source of images such as folder:PATH, instead of files or of a run's own."""
-    limit: int | None = None
+    max_images: int | None = None
     """Only the first images of the source's test split."""
     method: str = "fourier"
     """What is optimised: pixels, fourier or prior (a deep image prior)."""
@@ -57,7 +57,7 @@ class Invert:
     """Weight of the alpha-norm; 1 is the weight Mahendran and Vedaldi propose."""
     refine_only: bool = False
     """With --run: leave out the inversion from grey."""
-    output: Path = Path("runs/inversion")
+    output_dir: Path = Path("runs/inversion")
     """Folder for the run folders; each holds progress.png while it is made."""
     weights: str | None = None
     """pretrained, random, random-init, or a file or folder."""
@@ -66,7 +66,7 @@ class Invert:
     """LPIPS network: alex, vgg or squeeze (default: with --run the one that the run was measured with, else alex)."""
     cache: Path | None = None
     """Where decoded images are kept."""
-    accelerator: str = "auto"
+    device: str = "auto"
     """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
@@ -75,12 +75,12 @@ class Invert:
         from afterimage.runtime.device import one_device
         from afterimage.runtime.progress import Display
 
-        check_folder(self.output, "--output")
+        check_folder(self.output_dir, "--output-dir")
         check_seed("seed", self.seed)
         files, sources = self._sort()
         names = ("method", "optimizer", "steps", "learning_rate", "starts", "jitter", "tv", "alpha_norm")
         method = InvertConfig(**{name: getattr(self, name) for name in names})
-        device = str(one_device(self.accelerator).device)
+        device = str(one_device(self.device).device)
         with Display() as display:
             if self.run_folders:
                 folders = self._refine(method, files, device, display)
@@ -120,11 +120,12 @@ class Invert:
         for path in self.run_folders:
             run = Run.open(path)
             data = replace(
-                run.config.data, limit_test=run.config.data.limit_test if self.limit is None else self.limit
+                run.config.data,
+                limit_test=run.config.data.limit_test if self.max_images is None else self.max_images,
             )
             given = self._given(files, replace(data, test=self.data or data.test), progress)
             folders += invert_run(
-                run, self.output, method, given, plain=not self.refine_only,
+                run, self.output_dir, method, given, plain=not self.refine_only,
                 weights=self.weights, seed=self.seed, lpips=self.lpips, device=device, progress=progress,
             )  # fmt: skip
         return folders
@@ -139,13 +140,13 @@ class Invert:
         from afterimage.runs.run import Run
 
         given = self._given(
-            files, DataConfig(source=self.data or "photographs", limit_test=self.limit), progress
+            files, DataConfig(source=self.data or "photographs", limit_test=self.max_images), progress
         )
         lpips = self.lpips or LPIPS_NETS[0]
         where, size = self.weights or "pretrained", given.config.crop
         encoders = MultiEncoder(sources, weights=where, image_size=size, seed=self.seed).to(device)
         config = InversionConfig(encoders.sources, where, "", method, given.config, self.seed, lpips)
-        folder = Run.create(self.output, config)
+        folder = Run.create(self.output_dir, config)
         if folder.state != "done":
             metrics = Metrics(lpips, size=size)
             options = {"metrics": metrics, "seed": self.seed, "device": device, "progress": progress}
@@ -165,6 +166,6 @@ class Invert:
                 scores = {name: row[name] for name in ("psnr", "ssim", "lpips")}
                 lines = image_lines(scores, summary["lpips"])
                 say(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
-        done = [run for run in scan(self.output) if run.state == "done"]
+        done = [run for run in scan(self.output_dir) if run.state == "done"]
         inversions = [run for run in done if run.summary.get("kind") == "inversion"]
-        say(*map(shown, [*write_limit(inversions, self.output), *(folder.path for folder in folders)]))
+        say(*map(shown, [*write_limit(inversions, self.output_dir), *(folder.path for folder in folders)]))

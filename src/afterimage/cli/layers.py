@@ -20,14 +20,14 @@ class Layers:
     """A timm name, for example resnet34.tv_in1k; the default weights' tag is taken where none is given."""
     image_size: int = 224
     """Side of the image in pixels."""
-    every: bool = False
+    all_modules: bool = False
     """List each module whose output can be inverted, not only stages and blocks."""
 
     def run(self) -> None:
         check_range("--image-size", self.image_size, 1, MAX_SIDE)
         from afterimage.models.encoders.layers import early_end, list_layers
 
-        print_layers(self.model, list_layers(self.model, self.image_size, every=self.every))
+        print_layers(self.model, list_layers(self.model, self.image_size, every=self.all_modules))
         if ended := early_end(self.model, self.image_size):
             say(f"WARNING: {ended}")
 

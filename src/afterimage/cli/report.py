@@ -21,7 +21,7 @@ class Report:
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER [...]")]
     """Run folders, or folders that hold run folders."""
-    output: Path | None = None
+    output_dir: Path | None = None
     """Folder for the report (default: FOLDER/report)."""
     title: str = ""
     """The report's title."""
@@ -36,8 +36,8 @@ class Report:
         from afterimage.runs.run import check_folder
         from afterimage.runtime.progress import Display
 
-        output = self.output or self.folders[0] / "report"
-        check_folder(output, "--output")
+        output = self.output_dir or self.folders[0] / "report"
+        check_folder(output, "--output-dir")
         title, spread = self.title or self.folders[0].resolve().name, "interval" if self.intervals else "std"
         with Display() as display:
             written = write_report(runs, output, title=title, spread=spread, progress=display)

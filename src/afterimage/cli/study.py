@@ -40,7 +40,7 @@ class Study:
     """Study these timm models without a file."""
     layers: str = "*"
     """With --models: which layers, as comma-separated globs over those that `afterimage layers` lists."""
-    decoder: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ()
     """Only these decoders, in place of the study's own (with --models: linear)."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build every decoder that comes in sizes with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
@@ -74,7 +74,7 @@ class Study:
     """Seeds instead of the study's own."""
     lpips: str = ""
     """LPIPS network instead of the study's own: alex, vgg, squeeze, or any whose weights are found."""
-    root: Path | None = None
+    output_dir: Path | None = None
     """Folder for the study's run folders and report (default: runs/NAME)."""
     controls: bool = False
     """Beside each run its twins (random weights, a perceptual loss), and each held against `afterimage controls`."""
@@ -82,7 +82,7 @@ class Study:
     """Print the resolved runs with their sizes and estimated cost, and start nothing."""
     list_groups: bool = False
     """Print the groups of runs that are trained together, one a line, and start nothing."""
-    group: Annotated[str, tyro.conf.arg(metavar="K/N")] = ""
+    shard: Annotated[str, tyro.conf.arg(metavar="K/N")] = ""
     """Only part K of N: every N-th group from the K-th on, without the report. The N parts are the whole study."""
     executor: Literal["local", "ray"] = "local"
     """Where runs are trained: in this process, or group by group as tasks on a Ray cluster."""
@@ -90,13 +90,13 @@ class Study:
     """With --executor ray: the cluster (HOST:PORT or auto; default: RAY_ADDRESS, else one started here)."""
     cpus: int | None = None
     """With --executor ray: CPUs, and threads, of each group (default: an even share of a machine)."""
-    fetch: bool = False
+    copy_back: bool = False
     """With --executor ray: fetch results from the workers even where they see the run folders (else: where not)."""
     retries: int | None = None
     """With --executor ray: how often a group whose worker is lost is given to another (default: 3)."""
     cache: Path | None = None
     """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    accelerator: str = "auto"
+    device: str = "auto"
     """cpu, cuda, mps or auto."""
     devices: int = 1
     """Train each run on so many GPUs, or in so many processes on a CPU, with the result of one."""
@@ -119,9 +119,9 @@ class Study:
         else:
             study, name = load_study(self.study), Path(self.study).stem
         study = self._changed(study)
-        part = Part.parse(self.group) if self.group else Part()
-        root = self.root or Path("runs") / name
-        check_folder(root, "--root", writable=not (self.dry_run or self.list_groups))
+        part = Part.parse(self.shard) if self.shard else Part()
+        root = self.output_dir or Path("runs") / name
+        check_folder(root, "--output-dir", writable=not (self.dry_run or self.list_groups))
         train = self._train()
         with Display() as display:
             if self.dry_run or self.list_groups:
@@ -136,7 +136,7 @@ class Study:
                 study,
                 root,
                 cache=self.cache,
-                accelerator=self.accelerator,
+                accelerator=self.device,
                 progress=display,
                 train=train,
                 part=part,
@@ -149,7 +149,7 @@ class Study:
                 if part.count == 1:
                     Report((root,), title=study.title).run()
             if part.count > 1:
-                say(f"part {self.group} of the study; when all are done: afterimage report {shown(root)}")
+                say(f"part {self.shard} of the study; when all are done: afterimage report {shown(root)}")
         finally:
             print_failures(failures)
         if failures:
@@ -161,7 +161,7 @@ class Study:
         for name, least in (("cpus", 1), ("retries", 0)):
             check_range(f"--{name}", options.get(name, least), least, MAX_PROCESSES)
         options |= {"address": self.address} if self.address else {}
-        options |= {"fetch": True} if self.fetch else {}
+        options |= {"fetch": True} if self.copy_back else {}
         if self.executor == "ray":
             from afterimage.experiments.ray.connect import import_ray
             from afterimage.experiments.ray.training import train_on_ray
@@ -186,7 +186,7 @@ class Study:
                 replace(row, recipe={key: row.recipe[key] for key in row.recipe if key not in recipe})
                 for row in self._rows(study)
             ),
-            "decoders": tuple(map(DecoderConfig, self.decoder)) or study.decoders,
+            "decoders": tuple(map(DecoderConfig, self.decoders)) or study.decoders,
             "seeds": self.seeds or study.seeds,
             "weights": self.weights or study.weights,
             "lpips": self.lpips or study.lpips,
@@ -202,9 +202,9 @@ class Study:
 
     def _rows(self, study: StudyConfig) -> tuple:
         """The study's extra rows, without those whose own decoders were not asked for."""
-        if not self.decoder:
+        if not self.decoders:
             return study.rows
-        wanted = [(row, tuple(d for d in row.decoders if d.name in self.decoder)) for row in study.rows]
+        wanted = [(row, tuple(d for d in row.decoders if d.name in self.decoders)) for row in study.rows]
         return tuple(replace(row, decoders=own) for row, own in wanted if own or not row.decoders)
 
 

@@ -37,7 +37,7 @@ class Train:
 
     sources: Sources
     """Features to rebuild images from, for example resnet34.tv_in1k:layer1."""
-    decoder: tuple[str, ...] = ("attention",)
+    decoders: tuple[str, ...] = ("attention",)
     """Decoders to train: attention, transposed, linear, wavelet, frequency or residual."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build the decoders with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
@@ -66,11 +66,11 @@ class Train:
     """Decides initial weights, order, crops and flips."""
     lpips: str = "alex"
     """LPIPS network: alex, vgg or squeeze."""
-    root: Path = Path("runs")
+    output_dir: Path = Path("runs")
     """Folder that holds the run folders."""
     cache: Path | None = None
     """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    accelerator: str = "auto"
+    device: str = "auto"
     """cpu, cuda, mps or auto."""
     devices: int = 1
     """Train each run on so many GPUs, or in so many processes on a CPU, with the result of one."""
@@ -94,12 +94,12 @@ class Train:
             limit_test=self.limit_test,
             stream=self.stream,
         )
-        for name in self.decoder:  # before any image is read
+        for name in self.decoders:  # before any image is read
             if name not in DECODERS:
                 raise unknown("decoder", name, DECODERS)
         size = parse_count(self.parameters, "--parameters") if self.parameters else None
         if size is not None:
-            fixed = [name for name in self.decoder if not DECODERS[name].size_option]
+            fixed = [name for name in self.decoders if not DECODERS[name].size_option]
             if fixed:
                 raise AfterimageError(
                     f"--parameters: {', '.join(fixed)} has one size only, that of its closed form; decoders that "
@@ -116,7 +116,7 @@ class Train:
                 lpips=self.lpips,
             )
             for source in self.sources
-            for decoder in self.decoder
+            for decoder in self.decoders
         ]
         if not configs:
             raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
@@ -128,8 +128,8 @@ class Train:
             return
         failures: list[AfterimageError] = []
         with Display() as display:
-            options = {"cache": self.cache, "accelerator": self.accelerator, "progress": display}
-            runs = train_runs(configs, self.root, failures=failures, **options)
+            options = {"cache": self.cache, "accelerator": self.device, "progress": display}
+            runs = train_runs(configs, self.output_dir, failures=failures, **options)
         if on_main_process() and any(is_done(run) for run in runs):
             print_table(runs)
             say(*(f"run: {shown(run.path)}" for run in runs))
@@ -148,10 +148,10 @@ class Train:
             with Display() as display:
                 result = profile_run(
                     config,
-                    self.root,
+                    self.output_dir,
                     steps=self.profile,
                     cache=self.cache,
-                    accelerator=self.accelerator,
+                    accelerator=self.device,
                     progress=display,
                 )
             print_profile(result)

@@ -31,7 +31,7 @@ class Verify:
     """Where the encoders' weights are, if not where they were in training."""
     cache: Path | None = None
     """Where decoded images are kept."""
-    accelerator: str = "auto"
+    device: str = "auto"
     """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
@@ -41,7 +41,7 @@ class Verify:
 
         with Display() as display:
             verdicts = verify_runs(
-                runs, weights=self.weights, cache=self.cache, accelerator=self.accelerator, progress=display
+                runs, weights=self.weights, cache=self.cache, accelerator=self.device, progress=display
             )
         for verdict in verdicts:
             worst = ", ".join(f"{name} by {value:.2g}" for name, value in verdict.worst.items())

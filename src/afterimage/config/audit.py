@@ -116,7 +116,7 @@ class AuditConfig:
         named = [name for name in ("model", "encoder", "pairs") if getattr(self, name)]
         if len(named) != 1:
             raise AfterimageError(
-                "an audit is of one thing: a timm MODEL, --encoder package.module:factory, or --pairs FILE; "
+                "an audit is of one thing: a timm MODEL, --encoder package.module:factory, or --feature-store FILE; "
                 f"got {' and '.join(named) or 'none'}"
             )
         if not self.layers and not self.pairs:

@@ -55,7 +55,7 @@ def share(
         raise AfterimageError("the Ray cluster has no machine with a CPU to give")
     gpus = max(int(machine.get("GPU", 0)) for machine in machines)
     if accelerator == "cuda" and not gpus:
-        raise AfterimageError("--accelerator cuda: no machine of the Ray cluster has a GPU to give")
+        raise AfterimageError("--device cuda: no machine of the Ray cluster has a GPU to give")
     on_gpu = bool(gpus) and accelerator in ("auto", "cuda")
     usable = [machine for machine in machines if machine.get("GPU", 0) >= 1] if on_gpu else machines
     most = max(int(machine["CPU"]) for machine in usable)

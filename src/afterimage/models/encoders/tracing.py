@@ -79,7 +79,7 @@ class Trace:
         reason = self.refused.get(path, "it does not run as a module of its own")
         raise AfterimageError(
             f"{self.model}:{layer} cannot be inverted: {reason}. Valid: {', '.join(self.names)}; "
-            f"`afterimage layers {self.model} --every` lists every module"
+            f"`afterimage layers {self.model} --all-modules` lists every module"
         )
 
     @property

@@ -244,8 +244,8 @@ def test_a_signal_at_any_other_moment_stops_cleanly_too(only, sample_images, who
     """While images are decoded there is no step to wait for; while scores are taken there is a checkpoint."""
     arguments = [
         "train", *only.sources, "--decoder", "transposed", "--weights", "random", "--resize", "48", "--crop", "32",
-        "--data", only.data.source, "--epochs", "2", "--batch-size", "4", "--accelerator", "cpu",
-        "--root", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"),
+        "--data", only.data.source, "--epochs", "2", "--batch-size", "4", "--device", "cpu",
+        "--output-dir", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"),
     ]  # fmt: skip
     output, ready = tmp_path / "output", tmp_path / "ready"
     process = context().Process(target=command_line, args=(arguments, output, ready, MOMENTS[moment]))

@@ -176,7 +176,7 @@ def test_the_command_writes_table_and_report_and_ends_with_1(cache, tmp_path, mo
     study = replace(STUDY, sources=(*STUDY.sources, "resnt18:layer1"), rows=rows, references=False)
     file = tmp_path / "study.toml"
     file.write_text(dump_toml(study))
-    flags = ["--root", str(tmp_path / "runs"), "--cache", str(cache), "--accelerator", "cpu"]
+    flags = ["--output-dir", str(tmp_path / "runs"), "--cache", str(cache), "--device", "cpu"]
     with pytest.raises(SystemExit) as ended:
         main(["study", str(file), *flags])
     shown = capsys.readouterr()
@@ -210,7 +210,7 @@ def test_train_tells_every_failure_in_a_line(cache, tmp_path, monkeypatch, capsy
     monkeypatch.setitem(DECODERS, "broken", decoder("solve", BUG, DECODERS["linear"]))
     arguments.insert(5, "broken")
     with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--root", str(tmp_path), "--cache", str(cache), "--accelerator", "cpu"])
+        main([*arguments, "--output-dir", str(tmp_path), "--cache", str(cache), "--device", "cpu"])
     err = capsys.readouterr().err
     assert ended.value.code == 1 and "Traceback" not in err
     lines = [line for line in err.splitlines() if line.startswith(("failed: ", "afterimage: "))]

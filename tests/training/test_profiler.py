@@ -44,7 +44,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         "32",
         "--batch-size",
         "4",
-        "--accelerator",
+        "--device",
         "cpu",
         "--cache",
         "cache",

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 import tomli_w
-from fuzz import targets
+import targets
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

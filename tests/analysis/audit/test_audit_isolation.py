@@ -258,9 +258,9 @@ def test_the_command_ends_with_3_and_names_what_is_missing(cache, tmp_path, monk
         "--crop",
         "24",
     ]
-    arguments += ["--max-ssim", "1.0", "--root", str(tmp_path), "--cache", str(cache), "--epochs", "1"]
+    arguments += ["--max-ssim", "1.0", "--output-dir", str(tmp_path), "--cache", str(cache), "--epochs", "1"]
     with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--accelerator", "cpu"])
+        main([*arguments, "--device", "cpu"])
     out = capsys.readouterr().out
     assert ended.value.code == 3 and "Traceback" not in out
     assert "could not be measured: second, none, broken: RuntimeError: a bug in somebody's code" in out

@@ -47,7 +47,7 @@ def test_the_whole_published_study(command, random_weights, tmp_path, monkeypatc
     monkeypatch.setenv("AFTERIMAGE_WEIGHTS", str(random_weights))
     code, _, err = command(
         "study", "published", "--data", "procedural:30", "--resize", 64, "--crop", 64, "--epochs", 1,
-        "--limit-train", 8, "--limit-validation", 2, "--accelerator", "cpu",
+        "--limit-train", 8, "--limit-validation", 2, "--device", "cpu",
     )  # fmt: skip
     assert code == 0, err
     root = tmp_path / "runs" / "published"

@@ -11,7 +11,7 @@ from afterimage.runs.files import read_csv
 from afterimage.runs.run import scan
 
 MODEL = "test_resnet.r160_in1k"
-SMALL = ["--weights", "random", "--resize", "64", "--crop", "64", "--accelerator", "cpu"]
+SMALL = ["--weights", "random", "--resize", "64", "--crop", "64", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     )
     assert code == 0 and "is done already" in err
     run = runs[0].path
-    code, out, _ = command("evaluate", run, "--output", "scores.csv")
+    code, out, _ = command("evaluate", run, "--output-dir", "scores.csv")
     stored, again = runs[0].scores, read_csv(tmp_path / "scores.csv")
     assert code == 0 and "PSNR" in out and [row["id"] for row in stored] == [row["id"] for row in again]
     assert [row["psnr"] for row in again] == pytest.approx([row["psnr"] for row in stored], abs=1e-4)
@@ -76,7 +76,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     assert Image.open(tmp_path / "00.reconstruction.png").size == (64 + 8 + 64, 64)
     alone = next(line for line in out.splitlines() if line.startswith("PSNR")).strip()
     sample_images = photographs / "00.png", photographs / "01.png"
-    code, out, _ = command("reconstruct", *sample_images, "--run", "runs", "--output", "both.png")
+    code, out, _ = command("reconstruct", *sample_images, "--run", "runs", "--output-dir", "both.png")
     lines = [line for line in out.splitlines() if "PSNR" in line]
     assert (
         code == 0
@@ -86,7 +86,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     assert sum(alone in line and ", 00: " in line for line in lines) == 1
     width, height = Image.open(tmp_path / "both.png").size
     assert width > 5 * 64 and height > 4 * 64, "the originals and four runs, two images and their details"
-    code, _, err = command("reconstruct", *sample_images, "--run", "runs", "--output", "both.svg")
+    code, _, err = command("reconstruct", *sample_images, "--run", "runs", "--output-dir", "both.svg")
     assert code == 1 and "PNG" in err and not (tmp_path / "both.svg").exists()
     code, _, err = command("reconstruct", sample_images[0], sample_images[0], "--run", "runs")
     assert code == 1 and "named twice" in err
@@ -117,10 +117,10 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
         (["evaluate", "nowhere"], "not a run folder"),
         (["study", "publish"], "did you mean 'published'"),
         (
-            ["train", f"{MODEL}:layer1", "--data", "procedural:8", *SMALL, "--accelerator", "foo"],
+            ["train", f"{MODEL}:layer1", "--data", "procedural:8", *SMALL, "--device", "foo"],
             "cannot be used here",
         ),
-        (["train", f"{MODEL}:layer1", "--devices", "999", "--accelerator", "cpu"], "--devices 999 on a CPU"),
+        (["train", f"{MODEL}:layer1", "--devices", "999", "--device", "cpu"], "--devices 999 on a CPU"),
         (["invert", "a.png", f"{MODEL}:layer1", "--refine-only"], "--refine-only needs --run"),
         (["study", "missing.toml"], r"missing.toml"),
         (["study", "published", "--models", "resnet18"], "not both"),
@@ -144,19 +144,19 @@ def test_bad_input_is_one_message(command, arguments, message):
         (["train", f"{MODEL}:layer1", "--loss", "lpips", "--crop", "20"], "crop of 31 pixels or more"),
         (["train", f"{MODEL}:layer1", "--profile", "-1"], "--profile must lie between 0"),
         (["train", f"{MODEL}:layer1", "--devices", "9" * 20], "--devices must lie between 1"),
-        (["train", f"{MODEL}:layer1", "--root", "/dev/null/x"], "--root /dev/null/x: /dev/null is a file"),
+        (["train", f"{MODEL}:layer1", "--output-dir", "/dev/null/x"], "--output-dir /dev/null/x: /dev/null is a file"),
         (["train", f"{MODEL}:layer1", "--cache", "/dev/null"], "--cache /dev/null: /dev/null is a file"),
         (["study", "quickstart", "--seeds", "-1", "--dry-run"], "seeds[0] must lie between 0"),
-        (["study", "quickstart", "--root", "/dev/null", "--dry-run"], "--root /dev/null: /dev/null is a file"),
+        (["study", "quickstart", "--output-dir", "/dev/null", "--dry-run"], "--output-dir /dev/null: /dev/null is a file"),
         (["study", "quickstart", "--executor", "ray", "--retries", "-1"], "--retries must lie between 0"),
         (["layers", MODEL, "--image-size", "0"], "--image-size must lie between 1"),
         (["audit", MODEL, "--layers", "layer1", "--max-ssim", "nan"], "max_ssim must lie between 0 and 1"),
         (["audit", MODEL, "--layers", "layer1", "--mean", "0", "0", "inf"], "mean must be finite"),
         (["audit", MODEL, "--layers", "layer1", "--images", "²"], "a number from 5 on"),
-        (["audit", MODEL, "--layers", "layer1", "--root", "/dev/null"], "--root /dev/null: /dev/null is a file"),
+        (["audit", MODEL, "--layers", "layer1", "--output-dir", "/dev/null"], "--output-dir /dev/null: /dev/null is a file"),
         (["invert", "a.png", f"{MODEL}:layer1", "--seed", "-1"], "seed must lie between 0"),
         (["invert", "a.png", f"{MODEL}:layer1", "--steps", "0"], "steps must be greater than 0"),
-        (["invert", "a.png", f"{MODEL}:layer1", "--output", "/dev/null"], "--output /dev/null: /dev/null is a file"),
+        (["invert", "a.png", f"{MODEL}:layer1", "--output-dir", "/dev/null"], "--output-dir /dev/null: /dev/null is a file"),
         (["bench", "--seconds", "nan"], "seconds must be greater than 0"),
         (["bench", "--json", "/dev/null/x.json"], "--json /dev/null: /dev/null is a file"),
     ],
@@ -179,15 +179,15 @@ def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, mo
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
     monkeypatch.setattr(afterimage.models.reconstructor.Reconstructor, "open", computed)
     for arguments, message in (
-        (["evaluate", run.path, "--output", tmp_path], f"--output {tmp_path} is a folder"),
-        (["evaluate", run.path, "--output", tmp_path / "a.png" / "x"], "a.png is a file, not a folder"),
-        (["reconstruct", "a.png", "--run", run.path, "--output", "a.png/b.png"], "a.png is a file"),
-        (["report", "runs", "--output", "a.png"], "a.png is a file, not a folder"),
+        (["evaluate", run.path, "--output-dir", tmp_path], f"--output-dir {tmp_path} is a folder"),
+        (["evaluate", run.path, "--output-dir", tmp_path / "a.png" / "x"], "a.png is a file, not a folder"),
+        (["reconstruct", "a.png", "--run", run.path, "--output-dir", "a.png/b.png"], "a.png is a file"),
+        (["report", "runs", "--output-dir", "a.png"], "a.png is a file, not a folder"),
     ):
         code, _, err = command(*arguments)
         assert code == 1 and message in err, err
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    code, _, err = command("report", "runs", "--output", "gone")
+    code, _, err = command("report", "runs", "--output-dir", "gone")
     assert code == 1 and "is a link to nothing" in err
 
 

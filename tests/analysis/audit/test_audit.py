@@ -80,16 +80,16 @@ def test_the_command_exits_by_its_limits(cache, tmp_path, monkeypatch, capsys):
     (tmp_path / "audit.toml").write_text(
         dump_toml(AuditConfig(encoder="planted_encoders:Leak", layers=("output",), data=DATA, recipe=RECIPE))
     )
-    common = ["audit", "--config", "audit.toml", "--accelerator", "cpu", "--cache", str(cache)]
+    common = ["audit", "--config", "audit.toml", "--device", "cpu", "--cache", str(cache)]
     common += ["--defences", "none", "--max-identification", "0.05"]
     with pytest.raises(SystemExit) as stopped:
-        main([*common, "--root", "leak"])
+        main([*common, "--output-dir", "leak"])
     out, err = capsys.readouterr()
     assert (
         stopped.value.code == 3 and "NOT within the limits" in err and "no stronger attack is excluded" in out
     )
     assert "measured were pixels" in out and "labels, captions or persons" in out
-    main([*common, "--encoder", "planted_encoders:Constant", "--root", "constant"])
+    main([*common, "--encoder", "planted_encoders:Constant", "--output-dir", "constant"])
     out, _ = capsys.readouterr()
     assert "recommended: output with none" in out and "measured were pixels" in out
     for root, passed in (("leak", False), ("constant", True)):

@@ -66,8 +66,8 @@ def test_a_signal_stops_cleanly_and_says_how_to_go_on(sample_images, cache, whol
     config = small_configs(sample_images)[0]
     arguments = [
         "train", *config.sources, "--decoder", "transposed", "--weights", "random", "--resize", "48", "--crop", "32",
-        "--data", config.data.source, "--epochs", "2", "--batch-size", "4", "--accelerator", "cpu",
-        "--root", str(tmp_path / "runs"), "--cache", str(cache),
+        "--data", config.data.source, "--epochs", "2", "--batch-size", "4", "--device", "cpu",
+        "--output-dir", str(tmp_path / "runs"), "--cache", str(cache),
     ]  # fmt: skip
     output, ready = tmp_path / "output", tmp_path / "ready"
     process = context().Process(target=command_line, args=(arguments, output, ready, 6))

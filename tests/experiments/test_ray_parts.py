@@ -212,7 +212,9 @@ def test_without_ray_the_command_to_install_it_is_said(monkeypatch, tmp_path, ca
     assert "pip install 'afterimage[cluster]'" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [["--address", "auto"], ["--fetch"], ["--cpus", "2"], ["--retries", "1"]])
+@pytest.mark.parametrize(
+    "flags", [["--address", "auto"], ["--copy-back"], ["--cpus", "2"], ["--retries", "1"]]
+)
 def test_flags_of_the_ray_executor_need_it(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

@@ -259,7 +259,7 @@ def test_more_devices_than_there_are_is_an_error(capsys):
     with pytest.raises(AfterimageError, match=f"{count} devices were asked for on .* does not have"):
         create_fabric("cuda", count)
     with pytest.raises(SystemExit) as ended:
-        main(["train", f"{MODEL}:layer1", "--devices", str(count), "--accelerator", "cuda"])
+        main(["train", f"{MODEL}:layer1", "--devices", str(count), "--device", "cuda"])
     assert ended.value.code == 1 and "which the accelerator 'cuda' does not have" in capsys.readouterr().err
 
 
@@ -267,5 +267,5 @@ def test_devices_beside_torchrun_must_agree(monkeypatch, capsys):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setitem(os.environ, name, value)
     with pytest.raises(SystemExit):
-        main(["train", f"{MODEL}:layer1", "--devices", "3", "--accelerator", "cpu"])
+        main(["train", f"{MODEL}:layer1", "--devices", "3", "--device", "cpu"])
     assert "--devices 3, but 2 ranks were started" in capsys.readouterr().err

@@ -352,7 +352,7 @@ def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monke
         f'sources = ["{RESNET}"]\ndecoders = ["linear"]\nweights = "random"\nreferences = false\n'
         '[data]\nsource = "folder:images"\nresize = 48\ncrop = 32\n'
     )
-    main(["study", "mine.toml", "--executor", "ray", "--controls", "--accelerator", "cpu", "--cpus", "1"])
+    main(["study", "mine.toml", "--executor", "ray", "--controls", "--device", "cpu", "--cpus", "1"])
     err = capsys.readouterr().err
     runs = list(scan(tmp_path / "runs/mine"))
     assert runs and all(run.state == "done" and run.file("controls.json").exists() for run in runs)

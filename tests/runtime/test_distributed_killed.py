@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from children import MODEL, small_configs
 from rank_children import ends, run_ranks, start_ranks, train_ranks
-from test_ranks import same
+from test_distributed import same
 
 from afterimage.experiments.queue import train_runs
 from afterimage.runs.files import read_csv
@@ -93,13 +93,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_result(configs, cache, t
 ARGUMENTS = [
     *("train", f"{MODEL}:layer2", "--weights", "random-init", "--decoder", "residual", "linear"),
     *("--data", "procedural:20", "--test", "procedural:5", "--resize", "48", "--crop", "32"),
-    *("--batch-size", "3", "--accelerator", "cpu"),
+    *("--batch-size", "3", "--device", "cpu"),
 ]
 
 
 def command(folder, *more, torchrun=0):
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)] if torchrun else []
-    line = [sys.executable, *start, "-m", "afterimage", *ARGUMENTS, "--root", "runs", *more]
+    line = [sys.executable, *start, "-m", "afterimage", *ARGUMENTS, "--output-dir", "runs", *more]
     environment = os.environ | {"AFTERIMAGE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=open(folder / "err", "w")

@@ -141,12 +141,12 @@ def test_other_kinds_of_rows_are_skipped_and_said(study, done):
 
 def test_the_command_says_so_and_ends_with_one(study, done, capsys, monkeypatch):
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(done / "cache"))
-    main(["study", "verify", str(study), "--accelerator", "cpu"])
+    main(["study", "verify", str(study), "--device", "cpu"])
     out = capsys.readouterr().out
     assert out.count("holds  ") == 5 and "5 of 5 runs hold, 0 do not" in out and "psnr by" in out
     edit(run_of(study, "linear"), "summary.json", lambda s: s["scores"]["ssim"].update(mean=0.99))
     with pytest.raises(SystemExit) as stopped:
-        main(["verify", str(study), "--accelerator", "cpu"])
+        main(["verify", str(study), "--device", "cpu"])
     out = capsys.readouterr().out
     assert stopped.value.code == 1 and "DOES NOT HOLD" in out and "4 of 5 runs hold, 1 do not" in out
 
@@ -176,13 +176,13 @@ def test_missing_images_are_not_measured_and_not_a_failure(moved, capsys, monkey
     assert other.holds and other.images == 3, "its test images are here"
     assert "could not be looked at" in other.changes[0] and str(folder / "images") in other.changes[0]
     with pytest.raises(SystemExit) as stopped:
-        main(["verify", str(own.path), "--accelerator", "cpu"])
+        main(["verify", str(own.path), "--device", "cpu"])
     out = capsys.readouterr().out
     assert stopped.value.code == 4 and "NOT MEASURED" in out and "DOES NOT HOLD" not in out
     assert "0 of 1 runs hold, 0 do not, 1 could not be measured" in out
     edit(elsewhere, "summary.json", lambda s: s["scores"]["ssim"].update(mean=0.99))
     with pytest.raises(SystemExit) as stopped:
-        main(["verify", str(folder / "runs"), "--accelerator", "cpu"])
+        main(["verify", str(folder / "runs"), "--device", "cpu"])
     out = capsys.readouterr().out
     assert stopped.value.code == 1 and "0 of 2 runs hold, 1 do not, 1 could not be measured" in out
 
@@ -252,16 +252,16 @@ def test_a_run_can_be_used_from_another_working_folder(tmp_path, monkeypatch, ca
                 *common,
                 "--data",
                 f"folder:{spelling}",
-                "--root",
+                "--output-dir",
                 str(tmp_path / "runs"),
-                "--accelerator",
+                "--device",
                 "cpu",
             ]
         )
     (run,) = scan(tmp_path / "runs")
     monkeypatch.chdir(tmp_path / "there")
     capsys.readouterr()
-    main(["verify", str(run.path), "--accelerator", "cpu"])
+    main(["verify", str(run.path), "--device", "cpu"])
     assert "1 of 1 runs hold, 0 do not\n" in capsys.readouterr().out
     main(["evaluate", str(run.path)])
     assert "over 2 images" in capsys.readouterr().out

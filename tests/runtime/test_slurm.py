@@ -16,7 +16,7 @@ from afterimage.experiments.study import Part, expand, study_groups
 from afterimage.runs.files import read_json
 from afterimage.runs.run import scan
 
-FOLDER = Path(__file__).parents[1] / "docs" / "slurm"
+FOLDER = Path(__file__).parents[2] / "docs" / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
 STUDY = """
 sources = ["test_resnet.r160_in1k:layer1", "test_vit.r160_in1k:block1"]
@@ -159,7 +159,7 @@ def test_a_part_that_is_none_is_refused(text):
 def test_an_array_task_for_each_group_and_the_report_after_them(slurm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a study's relative paths belong to the working folder
     configs = expand(study(tmp_path))
-    done, log = slurm("submit.sh", "small.toml", "--accelerator", "cpu")
+    done, log = slurm("submit.sh", "small.toml", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     submitted = [line for line in log if line.startswith("sbatch")]
     assert (
@@ -167,14 +167,14 @@ def test_an_array_task_for_each_group_and_the_report_after_them(slurm, tmp_path,
     )
     steps = [line.removeprefix("srun afterimage study ") for line in log if line.startswith("srun")]
     assert steps == [
-        "small.toml --accelerator cpu --group 1/2",
-        "small.toml --accelerator cpu --group 2/2",
-        "small.toml --accelerator cpu",
+        "small.toml --device cpu --shard 1/2",
+        "small.toml --device cpu --shard 2/2",
+        "small.toml --device cpu",
     ]
     root = tmp_path / "runs" / "small"
     assert {run.name for run in scan(root)} == {config.name for config in configs}
     for run in scan(root):
-        assert run.state == "done" and "--group" in read_json(run.file("environment.json"))["command"]
+        assert run.state == "done" and "--shard" in read_json(run.file("environment.json"))["command"]
     assert (root / "report" / "index.html").exists()
     assert "part 1/2 of the study; when all are done: afterimage report" in done.stderr
 
@@ -184,7 +184,7 @@ def test_torchrun_trains_one_run(slurm, tmp_path):
     done, log = slurm(
         "torchrun.sh",
         *("test_resnet.r160_in1k:layer1", "--decoder", "transposed", "--weights", "random", "--epochs", "1"),
-        *("--data", "folder:images", "--resize", "48", "--crop", "32", "--accelerator", "cpu"),
+        *("--data", "folder:images", "--resize", "48", "--crop", "32", "--device", "cpu"),
         SLURM_NNODES="1",
         SLURM_GPUS_ON_NODE="1",
     )

@@ -189,7 +189,7 @@ def command(folder, *arguments, **environment):
 def test_odd_names_and_a_windows_log_from_training_to_a_report(odd, tmp_path, monkeypatch, capsys):
     arguments = [
         "train", f"{MODEL}:layer1", "--decoder", "linear", "--weights", "random", "--resize", 48, "--crop", 32,
-        "--accelerator", "cpu", "--data", f"folder:{odd}",
+        "--device", "cpu", "--data", f"folder:{odd}",
     ]  # fmt: skip
     log = tmp_path / "log.txt"
     with open(log, "wb") as out, open(FULL if FULL.exists() else os.devnull, "wb") as full:
@@ -207,14 +207,17 @@ def test_odd_names_and_a_windows_log_from_training_to_a_report(odd, tmp_path, mo
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(tmp_path / "cache"))
     sample_images = sorted(odd.iterdir())[:2]
     for arguments, told in (
-        (["evaluate", run.path, "--output", tmp_path / os.fsdecode(b"scores \xff.csv")], "scores \\xff.csv"),
-        (["verify", run.path, "--accelerator", "cpu"], "1 of 1 runs hold"),
-        (["reconstruct", sample_images[0], "--run", run.path, "--output", tmp_path / "one.png"], "PSNR"),
         (
-            ["reconstruct", *sample_images, "--run", run.path, "--output", tmp_path / "two.png"],
+            ["evaluate", run.path, "--output-dir", tmp_path / os.fsdecode(b"scores \xff.csv")],
+            "scores \\xff.csv",
+        ),
+        (["verify", run.path, "--device", "cpu"], "1 of 1 runs hold"),
+        (["reconstruct", sample_images[0], "--run", run.path, "--output-dir", tmp_path / "one.png"], "PSNR"),
+        (
+            ["reconstruct", *sample_images, "--run", run.path, "--output-dir", tmp_path / "two.png"],
             "\\x1b[31m\\xfe 0",
         ),
-        (["report", run.path, "--output", tmp_path / os.fsdecode(b"report \xff")], "report \\xff"),
+        (["report", run.path, "--output-dir", tmp_path / os.fsdecode(b"report \xff")], "report \\xff"),
     ):
         main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()

@@ -45,7 +45,7 @@ def command(place, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            main(["invert", *map(str, arguments), "--accelerator", "cpu"])
+            main(["invert", *map(str, arguments), "--device", "cpu"])
         except SystemExit as error:
             code = error.code
         return (code, *capsys.readouterr())
@@ -55,7 +55,7 @@ def command(place, monkeypatch, capsys):
 
 def test_the_limit_of_a_run(command, run, place):
     output = place / "limit"
-    code, out, err = command("--run", run.path, "--limit", 3, "--steps", 30, "--output", output)
+    code, out, err = command("--run", run.path, "--max-images", 3, "--steps", 30, "--output-dir", output)
     assert code == 0, err
     rows = read_json(output / "limit.json")
     assert [row["way"] for row in rows] == WAYS
@@ -82,13 +82,13 @@ def test_the_limit_of_a_run(command, run, place):
     assert any("validation images" in note for note in summary["notes"])
 
     before = folder.file("summary.json").stat().st_mtime_ns
-    assert command("--run", run.path, "--limit", 3, "--steps", 30, "--output", output)[0] == 0
+    assert command("--run", run.path, "--max-images", 3, "--steps", 30, "--output-dir", output)[0] == 0
     assert folder.file("summary.json").stat().st_mtime_ns == before  # done is not done again
 
 
 def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
     output = place / "past"
-    options = ("--run", run.path, "--limit", 2, "--refine-only", "--output", output, "--steps", 4)
+    options = ("--run", run.path, "--max-images", 2, "--refine-only", "--output-dir", output, "--steps", 4)
     code, out, _ = command(*options)
     row = read_json(output / "limit.json")[1]
     assert code == 0 and "highest after" not in out and row["peak_passes"] == 4
@@ -109,7 +109,7 @@ def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
 @pytest.mark.slow
 def test_reports_show_inversions_as_rows(command, run, place):
     output = place / "reported"
-    assert command("--run", run.path, "--limit", 3, "--steps", 4, "--output", output)[0] == 0
+    assert command("--run", run.path, "--max-images", 3, "--steps", 4, "--output-dir", output)[0] == 0
     folders = [Run(output / row["run"]) for row in read_json(output / "limit.json")[1:]]
     written = write_report([run, *folders], place / "report")
     table = written["table.md"].read_text()
@@ -121,9 +121,9 @@ def test_reports_show_inversions_as_rows(command, run, place):
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place, monkeypatch, changed):
-    options = ("--run", run.path, "--data", "photographs", "--limit", 6, "--refine-only", "--steps", 3)
+    options = ("--run", run.path, "--data", "photographs", "--max-images", 6, "--refine-only", "--steps", 3)
     whole, cut = place / f"whole-{changed}", place / f"cut-{changed}"
-    assert command(*options, "--output", whole)[0] == 0
+    assert command(*options, "--output-dir", whole)[0] == 0
     asked, refined = [], refine
 
     def stopping(reconstructor, images, **more):
@@ -133,13 +133,13 @@ def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place
         return refined(reconstructor, images, **more)
 
     monkeypatch.setattr("afterimage.analysis.inversion.run.refine", stopping)
-    code, _, err = command(*options, "--output", cut)
+    code, _, err = command(*options, "--output-dir", cut)
     assert code == 130 and "goes on from there" in err and asked == [4, 2]
     (folder,) = [path for path in cut.iterdir() if path.is_dir()]
     (kept,) = folder.glob("batch-*")
     if changed:
         kept.write_bytes(kept.read_bytes()[:-4])
-    assert command(*options, "--output", cut)[0] == 0
+    assert command(*options, "--output-dir", cut)[0] == 0
     assert asked == [4, 2, *([4] if changed else []), 2]
     assert not list(folder.glob("batch-*"))
     (expected,) = [path for path in whole.iterdir() if path.is_dir()]
@@ -150,7 +150,7 @@ def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place
 
 def test_the_table_of_a_folder_holds_all_its_inversions(command, run, place):
     output = run.path.parent  # a decoder's run folder beside them is none
-    options = ("--run", run.path, "--limit", 2, "--refine-only", "--output", output)
+    options = ("--run", run.path, "--max-images", 2, "--refine-only", "--output-dir", output)
     for steps in (2, 4):
         code, out, err = command(*options, "--steps", steps)
         assert code == 0, err
@@ -176,7 +176,7 @@ def test_ones_own_images_through_several_layers(command, place):
         "--jitter",
         1,
     ]
-    code, out, err = command(*paths, *layers, *options, "--starts", 2, "--output", output)
+    code, out, err = command(*paths, *layers, *options, "--starts", 2, "--output-dir", output)
     assert code == 0, err
     (row,) = read_json(output / "limit.json")
     assert row["way"] == "inversion" and row["sources"] == " + ".join(layers) and row["images"] == 2
@@ -188,7 +188,7 @@ def test_ones_own_images_through_several_layers(command, place):
 def test_ones_own_image_from_a_decoder(command, run, place):
     (path,) = write_images(place / "one", 1)
     code, _, err = command(
-        path, "--run", run.path, "--steps", 3, "--refine-only", "--output", place / "one-out"
+        path, "--run", run.path, "--steps", 3, "--refine-only", "--output-dir", place / "one-out"
     )
     assert code == 0, err
     rows = read_json(place / "one-out" / "limit.json")
