@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from afterimage.terminal import say, shown
 
-from afterimage.cli import run_command
-from afterimage.config import check_positive
-from afterimage.runs import check_file
+from afterimage.cli import command_line
+from afterimage.config import check_positive, shown
+from afterimage.runs.run import check_file
+from afterimage.runtime.terminal import say
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Bench:
         if facts["left_out"]:
             say(
                 f"left out, in whole or in part, since the {QUICK_SECONDS} s of --quick were over: "
-                f"{', '.join(facts['left_out'])}; `afterimage bench --quick --only NAME` measures one"
+                f"{', '.join(facts['left_out'])}; `python -m benchmarks --quick --only NAME` measures one"
             )
         say(
             f"{facts['processor'] or 'processor unknown'}, {facts['cores']} cores, "
@@ -79,7 +79,8 @@ class Bench:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the measurements; an error a user can put right is one message and exit code 1."""
-    run_command(lambda: tyro.cli(Bench, prog="python -m benchmarks", args=arguments).run())
+    with command_line():
+        tyro.cli(Bench, prog="python -m benchmarks", args=arguments).run()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "runs.run": ["Run", "scan"],
         "config.study": ["StudyConfig", "load_study"],
         "experiments.study": ["run_study"],
+        "runtime.threads": ["let_idle_threads_sleep"],
+        "training.checkpoint": ["load_reconstructor"],
         "training.trainer": ["train"],
     },
 )

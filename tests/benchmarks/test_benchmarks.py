@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from afterimage import bench
-from afterimage.cli import main
+import benchmarks as bench
 from afterimage.config import (
     AfterimageError,
     DataConfig,
@@ -20,6 +19,7 @@ from afterimage.data.dataset import load_data
 from afterimage.models.decoders import create_decoder
 from afterimage.runtime.progress import silent
 from benchmarks import MEASUREMENTS, Settings, gpu, run_bench, scoring, training, work
+from benchmarks.__main__ import main
 from benchmarks.child import Outcome, in_child, peak_bytes
 from benchmarks.growth import exponent
 from benchmarks.originals import write_originals
@@ -245,7 +245,7 @@ def test_quick_begins_nothing_after_its_time_and_says_what_is_left(tmp_path, mon
         )
     monkeypatch.setitem(MEASUREMENTS, "together", slow)
     monkeypatch.chdir(tmp_path)
-    main(["bench", "--quick", "--json", "bench.json"])
+    main(["--quick", "--json", "bench.json"])
     out = capsys.readouterr().out
     told = [line for line in out.splitlines() if line.startswith("together-") and ": ours" in line]
     assert told == [
@@ -273,8 +273,21 @@ def test_a_measurement_that_is_stopped_keeps_what_it_had(tmp_path, monkeypatch):
 def test_unknown_measurements_are_named(tmp_path, capsys):
     with pytest.raises(AfterimageError, match="did you mean 'memory'"):
         run_bench(["memry"], settings=Settings(tmp_path))
-    main(["bench", "--list"])
+    main(["--list"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(MEASUREMENTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "nan"], "seconds must be greater than 0"),
+        (["--json", "/dev/null/x.json"], "--json /dev/null: /dev/null is a file"),
+    ],
+)
+def test_settings_outside_their_limits_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_without_photographs_the_time_to_quality_says_so(tmp_path):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from some_images import write_images
 
 from afterimage.analysis.inversion.invert import Inversion, Snapshot, refine
 from afterimage.analysis.inversion.run import curve_steps, from_data, from_files, measure
@@ -17,6 +16,7 @@ from afterimage.report.write import write_report
 from afterimage.runs.files import read_csv, read_json, write_csv
 from afterimage.runs.run import Run
 from afterimage.training.checkpoint import load_reconstructor
+from some_images import write_images
 
 SOURCE = "test_resnet.r160_in1k:layer1"
 WAYS = ["decoder", "inversion", "refined"]

@@ -1,14 +1,14 @@
 """What the command line changes of a study, and what a number of parameters does to its decoders."""
 
 import pytest
-from test_cli import MODEL, SMALL, command  # noqa: F401
-from test_study import SMALL as STUDY
 
 from afterimage.cli.study import Study
 from afterimage.config import AfterimageError, DecoderConfig, FusionConfig
 from afterimage.config.study import RowConfig, StudyConfig, load_study
 from afterimage.experiments.cost import plan
 from afterimage.experiments.study import expand
+from test_cli import MODEL, SMALL, command  # noqa: F401
+from test_study import SMALL as STUDY
 
 
 def test_flags_replace_the_studys_own_settings():

@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from some_images import png, some_image, swapped_profile
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
 from afterimage.config import AfterimageError
 from afterimage.data.decode import MAX_ASPECT, decode, load_image, shorter_side
+from some_images import png, some_image, swapped_profile
 
 
 def encoded(sample_image: Image.Image, kind: str, **options) -> bytes:
@@ -35,7 +35,7 @@ def colour(content: bytes) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(
-    ("image", "kind", "expected"),
+    ("sample_image", "kind", "expected"),
     [
         (Image.new("RGB", (2, 2), (10, 20, 30)), "PNG", (10, 20, 30)),
         (Image.new("L", (2, 2), 77), "PNG", (77, 77, 77)),

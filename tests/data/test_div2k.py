@@ -11,13 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from some_images import some_image
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.sources import div2k
 from afterimage.data.sources import div2k as download
 from afterimage.data.sources.div2k import Archive, read_div2k, unpack
+from some_images import some_image
 
 
 def make_zip(members: dict[str, bytes], mode: int = 0) -> bytes:

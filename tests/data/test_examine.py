@@ -7,14 +7,14 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from some_images import some_image, write_images
-from some_shards import image_bytes, write_tar
 
 from afterimage.analysis.inversion.run import from_files
 from afterimage.config import SSIM_WINDOW, DataConfig
 from afterimage.data.dataset import file_notes, load_data
 from afterimage.data.examine import Facts, examine, size_notes, value_notes
 from afterimage.data.images import Data
+from some_images import some_image, write_images
+from some_shards import image_bytes, write_tar
 
 COUNT = 12
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from some_images import write_images
 from torchvision.transforms.functional import center_crop
 
 from afterimage.config import DataConfig
@@ -13,6 +12,7 @@ from afterimage.data.dataset import load_data
 from afterimage.data.images import ImageSet, gather_crops
 from afterimage.data.pixel_cache import Blob, Slot
 from afterimage.data.sampling import centre_places, crop_places, order
+from some_images import write_images
 
 numbers = st.integers(-(2**70), 2**70)
 

@@ -3,8 +3,6 @@
 import shutil
 
 import pytest
-from some_images import write_images
-from some_shards import image_bytes, write_parquet, write_tar
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
@@ -19,6 +17,8 @@ from afterimage.data.names import (
     split_names,
 )
 from afterimage.experiments.cost import training_images
+from some_images import write_images
+from some_shards import image_bytes, write_parquet, write_tar
 
 
 def load(source, tmp_path, **settings) -> Data:

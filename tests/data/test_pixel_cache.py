@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from some_images import some_image, write_images
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data import pixel_cache as cache_module
@@ -24,6 +23,7 @@ from afterimage.data.file_digests import FileDigests
 from afterimage.data.images import Data
 from afterimage.data.pixel_cache import MAGIC, Damaged, map_blob
 from afterimage.data.records import FileOriginal
+from some_images import some_image, write_images
 
 COUNT = 12
 FACTS = Facts(0, 255, 256, 0, 4, 5)

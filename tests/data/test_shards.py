@@ -9,8 +9,6 @@ import tarfile
 
 import numpy as np
 import pytest
-from some_images import write_images
-from some_shards import header, image_bytes, write_parquet, write_shards, write_tar
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
@@ -21,6 +19,8 @@ from afterimage.data.sources.folder import FolderShard
 from afterimage.data.sources.shards import expand
 from afterimage.data.sources.tar import TarShard
 from afterimage.experiments.cost import training_images
+from some_images import write_images
+from some_shards import header, image_bytes, write_parquet, write_shards, write_tar
 
 IMAGES = {f"{number:03d}.png": image_bytes(number) for number in range(12)}
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from some_images import some_image, write_images
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
@@ -19,6 +18,7 @@ from afterimage.data.sources.dead_leaves import DeadLeaves, dead_leaves
 from afterimage.data.sources.folder import read_folder
 from afterimage.data.sources.sample_images import read_photographs
 from afterimage.data.splits import Source, shuffled, split, take
+from some_images import some_image, write_images
 
 
 class Named(Original):

@@ -6,8 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from some_images import write_images
-from some_shards import image_bytes, write_parquet, write_shards, write_tar
 
 from afterimage.config import AfterimageError, DataConfig, RunConfig, from_dict, to_dict
 from afterimage.data import dataset as load_module
@@ -17,6 +15,8 @@ from afterimage.data.images import Data, StreamedImages
 from afterimage.data.sampling import ShuffleBuffer, order
 from afterimage.data.sources.folder import index_folder, read_folder
 from afterimage.data.splits import split
+from some_images import write_images
+from some_shards import image_bytes, write_parquet, write_shards, write_tar
 
 PARTS = ("train", "validation", "test")
 

@@ -5,9 +5,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-from children import result, small_configs
-from some_shards import write_shards, write_tar
-from test_cli import MODEL, SMALL, command  # noqa: F401
 
 from afterimage.config import AfterimageError
 from afterimage.experiments.queue import train_runs
@@ -16,6 +13,9 @@ from afterimage.runtime.progress import silent
 from afterimage.runtime.signals import Stopped
 from benchmarks.child import in_child
 from benchmarks.stream import write_small
+from children import result, small_configs
+from some_shards import write_shards, write_tar
+from test_cli import MODEL, SMALL, command  # noqa: F401
 
 
 @pytest.fixture

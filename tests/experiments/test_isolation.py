@@ -4,9 +4,6 @@ import traceback
 from dataclasses import replace
 
 import pytest
-from children import MODEL, result, small_configs
-from rank_children import break_an_encoder, run_ranks, stumble, train_ranks
-from stand_ins import break_encoders, closed_form, decoder, fusion, loss
 
 from afterimage import AfterimageError, train_runs
 from afterimage.config import DecoderConfig, FusionConfig
@@ -17,6 +14,9 @@ from afterimage.runs.failures import TRACEBACK
 from afterimage.runs.run import Run
 from afterimage.runtime.failures import Unexpected, as_error, let_go, one_line
 from afterimage.training.losses import LOSSES
+from children import MODEL, result, small_configs
+from rank_children import break_an_encoder, run_ranks, stumble, train_ranks
+from stand_ins import break_encoders, closed_form, decoder, fusion, loss
 
 BUG = RuntimeError("a bug in\nsomebody's code")
 

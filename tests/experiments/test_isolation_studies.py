@@ -4,8 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from children import MODEL, result
-from stand_ins import decoder
 
 from afterimage import AfterimageError
 from afterimage.analysis.controls import run as measure
@@ -20,6 +18,8 @@ from afterimage.models.decoders import DECODERS
 from afterimage.runs.failures import TRACEBACK
 from afterimage.runs.run import Run, scan
 from afterimage.runtime.failures import Unexpected
+from children import MODEL, result
+from stand_ins import decoder
 
 BUG = RuntimeError("a bug in\nsomebody's code")
 DATA = DataConfig("procedural:12", test="procedural:3", resize=36, crop=32)

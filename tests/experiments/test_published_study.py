@@ -7,10 +7,10 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from test_cli import command  # noqa: F401
 
 from afterimage.report.published import PUBLISHED
 from afterimage.runs.run import scan
+from test_cli import command  # noqa: F401
 
 MODELS = (
     "resnet34.tv_in1k",

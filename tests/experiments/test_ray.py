@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import stand_ins
 import torch
-from children import context, hold, result, small_images, study_child
 
+import stand_ins
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
 from afterimage.config.study import RowConfig, StudyConfig
@@ -27,6 +26,7 @@ from afterimage.runs.failures import TRACEBACK
 from afterimage.runs.run import Run, scan
 from afterimage.runtime.signals import Stopped
 from afterimage.training.checkpoint import CHECKPOINT
+from children import context, hold, result, small_images, study_child
 
 os.environ |= SETTINGS
 ray = pytest.importorskip(

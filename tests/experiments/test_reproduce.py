@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from children import MODEL, small_configs, small_images
 from safetensors.torch import load_file, save_file
 
 from afterimage import train_runs
@@ -12,6 +11,7 @@ from afterimage.evaluation.baselines import run_baselines
 from afterimage.experiments.reproduce import verify_runs
 from afterimage.runs.files import read_csv, write_csv, write_json
 from afterimage.runs.run import Run, scan
+from children import MODEL, small_configs, small_images
 
 
 @pytest.fixture(scope="module")

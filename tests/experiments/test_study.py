@@ -2,7 +2,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from test_decoders import PUBLISHED
 
 from afterimage.config import (
     RANDOM_WEIGHTS,
@@ -17,6 +16,7 @@ from afterimage.config.study import RowConfig, StudyConfig, from_models, load_st
 from afterimage.experiments.cost import plan
 from afterimage.experiments.study import expand, run_study
 from afterimage.models.reconstructor import build_feature_decoder
+from test_decoders import PUBLISHED
 
 MODEL = "test_resnet.r160_in1k"
 SMALL = StudyConfig(

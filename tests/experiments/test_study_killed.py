@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
-from children import MODEL, context, small_images
 
 from afterimage.report.read import read_rows
 from afterimage.report.tables import csv_table
 from afterimage.runs.run import scan
+from children import MODEL, context, small_images
 
 KILLS = 4
 STUDY = """

@@ -10,9 +10,10 @@ from functools import cache
 import numpy as np
 import pytest
 import tomli_w
-import targets
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+import targets
 
 SLOW = ("report",)
 KEPT = [(target, path.name) for target in targets.TARGETS for path in targets.corpus(target)]

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import report_study
 
 import afterimage
+import report_study
 from afterimage import AfterimageError
 from afterimage.report.page.images import gather
 from afterimage.report.read import read_rows

@@ -6,8 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from report_study import RESNET, VIT, sample_image, write_reference, write_run, write_study
-from simulated_study import write_published_study
 
 from afterimage import cli
 from afterimage.config import AfterimageError
@@ -16,6 +14,8 @@ from afterimage.report.statistics.analysis import analyse
 from afterimage.report.write import write_report
 from afterimage.runs.files import read_json, write_json
 from afterimage.runs.run import scan
+from report_study import RESNET, VIT, sample_image, write_reference, write_run, write_study
+from simulated_study import write_published_study
 
 ATTENTION = (RESNET[0], "layer1", "attention")
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from report_study import RESNET, write_run
 
 from afterimage.report.controls import at_psnr, at_size, control_findings
 from afterimage.report.figures import AFTER_GRIDS
@@ -15,6 +14,7 @@ from afterimage.report.figures.style import style
 from afterimage.report.read import read_rows
 from afterimage.report.write import write_report
 from afterimage.runs.files import write_csv, write_json
+from report_study import RESNET, write_run
 
 MODEL, LAYERS = RESNET
 CONTROLS = ("own", "another", "shuffled", "mean", "zero", "colour")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 from PIL import Image
-from report_study import RESNET, VIT, sample_image, write_fused, write_reference, write_run, write_study
 
 from afterimage.config import FusionConfig
 from afterimage.report.figures import draw, render
@@ -18,6 +17,7 @@ from afterimage.report.figures.image_grid import busiest
 from afterimage.report.read import read_rows
 from afterimage.runs.files import write_json
 from afterimage.runs.run import scan
+from report_study import RESNET, VIT, sample_image, write_fused, write_reference, write_run, write_study
 
 
 @pytest.fixture(scope="module")

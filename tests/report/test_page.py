@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from page_in_browser import FINDING, HOSTILE, rename_images
 from PIL import Image
-from report_study import BASELINES, RESNET, sample_image, write_run, write_study
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.report.page import images as album
 from afterimage.report.page.page import SCRIPTS, STYLES, TEMPLATES, write_page
 from afterimage.runs.files import write_json
 from afterimage.runs.run import scan
+from page_in_browser import FINDING, HOSTILE, rename_images
+from report_study import BASELINES, RESNET, sample_image, write_run, write_study
 
 
 class Parsed(html.parser.HTMLParser):

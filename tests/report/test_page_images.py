@@ -4,12 +4,12 @@ import re
 
 import numpy as np
 import pytest
-from page_in_browser import HOSTILE, choose, find, pixels, shown, view
 from PIL import Image
-from report_study import VIT, sample_image, write_fused, write_run
 
 from afterimage.report.page.page import write_page
 from afterimage.runs.files import read_json, write_json
+from page_in_browser import HOSTILE, choose, find, pixels, shown, view
+from report_study import VIT, sample_image, write_fused, write_run
 
 pytest_plugins = ("page_fixtures",)
 

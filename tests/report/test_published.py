@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from PIL import Image
-from simulated_study import LAYERS_OF_FUSION, scores, write_run
 
 from afterimage.config import AfterimageError, DecoderConfig, FusionConfig
 from afterimage.report.published import (
@@ -18,6 +17,7 @@ from afterimage.report.published import (
     published_ceiling,
 )
 from afterimage.runs.files import write_json
+from simulated_study import LAYERS_OF_FUSION, scores, write_run
 
 SOURCE = "vgg16.tv_in1k:block1"
 

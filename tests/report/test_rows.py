@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-from report_study import BASELINES, RESNET, VIT, printed, write_reference, write_run, write_study
 from scipy import stats
 
 from afterimage.config import AfterimageError, RunConfig
@@ -17,6 +16,7 @@ from afterimage.report.read import read_rows
 from afterimage.report.rows import natural
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.runs.run import Run, scan
+from report_study import BASELINES, RESNET, VIT, printed, write_reference, write_run, write_study
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 

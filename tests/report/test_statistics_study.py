@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
-from simulated_study import SHAPES, sample_images, scores, write_published_study, write_reference, write_run
 
 from afterimage.config import (
     RANDOM_WEIGHTS,
@@ -25,6 +24,7 @@ from afterimage.report.statistics.tests import compare, corrected
 from afterimage.report.words import in_words
 from afterimage.runs.files import write_csv, write_json
 from afterimage.runs.run import scan, scored_on
+from simulated_study import SHAPES, sample_images, scores, write_published_study, write_reference, write_run
 
 LAYERS = [f"resnet34.tv_in1k:layer{i}" for i in range(1, 5)]
 FAST = {"resamples": 400}

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_study import write_run
 
 from afterimage.report.figures.image_grid import busiest
 from afterimage.report.figures.labels import spread, wrap
 from afterimage.report.figures.style import decoder_styles
 from afterimage.report.read import read_rows
+from report_study import write_run
 
 
 def test_decoders_keep_their_colour_and_no_two_look_alike(tmp_path):

@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
-from report_study import VIT, printed, write_reference, write_run, write_study
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FusionConfig
 from afterimage.report.format import latex, markdown, markdown_code, plain
@@ -17,6 +16,7 @@ from afterimage.report.rows import Score, pool
 from afterimage.report.tables import csv_table, duration, latex_table, lay_out, markdown_table
 from afterimage.report.write import write_report
 from afterimage.runs.run import scan
+from report_study import VIT, printed, write_reference, write_run, write_study
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 

@@ -6,12 +6,12 @@ from urllib.parse import unquote
 import matplotlib
 import pytest
 from matplotlib.figure import Figure
-from report_study import sample_image, write_reference, write_run
 
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.report.figures import Drawing
 from afterimage.report.write import write_report
 from afterimage.runs.run import Run
+from report_study import sample_image, write_reference, write_run
 
 
 @pytest.fixture

@@ -5,6 +5,14 @@ import time
 from dataclasses import replace
 
 import pytest
+
+import afterimage.runs.lock
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig
+from afterimage.config.study import StudyConfig
+from afterimage.experiments.study import run_study
+from afterimage.runs.lock import Lock, held
+from afterimage.runs.run import Run, scan
+from afterimage.runtime.process import LockLost
 from children import (
     MODEL,
     context,
@@ -16,14 +24,6 @@ from children import (
     take_turns,
     train_child,
 )
-
-import afterimage.runs.lock
-from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig
-from afterimage.config.study import StudyConfig
-from afterimage.experiments.study import run_study
-from afterimage.runs.lock import Lock, held
-from afterimage.runs.run import Run, scan
-from afterimage.runtime.process import LockLost
 
 
 def start(function, *arguments, **options):

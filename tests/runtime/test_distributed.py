@@ -4,15 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from children import MODEL, small_configs
-from rank_children import (
-    fail_one_decoder,
-    run_out_of_memory,
-    run_ranks,
-    study_ranks,
-    train_ranks,
-    train_without_drift,
-)
 from torch import nn
 
 from afterimage.cli import main
@@ -35,6 +26,15 @@ from afterimage.runtime.process import LockLost
 from afterimage.runtime.signals import Stopped
 from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import CHECKPOINT
+from children import MODEL, small_configs
+from rank_children import (
+    fail_one_decoder,
+    run_out_of_memory,
+    run_ranks,
+    study_ranks,
+    train_ranks,
+    train_without_drift,
+)
 
 
 def configs(sample_images):

@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from children import MODEL, small_configs
-from rank_children import ends, run_ranks, start_ranks, train_ranks
-from test_distributed import same
 
 from afterimage.experiments.queue import train_runs
 from afterimage.runs.files import read_csv
 from afterimage.runs.run import Run
 from afterimage.training.checkpoint import CHECKPOINT
+from children import MODEL, small_configs
+from rank_children import ends, run_ranks, start_ranks, train_ranks
+from test_distributed import same
 
 BOUND = 60
 """Seconds within which all ranks must have ended after one has, on a machine with much else to do."""

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from children import small_images
 
 from afterimage.config import AfterimageError, load_toml
 from afterimage.config.study import StudyConfig
 from afterimage.experiments.study import Part, expand, study_groups
 from afterimage.runs.files import read_json
 from afterimage.runs.run import scan
+from children import small_images
 
 FOLDER = Path(__file__).parents[2] / "docs" / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))

@@ -4,10 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from children import result
-from rank_children import run_ranks, train_ranks
-from test_faults import too_much
-from test_resume import stop_at
 from torch import nn
 
 from afterimage import train_runs
@@ -17,6 +13,10 @@ from afterimage.runtime.distributed import distributed_context
 from afterimage.runtime.sync_batchnorm import BatchNorm, adapt
 from afterimage.training.decoder_trainer import SINGLE
 from afterimage.training.losses import MSE
+from children import result
+from rank_children import run_ranks, train_ranks
+from test_faults import too_much
+from test_resume import stop_at
 
 MODEL = "test_resnet.r160_in1k"
 

@@ -5,9 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from children import MODEL, result, small_configs
 from PIL import Image
-from some_images import some_image
 
 from afterimage import AfterimageError, load_data, train_runs
 from afterimage.data.duplicates import near_duplicates
@@ -15,6 +13,8 @@ from afterimage.data.images import ImageSet
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.training.checkpoint import load_reconstructor
 from afterimage.training.checks import FeatureWatch, check_frozen, check_images, check_split
+from children import MODEL, result, small_configs
+from some_images import some_image
 
 SOURCES = (f"{MODEL}:layer1", f"{MODEL}:layer2")
 

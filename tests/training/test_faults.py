@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import context, result, small_configs, small_images, train_child
 from lightning_fabric import Fabric
 
 from afterimage import AfterimageError, FeatureSpec, RecipeConfig, create_decoder, train_runs
@@ -21,6 +20,7 @@ from afterimage.runtime.memory import retry_with_smaller_batch
 from afterimage.training.checkpoint import CHECKPOINT, load_tensors
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.losses import MSE
+from children import context, result, small_configs, small_images, train_child
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import report_study
-from children import MODEL, context, result, small_configs, small_images, train_child
 
+import report_study
 from afterimage import AfterimageError, train_runs
 from afterimage.config import RunConfig
 from afterimage.config.study import StudyConfig
@@ -23,6 +22,7 @@ from afterimage.runs import run as runs
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run, scan
 from afterimage.training import checkpoint
+from children import MODEL, context, result, small_configs, small_images, train_child
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from children import small_images
 
 from afterimage import (
     DataConfig,
@@ -19,6 +18,7 @@ from afterimage.evaluation import evaluate
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.reproduce import verify_runs
 from afterimage.training.checkpoint import load_reconstructor
+from children import small_images
 
 pytestmark = pytest.mark.xdist_group("precision")  # the runs are trained once
 MODEL = "test_resnet.r160_in1k"

@@ -3,7 +3,6 @@ import signal
 
 import pytest
 import torch
-from children import context, result, small_configs, small_images, train_child
 
 from afterimage import AfterimageError, train_runs
 from afterimage.config import FeatureSpec
@@ -14,6 +13,7 @@ from afterimage.runs.run import Run
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.trainer import Trainer
+from children import context, result, small_configs, small_images, train_child
 
 KILLS = 20
 

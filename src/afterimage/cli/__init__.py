@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Annotated, Any, Union
 
@@ -24,6 +25,7 @@ from afterimage.config import MAX_PROCESSES, AfterimageError, check_range
 from afterimage.runs.run import check_folder
 from afterimage.runtime.signals import interruptible
 from afterimage.runtime.terminal import always_writable, complain, printable, say
+from afterimage.runtime.threads import let_idle_threads_sleep
 
 COMMANDS = {
     "layers": Layers,
@@ -44,20 +46,30 @@ def main(arguments: list[str] | None = None) -> None:
 
     SIGTERM and Ctrl-C end with 143 and 130, as shells expect it.
     """
-    with always_writable():
-        _main(list(sys.argv[1:] if arguments is None else arguments))
-
-
-def _main(arguments: list[str]) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:2] == ["study", "verify"]:
         del arguments[0]
-    if arguments == ["--version"]:
-        say(f"afterimage {metadata.version('afterimage')}")
-        return
-    try:
+    with command_line():
+        if arguments == ["--version"]:
+            say(f"afterimage {metadata.version('afterimage')}")
+            return
         chosen = _parsed(arguments)
         with interruptible():
             _run(chosen, arguments)
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Set up threads and output for a program, and turn errors for people into one message and an exit code."""
+    let_idle_threads_sleep()
+    with always_writable(), _ended_in_words():
+        yield
+
+
+@contextlib.contextmanager
+def _ended_in_words() -> Iterator[None]:
+    try:
+        yield
     except AfterimageError as error:
         if not getattr(error, "elsewhere", False):
             complain("afterimage", error)
@@ -88,10 +100,10 @@ def _parsed(arguments: list[str]) -> Any:
 
 def _run(chosen, arguments: list[str]) -> None:
     """Run a command here, or as several ranks where it has `devices` and is not one of them yet."""
-    for name in ("root", "cache"):
+    for name in ("output_dir", "cache"):
         if (folder := getattr(chosen, name, None)) is not None:
             # Decoded images that are all there may lie where nothing can be written.
-            check_folder(folder, f"--{name}", writable=name == "root")
+            check_folder(folder, f"--{name.replace('_', '-')}", writable=name == "output_dir")
     devices = getattr(chosen, "devices", 1)
     if devices < 1:
         raise AfterimageError(f"--devices must be 1 or more, got {devices}")
@@ -100,7 +112,7 @@ def _run(chosen, arguments: list[str]) -> None:
         from afterimage.runtime.launch import launch, ranks_here
 
         if not ranks_here(devices):
-            launch(arguments, devices, chosen.accelerator)
+            launch(arguments, devices, chosen.device)
             return
     chosen.run()
     if ranks := sys.modules.get("afterimage.runtime.distributed"):  # importing it takes seconds

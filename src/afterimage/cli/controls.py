@@ -19,9 +19,9 @@ class Controls:
     """Hold finished runs against controls, on their own test images; the report then shows them.
 
     Writes into each run folder: controls.json (features of another image, shuffled, mean and zero features
-    through the trained decoder; how far the re-encoded reconstruction is from its features), error_breakdown.json (the error
-    by frequency, luma and chroma, place, kind of region) and rate_distortion.json (features at 8 to 1 bits, entropy-coded,
-    beside JPEG and WebP), each with a CSV by image.
+    through the trained decoder; how far the re-encoded reconstruction is from its features), error_breakdown.json
+    (the error by frequency, luma and chroma, place, kind of region) and rate_distortion.json (features at 8 to 1
+    bits, entropy-coded, beside JPEG and WebP), each with a CSV by image.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER [...]")]

@@ -66,8 +66,8 @@ def print_limit(folders: Sequence[Run]) -> None:
         lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
         loss = "–" if row["feature_loss"] is None else f"{row['feature_loss']:.2g}"
         table.add_row(
-            named_features(row["sources"], row["weights"]), row["how"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}", lpips, loss,
-            str(row["passes"]), f"{row['seconds_per_image']:.2f}", str(row["images"]),
+            named_features(row["sources"], row["weights"]), row["how"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}",
+            lpips, loss, str(row["passes"]), f"{row['seconds_per_image']:.2f}", str(row["images"]),
         )  # fmt: skip
     screen = console(160)
     screen.print(table)
@@ -79,7 +79,8 @@ def print_limit(folders: Sequence[Run]) -> None:
             elif row["optimizer"] == "lbfgs":  # Adam's learning rate depends on how many steps there will be
                 hint = f". --steps {row['peak_passes']} ends there"
             screen.print(
-                f"{named_features(row['sources'], row['weights'])}, {row['how']}: highest after {row['peak_passes']} passes, "
+                f"{named_features(row['sources'], row['weights'])}, {row['how']}: highest after "
+                f"{row['peak_passes']} passes, "
                 f"{row['peak_psnr']:.2f} dB; later ones fit the features and lead away from the images, "
                 f"which only the originals tell{hint}",
                 soft_wrap=True,

@@ -1,4 +1,4 @@
-"""Results in words: paragraphs of estimate_text text, every number from the data."""
+"""Results in words: paragraphs of plain text, every number from the data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PAIRS_TOLD = 12
 
 @singledispatch
 def in_words(result: Any) -> list[str]:
-    """Say a result (an `Analysis` or any part of it, or a list of parts) in paragraphs of estimate_text text."""
+    """Say a result (an `Analysis` or any part of it, or a list of parts) in paragraphs of plain text."""
     raise TypeError(f"no words for {type(result).__name__}")
 
 

@@ -1,8 +1,9 @@
 """The processes that train one run together, each on its part of every batch. Alone, nothing here costs anything.
 
-Ranks run the same lines in the same order. What can go wrong on one of them alone stands in an `raise_on_all_ranks` block, and
-every operation first asks whether all are well: an error anywhere is raised everywhere, at the same place, so that
-no rank waits for one that has turned back. Those words go over gloo on the CPU, also where the data go over NCCL.
+Ranks run the same lines in the same order. What can go wrong on one of them alone stands in a `raise_on_all_ranks`
+block, and every operation first asks whether all are well: an error anywhere is raised everywhere, at the same
+place, so that no rank waits for one that has turned back. Those words go over gloo on the CPU, also where the data
+go over NCCL.
 """
 
 from __future__ import annotations

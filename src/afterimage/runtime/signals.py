@@ -24,7 +24,8 @@ class Stopped(Interrupted):
 class GracefulShutdown:
     """Whether this process was asked to stop; `check` raises `Stopped` where it was.
 
-    A `ignore_second_signal` one does not end at once when it is asked twice: a launcher passes on what its group got already.
+    With `ignore_second_signal` it does not end at once when it is asked twice: a launcher passes on what its
+    group got already.
     """
 
     def __init__(self, ignore_second_signal: bool = False) -> None:
@@ -43,7 +44,9 @@ class GracefulShutdown:
 
 @contextlib.contextmanager
 def graceful_shutdown(ignore_second_signal: bool = False) -> Iterator[GracefulShutdown]:
-    """Inside the block SIGTERM and Ctrl-C only set the `GracefulShutdown`; a second one ends the block at once, unless `ignore_second_signal`.
+    """Inside the block SIGTERM and Ctrl-C only set the `GracefulShutdown`.
+
+    A second one ends the block at once, unless `ignore_second_signal`.
 
     Python hands signals to the main thread alone, so in any other nothing changes.
     """

@@ -69,7 +69,7 @@ class FeatureWatch:
         self._pending.clear()
 
     def check(self, name: str, feature_indices: Sequence[int]) -> None:
-        """Raise `AfterimageError` for the run `name` where one of its sources `feature_indices` was found not finite."""
+        """Raise `AfterimageError` for the run `name` where one of its sources was found not finite."""
         for source in feature_indices:
             if source in self._found:
                 raise AfterimageError(

@@ -1,8 +1,8 @@
 """Where a training step's time goes, measured in a short loop of its own, with a trace for a trace viewer.
 
-The loop is built from the same pieces as `train` and `DecoderTrainer` (crops, encoders, head, loss, Adam, precision), one
-decoder at a time, without validation and checkpoints. It waits for the device after every part, so that each part's
-time is its own; without these waits a step on a GPU is somewhat faster than the sum.
+The loop is built from the same pieces as `train` and `DecoderTrainer` (crops, encoders, head, loss, Adam,
+precision), one decoder at a time, without validation and checkpoints. It waits for the device after
+every part, so that each part's time is its own; without these waits a step on a GPU is somewhat faster than the sum.
 """
 
 from __future__ import annotations

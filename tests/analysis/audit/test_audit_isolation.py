@@ -4,8 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from stand_ins import decoder
-from test_audit import HERE, no_lpips  # noqa: F401
 
 from afterimage.analysis.audit import run
 from afterimage.analysis.audit.attackers import AttackTrainer
@@ -20,6 +18,8 @@ from afterimage.models.decoders import DECODERS
 from afterimage.report.audit.page import write_audit
 from afterimage.report.audit.verdict import OPEN, WITHIN, judge
 from afterimage.runs.failures import TRACEBACK
+from stand_ins import decoder
+from test_audit import HERE, no_lpips  # noqa: F401
 
 BUG = RuntimeError("a bug in\nsomebody's code")
 LIMITS = LimitsConfig(max_ssim=1.0)

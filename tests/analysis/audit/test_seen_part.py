@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from test_audit_parts import COSTS, cost, interval, row
 
 from afterimage.analysis.audit.run import run_audit
 from afterimage.cli.audit import print_verdict
@@ -17,6 +16,7 @@ from afterimage.models.decoders.canvas import seen_box
 from afterimage.report.audit.page import write_audit
 from afterimage.report.audit.verdict import LEAKS, SSIM_SEEN, judge
 from afterimage.runs.files import read_csv
+from test_audit_parts import COSTS, cost, interval, row
 
 DROPPED = "the last 8 rows and columns of 40x40 images are not seen"
 

@@ -312,7 +312,7 @@ class TestLinear:
         np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
 
     @pytest.mark.parametrize(
-        ("images", "noise", "expected"),
+        ("sample_images", "noise", "expected"),
         [(60, 0.003, 1e-8), (60, 0.3, 1e-3), (20, 0.5, 1e-1), (3, 30, 1e-1)],
     )
     def test_the_ridge_is_the_best_on_validation_images(self, sample_images, noise, expected):

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from encoder_checks import assert_same, randomise_statistics
 from jaxtyping import TypeCheckError
 from torch import nn
 
@@ -15,6 +14,7 @@ from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.layers import list_layers
 from afterimage.models.encoders.providers.timm import create_random, resolve
 from afterimage.models.encoders.random_init import seeded
+from encoder_checks import assert_same, randomise_statistics
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)

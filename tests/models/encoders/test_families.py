@@ -6,7 +6,6 @@ from collections import defaultdict
 
 import pytest
 import torch
-from encoder_checks import assert_same, randomise_statistics
 from safetensors.torch import save_model
 from torch import nn
 
@@ -14,6 +13,7 @@ from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.layers import list_layers
 from afterimage.models.encoders.providers.timm import create_random, resolve_model
 from afterimage.models.encoders.tensor_layout import reorder
+from encoder_checks import assert_same, randomise_statistics
 
 # The smallest model of each family that is quick to build, and the side of the images that it is tried on.
 FAMILIES = {

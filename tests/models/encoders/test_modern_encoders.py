@@ -3,13 +3,13 @@
 import pytest
 import timm
 import torch
-from encoder_checks import assert_same
 
 from afterimage.config import split_source
 from afterimage.config.study import load_study
 from afterimage.experiments.study import expand
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers.timm import create_random, resolve_model
+from encoder_checks import assert_same
 
 STUDIES = ("modern", "modern_256", "modern_518")
 FAMILIES = (

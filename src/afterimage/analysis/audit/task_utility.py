@@ -144,8 +144,8 @@ def measure_cost(
 ) -> list[dict[str, Any]]:
     """For each defence: `{"kind", "score", "cosine", "bytes", "plain_bytes", "prefix_bytes", "notes"}`.
 
-    `score` is the share_interval of test images with the same top-1 class, or the mean cosine of embeddings, with its 95 %
-    interval; `bytes` are one image's, features and prefix tokens, without entropy coding.
+    `score` is the share of test images with the same top-1 class, or the mean cosine of embeddings, with its
+    95 % interval; `bytes` are one image's, features and prefix tokens, without entropy coding.
     """
     same: list[list[bool]] = [[] for _ in defences]
     cosines: list[list[float]] = [[] for _ in defences]

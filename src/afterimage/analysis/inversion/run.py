@@ -229,10 +229,10 @@ def invert_run(
 ) -> list[Run]:
     """Refine what a finished run's decoder makes of images, and with `plain` invert the same from grey too.
 
-    Each becomes a run folder below `root` (see `save_inversion`); one that is done is not made again. Where the method is
-    `fourier` and there are validation images, the decoder's errors are learnt from the first `HELD_OUT` of them.
-    Plain inversion knows no images and no decoder. `lpips` is by default the network that the run was measured with.
-    Raises `AfterimageError` as `load_reconstructor` and `invert` do.
+    Each becomes a run folder below `root` (see `save_inversion`); one that is done is not made again. Where the
+    method is `fourier` and there are validation images, the decoder's errors are learnt from the first `HELD_OUT`
+    of them. Plain inversion knows no images and no decoder. `lpips` is by default the network that the run was
+    measured with. Raises `AfterimageError` as `load_reconstructor` and `invert` do.
     """
     sources, where = run.config.sources, weights or run.config.weights
     lpips = lpips or run.lpips_net

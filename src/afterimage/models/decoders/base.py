@@ -20,8 +20,8 @@ class Decoder(nn.Module, ABC):
     """A map from feature maps `[(B, C, h, w), ...]` to images `(B, 3, H, W)` in [0, 1].
 
     What a decoder makes of a map is its `canvas`, the pixels of the map's cells; the canvas then puts it where these
-    lie in the image. A decoder with `closed_form` is first shown the data once (`begin_fit`, `partial_fit`, `finalize_fit`);
-    one with `trainable` is then trained by gradient descent. The two may go together.
+    lie in the image. A decoder with `closed_form` is first shown the data once (`begin_fit`, `partial_fit`,
+    `finalize_fit`); one with `trainable` is then trained by gradient descent. The two may go together.
     """
 
     closed_form = False
