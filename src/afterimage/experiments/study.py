@@ -35,7 +35,7 @@ from afterimage.runtime.terminal import printable
 FAILURES = "failures.txt"
 """The file of a study's folder that says which rows gave no runs, and why."""
 Train = Callable[..., list[Run]]
-"""Trains runs as `jobs.train_runs` does, with its arguments up to `failures`."""
+"""Trains runs as `queue.train_runs` does, with its arguments up to `failures`."""
 
 
 def expand(
@@ -186,7 +186,7 @@ class Part:
 
 
 def study_groups(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """The runs by what is trained together (see `jobs.groups`), in the study's order."""
+    """The runs by what is trained together (see `queue.groups`), in the study's order."""
     from afterimage.experiments.queue import groups
 
     return [list(group.values()) for group in groups((config.digest, config) for config in configs)]
@@ -207,7 +207,7 @@ def run_study(
     So is a row that gives no runs, in the study's failures.txt, a baseline, and the controls of one run: what
     does not depend on them goes on.
 
-    `train` does the training: here (`jobs.train_runs`, the default) or elsewhere (see `executors`). With a `part`
+    `train` does the training: here (`queue.train_runs`, the default) or elsewhere (see `experiments.ray`). With a `part`
     the rest of the study is left to others. Of processes that `torchrun` has started the leading one does what is
     not training, and alone returns the baselines.
     """

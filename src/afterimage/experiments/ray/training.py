@@ -1,4 +1,4 @@
-"""The Ray executor: training as `jobs.train_runs` does it, by the workers of a cluster."""
+"""The Ray executor: training as `queue.train_runs` does it, by the workers of a cluster."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train_on_ray(
     retries: int = RETRIES,
     fetch_seconds: float = FETCH_SECONDS,
 ) -> list[Run]:
-    """Train every run that is not done yet on a Ray cluster; returns all of them, as `jobs.train_runs` does.
+    """Train every run that is not done yet on a Ray cluster; returns all of them, as `queue.train_runs` does.
 
     Each group of runs that are trained together is a task with `cpus` CPUs (and as many threads; by default an even
     share of a machine), a GPU where the cluster has some and `accelerator` allows it, and the memory that its plan

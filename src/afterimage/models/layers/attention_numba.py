@@ -2,7 +2,7 @@
 
 Scores are made, used and dropped in registers and the nearest cache, and made again for the gradient (Dao et al. 2022,
 FlashAttention, algorithms 1 and 4, without its running maximum: a bound of the scores is subtracted instead). Only
-`attend` imports this module, where numba is there.
+`attention` imports this module, where numba is there.
 """
 
 from __future__ import annotations
