@@ -299,7 +299,7 @@ def test_interrupting_says_how_to_go_on(command, monkeypatch, photographs):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(afterimage.training.decoder_trainer.Member, "step", interrupted)
+    monkeypatch.setattr(afterimage.training.decoder_trainer.DecoderTrainer, "step", interrupted)
     code, _, err = command(
         "train", f"{MODEL}:layer1", "--decoder", "transposed", "--data", f"folder:{photographs}", *SMALL
     )

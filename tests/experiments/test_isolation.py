@@ -119,16 +119,16 @@ def test_encoders_that_raise_end_the_rows_that_read_that_layer(
 
 def test_encoders_that_raise_at_the_test_images_end_one_row(go, sample_images, whole, monkeypatch):
     """After training, from whose checkpoints the others go on."""
-    from afterimage.experiments.joint_run import Group
+    from afterimage.experiments.joint_run import JointRun
 
-    measure = Group._measure
+    measure = JointRun._measure
 
     def measuring(self, members):
         with monkeypatch.context() as patch:
             break_encoders(patch, "layer2", BUG)
             measure(self, members)
 
-    monkeypatch.setattr(Group, "_measure", measuring)
+    monkeypatch.setattr(JointRun, "_measure", measuring)
     (broken, *others), failures = go(*small_configs(sample_images))
     assert [result(run) for run in others] == whole[1:]
     check_failed(broken, failures, BUG)

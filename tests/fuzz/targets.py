@@ -121,7 +121,9 @@ def _good() -> dict[str, bytes]:
     import report_study
 
     folder = scratch() / "good"
-    run = report_study.write_run(folder, MODEL, "layer1", originals=[report_study.image(0, 16)], count=3)
+    run = report_study.write_run(
+        folder, MODEL, "layer1", originals=[report_study.sample_image(0, 16)], count=3
+    )
     found = {name: run.file(place) for name, place in FILES.items()}
     content = {name: path.read_bytes() for name, path in found.items() if path.exists()}
     shutil.rmtree(folder)

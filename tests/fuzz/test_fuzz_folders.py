@@ -21,7 +21,7 @@ from afterimage.training.checkpoint import load_tensors
 @pytest.fixture
 def run(tmp_path) -> Run:
     return report_study.write_run(
-        tmp_path / "study", "a", "layer1", originals=[report_study.image(0, 24)], count=3
+        tmp_path / "study", "a", "layer1", originals=[report_study.sample_image(0, 24)], count=3
     )
 
 

@@ -18,7 +18,7 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.study import run_study
 from afterimage.report.read import read_rows
 from afterimage.report.write import write_report
-from afterimage.runs import run as runs
+from afterimage.runs import files
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run, scan
 from afterimage.training import checkpoint
@@ -72,16 +72,16 @@ def dies_writing(name):
             die()
         return make(*arguments, **options)
 
-    runs.tempfile.mkstemp = deadly
+    files.tempfile.mkstemp = deadly
 
 
 IN_A_CHECKPOINT = {
-    "before anything": lambda: dies(runs.tempfile, "mkstemp"),
-    "empty": lambda: dies(runs.tempfile, "mkstemp", after=True),
-    "not yet on disk": lambda: dies(runs.os, "fsync"),
-    "on disk, the last one still there": lambda: dies(runs.os, "replace"),
-    "the last one moved away, none there": lambda: dies(runs.os, "replace", after=True),
-    "there": lambda: dies(runs.os, "replace", after=True, skip=1),
+    "before anything": lambda: dies(files.tempfile, "mkstemp"),
+    "empty": lambda: dies(files.tempfile, "mkstemp", after=True),
+    "not yet on disk": lambda: dies(files.os, "fsync"),
+    "on disk, the last one still there": lambda: dies(files.os, "replace"),
+    "the last one moved away, none there": lambda: dies(files.os, "replace", after=True),
+    "there": lambda: dies(files.os, "replace", after=True, skip=1),
 }
 
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_is_on_disk_before_it_takes_the_place_of_the_last(tmp_path,
             done.append(f"{name} {kind}" if name == "fsync" else f"replace {Path(arguments[1]).name}")
             return original(*arguments)
 
-        monkeypatch.setattr(runs.os, name, noting)
+        monkeypatch.setattr(files.os, name, noting)
     path, before = tmp_path / "new", tmp_path / "before"
     write_atomic(path, b"1", keep=before)
     write_atomic(path, b"2", keep=before)
@@ -174,7 +174,7 @@ def test_a_disk_that_is_full_for_one_file_costs_nothing(only, cache, whole, tmp_
 
     options = {"cache": cache, "accelerator": "cpu", "checkpoint_seconds": 0.0}
     with monkeypatch.context() as patch:
-        patch.setattr(runs.tempfile, "mkstemp", full)
+        patch.setattr(files.tempfile, "mkstemp", full)
         with pytest.raises(AfterimageError, match=f"cannot write .*{name}: No space left on device"):
             train_runs(only, tmp_path, **options)
     run = Run(tmp_path / only.name)
@@ -189,14 +189,14 @@ def reporting(root, out, deaths):
 
     figures.draw = lambda *_, **__: ()
     if deaths is not None:
-        dies(runs.os, "replace", skip=deaths)
+        dies(files.os, "replace", skip=deaths)
     write_report(scan(root), out, title="Killed")
 
 
 def test_killed_in_a_report_the_next_one_is_whole(tmp_path):
     """Every file is a whole one at any moment, and what the killed process left half written is taken away."""
     root, out = tmp_path / "study", tmp_path / "report"
-    originals = [report_study.image(0, 24)]
+    originals = [report_study.sample_image(0, 24)]
     for decoder in ("linear", "attention"):
         report_study.write_run(root, MODEL, "layer1", decoder, originals=originals)
     assert child(reporting, root, tmp_path / "expected", None) == 0
@@ -204,8 +204,8 @@ def test_killed_in_a_report_the_next_one_is_whole(tmp_path):
     for deaths in (0, 3, len(expected) - 1):
         assert child(reporting, root, out, deaths) == -signal.SIGKILL
         for path in out.iterdir():
-            assert path.suffix == runs.LEFTOVER or path.read_bytes() == expected[path.name]
-    for path in out.glob(f".*{runs.LEFTOVER}"):  # as if it had happened an hour ago
+            assert path.suffix == files.LEFTOVER or path.read_bytes() == expected[path.name]
+    for path in out.glob(f".*{files.LEFTOVER}"):  # as if it had happened an hour ago
         os.utime(path, (0, 0))
     assert child(reporting, root, out, None) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == expected

@@ -107,8 +107,8 @@ def test_a_finished_closed_form_is_not_solved_again(go, whole, monkeypatch):
             go()
     solved = []
     linear = DECODERS["linear"]
-    original = linear.solve
-    monkeypatch.setattr(linear, "solve", lambda self: solved.append(self) or original(self))
+    original = linear.finalize_fit
+    monkeypatch.setattr(linear, "finalize_fit", lambda self: solved.append(self) or original(self))
     assert [result(run) for run in go()] == whole and not solved
 
 

@@ -127,7 +127,9 @@ class Audit:
 
         base = None if self.config is None else load_toml(AuditConfig, self.config)
         data = {"source": self.data, "test": self.test, **self._of("resize", "crop", "limit_test")}
-        attackers = self._of("decoders", "images", "access", "refine_steps", "refine_images")
+        attackers = self._of(
+            "decoders", "refine_steps", "refine_images", images="attacker_images", access="threat_model"
+        )
         nested = {
             "data": (DataConfig, data),
             "attackers": (AttackersConfig, {"data": self.attacker_data, **attackers}),
@@ -136,7 +138,7 @@ class Audit:
         }
         given = self._of("layers", "defences", "weights", "mean", "std", "prefix_tokens", "prediction")
         given |= self._of("seed", "lpips")
-        subject = self._of("model", "encoder", "pairs")
+        subject = self._of("model", "encoder", pairs="feature_store")
         if subject:
             given |= {"model": "", "encoder": "", "pairs": "", **subject}
         for name, (cls, values) in nested.items():
@@ -144,8 +146,10 @@ class Audit:
             given[name] = replace(cls() if base is None else getattr(base, name), **values)
         return AuditConfig(**given) if base is None else replace(base, **given)
 
-    def _of(self, *names: str) -> dict[str, Any]:
-        return {name: value for name in names if _is_given(value := getattr(self, name))}
+    def _of(self, *names: str, **fields: str) -> dict[str, Any]:
+        """Settings that were given, by their names in the file; `fields` have another name on the command line."""
+        fields = dict(zip(names, names, strict=True)) | fields
+        return {name: value for name, field in fields.items() if _is_given(value := getattr(self, field))}
 
 
 def _is_given(value: Any) -> bool:

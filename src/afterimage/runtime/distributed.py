@@ -290,7 +290,7 @@ def _launched(accelerator: str) -> Fabric:
 
 def _known(error: Error, elsewhere: bool) -> Error:
     """Mark an error as one that all ranks know of; `elsewhere`: that another rank tells the user."""
-    error.raise_on_all_ranks, error.elsewhere = True, elsewhere
+    error.agreed, error.elsewhere = True, elsewhere
     return error
 
 

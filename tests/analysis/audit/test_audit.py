@@ -2,11 +2,11 @@
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from afterimage.runs.files import read_csv
 
 DATA = DataConfig(source="procedural:300", resize=28, crop=24, test_fraction=0.5)
 RECIPE = RecipeConfig(batch_size=32, epochs=2)
-HERE = os.path.dirname(__file__)
+HERE = str(Path(__file__).parents[2] / "fixtures")
 
 
 @pytest.fixture(autouse=True)

@@ -332,9 +332,7 @@ class TestLinear:
         first = rows[:3].reshape(-1, 72).mean(0)  # of the first batch: what the decoder shifts by
         scale, errors = ((inputs - first) ** 2).sum(0), {}
         for ridge in RIDGES:
-            solution = np.linalg.finalize_fit(
-                moments + np.diag(ridge * scale), centred.T @ (outputs - colour)
-            )
+            solution = np.linalg.solve(moments + np.diag(ridge * scale), centred.T @ (outputs - colour))
             errors[ridge] = np.mean(
                 ((rows[sample_images:] - mean) @ solution + colour - targets[sample_images:]) ** 2
             )

@@ -34,7 +34,7 @@ from afterimage.data.decode import decode
 from afterimage.data.examine import examine, value_notes
 from afterimage.data.images import Data, ImageSet, Indices
 
-IMAGES, IDS = ("images", "images"), "ids"
+IMAGES, IDS = "images", "ids"
 OBJECT = 32
 """Bytes that a number takes in a list of Python's."""
 MEMORY = 16 * 2**30
@@ -103,14 +103,13 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
         arrays = READERS[path.suffix](path)
     except OSError as error:
         raise AfterimageError(f"cannot read {shown(path)}: {error.strerror or error}") from None
-    named = [name for name in IMAGES if name in arrays]
     layers = [name for name in arrays if name == "features" or name.startswith("features.")]
-    if len(named) != 1 or not layers:
+    if IMAGES not in arrays or not layers:
         raise AfterimageError(
-            f"{shown(path)} must hold `images` (or `images`) and `features` (or `features.NAME`); "
+            f"{shown(path)} must hold `images` and `features` (or `features.NAME`); "
             f"it holds {', '.join(sorted(arrays)) or 'nothing'}"
         )
-    pixels = _pixels(f"{shown(path)}: {named[0]}", arrays[named[0]])
+    pixels = _pixels(f"{shown(path)}: {IMAGES}", arrays[IMAGES])
     size, notes, specs, maps = pixels.shape[-2:], [], {}, {}
     for name in layers:
         layer = name.partition(".")[2] or name
@@ -190,7 +189,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
             column = table.column(name).combine_chunks()
             shaped = isinstance(column.type, pa.FixedShapeTensorType)
             arrays[name] = column.to_numpy_ndarray() if shaped else column.to_pylist()
-            if name in IMAGES and not shaped and arrays[name] and isinstance(arrays[name][0], bytes | dict):
+            if name == IMAGES and not shaped and arrays[name] and isinstance(arrays[name][0], bytes | dict):
                 arrays[name] = _decoded(path, arrays[name])
     except (AfterimageError, OSError):
         raise

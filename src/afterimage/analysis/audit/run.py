@@ -510,7 +510,7 @@ class _Audit:
             limits = self.config.attackers
             rows, images, small, seconds = refined(
                 attack, member, self.metrics,
-                images=limits.refine_images, steps=limits.refine_steps, keep=self.keep,
+                count=limits.refine_images, steps=limits.refine_steps, keep=self.keep,
                 box=self._box(cell.layer), progress=self.progress,
             )  # fmt: skip
             notes = [f"decoded by {cell.decoder}, then refined for {limits.refine_steps} steps"]

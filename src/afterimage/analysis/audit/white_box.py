@@ -28,13 +28,13 @@ def refined(
     member: DecoderTrainer,
     metrics: Metrics,
     *,
-    image_set: int,
+    count: int,
     steps: int,
     keep: int,
     box: Box | None = None,
     progress: Progress = silent,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Compared, float]:
-    """The first test images, decoded by `member` and refined by `invert` for `steps` steps each.
+    """The first `count` test images, decoded by `member` and refined by `invert` for `steps` steps each.
 
     What the decoder lacks is learnt from up to `HELD_OUT` images that the attacker validates on. The objective sees
     the defence without its noise, which the attacker does not know. Returns rows as `evaluate` does, the first `keep`
@@ -52,7 +52,7 @@ def refined(
     rows: list[dict[str, Any]] = []
     kept: list[tuple[str, Any, Any]] = []
     small: list[Compared] = []
-    wanted = min(image_set, len(test))
+    wanted = min(count, len(test))
     for sent, images in attack.batches(test):
         for start in range(0, min(len(images), wanted - len(rows)), BATCH):
             part = slice(start, min(start + BATCH, start + wanted - len(rows), len(images)))
