@@ -1,6 +1,6 @@
 #!/bin/bash
 # One training on the devices of one or several machines, data-parallel:
-#     sbatch torchrun.sh resnet50:layer2 --decoder residual --data folder:IMAGES
+#     sbatch torchrun.sh resnet50:layer2 --decoders residual --data folder:IMAGES
 #SBATCH --job-name=afterimage-train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -46,7 +46,7 @@ def photographs(tmp_path):
 
 def test_from_images_to_a_report(command, photographs, tmp_path):
     code, out, err = command(
-        "train", f"{MODEL}:layer1", f"{MODEL}:layer2", "--decoder", "linear", "transposed",
+        "train", f"{MODEL}:layer1", f"{MODEL}:layer2", "--decoders", "linear", "transposed",
         "--data", f"folder:{photographs}", "--epochs", 2, *SMALL,
     )  # fmt: skip
     assert code == 0, err
@@ -57,7 +57,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     code, _, err = command(
         "train",
         f"{MODEL}:layer1",
-        "--decoder",
+        "--decoders",
         "linear",
         "--data",
         f"folder:{photographs}",
@@ -104,7 +104,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
         (["train"], "name at least one MODEL:LAYER"),
         (["train", f"{MODEL}:layr1", "--data", "procedural:8", *SMALL], "did you mean 'layer1'"),
         (
-            ["train", f"{MODEL}:layer1", "--decoder", "liner", "--data", "procedural:8", *SMALL],
+            ["train", f"{MODEL}:layer1", "--decoders", "liner", "--data", "procedural:8", *SMALL],
             "did you mean 'linear'",
         ),
         (["train", f"{MODEL}:layer1", "--epochs", "0"], "epochs must be greater than 0"),
@@ -152,7 +152,7 @@ def test_bad_input_is_one_message(command, arguments, message):
         (["layers", MODEL, "--image-size", "0"], "--image-size must lie between 1"),
         (["audit", MODEL, "--layers", "layer1", "--max-ssim", "nan"], "max_ssim must lie between 0 and 1"),
         (["audit", MODEL, "--layers", "layer1", "--mean", "0", "0", "inf"], "mean must be finite"),
-        (["audit", MODEL, "--layers", "layer1", "--images", "²"], "a number from 5 on"),
+        (["audit", MODEL, "--layers", "layer1", "--attacker-images", "²"], "a number from 5 on"),
         (["audit", MODEL, "--layers", "layer1", "--output-dir", "/dev/null"], "--output-dir /dev/null: "),
         (["invert", "a.png", f"{MODEL}:layer1", "--seed", "-1"], "seed must lie between 0"),
         (["invert", "a.png", f"{MODEL}:layer1", "--steps", "0"], "steps must be greater than 0"),
@@ -171,7 +171,7 @@ def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, mo
     def computed(*_, **__):
         raise AssertionError("it should have ended before")
 
-    arguments = ["train", f"{MODEL}:layer1", "--decoder", "linear", "--data", "procedural:8", *SMALL]
+    arguments = ["train", f"{MODEL}:layer1", "--decoders", "linear", "--data", "procedural:8", *SMALL]
     assert command(*arguments)[0] == 0
     (run,) = scan(tmp_path / "runs")
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
@@ -194,7 +194,7 @@ def test_what_was_trained_is_shown_though_another_group_failed(command, tmp_path
         "train",
         "test_vit.r160_in1k:layer9",
         f"{MODEL}:layer1",
-        "--decoder",
+        "--decoders",
         "linear",
         "--data",
         "procedural:8",
@@ -281,7 +281,8 @@ def test_waiting_threads_leave_their_core_to_others_unless_told_otherwise(given,
     names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
     known = {name: value for name, value in os.environ.items() if name not in names}
     code = (
-        "import afterimage, os, sys; assert 'torch' not in sys.modules; "
+        "import os, sys; from afterimage import let_idle_threads_sleep; let_idle_threads_sleep(); "
+        "assert 'torch' not in sys.modules; "
         f"print(*(os.environ.get(name) for name in {names}))"
     )
     result = subprocess.run(
@@ -301,6 +302,6 @@ def test_interrupting_says_how_to_go_on(command, monkeypatch, photographs):
 
     monkeypatch.setattr(afterimage.training.decoder_trainer.DecoderTrainer, "step", interrupted)
     code, _, err = command(
-        "train", f"{MODEL}:layer1", "--decoder", "transposed", "--data", f"folder:{photographs}", *SMALL
+        "train", f"{MODEL}:layer1", "--decoders", "transposed", "--data", f"folder:{photographs}", *SMALL
     )
     assert code == 130 and "the same command goes on from there" in err

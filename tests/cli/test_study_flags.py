@@ -63,13 +63,13 @@ def test_a_study_file_may_say_4m(tmp_path):
 
 def test_train_at_a_size(command):  # noqa: F811
     code, out, err = command(
-        "train", f"{MODEL}:layer1", "--decoder", "transposed", "--parameters", "50k", "--data",
+        "train", f"{MODEL}:layer1", "--decoders", "transposed", "--parameters", "50k", "--data",
         "procedural:10", "--epochs", 1, *SMALL,
     )  # fmt: skip
     assert code == 0, err
     assert "transposed" in out
     code, _, err = command(
-        "train", f"{MODEL}:layer1", "--decoder", "linear", "residual", "--parameters", "4M"
+        "train", f"{MODEL}:layer1", "--decoders", "linear", "residual", "--parameters", "4M"
     )
     assert code == 1 and "--parameters: linear has one size only" in err and "residual" in err
     code, _, err = command("train", f"{MODEL}:layer1", "--parameters", "4G")
@@ -78,7 +78,7 @@ def test_train_at_a_size(command):  # noqa: F811
 
 def test_a_plan_lists_what_cannot_be_built_and_the_rest(command):  # noqa: F811
     code, out, _ = command(
-        "study", "--models", MODEL, "--layers", "layer*", "--decoder", "residual", "--parameters", "100k",
+        "study", "--models", MODEL, "--layers", "layer*", "--decoders", "residual", "--parameters", "100k",
         "--data", "procedural:10", "--dry-run",
     )  # fmt: skip
     assert code == 0 and "4 runs, none started" in out and "GMAC/s" in out

@@ -188,7 +188,7 @@ def command(folder, *arguments, **environment):
 
 def test_odd_names_and_a_windows_log_from_training_to_a_report(odd, tmp_path, monkeypatch, capsys):
     arguments = [
-        "train", f"{MODEL}:layer1", "--decoder", "linear", "--weights", "random", "--resize", 48, "--crop", 32,
+        "train", f"{MODEL}:layer1", "--decoders", "linear", "--weights", "random", "--resize", 48, "--crop", 32,
         "--device", "cpu", "--data", f"folder:{odd}",
     ]  # fmt: skip
     log = tmp_path / "log.txt"

@@ -101,7 +101,7 @@ def test_a_study_of_which_nothing_resolves_is_its_failures(cache, tmp_path):
     assert not runs and len(failures) == 3
 
 
-def test_a_reference_line_that_raises_ends_itself_alone(whole, cache, tmp_path, monkeypatch):
+def test_a_baseline_that_raises_ends_itself_alone(whole, cache, tmp_path, monkeypatch):
     def raising(images, quality):
         raise BUG
 
@@ -118,7 +118,7 @@ def test_a_reference_line_that_raises_ends_itself_alone(whole, cache, tmp_path, 
     assert {run.state for run in again} == {"done"} and not broken.file(TRACEBACK).exists()
 
 
-def test_images_that_reference_lines_cannot_have_end_no_run(whole, cache, tmp_path, monkeypatch):
+def test_images_that_baselines_cannot_have_end_no_run(whole, cache, tmp_path, monkeypatch):
     def nothing(*arguments, **options):
         raise BUG
 
@@ -205,7 +205,15 @@ def test_a_plan_that_raises_is_told_beside_the_others(tmp_path, monkeypatch, cap
 
 
 def test_train_tells_every_failure_in_a_line(cache, tmp_path, monkeypatch, capsys):
-    arguments = ["train", f"{MODEL}:layer1", f"{MODEL}:nolayer", "--decoder", "linear", "--weights", "random"]
+    arguments = [
+        "train",
+        f"{MODEL}:layer1",
+        f"{MODEL}:nolayer",
+        "--decoders",
+        "linear",
+        "--weights",
+        "random",
+    ]
     arguments += ["--data", DATA.source, "--resize", "36", "--crop", "32", "--lpips", "squeeze"]
     monkeypatch.setitem(DECODERS, "broken", decoder("solve", BUG, DECODERS["linear"]))
     arguments.insert(5, "broken")

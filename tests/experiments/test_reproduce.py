@@ -236,7 +236,7 @@ def test_a_run_can_be_used_from_another_working_folder(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path / "here")
     common = [
         f"{MODEL}:layer1",
-        "--decoder",
+        "--decoders",
         "linear",
         "--weights",
         "random",

@@ -21,8 +21,8 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "fixtures"), str(Path(__file__).parent)]
 
-import targets
-from some_images import png, some_image
+import targets  # noqa: E402
+from some_images import png, some_image  # noqa: E402
 
 SIZE = (12, 9)
 
@@ -232,7 +232,7 @@ def runs() -> None:
                         ],
                     }
                 ),
-                "rate.csv": "id,bits,psnr\na,8,20.0\n",
+                "rate_distortion.csv": "id,bits,psnr\na,8,20.0\n",
                 "error_breakdown.json": json.dumps(
                     {
                         "format": 1,
@@ -247,7 +247,7 @@ def runs() -> None:
                         | {k: {"share": 0.3, "mse": 0.01} for k in ("flat", "edge", "texture")},
                     }
                 ),
-                "lost.csv": "id,psnr_luma,psnr_cb,psnr_cr\na,20,30,30\n",
+                "error_breakdown.csv": "id,psnr_luma,psnr_cb,psnr_cr\na,20,30,30\n",
             }
         ),
     )

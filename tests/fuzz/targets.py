@@ -26,7 +26,7 @@ from afterimage.training.checkpoint import load_reconstructor
 
 CORPUS = Path(__file__).with_name("corpus")
 MODEL = "test_resnet.r160_in1k"
-PARTS = ("controls", "lost", "rate")
+PARTS = ("controls", "error_breakdown", "rate_distortion")
 FILES = {
     **{n: n for n in ("config.toml", "summary.json", "scores.csv", "history.csv", "environment.json", "status.json")},
     **{f"{part}{end}": f"{part}{end}" for part in PARTS for end in (".json", ".csv")},

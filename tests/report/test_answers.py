@@ -98,7 +98,7 @@ def test_a_hypothesis_that_cannot_be_tested_says_so_in_a_line(tmp_path):
     assert "*Rule" not in text
 
 
-def test_reference_lines_alone_are_a_report(tmp_path):
+def test_baselines_alone_are_a_report(tmp_path):
     text = write_report([write_reference(tmp_path / "runs", "mean")], tmp_path / "out")[
         "report.md"
     ].read_text()
@@ -117,7 +117,7 @@ def test_what_cannot_be_computed_is_said_with_its_reason(tmp_path, monkeypatch):
     for what in ("findings", "comparison with the published figures"):
         assert f"**The {what} could not be computed: ZeroDivisionError: no &lt;layers&gt;" in text
         assert f"The {what} could not be computed: ZeroDivisionError: no &lt;layers&gt;" in page
-    assert "test\\_report\\_answers.py, line" in text
+    assert "test\\_answers.py, line" in text
     assert len(json.loads(written["findings.json"].read_text())["problems"]) == 2
 
 

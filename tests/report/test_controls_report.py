@@ -32,7 +32,10 @@ def write_controls(run, *, power=0.5, shared=0.4):
     write_csv(run.file("controls.csv"), rows)
     facts = {"images": len(ids), "distances": {"reencoded": 0.3, "random_pair": 0.9}}
     write_json(run.file("controls.json"), {"format": 1, **facts})
-    write_csv(run.file("lost.csv"), [{"id": i, "psnr_luma": 20, "psnr_cb": 31, "psnr_cr": 32} for i in ids])
+    write_csv(
+        run.file("error_breakdown.csv"),
+        [{"id": i, "psnr_luma": 20, "psnr_cb": 31, "psnr_cr": 32} for i in ids],
+    )
     spectrum = {
         "image": [4, 1, 1], "reconstruction": [4, power, power], "shared": [3.9, shared, shared],
         "error": [0.2, 1 + power - 2 * shared, 1 + power - 2 * shared],
@@ -49,7 +52,8 @@ def write_controls(run, *, power=0.5, shared=0.4):
     points = [{"bits": b, "bits_per_pixel": b / 2, "psnr": 15 + b / 8} for b in (32, 8, 1)]
     points[1]["entropy_bits_per_pixel"] = 3.5
     write_csv(
-        run.file("rate.csv"), [{"id": i, "bits": p["bits"], "psnr": p["psnr"]} for p in points for i in ids]
+        run.file("rate_distortion.csv"),
+        [{"id": i, "bits": p["bits"], "psnr": p["psnr"]} for p in points for i in ids],
     )
     codecs = [
         {"codec": c, "quality": q, "bits_per_pixel": 0.5 * q, "psnr": 15.0 + q}
@@ -167,8 +171,12 @@ def test_the_report_shows_them(study, tmp_path):
     ("part", "change", "message"),
     [
         ("controls", lambda facts: {**facts, "format": 2}, "has format 2; this version reads 1"),
-        ("lost", lambda facts: {k: v for k, v in facts.items() if k != "place"}, "KeyError: 'place'"),
-        ("rate", lambda facts: [1], "TypeError"),
+        (
+            "error_breakdown",
+            lambda facts: {k: v for k, v in facts.items() if k != "place"},
+            "KeyError: 'place'",
+        ),
+        ("rate_distortion", lambda facts: [1], "TypeError"),
     ],
 )
 def test_a_file_that_does_not_read_is_named_and_the_others_are_shown(study, part, change, message):

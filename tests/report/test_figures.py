@@ -69,7 +69,7 @@ def faults(figure) -> list[str]:
 def test_a_study_has_its_figures(drawings):
     grids = [
         "resnet34-linear", "resnet34-attention", "resnet34-random-weights", "vit_base_patch16_224",
-        "reference-lines",
+        "baselines",
     ]  # fmt: skip
     assert list(drawings) == [
         "quality-by-depth", *(f"reconstructions-{g}" for g in grids),
@@ -128,7 +128,7 @@ def test_depth_draws_each_mean_at_its_layer_with_its_interval(rows, drawings):
     assert np.asarray(line.get_xdata(), float) == pytest.approx(ticks[: len(layers)], abs=0.3)
 
 
-def test_reference_lines_are_named_at_their_height(rows, drawings):
+def test_baselines_are_named_at_their_height(rows, drawings):
     axes = drawings["quality-by-depth"].figure.axes[0]
     assert {text.get_text() for text in axes.texts} >= {row.label for row in rows.references}
     heights = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
@@ -235,10 +235,10 @@ def test_names_that_make_the_same_file_name_keep_their_own_figures(tmp_path):
     assert len(set(found)) == len(found) and sum(name.startswith("recon") for name in found) == 2
 
 
-def test_reference_lines_alone_are_a_report(tmp_path):
+def test_baselines_alone_are_a_report(tmp_path):
     runs = [write_reference(tmp_path, name, originals=[sample_image(0)]) for name in ("mean", "jpeg-50")]
     assert [d.name for d in draw(read_rows(runs))] == [
-        "reconstructions-reference-lines", "distributions",
+        "reconstructions-baselines", "distributions",
     ]  # fmt: skip
 
 

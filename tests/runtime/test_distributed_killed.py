@@ -91,7 +91,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_result(configs, cache, t
 
 
 ARGUMENTS = [
-    *("train", f"{MODEL}:layer2", "--weights", "random-init", "--decoder", "residual", "linear"),
+    *("train", f"{MODEL}:layer2", "--weights", "random-init", "--decoders", "residual", "linear"),
     *("--data", "procedural:20", "--test", "procedural:5", "--resize", "48", "--crop", "32"),
     *("--batch-size", "3", "--device", "cpu"),
 ]

@@ -183,7 +183,7 @@ def test_an_array_task_for_each_group_and_the_report_after_them(slurm, tmp_path,
 def test_torchrun_trains_one_run(slurm, tmp_path):
     done, log = slurm(
         "torchrun.sh",
-        *("test_resnet.r160_in1k:layer1", "--decoder", "transposed", "--weights", "random", "--epochs", "1"),
+        *("test_resnet.r160_in1k:layer1", "--decoders", "transposed", "--weights", "random", "--epochs", "1"),
         *("--data", "folder:images", "--resize", "48", "--crop", "32", "--device", "cpu"),
         SLURM_NNODES="1",
         SLURM_GPUS_ON_NODE="1",

@@ -65,7 +65,7 @@ def command_line(arguments, output, ready, steps):
 def test_a_signal_stops_cleanly_and_says_how_to_go_on(sample_images, cache, whole, tmp_path, number, code):
     config = small_configs(sample_images)[0]
     arguments = [
-        "train", *config.sources, "--decoder", "transposed", "--weights", "random", "--resize", "48", "--crop", "32",
+        "train", *config.sources, "--decoders", "transposed", "--weights", "random", "--resize", "48", "--crop", "32",
         "--data", config.data.source, "--epochs", "2", "--batch-size", "4", "--device", "cpu",
         "--output-dir", str(tmp_path / "runs"), "--cache", str(cache),
     ]  # fmt: skip

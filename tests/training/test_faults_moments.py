@@ -243,7 +243,7 @@ def command_line(arguments, output, ready, moment):
 def test_a_signal_at_any_other_moment_stops_cleanly_too(only, sample_images, whole, tmp_path, moment, number):
     """While images are decoded there is no step to wait for; while scores are taken there is a checkpoint."""
     arguments = [
-        "train", *only.sources, "--decoder", "transposed", "--weights", "random", "--resize", "48", "--crop", "32",
+        "train", *only.sources, "--decoders", "transposed", "--weights", "random", "--resize", "48", "--crop", "32",
         "--data", only.data.source, "--epochs", "2", "--batch-size", "4", "--device", "cpu",
         "--output-dir", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"),
     ]  # fmt: skip

@@ -50,7 +50,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         "cache",
     ]
     sources = ["test_resnet.r160_in1k:layer1", "--weights", "random", "--data", "procedural:12"]
-    main(["train", *sources, "--decoder", "transposed", "--profile", "1", *small])
+    main(["train", *sources, "--decoders", "transposed", "--profile", "1", *small])
     out = capsys.readouterr().out
     assert "backward" in out and "trace.json" in out
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["profiles"]

@@ -103,13 +103,13 @@ class Study:
 
     def run(self) -> None:
         from afterimage.config.study import from_models, load_study, shipped
-        from afterimage.experiments.study import Part, expand, run_study
-        from afterimage.runtime.progress import Display
 
         if not self.study and not self.models:
             say("shipped studies: " + ", ".join(shipped()))
             return
+        from afterimage.experiments.study import Part, expand, run_study
         from afterimage.runtime.distributed import on_main_process
+        from afterimage.runtime.progress import Display
 
         if self.study and self.models:
             raise AfterimageError("give a study or --models, not both")

@@ -207,8 +207,8 @@ def run_study(
     So is a row that gives no runs, in the study's failures.txt, a baseline, and the controls of one run: what
     does not depend on them goes on.
 
-    `train` does the training: here (`queue.train_runs`, the default) or elsewhere (see `experiments.ray`). With a `part`
-    the rest of the study is left to others. Of processes that `torchrun` has started the leading one does what is
+    `train` does the training: here (`queue.train_runs`, the default) or elsewhere (see `experiments.ray`). With a
+    `part` the rest of the study is left to others. Of processes that `torchrun` has started the leading one does what is
     not training, and alone returns the baselines.
     """
     from afterimage.analysis.controls.run import run_controls

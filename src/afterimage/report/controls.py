@@ -42,7 +42,7 @@ class Part:
 
 
 def read_part(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
-    """The rows that have this part (`controls`, `lost` or `rate`), and what is wrong with files that do not read."""
+    """The rows that have this part (`controls`, `error_breakdown` or `rate_distortion`), and what is wrong with files that do not read."""
     found, problems = [], []
     for row in rows:
         path = row.run.file(f"{part}.json")
@@ -298,8 +298,8 @@ def _size(curve: Sequence[Mapping[str, Any]], psnr: float) -> str:
 
 MAKERS = {
     "controls": ("Preserved or guessed", _guessed),
-    "lost": ("What is lost", _lost),
-    "rate": ("What the features cost to store or send", _rate),
+    "error_breakdown": ("What is lost", _lost),
+    "rate_distortion": ("What the features cost to store or send", _rate),
 }
 
 
@@ -319,6 +319,8 @@ def _check(columns: Sequence[str], keys: Sequence[str]) -> Any:
 
 CHECKS = {
     "controls": _check([f"{c}_psnr" for c in ("own", *STAND_INS)], ("images", "distances")),
-    "lost": _check([f"psnr_{p}" for p in PLANES], ("frequencies", "spectra", "planes", "place", "regions")),
-    "rate": _check(["bits", "psnr"], ("points", "codecs", "coder", "training_images")),
+    "error_breakdown": _check(
+        [f"psnr_{p}" for p in PLANES], ("frequencies", "spectra", "planes", "place", "regions")
+    ),
+    "rate_distortion": _check(["bits", "psnr"], ("points", "codecs", "coder", "training_images")),
 }

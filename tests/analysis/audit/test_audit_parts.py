@@ -146,7 +146,7 @@ def row(layer, defence, ssim, found, decoder="linear", images=640):
     return {
         "layer": layer,
         "defence": defence,
-        "attacker": {"decoder": decoder, "images": sample_images, "access": "query", "data": ""},
+        "attacker": {"decoder": decoder, "images": images, "access": "query", "data": ""},
         "scores": {"ssim": interval(ssim)},
         "identification": {"pixels": interval(found), "correlation": interval(found / 2)},
         "chance": 0.01,

@@ -82,7 +82,7 @@ def test_references_stay_in_range_and_take_each_image_alone(name, seed, hard):
     torch.testing.assert_close(reference(name)(originals[1:]), result[1:], rtol=0, atol=1e-6)
 
 
-def test_reference_lines_of_every_table():
+def test_baselines_of_every_table():
     assert [label(name) for name in BASELINES] == [
         "Mean colour",
         "Bicubic thumbnail 7×7",
@@ -121,7 +121,7 @@ def no_weights(monkeypatch, tmp_path):
 DATA = DataConfig(source="procedural:20", resize=36, crop=32)
 
 
-def test_reference_lines_become_runs_once(no_weights, tmp_path):
+def test_baselines_become_runs_once(no_weights, tmp_path):
     runs = run_baselines(DATA, tmp_path / "runs", cache=tmp_path / "cache", keep=1)
     summaries = [run.summary for run in runs]
     assert [s["reference"] for s in summaries] == [

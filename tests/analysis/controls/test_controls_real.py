@@ -61,7 +61,7 @@ def test_a_shallow_layer_hardly_needs_training_to_keep_the_image(runs):
 
 @pytest.mark.slow
 def test_rate_curves_are_monotone_within_their_intervals(runs):
-    parts, problems = read_part(read_rows(runs.values()).decoders, "rate")
+    parts, problems = read_part(read_rows(runs.values()).decoders, "rate_distortion")
     assert len(parts) == 3 and not problems
     for part in parts:
         rows = {(p["bits"], p["id"]): p["psnr"] for p in part.images}

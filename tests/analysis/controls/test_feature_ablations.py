@@ -120,7 +120,7 @@ def test_controls_come_out_in_their_order(finished):
 def test_error_energy_is_what_the_planes_hold(finished):
     """The spectra obey |r - x|^2 = |x|^2 + |r|^2 - 2 Re(x r*), and places and regions add up to the mean error."""
     run, _ = finished
-    facts = read(run, "lost")
+    facts = read(run, "error_breakdown")
     for spectrum in facts["spectra"].values():
         for x, r, shared, error in zip(*spectrum.values(), strict=True):
             if x is not None:
@@ -134,7 +134,7 @@ def test_error_energy_is_what_the_planes_hold(finished):
 
 def test_fewer_bits_take_less_and_give_less(finished):
     run, _ = finished
-    facts = read(run, "rate")
+    facts = read(run, "rate_distortion")
     points = facts["points"]
     assert [p["bits"] for p in points] == [32, 8, 6, 4, 3, 2, 1]
     sizes = [p["bits_per_pixel"] for p in points]
@@ -151,13 +151,13 @@ def test_what_is_there_for_the_same_decoder_is_kept(finished, tmp_path):
     path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
     assert run_controls([run], cache=cache, accelerator="cpu") == []
     changed = {part for part in PARTS if run.file(f"{part}.json").stat().st_mtime_ns != stamps[part]}
-    assert changed == {"lost"} and read(run, "lost")["format"] == 1
+    assert changed == {"error_breakdown"} and read(run, "error_breakdown")["format"] == 1
 
 
 def test_a_run_that_cannot_be_measured_leaves_the_others_alone(finished, tmp_path):
     run, cache = finished
     unfinished = Run.create(tmp_path, replace(CONFIG, seed=7))
-    errors = run_controls([unfinished, run], parts=["lost"], cache=cache, accelerator="cpu")
+    errors = run_controls([unfinished, run], parts=["error_breakdown"], cache=cache, accelerator="cpu")
     assert [str(error) for error in errors] == [
         f"run {unfinished.name} is not finished (state: new): it has no controls"
     ]

@@ -46,7 +46,7 @@ from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
 FORMAT = 1
-PARTS = ("controls", "lost", "rate")
+PARTS = ("controls", "error_breakdown", "rate_distortion")
 STAND_INS = ("another", "shuffled", "mean", "zero")
 BATCH = 8
 
@@ -160,8 +160,8 @@ def _measure(
     values = sample(encoders, data.train, device=device, batch_size=BATCH)
     makers: dict[str, Callable[[], Any]] = {
         "controls": lambda: _Controls(reconstructor, values, Metrics(lpips, size=data.config.crop)),
-        "lost": _Losses,
-        "rate": lambda: _Rates(reconstructor, values, data, loaded.codecs),
+        "error_breakdown": _Losses,
+        "rate_distortion": lambda: _Rates(reconstructor, values, data, loaded.codecs),
     }
     measures: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""Where a study's runs are trained: in this process (`local`, see `experiments.queue`), or as tasks on a Ray cluster (`ray`)."""
+"""Executors: train a study's runs in this process (`local`) or as tasks on a Ray cluster (`ray`)."""
 
 from __future__ import annotations
 

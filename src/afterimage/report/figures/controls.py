@@ -86,7 +86,7 @@ ERROR_LOOKS = {
 
 def lost(rows: Rows) -> list[Drawing]:
     """Three figures from `error_breakdown.json`. Empty where no run folder holds one."""
-    parts, _ = read_part(rows.decoders, "lost")
+    parts, _ = read_part(rows.decoders, "error_breakdown")
     return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
 
 

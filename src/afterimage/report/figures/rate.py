@@ -17,7 +17,7 @@ CODECS = {"JPEG": "--", "WebP": ":"}
 
 def rate(rows: Rows) -> list[Drawing]:
     """A panel an encoder, a line a layer. Empty where no run folder holds `rate_distortion.json`."""
-    parts, _ = read_part(rows.decoders, "rate")
+    parts, _ = read_part(rows.decoders, "rate_distortion")
     if not parts:
         return []
     encoders = list(dict.fromkeys(p.row.encoder for p in parts))

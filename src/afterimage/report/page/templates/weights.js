@@ -24,18 +24,18 @@ function weightStrip(slot) {
 
 async function drawWeights(canvases, top, index, image) {
   const bitmaps = await mapsOf(image, index).catch((error) => { console.error(error); return []; });
-  const images = bitmaps.map((bitmap) => pixels(bitmap, bitmap.width, bitmap.height));
-  const most = images.reduce((value, image) => image.data.reduce((m, v, i) => (i % 4 === 0 && v > m ? v : m), value), 1);
-  top.textContent = images.length === 0 ? "no maps of this image" : (most / 255).toFixed(2);
-  images.forEach((image, source) => {
-    const { data } = image;
+  const maps = bitmaps.map((bitmap) => pixels(bitmap, bitmap.width, bitmap.height));
+  const most = maps.reduce((value, map) => map.data.reduce((m, v, i) => (i % 4 === 0 && v > m ? v : m), value), 1);
+  top.textContent = maps.length === 0 ? "no maps of this image" : (most / 255).toFixed(2);
+  maps.forEach((map, source) => {
+    const { data } = map;
     const mean = data.reduce((sum, v, i) => (i % 4 === 0 ? sum + v : sum), 0) / (data.length / 4) / 255;
     for (let i = 0; i < data.length; i += 4) data.set(HEAT_TABLE[Math.round((data[i] / most) * 255)], i);
     const canvas = canvases[source];
-    canvas.width = image.width;
-    canvas.height = image.height;
+    canvas.width = map.width;
+    canvas.height = map.height;
     canvas.hidden = false;
     canvas.setAttribute("aria-label", `Weight of ${RUNS[index].fusion[source].source} on ${IMAGES[image].id}: mean ${mean.toFixed(2)}, highest ${(most / 255).toFixed(2)} of all sources`);
-    canvas.getContext("2d").putImageData(image, 0, 0);
+    canvas.getContext("2d").putImageData(map, 0, 0);
   });
 }
