@@ -97,7 +97,7 @@ def sample_images() -> None:
 
 
 def studies() -> None:
-    for entry in (resources.files("afterimage") / "studies").iterdir():
+    for entry in (resources.files("afterimage.config") / "studies").iterdir():
         if entry.name.endswith(".toml"):
             keep("study", entry.name, entry.read_bytes())
     keep(

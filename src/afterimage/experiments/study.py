@@ -208,8 +208,8 @@ def run_study(
     does not depend on them goes on.
 
     `train` does the training: here (`queue.train_runs`, the default) or elsewhere (see `experiments.ray`). With a
-    `part` the rest of the study is left to others. Of processes that `torchrun` has started the leading one does what is
-    not training, and alone returns the baselines.
+    `part` the rest of the study is left to others. Of processes that `torchrun` has started the main one does what
+    is not training, and alone returns the baselines.
     """
     from afterimage.analysis.controls.run import run_controls
     from afterimage.evaluation.baselines import run_baselines

@@ -42,7 +42,10 @@ class Part:
 
 
 def read_part(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
-    """The rows that have this part (`controls`, `error_breakdown` or `rate_distortion`), and what is wrong with files that do not read."""
+    """Read one part, `controls`, `error_breakdown` or `rate_distortion`, of every row that has it.
+
+    Returns the parts read and, in words, what is wrong with files that do not read.
+    """
     found, problems = [], []
     for row in rows:
         path = row.run.file(f"{part}.json")
