@@ -194,6 +194,13 @@ def test_a_test_image_that_is_missing_is_named(moved):
     assert not found.problems and found.missing[0].endswith("missing: 18.png")
 
 
+def test_a_decoder_that_is_missing_is_not_measured(study, done):
+    run_of(study, "linear").file("decoder.safetensors").unlink()
+    found = verdict(study, done)
+    assert not found.holds and not found.problems
+    assert found.missing == ("decoder.safetensors is missing from the run's folder",)
+
+
 def test_weights_that_are_missing_are_not_measured(study, done, monkeypatch, tmp_path):
     run = run_of(study, "linear")
     text = run.file("config.toml").read_text()

@@ -141,6 +141,16 @@ def test_every_kind_of_tensor_is_what_torch_reads(tmp_path):
     assert torch.equal(read_named_tensors(tmp_path / "y.pth").tensors["a"], base)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_quantised_tensors_are_left_out_and_the_others_read(tmp_path, legacy):
+    state = {
+        "weight": torch.rand(3, 4),
+        "observer": torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.qint8),
+    }
+    torch.save({"state_dict": state}, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    same(read_named_tensors(tmp_path / "x.pth").tensors, {"state_dict.weight": state["weight"]})
+
+
 def test_arrays_are_tensors_too(tmp_path):
     arrays = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -340,7 +340,7 @@ REFUSALS = [
     (504, {}, "is not available for now (504): try again later"),
     (403, {"X-Error-Code": "GatedRepo"}, "is gated, and access was refused (403): accept its licence on "),
     (401, {"X-Error-Code": "GatedRepo"}, "is gated, and access was refused (401): accept its licence on "),
-    (403, {}, "is gated, and access was refused (403): accept its licence on "),
+    (403, {}, "was refused (403) without the hub's own reason, as a proxy or firewall does"),
     (401, {"X-Error-Code": "RepoNotFound"}, "does not exist, or it is private or gated (401): check its name on "),
     (401, {}, "does not exist, or it is private or gated (401): check its name on "),
     (404, {"X-Error-Code": "RepoNotFound"}, "does not exist at "),

@@ -12,7 +12,18 @@ from afterimage.data.decode import shown
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
 SPLIT_WORDS = {
     TRAINING: ("train", "training", "trn", "trainset", "trainval"),
-    VALIDATION: ("validation", "val", "valid", "dev", "devel", "development", "valset", "validset", "devset"),
+    VALIDATION: (
+        "validation",
+        "validate",
+        "val",
+        "valid",
+        "dev",
+        "devel",
+        "development",
+        "valset",
+        "validset",
+        "devset",
+    ),
     TEST: ("test", "testing", "tst", "testset", "eval", "evaluation", "holdout"),
 }
 """The names that are taken for what they say, alone or as a word of a name (`DIV2K_train_HR`, `val2017`)."""

@@ -158,8 +158,10 @@ def _folder_changes(run: Run, config: RunConfig | BaselineConfig) -> list[str]:
     summary, changes = run.summary, []
     if not run.name.endswith(config.digest[:8]):
         changes.append("the settings: config.toml is not the one that named the folder")
-    digest = summary.get("decoder_sha256")
-    if summary["kind"] == "decoder" and digest != sha256(run.file("decoder.safetensors")):
+    digest, decoder = summary.get("decoder_sha256"), run.file("decoder.safetensors")
+    if summary["kind"] == "decoder" and not decoder.exists():
+        raise _Missing(f"{decoder.name} is missing from the run's folder")
+    if summary["kind"] == "decoder" and digest != sha256(decoder):
         changes.append(
             "the decoder: decoder.safetensors is not the one that was measured"
             if digest

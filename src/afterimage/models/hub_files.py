@@ -109,7 +109,12 @@ def _refusal(repository: str, revision: str | None, error: BaseException) -> str
         return f"{what} at {constants.ENDPOINT} has no revision {revision or 'main'} ({status})"
     told = get_token() is not None
     log_in = "with the account of your token" if told else "and log in with `hf auth login`, or set HF_TOKEN"
-    if isinstance(error, GatedRepoError) or (status == 403 and not code):
+    if status == 403 and not code and not isinstance(error, GatedRepoError):
+        return (
+            f"{what} was refused (403) without the hub's own reason, as a proxy or firewall does: ask who runs it; if "
+            f"the model is gated, accept its licence on {page} {log_in}"
+        )
+    if isinstance(error, GatedRepoError):
         return f"{what} is gated, and access was refused ({status}): accept its licence on {page} {log_in}"
     if status in (401, 403):
         unless = "your token may not read it" if told else "it is private or gated"

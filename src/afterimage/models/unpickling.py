@@ -40,6 +40,9 @@ STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8, "_UntypedStorage": torch.uint8,
+    # Of quantised tensors, which are left out like others that are no plain ones.
+    "QInt8Storage": torch.int8, "QUInt8Storage": torch.uint8, "QInt32Storage": torch.int32,
+    "QUInt4x2Storage": torch.uint8, "QUInt2x4Storage": torch.uint8,
 }  # fmt: skip
 
 

@@ -129,6 +129,13 @@ def raising(maps):
     raise ValueError("no such luck")
 
 
+class Holder:
+    """A result of a kind that is not looked into."""
+
+    def __init__(self, maps):
+        self.maps = maps
+
+
 class Growing(nn.Module):
     """Returns something else from its sixth call on."""
 
@@ -158,8 +165,14 @@ class Dishonest(nn.Module):
             r"2 feature maps.*it returns \[a\] 1x8x8x8, \[b\].*\[KEY\]",
         ),
         (Net(lambda m: {"a": m, "b": m[:, :4]}), "output[c]", r"nothing it returns is called \[c\]"),
-        (Net(lambda m: "text"), "output", "cannot be audited: it returns no"),
-        (Net(lambda m: None), "output", "cannot be audited: it returns no"),
+        (Net(lambda m: "text"), "output", "cannot be audited: it returns a str, in which no tensor"),
+        (Net(lambda m: None), "output", "cannot be audited: it returns a NoneType"),
+        (Net(lambda m: Holder(m)), "output", "it returns a Holder, in which no tensor was found"),
+        (
+            Net(lambda m: torch.from_numpy(m.numpy() + 1)),
+            "output",
+            "nothing that depends on the image, as far as torch",
+        ),
         (Net(lambda m: m.mean()), "output", "cannot be audited"),
         (Net(lambda m: m * float("inf")), "output", "not finite"),
     ],
@@ -167,6 +180,12 @@ class Dishonest(nn.Module):
 def test_what_goes_wrong_is_said(network, layer, message):
     with pytest.raises(AfterimageError, match=message):
         CustomEncoder(network, [layer], image_size=SIZE)
+
+
+def test_a_network_with_a_scripted_part_is_traced_around_it():
+    network = Net()
+    network.stem = torch.jit.script(network.stem)
+    assert CustomEncoder(network, ["output"], image_size=SIZE).specs[0].source.endswith(":output")
 
 
 def test_a_network_that_changes_its_mind_is_an_error():

@@ -62,7 +62,7 @@ class ForwardTrace(TorchDispatchMode):
         hooks = [
             module.register_forward_hook(functools.partial(self._finish, path))
             for path, module in model.named_modules()
-            if path
+            if path and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
         ]
         try:
             # Attention in plain matrix products, which are counted and followed on every device.
@@ -105,7 +105,11 @@ class ForwardTrace(TorchDispatchMode):
             refused = str(reason)
         found = [(key, tensor) for key, tensor in tensors(output) if storage(tensor) in self._seen]
         if not found and not refused:
-            refused = "it returns nothing that depends on the image"
+            refused = (
+                "it returns nothing that depends on the image, as far as torch can see"
+                if tensors(output)
+                else f"it returns a {type(output).__name__}, in which no tensor was found"
+            )
         self.events[path] = ModuleCall(
             order=self._finished,
             clock=self._clock,
