@@ -3,7 +3,7 @@
 Originals are decoded again in every epoch by a DataLoader's workers, everything is float32, attention writes out its
 N x N matrices, every decoder runs its own encoder pass, one decoder is trained after the other, and validation
 features are computed anew each time. Pixel space, initial weights, order of images, crops and flips are those of
-`afterimage.training.trainer`, so that both ways compute the same thing and must come to the same quality.
+`afterimage.train`, so that both ways compute the same thing and must come to the same quality.
 """
 
 from __future__ import annotations

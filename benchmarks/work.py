@@ -45,7 +45,7 @@ def here(accelerator: str, precision: str) -> dict[str, str]:
 def ours(
     configs: Sequence[dict], cache: str, *, accelerator: str = "auto", target: float | None = None
 ) -> dict[str, Any]:
-    """Runs that share a recipe and their encoder, trained as `afterimage.training.trainer` trains them.
+    """Runs that share a recipe and their encoder, trained as `afterimage.train` trains them.
 
     Seconds count from the originals, with what `cache` holds of them, to the last validation; building the encoder
     and the decoders is left out. With a `target` it ends as soon as the first decoder has that PSNR on the test

@@ -67,7 +67,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     )
     assert code == 0 and "is done already" in err
     run = runs[0].path
-    code, out, _ = command("evaluate", run, "--output-dir", "scores.csv")
+    code, out, _ = command("evaluate", run, "--output", "scores.csv")
     stored, again = runs[0].scores, read_csv(tmp_path / "scores.csv")
     assert code == 0 and "PSNR" in out and [row["id"] for row in stored] == [row["id"] for row in again]
     assert [row["psnr"] for row in again] == pytest.approx([row["psnr"] for row in stored], abs=1e-4)
@@ -76,7 +76,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     assert Image.open(tmp_path / "00.reconstruction.png").size == (64 + 8 + 64, 64)
     alone = next(line for line in out.splitlines() if line.startswith("PSNR")).strip()
     sample_images = photographs / "00.png", photographs / "01.png"
-    code, out, _ = command("reconstruct", *sample_images, "--run", "runs", "--output-dir", "both.png")
+    code, out, _ = command("reconstruct", *sample_images, "--run", "runs", "--output", "both.png")
     lines = [line for line in out.splitlines() if "PSNR" in line]
     assert (
         code == 0
@@ -86,7 +86,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     assert sum(alone in line and ", 00: " in line for line in lines) == 1
     width, height = Image.open(tmp_path / "both.png").size
     assert width > 5 * 64 and height > 4 * 64, "the originals and four runs, two images and their details"
-    code, _, err = command("reconstruct", *sample_images, "--run", "runs", "--output-dir", "both.svg")
+    code, _, err = command("reconstruct", *sample_images, "--run", "runs", "--output", "both.svg")
     assert code == 1 and "PNG" in err and not (tmp_path / "both.svg").exists()
     code, _, err = command("reconstruct", sample_images[0], sample_images[0], "--run", "runs")
     assert code == 1 and "named twice" in err
@@ -166,7 +166,7 @@ def test_limits_are_checked_before_anything_is_done(command, tmp_path, arguments
 
 
 def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, monkeypatch):
-    import afterimage.models.reconstructor
+    import afterimage.training.checkpoint
 
     def computed(*_, **__):
         raise AssertionError("it should have ended before")
@@ -175,11 +175,11 @@ def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, mo
     assert command(*arguments)[0] == 0
     (run,) = scan(tmp_path / "runs")
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
-    monkeypatch.setattr(afterimage.models.reconstructor.Reconstructor, "open", computed)
+    monkeypatch.setattr(afterimage.training.checkpoint, "load_reconstructor", computed)
     for arguments, message in (
-        (["evaluate", run.path, "--output-dir", tmp_path], f"--output-dir {tmp_path} is a folder"),
-        (["evaluate", run.path, "--output-dir", tmp_path / "a.png" / "x"], "a.png is a file, not a folder"),
-        (["reconstruct", "a.png", "--run", run.path, "--output-dir", "a.png/b.png"], "a.png is a file"),
+        (["evaluate", run.path, "--output", tmp_path], f"--output {tmp_path} is a folder"),
+        (["evaluate", run.path, "--output", tmp_path / "a.png" / "x"], "a.png is a file, not a folder"),
+        (["reconstruct", "a.png", "--run", run.path, "--output", "a.png/b.png"], "a.png is a file"),
         (["report", "runs", "--output-dir", "a.png"], "a.png is a file, not a folder"),
     ):
         code, _, err = command(*arguments)

@@ -208,13 +208,13 @@ def test_odd_names_and_a_windows_log_from_training_to_a_report(odd, tmp_path, mo
     sample_images = sorted(odd.iterdir())[:2]
     for arguments, told in (
         (
-            ["evaluate", run.path, "--output-dir", tmp_path / os.fsdecode(b"scores \xff.csv")],
+            ["evaluate", run.path, "--output", tmp_path / os.fsdecode(b"scores \xff.csv")],
             "scores \\xff.csv",
         ),
         (["verify", run.path, "--device", "cpu"], "1 of 1 runs hold"),
-        (["reconstruct", sample_images[0], "--run", run.path, "--output-dir", tmp_path / "one.png"], "PSNR"),
+        (["reconstruct", sample_images[0], "--run", run.path, "--output", tmp_path / "one.png"], "PSNR"),
         (
-            ["reconstruct", *sample_images, "--run", run.path, "--output-dir", tmp_path / "two.png"],
+            ["reconstruct", *sample_images, "--run", run.path, "--output", tmp_path / "two.png"],
             "\\x1b[31m\\xfe 0",
         ),
         (["report", run.path, "--output-dir", tmp_path / os.fsdecode(b"report \xff")], "report \\xff"),

@@ -154,7 +154,7 @@ def test_indices_outside_are_errors():
 
 def test_loaded_images_have_the_size_asked_for(tmp_path):
     write_images(tmp_path / "images", 6)
-    config = DataConfig(f"folder:{tmp_path / 'sample_images'}", resize=24, crop=16)
+    config = DataConfig(f"folder:{tmp_path / 'images'}", resize=24, crop=16)
     data = load_data(config, cache=tmp_path / "cache")
     crops = data.train.crops(range(len(data.train)), seed=0)
     assert crops.shape == (len(data.train), 3, 16, 16)

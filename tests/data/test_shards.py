@@ -206,7 +206,7 @@ def test_shards_are_read_once_for_as_long_as_they_stay_the_same(tmp_path, read):
 
 def test_of_a_folder_only_what_changed_is_read_again(tmp_path, read):
     paths = write_images(tmp_path / "images", 10)
-    source = f"folder:{tmp_path / 'sample_images'}"
+    source = f"folder:{tmp_path / 'images'}"
     first = load(source, tmp_path)
     assert len(read) == 10 and load(source, tmp_path).digest == first.digest and len(read) == 10
     paths[3].write_bytes(image_bytes(100))

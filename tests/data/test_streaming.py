@@ -26,7 +26,7 @@ def source(request, tmp_path) -> str:
     if request.param == "folder":
         write_images(tmp_path / "images", 30)
         write_images(tmp_path / "images" / "more", 10, first=30)
-        return f"folder:{tmp_path / 'sample_images'}"
+        return f"folder:{tmp_path / 'images'}"
     if request.param == "webdataset":
         return write_shards(tmp_path / "shards", 2, 20)
     return write_parquet(tmp_path / "parquet", 2, 20, group=6)
@@ -75,7 +75,7 @@ def test_the_split_of_a_folder_is_the_one_it_always_was(tmp_path, own):
 def test_parquet_and_tar_and_folder_hold_the_same_contents(tmp_path):
     write_images(tmp_path / "images", 12)
     sources = [
-        f"folder:{tmp_path / 'sample_images'}",
+        f"folder:{tmp_path / 'images'}",
         write_shards(tmp_path / "shards", 3, 4),
         write_parquet(tmp_path / "parquet", 3, 4, group=3),
         write_parquet(tmp_path / "plain", 3, 4, group=3, plain=True),
@@ -130,7 +130,7 @@ def test_another_source_may_test(tmp_path):
     assert isinstance(data.train, StreamedImages) and len(data.test) == 3
     assert data.test.crops([0, 1, 2]).shape == (3, 3, 16, 16)
     write_images(tmp_path / "images", 3, first=100)
-    assert len(load(source, tmp_path, test=f"folder:{tmp_path / 'sample_images'}").test) == 3
+    assert len(load(source, tmp_path, test=f"folder:{tmp_path / 'images'}").test) == 3
 
 
 def test_a_test_image_that_trains_is_refused_and_copies_are_counted(tmp_path):

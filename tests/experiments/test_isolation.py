@@ -63,13 +63,13 @@ DECODER_BUGS = [
     (decoder, "step", IndexError("list index out of range")),
     (decoder, "step 6", TypeError("unsupported operand")),  # in the middle of the second epoch
     (decoder, "backward", BUG),
-    (decoder, "stepped 5", AssertionError()),
+    (decoder, "after_optimizer_step 5", AssertionError()),
     (decoder, "validation", ZeroDivisionError("division by zero")),
     (decoder, "test", StopIteration("no more")),
-    (closed_form, "prepare", BUG),
-    (closed_form, "accumulate 2", ValueError("a shape")),
+    (closed_form, "begin_fit", BUG),
+    (closed_form, "partial_fit 2", ValueError("a shape")),
     (closed_form, "hold", BUG),
-    (closed_form, "solve", IndexError("list index out of range")),
+    (closed_form, "finalize_fit", IndexError("list index out of range")),
     (closed_form, "test", BUG),
 ]
 
@@ -86,7 +86,7 @@ def test_whatever_raises_in_a_run_ends_that_run(go, sample_images, whole, monkey
         broken.append(
             (beside(sample_images, sources=sources, fusion=FusionConfig(f"broken {when}", channels=8)), BUG)
         )
-    stacked = fusion("solve", BUG)
+    stacked = fusion("finalize_fit", BUG)
     monkeypatch.setitem(FUSIONS, "stacked", stacked)
     monkeypatch.setattr("afterimage.models.fusion.StackedFusion", stacked)
     broken.append((beside(sample_images, sources=sources, fusion=FusionConfig("stacked")), BUG))

@@ -142,8 +142,8 @@ def test_a_part_of_the_controls_that_raises_ends_itself_alone(whole, cache, tmp_
     monkeypatch.setattr(measure._Rates, "add", adding)
     failures = run_controls(runs, cache=cache, accelerator="cpu")
     (error,) = failures
-    assert "rate of " + runs[0].name in str(error) and "\n" not in str(error)
-    assert "in adding" in runs[0].file(f"rate.{TRACEBACK}").read_text()
+    assert "rate_distortion of " + runs[0].name in str(error) and "\n" not in str(error)
+    assert "in adding" in runs[0].file(f"rate_distortion.{TRACEBACK}").read_text()
     files = [sorted(path.name for path in run.path.glob("*.json")) for run in runs]
     assert set(files[1]) - set(files[0]) == {"rate_distortion.json"} and set(files[1]) >= {
         "controls.json",
@@ -152,7 +152,10 @@ def test_a_part_of_the_controls_that_raises_ends_itself_alone(whole, cache, tmp_
     assert {run.state for run in runs} == {"done"}
     monkeypatch.undo()
     assert not run_controls(runs, cache=cache, accelerator="cpu")
-    assert runs[0].file("rate_distortion.json").exists() and not runs[0].file(f"rate.{TRACEBACK}").exists()
+    assert (
+        runs[0].file("rate_distortion.json").exists()
+        and not runs[0].file(f"rate_distortion.{TRACEBACK}").exists()
+    )
 
 
 def test_controls_of_a_run_that_cannot_be_opened_end_themselves_alone(cache, tmp_path, monkeypatch):
@@ -164,7 +167,7 @@ def test_controls_of_a_run_that_cannot_be_opened_end_themselves_alone(cache, tmp
             raise BUG
         return opened(run, **options)
 
-    monkeypatch.setattr(measure.Reconstructor, "open", opening)
+    monkeypatch.setattr(measure, "load_reconstructor", opening)
     (error,) = run_controls(runs, cache=cache, accelerator="cpu")
     assert runs[0].name in str(error) and runs[0].file(f"controls.{TRACEBACK}").exists()
     assert runs[1].file("controls.json").exists() and {run.state for run in runs} == {"done"}
@@ -215,7 +218,7 @@ def test_train_tells_every_failure_in_a_line(cache, tmp_path, monkeypatch, capsy
         "random",
     ]
     arguments += ["--data", DATA.source, "--resize", "36", "--crop", "32", "--lpips", "squeeze"]
-    monkeypatch.setitem(DECODERS, "broken", decoder("solve", BUG, DECODERS["linear"]))
+    monkeypatch.setitem(DECODERS, "broken", decoder("finalize_fit", BUG, DECODERS["linear"]))
     arguments.insert(5, "broken")
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--output-dir", str(tmp_path), "--cache", str(cache), "--device", "cpu"])

@@ -245,7 +245,7 @@ def _images():
     return load_data(DataConfig("procedural:6", resize=32, crop=24), cache=scratch() / "cache")
 
 
-def sample_image(data: bytes) -> None:
+def image(data: bytes) -> None:
     """An image file of any kind: 8-bit sRGB, resized, or an error that names it."""
     from afterimage.data import decode
 
@@ -307,7 +307,7 @@ def weights(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (study, run, report, verify, sample_image, archive, pairs, weights)
+    target.__name__: target for target in (study, run, report, verify, image, archive, pairs, weights)
 }
 
 

@@ -14,7 +14,7 @@ from afterimage import (
 )
 from afterimage.analysis.controls.run import run_controls
 from afterimage.config import AfterimageError, FusionConfig
-from afterimage.evaluation import evaluate
+from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.reproduce import verify_runs
 from afterimage.training.checkpoint import load_reconstructor

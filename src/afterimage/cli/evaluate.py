@@ -25,7 +25,7 @@ class Evaluate:
     """Where the encoder's weights are, if not where they were in training."""
     lpips: str | None = None
     """LPIPS network: alex, vgg or squeeze (default: the one that the run was measured with)."""
-    output_dir: Path | None = None
+    output: Path | None = None
     """Write the per-image scores to this CSV file."""
     cache: Path | None = None
     """Where decoded images are kept."""
@@ -39,15 +39,15 @@ class Evaluate:
         from afterimage.runtime.progress import Display
 
         run = Run.open(self.run_folder)
-        if self.output_dir is not None:
-            check_file(self.output_dir, "--output-dir")
+        if self.output is not None:
+            check_file(self.output, "--output")
         metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
         with Display() as display:
             rows, _ = evaluate_run(
                 run, metrics, test=self.data, weights=self.weights, cache=self.cache, progress=display
             )
-        if self.output_dir is not None:
-            write_csv(self.output_dir, rows)
-            say(f"scores of {len(rows)} images: {shown(self.output_dir)}")
+        if self.output is not None:
+            write_csv(self.output, rows)
+            say(f"scores of {len(rows)} images: {shown(self.output)}")
         for name, score in summarise(rows).items():
             say(score_line(name, score, metrics.lpips_status))

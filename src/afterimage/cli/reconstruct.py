@@ -30,7 +30,7 @@ class Reconstruct:
     """Any image files."""
     run_folders: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", metavar="RUN [...]")]
     """Run folders, or folders that hold run folders, such as a study's."""
-    output_dir: Path | None = None
+    output: Path | None = None
     """Where to save, a PNG file; where one figure does not hold all, FILE-1.png, FILE-2.png, ... (default: in the
     working folder, IMAGE.reconstruction.png, of several images the first's)."""
     weights: str | None = None
@@ -46,12 +46,10 @@ class Reconstruct:
             raise AfterimageError("name at least one image file")
         if len(set(self.images)) < len(self.images):
             raise AfterimageError("an image file is named twice")
-        if self.output_dir is not None and self.output_dir.suffix.lower() != ".png":
-            raise AfterimageError(
-                f"--output-dir {shown(self.output_dir)}: the figure is a PNG file, name it .png"
-            )
-        output = self.output_dir or Path(f"{self.images[0].stem}.reconstruction.png")
-        check_file(output, "--output-dir")
+        if self.output is not None and self.output.suffix.lower() != ".png":
+            raise AfterimageError(f"--output {shown(self.output)}: the figure is a PNG file, name it .png")
+        output = self.output or Path(f"{self.images[0].stem}.reconstruction.png")
+        check_file(output, "--output")
         if len(runs) == len(self.images) == 1:
             self._one(runs[0], output)
         else:

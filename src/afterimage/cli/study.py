@@ -169,7 +169,7 @@ class Study:
             import_ray()  # before anything else is done
             return partial(train_on_ray, **options)
         for name in options:
-            raise AfterimageError(f"--{name} goes with --executor ray")
+            raise AfterimageError(f"--{'copy-back' if name == 'fetch' else name} goes with --executor ray")
         return None
 
     def _changed(self, study: StudyConfig) -> StudyConfig:

@@ -155,11 +155,11 @@ def leaves(count, size):
 
 
 def fitted(decoder, features, images, validation=None):
-    decoder.prepare(len(images), 0)
-    decoder.accumulate([features], images)
+    decoder.begin_fit(len(images), 0)
+    decoder.partial_fit([features], images)
     if validation:
-        decoder.accumulate([validation[0]], validation[1], validation=True)
-    decoder.solve()
+        decoder.partial_fit([validation[0]], validation[1], validation=True)
+    decoder.finalize_fit()
     return decoder.eval()
 
 
@@ -286,12 +286,12 @@ def test_an_even_decoder_is_as_it_was(name):
 @pytest.mark.parametrize(("start", "stride", "size"), [(0, 4, 52), (-3, 4, 43), (5, 4, 60)])
 def test_a_window_of_the_residual_decoder_is_a_part_of_the_whole(start, stride, size):
     along = Axis(float(start), float(stride), 0, size)
-    decoder = create_decoder("residual", [spec(6, 12, 12, along, along)], size, seed=0, window=16, trunk=0)
+    decoder = create_decoder("residual", [spec(6, 12, 12, along, along)], size, seed=0, crop=16, trunk=0)
     with torch.no_grad():
         decoder.base.weight.normal_(0, 0.1)
     features, images = torch.randn(2, 6, 12, 12), torch.rand(2, 3, size, size)
     whole = decoder([features])
-    windows = [w for seed in range(8) for w in decoder.windows(torch.Generator().manual_seed(seed))]
+    windows = [w for seed in range(8) for w in decoder.feature_crops(torch.Generator().manual_seed(seed))]
     assert len(windows) > 8 and None not in windows
     for window in windows:
         part, target = decoder([features], window), decoder.cut(images, window)
@@ -361,9 +361,9 @@ def test_a_stacked_fusion_reads_coarse_maps_where_they_lie():
     along = Axis(0.0, 4.0, 0, 16)
     specs = [FeatureSpec("fine:x", 4, 10, 10), FeatureSpec("coarse:x", 32, 4, 4, along, along)]
     fusion = create_fusion(FusionConfig("stacked"), specs, 20)
-    fusion.prepare(40, seed=0)
-    fusion.accumulate([fine, coarse], images)
-    fusion.solve()
+    fusion.begin_fit(40, seed=0)
+    fusion.partial_fit([fine, coarse], images)
+    fusion.finalize_fit()
     (read,) = fusion([fine, coarse]).split([4, 12], 1)[1:]
     said = F.pixel_shuffle(read, 2)
     assert (said[:, 1:, :16, :16] - images[:, 1:, :16, :16]).abs().max() < 0.05
