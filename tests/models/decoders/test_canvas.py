@@ -286,7 +286,7 @@ def test_an_even_decoder_is_as_it_was(name):
 @pytest.mark.parametrize(("start", "stride", "size"), [(0, 4, 52), (-3, 4, 43), (5, 4, 60)])
 def test_a_window_of_the_residual_decoder_is_a_part_of_the_whole(start, stride, size):
     along = Axis(float(start), float(stride), 0, size)
-    decoder = create_decoder("residual", [spec(6, 12, 12, along, along)], size, seed=0, crop=16, trunk=0)
+    decoder = create_decoder("residual", [spec(6, 12, 12, along, along)], size, seed=0, window=16, trunk=0)
     with torch.no_grad():
         decoder.base.weight.normal_(0, 0.1)
     features, images = torch.randn(2, 6, 12, 12), torch.rand(2, 3, size, size)

@@ -367,7 +367,7 @@ MEMORY = """
 import resource, torch
 torch.set_num_threads(1)
 from afterimage.config import FeatureSpec
-from afterimage.decoders import create_decoder
+from afterimage.models.decoders import create_decoder
 decoder = create_decoder("attention", [FeatureSpec("vgg16:block1", 64, 80, 80)], 160, seed=0, depth=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 decoder([torch.randn(1, 64, 80, 80)]).mean().backward()
