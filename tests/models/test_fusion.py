@@ -124,7 +124,7 @@ def test_bad_fusions_are_named():
     with pytest.raises(AfterimageError, match="takes 3 feature maps, got 2"):
         create_fusion(FusionConfig("concat", 4), SPECS)(maps(SPECS)[:2])
     config = RunConfig(("a:x", "b:y"), fusion=FusionConfig("attention"), decoder=DecoderConfig("linear"))
-    with pytest.raises(AfterimageError, match="'stacked' or 'aligned', which have nothing to learn"):
+    with pytest.raises(AfterimageError, match="'aligned' or 'stacked', which have nothing to learn"):
         build_feature_decoder(config, SPECS[:2])
 
 

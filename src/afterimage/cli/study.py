@@ -230,6 +230,7 @@ def print_plan(configs: list[RunConfig]) -> None:
     from afterimage.cli.layers import print_unseen
     from afterimage.experiments.cost import macs_per_second, plan
     from afterimage.experiments.study import study_groups
+    from afterimage.models.fusion import FUSIONS
     from afterimage.runtime.progress import clock
 
     plans, problems = [], []
@@ -248,7 +249,7 @@ def print_plan(configs: list[RunConfig]) -> None:
         config = one.config
         sources = list(config.sources)
         if config.fusion is not None:
-            channels = "" if config.fusion.name in ("aligned", "stacked") else f" {config.fusion.channels}"
+            channels = f" {config.fusion.channels}" if FUSIONS[config.fusion.name].trainable else ""
             sources.append(f"fused: {config.fusion.name}{channels} at {config.fusion.size or 'finest'}")
         if config.weights != "pretrained":
             sources.append(f"weights: {config.weights}")

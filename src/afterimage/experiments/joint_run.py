@@ -203,7 +203,8 @@ class JointRun:
 
     def _measure(self, members: list[DecoderTrainer]) -> None:
         check_frozen(self.encoders)
-        maps = {m: WeightMaps(m.head.fusion, self.keep) for m in members if hasattr(m.head.fusion, "weights")}
+        weighted = [m for m in members if m.head.fusion is not None and m.head.fusion.has_weights]
+        maps = {m: WeightMaps(m.head.fusion, self.keep) for m in weighted}
 
         def reconstruct(images: Tensor) -> list[Tensor]:
             self.pause()

@@ -71,12 +71,17 @@ def _weights(source: Span, target: Span, smooth: bool) -> Float[Tensor, "target 
 
 
 class Fusion(nn.Module, ABC):
-    """Brings every map to one size and number of channels, then makes one of them.
+    """Makes one feature map `(B, C, h, w)` of several, with `size` locations; `spec` says which shape it has.
 
-    Each source has a 1x1 convolution to `channels` and batch norm; it is then resampled bilinearly (antialiased
-    where it shrinks) to `size` locations, so that what lies in one place of the image meets. `spec` describes what
-    comes out.
+    What lies at one place of the image meets: every map is resampled to where the fused cells lie.
     """
+
+    closed_form = False
+    """Whether it is fitted in closed form, as a decoder can be (see `Decoder`)."""
+    trainable = True
+    """Whether it is trained by gradient descent; if so it projects every map to the configured channels first."""
+    has_weights = False
+    """Whether `weights(features)` says how much each source counts, as `(B, sources, h, w)` that sum to 1."""
 
     def __init__(
         self,
@@ -90,6 +95,28 @@ class Fusion(nn.Module, ABC):
         self.spec = fused_spec(specs, channels, size, image_size)
         self.canvas = Canvas(self.spec, image_size)
         self.canvases = [Canvas(spec, image_size) for spec in specs]
+
+    @abstractmethod
+    def forward(
+        self, features: Sequence[Float[Tensor, "batch _ _ _"]]
+    ) -> Float[Tensor, "batch channels h w"]:
+        """One feature map `(B, C, h, w)` from several."""
+
+
+class ProjectedFusion(Fusion):
+    """Brings every map to one number of channels by a 1x1 convolution and batch norm, then makes one of them.
+
+    Maps are resampled bilinearly, antialiased where they shrink.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        channels: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__(specs, channels, size, image_size)
         self.projections = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(spec.channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels)
@@ -111,18 +138,14 @@ class Fusion(nn.Module, ABC):
             )
         return projected
 
-    @abstractmethod
-    def forward(
-        self, features: Sequence[Float[Tensor, "batch _ _ _"]]
-    ) -> Float[Tensor, "batch channels h w"]:
-        """One feature map `(B, channels, h, w)` from several."""
 
-
-class AttentionFusion(Fusion):
+class AttentionFusion(ProjectedFusion):
     """A softmax weight for each source and location, from the projected maps themselves.
 
     `weights` gives them as `(B, sources, h, w)`, summing to 1 over sources.
     """
+
+    has_weights = True
 
     def __init__(
         self,
@@ -150,7 +173,7 @@ class AttentionFusion(Fusion):
         return sum(weights[:, i : i + 1] * maps for i, maps in enumerate(projected))
 
 
-class ConcatFusion(Fusion):
+class ConcatFusion(ProjectedFusion):
     """All projected maps side by side, brought back to `channels` by a 1x1 convolution."""
 
     def __init__(
@@ -167,8 +190,10 @@ class ConcatFusion(Fusion):
         return self.mix(torch.cat(self.project(features), dim=1))
 
 
-class WeightedFusion(Fusion):
+class WeightedFusion(ProjectedFusion):
     """One learned weight a source, the same everywhere; a softmax holds their sum at 1."""
+
+    has_weights = True
 
     def __init__(
         self,
@@ -189,8 +214,10 @@ class WeightedFusion(Fusion):
         return sum(weights[i] * maps for i, maps in enumerate(self.project(features)))
 
 
-class AlignedFusion(nn.Module):
+class AlignedFusion(Fusion):
     """Maps side by side at one size, with nothing to learn: what a closed-form decoder can be fitted on."""
+
+    trainable = False
 
     def __init__(
         self,
@@ -199,18 +226,14 @@ class AlignedFusion(nn.Module):
         size: tuple[int, int],
         image_size: tuple[int, int],
     ) -> None:
-        super().__init__()
-        self.size = size
-        self.spec = fused_spec(specs, sum(spec.channels for spec in specs), size, image_size)
-        self.canvas = Canvas(self.spec, image_size)
-        self.canvases = [Canvas(spec, image_size) for spec in specs]
+        super().__init__(specs, sum(spec.channels for spec in specs), size, image_size)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         pairs = zip(features, self.canvases, strict=True)
         return torch.cat([align(maps, own, self.canvas, smooth=False) for maps, own in pairs], 1)
 
 
-class StackedFusion(nn.Module):
+class StackedFusion(Fusion):
     """The finest maps as they are, beside what each coarser map says of the image there (stacking, Wolpert 1992).
 
     A coarse location knows what lies where within its block of pixels, which enlarging its channels would blur. So
@@ -219,6 +242,7 @@ class StackedFusion(nn.Module):
     """
 
     closed_form = True
+    trainable = False
 
     def __init__(
         self,
@@ -227,11 +251,7 @@ class StackedFusion(nn.Module):
         size: tuple[int, int],
         image_size: tuple[int, int],
     ) -> None:
-        super().__init__()
-        self.size = size
-        place = fused_spec(specs, 1, size, image_size)
-        self.canvas = Canvas(place, image_size)
-        self.canvases = [Canvas(spec, image_size) for spec in specs]
+        super().__init__(specs, channels, size, image_size)
         self.block = max(1, round(math.sqrt(math.prod(self.canvas.size) / (size[0] * size[1]))))
         self.readers = nn.ModuleDict(
             {
@@ -242,7 +262,7 @@ class StackedFusion(nn.Module):
         )
         read = len(self.readers) * 3 * self.block**2
         kept = sum(spec.channels for i, spec in enumerate(specs) if str(i) not in self.readers)
-        self.spec = replace(place, channels=kept + read)
+        self.spec = replace(self.spec, channels=kept + read)
 
     def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
         views = [reader.begin_fit(images, seed, ranks) for reader in self.readers.values()]
@@ -282,7 +302,7 @@ class StackedFusion(nn.Module):
         return pixel_unshuffle(resize(self.canvas.cut(images), pixels), (self.block, self.block))
 
 
-FUSIONS: dict[str, type[nn.Module]] = {
+FUSIONS: dict[str, type[Fusion]] = {
     "attention": AttentionFusion,
     "concat": ConcatFusion,
     "weighted": WeightedFusion,
@@ -293,7 +313,7 @@ FUSIONS: dict[str, type[nn.Module]] = {
 
 def create_fusion(
     config: FusionConfig, specs: Sequence[FeatureSpec], image_size: int | tuple[int, int] = 224
-) -> nn.Module | None:
+) -> Fusion | None:
     """Build a fusion for features of the given shapes; None for a single source, which is its own fusion.
 
     Without a size the maps meet at the finest resolution present. Raises `AfterimageError` for an unknown name.

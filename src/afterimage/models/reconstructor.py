@@ -15,7 +15,7 @@ from afterimage.models.decoders import Decoder, create_decoder
 from afterimage.models.decoders.base import FeatureCrop
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers.timm import resolve
-from afterimage.models.fusion import create_fusion
+from afterimage.models.fusion import FUSIONS, Fusion, create_fusion
 from afterimage.models.weights import identity
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -92,7 +92,7 @@ class ClosedForm(Protocol):
 class FeatureDecoder(nn.Module):
     """What is trained: an optional fusion and a decoder. Feature maps in, images `(B, 3, H, W)` in [0, 1] out."""
 
-    def __init__(self, decoder: Decoder, fusion: nn.Module | None = None) -> None:
+    def __init__(self, decoder: Decoder, fusion: Fusion | None = None) -> None:
         super().__init__()
         self.fusion = fusion
         self.decoder = decoder
@@ -103,7 +103,7 @@ class FeatureDecoder(nn.Module):
     @property
     def closed_forms(self) -> list[ClosedForm]:
         """The parts with a closed form, in the order in which they are fitted."""
-        return [part for part in (self.fusion, self.decoder) if getattr(part, "closed_form", False)]
+        return [part for part in (self.fusion, self.decoder) if part is not None and part.closed_form]
 
     def partial_fit(
         self, part: ClosedForm, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
@@ -148,10 +148,11 @@ def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> Fe
         parameters=config.decoder.parameters,
         **config.decoder.options,
     )
-    if fusion is not None and decoder.closed_form and any(p.requires_grad for p in fusion.parameters()):
+    if fusion is not None and decoder.closed_form and fusion.trainable:
+        untrained = " or ".join(repr(name) for name, cls in FUSIONS.items() if not cls.trainable)
         raise AfterimageError(
             f"{config.decoder.name} is fitted in closed form on features as they are; fuse them with "
-            f"'stacked' or 'aligned', which have nothing to learn by descent, instead of {config.fusion.name!r}"
+            f"{untrained}, which have nothing to learn by descent, instead of {config.fusion.name!r}"
         )
     return FeatureDecoder(decoder, fusion)
 

@@ -168,7 +168,7 @@ def test_a_shuffle_is_a_permutation_of_places_of_each_image():
     assert torch.equal(result.sort(2).values, places.flatten(2))
     assert torch.equal(result[:, 0], result[:, 1]), "all channels of a place move together"
     assert len({tuple(row.tolist()) for row in result[:, 0]}) == 8, "every image has its own order"
-    assert not defence.keeps_places and fitted("noise:1").keeps_places
+    assert not defence.preserves_positions and fitted("noise:1").preserves_positions
 
 
 PARTS = ["noise:0.5", "int8", "int4", "1bit", "topk:0.2", "pca:3", "drop:0.5", "pool:2", "shuffle"]

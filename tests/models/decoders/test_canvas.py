@@ -296,7 +296,7 @@ def test_a_window_of_the_residual_decoder_is_a_part_of_the_whole(start, stride, 
     for window in windows:
         part, target = decoder([features], window), decoder.cut(images, window)
         assert part.shape == target.shape and part.numel()
-        rows, columns = decoder.canvas.window(window)[1]
+        rows, columns = decoder.canvas.crop(window)[1]
         assert torch.equal(target, images[..., rows, columns])
         torch.testing.assert_close(part, whole[..., rows, columns])
 

@@ -286,6 +286,23 @@ class TestLinear:
         decoder.partial_fit([validation[0]], validation[1], validation=True) if validation else None
         return decoder, decoder.finalize_fit()
 
+    def test_asking_for_the_cost_leaves_a_fit_under_way_alone(self):
+        generator = torch.Generator().manual_seed(2)
+        features = torch.randn(6, 4, 40, 40, generator=generator)
+        images = torch.rand(6, 3, 40, 40, generator=generator)
+
+        def weight(asked: bool) -> torch.Tensor:
+            decoder = create_decoder("linear", [spec(4, 40, 40)], 40, rows_per_input=10)
+            decoder.begin_fit(2000, seed=3)  # so many that locations are sampled
+            for chunk in torch.arange(6).split(3):
+                decoder.partial_fit([features[chunk]], images[chunk])
+                if asked:
+                    assert decoder.fit_macs(10) > 0
+            decoder.finalize_fit()
+            return decoder.weight
+
+        assert torch.equal(weight(True), weight(False))
+
     def test_recovers_a_linear_map_exactly(self):
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(20, 4, 6, 5, generator=generator)

@@ -18,7 +18,7 @@ from afterimage.config import AfterimageError, RecipeConfig
 from afterimage.data.images import Data, ImageSet, StreamedImages
 from afterimage.evaluation.evaluate import Box, Evaluation, evaluate_together
 from afterimage.evaluation.metrics import Metrics
-from afterimage.models.decoders import create_decoder
+from afterimage.models.decoders import DECODERS, create_decoder
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
 from afterimage.training.decoder_trainer import DecoderTrainer
@@ -117,8 +117,7 @@ def attacker_member(
 ) -> DecoderTrainer:
     """A decoder for what `defence`, the one at `index`, sends."""
     spec = defence.sent_specs[0]
-    # Around a single place there are no neighbours to read.
-    options = {"kernel": 1} if decoder == "linear" and spec.locations == 1 else {}
+    options = DECODERS[decoder].single_location if spec.locations == 1 and decoder in DECODERS else {}
     head = FeatureDecoder(create_decoder(decoder, [spec], image_size, seed=seed, **options))
     return DecoderTrainer(
         head, [index], recipe, fabric, name=f"{decoder} on {defence.name} of {spec.source}", run=run

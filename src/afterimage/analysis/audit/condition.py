@@ -66,7 +66,7 @@ class AuditCondition:
         self,
         root: Path,
         rows: Sequence[Mapping[str, Any]],
-        image_set: Sequence[tuple[str, Any, Any]],
+        images: Sequence[tuple[str, Any, Any]],
         reconstructions: Compared,
         galleries: Mapping[str, Gallery],
         *,
@@ -80,8 +80,8 @@ class AuditCondition:
         """
         found = {
             f"{name}{part}": values
-            for part, images in reconstructions.items()
-            for name, values in galleries[part].find(images).items()
+            for part, small in reconstructions.items()
+            for name, values in galleries[part].find(small).items()
         }
         columns = {f"found_by_{name}": values for name, values in found.items()}
         rows = [row | {k: int(v[i]) for k, v in columns.items()} for i, row in enumerate(rows)]
@@ -105,7 +105,7 @@ class AuditCondition:
                 "scores": {name: _interval(values) for name, values in columns.items()},
             }
         run = self.run(root)
-        run.save_result(summary, rows, image_set)
+        run.save_result(summary, rows, images)
         run.set_state("done")
 
 

@@ -497,7 +497,7 @@ class _Audit:
                 remove_checkpoints(cell.run(self.root))
 
     def _refine(self, attack: AttackTrainer, member: DecoderTrainer, cell: AuditCondition) -> None:
-        if not attack.encoders.defences[member.feature_indices[0]].keeps_places:
+        if not attack.encoders.defences[member.feature_indices[0]].preserves_positions:
             self._note(
                 f"{cell.layer}, {cell.defence}: not refined, since a shuffled order leaves nothing to compare "
                 "features with place by place; an attacker may find a way"

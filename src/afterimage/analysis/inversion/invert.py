@@ -93,9 +93,10 @@ def invert(
     )
     form = PARAMETRISATIONS[config.method](begin, seed, spectrum)
     best = _Best(count, config.starts)
-    searching = _adam if config.optimizer == "adam" else _lbfgs
     started, watched = time.monotonic(), 0.0
-    for step, (images, loss, distance) in enumerate(searching(form, objective, config, generator)):
+    for step, (images, loss, distance) in enumerate(
+        OPTIMIZERS[config.optimizer](form, objective, config, generator)
+    ):
         best.take(images, loss, distance, step)
         progress("inverting", step, config.steps, feature_distance=lambda: float(best.chosen()[1].mean()))
         if callback is not None and (step == 0 or step in milestones or step == config.steps):
@@ -147,6 +148,9 @@ def _lbfgs(
         (gradient,) = torch.autograd.grad(loss.sum(), parameters)
         for search, value, row in zip(searches, loss.tolist(), gradient.flatten(1), strict=True):
             search.tell(value, row)
+
+
+OPTIMIZERS = {"adam": _adam, "lbfgs": _lbfgs}
 
 
 class _Best:

@@ -24,6 +24,8 @@ class Parametrisation(ABC):
 
     learning_rate: float
     """Adam's; and the root mean square of L-BFGS's first step."""
+    takes_spectrum = False
+    """Whether it makes use of the spectrum of what the start is expected to lack (see `error_spectrum`)."""
 
     def __init__(self, start: Images, seed: int, spectrum: Spectrum | None = None) -> None:
         self.start = start
@@ -64,6 +66,7 @@ class Fourier(Parametrisation):
     """
 
     learning_rate = 0.02
+    takes_spectrum = True
 
     def __init__(self, start: Images, seed: int, spectrum: Spectrum | None = None) -> None:
         super().__init__(start, seed)

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from afterimage.analysis.inversion.invert import Inversion, Snapshot, differentiable, invert, refine
-from afterimage.analysis.inversion.parametrizations import HELD_OUT, error_spectrum
+from afterimage.analysis.inversion.parametrizations import HELD_OUT, PARAMETRISATIONS, error_spectrum
 from afterimage.config import AfterimageError, DataConfig, shown
 from afterimage.config.inversion import InversionConfig, InvertConfig
 from afterimage.data.dataset import file_notes, load_data, prepare_image
@@ -284,7 +284,7 @@ def invert_sources(
 def _spectrum(
     reconstructor: Reconstructor, method: InvertConfig, given: InversionInputs, device: str
 ) -> tuple[Tensor | None, list[str]]:
-    if method.method != "fourier":
+    if not PARAMETRISATIONS[method.method].takes_spectrum:
         return None, []
     if given.validation is None:
         return None, ["the spectrum of natural images stands for the decoder's errors: no validation images"]

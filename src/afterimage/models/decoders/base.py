@@ -35,6 +35,8 @@ class Decoder(nn.Module, ABC):
     """A second option, between half and twice its default, that evens out what a step leaves."""
     smaller: ClassVar[dict[str, Any]] = {}
     """Options with which the decoder can be smaller still, for sizes that are out of reach without them."""
+    single_location: ClassVar[dict[str, Any]] = {}
+    """Options for a vector, a map with a single location, around which there are no neighbours to read."""
 
     def __init__(self, specs: Sequence[FeatureSpec], image_size: tuple[int, int]) -> None:
         super().__init__()

@@ -162,9 +162,9 @@ class Canvas:
             return images
         return self.columns.from_image(self.rows.from_image(images, -2), -1)
 
-    def window(self, window: FeatureCrop) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """Of a `whole` canvas's window what lies in the image: where in the window, and where in the image."""
-        top, left, height, width = window
+    def crop(self, crop: FeatureCrop) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """Of a crop of a `whole` canvas what lies in the image: where in the crop, and where in the image."""
+        top, left, height, width = crop
         within, pixels = [], []
         for span, place, length in ((self.rows, top, height), (self.columns, left, width)):
             block, start = span.pixels // span.count, 0 if span.even else int(span.start)

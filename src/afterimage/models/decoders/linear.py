@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ class LinearDecoder(Decoder):
 
     closed_form = True
     trainable = False
+    single_location: ClassVar = {"kernel": 1}
 
     def __init__(
         self,
@@ -96,7 +98,8 @@ class LinearDecoder(Decoder):
         return 8 * (sums + several + 3 * inputs**2)
 
     def fit_macs(self, images: int) -> int:
-        rows = self.begin_fit(images, seed=0) * images * self._quota
+        views, locations = self._sampling(images)
+        rows = views * images * locations
         inputs = self.weight.shape[1] + 1
         searched = len(RIDGES[::2]) + 2
         # Half of the symmetric X'X and all of X'Y; then factorisations of n^3 / 6 in float64, the last to solve.
@@ -128,12 +131,17 @@ class LinearDecoder(Decoder):
 
     def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
         self._ranks = ranks
-        inputs = self.weight.shape[1] + 1
-        budget = max(self.rows_per_input * inputs, 100_000)
-        self._quota = min(len(self._inside), math.ceil(budget / max(1, images)))
+        views, self._quota = self._sampling(images)
         self._generator = torch.Generator().manual_seed(seed)
         self._sums = {}
-        return 1 if images * self._quota >= FEW_ROWS * inputs else 2
+        return views
+
+    def _sampling(self, images: int) -> tuple[int, int]:
+        """How many views of each of so many training images are fitted on, and how many locations of a view."""
+        inputs = self.weight.shape[1] + 1
+        budget = max(self.rows_per_input * inputs, 100_000)
+        locations = min(len(self._inside), math.ceil(budget / max(1, images)))
+        return 1 if images * locations >= FEW_ROWS * inputs else 2, locations
 
     @torch.no_grad()
     def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
@@ -191,7 +199,7 @@ class LinearDecoder(Decoder):
             fitted, judged = (_Sums.of([sums[kind] for kind in kinds], outputs) for sums in (train, judge))
             # What most cells have chooses for what all but those at the border have.
             ridge = self._ridge(fitted, judged) if ridge is None else ridge
-            solution = fitted.finalize_fit(ridge)
+            solution = fitted.solve(ridge)
             if solution is None:
                 raise AfterimageError(f"the linear decoder found no finite solution for {self.spec.source}")
             weight = solution[:-1].T / fitted.scale
@@ -222,7 +230,7 @@ class LinearDecoder(Decoder):
 
         def best(ridges: Sequence[float]) -> float:
             for ridge in ridges:
-                solution = train.finalize_fit(ridge, some)
+                solution = train.solve(ridge, some)
                 errors[ridge] = math.inf if solution is None else judge.error(solution, some)
             return min(errors, key=errors.__getitem__)
 
@@ -291,7 +299,7 @@ class _Sums:
         self.xx = self.xx.triu() + self.xx.triu(1).T
         return self
 
-    def finalize_fit(self, ridge: float, outputs: slice = slice(None)) -> Tensor | None:
+    def solve(self, ridge: float, outputs: slice = slice(None)) -> Tensor | None:
         """The solution for some outputs, `(inputs + 1, outputs)`; None where it is numerically out of reach."""
         diagonal = self.xx.diagonal()
         penalty = ridge * torch.where(diagonal > 0, diagonal, self.rows)  # a channel that never varies

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,12 @@ class Part(nn.Module):
     usage = ""
     learns = False
     """Whether `fit` must have seen features before it can run."""
+    is_random = False
+    """Whether `encode` draws anew each time, which whoever receives the features cannot repeat."""
+    preserves_positions = True
+    """Whether what is sent still lies where it was in the map."""
+    context: ClassVar[tuple[str, ...]] = ()
+    """Which of `seed` and `image_size` building the part takes besides its argument."""
 
     def __init__(self, spec: FeatureSpec) -> None:
         super().__init__()

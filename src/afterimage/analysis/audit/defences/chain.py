@@ -47,9 +47,9 @@ class Defence(nn.Module):
         self.sent_bytes = sum(wire.bytes for wire in wires)
 
     @property
-    def keeps_places(self) -> bool:
+    def preserves_positions(self) -> bool:
         """Whether what is sent still lies where it was."""
-        return not any(isinstance(part, Shuffle) for chain in self.chains for part in chain)
+        return all(part.preserves_positions for chain in self.chains for part in chain)
 
     def reseed(self, seed: int) -> None:
         """Draw noise and orders from a seed from now on, for experiments; a deployed defence must not be seeded."""
@@ -77,7 +77,7 @@ class Defence(nn.Module):
                     raise AfterimageError(
                         f"the defence {self.name} has to be fitted on features before it can run"
                     )
-                if random or not isinstance(part, Noise | Shuffle):
+                if random or not part.is_random:
                     maps = part.encode(maps)
             sent.append(maps)
         return sent
@@ -134,5 +134,5 @@ def _part(word: str, spec: FeatureSpec, seed: int, image_size: tuple[int, int] |
         value = int(argument) if re.fullmatch(r"\d+", argument) else float(argument)
     except ValueError:
         raise AfterimageError(f"the defence {word!r} needs a number; write {cls.usage}") from None
-    more = {Drop: (seed,), Pool: (image_size,)}.get(cls, ())
-    return cls(spec, value, *more)
+    context = {"seed": seed, "image_size": image_size}
+    return cls(spec, value, **{name: context[name] for name in cls.context})

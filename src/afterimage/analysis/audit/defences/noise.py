@@ -18,6 +18,7 @@ class Noise(Part):
 
     usage = "noise:SCALE (of each channel's standard deviation, for example noise:0.5)"
     learns = True
+    is_random = True
 
     def __init__(self, spec: FeatureSpec, scale: int | float) -> None:
         super().__init__(spec)
@@ -42,6 +43,8 @@ class Shuffle(Part):
     """
 
     usage = "shuffle"
+    is_random = True
+    preserves_positions = False
 
     def encode(self, maps: Map) -> Map:
         batch, _, height, width = maps.shape

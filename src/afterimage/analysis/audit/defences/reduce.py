@@ -82,6 +82,7 @@ class Drop(Part):
 
     usage = "drop:FRACTION (of the channels, for example drop:0.5)"
     learns = True
+    context = ("seed",)
 
     def __init__(self, spec: FeatureSpec, fraction: int | float, seed: int = 0) -> None:
         super().__init__(spec)
@@ -117,6 +118,7 @@ class Pool(Part):
     """
 
     usage = "pool:SIZE (places a side, for example pool:2)"
+    context = ("image_size",)
 
     def __init__(
         self, spec: FeatureSpec, size: int | float, image_size: tuple[int, int] | None = None
