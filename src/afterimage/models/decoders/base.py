@@ -65,7 +65,7 @@ class Decoder(nn.Module, ABC):
             )
         if crop is None:
             return clamp(self.canvas.place(self.decode(features)))
-        rows, columns = self.canvas.window(crop)[0]
+        rows, columns = self.canvas.crop(crop)[0]
         return clamp(self.decode(features, crop)[..., rows, columns])
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Decoder(nn.Module, ABC):
         """The part of images `(B, 3, H, W)` that belongs to a window of their features."""
         if crop is None:
             return images
-        rows, columns = self.canvas.window(crop)[1]
+        rows, columns = self.canvas.crop(crop)[1]
         return images[..., rows, columns]
 
     def after_optimizer_step(self) -> None:
