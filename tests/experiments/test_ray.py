@@ -1,14 +1,11 @@
-"""Studies on a real Ray cluster of several processes on this machine, with workers and nodes that are killed."""
+"""Studies on a real Ray cluster on this machine, with workers and machines that are lost."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +15,8 @@ from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
 from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.experiments.queue import train_runs
-from afterimage.experiments.ray import training
-from afterimage.experiments.ray.connect import SETTINGS
-from afterimage.experiments.ray.training import train_on_ray
+from afterimage.experiments.ray.cluster import SETTINGS
+from afterimage.experiments.ray.driver import train_on_ray
 from afterimage.experiments.study import run_study
 from afterimage.runs.failures import TRACEBACK
 from afterimage.runs.run import Run, scan
@@ -33,7 +29,7 @@ ray = pytest.importorskip(
     "ray", reason="Ray is not installed (pip install 'afterimage[cluster]'): not tested"
 )
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.long]  # one cluster for all of them
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of them
 
 RESNET, VIT = "test_resnet.r160_in1k:layer2", "test_vit.r160_in1k:block1"
 STORE = 100 * 2**20
@@ -94,40 +90,70 @@ def study(sample_images):
     )
 
 
-def long_config(sample_images: Path, epochs: int = 300) -> RunConfig:
-    """A run of seconds, so that something can happen to it."""
+@pytest.fixture
+def config(sample_images):
+    """One run of ten epochs."""
     return RunConfig(
         (RESNET,),
         weights="random",
         decoder=DecoderConfig("transposed"),
         data=DataConfig(f"folder:{sample_images}", resize=48, crop=32),
-        recipe=RecipeConfig(epochs=epochs, batch_size=4),
+        recipe=RecipeConfig(epochs=10, batch_size=4),
     )
 
 
-class Watcher:
-    """Keeps what progress says, and calls `act` once, when training is past its second epoch and `ready` says so."""
+@pytest.fixture
+def train(nodes, cache, config, tmp_path):
+    """Trains the run on Ray, with one CPU; what is said goes to a `Watcher`."""
 
-    def __init__(self, act=lambda: None, ready=lambda: True):
-        self.act, self.ready, self.said, self.acted = act, ready, [], False
+    def train(watcher=None, **options):
+        watcher = watcher or Watcher()
+        train_on_ray(
+            config, tmp_path / "ray", cache=cache, accelerator="cpu", progress=watcher, cpus=1, **options
+        )
+        return watcher
+
+    return train
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    return Run(tmp_path / "ray" / config.name)
+
+
+@pytest.fixture
+def pace(monkeypatch, tmp_path):
+    """Slows training down, and kills the first worker or its machine in its third epoch."""
+    ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not see the tests
+
+    def pace(victim=""):
+        paced = stand_ins.train_paced_group(str(tmp_path / "mark"), victim)
+        monkeypatch.setattr("afterimage.experiments.ray.worker.train_group", paced)
+
+    return pace
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """Workers look for another folder than this machine has."""
+    monkeypatch.setattr("afterimage.experiments.ray.driver.identify", lambda *_: (0, 0))
+
+
+class Watcher:
+    """Keeps what progress says, and calls `act` once, when training is past its second epoch."""
+
+    def __init__(self, act=lambda: None):
+        self.act, self.said, self.acted = act, [], False
 
     def __call__(self, what, done, total, group="", **figures):
         if total == 1:
             self.said.append(f"{group} {what}".strip())
-        elif (
-            what == "training" and int(figures["epoch"].split("/")[0]) > 2 and not self.acted and self.ready()
-        ):
+        elif what == "training" and int(figures["epoch"].split("/")[0]) > 2 and not self.acted:
             self.acted = True
             self.act()
 
     def has(self, text):
         return any(text in line for line in self.said)
-
-
-def holder(run: Run) -> int:
-    """The process that holds the run's lock."""
-    (lock,) = run.path.glob("lock.*")
-    return json.loads(lock.read_text())[0]
 
 
 def names(run: Run) -> set[str]:
@@ -136,28 +162,28 @@ def names(run: Run) -> set[str]:
 
 def test_the_table_is_the_local_one_and_a_failing_run_is_not_retried(nodes, cache, study, tmp_path):
     bad = RowConfig((RESNET,), (DecoderConfig("transposed"),), recipe={"learning_rate": 1e30})
-    study = replace(study, rows=(bad,))
+    study = replace(study, rows=(bad,), references=False)
     options = {"cache": cache, "accelerator": "cpu"}
     watcher = Watcher()
     train = partial(train_on_ray, cpus=torch.get_num_threads())
     there, errors = run_study(study, tmp_path / "ray", progress=watcher, train=train, **options)
     here, expected = run_study(study, tmp_path / "local", **options)
-    assert [run.name for run in there] == [run.name for run in here] and len(there) == 5 + 5
+    assert [run.name for run in there] == [run.name for run in here] and len(there) == 5
     assert [str(error) for error in errors] == [str(error) for error in expected] and len(errors) == 1
     assert [run.state for run in there] == [run.state for run in here]
     for one, other in zip(there, here, strict=True):
         assert names(one) == names(other)
-        if one.state == "done" and one.summary["kind"] == "decoder":
+        if one.state == "done":
             assert result(one) == result(other)
     assert watcher.has("[1/2] is trained on") and watcher.has("[2/2] is trained on")
-    assert not watcher.has("retry") and not list((tmp_path / "ray").glob(".probe*"))
+    assert not watcher.has("retry")
     watcher = Watcher()
     train([run.config for run in there[:2]], tmp_path / "ray", progress=watcher)
     assert len(watcher.said) == 2 and all("done already" in line for line in watcher.said)
 
 
 def test_whatever_raises_on_a_worker_ends_what_depends_on_it(
-    nodes, cache, check_same, study, tmp_path, monkeypatch
+    nodes, cache, check_same, study, tmp_path, monkeypatch, unseen
 ):
     """A decoder's bug its run, a worker's bug its group; tracebacks come back like results."""
     ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not see the tests
@@ -167,7 +193,7 @@ def test_whatever_raises_on_a_worker_ends_what_depends_on_it(
         RowConfig((RESNET.replace("layer2", "nolayer"),)),
     )
     study = replace(study, rows=rows, references=False)
-    train = partial(train_on_ray, cpus=torch.get_num_threads(), fetch=True)
+    train = partial(train_on_ray, cpus=torch.get_num_threads())
     runs, errors = run_study(study, tmp_path, cache=cache, accelerator="cpu", train=train)
     linear, transposed, *vits, broken, unknown, also = runs
     check_same(linear)
@@ -185,116 +211,70 @@ def test_whatever_raises_on_a_worker_ends_what_depends_on_it(
     )
 
 
-@pytest.mark.parametrize("fetch", [False, True], ids=["shared", "fetched"])
-def test_a_killed_worker_is_replaced_and_goes_on_from_the_checkpoint(
-    nodes, cache, check_same, sample_images, tmp_path, fetch
-):
-    config = long_config(sample_images)
-    run = Run(tmp_path / "ray" / config.name)
-    killed = []
-
-    def kill():
-        if fetch:
-            assert holder(run) == os.getpid()
-        pid = worker_of(config.name) if fetch else holder(run)
-        killed.append(pid)
-        os.kill(pid, signal.SIGKILL)
-
-    watcher = Watcher(kill, ready=run.file(CHECKPOINT).exists)
-    train_on_ray(
-        config,
-        tmp_path / "ray",
-        cache=cache,
-        accelerator="cpu",
-        progress=watcher,
-        cpus=1,
-        fetch=fetch,
-        fetch_seconds=0.0,
-    )
-    assert killed and killed[0] != os.getpid()
-    assert watcher.has("retry 1 of 3") and watcher.has("goes on after epoch")
-    assert watcher.has("files are fetched" if fetch else "shared folder")
-    check_same(run)
-
-
-def worker_of(name: str) -> int:
-    """The process of this machine that trains a run in a folder of its own: who holds its lock there."""
-    import tempfile
-
-    (lock,) = Path(tempfile.gettempdir()).glob(f"afterimage-*/{name}/lock.*")
-    return json.loads(lock.read_text())[0]
-
-
-def test_retries_end(nodes, cache, sample_images, tmp_path):
-    config = long_config(sample_images)
-    run = Run(tmp_path / config.name)
-    failures = []
-    train_on_ray(
-        config,
-        tmp_path,
-        cache=cache,
-        accelerator="cpu",
-        progress=Watcher(lambda: os.kill(holder(run), signal.SIGKILL)),
-        failures=failures,
-        retries=0,
-    )
-    assert run.state == "failed" and "the worker was lost 1 times" in run.status["error"]
-    assert [str(error) for error in failures] == [run.status["error"]] and not list(run.path.glob("lock.*"))
-
-
-def test_a_stop_leaves_a_checkpoint_to_go_on_from(nodes, cache, check_same, sample_images, tmp_path):
-    config = long_config(sample_images)
-    run = Run(tmp_path / "ray" / config.name)
-    options = {"cache": cache, "accelerator": "cpu", "cpus": 1}
-    watcher = Watcher(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped) as stopped:
-        train_on_ray(config, tmp_path / "ray", progress=watcher, **options)
-    assert stopped.value.code == 128 + signal.SIGTERM and watcher.has("stopped after the step under way")
-    assert run.state == "stopped" and run.file(CHECKPOINT).exists() and not list(run.path.glob("lock.*"))
-    watcher = Watcher()
-    train_on_ray(config, tmp_path / "ray", progress=watcher, **options)
+def test_a_killed_worker_is_replaced_and_goes_on_from_the_checkpoint(train, run, pace, check_same):
+    pace("worker")
+    watcher = train()
+    assert watcher.has("in the shared folder") and watcher.has("retry 1 of 3, from the last checkpoint")
     assert watcher.has("goes on after epoch")
     check_same(run)
 
 
-def test_workers_without_the_folder_are_noticed(
-    nodes, cache, check_same, sample_images, tmp_path, monkeypatch
-):
-    @contextmanager
-    def elsewhere(root):
-        path = tmp_path / "nowhere.part"
-        path.write_text("token")
-        yield path
-
-    monkeypatch.setattr(training, "_probe", elsewhere)
-    config = long_config(sample_images, epochs=1)
-    watcher, run = Watcher(), Run(tmp_path / "ray" / config.name)
-    train_on_ray(config, tmp_path / "ray", cache=cache, accelerator="cpu", progress=watcher, cpus=1)
-    assert watcher.has("does not see") and watcher.has("files are fetched")
+@pytest.mark.long
+def test_a_run_whose_folder_is_lost_with_its_worker_begins_anew(train, run, pace, unseen, check_same):
+    pace("worker")
+    watcher = train()
+    assert watcher.has("does not see") and watcher.has("in a folder of its own")
+    assert watcher.has("retry 1 of 3, anew") and not watcher.has("goes on after epoch")
+    assert not list(run.path.glob("lock.*"))
     check_same(run)
 
 
-def test_what_another_process_is_at_is_left_to_it(nodes, cache, sample_images, tmp_path):
-    config = long_config(sample_images, epochs=1)
-    run = Run.create(tmp_path / "ray", config)
+@pytest.mark.long
+def test_retries_end(train, run, pace):
+    pace("worker")
+    failures = []
+    train(retries=0, failures=failures)
+    assert run.state == "failed" and "the worker was lost 1 times" in run.status["error"]
+    assert [str(error) for error in failures] == [run.status["error"]] and not list(run.path.glob("lock.*"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "unseen"])
+def test_a_stop_leaves_a_checkpoint_to_go_on_from(train, run, pace, check_same, shared, request):
+    if not shared:
+        request.getfixturevalue("unseen")
+    pace()
+    watcher = Watcher(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped) as stopped:
+        train(watcher)
+    assert stopped.value.code == 128 + signal.SIGTERM and watcher.has("stopped after the step under way")
+    assert run.state == "stopped" and run.file(CHECKPOINT).exists() and not list(run.path.glob("lock.*"))
+    assert train().has("goes on after epoch")
+    check_same(run)
+
+
+@pytest.mark.long
+def test_what_another_process_is_at_is_left_to_it(train, config, run, tmp_path):
+    Run.create(tmp_path / "ray", config)
     process = context().Process(target=hold, args=(run.path, tmp_path / "ready"))
     process.start()
     while not (tmp_path / "ready").exists():
         assert process.is_alive()
-    watcher = Watcher()
 
-    def progress(what, done, total, **figures):
-        watcher(what, done, total, **figures)
-        if "is left to process" in what:
-            assert run.state == "new"
-            process.kill()
-            process.join()
+    class Killer(Watcher):
+        def __call__(self, what, done, total, **figures):
+            super().__call__(what, done, total, **figures)
+            if "is left to process" in what:
+                assert run.state == "new"
+                process.kill()
+                process.join()
 
-    train_on_ray(config, tmp_path / "ray", cache=cache, accelerator="cpu", progress=progress)
+    watcher = train(Killer())
     assert process.exitcode == -signal.SIGKILL and run.state == "done"
     assert watcher.has("is left to process") and watcher.has("taken over")
 
 
+@pytest.mark.long
 def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
     root, log = tmp_path / "study", tmp_path / "log"
     process = context().Process(target=study_child, args=(study, root, cache, log), kwargs={"pause": 0.5})
@@ -316,34 +296,16 @@ def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
     assert here & trained | there == trained and not here & there, "\n".join([*here, *watcher.said])
 
 
-def test_a_lost_node_is_replaced(nodes, cache, check_same, sample_images, tmp_path):
-    config = long_config(sample_images)
-    run = Run(tmp_path / "ray" / config.name)
+@pytest.mark.long
+def test_a_lost_machine_is_replaced(nodes, train, run, pace, check_same):
     nodes.add_node(num_cpus=2, object_store_memory=STORE)
-    lost = []
-
-    def lose():
-        status = Path(f"/proc/{holder(run)}/status").read_text()
-        parent = int(status.partition("PPid:")[2].split()[0])
-        (node,) = [
-            node for node in nodes.worker_nodes if node.all_processes["raylet"][0].process.pid == parent
-        ]
-        nodes.remove_node(node, allow_graceful=False)
-        lost.append(node)
-
-    watcher = Watcher(lose)
-    train_on_ray(
-        config,
-        tmp_path / "ray",
-        cache=cache,
-        accelerator="cpu",
-        progress=watcher,
-        cpus=1,
-    )
-    assert len(lost) == 1 and watcher.has("retry 1 of 3") and watcher.has("goes on after epoch")
+    pace("machine")
+    watcher = train()
+    assert watcher.has("retry 1 of 3, from the last checkpoint") and watcher.has("goes on after epoch")
     check_same(run)
 
 
+@pytest.mark.long
 def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
@@ -359,10 +321,11 @@ def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monke
     assert "is trained on" in err and (tmp_path / "runs/mine/report/index.html").exists()
 
 
+@pytest.mark.long
 def test_without_an_address_ray_is_started_here_and_quietly(tmp_path):
     code = (
-        "from afterimage.experiments.ray.connect import cluster\n"
-        "with cluster('', print) as ray:\n"
+        "from afterimage.experiments.ray.cluster import connect\n"
+        "with connect('', print) as ray:\n"
         "    print(ray.cluster_resources()['object_store_memory'], ray.get(ray.remote(lambda: 7).remote()))\n"
         "assert not ray.is_initialized()\n"
     )

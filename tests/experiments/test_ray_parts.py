@@ -1,22 +1,17 @@
-"""What the Ray executor is made of, without a cluster: shares of machines, files from workers, progress, refusals."""
+"""What the Ray executor is made of, without a cluster: shares of machines, folders, progress, refusals."""
 
-import hashlib
 import io
 import sys
-from dataclasses import replace
 
 import pytest
 
 import afterimage.runtime.progress
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
-from afterimage.experiments.ray.files import LIMITS, PIECE, Inbox, check_result, own_files, pieces
-from afterimage.experiments.ray.needs import BASE_BYTES, describe, group_bytes, share
-from afterimage.experiments.ray.post import CAPACITY, Order, Piece, Post
-from afterimage.runs.files import write_json
+from afterimage.experiments.ray.cluster import BASE_BYTES, describe, group_bytes, share_machines
+from afterimage.experiments.ray.worker import identify, pack, unpack
 from afterimage.runs.run import Run
 from afterimage.runtime.progress import Display, silent
-from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS
 
 MODEL = "test_resnet.r160_in1k"
 GIB = 2**30
@@ -42,7 +37,7 @@ def node(cpus, memory=8 * GIB, gpus=0, alive=True):
     ],
 )
 def test_groups_share_the_machines(count, nodes, accelerator, cpus, expected):
-    needs = share([3 * GIB] * count, nodes, accelerator=accelerator, cpus=cpus, say=silent)
+    needs = share_machines([3 * GIB] * count, nodes, accelerator=accelerator, cpus=cpus, log=silent)
     assert {(need["num_cpus"], need["num_gpus"]) for need in needs} == {expected} and len(needs) == count
     assert {need["memory"] for need in needs} == {BASE_BYTES if expected[1] else 3 * GIB}
 
@@ -58,12 +53,12 @@ def test_groups_share_the_machines(count, nodes, accelerator, cpus, expected):
 )
 def test_what_no_machine_has_is_refused(nodes, accelerator, cpus, message):
     with pytest.raises(AfterimageError, match=message):
-        share([GIB], nodes, accelerator=accelerator, cpus=cpus, say=silent)
+        share_machines([GIB], nodes, accelerator=accelerator, cpus=cpus, log=silent)
 
 
 def test_a_group_larger_than_any_machine_is_said():
     said = []
-    (need,) = share([20 * GIB], [node(4)], accelerator="auto", cpus=None, say=said.append)
+    (need,) = share_machines([20 * GIB], [node(4)], accelerator="auto", cpus=None, log=said.append)
     assert need["memory"] == 8 * GIB and "20.0 GiB" in said[0] and "may run out" in said[0]
     assert describe(need) == "4 CPUs, 8.0 GiB"
     assert describe({"num_cpus": 1, "num_gpus": 1, "memory": GIB}) == "1 CPU, 1 GPU, 1.0 GiB"
@@ -82,126 +77,30 @@ def test_memory_grows_with_the_runs_of_a_group():
     assert group_bytes([small]) + 4 * 4 * 800_000 < one < both < one + group_bytes([small])
 
 
-@pytest.fixture
-def run(tmp_path):
-    return Run.create(tmp_path / "here", RunConfig((f"{MODEL}:layer2",)))
-
-
-@pytest.fixture
-def there(tmp_path, run):
-    return Run.create(tmp_path / "there", RunConfig((f"{MODEL}:layer2",)))
-
-
-def order(keep=8):
-    return Order(1, 1, (), (), "", "", "", True, "", (), {}, None, "cpu", keep, 1, 0.0, 0.0)
-
-
-def inbox(run):
-    return Inbox({run.name: run}, keep=8, guard=lambda run: None)
-
-
-def piece(run, name="scores.csv", content=b"abc", **changes):
-    facts = {
-        "size": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "offset": 0,
-        "run": run.name,
-    }
-    return Piece(1, 1, name=name, content=content, **(facts | changes))
-
-
-def test_files_come_back_whole_and_the_status_last(run, there):
-    large = bytes(range(256)) * (PIECE // 256) + b"end"
+def test_a_folder_comes_back_whole_and_its_status_last(tmp_path):
+    config = RunConfig((f"{MODEL}:layer2",))
+    here, there = Run.create(tmp_path / "here", config), Run.create(tmp_path / "there", config)
     contents = {
-        "scores.csv": b"id\n",
-        CHECKPOINT: large,
+        "decoder.safetensors": b"\x00weights",
         "reconstructions/003.png": b"\x89PNG",
-        "status.json": b"{}",
+        "traceback.txt": b"",
     }
-    contents |= {"environment.json": b""}
-    for name, content in contents.items():
+    for name, content in ({"status.json": b"{}"} | contents).items():
         there.file(name).parent.mkdir(exist_ok=True)
         there.file(name).write_bytes(content)
-    for name in ("lock.1", ".summary.json.x.part", "reconstructions/008.png", "notes.txt"):
-        there.file(name).write_text("stays")
-    run.file(CHECKPOINT).write_bytes(b"before")
-    sent = own_files(there, keep=8)
-    assert sorted(sent) == sorted(contents) and sent[-1] == "status.json"
-    box = inbox(run)
-    for name in sent:
-        parts = [box.add(part) for part in pieces(order(), there, name)]
-        assert parts[-1] == run.file(name) and parts[:-1] == [None] * (len(parts) - 1)
-    assert all(run.file(name).read_bytes() == content for name, content in contents.items())
-    assert run.file(PREVIOUS).read_bytes() == b"before"
+    files = pack(there)
+    assert list(files)[-1] == "status.json"
+    unpack(here, files)
+    assert pack(here) == files and contents.items() <= files.items()
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("../escaped.csv", {}, "no run has such a file"),
-        ("/etc/passwd", {}, "no run has such a file"),
-        ("reconstructions/../../000.png", {}, "no run has such a file"),
-        ("reconstructions/000.png\n", {}, "no run has such a file"),
-        ("reconstructions/٠٠٠.png", {}, "no run has such a file"),
-        ("reconstructions/008.png", {}, "no run has such a file"),
-        ("config.toml", {}, "no run has such a file"),
-        ("lock.7", {}, "no run has such a file"),
-        ("scores.csv", {"run": "../other"}, "no such run"),
-        ("scores.csv", {"size": LIMITS[".csv"] + 1}, "over the limit"),
-        ("scores.csv", {"size": -1}, "over the limit"),
-        ("scores.csv", {"size": 2}, "do not fit together"),
-        ("scores.csv", {"offset": 3, "size": 6}, "do not fit together"),
-        ("scores.csv", {"sha256": "0" * 64}, "digest"),
-    ],
-)
-def test_files_that_no_worker_may_send_are_refused(run, tmp_path, name, changes, message):
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(AfterimageError, match=message):
-        inbox(run).add(replace(piece(run, name), **changes))
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_pieces_of_different_files_are_not_mixed(run):
-    box = inbox(run)
-    assert box.add(piece(run, content=b"abc", size=6)) is None
-    with pytest.raises(AfterimageError, match="do not fit together"):
-        box.add(piece(run, "history.csv", content=b"def", size=6, offset=3))
-
-
-def test_a_link_out_of_the_run_folder_is_not_followed(run, tmp_path):
-    (tmp_path / "outside").mkdir()
-    run.file("reconstructions").symlink_to(tmp_path / "outside")
-    with pytest.raises(AfterimageError, match="leads out"):
-        inbox(run).add(piece(run, "reconstructions/000.png"))
-    assert not list((tmp_path / "outside").iterdir())
-
-
-def test_a_lost_lock_stops_what_comes_in(run):
-    def guard(run):
-        raise AfterimageError("lost")
-
-    with pytest.raises(AfterimageError, match="lost"):
-        Inbox({run.name: run}, keep=8, guard=guard).add(piece(run))
-    assert not run.file("scores.csv").exists()
-
-
-def test_a_result_of_another_run_is_refused(run):
-    run.file("decoder.safetensors").write_bytes(b"weights")
-    summary = {"settings_sha256": run.config.digest, "decoder_sha256": hashlib.sha256(b"weights").hexdigest()}
-    write_json(run.file("summary.json"), summary)
-    check_result(run, run.config.digest)
-    for key in summary:
-        write_json(run.file("summary.json"), summary | {key: "0" * 64})
-        with pytest.raises(AfterimageError, match="not this run's result"):
-            check_result(run, run.config.digest)
-
-
-def test_the_post_is_bounded_and_passes_a_stop_on():
-    post = Post()
-    assert post.put(["one"], CAPACITY + 1) == (True, False)  # alone anything fits
-    assert post.put(["two"], 1) == (False, False) and post.put(["three"]) == (True, False)
-    post.stop()
-    assert post.take() == ["one", "three"] and post.put(["two"], 1) == (True, True)
+def test_folders_of_one_path_are_told_apart(tmp_path):
+    config = RunConfig((f"{MODEL}:layer2",))
+    for name in ("one", "other"):
+        Run.create(tmp_path / name, config)
+    one = identify(str(tmp_path / "one"), config)
+    assert one == identify(str(tmp_path / "one"), config) != identify(str(tmp_path / "other"), config)
+    assert identify(str(tmp_path / "none"), config) is None
 
 
 def test_without_ray_the_command_to_install_it_is_said(monkeypatch, tmp_path, capsys):
@@ -212,9 +111,7 @@ def test_without_ray_the_command_to_install_it_is_said(monkeypatch, tmp_path, ca
     assert "pip install 'afterimage[cluster]'" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "flags", [["--address", "auto"], ["--copy-back"], ["--cpus", "2"], ["--retries", "1"]]
-)
+@pytest.mark.parametrize("flags", [["--address", "auto"], ["--cpus", "2"], ["--retries", "1"]])
 def test_flags_of_the_ray_executor_need_it(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

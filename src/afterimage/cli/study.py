@@ -90,8 +90,6 @@ class Study:
     """With --executor ray: the cluster (HOST:PORT or auto; default: RAY_ADDRESS, else one started here)."""
     cpus: int | None = None
     """With --executor ray: CPUs, and threads, of each group (default: an even share of a machine)."""
-    copy_back: bool = False
-    """With --executor ray: fetch results from the workers even where they see the run folders (else: where not)."""
     retries: int | None = None
     """With --executor ray: how often a group whose worker is lost is given to another (default: 3)."""
     cache: Path | None = None
@@ -161,10 +159,9 @@ class Study:
         for name, least in (("cpus", 1), ("retries", 0)):
             check_range(f"--{name}", options.get(name, least), least, MAX_PROCESSES)
         options |= {"address": self.address} if self.address else {}
-        options |= {"fetch": True} if self.copy_back else {}
         if self.executor == "ray":
-            from afterimage.experiments.ray.connect import import_ray
-            from afterimage.experiments.ray.training import train_on_ray
+            from afterimage.experiments.ray.cluster import import_ray
+            from afterimage.experiments.ray.driver import train_on_ray
 
             import_ray()  # before anything else is done
             return partial(train_on_ray, **options)

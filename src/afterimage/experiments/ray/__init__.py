@@ -1,5 +1,5 @@
-"""Executors: train a study's runs in this process (`local`) or as tasks on a Ray cluster (`ray`)."""
+"""Train a study's runs as tasks on a Ray cluster, with the results of `experiments.queue`.
 
-from __future__ import annotations
-
-EXECUTORS = ("local", "ray")
+`driver` runs where the command runs and gives groups of runs to workers, `worker` is what a worker does, `cluster`
+connects to Ray and says what a group needs of a machine.
+"""

@@ -1,287 +1,319 @@
-"""The driver of a study on Ray: hands groups of runs to workers, shows what they do, gives lost ones to others."""
+"""Train runs on a Ray cluster: give groups of them to workers, show what these do, replace workers that are lost."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import afterimage.experiments.ray.worker as worker
-from afterimage.config import AfterimageError, RunConfig
-from afterimage.experiments.queue import RunQueue
-from afterimage.experiments.ray.files import PIECE, Inbox, check_result
-from afterimage.experiments.ray.needs import describe
-from afterimage.experiments.ray.post import Answer, Order, Piece, Post, Said, Started
-from afterimage.runs.failures import forget, record, recorded_error
+from afterimage.config import AfterimageError, DataConfig, RunConfig
+from afterimage.experiments.queue import RunQueue, groups, report_failures
+from afterimage.experiments.ray import worker
+from afterimage.experiments.ray.cluster import connect, describe, group_bytes, share_machines
+from afterimage.experiments.ray.worker import Answer, Messages, identify, unpack
+from afterimage.runs.failures import forget, is_done, recorded_error
 from afterimage.runs.lock import POLL
 from afterimage.runs.run import Run
-from afterimage.runtime.failures import Unexpected, concerns, one_line
-from afterimage.runtime.progress import Progress
-from afterimage.runtime.signals import GracefulShutdown
+from afterimage.runtime.failures import Unexpected, concerns, of_caller, one_line
+from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.signals import GracefulShutdown, graceful_shutdown
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS, remove_checkpoints
+from afterimage.training.trainer import CHECKPOINT_SECONDS
 
 TICK = 0.2
-"""Seconds between two looks at the post."""
+"""Seconds between two looks at what workers say and which have ended."""
+
+
+def train_on_ray(
+    configs: RunConfig | Sequence[RunConfig],
+    root: str | Path = "runs",
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+    keep: int = 8,
+    failures: list[AfterimageError] | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    address: str = "",
+    cpus: int | None = None,
+    retries: int = 3,
+) -> list[Run]:
+    """Train every run that is not done yet on a Ray cluster; returns all of them, as `queue.train_runs` does.
+
+    Runs that are trained together are one task, with CPUs (and as many threads), a GPU where the cluster has some
+    and `accelerator` allows it, and the memory that its plan says. Workers that see `root` train there. Others train
+    in a folder of their own, whose files come back when the task ends.
+
+    Args:
+        configs, root, cache, accelerator, progress, keep, failures, checkpoint_seconds: As for `queue.train_runs`.
+        address: The cluster, see `cluster.connect`.
+        cpus: CPUs of each task; by default an even share of a machine.
+        retries: How often a group whose worker or machine is lost is given to another. It goes on from its last
+            checkpoint in `root`; what was in a worker's own folder is lost with the worker.
+
+    Raises:
+        AfterimageError: Ray is not installed, the cluster cannot be reached or lacks what is asked for, or a run
+            failed and there is no list of `failures`.
+        Stopped: SIGTERM or Ctrl-C; every worker has stopped after its step, with a checkpoint.
+    """
+    configs = [configs] if isinstance(configs, RunConfig) else list(configs)
+    progress = of_caller(progress)
+    queue = RunQueue(lambda text: progress(text, 1, 1))
+    root = Path(root).resolve()
+    runs = queue.open(configs, root)
+    if queue.waiting:
+        options = {
+            "cache": cache and Path(cache).resolve(),
+            "accelerator": accelerator,
+            "keep": keep,
+            "checkpoint_seconds": checkpoint_seconds,
+        }
+        with connect(address, queue.say) as ray, graceful_shutdown() as stop:
+            # All groups, those that are done too: what one gets must not depend on when it is done.
+            every = groups(zip(runs, configs, strict=True))
+            sizes = [group_bytes(group.values()) for group in every]
+            needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=queue.say)
+            jobs = [
+                Job(f"[{number}/{len(every)}]", group, need)
+                for number, (group, need) in enumerate(zip(every, needs, strict=True), 1)
+            ]
+            Driver(ray, queue, jobs, root, options, progress, retries).work(stop)
+        queue.failures += _different_images(runs)
+    report_failures(queue.failures, failures)
+    return runs
 
 
 @dataclass
 class Job:
-    """A group of runs, and the attempt at it that is under way: `runs` are those it does, `ref` is its answer."""
+    """A group of runs. An attempt at it trains `runs`, in the `shared` folder or not; Ray knows it by `task`."""
 
-    number: int
-    count: int
+    title: str
     group: dict[Run, RunConfig]
     need: dict[str, int]
-    attempt: int = 0
+    shared: bool = True
     lost: int = 0
-    fetch: bool = False
-    machine: str = ""
     runs: dict[Run, RunConfig] = field(default_factory=dict)
-    ref: Any = None
-    inbox: Inbox | None = None
-    error: Exception | None = None
-    look_at: float = 0.0
-
-    @property
-    def title(self) -> str:
-        return f"[{self.number}/{self.count}]{f' {self.machine}:' if self.machine else ''}"
+    task: Any = None
 
 
+@dataclass
 class Driver:
-    """Jobs on their way through the cluster. `order` is what all attempts have in common."""
+    """Jobs on their way through the cluster; `options` are those of `queue.train_runs`."""
 
-    def __init__(
-        self, ray: Any, claims: RunQueue, jobs: Sequence[Job], order: Order, progress: Progress, retries: int
-    ) -> None:
+    ray: Any
+    queue: RunQueue
+    jobs: Sequence[Job]
+    root: Path
+    options: dict[str, Any]
+    progress: Progress
+    retries: int
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.ray, self.claims, self.jobs, self.order = ray, claims, jobs, order
-        self.progress, self.retries, self.fetch = progress, retries, order.fetch
-        self.stopping = False
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.post = ray.remote(Post).options(num_cpus=0, scheduling_strategy=here).remote()
-        # Ray's own retries know of no checkpoint and of no limit that a user is told.
-        self.task = ray.remote(worker.train_group)
+        here = NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
+        self.messages = self.ray.remote(Messages).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.train_group = self.ray.remote(worker.train_group)
 
     def work(self, stop: GracefulShutdown) -> None:
-        """Until every run is done, here or elsewhere, or failed; on a stop until every worker has stopped."""
+        """Train until every run is done, here or elsewhere, or failed; on a stop until every worker has stopped."""
+        look_at = 0.0
         try:
-            while any(self._unfinished(job) for job in self.jobs):
+            while any(job.task is not None or self._waiting(job.group) for job in self.jobs):
                 stop.check()
-                self._hand_out()
-                self._read_post()
+                if time.monotonic() >= look_at:
+                    look_at = time.monotonic() + POLL
+                    for job in self.jobs:
+                        if job.task is None and self._waiting(job.group):
+                            self._submit(job)
                 self._collect()
-                time.sleep(TICK)
         finally:
             if stop.number is not None:
                 self._stop()
-            self.ray.kill(self.post)
             for job in self.jobs:
+                self._cancel(job)
                 self._release(job)
+            self.ray.kill(self.messages)
 
-    def _unfinished(self, job: Job) -> bool:
-        return job.ref is not None or any(run in self.claims.waiting for run in job.group)
+    def _waiting(self, runs: dict[Run, RunConfig]) -> dict[Run, RunConfig]:
+        return {run: config for run, config in runs.items() if run in self.queue.waiting}
 
-    def _say(self, job: Job, what: str) -> None:
+    def _log(self, job: Job, what: str) -> None:
         self.progress(what, 1, 1, group=job.title)
 
-    def _hand_out(self) -> None:
-        """A task for every job that has none, unless other processes are at all of its runs."""
-        now = time.monotonic()
-        for job in self.jobs:
-            if job.ref is None and self._unfinished(job) and now >= job.look_at:
-                job.look_at = now + POLL
-                if mine := self.claims.take(job.group):
-                    try:
-                        self._submit(job, mine)
-                    except Exception as error:
-                        if self._concerns_all(error):
-                            raise
-                        self._release(job)
-                        self._fail(job, error)
-                        self._release(job)
+    def _release(self, job: Job) -> None:
+        for run in job.runs:
+            self.queue.locks[run].release()
 
-    def _submit(self, job: Job, mine: dict[Run, RunConfig]) -> None:
-        job.runs, job.attempt, job.fetch, job.machine = mine, job.attempt + 1, self.fetch, ""
-        for run in mine:
-            if run.state == "failed":  # by an earlier study; what fails from here on is over
-                run.set_state("new")
-                forget(run)
-        sent = []
-        if job.fetch:  # the worker cannot lock the folders, so this process does, until the answer
-            job.inbox = Inbox(
-                {run.name: run for run in mine},
-                self.order.keep,
-                lambda run: self.claims.locks[run].check(),
-            )
-            for run in mine:
-                run.remove_leftovers()
-                sent += [(run.name, name, self._put(run.file(name))) for name in (PREVIOUS, CHECKPOINT)]
-        else:
-            self._release(job)
-        order = replace(
-            self.order,
-            number=job.number,
-            attempt=job.attempt,
-            configs=tuple(mine.values()),
-            digests=tuple(config.digest for config in mine.values()),
-            fetch=job.fetch,
-            threads=int(job.need["num_cpus"]),
-        )
-        names = ", ".join(config.name for config in mine.values())
-        job.ref = self.task.options(max_retries=0, **job.need).remote(
-            order, self.post, [s for s in sent if s[2]]
-        )
+    def _cancel(self, job: Job) -> None:
+        """Call off a task that waits, and interrupt one that has begun as Ctrl-C would."""
+        if job.task is not None:
+            self.ray.cancel(job.task, recursive=False)
+
+    def _submit(self, job: Job) -> None:
+        """Start a task for the job's runs, but for those that another process is at."""
+        job.runs = self.queue.take(job.group)
+        if not job.runs:
+            return
+        try:
+            for run in job.runs:
+                if run.state == "failed":  # by an earlier study; what fails from here on is over
+                    run.set_state("new")
+                    forget(run)
+            configs = list(job.runs.values())
+            attempt = {
+                "number": self.jobs.index(job),
+                "configs": {config.digest: config for config in configs},
+                "root": str(self.root),
+                "folder": identify(str(self.root), configs[0]) if job.shared else None,
+                "sent": {} if job.shared else {run.name: _checkpoints(run) for run in job.runs},
+                "threads": job.need["num_cpus"],
+                "options": self.options,
+                "cwd": os.getcwd(),
+                "command": sys.argv,
+                "environment": {k: v for k, v in os.environ.items() if k.startswith("AFTERIMAGE_")},
+                "messages": self.messages,
+            }
+            # The worker locks the folders; where it cannot, this process does until the answer.
+            if job.shared:
+                self._release(job)
+            else:
+                self.queue.mark(job.runs, "running")
+            # Ray's own retries know of no checkpoint and of no limit that a user is told.
+            job.task = self.train_group.options(max_retries=0, **job.need).remote(**attempt)
+        except Exception as error:
+            self._fail(job, error)
+            return
+        names = ", ".join(config.name for config in configs)
         self.progress(f"waits for {describe(job.need)}: {names}", 0, 1, group=job.title)
 
-    def _put(self, path: Path) -> list[Any]:
-        """References to a file's pieces; none where there is no such file."""
-        if not path.exists():
-            return []
-        with open(path, "rb") as file:
-            return [self.ray.put(piece) for piece in iter(lambda: file.read(PIECE), b"")]
-
-    def _read_post(self) -> None:
-        for letter in self.ray.get(self.post.take.remote()):
-            job = self.jobs[letter.number - 1]
-            if letter.attempt != job.attempt or job.ref is None:
-                continue  # from a worker that was given up
-            if isinstance(letter, Said):
-                self.progress(letter.what, letter.done, letter.total, group=job.title, **letter.figures)
-            elif isinstance(letter, Started):
-                self._say(job, self._began(job, letter))
-                job.machine = letter.machine
-            elif isinstance(letter, Piece) and job.error is None:
-                try:
-                    job.inbox.add(letter)
-                except Exception as error:
-                    job.error = error
-
-    def _began(self, job: Job, letter: Started) -> str:
-        where = "in the shared folder"
-        if job.fetch:
-            self.claims.mark(job.runs, "running")
-            where = "in a folder of its own, whose files are fetched"
-        return f"is trained on {letter.machine} {where}: {', '.join(run.name for run in job.runs)}"
-
     def _collect(self) -> None:
-        """What came of attempts that have ended."""
-        open_jobs = {job.ref: job for job in self.jobs if job.ref is not None}
-        if not open_jobs:
-            return
-        ready, _ = self.ray.wait(list(open_jobs), num_returns=len(open_jobs), timeout=0)
-        if ready:
-            self._read_post()  # all that a worker sent before its answer
-        for ref in ready:
-            job = open_jobs[ref]
-            self._end(job)
-            job.ref, job.inbox, job.error = None, None, None
-            self._release(job)
+        """Show what workers said, and take what attempts came to that have ended since the last look."""
+        time.sleep(TICK)
+        running = [job.task for job in self.jobs if job.task is not None]
+        ended = self.ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
+        for number, what, done, total, figures in self.ray.get(self.messages.take.remote()):
+            self.progress(what, done, total, group=self.jobs[number].title, **figures)
+        for job in self.jobs:
+            if job.task in ended:
+                self._end(job)
+                job.task = None
+                self._release(job)
 
     def _end(self, job: Job) -> None:
+        """Take an attempt's answer, or what Ray says in its place; whatever else is wrong ends this job alone."""
         exceptions = self.ray.exceptions
         try:
-            self._answered(job, self.ray.get(job.ref))
-        except exceptions.RayTaskError as error:
-            # Neither a lost worker nor a run's error: it would happen again.
+            self._accept(job, self.ray.get(job.task))
+        except exceptions.RayTaskError as error:  # the worker raised it, and would again
             cause = error.cause or error
             known = isinstance(cause, AfterimageError)
             self._fail(job, cause if known else Unexpected(one_line(cause), str(error)))
         except exceptions.TaskCancelledError:
-            pass
+            self._lost(job, "it was stopped")
         except exceptions.RayError as error:
-            self._lost(job, error)
+            why = str(error).strip().partition("\n")[0]
+            self._lost(job, f"{type(error).__name__}: {why:.500}")
         except Exception as error:
-            if concerns(error):
-                raise
             self._fail(job, error)
 
-    def _concerns_all(self, error: Exception) -> bool:
-        """Whether an error of the driver is the cluster's, or its caller's, and no job's."""
-        return bool(concerns(error)) or isinstance(error, self.ray.exceptions.RayError)
-
-    def _answered(self, job: Job, answer: Answer) -> None:
-        if answer.unseen:
-            self.fetch = True
-            self._say(job, f"the worker does not see {self.order.root}: results are fetched from here on")
+    def _accept(self, job: Job, answer: Answer | None) -> None:
+        if answer is None:
+            job.shared = False
+            self._log(job, f"the worker does not see {self.root}: runs are sent back when they have ended")
             return
-        ended = [run for run in job.runs if run.name not in answer.left]
-        for run in ended:
-            self._over(job, run)
-        if job.error is not None:
-            raise job.error
-        if answer.stopped:
-            self._say(job, "stopped after the step under way")
-            return
-        if any(run in self.claims.waiting for run in ended):  # not even its failure could be written down
-            raise AfterimageError("; ".join(answer.failures) or f"group {job.number} ended without a result")
-        self.claims.elsewhere.update(run for run in job.runs if run.name in answer.left)
-        states = ", ".join(f"{run.name} {run.state}" for run in ended)
-        self._say(job, states or "is left to another process")
-
-    def _over(self, job: Job, run: Run) -> None:
-        """A run has ended, by a worker of this driver; one whose files were refused has not."""
-        with self.claims.of_one(run):
-            if job.fetch and run.state == "done":
-                try:
-                    check_result(run, job.runs[run].digest)
-                    remove_checkpoints(run)
-                except Exception as error:
-                    record(run, error)
-            if (
-                run.state in ("done", "failed")
-                and self.claims.waiting.pop(run, None)
-                and run.state == "failed"
-            ):
-                self.claims.failures.append(recorded_error(run))
-
-    def _lost(self, job: Job, error: Exception) -> None:
         for run in job.runs:
-            self._over(job, run)
-        if self.stopping or not any(run in self.claims.waiting for run in job.runs):
-            return
-        job.lost += 1
-        why = str(error).strip().partition("\n")[0]
-        if job.lost <= self.retries:
-            again = f"retry {job.lost} of {self.retries}, from the last checkpoint"
-            self._say(job, f"the worker was lost: {again} ({type(error).__name__}: {why:.200})")
-            return
-        self._fail(
-            job,
-            AfterimageError(
-                f"{', '.join(run.name for run in job.runs)}: the worker was lost {job.lost} times, the last time by "
-                f"{type(error).__name__}: {why:.500}"
-            ),
-        )
+            if run.name in answer.folders:
+                self.queue.locks[run].check()
+                unpack(run, answer.folders[run.name])
+                if run.state == "done":
+                    remove_checkpoints(run)
+        left = {run for run in job.runs if run.name in answer.left}
+        self.queue.elsewhere |= left
+        ended = [run for run in job.runs if run not in left]
+        self._settle(ended)
+        if answer.stopped:
+            self._lost(job, "it was stopped")
+        elif any(run in self.queue.waiting for run in ended):  # not even its failure could be written down
+            raise AfterimageError("; ".join(map(str, answer.failures)) or "a worker ended without a result")
+        else:
+            states = ", ".join(f"{run.name} {run.state}" for run in ended)
+            self._log(job, states or "is left to another process")
+
+    def _settle(self, runs: Iterable[Run]) -> None:
+        """Those of the runs that a worker has ended wait no longer."""
+        for run in runs:
+            with self.queue.of_one(run):
+                state = run.state
+                if state in ("done", "failed") and self.queue.waiting.pop(run, None) and state == "failed":
+                    self.queue.failures.append(recorded_error(run))
+
+    def _lost(self, job: Job, why: str) -> None:
+        """Let the runs of a lost worker wait for another, or end them when there were too many."""
+        self._settle(job.runs)
+        if self.stopping:
+            self._log(job, "stopped after the step under way")
+        elif self._waiting(job.runs):
+            job.lost += 1
+            if job.lost > self.retries:
+                names = ", ".join(run.name for run in job.runs)
+                times = f"{job.lost} times, the last time by {why}"
+                self._fail(job, AfterimageError(f"{names}: the worker was lost {times}"))
+                return
+            start = "from the last checkpoint" if job.shared else "anew, since its folder is lost with it"
+            self._log(job, f"the worker was lost: retry {job.lost} of {self.retries}, {start} ({why:.200})")
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """End the job's runs that have not ended, in their folders too as far as no other process is at them."""
-        self._say(job, one_line(error))
-        waiting = {run: config for run, config in job.runs.items() if run in self.claims.waiting}
-        mine = waiting if job.fetch else self.claims.take(waiting)
-        self.claims.fail(mine, error)
+        """End the job's runs that have not ended, in their folders too as far as no other process is at them.
+
+        An error that is the cluster's or the caller's ends everything: it is raised.
+        """
+        if concerns(error) or isinstance(error, self.ray.exceptions.RayError):
+            raise error
+        self._log(job, one_line(error))
+        self._release(job)
+        waiting = self._waiting(job.runs)
+        self.queue.fail(self.queue.take(waiting), error)
         for run in waiting:
-            self.claims.waiting.pop(run, None)
+            self.queue.waiting.pop(run, None)
+        self._release(job)
 
     def _stop(self) -> None:
         """Let every worker stop after its step, with a checkpoint, and wait for that; what waits is called off."""
-        self.ray.get(self.post.stop.remote())
-        self._read_post()
-        for job in self.jobs:
-            if job.ref is not None and not job.machine:
-                self.ray.cancel(job.ref)
         self.stopping = True
-        while any(job.ref is not None for job in self.jobs):
-            self._read_post()
+        for job in self.jobs:
+            self._cancel(job)
+        while any(job.task is not None for job in self.jobs):
             self._collect()
-            time.sleep(TICK)
         for job in self.jobs:  # workers leave theirs like that; lost ones could not
-            self.claims.mark(
-                self.claims.take({r: c for r, c in job.runs.items() if r.state == "running"}), "stopped"
-            )
+            running = {run: config for run, config in job.runs.items() if run.state == "running"}
+            self.queue.mark(self.queue.take(running), "stopped")
 
-    def _release(self, job: Job) -> None:
-        for run in job.runs:
-            self.claims.locks[run].release()
+
+def _checkpoints(run: Run) -> dict[str, bytes]:
+    """Read the files that an earlier attempt left to go on from."""
+    run.remove_leftovers()
+    return {name: run.file(name).read_bytes() for name in (PREVIOUS, CHECKPOINT) if run.file(name).exists()}
+
+
+def _different_images(runs: Sequence[Run]) -> list[AfterimageError]:
+    """Find machines that were asked for the same images and found others."""
+    found: dict[DataConfig, dict[str, str]] = {}
+    for run in filter(is_done, runs):
+        with contextlib.suppress(AfterimageError):  # a folder that cannot be read is told elsewhere
+            digest = run.summary.get("data", {}).get("digest", "")
+            found.setdefault(run.config.data, {}).setdefault(digest, run.name)
+    return [
+        AfterimageError(
+            f"{' and '.join(digests.values())} were trained on different images, although both ask for {data.source}: "
+            "two machines hold different ones. Their scores cannot be compared."
+        )
+        for data, digests in found.items()
+        if len(digests) > 1
+    ]

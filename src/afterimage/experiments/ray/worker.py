@@ -1,215 +1,162 @@
-"""What runs on a worker: one group, trained as the local executor does, with word of it sent to the driver."""
+"""Train one group of runs on a worker, as the local executor does."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afterimage.config import AfterimageError
-from afterimage.experiments.ray.post import Answer, Order, Said, Started
+from afterimage.config import AfterimageError, RunConfig
+from afterimage.runs.files import write_atomic
+from afterimage.runs.run import Run
+from afterimage.runtime.progress import Progress
 
-BEAT = 0.5
-"""Seconds between two letters."""
+MESSAGE_SECONDS = 0.5
+"""Least time between two messages that only count on: more often nobody reads them."""
+Folders = Mapping[str, Mapping[str, bytes]]
+"""Files of run folders: by the run's name, then by the file's path in its folder."""
 
-Sent = Sequence[tuple[str, str, Sequence[Any]]]
-"""Files that a worker is given: run, name, and references to the pieces."""
+
+@dataclass
+class Answer:
+    """How an attempt ended: the runs that are `left` to another process, the files of folders the driver cannot see."""
+
+    failures: list[AfterimageError] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    stopped: bool = False
+    folders: Folders = field(default_factory=dict)
 
 
-def train_group(order: Order, post: Any, checkpoints: Sent) -> Answer:
-    """The Ray task: train the order's runs. Errors of runs are recorded in their folders and told in the answer."""
-    _settle(order)
-    if not order.fetch and not _sees(order):
-        return Answer(unseen=True)
-    if [config.digest for config in order.configs] != list(order.digests):
+class Messages:
+    """Keep what workers say until the driver takes it; a Ray actor on the driver's machine."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple] = []
+
+    def put(self, message: tuple) -> None:
+        self._kept.append(message)
+
+    def arrived(self) -> None:
+        """Answer when all that the caller has put before is here."""
+
+    def take(self) -> list[tuple]:
+        kept, self._kept = self._kept, []
+        return kept
+
+
+def identify(root: str, config: RunConfig) -> tuple[int, int] | None:
+    """Tell two folders of the same path on two machines apart, by a file that the driver has made in it."""
+    try:
+        state = Path(root, config.name, "config.toml").stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns
+
+
+def train_group(
+    number: int,
+    configs: Mapping[str, RunConfig],
+    root: str,
+    *,
+    folder: tuple[int, int] | None,
+    sent: Folders,
+    threads: int,
+    options: Mapping[str, Any],
+    cwd: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    messages: Any,
+) -> Answer | None:
+    """Train a group of runs; the Ray task.
+
+    A run that fails is recorded in its folder. Ray cancels a task as Ctrl-C would: training then stops after the step
+    under way, with a checkpoint.
+
+    Args:
+        number: The group's number, which goes with every message.
+        configs: The runs, by the digest that the driver reads in their settings.
+        root: The driver's folder of run folders.
+        folder: Identifies `root` (see `identify`). With None the runs are trained in a folder of this machine.
+        sent: Files that a folder of this machine begins with.
+        threads: PyTorch's threads.
+        options: Those of `queue.train_runs`.
+        cwd, command, environment: Where the driver stands, so that relative paths, settings and records agree.
+        messages: The actor that takes messages to the driver.
+
+    Returns:
+        How it ended; None where this machine does not see the folder, and nothing was done.
+    """
+    if os.path.isdir(cwd):
+        os.chdir(cwd)
+    sys.argv[:] = command
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)  # what a machine says of itself counts
+    runs = list(configs.values())
+    if folder is not None and identify(root, runs[0]) != folder:
+        return None
+    if any(config.digest != digest for digest, config in configs.items()):
         raise AfterimageError(
             f"{socket.gethostname()} has another version of afterimage: it reads the runs' settings differently"
         )
+    import ray
     import torch
 
     from afterimage.experiments.queue import train_runs
-    from afterimage.runs.run import Run
-    from afterimage.runtime.signals import GracefulShutdown, Stopped
+    from afterimage.runtime.signals import Stopped
 
-    torch.set_num_threads(order.threads)
-    stop, failures, left, stopped = GracefulShutdown(), [], [], False
-    with _folder(order) as root:
-        runs = [Run.create(root, config) for config in order.configs]
-        known = _unpack(root, checkpoints)
-        with Courier(order, post, stop, runs if order.fetch else (), known) as courier:
-            try:
-                train_runs(
-                    order.configs,
-                    root,
-                    cache=None if order.cache is None else Path(order.cache),
-                    accelerator=order.accelerator,
-                    progress=courier.progress,
-                    keep=order.keep,
-                    failures=failures,
-                    checkpoint_seconds=order.checkpoint_seconds,
-                    stop=stop,
-                    left=left,
-                )
-            except Stopped:
-                stopped = True
-    return Answer(tuple(map(str, failures)), tuple(run.name for run in left), stopped=stopped)
-
-
-def _settle(order: Order) -> None:
-    """Stand where the driver stands, so that relative paths, settings and records mean the same."""
-    if os.path.isdir(order.cwd):
-        os.chdir(order.cwd)
-    for name, value in order.environment.items():
-        os.environ.setdefault(name, value)  # what a machine says of itself counts
-    sys.argv[:] = order.command
-
-
-def _sees(order: Order) -> bool:
-    try:
-        return Path(order.root, order.probe).read_text(encoding="utf-8") == order.token
-    except (OSError, ValueError):
-        return False
-
-
-@contextlib.contextmanager
-def _folder(order: Order) -> Iterator[Path]:
-    """Where the run folders are: the driver's own, or a folder of this machine that is removed afterwards."""
-    if not order.fetch:
-        yield Path(order.root)
-        return
-    root = Path(tempfile.mkdtemp(prefix="afterimage-"))
-    try:
-        yield root
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _unpack(root: Path, files: Sent) -> dict[Path, tuple[int, int]]:
-    """Write the checkpoints that an earlier attempt left; returns their state, so that they are not sent back."""
-    import ray
-
-    known = {}
-    for run, name, references in files:
-        path = root / run / name
-        with open(path, "wb") as file:
-            for reference in references:
-                file.write(ray.get(reference))
-        known[path] = _sign(path)
-    return known
-
-
-def _sign(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced."""
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_mtime_ns, state.st_ino
-
-
-class Courier:
-    """Sends the driver what progress says and, of `fetched` runs, the files; learns whether to stop.
-
-    A thread does: a step never waits for the network. It ends with the last files when the block is left.
-    """
-
-    def __init__(
-        self, order: Order, post: Any, stop: Any, fetched: Iterable[Any], known: dict[Path, Any]
-    ) -> None:
-        self.order, self.post, self.stop = order, post, stop
-        self.fetched, self._known = list(fetched), known
-        self._said: list[Any] = [Started(*self._key, socket.gethostname(), order.fetch)]
-        self._shown, self._fetched_at = 0.0, time.monotonic()
-        self._lock, self._over = threading.Lock(), threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    @property
-    def _key(self) -> tuple[int, int]:
-        return self.order.number, self.order.attempt
-
-    def progress(self, what: str, done: int, total: int, **figures: Any) -> None:
-        now = time.monotonic()
-        if done < total and now - self._shown < BEAT:
-            return
-        self._shown = now
-        figures = {name: value() if callable(value) else value for name, value in figures.items()}
-        said = Said(*self._key, what, done, total, figures)
-        with self._lock:
-            last = self._said[-1] if self._said else None
-            if isinstance(last, Said) and last.done < last.total and last.what == what:
-                self._said.pop()
-            self._said.append(said)
-
-    def __enter__(self) -> Courier:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _work(self) -> None:
+    torch.set_num_threads(threads)
+    progress = _send_to(messages, number)
+    answer = Answer()
+    left: list[Run] = []
+    with contextlib.ExitStack() as stack:
+        where = "in the shared folder"
+        if folder is None:
+            root = stack.enter_context(tempfile.TemporaryDirectory(prefix="afterimage-"))
+            where = "in a folder of its own, which is sent back at the end"
+            for config in runs:
+                unpack(Run.create(root, config), sent.get(config.name, {}))
+        names = ", ".join(config.name for config in runs)
+        progress(f"is trained on {socket.gethostname()} {where}: {names}", 1, 1)
         try:
-            while not self._over.wait(BEAT):
-                self._send_said()
-                if self.fetched and time.monotonic() - self._fetched_at >= self.order.fetch_seconds:
-                    self._send_checkpoints()
-                    self._fetched_at = time.monotonic()
-            self._send_said()
-            for run in self.fetched:
-                self._send_result(run)
-        except (
-            BaseException
-        ) as error:  # the driver is gone, or this thread is wrong: either way nobody listens
-            self._error = error
-            self.stop.number = self.stop.number or signal.SIGTERM
+            train_runs(runs, root, progress=progress, failures=answer.failures, left=left, **options)
+        except Stopped:
+            answer.stopped = True
+        answer.left = [run.name for run in left]
+        if folder is None:
+            answer.folders = {config.name: pack(Run(Path(root, config.name))) for config in runs}
+    ray.get(messages.arrived.remote())  # what was sent before the answer arrives before it
+    return answer
 
-    def _send_said(self) -> None:
-        with self._lock:
-            letters, self._said = self._said, []
-        self._put(letters)
 
-    def _send_checkpoints(self) -> None:
-        from afterimage.training.checkpoint import CHECKPOINT
+def _send_to(messages: Any, number: int) -> Progress:
+    """A progress callback that sends what it is told to the driver, and does not wait for that."""
+    sent_at = 0.0
 
-        for run in self.fetched:
-            if (sign := _sign(run.file(CHECKPOINT))) not in (None, self._known.get(run.file(CHECKPOINT))):
-                self._send(run, CHECKPOINT)
-                self._known[run.file(CHECKPOINT)] = sign
+    def progress(what: str, done: int, total: int, **figures: Any) -> None:
+        nonlocal sent_at
+        if done < total and time.monotonic() - sent_at < MESSAGE_SECONDS:
+            return
+        sent_at = time.monotonic()
+        figures = {name: value() if callable(value) else value for name, value in figures.items()}
+        messages.put.remote((number, what, done, total, figures))
 
-    def _send_result(self, run: Any) -> None:
-        from afterimage.experiments.ray.files import own_files
+    return progress
 
-        for name in own_files(run, self.order.keep):
-            if _sign(run.file(name)) != self._known.get(run.file(name)):
-                self._send(run, name)
 
-    def _send(self, run: Any, name: str) -> None:
-        from afterimage.experiments.ray.files import pieces
+def pack(run: Run) -> dict[str, bytes]:
+    """Read the files of a run folder, the status last: it says that the rest is there."""
+    files = sorted(run.path.rglob("*"), key=lambda path: (path.name == "status.json", path))
+    return {path.relative_to(run.path).as_posix(): path.read_bytes() for path in files if path.is_file()}
 
-        with contextlib.suppress(FileNotFoundError):  # a checkpoint goes when its run is done
-            for piece in pieces(self.order, run, name):
-                self._put([piece], len(piece.content))
 
-    def _put(self, letters: Sequence[Any], size: int = 0) -> None:
-        import ray
-
-        while True:
-            accepted, stop = ray.get(self.post.put.remote(letters, size))
-            if stop:
-                self.stop.number = self.stop.number or signal.SIGTERM
-            if accepted:
-                return
-            time.sleep(0.1)
+def unpack(run: Run, files: Mapping[str, bytes]) -> None:
+    """Write files into a run folder, in their order."""
+    for name, content in files.items():
+        write_atomic(run.file(name), content)
