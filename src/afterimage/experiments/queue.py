@@ -50,37 +50,41 @@ def train_runs(
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    stop: GracefulShutdown | None = None,
     left: list[Run] | None = None,
 ) -> list[Run]:
-    """Train every run that is not done yet; returns all of them, in the order asked for.
+    """Train every run that is not done yet, and measure it on the test images.
 
-    Runs that share encoders, images, batches and seed are trained together on one pass. Each keeps its best
-    decoder by validation loss, is measured on the test images, and stores `keep` of them. A run that fails, by
-    whatever exception, is recorded with its error and its traceback, and all that does not depend on what failed
-    goes on; the errors are added to `failures`, or the first is raised at the end where no such list is given. What
-    `progress` raises is the caller's own and ends everything.
+    Runs that share encoders, images, batches and seed are trained together on one pass. Any number of processes may
+    be given the same runs: each run is trained by one of them, and every one returns when all are done. Processes
+    that `torchrun` has started do the runs together instead, each its part of every batch (see `runtime.distributed`).
 
-    Any number of processes may be given the same runs: each run is trained by one of them, and every one returns
-    when all are done; with `left` what others are at is added to that list instead of waited for. A checkpoint is
-    written after every epoch and, within one, every `checkpoint_seconds`. On SIGTERM and Ctrl-C, or when `stop` is
-    set where one is given, training stops after the step under way with a checkpoint, and `stop.Stopped` is raised.
+    Args:
+        configs: What the runs are.
+        root: The folder of the run folders.
+        cache: The folder of decoded images.
+        accelerator: `cpu`, `cuda`, `mps` or `auto`.
+        progress: Is told how far the work is. What it raises is the caller's own and ends everything.
+        keep: How many test images each run stores with their reconstructions.
+        failures: Takes the errors of runs that fail. Each is recorded in its run's folder, with its traceback, and
+            all that does not depend on what failed goes on.
+        checkpoint_seconds: Time between two checkpoints within an epoch; one is written after every epoch.
+        left: Takes the runs that other processes are at, which are then not waited for.
 
-    Processes that `torchrun` has started do the runs together instead, each its part of every batch (see `ranks`).
+    Returns:
+        All runs, in the order asked for.
+
+    Raises:
+        AfterimageError: A run failed, and there is no list of `failures`; raised when the others have ended.
+        Stopped: SIGTERM or Ctrl-C; training has stopped after the step under way, with a checkpoint.
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     with distributed_context(accelerator) as ranks:
         progress = of_caller(progress) if ranks.is_main_process else silent
         claims = RunQueue(lambda text: progress(text, 1, 1), ranks)
         runs = claims.open(configs, root)
-        queue = _Worker(claims, cache, accelerator, progress, keep, checkpoint_seconds)
-        stopping = (
-            graceful_shutdown(ignore_second_signal=ranks.count > 1)
-            if stop is None
-            else contextlib.nullcontext(stop)
-        )
-        with ranks.raise_on_all_ranks(), stopping as asked:
-            queue.work(asked, wait=left is None)
+        worker = _Worker(claims, cache, accelerator, progress, keep, checkpoint_seconds)
+        with ranks.raise_on_all_ranks(), graceful_shutdown(ignore_second_signal=ranks.count > 1) as stop:
+            worker.work(stop, wait=left is None)
     if left is not None:
         left += claims.waiting
     report_failures(claims.failures, failures)
@@ -106,7 +110,7 @@ def _tidy(run: Run) -> None:
 
 
 def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
-    """Runs by what they must share to be trained together: encoders, images, batches, seed and measure."""
+    """Divide runs by what they must share to be trained together: encoders, images, batches, seed and LPIPS network."""
     found: dict[tuple, dict[Key, RunConfig]] = {}
     for run, config in runs:
         models = frozenset(split_source(source)[0] for source in config.sources)
@@ -118,13 +122,20 @@ def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
 
 @dataclass
 class RunQueue:
-    """Runs that wait to be done, by this process or another: which of them this one may do.
+    """The runs that are not done, and which of them this process may do: those whose folders it can lock.
 
-    `say` is told what others do. A run that ends elsewhere leaves `waiting`; its error goes to `failures`. Of several
-    `ranks` the leading one holds the locks and decides, and the others hear what it has decided.
+    Of several processes that train together the main one holds the locks and decides, and the others follow it.
+
+    Args:
+        log: Is told what other processes do.
+        ranks: The processes that train together.
+        waiting: The runs that have not ended, here or elsewhere.
+        failures: The errors of runs that have failed, here or elsewhere.
+        locks: The lock of each folder that was asked for.
+        elsewhere: Runs that another process was seen at.
     """
 
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     ranks: ProcessGroup = SINGLE_PROCESS
     waiting: dict[Run, RunConfig] = field(default_factory=dict)
     failures: list[AfterimageError] = field(default_factory=list)
@@ -134,22 +145,20 @@ class RunQueue:
     def open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
         """Make the folders, and let those wait that are not done; returns all runs, in the order asked for."""
         with self.ranks.raise_on_all_ranks():
-            return self.heard(self._open(configs, root) if self.ranks.is_main_process else [])
-
-    def _open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
-        for config in {config.digest: config for config in configs}.values():
-            run = Run(Path(root) / config.name)
-            with self.of_one(run):
-                if Run.create(root, config).state == "done":
-                    self.say(f"{config.name} is done already, nothing to do")
-                    _tidy(run)
-                else:
-                    self.waiting[run] = config
-        return [Run(Path(root) / config.name) for config in configs]
+            unique = {config.digest: config for config in configs} if self.ranks.is_main_process else {}
+            for config in unique.values():
+                run = Run(Path(root) / config.name)
+                with self.isolate(run):
+                    if Run.create(root, config).state == "done":
+                        self.log(f"{config.name} is done already, nothing to do")
+                        _tidy(run)
+                    else:
+                        self.waiting[run] = config
+            return self.heard([Run(Path(root) / config.name) for config in configs])
 
     @contextlib.contextmanager
-    def of_one(self, run: Run) -> Iterator[None]:
-        """An error of a folder that cannot be read or locked ends its run; nothing is written into it."""
+    def isolate(self, run: Run) -> Iterator[None]:
+        """End a run whose folder cannot be read or locked inside the block; nothing is written into it."""
         try:
             yield
         except Exception as error:
@@ -161,45 +170,42 @@ class RunQueue:
                 self.locks[run].release()
 
     def take(self, runs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:
-        """Those of the runs that this process is to do now; it then holds the lock of each."""
+        """Lock those of the runs that this process is to do now, and return them."""
         with self.ranks.raise_on_all_ranks():
-            is_main_process = self.ranks.is_main_process
             mine = []
-            for run in runs if is_main_process else ():
-                with self.of_one(run):
+            for run in runs if self.ranks.is_main_process else ():
+                with self.isolate(run):
                     if run in self.waiting and self._take(run):
                         mine.append(run)
             return {run: runs[run] for run in self.heard(mine)}
 
+    def _take(self, run: Run) -> bool:
+        """Lock a run, unless another process is at it or has ended it."""
+        lock = self.locks.setdefault(run, Lock(run.path, self.log))
+        if not lock.acquire():
+            if run not in self.elsewhere:
+                self.elsewhere.add(run)
+                self.log(f"{run.name} is left to {lock.holder or 'another process'}, which is at it")
+            return False
+        # Another process may have come to its end just now: what failed there would fail here too.
+        state = run.state
+        if state != "done" and not (state == "failed" and run in self.elsewhere):
+            return True
+        lock.release()
+        del self.waiting[run]
+        self.log(f"{run.name} is {state}, by another process")
+        if state == "failed":
+            self.failures.append(recorded_error(run))
+        return False
+
     def heard(self, value: Heard) -> Heard:
-        """The leading rank's value, and what it now lets wait."""
+        """Give every process the main one's value, and the runs that wait and have failed there."""
         value, waiting, failures = self.ranks.broadcast((value, self.waiting, self.failures))
         if not self.ranks.is_main_process:
             self.waiting.clear()
             self.waiting.update(waiting)
             self.failures[:] = failures
         return value
-
-    def _take(self, run: Run) -> bool:
-        lock = self.locks.setdefault(run, Lock(run.path, self.say))
-        if not lock.acquire():
-            if run not in self.elsewhere:
-                self.elsewhere.add(run)
-                self.say(f"{run.name} is left to {lock.holder or 'another process'}, which is at it")
-            return False
-        # Another process may have come to its end just now: what failed there would fail here too.
-        state = run.state
-        over = state == "done" or (state == "failed" and run in self.elsewhere)
-        if over:
-            lock.release()
-            self._over(run)
-        return not over
-
-    def _over(self, run: Run) -> None:
-        del self.waiting[run]
-        self.say(f"{run.name} is {run.state}, by another process")
-        if run.state == "failed":
-            self.failures.append(recorded_error(run))
 
     def fail(self, runs: Iterable[Run], error: Exception) -> None:
         """Record an error that ended all of the runs; the locks are held, but for those that were lost."""
@@ -222,7 +228,7 @@ class RunQueue:
 
 @dataclass
 class _Worker:
-    """What one process does of the runs that wait."""
+    """Train the runs of a queue in this process, group by group."""
 
     claims: RunQueue
     cache: Path | None
@@ -233,7 +239,7 @@ class _Worker:
     _loaded: dict[DataConfig, Data] = field(default_factory=dict)
 
     def work(self, stop: GracefulShutdown, wait: bool) -> None:
-        """Do what no other process does, and wait for the rest if told to."""
+        """Train the runs that no other process is at, and wait for the others if told to."""
         waiting = self.claims.waiting
         while waiting:
             split = groups(waiting.items())
@@ -246,7 +252,7 @@ class _Worker:
                     continue
                 idle = False
                 if len(split) > 1:
-                    self.claims.say(
+                    self.claims.log(
                         f"group {number} of {len(split)}: {', '.join(c.name for c in mine.values())}"
                     )
                 self._train(mine, stop)
@@ -313,9 +319,10 @@ class _Worker:
             parts = self._apart({run: part[run] for run in part if run not in over}, error, data) + parts
 
     def _apart(self, runs: dict[Run, RunConfig], error: Exception, data: Data) -> list[dict[Run, RunConfig]]:
-        """Runs whose encoders fail together, in parts that can go on; those that cannot are recorded.
+        """Divide runs whose encoders failed together into parts that can go on, and record those that cannot.
 
-        Each row's encoders are built and tried alone. The rows that pass stay together, unless none has failed.
+        The encoders of each combination of sources are built and tried alone. Those that pass stay together, unless
+        none has failed: then they are halved.
         """
         rows: dict[tuple[str, ...], dict[Run, RunConfig]] = {}
         for run, config in runs.items():
@@ -323,7 +330,7 @@ class _Worker:
         if len(rows) == 1:
             self.claims.fail(runs, error)
             return []
-        self.claims.say("the encoders failed for what is trained together: each row's are tried alone")
+        self.claims.log("the encoders failed for what is trained together: each row's are tried alone")
         missing = self._error(lambda: _find_weights(next(iter(runs.values()))))
         sound: list[dict[Run, RunConfig]] = []
         failed: dict[str, tuple[Exception, list[Run]]] = {}
@@ -341,7 +348,7 @@ class _Worker:
         return [{run: config for own in part for run, config in own.items()} for part in parts if part]
 
     def _error(self, work: Callable[[], None]) -> Exception | None:
-        """What `work` raises on any rank, unless it concerns everything."""
+        """Return what `work` raises on any rank; what concerns everything is raised."""
         try:
             with self.claims.ranks.raise_on_all_ranks():
                 work()

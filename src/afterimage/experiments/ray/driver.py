@@ -73,11 +73,11 @@ def train_on_ray(
             "keep": keep,
             "checkpoint_seconds": checkpoint_seconds,
         }
-        with connect(address, queue.say) as ray, graceful_shutdown() as stop:
+        with connect(address, queue.log) as ray, graceful_shutdown() as stop:
             # All groups, those that are done too: what one gets must not depend on when it is done.
             every = groups(zip(runs, configs, strict=True))
             sizes = [group_bytes(group.values()) for group in every]
-            needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=queue.say)
+            needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=queue.log)
             jobs = [
                 Job(f"[{number}/{len(every)}]", group, need)
                 for number, (group, need) in enumerate(zip(every, needs, strict=True), 1)
@@ -249,7 +249,7 @@ class Driver:
     def _settle(self, runs: Iterable[Run]) -> None:
         """Those of the runs that a worker has ended wait no longer."""
         for run in runs:
-            with self.queue.of_one(run):
+            with self.queue.isolate(run):
                 state = run.state
                 if state in ("done", "failed") and self.queue.waiting.pop(run, None) and state == "failed":
                     self.queue.failures.append(recorded_error(run))
