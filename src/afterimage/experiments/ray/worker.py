@@ -19,7 +19,7 @@ from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress
 
 MESSAGE_SECONDS = 0.5
-"""Least time between two messages that only count on: more often nobody reads them."""
+"""Least time between two messages that only say how far a group is; nobody reads faster."""
 Folders = Mapping[str, Mapping[str, bytes]]
 """Files of run folders: by the run's name, then by the file's path in its folder."""
 
