@@ -10,6 +10,7 @@ from PIL import Image
 
 from afterimage.analysis.inversion.run import from_files
 from afterimage.config import SSIM_WINDOW, DataConfig
+from afterimage.data import dataset
 from afterimage.data.dataset import file_notes, load_data
 from afterimage.data.examine import Facts, examine, size_notes, value_notes
 from afterimage.data.images import Data
@@ -137,24 +138,24 @@ def test_nothing_is_said_of_no_images():
     assert value_notes({"test": none}) == [] and size_notes({"test": none[:, 0]}, 9) == []
 
 
-def test_streamed_images_say_what_was_not_examined(tmp_path):
+def test_streamed_images_say_what_was_not_examined(tmp_path, monkeypatch):
     write_images(tmp_path / "images", 20)
     path = write_tar(tmp_path / "a.tar", {f"{n:03}.png": image_bytes(n) for n in range(20)})
     for source in (f"folder:{tmp_path / 'images'}", f"webdataset:{path}"):
-        first = load(source, tmp_path, resize=60, stream=True)
-        assert "the range of values of streamed images was not examined" in first.notes
-        assert any(
-            note.startswith("enlarged: 20 of 20 images (2 of 2 test images), the side 2")
-            for note in first.notes
-        )
-        assert load(source, tmp_path, resize=60, stream=True).notes == first.notes
-        kept = load(source, tmp_path, resize=60, stream=False).notes
+        kept = load(source, tmp_path, resize=60).notes
         assert not any("not examined" in note for note in kept)
-        assert [note for note in kept if "enlarged" in note] == [n for n in first.notes if "enlarged" in n]
-    # Test images of another source may be kept though the others are streamed.
-    mixed = load(f"webdataset:{path}", tmp_path, resize=60, stream=True, test="procedural:3").notes
-    assert any("enlarged: 20 of 23 images (0 of 3 test images)" in note for note in mixed)
-    assert any("not examined" in note for note in mixed)
+        with monkeypatch.context() as patch:
+            patch.setattr(dataset, "STREAM_ABOVE", 10)
+            first = load(source, tmp_path, resize=60)
+            assert load(source, tmp_path, resize=60).notes == first.notes
+            # Test images of another source may be kept though the others are streamed.
+            mixed = load(source, tmp_path, resize=60, test="procedural:3").notes
+        assert "the range of values of streamed images was not examined" in first.notes
+        (enlarged,) = [note for note in first.notes if "enlarged" in note]
+        assert enlarged.startswith("enlarged: 20 of 20 images (2 of 2 test images), the side 2")
+        assert [note for note in kept if "enlarged" in note] == [enlarged]
+        assert any("enlarged: 20 of 23 images (0 of 3 test images)" in note for note in mixed)
+        assert any("not examined" in note for note in mixed)
 
 
 def test_files_of_ones_own_say_the_same(tmp_path):

@@ -148,11 +148,10 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("kind", SPLITS)
-@pytest.mark.parametrize("stream", [False, True])
-def test_test_images_come_from_the_test_folder(tmp_path, kind, stream):
+def test_test_images_come_from_the_test_folder(tmp_path, kind):
     train, test = SPLITS[kind]
     source = write(tmp_path / "a", {train: 8, test: 4})
-    data = load(source, tmp_path, stream=stream)
+    data = load(source, tmp_path)
     assert places(data) == {TRAINING: {train}, VALIDATION: {train}, TEST: {test}}
     assert len(data.test) == 4
     (note,) = [note for note in data.notes if "split by the names" in note]
@@ -195,8 +194,7 @@ def test_pooled_folders_are_named(tmp_path):
     assert "20 folders, class00, class01, " in many.notes[0] and "and 12 more, are pooled" in many.notes[0]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_files_that_are_not_read_are_counted_by_kind(tmp_path, stream, caplog):
+def test_files_that_are_not_read_are_counted_by_kind(tmp_path, caplog):
     write_images(tmp_path / "a", 12)
     names = [
         "a.heic",
@@ -211,10 +209,10 @@ def test_files_that_are_not_read_are_counted_by_kind(tmp_path, stream, caplog):
     ]
     for number, name in enumerate(names):
         (tmp_path / "a" / name).write_text(str(number))
-    first = load(f"folder:{tmp_path / 'a'}", tmp_path, stream=stream)
+    first = load(f"folder:{tmp_path / 'a'}", tmp_path)
     note = "left out: 8 files that are not read: 2 .heic, 1 .jxl, 2 without extension, 1 .\\nodd, 1 .json, 1 .txt"
     assert note in first.notes and note in caplog.text
-    assert load(f"folder:{tmp_path / 'a'}", tmp_path, stream=stream).notes == first.notes
+    assert load(f"folder:{tmp_path / 'a'}", tmp_path).notes == first.notes
     tested = load("procedural:9", tmp_path, test=f"folder:{tmp_path / 'a'}")
     assert tested.notes == (f"test images: {note}",)
 
@@ -262,10 +260,10 @@ def test_shards_are_taken_for_what_their_names_say(tmp_path, kind):
     assert load(source, tmp_path).notes == data.notes
 
 
-def test_other_members_of_shards_are_counted_and_kept_with_the_index(tmp_path):
+def test_other_members_of_shards_are_counted_at_every_start(tmp_path):
     content = {f"{n:03}.{kind}": image_bytes(n) for n in range(12) for kind in ("png", "heic")}
     content |= {"000.txt": b"x", ".hidden": b"x", "README": b"x"}
     path = write_tar(tmp_path / "x.tar", content)
-    for stream in (True, False):
-        notes = load(f"webdataset:{path}", tmp_path, stream=stream).notes
+    for _ in range(2):
+        notes = load(f"webdataset:{path}", tmp_path).notes
         assert "left out: 14 files that are not read: 12 .heic, 1 .txt, 1 without extension" in notes

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from afterimage.config import AfterimageError, DataConfig
+from afterimage.data import file_digests
 from afterimage.data import pixel_cache as cache_module
 from afterimage.data.dataset import default_cache, load_data
 from afterimage.data.examine import Facts
@@ -44,22 +45,18 @@ def cache(tmp_path) -> Path:
 def work(monkeypatch) -> dict[str, list]:
     """What is decoded and what is read through, by file name."""
     done = {"decoded": [], "read": []}
-    decode, of = FileOriginal.decoded, FileDigests.of
+    decode, header = FileOriginal.decoded, file_digests.check_header
 
     def decoded(self, size, content):
         done["decoded"].append(self.path.name)
         return decode(self, size, content)
 
-    def digest(self, path):
-        before = self._changed
-        self._changed = False
-        result = of(self, path)
-        done["read"] += [path.name] if self._changed else []
-        self._changed = self._changed or before
-        return result
+    def looked_at(content, name):
+        done["read"].append(name)
+        return header(content, name)
 
     monkeypatch.setattr(FileOriginal, "decoded", decoded)
-    monkeypatch.setattr(FileDigests, "of", digest)
+    monkeypatch.setattr(file_digests, "check_header", looked_at)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # one thread, so that the counts are exact
     return done
 
@@ -129,8 +126,8 @@ def test_a_replaced_image_is_seen_though_size_and_time_are_the_same(tmp_path, ca
 
 
 def test_a_image_that_changes_while_it_is_read_is_an_error(folder, tmp_path):
-    original = FileOriginal("a", folder / "0000.png")
-    content = original.content(FileDigests(tmp_path, folder), 24)
+    original = FileOriginal("a", folder, "0000.png")
+    content, _, _ = original.content(FileDigests(tmp_path, folder), 24)
     some_image(99).save(folder / "0000.png")
     with pytest.raises(AfterimageError, match=r"0000\.png: changed"):
         original.image(24, content)
@@ -272,12 +269,28 @@ def test_too_much_for_memory_is_an_error(folder, tmp_path, monkeypatch):
         load(folder, tmp_path / "file")
 
 
-def test_remembered_digests_that_cannot_be_read_are_taken_anew(folder, cache):
+def test_remembered_digests_that_cannot_be_read_are_taken_anew(folder, cache, caplog):
     first = load(folder, cache)
     (file,) = (cache / "digests").iterdir()
-    for content in ("{", "[1]", '{"a": 1}', file.read_text().replace("[", '["x", ')):
-        file.write_text(content)
+    whole = file.read_bytes()
+    with np.load(file) as stored:
+        table = stored["table"]
+    others = []
+    for arrays in (
+        {"table": table[::-1]},
+        {"table": np.zeros(3)},
+        {"other": table},
+        {"table": np.array([print])},
+    ):
+        np.savez(file, **arrays)
+        others.append(file.read_bytes())
+    flipped = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+    for content in (b"", b"PK", whole[:-100], flipped, *others):
+        file.write_bytes(content)
+        caplog.clear()
         assert load(folder, cache).digest == first.digest
+        assert "cannot be read" in caplog.text
+        assert file.read_bytes() != content, "what was damaged is written again"
 
 
 def test_a_broken_image_stays_an_error_and_costs_no_more_than_itself(folder, cache, work):

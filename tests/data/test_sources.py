@@ -19,6 +19,7 @@ from afterimage.data.sources.folder import read_folder
 from afterimage.data.sources.sample_images import read_photographs
 from afterimage.data.splits import Source, shuffled, split, take
 from some_images import some_image, write_images
+from source_contract import SourceContract
 
 
 class Named(Original):
@@ -42,6 +43,26 @@ def ids(originals) -> list[str]:
 def load(source: str, tmp_path, **settings):
     config = DataConfig(source, **{"resize": 24, "crop": 16, **settings})
     return load_data(config, cache=tmp_path / "cache")
+
+
+class TestFolder(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path):
+        write_images(tmp_path / "images", 10)
+        write_images(tmp_path / "images" / "more", 6, first=10)
+        return f"folder:{tmp_path / 'images'}"
+
+
+class TestSampleImages(SourceContract):
+    @pytest.fixture
+    def source(self):
+        return "photographs"
+
+
+class TestDeadLeaves(SourceContract):
+    @pytest.fixture
+    def source(self):
+        return "procedural:8"
 
 
 # Splits
@@ -97,16 +118,6 @@ def test_three_images_are_enough(tmp_path):
     write_images(tmp_path / "a", 3)
     data = load(f"folder:{tmp_path / 'a'}", tmp_path)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [1, 1, 1]
-
-
-def test_limits_keep_the_first_of_each_split(tmp_path):
-    write_images(tmp_path / "a", 30)
-    all_of_it = load(f"folder:{tmp_path / 'a'}", tmp_path)
-    some = load(f"folder:{tmp_path / 'a'}", tmp_path, limit_train=5, limit_validation=2, limit_test=1)
-    assert some.train.ids == all_of_it.train.ids[:5]
-    assert some.validation.ids == all_of_it.validation.ids[:2]
-    assert some.test.ids == all_of_it.test.ids[:1]
-    assert load(f"folder:{tmp_path / 'a'}", tmp_path, limit_train=500).digest == all_of_it.digest
 
 
 # Folders

@@ -11,7 +11,6 @@ import json
 import pickle
 import struct
 import sys
-import zipfile
 import zlib
 from importlib import resources
 from pathlib import Path
@@ -255,39 +254,6 @@ def runs() -> None:
         keep("report", name, (targets.CORPUS / "run" / name).read_bytes())
 
 
-def archives() -> None:
-    def zipped(members, **options) -> bytes:
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, "w", **options) as archive:
-            for name, content in members:
-                archive.writestr(name, content)
-        return file.getvalue()
-
-    good = [("a/0001.png", b"one" * 9), ("a/0002.png", b"two" * 9)]
-    for name, method in (
-        ("stored", zipfile.ZIP_STORED),
-        ("deflated", zipfile.ZIP_DEFLATED),
-        ("bzip2", zipfile.ZIP_BZIP2),
-        ("lzma", zipfile.ZIP_LZMA),
-    ):
-        keep("archive", f"{name}.zip", zipped(good, compression=method))
-    for name, path in (("escape", "../0001.png"), ("absolute", "/tmp/0001.png"), ("drive", "C:\\0001.png")):
-        keep("archive", f"{name}.zip", zipped([(path, b"x"), good[1]]))
-    link = zipfile.ZipInfo("a/0001.png")
-    link.external_attr = 0o120777 << 16
-    keep("archive", "link.zip", zipped([(link, b"/etc/passwd"), good[1]]))
-    keep(
-        "archive",
-        "bomb.zip",
-        zipped([("a/0001.png", bytes(10**6)), good[1]], compression=zipfile.ZIP_DEFLATED),
-    )
-    keep("archive", "cut.zip", zipped(good)[:-30])
-    lying = bytearray(zipped([("a/0001.png", bytes(4000)), good[1]], compression=zipfile.ZIP_DEFLATED))
-    place = lying.rfind(b"PK\x01\x02", 0, lying.rfind(b"PK\x01\x02"))
-    lying[place + 24 : place + 28] = struct.pack("<I", 100)
-    keep("archive", "lying.zip", bytes(lying))
-
-
 def stores() -> None:
     from safetensors.numpy import save
 
@@ -431,5 +397,5 @@ def checkpoints() -> None:
 
 
 if __name__ == "__main__":
-    for make in (sample_images, studies, runs, archives, stores, checkpoints):
+    for make in (sample_images, studies, runs, stores, checkpoints):
         make()

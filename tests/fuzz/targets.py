@@ -257,23 +257,6 @@ def image(data: bytes) -> None:
             assert found.mode == "RGB" and min(small.size) == 16 and max(small.size) <= 16 * decode.MAX_ASPECT
 
 
-def archive(data: bytes) -> None:
-    """A zip file that is unpacked: two images of at most 2,000 bytes appear, and nothing beside them."""
-    from afterimage.data.sources.div2k import Archive, unpack
-
-    place = scratch() / "unpacked"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    with file("archive.zip", data) as path:
-        before = set(scratch().iterdir())
-        refused(unpack, Archive("fuzzed", 1000, "", 2), path, place / "images")
-        assert set(scratch().iterdir()) == before
-    assert {p.name for p in place.iterdir()} <= {"images"}
-    inside = list((place / "images").iterdir()) if (place / "images").exists() else []
-    assert len(inside) in (0, 2) and all(p.is_file() and not p.is_symlink() for p in inside)
-    assert sum(p.stat().st_size for p in inside) <= 2000
-
-
 def pairs(data: bytes) -> None:
     """Stored features and their images, as each kind of file they may be in."""
     from afterimage.analysis.audit.feature_store import load_pairs
@@ -307,7 +290,7 @@ def weights(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (study, run, report, verify, image, archive, pairs, weights)
+    target.__name__: target for target in (study, run, report, verify, image, pairs, weights)
 }
 
 

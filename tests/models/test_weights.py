@@ -199,7 +199,7 @@ def test_without_a_network_it_fails_soon_and_says_how_to_go_on(folder):
 
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch):
-    monkeypatch.setattr(hub_files, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("afterimage.runtime.hub.CONNECT_SECONDS", 0.2)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: time.sleep(60))
     start = time.perf_counter()
     with pytest.raises(AfterimageError, match="no answer within"):

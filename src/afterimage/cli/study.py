@@ -45,7 +45,7 @@ class Study:
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build every decoder that comes in sizes with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
     data: str = ""
-    """Images instead of the study's own: folder:PATH, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], ..."""
+    """Images instead of the study's own: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], ..."""
     test: str = ""
     """Another source whose images are the test set."""
     resize: int | None = None
@@ -58,8 +58,6 @@ class Study:
     """Use only so many validation images."""
     limit_test: int | None = None
     """Use only so many test images."""
-    stream: bool | None = None
-    """Decode images each time they are used and keep none, or keep them all, instead of the study's own."""
     weights: str = ""
     """Weights instead of the study's own: pretrained, random, random-init, or a file or folder."""
     epochs: int | None = None
@@ -171,7 +169,7 @@ class Study:
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
         """The study with what the command line says in place of its own."""
-        data = self._given("resize", "crop", "limit_train", "limit_validation", "limit_test", "stream")
+        data = self._given("resize", "crop", "limit_train", "limit_validation", "limit_test")
         data |= {"source": self.data} if self.data else {}
         data |= {"test": self.test} if self.data or self.test else {}
         recipe = self._given("epochs", "batch_size")

@@ -45,7 +45,7 @@ class Train:
     """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control (`random`: its blocks act;
     `random-init`: as timm initialises it), or a file or folder."""
     data: str = "div2k"
-    """folder:PATH, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
+    """folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""
     """Another source whose images are the test set."""
     resize: int = 256
@@ -58,8 +58,6 @@ class Train:
     """Use only so many validation images."""
     limit_test: int | None = None
     """Use only so many test images."""
-    stream: bool | None = None
-    """Decode images each time they are used and keep none (None: above 50,000 of a folder or of shards)."""
     recipe: Flat[RecipeConfig] = RecipeConfig()
     """The training recipe; the defaults are the published study's."""
     seed: int = 42
@@ -92,7 +90,6 @@ class Train:
             limit_train=self.limit_train,
             limit_validation=self.limit_validation,
             limit_test=self.limit_test,
-            stream=self.stream,
         )
         for name in self.decoders:  # before any image is read
             if name not in DECODERS:

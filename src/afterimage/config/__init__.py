@@ -1,6 +1,6 @@
 """What a run, a study, an inversion and an audit are: frozen dataclasses, strict TOML, content hashes. No torch."""
 
-from afterimage.config.errors import MAX_NAME, AfterimageError, shown, unknown
+from afterimage.config.errors import MAX_NAME, AfterimageError, first_line, shown, unknown
 from afterimage.config.paths import absolute_path, absolute_source, local_path
 from afterimage.config.schema import (
     HUB_PREFIX,
@@ -86,6 +86,7 @@ __all__ = [
     "check_range",
     "check_seed",
     "dump_toml",
+    "first_line",
     "folder_name",
     "from_dict",
     "load_toml",

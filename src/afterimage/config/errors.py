@@ -33,3 +33,8 @@ def shown(path: str | Path) -> str:
     """A path as text that can always be printed: undecodable bytes and control characters are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that another library's error says, or else its type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -186,16 +186,13 @@ class FusionConfig:
 class DataConfig:
     """Where images come from and how they are split.
 
-    `source` and `test` are `folder:PATH`, `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`,
-    `procedural:COUNT` or `photographs`; shards are files by a pattern, `data/{000..099}.tar` or `data/*.parquet`.
+    `source` and `test` are `folder:PATH`, `hf:NAME[@REVISION][:SPLIT]` (a dataset of the Hugging Face hub),
+    `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`, `procedural:COUNT` or `photographs`; shards
+    are files by a pattern, `data/{000..099}.tar` or `data/*.parquet`.
     Where `test` is empty, the source's own test split is used, else `test_fraction` of it. `validation_fraction` is
     taken from what is not test. Limits keep the first images of a split.
 
     Paths and patterns are made absolute when the config is built, so that it means the same from every working folder.
-
-    `stream`: true decodes images each time they are used and keeps none, false decodes each once and keeps all on
-    disk; where it is left out, more than 50,000 images of a folder or of shards are streamed. Both give the same
-    crops.
     """
 
     source: str = "div2k"
@@ -208,7 +205,6 @@ class DataConfig:
     limit_train: int | None = None
     limit_validation: int | None = None
     limit_test: int | None = None
-    stream: bool | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "resize", "crop", most=MAX_SIDE)

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.decode import BadImage, load_image, shorter_side
 from afterimage.data.duplicates import NAMES, check_copies
 from afterimage.data.examine import examine, size_notes, value_notes
-from afterimage.data.file_digests import FileDigests
+from afterimage.data.file_digests import Content, FileDigests
 from afterimage.data.images import Data, ImageSet, StreamedImages, _digest
 from afterimage.data.names import listed
 from afterimage.data.pixel_cache import cached
 from afterimage.data.records import Original, broken_images
 from afterimage.data.sampling import centre_places
-from afterimage.data.shard_index import Rows
-from afterimage.data.sources import INDEXED, read_source
+from afterimage.data.sources import read_source
 from afterimage.data.splits import Source, shuffled, split
 from afterimage.runtime.distributed import on_main_process
 from afterimage.runtime.threads import Progress, in_parallel
@@ -30,7 +30,7 @@ from afterimage.runtime.threads import Progress, in_parallel
 logger = logging.getLogger("afterimage")
 
 STREAM_ABOVE = 50_000
-"""More images than these are streamed where the config leaves it open: 10 GiB of pixels at 256 x 256."""
+"""More images than these of one source are streamed: kept, they would be 10 GiB of pixels at 256 x 256."""
 
 
 def default_cache() -> Path:
@@ -46,7 +46,7 @@ def load_data(
 
     `cache` is the folder of the decode-once cache and of indexes (default: `default_cache()`); `progress` is called
     with (what, done, total). Of a source that only tests, its own test split is used where it has one, else all of
-    it. Images are decoded once and kept, or streamed, as `DataConfig.stream` says. Raises an `AfterimageError` that
+    it. Images are decoded once and kept, above `STREAM_ABOVE` each time they are used. Raises an `AfterimageError` that
     names the file, the source or the counts where images are missing, broken or too few, and where a test image
     is also a training or validation image.
     """
@@ -97,17 +97,17 @@ def _source(
     """The source and its parts: to train, to validate and, where no other source gives them, to test."""
     seed, own = config.split_seed, not config.test
     limits = [config.limit_train, config.limit_validation, config.limit_test][: 2 + own]
-    source = _read(config.source, {"train", "test"} if own else {"train"}, config, limits, folder, progress)
+    source = read_source(config.source, {"train", "test"} if own else {"train"}, folder, progress)
     fractions = config.validation_fraction, config.test_fraction if own else None
     parts = split(config.source, source, *fractions, seed)
-    return [_part(part, limit, seed) for part, limit in zip(parts, limits, strict=False)], source
+    return [part[:limit] for part, limit in zip(parts, limits, strict=False)], source
 
 
 def _other(config: DataConfig, folder: Path, progress: Progress | None) -> tuple[Sequence[Original], Source]:
     """The test images of the source that `config.test` names, and that source."""
-    other = _read(config.test, {"test"}, config, [config.limit_test], folder, progress)
+    other = read_source(config.test, {"test"}, folder, progress)
     test = shuffled(other.train if other.test is None else other.test, config.split_seed)
-    return _part(test, config.limit_test, config.split_seed), other
+    return test[: config.limit_test], other
 
 
 def _warn(notes: Sequence[str]) -> None:
@@ -116,59 +116,14 @@ def _warn(notes: Sequence[str]) -> None:
             logger.warning("%s", note)
 
 
-def _read(
-    name: str,
-    parts: set[str],
-    config: DataConfig,
-    limits: Sequence[int | None],
-    cache: Path,
-    progress: Progress | None,
-) -> Source:
-    """A source; of a folder the index where its images will be streamed."""
-    kind = name.partition(":")[0]
-    if config.stream and kind not in INDEXED and "train" in parts:
-        raise AfterimageError(
-            f"{name} cannot be streamed; what can: {', '.join(INDEXED)}. Set stream = false, or leave it out"
-        )
-    few = None not in limits and sum(limits) <= STREAM_ABOVE
-    above = -1 if config.stream else None if few or config.stream is False else STREAM_ABOVE
-    return read_source(name, parts, cache, progress, index_above=above)
-
-
-def _part(originals: Sequence[Original], limit: int | None, seed: int) -> Sequence[Original]:
-    """The first images of a part of a split, in an order in which they read well."""
-    originals = originals[:limit]
-    return originals.arranged(seed) if isinstance(originals, Rows) else originals
-
-
-def _images(
-    parts: list[Sequence[Original]],
-    root: Path,
-    config: DataConfig,
-    cache: Path,
-    progress: Progress | None,
-) -> list[ImageSet]:
-    """The parts of one source, streamed or decoded once."""
-    rows = [part for part in parts if isinstance(part, Rows)]
-    stream = sum(map(len, parts)) > STREAM_ABOVE if config.stream is None else config.stream
-    if stream and len(rows) == len(parts):
-        return [StreamedImages(part, config.resize, config.crop) for part in rows]
-    return _decode(parts, root, config, cache, progress)
-
-
 def _notes(images: Sequence[ImageSet]) -> list[str]:
     """What a reader of the results has to know of how the images were read."""
-    streamed = sum(len(part) for part in images if isinstance(part, StreamedImages))
+    streamed = sum(len(part) for part in images if part.streamed)
     notes = []
     if streamed:
         notes.append(
             f"{streamed:,} images were streamed: decoded each time they were used, found to be images by their "
             "first bytes before; one that could not be decoded would have stopped the run"
-        )
-    if windows := images[0].windows:
-        notes.append(
-            f"training images lie in row groups: each epoch visits these in random order, {windows.together} at a "
-            "time, and the images of those in random order"
         )
     return notes
 
@@ -196,55 +151,69 @@ def _of_test(source: Source) -> list[str]:
 
 def _examined(named: Mapping[str, ImageSet], size: int) -> list[str]:
     """Notes on the values and sizes of the images of each part, as far as they were looked at."""
-    kept = {name: part.facts for name, part in named.items() if not isinstance(part, StreamedImages)}
-    sides = {
-        name: part.rows.sides if isinstance(part, StreamedImages) else kept[name][:, -2:].min(1)
-        for name, part in named.items()
-    }
+    kept = {name: part.facts for name, part in named.items() if not part.streamed}
+    sides = {name: part.sides for name, part in named.items()}
     notes = (value_notes(kept) if kept else []) + size_notes(sides, size)
     if len(kept) < len(named):
         notes.append("the range of values of streamed images was not examined")
     return notes
 
 
-def _decode(
+def _images(
     parts: Sequence[Sequence[Original]],
     root: Path,
     config: DataConfig,
     cache: Path,
     progress: Progress | None,
 ) -> list[ImageSet]:
-    digests = FileDigests(cache, root)
-    broken: dict[str, BadImage] = {}
+    """The parts of one source: decoded once and kept, or streamed where they are many."""
     originals = [original for part in parts for original in part]
+    digests, sides, unreadable = _looked_at(originals, root, config, cache, progress)
+    ends = np.cumsum([len(part) for part in parts])
+    if len(originals) > STREAM_ABOVE:
+        if unreadable:
+            raise broken_images(list(unreadable.values()))
+        each = zip(parts, np.split(digests, ends[:-1]), np.split(sides, ends[:-1]), strict=True)
+        return [StreamedImages(*own, config.resize, config.crop) for own in each]
+    contents = [digest.tobytes().hex() for digest in digests]
+    readable = [
+        (c, o) for i, (c, o) in enumerate(zip(contents, originals, strict=True)) if i not in unreadable
+    ]
+    broken: dict[str, BadImage] = {}
+    blob = cached(dict(readable), config.resize, cache, broken, progress)
+    # Two files may hold the same broken content.
+    also = [BadImage(original.name, broken[c].reason) for c, original in readable if c in broken]
+    if unreadable or also:
+        raise broken_images([*unreadable.values(), *also])
+    each = zip(parts, [0, *ends[:-1]], ends, strict=True)
+    return [
+        ImageSet([o.id for o in part], contents[start:end], blob, config.crop) for part, start, end in each
+    ]
 
-    def content(original: Original) -> str | BadImage:
+
+def _looked_at(
+    originals: Sequence[Original], root: Path, config: DataConfig, cache: Path, progress: Progress | None
+) -> tuple[UInt8[np.ndarray, "n 32"], Int64[np.ndarray, " n"], dict[int, BadImage]]:
+    """The SHA-256 and the shorter side of every original; by their place, why some cannot be read."""
+    known = FileDigests(cache, root)
+    digests, sides = np.zeros((len(originals), 32), np.uint8), np.zeros(len(originals), np.int64)
+    unreadable: dict[int, BadImage] = {}
+
+    def look(original: Original) -> Content | BadImage:
         try:
-            return original.content(digests, config.resize)
+            return original.content(known, config.resize)
         except BadImage as error:
             return error
 
-    contents = list(in_parallel(content, originals, len(originals), "reading images", progress))
-    digests.save()
-    pairs = list(zip(contents, originals, strict=True))
-    wanted = {c: o for c, o in pairs if isinstance(c, str)}
-    blob = cached(wanted, config.resize, cache, broken, progress)
-    unreadable = [c for c in contents if isinstance(c, BadImage)]
-    # Two files may hold the same broken content.
-    unreadable += [BadImage(o.name, broken[c].reason) for c, o in pairs if c in broken]
-    if unreadable:
-        raise broken_images(unreadable)
-    remaining = iter(contents)
-    return [
-        ImageSet(
-            [o.id for o in part],
-            [next(remaining) for _ in part],
-            blob,
-            config.crop,
-            part.windows() if isinstance(part, Rows) else None,
-        )
-        for part in parts
-    ]
+    found = in_parallel(look, originals, len(originals), "reading images", progress)
+    for place, content in enumerate(found):
+        if isinstance(content, BadImage):
+            unreadable[place] = content
+        else:
+            digests[place] = np.frombuffer(bytes.fromhex(content.sha256), np.uint8)
+            sides[place] = min(content.width, content.height)
+    known.save()
+    return digests, sides, unreadable
 
 
 def prepare_image(path: Path, resize: int, crop: int) -> Tensor:

@@ -20,12 +20,10 @@ VERSION = 3  # of what is kept decoded: raised whenever the same file would give
 # Of a data set's digest. Version 3 of the pixels differs only where a PNG of 2, 4 or 16 bits names a transparent value,
 # so that all other data sets keep their names.
 DIGEST_VERSION = 2
-EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm")
-
-
-EXTENSIONS += (".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-
-
+EXTENSIONS = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tif", ".tiff", ".webp",
+)  # fmt: skip
 # Formats that Pillow decodes by itself: no Ghostscript (EPS), no plugins of other packages.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 178_956_970  # where Pillow refuses too: about 15,000 x 12,000

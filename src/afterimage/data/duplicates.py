@@ -9,7 +9,7 @@ from jaxtyping import UInt16
 from PIL import Image
 
 from afterimage.config import AfterimageError
-from afterimage.data.images import Data, ImageSet, StreamedImages
+from afterimage.data.images import Data, ImageSet
 from afterimage.data.records import Original
 
 NAMES = ("training", "validation", "test")
@@ -22,7 +22,7 @@ def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]
     Two files that hold the same pixels hold the same image; of streamed images, whose pixels are not at hand, two
     files that hold the same bytes.
     """
-    streamed = any(isinstance(part, StreamedImages) for part in images)
+    streamed = any(part.streamed for part in images)
     copies, leaks, count = _same_bytes(images) if streamed else _same_pixels(images)
     if leaks:
         lines = [
@@ -117,7 +117,7 @@ def near_duplicates(data: Data) -> list[str]:
     """
     if len(data.train) + len(data.validation) + len(data.test) > MOST:
         return [f"near-duplicates of test images were not looked for among more than {MOST:,} images"]
-    if any(isinstance(part, StreamedImages) for part in (data.train, data.validation, data.test)):
+    if any(part.streamed for part in (data.train, data.validation, data.test)):
         return ["near-duplicates of test images were not looked for, since images are streamed"]
     own, found = _hashes(data.test), []
     for name, images in (("training", data.train), ("validation", data.validation)):

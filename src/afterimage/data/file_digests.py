@@ -1,64 +1,80 @@
-"""SHA-256 of files, remembered by path, size and times, so that a second start does not read them again."""
+"""SHA-256 and sides of image files, remembered by place, size and times, so that a second start does not read them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from afterimage.config import AfterimageError
-from afterimage.data.decode import open_file, reason, shown
+import numpy as np
+
+from afterimage.data.decode import check_header
 from afterimage.runs.files import atomic_file
 
 logger = logging.getLogger("afterimage")
 
+_ROW = np.dtype([("key", "<u8"), ("sha256", "u1", (32,)), ("sides", "<i4", (2,))])
+
+
+class Content(NamedTuple):
+    """The SHA-256 of what an image is made from, in hexadecimal, and its sides in pixels."""
+
+    sha256: str
+    width: int
+    height: int
+
 
 class FileDigests:
-    """The digests of the files of one source, which `root` names; `save` keeps them for the next start."""
+    """The digests of one source, which `root` names; `save` keeps them for the next start. 48 bytes an image."""
 
     def __init__(self, cache: Path, root: Path) -> None:
-        name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:24]
-        self._file = cache / "digests" / f"{name}.json"
-        self._changed = False
-        try:
-            known = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = None  # nothing remembered, or not readable: every file is read once more
-        self._known: dict[str, list] = known if isinstance(known, dict) else {}
+        name = hashlib.sha256(os.fsencode(root)).hexdigest()[:24]
+        self._file = cache / "digests" / f"{name}.npz"
+        self._known = self._load()
+        self._keys = np.ascontiguousarray(self._known["key"])
+        self._new = bytearray()
 
-    def of(self, path: Path) -> str:
-        """The SHA-256 of a file's bytes, in hexadecimal; raises `BadImage` where it cannot be read."""
-        key = os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
-        with open_file(path) as file:
-            seen = _seen(os.fstat(file.fileno()))
-            match self._known.get(key):
-                case [*known, str(digest)] if known == seen:
-                    return digest
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._known[key] = [*seen, digest]
-        self._changed = True
-        return digest
+    def of(self, state: str, read: Callable[[], bytes], name: str) -> Content:
+        """What is known of the image of a `state`, which is read and looked at where it is new.
+
+        Raises `BadImage` where it cannot be read or its first bytes are no image's.
+        """
+        key = int.from_bytes(hashlib.sha256(state.encode()).digest()[:8], "little")
+        place = np.searchsorted(self._keys, np.uint64(key))
+        if place < len(self._keys) and self._keys[place] == key:
+            _, digest, sides = self._known[place]
+            return Content(digest.tobytes().hex(), *sides.tolist())
+        file = read()
+        found = Content(hashlib.sha256(file).hexdigest(), *check_header(file, name))
+        row = (key, np.frombuffer(bytes.fromhex(found.sha256), np.uint8), found[1:])
+        self._new += np.array(row, _ROW).tobytes()
+        return found
 
     def save(self) -> None:
-        if not self._changed:
+        if not self._new:
             return
+        table = np.concatenate([self._known, np.frombuffer(self._new, _ROW)])
+        table = table[np.unique(table["key"], return_index=True)[1]]
         try:
             with atomic_file(self._file) as file:
-                file.write(json.dumps(self._known).encode())
+                np.savez(file, table=table)
         except OSError as error:
             logger.debug("cannot remember digests in %s: %s", self._file, error)
 
-
-def file_state(path: Path) -> list[int]:
-    """What changes when a file does; raises `AfterimageError` where it cannot be looked at."""
-    try:
-        return _seen(path.stat())
-    except OSError as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {reason(error)}") from None
-
-
-def _seen(state: os.stat_result) -> list[int]:
-    """Size and times; the change time too, so that a file swapped for one of the same size and age is seen."""
-    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    def _load(self) -> np.ndarray:
+        try:
+            with np.load(self._file, allow_pickle=False) as stored:
+                table = stored["table"]
+            if table.dtype != _ROW or (table["key"][1:] <= table["key"][:-1]).any():
+                raise ValueError("its table is none of digests")
+            return table
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            logger.warning("the digests in %s cannot be read (%s) and are taken anew", self._file, error)
+        return np.empty(0, _ROW)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.decode import DIGEST_VERSION
 from afterimage.data.pixel_cache import Blob
-from afterimage.data.sampling import ShuffleBuffer, centre_places, crop_places
-from afterimage.data.shard_index import Rows
+from afterimage.data.records import Original
+from afterimage.data.sampling import centre_places, crop_places
 from afterimage.runtime.threads import in_parallel
 
 Indices = Sequence[int] | np.ndarray | Tensor
@@ -28,26 +28,19 @@ Indices = Sequence[int] | np.ndarray | Tensor
 class ImageSet:
     """One split: images with stable, unique ids, each whole (after resizing), as uint8.
 
-    `ids[i]` names image `i`, `content[i]` is the SHA-256 of its original, `crop` the side of its crops, `windows`
-    says which images an epoch visits together (None: any).
+    `ids[i]` names image `i`, `content[i]` is the SHA-256 of its original, `crop` the side of its crops, `streamed`
+    whether its pixels are made each time they are used.
     """
 
     ids: Sequence[str]
     content: Sequence[str]
-    windows: ShuffleBuffer | None = None
+    streamed: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        ids: Sequence[str],
-        content: Sequence[str],
-        blob: Blob,
-        crop: int,
-        windows: ShuffleBuffer | None = None,
-    ) -> None:
+    def __init__(self, ids: Sequence[str], content: Sequence[str], blob: Blob, crop: int) -> None:
         self.ids = list(ids)
         self.content = list(content)
         self.blob = blob
-        self.crop, self.windows = crop, windows
+        self.crop = crop
         slots = np.array([blob.slots[c] for c in self.content], np.int64).reshape(-1, 4)
         self._offsets, self._heights, self._widths, _ = slots.T
 
@@ -63,6 +56,20 @@ class ImageSet:
     def facts(self) -> Int64[np.ndarray, "n 6"]:
         """The `Facts` of each original, before it was resized."""
         return np.array([self.blob.facts[c] for c in self.content], np.int64).reshape(-1, 6)
+
+    @property
+    def sides(self) -> Int64[np.ndarray, " n"]:
+        """The shorter side of each original in pixels, before it was resized."""
+        return self.facts[:, -2:].min(1)
+
+    def subset(self, indices: np.ndarray) -> ImageSet:
+        """The images at `indices`, as a set of their own."""
+        ids, content = ([values[i] for i in indices] for values in (self.ids, self.content))
+        return ImageSet(ids, content, self.blob, self.crop)
+
+    def joined(self, other: ImageSet) -> ImageSet:
+        """These images and then those of another part of the same source."""
+        return ImageSet([*self.ids, *other.ids], [*self.content, *other.content], self.blob, self.crop)
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """Image `index`, uncropped, uint8 in [0, 255]."""
@@ -166,17 +173,46 @@ AHEAD = 2
 class StreamedImages(ImageSet):
     """One split whose originals are decoded each time they are used: the same crops as if they were kept.
 
-    An image that cannot be decoded, or is not what it was when it was indexed, raises a `BadImage` that names it:
-    leaving it out would train on other images than the run says.
+    `digests` and `sides` are what was found when the originals were first read. An image that cannot be decoded, or
+    is not what it was then, raises a `BadImage` that names it: leaving it out would train on other images than the
+    run says.
     """
 
-    def __init__(self, rows: Rows, resize: int, crop: int) -> None:
-        self.rows, self.resize, self.crop = rows, resize, crop
-        self.ids, self.content, self.windows = rows.ids, rows.content, rows.windows()
+    streamed = True
+
+    def __init__(
+        self,
+        originals: Sequence[Original],
+        digests: UInt8[np.ndarray, "n 32"],
+        sides: Int64[np.ndarray, " n"],
+        resize: int,
+        crop: int,
+    ) -> None:
+        self.originals, self.resize, self.crop = originals, resize, crop
+        self.ids = [original.id for original in originals]
+        self._digests, self._sides = digests, sides
+
+    @property
+    def content(self) -> list[str]:
+        return [digest.tobytes().hex() for digest in self._digests]
 
     @property
     def digests(self) -> UInt8[np.ndarray, "n 32"]:
-        return self.rows.digests
+        return self._digests
+
+    @property
+    def sides(self) -> Int64[np.ndarray, " n"]:
+        return self._sides
+
+    def subset(self, indices: np.ndarray) -> StreamedImages:
+        originals = [self.originals[i] for i in indices]
+        return StreamedImages(originals, self._digests[indices], self._sides[indices], self.resize, self.crop)
+
+    def joined(self, other: StreamedImages) -> StreamedImages:
+        both = ([a, b] for a, b in ((self._digests, other.digests), (self._sides, other.sides)))
+        return StreamedImages(
+            [*self.originals, *other.originals], *map(np.concatenate, both), self.resize, self.crop
+        )
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
         return torch.from_numpy(np.ascontiguousarray(self._decoded(index)))
@@ -184,7 +220,7 @@ class StreamedImages(ImageSet):
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 crop crop"]:
-        """Crops of the images at `indices`, as `Images.crops` has them."""
+        """Crops of the images at `indices`, as `ImageSet.crops` gives them."""
         return next(self.batches([indices], seed=seed, epoch=epoch, device=device))
 
     def batches(
@@ -239,9 +275,9 @@ class StreamedImages(ImageSet):
 
     def _decoded(self, index: int) -> np.ndarray:
         """Image `index` after resizing, `(3, height, width)` uint8."""
-        original = self.rows[index]
+        original, content = self.originals[index], self._digests[index].tobytes().hex()
         try:
-            return np.asarray(original.image(self.resize, "")).transpose(2, 0, 1)
+            return np.asarray(original.image(self.resize, content)).transpose(2, 0, 1)
         except AfterimageError:
             raise
         except Exception as error:  # of which image no traceback would say

@@ -13,25 +13,16 @@ TRAINING, VALIDATION, TEST = "training", "validation", "test"
 SPLIT_WORDS = {
     TRAINING: ("train", "training", "trn", "trainset", "trainval"),
     VALIDATION: (
-        "validation",
-        "validate",
-        "val",
-        "valid",
-        "dev",
-        "devel",
-        "development",
-        "valset",
-        "validset",
-        "devset",
+        "validation", "validate", "val", "valid", "dev", "devel", "development", "valset", "validset", "devset",
     ),
     TEST: ("test", "testing", "tst", "testset", "eval", "evaluation", "holdout"),
-}
+}  # fmt: skip
 """The names that are taken for what they say, alone or as a word of a name (`DIV2K_train_HR`, `val2017`)."""
 PLAIN = frozenset(("train", "test", "validation", "val", "valid"))
 """Names that nobody has to be told the meaning of."""
 BESIDE = frozenset((
     "data", "dataset", "files", "folder", "image", "images", "img", "imgs", "jpeg", "jpg", "of", "photo", "photos",
-    "image", "images", "png", "set", "split",
+    "picture", "pictures", "png", "set", "split",
 ))  # fmt: skip
 """Words beside a split's that tell no two data sets apart: `train` and `test_images` belong together."""
 OTHER_KINDS = "of other kinds"

@@ -8,32 +8,16 @@ spreading them over processes changes nothing. The hash is the finaliser of Spli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 _MASK = 2**64 - 1
-_ORDER, _CROP, _PART = 1, 2, 3
+_ORDER, _CROP = 1, 2
 
 
-class ShuffleBuffer(NamedTuple):
-    """Images that can only be read in parts of many: the part of each, `(n,)`, and how many parts are at hand."""
-
-    part: np.ndarray
-    together: int
-
-
-def order(n: int, seed: int, epoch: int, windows: ShuffleBuffer | None = None) -> np.ndarray:
-    """The order of `n` images in an epoch: `(n,)` int64, a permutation of 0 .. n - 1.
-
-    With windows the parts are shuffled, and the images of every `together` parts among themselves.
-    """
-    draws = _hash(np.arange(n), _ORDER, seed, epoch)
-    if windows is None or n == 0:
-        return np.argsort(draws, kind="stable")
-    parts = np.arange(windows.part.max() + 1)
-    place = np.argsort(np.argsort(_hash(parts, _PART, seed, epoch), kind="stable"))
-    return np.lexsort((draws, place[windows.part] // windows.together))
+def order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `n` images in an epoch: `(n,)` int64, a permutation of 0 .. n - 1."""
+    return np.argsort(_hash(np.arange(n), _ORDER, seed, epoch), kind="stable")
 
 
 def crop_places(

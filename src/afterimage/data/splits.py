@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from afterimage.config import AfterimageError
 from afterimage.data.records import Original
-from afterimage.data.shard_index import Rows, draw
 
 
 @dataclass(frozen=True)
@@ -26,28 +27,35 @@ class Source:
     pooled: tuple[str, ...] = ()
 
 
-def shuffled(originals: Sequence[Original], seed: int) -> Sequence[Original]:
-    """The order of a split: each image's place depends on the seed and on its own id alone."""
-    if isinstance(originals, Rows):
-        return originals.shuffled(seed)
-    return sorted(originals, key=lambda original: (original.rank, draw(seed, original.id), original.id))
+def shuffled(originals: Sequence[Original], seed: int) -> list[Original]:
+    """The order of a split: each image's place depends on the seed and on its own id alone.
+
+    Raises `AfterimageError` where two images have one id.
+    """
+    found = sorted(originals, key=lambda original: (original.rank, draw(seed, original.id), original.id))
+    for first, second in pairwise(found):
+        if first.id == second.id:
+            raise AfterimageError(
+                f"two images have one name: {first.name} and {second.name}; rename one of them"
+            )
+    return found
 
 
-def take(
-    originals: Sequence[Original], fraction: float, seed: int
-) -> tuple[Sequence[Original], Sequence[Original]]:
+def take(originals: Sequence[Original], fraction: float, seed: int) -> tuple[list[Original], list[Original]]:
     """Part off a fraction of the groups (mostly of one image each), at least one; gives taken and left."""
-    if isinstance(originals, Rows):
-        in_order, count = originals.shuffled(seed), max(1, round(fraction * len(originals)))
-        return in_order[:count], in_order[count:]
     groups = sorted({o.group for o in originals}, key=lambda group: (draw(seed, group), group))
     taken = set(groups[: max(1, round(fraction * len(groups)))])
     return [o for o in originals if o.group in taken], [o for o in originals if o.group not in taken]
 
 
+def draw(seed: int, name: str) -> bytes:
+    """What decides an image's place in a split: SHA-256 of the seed and its id."""
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+
+
 def split(
     name: str, source: Source, validation_fraction: float, test_fraction: float | None, seed: int
-) -> tuple[Sequence[Original], Sequence[Original], Sequence[Original]]:
+) -> tuple[list[Original], list[Original], list[Original]]:
     """Train, validation and test images of a source; no test images where `test_fraction` is None."""
     train, validation, test = source.train, source.validation, source.test
     total, parts = len(train), ["training"]

@@ -13,9 +13,7 @@ from torch import nn
 
 from afterimage.config import DataConfig, FeatureSpec, RunConfig, split_source
 from afterimage.data.dataset import default_cache
-from afterimage.data.names import TEST, TRAINING, VALIDATION
-from afterimage.data.sources import SHARDS, read_source
-from afterimage.data.sources.shards import count_images
+from afterimage.data.sources import read_source
 from afterimage.data.splits import split
 from afterimage.models.encoders.layers import layer_info
 from afterimage.models.reconstructor import build_feature_decoder
@@ -99,19 +97,9 @@ def _activations(head: nn.Module, features: list[torch.Tensor]) -> int:
 @cache
 def training_images(data: DataConfig) -> int:
     """How many images would train; DIV2K's are known without a download, those of other sources are counted."""
-    kind, _, argument = data.source.partition(":")
     own = not data.test
-    if kind == "div2k":
+    if data.source.partition(":")[0] == "div2k":
         total = 800 - round(800 * data.validation_fraction)
-    elif kind in SHARDS:
-        counts = count_images(kind, argument)
-        total = counts[TRAINING]
-        for part, fraction in (
-            (TEST, data.test_fraction if own else None),
-            (VALIDATION, data.validation_fraction),
-        ):
-            if part not in counts and fraction is not None:
-                total -= max(1, round(fraction * total))
     else:
         source = read_source(data.source, {"train", "test"} if own else {"train"}, default_cache())
         fractions = data.validation_fraction, data.test_fraction if own else None

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afterimage.config import AfterimageError, utf8_path
+from afterimage.config import AfterimageError, first_line, utf8_path
 from afterimage.models.unpickling import Damaged, HoldsCode, Inert, _Array, read_archive, read_stream
 
 VALID = "valid are safetensors, and state dicts that torch.save wrote"
@@ -237,7 +237,3 @@ def _named(path: Path, content: Any) -> NamedTensors:
 
 def _listed(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-def first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, local_path, unknown
+from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, first_line, local_path, unknown
 from afterimage.models.hub_files import (
     CONFIG,
     Unavailable,
@@ -24,7 +24,7 @@ from afterimage.models.hub_files import (
     repository_config,
     torch_hub_file,
 )
-from afterimage.models.weight_files import first_line, read_named_tensors, shards
+from afterimage.models.weight_files import read_named_tensors, shards
 
 SUFFIXES = (".safetensors", ".pth")
 FOLDER = "AFTERIMAGE_WEIGHTS"

@@ -23,6 +23,7 @@ DAMAGE = (
     *(AfterimageError, ArithmeticError, AttributeError, LookupError, OSError, RecursionError),
     *(TypeError, ValueError),
 )
+logger = logging.getLogger("afterimage")
 MAX_PIXELS = 2**26
 """Pixels of the largest image that a run folder may hold."""
 
@@ -30,34 +31,39 @@ LEFTOVER = ".part"
 """How files that are being written end; one that stays was left by a process that was killed."""
 
 
-def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = None) -> None:
+@contextlib.contextmanager
+def atomic_file(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it.
 
     With `keep` the file that was there gets that name, once the new one is safe on disk.
     """
-    path = Path(path)
-    # A name that is no text has lone surrogates, which UTF-8 cannot hold; their escape is JSON's too.
-    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    temporary = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        if not isinstance(error, OSError):
-            raise
-        raise AfterimageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
     _sync_folder(path.parent)
+
+
+def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = None) -> None:
+    """Write a file's whole content as `atomic_file` does; raises `AfterimageError` that names it."""
+    # A name that is no text has lone surrogates, which UTF-8 cannot hold; their escape is JSON's too.
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    try:
+        with atomic_file(Path(path), keep=keep) as file:
+            file.write(content)
+    except OSError as error:
+        raise AfterimageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
 
 
 def remove_leftovers(folder: Path, *, older: float = 0.0) -> None:
@@ -187,27 +193,6 @@ def _number(cell: str | None) -> Any:
         with contextlib.suppress(ValueError):
             return kind(cell)
     return cell
-
-
-logger = logging.getLogger("afterimage")
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a temporary file beside `path`, which is flushed to disk and renamed at the end, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def remove_leftovers_of(path: Path) -> None:

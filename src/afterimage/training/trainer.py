@@ -161,7 +161,7 @@ class Trainer:
         """One epoch's batches, from a position in it: a pure function of seed and epoch, whatever else is
         trained beside or resumed."""
         train = self.data.train
-        indices = order(len(train), seed=self.seed, epoch=epoch, windows=train.windows)[position:]
+        indices = order(len(train), seed=self.seed, epoch=epoch)[position:]
         crop = {"seed": self.seed, "epoch": epoch} if self.recipe.augment else {}
         return self.batches(train, indices, **crop) if len(indices) else iter(())
 

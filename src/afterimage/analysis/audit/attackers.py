@@ -15,7 +15,7 @@ from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.audit.feature_store import StoredImages
 from afterimage.analysis.audit.reidentification import Compared, compared, joined
 from afterimage.config import AfterimageError, RecipeConfig
-from afterimage.data.images import Data, ImageSet, StreamedImages
+from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.evaluate import Box, Evaluation, evaluate_together
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import DECODERS, create_decoder
@@ -129,7 +129,7 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
 
     Smaller numbers are contained in larger ones. Raises AfterimageError where the pool holds a test image.
     """
-    own = merged(pool.train, pool.validation)
+    own = pool.train.joined(pool.validation)
     shared = set(own.content) & set(data.test.content)
     if shared:
         names = [i for i, content in zip(own.ids, own.content, strict=True) if content in shared]
@@ -144,29 +144,7 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
     # Every fifth, so that the validation images are nested like the rest.
     validation = order[:: total // held][:held]
     train = np.array([i for i in order if i not in set(validation.tolist())])
-    return Data(data.config, subset(own, train), subset(own, validation), data.test, pool.digest, data.notes)
-
-
-def merged(first: ImageSet, second: ImageSet) -> ImageSet:
-    if isinstance(first, StoredImages):
-        return StoredImages(
-            first.ids + second.ids,
-            np.concatenate([first.pixels, second.pixels]),
-            {k: np.concatenate([v, second.stored[k]]) for k, v in first.stored.items()},
-        )
-    if isinstance(first, StreamedImages):
-        raise AfterimageError(
-            "an attacker's images are drawn at random and cannot be streamed: set data.stream = false, or lower "
-            "data.limit_train and data.limit_validation"
-        )
-    return ImageSet(first.ids + second.ids, first.content + second.content, first.blob, first.crop)
-
-
-def subset(images: ImageSet, indices: np.ndarray) -> ImageSet:
-    if isinstance(images, StoredImages):
-        return images.take(indices)
-    ids, content = ([values[i] for i in indices] for values in (images.ids, images.content))
-    return ImageSet(ids, content, images.blob, images.crop)
+    return Data(data.config, own.subset(train), own.subset(validation), data.test, pool.digest, data.notes)
 
 
 @torch.no_grad()

@@ -53,9 +53,13 @@ class StoredImages(ImageSet):
         self.ids, self.pixels, self.stored = ids, pixels, features
         self.content = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
 
-    def take(self, indices: np.ndarray) -> StoredImages:
+    def subset(self, indices: np.ndarray) -> StoredImages:
         features = {layer: maps[indices] for layer, maps in self.stored.items()}
         return StoredImages([self.ids[i] for i in indices], self.pixels[indices], features)
+
+    def joined(self, other: StoredImages) -> StoredImages:
+        features = {layer: np.concatenate([maps, other.stored[layer]]) for layer, maps in self.stored.items()}
+        return StoredImages([*self.ids, *other.ids], np.concatenate([self.pixels, other.pixels]), features)
 
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
@@ -138,7 +142,7 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
         )
     cut = rest - max(1, rest // 5)
     train, validation, test = np.split(order, [cut, rest])
-    parts = [everything.take(part) for part in (train, validation, test)]
+    parts = [everything.subset(part) for part in (train, validation, test)]
     # Part by part: another split of the same pairs is another measurement.
     hashed = hashlib.sha256(json.dumps([part.content for part in parts]).encode())
     for layer in maps:
@@ -173,7 +177,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
         import pyarrow as pa
         import pyarrow.parquet as parquet
     except ImportError:
-        raise AfterimageError("Parquet needs pyarrow: pip install 'afterimage[parquet]'") from None
+        raise AfterimageError("Parquet needs pyarrow: pip install 'afterimage[datasets]'") from None
     try:
         batches, size = [], 0
         with parquet.ParquetFile(path) as file:

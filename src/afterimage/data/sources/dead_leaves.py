@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from afterimage.data.file_digests import FileDigests
+from afterimage.config import AfterimageError
+from afterimage.data.file_digests import Content, FileDigests
 from afterimage.data.records import Original
-from afterimage.data.sources import dead_leaves as procedural
+from afterimage.data.splits import Source
 
 VERSION = 1
 COVERAGE = 5.0  # leaves over a point, on average; what is left bare (0.7 %) is a leaf of its own
 OVERSAMPLING = 2
+DEFAULT_COUNT = 1000
+MAX_COUNT = 1_000_000
 
 
 def dead_leaves(series: int, index: int, width: int, height: int) -> Image.Image:
@@ -167,7 +171,7 @@ def _places(near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y, np.broadcast_to(np.arange(width, dtype=np.float32), near.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DeadLeaves(Original):
     """Image number `index` of a series of procedural images."""
 
@@ -178,9 +182,20 @@ class DeadLeaves(Original):
     def id(self) -> str:
         return f"dead-leaves-{self.series}-{self.index:06d}"
 
-    def content(self, digests: FileDigests, size: int) -> str:
-        recipe = f"dead leaves {procedural.VERSION}, series {self.series}, image {self.index}, size {size}"
-        return hashlib.sha256(recipe.encode()).hexdigest()
+    def content(self, digests: FileDigests, size: int) -> Content:
+        recipe = f"dead leaves {VERSION}, series {self.series}, image {self.index}, size {size}"
+        return Content(hashlib.sha256(recipe.encode()).hexdigest(), size * 5 // 4, size)
 
     def decoded(self, size: int, content: str) -> Image.Image:
-        return procedural.dead_leaves(self.series, self.index, size * 5 // 4, size)
+        return dead_leaves(self.series, self.index, size * 5 // 4, size)
+
+
+def read_dead_leaves(text: str, parts: Collection[str]) -> Source:
+    """As many procedural images as `text` says, `DEFAULT_COUNT` where it is empty; those that only test are others."""
+    count = text or str(DEFAULT_COUNT)
+    if not (count.isascii() and count.isdigit() and len(count) <= 7 and 1 <= int(count) <= MAX_COUNT):
+        raise AfterimageError(
+            f"'procedural:{count}': the count must be a whole number between 1 and {MAX_COUNT:,}"
+        )
+    series = 0 if "train" in parts else 1
+    return Source([DeadLeaves(series, index) for index in range(int(count))])

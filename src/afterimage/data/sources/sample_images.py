@@ -38,11 +38,12 @@ def read_photographs() -> Source:
     folder = Path(spec.origin).parent / "data"
     found: list[FileOriginal | PartOriginal] = []
     for name, file, columns, rows in _PHOTOGRAPHS:
-        path = folder / file
-        if not path.is_file():
-            raise AfterimageError(f"the installed scikit-image does not carry {path}; install 0.22 or newer")
-        found.append(FileOriginal(name, path))
+        if not (folder / file).is_file():
+            raise AfterimageError(
+                f"the installed scikit-image does not carry {folder / file}; install 0.22 or newer"
+            )
+        found.append(whole := FileOriginal(name, folder, file))
         for part in range(columns * rows if columns * rows > 1 else 0):
             cell = (part % columns, part // columns, columns, rows)
-            found.append(PartOriginal(f"{name}-part-{part + 1}", path, cell, whole=name))
+            found.append(PartOriginal(f"{name}-part-{part + 1}", whole, cell))
     return Source(found, root=folder)

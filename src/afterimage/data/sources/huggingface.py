@@ -1,0 +1,413 @@
+"""Hugging Face datasets: `hf:NAME[@REVISION][:SPLIT]` of the hub, and local Parquet and WebDataset (tar) shards.
+
+The library `datasets` (`pip install 'afterimage[datasets]'`) copies all of them into Arrow files in the cache, whose
+rows are memory-mapped: any image is read by itself, in any order. Tar files are listed here and not by its own loader,
+which wants the same kinds of file under every key and takes a damaged header for the end.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import glob
+import hashlib
+import itertools
+import lzma
+import math
+import os
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from afterimage.config import AfterimageError, first_line, local_path, unknown
+from afterimage.data.decode import EXTENSIONS, MAX_BYTES, BadImage, read_bytes, shown
+from afterimage.data.names import (
+    PLAIN,
+    TEST,
+    TRAINING,
+    VALIDATION,
+    count_kind,
+    kind_of,
+    left_out,
+    listed,
+    nested_split,
+    pooled_names,
+    split_names,
+)
+from afterimage.data.records import EncodedOriginal, FileOriginal
+from afterimage.data.splits import Source
+from afterimage.runtime.hub import ask_for_file, refusal
+from afterimage.runtime.threads import Progress
+
+if TYPE_CHECKING:
+    import datasets
+
+VERSION = 1  # of what is kept of a tar file: raised whenever the same file would give other rows
+MAX_SHARDS = 100_000
+BATCH = 100  # rows that are copied at a time
+COLUMNS = ("image", "img", "jpg", "png", "bytes")
+"""Where a table has several columns that may hold images, the first of these is taken."""
+_HUB = re.compile(r"([^@:]+)(?:@([^:]+))?(?::(.+))?")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images of a memory-mapped table.
+
+    `state` changes when the table does, and `called` is what messages call a row. A row may also name a file, below one
+    of the folders `below`: folders of images on the hub are tables of such names.
+    """
+
+    table: datasets.Dataset
+    column: str
+    state: str
+    called: Callable[[int], str]
+    below: tuple[Path, ...] = ()
+
+    def read(self, row: int) -> bytes:
+        """The file that a row holds or names; raises `BadImage`."""
+        found = self.table[row][self.column] or {}
+        content, path = found.get("bytes"), Path(os.path.normpath(found.get("path") or ""))
+        if not content and any(map(path.is_relative_to, self.below)):
+            content = read_bytes(path)
+        if not content:
+            raise BadImage(self.called(row), f"has no bytes in the column {self.column}")
+        if len(content) > MAX_BYTES:
+            raise BadImage(self.called(row), "is larger than 1 GiB")
+        return content
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowOriginal(EncodedOriginal):
+    """One row of a table of images."""
+
+    id: str
+    images: Images
+    row: int
+
+    @property
+    def name(self) -> str:
+        return self.images.called(self.row)
+
+    def state(self) -> str:
+        return f"{self.images.state} {self.row}"
+
+    def read(self) -> bytes:
+        return self.images.read(self.row)
+
+
+# The hub
+
+
+def read_hub(name: str, cache: Path, progress: Progress | None = None) -> Source:
+    """The images of a dataset of the hub: one of its splits, or all by their names; an id is `SPLIT/ROW`.
+
+    Raises `AfterimageError` where the hub does not give it, or it has no images.
+    """
+    from huggingface_hub import constants
+
+    match = _HUB.fullmatch(name)
+    if match is None:
+        raise AfterimageError(f"{name!r} is no name of a dataset: write hf:OWNER/NAME[@REVISION][:SPLIT]")
+    repository, revision, chosen = match.groups()
+    # One folder a revision: offline, the library would take any that it has.
+    folder = cache / "datasets" / hashlib.sha256(f"{repository}@{revision or ''}".encode()).hexdigest()[:24]
+    splits = _from_hub(repository, revision, folder, progress)
+    below = folder.absolute(), Path(constants.HF_HUB_CACHE)
+    if chosen is not None and chosen not in splits:
+        raise unknown(f"split of {repository}", chosen, splits)
+    parts = {chosen: TRAINING} if chosen else split_names(splits) or dict.fromkeys(splits, TRAINING)
+    found: dict[str, list[RowOriginal]] = {}
+    for split, part in parts.items():
+        what, rows = f"{repository}:{split}", range(len(splits[split]))
+        images = _images(splits[split], what, lambda row, what=what: f"{what}, row {row}", below)
+        found.setdefault(part, []).extend(RowOriginal(f"{split}/{row:07d}", images, row) for row in rows)
+    notes = []
+    if len(found) > 1 and not PLAIN.issuperset(parts):
+        told = (f"{part} images from {split}" for split, part in parts.items())
+        notes.append(f"split by the names of splits: {'; '.join(told)}")
+    elif len(found) == 1 and len(parts) > 1:
+        notes.append(f"the images of the splits {listed(sorted(parts))} are pooled and split at random")
+    if not chosen and (beside := sorted(splits.keys() - parts.keys())):
+        notes.append(f"left out beside the splits that are read: {listed(beside)}")
+    return Source(*map(found.get, (TRAINING, VALIDATION, TEST)), Path(f"hf:{name}"), tuple(notes))
+
+
+def _from_hub(
+    repository: str, revision: str | None, folder: Path, progress: Progress | None
+) -> Mapping[str, datasets.Dataset]:
+    library = _library(f"hf:{repository}")
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            ask_for_file(hf_hub_url(repository, "README.md", repo_type="dataset", revision=revision))
+        except EntryNotFoundError:
+            pass  # there may be none: the hub has answered for the dataset and the revision
+        except Exception as error:
+            why = refusal(repository, revision, error, "datasets/")
+            if not hasattr(error, "response"):
+                why += "; with HF_HUB_OFFLINE=1 what the cache has is taken"
+            raise AfterimageError(f"cannot read hf:{repository}: {why}") from None
+    elif not folder.is_dir():
+        raise AfterimageError(
+            f"cannot read hf:{repository}: {folder.parent} has nothing of it at this revision, and nothing is "
+            "downloaded, as HF_HUB_OFFLINE is set"
+        )
+    with _prepared(f"hf:{repository}", progress):
+        return library.load_dataset(f"hf://datasets/{repository}", revision=revision, cache_dir=str(folder))
+
+
+# Local shards
+
+
+def read_parquet(pattern: str, cache: Path, progress: Progress | None = None) -> Source:
+    """The images of Parquet files, as Hugging Face writes them or with a column of bytes; an id is `FILE/ROW`."""
+    library = _library("parquet")
+    import pyarrow.parquet as parquet
+
+    def read(paths: list[Path], names: list[str], what: str) -> list[RowOriginal]:
+        ends = [0]
+        for path in paths:
+            with _prepared(shown(path)):
+                facts = parquet.read_metadata(path)
+            ends.append(ends[-1] + facts.num_rows)
+        if not ends[-1]:
+            raise AfterimageError(f"{what}: no rows")
+        column = _column(library.Features.from_arrow_schema(facts.schema.to_arrow_schema()), what)
+        with _prepared(what, progress):
+            table = library.load_dataset(
+                "parquet",
+                data_files={"shards": [glob.escape(str(path)) for path in paths]},
+                split="shards",
+                columns=[column],
+                batch_size=BATCH,
+                cache_dir=str(cache / "datasets"),
+            )
+        if len(table) != ends[-1]:
+            raise AfterimageError(f"{what}: changed while it was read")
+
+        def named(row: int, names: Sequence[str]) -> str:
+            file = bisect.bisect_right(ends, row) - 1
+            return f"{names[file]}/{row - ends[file]:07d}"
+
+        places = list(map(shown, paths))
+        images = _images(table, what, lambda row: named(row, places))
+        return [RowOriginal(named(row, names), images, row) for row in range(len(table))]
+
+    return _read_shards(pattern, read)
+
+
+def read_webdataset(pattern: str, cache: Path, progress: Progress | None = None) -> Source:
+    """The images of tar files, packed or not, known by their extension; an id is `FILE/MEMBER`."""
+    library = _library("webdataset")
+    others: Counter[str] = Counter()
+
+    def read(paths: list[Path], names: list[str], what: str) -> list[RowOriginal]:
+        states = [FileOriginal("", path.parent, path.name).state() for path in paths]
+        mark = hashlib.sha256(repr((VERSION, states)).encode()).hexdigest()[:16]
+        features = library.Features(
+            {
+                "shard": library.Value("int32"),
+                "name": library.Value("string"),
+                "image": library.Image(decode=False),
+            }
+        )
+        with _prepared(what, progress):
+            table = library.Dataset.from_generator(
+                _members,
+                features=features,
+                gen_kwargs={"paths": tuple(map(os.fsencode, paths))},  # a list would be read in parts
+                cache_dir=str(cache / "datasets"),
+                fingerprint=mark,
+            )
+        shards, members = (table.data.column(name).combine_chunks() for name in ("shard", "name"))
+        images = _images(table, what, lambda row: f"{shown(paths[shards[row].as_py()])}/{members[row]}")
+        found = []
+        for row, (shard, name) in enumerate(zip(shards.to_pylist(), members.to_pylist(), strict=True)):
+            if kind_of(name) in EXTENSIONS:
+                found.append(RowOriginal(f"{names[shard]}/{name}", images, row))
+            else:
+                count_kind(others, name)
+        if not found:
+            raise AfterimageError(
+                f"{what}: no images among {len(table):,} files; looked for {', '.join(EXTENSIONS)}"
+            )
+        return found
+
+    source = _read_shards(pattern, read)
+    return replace(source, notes=(*source.notes, *left_out(others)))
+
+
+def _members(paths: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
+    """The files in tar files: of each its name, and of images the content. Hidden ones are left out."""
+    for shard, path in enumerate(map(os.fsdecode, paths)):
+        try:
+            with tarfile.open(path) as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # tarfile would keep all of them
+                    name = member.name.removeprefix("./")
+                    hidden = any(step[:1] == "." or step == "__MACOSX" for step in name.split("/"))
+                    if member.isdir() or hidden:
+                        continue
+                    row = {"shard": shard, "name": shown(name), "image": None}
+                    if kind_of(name) in EXTENSIONS:
+                        if not member.isreg() or member.size > MAX_BYTES:
+                            what = "larger than 1 GiB" if member.isreg() else "a link or a device"
+                            raise AfterimageError(f"{shown(path)}/{shown(name)}: is {what}")
+                        row["image"] = {"bytes": archive.extractfile(member).read(), "path": None}
+                    yield row
+                _check_end(archive)
+        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+            raise AfterimageError(f"{shown(path)} is damaged or no tar file: {first_line(error)}") from None
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header for the end, and would lose all that comes after it."""
+    archive.fileobj.seek(archive.offset)
+    rest = iter(lambda: archive.fileobj.read(2**20), b"")
+    if (first := next(rest, None)) is None:
+        raise tarfile.ReadError("it was cut short: it has no mark at its end")
+    if first.strip(b"\0") or any(chunk.strip(b"\0") for chunk in rest):
+        raise tarfile.ReadError(f"what stands at byte {archive.offset:,} is neither a member nor the end")
+
+
+def _read_shards(pattern: str, read: Callable[[list[Path], list[str], str], list[RowOriginal]]) -> Source:
+    """The source of the files that a pattern names, split by their names where these tell one.
+
+    `read` gives the images of some files by their paths, their names (below the folder that holds all of them) and what
+    messages call them together.
+    """
+    paths = expand(pattern)
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    names = {path: shown(path.relative_to(root)).replace(os.sep, "/") for path in paths}
+    places = {path: path.relative_to(root).with_suffix("").parts for path in paths}
+    depth, parts = nested_split(places.values()) or (0, {})
+    part_of = {path: parts.get(places[path][depth], "") if parts else TRAINING for path in paths}
+    chosen = {
+        part: own
+        for part in (TRAINING, VALIDATION, TEST)
+        if (own := [path for path in paths if part_of[path] == part])
+    }
+    notes = []
+    if parts:
+        told = (f"{part} images from {listed([names[p] for p in own], 3)}" for part, own in chosen.items())
+        notes.append(f"split by the names of shards: {'; '.join(told)}")
+    if beside := [names[path] for path in paths if not part_of[path]]:
+        notes.append(f"left out beside the shards of the split: {listed(beside)}")
+    pooled = [] if parts else pooled_names({place[:-1] for place in places.values()})
+    found = {
+        part: read(own, [names[path] for path in own], listed([shown(path) for path in own], 3))
+        for part, own in chosen.items()
+    }
+    return Source(*map(found.get, (TRAINING, VALIDATION, TEST)), root, tuple(notes), tuple(pooled))
+
+
+def expand(pattern: str) -> list[Path]:
+    """The files that a pattern names: `{000..012}` and `{a,b}` first, then `*`, `?` and `[...]`, sorted, each once."""
+    parts = _BRACES.split(local_path(pattern))  # text and what stands in braces, in turns
+    choices = [_choices(part) if number % 2 else [part] for number, part in enumerate(parts)]
+    if (total := math.prod(map(len, choices))) > MAX_SHARDS:
+        raise AfterimageError(f"{pattern!r} names {total:,} files; at most {MAX_SHARDS:,} are read")
+    found: dict[Path, None] = {}
+    for name in map("".join, itertools.product(*choices)):
+        if os.path.exists(name) or not glob.has_magic(name):
+            if not os.path.isfile(name):
+                raise AfterimageError(f"there is no file {shown(name)}")
+            found[Path(name).absolute()] = None
+        else:
+            found |= {Path(match).absolute(): None for match in sorted(glob.glob(name, recursive=True))}
+    if not found:
+        raise AfterimageError(f"no file matches {pattern!r}")
+    return list(found)
+
+
+def _choices(text: str) -> list[str]:
+    match = _RANGE.fullmatch(text)
+    if match is None:
+        return text.split(",") if "," in text else ["{" + text + "}"]
+    first, last = map(int, match.groups())
+    if last < first or last - first >= MAX_SHARDS:
+        raise AfterimageError(f"{{{text}}} must go up, by at most {MAX_SHARDS:,} numbers")
+    return [f"{number:0{len(match[1])}}" for number in range(first, last + 1)]
+
+
+# The library
+
+
+def _library(kind: str) -> ModuleType:
+    try:
+        import datasets
+    except ImportError:
+        raise AfterimageError(
+            f"the source '{kind}' needs the library datasets: pip install 'afterimage[datasets]'"
+        ) from None
+    return datasets
+
+
+@contextlib.contextmanager
+def _prepared(what: str, progress: Progress | None = None) -> Iterator[None]:
+    """Whatever the library raises becomes one `AfterimageError` that names what was read."""
+    import datasets
+
+    told = progress or (lambda *_: None)
+    shows = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    told(f"preparing {what}", 0, 1)
+    try:
+        yield
+    except Exception as error:
+        while error.__cause__ is not None and not isinstance(error, AfterimageError):
+            error = error.__cause__  # it wraps what went wrong, perhaps several times
+        if isinstance(error, AfterimageError):
+            raise error from None
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise AfterimageError(f"cannot read {what}: {text:.500}") from None
+    finally:
+        if shows:
+            datasets.enable_progress_bars()
+    told(f"preparing {what}", 1, 1)
+
+
+def _column(features: Mapping[str, Any], what: str) -> str:
+    """The column with images: of files, of `{bytes, path}` or of bytes."""
+    import datasets
+
+    def holds_files(feature: Any) -> bool:
+        return (
+            isinstance(feature, datasets.Image)
+            or (isinstance(feature, dict) and "bytes" in feature)
+            or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
+        )
+
+    found = [name for name, feature in features.items() if holds_files(feature)]
+    named = [name for name in COLUMNS if name in found]
+    if named or len(found) == 1:
+        return (named or found)[0]
+    raise AfterimageError(
+        f"{what} has {f'several columns of files ({listed(found)})' if found else 'no column of images'}; images are "
+        f"looked for in one of images or bytes, called {', '.join(COLUMNS)}; its columns: {', '.join(features)}"
+    )
+
+
+def _images(
+    table: datasets.Dataset, what: str, called: Callable[[int], str], below: tuple[Path, ...] = ()
+) -> Images:
+    import datasets
+
+    column = _column(table.features, what)
+    if not len(table):
+        raise AfterimageError(f"{what} has no rows")
+    files = [(file["filename"], os.stat(file["filename"]).st_mtime_ns) for file in table.cache_files]
+    with _prepared(what):
+        table = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    return Images(table, column, hashlib.sha256(repr(files).encode()).hexdigest(), called, below)

@@ -1,0 +1,92 @@
+"""The Hugging Face hub when it gives nothing: asked once and briefly, and why it refuses in words that help."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from afterimage.config import first_line
+
+CONNECT_SECONDS = 5.0
+
+
+def ask_for_file(url: str) -> None:
+    """Ask for a file of the hub once. Raises what the client raises, or OSError where nothing answers.
+
+    The client itself goes on asking for minutes where there is no network or the hub is busy.
+    """
+    from huggingface_hub import get_hf_file_metadata
+
+    ask_soon(lambda: get_hf_file_metadata(url, timeout=CONNECT_SECONDS))
+
+
+def ask_soon(ask: Callable[[], Any]) -> None:
+    """Ask, and raise OSError after CONNECT_SECONDS: a name server that never answers holds up any client for longer."""
+    outcome: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            ask()
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS + 1)
+    if not outcome:
+        raise OSError(f"no answer within {CONNECT_SECONDS:.0f} s")
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def refusal(repository: str, revision: str | None, error: BaseException, kind: str = "") -> str:
+    """Why the hub does not give a repository's file, and what can be done, by the status of its answer.
+
+    `kind` is what the addresses of such repositories begin with: `datasets/`, or nothing for models.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    response = getattr(error, "response", None)
+    if response is None:
+        return f"the hub at {constants.ENDPOINT} ({first_line(error)})"
+    status, page = int(response.status_code), f"{constants.ENDPOINT}/{kind}{repository}"
+    what, code = f"the hub's {repository}", response.headers.get("X-Error-Code", "")
+    if wait := busy(status, response.headers.get):
+        return f"the hub at {constants.ENDPOINT} {wait}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{what} at {constants.ENDPOINT} has no revision {revision or 'main'} ({status})"
+    told = get_token() is not None
+    log_in = "with the account of your token" if told else "and log in with `hf auth login`, or set HF_TOKEN"
+    if status == 403 and not code and not isinstance(error, GatedRepoError):
+        return (
+            f"{what} was refused (403) without the hub's own reason, as a proxy or firewall does: ask who runs it; if "
+            f"{repository} is gated, accept its licence on {page} {log_in}"
+        )
+    if isinstance(error, GatedRepoError):
+        return f"{what} is gated, and access was refused ({status}): accept its licence on {page} {log_in}"
+    if status in (401, 403):
+        unless = "your token may not read it" if told else "it is private or gated"
+        return (
+            f"{what} does not exist, or {unless} ({status}): check its name on {page}; where it is gated, accept its "
+            f"licence there {log_in}"
+        )
+    if status in (404, 410):
+        return f"{what} does not exist at {constants.ENDPOINT} ({status}); check its name on {page}"
+    return f"the hub at {constants.ENDPOINT} refuses {repository} ({status}: {first_line(error)})"
+
+
+def busy(status: int, header: Callable[[str, str], str]) -> str:
+    """What to say where a server could not answer for now; empty for any other answer. `header` finds one by name."""
+    if status not in (408, 429) and status < 500:
+        return ""
+    seconds = header("Retry-After", "").strip()
+    if not seconds and (limit := re.search(r"\bt=(\d+)", header("RateLimit", ""))):
+        seconds = limit[1]
+    when = f"in {seconds} s, as it asks" if seconds.isdigit() else f"after {seconds}" if seconds else "later"
+    if status == 429:
+        return f"is busy, with too many requests from here (429): try again {when}"
+    return f"is not available for now ({status}): try again {when}"
