@@ -23,15 +23,26 @@ def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]
     files that hold the same bytes.
     """
     streamed = any(part.streamed for part in images)
-    copies, leaks, count = _same_bytes(images) if streamed else _same_pixels(images)
+    keys = np.concatenate([_keys(part.digests) if streamed else _pixel_keys(part) for part in images])
+    of = np.repeat(np.arange(len(images)), list(map(len, images)))
+    number = np.concatenate([np.arange(len(part)) for part in images])
+    _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+    earlier = first[place]
+
+    def same(at: int) -> bool:
+        return streamed or np.array_equal(*(_pixels(images[of[i]], number[i]) for i in (at, earlier[at])))
+
+    found = [at for at in np.flatnonzero(earlier != np.arange(len(keys))).tolist() if same(at)]
+    copies = np.bincount(of[found], minlength=len(images))
+    leaks = [(at, earlier[at]) for at in found if of[at] == 2 and of[earlier[at]] != 2]
     if leaks:
         lines = [
-            f"{parts[2][index].name} is {parts[part][number].name} ({NAMES[part]})"
-            for index, part, number in leaks[:SHOWN_COPIES]
+            f"{parts[2][number[at]].name} is {parts[of[other]][number[other]].name} ({NAMES[of[other]]})"
+            for at, other in leaks[:SHOWN_COPIES]
         ]
-        more = f"\n  … and {count - SHOWN_COPIES} more" if count > SHOWN_COPIES else ""
+        more = f"\n  … and {len(leaks) - SHOWN_COPIES} more" if len(leaks) > SHOWN_COPIES else ""
         raise AfterimageError(
-            f"{count} of the test images are trained or validated on too, which would falsify all "
+            f"{len(leaks)} of the test images are trained or validated on too, which would falsify all "
             "scores; take one of each pair out:\n  " + "\n  ".join(lines) + more
         )
     notes = [
@@ -60,40 +71,14 @@ def _keys(digests: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
 
 
-def _same_bytes(images: Sequence[ImageSet]) -> tuple[list[int], list[tuple[int, int, int]], int]:
-    """How many images of each part are copies of earlier ones, and the first leaks: `(test, part, number)`."""
-    keys = np.concatenate([_keys(part.digests) for part in images])
-    first = np.zeros(len(keys), bool)
-    first[np.unique(keys, return_index=True)[1]] = True
-    ends = np.cumsum([len(part) for part in images])[:-1]
-    copies = [int((~own).sum()) for own in np.split(first, ends)]
-    leaks, count = [], 0
-    for part in (0, 1):
-        indices, numbers = shared(images[2], images[part])
-        count += len(indices)
-        leaks += [
-            (int(i), part, int(n))
-            for i, n in zip(indices[:SHOWN_COPIES], numbers[:SHOWN_COPIES], strict=True)
-        ]
-    return copies, leaks, count
+def _pixel_keys(images: ImageSet) -> np.ndarray:
+    """A number for each image that is the same for the same pixels, and nearly always another for others."""
+    slots = [images.blob.slots[content] for content in images.content]
+    return np.array([(s.crc << 32) ^ (s.height << 16) ^ s.width for s in slots], np.uint64)
 
 
-def _same_pixels(images: Sequence[ImageSet]) -> tuple[list[int], list[tuple[int, int, int]], int]:
-    first: dict[tuple[int, ...], tuple[int, int]] = {}
-    copies, leaks = [0, 0, 0], []
-    for part, split_images in enumerate(images):
-        for index, content in enumerate(split_images.content):
-            *_, height, width, crc = split_images.blob.slots[content]
-            earlier, number = first.setdefault((height, width, crc), (part, index))
-            if (earlier, number) == (part, index):
-                continue
-            pixels = images[earlier].blob.image(images[earlier].content[number])
-            if not np.array_equal(split_images.blob.image(content), pixels):
-                continue
-            copies[part] += 1
-            if part == 2 and earlier != 2:
-                leaks.append((index, earlier, number))
-    return copies, leaks, len(leaks)
+def _pixels(images: ImageSet, index: int | np.integer) -> np.ndarray:
+    return images.blob.image(images.content[index])
 
 
 BITS = 6
@@ -146,5 +131,5 @@ def _difference(images: ImageSet, index: int, others: ImageSet, other: int) -> f
 
 
 def _small(images: ImageSet, index: int, size: tuple[int, int], mode: str) -> np.ndarray:
-    image = Image.fromarray(images.blob.image(images.content[index]).transpose(1, 2, 0))
+    image = Image.fromarray(_pixels(images, index).transpose(1, 2, 0))
     return np.asarray(image.convert(mode).resize(size, Image.Resampling.BOX))

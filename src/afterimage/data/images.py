@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from afterimage.data.decode import DIGEST_VERSION
 from afterimage.data.pixel_cache import Blob
 from afterimage.data.records import Original
 from afterimage.data.sampling import centre_places, crop_places
-from afterimage.runtime.threads import in_parallel
+from afterimage.runtime.threads import cores
 
 Indices = Sequence[int] | np.ndarray | Tensor
 
@@ -244,34 +244,22 @@ class StreamedImages(ImageSet):
             cut = image[:, top : top + self.crop, left : left + self.crop]
             return np.ascontiguousarray(cut[:, :, ::-1] if flip else cut)
 
-        sizes: deque[int] = deque()
+        def stacked(crops: list[Future[np.ndarray]]) -> Tensor:
+            empty = np.empty((0, 3, self.crop, self.crop), np.uint8)
+            return placed(np.stack([crop.result() for crop in crops]) if crops else empty, device)
 
-        def flat() -> Iterator[int]:
-            for chunk in chain(first, chunks):
-                indices = self._checked(chunk)
-                sizes.append(len(indices))
-                yield from indices.tolist()
-
-        chunks = iter(chunks)
-        first = list(islice(chunks, 1))
-        batch: list[np.ndarray] = []
-        work = in_parallel(one, flat(), 0, "", None, ahead=AHEAD * sum(map(len, first)))
-        with contextlib.closing(work):
-            for crop in work:
-                while not sizes[0]:
-                    sizes.popleft()
-                    yield self._stacked([], device)
-                batch.append(crop)
-                if len(batch) == sizes[0]:
-                    sizes.popleft()
-                    yield self._stacked(batch, device)
-                    batch.clear()
-        for _ in sizes:
-            yield self._stacked([], device)
-
-    def _stacked(self, crops: list[np.ndarray], device: str | torch.device) -> Tensor:
-        shape = (len(crops), 3, self.crop, self.crop)
-        return placed(np.stack(crops) if crops else np.empty(shape, np.uint8), device)
+        waiting: deque[list[Future[np.ndarray]]] = deque()
+        with ThreadPoolExecutor(cores()) as pool:
+            try:
+                for chunk in chunks:
+                    waiting.append([pool.submit(one, index) for index in self._checked(chunk).tolist()])
+                    if len(waiting) > AHEAD:
+                        yield stacked(waiting.popleft())
+                while waiting:
+                    yield stacked(waiting.popleft())
+            finally:
+                for crop in chain.from_iterable(waiting):
+                    crop.cancel()
 
     def _decoded(self, index: int) -> np.ndarray:
         """Image `index` after resizing, `(3, height, width)` uint8."""
