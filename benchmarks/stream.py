@@ -69,7 +69,8 @@ def _row(settings: Settings, kind: str, counts: Sequence[int]) -> Row:
     grown = {key: points[-1][key] - points[0][key] for key in keys}
     return Row(
         f"stream-{kind}",
-        f"{kind}: peak memory from {counts[0]:,} to {counts[-1]:,} images of {SIDE} px, streamed or decoded once",
+        f"{kind}: memory without mapped files from {counts[0]:,} to {counts[-1]:,} images of {SIDE} px, streamed or "
+        "decoded once",
         "MiB more",
         [grown["MiB without mapped files"]],
         [grown["MiB kept"]],

@@ -187,8 +187,8 @@ class DataConfig:
     """Where images come from and how they are split.
 
     `source` and `test` are `folder:PATH`, `hf:NAME[@REVISION][:SPLIT]` (a dataset of the Hugging Face hub),
-    `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`, `procedural:COUNT` or `photographs`; shards
-    are files by a pattern, `data/{000..099}.tar` or `data/*.parquet`.
+    `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`, `procedural:COUNT` or `photographs`;
+    shards are files by a pattern, `data/{000..099}.tar` or `data/*.parquet`.
     Where `test` is empty, the source's own test split is used, else `test_fraction` of it. `validation_fraction` is
     taken from what is not test. Limits keep the first images of a split.
 
