@@ -215,17 +215,11 @@ def read_webdataset(pattern: str, cache: Path, progress: Progress | None = None)
     def read(paths: list[Path], names: list[str], what: str) -> list[RowOriginal]:
         states = [FileOriginal("", path.parent, path.name).state() for path in paths]
         mark = hashlib.sha256(repr((VERSION, states)).encode()).hexdigest()[:16]
-        features = library.Features(
-            {
-                "shard": library.Value("int32"),
-                "name": library.Value("string"),
-                "image": library.Image(decode=False),
-            }
-        )
+        kinds = library.Value("int32"), library.Value("string"), library.Image(decode=False)
         with _prepared(what, progress):
             table = library.Dataset.from_generator(
                 _members,
-                features=features,
+                features=library.Features(zip(("shard", "name", "image"), kinds, strict=True)),
                 gen_kwargs={"paths": tuple(map(os.fsencode, paths))},  # a list would be read in parts
                 cache_dir=str(cache / "datasets"),
                 fingerprint=mark,
@@ -293,11 +287,8 @@ def _read_shards(pattern: str, read: Callable[[list[Path], list[str], str], list
     places = {path: path.relative_to(root).with_suffix("").parts for path in paths}
     depth, parts = nested_split(places.values()) or (0, {})
     part_of = {path: parts.get(places[path][depth], "") if parts else TRAINING for path in paths}
-    chosen = {
-        part: own
-        for part in (TRAINING, VALIDATION, TEST)
-        if (own := [path for path in paths if part_of[path] == part])
-    }
+    every = {part: [p for p in paths if part_of[p] == part] for part in (TRAINING, VALIDATION, TEST)}
+    chosen = {part: own for part, own in every.items() if own}
     notes = []
     if parts:
         told = (f"{part} images from {listed([names[p] for p in own], 3)}" for part, own in chosen.items())
@@ -341,16 +332,12 @@ def _choices(text: str) -> list[str]:
     return [f"{number:0{len(match[1])}}" for number in range(first, last + 1)]
 
 
-# The library
-
-
 def _library(kind: str) -> ModuleType:
     try:
         import datasets
     except ImportError:
-        raise AfterimageError(
-            f"the source '{kind}' needs the library datasets: pip install 'afterimage[datasets]'"
-        ) from None
+        what = f"the source '{kind}' needs the library datasets: pip install 'afterimage[datasets]'"
+        raise AfterimageError(what) from None
     return datasets
 
 
@@ -382,14 +369,13 @@ def _column(features: Mapping[str, Any], what: str) -> str:
     """The column with images: of files, of `{bytes, path}` or of bytes."""
     import datasets
 
-    def holds_files(feature: Any) -> bool:
-        return (
-            isinstance(feature, datasets.Image)
-            or (isinstance(feature, dict) and "bytes" in feature)
-            or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
-        )
-
-    found = [name for name, feature in features.items() if holds_files(feature)]
+    found = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Image)
+        or (isinstance(feature, dict) and "bytes" in feature)
+        or getattr(feature, "dtype", "") in ("binary", "large_binary")
+    ]
     named = [name for name in COLUMNS if name in found]
     if named or len(found) == 1:
         return (named or found)[0]
