@@ -71,12 +71,12 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     stored, again = runs[0].scores, read_csv(tmp_path / "scores.csv")
     assert code == 0 and "PSNR" in out and [row["id"] for row in stored] == [row["id"] for row in again]
     assert [row["psnr"] for row in again] == pytest.approx([row["psnr"] for row in stored], abs=1e-4)
-    code, out, _ = command("reconstruct", photographs / "00.png", "--run", run)
+    code, out, _ = command("reconstruct", photographs / "00.png", run)
     assert code == 0 and "PSNR" in out and "dB" in out
     assert Image.open(tmp_path / "00.reconstruction.png").size == (64 + 8 + 64, 64)
     alone = next(line for line in out.splitlines() if line.startswith("PSNR")).strip()
     sample_images = photographs / "00.png", photographs / "01.png"
-    code, out, _ = command("reconstruct", *sample_images, "--run", "runs", "--output", "both.png")
+    code, out, _ = command("reconstruct", *sample_images, "runs", "--output", "both.png")
     lines = [line for line in out.splitlines() if "PSNR" in line]
     assert (
         code == 0
@@ -86,12 +86,12 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     assert sum(alone in line and ", 00: " in line for line in lines) == 1
     width, height = Image.open(tmp_path / "both.png").size
     assert width > 5 * 64 and height > 4 * 64, "the originals and four runs, two images and their details"
-    code, _, err = command("reconstruct", *sample_images, "--run", "runs", "--output", "both.svg")
+    code, _, err = command("reconstruct", *sample_images, "runs", "--output", "both.svg")
     assert code == 1 and "PNG" in err and not (tmp_path / "both.svg").exists()
-    code, _, err = command("reconstruct", sample_images[0], sample_images[0], "--run", "runs")
+    code, _, err = command("reconstruct", sample_images[0], sample_images[0], "runs")
     assert code == 1 and "named twice" in err
-    code, _, err = command("reconstruct", sample_images[0], "--run", "report")
-    assert code == 1 and "no folder report" in err
+    code, _, err = command("reconstruct", sample_images[0], "report")
+    assert code == 1 and "report is no image file, no run folder and no MODEL:LAYER" in err
     code, out, _ = command("report", "runs")
     assert code == 0 and (tmp_path / "runs/report/report.md").exists() and "report.md" in out
 
@@ -121,7 +121,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
             "cannot be used here",
         ),
         (["train", f"{MODEL}:layer1", "--devices", "999", "--device", "cpu"], "--devices 999 on a CPU"),
-        (["invert", "a.png", f"{MODEL}:layer1", "--refine-only"], "--refine-only needs --run"),
+        (["invert", f"{MODEL}:layer1", "--refine-only"], "--refine-only needs a RUN"),
         (["study", "missing.toml"], r"missing.toml"),
         (["study", "published", "--models", "resnet18"], "not both"),
     ],
@@ -179,7 +179,7 @@ def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, mo
     for arguments, message in (
         (["evaluate", run.path, "--output", tmp_path], f"--output {tmp_path} is a folder"),
         (["evaluate", run.path, "--output", tmp_path / "a.png" / "x"], "a.png is a file, not a folder"),
-        (["reconstruct", "a.png", "--run", run.path, "--output", "a.png/b.png"], "a.png is a file"),
+        (["reconstruct", "a.png", run.path, "--output", "a.png/b.png"], "a.png is a file"),
         (["report", "runs", "--output-dir", "a.png"], "a.png is a file, not a folder"),
     ):
         code, _, err = command(*arguments)

@@ -55,7 +55,7 @@ def command(place, monkeypatch, capsys):
 
 def test_the_limit_of_a_run(command, run, place):
     output = place / "limit"
-    code, out, err = command("--run", run.path, "--max-images", 3, "--steps", 30, "--output-dir", output)
+    code, out, err = command(run.path, "--max-images", 3, "--steps", 30, "--output-dir", output)
     assert code == 0, err
     rows = read_json(output / "limit.json")
     assert [row["way"] for row in rows] == WAYS
@@ -82,13 +82,13 @@ def test_the_limit_of_a_run(command, run, place):
     assert any("validation images" in note for note in summary["notes"])
 
     before = folder.file("summary.json").stat().st_mtime_ns
-    assert command("--run", run.path, "--max-images", 3, "--steps", 30, "--output-dir", output)[0] == 0
+    assert command(run.path, "--max-images", 3, "--steps", 30, "--output-dir", output)[0] == 0
     assert folder.file("summary.json").stat().st_mtime_ns == before  # done is not done again
 
 
 def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
     output = place / "past"
-    options = ("--run", run.path, "--max-images", 2, "--refine-only", "--output-dir", output, "--steps", 4)
+    options = (run.path, "--max-images", 2, "--refine-only", "--output-dir", output, "--steps", 4)
     code, out, _ = command(*options)
     row = read_json(output / "limit.json")[1]
     assert code == 0 and "highest after" not in out and row["peak_passes"] == 4
@@ -109,7 +109,7 @@ def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
 @pytest.mark.slow
 def test_reports_show_inversions_as_rows(command, run, place):
     output = place / "reported"
-    assert command("--run", run.path, "--max-images", 3, "--steps", 4, "--output-dir", output)[0] == 0
+    assert command(run.path, "--max-images", 3, "--steps", 4, "--output-dir", output)[0] == 0
     folders = [Run(output / row["run"]) for row in read_json(output / "limit.json")[1:]]
     written = write_report([run, *folders], place / "report")
     table = written["table.md"].read_text()
@@ -121,7 +121,7 @@ def test_reports_show_inversions_as_rows(command, run, place):
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place, monkeypatch, changed):
-    options = ("--run", run.path, "--data", "photographs", "--max-images", 6, "--refine-only", "--steps", 3)
+    options = (run.path, "--data", "photographs", "--max-images", 6, "--refine-only", "--steps", 3)
     whole, cut = place / f"whole-{changed}", place / f"cut-{changed}"
     assert command(*options, "--output-dir", whole)[0] == 0
     asked, refined = [], refine
@@ -150,7 +150,7 @@ def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place
 
 def test_the_table_of_a_folder_holds_all_its_inversions(command, run, place):
     output = run.path.parent  # a decoder's run folder beside them is none
-    options = ("--run", run.path, "--max-images", 2, "--refine-only", "--output-dir", output)
+    options = (run.path, "--max-images", 2, "--refine-only", "--output-dir", output)
     for steps in (2, 4):
         code, out, err = command(*options, "--steps", steps)
         assert code == 0, err
@@ -187,9 +187,7 @@ def test_ones_own_images_through_several_layers(command, place):
 
 def test_ones_own_image_from_a_decoder(command, run, place):
     (path,) = write_images(place / "one", 1)
-    code, _, err = command(
-        path, "--run", run.path, "--steps", 3, "--refine-only", "--output-dir", place / "one-out"
-    )
+    code, _, err = command(path, run.path, "--steps", 3, "--refine-only", "--output-dir", place / "one-out")
     assert code == 0, err
     rows = read_json(place / "one-out" / "limit.json")
     assert [row["way"] for row in rows] == ["decoder", "refined"]
@@ -203,10 +201,10 @@ def test_ones_own_image_from_a_decoder(command, run, place):
         ((), "give images and layers"),
         (("nothing.png", SOURCE), "nothing.png"),
         ((SOURCE,), "give images and layers"),
-        ((SOURCE, "--run", "RUN"), "with --run the layers are the run's own"),
-        (("a.png", SOURCE, "--data", "photographs"), "image files or --data, not both"),
+        ((SOURCE, "."), "a run's layers are its own; leave out"),
+        ((__file__, SOURCE, "--data", "photographs"), "image files or --data, not both"),
         ((SOURCE, "--data", "photographs", "--method", "waves"), "unknown inversion method"),
-        (("--run", "nowhere"), "not a run folder"),
+        (("nowhere",), "nowhere is no image file, no run folder and no MODEL:LAYER"),
     ],
 )
 def test_mistakes_are_one_message(command, arguments, message):

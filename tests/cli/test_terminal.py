@@ -212,9 +212,9 @@ def test_odd_names_and_a_windows_log_from_training_to_a_report(odd, tmp_path, mo
             "scores \\xff.csv",
         ),
         (["verify", run.path, "--device", "cpu"], "1 of 1 runs hold"),
-        (["reconstruct", sample_images[0], "--run", run.path, "--output", tmp_path / "one.png"], "PSNR"),
+        (["reconstruct", sample_images[0], run.path, "--output", tmp_path / "one.png"], "PSNR"),
         (
-            ["reconstruct", *sample_images, "--run", run.path, "--output", tmp_path / "two.png"],
+            ["reconstruct", *sample_images, run.path, "--output", tmp_path / "two.png"],
             "\\x1b[31m\\xfe 0",
         ),
         (["report", run.path, "--output-dir", tmp_path / os.fsdecode(b"report \xff")], "report \\xff"),

@@ -55,7 +55,7 @@ class Audit:
     attacker_images: tuple[str, ...] = ()
     """How many images of their own attackers have: numbers, or all."""
     threat_model: tuple[str, ...] = ()
-    """query (trains a decoder), weights (then refines each reconstruction by optimisation), or both."""
+    """black-box (trains a decoder), white-box (has the weights, and refines each reconstruction), or both."""
     attacker_data: str = ""
     """Where the attackers' own images come from, if not from --data."""
     max_ssim: float | None = None
@@ -128,7 +128,11 @@ class Audit:
         base = None if self.config is None else load_toml(AuditConfig, self.config)
         data = {"source": self.data, "test": self.test, **self._of("resize", "crop", "limit_test")}
         attackers = self._of(
-            "decoders", "refine_steps", "refine_images", images="attacker_images", access="threat_model"
+            "decoders",
+            "refine_steps",
+            "refine_images",
+            images="attacker_images",
+            threat_models="threat_model",
         )
         nested = {
             "data": (DataConfig, data),
@@ -180,7 +184,10 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
         table.add_row(
             Text(row["layer"] or "–"),
             Text(row["defence"] or "–"),
-            Text(f"{who['decoder']} {who['images']}" + (" + weights" if who["access"] == "weights" else "")),
+            Text(
+                f"{who['decoder']} {who['images']}"
+                + (", white-box" if who["threat_model"] == "white-box" else "")
+            ),
             f"{found['estimate']:.1%} ({found['low']:.1%}–{found['high']:.1%})",
             by,
             "\n".join(

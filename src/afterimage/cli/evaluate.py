@@ -29,6 +29,8 @@ class Evaluate:
     """Write the per-image scores to this CSV file."""
     cache: Path | None = None
     """Where decoded images are kept."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         from afterimage.evaluation.evaluate import summarise
@@ -36,6 +38,7 @@ class Evaluate:
         from afterimage.experiments.inference import evaluate_run
         from afterimage.runs.files import write_csv
         from afterimage.runs.run import Run, check_file
+        from afterimage.runtime.device import one_device
         from afterimage.runtime.progress import Display
 
         run = Run.open(self.run_folder)
@@ -44,8 +47,9 @@ class Evaluate:
         metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
         with Display() as display:
             rows, _ = evaluate_run(
-                run, metrics, test=self.data, weights=self.weights, cache=self.cache, progress=display
-            )
+                run, metrics, test=self.data, weights=self.weights, cache=self.cache,
+                device=str(one_device(self.device).device), progress=display,
+            )  # fmt: skip
         if self.output is not None:
             write_csv(self.output, rows)
             say(f"scores of {len(rows)} images: {shown(self.output)}")

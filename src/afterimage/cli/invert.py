@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli.output import image_lines
+from afterimage.cli.report import sort_arguments
 from afterimage.config import LPIPS_NETS, AfterimageError, DataConfig, check_seed, shown
 from afterimage.runtime.terminal import say
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class Invert:
     """Rebuild images from features alone by optimising them until their own features are the same.
 
-    `invert IMAGE... MODEL:LAYER...` starts from grey and uses all layers at once. With `--run` it starts from that
+    `invert IMAGE... MODEL:LAYER...` starts from grey and uses all layers at once. `invert RUN` starts from that
     run's decoder and refines its answer; without images the run's own test images are taken (`--max-images` keeps the
     first), inverted from grey as well, and decoder, inversion and refinement are put in one table: limit.csv,
     limit.json and the curve of PSNR against passes, saturation.png, of all that the output folder holds. What comes
@@ -30,11 +31,9 @@ class Invert:
     """
 
     what: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE|MODEL:LAYER ...]")
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN|IMAGE|MODEL:LAYER ...]")
     ] = ()
-    """Image files, and layers as model:layer."""
-    run_folders: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", metavar="RUN [...]")] = ()
-    """Start from the decoders of these finished runs."""
+    """Run folders whose decoders to start from; or layers as model:layer, to start from grey. And image files."""
     data: str = ""
     """A source of images such as folder:PATH, instead of files or of a run's own."""
     max_images: int | None = None
@@ -56,14 +55,14 @@ class Invert:
     alpha_norm: float = 0.0
     """Weight of the alpha-norm; 1 is the weight Mahendran and Vedaldi propose."""
     refine_only: bool = False
-    """With --run: leave out the inversion from grey."""
+    """Of a run: leave out the inversion from grey."""
     output_dir: Path = Path("runs/inversion")
     """Folder for the run folders; each holds progress.png while it is made."""
     weights: str | None = None
     """pretrained, random, random-init, or a file or folder."""
     seed: int = 0
     lpips: str | None = None
-    """LPIPS network: alex, vgg or squeeze (default: with --run the one that the run was measured with, else alex)."""
+    """LPIPS network: alex, vgg or squeeze (default: of a run the one that it was measured with, else alex)."""
     cache: Path | None = None
     """Where decoded images are kept."""
     device: str = "auto"
@@ -77,33 +76,32 @@ class Invert:
 
         check_folder(self.output_dir, "--output-dir")
         check_seed("seed", self.seed)
-        files, sources = self._sort()
         names = ("method", "optimizer", "steps", "learning_rate", "starts", "jitter", "tv", "alpha_norm")
         method = InvertConfig(**{name: getattr(self, name) for name in names})
+        folders, files, sources = self._sort()
         device = str(one_device(self.device).device)
         with Display() as display:
-            if self.run_folders:
-                folders = self._refine(method, files, device, display)
+            if folders:
+                done = self._refine(folders, method, files, device, display)
             else:
-                folders = [self._plain(method, files, sources, device, display)]
-        self._show(folders)
+                done = [self._plain(method, files, sources, device, display)]
+        self._show(done, each=not folders)
 
-    def _sort(self) -> tuple[list[Path], list[str]]:
-        """Files and `model:layer`, told apart by what exists."""
-        files = [Path(name) for name in self.what if Path(name).exists() or ":" not in name]
-        sources = [name for name in self.what if Path(name) not in files]
-        if self.run_folders and sources:
-            raise AfterimageError(f"with --run the layers are the run's own; leave out {', '.join(sources)}")
-        if self.refine_only and not self.run_folders:
-            raise AfterimageError("--refine-only needs --run: without a decoder there is nothing to refine")
+    def _sort(self) -> tuple[list[Path], list[Path], list[str]]:
+        """Run folders, image files and layers, in a combination that means something."""
+        folders, files, sources = sort_arguments(self.what)
+        if folders and sources:
+            raise AfterimageError(f"a run's layers are its own; leave out {', '.join(sources)}")
+        if self.refine_only and not folders:
+            raise AfterimageError("--refine-only needs a RUN: without a decoder there is nothing to refine")
         if files and self.data:
             raise AfterimageError("give image files or --data, not both")
-        if not self.run_folders and not (sources and (files or self.data)):
+        if not folders and not (sources and (files or self.data)):
             raise AfterimageError(
-                "give images and layers, `afterimage invert IMAGE MODEL:LAYER`, or a decoder to start from, "
-                "--run RUN"
+                "give images and layers, `afterimage invert IMAGE MODEL:LAYER`, or a run whose decoder to start "
+                "from, `afterimage invert RUN`"
             )
-        return files, sources
+        return folders, files, sources
 
     def _given(self, files: list[Path], data: DataConfig, progress: object) -> InversionInputs:
         from afterimage.analysis.inversion.run import from_data, from_files
@@ -112,12 +110,14 @@ class Invert:
             return from_files(files, resize=data.resize, crop=data.crop)
         return from_data(data, cache=self.cache, progress=progress)
 
-    def _refine(self, method: InvertConfig, files: list[Path], device: str, progress: object) -> list[Run]:
+    def _refine(
+        self, paths: list[Path], method: InvertConfig, files: list[Path], device: str, progress: object
+    ) -> list[Run]:
         from afterimage.analysis.inversion.run import invert_run
         from afterimage.runs.run import Run
 
         folders = []
-        for path in self.run_folders:
+        for path in paths:
             run = Run.open(path)
             data = replace(
                 run.config.data,
@@ -153,14 +153,15 @@ class Invert:
             invert_sources(folder, encoders, method, given, **options)
         return folder
 
-    def _show(self, folders: list[Run]) -> None:
+    def _show(self, folders: list[Run], each: bool) -> None:
+        """Print the table of all inversions, and with `each` the scores of every image."""
         from afterimage.report.inversion import print_limit, write_limit
         from afterimage.runs.run import scan
 
         # Decoders of one layer have one inversion from grey.
         folders = list({folder.path: folder for folder in folders}.values())
         print_limit(folders)
-        if not self.run_folders:
+        if each:
             summary = folders[0].summary
             for row in folders[0].scores:
                 scores = {name: row[name] for name in ("psnr", "ssim", "lpips")}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli.output import image_lines
-from afterimage.cli.report import find_runs
+from afterimage.cli.report import find_runs, sort_arguments
 from afterimage.config import AfterimageError, shown
 from afterimage.runtime.terminal import say
 
@@ -26,10 +26,8 @@ class Reconstruct:
     column a run, with an enlarged detail of each image.
     """
 
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [...]")]
-    """Any image files."""
-    run_folders: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", metavar="RUN [...]")]
-    """Run folders, or folders that hold run folders, such as a study's."""
+    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [...] IMAGE [...]")]
+    """Run folders, or folders that hold run folders, such as a study's; and any image files."""
     output: Path | None = None
     """Where to save, a PNG file; where one figure does not hold all, FILE-1.png, FILE-2.png, ... (default: in the
     working folder, IMAGE.reconstruction.png, of several images the first's)."""
@@ -37,37 +35,49 @@ class Reconstruct:
     """Where the encoder's weights are, if not where they were in training."""
     lpips: str | None = None
     """LPIPS network: alex, vgg or squeeze (default: the one that each run was measured with)."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         from afterimage.runs.run import check_file
 
-        runs = find_runs(self.run_folders)
-        if not self.images:
+        folders, images, layers = sort_arguments(self.what)
+        if layers:
+            raise AfterimageError(
+                f"reconstruct takes finished runs and images, not layers: leave out {', '.join(layers)}"
+            )
+        runs = find_runs(tuple(folders))
+        if not images:
             raise AfterimageError("name at least one image file")
-        if len(set(self.images)) < len(self.images):
+        if len(set(images)) < len(images):
             raise AfterimageError("an image file is named twice")
         if self.output is not None and self.output.suffix.lower() != ".png":
             raise AfterimageError(f"--output {shown(self.output)}: the figure is a PNG file, name it .png")
-        output = self.output or Path(f"{self.images[0].stem}.reconstruction.png")
+        output = self.output or Path(f"{images[0].stem}.reconstruction.png")
         check_file(output, "--output")
-        if len(runs) == len(self.images) == 1:
-            self._one(runs[0], output)
+        if len(runs) == len(images) == 1:
+            self._one(runs[0], images, output)
         else:
-            self._several(runs, output)
+            self._several(runs, images, output)
 
-    def _one(self, run: Run, output: Path) -> None:
+    def _device(self) -> str:
+        from afterimage.runtime.device import one_device
+
+        return str(one_device(self.device).device)
+
+    def _one(self, run: Run, images: list[Path], output: Path) -> None:
         from afterimage.data.dataset import file_notes
         from afterimage.evaluation.metrics import Metrics
         from afterimage.experiments.inference import rebuild, side_by_side
 
         metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
-        (rebuilt,) = rebuild(self.images, run, metrics, weights=self.weights)
+        (rebuilt,) = rebuild(images, run, metrics, weights=self.weights, device=self._device())
         side_by_side(rebuilt, output)
-        notes = file_notes(self.images, run.config.data.resize)
+        notes = file_notes(images, run.config.data.resize)
         say(*image_lines(rebuilt.scores, metrics.lpips_status), *notes)
         say(f"saved: {shown(output)} (original left, reconstruction right)")
 
-    def _several(self, runs: list[Run], output: Path) -> None:
+    def _several(self, runs: list[Run], images: list[Path], output: Path) -> None:
         from afterimage.data.dataset import file_notes
         from afterimage.evaluation.metrics import Metrics
         from afterimage.experiments.inference import rebuild
@@ -86,7 +96,7 @@ class Reconstruct:
                 f"{resize} cropped to {crop} in {name}" for (resize, crop), name in sizes.items()
             )
             raise AfterimageError(f"the runs see images at different sizes ({told}); give those of one size")
-        names = _names(self.images)
+        names, device = _names(images), self._device()
         ((resize, crop),) = sizes
         nets = {row.run: self.lpips or row.run.lpips_net for row in rows.decoders}
         metrics = {net: Metrics(net, size=crop) for net in nets.values()}
@@ -94,14 +104,16 @@ class Reconstruct:
         with Display() as display:
             for number, row in enumerate(rows.decoders):
                 display("reconstructing", number, len(rows.decoders), run=row.run.name)
-                results = rebuild(self.images, row.run, metrics[nets[row.run]], weights=self.weights)
+                results = rebuild(
+                    images, row.run, metrics[nets[row.run]], weights=self.weights, device=device
+                )
                 found[row.run] = dict(zip(names, results, strict=True))
             display("reconstructing", len(rows.decoders), len(rows.decoders))
         for row in rows.decoders:
             for name, rebuilt in found[row.run].items():
                 lines = image_lines(rebuilt.scores, metrics[nets[row.run]].lpips_status)
                 say(f"{row.label}, {name}: {', '.join(lines)}")
-        say(*file_notes(self.images, resize))
+        say(*file_notes(images, resize))
         for left in rows.unfinished:
             say(f"left out: {left.run.name} ({left.state})")
         drawings = own_images(rows, found)
@@ -111,7 +123,7 @@ class Reconstruct:
             say(f"saved: {shown(path)} (mean: over a run's own test images)")
 
 
-def _names(paths: tuple[Path, ...]) -> list[str]:
+def _names(paths: list[Path]) -> list[str]:
     """What the figure calls the images: their stems, or whole paths where stems repeat."""
     stems = [shown(path.stem) for path in paths]
     names = stems if len(set(stems)) == len(stems) else [shown(path) for path in paths]

@@ -61,3 +61,18 @@ def find_runs(folders: tuple[Path, ...]) -> list[Run]:
     if not runs:
         raise AfterimageError(f"there is no run in {', '.join(map(str, folders))}")
     return runs
+
+
+def sort_arguments(given: tuple[str, ...]) -> tuple[list[Path], list[Path], list[str]]:
+    """Tell run folders, image files and `model:layer` apart by what exists on disk.
+
+    Raises:
+        AfterimageError: something is none of the three; it is named.
+    """
+    folders = [Path(name) for name in given if Path(name).is_dir()]
+    files = [Path(name) for name in given if Path(name).exists() and not Path(name).is_dir()]
+    layers = [name for name in given if not Path(name).exists()]
+    for name in layers:
+        if ":" not in name:
+            raise AfterimageError(f"{shown(name)} is no image file, no run folder and no MODEL:LAYER")
+    return folders, files, layers

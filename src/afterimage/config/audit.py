@@ -24,7 +24,7 @@ from afterimage.config.schema import (
 )
 from afterimage.config.toml import to_dict
 
-ACCESS = ("query", "weights")
+BLACK_BOX, WHITE_BOX = THREAT_MODELS = ("black-box", "white-box")
 DEFENCES = ("none", "noise:0.5", "int8", "1bit", "topk:0.1", "pca:8")
 
 
@@ -53,20 +53,20 @@ class AttackersConfig:
     """Who attacks: every combination is a row.
 
     `images` are numbers of images of their own, or `all`, a fifth of which they validate on. `data` is where
-    they come from, empty for the same source as the audited images. `access` is `query` (trains a decoder on
-    defended features) or `weights` too (then refines each reconstruction, `refine_steps` steps, for the first
-    `refine_images` test images).
+    they come from, empty for the same source as the audited images. In the threat model `black-box` they train a
+    decoder on defended features; in `white-box` they have the weights too, and refine each reconstruction,
+    `refine_steps` steps, for the first `refine_images` test images.
     """
 
     decoders: tuple[str, ...] = ("linear",)
     images: tuple[Any, ...] = ("all",)
-    access: tuple[str, ...] = ("query",)
+    threat_models: tuple[str, ...] = (BLACK_BOX,)
     data: str = ""
     refine_steps: int = 200
     refine_images: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("decoders", "images", "access"):
+        for name in ("decoders", "images", "threat_models"):
             if not getattr(self, name):
                 raise AfterimageError(f"an audit needs at least one of attackers.{name}")
         for count in self.images:
@@ -74,9 +74,9 @@ class AttackersConfig:
                 raise AfterimageError(
                     f"an attacker's images must be a number from 5 on, or 'all', got {count!r:.80}"
                 )
-        for access in self.access:
-            if access not in ACCESS:
-                raise unknown("access", access, ACCESS)
+        for model in self.threat_models:
+            if model not in THREAT_MODELS:
+                raise unknown("threat model", model, THREAT_MODELS)
         if self.refine_steps < 1 or self.refine_images < 2:
             raise AfterimageError("refine_steps must be 1 or more, refine_images 2 or more, for an interval")
         check_range("refine_steps", self.refine_steps, 1, MAX_STEPS)
@@ -129,8 +129,10 @@ class AuditConfig:
             raise AfterimageError("prefix_tokens is a whole number from 0 on, and goes with an own encoder")
         if self.lpips not in LPIPS_NETS:
             raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
-        if self.pairs and self.attackers.access != ("query",):
-            raise AfterimageError("stored pairs hold no weights: attackers.access can only be query")
+        if self.pairs and self.attackers.threat_models != (BLACK_BOX,):
+            raise AfterimageError(
+                "stored pairs hold no weights: attackers.threat_models can only be black-box"
+            )
         if self.pairs and self.attackers.data:
             raise AfterimageError(
                 "stored pairs cannot be attacked with images from elsewhere: there is no encoder"

@@ -53,17 +53,17 @@ class Rebuilt(NamedTuple):
 
 
 def rebuild(
-    paths: Sequence[Path], run: Run, metrics: Metrics, *, weights: str | None = None
+    paths: Sequence[Path], run: Run, metrics: Metrics, *, weights: str | None = None, device: str = "cpu"
 ) -> list[Rebuilt]:
     """Rebuild image files through a finished run, each prepared as test images are: shorter side to the run's
     `resize`, centre crop.
 
     Raises `AfterimageError` for a file that is no image, and as `load_reconstructor` does.
     """
-    reconstructor, results = load_reconstructor(run, weights=weights), []
+    reconstructor, results = load_reconstructor(run, weights=weights).to(device), []
     for path in paths:
         original = prepare_image(path, run.config.data.resize, run.config.data.crop)
-        rebuilt = reconstructor.reconstruct(original)
+        rebuilt = reconstructor.reconstruct(original.to(device)).to(original.device)
         scores = {name: values and values[0] for name, values in metrics(rebuilt, original).items()}
         results.append(Rebuilt(to_uint8(original)[0], to_uint8(rebuilt)[0], scores))
     return results

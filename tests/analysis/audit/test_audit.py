@@ -219,11 +219,14 @@ def test_impossible_settings_are_errors(changes, message):
     [
         (lambda: AttackersConfig(images=("some",)), "a number from 5 on, or 'all'"),
         (lambda: AttackersConfig(images=(2,)), "a number from 5 on"),
-        (lambda: AttackersConfig(access=("root",)), "unknown access 'root'.*query, weights"),
+        (
+            lambda: AttackersConfig(threat_models=("root",)),
+            "unknown threat model 'root'.*black-box, white-box",
+        ),
         (lambda: AttackersConfig(decoders=()), "attackers.decoders"),
         (lambda: LimitsConfig(max_ssim=1.5), "max_ssim must lie between 0 and 1"),
         (
-            lambda: AuditConfig(pairs="x.npz", attackers=AttackersConfig(access=("weights",))),
+            lambda: AuditConfig(pairs="x.npz", attackers=AttackersConfig(threat_models=("white-box",))),
             "hold no weights",
         ),
         (lambda: AuditConfig(pairs="x.npz", attackers=AttackersConfig(data="div2k")), "no encoder"),
@@ -259,22 +262,22 @@ def test_audits_repeat(cache, tmp_path):
 
 @pytest.mark.parametrize("defence", ["none", "noise:0.3+int8"])
 def test_an_attacker_with_the_weights_gets_at_least_as_much(defence, cache, tmp_path):
-    attackers = AttackersConfig(access=("query", "weights"), refine_steps=60, refine_images=6)
+    attackers = AttackersConfig(threat_models=("black-box", "white-box"), refine_steps=60, refine_images=6)
     results, _ = audited(settings("Classifier", "stem", defence, attackers=attackers), tmp_path, cache)
     decoded, refined = results.rows
-    assert refined["attacker"]["access"] == "weights" and refined["scores"]["psnr"]["count"] == 6
+    assert refined["attacker"]["threat_model"] == "white-box" and refined["scores"]["psnr"]["count"] == 6
     assert "refined for 60 steps" in refined["notes"][0]
     by_id = {row["id"]: row["psnr"] for row in read_csv(tmp_path / decoded["folder"] / "scores.csv")}
     gains = [row["psnr"] - by_id[row["id"]] for row in read_csv(tmp_path / refined["folder"] / "scores.csv")]
     if defence == "none":
         assert np.mean(gains) > 1
-    assert attacker_text(refined["attacker"]).endswith("also has the weights")
+    assert attacker_text(refined["attacker"]).endswith("white-box")
     again, _ = audited(settings("Classifier", "stem", defence, attackers=attackers), tmp_path, cache)
     assert again.rows == results.rows
 
 
 def test_shuffled_features_are_not_refined_and_that_is_said(cache, tmp_path):
-    attackers = AttackersConfig(access=("weights",), refine_steps=2, refine_images=2)
+    attackers = AttackersConfig(threat_models=("white-box",), refine_steps=2, refine_images=2)
     results, verdict = audited(
         settings("Classifier", "stem", "shuffle", attackers=attackers), tmp_path, cache
     )

@@ -146,7 +146,7 @@ def row(layer, defence, ssim, found, decoder="linear", images=640):
     return {
         "layer": layer,
         "defence": defence,
-        "attacker": {"decoder": decoder, "images": images, "access": "query", "data": ""},
+        "attacker": {"decoder": decoder, "images": images, "threat_model": "black-box", "data": ""},
         "scores": {"ssim": interval(ssim)},
         "identification": {"pixels": interval(found), "correlation": interval(found / 2)},
         "chance": 0.01,
@@ -246,9 +246,7 @@ def test_undefended_features_that_tell_nothing_are_doubted():
     blind = row("", "", 0.3, 0.01, "no features")
     scrambled, sound = row("a", "none", 0.25, 0.01), row("b", "none", 0.25, 0.2)
     remarks = judge([scrambled, sound], [blind], {}, LimitsConfig()).remarks
-    assert len(remarks) == 1 and remarks[0].startswith(
-        "a, undefended: linear, 640 images, query access got no"
-    )
+    assert len(remarks) == 1 and remarks[0].startswith("a, undefended: linear, 640 images, black-box got no")
 
 
 def test_shuffled_features_are_not_recommended():

@@ -29,12 +29,12 @@ class AuditCondition:
     defence: str
     decoder: str
     images: int
-    access: str
+    threat_model: str
     settings: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        parts = (self.layer, self.defence, self.decoder, str(self.images), self.access)
+        parts = (self.layer, self.defence, self.decoder, str(self.images), self.threat_model)
         slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(parts)).strip("-.")
         return f"{slug[:100]}-{digest({**self.settings, 'cell': parts, 'version': VERSION})}"
 
@@ -45,7 +45,7 @@ class AuditCondition:
         return {
             "decoder": self.decoder,
             "images": self.images,
-            "access": self.access,
+            "threat_model": self.threat_model,
             "data": self.settings["attacker_data"],
         }
 

@@ -26,7 +26,7 @@ from afterimage.analysis.audit.reidentification import Gallery, reduced
 from afterimage.analysis.audit.target import AuditTarget, open_subject
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, no_cost, whole_network
 from afterimage.config import AfterimageError, FeatureSpec, dump_toml, to_dict
-from afterimage.config.audit import AuditConfig, digest
+from afterimage.config.audit import BLACK_BOX, WHITE_BOX, AuditConfig, digest
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import SEEN, Box, cropped, evaluate
 from afterimage.evaluation.metrics import Metrics
@@ -125,7 +125,7 @@ class _Audit:
             self._failed(layer, error)
         attackers = dict(self._attackers())
         for data in attackers.values():
-            cell = self._cell("", "", BLIND, data, "query")
+            cell = self._cell("", "", BLIND, data, BLACK_BOX)
             with self._ending(f"{BLIND}, {cell.images:,} images", [cell]):
                 self._blind(cell, data)
         for layer in self.subject.layers:
@@ -204,7 +204,7 @@ class _Audit:
         galleries = {"": self._galleries[None]}
         return galleries if box is None else galleries | {SEEN: self._galleries[box]}
 
-    def _cell(self, layer: str, defence: str, decoder: str, data: Data, access: str) -> AuditCondition:
+    def _cell(self, layer: str, defence: str, decoder: str, data: Data, threat_model: str) -> AuditCondition:
         config, subject = self.config, self.subject
         spec = subject.specs.get(layer)
         settings = {
@@ -224,10 +224,10 @@ class _Audit:
             settings["placement"] = [
                 None if axis is None else asdict(axis) for axis in (spec.rows, spec.columns)
             ]
-        if access == "weights":
+        if threat_model == WHITE_BOX:
             settings |= {k: getattr(config.attackers, k) for k in ("refine_steps", "refine_images")}
         return AuditCondition(
-            layer, defence, decoder, len(data.train) + len(data.validation), access, settings
+            layer, defence, decoder, len(data.train) + len(data.validation), threat_model, settings
         )
 
     def _collect(self, cell: AuditCondition, into: list[dict[str, Any]]) -> None:
@@ -255,10 +255,10 @@ class _Audit:
     def _layer(self, layer: str, attackers: dict[int, Data]) -> None:
         wanted = {
             count: [
-                self._cell(layer, defence, decoder, data, access)
+                self._cell(layer, defence, decoder, data, threat_model)
                 for defence in self.config.defences
                 for decoder in self.config.attackers.decoders
-                for access in self.config.attackers.access
+                for threat_model in self.config.attackers.threat_models
             ]
             for count, data in attackers.items()
         }
@@ -305,7 +305,7 @@ class _Audit:
         return create_defence(text, [spec], seed=self.config.seed, image_size=self.subject.image_size)
 
     def _cost_file(self, layer: str, defence: str) -> Path:
-        settings = self._cell(layer, defence, "", self.subject.data, "query").settings
+        settings = self._cell(layer, defence, "", self.subject.data, BLACK_BOX).settings
         named = digest(
             {
                 **settings,
@@ -409,8 +409,8 @@ class _Audit:
         wanted = list(dict.fromkeys((cell.defence, cell.decoder) for cell in missing))
         members: dict[DecoderTrainer, AuditCondition] = {}
         for defence, decoder in wanted:
-            # Whoever refines decodes first: the decoder is that of the query attacker.
-            cell = self._cell(layer, defence, decoder, data, "query")
+            # Whoever refines decodes first: the decoder is that of the black-box attacker.
+            cell = self._cell(layer, defence, decoder, data, BLACK_BOX)
             with self._recorded(cell):
                 member = attacker_member(
                     decoder,
@@ -441,11 +441,11 @@ class _Audit:
             of = [
                 m for m in sound if (members[m].defence, members[m].decoder) == (cell.defence, cell.decoder)
             ]
-            if cell.access == "weights" and of:
+            if cell.threat_model == WHITE_BOX and of:
                 self._refine(attack, of[0], cell)
 
     def _train(self, attack: AttackTrainer, members: dict[DecoderTrainer, AuditCondition]) -> None:
-        """Train and measure the decoders of query attackers, but for those that are done."""
+        """Train and measure the decoders of black-box attackers, but for those that are done."""
         fresh = []
         for member, cell in members.items():
             path = cell.run(self.root).file("decoder.safetensors")

@@ -89,10 +89,9 @@ class Verdict:
 
 
 def attacker_text(attacker: Mapping[str, Any]) -> str:
-    """`linear, 640 images, query access`."""
-    access = "also has the weights" if attacker["access"] == "weights" else "query access"
+    """`linear, 640 images, black-box`."""
     source = f" from {attacker['data']}" if attacker["data"] else ""
-    return f"{attacker['decoder']}, {attacker['images']:,} images{source}, {access}"
+    return f"{attacker['decoder']}, {attacker['images']:,} images{source}, {attacker['threat_model']}"
 
 
 def strongest(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
