@@ -1,27 +1,81 @@
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import pytest
+
 from afterimage import DECODERS
-from afterimage.config.study import shipped
+from afterimage.cli import COMMANDS, _parsed
+from afterimage.config import from_dict
+from afterimage.config.study import StudyConfig, shipped
+from afterimage.models.fusion import FUSIONS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/concepts.md", "docs/slurm.md")
+}
+README, GUIDE, CONCEPTS = (PAGES[name] for name in ("README.md", "docs/guide.md", "docs/concepts.md"))
+LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]+))?\)")
 
 
-def test_tables_are_what_their_results_say():
-    result = subprocess.run(
-        [sys.executable, ROOT / "docs/update.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout
+def commands() -> list[str]:
+    """Every `afterimage ...` line of the pages' code, whatever starts it, without the comments."""
+    lines = []
+    for page in PAGES.values():
+        code = re.sub(r"\\\n\s*", "", page)
+        lines += re.findall(r"^    (?:torchrun .* -m )?(afterimage .*?)(?:  +#.*)?$", code, re.MULTILINE)
+    return sorted(set(lines))
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_what_is_generated_is_what_its_sources_say():
+    """If this fails: python docs/update.py."""
+    command = [sys.executable, ROOT / "docs/update.py", "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert "<!-- table:" in README
 
 
 def test_links_and_images_exist():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in headings(path), f"{page.name}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_shown_parses(line):
+    _, *arguments = shlex.split(line)
+    assert isinstance(_parsed(arguments), tuple(COMMANDS.values()))
+
+
+def test_the_tree_of_the_readme_is_the_packages():
+    (tree,) = re.findall(r"```\nsrc/afterimage/\n(.*?)```", README, re.DOTALL)
+    package = ROOT / "src/afterimage"
+    found, above = set(), {}
+    for line in tree.splitlines():
+        indent, name, text = re.fullmatch(r"( +)(\w+)/ +(.+)", line).groups()
+        above[len(indent)] = folder = above.get(len(indent) - 2, package) / name
+        found.add(folder)
+        for file in re.findall(r"\b\w+\.py\b", text):
+            assert (folder / file).is_file(), f"{folder.relative_to(package)} has no {file}"
+    folders = {file.parent for kind in ("*.py", "*.toml") for file in package.rglob(kind)} - {package}
+    assert found == folders
+    for path in re.findall(r"`([\w/]+(?:/|\.py))`", README[README.index("| looking for") :].split("\n\n")[0]):
+        assert (package / path).exists(), path
 
 
 def test_the_ten_lines_run(tmp_path, monkeypatch):
@@ -35,7 +89,12 @@ def test_the_ten_lines_run(tmp_path, monkeypatch):
     exec(compile(small, "README.md", "exec"), {})
 
 
-def test_every_decoder_and_study_is_explained():
-    page = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in page for name in DECODERS)
-    assert "published" in shipped() and "`published`" in page
+def test_every_command_decoder_fusion_and_study_is_explained():
+    assert all(f"afterimage {name} " in GUIDE for name in COMMANDS)
+    assert all(f"| `{name}` |" in CONCEPTS for name in (*DECODERS, *FUSIONS))
+    assert "published" in shipped() and "afterimage study published " in GUIDE
+
+
+def test_the_studies_shown_are_studies():
+    texts = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    assert texts and all(from_dict(StudyConfig, tomllib.loads(text)) for text in texts)
