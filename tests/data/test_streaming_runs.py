@@ -102,7 +102,6 @@ def test_what_goes_wrong_in_a_worker_ends_the_run_with_the_images_name(
         go(data, tmp_path, "again")
 
 
-@pytest.mark.slow
 def test_a_study_on_shards_from_the_command_line(command, tmp_path):  # noqa: F811
     source = write_shards(tmp_path / "shards", 3, 10)
     code, out, err = command(

@@ -265,7 +265,6 @@ def test_what_frames_hold_is_let_go():
         assert held[0]() is None and "then" in "".join(traceback.format_exception(error))
 
 
-@pytest.mark.slow
 def test_ranks_agree_on_what_one_of_them_raises(sample_images, cache, tmp_path, whole):
     """A step on one rank only: the run ends on both, and the others are trained as without it."""
     configs = small_configs(sample_images)
@@ -281,7 +280,6 @@ def test_ranks_agree_on_what_one_of_them_raises(sample_images, cache, tmp_path, 
         assert result(Run(tmp_path / "runs" / config.name)) == result(Run(tmp_path / "alone" / config.name))
 
 
-@pytest.mark.slow
 def test_ranks_agree_on_which_encoders_fail(sample_images, cache, tmp_path):
     configs = small_configs(sample_images)
     codes = run_ranks(2, train_ranks, configs, tmp_path / "runs", cache, hurt=break_an_encoder)

@@ -42,7 +42,7 @@ def random_weights(tmp_path):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_published_study(command, random_weights, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("AFTERIMAGE_WEIGHTS", str(random_weights))
     code, _, err = command(

@@ -73,7 +73,7 @@ def table(root):
     return [{k: v for k, v in row.items() if k != "train_seconds"} for row in rows]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_it_ends_with_the_same_table(start, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process, started = start(whole), time.monotonic()

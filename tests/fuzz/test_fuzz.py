@@ -32,7 +32,6 @@ def test_the_corpus(target, name):
     replay(target, name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("target", "name"), kept(slow=True))
 def test_the_corpus_in_whole_reports(target, name):
     replay(target, name)
@@ -292,7 +291,6 @@ def test_foreign_run_folders_are_verified(content):
     targets.verify(targets.bundle(parts | targets.unbundle(content)))
 
 
-@pytest.mark.slow
 @fuzz(8)
 @given(foreign_runs())
 def test_reports_of_foreign_run_folders(content):

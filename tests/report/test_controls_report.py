@@ -157,7 +157,6 @@ def test_each_part_has_its_figures(study):
     assert {controls, lost, rate} <= set(AFTER_GRIDS.values())
 
 
-@pytest.mark.slow
 def test_the_report_shows_them(study, tmp_path):
     written = write_report(study.values(), tmp_path / "report")
     report = written["report.md"].read_text()

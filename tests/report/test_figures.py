@@ -91,7 +91,6 @@ def test_the_check_for_faults_finds_them(drawings):
     assert [fault.partition(":")[0] for fault in faults(figure)] == ["clipped", "overlap"]
 
 
-@pytest.mark.slow
 def test_many_encoders_with_long_names_fit(tmp_path):
     layers = {f"stages.{i}.blocks.{i}.norm": (64, 56 // 2**i, 0.9 - 0.2 * i) for i in range(2)}
     names = ("a_rather_long_name_of_an_architecture_v2", "x", "convnextv2_nano_with_a_long_name", "y_tiny")

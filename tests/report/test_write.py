@@ -31,7 +31,6 @@ def no_figures(monkeypatch):
     monkeypatch.setattr("afterimage.report.figures.draw", lambda *_: iter(()))
 
 
-@pytest.mark.slow
 def test_every_link_leads_to_a_file_and_the_same_runs_give_the_same_bytes(tmp_path, runs):
     written = write_report(runs, tmp_path / "out")
     text = written["report.md"].read_text()

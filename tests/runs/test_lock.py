@@ -176,7 +176,6 @@ def alone(tmp_path_factory):
     return table(folder / "runs")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_on_one_study_share_the_work_and_end_with_the_same_table(tmp_path, alone, count):
     logs = [tmp_path / f"log{i}" for i in range(count)]
@@ -194,7 +193,6 @@ def test_processes_on_one_study_share_the_work_and_end_with_the_same_table(tmp_p
     assert not list((tmp_path / "shared").rglob("lock.*"))
 
 
-@pytest.mark.slow
 def test_what_a_killed_process_had_is_taken_over_by_the_one_that_waits(tmp_path, alone):
     study = replace(STUDY, seeds=(1,), references=False)
     first = start(study_child, study, tmp_path / "shared", tmp_path / "cache", tmp_path / "log1", pause=20)

@@ -60,7 +60,6 @@ def command_line(arguments, output, ready, steps):
     main(arguments)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_cleanly_and_says_how_to_go_on(sample_images, cache, whole, tmp_path, number, code):
     config = small_configs(sample_images)[0]

@@ -99,7 +99,6 @@ def dying_in_a_checkpoint(config, root, cache, number, point):
     train_child([config], root, cache)
 
 
-@pytest.mark.slow
 def test_killed_inside_a_checkpoint_it_goes_on_to_the_same_bits(only, cache, whole, tmp_path):
     """Each next process goes on from what the one before has left, and dies a moment later in the writing."""
     run = Run(tmp_path / only.name)
@@ -237,7 +236,6 @@ def command_line(arguments, output, ready, moment):
     main(arguments)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_at_any_other_moment_stops_cleanly_too(only, sample_images, whole, tmp_path, moment, number):

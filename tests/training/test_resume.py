@@ -44,7 +44,6 @@ def child(function, *arguments, **options):
     return process.exitcode
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bits(sample_images, cache, whole, tmp_path):
     configs = small_configs(sample_images)
     counted = tmp_path / "calls"

@@ -126,7 +126,6 @@ def test_layers_of_one_shape_have_costs_of_their_own(cache, tmp_path):
     assert results.subject["features"]["stem.0"] == results.subject["features"]["stem.2"] and first != second
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "strengths",
     [

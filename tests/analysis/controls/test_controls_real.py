@@ -36,7 +36,6 @@ def controls(run):
     return {name: scores["psnr"]["mean"] for name, scores in facts["controls"].items()}, facts["distances"]
 
 
-@pytest.mark.slow
 def test_what_is_not_the_images_is_no_better_than_its_mean_colour(runs):
     for run in runs.values():
         psnr, _ = controls(run)
@@ -49,7 +48,6 @@ def test_what_is_not_the_images_is_no_better_than_its_mean_colour(runs):
         assert distances["reencoded"] < distances["random_pair"]
 
 
-@pytest.mark.slow
 def test_a_shallow_layer_hardly_needs_training_to_keep_the_image(runs):
     (trained, _), (random, _), (deep, _) = (controls(runs[key]) for key in ("trained", "random", "deep"))
     assert abs(trained["own"] - random["own"]) < 4
@@ -59,7 +57,6 @@ def test_a_shallow_layer_hardly_needs_training_to_keep_the_image(runs):
     assert [row[0] for row in against.rows] == [SHALLOW]
 
 
-@pytest.mark.slow
 def test_rate_curves_are_monotone_within_their_intervals(runs):
     parts, problems = read_part(read_rows(runs.values()).decoders, "rate_distortion")
     assert len(parts) == 3 and not problems
@@ -75,7 +72,6 @@ def test_rate_curves_are_monotone_within_their_intervals(runs):
             assert mean > -2 * deviation - 0.01, f"{part.row.label}: {fewer} bits beat {more}"
 
 
-@pytest.mark.slow
 def test_fine_detail_goes_before_coarse(runs):
     facts = json.loads(runs["trained"].file("error_breakdown.json").read_text())
     for spectrum in facts["spectra"].values():

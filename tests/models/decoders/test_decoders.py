@@ -392,7 +392,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-@pytest.mark.slow
 def test_attention_never_holds_the_matrix_of_all_pairs():
     output = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
     one_head_in_float32 = 4 * (80 * 80) ** 2

@@ -210,18 +210,21 @@ def test_random_weights_depend_on_the_seed_alone(images):
     assert (first.weights.label, first.weights.location, first.weights.sha256) == ("random", "seed 3", "")
 
 
-def test_non_square_and_odd_images():
-    for source, size, shape in (
+@pytest.mark.parametrize(
+    ("source", "size", "shape"),
+    [
         ("vit_tiny_patch16_224:block1", (64, 96), (192, 4, 6)),
         ("swin_tiny_patch4_window7_224:layers.1", (64, 128), (192, 8, 16)),
         ("resnet18:layer2", (65, 99), (128, 9, 13)),
         ("pvt_v2_b0:stage2", (64, 96), (64, 8, 12)),
         # As many channels as rows and columns: only a second size can tell which axes are which.
         ("resnet18:layer1", 256, (64, 64, 64)),
-        ("swin_tiny_patch4_window7_224:layers.0", 384, (96, 96, 96)),
-    ):
-        encoder = Encoder(source, weights="random", image_size=size)
-        assert encoder(torch.rand(1, 3, *encoder.image_size))[0].shape[1:] == shape
+        pytest.param("swin_tiny_patch4_window7_224:layers.0", 384, (96, 96, 96), marks=pytest.mark.long),
+    ],
+)
+def test_non_square_and_odd_images(source, size, shape):
+    encoder = Encoder(source, weights="random", image_size=size)
+    assert encoder(torch.rand(1, 3, *encoder.image_size))[0].shape[1:] == shape
 
 
 def test_copies_and_pickles_work_by_themselves(images):

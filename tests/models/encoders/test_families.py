@@ -85,6 +85,24 @@ FAMILIES = {
 }
 
 
+QUICK = {
+    *(
+        "test_convnext",
+        "deit_tiny_patch16_224",
+        "test_efficientnet",
+        "fastvit_t8",
+        "hiera_tiny_224",
+        "test_mambaout",
+    ),
+    *("mobilevit_xxs", "pit_ti_224", "pvt_v2_b0", "test_resnet", "swin_tiny_patch4_window7_224", "test_vit"),
+    *("vit_tiny_patch16_dinov3_qkvb", "levit_128s"),
+}
+"""Of every kind of layout one; `make test-long` tries all families."""
+OVER_FAMILIES = pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES]
+)
+
+
 def quadrants(size):
     """A smooth image, and four with a patch of one quadrant brightened: (5, 3, size, size)."""
     coarse = torch.rand(1, 3, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
@@ -111,8 +129,7 @@ def run_whole(model, taps, inputs):
     return [found[tap.module] for tap in taps]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", FAMILIES)
+@OVER_FAMILIES
 def test_contract_over_families(model, tmp_path):
     """Shapes are as measured, loading and dropping what is unused change nothing, places keep their order."""
     size = FAMILIES[model]
@@ -170,8 +187,7 @@ def changes(model, run):
     return run(), found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", FAMILIES)
+@OVER_FAMILIES
 def test_every_block_of_a_random_control_acts(model):
     """Blocks change their input, features stay finite to the last layer, and no kind of matrix is without effect."""
     size = FAMILIES[model]

@@ -16,6 +16,8 @@ FAMILIES = (
     "dinov2", "dinov3", "siglip", "clip", "mae", "eva02", "swin", "convnext", "efficientnet", "mobilenet", "coatnet",
 )  # fmt: skip
 # The smallest model of each family with weights, its first layer, and its patch size or reduction there.
+pytestmark = pytest.mark.long  # test_study.py resolves these studies too
+
 SMALLEST = {
     "vit_small_patch14_dinov2.lvd142m": ("block0", 14),
     "vit_small_patch14_reg4_dinov2.lvd142m": ("block0", 14),
@@ -43,7 +45,6 @@ def configs(request):
     return expand(load_study(request.param))
 
 
-@pytest.mark.slow
 def test_every_model_has_weights_and_its_native_size(configs):
     known = set(timm.list_pretrained())
     models = {split_source(source)[0] for config in configs for source in config.sources}
@@ -52,21 +53,18 @@ def test_every_model_has_weights_and_its_native_size(configs):
     assert all(resolve_model(model) == model for model in models)
 
 
-@pytest.mark.slow
 def test_one_row_fuses_all_layers_of_one_encoder(configs):
     (fused,) = [config for config in configs if config.fusion is not None]
     assert len({split_source(source)[0] for source in fused.sources}) == 1
     assert [split_source(source)[1] for source in fused.sources] == [f"block{i}" for i in range(12)]
 
 
-@pytest.mark.slow
 def test_the_studies_cover_the_families():
     sources = {s for name in STUDIES for config in expand(load_study(name)) for s in config.sources}
     models = {split_source(source)[0] for source in sources}
     assert not [family for family in FAMILIES if not any(family in model for model in models)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", SMALLEST)
 def test_features_are_timms_own(model):
     """At the native size, with the model's own mean and std, without its prefix tokens."""

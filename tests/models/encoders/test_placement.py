@@ -319,7 +319,6 @@ SHARP = 5
 """Locations along an axis from which on what one of them reads stands out from what they all read."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILIES)
 def test_gradients_peak_where_locations_lie(model):
     """Of the network as it is drawn, with all its attention, gates and norms: what a row of locations reads most."""
