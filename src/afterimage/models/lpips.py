@@ -38,7 +38,7 @@ class LPIPS(nn.Module):
 
     `net` is `alex`, `vgg` or `squeeze`. `weights` is torchvision's file for it (its `features` part is
     enough), a folder, `pretrained` to look for it, or what `find_lpips_weights` found. The linear heads are
-    those that torchmetrics carries. Frozen, always in evaluation mode, and in float32 also under autocast.
+    its authors', from their package `lpips`. Frozen, always in evaluation mode, and in float32 also under autocast.
 
     Raises `AfterimageError` for an unknown net, weights that cannot be had, and a tensor that the file lacks.
     """
@@ -130,10 +130,12 @@ def _layers(backbone: Backbone, weights: Weights) -> nn.Sequential:
 
 
 def _heads(net: str, count: int) -> list[Tensor]:
-    # torchmetrics itself is not imported: that takes seconds.
-    package = importlib.util.find_spec("torchmetrics")
+    """The published linear heads, a weight for each channel of each map; a few kB in the authors' package.
+
+    The package itself is not imported: its network would load ImageNet weights of its own.
+    """
+    package = importlib.util.find_spec("lpips")
     if package is None or package.origin is None:
-        raise AfterimageError("LPIPS' linear heads come with torchmetrics, which is not installed")
-    path = Path(package.origin).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
-    tensors = read_weights(path)
+        raise AfterimageError("LPIPS' linear heads come with the package lpips, which is not installed")
+    tensors = read_weights(Path(package.origin).parent / "weights" / "v0.1" / f"{net}.pth")
     return [tensors[f"lin{index}.model.1.weight"].float().flatten() for index in range(count)]
