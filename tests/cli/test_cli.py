@@ -68,7 +68,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     assert code == 0 and "is done already" in err
     run = runs[0].path
     code, out, _ = command("evaluate", run, "--output", "scores.csv")
-    stored, again = runs[0].scores, read_csv(tmp_path / "scores.csv")
+    stored, again = runs[0].result.per_image, read_csv(tmp_path / "scores.csv")
     assert code == 0 and "PSNR" in out and [row["id"] for row in stored] == [row["id"] for row in again]
     assert [row["psnr"] for row in again] == pytest.approx([row["psnr"] for row in stored], abs=1e-4)
     code, out, _ = command("reconstruct", photographs / "00.png", run)

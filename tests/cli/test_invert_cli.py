@@ -70,8 +70,8 @@ def test_the_limit_of_a_run(command, run, place):
     assert Image.open(output / "saturation.png").width > 500
 
     folder = Run(output / refined["run"])
-    summary, scores = folder.summary, folder.scores
-    assert (summary["kind"], summary["start"], folder.state) == ("inversion", run.name, "done")
+    result, scores = folder.result, folder.result.per_image
+    assert (result.kind, result.inversion.start, folder.state) == ("inversion", run.name, "done")
     assert [p[0] for p in folder.images] == [row["id"] for row in scores]
     assert np.mean([row["psnr"] for row in scores]) == pytest.approx(refined["psnr"])
     curve = read_csv(folder.file("curve.csv"))
@@ -79,7 +79,7 @@ def test_the_limit_of_a_run(command, run, place):
     begin = [row["psnr"] for row in curve if row["step"] == 0]
     assert np.mean(begin) == pytest.approx(decoder["psnr"], abs=1e-3)
     assert folder.file("progress.png").exists()
-    assert any("validation images" in note for note in summary["notes"])
+    assert any("validation images" in note for note in result.notes)
 
     before = folder.file("summary.json").stat().st_mtime_ns
     assert command(run.path, "--max-images", 3, "--steps", 30, "--output-dir", output)[0] == 0
@@ -181,7 +181,7 @@ def test_ones_own_images_through_several_layers(command, place):
     assert row["way"] == "inversion" and row["sources"] == " + ".join(layers) and row["images"] == 2
     assert row["weights"] == "random"
     assert all(f"{path}: PSNR" in out for path in paths)
-    assert Run(output / row["run"]).summary["data"]["source"] == "files"
+    assert Run(output / row["run"]).result.data.source == "files"
 
 
 def test_ones_own_image_from_a_decoder(command, run, place):
@@ -190,7 +190,7 @@ def test_ones_own_image_from_a_decoder(command, run, place):
     assert code == 0, err
     rows = read_json(place / "one-out" / "limit.json")
     assert [row["way"] for row in rows] == ["decoder", "refined"]
-    notes = Run(place / "one-out" / rows[1]["run"]).summary["notes"]
+    notes = Run(place / "one-out" / rows[1]["run"]).result.notes
     assert any("spectrum of natural images" in note for note in notes)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -268,7 +269,7 @@ def test_a_path_alone_is_told_how_to_be_a_source(tmp_path):
 
 def test_the_description_is_complete(tmp_path):
     data = load("procedural:10", tmp_path, test="photographs")
-    assert data.describe() == {
+    assert asdict(data.describe()) == {
         "source": "procedural:10",
         "test": "photographs",
         "digest": data.digest,

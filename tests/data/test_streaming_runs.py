@@ -44,7 +44,7 @@ def learned(runs):
     """All of the runs that must not depend on how their images were read, but for what says how."""
     parts = [result(run) for run in runs]
     return [
-        (part["decoder"], part["history"], part["scores"], run.summary["data"]["digest"])
+        (part["decoder"], part["history"], part["scores"], run.result.data.digest)
         for part, run in zip(parts, runs, strict=True)
     ]
 
@@ -56,7 +56,7 @@ def test_a_decoder_learns_the_same_whichever_way_its_images_come(sample_images, 
     ways.append(go(chosen, tmp_path, "kept"))
     assert learned(ways[0]) == learned(ways[1])
     for run in ways[0]:
-        assert any("20 images were streamed" in note for note in run.summary["notes"])
+        assert any("20 images were streamed" in note for note in run.result.notes)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(sample_images, shard, tmp_path, monkeypatch):
@@ -110,10 +110,10 @@ def test_a_study_on_shards_from_the_command_line(command, tmp_path):  # noqa: F8
     )  # fmt: skip
     assert code == 0, err
     runs = list(scan(tmp_path / "runs" / MODEL))
-    decoders = [run for run in runs if run.summary["kind"] == "decoder"]
+    decoders = [run for run in runs if run.result.kind == "decoder"]
     assert {run.state for run in runs} == {"done"} and len(decoders) == 4
-    assert all(run.summary["data"]["source"] == source for run in runs)
-    assert all(row["id"].startswith("shard-00") for run in decoders for row in run.scores)
+    assert all(run.result.data.source == source for run in runs)
+    assert all(row["id"].startswith("shard-00") for run in decoders for row in run.result.per_image)
     report = (tmp_path / "runs" / MODEL / "report" / "report.md").read_text()
     assert "left out: 30 files that are not read: 30 .cls" in report
     assert f"preparing {tmp_path}/shards/shard-000.tar" in err

@@ -1,4 +1,3 @@
-import json
 import statistics
 
 import numpy as np
@@ -17,6 +16,7 @@ from afterimage.evaluation.evaluate import (
     to_uint8,
 )
 from afterimage.evaluation.metrics import PSNR_CAP, Metrics, psnr, ssim
+from afterimage.runs.results import Score
 
 
 class FakeImages(ImageSet):
@@ -68,7 +68,7 @@ def test_lpips_of_real_weights_is_in_the_rows(sample_images, weights_folder):
     rows = evaluate(darker, sample_images, metrics, batch_size=2).rows
     expected = metrics.lpips(darker(sample_images.images), sample_images.images).tolist()
     assert [row["lpips"] for row in rows] == pytest.approx(expected, abs=1e-6)
-    assert summarise(rows)["lpips"]["mean"] == pytest.approx(sum(expected) / 3, abs=1e-6)
+    assert summarise(rows)["lpips"].mean == pytest.approx(sum(expected) / 3, abs=1e-6)
 
 
 def test_together_is_each_alone_and_asks_once(sample_images, metrics):
@@ -186,11 +186,10 @@ def test_no_images_is_an_error(metrics):
 def test_summary_is_over_images_with_the_sample_standard_deviation():
     rows = [{"id": str(i), "psnr": 20.0 + i, "ssim": 0.5, "lpips": None} for i in range(5)]
     summary = summarise(rows)
-    assert summary["psnr"] == {"mean": 22.0, "std": pytest.approx(statistics.stdev(range(5))), "count": 5}
-    assert summary["ssim"] == {"mean": 0.5, "std": 0.0, "count": 5}
+    assert summary["psnr"] == Score(22.0, statistics.stdev([20.0, 21.0, 22.0, 23.0, 24.0]), 5)
+    assert summary["ssim"] == Score(0.5, 0.0, 5)
     assert summary["lpips"] is None
-    assert summarise(rows[:1])["psnr"] == {"mean": 20.0, "std": None, "count": 1}
-    json.dumps(summary, allow_nan=False)
+    assert summarise(rows[:1])["psnr"] == Score(20.0, None, 1)
 
 
 def test_summary_refuses_scores_of_some_images_only():

@@ -46,7 +46,7 @@ def whole(cache, tmp_path_factory):
 
 
 def decoded(run):
-    return result(run) if run.file("decoder.safetensors").exists() else run.scores
+    return result(run) if run.file("decoder.safetensors").exists() else run.result.per_image
 
 
 def check_rest(root, whole, *, without=()):

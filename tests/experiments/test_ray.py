@@ -292,7 +292,7 @@ def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
     words = ("is done, by another process", "is done already")
     late = {run.name for run in runs if any(watcher.has(f"{run.name} {said}") for said in words)}
     there = {run.name for run in runs if watcher.has(f"{run.name} done")} - late
-    trained = {run.name for run in runs if run.summary["kind"] == "decoder"}
+    trained = {run.name for run in runs if run.result.kind == "decoder"}
     assert here & trained | there == trained and not here & there, "\n".join([*here, *watcher.said])
 
 

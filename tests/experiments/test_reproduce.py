@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from afterimage import train_runs
 from afterimage.cli import main
+from afterimage.config import dump_toml
+from afterimage.config.inversion import InversionConfig, InvertConfig
 from afterimage.evaluation.baselines import run_baselines
 from afterimage.experiments.reproduce import verify_runs
 from afterimage.runs.files import read_csv, write_csv, write_json
@@ -134,9 +136,13 @@ def test_what_is_not_finished_is_not_measured(study, done, state):
 
 
 def test_other_kinds_of_rows_are_skipped_and_said(study, done):
-    edit(run_of(study, "linear"), "summary.json", lambda s: s.update(kind="dream"))
+    run = run_of(study, "linear")
+    config = InversionConfig(run.config.sources, "random", "", InvertConfig(), run.config.data)
+    facts = {"steps": 1, "seconds_per_image": 1.0, "feature_loss": 1.0}
+    edit(run, "summary.json", lambda s: s.update(kind="inversion", inversion=facts))
+    run.file("config.toml").write_text(dump_toml(config))
     found = verdict(study, done)
-    assert not found.holds and not found.problems and "kind dream" in found.skipped
+    assert not found.holds and not found.problems and "kind inversion" in found.skipped
 
 
 def test_the_command_says_so_and_ends_with_one(study, done, capsys, monkeypatch):
@@ -211,7 +217,7 @@ def test_weights_that_are_missing_are_not_measured(study, done, monkeypatch, tmp
 
 def test_a_score_that_cannot_be_measured_is_not_measured(study, done):
     run = run_of(study, "linear")
-    write_csv(run.file("scores.csv"), [row | {"lpips": 0.5} for row in run.scores])
+    write_csv(run.file("scores.csv"), [row | {"lpips": 0.5} for row in run.result.per_image])
     edit(run, "summary.json", lambda s: s["scores"].update(lpips={"mean": 0.5, "std": 0.0, "count": 2}))
     found = verdict(study, done)
     assert (

@@ -152,7 +152,7 @@ def runs() -> None:
         "reference",
         targets.bundle(
             {
-                "summary.json": json.dumps(summary | {"kind": "reference", "reference": "mean"}),
+                "summary.json": json.dumps(summary | {"kind": "baseline", "training": None}),
                 "config.toml": 'reference = "mean"\n[data]\nsource = "procedural:6"\nresize = 32\ncrop = 24\n',
                 "scores.csv": good["scores.csv"],
             }
@@ -181,10 +181,8 @@ def runs() -> None:
         keep("run", name, targets.bundle({"index.json": json.dumps([index[0] | {"original": place}])}))
     hostile = summary | {
         "label": "=cmd|' /C calc'!A0",
-        "decoder": "@SUM(1+1)",
         "notes": ["<script>", "\\input{/etc/passwd}", "-1+1"],
-        "sources": ["<script>:x"],
-        "data": summary["data"] | {"digest": None},
+        "data": summary["data"] | {"source": "@SUM(1+1)"},
     }
     keep("run", "names", targets.bundle({"summary.json": json.dumps(hostile)}))
     keep("run", "deep", targets.bundle({"summary.json": "[" * 5000, "status.json": "{}"}))

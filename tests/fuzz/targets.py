@@ -21,6 +21,7 @@ from unittest import mock
 
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, dump_toml, load_toml
 from afterimage.runs.files import write_atomic
+from afterimage.runs.results import Result
 from afterimage.runs.run import Run
 from afterimage.training.checkpoint import load_reconstructor
 
@@ -160,17 +161,14 @@ def run(data: bytes) -> None:
     from afterimage.report.controls import control_findings
     from afterimage.report.page.images import embed, gather
     from afterimage.report.page.page import describe_rows
-    from afterimage.report.read import read_rows
+    from afterimage.report.rows import read_rows
     from afterimage.report.tables import csv_table, latex_table, markdown_table
 
     with run_folder(data) as (hostile, good):
-        for name, kind in (("state", str), ("status", dict), ("summary", dict), ("config", RunConfig)):
+        for name, kind in (("state", str), ("status", dict), ("result", Result), ("config", RunConfig)):
             value = refused(getattr, hostile, name)
             assert value is None or isinstance(value, kind), (name, value)
-        for name in ("scores", "history"):
-            assert all(isinstance(row, dict) for row in refused(getattr, hostile, name) or ())
-        for row in refused(getattr, hostile, "scores") or ():
-            assert isinstance(row["id"], str)
+        assert all(isinstance(row, dict) for row in refused(getattr, hostile, "history") or ())
         _inside(hostile)
         rows = read_rows([hostile, good])
         assert any(row.run == good for row in rows.all)

@@ -148,13 +148,13 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
         recipe=RecipeConfig(epochs=1, batch_size=4),
     )
     (run,) = train_runs(config, tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
-    summary = run.summary
-    assert summary["fusion"]["name"] == name and len(summary["features"]) == 3
-    assert [w["model"] for w in summary["weights"]] == ["test_resnet.r160_in1k", "test_vit.r160_in1k"]
+    result = run.result
+    assert result.fusion.name == name and len(result.features) == 3
+    assert [weights.model for weights in result.weights] == ["test_resnet.r160_in1k", "test_vit.r160_in1k"]
     reconstructor = load_reconstructor(run)
     assert reconstructor(torch.rand(1, 3, 64, 64)).shape == (1, 3, 64, 64)
     if name != "attention":
-        assert summary["fusion_weights"] is None and not any(run.fusion_maps.values())
+        assert result.fusion_weights == () and not any(run.fusion_maps.values())
         return
     sample_images = [np.asarray(Image.open(original)) for _, original, _ in run.images]
     images = torch.from_numpy(np.stack(sample_images)).permute(0, 3, 1, 2).float() / 255
@@ -162,7 +162,7 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
     stored = [[np.asarray(Image.open(path)) for path in paths] for paths in run.fusion_maps.values()]
     # The originals are stored in 8 bits, so that their features are not quite those that were measured.
     np.testing.assert_allclose(np.array(stored) / 255, weights, atol=0.02)
-    np.testing.assert_allclose(summary["fusion_weights"], weights.mean((0, 2, 3)), atol=0.005)
+    np.testing.assert_allclose(result.fusion_weights, weights.mean((0, 2, 3)), atol=0.005)
 
 
 def test_weight_decay_spares_a_decoder_that_takes_none_and_nothing_else():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -23,7 +24,6 @@ from afterimage.models.weights import (
     file_digest,
     find_torchvision_weights,
     find_weights,
-    identity,
     random_weights,
     read_weights,
 )
@@ -112,13 +112,14 @@ def test_a_path_is_a_file_or_a_folder(tmp_path):
     save_file(STATE, tmp_path / "any.safetensors")
     found = find_weights(MODEL, tmp_path / "any.safetensors")
     digest = hashlib.sha256((tmp_path / "any.safetensors").read_bytes()).hexdigest()
-    assert found.as_dict() == {
+    assert asdict(found.used) == {
         "model": MODEL,
         "origin": "path",
         "location": str(tmp_path / "any.safetensors"),
         "sha256": digest,
         "label": "pretrained",
         "is_random": False,
+        "note": "",
     }
     with pytest.raises(
         AfterimageError, match=r"holds no weights for .*: none of resnet18.tv_in1k.safetensors, "
@@ -251,18 +252,16 @@ def test_a_digest_is_computed_once_for_a_file_that_stays_the_same(tmp_path, monk
 
 @pytest.mark.parametrize("kind", RANDOM_WEIGHTS)
 def test_random_weights_say_so(kind):
-    assert random_weights(MODEL, kind, 7).as_dict() == {
+    assert asdict(random_weights(MODEL, kind, 7).used) == {
         "model": MODEL,
         "origin": kind,
         "location": "seed 7",
         "sha256": "",
         "label": kind,
         "is_random": True,
+        "note": "",
     }
-    assert (
-        len({identity(random_weights(MODEL, k, seed).as_dict()) for k in RANDOM_WEIGHTS for seed in (1, 2)})
-        == 4
-    )
+    assert len({random_weights(MODEL, k, seed).used.identity for k in RANDOM_WEIGHTS for seed in (1, 2)}) == 4
 
 
 def test_an_unknown_kind_of_weights_is_told_what_there_is():

@@ -10,12 +10,12 @@ import pytest
 from afterimage import cli
 from afterimage.config import AfterimageError
 from afterimage.report.findings import find
-from afterimage.report.statistics.analysis import analyse
 from afterimage.report.write import write_report
-from afterimage.runs.files import read_json, write_json
+from afterimage.runs.files import read_json
 from afterimage.runs.run import scan
 from report_study import RESNET, VIT, sample_image, write_reference, write_run, write_study
-from simulated_study import write_published_study
+from simulated_runs import edit
+from simulated_study import analyse, write_published_study
 
 ATTENTION = (RESNET[0], "layer1", "attention")
 
@@ -72,9 +72,7 @@ def test_controls_on_random_weights_are_labelled_and_decide_nothing(study, told)
     assert "Settings marked RANDOM weights are controls" in findings
     lines = [line for line in findings.splitlines() if "random" in line.lower()]
     assert len(lines) >= 4 and all("RANDOM" in line for line in lines)
-    controls = [
-        run for run in study if run.summary["weights"] and run.summary["weights"][0]["label"] == "random"
-    ]
+    controls = [run for run in study if run.result.is_random]
     (h1, *_) = find(analyse(controls))
     assert h1.verdict == "supported (RANDOM weights only)"
 
@@ -111,7 +109,7 @@ def test_what_cannot_be_computed_is_said_with_its_reason(tmp_path, monkeypatch):
 
     run = write_run(tmp_path / "runs", *ATTENTION, originals=[sample_image(0)])
     monkeypatch.setattr("afterimage.report.statistics.analysis.falls_with_depth", broken)
-    monkeypatch.setattr("afterimage.report.answers.beside_published", lambda runs: broken(runs))
+    monkeypatch.setattr("afterimage.report.answers.beside_published", lambda rows: broken(rows))
     written = write_report([run], tmp_path / "out")
     text, page = written["report.md"].read_text(), written["index.html"].read_text()
     for what in ("findings", "comparison with the published figures"):
@@ -133,14 +131,13 @@ def test_a_image_that_is_gone_costs_the_page_and_is_named(tmp_path):
 
 def test_rows_with_a_published_counterpart_stand_beside_it(study, told):
     part = section(told[0], "Beside the published figures")
-    ours = next(r for r in study if r.summary["label"].endswith("layer1 · attention")).summary["scores"]
+    ours = next(r for r in study if r.result.label.endswith("layer1 · attention")).result.scores
     (line,) = (line for line in part.splitlines() if line.startswith("| resnet34.tv\\_in1k:layer1"))
-    assert f"14.32 ± 0.94 → {ours['psnr']['mean']:.2f}" in line and "0.455 ± 0.031 → " in line
+    assert f"14.32 ± 0.94 → {ours['psnr'].mean:.2f}" in line and "0.455 ± 0.031 → " in line
     assert "perfect decoder would have scored" in part and "Computed here" in part
     page = (told[1] / "index.html").read_text()
     assert (
-        "Beside the published figures" in page
-        and f"<td>14.32 ± 0.94 → {ours['psnr']['mean']:.2f}</td>" in page
+        "Beside the published figures" in page and f"<td>14.32 ± 0.94 → {ours['psnr'].mean:.2f}</td>" in page
     )
 
 
@@ -203,8 +200,6 @@ def test_the_command_says_when_there_is_no_page(tmp_path, capsys):
 
 def test_a_summary_without_digest_is_named(tmp_path):
     run = write_run(tmp_path, VIT[0], "blocks.0")
-    summary = run.summary
-    del summary["data"]["digest"]
-    write_json(run.file("summary.json"), summary)
-    with pytest.raises(AfterimageError, match=r"summary\.json has no data\.digest"):
+    edit(run, data={"source": "procedural"})
+    with pytest.raises(AfterimageError, match=r"summary\.json: missing setting: data\.test, data\.digest"):
         analyse([run])

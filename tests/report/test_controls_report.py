@@ -11,7 +11,7 @@ from afterimage.report.figures import AFTER_GRIDS
 from afterimage.report.figures.controls import controls, lost
 from afterimage.report.figures.rate import rate
 from afterimage.report.figures.style import style
-from afterimage.report.read import read_rows
+from afterimage.report.rows import read_rows
 from afterimage.report.write import write_report
 from afterimage.runs.files import write_csv, write_json
 from report_study import RESNET, write_run
@@ -24,7 +24,7 @@ PERCEPTUAL = "0.5*mse + 0.5*lpips"
 
 def write_controls(run, *, power=0.5, shared=0.4):
     """Made-up controls of five images; `power` and `shared` are the reconstruction's above 1/8 cycles a pixel."""
-    ids = [row["id"] for row in run.scores]
+    ids = [row["id"] for row in run.result.per_image]
     rows = [
         {"id": i, **{f"{name}_psnr": 20.0 - 2 * k + n % 2 for k, name in enumerate(CONTROLS)}}
         for n, i in enumerate(ids)
@@ -106,7 +106,7 @@ def test_tables_hold_the_numbers(study):
     assert own.startswith("20.40 ± 0.68") and another.startswith("18.40")
     ((features, decoder, trained, random, gap),) = against.rows
     assert (features, decoder) == (f"{MODEL}:layer1", "transposed (loss=mse)")
-    scores = [study[name].summary["scores"]["psnr"]["mean"] for name in ("plain", "random")]
+    scores = [study[name].result.scores["psnr"].mean for name in ("plain", "random")]
     assert (trained, random) == tuple(f"{score:.2f}" for score in scores)
     assert gap.startswith(f"+{scores[0] - scores[1]:.2f}")
 

@@ -1,7 +1,6 @@
 """Rows -> figures: what they show, that nothing is clipped or overlaps, that they repeat byte for byte."""
 
 import io
-import json
 import math
 import xml.etree.ElementTree as ET
 
@@ -14,10 +13,10 @@ from PIL import Image
 from afterimage.config import FusionConfig
 from afterimage.report.figures import draw, render
 from afterimage.report.figures.image_grid import busiest
-from afterimage.report.read import read_rows
-from afterimage.runs.files import write_json
+from afterimage.report.rows import read_rows
 from afterimage.runs.run import scan
 from report_study import RESNET, VIT, sample_image, write_fused, write_reference, write_run, write_study
+from simulated_runs import edit
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +278,7 @@ def test_fused_rows_with_and_without_maps(tmp_path):
 
 def test_weights_that_do_not_fit_the_sources_are_damage(tmp_path):
     run = write_fused(tmp_path, THREE, [sample_image(0)])
-    run.file("summary.json").write_text(json.dumps(run.summary | {"fusion_weights": [0.5, 0.5]}))
+    edit(run, fusion_weights=[0.5, 0.5])
     rows = read_rows([run, write_run(tmp_path, "m", "l")])
     assert "fusion_weights must have one value for each of 3 sources" in rows.unfinished[0].error
 
@@ -297,14 +296,6 @@ def test_seeds_are_one_point(tmp_path):
     assert points == 2 and "2 seeds" in depth.caption
 
 
-def test_summaries_without_features_still_have_a_grid_of_scores(tmp_path):
-    runs = [write_run(tmp_path, "m", f"l{i}") for i in range(2)]
-    for run in runs:
-        summary = run.summary | {"features": [], "parameters": None}
-        run.file("summary.json").write_text(json.dumps(summary))
-    assert [d.name for d in draw(read_rows(runs))] == ["quality-by-depth", "distributions"]
-
-
 def test_legends_have_room_beside_few_layers(tmp_path):
     """Few layers make a narrow figure, many decoders a wide legend."""
     for decoder in ("linear", "transposed", "attention"):
@@ -320,8 +311,8 @@ def test_the_kept_epoch_is_marked_though_another_has_a_lower_loss(tmp_path):
     """What is kept may be the closed form that training began with, which has no history of its own."""
     run = write_run(tmp_path, RESNET[0], "layer1", "attention", count=4)
     other = write_run(tmp_path, RESNET[0], "layer2", "attention", count=4)
-    write_json(run.file("summary.json"), run.summary | {"best_epoch": 0, "best_validation_loss": 0.001})
-    write_json(other.file("summary.json"), other.summary | {"best_epoch": 2})
+    edit(run, training__best_epoch=0, training__best_validation_loss=0.001)
+    edit(other, training__best_epoch=2)
     (drawing,) = [d for d in draw(read_rows(scan(tmp_path))) if d.name == "training-curves"]
     rings = [line for line in drawing.figure.axes[0].lines if line.get_marker() == "o"]
     first, second = (tuple(line.get_xydata()[0]) for line in rings)

@@ -16,7 +16,7 @@ from afterimage.report.figures import draw, fonts, render, style
 from afterimage.report.figures.fonts import BASE, columns, drawable, families
 from afterimage.report.figures.labels import wrap
 from afterimage.report.format import plain
-from afterimage.report.read import read_rows
+from afterimage.report.rows import read_rows
 from report_study import sample_image, write_run
 
 LACKING = "龘靐"  # no font that comes with matplotlib, and none here, has these

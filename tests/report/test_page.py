@@ -14,11 +14,11 @@ from PIL import Image
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.report.page import images as album
-from afterimage.report.page.page import SCRIPTS, STYLES, TEMPLATES, write_page
-from afterimage.runs.files import write_json
+from afterimage.report.page.page import SCRIPTS, STYLES, TEMPLATES
 from afterimage.runs.run import scan
-from page_in_browser import FINDING, HOSTILE, rename_images
+from page_in_browser import FINDING, HOSTILE, rename_images, write_page
 from report_study import BASELINES, RESNET, sample_image, write_run, write_study
+from simulated_runs import edit
 
 
 class Parsed(html.parser.HTMLParser):
@@ -89,7 +89,7 @@ def test_scripts_are_small_and_build_text_only():
 
 
 def test_says_what_it_holds(runs, tmp_path):
-    failed, done, *_ = [run for run in runs if run.summary["kind"] == "decoder"]
+    failed, done, *_ = [run for run in runs if run.result.kind == "decoder"]
     failed.set_state("failed", error="the loss is not finite at step 7")
     text = Parsed(write_page(runs, tmp_path / "page.html", title="A study", findings=[FINDING])).text
     for words in (
@@ -105,9 +105,8 @@ def test_says_what_it_holds(runs, tmp_path):
     assert 'decoder]\nname = "attention"' in text and text.count("[recipe]") == 7, (
         "the configuration of every row"
     )
-    scores = done.summary["scores"]
-    for metric, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3)):
-        assert f"{scores[metric]['mean']:.{digits}f} ± {scores[metric]['std']:.{digits}f}" in text
+    for score, digits in zip(done.result.scores.values(), (2, 3, 3), strict=True):
+        assert f"{score.mean:.{digits}f} ± {score.std:.{digits}f}" in text
 
 
 def test_names_stay_text(runs, tmp_path):
@@ -136,8 +135,8 @@ def test_small_studies_embed_the_files_themselves(runs, tmp_path):
     position = page.data["data"]["images"][2]["runs"][-1]
     uri = page.data["image-2"]["runs"][str(position)]
     by_name = {entry["name"]: i for i, entry in enumerate(page.data["data"]["runs"])}
-    run = next(run for run in runs if run.summary["reference"] == "thumbnail-28")
-    assert position == by_name[run.summary["label"]]
+    run = next(run for run in runs if "thumbnail-28" in run.name)
+    assert position == by_name[run.result.label]
     assert base64.b64decode(uri.removeprefix("data:image/png;base64,")) == run.images[2][2].read_bytes()
     assert "the run folders’ own files" in page.text
 
@@ -184,10 +183,7 @@ def test_the_same_id_from_another_data_set_is_another_image(tmp_path, originals)
     others = [
         write_run(tmp_path / "b", "m", "layer3", originals=[sample_image(seed) for seed in range(90, 93)])
     ]
-    write_json(
-        others[0].file("summary.json"),
-        others[0].summary | {"data": {**others[0].summary["data"], "digest": "d2"}},
-    )
+    edit(others[0], data__digest="d2")
     data = Parsed(write_page([*runs, *others], tmp_path / "page.html", title="t")).data["data"]
     assert [p["runs"] for p in data["images"]] == [[0, 1]] * 6 + [[2]] * 3
     first, second, other = (entry["testSet"] for entry in data["runs"])

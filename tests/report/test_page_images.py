@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afterimage.report.page.page import write_page
 from afterimage.runs.files import read_json, write_json
-from page_in_browser import HOSTILE, choose, find, pixels, shown, view
+from page_in_browser import HOSTILE, choose, find, pixels, shown, view, write_page
 from report_study import VIT, sample_image, write_fused, write_run
 
 pytest_plugins = ("page_fixtures",)
@@ -19,7 +18,7 @@ def test_first_screen_shows_images_and_their_scores(visit, study):
     tab = visit(path)
     choose(tab, "resnet34", "linear", 2)
     run = find(runs, "resnet34.tv_in1k:layer3 · linear")
-    score = run.scores[0]
+    score = run.result.per_image[0]
     shown(
         tab, f"image-000. resnet34 · layer3 · linear: PSNR {score['psnr']:.2f} dB, SSIM {score['ssim']:.3f}"
     )
@@ -166,7 +165,7 @@ def test_runs_that_kept_different_images(visit, tmp_path):
     tab = visit(write_page(runs, tmp_path / "page.html", title="t"))
     tab.locator("#layer-a").fill("1")
     tab.locator("#strip button").nth(2).click()
-    shown(tab, f"image-002. m · layer2 · linear: PSNR {runs[1].scores[2]['psnr']:.2f}")
+    shown(tab, f"image-002. m · layer2 · linear: PSNR {runs[1].result.per_image[2]['psnr']:.2f}")
     assert "saved no reconstruction" in tab.inner_text("#pane-a")
     tab.locator("#layer-a").fill("0")
     shown(tab, "layer1")

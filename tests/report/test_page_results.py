@@ -7,8 +7,7 @@ import pytest
 
 from afterimage.report.page import images as album
 from afterimage.report.page import page
-from afterimage.report.page.page import write_page
-from page_in_browser import HOSTILE, choose, find, rename_images, shown, view
+from page_in_browser import HOSTILE, choose, find, rename_images, shown, view, write_page
 from report_study import sample_image, write_run
 
 pytest_plugins = ("page_fixtures",)

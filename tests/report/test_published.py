@@ -16,7 +16,9 @@ from afterimage.report.published import (
     published,
     published_ceiling,
 )
+from afterimage.report.rows import Row
 from afterimage.runs.files import write_json
+from simulated_runs import edit
 from simulated_study import LAYERS_OF_FUSION, scores, write_run
 
 SOURCE = "vgg16.tv_in1k:block1"
@@ -147,11 +149,12 @@ def keep(run, *seeds):
 
 
 def with_mean(run, psnr):
-    summary = run.summary
-    summary["scores"] = {"psnr": {"mean": psnr, "std": 1.0, "count": 100}, "ssim": None, "lpips": None}
-    write_json(run.file("summary.json"), summary)
-    run.set_state("done")
+    edit(run, scores__psnr__mean=psnr)
     return run
+
+
+def beside(runs):
+    return beside_published([Row.of(run) for run in runs])
 
 
 def test_rows_stand_beside_their_published_counterparts(tmp_path):
@@ -160,13 +163,11 @@ def test_rows_stand_beside_their_published_counterparts(tmp_path):
     resized = with_mean(write_run(tmp_path, SOURCE, scores(20), parameters=4_000_000, seed=1), 20.0)
     linear = with_mean(write_run(tmp_path, SOURCE, scores(20), decoder=DecoderConfig("linear")), 20.0)
     assert list(originals([ours, random])) == ["image-001", "image-003"]
-    (beside,) = beside_published([ours, random, resized, linear])
-    assert beside.run == ours.name and beside.published.psnr == (14.45, 2.27)
-    assert beside.ceiling.count == 2
-    assert "29.00 dB here, 14.45 dB published on DIV2K (+14.55 dB)" in beside.reason
-    assert (
-        f"would have scored {beside.ceiling.psnr:.2f} dB" in beside.reason and "above that" in beside.reason
-    )
+    (found,) = beside([ours, random, resized, linear])
+    assert found.run == ours.name and found.published.psnr == (14.45, 2.27)
+    assert found.ceiling.count == 2
+    assert "29.00 dB here, 14.45 dB published on DIV2K (+14.55 dB)" in found.reason
+    assert f"would have scored {found.ceiling.psnr:.2f} dB" in found.reason and "above that" in found.reason
 
 
 def test_explanation_without_images_or_below_the_ceiling():
@@ -181,9 +182,9 @@ def test_the_ceiling_is_compared_with_our_scores_of_the_same_images(tmp_path):
     rows = [
         score | {"psnr": 5.0 if score["id"] in ("image-001", "image-003") else 30.0} for score in scores(29)
     ]
-    (beside,) = beside_published([keep(with_mean(write_run(tmp_path, SOURCE, rows), 29.5), 3, 1)])
-    assert 5 < beside.ceiling.psnr < 29.5
-    assert "29.50 dB here" in beside.reason and "not above that on them" in beside.reason
+    (found,) = beside([keep(with_mean(write_run(tmp_path, SOURCE, rows), 29.5), 3, 1)])
+    assert 5 < found.ceiling.psnr < 29.5
+    assert "29.50 dB here" in found.reason and "not above that on them" in found.reason
 
 
 @pytest.mark.parametrize(("size", "found"), [(28, 1), (None, 0)])
@@ -195,9 +196,9 @@ def test_only_the_published_fusion_is_the_published_fusion(tmp_path, size, found
         decoder=DecoderConfig("transposed"),
         fusion=FusionConfig(size=size),
     )
-    beside = beside_published([with_mean(run, 20.0)])
-    assert len(beside) == found
-    assert all("17.57 dB published" in b.reason and "not known" in b.reason for b in beside)
+    repeated = beside([with_mean(run, 20.0)])
+    assert len(repeated) == found
+    assert all("17.57 dB published" in b.reason and "not known" in b.reason for b in repeated)
 
 
 def test_what_is_inferred_of_the_published_fusion_is_called_an_inference():

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import subprocess
 import sys
@@ -12,11 +11,11 @@ import pytest
 from scipy import stats
 
 from afterimage.config import AfterimageError, RunConfig
-from afterimage.report.read import read_rows
-from afterimage.report.rows import natural
+from afterimage.report.rows import natural, read_rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.runs.run import Run, scan
 from report_study import BASELINES, RESNET, VIT, printed, write_reference, write_run, write_study
+from simulated_runs import edit
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 
@@ -63,9 +62,7 @@ def test_rows_that_differ_in_a_setting_say_which(tmp_path):
 def test_mixed_recipes_and_mixed_images_are_warned_of(tmp_path):
     runs = [write_run(tmp_path, "m", "l", "linear"), write_run(tmp_path, "m", "l", "attention", loss="l1")]
     assert "recipe.loss (l1, mse)" in "".join(read_rows(runs).warnings)
-    summary = runs[0].summary
-    summary["data"]["digest"] = "other"
-    runs[0].file("summary.json").write_text(json.dumps(summary))
+    edit(runs[0], data__test_digest="other")
     assert "do not compare" in "".join(read_rows(runs).warnings)
 
 
@@ -74,8 +71,8 @@ def test_mixed_recipes_and_mixed_images_are_warned_of(tmp_path):
     [
         ("summary.json", '{"kind": "dec'),
         ("summary.json", "[]"),
-        ("summary.json", '{"kind": "decoder", "label": "x", "scores": {}}'),
-        ("summary.json", '{"kind": "party", "label": "x", "scores": {}}'),
+        ("summary.json", '{"version": 1, "kind": "decoder", "label": "x", "scores": {}}'),
+        ("summary.json", '{"version": 1, "kind": "party", "label": "x", "scores": {}}'),
         ("summary.json", "[" * 100_000),
         ("status.json", "[1]"),
         ("config.toml", "seed = = 1"),
@@ -108,6 +105,7 @@ def test_a_number_that_is_none_is_damage(tmp_path, key, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("features", []),
         ("features", [{"source": "m:l"}]),
         ("features", [{"channels": 1, "height": 1, "width": 1e999, "reduction": 1}]),
         ("features", [{"channels": 1, "height": 1, "width": 1, "reduction": "half"}]),
@@ -116,16 +114,17 @@ def test_a_number_that_is_none_is_damage(tmp_path, key, value):
         ("data", "div2k"),
         ("lpips", []),
         ("lpips", "alex"),
-        ("sources", []),
+        ("version", 0),
         ("notes", 3),
+        ("surprise", 3),
     ],
 )
 def test_a_foreign_summary_is_damage_or_a_row_never_a_crash(tmp_path, key, value):
     good, odd = write_run(tmp_path, "m", "good"), write_run(tmp_path, "m", "odd")
-    odd.file("summary.json").write_text(json.dumps(odd.summary | {key: value}))
+    edit(odd, **{key: value})
     rows = read_rows([good, odd])
-    assert len(rows.decoders) + len(rows.unfinished) == 2
-    assert len(rows.unfinished) == (value != [] or key == "sources")
+    assert len(rows.decoders) == len(rows.unfinished) == 1
+    assert "summary.json" in rows.unfinished[0].error and key in rows.unfinished[0].error
     assert str(markdown_table(rows)) and latex_table(rows) and csv_table(rows) and printed(rows, 100)
 
 

@@ -15,19 +15,33 @@ from afterimage.config import (
     FusionConfig,
     RecipeConfig,
 )
-from afterimage.report.statistics.analysis import analyse
+from afterimage.report import rows as report
 from afterimage.report.statistics.architectures import architectures_differ
 from afterimage.report.statistics.depth import falls_with_depth
 from afterimage.report.statistics.resolution import resolution_dominates
-from afterimage.report.statistics.rows import Row, load_rows
+from afterimage.report.statistics.rows import Row, Setting, group_rows
 from afterimage.report.statistics.tests import compare, corrected
 from afterimage.report.words import in_words
-from afterimage.runs.files import write_csv, write_json
-from afterimage.runs.run import scan, scored_on
-from simulated_study import SHAPES, sample_images, scores, write_published_study, write_reference, write_run
+from afterimage.runs.files import write_csv
+from afterimage.runs.run import scan
+from simulated_runs import edit
+from simulated_study import (
+    SHAPES,
+    analyse,
+    sample_images,
+    scores,
+    write_published_study,
+    write_reference,
+    write_run,
+)
 
 LAYERS = [f"resnet34.tv_in1k:layer{i}" for i in range(1, 5)]
 FAST = {"resamples": 400}
+
+
+def load_rows(runs):
+    """Run folders as rows, merged, and what was left out."""
+    return group_rows([report.Row.of(run) for run in runs])
 
 
 def row(quality, name="model layer1", *, order=1, side=14, channels=64, parameters=1000, metric="psnr"):
@@ -38,7 +52,7 @@ def row(quality, name="model layer1", *, order=1, side=14, channels=64, paramete
         name=name,
         encoder=encoder,
         layer=layer,
-        setting="linear",
+        setting=Setting("linear"),
         sources=(name.replace(" ", ":"),),
         decoder="linear",
         reference="",
@@ -162,7 +176,7 @@ def test_same_runs_and_seed_give_the_same_answers(tmp_path):
     first = analyse(runs, **FAST).as_dict()
     assert analyse(runs[::-1], **FAST).as_dict() == first
     for run in runs:
-        write_csv(run.file("scores.csv"), run.scores[::-1])
+        write_csv(run.file("scores.csv"), run.result.per_image[::-1])
     assert analyse(runs, **FAST).as_dict() == first
 
 
@@ -401,13 +415,11 @@ def test_lpips_of_different_networks_is_not_compared(tmp_path):
     assert "alex, vgg" in analysis.notes[0]
 
 
-def test_unfinished_runs_and_single_images_are_left_out_by_name(tmp_path):
-    unfinished, single, whole = [write_run(tmp_path, s, scores(20)) for s in LAYERS[:3]]
-    unfinished.set_state("failed", error="out of memory")
-    write_csv(single.file("scores.csv"), scores(20)[:1])
-    rows, notes = load_rows([unfinished, single, whole])
-    assert [r.layer for r in rows] == ["layer3"]
-    assert unfinished.name in notes[0] and single.name in notes[1]
+def test_single_images_are_left_out_by_name(tmp_path):
+    single, whole = write_run(tmp_path, LAYERS[0], scores(20)[:1]), write_run(tmp_path, LAYERS[1], scores(20))
+    rows, notes = load_rows([single, whole])
+    assert [r.layer for r in rows] == ["layer2"]
+    assert single.name in notes[0]
 
 
 def test_no_runs_at_all_is_said(tmp_path):
@@ -426,18 +438,11 @@ def test_no_runs_at_all_is_said(tmp_path):
 )
 def test_scores_that_cannot_be_are_errors_that_name_the_file(tmp_path, change, message):
     rows = scores(20)
-    rows[0] |= change
     run = write_run(tmp_path, LAYERS[0], rows)
+    write_csv(run.file("scores.csv"), [rows[0] | change, *rows[1:]])
     with pytest.raises(AfterimageError, match=message) as error:
         analyse([run])
     assert str(run.file("scores.csv")) in str(error.value)
-
-
-def test_a_summary_without_a_needed_key_is_an_error_that_names_it(tmp_path):
-    run = write_run(tmp_path, LAYERS[0], scores(20))
-    write_json(run.file("summary.json"), {k: v for k, v in run.summary.items() if k != "features"})
-    with pytest.raises(AfterimageError, match=r"summary\.json has no 'features'"):
-        analyse([run])
 
 
 def test_models_of_one_architecture_keep_their_tags(tmp_path, monkeypatch):
@@ -515,10 +520,8 @@ def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
     """As images of one test set they are compared; what trained the rows is a setting."""
     for train, mean in ((640, 22), (16, 18)):
         run = write_run(tmp_path, LAYERS[0], scores(mean), data=DataConfig("procedural", limit_train=train))
-        data = run.summary["data"] | {"train": train, "digest": f"{train:064}", "test_digest": "t" * 64}
-        write_json(run.file("summary.json"), run.summary | {"data": data})
-    run = write_reference(tmp_path, "mean", scores(12))
-    write_json(run.file("summary.json"), run.summary | {"data": data})
+        edit(run, data__train=train, data__digest=f"{train:064}", data__test_digest="t" * 64)
+    edit(write_reference(tmp_path, "mean", scores(12)), data__test_digest="t" * 64)
     analysis = analyse(scan(tmp_path), **FAST)
     ranking = analysis.decoders[0]
     assert ranking.settings == ("attention (training images 640)", "attention (training images 16)")
@@ -526,8 +529,7 @@ def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
     assert sorted(gains) == pytest.approx([6, 10], abs=0.1)
     # Of another test set there is no mean colour to count from.
     other = write_run(tmp_path, LAYERS[1], scores(20))
-    other_data = data | {"test_digest": "u" * 64}
-    write_json(other.file("summary.json"), other.summary | {"data": other_data})
+    edit(other, data__test_digest="u" * 64)
     gains = {e.name: e.gain for e in analyse(scan(tmp_path), **FAST).efficiency if e.metric == "psnr"}
     assert gains["resnet34 layer2"] is None and gains["resnet34 layer1"] is not None
 
@@ -537,10 +539,3 @@ def test_settings_of_data_are_told_where_the_images_are_the_same(tmp_path):
         write_run(tmp_path, LAYERS[0], scores(20), data=DataConfig("procedural", crop=crop))
     rows, _ = load_rows(scan(tmp_path))
     assert {row.setting for row in rows} == {"attention (crop 224)", "attention (crop 128)"}
-
-
-def test_what_rows_were_scored_on():
-    """By the test part's own digest; by that of all images where one row has no other, as in older folders."""
-    new = [{"digest": "a", "test_digest": "t"}, {"digest": "b", "test_digest": "t"}]
-    assert scored_on(new) == ["t", "t"]
-    assert scored_on([*new, {"digest": "a"}]) == ["a", "b", "a"]

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 
 import numpy as np
@@ -11,12 +10,13 @@ from markdown_it import MarkdownIt
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FusionConfig
 from afterimage.report.format import latex, markdown, markdown_code, plain
-from afterimage.report.read import read_rows
-from afterimage.report.rows import Score, pool
+from afterimage.report.rows import Score, pool, read_rows
 from afterimage.report.tables import csv_table, duration, latex_table, lay_out, markdown_table
 from afterimage.report.write import write_report
+from afterimage.runs.results import METRICS
 from afterimage.runs.run import scan
 from report_study import VIT, printed, write_reference, write_run, write_study
+from simulated_runs import edit
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 
@@ -65,10 +65,7 @@ def test_the_best_decoder_row_is_bold_in_its_own_direction_and_ties_with_it(tmp_
     runs = [write_run(tmp_path, "m", f"l{i}") for i in range(3)] + [write_reference(tmp_path, "jpeg-50")]
     means = [(20.0, 0.5, 0.3), (25.001, 0.9, 0.2), (24.999, 0.8, 0.1), (40.0, 1.0, 0.0)]
     for run, mean in zip(runs, means, strict=True):
-        summary = run.summary
-        for metric, value in zip(("psnr", "ssim", "lpips"), mean, strict=True):
-            summary["scores"][metric]["mean"] = value
-        run.file("summary.json").write_text(json.dumps(summary))
+        edit(run, **{f"scores__{metric}__mean": value for metric, value in zip(METRICS, mean, strict=True)})
     bold = [
         [c.bold for c in line.cells[-3:]] for group in lay_out(read_rows(runs)).groups for line in group.lines
     ]

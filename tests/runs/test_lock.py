@@ -165,7 +165,9 @@ STUDY = StudyConfig(
 
 
 def table(root):
-    return {run.name: result(run) if "reference" not in run.name else run.scores for run in scan(root)}
+    return {
+        run.name: result(run) if "reference" not in run.name else run.result.per_image for run in scan(root)
+    }
 
 
 @pytest.fixture(scope="module")

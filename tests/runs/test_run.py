@@ -8,9 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from afterimage.config import AfterimageError, RunConfig
+from afterimage.config import AfterimageError, Axis, RunConfig
 from afterimage.runs.environment import environment
 from afterimage.runs.files import read_csv, write_atomic, write_csv, write_json
+from afterimage.runs.results import (
+    DataFacts,
+    FeatureMap,
+    LpipsStatus,
+    Result,
+    Score,
+    TrainingFacts,
+    UsedWeights,
+)
 from afterimage.runs.run import Run, scan
 
 CONFIG = RunConfig(("resnet34.tv_in1k:layer1",))
@@ -107,14 +116,30 @@ def test_json_without_numbers_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def result():
+    """A decoder's result with every part that a decoder's may have."""
+    layer = FeatureMap(
+        CONFIG.sources[0], 64, 56, 56, rows=Axis(0.0, 4.0, 0, 220), module="layer1", order=3, reduction=4.0,
+        encoder_parameters=10, encoder_macs=20, unseen="the last 4 rows are not seen",
+    )  # fmt: skip
+    weights = UsedWeights("resnet34.tv_in1k", "folder", "/w", "ab", "pretrained", False, "of the EMA")
+    scores = {"psnr": Score(20.0, None, 1), "ssim": Score(0.5, None, 1), "lpips": None}
+    return Result(
+        kind="decoder", label="a name", config=CONFIG, data=DataFacts("s", "t", "d", "e", 1, 256, 224, 8, 2),
+        lpips=LpipsStatus("vgg", reason="no weights"), scores=scores, scores_seen=scores,
+        per_image=({"id": "a/b", "psnr": 20.0, "ssim": 0.5, "lpips": None},), features=(layer,),
+        weights=(weights,), training=TrainingFacts(1, 2, 3, 4.5, 5, 6, 0, 0.25, "x", "y"), notes=("so it is",),
+    )  # fmt: skip
+
+
 def test_result_round_trip(tmp_path):
     run = Run.create(tmp_path, CONFIG)
     original, rebuilt = np.zeros((4, 5, 3), np.uint8), np.full((4, 5, 3), 200, np.uint8)
-    run.save_result({"kind": "decoder"}, [{"id": "a/b", "psnr": 20.0}], [("a/b", original, rebuilt)])
+    run.save_result(result(), [("a/b", original, rebuilt)])
     ((identity, first, second),) = run.images
     assert identity == "a/b"
     assert (np.array(Image.open(first)) == original).all() and (np.array(Image.open(second)) == rebuilt).all()
-    assert run.scores == [{"id": "a/b", "psnr": 20.0}] and run.summary == {"kind": "decoder"}
+    assert run.result == result() and run.has_result
 
 
 def test_environment_says_what_explains_a_number():

@@ -64,8 +64,8 @@ def one(sample_images, cache, tmp_path_factory):
 def same(run, expected, tolerance=2e-3):
     """Whether a run came to what another did, to a tolerance that Adam's steps along rounding errors need."""
     assert run.state == "done"
-    assert [row["id"] for row in run.scores] == [row["id"] for row in expected.scores]
-    for row, other in zip(run.scores, expected.scores, strict=True):
+    assert [row["id"] for row in run.result.per_image] == [row["id"] for row in expected.result.per_image]
+    for row, other in zip(run.result.per_image, expected.result.per_image, strict=True):
         assert row["psnr"] == pytest.approx(other["psnr"], abs=0.02)
     assert len(run.history) == len(expected.history)
     for row, other in zip(run.history, expected.history, strict=True):
@@ -73,10 +73,9 @@ def same(run, expected, tolerance=2e-3):
         assert row["validation_loss"] == pytest.approx(other["validation_loss"], rel=tolerance)
         assert row["learning_rate"] == other["learning_rate"]
     for key in ("best_epoch", "images_seen", "epochs", "parameters", "macs"):
-        assert run.summary[key] == expected.summary[key]
-    assert run.summary["best_validation_loss"] == pytest.approx(
-        expected.summary["best_validation_loss"], rel=tolerance
-    )
+        assert getattr(run.result.training, key) == getattr(expected.result.training, key)
+    losses = [one.result.training.best_validation_loss for one in (run, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
     assert [entry for entry, *_ in run.images] == [entry for entry, *_ in expected.images]
     assert run.fusion_maps.keys() == expected.fusion_maps.keys()
 
@@ -87,9 +86,9 @@ def test_ranks_come_to_what_one_process_does(sample_images, cache, tmp_path, one
     for expected in one:
         run = Run(tmp_path / expected.name)
         same(run, expected)
-        assert run.summary["ranks"] == count and expected.summary["ranks"] == 1
+        assert run.result.training.ranks == count and expected.result.training.ranks == 1
         assert not [path for path in run.path.iterdir() if path.name.startswith(("lock", "checkpoint", "."))]
-    weights = [Run(tmp_path / one[3].name).summary["fusion_weights"], one[3].summary["fusion_weights"]]
+    weights = [Run(tmp_path / one[3].name).result.fusion_weights, one[3].result.fusion_weights]
     assert weights[0] == pytest.approx(weights[1], abs=1e-4)
 
 
@@ -203,7 +202,7 @@ def test_out_of_memory_on_one_rank_halves_on_all(sample_images, cache, tmp_path,
     assert run_ranks(2, train_ranks, [config], tmp_path, cache, hurt=run_out_of_memory) == [0, 0]
     run = Run(tmp_path / config.name)
     same(run, one[2])
-    assert any("micro-batches of 1" in note for note in run.summary["notes"])
+    assert any("micro-batches of 1" in note for note in run.result.notes)
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (3, 2)])
@@ -220,9 +219,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(sample_images, cache, tmp_pa
     for config, expected in zip(some, (one[0], one[2]), strict=True):
         run = Run(tmp_path / config.name)
         same(run, expected)
-        assert any(
-            f"went on with {then} instead of {first} processes" in note for note in run.summary["notes"]
-        )
+        assert any(f"went on with {then} instead of {first} processes" in note for note in run.result.notes)
 
 
 @pytest.mark.long
@@ -240,7 +237,7 @@ def test_a_study_gives_one_table(tmp_path):
     for count in (1, 2):
         root = tmp_path / str(count)
         assert run_ranks(count, study_ranks, study, root, tmp_path / "cache") == [0] * count
-        tables.append({run.name: run.scores for run in scan(root)})
+        tables.append({run.name: run.result.per_image for run in scan(root)})
     assert tables[0].keys() == tables[1].keys() and len(tables[0]) > 4
     for name, rows in tables[0].items():
         for row, other in zip(tables[1][name], rows, strict=True):

@@ -40,7 +40,7 @@ def one(cache, tmp_path_factory):
 
 
 def notes(run):
-    return [note for note in run.summary["notes"] if SINGLE in note]
+    return [note for note in run.result.notes if SINGLE in note]
 
 
 def norms():
@@ -131,7 +131,7 @@ def test_a_single_value_on_one_of_three_ranks():
 def test_micro_batches_of_one_meet_it_too(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(MSE, "forward", too_much(1, MSE.forward, MemoryError()))
     (run,) = train_runs(single()[:1], tmp_path, cache=cache, accelerator="cpu")
-    assert notes(run) and any("micro-batches of 1" in note for note in run.summary["notes"])
+    assert notes(run) and any("micro-batches of 1" in note for note in run.result.notes)
 
 
 def test_a_stopped_run_that_met_it_goes_on_to_the_same_bits(cache, tmp_path, one, monkeypatch):

@@ -139,7 +139,7 @@ def test_near_duplicates_are_reported(tmp_path, cache):
     assert note.count(" and ") == 2  # "test and training", and one pair
     assert "again" in note and "03" in note and "new" not in note and "flat" not in note
     (run,) = train_runs(config, tmp_path / "runs", cache=cache, accelerator="cpu")
-    assert run.state == "done" and note in run.summary["notes"]
+    assert run.state == "done" and note in run.result.notes
 
 
 def test_smooth_images_of_other_colours_are_no_duplicates(data):
@@ -153,9 +153,8 @@ def test_a_decoder_of_another_encoder_is_refused(sample_images, cache, tmp_path)
         train_runs(replace(config, sources=(source,)), tmp_path, cache=cache, accelerator="cpu")[0]
         for source in (f"{MODEL}:conv1", f"{MODEL}:act1")
     ]
-    shapes = {
-        tuple(run.summary["features"][0][key] for key in ("channels", "height", "width")) for run in runs
-    }
+    maps = [run.result.features[0] for run in runs]
+    shapes = {(features.channels, features.height, features.width) for features in maps}
     assert len(shapes) == 1
     load_reconstructor(runs[0])
     shutil.copy(runs[1].file("decoder.safetensors"), runs[0].file("decoder.safetensors"))

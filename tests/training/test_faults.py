@@ -190,7 +190,7 @@ def test_without_memory_gradients_are_summed_over_micro_batches(
         accelerator="cpu",
         progress=lambda what, *_, **__: said.append(what),
     )
-    notes = [note for note in other.summary["notes"] if "micro-batches" in note]
+    notes = [note for note in other.result.notes if "micro-batches" in note]
     assert len(notes) == 1 and "micro-batches of 1, the same mathematics; from epoch 1 on" in notes[0]
     assert any("out of memory: gradients are summed" in line for line in said)
     for before, now in zip(whole[2]["history"], other.history, strict=True):
@@ -232,7 +232,7 @@ def test_micro_batches_give_the_same_gradients(monkeypatch):
 def test_micro_batches_with_batch_norm_say_what_differs(sample_images, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(MSE, "forward", too_much(2, MSE.forward, MemoryError()))
     (run,) = train_runs(small_configs(sample_images)[0], tmp_path, cache=cache, accelerator="cpu")
-    (note,) = [note for note in run.summary["notes"] if "micro-batches" in note]
+    (note,) = [note for note in run.result.notes if "micro-batches" in note]
     assert "micro-batches of 2" in note and "except that batch norm sees 2 images at a time" in note
 
 
@@ -267,7 +267,7 @@ def test_encoders_without_memory_see_fewer_images_at_a_time(
     )
     assert any("the encoders see 1 images at a time" in line for line in said)
     for run, before in zip(runs, whole, strict=True):
-        for row, other in zip(run.scores, before["scores"], strict=True):
+        for row, other in zip(run.result.per_image, before["scores"], strict=True):
             assert row["psnr"] == pytest.approx(other["psnr"], abs=0.05)
 
 

@@ -16,7 +16,7 @@ from afterimage.config import RunConfig
 from afterimage.config.study import StudyConfig
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.study import run_study
-from afterimage.report.read import read_rows
+from afterimage.report.rows import read_rows
 from afterimage.report.write import write_report
 from afterimage.runs import files
 from afterimage.runs.files import write_atomic
@@ -284,6 +284,6 @@ def test_a_image_replaced_while_a_study_runs_is_said(tmp_path, monkeypatch):
         data=replace(config.data, limit_test=2), recipe=config.recipe,
     )  # fmt: skip
     found, failures = run_study(study, tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
-    assert not failures and len({run.summary["data"]["digest"] for run in found}) == 2
+    assert not failures and len({run.result.data.digest for run in found}) == 2
     warnings = " ".join(read_rows(found).warnings)
     assert "had 2 sets of images: files changed between them" in warnings

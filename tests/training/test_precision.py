@@ -69,8 +69,8 @@ def test_bfloat16_moves_no_score_by_much(done):
     for exact, mixed in pairs:
         assert exact.state == mixed.state == "done"
         assert mixed.config.recipe.precision == "bf16-mixed"
-        assert exact.summary["macs"] == mixed.summary["macs"]
-        one, other = (run.summary["scores"]["psnr"]["mean"] for run in (exact, mixed))
+        assert exact.result.training.macs == mixed.result.training.macs
+        one, other = (run.result.scores["psnr"].mean for run in (exact, mixed))
         assert math.isclose(one, other, abs_tol=0.15), (exact.name, one, other)
         assert one != other, "it did compute in another format"
 
@@ -100,7 +100,7 @@ def test_what_is_measured_afterwards_finds_the_same_decoder(done):
         opened = load_reconstructor(mixed)
         data = load_data(mixed.config.data, cache=folder / "cache")
         rows = evaluate(opened, data.test, Metrics()).rows
-        expected = [float(row["psnr"]) for row in mixed.scores]
+        expected = [float(row["psnr"]) for row in mixed.result.per_image]
         assert [row["psnr"] for row in rows] == pytest.approx(expected, abs=0.1), mixed.name
     chosen = [mixed for _, mixed in pairs if len(mixed.config.sources) == 1]
     assert run_controls(chosen, cache=folder / "cache", accelerator="cpu") == []

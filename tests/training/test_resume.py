@@ -172,7 +172,7 @@ def test_a_image_replaced_while_it_trains_changes_nothing(cache, tmp_path, whole
     monkeypatch.setattr(DecoderTrainer, "step", replacing)
     (run,) = train_runs(small_configs(sample_images)[:1], tmp_path / "runs", cache=cache, accelerator="cpu")
     assert replaced and result(run)["scores"] == whole[0]["scores"]
-    assert run.summary["data"]["digest"] in whole[0]["summary"]
+    assert run.result.data.digest in whole[0]["summary"]
 
 
 def test_the_interval_is_kept_inside_an_epoch(go, monkeypatch, sample_images):

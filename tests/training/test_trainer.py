@@ -19,10 +19,12 @@ from afterimage import (
 )
 from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.metrics import Metrics
+from afterimage.runs.files import read_json
 from afterimage.runs.run import Run
 from afterimage.training.checkpoint import load_reconstructor, load_tensors
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.trainer import train
+from simulated_runs import edit
 
 MODEL = "test_resnet.r160_in1k"
 SOURCES = [f"{MODEL}:layer1", f"{MODEL}:layer2"]
@@ -76,18 +78,18 @@ def same(one, other):
 
 def test_a_run_folder_holds_everything(config, go):
     (run,) = go(config())
-    summary = run.summary
+    result = run.result
     assert run.state == "done"
     assert [row["epoch"] for row in run.history] == [1, 2, 3]
-    assert len(run.scores) == summary["data"]["test_images"] == len(run.images) == 2
-    mean = np.mean([row["psnr"] for row in run.scores])
-    assert summary["scores"]["psnr"]["mean"] == pytest.approx(mean)
-    assert summary["parameters"] == sum(
+    assert len(result.per_image) == result.data.test_images == len(run.images) == 2
+    mean = np.mean([row["psnr"] for row in result.per_image])
+    assert result.scores["psnr"].mean == pytest.approx(mean)
+    assert result.training.parameters == sum(
         t.numel() for k, t in weights(run).items() if "running" not in k and "num_" not in k
     )
-    assert summary["weights"][0]["label"] == "random" and "random" in run.name
-    assert summary["images_seen"] == 3 * summary["data"]["train"]
-    assert summary["best_validation_loss"] == min(row["validation_loss"] for row in run.history)
+    assert result.weights[0].label == "random" and result.is_random and "random" in run.name
+    assert result.training.images_seen == 3 * result.data.train
+    assert result.training.best_validation_loss == min(row["validation_loss"] for row in run.history)
     assert not run.file("checkpoint.safetensors").exists()
     assert run.file("environment.json").exists() and run.config.sources == (SOURCES[0],)
 
@@ -106,7 +108,7 @@ def test_the_stored_decoder_is_the_best_one_and_scores_the_same_again(config, go
     reconstructor = load_reconstructor(run)
     test = load_data(run.config.data, cache=tmp_path / "cache").test
     rows, _ = evaluate(reconstructor, test, Metrics("squeeze"))
-    for again, stored in zip(rows, run.scores, strict=True):
+    for again, stored in zip(rows, run.result.per_image, strict=True):
         assert again["id"] == stored["id"] and again["psnr"] == pytest.approx(stored["psnr"], abs=1e-4)
 
 
@@ -116,7 +118,7 @@ def test_training_together_equals_training_alone(config, go):
     for run, one in zip(together, grid, strict=True):
         (alone,) = go(one, root="alone")
         assert same(weights(run), weights(alone))
-        assert run.scores == alone.scores
+        assert run.result.per_image == alone.result.per_image
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, go, monkeypatch, stop, p
             go(config(**settings), root="stopped")
     (resumed,) = go(config(**settings), root="stopped")
     assert same(weights(whole), weights(resumed))
-    assert whole.scores == resumed.scores
+    assert whole.result.per_image == resumed.result.per_image
     assert [r["validation_loss"] for r in whole.history] == [r["validation_loss"] for r in resumed.history]
 
 
@@ -204,11 +206,10 @@ def test_an_encoder_that_cannot_be_had_is_recorded(config, go):
     assert "/nowhere" in str(failures[0])
 
 
-def test_opening_refuses_other_weights(config, go, monkeypatch):
+def test_opening_refuses_other_weights(config, go):
     (run,) = go(config(decoder="linear"))
-    summary = run.summary
-    summary["weights"][0]["sha256"] = "0" * 64
-    monkeypatch.setattr(Run, "summary", summary)
+    (weights,) = read_json(run.file("summary.json"))["weights"]
+    edit(run, weights=[weights | {"sha256": "0" * 64}])
     with pytest.raises(AfterimageError, match="digest 000000000000"):
         load_reconstructor(run)
 

@@ -175,28 +175,25 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
         table.add_column(column, justify="right")
     for row in [*results.rows, *results.blind]:
         by, found = strongest(row)
-        lpips = row["scores"]["lpips"]
-        who = row["attacker"]
-        cost = results.costs.get((row["layer"], row["defence"]))
+        lpips = row.scores["lpips"]
+        who = row.attacker
+        cost = results.costs.get((row.layer, row.defence))
         keeps = (
             "" if cost is None else "unknown" if cost["score"] is None else f"{cost['score']['estimate']:.3f}"
         )
         table.add_row(
-            Text(row["layer"] or "–"),
-            Text(row["defence"] or "–"),
-            Text(
-                f"{who['decoder']} {who['images']}"
-                + (", white-box" if who["threat_model"] == "white-box" else "")
-            ),
-            f"{found['estimate']:.1%} ({found['low']:.1%}–{found['high']:.1%})",
+            Text(row.layer or "–"),
+            Text(row.defence or "–"),
+            Text(f"{who.decoder} {who.images}" + (", white-box" if who.threat_model == "white-box" else "")),
+            f"{found.estimate:.1%} ({found.low:.1%}–{found.high:.1%})",
             by,
             "\n".join(
-                f"{value['estimate']:.3f} ({value['low']:.3f}–{value['high']:.3f})"
+                f"{value.estimate:.3f} ({value.low:.3f}–{value.high:.3f})"
                 + ("" if by == SSIM else ", seen part")
                 for by, value in likeness(row).items()
             ),
-            f"{row['scores']['psnr']['estimate']:.2f}",
-            "–" if lpips is None else f"{lpips['estimate']:.3f}",
+            f"{row.scores['psnr'].estimate:.2f}",
+            "–" if lpips is None else f"{lpips.estimate:.3f}",
             keeps,
             "0" if cost is None else f"{cost['bytes']:,}",
         )

@@ -71,7 +71,7 @@ def print_controls(runs: list[Run]) -> None:
     from rich.table import Table
 
     from afterimage.report.controls import control_findings
-    from afterimage.report.read import read_rows
+    from afterimage.report.rows import read_rows
     from afterimage.runs.failures import is_done
 
     done = [run for run in runs if is_done(run)]

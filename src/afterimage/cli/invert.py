@@ -156,17 +156,17 @@ class Invert:
     def _show(self, folders: list[Run], each: bool) -> None:
         """Print the table of all inversions, and with `each` the scores of every image."""
         from afterimage.report.inversion import print_limit, write_limit
+        from afterimage.report.rows import Row
+        from afterimage.runs.results import METRICS
         from afterimage.runs.run import scan
 
         # Decoders of one layer have one inversion from grey.
-        folders = list({folder.path: folder for folder in folders}.values())
-        print_limit(folders)
+        made = [Row.of(folder) for folder in {folder.path: folder for folder in folders}.values()]
+        print_limit(made)
         if each:
-            summary = folders[0].summary
-            for row in folders[0].scores:
-                scores = {name: row[name] for name in ("psnr", "ssim", "lpips")}
-                lines = image_lines(scores, summary["lpips"])
+            for row in made[0].per_image:
+                lines = image_lines({name: row[name] for name in METRICS}, made[0].lpips)
                 say(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
-        done = [run for run in scan(self.output_dir) if run.state == "done"]
-        inversions = [run for run in done if run.summary.get("kind") == "inversion"]
-        say(*map(shown, [*write_limit(inversions, self.output_dir), *(folder.path for folder in folders)]))
+        done = [Row.of(run) for run in scan(self.output_dir) if run.state == "done"]
+        written = write_limit([row for row in done if row.kind == "inversion"], self.output_dir)
+        say(*map(shown, [*written, *(row.run.path for row in made)]))

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from afterimage.runs.results import METRICS, LpipsStatus, Score
 from afterimage.runtime.terminal import console
 
 
-def score_line(name: str, score: dict | None, status: dict) -> str:
+def score_line(name: str, score: Score | None, lpips: LpipsStatus) -> str:
     """`PSNR 24.31 ± 2.80 dB over 100 images`."""
+    metric = METRICS[name]
     if score is None:
-        return f"{name.upper()} unavailable: {status['reason']}"
-    label = f"LPIPS ({status['net']})" if name == "lpips" else name.upper()
-    unit = " dB" if name == "psnr" else ""
-    digits = 2 if name == "psnr" else 4
-    spread = ""
-    if score.get("std") is not None:
-        spread = f" ± {score['std']:.{digits}f}{unit} over {score['count']} images"
-    return f"{label} {score['mean']:.{digits}f}{'' if spread else unit}{spread}"
+        return f"{metric.title} unavailable: {lpips.reason}"
+    label = f"LPIPS ({lpips.net})" if name == "lpips" else metric.title
+    unit, digits = metric.unit, 2 if name == "psnr" else 4
+    if score.std is None:
+        return f"{label} {score.mean:.{digits}f}{unit}"
+    return f"{label} {score.mean:.{digits}f} ± {score.std:.{digits}f}{unit} over {score.count} images"
 
 
-def image_lines(scores: Mapping[str, float | None], status: dict) -> list[str]:
+def image_lines(scores: Mapping[str, float | None], lpips: LpipsStatus) -> list[str]:
     """A `score_line` for each score of one image."""
     return [
-        score_line(name, None if value is None else {"mean": value}, status) for name, value in scores.items()
+        score_line(name, None if value is None else Score(value, None, 1), lpips)
+        for name, value in scores.items()
     ]
 
 
 def print_table(runs: list) -> None:
     """The table of results on the terminal."""
-    from afterimage.report.read import read_rows
+    from afterimage.report.rows import read_rows
     from afterimage.report.tables import console_table
 
     console(160).print(console_table(read_rows(runs)))

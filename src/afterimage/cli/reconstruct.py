@@ -82,7 +82,7 @@ class Reconstruct:
         from afterimage.evaluation.metrics import Metrics
         from afterimage.experiments.inference import rebuild
         from afterimage.report.figures import own_images, render
-        from afterimage.report.read import read_rows
+        from afterimage.report.rows import read_rows
         from afterimage.runs.files import write_atomic
         from afterimage.runtime.progress import Display
 
@@ -90,7 +90,7 @@ class Reconstruct:
         rows = replace(read, decoders=tuple(r for r in read.decoders if r.kind == "decoder"), references=())
         if not rows.decoders:
             raise AfterimageError("none of the runs has a decoder; baselines and inversions rebuild nothing")
-        sizes = {(d.resize, d.crop): row.run.name for row in rows.decoders for d in [row.run.config.data]}
+        sizes = {(d.resize, d.crop): row.run.name for row in rows.decoders for d in [row.config.data]}
         if len(sizes) > 1:
             told = ", ".join(
                 f"{resize} cropped to {crop} in {name}" for (resize, crop), name in sizes.items()
@@ -98,7 +98,7 @@ class Reconstruct:
             raise AfterimageError(f"the runs see images at different sizes ({told}); give those of one size")
         names, device = _names(images), self._device()
         ((resize, crop),) = sizes
-        nets = {row.run: self.lpips or row.run.lpips_net for row in rows.decoders}
+        nets = {row.run: self.lpips or row.lpips.net for row in rows.decoders}
         metrics = {net: Metrics(net, size=crop) for net in nets.values()}
         found: dict[Run, dict[str, Rebuilt]] = {}
         with Display() as display:

@@ -49,7 +49,7 @@ def parse_count(value: Any, where: str) -> Count:
         number = int(exact) if exact == int(exact) else None
     if number is None or not 0 < number <= MAX_PARAMETERS:
         raise AfterimageError(
-            f"{where} must be a whole number such as 4000000, 250k or 1.5M, at most 10000M, got {value!r}"
+            f"{where} must be a whole number such as 4000000, 250k or 1.5M, at most 10000M, got {_short(value)}"
         )
     return Count(number)
 
@@ -77,18 +77,23 @@ def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
         if key not in hints:
             raise unknown("setting", f"{where}{key}", [f"{where}{name}" for name in hints])
     values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in settings.items()}
-    try:
-        return cls(**values)
-    except TypeError:
-        required = [
-            f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
-        ]
-        missing = [f"{where}{name}" for name in required if name not in settings]
-        raise AfterimageError(f"missing setting: {', '.join(missing)}") from None
+    required = [
+        f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [f"{where}{name}" for name in required if name not in settings]:
+        raise AfterimageError(f"missing setting: {', '.join(missing)}")
+    return cls(**values)
+
+
+def _short(value: Any) -> str:
+    """A value as an error shows it: not so long or so deep that nobody would read it."""
+    return f"a {type(value).__name__}" if isinstance(value, list | Mapping) and value else f"{value!r:.200}"
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(value):  # built already
+        return value
     if origin in (typing.Union, types.UnionType):
         inner = next(a for a in arguments if a is not type(None))
         return None if value is None else _convert(inner, value, where)
@@ -96,11 +101,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and any(f.name == "name" for f in dataclasses.fields(hint)):
             return hint(name=value)
         if not isinstance(value, Mapping):
-            raise AfterimageError(f"{where} must be a table, got {value!r}")
+            raise AfterimageError(f"{where} must be a table, got {_short(value)}")
         return from_dict(hint, value, f"{where}.")
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise AfterimageError(f"{where} must be a list, got {value!r}")
+            raise AfterimageError(f"{where} must be a list, got {_short(value)}")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if hint is Any:
         return value
@@ -108,14 +113,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return parse_count(value, where)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise AfterimageError(f"{where} must be a table, got {value!r}")
-        return dict(value)
+            raise AfterimageError(f"{where} must be a table, got {_short(value)}")
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, int) and abs(value) >= 2**63:
         raise AfterimageError(f"{where} must lie between -2^63 and 2^63")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise AfterimageError(f"{where} must be {hint.__name__}, got {value!r}")
+        raise AfterimageError(f"{where} must be {hint.__name__}, got {_short(value)}")
     return value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from afterimage.data.decode import DIGEST_VERSION
 from afterimage.data.pixel_cache import Blob
 from afterimage.data.records import Original
 from afterimage.data.sampling import centre_places, crop_places
+from afterimage.runs.results import DataFacts
 from afterimage.runtime.threads import cores
 
 Indices = Sequence[int] | np.ndarray | Tensor
@@ -294,19 +295,19 @@ class Data:
         """Of the test images alone, as they are scored: rows that agree in it compare, whatever trained them."""
         return hashlib.sha256(f"{_digest(self.config, [self.test])} {self.config.crop}".encode()).hexdigest()
 
-    def describe(self) -> dict[str, Any]:
-        """What a run's summary says of its data, as plain JSON values."""
-        return {
-            "source": self.config.source,
-            "test": self.config.test,
-            "digest": self.digest,
-            "test_digest": self.test_digest,
-            "train": len(self.train),
-            "validation": len(self.validation),
-            "test_images": len(self.test),
-            "resize": self.config.resize,
-            "crop": self.config.crop,
-        }
+    def describe(self) -> DataFacts:
+        """What a run's result says of its data."""
+        return DataFacts(
+            source=self.config.source,
+            test=self.config.test,
+            digest=self.digest,
+            test_digest=self.test_digest,
+            test_images=len(self.test),
+            resize=self.config.resize,
+            crop=self.config.crop,
+            train=len(self.train),
+            validation=len(self.validation),
+        )
 
 
 def _digest(config: DataConfig, images: Sequence[ImageSet]) -> str:

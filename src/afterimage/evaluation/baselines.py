@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.runs.environment import environment
 from afterimage.runs.failures import TRACEBACK, forget, record
 from afterimage.runs.lock import held
+from afterimage.runs.results import Result
 from afterimage.runs.run import Run
 from afterimage.runtime.failures import as_error, concerns, let_go, listed, of_caller
 from afterimage.runtime.progress import Progress, silent
@@ -60,12 +60,6 @@ def label(name: str) -> str:
     if kind == "mean":
         return "Mean colour"
     return f"Bicubic thumbnail {number}×{number}" if kind == "thumbnail" else f"JPEG quality {number}"
-
-
-def information(name: str) -> int | None:
-    """How many values the baseline keeps of any image; None for JPEG, where it depends."""
-    kind, number = _parse(name)
-    return {"mean": 3, "thumbnail": 3 * number * number}.get(kind)
 
 
 def run_baselines(
@@ -148,26 +142,20 @@ def run_baselines(
 
 
 def _save(run: Run, name: str, result: Evaluation, data: Data, metrics: Metrics) -> None:
-    facts = {"data": data.describe(), "lpips": metrics.lpips_status, "scores": summarise(result.rows)}
-    summary = _summary(name) | facts | {"notes": [*data.notes, *score_notes(result.rows)]}
     forget(run)
     run.save_environment(environment())
-    run.save_result(summary, result.rows, result.images)
+    found = Result(
+        kind="baseline",
+        label=label(name),
+        config=BaselineConfig(name, data.config, metrics.lpips_status.net),
+        data=data.describe(),
+        lpips=metrics.lpips_status,
+        scores=summarise(result.rows),
+        per_image=tuple(result.rows),
+        notes=(*data.notes, *score_notes(result.rows)),
+    )
+    run.save_result(found, result.images)
     run.set_state("done")
-
-
-def _summary(name: str) -> dict[str, Any]:
-    nothing = ("decoder", "fusion", "macs", "seed", "best_epoch", "best_validation_loss", "batch_size")
-    zero = ("parameters", "train_seconds", "images_seen", "epochs")
-    return {
-        "kind": "reference",
-        "label": label(name),
-        "reference": name,
-        "values": information(name),
-        **{key: [] for key in ("sources", "weights", "features")},
-        **dict.fromkeys(nothing),
-        **dict.fromkeys(zero, 0),
-    }
 
 
 def mean_colour(images: Images) -> Images:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.metrics import PSNR_CAP, Metrics, problem
+from afterimage.runs.results import METRICS, FeatureMap, Score
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from afterimage.runtime.progress import Progress, silent
-
-SCORES = ("psnr", "ssim", "lpips")
 
 SEEN = "_seen"
 """Ends the name of a score that counts only the pixels that some location of the features sees."""
@@ -157,7 +155,7 @@ def score_rows(
             columns[i] |= {f"{name}{SEEN}": values for name, values in scores.items()}
     results = []
     for scores in columns:
-        names = [name for name in (*SCORES, *(f"{name}{SEEN}" for name in SCORES)) if name in scores]
+        names = [name for name in (*METRICS, *(f"{name}{SEEN}" for name in METRICS)) if name in scores]
         values = zip(*(scores[name] or [None] * len(ids) for name in names), strict=True)
         results.append(
             [{"id": i} | dict(zip(names, row, strict=True)) for i, row in zip(ids, values, strict=True)]
@@ -191,15 +189,14 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, dict[str, Any] | None]:
-    """`{"psnr": {"mean", "std", "count"}, "ssim": {...}, "lpips": {...}}` over images; of `SEEN` with that suffix.
+def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, Score | None]:
+    """The mean and deviation over images of each of `METRICS`; of the part that is seen with the suffix `SEEN`.
 
-    `std` is the sample standard deviation (n - 1); None for a single image, which has none. A score that
-    no row has is None; one that only some rows have is an `AfterimageError`.
+    A metric that no row has is None; one that only some rows have is an `AfterimageError`.
     """
     if not rows:
         raise AfterimageError("there are no scores to summarise")
-    return {name: _summary(name, [row[f"{name}{suffix}"] for row in rows]) for name in SCORES}
+    return {name: _score(name, [row[f"{name}{suffix}"] for row in rows]) for name in METRICS}
 
 
 def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -209,7 +206,7 @@ def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def seen_notes(
-    features: Sequence[Mapping[str, Any]],
+    features: Sequence[FeatureMap],
     box: Box | None,
     size: tuple[int, int],
     rows: Sequence[Mapping[str, Any]] = (),
@@ -221,7 +218,7 @@ def seen_notes(
         box: the part of images of `size` that some location of some source sees; None for all of it.
         rows: scores with those of the part, if they were measured.
     """
-    notes = [f"{entry['source']}: {entry['unseen']}" for entry in features if entry.get("unseen")]
+    notes = [f"{layer.source}: {layer.unseen}" for layer in features if layer.unseen]
     if box is not None:
         (top, bottom), (left, right) = box
         share = 1 - (bottom - top) * (right - left) / (size[0] * size[1])
@@ -230,19 +227,19 @@ def seen_notes(
             "count in every score"
         )
         if rows:
-            scores = summarise(rows, SEEN)
-            note += f"; on the other pixels alone the mean PSNR is {scores['psnr']['mean']:.2f} dB"
+            note += (
+                f"; on the other pixels alone the mean PSNR is {summarise(rows, SEEN)['psnr'].mean:.2f} dB"
+            )
         notes.append(note)
     return notes
 
 
-def _summary(name: str, values: list[float | None]) -> dict[str, Any] | None:
+def _score(name: str, values: list[float | None]) -> Score | None:
     if all(value is None for value in values):
         return None
     if None in values:
         raise AfterimageError(f"{name} is missing for {values.count(None)} of {len(values)} images")
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": spread, "count": len(values)}
+    return Score.of(values)
 
 
 def _check(output: Tensor, images: Tensor, ids: Sequence[str], name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -12,30 +11,13 @@ import numpy as np
 from scipy import special, stats
 
 from afterimage.config import AfterimageError
+from afterimage.runs.results import Interval
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 FEW = 10
 """Below so many images resamples hold too few different values, and an interval is never shorter than Student's."""
 _CHUNK = 4_000_000  # resampled values held at a time: 32 MB
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its confidence interval, from `count` images."""
-
-    estimate: float
-    low: float
-    high: float
-    count: int
-    confidence: float = CONFIDENCE
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-    def within(self, margin: float) -> bool:
-        return -margin <= self.low and self.high <= margin
 
 
 def _draw(random: np.random.Generator, rows: int, count: int) -> np.ndarray:
@@ -144,11 +126,11 @@ def percentile_interval(estimate: float, resampled: np.ndarray, count: int, conf
     return Interval(float(estimate), float(low), float(high), count, confidence)
 
 
-def share_interval(found: np.ndarray) -> dict[str, Any]:
-    """The share_interval of `True` with its 95 % interval (Clopper & Pearson 1934), as `interval_dict` gives it."""
+def share_interval(found: np.ndarray) -> Interval:
+    """The share of `True` with its 95 % interval (Clopper & Pearson 1934)."""
     count, total = int(np.sum(found)), len(found)
     ends = stats.binomtest(count, total).proportion_ci(0.95, method="exact")
-    return interval_dict(Interval(count / total, float(ends.low), float(ends.high), total))
+    return Interval(count / total, float(ends.low), float(ends.high), total)
 
 
 def interval_dict(interval: Interval) -> dict[str, Any]:

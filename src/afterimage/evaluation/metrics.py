@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from afterimage.config import LPIPS_NETS, LPIPS_SMALLEST, SSIM_WINDOW, AfterimageError, unknown
 from afterimage.models.lpips import LPIPS, find_lpips_weights
+from afterimage.runs.results import METRICS, LpipsStatus
 
 __all__ = ["LPIPS", "PSNR_CAP", "Metrics", "check", "problem", "psnr", "ssim"]
 
@@ -142,27 +142,21 @@ class Metrics:
         if lpips_net not in LPIPS_NETS:
             raise unknown("LPIPS network", lpips_net, LPIPS_NETS)
         self.lpips: LPIPS | None = None
-        self.lpips_status: dict[str, Any] = {
-            "net": lpips_net,
-            "available": False,
-            "reason": None,
-            "weights": None,
-        }
+        self.lpips_status = LpipsStatus(lpips_net)
         smallest = LPIPS_SMALLEST[lpips_net]
         if size is not None and size < smallest:
-            self.lpips_status["reason"] = (
-                f"LPIPS ({lpips_net}) needs images of {smallest}x{smallest} or more, got {size}x{size}"
-            )
+            reason = f"LPIPS ({lpips_net}) needs images of {smallest}x{smallest} or more, got {size}x{size}"
+            self.lpips_status = LpipsStatus(lpips_net, reason=reason)
             return
         try:
             found = find_lpips_weights(lpips_net, weights)
         except AfterimageError as error:
             if weights != "pretrained":
                 raise
-            self.lpips_status["reason"] = str(error)
+            self.lpips_status = LpipsStatus(lpips_net, reason=str(error))
             return
         self.lpips = LPIPS(lpips_net, found)
-        self.lpips_status |= {"available": True, "weights": found.as_dict()}
+        self.lpips_status = LpipsStatus(lpips_net, True, weights=found.used)
 
     def to(self, device: torch.device | str) -> Metrics:
         if self.lpips is not None:
@@ -183,11 +177,11 @@ class Metrics:
         """
         for prediction in predictions:
             check(prediction, target)
-        columns: list[dict[str, list[Tensor]]] = [{"psnr": [], "ssim": [], "lpips": []} for _ in predictions]
+        columns: list[dict[str, list[Tensor]]] = [{name: [] for name in METRICS} for _ in predictions]
         size = CHUNK if target.device.type == "cpu" else len(target)
         side = min(target.shape[-2:])
         lpips = self.lpips
-        if lpips is not None and any_size and side < LPIPS_SMALLEST[self.lpips_status["net"]]:
+        if lpips is not None and any_size and side < LPIPS_SMALLEST[self.lpips_status.net]:
             lpips = None
         for start in range(0, len(target), size):
             original = target[start : start + size].float()

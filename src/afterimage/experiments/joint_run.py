@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from afterimage.config import AfterimageError, RunConfig, to_dict
+from afterimage.config import AfterimageError, RunConfig
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import (
     SEEN,
@@ -31,6 +30,7 @@ from afterimage.runs.environment import environment
 from afterimage.runs.failures import TRACEBACK, forget, record
 from afterimage.runs.files import sha256
 from afterimage.runs.lock import Lock
+from afterimage.runs.results import Result, TrainingFacts
 from afterimage.runs.run import Run
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go
@@ -78,9 +78,9 @@ class JointRun:
             self.encoders = ranks.main_process_first(lambda: build_encoders(self.first, sources))
             self.encoders.to(self.fabric.device)
         for entry in self.encoders.weights_of(self.encoders.sources):
-            note = f" ({entry['note']})" if "note" in entry else ""
+            note = f" ({entry.note})" if entry.note else ""
             self.say(
-                f"{entry['model']}: {entry['label'].upper()} weights from {entry['origin']} {entry['location']}{note}"
+                f"{entry.model}: {entry.label.upper()} weights from {entry.origin} {entry.location}{note}"
             )
         self.metrics = ranks.main_process_first(lambda: Metrics(self.first.lpips, size=self.first.data.crop))
 
@@ -242,47 +242,48 @@ class JointRun:
 
     def _write(self, member: DecoderTrainer, result: Evaluation, maps: WeightMaps | None) -> None:
         """Write what a member came to; its run is then done."""
-        facts = self._summary(member)
-        facts |= {"data": self.data.describe(), "lpips": self.metrics.lpips_status}
-        facts |= {"scores": summarise(result.rows)}
+        config, layers = self.runs[member.run], self.encoders.describe()
+        features = tuple(layers[i] for i in member.feature_indices)
+        weights = self.encoders.weights_of([self.encoders.sources[i] for i in member.feature_indices])
         size, box = (self.first.data.crop, self.first.data.crop), self._seen(member)
-        if box is not None:
-            facts["scores_seen"] = summarise(result.rows, SEEN)
-        unseen = seen_notes(facts["features"], box, size, () if box is None else result.rows)
-        notes = [*member.notes, *unseen, *weight_notes(facts["weights"]), *self.data.notes]
-        facts["notes"] = [*notes, *score_notes(result.rows)]
-        facts["fusion_weights"] = None if maps is None else maps.means
+        unseen = seen_notes(features, box, size, () if box is None else result.rows)
+        found = Result(
+            kind="decoder",
+            label=f"{' + '.join(config.sources)} · {config.decoder.name}",
+            config=config,
+            data=self.data.describe(),
+            lpips=self.metrics.lpips_status,
+            scores=summarise(result.rows),
+            per_image=tuple(result.rows),
+            features=features,
+            weights=tuple(weights),
+            fusion_weights=() if maps is None else tuple(maps.means),
+            training=self._training(member),
+            scores_seen=None if box is None else summarise(result.rows, SEEN),
+            notes=(
+                *(*member.notes, *unseen, *weight_notes(weights), *self.data.notes),
+                *score_notes(result.rows),
+            ),
+        )
         member.guard()
-        member.run.save_result(facts, result.rows, result.images, () if maps is None else maps.images)
+        member.run.save_result(found, result.images, () if maps is None else maps.images)
         if not member.failed:
             member.run.set_state("done")
             remove_checkpoints(member.run)
 
-    def _summary(self, member: DecoderTrainer) -> dict[str, Any]:
-        config, entries = self.runs[member.run], self.encoders.describe()
-        return {
-            "kind": "decoder",
-            "label": f"{' + '.join(config.sources)} · {config.decoder.name}",
-            "sources": list(config.sources),
-            "decoder": config.decoder.name,
-            "reference": None,
-            "fusion": None if member.head.fusion is None else to_dict(config.fusion),
-            "weights": self.encoders.weights_of([self.encoders.sources[i] for i in member.feature_indices]),
-            "features": [entries[i] for i in member.feature_indices],
-            "parameters": member.parameters,
-            "macs": member.head.macs([self.encoders.specs[i] for i in member.feature_indices]),
-            "seed": config.seed,
-            "ranks": self.ranks.count,
-            "loss": config.recipe.loss,
-            "train_seconds": round(member.seconds, 2),
-            "images_seen": member.images_seen,
-            "epochs": member.epoch,
-            "best_epoch": member.best_epoch,
-            "best_validation_loss": member.best_loss,
-            "batch_size": config.recipe.batch_size,
-            "decoder_sha256": sha256(member.run.file("decoder.safetensors")),
-            "settings_sha256": config.digest,
-        }
+    def _training(self, member: DecoderTrainer) -> TrainingFacts:
+        return TrainingFacts(
+            parameters=member.parameters,
+            macs=member.head.macs([self.encoders.specs[i] for i in member.feature_indices]),
+            ranks=self.ranks.count,
+            seconds=round(member.seconds, 2),
+            images_seen=member.images_seen,
+            epochs=member.epoch,
+            best_epoch=member.best_epoch,
+            best_validation_loss=member.best_loss,
+            decoder_sha256=sha256(member.run.file("decoder.safetensors")),
+            settings_sha256=self.runs[member.run].digest,
+        )
 
 
 def build_encoders(config: RunConfig, sources: Sequence[str]) -> MultiEncoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ from afterimage.config import (
     AfterimageError,
     BaselineConfig,
     DataConfig,
-    RunConfig,
     absolute_weights,
-    load_toml,
+    shown,
     split_source,
 )
 from afterimage.data.dataset import load_data, load_test
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.baselines import reference
-from afterimage.evaluation.evaluate import SCORES, evaluate, summarise
+from afterimage.evaluation.evaluate import evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.encoders.providers.timm import resolve_model
 from afterimage.models.weights import find_weights
 from afterimage.runs.environment import environment
-from afterimage.runs.files import DAMAGE, read_json, sha256
+from afterimage.runs.files import read_json, sha256
+from afterimage.runs.results import METRICS, Result
 from afterimage.runs.run import Run
 from afterimage.runtime.device import one_device
 from afterimage.runtime.progress import Progress, silent
@@ -40,8 +40,6 @@ adds in another order; 0.01 dB of PSNR is 0.2 % of an error."""
 
 SHOWN = 5
 """Missing images that are named."""
-
-CONFIGS = {"decoder": RunConfig, "reference": BaselineConfig}
 
 
 @dataclass(frozen=True)
@@ -92,34 +90,32 @@ def verify_runs(
         missing: list[str] = []
         changes: list[str] = []
         worst: dict[str, float] = {}
+        images = 0
         try:
             if run.state != "done":
                 raise _Missing(f"it is not finished (state: {run.state})")
-            if run.summary["kind"] not in CONFIGS:
-                verdicts.append(
-                    Verdict(run, skipped=f"rows of kind {run.summary['kind']} are not measured again")
-                )
+            result = run.result
+            if result.kind not in ("decoder", "baseline"):
+                verdicts.append(Verdict(run, skipped=f"rows of kind {result.kind} are not measured again"))
                 continue
-            config = _config(run)
-            problems += _within(run)
-            changes += _folder_changes(run, config)
-            if config.data not in loaded:
-                loaded[config.data] = _load(config.data, cache, progress)
-            changes += _image_changes(run, loaded[config.data])
-            _same_images(run.scores, loaded[config.data].test)
-            rows = _measured(run, config, loaded[config.data], weights, accelerator, progress, changes)
-            worst = _compare(run.scores, rows, problems, missing)
+            data, images = result.config.data, len(result.per_image)
+            problems += _within(result)
+            changes += _folder_changes(run, result)
+            if data not in loaded:
+                loaded[data] = _load(data, cache, progress)
+            changes += _image_changes(result, loaded[data])
+            _same_images(result.per_image, loaded[data].test)
+            rows = _measured(run, result, loaded[data], weights, accelerator, progress, changes)
+            worst = _compare(result.per_image, rows, problems, missing)
         except _Missing as error:
             missing.append(str(error))
         except AfterimageError as error:
             problems.append(str(error))
-        except DAMAGE as damage:
-            what = f"{type(damage).__name__}: {damage}"
-            problems.append(f"{run.path}: its files do not hold what a finished run's do ({what:.300})")
         if problems:
             changes += _versions(run)
-        images = len(run.scores) if worst else 0
-        verdicts.append(Verdict(run, images, worst, tuple(changes), tuple(problems), tuple(missing)))
+        verdicts.append(
+            Verdict(run, images if worst else 0, worst, tuple(changes), tuple(problems), tuple(missing))
+        )
     return verdicts
 
 
@@ -149,42 +145,34 @@ def _load(config: DataConfig, cache: Path | None, progress: Progress) -> _Loaded
     return _Loaded(test, None, "", tuple(notes))
 
 
-def _config(run: Run) -> RunConfig | BaselineConfig:
-    return load_toml(CONFIGS[run.summary["kind"]], run.file("config.toml"))
-
-
-def _folder_changes(run: Run, config: RunConfig | BaselineConfig) -> list[str]:
+def _folder_changes(run: Run, result: Result) -> list[str]:
     """What differs between the run's folder as it was written and as it is."""
-    summary, changes = run.summary, []
-    if not run.name.endswith(config.digest[:8]):
+    changes = []
+    if not run.name.endswith(result.config.digest[:8]):
         changes.append("the settings: config.toml is not the one that named the folder")
-    digest, decoder = summary.get("decoder_sha256"), run.file("decoder.safetensors")
-    if summary["kind"] == "decoder" and not decoder.exists():
+    decoder = run.file("decoder.safetensors")
+    if result.training and not decoder.exists():
         raise _Missing(f"{decoder.name} is missing from the run's folder")
-    if summary["kind"] == "decoder" and digest != sha256(decoder):
-        changes.append(
-            "the decoder: decoder.safetensors is not the one that was measured"
-            if digest
-            else "the decoder: no digest of it was kept"
-        )
+    if result.training and result.training.decoder_sha256 != sha256(decoder):
+        changes.append("the decoder: decoder.safetensors is not the one that was measured")
     return changes
 
 
-def _image_changes(run: Run, data: _Loaded) -> list[str]:
+def _image_changes(result: Result, data: _Loaded) -> list[str]:
     """What differs between the run's images and these."""
-    before = run.summary["data"]
+    before = result.data
     if data.digest is None:
         return [f"the images: {note}" for note in data.notes]
-    if before["digest"] == data.digest:
+    if before.digest == data.digest:
         return []
-    counts = f"{before['train']}/{before['validation']}/{before['test_images']}"
+    counts = f"{before.train}/{before.validation}/{before.test_images}"
     return [
-        f"the images: digest {before['digest'][:12]} then, {data.digest[:12]} now; training/validation/test "
+        f"the images: digest {before.digest[:12]} then, {data.digest[:12]} now; training/validation/test "
         f"{counts} then, {data.counts} now"
     ]
 
 
-def _same_images(stored: list[dict[str, Any]], test: ImageSet) -> None:
+def _same_images(stored: Sequence[Mapping[str, Any]], test: ImageSet) -> None:
     """Raise unless the scores are of these test images: those of others say nothing."""
     before, now = [row["id"] for row in stored], list(test.ids)
     if before == now:
@@ -198,14 +186,12 @@ def _same_images(stored: list[dict[str, Any]], test: ImageSet) -> None:
     )
 
 
-def _within(run: Run) -> list[str]:
+def _within(result: Result) -> list[str]:
     """Whether the summary is that of the scores."""
-    stored = run.summary["scores"]
-    again = summarise([{"lpips": None} | row for row in run.scores])
-    for name, score in again.items():
-        before = stored.get(name)
+    for name, score in summarise(result.per_image).items():
+        before = result.scores[name]
         if (score is None) != (before is None) or (
-            score is not None and not math.isclose(score["mean"], before["mean"], rel_tol=1e-9)
+            score is not None and not math.isclose(score.mean, before.mean, rel_tol=1e-9)
         ):
             return [f"summary.json and scores.csv do not agree about {name}"]
     return []
@@ -213,20 +199,20 @@ def _within(run: Run) -> list[str]:
 
 def _measured(
     run: Run,
-    config: RunConfig | BaselineConfig,
+    result: Result,
     data: _Loaded,
     weights: str | None,
     accelerator: str,
     progress: Progress,
     changes: list[str],
 ) -> list[dict[str, Any]]:
-    status = run.summary["lpips"]
-    metrics = Metrics(status["net"], size=config.data.crop)
-    before, now = ((s["weights"] or {}).get("sha256") for s in (status, metrics.lpips_status))
+    config = result.config
+    metrics = Metrics(result.lpips.net, size=config.data.crop)
+    before, now = (s.weights and s.weights.sha256 for s in (result.lpips, metrics.lpips_status))
     if before != now:
         changes.append(f"LPIPS: weights {before and before[:12]} then, {now and now[:12]} now")
-    if run.summary["kind"] == "reference":
-        return evaluate(reference(run.summary["reference"]), data.test, metrics, progress=progress).rows
+    if isinstance(config, BaselineConfig):
+        return evaluate(reference(config.reference), data.test, metrics, progress=progress).rows
     recipe = config.recipe
     where = absolute_weights(weights or config.weights)
     try:
@@ -252,12 +238,12 @@ def _measured(
 
 
 def _compare(
-    stored: list[dict], rows: list[dict], problems: list[str], missing: list[str]
+    stored: Sequence[Mapping[str, Any]], rows: list[dict], problems: list[str], missing: list[str]
 ) -> dict[str, float]:
     """The largest difference of each score; what goes beyond the tolerance is added to `problems`, what could not be
     measured to `missing`."""
     worst = {}
-    for name in SCORES:
+    for name in METRICS:
         pairs = [(before.get(name), now[name], now["id"]) for before, now in zip(stored, rows, strict=True)]
         if all(before is None for before, _, _ in pairs):
             continue
@@ -280,9 +266,11 @@ def _versions(run: Run) -> list[str]:
         return ["the environment: none was kept"]
     try:
         before = read_json(path)
-        versions = dict(before.get("versions", {}))
-    except DAMAGE as damage:
-        return [f"the environment: {path} cannot be read ({type(damage).__name__}: {damage})"]
+    except AfterimageError as error:
+        return [f"the environment: {error}"]
+    versions = before.get("versions") if isinstance(before, dict) else None
+    if not isinstance(versions, dict):
+        return [f"the environment: {shown(path)} holds no versions"]
     now = environment()
     now["threads"] = torch.get_num_threads()
     pairs = {name: (before.get(name), now[name]) for name in ("python", "commit", "threads")}

@@ -151,7 +151,7 @@ def _weights_or_random(models: Sequence[str], weights: str, otherwise: str, prog
 def _first_lpips() -> str:
     from afterimage.evaluation.metrics import Metrics
 
-    return next((net for net in LPIPS_NETS if Metrics(net).lpips_status["available"]), LPIPS_NETS[0])
+    return next((net for net in LPIPS_NETS if Metrics(net).lpips_status.available), LPIPS_NETS[0])
 
 
 @dataclass(frozen=True)
@@ -294,9 +294,9 @@ def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = sil
             continue
         if config.lpips not in available:
             status = Metrics(config.lpips).lpips_status
-            available[config.lpips] = status["available"]
-            if not status["available"]:
-                progress(f"WARNING: no perceptual twins: LPIPS is unavailable: {status['reason']}", 1, 1)
+            available[config.lpips] = status.available
+            if not status.available:
+                progress(f"WARNING: no perceptual twins: LPIPS is unavailable: {status.reason}", 1, 1)
         if available[config.lpips]:
             found.append(replace(config, recipe=replace(config.recipe, loss=perceptual(config.lpips))))
     return list({config.digest: config for config in found}.values())

@@ -16,7 +16,7 @@ from afterimage.models.decoders.base import FeatureCrop
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers.timm import resolve
 from afterimage.models.fusion import FUSIONS, Fusion, create_fusion
-from afterimage.models.weights import identity
+from afterimage.runs.results import FeatureMap, UsedWeights
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
@@ -46,19 +46,19 @@ class MultiEncoder(nn.Module):
         specs = [spec for encoder in self.encoders for spec in encoder.specs]
         return tuple(specs[i] for i in self._picks)
 
-    def describe(self) -> list[dict]:
+    def describe(self) -> list[FeatureMap]:
         """`Encoder.describe` for every source, in order."""
         entries = [entry for encoder in self.encoders for entry in encoder.describe()]
         return [entries[i] for i in self._picks]
 
-    def weights_of(self, sources: Sequence[str]) -> list[dict]:
+    def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
         """Where the weights behind `sources` come from, one entry a network."""
         used = set(sources)
-        return [e.weights.as_dict() for e in self.encoders if used.intersection(e.sources)]
+        return [e.weights.used for e in self.encoders if used.intersection(e.sources)]
 
     def weight_digests(self, sources: Sequence[str]) -> dict[str, str]:
         """What tells the weights behind `sources` apart, by model: a SHA-256, or which random draw they are."""
-        return {entry["model"]: identity(entry) for entry in self.weights_of(sources)}
+        return {weights.model: weights.identity for weights in self.weights_of(sources)}
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
         """Feature maps `(B, C, h, w)` of images in [0, 1], in the order of `sources`."""

@@ -7,10 +7,9 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from afterimage.models.hub_files import (
     torch_hub_file,
 )
 from afterimage.models.weight_files import read_named_tensors, shards
+from afterimage.runs.results import UsedWeights
 
 SUFFIXES = (".safetensors", ".pth")
 FOLDER = "AFTERIMAGE_WEIGHTS"
@@ -62,27 +62,21 @@ class Weights:
         """`pretrained`, or which random control it is."""
         return self.origin if self.is_random else "pretrained"
 
-    def as_dict(self) -> dict[str, str | bool]:
-        values = asdict(self)
-        del values["file"]
-        if not self.note:
-            del values["note"]
-        return {**values, "label": self.label, "is_random": self.is_random}
+    @property
+    def used(self) -> UsedWeights:
+        """As a run's result records them."""
+        known = (self.model, self.origin, self.location, self.sha256)
+        return UsedWeights(*known, label=self.label, is_random=self.is_random, note=self.note)
 
 
-def weight_notes(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What is to be said of weights, given as `Weights.as_dict`, in a run's notes."""
-    return [f"weights of {entry['model']}: {entry['note']}" for entry in entries if entry.get("note")]
+def weight_notes(used: Iterable[UsedWeights]) -> list[str]:
+    """What is to be said of weights in a run's notes."""
+    return [f"weights of {weights.model}: {weights.note}" for weights in used if weights.note]
 
 
 def random_weights(model: str, kind: str, seed: int) -> Weights:
     """The weights of a random control; `kind` is one of `RANDOM_WEIGHTS`."""
     return Weights(model, kind, f"seed {seed}")
-
-
-def identity(weights: Mapping[str, Any]) -> str:
-    """What tells weights apart, from `Weights.as_dict`: the file's digest, or which random draw it is."""
-    return weights["sha256"] or f"{weights['label']}, {weights['location']}"
 
 
 def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:

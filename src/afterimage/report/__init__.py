@@ -1,10 +1,10 @@
 """Reports from run folders alone: tables, figures, report.md, the page. No torch; matplotlib only once it draws."""
 
 from afterimage.report.page.page import write_page
-from afterimage.report.read import read_rows
-from afterimage.report.rows import Row, Rows, Score, Unfinished
+from afterimage.report.rows import Row, Rows, Unfinished, read_rows
 from afterimage.report.tables import console_table, csv_table, latex_table, markdown_table
 from afterimage.report.write import write_report
+from afterimage.runs.results import Score
 
 __all__ = [
     "Row",

@@ -13,8 +13,9 @@ from afterimage.config import AfterimageError
 from afterimage.report.findings import Finding, Numbers, find, how_to_read
 from afterimage.report.format import markdown, number
 from afterimage.report.published import Beside, beside_published
+from afterimage.report.rows import Row
 from afterimage.report.statistics.analysis import analyse
-from afterimage.runs.run import Run
+from afterimage.runs.results import METRICS
 
 LONG = 12  # rows; longer tables are folded
 T = TypeVar("T")
@@ -31,8 +32,8 @@ class Answers:
     problems: tuple[str, ...]
 
 
-def answer(runs: Sequence[Run]) -> Answers:
-    """Everything that the scores of these finished runs answer. Whatever fails is a problem in the report."""
+def answer(rows: Sequence[Row]) -> Answers:
+    """Everything that the scores of these rows answer. Whatever fails is a problem in the report."""
     problems: list[str] = []
 
     def attempt(what: str, job: Callable[[], T]) -> T | None:
@@ -44,12 +45,12 @@ def answer(runs: Sequence[Run]) -> Answers:
             return None
 
     def judge() -> tuple[str, list[Finding], str]:
-        analysis = analyse(runs)
+        analysis = analyse(rows)
         text = json.dumps(analysis.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         return how_to_read(analysis), find(analysis), text + "\n"
 
     lead, findings, text = attempt("The findings", judge) or ("", [], "")
-    beside = attempt("The comparison with the published figures", lambda: beside_published(runs))
+    beside = attempt("The comparison with the published figures", lambda: beside_published(rows))
     if not text:
         text = json.dumps({"problems": problems}, ensure_ascii=False) + "\n"
     return Answers(lead, tuple(findings), _beside(beside) if beside else None, text, tuple(problems))
@@ -68,10 +69,7 @@ def _beside(rows: Sequence[Beside]) -> Finding:
     table = []
     for b in rows:
         features = " + ".join(b.published.sources)
-        scores = [
-            _pair(getattr(b.published, metric), b.ours[metric], metric)
-            for metric in ("psnr", "ssim", "lpips")
-        ]
+        scores = [_pair(getattr(b.published, metric), b.ours[metric], metric) for metric in METRICS]
         reach = f"{number(b.ceiling.psnr, 'psnr')} dB" if b.ceiling else "unknown"
         table.append((features, b.published.decoder, *scores, reach))
     header = (

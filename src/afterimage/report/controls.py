@@ -12,8 +12,9 @@ from typing import Any
 from afterimage.config import AfterimageError
 from afterimage.report.findings import NONE, Finding, Numbers
 from afterimage.report.format import minus, number
-from afterimage.report.rows import Row, Score
-from afterimage.runs.files import DAMAGE, read_csv, read_json
+from afterimage.report.rows import Row
+from afterimage.runs.files import read_csv, read_json
+from afterimage.runs.results import Score
 
 FORMAT = 1
 STAND_INS = {
@@ -59,7 +60,7 @@ def read_part(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
             CHECKS[part](one)
             MAKERS[part][1]([one])
             found.append(one)
-        except DAMAGE as damage:
+        except (AfterimageError, ArithmeticError, LookupError, TypeError, ValueError) as damage:
             problems.append(f"{path} cannot be read: {type(damage).__name__}: {damage}")
     return found, problems
 
@@ -222,7 +223,7 @@ def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
         losses = [str(p.row.settings.get("recipe", {}).get("loss", "mse")) for p in (mse, other)]
         if losses[0] != "mse" or "lpips" not in losses[1] or not _twins(mse.row, other.row, "loss"):
             continue
-        measured = mse.row.lpips_net == other.row.lpips_net and other.row.scores["lpips"] is not None
+        measured = mse.row.lpips.net == other.row.lpips.net and other.row.scores["lpips"] is not None
         pairs = [" → ".join(texts) for texts in zip(*map(_detail, (mse, other)), strict=True)]
         lines.append((
             name(mse.row), mse.row.decoder_label, losses[1], _difference(other.row, mse.row, "psnr"),

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from afterimage.report.format import (
-    NAMES,
     ahead,
     difference,
     estimate_text,
@@ -21,7 +20,7 @@ from afterimage.report.statistics.analysis import Analysis
 from afterimage.report.statistics.architectures import Architectures
 from afterimage.report.statistics.depth import UNTESTABLE, Depth
 from afterimage.report.statistics.resolution import Resolution
-from afterimage.report.statistics.rows import control, without_random_controls
+from afterimage.report.statistics.rows import without_random_controls
 from afterimage.report.statistics.tests import Comparison
 from afterimage.report.words import (
     best_buys,
@@ -31,6 +30,7 @@ from afterimage.report.words import (
     not_testable,
     overview,
 )
+from afterimage.runs.results import METRICS
 
 Hypothesis = Depth | Resolution | Architectures
 NONE = "–"
@@ -96,7 +96,7 @@ def _left_out(analysis: Analysis) -> list[Finding]:
 def how_to_read(analysis: Analysis) -> str:
     """The sentence that goes before the findings."""
     text = overview(analysis)
-    if marks := dict.fromkeys(filter(None, (row.control for row in analysis.rows))):
+    if marks := dict.fromkeys(filter(None, (row.setting.control for row in analysis.rows))):
         text += f" Settings marked {' or '.join(marks)} are controls on untrained encoders: no verdict rests on them."
     return text
 
@@ -130,7 +130,7 @@ def _overall(results: Sequence[Hypothesis]) -> str:
     if not verdicts:
         return UNTESTABLE
     told = verdicts[0] if len(verdicts) == 1 else f"depends on the decoder: {', '.join(verdicts)}"
-    marks = dict.fromkeys(control(r.setting) for r in results)
+    marks = dict.fromkeys(r.setting.control for r in results)
     return told if counted else f"{told} ({' and '.join(marks)} only)"
 
 
@@ -187,7 +187,7 @@ def _architectures(results: Sequence[Architectures]) -> Iterable[Numbers]:
 
 def _heads(results: Sequence[Hypothesis]) -> tuple[str, str]:
     metric = results[0].metric if results else "psnr"
-    return f"{NAMES[metric]} difference [95 % interval]", "p (Holm)"
+    return f"{METRICS[metric].title} difference [95 % interval]", "p (Holm)"
 
 
 def _difference(c: Comparison) -> tuple[str, str]:
@@ -204,7 +204,7 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
         low, high = sorted((d.percent.low, d.percent.high))
         percent, low, high = (minus(f"{v:+.1f}", 1) for v in (d.percent.estimate, low, high))
         rows.append(
-            (d.setting, d.encoder, NAMES[d.metric], f"{d.best} ({score(d.drop.mean_b, d.metric)})",
+            (d.setting, d.encoder, METRICS[d.metric].title, f"{d.best} ({score(d.drop.mean_b, d.metric)})",
              f"{d.worst} ({score(d.drop.mean_a, d.metric)})", difference(d.drop), f"{percent} % [{low}, {high}]",
              f"{ahead(d.runner_up)} {d.runner_up.b}")
         )  # fmt: skip
@@ -223,7 +223,7 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
     for metric in dict.fromkeys(d.metric for d in counted):
         change = sorted(abs(d.percent.estimate) for d in counted if d.metric == metric)
         span = f"{change[0]:.0f}" if len(change) == 1 else f"{change[0]:.0f} to {change[-1]:.0f}"
-        sentences.append(f"{NAMES[metric]} changes by {span} %")
+        sentences.append(f"{METRICS[metric].title} changes by {span} %")
     text = f"From the best to the worst layer of an encoder, {'; '.join(sentences)}." if sentences else ""
     yield Finding(
         "How much is lost from the best layer to the worst",
@@ -246,7 +246,7 @@ def _costs(analysis: Analysis, metric: str) -> Iterable[Finding]:
     header = (
         "features",
         "decoder",
-        f"{NAMES[metric]} {above}",
+        f"{METRICS[metric].title} {above}",
         "per minute of training",
         "per million parameters",
     )
@@ -269,10 +269,16 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
             rows.append((ranking.name, best, other, *_difference(c)))
     led = Counter(ranking.settings[0] for ranking in rankings)
     told = ", ".join(f"{setting} on {count}" for setting, count in led.most_common())
-    header = ("features", "best", "against", f"{NAMES[metric]} difference [95 % interval]", "p (Holm)")
+    header = (
+        "features",
+        "best",
+        "against",
+        f"{METRICS[metric].title} difference [95 % interval]",
+        "p (Holm)",
+    )
     yield Finding(
         "Decoders on the same features",
-        paragraphs=(f"Best by mean {NAMES[metric]} over {len(rankings)} features: {told}.",),
+        paragraphs=(f"Best by mean {METRICS[metric].title} over {len(rankings)} features: {told}.",),
         tables=(Numbers("The best against each other", header, tuple(rows)),),
     )
 

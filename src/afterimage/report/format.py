@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import TYPE_CHECKING
 
-from afterimage.evaluation.intervals import Interval
-from afterimage.report.statistics.rows import NEGLIGIBLE
-from afterimage.report.statistics.tests import Comparison
+from afterimage.runs.results import METRICS, Interval
 
-NAMES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
-UNITS = {"psnr": " dB", "ssim": "", "lpips": ""}
-_DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
+if TYPE_CHECKING:
+    from afterimage.report.statistics.tests import Comparison
 
 
 def number(value: float, metric: str, *, signed: bool = False) -> str:
     """A score with the digits and the minus sign of print; the unit is left to the caller."""
-    digits = _DIGITS[metric]
+    digits = METRICS[metric].digits
     return minus(f"{value:{'+' if signed else ''}.{digits}f}", digits)
 
 
@@ -31,7 +29,7 @@ def ratio(value: float) -> str:
 
 
 def score(value: float, metric: str) -> str:
-    return number(value, metric) + UNITS[metric]
+    return number(value, metric) + METRICS[metric].unit
 
 
 def span(interval: Interval, metric: str, *, signed: bool = True) -> str:
@@ -51,7 +49,7 @@ def p_value(p: float) -> str:
 def difference(c: Comparison) -> str:
     """For example `−1.32 dB [−1.45, −1.20]`."""
     estimate = number(c.difference.estimate, c.metric, signed=True)
-    return f"{estimate}{UNITS[c.metric]} {span(c.difference, c.metric)}"
+    return f"{estimate}{METRICS[c.metric].unit} {span(c.difference, c.metric)}"
 
 
 def ahead(c: Comparison) -> str:
@@ -66,7 +64,7 @@ def told_apart(c: Comparison) -> str:
     if c.better:
         return ""
     if c.certain:
-        return f", no more than {NEGLIGIBLE[c.metric]:g}{UNITS[c.metric]} and so negligible"
+        return f", no more than {METRICS[c.metric].negligible:g}{METRICS[c.metric].unit} and so negligible"
     return f", not told apart ({p_value(c.p_holm)})"
 
 

@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from afterimage.report.figures.inversion import PAST, features_of, highest, mean_curve, named_features
+from afterimage.report.rows import Row
 from afterimage.runs.files import write_atomic, write_csv, write_json
-from afterimage.runs.run import Run, origin
+from afterimage.runs.results import Score
 from afterimage.runtime.terminal import console
 
 
-def limit_rows(folders: Sequence[Run]) -> list[dict[str, Any]]:
+def limit_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows for decoders, inversions from grey and refinements, in this order for each set of sources."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for folder in folders:
-        summary = folder.summary
-        rows = groups.setdefault(features_of(summary), [])
-        if alone := summary.get("decoder_alone"):
-            name = summary["decoder"].removesuffix(" + refined")
-            row = _row(folder, summary, "decoder", name, alone["scores"], alone["seconds"], 0, None)
+    for found in inversions:
+        facts, rows = found.inversion, groups.setdefault(features_of(found), [])
+        if alone := facts.decoder_alone:
+            row = _row(found, "decoder", facts.start_decoder, alone.scores, alone.seconds, 0, None)
             if not any(_same(row, other) for other in rows):
                 rows.append(row)
-        way = "refined" if summary["start"] else "inversion"
-        facts = summary["scores"], summary["seconds_per_image"], summary["steps"], summary["feature_loss"]
-        passes, psnr = highest(mean_curve(folder))
-        row = _row(folder, summary, way, summary["decoder"], *facts)
+        way = "refined" if facts.start else "inversion"
+        measured = found.scores, facts.seconds_per_image, facts.steps, facts.feature_loss
+        passes, psnr = highest(mean_curve(found.run))
+        row = _row(found, way, found.decoder, *measured)
         rows.append(row | {"peak_passes": passes, "peak_psnr": psnr})
     order = ("decoder", "inversion", "refined")
     return [row for rows in groups.values() for row in sorted(rows, key=lambda row: order.index(row["way"]))]
 
 
 def _row(
-    folder: Run, summary: dict[str, Any], way: str, name: str, scores: dict[str, Any], seconds: float,
-    passes: int, loss: float | None,
+    found: Row, way: str, name: str, scores: Mapping[str, Score | None], seconds: float, passes: int,
+    loss: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     lpips = scores["lpips"]
     return {
-        "sources": " + ".join(summary["sources"]), "weights": origin(summary), "way": way, "how": name,
-        "psnr": scores["psnr"]["mean"], "ssim": scores["ssim"]["mean"], "lpips": lpips and lpips["mean"],
-        "lpips_net": summary["lpips"]["net"], "feature_loss": loss, "passes": passes,
-        "seconds_per_image": round(seconds, 3), "images": scores["psnr"]["count"], "run": folder.name,
-        "optimizer": summary.get("optimizer"), "peak_passes": None, "peak_psnr": None,
+        "sources": " + ".join(found.sources), "weights": found.origin, "way": way, "how": name,
+        "psnr": scores["psnr"].mean, "ssim": scores["ssim"].mean, "lpips": lpips and lpips.mean,
+        "lpips_net": found.lpips.net, "feature_loss": loss, "passes": passes,
+        "seconds_per_image": round(seconds, 3), "images": scores["psnr"].count, "run": found.run.name,
+        "optimizer": found.config.inversion.optimizer, "peak_passes": None, "peak_psnr": None,
     }  # fmt: skip
 
 
@@ -52,7 +51,7 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(row[name] == other[name] for name in measured)
 
 
-def print_limit(folders: Sequence[Run]) -> None:
+def print_limit(inversions: Sequence[Row]) -> None:
     """The table of these inversions on the terminal, and of each whether it went on past its peak."""
     from rich.table import Table
 
@@ -61,7 +60,7 @@ def print_limit(folders: Sequence[Run]) -> None:
     table.add_column("how")
     for column in ("PSNR (dB)", "SSIM", "LPIPS", "feature loss", "passes", "s an image", "images"):
         table.add_column(column, justify="right")
-    rows = limit_rows(folders)
+    rows = limit_rows(inversions)
     for row in rows:
         lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
         loss = "–" if row["feature_loss"] is None else f"{row['feature_loss']:.2g}"
@@ -87,15 +86,15 @@ def print_limit(folders: Sequence[Run]) -> None:
             )
 
 
-def write_limit(folders: Sequence[Run], output: Path) -> list[Path]:
+def write_limit(inversions: Sequence[Row], output: Path) -> list[Path]:
     """limit.csv, limit.json and saturation.png and .svg below `output`; returns their paths."""
     from afterimage.report.figures.inversion import draw_saturation
     from afterimage.report.figures.style import render
 
-    rows = limit_rows(folders)
+    rows = limit_rows(inversions)
     paths = [output / name for name in ("limit.csv", "limit.json", "saturation.png", "saturation.svg")]
     write_csv(paths[0], rows)
     write_json(paths[1], rows)
-    for path, content in zip(paths[2:], render(draw_saturation(folders).figure), strict=True):
+    for path, content in zip(paths[2:], render(draw_saturation(inversions).figure), strict=True):
         write_atomic(path, content)
     return paths

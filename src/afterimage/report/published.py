@@ -15,9 +15,9 @@ import numpy as np
 
 from afterimage.config import AfterimageError, split_source
 from afterimage.report.format import number
-from afterimage.report.statistics.rows import METRICS
+from afterimage.report.rows import Row
 from afterimage.runs.files import read_image
-from afterimage.runs.run import Run, origin, scored_on
+from afterimage.runs.run import Run
 
 _VGG16_POOLS = {f"features.{i}": f"block{n}" for n, i in enumerate((4, 9, 16, 23, 30), start=1)}
 
@@ -115,50 +115,46 @@ class Beside:
     why: str
 
 
-def beside_published(runs: Iterable[Run]) -> list[Beside]:
-    """Every finished run that repeats a published row, with the ceiling of the test images that are kept.
+def beside_published(rows: Iterable[Row]) -> list[Beside]:
+    """Every row that repeats a published row, with the ceiling of the test images that are kept.
 
-    A run repeats a row when sources, decoder and its parameters agree (for the fusion: its name and size) and
+    It does when sources, decoder and its parameters agree (for the fusion: its name and size) and
     its weights are pretrained. The data need not be DIV2K.
     """
-    finished = [run for run in runs if run.file("summary.json").exists() and run.state in ("done", "new")]
-    by_data: dict[str, list[Run]] = {}
-    for run, test in zip(finished, scored_on([run.summary["data"] for run in finished]), strict=True):
-        by_data.setdefault(test, []).append(run)
+    by_data: dict[str, list[Row]] = {}
+    for row in rows:
+        by_data.setdefault(row.data.test_digest, []).append(row)
     results = []
     for same in by_data.values():
-        images = originals(same)
+        images = originals(row.run for row in same)
         ceiling = published_ceiling(images.values()) if images else None
-        for run in same:
-            row = _counterpart(run)
-            if row is not None:
-                ours, kept = _means(run), _mean_psnr(run, images)
-                reason, why = explain(row, ours, ceiling, kept), why_they_differ(row, kept, ceiling)
-                results.append(Beside(run.name, row, ours, ceiling, reason, why))
+        for row in same:
+            theirs = _counterpart(row)
+            if theirs is not None:
+                ours, kept = _means(row), _mean_psnr(row, images)
+                reason, why = explain(theirs, ours, ceiling, kept), why_they_differ(theirs, kept, ceiling)
+                results.append(Beside(row.run.name, theirs, ours, ceiling, reason, why))
     return results
 
 
-def _mean_psnr(run: Run, images: Collection[str]) -> float | None:
-    """The run's mean over these images alone, with whose ceiling it is compared."""
-    scores = [score["psnr"] for score in run.scores if score["id"] in images]
+def _mean_psnr(row: Row, images: Collection[str]) -> float | None:
+    """The row's mean over these images alone, with whose ceiling it is compared."""
+    scores = [value for identity, value in row.values("psnr").items() if identity in images]
     return statistics.fmean(scores) if scores else None
 
 
-def _means(run: Run) -> dict[str, float | None]:
-    summary = run.summary
-    ours = {metric: (summary["scores"].get(metric) or {}).get("mean") for metric in METRICS}
-    return ours if summary["lpips"]["net"] == "alex" else ours | {"lpips": None}
+def _means(row: Row) -> dict[str, float | None]:
+    ours = {metric: score and score.mean for metric, score in row.scores.items()}
+    return ours if row.lpips.net == "alex" else ours | {"lpips": None}
 
 
-def _counterpart(run: Run) -> Published | None:
-    summary = run.summary
-    if summary["kind"] != "decoder" or origin(summary) != "pretrained":
+def _counterpart(row: Row) -> Published | None:
+    if row.kind != "decoder" or row.is_random:
         return None
-    row = published(summary["sources"], summary["decoder"])
-    if row is FUSION:
-        fusion = run.config.fusion
-        return row if fusion and (fusion.name, fusion.size) == ("attention", 28) else None
-    return row if row and row.parameters == summary["parameters"] else None
+    theirs = published(row.sources, row.decoder)
+    if theirs is FUSION:
+        return theirs if row.fusion and (row.fusion.name, row.fusion.size) == ("attention", 28) else None
+    return theirs if theirs and theirs.parameters == row.parameters else None
 
 
 def explain(

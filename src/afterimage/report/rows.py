@@ -1,95 +1,70 @@
-"""What a report knows of a run: plain values, in the order in which tables and figures show them."""
+"""The rows of a report: finished runs with the names under which tables and figures show them.
+
+A run that cannot be read is listed with its error, never guessed; an error in this reader is a traceback.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, split_source
+from afterimage.runs.results import METRICS, Result, Score
 from afterimage.runs.run import Run
 
-METRICS = ("psnr", "ssim", "lpips")
 DECODERS = ("linear", "transposed", "attention", "wavelet", "frequency", "residual")
+"""The order of decoders in tables; others come after them, by name."""
+SHOWN = ("sources", "seed", "lpips", "decoder.name", "fusion.")
+"""Settings that have a column or a figure's axis of their own, or do not change the result."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """A metric over `count` images: mean and sample standard deviation (None for a single image)."""
+@dataclass(frozen=True, kw_only=True)
+class Row(Result):
+    """One finished run as it enters tables and figures.
 
-    mean: float
-    std: float | None
-    count: int
-
-    @property
-    def margin(self) -> float | None:
-        """Half the width of the 95 % t interval of the mean, the images taken as a random sample."""
-        if self.std is None or self.count < 2:
-            return None
-        from scipy.special import stdtrit
-
-        return float(stdtrit(self.count - 1, 0.975)) * self.std / math.sqrt(self.count)
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Score:
-        mean = math.fsum(values) / len(values)
-        spread = math.fsum((v - mean) ** 2 for v in values)
-        return cls(mean, math.sqrt(spread / (len(values) - 1)) if len(values) > 1 else None, len(values))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One finished run as it enters tables and figures. `features` are `Encoder.describe()` entries.
-
-    `fusion_weights` are the sources' mean weights over all test images, empty where the fusion has none.
+    `variant` names the settings that set it apart from rows of the same encoder and decoder, `fusion_letter` its way of
+    fusing several sources.
     """
 
     run: Run
-    kind: str
-    label: str
-    sources: tuple[str, ...]
-    features: tuple[Mapping[str, Any], ...]
-    decoder: str
-    fusion: Mapping[str, Any] | None
-    weights: tuple[Mapping[str, Any], ...]
-    parameters: int | None
-    seed: int | None
-    train_seconds: float | None
-    lpips_net: str
-    lpips_reason: str
-    scores: Mapping[str, Score | None]
-    images: tuple[Mapping[str, Any], ...]
-    data: Mapping[str, Any]
-    notes: tuple[str, ...]
-    settings: Mapping[str, Any]
-    fusion_weights: tuple[float, ...] = ()
     variant: str = ""
     fusion_letter: str = ""
 
+    @classmethod
+    def of(cls, run: Run) -> Row:
+        """Read a finished run; raises `AfterimageError` as `Run.result` does."""
+        result = run.result
+        return cls(run=run, **{f.name: getattr(result, f.name) for f in dataclasses.fields(Result)})
+
     @property
     def models(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(source.partition(":")[0] for source in self.sources))
+        return tuple(dict.fromkeys(split_source(source)[0] for source in self.sources))
 
     @property
     def encoder(self) -> str:
-        """What the row is grouped by: the encoder's name, or `fusion` for several sources."""
-        return "fusion" if len(self.sources) > 1 else self.models[0] if self.models else ""
+        """What the row is grouped by: the encoder's name, or `fusion` for several sources; empty for a baseline."""
+        return "fusion" if self.is_fused else self.models[0] if self.models else ""
 
     @property
     def layer(self) -> str:
-        return f"fusion {self.fusion_letter}" if len(self.sources) > 1 else self.sources[0].partition(":")[2]
+        return f"fusion {self.fusion_letter}" if self.is_fused else split_source(self.sources[0])[1]
 
-    @cached_property
+    @property
+    def is_fused(self) -> bool:
+        return len(self.sources) > 1
+
+    @property
     def weights_label(self) -> str:
         """`pretrained`, `random`, `random-init`, or `partly random` where a fusion mixes them."""
-        labels = {str(w.get("label") or w.get("origin") or "unknown") for w in self.weights}
+        labels = {weights.label for weights in self.weights}
         return labels.pop() if len(labels) == 1 else "partly random" if self.is_random else "unknown"
-
-    @cached_property
-    def is_random(self) -> bool:
-        return any(w["is_random"] for w in self.weights)
 
     @property
     def control(self) -> str:
@@ -102,34 +77,34 @@ class Row:
 
     @property
     def shapes(self) -> tuple[str, ...]:
-        return tuple(f"{f['channels']}×{f['height']}×{f['width']}" for f in self.features)
+        return tuple(f"{f.channels}×{f.height}×{f.width}" for f in self.features)
 
     @property
     def reductions(self) -> tuple[str, ...]:
-        """Image height over feature height, as text; empty where it is not known."""
-        return tuple(f"{f['reduction']:g}" if f.get("reduction") else "" for f in self.features)
+        """Image height over feature height, as text."""
+        return tuple(f"{f.reduction:g}" for f in self.features)
 
     @property
     def grid(self) -> str:
         """The locations as `56×56`, after fusion where there is one."""
-        if len(self.sources) > 1 and self.fusion and self.fusion.get("size"):
-            return f"{self.fusion['size']}×{self.fusion['size']}"
-        finest = max(self.features, key=lambda f: int(f["height"]) * int(f["width"]), default=None)
-        return f"{finest['height']}×{finest['width']}" if finest else ""
+        if self.is_fused and self.fusion and self.fusion.size:
+            return f"{self.fusion.size}×{self.fusion.size}"
+        finest = max(self.features, key=lambda f: f.locations, default=None)
+        return f"{finest.height}×{finest.width}" if finest else ""
 
     @property
     def locations(self) -> int | None:
         """Feature locations that the decoder sees: `height * width`, after fusion where there is one."""
-        if len(self.sources) > 1 and self.fusion and self.fusion.get("size"):
-            return int(self.fusion["size"]) ** 2
-        return max((int(f["height"]) * int(f["width"]) for f in self.features), default=None)
+        if self.is_fused and self.fusion and self.fusion.size:
+            return self.fusion.size**2
+        return max((f.locations for f in self.features), default=None)
 
     @property
     def order(self) -> tuple[Any, ...]:
-        depth = tuple(f["order"] if isinstance(f.get("order"), int) else math.inf for f in self.features)
         return (
-            len(self.sources) > 1, natural(self.encoder), self.control, self.fusion_letter, depth,
-            [natural(s) for s in self.sources], self.decoder_order, self.seed or 0, natural(self.run.name),
+            self.is_fused, natural(self.encoder), self.control, self.fusion_letter,
+            tuple(f.order for f in self.features), [natural(s) for s in self.sources], self.decoder_order,
+            self.seed or 0, natural(self.run.name),
         )  # fmt: skip
 
     @property
@@ -137,19 +112,33 @@ class Row:
         place = DECODERS.index(self.decoder) if self.decoder in DECODERS else len(DECODERS)
         return place, natural(self.decoder), natural(self.variant)
 
-    def values(self, metric: str) -> dict[str, float]:
-        """The metric by image id, finite values only."""
-        found = {p["id"]: p.get(metric) for p in self.images}
-        return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and math.isfinite(v)}
+    @property
+    def fusion_text(self) -> str:
+        """How the sources were fused, for example `attention fusion, 256 channels at 28×28`."""
+        fusion = self.fusion
+        if fusion is None:
+            return "unknown fusion"
+        wide = "" if fusion.name in ("aligned", "stacked") else f", {fusion.channels} channels"
+        return f"{fusion.name} fusion{wide} at " + (
+            f"{fusion.size}×{fusion.size}" if fusion.size else "the finest resolution"
+        )
+
+    @cached_property
+    def distinguishing(self) -> dict[str, Any]:
+        """The settings that nothing else in a table shows, by their dotted names."""
+        return {key: value for key, value in flatten(self.settings).items() if not key.startswith(SHOWN)}
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A run that has no result: `state` is new, running, failed or damaged."""
+    """A run that has no result: `state` is new, running, stopped, failed or damaged."""
 
     run: Run
     state: str
     error: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.run.name, self.state, self.error)))
 
 
 @dataclass(frozen=True)
@@ -159,7 +148,7 @@ class Rows:
     decoders: tuple[Row, ...]
     references: tuple[Row, ...]
     unfinished: tuple[Unfinished, ...]
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[Row, ...]:
@@ -168,7 +157,153 @@ class Rows:
     @property
     def nets(self) -> tuple[str, ...]:
         """The LPIPS networks that measured at least one row; distances of different ones do not compare."""
-        return tuple(sorted({r.lpips_net for r in self.all if r.scores["lpips"] is not None}))
+        return tuple(sorted({r.lpips.net for r in self.all if r.scores["lpips"] is not None}))
+
+
+def read_rows(runs: Iterable[Run]) -> Rows:
+    """Read every run, once. Raises `AfterimageError` where none is finished, with what is wrong with each."""
+    finished: list[Row] = []
+    unfinished = []
+    for run in runs:
+        try:
+            state = run.state
+            if state == "done" or (state == "new" and run.has_result):
+                finished.append(Row.of(run))
+                continue
+            error = str(run.status.get("error") or "")
+        except AfterimageError as damage:
+            state, error = "damaged", str(damage)
+        unfinished.append(Unfinished(run, state, error))
+    if not finished:
+        raise AfterimageError(_nothing(unfinished))
+    decoders = _with_variants(_with_letters([row for row in finished if not row.is_baseline]))
+    decoders = sorted(decoders, key=lambda r: r.order)
+    baselines = [row for row in finished if row.is_baseline]
+    baselines.sort(key=lambda r: (r.scores["psnr"].mean, natural(r.label)))
+    warnings = tuple(_warnings([*decoders, *baselines]))
+    return Rows(tuple(decoders), tuple(baselines), tuple(unfinished), warnings)
+
+
+def _nothing(unfinished: Sequence[Unfinished]) -> str:
+    if not unfinished:
+        return "there is no run to report"
+    lines = [str(entry) for entry in unfinished[:20]]
+    lines += [f"… {len(unfinished) - 20} more"] if len(unfinished) > 20 else []
+    return "\n  ".join(["no finished run to report", *lines])
+
+
+def _with_letters(rows: Sequence[Row]) -> list[Row]:
+    """Letter the distinct fusions A, B, … so that figures need not spell out their sources."""
+    distinct = sorted({(row.sources, row.fusion_text) for row in rows if row.is_fused})
+    letters = {key: _letter(i) for i, key in enumerate(distinct)}
+    return [
+        dataclasses.replace(row, fusion_letter=letters.get((row.sources, row.fusion_text), ""))
+        for row in rows
+    ]
+
+
+def _letter(index: int) -> str:
+    quotient, remainder = divmod(index, 26)
+    return (_letter(quotient - 1) if quotient else "") + chr(ord("A") + remainder)
+
+
+def _with_variants(rows: Sequence[Row]) -> list[Row]:
+    """Name the settings in which rows of one encoder, weights and decoder differ, such as `parameters=4M`."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.encoder, row.fusion_letter, row.weights_label, row.decoder].append(row)
+    named = []
+    for members in groups.values():
+        keys = sorted({key for row in members for key in row.distinguishing})
+        differing = [k for k in keys if len({str(row.distinguishing.get(k)) for row in members}) > 1]
+        # Every layer's refinements start from that layer's decoder; only several starts of one layer are told apart.
+        starts = {(row.sources, row.distinguishing.get("start")) for row in members}
+        if len(starts) == len({sources for sources, _ in starts}):
+            differing = [k for k in differing if k != "start"]
+        for row in members:
+            found = {key: row.distinguishing[key] for key in differing if key in row.distinguishing}
+            parts = (
+                f"{key.rpartition('.')[2]}={_short(value if key != 'start' else value[-8:])}"
+                for key, value in found.items()
+            )
+            named.append(dataclasses.replace(row, variant=", ".join(parts)))
+    return named
+
+
+def _warnings(rows: Sequence[Row]) -> Iterable[str]:
+    tests = {row.data.test_digest for row in rows}
+    counts = sorted({row.scores["psnr"].count for row in rows})
+    if len(tests) > 1:
+        yield f"The rows were measured on {len(tests)} sets of images: their scores do not compare."
+    elif len(counts) > 1:
+        yield f"The rows were measured on different numbers of images ({counts[0]} to {counts[-1]})."
+    elif changed := _changed(rows):
+        yield f"Rows that name the same data had {changed} sets of images: files changed between them."
+    yield from _uninformed(rows)
+    if mixed := _mixed_settings(rows):
+        yield f"The rows were not all made with the same settings: {'; '.join(mixed)}."
+    for label in dict.fromkeys(w.label for row in rows for w in row.weights if w.is_random):
+        yield f"Rows marked {label.upper()} used {RANDOM_WEIGHTS[label]}: a control, not a pretrained network."
+
+
+def _changed(rows: Sequence[Row]) -> int:
+    """How many sets of images the same settings came to, at most; 0 where always to one."""
+    digests = defaultdict(set)
+    for row in rows:
+        digests[json.dumps(row.settings.get("data"), sort_keys=True, default=str)].add(row.data.digest)
+    most = max((len(found) for found in digests.values()), default=0)
+    return most if most > 1 else 0
+
+
+def _uninformed(rows: Sequence[Row]) -> Iterable[str]:
+    """Decoders whose images are no nearer than those of one who knows nothing but each image's mean colour."""
+    lines = {
+        row.data.test_digest: row.scores["psnr"].mean
+        for row in rows
+        if row.settings.get("reference") == "mean"
+    }
+    low = [
+        row for row in rows
+        if row.kind == "decoder" and not row.is_random
+        and row.scores["psnr"].mean <= lines.get(row.data.test_digest, -math.inf)
+    ]  # fmt: skip
+    if low:
+        told = ", ".join(row.label for row in low[:3]) + (", …" if len(low) > 3 else "")
+        yield (
+            f"{len(low)} decoder row{'s are' if len(low) > 1 else ' is'} not above the mean colour in PSNR ({told}): "
+            "they learned too little from these images to say what the features hold."
+        )
+
+
+def _mixed_settings(rows: Sequence[Row]) -> list[str]:
+    """Settings of data and recipe in which the rows differ, with their values: `recipe.epochs (10, 30)`."""
+    every = [row.distinguishing for row in rows if row.kind == "decoder"]
+    keys = sorted({key for settings in every for key in settings if key.startswith(("data.", "recipe."))})
+    found = ((key, sorted({_short(settings.get(key, "unset")) for settings in every})) for key in keys)
+    return [f"{key} ({', '.join(values)})" for key, values in found if len(values) > 1]
+
+
+def fusion_legend(rows: Iterable[Row]) -> list[str]:
+    """What each letter stands for: `fusion A: attention fusion, … of resnet34:layer1 + vgg16:block1`."""
+    fused = [row for row in rows if row.is_fused]
+    return list(dict.fromkeys(f"{r.layer}: {r.fusion_text} of {' + '.join(r.sources)}" for r in fused))
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        return f"{value / 1e6:g}M" if value >= 1_000_000 else f"{value / 1e3:g}K"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def pool(rows: Sequence[Row], metric: str) -> Score | None:
@@ -184,3 +319,6 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts `blocks.2` before `blocks.11`."""
     pieces = re.split(r"(\d+)", name)
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in pieces if p]
+
+
+__all__ = ["METRICS", "Row", "Rows", "Score", "Unfinished", "fusion_legend", "natural", "pool", "read_rows"]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from afterimage.config import unknown
 from afterimage.report.format import latex, markdown, markdown_code, plain, spreadsheet
-from afterimage.report.rows import METRICS, Row, Rows, Score
-from afterimage.report.variants import fusion_legend, fusion_text
+from afterimage.report.rows import Row, Rows, fusion_legend
+from afterimage.runs.results import METRICS, Score
 from afterimage.runtime.terminal import console
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 
 SPREADS = {"std": "standard deviation", "interval": "half a 95 % t interval of the mean"}
-DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 NONE = "–"
 
 
@@ -91,9 +89,7 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
         cells = [*_what(row, seeds)]
         cells += [_score(row, m, net, best[m, net], spread, notes) for m, net in columns]
         line = Line(row, Cell(_names(row), marks), tuple(cells))
-        groups.setdefault((row.encoder, row.weights_label if row.kind != "reference" else ""), []).append(
-            line
-        )
+        groups.setdefault((row.encoder, "" if row.is_baseline else row.weights_label), []).append(line)
     header = ["features", "shape", "reduction", "decoder", *(["seed"] if seeds else [])]
     header += ["weights", "parameters", "training", *(heading(metric, net) for metric, net in columns)]
     made = tuple(Group(encoder, weights, tuple(lines)) for (encoder, weights), lines in groups.items())
@@ -102,8 +98,13 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
 
 def heading(metric: str, net: str = "") -> str:
     """`PSNR (dB) ↑`, `SSIM ↑` or `LPIPS (alex) ↓`."""
-    name = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": f"LPIPS ({net})" if net else "LPIPS"}[metric]
-    return f"{name} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
+    known = METRICS[metric]
+    aside = net or known.unit.strip()
+    return f"{known.title}{f' ({aside})' if aside else ''} {'↑' if known.higher_is_better else '↓'}"
+
+
+def lpips_reason(row: Row) -> str:
+    return row.lpips.reason or "not measured"
 
 
 def duration(seconds: float | int | None) -> str:
@@ -115,11 +116,11 @@ def duration(seconds: float | int | None) -> str:
 
 
 def _names(row: Row) -> tuple[str, ...]:
-    if row.kind == "reference":
+    if row.is_baseline:
         return (row.label,)
     if len(row.sources) == 1:
         return row.sources
-    return (f"{row.fusion_letter}: {fusion_text(row)}", *row.sources)
+    return (f"{row.fusion_letter}: {row.fusion_text}", *row.sources)
 
 
 def _what(row: Row, seeds: bool) -> Iterable[Cell]:
@@ -129,15 +130,14 @@ def _what(row: Row, seeds: bool) -> Iterable[Cell]:
     def aligned(lines: Sequence[str]) -> Cell:
         return Cell(("", *lines) if len(row.sources) > 1 else tuple(lines) or (NONE,))
 
-    reference = row.kind == "reference"
     yield aligned(row.shapes)
     yield aligned([f"{reduction}×" if reduction else NONE for reduction in row.reductions])
     yield text(row.decoder_label or NONE)
     if seeds:
         yield text(NONE if row.seed is None else str(row.seed))
-    yield text(NONE if reference else weights_text(row.weights_label), row.is_random)
-    yield text(NONE if reference or row.parameters is None else f"{row.parameters:,}")
-    yield text(NONE if reference else duration(row.train_seconds))
+    yield text(NONE if row.is_baseline else weights_text(row.weights_label), row.is_random)
+    yield text(NONE if row.is_baseline or row.parameters is None else f"{row.parameters:,}")
+    yield text(NONE if row.is_baseline else duration(row.train_seconds))
 
 
 def weights_text(label: str) -> str:
@@ -148,25 +148,25 @@ def weights_text(label: str) -> str:
 def _score(row: Row, metric: str, net: str, best: str | None, spread: str, notes: Footnotes) -> Cell:
     score = row.scores[metric]
     if score is None:
-        return Cell(("unavailable",), (notes.number(f"LPIPS is unavailable: {row.lpips_reason}"),))
-    if metric == "lpips" and row.lpips_net != net:
+        return Cell(("unavailable",), (notes.number(f"LPIPS is unavailable: {lpips_reason(row)}"),))
+    if metric == "lpips" and row.lpips.net != net:
         return Cell((NONE,))
     mean = _rounded(score, metric)
     around = score.std if spread == "std" else score.margin
-    text = mean if around is None else f"{mean} ± {around:.{DIGITS[metric]}f}"
-    return Cell((text,), bold=row.kind != "reference" and mean == best)
+    text = mean if around is None else f"{mean} ± {around:.{METRICS[metric].digits}f}"
+    return Cell((text,), bold=not row.is_baseline and mean == best)
 
 
 def _rounded(score: Score, metric: str) -> str:
-    return f"{score.mean:.{DIGITS[metric]}f}"
+    return f"{score.mean:.{METRICS[metric].digits}f}"
 
 
 def _best(rows: Sequence[Row], metric: str, net: str) -> str | None:
     """The best mean as printed, so that rows which print the same are all the best."""
     rows = [r for r in rows if not r.is_random] or rows
-    scores = [r.scores[metric] for r in rows if not net or r.lpips_net == net]
+    scores = [r.scores[metric] for r in rows if not net or r.lpips.net == net]
     means = [s for s in scores if s is not None]
-    pick = max if HIGHER_IS_BETTER[metric] else min
+    pick = max if METRICS[metric].higher_is_better else min
     return _rounded(pick(means, key=lambda s: s.mean), metric) if means else None
 
 
@@ -291,9 +291,9 @@ def _record(row: Row) -> dict[str, Any]:
         "run": row.run.name, "state": "done", "kind": row.kind, "label": row.label,
         "sources": " + ".join(row.sources), "shapes": " + ".join(row.shapes),
         "reductions": " + ".join(row.reductions),
-        "locations": row.locations, "fusion": fusion_text(row) if len(row.sources) > 1 else "",
+        "locations": row.locations, "fusion": row.fusion_text if len(row.sources) > 1 else "",
         "decoder": row.decoder, "variant": row.variant,
-        "weights": row.weights_label if row.kind != "reference" else "", "seed": row.seed,
+        "weights": "" if row.is_baseline else row.weights_label, "seed": row.seed,
         "parameters": row.parameters, "train_seconds": row.train_seconds,
     }  # fmt: skip
     for metric in METRICS:
@@ -302,8 +302,8 @@ def _record(row: Row) -> dict[str, Any]:
         record[f"{metric}_std"] = score and score.std
         record[f"{metric}_margin95"] = score and score.margin
         record[f"{metric}_count"] = score and score.count
-    record["lpips_net"] = row.lpips_net if row.scores["lpips"] else ""
-    record["lpips_reason"] = "" if row.scores["lpips"] else row.lpips_reason
+    record["lpips_net"] = row.lpips.net if row.scores["lpips"] else ""
+    record["lpips_reason"] = "" if row.scores["lpips"] else lpips_reason(row)
     record["notes"] = "; ".join(map(plain, row.notes))
     return {key: spreadsheet(value) if isinstance(value, str) else value for key, value in record.items()}
 
@@ -364,7 +364,7 @@ def _heading(group: Group) -> list[str]:
 
 
 def _console_names(line: Line) -> Text:
-    name = line.row.layer if line.row.kind != "reference" else line.row.label
+    name = line.row.label if line.row.is_baseline else line.row.layer
     return _text(Cell((plain(name, 44),), line.names.marks), True, indent="  ")
 
 
@@ -382,5 +382,5 @@ def _caption(rows: Rows, remark: str, footnotes: tuple[str, ...]) -> list[str]:
     lines = [remark, *fusion_legend(rows.decoders)]
     lines += [f"{superscript([i])} {plain(note)}" for i, note in enumerate(footnotes, 1)]
     lines += [f"! {plain(warning)}" for warning in rows.warnings]
-    lines += [f"! {plain(': '.join(filter(None, (u.run.name, u.state, u.error))))}" for u in rows.unfinished]
+    lines += [f"! {plain(str(u))}" for u in rows.unfinished]
     return lines

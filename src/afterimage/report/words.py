@@ -7,8 +7,6 @@ from functools import singledispatch
 from typing import Any
 
 from afterimage.report.format import (
-    NAMES,
-    UNITS,
     ahead,
     difference,
     estimate_text,
@@ -27,6 +25,7 @@ from afterimage.report.statistics.rankings import DecoderRanking, Degradation, E
 from afterimage.report.statistics.resolution import MatchedPair, Resolution
 from afterimage.report.statistics.rows import without_random_controls
 from afterimage.report.statistics.tests import Comparison
+from afterimage.runs.results import METRICS
 
 _PAIRS_TOLD = 12
 
@@ -44,7 +43,7 @@ def _(results: Sequence[Any]) -> list[str]:
 
 
 def _verdict(result: Depth | Resolution | Architectures) -> str:
-    head = f"{result.hypothesis}, {result.claim} ({NAMES[result.metric]}, {result.setting}): {result.verdict}"
+    head = f"{result.hypothesis}, {result.claim} ({METRICS[result.metric].title}, {result.setting}): {result.verdict}"
     return f"{head}: {result.reason}." if result.verdict == UNTESTABLE else f"{head} ({result.reason})."
 
 
@@ -148,7 +147,7 @@ def _(result: Degradation) -> list[str]:
     changes = [minus(f"{v:+.1f}", 1) for v in (percent.estimate, low, high)]
     second = result.runner_up
     return [
-        f"{result.encoder} ({NAMES[result.metric]}, {result.setting}): from {result.best} "
+        f"{result.encoder} ({METRICS[result.metric].title}, {result.setting}): from {result.best} "
         f"({score(c.mean_b, c.metric)}) to {result.worst} ({score(c.mean_a, c.metric)}), {difference(c)}, "
         f"{changes[0]} % [{changes[1]}, {changes[2]}]. Its best layer is {ahead(second)} {second.b}: "
         f"{difference(second)} ({p_value(second.p_holm)})."
@@ -161,14 +160,16 @@ def _(result: DecoderRanking) -> list[str]:
     ranking = ", ".join(f"{name} {score(mean, result.metric)}" for name, mean in pairs)
     first = result.pairs[: len(result.settings) - 1]
     leads = "; ".join(f"against {c.b} {difference(c)}{told_apart(c)}" for c in first)
-    return [f"{result.name} ({NAMES[result.metric]}), decoders best first: {ranking}. The first {leads}."]
+    return [
+        f"{result.name} ({METRICS[result.metric].title}), decoders best first: {ranking}. The first {leads}."
+    ]
 
 
 @in_words.register
 def _(result: Comparison) -> list[str]:
     outcome = {"a": "better than", "b": "worse than"}.get(result.better) or ahead(result)
     return [
-        f"{result.a} is {outcome} {result.b} in {NAMES[result.metric]}: {difference(result)} "
+        f"{result.a} is {outcome} {result.b} in {METRICS[result.metric].title}: {difference(result)} "
         f"({p_value(result.p_holm)}, better on {result.wins_a} of {result.difference.count} images)."
     ]
 
@@ -191,12 +192,14 @@ def _(result: Efficiency) -> list[str]:
         "million decoder parameters": result.per_million_parameters,
         "thousand feature values": result.per_thousand_values,
     }
-    told = [f"{ratio(v)}{UNITS[result.metric]} per {cost}" for cost, v in costs.items() if v is not None]
+    told = [
+        f"{ratio(v)}{METRICS[result.metric].unit} per {cost}" for cost, v in costs.items() if v is not None
+    ]
     if result.gain is None or not told:
         return []
     above = "above the mean colour" if result.baseline else "in all"
-    gain = f"{number(result.gain, result.metric)}{UNITS[result.metric]} {above}"
-    return [f"{result.name} ({NAMES[result.metric]}, {result.setting}): {gain}; {', '.join(told)}."]
+    gain = f"{number(result.gain, result.metric)}{METRICS[result.metric].unit} {above}"
+    return [f"{result.name} ({METRICS[result.metric].title}, {result.setting}): {gain}; {', '.join(told)}."]
 
 
 @in_words.register
@@ -250,7 +253,7 @@ def by_other_metrics(results: Sequence[Depth | Resolution | Architectures]) -> l
     verdicts: dict[str, dict[str, list[str]]] = {}
     for r in results:
         if r.verdict != UNTESTABLE and r.metric != results[0].metric:
-            verdicts.setdefault(NAMES[r.metric], {}).setdefault(r.verdict, []).append(r.setting)
+            verdicts.setdefault(METRICS[r.metric].title, {}).setdefault(r.verdict, []).append(r.setting)
     told = [
         f"{metric}: " + ", ".join(f"{verdict} ({'; '.join(s)})" for verdict, s in by_verdict.items())
         for metric, by_verdict in verdicts.items()
@@ -278,7 +281,7 @@ def disagreements(results: Sequence[Architectures]) -> list[str]:
             c = pair.comparison
             if c.better:
                 winner = c.a if c.better == "a" else c.b
-                sides.setdefault((result.setting, c.a, c.b), {})[NAMES[result.metric]] = winner
+                sides.setdefault((result.setting, c.a, c.b), {})[METRICS[result.metric].title] = winner
     return [
         f"{a} against {b} ({setting}): the metrics disagree on which keeps more, "
         + ", ".join(f"{metric} prefers {winner}" for metric, winner in by_metric.items())
@@ -298,9 +301,9 @@ def best_buys(rows: list[Efficiency]) -> list[str]:
         known = [row for row in without_random_controls(rows) or rows if getattr(row, field) is not None]
         if len(known) > 1:
             best = max(known, key=lambda row: getattr(row, field))
-            value = f"{ratio(getattr(best, field))}{UNITS[best.metric]}"
+            value = f"{ratio(getattr(best, field))}{METRICS[best.metric].unit}"
             told.append(f"per {cost} from {best.name} ({best.setting}), {value}")
     if not told:
         return []
     above = " above the mean colour" if any(row.baseline for row in rows) else ""
-    return [f"Most {NAMES[rows[0].metric]}{above} {'; '.join(told)}."]
+    return [f"Most {METRICS[rows[0].metric].title}{above} {'; '.join(told)}."]

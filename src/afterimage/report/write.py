@@ -15,10 +15,8 @@ from urllib.parse import quote
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.report.format import markdown, markdown_block, markdown_code, plain
 from afterimage.report.page.page import write_page
-from afterimage.report.read import read_rows
-from afterimage.report.rows import Row, Rows
+from afterimage.report.rows import Row, Rows, flatten, read_rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
-from afterimage.report.variants import flatten
 from afterimage.runs.files import read_json, remove_leftovers, write_atomic
 from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress, silent
@@ -52,7 +50,6 @@ def write_report(
     from afterimage.report.controls import control_findings
     from afterimage.report.figures import draw, render
 
-    runs = list(runs)
     rows, out, written = read_rows(runs), Path(out), {}
     remove_leftovers(out, older=ABANDONED)
 
@@ -64,7 +61,7 @@ def write_report(
     write("table.csv", csv_table(rows))
     write("table.tex", latex_table(rows, spread=spread))
     # The statistics compare decoders; an inversion has its rows in the table and its curve.
-    answers = answer([row.run for row in rows.all if row.kind != "inversion"])
+    answers = answer([row for row in rows.all if row.kind != "inversion"])
     write("findings.json", answers.json)
     more = [*_beside(answers), *control_findings(rows.decoders)]
     progress("statistics", 1, 1)
@@ -86,7 +83,7 @@ def write_report(
         options = {"findings": findings, "figures": shown, "lead": answers.lead}
         options |= {"problems": [*answers.problems, *problems]}
         written["index.html"] = write_page(
-            runs, out / "index.html", title=title, progress=progress, **options
+            rows, out / "index.html", title=title, progress=progress, **options
         )
     except AfterimageError as error:
         problems.append(f"The page index.html could not be written: {error}")
@@ -116,7 +113,7 @@ def _sentence(rows: Rows) -> str:
     models = {model for row in rows.decoders for model in row.models}
     sources = {source for row in rows.decoders for source in row.sources}
     decoders = {row.decoder for row in rows.decoders}
-    images = {markdown(r.data.get("test") or r.data.get("source") or "unknown images") for r in rows.all}
+    images = {markdown(r.data.test or r.data.source) for r in rows.all}
     parts = []
     if rows.decoders:
         layers = f"{_count(len(sources), 'layer')} of {_count(len(models), 'frozen encoder')}"
@@ -165,16 +162,13 @@ def _unfinished(rows: Rows) -> Iterable[str]:
 def _weights(rows: Rows) -> Iterable[str]:
     lines = {}
     for weights in (w for row in rows.decoders for w in row.weights):
-        model = markdown_code(weights.get("model", "unknown"))
-        where = markdown_code(weights.get("location", "unknown"))
-        if weights["is_random"]:
-            label = weights["label"]
-            what = f"{RANDOM_WEIGHTS[label]}, a control, not a pretrained network"
-            lines[f"- {model}: **{label.upper()}**, {where}: {what}"] = None
+        model, where = markdown_code(weights.model), markdown_code(weights.location)
+        if weights.is_random:
+            what = f"{RANDOM_WEIGHTS[weights.label]}, a control, not a pretrained network"
+            lines[f"- {model}: **{weights.label.upper()}**, {where}: {what}"] = None
         else:
-            digest = str(weights.get("sha256") or "")[:12]
-            proof = f", SHA-256 {markdown_code(digest)}…" if digest else ""
-            origin = f"{markdown(weights.get('label'))}, from {markdown(weights.get('origin'))} {where}"
+            proof = f", SHA-256 {markdown_code(weights.sha256[:12])}…" if weights.sha256 else ""
+            origin = f"{markdown(weights.label)}, from {markdown(weights.origin)} {where}"
             lines[f"- {model}: {origin}{proof}"] = None
     yield "\n".join(lines) if lines else "No encoder was used: these are baselines."
 

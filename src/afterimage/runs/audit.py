@@ -1,21 +1,41 @@
-"""The result of an audit as plain values, between what measures it and what reports it."""
+"""The result of an audit, between what measures it and what reports it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from afterimage.config import AfterimageError, shown
+from afterimage.runs.results import AttackFacts
+from afterimage.runs.run import Run
 
 BLIND = "no features"
 """The attacker who sees nothing and answers with the mean of their own images."""
 
 
+@dataclass(frozen=True)
+class Attack(AttackFacts):
+    """What one attacker got, with the notes of its run and the run's folder below the audit's."""
+
+    notes: tuple[str, ...] = ()
+    folder: str = ""
+
+    @classmethod
+    def of(cls, run: Run, root: Path) -> Attack:
+        result = run.result
+        if result.attack is None:
+            raise AfterimageError(f"{shown(run.path)} holds no attack, but a result of kind {result.kind}")
+        return cls(**vars(result.attack), notes=result.notes, folder=str(run.path.relative_to(root)))
+
+
 @dataclass
 class Results:
-    """Everything measured, as plain values: `rows` are cells' summaries, `costs` by layer and defence."""
+    """Everything measured: `rows` one an attacker, `blind` those without features, `costs` by layer and defence."""
 
     subject: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    blind: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Attack] = field(default_factory=list)
+    blind: list[Attack] = field(default_factory=list)
     costs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)

@@ -18,11 +18,6 @@ from typing import Any, BinaryIO
 
 from afterimage.config import AfterimageError, read_text, shown
 
-# What a damaged or foreign file can raise while it is read; anything else is a bug here and should show.
-DAMAGE = (
-    *(AfterimageError, ArithmeticError, AttributeError, LookupError, OSError, RecursionError),
-    *(TypeError, ValueError),
-)
 logger = logging.getLogger("afterimage")
 MAX_PIXELS = 2**26
 """Pixels of the largest image that a run folder may hold."""
@@ -112,18 +107,6 @@ def read_json(path: str | Path) -> Any:
         return value
     except (ValueError, RecursionError) as error:
         raise AfterimageError(f"{shown(path)} is not valid JSON: {error}") from None
-
-
-@contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Inside the block, whatever a file of another shape raises becomes an `AfterimageError` that names it."""
-    try:
-        yield
-    except AfterimageError:
-        raise
-    except DAMAGE as error:
-        what = f"{type(error).__name__}: {error}"
-        raise AfterimageError(f"{shown(path)} does not hold what it should ({what:.300})") from error
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from afterimage.config import LPIPS_NETS, AfterimageError, RunConfig, dump_toml, load_toml, shown
+from afterimage.config import AfterimageError, RunConfig, dump_toml, from_dict, load_toml, shown
 from afterimage.runs.files import (
     read_csv,
     read_json,
-    reading,
     remove_leftovers,
     write_atomic,
     write_csv,
     write_image,
     write_json,
 )
+from afterimage.runs.results import SUMMARY, Result, read_result, write_result
 
 
 def check_folder(path: str | Path, setting: str, *, writable: bool = True) -> None:
@@ -96,6 +96,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
+        """The configuration of a decoder's run; that of any finished run is in its `result`."""
         return load_toml(RunConfig, self.file("config.toml"))
 
     @property
@@ -131,28 +132,18 @@ class Run:
         write_csv(self.file("history.csv"), rows)
 
     @property
-    def summary(self) -> dict[str, Any]:
-        """What the run came to. Keys are those of `evaluate.summarise`; scores are None where unavailable."""
-        summary = read_json(self.file("summary.json"))
-        if not isinstance(summary, dict):
-            raise AfterimageError(
-                f"{shown(self.file('summary.json'))} must hold a JSON object, got {summary!r:.80}"
-            )
-        return summary
+    def has_result(self) -> bool:
+        return self.file(SUMMARY).exists()
+
+    @property
+    def result(self) -> Result:
+        """What the run came to; `AfterimageError` where it has not finished or a file is damaged."""
+        return read_result(self.path)
 
     @property
     def lpips_net(self) -> str:
         """The LPIPS network that the run was measured with, or is to be."""
-        measured = self.summary.get("lpips") if self.file("summary.json").exists() else None
-        net = measured.get("net") if isinstance(measured, dict) else None
-        return net if net in LPIPS_NETS else self.config.lpips
-
-    @property
-    def scores(self) -> list[dict[str, Any]]:
-        rows = read_csv(self.file("scores.csv"))
-        if rows and "id" not in rows[0]:
-            raise AfterimageError(f"{shown(self.file('scores.csv'))} has no column 'id'")
-        return rows
+        return self.result.lpips.net if self.has_result else self.config.lpips
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -161,13 +152,9 @@ class Run:
         return read_csv(path) if path.exists() else []
 
     def save_result(
-        self,
-        summary: Mapping[str, Any],
-        rows: Iterable[Mapping[str, Any]],
-        images: Iterable[tuple[str, Any, Any]],
-        fusion_maps: Sequence[Any] = (),
+        self, result: Result, images: Iterable[tuple[str, Any, Any]], fusion_maps: Sequence[Any] = ()
     ) -> None:
-        """Write scores, images as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the summary.
+        """Write images as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the scores and the rest.
 
         `fusion_maps` holds uint8 `(sources, h, w)` for each image, 255 for a weight of 1, where a fusion has such.
         """
@@ -183,51 +170,49 @@ class Run:
                     write_image(self.file("reconstructions") / name, pixels)
             index.append(entry)
         write_json(self.file("reconstructions") / "index.json", index)
-        write_csv(self.file("scores.csv"), rows)
-        write_json(self.file("summary.json"), summary)
+        write_result(self.path, result)
 
     @property
     def images(self) -> list[tuple[str, Path, Path]]:
         """The saved test images as `(id, original, reconstruction)`, in their fixed order."""
-        with reading(self._index_file):
-            return [
-                (str(e["id"]), *map(self._saved, (e["original"], e["reconstruction"]))) for e in self._index()
-            ]
+        return [(e.id, self._saved(e.original), self._saved(e.reconstruction)) for e in self._index()]
 
     @property
     def fusion_maps(self) -> dict[str, list[Path]]:
         """Where a fusion weighs its sources: each saved image's maps, a grey PNG a source, 255 a weight of 1."""
-        with reading(self._index_file):
-            return {str(e["id"]): list(map(self._saved, e.get("fusion_maps", ()))) for e in self._index()}
+        return {entry.id: list(map(self._saved, entry.fusion_maps)) for entry in self._index()}
 
-    @property
-    def _index_file(self) -> Path:
-        return self.file("reconstructions") / "index.json"
-
-    def _index(self) -> list[dict[str, Any]]:
-        return read_json(self._index_file) if self._index_file.exists() else []
+    def _index(self) -> list[_SavedImage]:
+        path = self.file("reconstructions") / "index.json"
+        entries = read_json(path) if path.exists() else []
+        try:
+            return list(from_dict(_Index, {"images": entries}).images)
+        except AfterimageError as error:
+            raise AfterimageError(f"{shown(path)}: {error}") from None
 
     def _saved(self, name: str) -> Path:
         """A saved image's file, which must lie in the run folder, whatever the index or a link says."""
         path = self.file("reconstructions") / name
         if path.name != name or not path.resolve().is_relative_to(self.path.resolve()):
-            raise AfterimageError(f"{self._index_file} names {name!r:.200}, which is no file of its folder")
+            raise AfterimageError(
+                f"{shown(path.parent / 'index.json')} names {name!r:.200}, which is no file of its folder"
+            )
         return path
 
 
-def origin(summary: Mapping[str, Any]) -> str:
-    """`pretrained`, or which random control where an encoder of the row was one."""
-    return next((w["label"] for w in summary["weights"] if w["is_random"]), "pretrained")
+@dataclass(frozen=True)
+class _SavedImage:
+    """An entry of reconstructions/index.json: files beside it by name."""
+
+    id: str
+    original: str
+    reconstruction: str
+    fusion_maps: tuple[str, ...] = ()
 
 
-def scored_on(data: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which test images each of several rows was measured on, as a name; `data` is what their summaries say of it.
-
-    Older summaries lack the digest of the test part. Where one does, the digest of all
-    images stands in for every row's, which tells training sets apart as well.
-    """
-    key = "test_digest" if all(entry.get("test_digest") for entry in data) else "digest"
-    return [str(entry.get(key)) for entry in data]
+@dataclass(frozen=True)
+class _Index:
+    images: tuple[_SavedImage, ...]
 
 
 def scan(root: str | Path) -> Iterator[Run]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from afterimage.config import AfterimageError, utf8_path
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor, build_feature_decoder
-from afterimage.models.weights import identity
-from afterimage.runs.files import reading, write_atomic
+from afterimage.runs.files import write_atomic
+from afterimage.runs.results import UsedWeights
 from afterimage.runs.run import Run
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
@@ -74,10 +74,12 @@ def load_checkpoints(run: Run, said: Callable[[str], None]) -> Iterator[tuple[di
             text = metadata.get("facts", "")
             if _digest(tensors, text) != metadata.get("sha256"):
                 raise AfterimageError(f"{path} is damaged: its contents do not have its digest")
-            with reading(path):
-                facts = dict(json.loads(text))
-                identity = dict(facts["identity"])
-            facts["identity"] = identity
+            try:
+                facts = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise AfterimageError(f"{path} is damaged: {error}") from None
+            if not (isinstance(facts, dict) and isinstance(facts.get("identity"), dict)):
+                raise AfterimageError(f"{path} is damaged: it does not say which run it belongs to")
         except AfterimageError as error:
             said(f"{error}; it is not used")
         else:
@@ -169,19 +171,17 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
 
 
 def _same_weights(run: Run, encoders: MultiEncoder) -> None:
-    if not run.file("summary.json").exists():
+    if not run.has_result:
         return
-    with reading(run.file("summary.json")):
-        recorded = {entry["model"]: (identity(entry), _told(entry)) for entry in run.summary["weights"]}
-    for entry in encoders.weights_of(encoders.sources):
-        before = recorded.get(entry["model"])
-        if before is not None and before[0] != identity(entry):
+    recorded = {weights.model: weights for weights in run.result.weights}
+    for weights in encoders.weights_of(encoders.sources):
+        before = recorded.get(weights.model, weights)
+        if before.identity != weights.identity:
             raise AfterimageError(
-                f"run {run.name} was trained on weights of {entry['model']} with {before[1]}, but these have "
-                f"{_told(entry)}"
+                f"run {run.name} was trained on weights of {weights.model} with {_told(before)}, but these have "
+                f"{_told(weights)}"
             )
 
 
-def _told(weights: Mapping[str, Any]) -> str:
-    digest = str(weights["sha256"])[:12] or f"none: {weights['label']}"
-    return f"digest {digest} ({weights['location']})"
+def _told(weights: UsedWeights) -> str:
+    return f"digest {weights.sha256[:12] or f'none: {weights.label}'} ({weights.location})"

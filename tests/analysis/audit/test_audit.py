@@ -59,7 +59,7 @@ def test_a_planted_leak_is_found(defence, cache, tmp_path):
     config = settings("Leak", "output[features]", defence, limits=LIMITS)
     results, verdict = audited(config, tmp_path, cache)
     (row,), (option,) = results.rows, verdict.options
-    assert row["identification"]["correlation"]["low"] > 0.9 and row["candidates"] == 150
+    assert row.identification["correlation"].low > 0.9 and row.candidates == 150
     assert verdict.passed is False and verdict.recommended is None
     assert option.status == "leaks" and "a limit of 0.05" in option.reasons[-1]
 
@@ -67,10 +67,10 @@ def test_a_planted_leak_is_found(defence, cache, tmp_path):
 def test_a_planted_non_leak_is_cleared(cache, tmp_path):
     results, verdict = audited(settings("Constant", "output", "none", limits=LIMITS), tmp_path, cache)
     (row,), (blind,) = results.rows, results.blind
-    for share in row["identification"].values():
-        assert share["estimate"] == row["chance"] == 1 / 150
+    for share in row.identification.values():
+        assert share.estimate == row.chance == 1 / 150
     assert verdict.passed is True and verdict.recommended.layer == "output"
-    assert row["scores"]["psnr"]["estimate"] == pytest.approx(blind["scores"]["psnr"]["estimate"], abs=0.6)
+    assert row.scores["psnr"].estimate == pytest.approx(blind.scores["psnr"].estimate, abs=0.6)
 
 
 def test_the_command_exits_by_its_limits(cache, tmp_path, monkeypatch, capsys):
@@ -137,7 +137,7 @@ def test_layers_of_one_shape_have_costs_of_their_own(cache, tmp_path):
 def test_more_defence_never_leaks_more_within_the_intervals(strengths, cache, tmp_path):
     config = settings("Classifier", "stem", *strengths, prediction="classes")
     results, _ = audited(config, tmp_path, cache)
-    scores = [row["scores"]["psnr"] for row in results.rows]
+    scores = [row.scores["psnr"] for row in results.rows]
     kept = [results.costs["stem", strength]["score"] for strength in strengths]
     for curve in (scores, kept):
         assert all(after["low"] <= before["high"] for before, after in itertools.pairwise(curve))
@@ -148,7 +148,7 @@ def test_more_defence_never_leaks_more_within_the_intervals(strengths, cache, tm
 def test_more_images_of_their_own_help_an_attacker(cache, tmp_path):
     config = settings("Classifier", "stem", "noise:0.5", attackers=AttackersConfig(images=(10, 150, 4000)))
     results, _ = audited(config, tmp_path, cache)
-    few, many = (row["scores"]["psnr"] for row in results.rows)
+    few, many = (row.scores["psnr"] for row in results.rows)
     assert few["estimate"] < many["estimate"]
     assert "an attacker with 4000 images was left out: there are 150 to own" in results.notes
 
@@ -156,7 +156,7 @@ def test_more_images_of_their_own_help_an_attacker(cache, tmp_path):
 def test_an_attacker_with_other_images(cache, tmp_path):
     config = settings("Classifier", "stem", "none", attackers=AttackersConfig(data="photographs"))
     (row,) = audited(config, tmp_path, cache)[0].rows
-    assert row["attacker"]["data"] == "photographs" and row["attacker"]["images"] < 150
+    assert row.attacker.data == "photographs" and row.attacker.images < 150
     config = settings("Classifier", "stem", "none", attackers=AttackersConfig(data="procedural:40"))
     with pytest.raises(AfterimageError, match="test images are among the attacker's own"):
         audited(config, tmp_path, cache)
@@ -166,7 +166,7 @@ def test_decoders_that_train_by_epochs_attack_too(cache, tmp_path):
     config = settings("Classifier", "stem", "pca:3+int8", attackers=AttackersConfig(("transposed",), (20,)))
     results, _ = audited(config, tmp_path, cache)
     (row,) = results.rows
-    assert row["attacker"]["decoder"] == "transposed" and row["scores"]["psnr"]["estimate"] > 5
+    assert row.attacker.decoder == "transposed" and row.scores["psnr"].estimate > 5
     assert not list(tmp_path.glob("cells/*/checkpoint*"))
 
 
@@ -255,8 +255,8 @@ def test_audits_repeat(cache, tmp_path):
     config = settings("Classifier", "stem", "noise:0.5", "shuffle")
     rows = [audited(config, tmp_path / str(i), cache)[0].rows for i in range(2)]
     for first, second in zip(*rows, strict=True):
-        assert first["scores"] == second["scores"] and first["identification"] == second["identification"]
-        assert np.isfinite(first["scores"]["psnr"]["estimate"])
+        assert first.scores == second.scores and first.identification == second.identification
+        assert np.isfinite(first.scores["psnr"].estimate)
 
 
 @pytest.mark.parametrize("defence", ["none", "noise:0.3+int8"])
@@ -264,13 +264,13 @@ def test_an_attacker_with_the_weights_gets_at_least_as_much(defence, cache, tmp_
     attackers = AttackersConfig(threat_models=("black-box", "white-box"), refine_steps=60, refine_images=6)
     results, _ = audited(settings("Classifier", "stem", defence, attackers=attackers), tmp_path, cache)
     decoded, refined = results.rows
-    assert refined["attacker"]["threat_model"] == "white-box" and refined["scores"]["psnr"]["count"] == 6
-    assert "refined for 60 steps" in refined["notes"][0]
-    by_id = {row["id"]: row["psnr"] for row in read_csv(tmp_path / decoded["folder"] / "scores.csv")}
-    gains = [row["psnr"] - by_id[row["id"]] for row in read_csv(tmp_path / refined["folder"] / "scores.csv")]
+    assert refined.attacker.threat_model == "white-box" and refined.scores["psnr"].count == 6
+    assert "refined for 60 steps" in refined.notes[0]
+    by_id = {row["id"]: row["psnr"] for row in read_csv(tmp_path / decoded.folder / "scores.csv")}
+    gains = [row["psnr"] - by_id[row["id"]] for row in read_csv(tmp_path / refined.folder / "scores.csv")]
     if defence == "none":
         assert np.mean(gains) > 1
-    assert attacker_text(refined["attacker"]).endswith("white-box")
+    assert attacker_text(refined.attacker).endswith("white-box")
     again, _ = audited(settings("Classifier", "stem", defence, attackers=attackers), tmp_path, cache)
     assert again.rows == results.rows
 

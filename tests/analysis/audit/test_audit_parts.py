@@ -1,5 +1,7 @@
 """The audit's parts: identification, what a defence costs, the verdict, its figure."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,14 @@ from afterimage.analysis.audit.reidentification import Gallery, reduced
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, whole_network
 from afterimage.config.audit import LimitsConfig
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.intervals import share_interval
+from afterimage.evaluation.intervals import interval_dict, share_interval
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.lpips import LPIPS
 from afterimage.report.audit.figures import privacy_utility
 from afterimage.report.audit.verdict import LEAKS, OPEN, WITHIN, judge
 from afterimage.runs.audit import SIDE
+from afterimage.runs.results import Attacker, AttackFacts, Interval, Worst
 
 
 def sample_images(count, seed=0, size=24):
@@ -74,8 +77,8 @@ def test_large_images_are_reduced_and_small_ones_are_not():
 )
 def test_intervals_of_shares_are_clopper_and_pearsons(hits, total, low, high):
     found = share_interval(np.arange(total) < hits)
-    assert (found["estimate"], found["count"]) == (hits / total, total)
-    assert found["low"] == pytest.approx(low, abs=1e-4) and found["high"] == pytest.approx(high, abs=1e-4)
+    assert (found.estimate, found.count) == (hits / total, total)
+    assert found.low == pytest.approx(low, abs=1e-4) and found.high == pytest.approx(high, abs=1e-4)
 
 
 class Split(ImageSet):
@@ -134,28 +137,25 @@ def test_a_network_without_its_classifier_is_judged_by_its_embedding(weights_fol
 
 
 def interval(estimate, half=0.02, count=100):
-    return {
-        "estimate": estimate,
-        "low": max(0.0, estimate - half),
-        "high": min(1.0, estimate + half),
-        "count": count,
-    }
+    return Interval(estimate, max(0.0, estimate - half), min(1.0, estimate + half), count)
 
 
 def row(layer, defence, ssim, found, decoder="linear", images=640):
-    return {
-        "layer": layer,
-        "defence": defence,
-        "attacker": {"decoder": decoder, "images": images, "threat_model": "black-box", "data": ""},
-        "scores": {"ssim": interval(ssim)},
-        "identification": {"pixels": interval(found), "correlation": interval(found / 2)},
-        "chance": 0.01,
-    }
+    shares = {"pixels": interval(found), "correlation": interval(found / 2)}
+    return AttackFacts(
+        layer, defence, Attacker(decoder, images, "black-box", ""), {"ssim": interval(ssim)}, Worst("image", ssim),
+        shares, 100, 0.01, 1.0,
+    )  # fmt: skip
 
 
 def cost(utility, size=1000):
     kind = None if utility is None else "classes"
-    return {"kind": kind, "score": None if utility is None else interval(utility), "bytes": size, "notes": []}
+    return {
+        "kind": kind,
+        "score": None if utility is None else interval_dict(interval(utility)),
+        "bytes": size,
+        "notes": [],
+    }
 
 
 ROWS = [
@@ -191,8 +191,8 @@ def test_an_attacker_with_few_images_hides_no_leak_that_another_shows():
     """Refined attackers have few test images: their wide interval reaches further and shows less."""
     shown = row("a", "none", 0.44, 0.65)
     refined = row("a", "none", 0.44, 0.6, "linear + refined")
-    refined["scores"]["ssim"] = interval(0.44, 0.08, 20)
-    refined["identification"] = {"pixels": interval(0.6, 0.2, 20)}
+    few = {"scores": {"ssim": interval(0.44, 0.08, 20)}, "identification": {"pixels": interval(0.6, 0.2, 20)}}
+    refined = replace(refined, **few)
     for rows in ([shown], [shown, refined], [refined, shown]):
         (option,) = judge(rows, [], {("a", "none"): cost(1.0)}, LimitsConfig(0.4, 0.5)).options
         assert option.status == LEAKS

@@ -79,8 +79,8 @@ def test_a_store_is_audited_without_an_encoder(arrays, tmp_path):
     )  # fmt: skip
     results = run_audit(config, tmp_path / "audit", accelerator="cpu")
     plain, noisy = results.rows
-    assert plain["identification"]["pixels"]["estimate"] == 1 and plain["scores"]["psnr"]["estimate"] > 30
-    assert noisy["scores"]["psnr"]["high"] < plain["scores"]["psnr"]["low"]
+    assert plain.identification["pixels"].estimate == 1 and plain.scores["psnr"].estimate > 30
+    assert noisy.scores["psnr"].high < plain.scores["psnr"].low
     cost = results.costs["features", "none"]
     assert cost["score"] is None and "no network" in cost["notes"][0] and cost["bytes"] == 3 * 16 * 16 * 4
     assert any("without random crops" in note for note in results.notes)
@@ -96,8 +96,8 @@ def test_another_split_of_a_store_is_another_measurement(arrays, tmp_path):
             recipe=RecipeConfig(batch_size=16), test_fraction=fraction, data=DataConfig(split_seed=seed),
         )  # fmt: skip
         (row,) = run_audit(config, tmp_path / "audit", accelerator="cpu").rows
-        assert row["scores"]["psnr"]["count"] == round(fraction * COUNT)
-        found.append(row["folder"])
+        assert row.scores["psnr"].count == round(fraction * COUNT)
+        found.append(row.folder)
     assert len(set(found)) == 3
 
 
@@ -127,7 +127,7 @@ def test_vectors_are_attacked_too(arrays, tmp_path):
     arrays["features"] = arrays["features"].reshape(COUNT, -1)[:, ::8]
     config = AuditConfig(pairs=str(write(tmp_path / "store.npz", arrays)), defences=("none",))
     (row,) = run_audit(config, tmp_path / "audit", accelerator="cpu").rows
-    assert row["identification"]["correlation"]["estimate"] > 0.5
+    assert row.identification["correlation"].estimate > 0.5
 
 
 def test_several_layers_and_names(arrays, tmp_path):

@@ -1,6 +1,7 @@
 """Pixels that no location sees: an audit says so, and does not pass for them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from afterimage.models.decoders.canvas import seen_box
 from afterimage.report.audit.page import write_audit
 from afterimage.report.audit.verdict import LEAKS, SSIM_SEEN, judge
 from afterimage.runs.files import read_csv
+from afterimage.runs.results import SeenPart
+from simulated_runs import feature_map
 from test_audit_parts import COSTS, cost, interval, row
 
 DROPPED = "the last 8 rows and columns of 40x40 images are not seen"
@@ -46,21 +49,21 @@ def judged(results, limits):
 def test_a_crop_does_not_pass_for_the_pixels_that_are_dropped(audits):
     _, found = audits
     (even,), (row,) = found[32].rows, found[40].rows
-    assert "seen" not in even and row["seen"]["rows"] == row["seen"]["columns"] == [0, 32]
-    assert row["seen"]["unseen"] == DROPPED and row["seen"]["share"] == pytest.approx(0.64)
-    whole, part = row["scores"]["ssim"], row["seen"]["scores"]["ssim"]
+    assert even.seen is None and row.seen.rows == row.seen.columns == (0, 32)
+    assert row.seen.unseen == DROPPED and row.seen.share == pytest.approx(0.64)
+    whole, part = row.scores["ssim"], row.scores_seen["ssim"]
     # What the pixels beside them hide of the leak is in the whole, and not in what is seen.
-    assert whole["high"] < part["low"]
-    assert part["estimate"] == pytest.approx(even["scores"]["ssim"]["estimate"], abs=0.04)
-    limit = (whole["high"] + part["low"]) / 2
+    assert whole.high < part.low
+    assert part.estimate == pytest.approx(even.scores["ssim"].estimate, abs=0.04)
+    limit = (whole.high + part.low) / 2
     for crop in (32, 40):
         verdict = judged(found[crop], LimitsConfig(max_ssim=limit))
         assert verdict.passed is False and verdict.options[0].status == LEAKS
     assert verdict.options[0].ssim.by == SSIM_SEEN
-    assert f"{SSIM_SEEN} {part['estimate']:.3f}" in verdict.options[0].reasons[0]
+    assert f"{SSIM_SEEN} {part.estimate:.3f}" in verdict.options[0].reasons[0]
     assert any(DROPPED in remark and "36.0% of their pixels" in remark for remark in verdict.remarks)
     assert {f"{name}{end}" for name in ("pixels", "correlation") for end in ("", SEEN)} <= set(
-        row["identification"]
+        row.identification
     )
 
 
@@ -71,12 +74,10 @@ def test_everything_written_says_what_is_not_seen(audits, capsys):
     write_audit(found[40], verdict, limits, root / "40")
     values = json.loads((root / "40" / "audit.json").read_text())
     assert values["subject"]["seen"]["block0"]["unseen"] == DROPPED
-    assert values["rows"][0]["seen"]["scores"]["psnr"]["count"] == 45
+    assert values["rows"][0]["scores_seen"]["psnr"]["count"] == 45
     assert any(DROPPED in remark for remark in values["verdict"]["remarks"])
     page = (root / "40" / "index.html").read_text()
-    assert (
-        DROPPED in page and f"seen part {values['rows'][0]['seen']['scores']['ssim']['estimate']:.3f}" in page
-    )
+    assert DROPPED in page and f"seen part {values['rows'][0]['scores_seen']['ssim']['estimate']:.3f}" in page
     print_verdict(found[40], verdict)
     out = capsys.readouterr().out
     assert DROPPED in out and "seen part" in out
@@ -85,14 +86,14 @@ def test_everything_written_says_what_is_not_seen(audits, capsys):
 
 
 def test_the_part_that_leaks_more_decides():
-    blurred = row("a", "none", 0.3, 0.02) | {"seen": {"unseen": DROPPED, "share": 0.64}}
-    blurred["seen"]["scores"] = {"ssim": interval(0.8)}
+    seen = SeenPart((0, 32), (0, 32), 0.64, DROPPED)
+    blurred = replace(row("a", "none", 0.3, 0.02), seen=seen, scores_seen={"ssim": interval(0.8)})
     verdict = judge([blurred], [], {("a", "none"): cost(1.0)}, LimitsConfig(max_ssim=0.5))
     assert verdict.passed is False and verdict.options[0].ssim.by == SSIM_SEEN
-    spread = blurred | {"seen": blurred["seen"] | {"scores": {"ssim": interval(0.1)}}}
+    spread = replace(blurred, scores_seen={"ssim": interval(0.1)})
     (option,) = judge([spread], [], {("a", "none"): cost(1.0)}, LimitsConfig(max_ssim=0.5)).options
     assert option.ssim.by == "SSIM" and option.ssim.estimate == 0.3
-    tiny = blurred | {"seen": blurred["seen"] | {"scores": {"ssim": None}}}
+    tiny = replace(blurred, scores_seen={"ssim": None})
     assert judge([tiny], [], COSTS | {("a", "none"): cost(1.0)}, LimitsConfig(max_ssim=0.5)).passed is True
 
 
@@ -141,8 +142,9 @@ def test_scores_of_what_is_seen_are_those_of_that_part(box):
     else:
         alike = ssim(cropped(outputs, box), cropped(given.images, box))
         assert [r["ssim_seen"] for r in results[0].rows] == pytest.approx(alike.tolist())
-    entries = [{"source": "a:x", "unseen": "the last 8 rows are not seen"}, {"source": "b:x"}]
+    unseen = (("a", "the last 8 rows are not seen"), ("b", ""))
+    entries = [replace(feature_map(f"{name}:x", 1, 4), unseen=text) for name, text in unseen]
     notes = seen_notes(entries, box, (40, 40), results[0].rows)
-    mean = summarise(results[0].rows, SEEN)["psnr"]["mean"]
+    mean = summarise(results[0].rows, SEEN)["psnr"].mean
     assert notes[0] == "a:x: the last 8 rows are not seen" and f"{mean:.2f} dB" in notes[1]
     assert seen_notes(entries[1:], None, (40, 40)) == []

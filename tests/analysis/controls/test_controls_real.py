@@ -11,7 +11,7 @@ from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.experiments.queue import train_runs
 from afterimage.experiments.study import with_matched_controls
 from afterimage.report.controls import control_findings, read_part
-from afterimage.report.read import read_rows
+from afterimage.report.rows import read_rows
 
 pytestmark = pytest.mark.xdist_group("controls_real")  # the runs are trained once
 SHALLOW = "resnet18.tv_in1k:layer1"

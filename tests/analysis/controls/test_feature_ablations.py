@@ -18,7 +18,9 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.queue import train_runs
 from afterimage.experiments.study import run_study, with_matched_controls
 from afterimage.models.reconstructor import FeatureDecoder, MultiEncoder, Reconstructor
+from afterimage.runs.results import LpipsStatus
 from afterimage.runs.run import Run
+from report_study import write_reference
 
 MODEL = "test_resnet.r160_in1k"
 DATA = DataConfig("procedural:24", test="procedural:5", resize=64, crop=64)
@@ -110,7 +112,7 @@ def test_controls_come_out_in_their_order(finished):
     run, _ = finished
     facts = read(run, "controls")
     means = {name: scores["psnr"]["mean"] for name, scores in facts["controls"].items()}
-    assert means["own"] == pytest.approx(run.summary["scores"]["psnr"]["mean"], abs=1e-3)
+    assert means["own"] == pytest.approx(run.result.scores["psnr"].mean, abs=1e-3)
     assert means["own"] > means["colour"] + 1
     assert all(means[name] < means["colour"] for name in ("another", "shuffled", "mean"))
     assert 0 < facts["distances"]["reencoded"] < facts["distances"]["random_pair"]
@@ -174,11 +176,8 @@ def test_one_test_image_has_no_other(finished, tmp_path):
     assert "controls need two test images or more, it has 1" in str(error)
 
 
-@pytest.mark.parametrize("kind", ["reference", "inversion"])
-def test_rows_without_a_decoder_are_passed_over(tmp_path, kind):
-    run = Run.create(tmp_path, CONFIG)
-    run.file("summary.json").write_text(json.dumps({"kind": kind}))
-    run.set_state("done")
+def test_rows_without_a_decoder_are_passed_over(tmp_path):
+    run = write_reference(tmp_path, "mean")
     assert run_controls([run], accelerator="cpu") == []
     assert not any(run.file(f"{part}.json").exists() for part in PARTS)
 
@@ -188,7 +187,9 @@ def test_twins(monkeypatch):
 
     trained = replace(CONFIG, weights="pretrained", decoder=DecoderConfig("transposed"))
     said = []
-    monkeypatch.setattr(twins, "Metrics", lambda net: type("M", (), {"lpips_status": {"available": True}}))
+    monkeypatch.setattr(
+        twins, "Metrics", lambda net: type("M", (), {"lpips_status": LpipsStatus("alex", True)})
+    )
     found = with_matched_controls([trained, replace(CONFIG, weights="pretrained"), trained], said.append)
     assert [(c.decoder.name, c.weights, c.recipe.loss) for c in found] == [
         ("transposed", "pretrained", "mse"),
@@ -197,7 +198,7 @@ def test_twins(monkeypatch):
         ("linear", "pretrained", "mse"),
         ("linear", "random", "mse"),
     ]
-    status = {"available": False, "reason": "no weights"}
+    status = LpipsStatus("alex", reason="no weights")
     monkeypatch.setattr(twins, "Metrics", lambda net: type("M", (), {"lpips_status": status}))
     found = with_matched_controls([trained], lambda what, *_: said.append(what))
     assert len(found) == 2 and said == ["WARNING: no perceptual twins: LPIPS is unavailable: no weights"]
@@ -211,6 +212,6 @@ def test_a_study_with_controls_measures_them_all(tmp_path):
     )
     runs, failures = run_study(study, tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
     assert not failures
-    decoders = [run for run in runs if run.summary["kind"] == "decoder"]
+    decoders = [run for run in runs if run.result.kind == "decoder"]
     assert len(decoders) == 1 < len(runs)
     assert all(run.file(f"{part}.json").exists() == (run in decoders) for part in PARTS for run in runs)

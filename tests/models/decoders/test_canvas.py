@@ -396,15 +396,13 @@ def test_a_run_says_what_no_location_sees_and_still_holds(tmp_path):
     alone = replace(config, sources=config.sources[:1], fusion=None)
     runs = train_runs([config, alone], tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
     for run in runs:
-        summary = run.summary
-        notes = "\n".join(summary["notes"])
-        assert notes.count("the last 8 rows and columns of 40x40 images are not seen") == len(
-            summary["sources"]
-        )
+        result = run.result
+        notes = "\n".join(result.notes)
+        assert notes.count("the last 8 rows and columns of 40x40 images are not seen") == len(result.sources)
         assert "36.0% of an image's pixels are seen by no location" in notes
-        seen = summary["scores_seen"]["psnr"]["mean"]
+        seen = result.scores_seen["psnr"].mean
         assert f"on the other pixels alone the mean PSNR is {seen:.2f} dB" in notes
-        assert seen > summary["scores"]["psnr"]["mean"]
+        assert seen > result.scores["psnr"].mean
         assert load_reconstructor(run).reconstruct(torch.rand(1, 3, 40, 40)).shape == (1, 3, 40, 40)
         (verdict,) = verify_runs([run], cache=tmp_path / "cache", accelerator="cpu")
         assert verdict.holds

@@ -122,9 +122,7 @@ def test_the_network_runs_no_deeper_than_the_deepest_layer(images):
     encoder.model.layer2.register_forward_pre_hook(fail)
     encoder(images)
     assert not any(key.startswith(("model.layer2", "model.fc")) for key in encoder.state_dict())
-    assert (
-        sum(p.numel() for p in encoder.parameters()) == encoder.describe()[0]["encoder_parameters"] == 157_504
-    )
+    assert sum(p.numel() for p in encoder.parameters()) == encoder.describe()[0].encoder_parameters == 157_504
 
 
 def test_training_leaves_the_state_bit_identical_and_without_gradients(images):
@@ -244,8 +242,9 @@ def test_describe_and_list_layers_agree_with_what_is_known():
     assert layer.encoder_macs == 112 * 112 * 9_408 + 3 * 2 * 56 * 56 * 36_864
     assert [layers[name].order for name in layers] == sorted(layer.order for layer in layers.values())
     (described,) = Encoder("resnet34:layer1", weights="random").describe()
-    assert described.pop("source") == "resnet34.a1_in1k:layer1"
-    assert described.items() <= layer.as_dict().items()
+    assert described.source == "resnet34.a1_in1k:layer1"
+    same = vars(described).keys() - {"source"}
+    assert all(getattr(described, name) == getattr(layer, name) for name in same)
 
 
 def test_whole_networks_cost_what_their_papers_say():

@@ -167,7 +167,7 @@ def test_one_beginning_of_names_is_taken_off_and_said(whole, tmp_path, prefix):
     assert holds(encoder, whole)
     assert encoder.weights.note == f"the tensors without the beginning {prefix!r} of their names"
     assert encoder.notes == (f"weights of {TINY}: {encoder.weights.note}",)
-    assert encoder.weights.as_dict()["note"] == encoder.weights.note
+    assert encoder.weights.used.note == encoder.weights.note
     file = tmp_path / "x.safetensors"
     save_file({key: value.contiguous() for key, value in begin(prefix, whole).items()}, file)
     assert holds(Encoder(f"{TINY}:layer2", weights=file, image_size=64), whole)
@@ -186,7 +186,7 @@ def test_the_container_that_fits_is_found_and_said(whole, tmp_path, nest):
 
 def test_plain_names_need_no_word(whole, tmp_path):
     encoder = load(whole, tmp_path)
-    assert encoder.weights.note == "" and encoder.notes == () and "note" not in encoder.weights.as_dict()
+    assert encoder.weights.note == "" and encoder.notes == () and encoder.weights.used.note == ""
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,8 @@ def test_rows_and_columns_are_measured_each_for_itself():
     encoder = Encoder("vit_tiny_patch16_224:block0", weights="random", image_size=(104, 96))
     (spec,), (described,) = encoder.specs, encoder.describe()
     assert (spec.rows, spec.columns) == (Axis(0.0, 16.0, 0, 96), None)
-    assert (
-        described["rows"] == {"start": 0, "stride": 16, "first": 0, "last": 96}
-        and described["columns"] is None
-    )
-    assert described["unseen"] == "the last 8 rows of 104x96 images are not seen"
+    assert (described.rows, described.columns) == (spec.rows, spec.columns)
+    assert described.unseen == "the last 8 rows of 104x96 images are not seen"
 
 
 def test_a_vector_has_no_placement_and_an_attention_without_residual_keeps_its_queries():

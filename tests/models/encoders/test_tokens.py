@@ -129,7 +129,7 @@ def test_the_number_of_prefix_tokens_can_be_said():
         CustomEncoder(Opaque(extra=1), ["output"], image_size=32)
     encoder = CustomEncoder(Opaque(extra=1), ["output"], image_size=32, prefix_tokens=1)
     assert (encoder.specs[0].height, encoder.specs[0].width, encoder.places[0].layout.prefix) == (4, 4, 1)
-    assert "aten::sort" in encoder.describe()[0]["unseen"]
+    assert "aten::sort" in encoder.places[0].placement.unseen
     # What is measured is not overruled.
     with pytest.raises(AfterimageError, match="prefix_tokens is 2, but 4 of its tokens come before"):
         CustomEncoder(Tokens(), ["output"], image_size=32, prefix_tokens=2)
@@ -195,4 +195,4 @@ def test_maps_inside_dataclasses_are_found_and_can_be_replaced(wrap, layer):
 def test_an_own_networks_dropped_pixels_are_named():
     encoder = CustomEncoder(nn.Sequential(nn.Conv2d(3, 8, 4, 4)), ["output"], image_size=(34, 32))
     assert (encoder.specs[0].rows, encoder.specs[0].columns) == (Axis(0.0, 4.0, 0, 32), None)
-    assert encoder.describe()[0]["unseen"] == "the last 2 rows of 34x32 images are not seen"
+    assert encoder.places[0].placement.unseen == "the last 2 rows of 34x32 images are not seen"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,20 @@ import numpy as np
 
 from afterimage.analysis.audit.reidentification import Compared, Gallery
 from afterimage.config.audit import digest
-from afterimage.evaluation.evaluate import SCORES, SEEN, score_notes
-from afterimage.evaluation.intervals import interval_dict, mean_interval, share_interval
+from afterimage.evaluation.evaluate import SEEN, score_notes, summarise
+from afterimage.evaluation.intervals import mean_interval, share_interval
 from afterimage.runs.files import write_json
+from afterimage.runs.results import (
+    METRICS,
+    Attacker,
+    AttackFacts,
+    DataFacts,
+    Interval,
+    LpipsStatus,
+    Result,
+    SeenPart,
+    Worst,
+)
 from afterimage.runs.run import Run
 
 VERSION = 1
@@ -41,13 +52,8 @@ class AuditCondition:
     def run(self, root: Path) -> Run:
         return Run(root / "cells" / self.name)
 
-    def attacker(self) -> dict[str, Any]:
-        return {
-            "decoder": self.decoder,
-            "images": self.images,
-            "threat_model": self.threat_model,
-            "data": self.settings["attacker_data"],
-        }
+    def attacker(self) -> Attacker:
+        return Attacker(self.decoder, self.images, self.threat_model, self.settings["attacker_data"])
 
     def begin(self, root: Path) -> Run:
         """The cell's folder with what was asked for; `runs` says what else it comes to hold."""
@@ -56,7 +62,7 @@ class AuditCondition:
             asked = {
                 "layer": self.layer,
                 "defence": self.defence,
-                **self.attacker(),
+                **asdict(self.attacker()),
                 "settings": self.settings,
             }
             write_json(run.file("cell.json"), asked)
@@ -70,9 +76,11 @@ class AuditCondition:
         reconstructions: Compared,
         galleries: Mapping[str, Gallery],
         *,
+        data: DataFacts,
+        lpips: LpipsStatus,
         seconds: float,
         notes: Sequence[str],
-        seen: Mapping[str, Any] | None = None,
+        seen: SeenPart | None = None,
     ) -> None:
         """Write what leaked: `rows` from `evaluate`, one a test image, and `reconstructions` as they are compared.
 
@@ -86,26 +94,34 @@ class AuditCondition:
         columns = {f"found_by_{name}": values for name, values in found.items()}
         rows = [row | {k: int(v[i]) for k, v in columns.items()} for i, row in enumerate(rows)]
         worst, ssim = max(((row["id"], _most(row)) for row in rows), key=lambda pair: pair[1])
-        summary = {
-            "layer": self.layer,
-            "defence": self.defence,
-            "attacker": self.attacker(),
-            "scores": {name: _interval([row[name] for row in rows]) for name in SCORES},
-            "worst": {"id": worst, "ssim": ssim},
-            "identification": {name: share_interval(values) for name, values in found.items()},
-            "candidates": len(galleries[""].originals),
-            "chance": 1 / len(galleries[""].originals),
-            "seconds": round(seconds, 2),
-            "notes": [*notes, *score_notes(rows)],
-        }
-        if seen is not None:
-            columns = {name: [row[f"{name}{SEEN}"] for row in rows] for name in SCORES}
-            summary["seen"] = {
-                **seen,
-                "scores": {name: _interval(values) for name, values in columns.items()},
-            }
+        candidates = len(galleries[""].originals)
+        facts = AttackFacts(
+            layer=self.layer,
+            defence=self.defence,
+            attacker=self.attacker(),
+            scores=_intervals(rows),
+            worst=Worst(worst, ssim),
+            identification={name: share_interval(values) for name, values in found.items()},
+            candidates=candidates,
+            chance=1 / candidates,
+            seconds=round(seconds, 2),
+            seen=seen,
+            scores_seen=None if seen is None else _intervals(rows, SEEN),
+        )
+        found = Result(
+            kind="attack",
+            label=" · ".join(filter(None, (self.layer, self.defence, self.decoder))),
+            config=None,
+            data=data,
+            lpips=lpips,
+            scores=summarise(rows),
+            per_image=tuple(rows),
+            attack=facts,
+            scores_seen=None if seen is None else summarise(rows, SEEN),
+            notes=(*notes, *score_notes(rows)),
+        )
         run = self.run(root)
-        run.save_result(summary, rows, images)
+        run.save_result(found, images)
         run.set_state("done")
 
 
@@ -115,5 +131,8 @@ def _most(row: Mapping[str, Any]) -> float:
     return row["ssim"] if part is None else max(row["ssim"], part)
 
 
-def _interval(values: Sequence[float | None]) -> dict[str, Any] | None:
-    return None if None in values else interval_dict(mean_interval(np.array(values)))
+def _intervals(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, Interval | None]:
+    columns = {name: [row[f"{name}{suffix}"] for row in rows] for name in METRICS}
+    return {
+        name: None if None in values else mean_interval(np.array(values)) for name, values in columns.items()
+    }

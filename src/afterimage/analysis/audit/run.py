@@ -32,11 +32,11 @@ from afterimage.evaluation.evaluate import SEEN, Box, cropped, evaluate
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.placement import describe_unseen
-from afterimage.models.weights import identity
-from afterimage.runs.audit import BLIND, Results
+from afterimage.runs.audit import BLIND, Attack, Results
 from afterimage.runs.environment import environment
 from afterimage.runs.failures import TRACEBACK, forget, is_done, record
 from afterimage.runs.files import read_json, write_atomic, write_json
+from afterimage.runs.results import SeenPart
 from afterimage.runs.run import Run
 from afterimage.runtime.device import one_device
 from afterimage.runtime.failures import EVERYTHING, as_error, concerns, foreseen, let_go, of_caller, one_line
@@ -104,13 +104,13 @@ class _Audit:
         return {
             "name": subject.name,
             "stored": subject.is_stored,
-            "weights": subject.weights,
+            "weights": asdict(subject.weights) if subject.weights else {},
             "image": list(subject.image_size),
             "features": {k: [s.channels, s.height, s.width] for k, s in subject.specs.items()},
-            "seen": {layer: seen for layer in subject.specs if (seen := self._seen(layer)) is not None},
-            "data": subject.data.describe(),
+            "seen": {layer: asdict(seen) for layer in subject.specs if (seen := self._seen(layer))},
+            "data": asdict(subject.data.describe()),
             "attacker_data": self.config.attackers.data or "the same source as the test images",
-            "lpips": self.metrics.lpips_status,
+            "lpips": asdict(self.metrics.lpips_status),
         }
 
     def run(self) -> Results:
@@ -182,8 +182,8 @@ class _Audit:
         """The part of images that a layer's locations see; None where that is all of them."""
         return seen_box([self.subject.specs[layer]], self.subject.image_size)
 
-    def _seen(self, layer: str) -> dict[str, Any] | None:
-        """The same as plain values, with the share of all pixels, and in words what is not seen."""
+    def _seen(self, layer: str) -> SeenPart | None:
+        """The same with its share of all pixels, and in words what is not seen."""
         box = self._box(layer)
         if box is None:
             return None
@@ -192,7 +192,7 @@ class _Audit:
         share = (bottom - top) * (right - left) / (height * width)
         spec = self.subject.specs[layer]
         text = describe_unseen(spec.rows, spec.columns, self.subject.image_size)
-        return {"rows": list(box[0]), "columns": list(box[1]), "share": share, "unseen": text}
+        return SeenPart(*box, share, text)
 
     def _compared(self, layer: str) -> dict[str, Gallery]:
         """The test images, and what a layer's locations see of them, as galleries."""
@@ -209,7 +209,7 @@ class _Audit:
         spec = subject.specs.get(layer)
         settings = {
             "subject": subject.name,
-            "weights": identity(subject.weights) if subject.weights else "",
+            "weights": subject.weights.identity if subject.weights else "",
             "normalised": [config.mean, config.std] if config.encoder else None,
             "features": None if spec is None else [spec.channels, spec.height, spec.width],
             "test": subject.data.digest,
@@ -218,7 +218,7 @@ class _Audit:
             "image": subject.image_size,
             "recipe": to_dict(config.recipe),
             "seed": config.seed,
-            "lpips": config.lpips if self.metrics.lpips_status["available"] else "",
+            "lpips": config.lpips if self.metrics.lpips_status.available else "",
         }
         if spec is not None and (spec.rows or spec.columns):
             settings["placement"] = [
@@ -230,10 +230,14 @@ class _Audit:
             layer, defence, decoder, len(data.train) + len(data.validation), threat_model, settings
         )
 
-    def _collect(self, cell: AuditCondition, into: list[dict[str, Any]]) -> None:
+    def _collect(self, cell: AuditCondition, into: list[Attack]) -> None:
         run = cell.run(self.root)
         if run.state == "done":
-            into.append(run.summary | {"folder": str(run.path.relative_to(self.root))})
+            into.append(Attack.of(run, self.root))
+
+    def _save(self, cell: AuditCondition, *measured: Any, **facts: Any) -> None:
+        data, lpips = self.subject.data.describe(), self.metrics.lpips_status
+        cell.save(self.root, *measured, data=data, lpips=lpips, **facts)
 
     def _blind(self, cell: AuditCondition, data: Data) -> None:
         if cell.run(self.root).state != "done":
@@ -249,7 +253,7 @@ class _Audit:
             )
             small = {"": reduced(mean).expand(len(data.test), -1, -1, -1)}
             seconds = time.monotonic() - started
-            cell.save(self.root, result.rows, [], small, self._compared(""), seconds=seconds, notes=[])
+            self._save(cell, result.rows, [], small, self._compared(""), seconds=seconds, notes=[])
         self._collect(cell, self.results.blind)
 
     def _layer(self, layer: str, attackers: dict[int, Data]) -> None:
@@ -490,8 +494,8 @@ class _Audit:
         for member, result, reconstructions in zip(which, results, small, strict=True):
             cell = members[member]
             with self._recorded(cell, member):
-                cell.save(
-                    self.root, result.rows, result.images, reconstructions, self._compared(layer),
+                self._save(
+                    cell, result.rows, result.images, reconstructions, self._compared(layer),
                     seconds=member.seconds, notes=member.notes, seen=self._seen(layer),
                 )  # fmt: skip
                 remove_checkpoints(cell.run(self.root))
@@ -514,7 +518,7 @@ class _Audit:
                 box=self._box(cell.layer), progress=self.progress,
             )  # fmt: skip
             notes = [f"decoded by {cell.decoder}, then refined for {limits.refine_steps} steps"]
-            cell.save(
-                self.root, rows, images, small, self._compared(cell.layer),
+            self._save(
+                cell, rows, images, small, self._compared(cell.layer),
                 seconds=seconds, notes=notes, seen=self._seen(cell.layer),
             )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -16,6 +15,7 @@ from afterimage.data.images import Data
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.module_encoder import CustomEncoder, load_factory
 from afterimage.models.encoders.providers.timm import resolve_model
+from afterimage.runs.results import UsedWeights
 from afterimage.runtime.progress import Progress, silent
 
 NO_AUGMENTATION = (
@@ -27,13 +27,13 @@ NO_AUGMENTATION = (
 class AuditTarget:
     """`data` holds the test images and what a defence is fitted on; `pool` is what an attacker may own.
 
-    `weights` is empty for a store, which has no encoder.
+    `weights` is None for a store, which has no encoder.
     """
 
     config: AuditConfig
     name: str
     specs: dict[str, FeatureSpec]
-    weights: dict[str, Any]
+    weights: UsedWeights | None
     image_size: tuple[int, int]
     data: Data
     pool: Data
@@ -48,7 +48,7 @@ class AuditTarget:
 
     @property
     def is_stored(self) -> bool:
-        return not self.weights
+        return self.weights is None
 
     def encoder(self, layer: str) -> Encoder | CustomEncoder:
         """The frozen encoder that ends at one layer."""
@@ -93,7 +93,7 @@ def open_subject(
         notes.append("images reach the network as they are, in [0, 1]: no --mean and --std were given")
     size = (config.data.crop, config.data.crop)
     specs = dict(zip(layers, encoder.specs, strict=True))
-    weights = encoder.weights.as_dict()
+    weights = encoder.weights.used
     return AuditTarget(config, encoder.model_name, specs, weights, size, data, pool, notes, network, failures)
 
 
@@ -127,5 +127,5 @@ def _store(config: AuditConfig) -> AuditTarget:
     name = shown(Path(local_path(config.pairs)).name)
     notes = [*store.notes, NO_AUGMENTATION]
     return AuditTarget(
-        config, name, specs, {}, store.image_size, store.data, store.data, notes, failures=failures
+        config, name, specs, None, store.image_size, store.data, store.data, notes, failures=failures
     )

@@ -175,7 +175,9 @@ def measure_cost(
         found.append(
             {
                 "kind": network.kind,
-                "score": share_interval(np.array(agreed)) if network.kind == "classes" else mean,
+                "score": interval_dict(share_interval(np.array(agreed)))
+                if network.kind == "classes"
+                else mean,
                 "cosine": mean,
                 "bytes": defence.sent_bytes + extra,
                 "plain_bytes": defence.plain_bytes + extra,

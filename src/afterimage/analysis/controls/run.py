@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ from afterimage.config import AfterimageError, DataConfig, unknown
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.baselines import mean_colour
-from afterimage.evaluation.evaluate import SCORES, summarise
+from afterimage.evaluation.evaluate import summarise
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.reconstructor import Reconstructor
 from afterimage.runs.failures import TRACEBACK, forget, write_story
 from afterimage.runs.files import read_json, sha256, write_csv, write_json
+from afterimage.runs.results import METRICS
 from afterimage.runs.run import Run
 from afterimage.runtime.device import one_device
 from afterimage.runtime.failures import as_error, concerns, foreseen, let_go, of_caller
@@ -92,7 +94,7 @@ def run_controls(
                 raise AfterimageError(
                     f"run {run.name} is not finished (state: {run.state}): it has no controls"
                 )
-            if run.summary.get("kind") in ("reference", "inversion"):
+            if run.result.kind != "decoder":
                 continue
             missing = [part for part in parts if again or not _is_fresh(run, part)]
             for part in {"controls", *missing}:
@@ -231,16 +233,19 @@ class _Controls:
         for i, identity in enumerate(ids):
             row: dict[str, Any] = {"id": identity, **{name: d[i] for name, d in distances.items()}}
             for name, score in scores.items():
-                row |= {f"{name}_{metric}": score[metric] and score[metric][i] for metric in SCORES}
+                row |= {f"{name}_{metric}": score[metric] and score[metric][i] for metric in METRICS}
             self.rows.append(row)
+
+    def _columns(self, name: str) -> list[dict[str, Any]]:
+        return [{metric: row[f"{name}_{metric}"] for metric in METRICS} for row in self.rows]
 
     def result(self) -> dict[str, Any]:
         names = ("own", *STAND_INS, "colour")
         return {
             "images": len(self.rows),
-            "lpips": self.metrics.lpips_status,
+            "lpips": asdict(self.metrics.lpips_status),
             "controls": {
-                name: summarise([{m: row[f"{name}_{m}"] for m in SCORES} for row in self.rows])
+                name: {m: score and asdict(score) for m, score in summarise(self._columns(name)).items()}
                 for name in names
             },
             "distances": {

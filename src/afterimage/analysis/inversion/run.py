@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from afterimage.analysis.inversion.invert import Inversion, Snapshot, differentiable, invert, refine
 from afterimage.analysis.inversion.parametrizations import HELD_OUT, PARAMETRISATIONS, error_spectrum
-from afterimage.config import AfterimageError, DataConfig, shown
+from afterimage.config import AfterimageError, DataConfig, load_toml, shown
 from afterimage.config.inversion import InversionConfig, InvertConfig
 from afterimage.data.dataset import file_notes, load_data, prepare_image
 from afterimage.data.images import ImageSet
@@ -28,6 +28,7 @@ from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.environment import environment
 from afterimage.runs.files import sha256, write_atomic, write_csv, write_image
+from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result
 from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor, load_tensors, plain
@@ -39,7 +40,7 @@ class InversionInputs:
 
     images: ImageSet
     config: DataConfig
-    facts: dict[str, Any]
+    facts: DataFacts
     notes: tuple[str, ...] = ()
     validation: ImageSet | None = None
 
@@ -63,8 +64,7 @@ def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> 
     crops = torch.cat([prepare_image(path, resize, crop) for path in paths])
     digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
     config = DataConfig(source="files:" + digest[:16], resize=resize, crop=crop)
-    facts = {"source": "files", "test": "", "digest": digest, "test_digest": digest}
-    facts |= {"test_images": len(paths), "resize": resize, "crop": crop}
+    facts = DataFacts("files", "", digest, digest, len(paths), resize, crop)
     return InversionInputs(_Files(names, crops), config, facts, tuple(file_notes(paths, resize)))
 
 
@@ -229,7 +229,7 @@ def invert_run(
 ) -> list[Run]:
     """Refine what a finished run's decoder makes of images, and with `plain` invert the same from grey too.
 
-    Each becomes a run folder below `root` (see `save_inversion`); one that is done is not made again. Where the
+    Each becomes a run folder below `root` (see `_make`); one that is done is not made again. Where the
     method is `fourier` and there are validation images, the decoder's errors are learnt from the first `HELD_OUT`
     of them. Plain inversion knows no images and no decoder. `lpips` is by default the network that the run was
     measured with. Raises `AfterimageError` as `load_reconstructor` and `invert` do.
@@ -256,12 +256,9 @@ def invert_run(
         started = time.monotonic()
         alone = evaluate(reconstructor, given.images, metrics, batch_size=BATCH, device=device)
         # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
-        alone = {
-            "scores": summarise(alone.rows),
-            "seconds": (time.monotonic() - started) / len(given.images),
-        }
-        facts = describe(reconstructor.encoders, sources, method, run) | {"decoder_alone": alone}
-        _make(made["refined"], search, given, method, facts, note, **options)
+        seconds = (time.monotonic() - started) / len(given.images)
+        start = _Start(run, DecoderAlone(summarise(alone.rows), seconds))
+        _make(made["refined"], reconstructor.encoders, search, given, note, start, **options)
     if "inversion" in missing:
         invert_sources(made["inversion"], reconstructor.encoders, method, given, **options)
     return list(made.values())
@@ -277,8 +274,7 @@ def invert_sources(
     **options: Any,
 ) -> None:
     """Invert images from grey through all sources of `encoders` at once, into a run folder."""
-    facts = describe(encoders, encoders.sources, method, None)
-    _make(folder, plain_search(encoders, method, seed), given, method, facts, [], seed=seed, **options)
+    _make(folder, encoders, plain_search(encoders, method, seed), given, [], None, seed=seed, **options)
 
 
 def _spectrum(
@@ -295,36 +291,68 @@ def _spectrum(
     return error_spectrum(errors), [note]
 
 
+@dataclass(frozen=True)
+class _Start:
+    """The run whose decoder made the start, and what that decoder alone came to on the same images."""
+
+    run: Run
+    alone: DecoderAlone
+
+
 def _make(
     folder: Run,
+    encoders: MultiEncoder,
     search: Callable[..., Inversion],
     given: InversionInputs,
-    method: InvertConfig,
-    facts: dict[str, Any],
     notes: Sequence[str],
+    start: _Start | None,
     *,
     metrics: Metrics,
     seed: int,
     device: str,
     progress: Progress,
 ) -> None:
+    """Search, measure, and write the folder as any run's, and curve.csv, PSNR and feature loss by image and pass."""
+    config = load_toml(InversionConfig, folder.file("config.toml"))
+    steps, weights = config.inversion.steps, encoders.weights_of(encoders.sources)
+    digest = sha256(start.run.file("decoder.safetensors")) if start else ""
+
     def snapshot(images: Images) -> None:
         write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
 
-    made_for = [facts["weights"], facts["start"], facts["start_sha256"], given.facts]
+    made_for = [*map(asdict, weights), start.run.name if start else "", digest, asdict(given.facts)]
     batches = Batches(folder.path, made_for)
     measured = measure(
-        search,
-        given.images,
-        metrics,
-        method.steps,
-        device=device,
-        progress=progress,
-        snapshot=snapshot,
-        batches=batches,
+        search, given.images, metrics, steps, device=device, progress=progress, snapshot=snapshot, batches=batches
+    )  # fmt: skip
+    took = f"{steps} passes an inversion, {measured.seconds:.1f} s an image"
+    facts = InversionFacts(
+        steps=steps,
+        seconds_per_image=measured.seconds,
+        feature_loss=sum(row["feature_loss"] for row in measured.rows) / len(measured.rows),
+        start=start.run.name if start else "",
+        start_decoder=start.run.config.decoder.name if start else "",
+        start_sha256=digest,
+        decoder_alone=start and start.alone,
     )
-    facts |= {"data": given.facts, "lpips": metrics.lpips_status, "seed": seed}
-    save_inversion(folder, facts, measured, [*notes, *given.notes], device)
+    name = f"{facts.start_decoder} + refined" if start else "inversion"
+    found = Result(
+        kind="inversion",
+        label=f"{' + '.join(config.sources)} · {name}",
+        config=config,
+        data=given.facts,
+        lpips=metrics.lpips_status,
+        scores=summarise(measured.rows),
+        per_image=tuple(measured.rows),
+        features=tuple(encoders.describe()),
+        weights=tuple(weights),
+        inversion=facts,
+        notes=(took, *weight_notes(weights), *notes, *given.notes, *score_notes(measured.rows)),
+    )
+    folder.save_environment(environment() | {"device": device, "threads": torch.get_num_threads()})
+    write_csv(folder.file("curve.csv"), measured.curve)
+    folder.save_result(found, measured.images)
+    folder.set_state("done")
     batches.clear()
 
 
@@ -338,40 +366,3 @@ def plain_search(encoders: MultiEncoder, method: InvertConfig, seed: int) -> Cal
             return invert(features_of, targets, tuple(images.shape[-2:]), method=method, seed=seed, **options)
 
     return search
-
-
-def describe(
-    encoders: MultiEncoder, sources: Sequence[str], method: InvertConfig, start: Run | None
-) -> dict[str, Any]:
-    """What an inversion's summary says of how it was made; it trains nothing and has no parameters."""
-    name = f"{start.config.decoder.name} + refined" if start else "inversion"
-    return {
-        "kind": "inversion",
-        "label": f"{' + '.join(sources)} · {name}",
-        "sources": list(sources),
-        "decoder": name,
-        "reference": None,
-        "fusion": None,
-        "weights": encoders.weights_of(encoders.sources),
-        "features": encoders.describe(),
-        "parameters": None,
-        "train_seconds": None,
-        "start": start.name if start else None,
-        "start_sha256": sha256(start.file("decoder.safetensors")) if start else None,
-        "steps": method.steps,
-        "optimizer": method.optimizer,
-    }
-
-
-def save_inversion(
-    run: Run, facts: dict[str, Any], measured: Measured, notes: Sequence[str], device: str
-) -> None:
-    """Write an inversion's folder: as any run's, and curve.csv, PSNR and feature loss by image and pass."""
-    facts = facts | {"seconds_per_image": measured.seconds, "scores": summarise(measured.rows)}
-    facts |= {"feature_loss": sum(row["feature_loss"] for row in measured.rows) / len(measured.rows)}
-    took = f"{facts['steps']} passes an inversion, {measured.seconds:.1f} s an image"
-    facts["notes"] = [took, *weight_notes(facts["weights"]), *notes, *score_notes(measured.rows)]
-    run.save_environment(environment() | {"device": device, "threads": torch.get_num_threads()})
-    write_csv(run.file("curve.csv"), measured.curve)
-    run.save_result(facts, measured.rows, measured.images)
-    run.set_state("done")

@@ -307,7 +307,7 @@ def _different_images(runs: Sequence[Run]) -> list[AfterimageError]:
     found: dict[DataConfig, dict[str, str]] = {}
     for run in filter(is_done, runs):
         with contextlib.suppress(AfterimageError):  # a folder that cannot be read is told elsewhere
-            digest = run.summary.get("data", {}).get("digest", "")
+            digest = run.result.data.digest
             found.setdefault(run.config.data, {}).setdefault(digest, run.name)
     return [
         AfterimageError(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FeatureSpec, split_source
 from afterimage.models.encoders.base import Frozen, size_pair
-from afterimage.models.encoders.layers import describe_tap
 from afterimage.models.encoders.providers.timm import (
     create_loaded,
     create_random,
@@ -24,6 +23,7 @@ from afterimage.models.encoders.tensor_layout import reorder
 from afterimage.models.encoders.tracing import TracedLayer, trace
 from afterimage.models.weight_files import read_named_tensors
 from afterimage.models.weights import find_weights, random_weights, weight_notes
+from afterimage.runs.results import FeatureMap
 
 
 class _Done(Exception):
@@ -110,7 +110,7 @@ class Encoder(Frozen):
             file = read_named_tensors(self.weights.file)
             self.model, note = create_loaded(self.model_name, self.image_size, file, used)
             self.weights = replace(self.weights, note=note)
-        self.notes = tuple(weight_notes([self.weights.as_dict()]))
+        self.notes = tuple(weight_notes([self.weights.used]))
         _drop(self.model, {name for names in used for name in names})
         for parameter in self.model.parameters():
             if parameter.ndim == 4:  # the whole model's `to` refuses one that also has 3D convolutions
@@ -149,11 +149,19 @@ class Encoder(Frozen):
             self._features[:] = [None] * len(self._features)
         raise RuntimeError(f"{self.model_name} ended before {self._taps[-1].module} ran")
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[FeatureMap]:
         """Per layer: source, module, shape, reduction, order of execution, cost up to there, and placement."""
         return [
-            {"source": source, **describe_tap(tap, self.image_size)}
-            for source, tap in zip(self.sources, self._taps, strict=True)
+            FeatureMap(
+                **vars(spec),
+                module=tap.module,
+                order=tap.order,
+                reduction=self.image_size[0] / spec.height,
+                encoder_parameters=tap.parameters,
+                encoder_macs=tap.macs,
+                unseen=tap.placement.unseen,
+            )
+            for spec, tap in zip(self.specs, self._taps, strict=True)
         ]
 
     def extra_repr(self) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from afterimage.config import Axis, split_source
 from afterimage.models.encoders.base import size_pair
-from afterimage.models.encoders.placement import Placement
 from afterimage.models.encoders.providers.timm import resolve_model
 from afterimage.models.encoders.tracing import TracedLayer, cannot_run, trace
 
@@ -17,7 +15,9 @@ from afterimage.models.encoders.tracing import TracedLayer, cannot_run, trace
 class LayerInfo:
     """One layer that can be inverted, and what the encoder costs up to there (multiply-adds an image).
 
-    `rows`, `columns` and `unseen` say where its locations lie, as `placement.Placement` has it.
+    `reduction` is the image's height over the features'; `values_per_pixel_value` the number of feature values over
+    the number of values in the image, so that 1 keeps their count. `rows`, `columns` and `unseen` say where its
+    locations lie, as `placement.Placement` has it.
     """
 
     name: str
@@ -39,45 +39,26 @@ class LayerInfo:
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.height, self.width
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def describe_tap(tap: TracedLayer, image_size: Sequence[int]) -> dict[str, Any]:
-    """Shape, cost and placement of a layer, in plain values.
-
-    `reduction` is the image's height over the features'; `values_per_pixel_value` the number of feature values over
-    the number of values in the image, so that 1 keeps their count. `rows` and `columns` are an `Axis` as a dict, or
-    None where the locations divide the image evenly and see all of it; `unseen` names the pixels that none of them
-    sees, or says that their placement is not known, and is "" where there is nothing to say.
-    """
-    layout, (height, width) = tap.layout, image_size
-    reduction = height / layout.height
-    return {
-        "module": tap.module,
-        "channels": layout.channels,
-        "height": layout.height,
-        "width": layout.width,
-        "reduction": int(reduction) if reduction.is_integer() else reduction,
-        "locations": layout.height * layout.width,
-        "values_per_pixel_value": layout.channels * layout.height * layout.width / (3 * height * width),
-        "order": tap.order,
-        "encoder_parameters": tap.parameters,
-        "encoder_macs": tap.macs,
-        **describe_placement(tap.placement),
-    }
-
-
-def describe_placement(placement: Placement) -> dict[str, Any]:
-    """A placement in plain values: `rows` and `columns` (None or an `Axis` as a dict) and `unseen`."""
-    axes = {"rows": placement.rows, "columns": placement.columns}
-    plain = {name: None if axis is None else asdict(axis) for name, axis in axes.items()}
-    return {**plain, "unseen": placement.unseen}
-
 
 def _info(name: str, tap: TracedLayer, size: Sequence[int]) -> LayerInfo:
-    placed = {"rows": tap.placement.rows, "columns": tap.placement.columns}
-    return LayerInfo(name=name, **{**describe_tap(tap, size), **placed})
+    layout, (height, width) = tap.layout, size
+    reduction = height / layout.height
+    return LayerInfo(
+        name=name,
+        module=tap.module,
+        channels=layout.channels,
+        height=layout.height,
+        width=layout.width,
+        reduction=int(reduction) if reduction.is_integer() else reduction,
+        locations=layout.height * layout.width,
+        values_per_pixel_value=layout.channels * layout.height * layout.width / (3 * height * width),
+        order=tap.order,
+        encoder_parameters=tap.parameters,
+        encoder_macs=tap.macs,
+        rows=tap.placement.rows,
+        columns=tap.placement.columns,
+        unseen=tap.placement.unseen,
+    )
 
 
 def list_layers(

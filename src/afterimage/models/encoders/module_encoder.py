@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from afterimage.config import AfterimageError, FeatureSpec, local_path, unknown
 from afterimage.models.encoders.base import Frozen, size_pair
 from afterimage.models.encoders.forward_trace import ForwardTrace, ModuleCall
-from afterimage.models.encoders.layers import describe_placement
 from afterimage.models.encoders.placement import Placement, find_placement
 from afterimage.models.encoders.random_init import seeded
 from afterimage.models.encoders.tensor_layout import Key, Layout, Refused, Shapes, find_grid, find_layout
@@ -130,18 +129,6 @@ class CustomEncoder(Frozen):
             if not found[index].isfinite().all():
                 raise AfterimageError(f"{spec.source} returns values that are not finite")
         return [found[index] for index in range(len(self.places))]
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Per layer: source, module, shape, and where its locations lie, as `Encoder.describe` has it."""
-        return [
-            {
-                "source": spec.source,
-                "module": place.module,
-                **{name: getattr(spec, name) for name in ("channels", "height", "width")},
-                **describe_placement(place.placement),
-            }
-            for spec, place in zip(self.specs, self.places, strict=True)
-        ]
 
     def run(self, images: Float[Tensor, "batch 3 height width"]) -> Any:
         """What the network returns for images in [0, 1]."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from afterimage.report.audit.verdict import (
 from afterimage.report.figures import render, style
 from afterimage.report.page.images import data_uri
 from afterimage.report.page.page import page_environment
-from afterimage.runs.audit import BLIND, DISTANCES, SIDE, Results
+from afterimage.runs.audit import BLIND, DISTANCES, SIDE, Attack, Results
 from afterimage.runs.files import read_image, write_atomic, write_json
 from afterimage.runs.run import Run
 
@@ -60,8 +61,8 @@ def write_audit(
         "subject": results.subject,
         "limits": {"max_ssim": limits.max_ssim, "max_identification": limits.max_identification},
         "verdict": verdict.as_dict(),
-        "rows": results.rows,
-        "without_features": results.blind,
+        "rows": [asdict(row) for row in results.rows],
+        "without_features": [asdict(row) for row in results.blind],
         "costs": costs,
         "notes": results.notes,
         "does_not_show": list(DOES_NOT_SHOW),
@@ -103,23 +104,23 @@ def _table(results: Results, limits: LimitsConfig) -> list[dict[str, Any]]:
     rows = []
     for row in results.rows:
         distance, found = strongest(row)
-        cost = results.costs[row["layer"], row["defence"]]
+        cost = results.costs[row.layer, row.defence]
         status = [interval_status(interval, limits.max_ssim) for interval in likeness(row).values()]
         mark = max(status, key=SEVERITY.index)
-        rows.append({"seen": None, **row, "found": found, "distance": distance, "cost": cost, "mark": mark})
+        rows.append({**vars(row), "found": found, "distance": distance, "cost": cost, "mark": mark})
     return rows
 
 
 def _albums(results: Results, root: Path) -> list[dict[str, Any]]:
     """For each layer the first test images and what the attacker with the best mean SSIM made of each defence."""
     albums = []
-    for layer in dict.fromkeys(row["layer"] for row in results.rows):
-        best: dict[str, Mapping[str, Any]] = {}
-        for row in (row for row in results.rows if row["layer"] == layer):
-            known = best.get(row["defence"])
-            if known is None or row["scores"]["ssim"]["estimate"] > known["scores"]["ssim"]["estimate"]:
-                best[row["defence"]] = row
-        stored = {defence: Run(root / row["folder"]).images[:SHOWN] for defence, row in best.items()}
+    for layer in dict.fromkeys(row.layer for row in results.rows):
+        best: dict[str, Attack] = {}
+        for row in (row for row in results.rows if row.layer == layer):
+            known = best.get(row.defence)
+            if known is None or row.scores["ssim"].estimate > known.scores["ssim"].estimate:
+                best[row.defence] = row
+        stored = {defence: Run(root / row.folder).images[:SHOWN] for defence, row in best.items()}
         originals = next((images for images in stored.values() if images), [])
         columns = [{"name": "original", "images": _encoded(original for _, original, _ in originals)}]
         columns += [

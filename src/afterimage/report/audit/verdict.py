@@ -9,6 +9,7 @@ from typing import Any
 from scipy import stats
 
 from afterimage.config.audit import LimitsConfig
+from afterimage.runs.results import Attacker, AttackFacts, Interval
 
 WITHIN, OPEN, LEAKS = "within limits", "not shown to be safe", "leaks"
 SEVERITY = (WITHIN, OPEN, LEAKS)
@@ -26,11 +27,11 @@ ENOUGH = 0.9
 """Without limits, what keeps this much of the network's own answers may be recommended."""
 
 
-def interval_status(interval: Mapping[str, Any], limit: float | None) -> str:
+def interval_status(interval: Interval | Leak, limit: float | None) -> str:
     """How an interval, `low` to `high`, stands to a limit; within it where there is none."""
-    if limit is None or interval["high"] <= limit:
+    if limit is None or interval.high <= limit:
         return WITHIN
-    return LEAKS if interval["low"] > limit else OPEN
+    return LEAKS if interval.low > limit else OPEN
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Leak:
     attacker: str
 
     def against(self, limit: float | None) -> str:
-        return interval_status(asdict(self), limit)
+        return interval_status(self, limit)
 
     def text(self, limit: float) -> str:
         """The estimate with the end of its interval that decides."""
@@ -88,26 +89,26 @@ class Verdict:
         return asdict(self)
 
 
-def attacker_text(attacker: Mapping[str, Any]) -> str:
+def attacker_text(attacker: Attacker) -> str:
     """`linear, 640 images, black-box`."""
-    source = f" from {attacker['data']}" if attacker["data"] else ""
-    return f"{attacker['decoder']}, {attacker['images']:,} images{source}, {attacker['threat_model']}"
+    source = f" from {attacker.data}" if attacker.data else ""
+    return f"{attacker.decoder}, {attacker.images:,} images{source}, {attacker.threat_model}"
 
 
-def strongest(row: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def strongest(row: AttackFacts) -> tuple[str, Interval]:
     """The distance by which most reconstructions found their original, and its share."""
-    return max(row["identification"].items(), key=lambda item: item[1]["high"])
+    return max(row.identification.items(), key=lambda item: item[1].high)
 
 
-def likeness(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def likeness(row: AttackFacts) -> dict[str, Interval]:
     """The intervals of the mean SSIM: of whole images and, where not all of them is seen, of what is."""
-    part = row["seen"]["scores"]["ssim"] if row.get("seen") else None
-    return {SSIM: row["scores"]["ssim"]} | ({} if part is None else {SSIM_SEEN: part})
+    part = row.scores_seen["ssim"] if row.scores_seen else None
+    return {SSIM: row.scores["ssim"]} | ({} if part is None else {SSIM_SEEN: part})
 
 
 def judge(
-    rows: Sequence[Mapping[str, Any]],
-    blind: Sequence[Mapping[str, Any]],
+    rows: Sequence[AttackFacts],
+    blind: Sequence[AttackFacts],
     costs: Mapping[tuple[str, str], Mapping[str, Any]],
     limits: LimitsConfig,
     failures: Sequence[str] = (),
@@ -120,7 +121,7 @@ def judge(
     """
     options = []
     for (layer, defence), cost in costs.items():
-        own = [row for row in rows if (row["layer"], row["defence"]) == (layer, defence)]
+        own = [row for row in rows if (row.layer, row.defence) == (layer, defence)]
         if own:
             complete = (layer, defence) not in unmeasured
             options.append(_option(layer, defence, own, cost, limits, complete))
@@ -136,7 +137,7 @@ def judge(
 def _option(
     layer: str,
     defence: str,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[AttackFacts],
     cost: Mapping[str, Any],
     limits: LimitsConfig,
     complete: bool,
@@ -144,7 +145,7 @@ def _option(
     limit_ssim, limit_found = limits.max_ssim, limits.max_identification
     alike = [_leak(interval, by, row) for row in rows for by, interval in likeness(row).items()]
     ssim = _worst(alike, limit_ssim)
-    shares = [_leak(share, by, row) for row in rows for by, share in row["identification"].items()]
+    shares = [_leak(share, by, row) for row in rows for by, share in row.identification.items()]
     found = _worst(shares, limit_found)
     reasons, worst = [], []
     for name, leak, limit in ((ssim.by, ssim, limit_ssim), ("identification", found, limit_found)):
@@ -157,7 +158,7 @@ def _option(
         worst.append(OPEN)
         reasons.append(f"an attacker could not be measured: {OPEN}")
     status = max(worst, key=SEVERITY.index)
-    return Option(layer, defence, ssim, found, rows[0]["chance"], cost, status, tuple(reasons))
+    return Option(layer, defence, ssim, found, rows[0].chance, cost, status, tuple(reasons))
 
 
 def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
@@ -170,8 +171,9 @@ def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
     return max(leaks, key=weight)
 
 
-def _leak(interval: Mapping[str, Any], by: str, row: Mapping[str, Any]) -> Leak:
-    return Leak(**interval, by=by, attacker=attacker_text(row["attacker"]))
+def _leak(interval: Interval, by: str, row: AttackFacts) -> Leak:
+    numbers = (interval.estimate, interval.low, interval.high, interval.count)
+    return Leak(*numbers, by=by, attacker=attacker_text(row.attacker))
 
 
 def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option | None, str]:
@@ -218,43 +220,43 @@ def _name(option: Option) -> str:
 
 
 def _remarks(
-    rows: Sequence[Mapping[str, Any]],
-    blind: Sequence[Mapping[str, Any]],
+    rows: Sequence[AttackFacts],
+    blind: Sequence[AttackFacts],
     limits: LimitsConfig,
     failures: Sequence[str],
 ) -> list[str]:
     remarks = [f"could not be measured: {failure}" for failure in failures]
     for row in blind:
-        floor = row["scores"]["ssim"]
-        if limits.max_ssim is not None and floor["high"] > limits.max_ssim:
+        floor = row.scores["ssim"]
+        if limits.max_ssim is not None and floor.high > limits.max_ssim:
             remarks.append(
                 f"the limit on SSIM is below what is reached without any features: the mean of the attacker's "
-                f"{row['attacker']['images']:,} images has SSIM {floor['estimate']:.3f} (up to {floor['high']:.3f})"
+                f"{row.attacker.images:,} images has SSIM {floor.estimate:.3f} (up to {floor.high:.3f})"
             )
             break
     if limits.max_identification is not None:
-        for count in sorted({strongest(row)[1]["count"] for row in rows}):
+        for count in sorted({strongest(row)[1].count for row in rows}):
             least = float(stats.binomtest(0, count).proportion_ci(0.95, method="exact").high)
             if least > limits.max_identification:
                 remarks.append(
                     f"{count} test images are too few to show an identification below {limits.max_identification:g}: "
                     f"even without a single hit the interval reaches {least:.3f}"
                 )
-    unseen = {row["layer"]: row["seen"] for row in rows if row.get("seen")}
+    unseen = {row.layer: row.seen for row in rows if row.seen}
     for layer, seen in unseen.items():
         remarks.append(
-            f"{layer}: {seen['unseen']}, {1 - seen['share']:.1%} of their pixels. That protects none of the others: "
+            f"{layer}: {seen.unseen}, {1 - seen.share:.1%} of their pixels. That protects none of the others: "
             "every attacker was measured on whole images and on what is seen of them alone, and what leaks more counts"
         )
-    floor = max((row["scores"]["ssim"]["estimate"] for row in blind), default=0.0)
+    floor = max((row.scores["ssim"].estimate for row in blind), default=0.0)
     for row in rows:
-        found, ssim = strongest(row)[1], row["scores"]["ssim"]["estimate"]
-        if row["defence"] == "none" and found["low"] <= row["chance"] and ssim <= floor:
+        found, ssim = strongest(row)[1], row.scores["ssim"].estimate
+        if row.defence == "none" and found.low <= row.chance and ssim <= floor:
             remarks.append(
-                f"{row['layer']}, undefended: {attacker_text(row['attacker'])} got no more than one without features; "
+                f"{row.layer}, undefended: {attacker_text(row.attacker)} got no more than one without features; "
                 "are these the features of these images?"
             )
-    if any("shuffle" in row["defence"] for row in rows):
+    if any("shuffle" in row.defence for row in rows):
         remarks.append(
             "no attacker here puts shuffled places back in order, though that is known to be possible (as a jigsaw "
             "puzzle is solved): shuffled features are measured, but not recommended"

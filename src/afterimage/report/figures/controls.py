@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from afterimage.config import split_source
 from afterimage.report.controls import PLANES, REGIONS, STAND_INS, Part, decoder, read_part, share_lost
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import INK, MUTED, Drawing, grid_y, legend, short_encoders
@@ -61,8 +62,8 @@ def controls(rows: Rows) -> list[Drawing]:
 
 def label(row: Row) -> str:
     """A row's features and decoder on one line, the encoder without its weights' tag."""
-    sources = [source.partition(":") for source in row.sources]
-    shown = " + ".join(f"{model.partition('.')[0]}:{layer}" for model, _, layer in sources)
+    sources = [split_source(source) for source in row.sources]
+    shown = " + ".join(f"{model.partition('.')[0]}:{layer}" for model, layer in sources)
     return f"{drawable(shown, 36)}, {drawable(decoder(row), 30)}"
 
 

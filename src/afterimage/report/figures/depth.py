@@ -27,8 +27,7 @@ from afterimage.report.figures.style import (
     metrics_of,
     short_encoders,
 )
-from afterimage.report.rows import Row, Rows, pool
-from afterimage.report.variants import fusion_legend
+from afterimage.report.rows import Row, Rows, fusion_legend, pool
 
 LAYER_INCHES = 0.55
 LETTER_INCHES = 0.06  # of a tick label

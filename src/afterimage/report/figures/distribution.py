@@ -30,7 +30,7 @@ GOLDEN = 0.618034
 
 def distributions(rows: Rows) -> list[Drawing]:
     """Box and dots for each row; a figure for every 36 rows, split between encoders."""
-    pages = _pages([row for row in rows.all if len(row.images) > 1])
+    pages = _pages([row for row in rows.all if len(row.per_image) > 1])
     looks = decoder_styles(rows.decoders)
     colors = {name: look.color for name, look in looks.items()}
     return [_page(page, rows, colors, f"-{i}" if len(pages) > 1 else "") for i, page in enumerate(pages, 1)]
@@ -71,7 +71,7 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
     panels[0].set_ylim(place - 0.6, -0.7)
-    has_seeds = len({row.seed for row in page if row.kind != "reference"}) > 1
+    has_seeds = len({row.seed for row in page if not row.is_baseline}) > 1
     labels = [_label(row, has_seeds) for _, row in places]
     panels[0].set_yticks([y for y, _ in places], labels)
     for y, text, control in headings:
@@ -91,7 +91,7 @@ def _heading(names: dict[str, str], encoder: str, control: str) -> str:
 
 
 def _label(row: Row, has_seeds: bool) -> str:
-    if row.kind == "reference":
+    if row.is_baseline:
         return drawable(row.label, 34)
     seed = f", seed {row.seed}" if has_seeds else ""
     return drawable(f"{row.layer} · {row.decoder_label}{seed}", 44)

@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from afterimage.config import AfterimageError, split_source
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.image_grid import (
     CELL,
@@ -29,8 +30,6 @@ from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import Drawing
 from afterimage.report.format import plain
 from afterimage.report.rows import Row, Rows
-from afterimage.report.variants import fusion_text
-from afterimage.runs.files import DAMAGE
 
 COLORS = "cividis"
 FEW = 3  # figures that are shown open
@@ -65,7 +64,7 @@ def _lines(row: Row) -> list[Line]:
     """The first images of which everything can be read."""
     try:
         saved, maps = row.run.images, row.run.fusion_maps
-    except DAMAGE:
+    except AfterimageError:
         return []
     lines = []
     for identity, *files in saved:
@@ -126,7 +125,7 @@ def _show(axes: Axes, pixels: np.ndarray, x: float, y: float, **options: object)
 
 def _names(sources: tuple[str, ...]) -> list[str]:
     """Two lines a source, model and layer; without the weights' tag where that loses nothing."""
-    split = [source.partition(":")[::2] for source in sources]
+    split = [split_source(source) for source in sources]
     bare = [(model.partition(".")[0], layer) for model, layer in split]
     chosen = bare if len(set(bare)) == len(bare) else split
     return [f"{wrap(drawable(model, 40), HEAD)}\n{drawable(layer, HEAD)}" for model, layer in chosen]
@@ -137,7 +136,7 @@ def _seeds(rows: Rows) -> bool:
 
 
 def _caption(row: Row) -> str:
-    text = fusion_text(row)
+    text = row.fusion_text
     return (
         f"{text[0].upper()}{text[1:]} of {' + '.join(row.sources)}. Each map shows how much of the fused features "
         "comes from one source at each location; at a location the sources' weights add up to 1, and an equal "

@@ -19,9 +19,8 @@ from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import INK, MUTED, Drawing, short_encoders, style
 from afterimage.report.format import plain
-from afterimage.report.rows import Row, Rows
-from afterimage.report.variants import fusion_legend
-from afterimage.runs.files import DAMAGE, read_image
+from afterimage.report.rows import Row, Rows, fusion_legend
+from afterimage.runs.files import read_image
 from afterimage.runs.run import Run
 
 Pixels = UInt8[np.ndarray, "height width 3"]
@@ -158,7 +157,7 @@ def _album(rows: Sequence[Row], limit: int) -> Album:
 def _saved(row: Row) -> dict[str, tuple[Path, Path]]:
     try:
         return {str(identity): (original, rebuilt) for identity, original, rebuilt in row.run.images}
-    except DAMAGE:
+    except AfterimageError:
         return {}
 
 
@@ -247,7 +246,7 @@ def busiest(pixels: Pixels) -> tuple[int, int, int]:
 def _head(row: Row, page: Page) -> str:
     """What tells this column from the others, and its mean PSNR."""
     parts = []
-    if row.kind == "reference":
+    if row.is_baseline:
         parts.append(wrap(drawable(row.label, 44), HEAD))
     else:
         if len({(r.encoder, r.control) for r in page.rows}) > 1 and len(row.sources) == 1:

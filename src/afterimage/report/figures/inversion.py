@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -13,30 +12,30 @@ from matplotlib.lines import Line2D
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import margin_labels
 from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
-from afterimage.report.rows import Rows
+from afterimage.report.rows import Row, Rows
 from afterimage.runs.files import read_csv
-from afterimage.runs.run import Run, origin
+from afterimage.runs.run import Run
 
 
 def saturation(rows: Rows) -> list[Drawing]:
     """The curves of all inversions among the rows; empty where there are none."""
-    folders = [row.run for row in rows.decoders if row.kind == "inversion"]
-    return [draw_saturation(folders)] if folders else []
+    inversions = [row for row in rows.decoders if row.inversion]
+    return [draw_saturation(inversions)] if inversions else []
 
 
-def draw_saturation(folders: Sequence[Run]) -> Drawing:
-    """The mean PSNR of each inversion over its passes; a line a run folder, dashed where it began from grey."""
+def draw_saturation(inversions: Sequence[Row]) -> Drawing:
+    """The mean PSNR of each inversion over its passes; a line a run, dashed where it began from grey."""
     with style():
         figure = Figure((6.2, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        sources = list(dict.fromkeys(features_of(folder.summary) for folder in folders))
+        sources = list(dict.fromkeys(map(features_of, inversions)))
         colors = {name: ENCODER_COLORS[i % len(ENCODER_COLORS)] for i, name in enumerate(sources)}
         ends = []
-        for folder in folders:
-            curve = mean_curve(folder)
+        for row in inversions:
+            curve = mean_curve(row.run)
             steps, means = zip(*curve, strict=True)
-            color = colors[features_of(folder.summary)]
-            axes.plot(steps, means, color=color, ls="-" if folder.summary["start"] else "--")
+            color = colors[features_of(row)]
+            axes.plot(steps, means, color=color, ls="-" if row.inversion.start else "--")
             ends.append((means[-1], f"{means[-1]:.1f}", color))
             passes, peak = highest(curve)
             if peak - means[-1] >= PAST:
@@ -70,9 +69,9 @@ PAST = 0.1
 """From so many dB below its peak on, an inversion has gone on for too long."""
 
 
-def features_of(summary: Mapping[str, Any]) -> str:
+def features_of(row: Row) -> str:
     """What an inversion was made of: its sources, and whether an encoder was an untrained control."""
-    return named_features(" + ".join(summary["sources"]), origin(summary))
+    return named_features(" + ".join(row.sources), row.origin)
 
 
 def named_features(sources: str, weights: str) -> str:

@@ -130,12 +130,12 @@ def short_encoders(rows: Iterable[Row]) -> dict[str, str]:
 
 def metrics_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The panels that these rows can fill: `(metric, LPIPS net)`; one LPIPS panel a network."""
-    nets = sorted({r.lpips_net for r in rows if r.scores["lpips"] is not None})
+    nets = sorted({r.lpips.net for r in rows if r.scores["lpips"] is not None})
     return [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
 
 
 def has(row: Row, metric: str, net: str) -> bool:
-    return row.scores[metric] is not None and (metric != "lpips" or row.lpips_net == net)
+    return row.scores[metric] is not None and (metric != "lpips" or row.lpips.net == net)
 
 
 def metric_label(metric: str, net: str) -> str:

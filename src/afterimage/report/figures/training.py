@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from afterimage.config import AfterimageError, RunConfig
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import MUTED, Drawing, grid_y, legend, short_encoders
 from afterimage.report.rows import Row, Rows
-from afterimage.report.variants import flatten
-from afterimage.runs.files import DAMAGE
 
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
 PANELS = 12  # on one figure
@@ -89,17 +88,19 @@ def _places(groups: Sequence[Panel]) -> tuple[list[int], int, int]:
 
 def _history(row: Row) -> Epochs:
     """The epochs whose loss is a number above 0; none where the file is damaged, which the caption counts."""
+
+    def usable(epoch: dict[str, Any]) -> bool:
+        cells = [epoch.get(name) for name in ("epoch", "learning_rate", "validation_loss")]
+        return all(isinstance(c, int | float) and math.isfinite(c) for c in cells) and cells[-1] > 0
+
     try:
-        epochs = [
-            e for e in row.run.history if math.isfinite(e["validation_loss"]) and e["validation_loss"] > 0
-        ]
-        return [e for e in epochs if math.isfinite(e["epoch"]) and math.isfinite(e["learning_rate"])]
-    except DAMAGE:
+        return [epoch for epoch in row.run.history if usable(epoch)]
+    except AfterimageError:
         return []
 
 
 def _loss(row: Row) -> str:
-    return str(flatten(row.settings).get("recipe.loss", "unknown"))
+    return row.config.recipe.loss if isinstance(row.config, RunConfig) else "unknown"
 
 
 def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> list[tuple[float, str, str]]:
@@ -132,14 +133,11 @@ def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> li
 
 
 def _kept(row: Row, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Epoch and validation loss of the weights that are kept, by the summary; epoch 0 has no history of its own.
-
-    Where a summary does not tell, the lowest of the history.
-    """
-    epoch, loss = (row.run.summary.get(key) for key in ("best_epoch", "best_validation_loss"))
-    if epoch == 0 and isinstance(loss, float) and 0 < loss < math.inf:
-        return 0.0, loss
-    found = [point for point in points if point[0] == epoch]
+    """Epoch and validation loss of the weights that are kept, by the result; epoch 0 has no history of its own."""
+    known = row.training
+    if known and known.best_epoch == 0 and known.best_validation_loss and known.best_validation_loss > 0:
+        return 0.0, known.best_validation_loss
+    found = [point for point in points if known and point[0] == known.best_epoch]
     return found[0] if found else min(points, key=lambda point: point[1])
 
 

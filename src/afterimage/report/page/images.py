@@ -67,8 +67,7 @@ def gather(rows: Sequence[Row]) -> list[PageImage]:
     images: dict[tuple[str, str], PageImage] = {}
     hashes: dict[tuple[str, str], str] = {}
     for position, row in enumerate(rows):
-        settings = [row.data.get(key) for key in ("digest", "resize", "crop")]
-        origin = repr(settings) if row.data.get("digest") else row.run.name
+        origin = repr([row.data.digest, row.data.resize, row.data.crop])
         maps = row.run.fusion_maps if row.fusion_weights else {}
         for id, original, reconstruction in row.run.images:
             # Hashing every run's copy would read gigabytes; one copy for each data set is enough.

@@ -17,11 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from afterimage.config import AfterimageError, read_text
 from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather
-from afterimage.report.read import read_rows
-from afterimage.report.rows import METRICS, Row, Rows
-from afterimage.report.tables import DIGITS, HIGHER_IS_BETTER, NONE, duration
+from afterimage.report.rows import Row, Rows
+from afterimage.report.tables import NONE, duration, lpips_reason
 from afterimage.runs.files import write_atomic
-from afterimage.runs.run import Run
+from afterimage.runs.results import METRICS
 from afterimage.runtime.progress import Progress, silent
 
 PAGE_BYTES = 58_000_000
@@ -35,7 +34,7 @@ IMAGES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".
 
 
 def write_page(
-    runs: Sequence[Run],
+    rows: Rows,
     out: str | Path,
     *,
     title: str,
@@ -46,15 +45,14 @@ def write_page(
     limit: int = PAGE_BYTES,
     progress: Progress = silent,
 ) -> Path:
-    """Write the page of these runs to the file `out` and return its path.
+    """Write the page of these rows to the file `out` and return its path.
 
     `findings` hold `title`, `verdict`, `rule`, `paragraphs` and `tables` (each with `title`, `header` and
     `rows` of text); `lead` goes before them, and `problems` say what could not be computed. `figures` are
     image files, with or without a caption before them. The page stays below `limit` bytes: images are
-    re-encoded, then left out, and the page says so. Raises `AfterimageError` where no run is finished, a
-    image cannot be read, or the limit is too small for the page without images.
+    re-encoded, then left out, and the page says so. Raises `AfterimageError` where an image cannot be read, or the
+    limit is too small for the page without images.
     """
-    rows = read_rows(runs)
     shown = [_figure(figure) for figure in figures]
     images = gather(rows.all)
     entries = describe_rows(rows, images)
@@ -94,14 +92,15 @@ def _render(
         notes=grouped(
             (note, entry["name"]) for row, entry in zip(rows.all, entries, strict=True) for note in row.notes
         ),
-        lpips_missing=grouped((row.lpips_reason, row.label) for row in rows.all if not row.scores["lpips"]),
+        lpips_missing=grouped((lpips_reason(row), row.label) for row in rows.all if not row.scores["lpips"]),
         nets=rows.nets,
         best=best_scores(rows),
-        metrics=[(metric, DIGITS[metric]) for metric in METRICS],
+        metrics=[(name, metric.digits) for name, metric in METRICS.items()],
         data=data,
         album=album,
         config_text=_config_text,
         duration=duration,
+        lpips_reason=lpips_reason,
         dash=NONE,
         **context,
     )
@@ -166,7 +165,7 @@ def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any
 
 def image_ids(rows: Rows) -> list[str]:
     """The test images of all rows, in the order of their first appearance."""
-    return list(dict.fromkeys(image["id"] for row in rows.all for image in row.images))
+    return list(dict.fromkeys(image["id"] for row in rows.all for image in row.per_image))
 
 
 def best_scores(rows: Rows) -> dict[str, str]:
@@ -175,16 +174,16 @@ def best_scores(rows: Rows) -> dict[str, str]:
     LPIPS has none where several networks measured it: their distances do not compare.
     """
     best = {}
-    for metric in METRICS:
-        means = [row.scores[metric].mean for row in rows.decoders if row.scores[metric] and not row.is_random]
-        if means and not (metric == "lpips" and len(rows.nets) > 1):
-            best[metric] = f"{(max if HIGHER_IS_BETTER[metric] else min)(means):.{DIGITS[metric]}f}"
+    for name, metric in METRICS.items():
+        means = [row.scores[name].mean for row in rows.decoders if row.scores[name] and not row.is_random]
+        if means and not (name == "lpips" and len(rows.nets) > 1):
+            best[name] = f"{(max if metric.higher_is_better else min)(means):.{metric.digits}f}"
     return best
 
 
 def main_net(rows: Rows) -> str:
     """The LPIPS network that measured the most rows; empty where LPIPS is unavailable throughout."""
-    nets = Counter(row.lpips_net for row in rows.all if row.scores["lpips"])
+    nets = Counter(row.lpips.net for row in rows.all if row.scores["lpips"])
     return nets.most_common(1)[0][0] if nets else ""
 
 
@@ -197,8 +196,8 @@ def grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 
 
 def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
-    if row.kind == "reference":
-        series, short = "Baselines", str(row.settings.get("reference", row.label)).replace("-", " ")
+    if row.is_baseline:
+        series, short = "Baselines", row.settings["reference"].replace("-", " ")
         return {
             "name": row.label, "reference": True, "random": "", "series": series, "encoder": series,
             "layer": row.label, "short": short, "decoder": "", "shape": "",
@@ -214,13 +213,12 @@ def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
 
 
 def _numbers(row: Row, ids: Sequence[str]) -> dict[str, Any]:
-    reference = row.kind == "reference"
     values = {metric: row.values(metric) for metric in METRICS}
     return {
-        "parameters": None if reference else row.parameters,
-        "seconds": None if reference else row.train_seconds,
-        "locations": None if reference else row.locations,
-        "net": row.lpips_net,
+        "parameters": None if row.is_baseline else row.parameters,
+        "seconds": None if row.is_baseline else row.train_seconds,
+        "locations": None if row.is_baseline else row.locations,
+        "net": row.lpips.net,
         "scores": {metric: _score(row, metric) for metric in METRICS},
         "perImage": {
             m: [None if (v := values[m].get(id)) is None else round(v, 4) for id in ids] for m in METRICS
@@ -247,7 +245,7 @@ def _test_sets(rows: Sequence[Row], images: Sequence[PageImage]) -> list[str]:
     for number, image in enumerate(images):
         for position in image.reconstructions:
             first.setdefault(position, f"image {number}")
-    return [first.get(i, str(row.data.get("digest") or row.run.name)) for i, row in enumerate(rows)]
+    return [first.get(i, row.data.digest) for i, row in enumerate(rows)]
 
 
 def _short_names(encoders: Sequence[str]) -> dict[str, str]:

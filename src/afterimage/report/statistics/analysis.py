@@ -1,4 +1,4 @@
-"""All answers of one study, from its run folders."""
+"""All answers of one study, from its rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afterimage.evaluation.intervals import RESAMPLES
+from afterimage.report import rows as report
 from afterimage.report.statistics.architectures import Architectures, architectures_differ
 from afterimage.report.statistics.depth import Depth, falls_with_depth
 from afterimage.report.statistics.rankings import (
@@ -22,9 +23,9 @@ from afterimage.report.statistics.rankings import (
     scores,
 )
 from afterimage.report.statistics.resolution import Resolution, resolution_dominates
-from afterimage.report.statistics.rows import METRICS, Row, load_rows
+from afterimage.report.statistics.rows import Row, group_rows
 from afterimage.report.statistics.tests import Comparison
-from afterimage.runs.run import Run
+from afterimage.runs.results import METRICS
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def as_json(value: Any) -> Any:
     return value
 
 
-def analyse(runs: Iterable[Run], *, resamples: int = RESAMPLES, seed: int = 0) -> Analysis:
-    """Read finished runs and answer H1, H2 and H3, for every metric and every setting that the runs hold.
+def analyse(finished: Iterable[report.Row], *, resamples: int = RESAMPLES, seed: int = 0) -> Analysis:
+    """Answer H1, H2 and H3 from finished runs, for every metric and every setting that they hold.
 
     A setting is a way of decoding (decoder, its size, weights, loss); only rows of one setting, on the same
     images, are compared across layers. Every verdict is a family of tests of its own: Holm's correction
@@ -71,7 +72,7 @@ def analyse(runs: Iterable[Run], *, resamples: int = RESAMPLES, seed: int = 0) -
         resamples: bootstrap resamples an interval.
         seed: of the resampling; the same runs and seed give the same answers.
     """
-    rows, notes = load_rows(runs)
+    rows, notes = group_rows(finished)
     decoded = [row for row in rows if row.sources]
     references = [row for row in rows if not row.sources]
     settings = sorted({row.setting for row in decoded if not row.fused})

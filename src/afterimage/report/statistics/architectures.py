@@ -8,8 +8,9 @@ from itertools import combinations
 from afterimage.evaluation.intervals import RESAMPLES
 from afterimage.report.statistics.depth import CONTRADICTED, MARGIN, SUPPORTED, UNDECIDED, UNTESTABLE
 from afterimage.report.statistics.resolution import MatchedPair
-from afterimage.report.statistics.rows import NEGLIGIBLE, Row
+from afterimage.report.statistics.rows import Row
 from afterimage.report.statistics.tests import compare, corrected
+from afterimage.runs.results import METRICS
 
 RULE = (
     "At each resolution, the first layer of every encoder is compared with every other's. A pair differs "
@@ -17,7 +18,7 @@ RULE = (
     f"95 % interval without zero {MARGIN}. Supported: some pair differs and decoder size cannot explain it "
     "(sizes within 5 %, or the "
     "better side's decoder is the smaller). Contradicted, which only PSNR can be for want of other margins: "
-    f"every pair's 95 % interval lies within {NEGLIGIBLE['psnr']:g} dB of zero. Undecided: otherwise."
+    f"every pair's 95 % interval lies within {METRICS['psnr'].negligible:g} dB of zero. Undecided: otherwise."
 )
 
 
@@ -65,7 +66,7 @@ def architectures_differ(
     )
     if clear:
         verdict = SUPPORTED
-    elif NEGLIGIBLE[metric] and all(c.negligible for c in family):
+    elif METRICS[metric].negligible and all(c.negligible for c in family):
         verdict = CONTRADICTED
     else:
         verdict = UNDECIDED

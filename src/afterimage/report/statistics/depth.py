@@ -9,13 +9,16 @@ import numpy as np
 from scipy import stats
 
 from afterimage.evaluation.intervals import RESAMPLES, Interval, mean_interval
-from afterimage.report.statistics.rows import HIGHER_IS_BETTER, NEGLIGIBLE, Row, matrix
+from afterimage.report.statistics.rows import Row, matrix
 from afterimage.report.statistics.tests import Comparison, compare, corrected, kendall_within
+from afterimage.runs.results import METRICS
 
 SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE = "supported", "contradicted", "undecided", "not testable"
 
 
-MARGIN = f"(for PSNR, and is larger than the {NEGLIGIBLE['psnr']:g} dB that the study calls negligible)"
+MARGIN = (
+    f"(for PSNR, and is larger than the {METRICS['psnr'].negligible:g} dB that the study calls negligible)"
+)
 RULE = (
     "A step counts where its paired difference differs from zero: t test, Holm-corrected over all steps of "
     f"all encoders, p < 0.05, and a 95 % interval without zero {MARGIN}. Supported: every step of every "
@@ -94,7 +97,7 @@ def _encoder(
     name: str, layers: list[Row], steps: list[Comparison], metric: str, resamples: int, seed: int
 ) -> DepthOfEncoder:
     _, scores = matrix(layers, metric)
-    quality = scores if HIGHER_IS_BETTER[metric] else -scores
+    quality = scores if METRICS[metric].higher_is_better else -scores
     tau, tau_p = stats.kendalltau(np.arange(len(layers)), quality.mean(axis=0))
     verdict = UNDECIDED
     if any(step.better == "a" for step in steps):

@@ -14,8 +14,9 @@ from afterimage.evaluation.intervals import (
     percentile_interval,
     resampled_means,
 )
-from afterimage.report.statistics.rows import HIGHER_IS_BETTER, Row, matrix, without_random_controls
+from afterimage.report.statistics.rows import Row, Setting, matrix, without_random_controls
 from afterimage.report.statistics.tests import Comparison, compare, corrected
+from afterimage.runs.results import METRICS
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def scores(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: in
     for row in rows:
         _, values = matrix([row], metric)
         interval = mean_interval(values[:, 0], resamples=resamples, seed=seed)
-        label = row.setting or "reference"
+        label = row.setting or Setting("reference")
         spread = row.seed_spread(metric)
         results.append(Score(row.name, label, metric, interval, len(row.runs), spread, row.runs))
     return results
@@ -96,7 +97,7 @@ def scores(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: in
 def _best_first(rows: list[Row], metric: str) -> list[Row]:
     """Rows by mean over the images that all of them have."""
     _, values = matrix(rows, metric)
-    means = values.mean(axis=0) if HIGHER_IS_BETTER[metric] else -values.mean(axis=0)
+    means = values.mean(axis=0) if METRICS[metric].higher_is_better else -values.mean(axis=0)
     return [row for _, row in sorted(zip(-means, rows, strict=True), key=lambda pair: pair[0])]
 
 
@@ -127,13 +128,17 @@ def degradation(
 def efficiency(rows: list[Row], references: list[Row], metric: str) -> list[Efficiency]:
     """Quality per minute of training, per million decoder parameters and per thousand feature values."""
     baselines = {r.data: r.mean(metric) for r in references if r.reference == "mean" and metric in r.scores}
-    nothing = 0.0 if HIGHER_IS_BETTER[metric] and not baselines else None
+    nothing = 0.0 if METRICS[metric].higher_is_better and not baselines else None
     results = []
     for row in rows:
         baseline = baselines.get(row.data, nothing)
         gain = None
         if baseline is not None:
-            gain = row.mean(metric) - baseline if HIGHER_IS_BETTER[metric] else baseline - row.mean(metric)
+            gain = (
+                row.mean(metric) - baseline
+                if METRICS[metric].higher_is_better
+                else baseline - row.mean(metric)
+            )
         costs = (row.seconds / 60, row.parameters / 1e6, row.values / 1e3)
         ratios = [gain / cost if gain is not None and cost > 0 else None for cost in costs]
         results.append(Efficiency(metric, row.name, row.setting, gain, baseline, *ratios))
@@ -173,7 +178,7 @@ def fusions(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: i
     """Each fusion against its best single member, decoded alike where the study has that, else anyhow."""
     family = []
     for fused in (row for row in rows if row.fused):
-        same = [r for r in rows if (r.data, r.control) == (fused.data, fused.control)]
+        same = [r for r in rows if (r.data, r.setting.control) == (fused.data, fused.setting.control)]
         members = [r for r in same if not r.fused and r.sources[0] in fused.sources]
         alike = [r for r in members if r.setting == fused.setting]
         if members:

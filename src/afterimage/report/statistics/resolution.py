@@ -15,7 +15,7 @@ from afterimage.evaluation.intervals import (
     resampled_means,
 )
 from afterimage.report.statistics.depth import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE
-from afterimage.report.statistics.rows import HIGHER_IS_BETTER, Row, matrix
+from afterimage.report.statistics.rows import Row, matrix
 from afterimage.report.statistics.tests import (
     ALPHA,
     Comparison,
@@ -27,6 +27,7 @@ from afterimage.report.statistics.tests import (
     spearman,
     spearman_p,
 )
+from afterimage.runs.results import METRICS
 
 RULE = (
     "Supported: over layers, the rank correlations of quality with the number of locations, plain and given "
@@ -84,7 +85,7 @@ def resolution_dominates(
 
     channels = np.array([row.channels for row in rows], dtype=float)
     ids, scores = matrix(rows, metric)
-    quality = scores if HIGHER_IS_BETTER[metric] else -scores
+    quality = scores if METRICS[metric].higher_is_better else -scores
     means = quality.mean(axis=0)
     drawn = resampled_means(quality, resamples=resamples, seed=seed)
 

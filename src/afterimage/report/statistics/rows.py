@@ -1,31 +1,32 @@
-"""Run folders as rows to compare: seeds merged, names shortened, settings told apart."""
+"""Rows to compare: seeds merged, names shortened, settings told apart."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError, split_source, to_dict
-from afterimage.runs.run import Run, origin, scored_on
-
-METRICS = ("psnr", "ssim", "lpips")
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
-# The published study calls differences below 0.1 dB negligible; it names no such margin for SSIM and LPIPS.
-NEGLIGIBLE = {"psnr": 0.1, "ssim": 0.0, "lpips": 0.0}
+from afterimage.config import RANDOM_WEIGHTS, split_source
+from afterimage.report import rows as report
+from afterimage.runs.results import METRICS
 
 Scores = dict[str, float]  # image id -> score
 
-_SHAPE = {"order", "channels", "height", "width"}
-_NEEDED = (
-    *("kind", "label", "sources", "decoder", "reference", "weights", "features"),
-    *("parameters", "train_seconds", "scores", "lpips", "data"),
-)
+
+class Setting(str):
+    """How features were decoded, as a label that knows which random control it is, if it is one."""
+
+    control: str
+    """`RANDOM weights` where an encoder was untrained, on which no verdict rests; empty for trained weights."""
+
+    def __new__(cls, label: str = "", control: str = "") -> Setting:
+        setting = super().__new__(cls, label)
+        setting.control = control
+        return setting
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Row:
     name: str
     encoder: str
     layer: str
-    setting: str
+    setting: Setting
     sources: tuple[str, ...]
     decoder: str
     reference: str
@@ -65,11 +66,6 @@ class Row:
     def fused(self) -> bool:
         return len(self.sources) > 1
 
-    @property
-    def control(self) -> str:
-        """Which control on an untrained encoder it is; empty for trained weights."""
-        return control(self.setting)
-
     def mean(self, metric: str) -> float:
         return float(np.mean(list(self.scores[metric].values())))
 
@@ -86,124 +82,73 @@ def matrix(rows: list[Row], metric: str) -> tuple[list[str], np.ndarray]:
     return ids, np.array([[row.scores[metric][i] for row in rows] for i in ids]).reshape(len(ids), len(rows))
 
 
-def load_rows(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
-    """Read finished runs as rows; the second answer says what was left out and why.
-
-    Raises:
-        AfterimageError: a summary without a key that is needed, a score that is not finite, or an image
-            scored twice; each names the file.
-    """
-    found, notes = [], []
-    for run in runs:
-        finished = run.file("summary.json").exists() and run.file("scores.csv").exists()
-        if not finished or run.state in ("running", "failed"):
-            notes.append(f"{run.name} is left out: it is not finished")
-            continue
-        summary = run.summary
-        for key in _NEEDED:
-            if key not in summary:
-                raise AfterimageError(f"{run.file('summary.json')} has no {key!r}")
-        if "digest" not in summary["data"]:
-            raise AfterimageError(f"{run.file('summary.json')} has no data.digest")
-        for feature in summary["features"]:
-            if not feature.keys() >= _SHAPE:
-                missing = ", ".join(sorted(_SHAPE - feature.keys()))
-                raise AfterimageError(f"{run.file('summary.json')}: a feature map lacks {missing}")
-        config: dict[str, Any] = {"reference": summary["reference"]}
-        if summary["kind"] == "decoder":
-            config = to_dict(run.config)
-            del config["seed"], config["lpips"]
-            config |= {"digest": summary["data"]["digest"], "train": summary["data"].get("train")}
-        found.append((run, summary, config))
-    tests = scored_on([summary["data"] for _, summary, _ in found])
-    groups: dict[str, list[tuple[Run, dict[str, Any], dict[str, Any]]]] = defaultdict(list)
-    for (run, summary, config), test in zip(found, tests, strict=True):
-        config["test"] = test
-        groups[json.dumps(config, sort_keys=True)].append((run, summary, config))
-
-    networks = {
-        s["lpips"]["net"] for group in groups.values() for _, s, _ in group if s["scores"].get("lpips")
-    }
-    metrics = METRICS if len(networks) < 2 else METRICS[:2]
+def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
+    """Merge the runs that differ in nothing but the seed; the second answer says what was left out and why."""
+    notes: list[str] = []
+    groups: dict[str, list[report.Row]] = defaultdict(list)
+    for row in rows:
+        groups[json.dumps(_asked(row) | {"test": row.data.test_digest}, sort_keys=True)].append(row)
+    networks = {row.lpips.net for group in groups.values() for row in group if row.scores["lpips"]}
+    metrics = [metric for metric in METRICS if metric != "lpips" or len(networks) < 2]
     if len(networks) > 1:
         notes.append(
             f"LPIPS is not compared: it was measured with different networks ({', '.join(sorted(networks))})"
         )
-
-    rows, configs = [], []
+    merged, configs = [], []
     for group in groups.values():
-        row = _row(group, metrics)
+        row = _merged(group, metrics)
         if all(len(scores) < 2 for scores in row.scores.values()):
             notes.append(f"{row.runs[0]} is left out: it has scores for fewer than 2 images")
             continue
-        rows.append(row)
-        configs.append(group[0][2] | {"origin": origin(group[0][1])})
-    return named(rows, configs), notes
+        merged.append(row)
+        configs.append(_asked(group[0]) | {"origin": group[0].origin})
+    return named(merged, configs), notes
 
 
-def _row(group: list[tuple[Run, dict[str, Any], dict[str, Any]]], metrics: tuple[str, ...]) -> Row:
-    summary, features = group[0][1], group[0][1]["features"]
-    tables = [_scores(run, metrics) for run, _, _ in group]
+def _asked(row: report.Row) -> dict[str, Any]:
+    """What was asked for and of which images, but for the seed and the way of measuring."""
+    if row.is_baseline:
+        return {"reference": row.settings["reference"]}
+    settings = {key: value for key, value in row.settings.items() if key not in ("seed", "lpips")}
+    return settings | {"digest": row.data.digest, "train": row.data.train}
+
+
+def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
+    first = group[0]
     scores, seed_means = {}, {}
     for metric in metrics:
-        ids = set.intersection(*(set(table[metric]) for table in tables))
+        tables = [row.values(metric) for row in group]
+        ids = sorted(set.intersection(*map(set, tables)))
         if len(ids) > 1:
-            scores[metric] = {i: float(np.mean([table[metric][i] for table in tables])) for i in sorted(ids)}
-            seed_means[metric] = tuple(float(np.mean([t[metric][i] for i in sorted(ids)])) for t in tables)
-    first = features[0] if features else {"order": 0, "channels": 0, "height": 0, "width": 0}
-    model, layer = split_source(summary["sources"][0]) if summary["sources"] else ("", "")
+            scores[metric] = {i: float(np.mean([table[i] for table in tables])) for i in ids}
+            seed_means[metric] = tuple(float(np.mean([table[i] for i in ids])) for table in tables)
+    features = first.features
+    model, layer = split_source(first.sources[0]) if first.sources else ("", "")
     return Row(
-        name=summary["label"],
+        name=first.label,
         encoder=model,
         layer=layer,
-        setting="",
-        sources=tuple(summary["sources"]),
-        decoder=summary["decoder"] or "",
-        reference=summary["reference"] or "",
-        data=group[0][2]["test"],
-        order=first["order"],
-        channels=first["channels"],
-        height=first["height"],
-        width=first["width"],
-        values=sum(f["channels"] * f["height"] * f["width"] for f in features),
-        parameters=summary["parameters"],
-        seconds=float(np.mean([s["train_seconds"] or 0 for _, s, _ in group])),
-        runs=tuple(run.name for run, _, _ in group),
+        setting=Setting(),
+        sources=first.sources,
+        decoder=first.decoder,
+        reference=first.settings.get("reference", ""),
+        data=first.data.test_digest,
+        order=features[0].order if features else 0,
+        channels=features[0].channels if features else 0,
+        height=features[0].height if features else 0,
+        width=features[0].width if features else 0,
+        values=sum(f.values for f in features),
+        parameters=first.parameters or 0,
+        seconds=float(np.mean([row.train_seconds or 0 for row in group])),
+        runs=tuple(row.run.name for row in group),
         scores=scores,
         seed_means=seed_means,
     )
 
 
-def _scores(run: Run, metrics: tuple[str, ...]) -> dict[str, Scores]:
-    table: dict[str, Scores] = {metric: {} for metric in metrics}
-    seen = set()
-    for line in run.scores:
-        if line["id"] in seen:
-            raise AfterimageError(f"{run.file('scores.csv')} scores image {line['id']!r} twice")
-        seen.add(line["id"])
-        for metric in metrics:
-            value = line.get(metric)
-            if value is None:
-                continue
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                where = f"{run.file('scores.csv')}: {metric} of image {line['id']!r}"
-                raise AfterimageError(f"{where} is {value!r}, not a finite number")
-            table[metric][line["id"]] = float(value)
-    return table
-
-
-CONTROLS = tuple(f"{kind.upper()} weights" for kind in RANDOM_WEIGHTS)
-"""In the name of a setting: a random control, which no verdict on the study rests on."""
-
-
-def control(setting: str) -> str:
-    """Which of `CONTROLS` a setting is; empty for trained weights."""
-    return next((mark for mark in CONTROLS if mark in setting), "")
-
-
 def without_random_controls(results: Iterable[Any]) -> list[Any]:
     """Of rows or results that have a `setting`, all but the controls on untrained encoders."""
-    return [result for result in results if not control(result.setting)]
+    return [result for result in results if not result.setting.control]
 
 
 def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
@@ -234,7 +179,8 @@ def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
 
     labels = _distinct([_label(detail) for detail, _ in settings], [detail for detail, _ in settings])
     renamed = list(rows)
-    for label, (_, indices) in zip(labels, settings, strict=True):
+    for text, (detail, indices) in zip(labels, settings, strict=True):
+        label = Setting(text, _control(detail))
         for i in indices:
             row = rows[i]
             names = [f"{short(split_source(s)[0])} {split_source(s)[1]}" for s in row.sources]
@@ -281,8 +227,12 @@ def _label(setting: dict[str, Any]) -> str:
         label += f" at {setting['parameters'] / 1e6:.3g} M parameters"
     if setting["loss"] != "mse":
         label += f", loss {setting['loss']}"
-    random = setting["weights"] in RANDOM_WEIGHTS
-    return label + (f", {setting['weights'].upper()} weights" if random else "")
+    control = _control(setting)
+    return f"{label}, {control}" if control else label
+
+
+def _control(setting: dict[str, Any]) -> str:
+    return f"{setting['weights'].upper()} weights" if setting["weights"] in RANDOM_WEIGHTS else ""
 
 
 def _distinct(labels: list[str], details: list[dict[str, Any]]) -> list[str]:

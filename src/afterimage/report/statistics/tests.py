@@ -11,7 +11,8 @@ from scipy import special, stats
 
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import CONFIDENCE, RESAMPLES, Interval, mean_interval
-from afterimage.report.statistics.rows import HIGHER_IS_BETTER, NEGLIGIBLE, Row, matrix
+from afterimage.report.statistics.rows import Row, matrix
+from afterimage.runs.results import METRICS
 
 _PERMUTATIONS = 10_000
 
@@ -141,7 +142,7 @@ class Comparison:
     @property
     def negligible(self) -> bool:
         """Whether the whole interval lies within the margin that the study calls negligible."""
-        return self.difference.within(NEGLIGIBLE[self.metric])
+        return self.difference.within(METRICS[self.metric].negligible)
 
     @property
     def certain(self) -> bool:
@@ -152,9 +153,9 @@ class Comparison:
     def better(self) -> str | None:
         """`a` or `b` where test and interval tell them apart by more than a negligible difference."""
         d = self.difference.estimate
-        if not self.certain or abs(d) <= NEGLIGIBLE[self.metric]:
+        if not self.certain or abs(d) <= METRICS[self.metric].negligible:
             return None
-        return "a" if (d > 0) == HIGHER_IS_BETTER[self.metric] else "b"
+        return "a" if (d > 0) == METRICS[self.metric].higher_is_better else "b"
 
     @property
     def matched_capacity(self) -> bool:
@@ -197,7 +198,7 @@ def compare(
         p = float(2 * special.stdtr(len(ids) - 1, -abs(t)))
     elif interval.estimate != 0:
         p = 0.0
-    gain = difference if HIGHER_IS_BETTER[metric] else -difference
+    gain = difference if METRICS[metric].higher_is_better else -difference
     order = np.argsort(-gain, kind="stable")
     name_a, name_b = names or (a.name, b.name)
     return Comparison(
