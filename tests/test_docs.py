@@ -78,6 +78,13 @@ def test_the_tree_of_the_readme_is_the_packages():
         assert (package / path).exists(), path
 
 
+def test_paths_that_contributing_names_exist():
+    paths = re.findall(r"`([\w./]+/[\w.]*)`", PAGES["CONTRIBUTING.md"])
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "src/afterimage" / path).exists(), path
+
+
 def test_the_ten_lines_run(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.strip().splitlines()) <= 10
