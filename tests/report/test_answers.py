@@ -168,7 +168,7 @@ def test_verdicts_that_differ_between_decoders_are_all_named(tmp_path):
         for i, quality in enumerate(qualities):
             write_run(tmp_path, "m.tag", f"l{i}", decoder, features=(8, 14, quality), order=i)
     (h1, *_) = find(analyse(scan(tmp_path)))
-    assert h1.verdict == "depends on the decoder: supported, contradicted"
+    assert h1.verdict == "supported with linear; contradicted with transposed"
 
 
 def test_the_command_prints_two_paths_and_needs_no_torch(tmp_path):

