@@ -15,7 +15,7 @@ from torch import Tensor
 from afterimage.data.dataset import load_data
 from afterimage.evaluation.metrics import psnr
 from afterimage.training.decoder_trainer import DecoderTrainer
-from afterimage.training.trainer import Trainer
+from afterimage.training.trainer import Trainer, training_step
 from benchmarks.work import build
 
 COOLDOWN = 0.3
@@ -32,7 +32,7 @@ def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[s
     """
     built = build(configs, accelerator)
     data = load_data(built.runs[0].data)
-    together = built.on(data)
+    trainer = built.on(data)
     device = built.fabric.device
 
     def clock() -> float:
@@ -41,17 +41,14 @@ def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[s
         torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    def image_set(together: Trainer) -> Iterator[tuple[list[Tensor], Tensor]]:
-        for epoch in itertools.count():
-            yield from together.training_batches(epoch)
-
     contestants = [
-        _Contestant(run.decoder.name, member, together, seconds, clock)
-        for run, member in zip(built.runs, together.members, strict=True)
+        _Contestant(run.decoder.name, decoder, trainer, seconds, clock)
+        for run, decoder in zip(built.runs, trainer.decoders, strict=True)
     ]
     for one in contestants:
         one.finalize_fit()
-    for features, images in image_set(together):
+    batches = (trainer.loader.training_batches(epoch) for epoch in itertools.count())
+    for _, images, features in itertools.chain.from_iterable(batches):
         training = [one for one in contestants if one.training]
         if not training:
             break
@@ -62,15 +59,15 @@ def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[s
 
 class _Contestant:
     def __init__(
-        self, name: str, member: DecoderTrainer, together: Trainer, budget: float, clock: Callable[[], float]
+        self, name: str, trained: DecoderTrainer, trainer: Trainer, budget: float, clock: Callable[[], float]
     ) -> None:
-        self.name, self.member, self.together, self.budget, self.clock = name, member, together, budget, clock
-        self.decoder = member.head.decoder
+        self.name, self.trained, self.trainer, self.budget, self.clock = name, trained, trainer, budget, clock
+        self.decoder = trained.head.decoder
         self.seconds, self.images, self.curve = 0.0, 0, []
 
     @property
     def training(self) -> bool:
-        return self.member.optimizer is not None and self.seconds < self.budget
+        return self.trained.optimizer is not None and self.seconds < self.budget
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -81,15 +78,14 @@ class _Contestant:
     def finalize_fit(self) -> None:
         if not self.decoder.closed_form:
             return
-        views = self.decoder.begin_fit(len(self.together.data.train), self.together.seed)
+        views = self.decoder.begin_fit(len(self.trainer.data.train), self.trainer.loader.seed)
         for view in range(views + 1):
             held_out = view == views
-            for features, images in (
-                self.together.validation_batches() if held_out else self.together.views(view)
-            ):
+            loader = self.trainer.loader
+            for _, images, features in loader.validation_batches() if held_out else loader.views(view):
                 with self.timed():
                     self.decoder.partial_fit(
-                        self.member.select_features(features), images, validation=held_out
+                        self.trained.select_features(features), images, validation=held_out
                     )
         with self.timed():
             self.decoder.finalize_fit()
@@ -97,28 +93,28 @@ class _Contestant:
 
     def step(self, features: list[Tensor], images: Tensor) -> None:
         share_left = (1 - self.seconds / self.budget) / COOLDOWN
-        for group in self.member.optimizer.param_groups:
-            group["lr"] = self.member.recipe.learning_rate * min(1.0, share_left)
-        self.member.begin_epoch()
+        for group in self.trained.optimizer.param_groups:
+            group["lr"] = self.trained.recipe.learning_rate * min(1.0, share_left)
+        self.trained.begin_epoch()
         with self.timed():
-            self.member.step(features, images)
+            training_step(self.trained, features, images)
         self.images += len(images)
         trained = [look for look in self.curve if look["images"]]
         if self.seconds >= self.budget * (len(trained) + 1) / LOOKS:
             self.look()
 
     def look(self) -> None:
-        (loss,) = self.together.validation_losses([self.member])
+        (loss,) = self.trainer.validation_losses([self.trained])
         if not self.curve or loss < min(look["validation_mse"] for look in self.curve):
-            self.member.keep(loss)
+            self.trained.keep(loss)
         self.curve.append({"seconds": self.seconds, "images": self.images, "validation_mse": loss})
 
     @torch.no_grad()
     def outcome(self) -> dict[str, Any]:
-        self.member.head.load_state_dict(self.member.best)
+        self.trained.head.load_state_dict(self.trained.best)
         errors, decibels = [], []
-        for features, images in self.together.batches(self.together.data.test):
-            rebuilt = self.member.reconstruct(features)
+        for _, images, features in self.trainer.loader.batches(self.trainer.data.test):
+            rebuilt = self.trained.reconstruct(features)
             errors += (rebuilt - images).square().mean((1, 2, 3)).tolist()
             decibels += psnr(rebuilt, images).tolist()
         return {
@@ -126,6 +122,6 @@ class _Contestant:
             "psnr": statistics.fmean(decibels),
             "seconds": self.seconds,
             "images": self.images,
-            "parameters": self.member.parameters,
+            "parameters": self.trained.parameters,
             "curve": self.curve,
         }

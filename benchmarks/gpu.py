@@ -129,18 +129,18 @@ def epoch(configs: Sequence[dict], cache: str, accelerator: str) -> dict[str, An
     from benchmarks.work import build
 
     built = build(configs, accelerator)
-    together = built.on(load_data(built.runs[0].data, cache=cache))
-    images = together.data.train.crops([0], device=together.fabric.device)
+    trainer = built.on(load_data(built.runs[0].data, cache=cache))
+    images = trainer.data.train.crops([0], device=built.fabric.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        features = together.encoders(images)
+        features = built.encoders(images)
     flops = counter.get_total_flops()
-    for member in together.members:
+    for decoder in trainer.decoders:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            member.head.eval()(member.select_features(features))
+            decoder.head.eval()(decoder.select_features(features))
         flops += 3 * counter.get_total_flops()
-    together.train()
-    count, memory = len(together.data.train), 0
+    trainer.train()
+    count, memory = len(trainer.data.train), 0
     if accelerator == "cuda":
         memory = torch.cuda.max_memory_allocated()
-    seconds = sum(member.history[-1]["seconds"] for member in together.members)
+    seconds = sum(decoder.history[-1]["seconds"] for decoder in trainer.decoders)
     return {"seconds": seconds, "flops": flops * count, "train": count, "memory": memory}

@@ -22,6 +22,7 @@ from afterimage.evaluation.metrics import psnr
 from afterimage.models.layers.attention import narrow_attention
 from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
 from afterimage.training.decoder_trainer import DecoderTrainer
+from afterimage.training.feature_loader import FeatureLoader
 from afterimage.training.trainer import Trainer
 from benchmarks import reference as plain
 from benchmarks.gpu import quickest_precision
@@ -55,22 +56,21 @@ def ours(
     started, busy = time.perf_counter(), cpu_seconds()
     data = load_data(built.runs[0].data, cache=Path(cache))
     loaded = time.perf_counter()
-    together = built.on(data)
-    members = together.members
+    trainer = built.on(data)
     if target is None:
-        together.train()
+        trainer.train()
         reached, aside = None, 0.0
     else:
-        reached, aside = _until(together, target)
+        reached, aside = _until(trainer, target)
     ended = time.perf_counter()
     return {
         "cpu_seconds": cpu_seconds() - busy,
         "seconds": ended - started - aside,
         "loading": loaded - started,
         "training": ended - loaded - aside,
-        "validation_db": [_decibel(member.best_loss) for member in together.members],
+        "validation_db": [_decibel(decoder.best_loss) for decoder in trainer.decoders],
         "test_db": reached,
-        "epochs": members[0].epoch,
+        "epochs": trainer.decoders[0].epoch,
         "threads": torch.get_num_threads(),
     }
 
@@ -81,11 +81,14 @@ class Built:
 
     runs: Sequence[RunConfig]
     encoders: MultiEncoder
-    members: Sequence[DecoderTrainer]
+    decoders: Sequence[DecoderTrainer]
     fabric: Fabric
 
     def on(self, data: Data) -> Trainer:
-        return Trainer(self.encoders, data, self.members, self.fabric, seed=self.runs[0].seed)
+        first = self.runs[0]
+        return Trainer(
+            FeatureLoader(self.encoders, data, first.recipe, self.fabric, seed=first.seed), self.decoders
+        )
 
 
 def build(configs: Sequence[dict], accelerator: str) -> Built:
@@ -96,34 +99,34 @@ def build(configs: Sequence[dict], accelerator: str) -> Built:
     encoders = MultiEncoder(sources, weights=first.weights, image_size=first.data.crop, seed=first.seed)
     encoders.to(fabric.device)
     narrow_attention()
-    members = []
+    decoders = []
     for run in runs:
         feature_indices = [encoders.sources.index(source) for source in run.sources]
         head = build_feature_decoder(run, [encoders.specs[i] for i in feature_indices])
-        members.append(DecoderTrainer(head, feature_indices, run.recipe, fabric))
-    return Built(runs, encoders, members, fabric)
+        decoders.append(DecoderTrainer(head, feature_indices, run.recipe, fabric))
+    return Built(runs, encoders, decoders, fabric)
 
 
-def _until(together: Trainer, target: float) -> tuple[float, float]:
-    """Train the first member until the target is reached; gives the test PSNR and the seconds of looking at it."""
-    member, aside = together.members[0], 0.0
+def _until(trainer: Trainer, target: float) -> tuple[float, float]:
+    """Train the first decoder until the target is reached; gives the test PSNR and the seconds of looking at it."""
+    decoder, loader, aside = trainer.decoders[0], trainer.loader, 0.0
 
     def look() -> float:
         nonlocal aside
         paused = time.perf_counter()
         reached = _test_db(
-            lambda images: member.head(member.select_features(together.encoders(images))),
-            member.head,
-            together.data,
-            together.fabric.device,
+            lambda images: decoder.head(decoder.select_features(loader.encoders(images))),
+            decoder.head,
+            loader.data,
+            loader.fabric.device,
         )
         aside += time.perf_counter() - paused
         return reached
 
-    together.finalize_fit()
-    reached = look() if member.best else -math.inf
-    while reached < target and member.active:
-        together.train_epoch(member.epoch, [member])
+    trainer.fit_closed_forms()
+    reached = look() if decoder.best else -math.inf
+    while reached < target and decoder.active:
+        trainer.train_epoch(decoder.epoch, [decoder])
         reached = max(reached, look())
     return reached, aside
 

@@ -300,7 +300,7 @@ def test_interrupting_says_how_to_go_on(command, monkeypatch, photographs):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(afterimage.training.decoder_trainer.DecoderTrainer, "step", interrupted)
+    monkeypatch.setattr(afterimage.training.trainer, "training_step", interrupted)
     code, _, err = command(
         "train", f"{MODEL}:layer1", "--decoders", "transposed", "--data", f"folder:{photographs}", *SMALL
     )

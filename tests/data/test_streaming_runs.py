@@ -60,11 +60,11 @@ def test_a_decoder_learns_the_same_whichever_way_its_images_come(sample_images, 
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(sample_images, shard, tmp_path, monkeypatch):
-    from afterimage.training.decoder_trainer import DecoderTrainer
+    from afterimage.training import trainer
 
     chosen = configs(f"webdataset:{shard}", sample_images)
     whole = go(chosen, tmp_path, "whole")
-    step, left = DecoderTrainer.step, [5]
+    step, left = trainer.training_step, [5]
 
     def stopping(self, *arguments):
         left[0] -= 1
@@ -74,7 +74,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(sample_images, shard, tmp_path, 
 
     before = threading.active_count()
     with monkeypatch.context() as patch:
-        patch.setattr(DecoderTrainer, "step", stopping)
+        patch.setattr(trainer, "training_step", stopping)
         with pytest.raises(Stopped):
             go(chosen, tmp_path, "stopped")
     assert threading.active_count() <= before, "what decoded ahead has ended"

@@ -17,6 +17,7 @@ from afterimage.models.reconstructor import FeatureDecoder, MultiEncoder
 from afterimage.runs.run import Run
 from afterimage.runtime.failures import out_of_memory
 from afterimage.runtime.memory import retry_with_smaller_batch
+from afterimage.training import trainer
 from afterimage.training.checkpoint import CHECKPOINT, load_tensors
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.losses import MSE
@@ -46,7 +47,7 @@ def command_line(arguments, output, ready, steps):
     handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    step, taken = DecoderTrainer.step, [0]
+    step, taken = trainer.training_step, [0]
 
     def slowly(self, *arguments):
         step(self, *arguments)
@@ -55,7 +56,7 @@ def command_line(arguments, output, ready, steps):
             ready.touch()
             time.sleep(0.2)
 
-    DecoderTrainer.step = slowly
+    trainer.training_step = slowly
     torch.set_num_threads(1)
     main(arguments)
 
@@ -98,7 +99,7 @@ def small_disk(configs, root, cache, limit, said):
 
 
 def test_a_full_disk_in_a_write_keeps_the_last_checkpoint(sample_images, cache, whole, tmp_path, monkeypatch):
-    only, step, steps = small_configs(sample_images)[:1], DecoderTrainer.step, [0]
+    only, step, steps = small_configs(sample_images)[:1], trainer.training_step, [0]
 
     def stopping(self, *arguments):
         steps[0] += 1
@@ -108,7 +109,7 @@ def test_a_full_disk_in_a_write_keeps_the_last_checkpoint(sample_images, cache, 
 
     options = {"cache": cache, "accelerator": "cpu", "checkpoint_seconds": 0.0}
     with monkeypatch.context() as patch:
-        patch.setattr(DecoderTrainer, "step", stopping)
+        patch.setattr(trainer, "training_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             train_runs(only, tmp_path / "runs", **options)
     run, said = Run(tmp_path / "runs" / only[0].name), tmp_path / "said"
@@ -220,7 +221,7 @@ def test_micro_batches_give_the_same_gradients(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(MSE, "forward", too_much(limit, MSE.forward, MemoryError()))
             member.begin_epoch()
-            member.step([features], images)
+            trainer.training_step(member, [features], images)
         assert member.micro_batch == limit and len(gradients) > 4
         found.append((gradients, member.running_loss))
     for gradients, loss in found[1:]:
@@ -239,7 +240,7 @@ def test_micro_batches_with_batch_norm_say_what_differs(sample_images, cache, tm
 def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(sample_images, cache, tmp_path, monkeypatch):
     """The decoder has seen the whole batch when memory runs out: its batch statistics are taken back."""
     counted = []
-    forward, step = MSE.forward, DecoderTrainer.step
+    forward, step = MSE.forward, trainer.training_step
 
     def counting(self, *arguments):
         before = {k: v.clone() for k, v in self.head.named_buffers() if "num_batches" in k}
@@ -247,7 +248,7 @@ def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(sample_images, cache,
         counted.extend(int(v - before[k]) for k, v in self.head.named_buffers() if k in before)
 
     monkeypatch.setattr(MSE, "forward", too_much(2, forward, MemoryError()))
-    monkeypatch.setattr(DecoderTrainer, "step", counting)
+    monkeypatch.setattr(trainer, "training_step", counting)
     train_runs(small_configs(sample_images, epochs=1)[0], tmp_path, cache=cache, accelerator="cpu")
     # Batches of 4, 4, 4 and 2 images in parts of two.
     assert counted and counted[0] == 2 and set(counted) == {1, 2}

@@ -10,6 +10,7 @@ from afterimage.experiments import joint_run as group
 from afterimage.models.decoders import DECODERS, create_decoder
 from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.runs.run import Run
+from afterimage.training import trainer
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.trainer import Trainer
@@ -69,7 +70,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(sample_images, cache, w
 
 def stop_at(monkeypatch, step):
     """Interrupt before the so-many-th optimizer step of this process, whichever member takes it."""
-    steps, original = [0], DecoderTrainer.step
+    steps, original = [0], trainer.training_step
 
     def stopping(self, *arguments):
         if steps[0] == step:
@@ -77,7 +78,7 @@ def stop_at(monkeypatch, step):
         steps[0] += 1
         original(self, *arguments)
 
-    monkeypatch.setattr(DecoderTrainer, "step", stopping)
+    monkeypatch.setattr(trainer, "training_step", stopping)
 
 
 @pytest.mark.parametrize("step", [3, 10])
@@ -160,7 +161,7 @@ def test_a_image_replaced_before_going_on_starts_over_and_says_so(cache, tmp_pat
 
 def test_a_image_replaced_while_it_trains_changes_nothing(cache, tmp_path, whole, monkeypatch):
     sample_images = small_images(tmp_path / "images")
-    step, replaced = DecoderTrainer.step, []
+    step, replaced = trainer.training_step, []
 
     def replacing(self, *arguments):
         if not replaced:
@@ -169,7 +170,7 @@ def test_a_image_replaced_while_it_trains_changes_nothing(cache, tmp_path, whole
             replaced.append(True)
         step(self, *arguments)
 
-    monkeypatch.setattr(DecoderTrainer, "step", replacing)
+    monkeypatch.setattr(trainer, "training_step", replacing)
     (run,) = train_runs(small_configs(sample_images)[:1], tmp_path / "runs", cache=cache, accelerator="cpu")
     assert replaced and result(run)["scores"] == whole[0]["scores"]
     assert run.result.data.digest in whole[0]["summary"]
@@ -178,7 +179,7 @@ def test_a_image_replaced_while_it_trains_changes_nothing(cache, tmp_path, whole
 def test_the_interval_is_kept_inside_an_epoch(go, monkeypatch, sample_images):
     """Steps of 20 seconds each, of the only clock that decides: a checkpoint after 45, and at the epochs' ends."""
     clock, saves = [0.0], []
-    step, save = DecoderTrainer.step, DecoderTrainer.save
+    step, save = trainer.training_step, DecoderTrainer.save
 
     def ticking(self, *arguments):
         step(self, *arguments)
@@ -188,7 +189,7 @@ def test_the_interval_is_kept_inside_an_epoch(go, monkeypatch, sample_images):
         saves.append((self.epoch, self.position))
         save(self)
 
-    monkeypatch.setattr(DecoderTrainer, "step", ticking)
+    monkeypatch.setattr(trainer, "training_step", ticking)
     monkeypatch.setattr(DecoderTrainer, "save", noting)
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     go(small_configs(sample_images, epochs=2)[:1], checkpoint_seconds=45.0)

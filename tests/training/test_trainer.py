@@ -21,9 +21,8 @@ from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.metrics import Metrics
 from afterimage.runs.files import read_json
 from afterimage.runs.run import Run
+from afterimage.training import trainer
 from afterimage.training.checkpoint import load_reconstructor, load_tensors
-from afterimage.training.decoder_trainer import DecoderTrainer
-from afterimage.training.trainer import train
 from simulated_runs import edit
 
 MODEL = "test_resnet.r160_in1k"
@@ -127,7 +126,7 @@ def test_training_together_equals_training_alone(config, go):
 def test_a_stopped_run_goes_on_to_the_same_bits(config, go, monkeypatch, stop, precision):
     settings = {"epochs": 4, "precision": precision}
     (whole,) = go(config(**settings), root="whole")
-    steps, step = [0], DecoderTrainer.step
+    steps, step = [0], trainer.training_step
 
     def stopping(self, *arguments):
         if steps[0] == stop:
@@ -136,7 +135,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, go, monkeypatch, stop, p
         step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DecoderTrainer, "step", stopping)
+        patch.setattr(trainer, "training_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             go(config(**settings), root="stopped")
     (resumed,) = go(config(**settings), root="stopped")
@@ -157,7 +156,7 @@ def test_the_encoder_does_not_change_by_a_bit(sample_images, tmp_path):
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     assert any("running_var" in key for key in before)
     reconstructor = Reconstructor(encoder, create_decoder("transposed", encoder.specs, 32, seed=0))
-    history = train(reconstructor, data, RecipeConfig(epochs=2, batch_size=4), accelerator="cpu")
+    history = trainer.train(reconstructor, data, RecipeConfig(epochs=2, batch_size=4), accelerator="cpu")
     assert len(history) == 2 and same(before, encoder.state_dict())
     rows, _ = evaluate(reconstructor, data.test, Metrics("squeeze"))
     assert len(rows) == 2 and all(math.isfinite(row["psnr"]) for row in rows)
@@ -167,7 +166,7 @@ def test_a_closed_form_needs_no_epochs(sample_images, tmp_path):
     data = load_data(DataConfig(f"folder:{sample_images}", resize=48, crop=32), cache=tmp_path)
     encoder = Encoder(f"{MODEL}:layer1", weights="random-init", image_size=32)  # nearly linear
     reconstructor = Reconstructor(encoder, create_decoder("linear", encoder.specs, 32))
-    assert train(reconstructor, data, accelerator="cpu") == []
+    assert trainer.train(reconstructor, data, accelerator="cpu") == []
     rows, _ = evaluate(reconstructor, data.test, Metrics("squeeze"))
     assert min(row["psnr"] for row in rows) > 20
 
@@ -182,14 +181,14 @@ def test_a_loss_that_is_not_finite_ends_one_run_and_no_other(config, go):
 
 
 def test_the_best_checkpoint_survives_a_late_failure(config, go, monkeypatch):
-    step = DecoderTrainer.step
+    step = trainer.training_step
 
     def failing(self, features, images, count):
         if self.epoch == 2:
             features = [feature * math.nan for feature in features]
         step(self, features, images)
 
-    monkeypatch.setattr(DecoderTrainer, "step", failing)
+    monkeypatch.setattr(trainer, "training_step", failing)
     with pytest.raises(AfterimageError, match="the loss is nan in epoch 3, step 1"):
         go(config(epochs=4))
     (run,) = [Run.open(path) for path in (go.__closure__[0].cell_contents / "runs").iterdir()]

@@ -60,7 +60,7 @@ def _plan(config: RunConfig) -> Plan:
     decoder_macs = head.macs(specs)
     parameters = sum(p.numel() for p in head.parameters())
     recipe = config.recipe
-    trained = any(p.requires_grad for p in head.parameters())
+    trained = head.trainable
     images = training_images(config.data)
     macs = sum(deepest.values()) + (3 if trained else 1) * decoder_macs
     macs *= images * (recipe.epochs if trained else 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from lightning_fabric import Fabric
@@ -32,122 +32,121 @@ from afterimage.runs.files import sha256
 from afterimage.runs.lock import Lock
 from afterimage.runs.results import Result, TrainingFacts
 from afterimage.runs.run import Run
-from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from afterimage.runtime.distributed import ProcessGroup
 from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go
 from afterimage.runtime.process import LockLost
-from afterimage.runtime.progress import Progress
 from afterimage.training.checkpoint import remove_checkpoints
 from afterimage.training.checks import check_frozen
+from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
-from afterimage.training.trainer import CHECKPOINT_SECONDS, Trainer
+from afterimage.training.feature_loader import FeatureLoader
+from afterimage.training.trainer import Trainer
+
+
+@dataclass(kw_only=True)
+class StudyContext(RunContext):
+    """The surroundings of runs that are trained together: one that fails is recorded, and the others go on.
+
+    Args:
+        locks: the lock of each run's folder, which the main process holds.
+        failures: takes the error of each run that fails.
+        measured: takes the runs that have their results.
+    """
+
+    locks: Mapping[Run, Lock]
+    failures: list[AfterimageError]
+    measured: set[Run] = field(default_factory=set)
+
+    @property
+    def ended(self) -> set[Run]:
+        """The runs that have failed or have their results."""
+        return self.failed | self.measured
+
+    def check_lock(self, run: Run) -> None:
+        self.locks[run].check()
+
+    def record_failure(self, run: Run, error: Exception) -> None:
+        """Write the error into the run's folder, unless it concerns more than this run: then it is raised."""
+        if concerns(error):
+            raise error
+        if isinstance(error, LockLost):
+            # Whoever took the run over writes its folder now.
+            self.log(str(error))
+            return
+        self.failures.append(as_error(error, run.name, run.file(TRACEBACK)))
+        if self.ranks.is_main_process:
+            record(run, error)
+        let_go(error)
 
 
 class JointRun:
-    """Runs that share encoders, images, batches and seed; this process holds the lock of each, or the leading
-    one of several `ranks` does, which alone writes.
+    """Runs that share encoders, images, batches and seed, trained on one pass and measured on another.
 
-    A run that fails is recorded in its folder, its error added to `failures`, and the others go on. `over` takes the
-    runs that have failed or are done. What ends all of them is raised; it concerns `ENCODERS` where runs that read
-    other layers might do without what failed.
+    An error that concerns all of them is raised; it concerns `ENCODERS` where runs that read other layers might do
+    without what failed.
+
+    Args:
+        runs: the folders and what each is to hold.
+        data: the images of all of them.
+        context: their surroundings; takes what becomes of each run.
+        accelerator: `cpu`, `cuda`, `mps` or `auto`.
+        keep: how many test images are stored with their reconstructions.
     """
 
     def __init__(
         self,
         runs: Mapping[Run, RunConfig],
-        locks: Mapping[Run, Lock],
         data: Data,
-        failures: list[AfterimageError],
-        over: set[Run],
+        context: StudyContext,
         *,
         accelerator: str,
-        progress: Progress,
         keep: int,
-        pause: Callable[[], None],
-        checkpoint_seconds: float = CHECKPOINT_SECONDS,
-        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.ranks = ranks
-        self.runs, self.locks, self.data, self.failures, self.over = runs, locks, data, failures, over
-        self.accelerator, self.progress, self.keep = accelerator, progress, keep
-        self.pause, self.checkpoint_seconds = pause, checkpoint_seconds
+        self.runs, self.data, self.context, self.ranks = runs, data, context, context.ranks
+        self.accelerator, self.keep = accelerator, keep
         self.first = next(iter(runs.values()))
         self.fabric = self._fabric()
         sources = list(dict.fromkeys(source for config in runs.values() for source in config.sources))
         with concerning(ENCODERS):
             # One after the other: what is downloaded is then there for all.
-            self.encoders = ranks.main_process_first(lambda: build_encoders(self.first, sources))
+            self.encoders = self.ranks.main_process_first(lambda: build_encoders(self.first, sources))
             self.encoders.to(self.fabric.device)
         for entry in self.encoders.weights_of(self.encoders.sources):
             note = f" ({entry.note})" if entry.note else ""
-            self.say(
+            context.log(
                 f"{entry.model}: {entry.label.upper()} weights from {entry.origin} {entry.location}{note}"
             )
-        self.metrics = ranks.main_process_first(lambda: Metrics(self.first.lpips, size=self.first.data.crop))
-
-    def say(self, text: str) -> None:
-        self.progress(text, 1, 1)
+        self.metrics = self.ranks.main_process_first(
+            lambda: Metrics(self.first.lpips, size=self.first.data.crop)
+        )
+        self.loader = FeatureLoader(
+            self.encoders, data, self.first.recipe, self.fabric, seed=self.first.seed, context=context
+        )
 
     def _fabric(self) -> Fabric:
         return self.ranks.local_fabric(self.accelerator, self.first.recipe.precision)
 
-    @contextlib.contextmanager
-    def recorded(self, run: Run, member: DecoderTrainer | None = None) -> Iterator[None]:
-        """An error ends one run, is written into its folder, and leaves the others alone."""
-        try:
-            yield
-        except Exception as error:
-            if concerns(error):
-                raise
-            self.over.add(run)
-            if member is not None:
-                member.failed = True
-            if isinstance(error, LockLost):
-                # Whoever took the run over writes its folder now.
-                self.say(str(error))
-                return
-            self.failures.append(as_error(error, run.name, run.file(TRACEBACK)))
-            if self.ranks.is_main_process:
-                record(run, error)
-            let_go(error)
-
-    @contextlib.contextmanager
-    def raise_on_all_ranks(self, run: Run, member: DecoderTrainer | None = None) -> Iterator[None]:
-        """As `recorded`, for what may go wrong on one rank only."""
-        with self.recorded(run, member), self.ranks.raise_on_all_ranks():
-            yield
-
     def train(self) -> None:
         """Train what is not trained, and measure it."""
-        members = []
+        decoders = []
         for run, config in self.runs.items():
-            with self.raise_on_all_ranks(run):
-                members.append(self._member(run, config))
-        if not members:
+            with self.context.isolate(run):
+                decoders.append(self._decoder_trainer(run, config))
+        if not decoders:
             return
-        self.together = Trainer(
-            self.encoders,
-            self.data,
-            members,
-            self.fabric,
-            seed=self.first.seed,
-            progress=self.progress,
-            recorded=lambda member: self.recorded(member.run, member),
-            pause=self.pause,
-            checkpoint_seconds=self.checkpoint_seconds,
-            ranks=self.ranks,
-        )
-        self.together.finalize_fit()
+        trainer = Trainer(self.loader, decoders)
+        trainer.fit_closed_forms()
         # What needs no epochs is written down before hours of training that may be stopped.
-        early = [member for member in members if member.best and not member.active and not member.failed]
+        early = [one for one in decoders if one.best and not one.active and not one.failed]
         self.finish(early)
-        self.together.train_epochs()
-        self.finish([member for member in members if member.best and member not in early])
+        trainer.train_epochs()
+        self.finish([one for one in decoders if one.best and one not in early])
 
-    def _member(self, run: Run, config: RunConfig) -> DecoderTrainer:
+    def _decoder_trainer(self, run: Run, config: RunConfig) -> DecoderTrainer:
         feature_indices = [self.encoders.sources.index(resolve(source)) for source in config.sources]
         head = build_feature_decoder(config, [self.encoders.specs[i] for i in feature_indices])
         sources = [self.encoders.sources[i] for i in feature_indices]
-        member = DecoderTrainer(
+        decoder = DecoderTrainer(
             head,
             feature_indices,
             config.recipe,
@@ -161,9 +160,7 @@ class JointRun:
                 "sources": sources,
                 "weights": self.encoders.weight_digests(sources),
             },
-            guard=lambda: self.locks[run].check(),
-            said=self.say,
-            ranks=self.ranks,
+            context=self.context,
         )
         machine = {"device": str(self.fabric.device), "threads": torch.get_num_threads()}
         if self.ranks.is_main_process:
@@ -171,20 +168,20 @@ class JointRun:
             forget(run)
             run.set_state("running")
             run.save_environment(environment() | machine | {"ranks": self.ranks.count})
-        if member.restore():
-            where = f", image {member.position}" if member.position else ""
-            self.say(f"{run.name} goes on after epoch {member.epoch}{where}")
-        return member
+        if decoder.restore():
+            where = f", image {decoder.position}" if decoder.position else ""
+            self.context.log(f"{run.name} goes on after epoch {decoder.epoch}{where}")
+        return decoder
 
-    def finish(self, members: list[DecoderTrainer]) -> None:
-        """Measure the members' best decoders on the test images and write down what they came to."""
+    def finish(self, decoders: list[DecoderTrainer]) -> None:
+        """Measure the decoders at their best on the test images, and write down what they came to."""
         saved = []
-        for member in members:
-            with self.raise_on_all_ranks(member.run, member):
-                member.head.load_state_dict(member.best)
+        for decoder in decoders:
+            with self.context.isolate(decoder.run):
+                decoder.head.load_state_dict(decoder.best)
                 if self.ranks.is_main_process:
-                    member.save_best()
-                saved.append(member)
+                    decoder.save_best()
+                saved.append(decoder)
         if not saved:
             return
         try:
@@ -196,56 +193,56 @@ class JointRun:
                 raise
             let_go(error)
         # One of them cannot be measured; which one shows when each is measured alone.
-        for member in saved:
-            if member.run not in self.over:
-                with self.raise_on_all_ranks(member.run, member):
-                    self._measure([member])
+        for decoder in saved:
+            if decoder.run not in self.context.ended:
+                with self.context.isolate(decoder.run):
+                    self._measure([decoder])
 
-    def _measure(self, members: list[DecoderTrainer]) -> None:
+    def _measure(self, decoders: list[DecoderTrainer]) -> None:
         check_frozen(self.encoders)
-        weighted = [m for m in members if m.head.fusion is not None and m.head.fusion.has_weights]
-        maps = {m: WeightMaps(m.head.fusion, self.keep) for m in weighted}
+        weighted = [d for d in decoders if d.head.fusion is not None and d.head.fusion.has_weights]
+        maps = {decoder: WeightMaps(decoder.head.fusion, self.keep) for decoder in weighted}
 
         def reconstruct(images: Tensor) -> list[Tensor]:
-            self.pause()
-            features = self.together.features(images)
-            image_set = [member.reconstruct(features) for member in members]
+            self.context.check_shutdown()
+            features = self.loader.encode(images)
+            outputs = [decoder.reconstruct(features) for decoder in decoders]
             with self.fabric.autocast():
-                for member, own in maps.items():
-                    own.add(member.select_features(features))
-            return image_set
+                for decoder, own in maps.items():
+                    own.add(decoder.select_features(features))
+            return outputs
 
         results = evaluate_together(
             reconstruct,
             self.data.test,
             self.metrics,
-            names=[member.run.name for member in members],
+            names=[decoder.run.name for decoder in decoders],
             batch_size=self.first.recipe.batch_size,
             device=self.fabric.device,
-            progress=self.progress,
+            progress=self.context.progress,
             keep=self.keep,
-            seen=[self._seen(member) for member in members],
+            seen=[self._seen(decoder) for decoder in decoders],
             ranks=self.ranks,
         )
         for own in maps.values():
             own.gather(self.ranks)
-        for member, result in zip(members, results, strict=True):
-            with self.raise_on_all_ranks(member.run, member):
+        for decoder, result in zip(decoders, results, strict=True):
+            with self.context.isolate(decoder.run):
                 if self.ranks.is_main_process:
-                    self._write(member, result, maps.get(member))
-            self.over.add(member.run)
+                    self._write(decoder, result, maps.get(decoder))
+            self.context.measured.add(decoder.run)
 
-    def _seen(self, member: DecoderTrainer) -> Box | None:
-        """The part of images that a member's sources see; None for all of it."""
+    def _seen(self, decoder: DecoderTrainer) -> Box | None:
+        """The part of images that a decoder's sources see; None for all of it."""
         side = self.first.data.crop
-        return seen_box([self.encoders.specs[i] for i in member.feature_indices], (side, side))
+        return seen_box([self.encoders.specs[i] for i in decoder.feature_indices], (side, side))
 
-    def _write(self, member: DecoderTrainer, result: Evaluation, maps: WeightMaps | None) -> None:
-        """Write what a member came to; its run is then done."""
-        config, layers = self.runs[member.run], self.encoders.describe()
-        features = tuple(layers[i] for i in member.feature_indices)
-        weights = self.encoders.weights_of([self.encoders.sources[i] for i in member.feature_indices])
-        size, box = (self.first.data.crop, self.first.data.crop), self._seen(member)
+    def _write(self, decoder: DecoderTrainer, result: Evaluation, maps: WeightMaps | None) -> None:
+        """Write what a decoder came to; its run is then done."""
+        config, layers = self.runs[decoder.run], self.encoders.describe()
+        features = tuple(layers[i] for i in decoder.feature_indices)
+        weights = self.encoders.weights_of([self.encoders.sources[i] for i in decoder.feature_indices])
+        size, box = (self.first.data.crop, self.first.data.crop), self._seen(decoder)
         unseen = seen_notes(features, box, size, () if box is None else result.rows)
         found = Result(
             kind="decoder",
@@ -258,31 +255,31 @@ class JointRun:
             features=features,
             weights=tuple(weights),
             fusion_weights=() if maps is None else tuple(maps.means),
-            training=self._training(member),
+            training=self._training(decoder),
             scores_seen=None if box is None else summarise(result.rows, SEEN),
             notes=(
-                *(*member.notes, *unseen, *weight_notes(weights), *self.data.notes),
+                *(*decoder.notes, *unseen, *weight_notes(weights), *self.data.notes),
                 *score_notes(result.rows),
             ),
         )
-        member.guard()
-        member.run.save_result(found, result.images, () if maps is None else maps.images)
-        if not member.failed:
-            member.run.set_state("done")
-            remove_checkpoints(member.run)
+        self.context.check_lock(decoder.run)
+        decoder.run.save_result(found, result.images, () if maps is None else maps.images)
+        if not decoder.failed:
+            decoder.run.set_state("done")
+            remove_checkpoints(decoder.run)
 
-    def _training(self, member: DecoderTrainer) -> TrainingFacts:
+    def _training(self, decoder: DecoderTrainer) -> TrainingFacts:
         return TrainingFacts(
-            parameters=member.parameters,
-            macs=member.head.macs([self.encoders.specs[i] for i in member.feature_indices]),
+            parameters=decoder.parameters,
+            macs=decoder.head.macs([self.encoders.specs[i] for i in decoder.feature_indices]),
             ranks=self.ranks.count,
-            seconds=round(member.seconds, 2),
-            images_seen=member.images_seen,
-            epochs=member.epoch,
-            best_epoch=member.best_epoch,
-            best_validation_loss=member.best_loss,
-            decoder_sha256=sha256(member.run.file("decoder.safetensors")),
-            settings_sha256=self.runs[member.run].digest,
+            seconds=round(decoder.seconds, 2),
+            images_seen=decoder.images_seen,
+            epochs=decoder.epoch,
+            best_epoch=decoder.best_epoch,
+            best_validation_loss=decoder.best_loss,
+            decoder_sha256=sha256(decoder.run.file("decoder.safetensors")),
+            settings_sha256=self.runs[decoder.run].digest,
         )
 
 

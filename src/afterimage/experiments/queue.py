@@ -13,7 +13,7 @@ from afterimage.config import AfterimageError, DataConfig, RunConfig, split_sour
 from afterimage.data.dataset import load_data
 from afterimage.data.duplicates import near_duplicates
 from afterimage.data.images import Data
-from afterimage.experiments.joint_run import JointRun, try_encoders
+from afterimage.experiments.joint_run import JointRun, StudyContext, try_encoders
 from afterimage.models.encoders.layers import layer_info
 from afterimage.models.encoders.providers.timm import resolve
 from afterimage.models.weights import find_weights
@@ -34,7 +34,7 @@ from afterimage.runtime.failures import (
 from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.signals import GracefulShutdown, graceful_shutdown
 from afterimage.training.checkpoint import remove_checkpoints
-from afterimage.training.trainer import CHECKPOINT_SECONDS
+from afterimage.training.context import CHECKPOINT_SECONDS
 
 Key = TypeVar("Key", bound=Hashable)
 Heard = TypeVar("Heard")
@@ -264,16 +264,23 @@ class _Worker:
     def _train(self, mine: dict[Run, RunConfig], stop: GracefulShutdown) -> None:
         ranks = self.claims.ranks
         locks = {run: self.claims.locks[run] for run in mine if ranks.is_main_process}
-        over: set[Run] = set()
+        context = StudyContext(
+            ranks=ranks,
+            progress=self.progress,
+            shutdown=stop,
+            checkpoint_seconds=self.checkpoint_seconds,
+            locks=locks,
+            failures=self.claims.failures,
+        )
         try:
             with ranks.raise_on_all_ranks():
                 data = self._data(next(iter(mine.values())).data, stop)
-                self._together(mine, locks, data, over, stop)
+                self._together(mine, data, context)
         except BaseException as error:
             if concerns(error) == EVERYTHING:
                 self.claims.mark((run for run in mine if run.state == "running"), "stopped")
                 raise
-            self.claims.fail([run for run in mine if run not in over], error)
+            self.claims.fail([run for run in mine if run not in context.ended], error)
         finally:
             for run, lock in locks.items():
                 lock.release()
@@ -283,40 +290,22 @@ class _Worker:
                     del self.claims.waiting[run]
         self.claims.heard(None)
 
-    def _together(
-        self,
-        mine: dict[Run, RunConfig],
-        locks: Mapping[Run, Lock],
-        data: Data,
-        over: set[Run],
-        stop: GracefulShutdown,
-    ) -> None:
+    def _together(self, mine: dict[Run, RunConfig], data: Data, context: StudyContext) -> None:
         """Train runs on one pass through their encoders, or on several where together the encoders fail."""
         parts = [mine]
         while parts:
             part = parts.pop(0)
             try:
                 with self.claims.ranks.raise_on_all_ranks():
-                    JointRun(
-                        part,
-                        locks,
-                        data,
-                        self.claims.failures,
-                        over,
-                        accelerator=self.accelerator,
-                        progress=self.progress,
-                        keep=self.keep,
-                        pause=stop.check,
-                        checkpoint_seconds=self.checkpoint_seconds,
-                        ranks=self.claims.ranks,
-                    ).train()
+                    JointRun(part, data, context, accelerator=self.accelerator, keep=self.keep).train()
                 continue
             except Exception as caught:
                 if concerns(caught) != ENCODERS:
                     raise
                 error = caught
             let_go(error)
-            parts = self._apart({run: part[run] for run in part if run not in over}, error, data) + parts
+            left = {run: config for run, config in part.items() if run not in context.ended}
+            parts = self._apart(left, error, data) + parts
 
     def _apart(self, runs: dict[Run, RunConfig], error: Exception, data: Data) -> list[dict[Run, RunConfig]]:
         """Divide runs whose encoders failed together into parts that can go on, and record those that cannot.

@@ -97,6 +97,11 @@ class FeatureDecoder(nn.Module):
         self.fusion = fusion
         self.decoder = decoder
 
+    @property
+    def trainable(self) -> bool:
+        """Whether anything in it is trained by gradient descent."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def fuse(self, features: Sequence[Tensor]) -> list[Tensor]:
         return list(features) if self.fusion is None else [self.fusion(features)]
 

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
 from afterimage.config import AfterimageError, RecipeConfig
-from afterimage.models.decoders.base import FeatureCrop
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
-from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup, RankLost
 from afterimage.runtime.memory import Result, retry_with_smaller_batch
 from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import (
@@ -27,6 +25,7 @@ from afterimage.training.checkpoint import (
     unpack_optimizer,
     without_prefix,
 )
+from afterimage.training.context import RunContext
 from afterimage.training.losses import create_loss
 
 PROGRESS = (
@@ -50,13 +49,21 @@ SINGLE = (
 
 
 class DecoderTrainer:
-    """A decoder in training beside others on the same features; `feature_indices` says which features are its own.
+    """A decoder in training: its optimizer and schedule, its best weights so far, its history and its checkpoints.
 
-    With a run it writes its history and a checkpoint there after every epoch, and where it is told to in between.
-    `identity` is what a checkpoint must share to be gone on from, by name: the images' digest, the weights'; a
-    decoder is only for its own `sources` and `weights`.
-    `guard` is called before anything is written and may raise; `said` is told what a user should know.
-    With `ranks` each of them has such a member, and all stay equal; the leading one writes.
+    It stands beside others that are trained on the same features. Several ranks each have one, and all stay equal;
+    the main process writes.
+
+    Args:
+        head: the decoder, with its fusion where it reads several feature maps.
+        feature_indices: which of the loader's feature maps are its own.
+        recipe: how it is trained.
+        fabric: the device and the precision of its computations.
+        name: what messages call it.
+        run: the folder that takes its history and its checkpoints; None where nothing is written.
+        identity: what a checkpoint must share for training to go on from it, by name: the digests of the images and
+            of the encoders' weights, and so on. The decoder's file says for which `sources` and `weights` it is.
+        context: the run's surroundings.
     """
 
     def __init__(
@@ -69,16 +76,13 @@ class DecoderTrainer:
         name: str = "decoder",
         run: Run | None = None,
         identity: Mapping[str, Any] | None = None,
-        guard: Callable[[], None] = lambda: None,
-        said: Callable[[str], None] = lambda text: None,
-        ranks: ProcessGroup = SINGLE_PROCESS,
+        context: RunContext | None = None,
     ) -> None:
-        self.ranks = ranks
         self.name, self.recipe, self.fabric, self.run = name, recipe, fabric, run
-        self.identity, self.guard, self.said = dict(identity or {}), guard, said
+        self.identity, self.context = dict(identity or {}), context or RunContext()
         self.feature_indices = list(feature_indices)
-        self._norms = adapt(head, ranks)
-        self._synchronised = ranks.count > 1 and bool(self._norms)
+        self._norms = adapt(head, self.context.ranks)
+        self.synchronises = self.context.ranks.count > 1 and bool(self._norms)
         self.head = head.to(fabric.device, memory_format=torch.channels_last)
         self.loss = create_loss(recipe.loss).to(fabric.device)
         self.history: list[dict[str, Any]] = []
@@ -86,13 +90,14 @@ class DecoderTrainer:
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_epoch, self.epoch, self.seconds = math.inf, 0, 0, 0.0
         self.epoch_seconds = 0.0
-        self.images_seen = self.position = 0
-        self.micro_batch = self._at_once = recipe.batch_size
-        self.failed = self.restored = False
+        self.images_seen = self.position = 0  # in all epochs that have ended, and in the one under way
+        self.micro_batch = self._evaluation_batch = recipe.batch_size
+        self.restored = False
         self.between_steps = True
         """Whether it is as after a whole number of steps, so that training could go on from it."""
-        self._total = torch.zeros((), device=fabric.device)
-        if any(p.requires_grad for p in head.parameters()):
+        self.total_loss = torch.zeros((), device=fabric.device)
+        """The losses of the epoch's images so far, summed."""
+        if head.trainable:
             optimizer = create_optimizer(head, recipe)
             self.trained, self.optimizer = fabric.setup(self.head, optimizer)
             self.scheduler = _scheduler(optimizer, recipe)
@@ -101,14 +106,19 @@ class DecoderTrainer:
         self.share()
 
     def share(self) -> None:
-        """Take the leading rank's decoder over: other machines may round otherwise."""
-        if self.ranks.count > 1:
+        """Take over the decoder of the main process: other machines may round otherwise."""
+        if self.context.ranks.count > 1:
             state = {name: tensor.cpu() for name, tensor in self.head.state_dict().items()}
-            self.head.load_state_dict(self.ranks.broadcast(state if self.ranks.is_main_process else None))
+            self.head.load_state_dict(self.context.ranks.broadcast(state))
 
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.head.parameters())
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error has ended its training, which the context has recorded."""
+        return self.run in self.context.failed
 
     @property
     def active(self) -> bool:
@@ -118,7 +128,7 @@ class DecoderTrainer:
     @property
     def running_loss(self) -> float:
         """The mean loss of the epoch so far; asking waits for the device."""
-        return float(self._total) / max(1, self.position)
+        return float(self.total_loss) / max(1, self.position)
 
     @property
     def best_text(self) -> str:
@@ -131,99 +141,20 @@ class DecoderTrainer:
         """Get ready to step, at the start of an epoch or at `position` images in it."""
         self.head.train()
 
-    def step(self, features: Sequence[Tensor], images: Tensor, count: int | None = None) -> None:
-        """An optimizer step for each of the decoder's windows on the features of `images`, both on the device.
-
-        Of several ranks each gives its own part of the batch of `count` images, or none. Where memory does not
-        suffice, gradients are summed over micro-batches. Raises `AfterimageError` for a loss that is not finite: at
-        once on a CPU, where asking is free; on other devices `end_epoch` does, so that steps need not wait.
-        """
-        picked, count = self.select_features(features), len(images) if count is None else count
-        # Windows depend on the position in the run alone, so that one that goes on draws the same.
-        generator = torch.Generator().manual_seed((self.epoch << 32) + self.position)
-        feature_crops = self.head.decoder.feature_crops(generator)
-        for number, crop in enumerate(feature_crops):
-            self._total += self._descend(picked, images, count, crop) / len(feature_crops)
-            self.between_steps = number == len(feature_crops) - 1
-        self._note_single_values()
-        self.position += count
-
-    def _descend(self, picked: list[Tensor], images: Tensor, count: int, crop: FeatureCrop | None) -> Tensor:
-        """One optimizer step; returns the sum of the losses of the batch's `count` images."""
-        most = self.ranks.most(count)
-        wanted = min(self.micro_batch, most)
-        buffers = [buffer.clone() for buffer in self.head.buffers()]
-
-        def undo() -> None:
-            self.optimizer.zero_grad(set_to_none=True)
-            for buffer, before in zip(self.head.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-
-        def work(size: int) -> Tensor:
-            if size < wanted:  # what the attempt that failed has left
-                undo()
-            with self.ranks.raise_on_all_ranks():
-                parts = list(_parts(picked, images, size))
-                if self._synchronised:  # batch norm needs every rank in every part
-                    nothing = [maps[:0] for maps in picked], images[:0]
-                    parts = [part for part in parts if len(part[1])]
-                    parts += [nothing] * (-(-most // size) - len(parts))
-                losses = [self._gradients(maps, part, count, crop) for maps, part in parts]
-                return self._summed(sum(losses, self._total.new_zeros(())))
-
-        try:
-            total, size = retry_with_smaller_batch(work, wanted, self.name)
-        except RankLost:
-            undo()
-            raise
-        if size < wanted:
-            self._shrink(size)
-        self.optimizer.step()
-        self.head.decoder.after_optimizer_step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
-
-    def _summed(self, total: Tensor) -> Tensor:
-        """Sum gradients over ranks, and the losses' `total`, which is returned."""
-        if self.ranks.count > 1:
-            trainable = [p for p in self.head.parameters() if p.requires_grad]
-            for parameter in trainable:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            self.ranks.sum([*(parameter.grad for parameter in trainable), total])
-        return total
-
-    def _gradients(
-        self, features: list[Tensor], images: Tensor, count: int, crop: FeatureCrop | None
-    ) -> Tensor:
-        """Add the gradients of some of the batch's `count` images; returns the sum of their losses."""
-        if len(images) == 0:
-            if self._synchronised:
-                self.fabric.backward(self.trained(features, crop).sum())
-            return self._total.new_zeros(())
-        loss = self.loss(self.trained(features, crop), self.head.decoder.cut(images, crop))
-        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise AfterimageError(
-                f"{self.name}: the loss is {loss.item()} in epoch {self.epoch + 1}, step "
-                f"{self.position // self.recipe.batch_size + 1}; the best decoder so far ({self.best_text}) is kept. "
-                "A lower learning_rate may help."
-            )
-        self.fabric.backward(loss if len(images) == count else loss * (len(images) / count))
-        return loss.detach() * len(images)
-
-    def _shrink(self, size: int) -> None:
+    def shrink_micro_batch(self, size: int) -> None:
+        """Sum gradients over micro-batches of `size` images from here on, and say so."""
         self.micro_batch = size
         note = f"out of memory: gradients are summed over micro-batches of {size}, the same mathematics"
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.head.modules()):
-            note += f" except that batch norm sees {size * self.ranks.count} images at a time"
+            note += f" except that batch norm sees {size * self.context.ranks.count} images at a time"
         self.notes.append(f"{note}; from epoch {self.epoch + 1} on")
-        self.said(f"{self.name}: {note}")
+        self.context.log(f"{self.name}: {note}")
 
-    def _note_single_values(self) -> None:
+    def note_single_values(self) -> None:
         """Say once that batch norm met a batch with a single value a channel."""
         if any(norm.met_single for norm in self._norms) and not any(SINGLE in note for note in self.notes):
             self.notes.append(f"{SINGLE}, first in epoch {self.epoch + 1}")
-            self.said(f"{self.name}: {SINGLE}")
+            self.context.log(f"{self.name}: {SINGLE}")
 
     @torch.no_grad()
     def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
@@ -233,10 +164,10 @@ class DecoderTrainer:
             return 0.0
 
         def work(size: int) -> float:
-            parts = _parts(self.select_features(features), images, size)
+            parts = split_batch(self.select_features(features), images, size)
             return sum(float(self.loss(self.trained(maps), part)) * len(part) for maps, part in parts)
 
-        return self._looking(work)
+        return self._without_gradients(work)
 
     def end_epoch(self, validation_loss: float) -> None:
         """Note an epoch, keep the decoder if it is the best, move the schedule, write a checkpoint."""
@@ -260,7 +191,7 @@ class DecoderTrainer:
             }
         )
         self.position, self.epoch_seconds = 0, 0.0
-        self._total.zero_()
+        self.total_loss.zero_()
         if validation_loss < self.best_loss:
             self.keep(validation_loss)
         self.scheduler.step(*([validation_loss] if self.recipe.scheduler == "plateau" else []))
@@ -272,15 +203,17 @@ class DecoderTrainer:
         self.best_loss, self.best_epoch = validation_loss, self.epoch
 
     def save(self) -> None:
-        """Write the checkpoint that `restore` goes on from; the leading rank does."""
-        if self.run is None or not self.ranks.is_main_process:
+        """Write the checkpoint that `restore` goes on from."""
+        if self.run is None or not self.context.ranks.is_main_process:
             return
-        self.guard()
+        self.context.check_lock(self.run)
         tensors = (
-            prefixed("head", self.head.state_dict()) | prefixed("best", self.best) | {"total": self._total}
+            prefixed("head", self.head.state_dict())
+            | prefixed("best", self.best)
+            | {"total": self.total_loss}
         )
         facts = {name: getattr(self, name) for name in PROGRESS}
-        facts |= {"identity": self.identity, "torch": torch.__version__, "ranks": self.ranks.count}
+        facts |= {"identity": self.identity, "torch": torch.__version__, "ranks": self.context.ranks.count}
         if self.optimizer is not None:
             moments, groups = pack_optimizer(self.optimizer.optimizer)
             tensors |= prefixed("optimizer", moments)
@@ -292,26 +225,30 @@ class DecoderTrainer:
 
     def save_best(self) -> None:
         """Write the best decoder and the history."""
-        self.guard()
+        self.context.check_lock(self.run)
         made_for = {key: self.identity[key] for key in ("sources", "weights") if key in self.identity}
         save_decoder(self.run.file("decoder.safetensors"), self.best, made_for)
         if self.history:
             self.run.save_history(self.history)
 
     def restore(self) -> bool:
-        """Go on from the run's newest sound checkpoint; False where there is none, as `said` has been told.
+        """Go on from the run's newest sound checkpoint.
 
-        Raises `AfterimageError` for one that does not fit the decoder.
+        Returns:
+            Whether there is one; why one cannot be used is logged.
+
+        Raises:
+            AfterimageError: for one that does not fit the decoder.
         """
         found = None
-        if self.run is not None and self.ranks.is_main_process:
-            found = next(iter(load_checkpoints(self.run, self.said)), None)
-        if found := self.ranks.broadcast(found):
+        if self.run is not None and self.context.ranks.is_main_process:
+            found = next(iter(load_checkpoints(self.run, self.context.log)), None)
+        if found := self.context.ranks.broadcast(found):
             tensors, facts = found
             made_on = facts["identity"]
             changed = [key for key in self.identity if made_on.get(key) != self.identity[key]]
             if changed:
-                self.said(
+                self.context.log(
                     f"{self.name}: starts over, since a checkpoint was made on other {', '.join(changed)}"
                 )
                 return False
@@ -330,17 +267,17 @@ class DecoderTrainer:
         self.best = {
             name: tensor.to(self.fabric.device) for name, tensor in without_prefix("best", tensors).items()
         }
-        self._total.copy_(tensors["total"])
+        self.total_loss.copy_(tensors["total"])
         if self.optimizer is not None:
             unpack_optimizer(self.optimizer.optimizer, without_prefix("optimizer", tensors), facts)
             self.scheduler.load_state_dict(facts["scheduler"])
             self.fabric.strategy.precision.load_state_dict(facts["precision"])
         for name in PROGRESS:
             setattr(self, name, facts[name])
-        if (before := facts.get("ranks", 1)) != self.ranks.count:
+        if (before := facts.get("ranks", 1)) != self.context.ranks.count:
             self.notes.append(
-                f"went on with {self.ranks.count} instead of {before} processes in epoch {self.epoch + 1}, which "
-                "rounds sums in another order"
+                f"went on with {self.context.ranks.count} instead of {before} processes in epoch "
+                f"{self.epoch + 1}, which rounds sums in another order"
             )
         if facts["torch"] != torch.__version__:
             self.notes.append(
@@ -361,18 +298,20 @@ class DecoderTrainer:
                 parts = zip(*(maps.split(size) for maps in picked), strict=True)
                 return torch.cat([self.head(list(part)).float() for part in parts])
 
-        return self._looking(work)
+        return self._without_gradients(work)
 
-    def _looking(self, work: Callable[[int], Result]) -> Result:
-        """Do without gradients what takes a number of images at a time; fewer where memory does not suffice."""
-        result, size = retry_with_smaller_batch(work, self._at_once, self.name)
-        if size < self._at_once:
-            self._at_once = size
-            self.said(f"{self.name}: out of memory: it is measured on {size} images at a time")
+    def _without_gradients(self, work: Callable[[int], Result]) -> Result:
+        """Run `work`, which takes a number of images at a time, on fewer where memory does not suffice."""
+        result, size = retry_with_smaller_batch(work, self._evaluation_batch, self.name)
+        if size < self._evaluation_batch:
+            self._evaluation_batch = size
+            self.context.log(f"{self.name}: out of memory: it is measured on {size} images at a time")
         return result
 
 
-def _parts(features: Sequence[Tensor], images: Tensor, size: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+def split_batch(
+    features: Sequence[Tensor], images: Tensor, size: int
+) -> Iterator[tuple[list[Tensor], Tensor]]:
     """A batch in parts of `size` images; the batch itself where it is no larger."""
     if len(images) <= size:
         yield list(features), images

@@ -1,16 +1,17 @@
-"""Where a training step's time goes, measured in a short loop of its own, with a trace for a trace viewer.
+"""Measure where a training step's time goes, with a trace for a trace viewer.
 
-The loop is built from the same pieces as `train` and `DecoderTrainer` (crops, encoders, head, loss, Adam,
-precision), one decoder at a time, without validation and checkpoints. It waits for the device after
-every part, so that each part's time is its own; without these waits a step on a GPU is somewhat faster than the sum.
+It takes the training steps of `trainer`, of one decoder alone and without validation and checkpoints. It waits for the
+device after every part, so that each part's time is its own; without these waits a step on a GPU is somewhat faster
+than the sum.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,17 +19,35 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.data.dataset import load_data
-from afterimage.data.sampling import order
 from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
 from afterimage.runs.files import write_json
 from afterimage.runtime.device import one_device
 from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.terminal import console
-from afterimage.training.decoder_trainer import create_optimizer
-from afterimage.training.losses import create_loss
+from afterimage.training.context import RunContext
+from afterimage.training.decoder_trainer import DecoderTrainer
+from afterimage.training.feature_loader import FeatureLoader
+from afterimage.training.trainer import training_step
 
 PARTS = ("data", "encoder", "decoder forward", "backward", "optimizer")
 WARM_UP, TRACED = 2, 3
+
+
+@dataclass(kw_only=True)
+class SectionTimer(RunContext):
+    """Sums up the seconds of each section of the training step, and labels it in a trace."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with record_function(name):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -75,64 +94,37 @@ def profile_run(
     encoders = MultiEncoder(
         config.sources, weights=config.weights, image_size=config.data.crop, seed=config.seed
     ).to(fabric.device)
-    head = build_feature_decoder(config, encoders.specs).to(fabric.device, memory_format=torch.channels_last)
-    if not any(p.requires_grad for p in head.parameters()):
+    head = build_feature_decoder(config, encoders.specs)
+    if not head.trainable:
         raise AfterimageError(
             f"{config.decoder.name} is solved in closed form and takes no training steps; profile a decoder that is "
             "trained, such as transposed or attention"
         )
-    recipe, image_set = config.recipe, load_data(config.data, cache=cache, progress=progress).train
-    loss = create_loss(recipe.loss).to(fabric.device)
-    trained, optimizer = fabric.setup(head.train(), create_optimizer(head, recipe))
-    seconds = dict.fromkeys(PARTS, 0.0)
-    places = torch.Generator().manual_seed(config.seed)
+    data = load_data(config.data, cache=cache, progress=progress)
+    timer = SectionTimer(device=fabric.device)
+    loader = FeatureLoader(encoders, data, config.recipe, fabric, seed=config.seed, context=timer)
+    decoder = DecoderTrainer(head, range(len(encoders.sources)), config.recipe, fabric, context=timer)
+    decoder.begin_epoch()
+    batches = itertools.chain.from_iterable(loader.training_batches(epoch) for epoch in itertools.count())
 
-    @contextmanager
-    def part(name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        with record_function(name):
-            yield
-            if fabric.device.type == "cuda":
-                torch.cuda.synchronize(fabric.device)
-        seconds[name] += time.perf_counter() - started
-
-    def step(indices: torch.Tensor, epoch: int) -> int:
-        crop = {"seed": config.seed, "epoch": epoch} if recipe.augment else {}
-        with part("data"):
-            images = image_set.crops(indices, device=fabric.device, **crop)
-        with part("encoder"), torch.no_grad(), fabric.autocast():
-            features = encoders(images)
-        for window in head.decoder.feature_crops(places):
-            with part("decoder forward"):
-                error = loss(trained(features, window), head.decoder.cut(images, window))
-            with part("backward"):
-                fabric.backward(error)
-            with part("optimizer"):
-                optimizer.step()
-                head.decoder.after_optimizer_step()
-                optimizer.zero_grad(set_to_none=True)
+    def step() -> int:
+        _, images, features = next(batches)
+        training_step(decoder, features, images)
         return len(images)
 
-    def batches() -> Iterator[tuple[torch.Tensor, int]]:
-        epoch = 0
-        while True:
-            indices = torch.as_tensor(order(len(image_set), seed=config.seed, epoch=epoch))
-            yield from ((part, epoch) for part in indices.split(recipe.batch_size))
-            epoch += 1
-
-    source, count = batches(), 0
     for _ in range(WARM_UP):
-        step(*next(source))
-    seconds.update(dict.fromkeys(PARTS, 0.0))
+        step()
+    timer.seconds.update(dict.fromkeys(PARTS, 0.0))
+    count = 0
     for number in range(steps):
-        count += step(*next(source))
+        count += step()
         progress("profiling", number + 1, steps)
-    parts = {name: total / steps for name, total in seconds.items()}
+    parts = {name: total / steps for name, total in timer.seconds.items()}
     on_device = fabric.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device
     with profile(activities=activities) as traced:
         for _ in range(TRACED):
-            step(*next(source))
+            step()
     folder = Path(root) / "profiles"
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"{config.name}.trace.json"

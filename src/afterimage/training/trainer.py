@@ -1,37 +1,32 @@
-"""The training loop: one pass through the encoders feeds every decoder that is trained on them."""
+"""The training loop: one pass of images through frozen encoders feeds every decoder that reads their features.
+
+From top to bottom: `train` is the whole library in one call; a `Trainer` fits closed forms and then descends, epoch
+after epoch; `training_step` is what one decoder does with one batch.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from afterimage.config import AfterimageError, RecipeConfig
-from afterimage.data.images import Data, ImageSet
-from afterimage.data.sampling import order
-from afterimage.models.reconstructor import ClosedForm, Reconstructor, no_maps
-from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup, RankLost, distributed_context
-from afterimage.runtime.failures import ENCODERS, concerning
+from afterimage.data.images import Data
+from afterimage.models.decoders.base import FeatureCrop
+from afterimage.models.reconstructor import ClosedForm, Reconstructor
+from afterimage.runtime.distributed import RankLost, distributed_context
 from afterimage.runtime.memory import retry_with_smaller_batch
 from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.signals import Stopped
-from afterimage.training.checks import FeatureWatch, check_frozen, check_images, check_split
-from afterimage.training.decoder_trainer import DecoderTrainer
-
-VALIDATION_BYTES = 1 << 30
-"""Validation features are computed once and kept where they take no more memory than this."""
-CHECKPOINT_SECONDS = 45.0
-"""With the step that is under way when they have passed, a checkpoint is never older than a minute of work."""
-
-Recorder = Callable[[DecoderTrainer], contextlib.AbstractContextManager[None]]
+from afterimage.training.checks import check_split
+from afterimage.training.context import RunContext
+from afterimage.training.decoder_trainer import DecoderTrainer, split_batch
+from afterimage.training.feature_loader import FeatureLoader
 
 
 def train(
@@ -43,294 +38,340 @@ def train(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """Train a reconstructor's decoder on `data` and leave it with the best weights by validation loss.
+    """Train a reconstructor's decoder and leave it with the best weights by validation loss.
 
-    Returns the history, one row an epoch (empty for a decoder that is solved in closed form). The encoders do not
-    change by a bit. Raises `AfterimageError` where the loss is not finite.
+    The encoders do not change by a bit. In a script that `torchrun` has started several times, all processes train
+    the one reconstructor together, each on its part of every batch, and all are left with it.
 
-    In a script that `torchrun` has started several times, all train the one reconstructor together, each on its part
-    of every batch, and all are left with it.
+    Args:
+        reconstructor: frozen encoders and the decoder to train.
+        data: images that train and validate.
+        recipe: epochs, batch size, loss, learning rate and so on.
+        seed: of the order of the images and of their random crops.
+        accelerator: `cpu`, `cuda`, `mps` or `auto`.
+        progress: is called as `progress(what, done, total, **figures)`.
+
+    Returns:
+        The history, one row an epoch; empty for a decoder that is solved in closed form.
+
+    Raises:
+        AfterimageError: where the loss is not finite, or a test image is among the training images.
     """
     recipe = recipe or RecipeConfig()
     with distributed_context(accelerator) as ranks, contextlib.ExitStack() as stack:
+        context = RunContext(ranks=ranks, progress=progress if ranks.is_main_process else silent)
         fabric = ranks.local_fabric(accelerator, recipe.precision)
         reconstructor.to(fabric.device)
-        sources = reconstructor.encoders.sources
-        member = DecoderTrainer(reconstructor.head, range(len(sources)), recipe, fabric, ranks=ranks)
-        stack.callback(lambda: member.best and member.head.load_state_dict(member.best))
-        progress = progress if ranks.is_main_process else silent
         encoders = reconstructor.encoders
-        Trainer(encoders, data, [member], fabric, seed=seed, progress=progress, ranks=ranks).train()
+        decoder = DecoderTrainer(
+            reconstructor.head, range(len(encoders.sources)), recipe, fabric, context=context
+        )
+        # Also after an error: what was best until then is kept.
+        stack.callback(lambda: decoder.best and decoder.head.load_state_dict(decoder.best))
+        loader = FeatureLoader(encoders, data, recipe, fabric, seed=seed, context=context)
+        Trainer(loader, [decoder]).train()
     reconstructor.eval()
-    return member.history
+    return decoder.history
 
 
 class Trainer:
-    """Decoders that learn from the same images in the same order, through the same encoders.
+    """Trains decoders that learn from the same images in the same order, through the same encoders.
 
-    `recorded(member)` wraps what one member does; it may turn an error into a record and mark the member failed.
-    `pause` is called between steps, where every member can be saved, and may raise `Stopped`. Members need not be
-    at the same step: each goes on from its own, since a batch depends on seed, epoch and position alone.
+    Each comes to the same bits as if it were trained alone. They need not be at the same step: each goes on from its
+    own, since a batch depends on seed, epoch and position alone. Where the context records failures, a decoder that
+    fails is left out from then on.
 
-    Several `ranks` do the same at the same time, each for its part of every batch (see `ranks`).
+    Args:
+        loader: the images and their features.
+        decoders: what is trained, each with its optimizer and its progress so far.
     """
 
-    def __init__(
-        self,
-        encoders: nn.Module,
-        data: Data,
-        members: Sequence[DecoderTrainer],
-        fabric: Fabric,
-        *,
-        seed: int,
-        progress: Progress = silent,
-        recorded: Recorder = lambda member: contextlib.nullcontext(),
-        pause: Callable[[], None] = lambda: None,
-        checkpoint_seconds: float = CHECKPOINT_SECONDS,
-        ranks: ProcessGroup = SINGLE_PROCESS,
-    ) -> None:
-        check_split(data)
-        self.encoders, self.data, self.members, self.fabric = encoders, data, list(members), fabric
-        self.seed, self.progress, self.ranks = seed, progress, ranks
-        self._recorded, self._pause = recorded, pause
-        self.recipe = members[0].recipe
-        self.watch = FeatureWatch(encoders.sources)
-        self.checkpoint_seconds, self._saved = checkpoint_seconds, time.monotonic()
-        self._at_once = self.recipe.batch_size
-        self._kept: list[tuple[list[Tensor], Tensor]] | None = None
-
-    @contextlib.contextmanager
-    def recorded(self, member: DecoderTrainer) -> Iterator[None]:
-        with self._recorded(member), self.ranks.raise_on_all_ranks():
-            yield
-
-    def pause(self) -> None:
-        with self.ranks.raise_on_all_ranks():
-            self._pause()
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of images `(B, 3, H, W)`; fewer images at a time where memory does not suffice."""
-
-        def work(size: int) -> list[Tensor]:
-            with self.fabric.autocast():
-                parts = [self.encoders(part) for part in images.split(size)]
-            return parts[0] if len(parts) == 1 else [torch.cat(maps) for maps in zip(*parts, strict=True)]
-
-        if len(images) == 0:
-            return no_maps(self.encoders.specs, images.device)
-        wanted = min(self._at_once, len(images))
-        with concerning(ENCODERS):
-            features, size = retry_with_smaller_batch(work, wanted, "the encoders")
-        if size < wanted:
-            self._at_once = size
-            self.progress(f"out of memory: the encoders see {size} images at a time from here on", 1, 1)
-        return features
-
-    @torch.no_grad()
-    def batches(
-        self, image_set: ImageSet, indices: np.ndarray | Tensor | None = None, **crop: Any
-    ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Features and images `(B, 3, H, W)` of this rank's part of every batch, on the device."""
-        check_frozen(self.encoders)
-        indices = torch.arange(len(image_set)) if indices is None else torch.as_tensor(indices)
-        chunks, ahead = itertools.tee(self._chunks(indices))
-        with contextlib.closing(image_set.batches(ahead, device=self.fabric.device, **crop)) as crops:
-            for number, chunk in enumerate(chunks):
-                with self.ranks.raise_on_all_ranks():
-                    images = next(crops)
-                    ids = [image_set.ids[index] for index in chunk.tolist()]
-                    if number == 0 or images.device.type == "cpu":  # elsewhere asking makes every step wait
-                        check_images(images, ids)
-                    features = self.seen(image_set, chunk, images, **crop)
-                    self.watch.look(features, ids)
-                yield features, images
-        self.watch.settle()
-
-    def _chunks(self, indices: Tensor) -> Iterator[Tensor]:
-        """This rank's part of every batch."""
-        for start in range(0, len(indices), self.recipe.batch_size):
-            batch = indices[start : start + self.recipe.batch_size]
-            yield batch[self.ranks.part(len(batch))]
-
-    def seen(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
-        """The feature maps that decoders get of `images`, the images at `indices`."""
-        return self.features(images)
-
-    def training_batches(self, epoch: int, position: int = 0) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """One epoch's batches, from a position in it: a pure function of seed and epoch, whatever else is
-        trained beside or resumed."""
-        train = self.data.train
-        indices = order(len(train), seed=self.seed, epoch=epoch)[position:]
-        crop = {"seed": self.seed, "epoch": epoch} if self.recipe.augment else {}
-        return self.batches(train, indices, **crop) if len(indices) else iter(())
-
-    def views(self, view: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """The training images for a closed form: centre crops as test images have, then random ones."""
-        return self.batches(self.data.train) if view == 0 else self.training_batches(view - 1)
-
-    def validation_batches(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """The validation images and their features, kept after the first pass where memory allows."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept, size = [], 0
-        for features, images in self.batches(self.data.validation):
-            size += sum(tensor.nbytes for tensor in (*features, images))
-            if size <= VALIDATION_BYTES:
-                kept.append((features, images))
-            yield features, images
-        if size <= VALIDATION_BYTES:
-            self._kept = kept
-
-    def validation_losses(self, members: Sequence[DecoderTrainer]) -> list[float]:
-        """The mean loss of each member; not a number for one that failed on the way."""
-        sums = [0.0] * len(members)
-        for features, images in self.validation_batches():
-            for i, member in enumerate(members):
-                with self.recorded(member):
-                    sums[i] += math.nan if member.failed else member.validate(features, images)
-            self.pause()
-        return [
-            sum(parts) / len(self.data.validation) for parts in zip(*self.ranks.gather(sums), strict=True)
-        ]
-
-    def train(self) -> None:
-        """Closed forms first, then the epochs."""
-        self.finalize_fit()
-        self.train_epochs()
-
-    def train_epochs(self) -> None:
-        """Epochs of gradient descent until every member has had its number of them."""
-        while active := [member for member in self.members if member.active]:
-            epoch = min(member.epoch for member in active)
-            members = [member for member in active if member.epoch == epoch]
-            try:
-                self.train_epoch(epoch, members)
-            except Stopped:
-                self.save(members)
-                raise
-            except RankLost:
-                if self.ranks.is_main_process:
-                    self._rescue(members)
-                raise
-
-    def _rescue(self, members: Sequence[DecoderTrainer]) -> None:
-        """Keep what can be kept when another rank is lost: nothing may be asked of the others any more."""
-        for member in members:
-            if member.between_steps and not member.failed:
-                with contextlib.suppress(Exception):
-                    member.save()
-
-    def save(self, members: Sequence[DecoderTrainer]) -> None:
-        """Write the members' checkpoints, wherever they are."""
-        for member in members:
-            if not member.failed:
-                with self.recorded(member):
-                    member.save()
+    def __init__(self, loader: FeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
+        check_split(loader.data)
+        self.loader, self.decoders = loader, list(decoders)
+        self.data, self.recipe, self.context = loader.data, loader.recipe, loader.context
         self._saved = time.monotonic()
 
-    def finalize_fit(self) -> None:
-        """What has a closed form, before any epoch: fusions first, then the decoders that read them."""
-        waiting = [m for m in self.members if m.head.closed_forms and not m.restored and not m.failed]
-        for stage in range(max((len(m.head.closed_forms) for m in waiting), default=0)):
-            parts = {m: m.head.closed_forms[stage] for m in waiting if stage < len(m.head.closed_forms)}
-            self._solve({member: part for member, part in parts.items() if not member.failed})
-        for member in waiting:
-            with self.recorded(member):
-                if member.head.decoder.closed_form and not member.failed:
+    def train(self) -> None:
+        """Fit what has a closed form, then train for as many epochs as each decoder is to have."""
+        self.fit_closed_forms()
+        self.train_epochs()
+
+    # ---- Gradient descent -------------------------------------------------------------------------------------
+
+    def train_epochs(self) -> None:
+        """Train until every decoder has had its epochs; those furthest behind come first.
+
+        Raises:
+            Stopped: where the process was asked to stop; every decoder has a checkpoint then.
+        """
+        while active := [decoder for decoder in self.decoders if decoder.active]:
+            epoch = min(decoder.epoch for decoder in active)
+            decoders = [decoder for decoder in active if decoder.epoch == epoch]
+            try:
+                self.train_epoch(epoch, decoders)
+            except Stopped:
+                self.save(decoders)
+                raise
+            except RankLost:
+                self._save_alone(decoders)
+                raise
+
+    def train_epoch(self, epoch: int, decoders: Sequence[DecoderTrainer]) -> None:
+        """Train for one epoch, or for what is left of it, then validate.
+
+        It begins where the decoder that is furthest behind left off; those ahead wait until it is their turn. Its
+        time is divided evenly between the decoders, since they share the pass.
+        """
+        total, epochs = len(self.data.train), max(decoder.recipe.epochs for decoder in decoders)
+        done = begun = min(decoder.position for decoder in decoders)
+        for decoder in decoders:
+            with self.context.isolate(decoder.run):
+                decoder.begin_epoch()
+        started = lap = time.monotonic()
+        for _, images, features in self.loader.training_batches(epoch, done):
+            # Every decoder takes its step on the same features.
+            batch_size = min(self.recipe.batch_size, total - done)
+            stepping = [one for one in decoders if one.position == done and not one.failed]
+            for decoder in stepping:
+                with self.context.isolate(decoder.run):
+                    self.check_features(decoder)
+                    training_step(decoder, features, images, batch_size)
+                self.context.check_shutdown()
+            if all(decoder.failed for decoder in decoders):
+                break
+            done += batch_size
+            lap = _share_time(lap, stepping)
+
+            # Save from time to time.
+            if self.context.ranks.decide(lap - self._saved >= self.context.checkpoint_seconds):
+                self.save(decoders)
+                lap = _share_time(lap, decoders)
+
+            self.context.progress(
+                "training",
+                epoch * total + done,
+                epochs * total,
+                epoch=f"{epoch + 1}/{epochs}",
+                loss=lambda: min(decoder.running_loss for decoder in decoders),
+                images_per_second=(done - begun) / (time.monotonic() - started),
+            )
+
+        # Validate, and keep each decoder that is better than it was.
+        decoders = [decoder for decoder in decoders if not decoder.failed]
+        losses = self.validation_losses(decoders)
+        _share_time(lap, decoders)
+        for decoder, loss in zip(decoders, losses, strict=True):
+            if not decoder.failed:
+                with self.context.isolate(decoder.run):
+                    self.check_features(decoder)
+                    decoder.end_epoch(loss)
+        self._saved = time.monotonic()
+
+    def validation_losses(self, decoders: Sequence[DecoderTrainer]) -> list[float]:
+        """The mean validation loss of each decoder; not a number for one that failed on the way."""
+        sums = [0.0] * len(decoders)
+        for _, images, features in self.loader.validation_batches():
+            for i, decoder in enumerate(decoders):
+                if decoder.failed:
+                    sums[i] = math.nan
+                    continue
+                with self.context.isolate(decoder.run):
+                    sums[i] += decoder.validate(features, images)
+            self.context.check_shutdown()
+        gathered = self.context.ranks.gather(sums)
+        return [sum(parts) / len(self.data.validation) for parts in zip(*gathered, strict=True)]
+
+    # ---- Closed forms -----------------------------------------------------------------------------------------
+
+    def fit_closed_forms(self) -> None:
+        """Fit what is solved in closed form, before any epoch: fusions first, then the decoders that read them."""
+        waiting = [d for d in self.decoders if d.head.closed_forms and not d.restored and not d.failed]
+        for stage in range(max((len(d.head.closed_forms) for d in waiting), default=0)):
+            parts = {d: d.head.closed_forms[stage] for d in waiting if stage < len(d.head.closed_forms)}
+            self._fit({decoder: part for decoder, part in parts.items() if not decoder.failed})
+        for decoder in (d for d in waiting if not d.failed):
+            with self.context.isolate(decoder.run):
+                if decoder.head.decoder.closed_form:
                     started = time.monotonic()
-                    (loss,) = self.validation_losses([member])
-                    if member.failed:
+                    (loss,) = self.validation_losses([decoder])
+                    if decoder.failed:
                         continue
                     if not math.isfinite(loss):
-                        raise AfterimageError(f"{member.name}: the closed form's validation loss is {loss}")
-                    member.seconds += time.monotonic() - started
-                    member.keep(loss)
-                if not member.failed:
-                    member.save()
+                        raise AfterimageError(f"{decoder.name}: the closed form's validation loss is {loss}")
+                    decoder.seconds += time.monotonic() - started
+                    decoder.keep(loss)
+                decoder.save()
 
-    def _solve(self, parts: Mapping[DecoderTrainer, ClosedForm]) -> None:
-        """One part of each member, on one pass over the training and the validation images."""
+    def _fit(self, parts: Mapping[DecoderTrainer, ClosedForm]) -> None:
+        """Fit one part of each decoder, on one pass over the training and the validation images."""
         started = time.monotonic()
         views: dict[DecoderTrainer, int] = {}
-        for member, part in parts.items():
-            with self.recorded(member):
-                views[member] = part.begin_fit(len(self.data.train), self.seed, self.ranks)
-        parts = {member: part for member, part in parts.items() if member in views}
+        for decoder, part in parts.items():
+            with self.context.isolate(decoder.run):
+                views[decoder] = part.begin_fit(len(self.data.train), self.loader.seed, self.context.ranks)
+        parts = {decoder: part for decoder, part in parts.items() if decoder in views}
+
+        # The training images, as often as the parts want to see them, then the validation images.
         passes = max(views.values(), default=0)
         done, total = 0, passes * len(self.data.train) + len(self.data.validation)
         for view in range(passes + 1 if parts else 0):
             held_out = view == passes
-            for features, images in self.validation_batches() if held_out else self.views(view):
-                for member, part in parts.items():
-                    if not member.failed and (held_out or view < views[member]):
-                        with self.recorded(member):
-                            self.watch.check(member.name, member.feature_indices)
-                            member.head.partial_fit(
-                                part, member.select_features(features), images, validation=held_out
-                            )
-                done += self.ranks.place(len(images))[1]
-                self.progress("fitting in closed form", done, total)
-                self.pause()
+            batches = self.loader.validation_batches() if held_out else self.loader.views(view)
+            for _, images, features in batches:
+                for decoder, part in parts.items():
+                    if not decoder.failed and (held_out or view < views[decoder]):
+                        with self.context.isolate(decoder.run):
+                            self.check_features(decoder)
+                            own = decoder.select_features(features)
+                            decoder.head.partial_fit(part, own, images, validation=held_out)
+                done += self.context.ranks.place(len(images))[1]
+                self.context.progress("fitting in closed form", done, total)
+                self.context.check_shutdown()
+
         shared = (time.monotonic() - started) / max(1, len(parts))
-        for member, part in parts.items():
-            if not member.failed:
-                with self.recorded(member):
+        for decoder, part in parts.items():
+            if not decoder.failed:
+                with self.context.isolate(decoder.run):
                     started = time.monotonic()
-                    self.watch.check(member.name, member.feature_indices)
-                    member.notes += part.finalize_fit()
-                    member.share()
-                    member.seconds += shared + time.monotonic() - started
-                    member.images_seen += views[member] * len(self.data.train)
+                    self.check_features(decoder)
+                    decoder.notes += part.finalize_fit()
+                    decoder.share()
+                    decoder.seconds += shared + time.monotonic() - started
+                    decoder.images_seen += views[decoder] * len(self.data.train)
 
-    def train_epoch(self, epoch: int, members: list[DecoderTrainer]) -> None:
-        """One epoch for `members`; its time is divided evenly between them, since they share the pass.
+    # ---- Failures and checkpoints -----------------------------------------------------------------------------
 
-        It begins where the one that is furthest behind left off; those ahead wait until it is their turn.
-        """
-        total, last = len(self.data.train), max(member.recipe.epochs for member in members)
-        done = begun = min(member.position for member in members)
-        for member in members:
-            with self.recorded(member):
-                member.begin_epoch()
-        started = lap = time.monotonic()
-        for features, images in self.training_batches(epoch, done):
-            count = min(self.recipe.batch_size, total - done)
-            stepping = [m for m in members if m.position == done and not m.failed]
-            for member in stepping:
-                with self.recorded(member):
-                    self.watch.check(member.name, member.feature_indices)
-                    member.step(features, images, count)
-                self.pause()
-            if all(member.failed for member in members):
-                break
-            done += count
-            lap = _share(time.monotonic(), lap, stepping)
-            if self.ranks.decide(lap - self._saved >= self.checkpoint_seconds):
-                self.save(members)
-                lap = _share(time.monotonic(), lap, members)
-            self.progress(
-                "training",
-                epoch * total + done,
-                last * total,
-                epoch=f"{epoch + 1}/{last}",
-                loss=lambda: min(member.running_loss for member in members),
-                images_per_second=(done - begun) / (time.monotonic() - started),
-            )
-        members = [member for member in members if not member.failed]
-        losses = self.validation_losses(members)
-        _share(time.monotonic(), lap, members)
-        for member, loss in zip(members, losses, strict=True):
-            if not member.failed:
-                with self.recorded(member):
-                    self.watch.check(member.name, member.feature_indices)
-                    member.end_epoch(loss)
+    def check_features(self, decoder: DecoderTrainer) -> None:
+        """Raise `AfterimageError` where a feature map that the decoder reads was found not finite."""
+        self.loader.watch.check(decoder.name, decoder.feature_indices)
+
+    def save(self, decoders: Sequence[DecoderTrainer]) -> None:
+        """Write the decoders' checkpoints, wherever they are."""
+        for decoder in decoders:
+            if not decoder.failed:
+                with self.context.isolate(decoder.run):
+                    decoder.save()
         self._saved = time.monotonic()
 
+    def _save_alone(self, decoders: Sequence[DecoderTrainer]) -> None:
+        """Keep what can be kept when another rank is lost: nothing may be asked of the others any more."""
+        for decoder in decoders if self.context.ranks.is_main_process else ():
+            if decoder.between_steps and not decoder.failed:
+                with contextlib.suppress(Exception):
+                    decoder.save()
 
-def _share(now: float, since: float, members: Sequence[DecoderTrainer]) -> float:
-    """Divide the time since then between members; returns now."""
-    for member in members:
-        member.epoch_seconds += (now - since) / len(members)
+
+def _share_time(since: float, decoders: Sequence[DecoderTrainer]) -> float:
+    """Divide the time since then between decoders; returns the time now."""
+    now = time.monotonic()
+    for decoder in decoders:
+        decoder.epoch_seconds += (now - since) / len(decoders)
     return now
+
+
+# ---- The training step ----------------------------------------------------------------------------------------
+
+
+def training_step(
+    decoder: DecoderTrainer, features: Sequence[Tensor], images: Tensor, batch_size: int | None = None
+) -> None:
+    """Train one decoder on one batch: an optimizer step on the whole images, or one for each of its feature crops.
+
+    Args:
+        decoder: the decoder with its optimizer; its head is in training mode (see `DecoderTrainer.begin_epoch`).
+        features: the feature maps of all sources, `(B, C, h, w)` each; the decoder picks its own.
+        images: what they were made of, `(B, 3, H, W)` in [0, 1], the target of the reconstruction.
+        batch_size: images of the whole batch, of which several ranks each hold a part; by default `B`.
+
+    Raises:
+        AfterimageError: for a loss that is not finite, at once on a CPU, where asking is free; on other devices
+            `DecoderTrainer.end_epoch` raises it, so that steps need not wait for the device.
+    """
+    batch_size = len(images) if batch_size is None else batch_size
+    own = decoder.select_features(features)
+    # Crops depend on the position in the run alone, so that a run that is resumed draws the same.
+    generator = torch.Generator().manual_seed((decoder.epoch << 32) + decoder.position)
+    feature_crops = decoder.head.decoder.feature_crops(generator)
+    for number, crop in enumerate(feature_crops):
+        loss = _optimizer_step(decoder, own, images, batch_size, crop)
+        decoder.total_loss += loss / len(feature_crops)
+        decoder.between_steps = number == len(feature_crops) - 1
+    decoder.note_single_values()
+    decoder.position += batch_size
+
+
+def _optimizer_step(
+    decoder: DecoderTrainer, features: list[Tensor], images: Tensor, batch_size: int, crop: FeatureCrop | None
+) -> Tensor:
+    """Take one optimizer step; returns the loss summed over the whole batch's images.
+
+    Where memory does not suffice, gradients are summed over micro-batches of half the size, and so on.
+    """
+    ranks, context = decoder.context.ranks, decoder.context
+    largest_part = ranks.most(batch_size)
+    wanted = min(decoder.micro_batch, largest_part)
+    buffers = [buffer.clone() for buffer in decoder.head.buffers()]
+
+    def undo() -> None:
+        decoder.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(decoder.head.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def work(size: int) -> Tensor:
+        if size < wanted:  # what the attempt that failed has left
+            undo()
+        with ranks.raise_on_all_ranks():
+            parts = list(split_batch(features, images, size))
+            if decoder.synchronises:  # batch norm needs every rank in every part
+                nothing = [maps[:0] for maps in features], images[:0]
+                parts = [part for part in parts if len(part[1])]
+                parts += [nothing] * (-(-largest_part // size) - len(parts))
+            losses = [_accumulate_gradients(decoder, maps, part, batch_size, crop) for maps, part in parts]
+            return _all_reduce(decoder, sum(losses, decoder.total_loss.new_zeros(())))
+
+    try:
+        loss, size = retry_with_smaller_batch(work, wanted, decoder.name)
+    except RankLost:
+        undo()
+        raise
+    if size < wanted:
+        decoder.shrink_micro_batch(size)
+    with context.section("optimizer"):
+        decoder.optimizer.step()
+        decoder.head.decoder.after_optimizer_step()
+        decoder.optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def _accumulate_gradients(
+    decoder: DecoderTrainer, features: list[Tensor], images: Tensor, batch_size: int, crop: FeatureCrop | None
+) -> Tensor:
+    """Add the gradients of some of the batch's images; returns the sum of their losses."""
+    context = decoder.context
+    if len(images) == 0:
+        if decoder.synchronises:
+            decoder.fabric.backward(decoder.trained(features, crop).sum())
+        return decoder.total_loss.new_zeros(())
+    with context.section("decoder forward"):
+        loss = decoder.loss(decoder.trained(features, crop), decoder.head.decoder.cut(images, crop))
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            raise AfterimageError(
+                f"{decoder.name}: the loss is {loss.item()} in epoch {decoder.epoch + 1}, step "
+                f"{decoder.position // decoder.recipe.batch_size + 1}; the best decoder so far "
+                f"({decoder.best_text}) is kept. A lower learning_rate may help."
+            )
+    with context.section("backward"):
+        decoder.fabric.backward(loss if len(images) == batch_size else loss * (len(images) / batch_size))
+    return loss.detach() * len(images)
+
+
+def _all_reduce(decoder: DecoderTrainer, loss: Tensor) -> Tensor:
+    """Sum gradients over ranks, and the loss, which is returned."""
+    if decoder.context.ranks.count > 1:
+        trainable = [p for p in decoder.head.parameters() if p.requires_grad]
+        for parameter in trainable:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        decoder.context.ranks.sum([*(parameter.grad for parameter in trainable), loss])
+    return loss

@@ -21,8 +21,9 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import DECODERS, create_decoder
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
+from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
-from afterimage.training.trainer import Trainer
+from afterimage.training.feature_loader import FeatureLoader
 
 CALIBRATION_BYTES = 1 << 29
 CALIBRATION_IMAGES = 128
@@ -53,12 +54,12 @@ class DefendedFeatures(nn.Module):
         return self.defend(self.encoder(images))
 
 
-class AttackTrainer(Trainer):
-    """Decoders trained on one layer's features as each of several defences sends them; a member picks its defence."""
+class DefendedFeatureLoader(FeatureLoader):
+    """Gives one layer's features as each of several defences sends them; a decoder picks its defence."""
 
     encoders: DefendedFeatures
 
-    def seen(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
+    def encode_batch(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
         """What each defence sends of the images.
 
         Noise is a function of the seed, the batch's images and the epoch, whatever else is trained beside or
@@ -70,41 +71,47 @@ class AttackTrainer(Trainer):
             defence.reseed(drawn)
         if isinstance(image_set, StoredImages):
             return self.encoders.defend(self.encoders.raw(image_set, indices, images))
-        return self.features(images)
-
-    def test(
-        self, metrics: Metrics, keep: int, box: Box | None = None
-    ) -> tuple[list[Evaluation], list[Compared]]:
-        """Every member's scores on the test images, and its reconstructions as they are compared.
-
-        Both also for the part of the images in a box: what is seen.
-        """
-        small: list[list[Compared]] = [[] for _ in self.members]
-        batches = self.batches(self.data.test)
-
-        def reconstruct(images: Tensor) -> list[Tensor]:
-            sent, same = next(batches)
-            assert torch.equal(images, same)
-            outputs = [member.reconstruct(sent) for member in self.members]
-            for kept, output in zip(small, outputs, strict=True):
-                kept.append(compared(output, box))
-            return outputs
-
-        results = evaluate_together(
-            reconstruct,
-            self.data.test,
-            metrics,
-            names=[member.name for member in self.members],
-            batch_size=self.recipe.batch_size,
-            device=self.fabric.device,
-            progress=self.progress,
-            keep=keep,
-            seen=[box] * len(self.members),
-        )
-        return results, [joined(parts) for parts in small]
+        return self.encode(images)
 
 
-def attacker_member(
+def evaluate_attackers(
+    loader: DefendedFeatureLoader,
+    decoders: Sequence[DecoderTrainer],
+    metrics: Metrics,
+    *,
+    keep: int,
+    box: Box | None = None,
+) -> tuple[list[Evaluation], list[Compared]]:
+    """Every decoder's scores on the test images, and its reconstructions as they are compared.
+
+    Both also for the part of the images in a box: what is seen.
+    """
+    small: list[list[Compared]] = [[] for _ in decoders]
+    batches = loader.batches(loader.data.test)
+
+    def reconstruct(images: Tensor) -> list[Tensor]:
+        _, same, sent = next(batches)
+        assert torch.equal(images, same)
+        outputs = [decoder.reconstruct(sent) for decoder in decoders]
+        for kept, output in zip(small, outputs, strict=True):
+            kept.append(compared(output, box))
+        return outputs
+
+    results = evaluate_together(
+        reconstruct,
+        loader.data.test,
+        metrics,
+        names=[decoder.name for decoder in decoders],
+        batch_size=loader.recipe.batch_size,
+        device=loader.fabric.device,
+        progress=loader.context.progress,
+        keep=keep,
+        seen=[box] * len(decoders),
+    )
+    return results, [joined(parts) for parts in small]
+
+
+def attacker_decoder(
     decoder: str,
     index: int,
     defence: Defence,
@@ -113,15 +120,15 @@ def attacker_member(
     fabric: Fabric,
     *,
     seed: int,
-    run: Run | None = None,
+    run: Run,
+    context: RunContext,
 ) -> DecoderTrainer:
     """A decoder for what `defence`, the one at `index`, sends."""
     spec = defence.sent_specs[0]
     options = DECODERS[decoder].single_location if spec.locations == 1 and decoder in DECODERS else {}
     head = FeatureDecoder(create_decoder(decoder, [spec], image_size, seed=seed, **options))
-    return DecoderTrainer(
-        head, [index], recipe, fabric, name=f"{decoder} on {defence.name} of {spec.source}", run=run
-    )
+    name = f"{decoder} on {defence.name} of {spec.source}"
+    return DecoderTrainer(head, [index], recipe, fabric, name=name, run=run, context=context)
 
 
 def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from afterimage.analysis.audit.attackers import (
-    AttackTrainer,
+    DefendedFeatureLoader,
     DefendedFeatures,
     attacker_data,
-    attacker_member,
+    attacker_decoder,
     calibration,
+    evaluate_attackers,
     mean_image,
 )
 from afterimage.analysis.audit.condition import VERSION, AuditCondition
@@ -42,7 +43,9 @@ from afterimage.runtime.device import one_device
 from afterimage.runtime.failures import EVERYTHING, as_error, concerns, foreseen, let_go, of_caller, one_line
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_tensors, remove_checkpoints
+from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
+from afterimage.training.trainer import Trainer
 
 
 def run_audit(
@@ -62,6 +65,18 @@ def run_audit(
     """
     audit = _Audit(config, Path(root), cache, accelerator, progress, keep)
     return audit.run()
+
+
+@dataclass(kw_only=True)
+class AttackContext(RunContext):
+    """The surroundings of attackers that are trained together: one that fails is recorded, and the others go on."""
+
+    audit: _Audit
+    cells: dict[Run, AuditCondition] = field(default_factory=dict)
+    """What each attacker's folder is to hold."""
+
+    def record_failure(self, run: Run, error: Exception) -> None:
+        self.audit.cell_failed(self.cells[run], error)
 
 
 class _Audit:
@@ -367,14 +382,15 @@ class _Audit:
             return [no_cost(defence, str(error)) for defence in defences]
 
     @contextlib.contextmanager
-    def _recorded(self, cell: AuditCondition, member: DecoderTrainer | None = None) -> Iterator[None]:
+    def _recorded(self, cell: AuditCondition) -> Iterator[None]:
         """An error ends one cell and leaves the others alone."""
         try:
             yield
         except Exception as error:
-            self._failed(f"{cell.layer}, {cell.defence}, {cell.decoder}", error, [cell])
-            if member is not None:
-                member.failed = True
+            self.cell_failed(cell, error)
+
+    def cell_failed(self, cell: AuditCondition, error: Exception) -> None:
+        self._failed(f"{cell.layer}, {cell.defence}, {cell.decoder}", error, [cell])
 
     def _attack_all(
         self,
@@ -411,97 +427,91 @@ class _Audit:
         names = list(defences)
         missing = [cell for cell in cells if not is_done(cell.run(self.root))]
         wanted = list(dict.fromkeys((cell.defence, cell.decoder) for cell in missing))
-        members: dict[DecoderTrainer, AuditCondition] = {}
+        context = AttackContext(progress=self.progress, audit=self)
+        decoders: list[DecoderTrainer] = []
         for defence, decoder in wanted:
             # Whoever refines decodes first: the decoder is that of the black-box attacker.
             cell = self._cell(layer, defence, decoder, data, BLACK_BOX)
             with self._recorded(cell):
-                member = attacker_member(
-                    decoder,
-                    names.index(defence),
-                    defences[defence],
-                    self.subject.image_size,
-                    self.config.recipe,
-                    self.fabric,
-                    seed=self.config.seed,
-                    run=self._begin(cell),
+                run = self._begin(cell)
+                context.cells[run] = cell
+                decoders.append(
+                    attacker_decoder(
+                        decoder,
+                        names.index(defence),
+                        defences[defence],
+                        self.subject.image_size,
+                        self.config.recipe,
+                        self.fabric,
+                        seed=self.config.seed,
+                        run=run,
+                        context=context,
+                    )
                 )
-                members[member] = cell
-        if not members:
+        if not decoders:
             return
         sent = DefendedFeatures(self.subject.specs[layer].source, list(defences.values()), encoder)
-        attack = AttackTrainer(
-            sent,
-            data,
-            list(members),
-            self.fabric,
-            seed=self.config.seed,
-            progress=self.progress,
-            recorded=lambda member: self._recorded(members[member], member),
+        loader = DefendedFeatureLoader(
+            sent, data, self.config.recipe, self.fabric, seed=self.config.seed, context=context
         )
-        self._train(attack, members)
-        sound = [m for m in members if m.best and not m.failed]
+        self._train(loader, decoders)
+        sound = [decoder for decoder in decoders if decoder.best and not decoder.failed]
         for cell in missing:
-            of = [
-                m for m in sound if (members[m].defence, members[m].decoder) == (cell.defence, cell.decoder)
-            ]
+            asked = (cell.defence, cell.decoder)
+            of = [d for d in sound if (context.cells[d.run].defence, context.cells[d.run].decoder) == asked]
             if cell.threat_model == WHITE_BOX and of:
-                self._refine(attack, of[0], cell)
+                self._refine(loader, of[0], cell)
 
-    def _train(self, attack: AttackTrainer, members: dict[DecoderTrainer, AuditCondition]) -> None:
+    def _train(self, loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
         """Train and measure the decoders of black-box attackers, but for those that are done."""
-        fresh = []
-        for member, cell in members.items():
-            path = cell.run(self.root).file("decoder.safetensors")
-            with self._recorded(cell, member):
-                if is_done(cell.run(self.root)) and path.exists():
-                    member.best, _ = load_tensors(path)
-                    member.head.load_state_dict(member.best)
+        context, fresh = loader.context, []
+        for decoder in decoders:
+            path = decoder.run.file("decoder.safetensors")
+            with context.isolate(decoder.run):
+                if is_done(decoder.run) and path.exists():
+                    decoder.best, _ = load_tensors(path)
+                    decoder.head.load_state_dict(decoder.best)
                 else:
-                    member.restore()
-                    fresh.append(member)
-        attack.members = fresh
-        attack.train()
-        for member in [m for m in fresh if m.best and not m.failed]:
-            with self._recorded(members[member], member):
-                member.head.load_state_dict(member.best)
-                member.save_best()
-        if sound := [m for m in fresh if m.best and not m.failed]:
-            self._measure(attack, sound, members)
+                    decoder.restore()
+                    fresh.append(decoder)
+        if fresh:
+            Trainer(loader, fresh).train()
+        for decoder in [d for d in fresh if d.best and not d.failed]:
+            with context.isolate(decoder.run):
+                decoder.head.load_state_dict(decoder.best)
+                decoder.save_best()
+        if sound := [d for d in fresh if d.best and not d.failed]:
+            self._measure(loader, sound)
 
-    def _measure(
-        self,
-        attack: AttackTrainer,
-        which: list[DecoderTrainer],
-        members: dict[DecoderTrainer, AuditCondition],
-    ) -> None:
+    def _measure(self, loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
         """Measure attackers on one pass or, where that fails, each on a pass of its own."""
-        attack.members = which
+        context = loader.context
+        layer = context.cells[decoders[0].run].layer
         try:
-            results, small = attack.test(self.metrics, self.keep, self._box(members[which[0]].layer))
+            results, small = evaluate_attackers(
+                loader, decoders, self.metrics, keep=self.keep, box=self._box(layer)
+            )
         except Exception as error:
-            if len(which) == 1:
-                with self._recorded(members[which[0]], which[0]):
+            if len(decoders) == 1:
+                with context.isolate(decoders[0].run):
                     raise
                 return
             if concerns(error) == EVERYTHING:
                 raise
             let_go(error)
-            for member in which:
-                self._measure(attack, [member], members)
+            for decoder in decoders:
+                self._measure(loader, [decoder])
             return
-        layer = members[which[0]].layer
-        for member, result, reconstructions in zip(which, results, small, strict=True):
-            cell = members[member]
-            with self._recorded(cell, member):
+        for decoder, result, reconstructions in zip(decoders, results, small, strict=True):
+            with context.isolate(decoder.run):
                 self._save(
-                    cell, result.rows, result.images, reconstructions, self._compared(layer),
-                    seconds=member.seconds, notes=member.notes, seen=self._seen(layer),
+                    context.cells[decoder.run], result.rows, result.images, reconstructions, self._compared(layer),
+                    seconds=decoder.seconds, notes=decoder.notes, seen=self._seen(layer),
                 )  # fmt: skip
-                remove_checkpoints(cell.run(self.root))
+                remove_checkpoints(decoder.run)
 
-    def _refine(self, attack: AttackTrainer, member: DecoderTrainer, cell: AuditCondition) -> None:
-        if not attack.encoders.defences[member.feature_indices[0]].preserves_positions:
+    def _refine(self, loader: DefendedFeatureLoader, decoder: DecoderTrainer, cell: AuditCondition) -> None:
+        if not loader.encoders.defences[decoder.feature_indices[0]].preserves_positions:
             self._note(
                 f"{cell.layer}, {cell.defence}: not refined, since a shuffled order leaves nothing to compare "
                 "features with place by place; an attacker may find a way"
@@ -513,7 +523,7 @@ class _Audit:
             self._begin(cell)
             limits = self.config.attackers
             rows, images, small, seconds = refined(
-                attack, member, self.metrics,
+                loader, decoder, self.metrics,
                 count=limits.refine_images, steps=limits.refine_steps, keep=self.keep,
                 box=self._box(cell.layer), progress=self.progress,
             )  # fmt: skip

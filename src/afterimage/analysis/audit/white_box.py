@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afterimage.analysis.audit.attackers import AttackTrainer
+from afterimage.analysis.audit.attackers import DefendedFeatureLoader
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.audit.reidentification import Compared, compared, joined
 from afterimage.analysis.inversion.invert import invert
@@ -24,8 +24,8 @@ BATCH = 4
 
 
 def refined(
-    attack: AttackTrainer,
-    member: DecoderTrainer,
+    loader: DefendedFeatureLoader,
+    decoder: DecoderTrainer,
     metrics: Metrics,
     *,
     count: int,
@@ -34,51 +34,51 @@ def refined(
     box: Box | None = None,
     progress: Progress = silent,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Compared, float]:
-    """The first `count` test images, decoded by `member` and refined by `invert` for `steps` steps each.
+    """The first `count` test images, decoded by `decoder` and refined by `invert` for `steps` steps each.
 
     What the decoder lacks is learnt from up to `HELD_OUT` images that the attacker validates on. The objective sees
     the defence without its noise, which the attacker does not know. Returns rows as `evaluate` does, the first `keep`
     images, all reconstructions as they are compared, and the seconds taken; scores and what is compared also for
     the part of the images in a box, which is what is seen.
     """
-    defence: Defence = attack.encoders.defences[member.feature_indices[0]]
-    encoder, test, started = attack.encoders.encoder, attack.data.test, time.monotonic()
+    defence: Defence = loader.encoders.defences[decoder.feature_indices[0]]
+    encoder, test, started = loader.encoders.encoder, loader.data.test, time.monotonic()
 
     def features_of(images: Tensor) -> list[Tensor]:
         with encoder.gradients():
             return defence.encode(encoder(images), random=False)
 
-    spectrum = error_spectrum(_errors(attack, member))
+    spectrum = error_spectrum(_errors(loader, decoder))
     rows: list[dict[str, Any]] = []
     kept: list[tuple[str, Any, Any]] = []
     small: list[Compared] = []
     wanted = min(count, len(test))
-    for sent, images in attack.batches(test):
+    for _, images, sent in loader.batches(test):
         for start in range(0, min(len(images), wanted - len(rows)), BATCH):
             part = slice(start, min(start + BATCH, start + wanted - len(rows), len(images)))
             targets, originals = [maps[part].clone() for maps in sent], images[part]
             found = invert(
                 features_of,
-                member.select_features(targets),
+                decoder.select_features(targets),
                 tuple(images.shape[-2:]),
-                start=member.reconstruct(targets).clone(),
+                start=decoder.reconstruct(targets).clone(),
                 method=InvertConfig(steps=steps),
                 spectrum=spectrum,
-                seed=attack.seed,
+                seed=loader.seed,
             ).images.detach()
             ids = test.ids[len(rows) : len(rows) + len(originals)]
             rows += score_rows(ids, originals, [found], metrics, [box])[0]
             kept += zip(ids, to_uint8(originals), to_uint8(found), strict=True)
             small.append(compared(found, box))
-            progress(f"refining {attack.encoders.sources[member.feature_indices[0]]}", len(rows), wanted)
+            progress(f"refining {loader.encoders.sources[decoder.feature_indices[0]]}", len(rows), wanted)
         if len(rows) == wanted:
             break
     return rows, kept[:keep], joined(small), time.monotonic() - started
 
 
 @torch.no_grad()
-def _errors(attack: AttackTrainer, member: DecoderTrainer) -> Iterator[Tensor]:
+def _errors(loader: DefendedFeatureLoader, decoder: DecoderTrainer) -> Iterator[Tensor]:
     """Of the decoder, on images of the attacker's own that it was not fitted on."""
-    own = attack.data.validation
-    for sent, images in attack.batches(own, torch.arange(min(HELD_OUT, len(own)))):
-        yield images - member.reconstruct(sent)
+    own = loader.data.validation
+    for _, images, sent in loader.batches(own, torch.arange(min(HELD_OUT, len(own)))):
+        yield images - decoder.reconstruct(sent)

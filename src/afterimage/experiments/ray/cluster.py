@@ -14,7 +14,7 @@ from afterimage.config import AfterimageError, RunConfig, split_source
 from afterimage.experiments.cost import plan
 from afterimage.models.encoders.layers import layer_info
 from afterimage.runtime.failures import let_go
-from afterimage.training.trainer import VALIDATION_BYTES
+from afterimage.training.feature_loader import VALIDATION_BYTES
 
 STORE_BYTES = 256 * 2**20
 """Shared memory of a cluster started here: its workers see the run folders, so only messages pass through it."""

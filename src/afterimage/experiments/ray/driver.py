@@ -23,7 +23,7 @@ from afterimage.runtime.failures import Unexpected, concerns, of_caller, one_lin
 from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.signals import GracefulShutdown, graceful_shutdown
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS, remove_checkpoints
-from afterimage.training.trainer import CHECKPOINT_SECONDS
+from afterimage.training.context import CHECKPOINT_SECONDS
 
 TICK = 0.2
 """Seconds between two looks at what workers say and which have ended."""

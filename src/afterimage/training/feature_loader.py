@@ -1,0 +1,149 @@
+"""Batches of images with their features, for everything that is trained or measured on them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from afterimage.config import RecipeConfig
+from afterimage.data.images import Data, ImageSet
+from afterimage.data.sampling import order
+from afterimage.models.reconstructor import no_maps
+from afterimage.runtime.failures import ENCODERS, concerning
+from afterimage.runtime.memory import retry_with_smaller_batch
+from afterimage.training.checks import FeatureWatch, check_frozen, check_images
+from afterimage.training.context import RunContext
+
+VALIDATION_BYTES = 1 << 30
+"""Validation features are computed once and kept where they take no more memory than this."""
+
+Batch = tuple[Tensor, Tensor, list[Tensor]]
+"""`(indices, images, features)`: which images of their set, `(B,)`; the images, `(B, 3, H, W)` in [0, 1]; what each
+source makes of them, `(B, C, h, w)` each. Images and features are on the device."""
+
+
+class FeatureLoader:
+    """Runs images through frozen encoders, batch by batch.
+
+    Of several ranks each gets its part of every batch, which may be empty.
+
+    Args:
+        encoders: maps images to a list of feature maps, one for each of its `sources`; never changed.
+        data: the images that train, validate and test.
+        recipe: gives the batch size, and whether training images are cropped and flipped at random.
+        fabric: the device and the precision of the encoders.
+        seed: of the order of the training images and of their crops.
+        context: the run's surroundings.
+    """
+
+    def __init__(
+        self,
+        encoders: nn.Module,
+        data: Data,
+        recipe: RecipeConfig,
+        fabric: Fabric,
+        *,
+        seed: int,
+        context: RunContext | None = None,
+    ) -> None:
+        self.encoders, self.data, self.recipe, self.fabric, self.seed = encoders, data, recipe, fabric, seed
+        self.context = context or RunContext()
+        self.watch = FeatureWatch(encoders.sources)
+        self._encoder_batch = recipe.batch_size
+        self._validation: list[Batch] | None = None
+
+    def training_batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
+        """Give one epoch's batches, from `position` images on.
+
+        They are a pure function of seed and epoch, whatever else is trained beside or has been resumed.
+        """
+        train = self.data.train
+        indices = order(len(train), seed=self.seed, epoch=epoch)[position:]
+        crop = {"seed": self.seed, "epoch": epoch} if self.recipe.augment else {}
+        return self.batches(train, indices, **crop) if len(indices) else iter(())
+
+    def views(self, view: int) -> Iterator[Batch]:
+        """Give the training images for a closed form: their centre crops in view 0, random ones in the others."""
+        return self.batches(self.data.train) if view == 0 else self.training_batches(view - 1)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Give the validation images; with their features they are kept after the first pass if they fit."""
+        if self._validation is not None:
+            yield from self._validation
+            return
+        kept, size = [], 0
+        for indices, images, features in self.batches(self.data.validation):
+            size += sum(tensor.nbytes for tensor in (*features, images))
+            if size <= VALIDATION_BYTES:
+                kept.append((indices, images, features))
+            yield indices, images, features
+        if size <= VALIDATION_BYTES:
+            self._validation = kept
+
+    @torch.no_grad()
+    def batches(
+        self, image_set: ImageSet, indices: np.ndarray | Tensor | None = None, **crop: Any
+    ) -> Iterator[Batch]:
+        """Give the images at `indices`, in this order, by default all of them.
+
+        Args:
+            crop: `seed` and `epoch` of random crops and flips; without them the centre crop is taken.
+
+        Raises:
+            AfterimageError: that names the image whose values are not finite or leave [0, 1], or a part of the
+                encoders that is not frozen.
+        """
+        check_frozen(self.encoders)
+        indices = torch.arange(len(image_set)) if indices is None else torch.as_tensor(indices)
+        chunks, ahead = itertools.tee(self._rank_chunks(indices))
+        with contextlib.closing(image_set.batches(ahead, device=self.fabric.device, **crop)) as crops:
+            for number, chunk in enumerate(chunks):
+                with self.context.ranks.raise_on_all_ranks():
+                    with self.context.section("data"):
+                        images = next(crops)
+                        ids = [image_set.ids[index] for index in chunk.tolist()]
+                        if (
+                            number == 0 or images.device.type == "cpu"
+                        ):  # elsewhere asking makes every step wait
+                            check_images(images, ids)
+                    with self.context.section("encoder"):
+                        features = self.encode_batch(image_set, chunk, images, **crop)
+                        self.watch.look(features, ids)
+                yield chunk, images, features
+        self.watch.settle()
+
+    def _rank_chunks(self, indices: Tensor) -> Iterator[Tensor]:
+        """This rank's part of every batch."""
+        for start in range(0, len(indices), self.recipe.batch_size):
+            batch = indices[start : start + self.recipe.batch_size]
+            yield batch[self.context.ranks.part(len(batch))]
+
+    def encode_batch(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
+        """The feature maps that decoders get of `images`, the images at `indices`; a subclass may give others."""
+        return self.encode(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """The feature maps of images `(B, 3, H, W)`; fewer images at a time where memory does not suffice."""
+
+        def work(size: int) -> list[Tensor]:
+            with self.fabric.autocast():
+                parts = [self.encoders(part) for part in images.split(size)]
+            return parts[0] if len(parts) == 1 else [torch.cat(maps) for maps in zip(*parts, strict=True)]
+
+        if len(images) == 0:
+            return no_maps(self.encoders.specs, images.device)
+        wanted = min(self._encoder_batch, len(images))
+        with concerning(ENCODERS):
+            features, size = retry_with_smaller_batch(work, wanted, "the encoders")
+        if size < wanted:
+            self._encoder_batch = size
+            self.context.log(f"out of memory: the encoders see {size} images at a time from here on")
+        return features
