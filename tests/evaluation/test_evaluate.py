@@ -11,6 +11,7 @@ from afterimage.evaluation.evaluate import (
     evaluate,
     evaluate_together,
     evaluating,
+    reconstructions,
     score_notes,
     summarise,
     to_uint8,
@@ -78,7 +79,8 @@ def test_together_is_each_alone_and_asks_once(sample_images, metrics):
         calls.append(len(images))
         return [darker(images), 1 - images]
 
-    first, second = evaluate_together(both, sample_images, metrics, batch_size=4)
+    batches = reconstructions(both, sample_images, batch_size=4)
+    first, second = evaluate_together(batches, sample_images.ids, metrics)
     assert calls == [4, 3]
     assert first.rows == evaluate(darker, sample_images, metrics, batch_size=4).rows
     assert second.rows == evaluate(lambda images: 1 - images, sample_images, metrics, batch_size=4).rows
@@ -135,9 +137,14 @@ def test_a_module_is_measured_in_evaluation_mode_which_is_taken_back(sample_imag
 
 def test_images_come_to_where_a_module_is(sample_images, metrics, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample_images, "crops", lambda indices, device: asked.append(str(device)))
+
+    def crops(indices, device):
+        asked.append(str(device))
+        raise TypeError
+
+    monkeypatch.setattr(sample_images, "crops", crops)
     for reconstruct in (nn.Conv2d(3, 3, 1, device="meta"), nn.Identity(), darker):
-        with pytest.raises(TypeError):  # no images came
+        with pytest.raises(TypeError):
             evaluate(reconstruct, sample_images, metrics)
     assert asked == ["meta", "cpu", "cpu"]
 
@@ -168,9 +175,8 @@ def test_a_bad_reconstruction_is_an_error_that_names_the_image(sample_images, me
     with pytest.raises(AfterimageError, match=f"the reconstruction of image image-4 .*{message}"):
         evaluate(spoiled(value), sample_images, metrics, batch_size=3)
     with pytest.raises(AfterimageError, match="the reconstruction by second of image image-4"):
-        evaluate_together(
-            lambda images: [images, spoiled(value)(images)], sample_images, metrics, names=["first", "second"]
-        )
+        batches = reconstructions(lambda images: [images, spoiled(value)(images)], sample_images)
+        evaluate_together(batches, sample_images.ids, metrics, names=["first", "second"])
 
 
 def test_a_reconstruction_of_another_size_is_an_error(sample_images, metrics):

@@ -18,7 +18,13 @@ from torch import Tensor
 from afterimage.config import AfterimageError, BaselineConfig, DataConfig, unknown
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
-from afterimage.evaluation.evaluate import Evaluation, evaluate_together, score_notes, summarise
+from afterimage.evaluation.evaluate import (
+    Evaluation,
+    evaluate_together,
+    reconstructions,
+    score_notes,
+    summarise,
+)
 from afterimage.evaluation.metrics import Metrics
 from afterimage.runs.environment import environment
 from afterimage.runs.failures import TRACEBACK, forget, record
@@ -113,13 +119,11 @@ def run_baselines(
                 loaded = load_data(data, cache=cache, progress=progress)
 
                 def measure(*which: str) -> None:
+                    batches = reconstructions(
+                        lambda images: [lines[name](images) for name in which], loaded.test
+                    )
                     results = evaluate_together(
-                        lambda images: [lines[name](images) for name in which],
-                        loaded.test,
-                        metrics,
-                        names=which,
-                        progress=progress,
-                        keep=keep,
+                        batches, loaded.test.ids, metrics, names=which, progress=progress, keep=keep
                     )
                     for name, result in zip(which, results, strict=True):
                         with recorded(name):

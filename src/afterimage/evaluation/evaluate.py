@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -49,70 +49,110 @@ def evaluate(
     progress: Progress = silent,
     keep: int = 0,
 ) -> Evaluation:
-    """Measure `reconstruct`, which takes images `(B, 3, H, W)` in [0, 1] to images like them.
+    """Measure how well images are reconstructed.
 
-    A module is put into evaluation mode and back. `device` is by default where a module is, else the CPU. See
-    `evaluate_together` for `keep`, `progress` and errors.
+    Args:
+        reconstruct: takes images `(B, 3, H, W)` in [0, 1] to images like them; a module is put into evaluation mode
+            and back.
+        image_set: the images.
+        metrics: what is measured.
+        batch_size: images at a time.
+        device: where; by default where a module is, else the CPU.
+        progress: is told how many images have been measured.
+        keep: how many images are returned with their reconstructions, as uint8.
+
+    Returns:
+        One row of scores an image, and the images that are kept.
+
+    Raises:
+        AfterimageError: as `evaluate_together` does.
     """
     modules = [reconstruct] if isinstance(reconstruct, nn.Module) else []
     if device is None:
         tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     with evaluating(*modules):
-        (result,) = evaluate_together(
-            lambda images: [reconstruct(images)],
-            image_set,
-            metrics,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-            keep=keep,
+        batches = reconstructions(
+            lambda images: [reconstruct(images)], image_set, batch_size=batch_size, device=device
         )
+        (result,) = evaluate_together(batches, image_set.ids, metrics, progress=progress, keep=keep)
     return result
+
+
+Reconstructed = tuple[Tensor, Tensor, Sequence[Tensor]]
+"""`(indices, images, reconstructions)`: which images of their set these are, `(B,)`; the images, `(B, 3, H, W)` in
+[0, 1]; and of each of several methods what it makes of them, images likewise."""
+
+
+def reconstructions(
+    reconstruct: Callable[[Images], Sequence[Images]],
+    image_set: ImageSet,
+    *,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+) -> Iterator[Reconstructed]:
+    """Give each image of a set with what `reconstruct` makes of it, batch by batch.
+
+    What methods share, such as an encoder, runs once. Modules behind `reconstruct` belong in evaluation mode (see
+    `evaluating`).
+    """
+    for indices in torch.arange(len(image_set)).split(batch_size):
+        images = image_set.crops(indices, device=device)
+        yield indices, images, list(reconstruct(images))
 
 
 @torch.inference_mode()
 def evaluate_together(
-    reconstruct: Callable[[Images], Sequence[Images]],
-    image_set: ImageSet,
+    batches: Iterable[Reconstructed],
+    ids: Sequence[str],
     metrics: Metrics,
     *,
     names: Sequence[str] = (),
-    batch_size: int = 16,
-    device: torch.device | str = "cpu",
     progress: Progress = silent,
     keep: int = 0,
     seen: Sequence[Box | None] = (),
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Evaluation]:
-    """Measure several reconstructions of each image; what they share, such as an encoder, runs once.
+    """Measure several reconstructions of each image as they come: nothing is read or reconstructed twice.
 
-    `reconstruct` takes images `(B, 3, H, W)` in [0, 1] to a list of such images, always of one length;
-    modules behind it belong in evaluation mode (see `evaluating`). The first `keep` images are returned
-    as uint8. Where `seen` names a part for a reconstruction, it is measured on that part alone too. Of several
-    `ranks` each measures its part of every batch, which may be none; all of them return all rows and images, in the
-    order of one process. Raises `AfterimageError` that names the image, and the reconstruction by `names`, where
-    shapes differ or values are not finite or leave [0, 1].
+    Args:
+        batches: all images of a set in order, with their reconstructions, always equally many (see
+            `reconstructions`). They are asked for without gradients. Of several ranks each gives its part of every
+            batch, which may be none.
+        ids: the names of all images of the set.
+        metrics: what is measured; it is moved to where the images are.
+        names: who makes each reconstruction, for messages.
+        progress: is told how many images have been measured.
+        keep: how many images are returned with their reconstructions, as uint8.
+        seen: for each reconstruction the part of the images that it is measured on by itself too; None for no part.
+        ranks: the processes that measure together.
+
+    Returns:
+        The evaluation of each reconstruction; on every rank that of all images, in order.
+
+    Raises:
+        AfterimageError: that names the image, and the reconstruction, where shapes differ or values are not finite or
+            leave [0, 1].
     """
-    if len(image_set) == 0:
+    if len(ids) == 0:
         raise AfterimageError("there are no images to evaluate on")
-    metrics.to(device)
-    ids, done = list(image_set.ids), 0
-    batches: list[list[Evaluation]] = []
-    for indices in torch.arange(len(ids)).split(batch_size):
+    batches, measured, done = iter(batches), [], 0
+    while True:
         with ranks.raise_on_all_ranks():
-            own = indices[ranks.part(len(indices))]
-            images = image_set.crops(own, device=device)
-            outputs = list(reconstruct(images))
-            batch = [ids[index] for index in own.tolist()]
+            batch = next(batches, None)
+            if batch is None:
+                break
+            indices, images, outputs = batch
+            metrics.to(images.device)
+            own = [ids[index] for index in indices.tolist()]
             for index, output in enumerate(outputs):
-                _check(output, images, batch, names[index] if names else "")
-            kept = sum(index < keep for index in own.tolist())
-            batches.append(_measured(batch, images, outputs, kept, metrics, seen or [None] * len(outputs)))
-        done += len(indices)
+                _check(output, images, own, names[index] if names else "")
+            kept = sum(index < keep for index in indices.tolist())
+            measured.append(_measured(own, images, outputs, kept, metrics, seen or [None] * len(outputs)))
+        done += ranks.place(len(indices))[1]
         progress("evaluating", done, len(ids))
-    results = [Evaluation([], []) for _ in batches[0]]
-    for batch in ranks.gather_batches(batches):
+    results = [Evaluation([], []) for _ in measured[0]]
+    for batch in ranks.gather_batches(measured):
         for result, part in zip(results, batch, strict=True):
             result.rows.extend(part.rows)
             result.images.extend(part.images)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.data.images import Data
@@ -15,6 +14,7 @@ from afterimage.evaluation.evaluate import (
     SEEN,
     Box,
     Evaluation,
+    Reconstructed,
     evaluate_together,
     score_notes,
     seen_notes,
@@ -36,7 +36,6 @@ from afterimage.runtime.distributed import ProcessGroup
 from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go
 from afterimage.runtime.process import LockLost
 from afterimage.training.checkpoint import remove_checkpoints
-from afterimage.training.checks import check_frozen
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.feature_loader import FeatureLoader
@@ -199,26 +198,23 @@ class JointRun:
                     self._measure([decoder])
 
     def _measure(self, decoders: list[DecoderTrainer]) -> None:
-        check_frozen(self.encoders)
         weighted = [d for d in decoders if d.head.fusion is not None and d.head.fusion.has_weights]
         maps = {decoder: WeightMaps(decoder.head.fusion, self.keep) for decoder in weighted}
 
-        def reconstruct(images: Tensor) -> list[Tensor]:
-            self.context.check_shutdown()
-            features = self.loader.encode(images)
-            outputs = [decoder.reconstruct(features) for decoder in decoders]
-            with self.fabric.autocast():
-                for decoder, own in maps.items():
-                    own.add(decoder.select_features(features))
-            return outputs
+        def reconstructions() -> Iterator[Reconstructed]:
+            for indices, images, features in self.loader.batches(self.data.test):
+                self.context.check_shutdown()
+                outputs = [decoder.reconstruct(features) for decoder in decoders]
+                with self.fabric.autocast():
+                    for decoder, own in maps.items():
+                        own.add(decoder.select_features(features))
+                yield indices, images, outputs
 
         results = evaluate_together(
-            reconstruct,
-            self.data.test,
+            reconstructions(),
+            self.data.test.ids,
             self.metrics,
             names=[decoder.run.name for decoder in decoders],
-            batch_size=self.first.recipe.batch_size,
-            device=self.fabric.device,
             progress=self.context.progress,
             keep=self.keep,
             seen=[self._seen(decoder) for decoder in decoders],

@@ -11,7 +11,15 @@ from afterimage.cli.audit import print_verdict
 from afterimage.config import Axis, DataConfig, FeatureSpec, RecipeConfig
 from afterimage.config.audit import AuditConfig, LimitsConfig
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.evaluate import SEEN, Evaluation, cropped, evaluate_together, seen_notes, summarise
+from afterimage.evaluation.evaluate import (
+    SEEN,
+    Evaluation,
+    cropped,
+    evaluate_together,
+    reconstructions,
+    seen_notes,
+    summarise,
+)
 from afterimage.evaluation.metrics import Metrics, psnr, ssim
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.report.audit.page import write_audit
@@ -131,7 +139,8 @@ def test_scores_of_what_is_seen_are_those_of_that_part(box):
         return [(images * 0.8 + noise[: len(images)]), images]
 
     metrics = Metrics(size=8)
-    results = evaluate_together(reconstruct, given, metrics, batch_size=5, seen=[box, None])
+    batches = reconstructions(reconstruct, given, batch_size=5)
+    results = evaluate_together(batches, given.ids, metrics, seen=[box, None])
     assert all(isinstance(result, Evaluation) for result in results)
     assert set(results[1].rows[0]) == {"id", "psnr", "ssim", "lpips"}
     outputs = reconstruct(given.images)[0]

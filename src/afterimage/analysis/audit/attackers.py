@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from afterimage.analysis.audit.feature_store import StoredImages
 from afterimage.analysis.audit.reidentification import Compared, compared, joined
 from afterimage.config import AfterimageError, RecipeConfig
 from afterimage.data.images import Data, ImageSet
-from afterimage.evaluation.evaluate import Box, Evaluation, evaluate_together
+from afterimage.evaluation.evaluate import Box, Evaluation, Reconstructed, evaluate_together
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import DECODERS, create_decoder
 from afterimage.models.reconstructor import FeatureDecoder
@@ -87,23 +87,19 @@ def evaluate_attackers(
     Both also for the part of the images in a box: what is seen.
     """
     small: list[list[Compared]] = [[] for _ in decoders]
-    batches = loader.batches(loader.data.test)
 
-    def reconstruct(images: Tensor) -> list[Tensor]:
-        _, same, sent = next(batches)
-        assert torch.equal(images, same)
-        outputs = [decoder.reconstruct(sent) for decoder in decoders]
-        for kept, output in zip(small, outputs, strict=True):
-            kept.append(compared(output, box))
-        return outputs
+    def reconstructions() -> Iterator[Reconstructed]:
+        for indices, images, sent in loader.batches(loader.data.test):
+            outputs = [decoder.reconstruct(sent) for decoder in decoders]
+            for kept, output in zip(small, outputs, strict=True):
+                kept.append(compared(output, box))
+            yield indices, images, outputs
 
     results = evaluate_together(
-        reconstruct,
-        loader.data.test,
+        reconstructions(),
+        loader.data.test.ids,
         metrics,
         names=[decoder.name for decoder in decoders],
-        batch_size=loader.recipe.batch_size,
-        device=loader.fabric.device,
         progress=loader.context.progress,
         keep=keep,
         seen=[box] * len(decoders),

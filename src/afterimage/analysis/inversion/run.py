@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,14 @@ from afterimage.config import AfterimageError, DataConfig, load_toml, shown
 from afterimage.config.inversion import InversionConfig, InvertConfig
 from afterimage.data.dataset import file_notes, load_data, prepare_image
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
+from afterimage.evaluation.evaluate import (
+    Reconstructed,
+    evaluate,
+    evaluate_together,
+    score_notes,
+    summarise,
+    to_uint8,
+)
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.models.weights import weight_notes
@@ -157,61 +164,71 @@ def measure(
     snapshot: Callable[[Images], None] | None = None,
     batches: Batches | None = None,
 ) -> Measured:
-    """Run `search(images, callback=..., milestones=...)` over images; score what it returns and its way there.
+    """Search for every image, then score what was found, and the way there.
 
-    `snapshot` is given the images so far at every milestone. Finished batches are kept in `batches`, and taken
-    from there where they are.
+    Args:
+        search: is called as `search(images, callback=, milestones=, progress=)`, a batch at a time.
+        image_set: the images whose features are inverted.
+        metrics: what is measured of the images found.
+        steps: how many passes a search takes.
+        batch_size: images at a time.
+        device: where.
+        progress: is told how far each search is, and then how many images have been measured.
+        snapshot: is given the images so far at every milestone.
+        batches: keeps finished batches, and gives back those that it has.
     """
-    curve: list[dict[str, Any]] = []
+    parts = torch.arange(len(image_set)).split(batch_size)
+    curve: Curve = []
     losses: list[float] = []
+    found: list[Tensor] = []
     seconds = 0.0
-    points = curve_steps(steps)
+    for indices in parts:
+        images = image_set.crops(indices, device=device)
+        first = int(indices[0])
+        kept = batches.load(first, images) if batches else None
+        if kept is None:
+            ids, own = [image_set.ids[index] for index in indices.tolist()], []
 
-    def reconstruct(images: Images) -> Images:
-        nonlocal seconds
-        first, own = len(losses), []
+            def callback(look: Snapshot, ids=ids, images=images, own=own) -> None:
+                own += _curve_rows(ids, images, look)
+                if snapshot is not None:
+                    snapshot(look.images)
 
-        def callback(look: Snapshot) -> None:
-            values = zip(psnr(look.images, images).tolist(), look.loss.tolist(), strict=True)
-            for i, (value, loss) in enumerate(values):
-                own.append(
-                    {
-                        "id": image_set.ids[first + i],
-                        "step": look.step,
-                        "seconds": look.seconds / len(images),
-                        "psnr": value,
-                        "feature_loss": loss,
-                    }
-                )
-            if snapshot is not None:
-                snapshot(look.images)
-
-        found = batches.load(first, images) if batches else None
-        if found is None:
-            # The evaluation around this is without gradients.
-            with torch.inference_mode(False), torch.enable_grad():
-                result = search(images.clone(), callback=callback, milestones=points, progress=progress)
+            result = search(images, callback=callback, milestones=curve_steps(steps), progress=progress)
             if batches:
                 batches.save(first, images, result, own)
         else:
-            result, own = found
-        curve.extend(own)
+            result, own = kept
+        curve += own
         seconds += result.seconds
-        losses.extend(result.loss.tolist())
+        losses += result.loss.tolist()
         # In one order of memory, whether it was kept or not: sums depend on it.
-        return result.images.contiguous()
+        found.append(result.images.contiguous().cpu())
 
-    rows, kept = evaluate(
-        reconstruct,
-        image_set,
-        metrics,
-        batch_size=batch_size,
-        device=device,
-        progress=progress,
-        keep=len(image_set),
+    def reconstructions() -> Iterator[Reconstructed]:
+        for indices, images in zip(parts, found, strict=True):
+            yield indices, image_set.crops(indices, device=device), [images.to(device)]
+
+    (scored,) = evaluate_together(
+        reconstructions(), image_set.ids, metrics, progress=progress, keep=len(image_set)
     )
-    rows = [row | {"feature_loss": loss} for row, loss in zip(rows, losses, strict=True)]
-    return Measured(rows, kept, seconds / len(image_set), curve)
+    rows = [row | {"feature_loss": loss} for row, loss in zip(scored.rows, losses, strict=True)]
+    return Measured(rows, scored.images, seconds / len(image_set), curve)
+
+
+def _curve_rows(ids: Sequence[str], images: Images, look: Snapshot) -> Curve:
+    """A row an image: how near it is after so many passes, in PSNR and in its features."""
+    values = zip(ids, psnr(look.images, images).tolist(), look.loss.tolist(), strict=True)
+    return [
+        {
+            "id": name,
+            "step": look.step,
+            "seconds": look.seconds / len(images),
+            "psnr": value,
+            "feature_loss": loss,
+        }
+        for name, value, loss in values
+    ]
 
 
 def invert_run(
