@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from afterimage import AfterimageError, load_data, train_runs
-from afterimage.data.duplicates import near_duplicates
+from afterimage.data import duplicates
+from afterimage.data.duplicates import check_split, near_duplicates
 from afterimage.data.images import ImageSet
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.training.checkpoint import load_reconstructor
-from afterimage.training.checks import FeatureWatch, check_frozen, check_images, check_split
+from afterimage.training.checks import FeatureWatch, check_frozen, check_images
 from children import MODEL, result, small_configs
 from some_images import some_image
 
@@ -134,12 +135,23 @@ def test_near_duplicates_are_reported(tmp_path, cache):
     some_image(3, 80, 60).save(folder / "test" / "again.jpg", quality=60)
     Image.fromarray(np.full((60, 80, 3), 90, np.uint8)).save(folder / "test" / "flat.png")
     config = small_configs(folder)[1]
-    found = load_data(config.data, cache=cache)
+    found = load_data(config.data, cache=cache)  # what the ten-line API trains on
     (note,) = near_duplicates(found)
+    assert note in found.notes
     assert note.count(" and ") == 2  # "test and training", and one pair
     assert "again" in note and "03" in note and "new" not in note and "flat" not in note
     (run,) = train_runs(config, tmp_path / "runs", cache=cache, accelerator="cpu")
     assert run.state == "done" and note in run.result.notes
+
+
+def test_the_same_images_are_compared_once(data, tmp_path, monkeypatch):
+    leaking = replace(data, test=data.train)
+    notes = near_duplicates(leaking, tmp_path)
+    assert notes and notes == near_duplicates(leaking)
+    monkeypatch.setattr(duplicates, "_hashes", lambda images: pytest.fail("compared again"))
+    assert near_duplicates(leaking, tmp_path) == notes
+    with pytest.raises(pytest.fail.Exception):
+        near_duplicates(replace(data, test=data.validation), tmp_path)
 
 
 def test_smooth_images_of_other_colours_are_no_duplicates(data):

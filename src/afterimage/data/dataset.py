@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.decode import BadImage, load_image, shorter_side
-from afterimage.data.duplicates import NAMES, check_copies
+from afterimage.data.duplicates import NAMES, check_copies, near_duplicates
 from afterimage.data.examine import examine, size_notes, value_notes
 from afterimage.data.file_digests import Content, FileDigests
 from afterimage.data.images import Data, ImageSet, StreamedImages, _digest
@@ -65,7 +66,10 @@ def load_data(
     found += _examined(dict(zip(NAMES, images, strict=True)), config.resize)
     _warn(found)
     notes = check_copies(parts, images) + _notes(images) + found
-    return Data(config, *images, _digest(config, images), tuple(notes))
+    data = Data(config, *images, _digest(config, images))
+    near = near_duplicates(data, folder)
+    _warn(near)
+    return replace(data, notes=(*notes, *near))
 
 
 def load_test(
@@ -87,6 +91,7 @@ def load_test(
         notes.append(f"whether a test image was also trained on could not be looked at: {error}")
     else:
         notes += check_copies([*parts, part], [*images, test])
+        notes += near_duplicates(Data(config, *images, test, digest=""), folder)
     _warn(notes)
     return test, notes
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt16
 from PIL import Image
 
 from afterimage.config import AfterimageError
-from afterimage.data.images import Data, ImageSet
+from afterimage.data.images import Data, ImageSet, _digest
 from afterimage.data.records import Original
+from afterimage.runs.files import read_json, write_json
 
 NAMES = ("training", "validation", "test")
 SHOWN_COPIES = 20
@@ -92,8 +94,21 @@ SHOWN_NEAR = 5
 _ONES = np.array([number.bit_count() for number in range(2**16)], np.uint8)
 
 
-def near_duplicates(data: Data) -> list[str]:
+def check_split(data: Data) -> None:
+    """Raise `AfterimageError` where an image, by its content's digest, both tests and trains or validates."""
+    for name, images in (("training", data.train), ("validation", data.validation)):
+        indices, places = shared(data.test, images)
+        if len(indices):
+            tested, known = data.test.ids[int(indices[0])], images.ids[int(places[0])]
+            raise AfterimageError(
+                f"test image {tested} is also {name} image {known}, which would falsify all scores"
+            )
+
+
+def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
     """Notes on test images that are nearly training or validation images; empty where there are none.
+
+    Below `cache` the pairs that were found are kept, so that the same images are compared once.
 
     Candidates share their difference hash (dHash, Krawetz 2013, "Kind of like that") up to `BITS` of 64; of these
     count those whose 16x16 thumbnails agree, since smooth images of any colour share their hash. A copy that was
@@ -104,17 +119,32 @@ def near_duplicates(data: Data) -> list[str]:
         return [f"near-duplicates of test images were not looked for among more than {MOST:,} images"]
     if any(part.streamed for part in (data.train, data.validation, data.test)):
         return ["near-duplicates of test images were not looked for, since images are streamed"]
-    own, found = _hashes(data.test), []
-    for name, images in (("training", data.train), ("validation", data.validation)):
-        others = _hashes(images)
-        for i, hash_ in enumerate(own):
-            for j in np.flatnonzero(_ONES[others ^ hash_].sum(1) <= BITS).tolist():
-                if _difference(data.test, i, images, j) <= DIFFERENCE:
-                    found.append(f"{data.test.ids[i]} and {name} image {images.ids[j]}")
-    if not found:
+    parts = (data.train, data.validation, data.test)
+    named = f"{_digest(data.config, parts)}-{BITS}-{DIFFERENCE:g}.json"
+    path = None if cache is None else cache / "near-duplicates" / named
+    if path is not None and path.exists():
+        pairs = read_json(path)["pairs"]
+    else:
+        pairs = _near_pairs(data.test, parts[:2])
+        if path is not None:
+            write_json(path, {"pairs": pairs})
+    if not pairs:
         return []
-    more = f"; and {len(found) - SHOWN_NEAR} more" if len(found) > SHOWN_NEAR else ""
-    return [f"near-duplicates between test and training images: {'; '.join(found[:SHOWN_NEAR])}{more}"]
+    shown = [f"{data.test.ids[i]} and {NAMES[p]} image {parts[p].ids[j]}" for p, i, j in pairs[:SHOWN_NEAR]]
+    more = f"; and {len(pairs) - SHOWN_NEAR} more" if len(pairs) > SHOWN_NEAR else ""
+    return [f"near-duplicates between test and training images: {'; '.join(shown)}{more}"]
+
+
+def _near_pairs(test: ImageSet, others: Sequence[ImageSet]) -> list[tuple[int, int, int]]:
+    """Which of `others`, which test image, and which image there."""
+    own, found = _hashes(test), []
+    for part, images in enumerate(others):
+        hashes = _hashes(images)
+        for i, hash_ in enumerate(own):
+            for j in np.flatnonzero(_ONES[hashes ^ hash_].sum(1) <= BITS).tolist():
+                if _difference(test, i, images, j) <= DIFFERENCE:
+                    found.append((part, i, j))
+    return found
 
 
 def _hashes(images: ImageSet) -> UInt16[np.ndarray, "n 4"]:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from afterimage.config import AfterimageError, DataConfig, RunConfig, split_source
 from afterimage.data.dataset import load_data
-from afterimage.data.duplicates import near_duplicates
 from afterimage.data.images import Data
 from afterimage.experiments.joint_run import JointRun, StudyContext, try_encoders
 from afterimage.models.encoders.layers import layer_info
@@ -370,10 +369,9 @@ class _Worker:
                 if ranks.count == 1:
                     stop.check()
 
-            data = ranks.main_process_first(lambda: load_data(config, cache=self.cache, progress=progress))
-            with ranks.raise_on_all_ranks():
-                found = near_duplicates(data) if ranks.is_main_process else ()
-            self._loaded[config] = replace(data, notes=(*data.notes, *found))
+            self._loaded[config] = ranks.main_process_first(
+                lambda: load_data(config, cache=self.cache, progress=progress)
+            )
         return self._loaded[config]
 
 

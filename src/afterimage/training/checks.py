@@ -1,4 +1,4 @@
-"""What would falsify a number stops the run: a woken encoder, a wrong range, a test image in training, a NaN."""
+"""Checks that stop a run whose numbers would be wrong: a woken encoder, an image out of range, a NaN."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError
-from afterimage.data.duplicates import shared
-from afterimage.data.images import Data
 from afterimage.evaluation.metrics import problem
 
 
@@ -25,17 +23,6 @@ def check_frozen(encoders: nn.Module) -> None:
     for name, parameter in encoders.named_parameters():
         if parameter.requires_grad:
             raise AfterimageError(f"the encoder's parameter {name} takes gradients, but encoders stay frozen")
-
-
-def check_split(data: Data) -> None:
-    """Raise `AfterimageError` where an image, by its content's digest, both tests and trains or validates."""
-    for name, images in (("training", data.train), ("validation", data.validation)):
-        indices, places = shared(data.test, images)
-        if len(indices):
-            tested, known = data.test.ids[int(indices[0])], images.ids[int(places[0])]
-            raise AfterimageError(
-                f"test image {tested} is also {name} image {known}, which would falsify all scores"
-            )
 
 
 def check_images(images: Tensor, ids: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from afterimage.config import AfterimageError, RecipeConfig
+from afterimage.data.duplicates import check_split
 from afterimage.data.images import Data
 from afterimage.models.decoders.base import FeatureCrop
 from afterimage.models.reconstructor import ClosedForm, Reconstructor
@@ -23,7 +24,6 @@ from afterimage.runtime.distributed import RankLost, distributed_context
 from afterimage.runtime.memory import retry_with_smaller_batch
 from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.signals import Stopped
-from afterimage.training.checks import check_split
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer, split_batch
 from afterimage.training.feature_loader import FeatureLoader

@@ -15,6 +15,7 @@ from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.audit.feature_store import StoredImages
 from afterimage.analysis.audit.reidentification import Compared, compared, joined
 from afterimage.config import AfterimageError, RecipeConfig
+from afterimage.data.duplicates import shared
 from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.evaluate import Box, Evaluation, Reconstructed, evaluate_together
 from afterimage.evaluation.metrics import Metrics
@@ -133,11 +134,10 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
     Smaller numbers are contained in larger ones. Raises AfterimageError where the pool holds a test image.
     """
     own = pool.train.joined(pool.validation)
-    shared = set(own.content) & set(data.test.content)
-    if shared:
-        names = [i for i, content in zip(own.ids, own.content, strict=True) if content in shared]
+    _, places = shared(data.test, own)
+    if len(places):
         raise AfterimageError(
-            f"{len(shared)} test images are among the attacker's own, for example {names[0]}: take them out"
+            f"{len(places)} test images are among the attacker's own, for example {own.ids[places[0]]}: take them out"
         )
     if count != "all" and int(count) > len(own):
         return None

@@ -11,6 +11,7 @@ from afterimage.analysis.audit.feature_store import load_pairs
 from afterimage.config import RANDOM_WEIGHTS, FeatureSpec, local_path, shown, unknown
 from afterimage.config.audit import AuditConfig
 from afterimage.data.dataset import load_data
+from afterimage.data.duplicates import near_duplicates
 from afterimage.data.images import Data
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.module_encoder import CustomEncoder, load_factory
@@ -81,11 +82,12 @@ def open_subject(
             raise failures.get(config.layers[0], error) from None
         encoder = _encoder(config, network, layers)
     data = load_data(config.data, cache=cache, progress=progress)
-    pool = data
+    pool, near = data, []
     if config.attackers.data:
         elsewhere = replace(config.data, source=config.attackers.data, test="")
         pool = load_data(elsewhere, cache=cache, progress=progress)
-    notes = [*getattr(encoder, "notes", ()), *data.notes]
+        near = [f"the attacker's images: {note}" for note in near_duplicates(replace(pool, test=data.test))]
+    notes = [*getattr(encoder, "notes", ()), *data.notes, *near]
     if encoder.weights.is_random:
         which = f"{encoder.weights.label.upper()} weights ({RANDOM_WEIGHTS[encoder.weights.label]})"
         notes.append(f"{which}: nothing here says anything about a trained network")
