@@ -62,7 +62,7 @@ class _Contestant:
         self, name: str, trained: DecoderTrainer, trainer: Trainer, budget: float, clock: Callable[[], float]
     ) -> None:
         self.name, self.trained, self.trainer, self.budget, self.clock = name, trained, trainer, budget, clock
-        self.decoder = trained.head.decoder
+        self.decoder = trained.model.decoder
         self.seconds, self.images, self.curve = 0.0, 0, []
 
     @property
@@ -111,7 +111,7 @@ class _Contestant:
 
     @torch.no_grad()
     def outcome(self) -> dict[str, Any]:
-        self.trained.head.load_state_dict(self.trained.best)
+        self.trained.model.load_state_dict(self.trained.best)
         errors, decibels = [], []
         for _, images, features in self.trainer.loader.batches(self.trainer.data.test):
             rebuilt = self.trained.reconstruct(features)

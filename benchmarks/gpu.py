@@ -136,7 +136,7 @@ def epoch(configs: Sequence[dict], cache: str, accelerator: str) -> dict[str, An
     flops = counter.get_total_flops()
     for decoder in trainer.decoders:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            decoder.head.eval()(decoder.select_features(features))
+            decoder.model.eval()(decoder.select_features(features))
         flops += 3 * counter.get_total_flops()
     trainer.train()
     count, memory = len(trainer.data.train), 0

@@ -102,8 +102,8 @@ def build(configs: Sequence[dict], accelerator: str) -> Built:
     decoders = []
     for run in runs:
         feature_indices = [encoders.sources.index(source) for source in run.sources]
-        head = build_feature_decoder(run, [encoders.specs[i] for i in feature_indices])
-        decoders.append(DecoderTrainer(head, feature_indices, run.recipe, fabric))
+        model = build_feature_decoder(run, [encoders.specs[i] for i in feature_indices])
+        decoders.append(DecoderTrainer(model, feature_indices, run.recipe, fabric))
     return Built(runs, encoders, decoders, fabric)
 
 
@@ -115,8 +115,8 @@ def _until(trainer: Trainer, target: float) -> tuple[float, float]:
         nonlocal aside
         paused = time.perf_counter()
         reached = _test_db(
-            lambda images: decoder.head(decoder.select_features(loader.encoders(images))),
-            decoder.head,
+            lambda images: decoder.model(decoder.select_features(loader.encoders(images))),
+            decoder.model,
             loader.data,
             loader.fabric.device,
         )

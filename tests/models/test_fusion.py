@@ -158,7 +158,7 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
         return
     sample_images = [np.asarray(Image.open(original)) for _, original, _ in run.images]
     images = torch.from_numpy(np.stack(sample_images)).permute(0, 3, 1, 2).float() / 255
-    weights = reconstructor.head.fusion.weights(reconstructor.encoders(images)).detach().numpy()
+    weights = reconstructor.feature_decoder.fusion.weights(reconstructor.encoders(images)).detach().numpy()
     stored = [[np.asarray(Image.open(path)) for path in paths] for paths in run.fusion_maps.values()]
     # The originals are stored in 8 bits, so that their features are not quite those that were measured.
     np.testing.assert_allclose(np.array(stored) / 255, weights, atol=0.02)

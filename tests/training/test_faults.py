@@ -243,9 +243,9 @@ def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(sample_images, cache,
     forward, step = MSE.forward, trainer.training_step
 
     def counting(self, *arguments):
-        before = {k: v.clone() for k, v in self.head.named_buffers() if "num_batches" in k}
+        before = {k: v.clone() for k, v in self.model.named_buffers() if "num_batches" in k}
         step(self, *arguments)
-        counted.extend(int(v - before[k]) for k, v in self.head.named_buffers() if k in before)
+        counted.extend(int(v - before[k]) for k, v in self.model.named_buffers() if k in before)
 
     monkeypatch.setattr(MSE, "forward", too_much(2, forward, MemoryError()))
     monkeypatch.setattr(trainer, "training_step", counting)

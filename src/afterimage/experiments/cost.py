@@ -54,19 +54,19 @@ def _plan(config: RunConfig) -> Plan:
         model = split_source(source)[0]
         deepest[model] = max(deepest.get(model, 0), info.encoder_macs)
     with torch.device("meta"):
-        head = build_feature_decoder(config, specs).eval()
+        model = build_feature_decoder(config, specs).eval()
         features = [torch.empty(1, s.channels, s.height, s.width) for s in specs]
-        activations = _activations(head, features)
-    decoder_macs = head.macs(specs)
-    parameters = sum(p.numel() for p in head.parameters())
+        activations = _activations(model, features)
+    decoder_macs = model.macs(specs)
+    parameters = sum(p.numel() for p in model.parameters())
     recipe = config.recipe
-    trained = head.trainable
+    trained = model.trainable
     images = training_images(config.data)
     macs = sum(deepest.values()) + (3 if trained else 1) * decoder_macs
     macs *= images * (recipe.epochs if trained else 1)
-    macs += sum(part.fit_macs(images) for part in head.closed_forms)
+    macs += sum(part.fit_macs(images) for part in model.closed_forms)
     memory = 4 * (4 * parameters + 2 * recipe.batch_size * (activations + sum(s.values for s in specs)))
-    memory += sum(part.fit_bytes for part in head.closed_forms)
+    memory += sum(part.fit_bytes for part in model.closed_forms)
     return Plan(
         config,
         specs,
@@ -79,16 +79,16 @@ def _plan(config: RunConfig) -> Plan:
     )
 
 
-def _activations(head: nn.Module, features: list[torch.Tensor]) -> int:
-    """Values that the leaves of a head put out for one image."""
+def _activations(model: nn.Module, features: list[torch.Tensor]) -> int:
+    """Values that the leaves of a model put out for one image."""
     total = 0
 
     def count(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal total
         total += output.numel()
 
-    hooks = [m.register_forward_hook(count) for m in head.modules() if not list(m.children())]
-    head(features)
+    hooks = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
+    model(features)
     for hook in hooks:
         hook.remove()
     return total

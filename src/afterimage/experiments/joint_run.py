@@ -143,10 +143,10 @@ class JointRun:
 
     def _decoder_trainer(self, run: Run, config: RunConfig) -> DecoderTrainer:
         feature_indices = [self.encoders.sources.index(resolve(source)) for source in config.sources]
-        head = build_feature_decoder(config, [self.encoders.specs[i] for i in feature_indices])
+        model = build_feature_decoder(config, [self.encoders.specs[i] for i in feature_indices])
         sources = [self.encoders.sources[i] for i in feature_indices]
         decoder = DecoderTrainer(
-            head,
+            model,
             feature_indices,
             config.recipe,
             # A gradient scaler learns from the losses it sees: one for each, whatever is trained beside it.
@@ -177,7 +177,7 @@ class JointRun:
         saved = []
         for decoder in decoders:
             with self.context.isolate(decoder.run):
-                decoder.head.load_state_dict(decoder.best)
+                decoder.model.load_state_dict(decoder.best)
                 if self.ranks.is_main_process:
                     decoder.save_best()
                 saved.append(decoder)
@@ -198,8 +198,8 @@ class JointRun:
                     self._measure([decoder])
 
     def _measure(self, decoders: list[DecoderTrainer]) -> None:
-        weighted = [d for d in decoders if d.head.fusion is not None and d.head.fusion.has_weights]
-        maps = {decoder: WeightMaps(decoder.head.fusion, self.keep) for decoder in weighted}
+        weighted = [d for d in decoders if d.model.fusion is not None and d.model.fusion.has_weights]
+        maps = {decoder: WeightMaps(decoder.model.fusion, self.keep) for decoder in weighted}
 
         def reconstructions() -> Iterator[Reconstructed]:
             for indices, images, features in self.loader.batches(self.data.test):
@@ -267,7 +267,7 @@ class JointRun:
     def _training(self, decoder: DecoderTrainer) -> TrainingFacts:
         return TrainingFacts(
             parameters=decoder.parameters,
-            macs=decoder.head.macs([self.encoders.specs[i] for i in decoder.feature_indices]),
+            macs=decoder.model.macs([self.encoders.specs[i] for i in decoder.feature_indices]),
             ranks=self.ranks.count,
             seconds=round(decoder.seconds, 2),
             images_seen=decoder.images_seen,

@@ -1,4 +1,4 @@
-"""Encoders, fusion and decoder as one module: image in, image rebuilt from features out."""
+"""Reconstructors: encoders, fusion and decoder as one module, which takes images and gives them back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 class MultiEncoder(nn.Module):
-    """Any number of `model:layer` sources; each network runs once, as deep as its deepest layer."""
+    """Frozen encoders for any number of sources; each network runs once, as deep as its deepest layer.
+
+    Args:
+        sources: `model:layer` each, for example `resnet34:layer2`.
+        weights: `pretrained`, a file or folder of weights, or a kind of random weights (`random`, `random-init`).
+        image_size: the side of the images in pixels, on which the features' shapes depend.
+        seed: of random weights.
+
+    Raises:
+        AfterimageError: for an unknown model or layer, and for weights that cannot be had.
+    """
 
     def __init__(
         self, sources: Sequence[str], *, weights: str = "pretrained", image_size: int = 224, seed: int = 0
@@ -39,17 +49,18 @@ class MultiEncoder(nn.Module):
         )
         position = {s: i for i, s in enumerate(s for encoder in self.encoders for s in encoder.sources)}
         self.sources = tuple(sources)
-        self._picks = [position[source] for source in sources]
+        self._order = [position[source] for source in sources]
 
     @property
     def specs(self) -> tuple[FeatureSpec, ...]:
+        """The shape of each source's features and where they lie in the image, in the order of `sources`."""
         specs = [spec for encoder in self.encoders for spec in encoder.specs]
-        return tuple(specs[i] for i in self._picks)
+        return tuple(specs[i] for i in self._order)
 
     def describe(self) -> list[FeatureMap]:
         """`Encoder.describe` for every source, in order."""
         entries = [entry for encoder in self.encoders for entry in encoder.describe()]
-        return [entries[i] for i in self._picks]
+        return [entries[i] for i in self._order]
 
     def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
         """Where the weights behind `sources` come from, one entry a network."""
@@ -61,19 +72,23 @@ class MultiEncoder(nn.Module):
         return {weights.model: weights.identity for weights in self.weights_of(sources)}
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
-        """Feature maps `(B, C, h, w)` of images in [0, 1], in the order of `sources`."""
+        """Encode images `(B, 3, H, W)` in [0, 1].
+
+        Returns:
+            The feature map `(B, C, h, w)` of each source, in the order of `sources`.
+        """
         features = [feature for encoder in self.encoders for feature in encoder(images)]
-        return [features[i] for i in self._picks]
+        return [features[i] for i in self._order]
 
 
 def no_maps(specs: Sequence[FeatureSpec], device: torch.device) -> list[Tensor]:
-    """The feature maps `(0, C, h, w)` of no images, which some networks cannot make themselves."""
+    """Feature maps `(0, C, h, w)` of no images, which some networks cannot make themselves."""
     return [torch.zeros(0, spec.channels, spec.height, spec.width, device=device) for spec in specs]
 
 
 @runtime_checkable
 class ClosedForm(Protocol):
-    """What is fitted on one pass over the images (see `Decoder`)."""
+    """A decoder or fusion that is fitted in closed form (see `Decoder` for what each method does)."""
 
     @property
     def fit_bytes(self) -> int: ...
@@ -90,20 +105,40 @@ class ClosedForm(Protocol):
 
 
 class FeatureDecoder(nn.Module):
-    """What is trained: an optional fusion and a decoder. Feature maps in, images `(B, 3, H, W)` in [0, 1] out."""
+    """Rebuilds images from feature maps: all that is trained of a reconstructor.
+
+    `feature maps -> [fusion -> one feature map ->] decoder -> images`
+
+    Args:
+        decoder: takes one feature map.
+        fusion: makes one feature map of several; None where there is one already.
+    """
 
     def __init__(self, decoder: Decoder, fusion: Fusion | None = None) -> None:
         super().__init__()
         self.fusion = fusion
         self.decoder = decoder
 
+    def forward(self, features: Sequence[Tensor], crop: FeatureCrop | None = None) -> Tensor:
+        """Rebuild images from features.
+
+        Args:
+            features: the feature map `(B, C, h, w)` of each source.
+            crop: the part of the feature map to decode, one of the decoder's `feature_crops`; None for all of it.
+
+        Returns:
+            Images `(B, 3, H, W)` in [0, 1], or the part of them that the crop covers.
+        """
+        return self.decoder(self.fuse(features), crop)
+
+    def fuse(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The one feature map that the decoder reads, in a list."""
+        return list(features) if self.fusion is None else [self.fusion(features)]
+
     @property
     def trainable(self) -> bool:
         """Whether anything in it is trained by gradient descent."""
         return any(parameter.requires_grad for parameter in self.parameters())
-
-    def fuse(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return list(features) if self.fusion is None else [self.fusion(features)]
 
     @property
     def closed_forms(self) -> list[ClosedForm]:
@@ -113,20 +148,15 @@ class FeatureDecoder(nn.Module):
     def partial_fit(
         self, part: ClosedForm, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
     ) -> None:
-        """Give one of the `closed_forms` a batch: a fusion takes the features, a decoder what is made of them."""
+        """Show a batch to one of the `closed_forms`: to a fusion the features, to the decoder the fused ones."""
         given = features
         if part is not self.fusion:
             given = self.fuse(features) if len(images) else no_maps([self.decoder.spec], images.device)
         part.partial_fit(given, images, validation=validation)
 
-    def forward(self, features: Sequence[Tensor], crop: FeatureCrop | None = None) -> Tensor:
-        return self.decoder(self.fuse(features), crop)
-
     def macs(self, specs: Sequence[FeatureSpec]) -> int:
-        """Multiply-adds for one image with features of these shapes.
-
-        Counted on tensors without values: of what computes attention on a CPU the counter sees nothing.
-        """
+        """Count the multiply-adds of decoding one image whose features have these shapes."""
+        # On tensors without values: the counter sees nothing of the kernel that computes attention on a CPU.
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         features = [torch.empty(1, s.channels, s.height, s.width, device="meta") for s in specs]
@@ -139,7 +169,13 @@ class FeatureDecoder(nn.Module):
 
 
 def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> FeatureDecoder:
-    """Fusion and decoder for features of the given shapes; initial weights depend on the run's seed alone."""
+    """Build a run's fusion and decoder for features of the given shapes.
+
+    Initial weights depend on the run's seed alone.
+
+    Raises:
+        AfterimageError: for an unknown name or option, and for a closed form behind a fusion that is trained.
+    """
     fusion = None
     if config.fusion is not None:
         with torch.random.fork_rng():
@@ -163,19 +199,26 @@ def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> Fe
 
 
 class Reconstructor(nn.Module):
-    """`images -> encoder(s) -> [fusion ->] decoder -> images`, all in [0, 1]. Encoders stay frozen."""
+    """Encodes images and rebuilds them: `images -> frozen encoders -> [fusion ->] decoder -> images`.
+
+    Args:
+        encoders: maps images to a list of feature maps; stays frozen and in evaluation mode.
+        decoder: maps the feature maps back to images.
+    """
 
     def __init__(self, encoders: Encoder | MultiEncoder, decoder: Decoder | FeatureDecoder) -> None:
         super().__init__()
         self.encoders = encoders
-        self.head = decoder if isinstance(decoder, FeatureDecoder) else FeatureDecoder(decoder)
+        self.feature_decoder = decoder if isinstance(decoder, FeatureDecoder) else FeatureDecoder(decoder)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-        return self.head(self.encoders(images))
+        """Rebuild images `(B, 3, H, W)` in [0, 1] from their features; returns images likewise."""
+        features = self.encoders(images)
+        return self.feature_decoder(features)
 
     @torch.inference_mode()
     def reconstruct(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """`forward` without gradients."""
+        """Rebuild images as `forward` does, without gradients."""
         return self(images)

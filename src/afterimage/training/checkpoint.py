@@ -160,14 +160,14 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
         config.sources, weights=weights or config.weights, image_size=config.data.crop, seed=config.seed
     )
     _same_weights(run, encoders)
-    head = build_feature_decoder(config, encoders.specs)
+    model = build_feature_decoder(config, encoders.specs)
     try:
         sources = list(encoders.sources)
         made_for = {"sources": sources, "weights": encoders.weight_digests(sources)}
-        head.load_state_dict(load_decoder(path, made_for))
+        model.load_state_dict(load_decoder(path, made_for))
     except RuntimeError as error:
         raise AfterimageError(f"cannot load {path}: {error}") from None
-    return Reconstructor(encoders, head).eval()
+    return Reconstructor(encoders, model).eval()
 
 
 def _same_weights(run: Run, encoders: MultiEncoder) -> None:

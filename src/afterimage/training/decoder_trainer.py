@@ -55,7 +55,7 @@ class DecoderTrainer:
     the main process writes.
 
     Args:
-        head: the decoder, with its fusion where it reads several feature maps.
+        model: the decoder, with its fusion where it reads several feature maps.
         feature_indices: which of the loader's feature maps are its own.
         recipe: how it is trained.
         fabric: the device and the precision of its computations.
@@ -68,7 +68,7 @@ class DecoderTrainer:
 
     def __init__(
         self,
-        head: FeatureDecoder,
+        model: FeatureDecoder,
         feature_indices: Sequence[int],
         recipe: RecipeConfig,
         fabric: Fabric,
@@ -81,9 +81,9 @@ class DecoderTrainer:
         self.name, self.recipe, self.fabric, self.run = name, recipe, fabric, run
         self.identity, self.context = dict(identity or {}), context or RunContext()
         self.feature_indices = list(feature_indices)
-        self._norms = adapt(head, self.context.ranks)
+        self._norms = adapt(model, self.context.ranks)
         self.synchronises = self.context.ranks.count > 1 and bool(self._norms)
-        self.head = head.to(fabric.device, memory_format=torch.channels_last)
+        self.model = model.to(fabric.device, memory_format=torch.channels_last)
         self.loss = create_loss(recipe.loss).to(fabric.device)
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -97,23 +97,23 @@ class DecoderTrainer:
         """Whether it is as after a whole number of steps, so that training could go on from it."""
         self.total_loss = torch.zeros((), device=fabric.device)
         """The losses of the epoch's images so far, summed."""
-        if head.trainable:
-            optimizer = create_optimizer(head, recipe)
-            self.trained, self.optimizer = fabric.setup(self.head, optimizer)
+        if model.trainable:
+            optimizer = create_optimizer(model, recipe)
+            self.trained, self.optimizer = fabric.setup(self.model, optimizer)
             self.scheduler = _scheduler(optimizer, recipe)
         else:
-            self.trained, self.optimizer, self.scheduler = self.head, None, None
+            self.trained, self.optimizer, self.scheduler = self.model, None, None
         self.share()
 
     def share(self) -> None:
         """Take over the decoder of the main process: other machines may round otherwise."""
         if self.context.ranks.count > 1:
-            state = {name: tensor.cpu() for name, tensor in self.head.state_dict().items()}
-            self.head.load_state_dict(self.context.ranks.broadcast(state))
+            state = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+            self.model.load_state_dict(self.context.ranks.broadcast(state))
 
     @property
     def parameters(self) -> int:
-        return sum(p.numel() for p in self.head.parameters())
+        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def failed(self) -> bool:
@@ -139,13 +139,13 @@ class DecoderTrainer:
 
     def begin_epoch(self) -> None:
         """Get ready to step, at the start of an epoch or at `position` images in it."""
-        self.head.train()
+        self.model.train()
 
     def shrink_micro_batch(self, size: int) -> None:
         """Sum gradients over micro-batches of `size` images from here on, and say so."""
         self.micro_batch = size
         note = f"out of memory: gradients are summed over micro-batches of {size}, the same mathematics"
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.head.modules()):
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
             note += f" except that batch norm sees {size * self.context.ranks.count} images at a time"
         self.notes.append(f"{note}; from epoch {self.epoch + 1} on")
         self.context.log(f"{self.name}: {note}")
@@ -159,7 +159,7 @@ class DecoderTrainer:
     @torch.no_grad()
     def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
         """The loss summed over the images of one validation batch, of which there may be none."""
-        self.head.eval()
+        self.model.eval()
         if len(images) == 0:
             return 0.0
 
@@ -199,7 +199,7 @@ class DecoderTrainer:
 
     def keep(self, validation_loss: float) -> None:
         """Remember the decoder as it is now as the best one."""
-        self.best = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
+        self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         self.best_loss, self.best_epoch = validation_loss, self.epoch
 
     def save(self) -> None:
@@ -208,7 +208,7 @@ class DecoderTrainer:
             return
         self.context.check_lock(self.run)
         tensors = (
-            prefixed("head", self.head.state_dict())
+            prefixed("model", self.model.state_dict())
             | prefixed("best", self.best)
             | {"total": self.total_loss}
         )
@@ -263,7 +263,7 @@ class DecoderTrainer:
         return False
 
     def _restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.head.load_state_dict(without_prefix("head", tensors))
+        self.model.load_state_dict(without_prefix("model", tensors))
         self.best = {
             name: tensor.to(self.fabric.device) for name, tensor in without_prefix("best", tensors).items()
         }
@@ -288,15 +288,15 @@ class DecoderTrainer:
     @torch.inference_mode()
     def reconstruct(self, features: Sequence[Tensor]) -> Tensor:
         """Images `(B, 3, H, W)` in [0, 1] from the features of all encoders."""
-        self.head.eval()
+        self.model.eval()
         picked = self.select_features(features)
         if len(picked[0]) == 0:
-            return picked[0].new_zeros(0, 3, *self.head.decoder.image_size)
+            return picked[0].new_zeros(0, 3, *self.model.decoder.image_size)
 
         def work(size: int) -> Tensor:
             with self.fabric.autocast():
                 parts = zip(*(maps.split(size) for maps in picked), strict=True)
-                return torch.cat([self.head(list(part)).float() for part in parts])
+                return torch.cat([self.model(list(part)).float() for part in parts])
 
         return self._without_gradients(work)
 
@@ -322,10 +322,10 @@ def split_batch(
         yield list(maps), part
 
 
-def create_optimizer(head: FeatureDecoder, recipe: RecipeConfig) -> torch.optim.Adam:
+def create_optimizer(model: FeatureDecoder, recipe: RecipeConfig) -> torch.optim.Adam:
     """Adam on what is trained of fusion and decoder; weight decay on all but a decoder that takes none."""
-    spared = set() if head.decoder.decays else set(head.decoder.parameters())
-    trained = [p for p in head.parameters() if p.requires_grad]
+    spared = set() if model.decoder.decays else set(model.decoder.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p not in spared], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p in spared], "weight_decay": 0.0},

@@ -94,8 +94,8 @@ def profile_run(
     encoders = MultiEncoder(
         config.sources, weights=config.weights, image_size=config.data.crop, seed=config.seed
     ).to(fabric.device)
-    head = build_feature_decoder(config, encoders.specs)
-    if not head.trainable:
+    model = build_feature_decoder(config, encoders.specs)
+    if not model.trainable:
         raise AfterimageError(
             f"{config.decoder.name} is solved in closed form and takes no training steps; profile a decoder that is "
             "trained, such as transposed or attention"
@@ -103,7 +103,7 @@ def profile_run(
     data = load_data(config.data, cache=cache, progress=progress)
     timer = SectionTimer(device=fabric.device)
     loader = FeatureLoader(encoders, data, config.recipe, fabric, seed=config.seed, context=timer)
-    decoder = DecoderTrainer(head, range(len(encoders.sources)), config.recipe, fabric, context=timer)
+    decoder = DecoderTrainer(model, range(len(encoders.sources)), config.recipe, fabric, context=timer)
     decoder.begin_epoch()
     batches = itertools.chain.from_iterable(loader.training_batches(epoch) for epoch in itertools.count())
 

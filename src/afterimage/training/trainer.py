@@ -64,10 +64,10 @@ def train(
         reconstructor.to(fabric.device)
         encoders = reconstructor.encoders
         decoder = DecoderTrainer(
-            reconstructor.head, range(len(encoders.sources)), recipe, fabric, context=context
+            reconstructor.feature_decoder, range(len(encoders.sources)), recipe, fabric, context=context
         )
         # Also after an error: what was best until then is kept.
-        stack.callback(lambda: decoder.best and decoder.head.load_state_dict(decoder.best))
+        stack.callback(lambda: decoder.best and decoder.model.load_state_dict(decoder.best))
         loader = FeatureLoader(encoders, data, recipe, fabric, seed=seed, context=context)
         Trainer(loader, [decoder]).train()
     reconstructor.eval()
@@ -186,13 +186,13 @@ class Trainer:
 
     def fit_closed_forms(self) -> None:
         """Fit what is solved in closed form, before any epoch: fusions first, then the decoders that read them."""
-        waiting = [d for d in self.decoders if d.head.closed_forms and not d.restored and not d.failed]
-        for stage in range(max((len(d.head.closed_forms) for d in waiting), default=0)):
-            parts = {d: d.head.closed_forms[stage] for d in waiting if stage < len(d.head.closed_forms)}
+        waiting = [d for d in self.decoders if d.model.closed_forms and not d.restored and not d.failed]
+        for stage in range(max((len(d.model.closed_forms) for d in waiting), default=0)):
+            parts = {d: d.model.closed_forms[stage] for d in waiting if stage < len(d.model.closed_forms)}
             self._fit({decoder: part for decoder, part in parts.items() if not decoder.failed})
         for decoder in (d for d in waiting if not d.failed):
             with self.context.isolate(decoder.run):
-                if decoder.head.decoder.closed_form:
+                if decoder.model.decoder.closed_form:
                     started = time.monotonic()
                     (loss,) = self.validation_losses([decoder])
                     if decoder.failed:
@@ -224,7 +224,7 @@ class Trainer:
                         with self.context.isolate(decoder.run):
                             self.check_features(decoder)
                             own = decoder.select_features(features)
-                            decoder.head.partial_fit(part, own, images, validation=held_out)
+                            decoder.model.partial_fit(part, own, images, validation=held_out)
                 done += self.context.ranks.place(len(images))[1]
                 self.context.progress("fitting in closed form", done, total)
                 self.context.check_shutdown()
@@ -279,7 +279,7 @@ def training_step(
     """Train one decoder on one batch: an optimizer step on the whole images, or one for each of its feature crops.
 
     Args:
-        decoder: the decoder with its optimizer; its head is in training mode (see `DecoderTrainer.begin_epoch`).
+        decoder: the decoder with its optimizer; its model is in training mode (see `DecoderTrainer.begin_epoch`).
         features: the feature maps of all sources, `(B, C, h, w)` each; the decoder picks its own.
         images: what they were made of, `(B, 3, H, W)` in [0, 1], the target of the reconstruction.
         batch_size: images of the whole batch, of which several ranks each hold a part; by default `B`.
@@ -292,7 +292,7 @@ def training_step(
     own = decoder.select_features(features)
     # Crops depend on the position in the run alone, so that a run that is resumed draws the same.
     generator = torch.Generator().manual_seed((decoder.epoch << 32) + decoder.position)
-    feature_crops = decoder.head.decoder.feature_crops(generator)
+    feature_crops = decoder.model.decoder.feature_crops(generator)
     for number, crop in enumerate(feature_crops):
         loss = _optimizer_step(decoder, own, images, batch_size, crop)
         decoder.total_loss += loss / len(feature_crops)
@@ -311,11 +311,11 @@ def _optimizer_step(
     ranks, context = decoder.context.ranks, decoder.context
     largest_part = ranks.most(batch_size)
     wanted = min(decoder.micro_batch, largest_part)
-    buffers = [buffer.clone() for buffer in decoder.head.buffers()]
+    buffers = [buffer.clone() for buffer in decoder.model.buffers()]
 
     def undo() -> None:
         decoder.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(decoder.head.buffers(), buffers, strict=True):
+        for buffer, before in zip(decoder.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
     def work(size: int) -> Tensor:
@@ -339,7 +339,7 @@ def _optimizer_step(
         decoder.shrink_micro_batch(size)
     with context.section("optimizer"):
         decoder.optimizer.step()
-        decoder.head.decoder.after_optimizer_step()
+        decoder.model.decoder.after_optimizer_step()
         decoder.optimizer.zero_grad(set_to_none=True)
     return loss
 
@@ -354,7 +354,7 @@ def _accumulate_gradients(
             decoder.fabric.backward(decoder.trained(features, crop).sum())
         return decoder.total_loss.new_zeros(())
     with context.section("decoder forward"):
-        loss = decoder.loss(decoder.trained(features, crop), decoder.head.decoder.cut(images, crop))
+        loss = decoder.loss(decoder.trained(features, crop), decoder.model.decoder.cut(images, crop))
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             raise AfterimageError(
                 f"{decoder.name}: the loss is {loss.item()} in epoch {decoder.epoch + 1}, step "
@@ -369,7 +369,7 @@ def _accumulate_gradients(
 def _all_reduce(decoder: DecoderTrainer, loss: Tensor) -> Tensor:
     """Sum gradients over ranks, and the loss, which is returned."""
     if decoder.context.ranks.count > 1:
-        trainable = [p for p in decoder.head.parameters() if p.requires_grad]
+        trainable = [p for p in decoder.model.parameters() if p.requires_grad]
         for parameter in trainable:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

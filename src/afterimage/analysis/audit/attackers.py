@@ -123,9 +123,9 @@ def attacker_decoder(
     """A decoder for what `defence`, the one at `index`, sends."""
     spec = defence.sent_specs[0]
     options = DECODERS[decoder].single_location if spec.locations == 1 and decoder in DECODERS else {}
-    head = FeatureDecoder(create_decoder(decoder, [spec], image_size, seed=seed, **options))
+    model = FeatureDecoder(create_decoder(decoder, [spec], image_size, seed=seed, **options))
     name = f"{decoder} on {defence.name} of {spec.source}"
-    return DecoderTrainer(head, [index], recipe, fabric, name=name, run=run, context=context)
+    return DecoderTrainer(model, [index], recipe, fabric, name=name, run=run, context=context)
 
 
 def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data | None:

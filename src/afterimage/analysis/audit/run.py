@@ -470,7 +470,7 @@ class _Audit:
             with context.isolate(decoder.run):
                 if is_done(decoder.run) and path.exists():
                     decoder.best, _ = load_tensors(path)
-                    decoder.head.load_state_dict(decoder.best)
+                    decoder.model.load_state_dict(decoder.best)
                 else:
                     decoder.restore()
                     fresh.append(decoder)
@@ -478,7 +478,7 @@ class _Audit:
             Trainer(loader, fresh).train()
         for decoder in [d for d in fresh if d.best and not d.failed]:
             with context.isolate(decoder.run):
-                decoder.head.load_state_dict(decoder.best)
+                decoder.model.load_state_dict(decoder.best)
                 decoder.save_best()
         if sound := [d for d in fresh if d.best and not d.failed]:
             self._measure(loader, sound)

@@ -158,7 +158,7 @@ def _measure(
             f"run {run.name}: controls need two test images or more, it has {len(image_set)}"
         )
     reconstructor = load_reconstructor(run, weights=weights).to(device)
-    encoders, head = reconstructor.encoders, reconstructor.head
+    encoders, head = reconstructor.encoders, reconstructor.feature_decoder
     values = sample(encoders, data.train, device=device, batch_size=BATCH)
     makers: dict[str, Callable[[], Any]] = {
         "controls": lambda: _Controls(reconstructor, values, Metrics(lpips, size=data.config.crop)),
@@ -208,7 +208,7 @@ class _Controls:
     """Features that are not the image's through its decoder, scored against the image."""
 
     def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], metrics: Metrics) -> None:
-        self.encoders, self.head = reconstructor.encoders, reconstructor.head
+        self.encoders, self.feature_decoder = reconstructor.encoders, reconstructor.feature_decoder
         self.metrics = metrics.to(next(reconstructor.parameters()).device)
         self.means = [table.mean(1) for table in values]
         self.generator = torch.Generator().manual_seed(0)
@@ -223,7 +223,7 @@ class _Controls:
             "mean": level(own, self.means),
             "zero": [torch.zeros_like(maps) for maps in own],
         }
-        outputs = {"own": rebuilt, **{name: self.head(inputs[name]) for name in STAND_INS}}
+        outputs = {"own": rebuilt, **{name: self.feature_decoder(inputs[name]) for name in STAND_INS}}
         outputs["colour"] = mean_colour(images)
         distances = {
             "reencoded": distance(own, self.encoders(rebuilt)).tolist(),
@@ -274,7 +274,7 @@ class _Rates:
         data: Data,
         curves: Callable[[], list[dict[str, Any]]],
     ) -> None:
-        self.head, self.curves = reconstructor.head, curves
+        self.feature_decoder, self.curves = reconstructor.feature_decoder, curves
         self.pixels = data.config.crop**2
         self.specs = reconstructor.encoders.specs
         self.sampled = min(len(data.train), SAMPLE_IMAGES)
@@ -293,7 +293,7 @@ class _Rates:
             self.counts[bits] = [a + b for a, b in zip(self.counts[bits], counts, strict=True)]
             sizes = [sum(parts) for parts in zip(*map(coded_bytes, symbols), strict=True)]
             decoded = [q.decode(s) for q, s in zip(quantisers, symbols, strict=True)]
-            self._add(ids, bits, sizes, psnr(self.head(decoded), images))
+            self._add(ids, bits, sizes, psnr(self.feature_decoder(decoded), images))
 
     def _add(self, ids: list[str], bits: int, sizes: list[int], scores: Tensor) -> None:
         for identity, size, score in zip(ids, sizes, scores.tolist(), strict=True):

@@ -202,7 +202,7 @@ def refine(
     config = config if steps is None else replace(config, steps=steps)
     with torch.no_grad():
         targets = [target.clone() for target in reconstructor.encoders(images)]
-        start = reconstructor.head(targets)
+        start = reconstructor.feature_decoder(targets)
     with differentiable(reconstructor.encoders) as features_of:
         return invert(features_of, targets, tuple(images.shape[-2:]), start=start, method=config, **options)
 

@@ -1,4 +1,4 @@
-"""What every decoder is: built from measured shapes alone, returns images in [0, 1]."""
+"""The base class of decoders: built from measured shapes alone, they return images in [0, 1]."""
 
 from __future__ import annotations
 
@@ -17,15 +17,21 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 class Decoder(nn.Module, ABC):
-    """A map from feature maps `[(B, C, h, w), ...]` to images `(B, 3, H, W)` in [0, 1].
+    """Rebuilds images from one feature map; a subclass says how in `decode`.
 
-    What a decoder makes of a map is its `canvas`, the pixels of the map's cells; the canvas then puts it where these
-    lie in the image. A decoder with `closed_form` is first shown the data once (`begin_fit`, `partial_fit`,
-    `finalize_fit`); one with `trainable` is then trained by gradient descent. The two may go together.
+    A feature map may not cover the image evenly: `decode` fills the decoder's `canvas`, the pixels of the map's cells,
+    and the canvas then puts them where they lie in the image.
+
+    Args:
+        specs: the features' shapes, and where they lie in the image; one, since several are fused first.
+        image_size: height and width of the images in pixels.
     """
 
     closed_form = False
+    """Whether it is fitted in closed form, before any training: it is shown the data once, between `begin_fit` and
+    `finalize_fit`."""
     trainable = True
+    """Whether it is trained by gradient descent, after a closed form where it has one."""
     decays = True
     """Whether the recipe's weight decay applies to it."""
     size_option: str | None = None
@@ -52,9 +58,17 @@ class Decoder(nn.Module, ABC):
     def forward(
         self, features: Sequence[Float[Tensor, "batch _ _ _"]], crop: FeatureCrop | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Rebuild images `(B, 3, H, W)` in [0, 1] from a list with one feature map `(B, C, h, w)`.
+        """Rebuild images from features.
 
-        With one of its `feature_crops`, only that part of the images (`cut` cuts it out of an image).
+        Args:
+            features: a list with one feature map `(B, C, h, w)`.
+            crop: the part of the map to decode, one of its `feature_crops`; None for all of it.
+
+        Returns:
+            Images `(B, 3, H, W)` in [0, 1], or the part of them that the crop covers (see `cut`).
+
+        Raises:
+            AfterimageError: for features of another shape than the decoder was built for.
         """
         (features,) = features
         expected = (self.spec.channels, self.spec.height, self.spec.width)
@@ -70,17 +84,20 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, features: Tensor) -> Tensor:
-        """Fill canvases `(B, 3, *canvas.size)`, not yet held to [0, 1].
+        """Decode a feature map `(B, C, h, w)`.
 
         A decoder with `feature_crops` takes one as a second argument.
+
+        Returns:
+            The canvas, `(B, 3, *canvas.size)`, whose values need not lie in [0, 1].
         """
 
     def feature_crops(self, generator: torch.Generator) -> list[FeatureCrop | None]:
-        """The parts of a batch's maps to train on, an optimizer step each; None is all of it."""
+        """Choose the parts of a batch's feature maps to train on, an optimizer step each; None is the whole map."""
         return [None]
 
     def cut(self, images: Tensor, crop: FeatureCrop | None) -> Tensor:
-        """The part of images `(B, 3, H, W)` that belongs to a window of their features."""
+        """Cut the part that belongs to a crop of the features out of images `(B, 3, H, W)`."""
         if crop is None:
             return images
         rows, columns = self.canvas.crop(crop)[1]
@@ -90,24 +107,36 @@ class Decoder(nn.Module, ABC):
         """Called after every optimizer step."""
 
     def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
-        """Announce how many training images there are; returns how many views of each are wanted.
+        """Begin the closed form; what an earlier one has left is forgotten.
 
-        Each of the `ranks` is then given its part of every batch, which may be none, and all solve together.
+        Args:
+            images: how many training images there are.
+            seed: of what is sampled at random.
+            ranks: the processes that fit together; each is shown its part of every batch, which may be empty.
+
+        Returns:
+            How many times each training image is to be shown: first its centre crop, then random crops.
         """
         return 1
 
     def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
-        """Take in a batch for the closed-form solution."""
+        """Take in a batch: feature maps `(B, C, h, w)` and the images `(B, 3, H, W)` they were made of.
+
+        After the training images come the `validation` images, which may choose between solutions.
+        """
 
     def finalize_fit(self) -> list[str]:
-        """Compute the closed-form solution; returns notes for the report."""
+        """Solve, and return notes for whoever reads the results."""
         return []
 
     @property
     def fit_bytes(self) -> int:
-        """Memory that the closed form takes beside the decoder itself."""
+        """Bytes of memory that the closed form takes beside the decoder itself."""
         return 0
 
     def fit_macs(self, images: int) -> int:
-        """Multiply-adds of the closed form on so many training images, those in float64 counted twice."""
+        """Count the multiply-adds of the closed form on so many training images, those in float64 twice.
+
+        A fit that is under way is left alone.
+        """
         return 0

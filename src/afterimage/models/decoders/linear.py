@@ -1,4 +1,4 @@
-"""Ridge regression from a neighbourhood of features to a block of pixels, in closed form."""
+"""Decode by ridge regression, solved in closed form: from a neighbourhood of features to a block of pixels."""
 
 from __future__ import annotations
 
@@ -27,16 +27,23 @@ RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class LinearDecoder(Decoder):
-    """The best linear map from each 3x3 neighbourhood of features to the block of pixels at its centre.
+    """Maps each 3x3 neighbourhood of features to the block of pixels at its centre, by the best linear map.
 
     Ridge regression (Hoerl & Kennard 1970): `W = (X'X + lambda D)^-1 X'Y` with D the diagonal of X'X, so that
-    channels of different scale are held back alike. X'X and X'Y are summed over one pass (two views of each
-    image where rows are few). Lambda is the best on the validation images of every other one of `RIDGES` and
-    of the two beside it. At the border the outermost features are repeated. Above `rows_per_input` rows an input,
-    locations are sampled and `finalize_fit` says so. Where the image is not a whole multiple of the features, blocks
+    channels of different scale are held back alike. A row of X is the neighbourhood of one location of one image, the
+    same row of Y its block of pixels; X'X and X'Y are summed over one pass, or over two crops of each image where rows
+    are few. Lambda is the best on the validation images of every other one of `RIDGES` and of the two beside it. At
+    the border the outermost features are repeated. Where the image is not a whole multiple of the features, blocks
     are rounded up and the result resampled.
 
     Parameters are counted as any convolution's: `9 C (3 b^2) + 3 b^2` for blocks of b x b pixels.
+
+    Args:
+        specs: the shape of the features; one.
+        image_size: height and width of the images in pixels.
+        kernel: side of the neighbourhood in locations, odd.
+        rows_per_input: above so many rows for each value of a neighbourhood, locations are sampled at random, which
+            `finalize_fit` notes.
     """
 
     closed_form = True
