@@ -1,4 +1,6 @@
-"""What a run, a study, an inversion and an audit are: frozen dataclasses, strict TOML, content hashes. No torch."""
+"""Frozen dataclasses that describe runs, studies, inversions and audits, with strict TOML and content hashes.
+No torch.
+"""
 
 from afterimage.config.errors import MAX_NAME, AfterimageError, first_line, shown, unknown
 from afterimage.config.paths import absolute_path, absolute_source, local_path

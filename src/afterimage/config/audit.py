@@ -1,4 +1,4 @@
-"""What an audit is: whose features, which defences, who attacks with how much, and which limits must hold."""
+"""Describe an audit: the encoder or the stored features, the defences, the attackers, and the limits to hold."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ from afterimage.config.schema import (
 from afterimage.config.toml import to_dict
 
 BLACK_BOX, WHITE_BOX = THREAT_MODELS = ("black-box", "white-box")
+"""The attacker of `black-box` has features and their images only; that of `white-box` has the encoder's weights
+too.
+"""
 DEFENCES = ("none", "noise:0.5", "int8", "1bit", "topk:0.1", "pca:8")
+"""The defences that an audit tries unless others are named."""
 
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """What must hold for every layer, defence and attacker: upper ends of the 95 % intervals at most these.
+    """Limits that the upper ends of the 95 % intervals must stay within, for every layer, defence and attacker.
 
-    `max_ssim` bounds the mean SSIM over test images, `max_identification` the share of reconstructions that find
-    their own original. None: not limited.
+    Attributes:
+        max_ssim: limit on the mean SSIM over test images, in (0, 1]; None sets no limit
+        max_identification: limit on the share of reconstructions that identify their own original, in (0, 1];
+            None sets no limit
     """
 
     max_ssim: float | None = None
@@ -50,12 +56,20 @@ class LimitsConfig:
 
 @dataclass(frozen=True)
 class AttackersConfig:
-    """Who attacks: every combination is a row.
+    """The attackers of an audit; every combination of decoder, number of images and threat model is one of
+    them.
 
-    `images` are numbers of images of their own, or `all`, a fifth of which they validate on. `data` is where
-    they come from, empty for the same source as the audited images. In the threat model `black-box` they train a
-    decoder on defended features; in `white-box` they have the weights too, and refine each reconstruction,
-    `refine_steps` steps, for the first `refine_images` test images.
+    In the threat model `black-box` an attacker trains a decoder on defended features. In `white-box` it also
+    has the encoder's weights and refines each reconstruction by optimisation.
+
+    Attributes:
+        decoders: names of decoder families
+        images: numbers of images that the attacker owns, 5 or more each, or `all`; a fifth of them is for
+            validation
+        threat_models: `black-box`, `white-box` or both
+        data: source of the attacker's images; empty for the source of the audited images
+        refine_steps: optimisation steps for each image in `white-box`
+        refine_images: how many of the first test images are refined in `white-box`
     """
 
     decoders: tuple[str, ...] = ("linear",)
@@ -86,12 +100,28 @@ class AttackersConfig:
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """One audit. Exactly one of `model` (timm), `encoder` (`package.module:factory`) and `pairs` (a file).
+    """One audit of a timm model, of a custom encoder, or of stored pairs of images and features; exactly one is
+    given.
 
-    `mean` and `std` are what images are normalised with before they reach an own encoder; `prefix_tokens` says how
-    many of its tokens come before those of the map, where that cannot be measured; `prediction` says what
-    such a network returns: `classes`, `embedding`, or `auto` (a timm model's classifier, else an embedding).
-    `test_fraction` of stored pairs is held out; images from elsewhere follow `data`.
+    Attributes:
+        model: timm's name of a model
+        encoder: `package.module:factory` or `path/to/file.py:factory` of a custom encoder
+        pairs: file of stored pairs of images and features
+        layers: layers to audit
+        weights: `pretrained`, the name of a random control, or a path
+        mean: channel means by which images are normalised before they reach a custom encoder
+        std: channel standard deviations for the same, greater than 0
+        prefix_tokens: number of prefix tokens of a custom encoder, where it cannot be measured
+        prediction: what the network returns: `classes`, `embedding`, or `auto` (the classes of a timm model
+            with a classifier, otherwise an embedding)
+        data: where images come from and how they are split
+        test_fraction: share of stored pairs that is held out for testing
+        defences: defences to try, as text such as `pca:8+int8`
+        attackers: who attacks
+        limits: what must hold
+        recipe: how attackers train their decoders
+        seed: seed of the attackers and of random weights
+        lpips: LPIPS network of the scores
     """
 
     model: str = ""
@@ -155,10 +185,11 @@ class AuditConfig:
 
     @property
     def subject(self) -> str:
+        """The one of `model`, `encoder` and `pairs` that is given."""
         return self.model or self.encoder or self.pairs
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """Eight digits that name a set of settings."""
+    """Return the first eight hexadecimal digits of the SHA-256 of settings, as a name for them."""
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

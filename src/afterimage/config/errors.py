@@ -1,4 +1,4 @@
-"""Errors that a user can put right, and the one for a name that does not exist."""
+"""The error class for problems that a user can put right, and helpers that write its messages."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 MAX_NAME = 200
-"""Characters of a name that are looked at and shown where it is unknown: comparing takes the square of its length."""
+"""Characters of an unknown name that are compared and shown: the time to compare grows with the square of the
+length.
+"""
 
 
 class AfterimageError(Exception):
-    """Something the user can put right. The command line prints it as one message, without a traceback."""
+    """A problem that the user can put right. The command line prints its message without a traceback."""
 
 
 def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> AfterimageError:
-    """The error for a name that does not exist: it suggests near matches and lists what would be valid."""
+    """Create the error for a name that does not exist, with near matches and the valid names.
+
+    Args:
+        kind: what the name stands for, for example `decoder`
+        name: the unknown name
+        valid: all valid names
+        limit: how many valid names the message lists
+    """
     valid, name = list(valid), name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
@@ -30,11 +34,11 @@ def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> A
 
 
 def shown(path: str | Path) -> str:
-    """A path as text that can always be printed: undecodable bytes and control characters are escaped."""
+    """Return a path as printable text: undecodable bytes and control characters are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that another library's error says, or else its type."""
+    """Return the first non-empty line of an exception's message, or the name of its type."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

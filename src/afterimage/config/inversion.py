@@ -1,4 +1,4 @@
-"""How an image is searched for: what is optimised, by which method, for how long."""
+"""Describe an inversion: what is optimised, by which method, and for how many steps."""
 
 from __future__ import annotations
 
@@ -20,19 +20,26 @@ from afterimage.config.schema import (
 )
 
 METHODS = ("pixels", "fourier", "prior")
+"""The parametrisations of the image: its pixels, its Fourier coefficients, or an untrained network's weights."""
 OPTIMIZERS = ("adam", "lbfgs")
 
 
 @dataclass(frozen=True)
 class InvertConfig:
-    """Inversion by optimising the image itself.
+    """Settings of an inversion, which optimises the image itself until its features match the target's.
 
-    `method` is what is optimised: `pixels`, `fourier` (decorrelated colours and frequencies, see
-    `parametrise.Fourier`) or `prior` (the weights of an untrained network, see `parametrise.Prior`). `steps` counts
-    passes through the encoder and back, so that both optimizers cost the same a step; `learning_rate` is Adam's, by
-    default the method's own. `starts` runs are made of every image and the one whose features come nearest is
-    kept. `jitter` shifts the image by up to so many pixels before each pass. `tv` and `alpha_norm` weigh the
-    regularisers of `objective`, with the exponents `beta` and `alpha`; 0 leaves one out.
+    Attributes:
+        method: what is optimised: `pixels`, `fourier` (decorrelated colours and frequencies) or `prior` (the
+            weights of an untrained network)
+        optimizer: `adam` or `lbfgs`
+        steps: forward and backward passes through the encoder, so that both optimizers cost the same a step
+        learning_rate: Adam's learning rate; None takes the method's own
+        starts: runs for each image, of which the one with the nearest features is kept
+        jitter: largest random shift of the image before each pass, in pixels; with Adam only
+        tv: weight of the total variation, 0 to leave it out
+        alpha_norm: weight of the alpha-norm of the pixels, 0 to leave it out
+        beta: exponent of the total variation
+        alpha: exponent of the alpha-norm
     """
 
     method: str = "fourier"
@@ -66,9 +73,16 @@ class InvertConfig:
 
 @dataclass(frozen=True)
 class InversionConfig:
-    """One inversion of test images as it is written into its run folder.
+    """One inversion of test images, as its run folder stores it.
 
-    `start` is the run whose decoder made the start, empty for grey. `lpips` is not part of the hash.
+    Attributes:
+        sources: the inverted layers, `model:layer` each
+        weights: `pretrained`, the name of a random control, or a path
+        start: run whose reconstructions are the starting points; empty to start from grey
+        inversion: settings of the optimisation
+        data: where images come from and how they are split
+        seed: seed of the random numbers
+        lpips: LPIPS network of the scores; not part of the hash
     """
 
     sources: tuple[str, ...]
@@ -85,10 +99,13 @@ class InversionConfig:
 
     @property
     def digest(self) -> str:
+        """SHA-256 of all settings but `lpips`."""
         return settings_digest(self)
 
     @property
     def name(self) -> str:
-        """The run folder's name: what was inverted, whether from grey or refined, eight digits of the hash."""
+        """The run folder's name: the sources, `inversion` (from grey) or `refined`, and eight digits of the
+        hash.
+        """
         kind = "refined" if self.start else "inversion"
         return folder_name([*self.sources, kind], self.digest)

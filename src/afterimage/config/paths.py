@@ -1,4 +1,4 @@
-"""Make paths in settings absolute, so that one folder has one name."""
+"""Make the paths in settings absolute, so that each folder has one name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from afterimage.config.errors import AfterimageError, shown
 
 
 def absolute_path(path: str) -> str:
-    """A path as it is the same from every working folder, however it was written: `x`, `./x` and `x/` are one.
+    """Return a path that is valid from every working folder; `x`, `./x` and `x/` give the same one.
 
-    Links stay as they are named, except that `..` is resolved as the system would. A path that is not UTF-8 becomes a
-    `file://` address, which every file of text can hold; `local_path` takes it back.
+    Symbolic links keep their names, except that `..` is resolved as the operating system does. A path that is
+    not UTF-8 becomes a `file://` address, which any text file can hold; `local_path` decodes it.
     """
     try:
         absolute = Path(local_path(path))
@@ -26,7 +26,7 @@ def absolute_path(path: str) -> str:
             if not any(sign in part for part in parts[:end] for sign in "*?[{"):
                 absolute = Path(os.path.realpath(Path(*parts[:end])), *parts[end:])
     except ValueError:
-        return path  # a null byte: whoever opens it says so
+        return path  # a null byte: opening the file raises the error
     text = str(absolute)
     try:
         text.encode()
@@ -43,14 +43,16 @@ def _working_folder() -> str:
 
 
 def local_path(path: str) -> str:
-    """A path of a configuration as the system takes it: a `file://` address decoded, `~` as the home folder."""
+    """Return a path of a configuration as the operating system takes it: `file://` decoded, `~` expanded."""
     if path.startswith("file://"):
         return os.fsdecode(urllib.parse.unquote_to_bytes(path.removeprefix("file://")))
     return os.path.expanduser(path)
 
 
 def absolute_source(source: str) -> str:
-    """A source of images with its path, or its pattern of shards, made absolute; others stay as they are."""
+    """Return a source of images with its path or its pattern of shards made absolute; sources without a path
+    stay as they are.
+    """
     kind, _, path = source.partition(":")
     if not path or kind not in ("folder", "div2k", "webdataset", "parquet", "pairs"):
         return source
@@ -60,7 +62,9 @@ def absolute_source(source: str) -> str:
 
 
 def _absolute_pattern(pattern: str) -> str:
-    """A pattern with braces and globs; those in the working folder's own name are none."""
+    """Make a pattern with braces and globs absolute; glob characters in the working folder's own name are
+    escaped.
+    """
     plain = local_path(pattern)
     if os.path.isabs(plain) or re.match(r"\{[^{}]*(?<![^{,])[/~]", plain):
         return absolute_path(pattern) if os.path.isabs(plain) else pattern

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that say what a run is, and the content hash that names its folder."""
+"""Frozen dataclasses that describe a run, and the content hash that names its folder."""
 
 from __future__ import annotations
 
@@ -17,38 +17,45 @@ from afterimage.config.paths import absolute_path, absolute_source
 from afterimage.config.toml import MAX_PARAMETERS, Count, to_dict
 
 LPIPS_NETS = ("alex", "vgg", "squeeze")
+"""Backbone networks of LPIPS; the first is the default."""
 MAX_SIDE = 8192
-"""Pixels of the shorter side that an image may be resized to."""
+"""Largest side that images may be resized to, in pixels."""
 SSIM_WINDOW = 11
-"""Pixels a side of SSIM's window: no smaller crop can be measured."""
+"""Side of SSIM's window in pixels: smaller crops cannot be scored."""
 LPIPS_SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
-"""Pixels a side of the smallest image that each LPIPS network takes."""
+"""Side of the smallest image that each LPIPS network takes, in pixels."""
 LOSS_NAMES = ("mse", "l1", "lpips", *(f"lpips:{net}" for net in LPIPS_NETS))
+"""The terms that a loss may be a sum of."""
 MAX_SEED = 2**63 - 1
-"""The largest seed: TOML's largest whole number, which every generator takes."""
+"""Largest seed: TOML's largest integer, which every random generator accepts."""
 MAX_EPOCHS = 10**6
 MAX_BATCH = 2**20
 MAX_STEPS = 10**7
 MAX_PROCESSES = 10**6
 MAX_IMAGES = 10**9
 MAX_CHANNELS = 2**16
+"""Upper bounds of settings. They lie far above any useful value and stop a mistyped number before memory runs
+out.
+"""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Names of Lightning Fabric for float32, and for mixed precision with bfloat16 or float16."""
 
 RANDOM_WEIGHTS = {
     "random": "an untrained network whose blocks act",
     "random-init": "an untrained network as timm initialises it, many residual branches closed or nearly so",
 }
-"""The random controls: what `weights` may be instead of trained ones, and what that is."""
+"""Names of the random controls, which `weights` may hold, and what each of them is."""
 
 WEIGHTS = f"pretrained, {', '.join(RANDOM_WEIGHTS)} or a path"
+"""The valid values of `weights`, for error messages."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the locations of a feature map lie along one axis of the image, in pixels from its top or left edge.
+    """Positions of a feature map's locations along one axis of the image, in pixels from its top or left edge.
 
-    The cell of location `i` reaches from `start + i * stride` to `start + (i + 1) * stride`; cells may end before the
-    image does, or reach beyond it. Pixels before `first` and from `last` on influence no location.
+    Location `i` covers the cell from `start + i * stride` to `start + (i + 1) * stride`. The cells may end
+    before the image does or reach beyond it. Pixels before `first` and from `last` on influence no location.
     """
 
     start: float
@@ -59,10 +66,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """The measured shape of one layer's features, as a decoder is built from it: `(channels, height, width)`.
+    """The measured shape of one layer's features, from which a decoder is built.
 
-    `rows` and `columns` say where the locations lie in the image. None means that their cells divide the image
-    evenly and that every pixel is seen.
+    Attributes:
+        source: `model:layer`
+        channels: number of channels
+        height: locations from top to bottom
+        width: locations from left to right
+        rows: vertical positions of the locations; None where their cells divide the image evenly and cover
+            every pixel
+        columns: horizontal positions, likewise
     """
 
     source: str
@@ -74,15 +87,26 @@ class FeatureSpec:
 
     @property
     def locations(self) -> int:
+        """Number of locations of the map."""
         return self.height * self.width
 
     @property
     def values(self) -> int:
+        """Number of values of one image's features."""
         return self.channels * self.height * self.width
 
 
 def check_positive(owner: object, *names: str, most: int | float = math.inf) -> None:
-    """Raise `AfterimageError` unless the settings are finite, greater than 0 and at most `most`; None passes."""
+    """Check that attributes of a config are finite and greater than 0; None passes.
+
+    Args:
+        owner: the config
+        names: names of its attributes
+        most: largest allowed value
+
+    Raises:
+        AfterimageError: an attribute is out of range; the message names it
+    """
     for name in names:
         value = getattr(owner, name)
         if value is None:
@@ -95,19 +119,21 @@ def check_positive(owner: object, *names: str, most: int | float = math.inf) -> 
 
 
 def check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
-    """Raise `AfterimageError` unless a setting lies in `[low, high]`."""
+    """Raise `AfterimageError` unless `low <= value <= high`; the message names the setting `name`."""
     if not low <= value <= high:  # true for NaN too
         raise AfterimageError(f"{name} must lie between {low:,} and {high:,}, got {value}")
 
 
 def check_seed(name: str, seed: int) -> None:
-    """Raise `AfterimageError` unless every random generator takes the seed and a run's folder can hold it."""
+    """Raise `AfterimageError` unless the seed lies in [0, `MAX_SEED`]; the message names the setting `name`."""
     check_range(name, seed, 0, MAX_SEED)
 
 
 @contextlib.contextmanager
 def utf8_path(path: str | Path) -> Iterator[str]:
-    """Inside the block a path of a file that every library takes: some refuse one that is not UTF-8."""
+    """Yield a path to the file that libraries which refuse non-UTF-8 paths can open; it is valid inside the
+    block.
+    """
     text = str(path)
     try:
         text.encode()
@@ -119,7 +145,9 @@ def utf8_path(path: str | Path) -> Iterator[str]:
 
 
 def absolute_weights(weights: str) -> str:
-    """Weights with their path made absolute; `pretrained`, `random` and the like, and addresses, stay as they are."""
+    """Return `weights` with a path made absolute; keywords such as `pretrained`, and addresses, stay as they
+    are.
+    """
     if (
         not weights
         or weights in ("pretrained", *RANDOM_WEIGHTS)
@@ -130,9 +158,12 @@ def absolute_weights(weights: str) -> str:
 
 
 def parse_loss(text: str) -> dict[str, float]:
-    """`"0.5*mse + 0.5*lpips"` as `{"mse": 0.5, "lpips": 0.5}`; a missing weight is 1.
+    """Parse a weighted sum of loss terms: `"0.5*mse + 0.5*lpips"` gives `{"mse": 0.5, "lpips": 0.5}`.
 
-    Raises `AfterimageError` for unknown names, names given twice, and weights that are not positive numbers.
+    A term without a weight has weight 1.
+
+    Raises:
+        AfterimageError: a name is unknown or occurs twice, or a weight is not a positive number
     """
     terms: dict[str, float] = {}
     for term in re.split(r"(?<!\d[eE])\+", text):
@@ -159,7 +190,13 @@ def _malformed(text: str) -> AfterimageError:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder by name, an optional number of parameters to build it at, and its own options."""
+    """A decoder by name.
+
+    Attributes:
+        name: decoder family
+        parameters: number of parameters to build it at, within 5 %; None for the family's default size
+        options: options of the family
+    """
 
     name: str = "attention"
     parameters: Count | None = None
@@ -171,7 +208,13 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How several feature maps become one: `channels` wide, `size` locations a side (None: the finest present)."""
+    """A fusion of several feature maps into one.
+
+    Attributes:
+        name: fusion family
+        channels: channels of the fused map
+        size: locations a side of the fused map; None takes the finest of the maps
+    """
 
     name: str = "attention"
     channels: int = 256
@@ -186,13 +229,23 @@ class FusionConfig:
 class DataConfig:
     """Where images come from and how they are split.
 
-    `source` and `test` are `folder:PATH`, `hf:NAME[@REVISION][:SPLIT]` (a dataset of the Hugging Face hub),
-    `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`, `procedural:COUNT` or `photographs`;
-    shards are files by a pattern, `data/{000..099}.tar` or `data/*.parquet`.
-    Where `test` is empty, the source's own test split is used, else `test_fraction` of it. `validation_fraction` is
-    taken from what is not test. Limits keep the first images of a split.
+    A source is `folder:PATH`, `hf:NAME[@REVISION][:SPLIT]` (a dataset of the Hugging Face hub),
+    `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`, `procedural:COUNT` or
+    `photographs`. SHARDS is a pattern of files such as `data/{000..099}.tar` or `data/*.parquet`. Paths and
+    patterns become absolute when the config is built, so that its meaning does not depend on the working
+    folder.
 
-    Paths and patterns are made absolute when the config is built, so that it means the same from every working folder.
+    Attributes:
+        source: source of the images
+        test: source of the test images; empty for the source's own test split, or else `test_fraction` of it
+        resize: pixels of an image's shorter side after resizing
+        crop: pixels a side of the square crops, at least 11 (SSIM's window)
+        validation_fraction: share of the images outside the test split that is for validation
+        test_fraction: share of the images that is for testing, where there is no test split
+        split_seed: seed of the split
+        limit_train: number of training images to keep, the first ones; None keeps all
+        limit_validation: number of validation images to keep, likewise
+        limit_test: number of test images to keep, likewise
     """
 
     source: str = "div2k"
@@ -225,7 +278,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """How a decoder is trained. The defaults are the published study's."""
+    """How a decoder is trained. The defaults are the published study's.
+
+    Attributes:
+        epochs: passes over the training images
+        batch_size: images a step
+        learning_rate: Adam's learning rate
+        weight_decay: L2 penalty on the weights
+        scheduler: schedule of the learning rate: `plateau`, `cosine` or `constant`
+        plateau_factor: factor on the learning rate when the validation loss stops falling
+        plateau_patience: epochs without improvement before that
+        loss: weighted sum of terms, for example `0.5*mse+0.5*lpips`
+        augment: whether training crops are random and flipped, instead of central
+        precision: `32-true`, `bf16-mixed` or `16-mixed`
+    """
 
     epochs: int = 30
     batch_size: int = 8
@@ -256,11 +322,17 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: which features, which decoder, which images, which recipe.
+    """One run: features, decoder, images and recipe.
 
-    `sources` are `model:layer` with the weights' tag pinned; `weights` is `pretrained`, one of
-    `RANDOM_WEIGHTS`, or a path.
-    `lpips` only chooses how the result is measured, so it is not part of the run's hash.
+    Attributes:
+        sources: layers to decode, `model:layer` each, with the tag of the weights pinned
+        weights: `pretrained`, the name of a random control (`RANDOM_WEIGHTS`), or a path
+        fusion: how several sources become one map; None for a single source
+        decoder: the decoder
+        data: where images come from and how they are split
+        recipe: how the decoder is trained
+        seed: seed of the initial weights and of the order of the images
+        lpips: LPIPS network of the scores; not part of the hash, as it does not change the decoder
     """
 
     sources: tuple[str, ...]
@@ -293,7 +365,7 @@ class RunConfig:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the canonical JSON of everything that changes the result."""
+        """SHA-256 of the canonical JSON of all settings that change the result."""
         settings = to_dict(self)
         settings.pop("lpips")
         text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
@@ -312,9 +384,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """A baseline: what an image keeps when it is reduced by other means, measured like any decoder.
+    """A baseline: images reduced by other means than an encoder, and scored like a decoder's reconstructions.
 
-    `reference` is `mean`, `thumbnail-SIZE` or `jpeg-QUALITY`.
+    Attributes:
+        reference: `mean`, `thumbnail-SIZE` or `jpeg-QUALITY`
+        data: where images come from and how they are split
+        lpips: LPIPS network of the scores; not part of the hash
     """
 
     reference: str
@@ -323,32 +398,38 @@ class BaselineConfig:
 
     @property
     def digest(self) -> str:
+        """SHA-256 of all settings but `lpips`."""
         return settings_digest(self)
 
     @property
     def name(self) -> str:
+        """The run folder's name."""
         return folder_name(("reference", self.reference), self.digest)
 
 
 def settings_digest(config: Any) -> str:
-    """SHA-256 over the JSON of a config's settings but `lpips`, which only chooses how a result is measured."""
+    """Return the SHA-256 of the JSON of a config without `lpips`, which only chooses how the result is scored."""
     settings = to_dict(config)
     settings.pop("lpips")
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def folder_name(parts: Sequence[str], digest: str) -> str:
-    """A run folder's name: a readable slug of the parts and the first eight digits of the hash."""
+    """Return a run folder's name: a readable slug of `parts`, and the first eight digits of the hash `digest`."""
     slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts)).strip("-.")
     return f"{slug[:100]}-{digest[:8]}"
 
 
 HUB_PREFIX = re.compile(r"^hf[-_]hub:(?=[^:/]+/)", re.IGNORECASE)
-"""What may stand before `OWNER/NAME`, a repository of the hub that is an encoder."""
+"""The optional prefix of `OWNER/NAME`, an encoder in a repository of the Hugging Face hub."""
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """Split `model:layer`. A model's name holds no colon, but for `hf-hub:` before it, which is taken off."""
+    """Split `model:layer` into its two parts; the prefix `hf-hub:` of a repository is removed.
+
+    Raises:
+        AfterimageError: the text has no model or no layer
+    """
     model, colon, layer = re.sub(HUB_PREFIX, "", source).partition(":")
     if not (model and colon and layer):
         raise AfterimageError(

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that say what a study is, and the studies shipped with the package."""
+"""Frozen dataclasses that describe a study, and the studies shipped with the package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ from afterimage.config.toml import MAX_PARAMETERS, Count, load_toml
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Rows with settings of their own. With a fusion all sources are one row; without, each is a row."""
+    """Additional rows of a study with settings of their own.
+
+    Attributes:
+        sources: `model:layer` each; one row together with a `fusion`, one row each without
+        decoders: decoders of these rows; empty for the study's
+        fusion: how the sources become one map
+        weights: weights of these rows; empty for the study's
+        recipe: settings that replace those of the study's recipe
+    """
 
     sources: tuple[str, ...]
     decoders: tuple[DecoderConfig, ...] = ()
@@ -41,13 +49,26 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Sources x decoders x seeds on the same images by the same recipe; `rows` adds what does not fit the grid.
+    """A study: sources x decoders x seeds on the same images by the same recipe, and `rows` outside this grid.
 
-    A layer may be a glob (`resnet34.tv_in1k:layer*`). With `parameters` every decoder that comes in sizes is built
-    at that one, within 5 %, whatever its own says; a fusion's parameters come on top. `lpips` may be `any`: the
-    first network whose weights are found. With `missing_weights = "random"` (or `random-init`) an encoder without
-    pretrained weights goes on with random ones, said in every output; otherwise it is an error. With `controls` runs
-    get their twins and are held against controls.
+    Attributes:
+        title: title of the report
+        sources: `model:layer` each; the layer may be a glob, as in `resnet34.tv_in1k:layer*`
+        decoders: decoders of the grid
+        parameters: number of parameters of every decoder that comes in sizes, within 5 %, not counting fusions;
+            it replaces the decoders' own; None keeps these
+        seeds: seeds of the grid
+        weights: `pretrained`, the name of a random control, or a path
+        missing_weights: `error`, or the name of the random control that stands in for missing pretrained
+            weights; every output names such rows
+        references: whether the baselines are scored too
+        controls: whether every run also gets a matched random control, and its feature ablations, error
+            breakdown and rate-distortion curve
+        keep: number of test images whose reconstructions are stored
+        lpips: LPIPS network of the scores, or `any` for the first one whose weights are found
+        data: where images come from and how they are split
+        recipe: how decoders are trained
+        rows: additional rows
     """
 
     title: str = ""
@@ -84,7 +105,7 @@ class StudyConfig:
 
 
 def shipped() -> list[str]:
-    """The names of the studies that come with the package."""
+    """Return the names of the studies shipped with the package."""
     folder = resources.files("afterimage.config") / "studies"
     return sorted(
         entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
@@ -92,7 +113,11 @@ def shipped() -> list[str]:
 
 
 def load_study(name: str) -> StudyConfig:
-    """A shipped study by name, or any TOML file by path."""
+    """Load a shipped study by its name, or a TOML file by its path.
+
+    Raises:
+        AfterimageError: there is no such study, or the file is not valid
+    """
     if name.endswith(".toml"):
         return load_toml(StudyConfig, name)
     if name not in shipped():
@@ -104,6 +129,12 @@ def load_study(name: str) -> StudyConfig:
 def from_models(
     models: Sequence[str], layers: Sequence[str] = ("*",), decoders: Sequence[str] = ("linear",)
 ) -> StudyConfig:
-    """A study of the stages and blocks of any timm models, without a file. `layers` may hold globs."""
+    """Create a study of the layers of timm models without a file.
+
+    Args:
+        models: timm's names
+        layers: layers of each model; globs are allowed, and `*` stands for all stages and blocks
+        decoders: names of decoder families
+    """
     sources = tuple(f"{model}:{layer}" for model in models for layer in layers)
     return StudyConfig(f"Layers of {', '.join(models)}", sources, tuple(DecoderConfig(d) for d in decoders))

@@ -16,20 +16,25 @@ from afterimage.config.errors import AfterimageError, shown, unknown
 
 T = typing.TypeVar("T")
 MAX_PARAMETERS = 10**10
+"""Largest number of parameters of a decoder: it would take 40 GB in float32."""
 
 Count = typing.NewType("Count", int)
-"""A whole number that may be written short: 250k, 4M, 1.5M, 4_000_000."""
+"""A whole number, for which a file may also have short text: 250k, 4M, 1.5M, 4_000_000."""
 
 
 MAX_TEXT = 2**28
-"""Bytes of the largest text file that is read: a million images' scores are a quarter of it."""
+"""Size in bytes of the largest text file that is read: four times the scores of a million images."""
 
 
 def read_text(path: str | Path) -> str:
-    """A regular file as UTF-8 text. Raises `AfterimageError` naming a file that cannot be read or is none."""
+    """Read a regular file as UTF-8 text.
+
+    Raises:
+        AfterimageError: the file cannot be read, is too large or not a regular file; the message names it
+    """
     path = Path(path)
     try:
-        # Looked at before it is opened: a named pipe would wait for ever, a device never end.
+        # Check before opening: a named pipe would block, and a device has no end.
         size = path.stat().st_size
         if not path.is_file() or size > MAX_TEXT:
             what = f"is larger than {MAX_TEXT / 2**20:.0f} MiB" if path.is_file() else "is not a regular file"
@@ -42,7 +47,15 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_count(value: Any, where: str) -> Count:
-    """A whole number from 1 to 10^10 from an integer or a text such as `4M`; errors name the setting `where`."""
+    """Parse a whole number from 1 to 10^10, given as an integer or as text such as `4M`.
+
+    Args:
+        value: the number or its text
+        where: name of the setting, for the message
+
+    Raises:
+        AfterimageError: the value is anything else
+    """
     number = value if isinstance(value, int) and not isinstance(value, bool) else None
     if isinstance(value, str) and (match := re.fullmatch(r"(\d(?:_?\d)*(?:\.\d+)?)([kKmM]?)", value.strip())):
         exact = Decimal(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]
@@ -55,7 +68,7 @@ def parse_count(value: Any, where: str) -> Count:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON and TOML values; settings that are None are left out."""
+    """Return a config as plain JSON and TOML values, without the settings that are None."""
     return _plain(config)
 
 
@@ -71,7 +84,16 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
-    """Build a config from plain values. Unknown settings and wrong types are errors that name the setting."""
+    """Build a config from plain values.
+
+    Args:
+        cls: the dataclass
+        settings: its settings by name; nested dataclasses are tables, or just the text of their `name`
+        where: prefix of the settings' names in messages
+
+    Raises:
+        AfterimageError: a setting is unknown, missing or of the wrong type; the message names it
+    """
     hints = typing.get_type_hints(cls)
     for key in settings:
         if key not in hints:
@@ -125,7 +147,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def load_toml(cls: type[T], path: str | Path) -> T:
-    """Read a config from a TOML file; every error names the file."""
+    """Read a config of the dataclass `cls` from the TOML file at `path`; every `AfterimageError` names the
+    file.
+    """
     try:
         text = read_text(path)
         return from_dict(cls, tomllib.loads(text))
@@ -138,7 +162,7 @@ def load_toml(cls: type[T], path: str | Path) -> T:
 
 
 def dump_toml(config: Any) -> str:
-    """A config as TOML text that `load_toml` reads back to an equal config."""
+    """Return a config as TOML text, which `load_toml` reads back to an equal config."""
     import tomli_w
 
     return tomli_w.dumps(to_dict(config))

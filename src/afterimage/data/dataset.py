@@ -26,7 +26,8 @@ from afterimage.data.sampling import centre_places
 from afterimage.data.sources import read_source
 from afterimage.data.splits import Source, shuffled, split
 from afterimage.runtime.distributed import on_main_process
-from afterimage.runtime.threads import Progress, in_parallel
+from afterimage.runtime.progress import Progress
+from afterimage.runtime.threads import in_parallel
 
 logger = logging.getLogger("afterimage")
 

@@ -22,7 +22,8 @@ from afterimage.data import decode
 from afterimage.data.examine import Facts
 from afterimage.data.records import Original
 from afterimage.runs.files import atomic_file, locked, remove_leftovers_of
-from afterimage.runtime.threads import Progress, in_parallel
+from afterimage.runtime.progress import Progress
+from afterimage.runtime.threads import in_parallel
 
 logger = logging.getLogger("afterimage")
 

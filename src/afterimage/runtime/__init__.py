@@ -1,1 +1,3 @@
-"""This machine and its processes: devices, memory, threads, signals, several processes."""
+"""Everything about this machine and its processes: devices, memory, threads, signals, the terminal, several
+processes.
+"""

@@ -1,4 +1,4 @@
-"""Choose one device and its precision."""
+"""Choose the device and the numerical precision."""
 
 from __future__ import annotations
 
@@ -10,30 +10,41 @@ from typing import TYPE_CHECKING, Any
 
 from afterimage.config import AfterimageError
 
-if TYPE_CHECKING:  # it takes seconds to import, and a decoder is built without it
+if TYPE_CHECKING:  # importing it takes seconds, and building a decoder does not need it
     from lightning_fabric import Fabric
 
 
 TIMEOUT = timedelta(days=7)
-"""How long a rank waits for another, which may be reading a million images; a dead one is noticed by other means."""
+"""How long a rank waits for another one, which may be reading a million images. Ranks that ended are noticed
+sooner, by `ProcessGroup.watch`.
+"""
 
 
 def one_device(accelerator: str, precision: str = "32-true", devices: Any = 1) -> Fabric:
-    """A Fabric of one device. Raises `AfterimageError` for one that is not there, or lacks the precision."""
+    """Create a Fabric that runs on one device.
+
+    Args:
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        precision: one of `PRECISIONS`
+        devices: which device, as Fabric takes it
+
+    Raises:
+        AfterimageError: the device does not exist here, or lacks the precision
+    """
     from lightning_fabric import Fabric
 
     with _refused(f"the accelerator {accelerator!r} cannot be used here (cpu, cuda, mps or auto)"):
         fabric = Fabric(accelerator=accelerator, devices=devices)
     if precision == "32-true":
         return fabric
-    if precision == "16-mixed" and fabric.device.type == "cpu":  # where it would take bfloat16
+    if precision == "16-mixed" and fabric.device.type == "cpu":  # Fabric would silently use bfloat16
         raise AfterimageError("precision 16-mixed needs a GPU; on a CPU take bf16-mixed or 32-true")
     return Fabric(accelerator=accelerator, devices=devices, precision=precision)
 
 
 @contextlib.contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Fabric's words about a device as one of ours."""
+    """Turn Fabric's errors about devices into `AfterimageError`."""
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     try:
@@ -43,7 +54,16 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def create_fabric(accelerator: str, devices: int, nodes: int = 1) -> Fabric:
-    """A Fabric of so many ranks, not yet launched. Raises `AfterimageError` where there are fewer devices."""
+    """Create a Fabric of several ranks, without launching it.
+
+    Args:
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        devices: ranks on each node
+        nodes: number of nodes
+
+    Raises:
+        AfterimageError: this machine has fewer devices
+    """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 

@@ -1,9 +1,10 @@
-"""The processes that train one run together, each on its part of every batch. Alone, nothing here costs anything.
+"""The processes (ranks) that train one run together, each on its part of every batch. A single process pays
+nothing.
 
-Ranks run the same lines in the same order. What can go wrong on one of them alone stands in a `raise_on_all_ranks`
-block, and every operation first asks whether all are well: an error anywhere is raised everywhere, at the same
-place, so that no rank waits for one that has turned back. Those words go over gloo on the CPU, also where the data
-go over NCCL.
+All ranks run the same lines in the same order. Code that may fail on one rank alone stands in a
+`raise_on_all_ranks` block, and every operation first asks whether all ranks are well: an error on one rank is
+raised on every rank at the same place, so that none waits for a rank that has left. These messages go over gloo
+on the CPU, even where the data go over NCCL.
 """
 
 from __future__ import annotations
@@ -28,24 +29,31 @@ from afterimage.runtime.process import Holder, LockLost, ended, this_process
 from afterimage.runtime.signals import Stopped
 from afterimage.runtime.terminal import say
 
-if TYPE_CHECKING:  # it takes seconds to import, and a decoder is built without it
+if TYPE_CHECKING:  # importing it takes seconds, and building a decoder does not need it
     from lightning_fabric import Fabric
 
 
 Value = TypeVar("Value")
 Error = TypeVar("Error", bound=BaseException)
 GRACE = 60.0
-"""Seconds in which a rank must notice by itself that another has ended, before it is ended too."""
+"""Seconds that a rank has to notice that another one ended, before `ProcessGroup.watch` ends it."""
 
 
 class RankLost(Exception):
-    """Another rank has ended; this one cannot go on alone."""
+    """Another rank has ended, so this one cannot continue."""
 
     concerns = EVERYTHING
 
 
 class ProcessGroup:
-    """What ranks do together. Without a `fabric` there is one, for which every operation is the identity."""
+    """The ranks and their joint operations. Without a `fabric` there is one rank, and every operation is the
+    identity.
+
+    Attributes:
+        fabric: the Fabric that connects the ranks, or None
+        rank: number of this rank, from 0
+        count: number of ranks
+    """
 
     def __init__(self, fabric: Fabric | None = None) -> None:
         self.fabric = fabric
@@ -58,29 +66,31 @@ class ProcessGroup:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this rank writes, locks and speaks for all."""
+        """Whether this rank is the one that writes files, holds the lock and prints."""
         return self.rank == 0
 
     def local_fabric(self, accelerator: str, precision: str) -> Fabric:
-        """A Fabric for what this rank computes by itself, on its own device."""
+        """Create a Fabric for work that this rank does by itself, on its own device."""
         if self.fabric is None:
             return one_device(accelerator, precision)
         device = self.fabric.device
         return one_device(device.type, precision, 1 if device.type == "cpu" else [device.index])
 
     def part(self, total: int) -> slice:
-        """Which of `total` images in a row are this rank's; parts differ by one at most, the first are larger."""
+        """Return this rank's slice of `total` images in a row. Parts differ by at most one image; the first are
+        larger.
+        """
         least, more = divmod(total, self.count)
         first = self.rank * least + min(self.rank, more)
         return slice(first, first + least + (self.rank < more))
 
     def most(self, total: int) -> int:
-        """The size of the largest part."""
+        """Return the size of the largest part of `total` images."""
         return -(-total // self.count)
 
     @contextlib.contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """An error in this block, on whatever rank, is raised by the block on every rank."""
+        """Raise an error that occurs in this block on any rank on every rank, at the end of the block."""
         if self.count == 1:
             yield
             return
@@ -93,18 +103,18 @@ class ProcessGroup:
         self._settle()
 
     def main_process_first(self, work: Callable[[], Value]) -> Value:
-        """What `work` gives, done by the leading rank first: the others find what it has stored."""
+        """Call `work` on the main process, then on the others, which find what the main process has stored."""
         with self.raise_on_all_ranks():
             found = work() if self.is_main_process else None
         with self.raise_on_all_ranks():
             return found if self.is_main_process else work()
 
     def decide(self, flag: bool) -> bool:
-        """What the leading rank's flag is."""
+        """Return the main process's flag."""
         return self._settle(flag=flag and self.is_main_process)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over ranks; one message for all that share a type."""
+        """Replace each tensor by its sum over ranks, with one message for all tensors of a type."""
         self._settle()
         if self.count == 1:
             return
@@ -117,9 +127,13 @@ class ProcessGroup:
                 tensor.copy_(total.view(tensor.shape))
 
     def moments(self, values: Float[Tensor, "count channels"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, mean and population variance `(channels,)` of all ranks' rows, of which one may have none.
+        """Compute the moments of the rows of all ranks, some of which may have none.
 
-        In float64, merged as Chan, Golub and LeVeque (1979) do, so that no large sums are subtracted.
+        Moments are in float64 and merged as in Chan, Golub and LeVeque (1979), so that no large sums are
+        subtracted.
+
+        Returns:
+            the number of rows (a scalar), their mean and their population variance, `(channels,)` each
         """
         rows = values.new_zeros(self.count, 3, values.shape[1], dtype=torch.float64)
         if len(values):
@@ -132,7 +146,7 @@ class ProcessGroup:
         return count[0], mean, (counts * (variances + (means - mean).square())).sum(0) / count
 
     def broadcast(self, value: Value) -> Value:
-        """The leading rank's value, a plain object or tensors on the CPU."""
+        """Return the main process's value, which must be a plain object or tensors on the CPU."""
         self._settle()
         if self.count == 1:
             return value
@@ -142,16 +156,18 @@ class ProcessGroup:
         return values[0]
 
     def gather(self, value: Value) -> list[Value]:
-        """Every rank's value, in their order."""
+        """Return the values of all ranks, in the order of the ranks."""
         self._settle()
         return self._gather(value)
 
     def gather_batches(self, parts: list[Value]) -> list[Value]:
-        """All ranks' results, of which each gives one a batch, in the order of one process."""
+        """Return all ranks' results, one a batch and rank, in the order that a single process would produce."""
         return [part for batch in zip(*self.gather(parts), strict=True) for part in batch]
 
     def place(self, images: int) -> tuple[int, int]:
-        """Where this rank's images lie among those of the batch: how many come before, how many there are."""
+        """Return how many images of the batch precede this rank's `images` ones, and how many the batch has in
+        all.
+        """
         counts = self.gather(images)
         return sum(counts[: self.rank]), sum(counts)
 
@@ -164,7 +180,9 @@ class ProcessGroup:
         return values
 
     def _settle(self, error: BaseException | None = None, *, flag: bool = False) -> bool:
-        """Hear whether all ranks are well and raise the first one's error if not; returns whether one has the flag."""
+        """Wait for all ranks; raise the first rank's error if there is one, else return whether any rank has
+        the flag.
+        """
         if self.count == 1:
             return flag
         word = torch.tensor(2 if error is not None else int(flag))
@@ -174,12 +192,13 @@ class ProcessGroup:
             return bool(word)
         told = self._gather(None if error is None else _told(error))
         rank = next(rank for rank, what in enumerate(told) if what is not None)
-        if rank != self.rank or told[rank][0] == "stop":  # a stop must be the same to all, for all then save
+        if rank != self.rank or told[rank][0] == "stop":  # all ranks raise the same stop, and all save
             error = _retold(rank, *told[rank])
         raise _known(error, elsewhere=not self.is_main_process)
 
     @contextlib.contextmanager
     def _talking(self) -> Iterator[None]:
+        """Turn a failed exchange of messages into `RankLost`."""
         try:
             yield
         except RuntimeError as error:
@@ -191,13 +210,13 @@ class ProcessGroup:
         while not (gone := self.gone()) and time.monotonic() < until:
             time.sleep(0.1)
         speaks = self.rank == min(set(range(self.count)) - set(gone))
-        if not speaks:  # it must still see who was first
+        if not speaks:  # stay alive until the reporting rank has found the first one that ended
             time.sleep(2)
         why = "" if gone else f" ({error!s:.200})"
         return _known(RankLost(self._named(gone) + why), elsewhere=not speaks)
 
     def gone(self) -> list[int]:
-        """The ranks on this machine whose processes have ended."""
+        """Return the ranks on this machine whose processes have ended."""
         return [rank for rank, peer in enumerate(self._peers) if rank != self.rank and ended(peer)]
 
     def _named(self, gone: Sequence[int]) -> str:
@@ -209,7 +228,7 @@ class ProcessGroup:
         return f"{names} {'has' if len(gone) == 1 else 'have'} ended"
 
     def watch(self) -> None:
-        """End this process where another rank has ended and this one waits for it in vain, as NCCL lets it."""
+        """End this process when another rank has ended and this one waits for it in vain, which NCCL permits."""
         since = None
         while not self._over.wait(1.0):
             gone = self.gone()
@@ -220,28 +239,32 @@ class ProcessGroup:
 
 
 SINGLE_PROCESS = ProcessGroup()
+"""The process group of a single process."""
 GO_ON = "the same command, on any number of devices, goes on from the last checkpoint"
+"""Advice that ends the messages about lost ranks."""
 
 _joined: list[ProcessGroup] = []
 _depth = [0]
 
 
 def started_together() -> bool:
-    """Whether `torchrun` (or `--devices`, which uses it) has started this process as one of several ranks."""
+    """Return whether `torchrun`, or `--devices`, which uses it, started this process as one of several ranks."""
     elastic = dist.is_available() and dist.is_torchelastic_launched()
     return elastic and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def on_main_process() -> bool:
-    """Whether this process is the leading rank, or the only one; asks nobody."""
+    """Return whether this process is the main process or the only one, without communicating."""
     return not started_together() or os.environ["RANK"] == "0"
 
 
 @contextlib.contextmanager
 def distributed_context(accelerator: str = "auto") -> Iterator[ProcessGroup]:
-    """All ranks that were started with this process; `SINGLE_PROCESS` where there are no others.
+    """Yield the group of all ranks that were started with this process, or `SINGLE_PROCESS` where there are no
+    others.
 
-    Raises `AfterimageError` where this machine has fewer devices than ranks, and where a rank is lost.
+    Raises:
+        AfterimageError: this machine has fewer devices than ranks, or a rank is lost
     """
     if not started_together():
         yield SINGLE_PROCESS
@@ -268,9 +291,9 @@ def distributed_context(accelerator: str = "auto") -> Iterator[ProcessGroup]:
 
 
 def leave() -> None:
-    """Close what connects this process with other ranks, once all is done.
+    """Close the connections to other ranks at the end of the program.
 
-    Left to the interpreter's own end, a thread of it may still be at work then, which can abort the process.
+    A communication thread that still runs when the interpreter exits can abort the process.
     """
     if _joined:
         _joined.clear()
@@ -280,7 +303,7 @@ def leave() -> None:
 def _launched(accelerator: str) -> Fabric:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     nodes = int(os.environ["WORLD_SIZE"]) // here
-    # What Fabric says of its start is of no use to who reads the progress.
+    # Fabric's messages about its start would only disturb the progress display.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning_utilities").setLevel(logging.WARNING)
     fabric = create_fabric(accelerator, here, nodes)
@@ -289,7 +312,7 @@ def _launched(accelerator: str) -> Fabric:
 
 
 def _known(error: Error, elsewhere: bool) -> Error:
-    """Mark an error as one that all ranks know of; `elsewhere`: that another rank tells the user."""
+    """Mark an error as known to all ranks; `elsewhere` means that another rank reports it to the user."""
     error.agreed, error.elsewhere = True, elsewhere
     return error
 

@@ -1,7 +1,7 @@
-"""What becomes of an exception that ends one part of the work while the rest goes on.
+"""Handle an exception that ends one part of the work while the rest continues.
 
-Whatever its type, it ends the run, row or image set that it happened to and nothing that does not depend on it: the
-run's folder holds its traceback and its state is `failed`; the terminal shows one line.
+Whatever its type, an exception ends the run, row or image set in which it occurs and nothing that does not
+depend on it. The run's folder stores the traceback and the state `failed`; the terminal shows one line.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from afterimage.config import AfterimageError
 from afterimage.runtime.terminal import printable
 
 EVERYTHING, ENCODERS = "everything", "encoders"
-"""What an exception may concern beside the part of the work that it is raised in; see `concerns`."""
+"""What an exception may affect beside the part of the work in which it is raised; see `concerns`."""
 
 
 class Unexpected(AfterimageError):
-    """An exception that nobody foresaw, as one line; `story` is its traceback."""
+    """An exception of a kind that the code does not expect, as one line; `story` is its traceback."""
 
     def __init__(self, text: str, story: str = "") -> None:
         super().__init__(text)
@@ -29,7 +29,7 @@ class Unexpected(AfterimageError):
 
 @contextlib.contextmanager
 def concerning(what: str) -> Iterator[None]:
-    """Inside the block an exception concerns all that shares `what`, unless it says otherwise itself."""
+    """Mark exceptions of this block as affecting everything that shares `what`, unless they are marked already."""
     try:
         yield
     except Exception as error:
@@ -39,13 +39,17 @@ def concerning(what: str) -> Iterator[None]:
 
 
 def concerns(error: BaseException) -> str:
-    """`EVERYTHING` for what must not be isolated, such as a lost rank; `ENCODERS` for all rows that share them; else
-    empty."""
+    """Return what an exception affects beside its own part of the work.
+
+    Returns:
+        `EVERYTHING` for what ends all work, such as a lost rank; `ENCODERS` for all rows that share the
+            encoders; otherwise the empty string
+    """
     return getattr(error, "concerns", "") if isinstance(error, Exception) else EVERYTHING
 
 
 def of_caller(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """A caller's callback: what it raises is the caller's own, and ends everything."""
+    """Wrap a caller's callback so that its exceptions end all work: they are the caller's own."""
 
     def called(*arguments: Any, **options: Any) -> Any:
         with concerning(EVERYTHING):
@@ -55,27 +59,28 @@ def of_caller(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """`IndexError: index 5 is out of bounds for dimension 0 with size 5`, cut where it is long."""
+    """Return an exception as one line, such as `IndexError: index 5 is out of bounds`, of at most 500
+    characters.
+    """
     known = isinstance(error, AfterimageError)
     text = str(error) if known else "".join(traceback.format_exception_only(error))
     return printable(f"{' '.join(text.split()):.500}")
 
 
 def story(error: BaseException) -> str:
-    """The traceback; of an exception on another rank or machine that one's."""
+    """Return an exception's traceback; for an exception of another rank or machine, the traceback from there."""
     return printable(getattr(error, "story", "") or "".join(traceback.format_exception(error)))
 
 
 def foreseen(error: BaseException) -> bool:
-    """Whether an exception says in words for a user what was wrong, so that its traceback would say no more."""
+    """Return whether an exception explains itself to the user, so that a traceback would add nothing."""
     if isinstance(error, AfterimageError):
         return not isinstance(error, Unexpected)
-
     return out_of_memory(error)
 
 
 def words(error: Exception) -> str:
-    """What an exception says, on one line unless it was foreseen."""
+    """Return an exception's message, on one line unless it was foreseen."""
     if not foreseen(error):
         return one_line(error)
     known = isinstance(error, AfterimageError)
@@ -83,7 +88,13 @@ def words(error: Exception) -> str:
 
 
 def as_error(error: Exception, name: str, file: Path | None = None) -> AfterimageError:
-    """An exception for people, which says whom it ended, `name`, and which `file` holds the traceback."""
+    """Turn an exception into an `AfterimageError` that says what it ended.
+
+    Args:
+        error: the exception
+        name: the run, row or image set that it ended
+        file: the file that holds the traceback
+    """
     text = words(error)
     text = text if name in text else f"{name}: {text}"
     if foreseen(error):
@@ -95,9 +106,10 @@ def as_error(error: Exception, name: str, file: Path | None = None) -> Afterimag
 
 
 def let_go(error: BaseException | None) -> None:
-    """Free what the frames of an exception hold, which may be all of a network and its features, once it is dealt with.
+    """Free what an exception's frames refer to, such as a network and its features, once the exception is
+    handled.
 
-    Its marks go too: some code keeps an exception and raises the very same again.
+    Its marks are removed too, because some libraries keep an exception and raise it again.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -109,16 +121,19 @@ def let_go(error: BaseException | None) -> None:
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """`a, b and 3 others`"""
+    """Return `a, b and 3 others` for a list of names, of which `most` are written out."""
     more = f" and {len(names) - most} others" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 _SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+"""Parts of the messages of RuntimeErrors that mean that memory ran out."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory did not suffice; PyTorch says so on a CPU by a plain RuntimeError."""
+    """Return whether an exception means that memory ran out, which PyTorch reports on a CPU as a plain
+    RuntimeError.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

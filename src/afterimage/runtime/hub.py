@@ -1,4 +1,4 @@
-"""The Hugging Face hub when it gives nothing: asked once and briefly, and why it refuses in words that help."""
+"""Ask the Hugging Face hub once, with a short time limit, and explain its refusals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 from afterimage.config import first_line
 
 CONNECT_SECONDS = 5.0
+"""Seconds without an answer after which the hub counts as unreachable."""
 
 
 def ask_for_file(url: str) -> None:
-    """Ask for a file of the hub once. Raises what the client raises, or OSError where nothing answers.
+    """Ask once whether the hub has a file.
 
-    The client itself goes on asking for minutes where there is no network or the hub is busy.
+    The client by itself retries for minutes where there is no network or the hub is busy.
+
+    Raises:
+        OSError: nothing answers
+        Exception: any error of the client, if the hub refuses
     """
     from huggingface_hub import get_hf_file_metadata
 
@@ -23,7 +28,9 @@ def ask_for_file(url: str) -> None:
 
 
 def ask_soon(ask: Callable[[], Any]) -> None:
-    """Ask, and raise OSError after CONNECT_SECONDS: a name server that never answers holds up any client for longer."""
+    """Call `ask`, and raise OSError after about `CONNECT_SECONDS`; a dead name server would block a client for
+    longer.
+    """
     outcome: list[Exception | None] = []
 
     def run() -> None:
@@ -43,9 +50,13 @@ def ask_soon(ask: Callable[[], Any]) -> None:
 
 
 def refusal(repository: str, revision: str | None, error: BaseException, kind: str = "") -> str:
-    """Why the hub does not give a repository's file, and what can be done, by the status of its answer.
+    """Explain why the hub does not give a file, and what the user can do, from the status of its answer.
 
-    `kind` is what the addresses of such repositories begin with: `datasets/`, or nothing for models.
+    Args:
+        repository: `OWNER/NAME`
+        revision: the revision that was asked for; None for `main`
+        error: the client's exception
+        kind: prefix of such repositories' addresses: `datasets/`, or empty for models
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
@@ -80,7 +91,15 @@ def refusal(repository: str, revision: str | None, error: BaseException, kind: s
 
 
 def busy(status: int, header: Callable[[str, str], str]) -> str:
-    """What to say where a server could not answer for now; empty for any other answer. `header` finds one by name."""
+    """Explain a server's answer that means it cannot respond for now.
+
+    Args:
+        status: HTTP status of the answer
+        header: returns a header of the answer by name, or the default given second
+
+    Returns:
+        the explanation; empty for any other answer
+    """
     if status not in (408, 429) and status < 500:
         return ""
     seconds = header("Retry-After", "").strip()

@@ -1,4 +1,4 @@
-"""`--devices N`: this command again, as N ranks on this machine, by the machinery of `torchrun`."""
+"""Run a command again as several ranks on this machine (`--devices N`), with the launcher behind `torchrun`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ from afterimage.runtime.threads import cores
 
 
 def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
-    """Run `afterimage ARGUMENTS` as so many ranks; returns when all have ended well.
+    """Run `afterimage ARGUMENTS` as several ranks, and return when all have succeeded.
 
-    Otherwise ends with the exit code of the rank that ended first, or 1 where it was killed. Raises
-    `AfterimageError` where the machine has fewer devices.
+    Args:
+        arguments: arguments of the command
+        devices: number of ranks
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+
+    Raises:
+        AfterimageError: the machine has fewer devices, or a signal killed a rank
+        SystemExit: a rank failed; carries the exit code of the first one
     """
     fabric = create_fabric(accelerator, devices)
     if fabric.device.type == "cpu" and devices > max(2, cores()):
@@ -31,7 +37,7 @@ def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
             f"--devices {devices} on a CPU: this machine has {cores()} cores for as many processes"
         )
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # what it tells at length is said below in a line
+        if name.startswith("torch.distributed.elastic"):  # a one-line message below replaces its long ones
             logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
@@ -49,7 +55,7 @@ def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
         raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:  # the rank has said why
+        if failure.exitcode >= 0:  # the rank has printed the reason
             raise SystemExit(failure.exitcode) from None
         name = signal.Signals(-failure.exitcode).name
         raise AfterimageError(
@@ -58,7 +64,11 @@ def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
 
 
 def ranks_here(devices: int) -> bool:
-    """Whether this process is a rank already. Raises `AfterimageError` where `devices` says otherwise."""
+    """Return whether this process is already a rank.
+
+    Raises:
+        AfterimageError: `devices` contradicts the number of ranks on this machine
+    """
     if not started_together():
         return False
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))

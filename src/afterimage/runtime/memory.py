@@ -1,4 +1,4 @@
-"""Out of memory: the same work again, on fewer images at a time."""
+"""Repeat work on fewer images at a time when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ Result = TypeVar("Result")
 
 
 def retry_with_smaller_batch(work: Callable[[int], Result], size: int, what: str) -> tuple[Result, int]:
-    """`work(size)`, with half the size for as long as it runs out of memory; also returns the size that went.
+    """Call `work(size)`, and halve the size for as long as memory runs out.
 
-    Raises `AfterimageError` where one image at a time is too much.
+    Args:
+        work: the work, as a function of the batch size
+        size: first batch size
+        what: name of the work, for the message
+
+    Returns:
+        the result, and the batch size that fitted
+
+    Raises:
+        AfterimageError: a single image does not fit
     """
     while True:
         try:
@@ -29,7 +38,7 @@ def retry_with_smaller_batch(work: Callable[[int], Result], size: int, what: str
         if size <= 1:
             raise AfterimageError(f"{what}: out of memory even with one image at a time ({reason:.200})")
         size = (size + 1) // 2
-        # The frames that failed are gone now, and what they held with them.
+        # The failed frames are gone now, so their tensors can be freed.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Identify a process on any machine, so that a lock's holder can be told dead."""
+"""Identify a process on any machine, so that a lock whose holder has ended can be recognised."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from afterimage.config import AfterimageError
 
 
 class LockLost(AfterimageError):
-    """Another process took the lock over, since this one gave no sign of life for too long."""
+    """Another process took over the lock, because this one gave no sign of life for too long."""
 
 
 class Holder(NamedTuple):
-    """Who holds a lock: process id, when it started (in the system's own unit), and on which machine."""
+    """The process that holds a lock.
+
+    Attributes:
+        pid: process id
+        started: start time in the operating system's own unit, since ids are used again
+        machine: host name, boot id and process namespace
+    """
 
     pid: int
     started: str
@@ -27,16 +33,19 @@ class Holder(NamedTuple):
 
 
 def this_process() -> Holder:
+    """Return the identity of this process."""
     return Holder(os.getpid(), _started(os.getpid()) or "", _machine())
 
 
 def ended(process: Holder) -> bool:
-    """Whether a process has ended; False for one of another machine, of which that cannot be known."""
+    """Return whether a process has ended; False for a process of another machine, where it is unknown."""
     return process.machine == _machine() and os.name == "posix" and _started(process.pid) != process.started
 
 
 def _machine() -> str:
-    """Host, boot and process namespace: two containers may share a host's name but not its processes."""
+    """Return host name, boot id and process namespace: containers may share a host's name but not its
+    processes.
+    """
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -45,7 +54,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, so that a number used again is not taken for it; None if it ended."""
+    """Return when a process of this machine started, to tell reused ids apart; None if it has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]

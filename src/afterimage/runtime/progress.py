@@ -1,4 +1,4 @@
-"""What a long computation tells whoever watches: what, how far, how long still."""
+"""Report the progress of a long computation: what is being done, how far it is, and how long it will take."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from afterimage.runtime.terminal import console
 
 Progress = Callable[..., None]
-"""Called as `progress(what, done, total, **figures)`: what is being done, how far, and figures worth showing.
+"""A callback `progress(what, done, total, **figures)`: the current work, how far it is, and figures to show.
 
-A figure may be a callable; it is asked only when it is shown, since asking a device for a value waits for it.
-What goes on side by side names itself by `group="2/5"`, so that each can be shown on a line of its own.
+A figure may be a function; it is called only when the figure is shown, because reading a value from a device
+waits for the device. Concurrent work passes `group="2/5"`, so that each group gets a line of its own.
 """
 
 
 def silent(what: str, done: int, total: int, **figures: Any) -> None:
-    """The progress callback that shows nothing."""
+    """Show no progress."""
 
 
 class Display:
-    """Progress on a terminal: one live line there for each group, a plain line every few seconds elsewhere."""
+    """Show progress on a terminal as one live line for each group; elsewhere print a line every few seconds."""
 
     def __init__(self, *, interval: float | None = None) -> None:
         self.console = console(error=True)
@@ -62,6 +62,7 @@ class Display:
         self._status.update(text)
 
     def close(self) -> None:
+        """Remove the live lines."""
         if self._status is not None:
             self._status.stop()
             self._status = None
@@ -75,7 +76,7 @@ class Display:
 
 
 class _Line:
-    """What one group is doing, and since when."""
+    """The current work of one group, and when it began."""
 
     def __init__(self, what: str, started: float, begun_at: int) -> None:
         self.what, self.started, self.begun_at = what, started, begun_at
@@ -99,7 +100,7 @@ class _Line:
 
 
 def clock(seconds: float) -> str:
-    """`75` as `1:15`; an hour and more as `1:02:05`."""
+    """Format seconds: `75` as `1:15`, an hour or more as `1:02:05`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

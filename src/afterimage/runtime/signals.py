@@ -1,4 +1,4 @@
-"""A clean stop on SIGTERM and Ctrl-C: at the next step, with a checkpoint."""
+"""Stop cleanly on SIGTERM and Ctrl-C, after the current step and with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to end. `code` is the exit code that shells expect."""
+    """A signal asked the process to end. `code` is the exit code that shells expect."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -18,14 +18,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stopped(Interrupted):
-    """It was asked to, and stopped between two steps."""
+    """The process was asked to end and stopped between two steps."""
 
 
 class GracefulShutdown:
-    """Whether this process was asked to stop; `check` raises `Stopped` where it was.
+    """A record of whether a signal asked this process to stop.
 
-    With `ignore_second_signal` it does not end at once when it is asked twice: a launcher passes on what its
-    group got already.
+    Attributes:
+        number: number of the signal, or None
+        ignore_second_signal: whether a second signal is ignored instead of ending the process at once; a
+            launcher passes on signals that its process group has received already
     """
 
     def __init__(self, ignore_second_signal: bool = False) -> None:
@@ -33,22 +35,22 @@ class GracefulShutdown:
         self.ignore_second_signal = ignore_second_signal
 
     def check(self) -> None:
+        """Raise `Stopped` if the process was asked to stop."""
         if self.number is not None:
             raise Stopped(self.number)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None and not self.ignore_second_signal:  # asked twice: at once
+        if self.number is not None and not self.ignore_second_signal:  # asked twice: end at once
             raise Interrupted(number)
         self.number = number
 
 
 @contextlib.contextmanager
 def graceful_shutdown(ignore_second_signal: bool = False) -> Iterator[GracefulShutdown]:
-    """Inside the block SIGTERM and Ctrl-C only set the `GracefulShutdown`.
+    """Record SIGTERM and Ctrl-C inside this block in the `GracefulShutdown` that it yields.
 
-    A second one ends the block at once, unless `ignore_second_signal`.
-
-    Python hands signals to the main thread alone, so in any other nothing changes.
+    A second signal ends the block at once, unless `ignore_second_signal` is set. Outside the main thread
+    nothing changes, as Python delivers signals to the main thread only.
     """
     stop = GracefulShutdown(ignore_second_signal)
     if threading.current_thread() is not threading.main_thread():
@@ -60,12 +62,12 @@ def graceful_shutdown(ignore_second_signal: bool = False) -> Iterator[GracefulSh
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    stop.check()  # it came after the last step
+    stop.check()  # the signal may have come after the last check
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside the block SIGTERM ends what runs as Ctrl-C does, at once unless in a `graceful_shutdown` block."""
+    """Make SIGTERM end this block at once, as Ctrl-C does, except inside `graceful_shutdown`."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)

@@ -1,7 +1,8 @@
-"""Batch norm of decoders and fusions in training: over the whole batch wherever its images are, and over one value.
+"""Batch norm for decoders and fusions in training, over the whole batch on all ranks, and also over a single
+value.
 
-A channel of which a batch holds a single value (1x1 maps of one image) has no variance. PyTorch raises an error
-there. Here such a batch is normalised by the running statistics, as in evaluation, and leaves them as they are.
+A channel of which a batch holds a single value (a 1x1 map of one image) has no variance, and PyTorch raises an
+error. Here such a batch is normalised by the running statistics, as in evaluation, and leaves them unchanged.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 def adapt(module: nn.Module, ranks: ProcessGroup = SINGLE_PROCESS) -> list[BatchNorm]:
-    """Replace every batch norm inside `module` by one that takes any batch of all ranks; returns them.
+    """Replace every batch norm inside `module` by one that takes any batch of all ranks, and return the new
+    ones.
 
-    Names, parameters and buffers stay, so that state dicts are those of `nn.BatchNorm2d`. PyTorch's `SyncBatchNorm`
-    sees all ranks' images too, on CUDA alone.
+    Names, parameters and buffers are those of `nn.BatchNorm2d`, so state dicts stay compatible. PyTorch's
+    `SyncBatchNorm` exists on CUDA only.
     """
     for parent in list(module.modules()):
         for name, child in parent.named_children():
@@ -25,13 +27,13 @@ def adapt(module: nn.Module, ranks: ProcessGroup = SINGLE_PROCESS) -> list[Batch
                 nn.BatchNorm2d,
                 BatchNorm,
                 RanksBatchNorm,
-            ):  # others may do more than normalise
+            ):  # subclasses may do more than normalise
                 setattr(parent, name, (BatchNorm if ranks.count == 1 else RanksBatchNorm)(child, ranks))
     return [child for child in module.modules() if isinstance(child, BatchNorm)]
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` that takes a single value a channel; `met_single` counts the batches in which it did."""
+    """`nn.BatchNorm2d` that accepts a single value per channel; `met_single` counts such batches."""
 
     def __init__(self, plain: nn.BatchNorm2d, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
         super().__init__(plain.num_features, plain.eps, plain.momentum, device="meta")
@@ -45,7 +47,7 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(maps)
 
     def by_running_statistics(self, maps: Tensor) -> Tensor:
-        """Normalise as in evaluation: the batch has no statistics of its own."""
+        """Normalise by the running statistics, as the batch has none of its own."""
         self.met_single += 1
         return F.batch_norm(
             maps, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
@@ -53,14 +55,14 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class RanksBatchNorm(BatchNorm):
-    """`BatchNorm` over all ranks' images `(B, C, h, w)`; a rank may have none (B = 0)."""
+    """`BatchNorm` over the images `(B, C, h, w)` of all ranks, some of which may have none (B = 0)."""
 
     def forward(self, maps: Tensor) -> Tensor:
         if not self.training:
             return nn.BatchNorm2d.forward(self, maps)
         moments = self.ranks.moments(maps.detach().permute(0, 2, 3, 1).flatten(0, 2))
         count, mean, variance = moments
-        if count == 1:  # on every rank, so that none waits for another in the backward pass
+        if count == 1:  # true on all ranks or none, so none waits for another in the backward pass
             return self.by_running_statistics(maps)
         result = _Normalise.apply(maps, self.weight, self.bias, self.eps, self.ranks, *moments)
         with torch.no_grad():
@@ -72,7 +74,7 @@ class RanksBatchNorm(BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalise by the moments of all ranks' images, which are functions of the images too."""
+    """Normalise by the moments of all ranks' images; the gradient accounts for their dependence on the images."""
 
     @staticmethod
     def forward(ctx, maps, weight, bias, eps, ranks, count, mean, variance):
@@ -91,5 +93,5 @@ class _Normalise(torch.autograd.Function):
         ctx.ranks.sum([total])
         shift, slope = (total / count).float()
         back = (gradient - shift[wide] - standard * slope[wide]) * (weight * scale)[wide]
-        # Those of the parameters are summed over ranks with all others.
+        # The trainer sums the parameters' gradients over ranks, like all others.
         return back.to(maps.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), *[None] * 5

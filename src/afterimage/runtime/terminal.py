@@ -1,7 +1,7 @@
-"""Everything that is shown on the terminal, by one writer that can always write.
+"""Write to the terminal in a way that cannot fail.
 
-A terminal or a log may not know a character, a name may hold what steers a terminal, whoever reads may be gone and a
-disk may be full: none of these ends a computation.
+A terminal may lack a character, a name may contain control sequences, a pipe may be closed and a disk may be
+full: none of these may end a computation.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _STAND_INS = {
     **{mark: f"^{digit}" for digit, mark in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},  # a bare digit would belong to the number before
     **dict.fromkeys("─━═╌╍┄┅", "-"), **dict.fromkeys("│┃║", "|"), **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼┏┓┗┛┡┩╇╈", "+"),
 }  # fmt: skip
-"""What stands for a character that the terminal's encoding lacks; any other is escaped."""
+"""Replacements for characters that the terminal's encoding lacks; all others are escaped."""
 
 
 def printable(text: str) -> str:
-    """Text as it may be sent to a terminal: what would steer it, or is no character, is escaped; lines stay."""
+    """Escape control characters and undecodable bytes in a text for the terminal; line breaks stay."""
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
     return "".join(c if c in "\n\t" or _is_safe(c) else _escaped(c) for c in text)
 
 
 def say(*lines: object, error: bool = False) -> None:
-    """Print lines on standard output, or on standard error."""
+    """Print lines on standard output, or on standard error if `error` is set."""
     writer = Writer.of(sys.stderr if error else sys.stdout)
     for line in lines:
         writer.write(printable(str(line)) + "\n")
@@ -45,15 +45,21 @@ def say(*lines: object, error: bool = False) -> None:
 
 
 def complain(what: str, error: object) -> None:
-    """Say `what: error` on standard error; further lines are indented, so that no name can pass for a message."""
+    """Print `what: error` on standard error; further lines are indented, so that no name can look like a
+    message.
+    """
     text = str(error).replace("\n", "\n  ").replace("\n    ", "\n  ")
     say(f"{what}: {text}", error=True)
 
 
 def console(width: int | None = None, *, error: bool = False) -> Console:
-    """A console for tables; they get `width` columns where nobody's terminal says how many there are.
+    """Create a console for tables.
 
-    It takes text as it is: nothing in a name is markup, or steers the terminal.
+    Text is shown literally: names cannot contain markup or control sequences.
+
+    Args:
+        width: columns to use where the output is not a terminal
+        error: whether to write to standard error
     """
     writer = Writer.of(sys.stderr if error else sys.stdout)
     return _console_class()(
@@ -62,17 +68,20 @@ def console(width: int | None = None, *, error: bool = False) -> Console:
 
 
 class Writer:
-    """A text stream that never fails: it shows in other characters what its encoding lacks, and drops what cannot be
-    written. `failure` then says why.
+    """A text stream that never fails.
+
+    Characters that its encoding lacks are replaced, and text that cannot be written is dropped; `failure` then
+    holds the first error.
     """
 
     def __init__(self, stream: Any) -> None:
-        # A process may be started with its output closed.
+        # The stream is None if the process was started with closed output.
         self.stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
         self.failure: OSError | ValueError | None = None
 
     @classmethod
     def of(cls, stream: Any) -> Writer:
+        """Wrap a stream, unless it is a `Writer` already."""
         return stream if isinstance(stream, Writer) else cls(stream)
 
     def __getattr__(self, name: str) -> Any:
@@ -94,13 +103,16 @@ class Writer:
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
+        """Keep the first error of this block in `failure`."""
         try:
             yield
         except (OSError, ValueError) as error:  # ValueError: the stream has been closed
             self.failure = self.failure or error
 
     def finish(self) -> None:
-        """Write what is left; what cannot be written is dropped, so that the interpreter's end does not try again."""
+        """Write what is buffered. What cannot be written is dropped, or the interpreter would try again at
+        exit.
+        """
         self.flush()
         if self.failure is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -111,9 +123,10 @@ class Writer:
 
 @contextlib.contextmanager
 def always_writable() -> Iterator[None]:
-    """Inside the block standard output and standard error take any text and never raise.
+    """Make standard output and standard error of this block accept any text and never raise.
 
-    Ends with exit code 1 where standard output, which somebody waits for, could not be written.
+    Raises:
+        SystemExit: with code 1, if standard output could not be written in full
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = output, errors = Writer.of(sys.stdout), Writer.of(sys.stderr)
@@ -139,7 +152,7 @@ def always_writable() -> Iterator[None]:
 
 
 class _Warnings(logging.Handler):
-    """Says what the package warns of, as everything else is said."""
+    """Print the package's warnings like all other messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record), error=True)
@@ -163,12 +176,13 @@ def _is_safe(character: str) -> bool:
 
 
 def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte of a name that is no text
+    if "\udc80" <= character <= "\udcff":  # an undecodable byte
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 
 def _in_other_characters(error: UnicodeError) -> tuple[str, int]:
+    """Replace the characters that an encoding lacks, as an error handler of `codecs`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     found = error.object[error.start : error.end]

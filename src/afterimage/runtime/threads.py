@@ -1,4 +1,4 @@
-"""Threads: how many cores there are, and work spread over them in order."""
+"""Count the CPU cores, and map a function over items on all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-Progress = Callable[[str, int, int], None]
+from afterimage.runtime.progress import Progress
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -22,10 +23,18 @@ def in_parallel(
     progress: Progress | None,
     ahead: int = 0,
 ) -> Iterator[Result]:
-    """`map(work, items)` on all cores, in order, `ahead` items ahead or a few; reports `(what, done, total)`.
+    """Map `work` over `items` on all cores, in order.
 
-    Threads: Pillow, NumPy and hashlib let go of the interpreter lock while they work, and threads need no
-    guard around the caller's script.
+    Threads suffice: Pillow, NumPy and hashlib release the interpreter lock while they work, and threads need no
+    `if __name__ == "__main__"` in the caller's script.
+
+    Args:
+        work: the function
+        items: its arguments
+        total: number of items, for the progress
+        what: name of the work, for the progress
+        progress: called as `progress(what, done, total)` after each item
+        ahead: items to start before their turn, at least four times the number of cores
     """
     workers = cores()
     items = iter(items)
@@ -47,12 +56,12 @@ def in_parallel(
 
 
 def let_idle_threads_sleep() -> None:
-    """Make OpenMP's threads sleep while they wait for others. Call it before torch is imported; see Notes.
+    """Make OpenMP's threads sleep while they wait for each other. Call it before torch is imported.
 
-    The command line calls it. By default a waiting thread keeps its core busy, which takes time from whoever shares
-    that core: another program, or the other half of it. Some microseconds of that pay, since work in many small steps
-    is then not slowed by going to sleep after each. Sets `OMP_WAIT_POLICY` and `GOMP_SPINCOUNT`, unless the first is
-    set already.
+    The command line calls it. By default a waiting thread keeps its core busy, which slows other programs and
+    the other hardware thread of that core. Waiting busily for some microseconds still pays, because going to
+    sleep after every small step is slow. Sets `OMP_WAIT_POLICY` and `GOMP_SPINCOUNT`, unless the first is set
+    already.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -60,5 +69,5 @@ def let_idle_threads_sleep() -> None:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,7 +24,7 @@ from afterimage.data.decode import reason
 from afterimage.data.records import FileOriginal
 from afterimage.data.splits import Source
 from afterimage.runs.files import locked
-from afterimage.runtime.threads import Progress
+from afterimage.runtime.progress import Progress
 
 TIMEOUT = 30.0
 ATTEMPTS = 4  # without any progress, one after the other

@@ -43,7 +43,7 @@ from afterimage.data.names import (
 from afterimage.data.records import EncodedOriginal, FileOriginal
 from afterimage.data.splits import Source
 from afterimage.runtime.hub import ask_for_file, refusal
-from afterimage.runtime.threads import Progress
+from afterimage.runtime.progress import Progress
 
 if TYPE_CHECKING:
     import datasets
