@@ -170,7 +170,7 @@ def test_a_run_that_cannot_be_measured_leaves_the_others_alone(finished, tmp_pat
 def test_one_test_image_has_no_other(finished, tmp_path):
     run, cache = finished
     alone = Run.create(tmp_path, replace(CONFIG, data=replace(DATA, limit_test=1)))
-    for name in ("summary.json", "status.json", "decoder.safetensors"):
+    for name in ("summary.json", "scores.csv", "status.json", "decoder.safetensors"):
         alone.file(name).write_bytes(run.file(name).read_bytes())
     (error,) = run_controls([alone], cache=cache, accelerator="cpu")
     assert "controls need two test images or more, it has 1" in str(error)
