@@ -1,4 +1,4 @@
-"""Confidence intervals: of means over images, and of shares of images."""
+"""Confidence intervals of means over images and of shares of images."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from afterimage.config import AfterimageError
 from afterimage.runs.results import Interval
 
 RESAMPLES = 10_000
+"""Bootstrap resamples: the ends of a 95 % interval then have a standard error below 1 % of its length."""
 CONFIDENCE = 0.95
+"""Confidence level of all intervals."""
 FEW = 10
-"""Below so many images resamples hold too few different values, and an interval is never shorter than Student's."""
+"""Number of images below which resamples hold too few distinct values; intervals then also include Student's."""
 _CHUNK = 4_000_000  # resampled values held at a time: 32 MB
+"""Resampled values held at a time: 32 MB."""
 
 
 def _draw(random: np.random.Generator, rows: int, count: int) -> np.ndarray:
-    """How often each of `count` images is drawn in each of `rows` resamples: `(rows, count)`."""
+    """Draw bootstrap resamples: how often each of `count` images occurs in each of them, `(rows, count)`."""
     drawn = random.integers(0, count, (rows, count)) + np.arange(rows)[:, None] * count
     return np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(float)
 
 
 @lru_cache(maxsize=4)
 def _drawn(count: int, resamples: int, seed: int) -> np.ndarray:
+    """Draw all resamples; cached, as a report needs the same ones for many columns of scores."""
     return _draw(np.random.default_rng(seed), resamples, count)
 
 
 def _chunks(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the resamples in chunks of at most `_CHUNK` values."""
     if count * resamples <= _CHUNK:
         yield _drawn(count, resamples, seed)
         return
@@ -41,15 +46,17 @@ def _chunks(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def resampled_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means over images in each bootstrap resample.
+    """Compute the mean over images in each bootstrap resample.
 
-    The same seed draws the same images whatever is measured on them, so that columns stay paired.
+    The same seed draws the same images for every set of scores, so that scores stay paired.
 
     Args:
-        values: `(images,)` or `(images, columns)`.
+        values: scores `(images,)` or `(images, columns)`
+        resamples: number of resamples
+        seed: seed of the resamples
 
     Returns:
-        `(resamples,)` or `(resamples, columns)`.
+        `(resamples,)` or `(resamples, columns)`
     """
     count = len(values)
     return np.concatenate([drawn @ values / count for drawn in _chunks(count, resamples, seed)])
@@ -63,33 +70,38 @@ def mean_interval(
     seed: int = 0,
     expand: bool = True,
 ) -> Interval:
-    """BCa interval of a mean over images; of a mean difference when given paired differences.
+    """Compute the BCa bootstrap interval of a mean over images, or of a mean difference from paired
+    differences.
 
-    Bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). `expand` widens the
-    levels as Student's t does (Hesterberg 2015, "What teachers should know about the bootstrap"): without it,
-    intervals over fewer than about 30 images are too short. No mean of resamples leaves the values' range, so
-    below `FEW` images the interval also takes in Student's t interval. With `expand` off, this is scipy's
-    `method="BCa"`.
+    BCa means bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). Without
+    `expand` the result equals scipy's `method="BCa"`, which is too short for fewer than about 30 images.
+    `expand` widens the levels as Student's t does (Hesterberg 2015, "What teachers should know about the
+    bootstrap"). As no mean of resamples lies outside the range of the values, the interval of fewer than `FEW`
+    images also includes Student's t interval.
 
     Args:
-        values: `(images,)`, finite.
+        values: scores or differences `(images,)`, finite
+        confidence: confidence level, in (0, 1)
+        resamples: number of bootstrap resamples
+        seed: seed of the resamples
+        expand: whether to widen the interval for small samples
 
     Raises:
-        AfterimageError: fewer than two images, or values that are not finite.
+        AfterimageError: there are fewer than two images, or values are not finite
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2:
         raise AfterimageError(f"an interval needs the scores of at least 2 images, got shape {values.shape}")
     if not np.isfinite(values).all():
         raise AfterimageError("an interval needs finite scores")
-    # Exact sums: the order of the images must not move the interval, not by a rounding that breaks a tie either.
+    # Exact sums, so that the order of the images cannot move the interval, not even through a tie broken by rounding.
     count, centre = len(values), math.fsum(values) / len(values)
     deviations = values - centre
     scale = math.fsum(deviations**2)
     if scale <= (1e-12 * max(1.0, abs(centre))) ** 2 * count:
         return Interval(centre, centre, centre, count, confidence)
 
-    # Exchanging the two sides must only mirror it.
+    # Mirror negative means, so that exchanging the two sides of a difference only mirrors the interval.
     sign = -1.0 if centre < 0 else 1.0
     centre, deviations = sign * centre, sign * deviations
     means = resampled_means(np.sort(sign * values), resamples=resamples, seed=seed)
@@ -111,15 +123,23 @@ def mean_interval(
 
 
 def _expanded(level: float, count: int) -> float:
-    """The level of one tail that makes an interval over so many values as long as Student's t does."""
+    """Return the level of one tail that makes a normal interval over `count` values as long as Student's t
+    interval.
+    """
     # With two values the level underflows to zero, whose normal quantile is infinite.
     return max(1e-12, special.ndtr(np.sqrt(count / (count - 1)) * special.stdtrit(count - 1, level)))
 
 
 def percentile_interval(estimate: float, resampled: np.ndarray, count: int, confidence: float) -> Interval:
-    """Percentile interval (Efron 1979) of any statistic of `count` images from its bootstrap values `(resamples,)`.
+    """Compute the percentile interval (Efron 1979) of any statistic from its bootstrap values.
 
-    Its levels are widened as those of `mean_interval`; over fewer than about 10 images it is still too short.
+    Levels are widened as in `mean_interval`; below about 10 images the interval is still too short.
+
+    Args:
+        estimate: the statistic of the images
+        resampled: its bootstrap values `(resamples,)`
+        count: number of images
+        confidence: confidence level, in (0, 1)
     """
     level = _expanded((1 - confidence) / 2, count)
     low, high = np.quantile(resampled, [level, 1 - level])
@@ -127,13 +147,14 @@ def percentile_interval(estimate: float, resampled: np.ndarray, count: int, conf
 
 
 def share_interval(found: np.ndarray) -> Interval:
-    """The share of `True` with its 95 % interval (Clopper & Pearson 1934)."""
+    """Compute the share of `True` in `found` with its exact 95 % interval (Clopper and Pearson 1934)."""
     count, total = int(np.sum(found)), len(found)
     ends = stats.binomtest(count, total).proportion_ci(0.95, method="exact")
     return Interval(count / total, float(ends.low), float(ends.high), total)
 
 
 def interval_dict(interval: Interval) -> dict[str, Any]:
+    """Return an interval as plain JSON values."""
     return {
         "estimate": float(interval.estimate),
         "low": float(interval.low),

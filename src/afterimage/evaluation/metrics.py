@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS, per image. They see images in [0, 1] or raise."""
+"""Compute PSNR, SSIM and LPIPS for each image. Images must lie in [0, 1]."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ from afterimage.runs.results import METRICS, LpipsStatus
 __all__ = ["LPIPS", "PSNR_CAP", "Metrics", "check", "problem", "psnr", "ssim"]
 
 PSNR_CAP = 100.0
-"""What identical images score, in dB. Infinity would swallow every mean, and JSON cannot hold it."""
+"""PSNR of identical images, in dB. Infinity would make every mean infinite, and JSON cannot hold it."""
 
 TOLERANCE = 1e-6
+"""Distance by which values may leave [0, 1], for rounding."""
 SIGMA = 1.5
+"""Standard deviation of SSIM's Gaussian window, in pixels."""
 C1, C2 = 0.01**2, 0.03**2
+"""SSIM's constants (0.01 L)^2 and (0.03 L)^2 for images of range L = 1."""
 CHUNK = 8
-"""Images that LPIPS takes at once on a CPU: more are hardly quicker, and take more memory."""
+"""Images that LPIPS takes at once on a CPU: more take more memory and save hardly any time."""
 
 Images = Float[Tensor, "batch 3 height width"]
 Scores = Float[Tensor, " batch"]
 
 
 def problem(images: Images) -> tuple[int, str] | None:
-    """The first image of a batch that is not finite or leaves [0, 1] by over 1e-6, and what is wrong."""
+    """Find the first image of a batch `(B, 3, H, W)` that is not finite or leaves [0, 1] by more than 1e-6.
+
+    Returns:
+        its index and what is wrong with it, or None
+    """
     values = images.detach().flatten(1)  # amin and amax along an axis are many times faster than aminmax
     bounds = torch.stack([values.amin(1), values.amax(1)], 1).tolist()
     for index, (least, most) in enumerate(bounds):
@@ -42,7 +49,15 @@ def problem(images: Images) -> tuple[int, str] | None:
 
 
 def check(prediction: Tensor, target: Tensor) -> None:
-    """Raise `AfterimageError` unless both are floats `(B, 3, H, W)` of one shape, in [0, 1] to 1e-6."""
+    """Check that two batches of images can be compared.
+
+    Args:
+        prediction: reconstructions, floats `(B, 3, H, W)` in [0, 1]
+        target: originals of the same shape, floats in [0, 1]
+
+    Raises:
+        AfterimageError: shapes differ or are wrong, or values are no floats in [0, 1]
+    """
     pair = (("prediction", prediction), ("target", target))
     for name, images in pair:
         if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
@@ -58,24 +73,44 @@ def check(prediction: Tensor, target: Tensor) -> None:
 
 
 def psnr(prediction: Images, target: Images) -> Scores:
-    """Peak signal-to-noise ratio in dB, one value an image, at most `PSNR_CAP`. Raises as `check` does."""
+    """Compute the peak signal-to-noise ratio of each image.
+
+    Args:
+        prediction: reconstructions `(B, 3, H, W)` in [0, 1]
+        target: originals, likewise
+
+    Returns:
+        PSNR in dB, `(B,)`, at most `PSNR_CAP`
+
+    Raises:
+        AfterimageError: as `check`
+    """
     check(prediction, target)
     return _by_image(_psnr, prediction.float(), target.float())
 
 
 def ssim(prediction: Images, target: Images) -> Scores:
-    """Structural similarity (Wang et al., 2004), one value an image: the mean over channels and over all
-    places where an 11 x 11 Gaussian window (sigma 1.5) fits, with population covariances, as scikit-image
-    computes it.
+    """Compute the structural similarity (Wang et al. 2004) of each image, equal to scikit-image's.
 
-    Raises as `check` does, and where a side is shorter than 11 pixels.
+    It is the mean over channels and over all positions where the 11 x 11 Gaussian window (sigma 1.5) fits, with
+    population covariances.
+
+    Args:
+        prediction: reconstructions `(B, 3, H, W)` in [0, 1]
+        target: originals, likewise
+
+    Returns:
+        SSIM, `(B,)`, in [-1, 1]
+
+    Raises:
+        AfterimageError: as `check`, or a side is shorter than 11 pixels
     """
     check(prediction, target)
     return _by_image(_ssim, prediction.float(), target.float())
 
 
 def _by_image(metric: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
-    # One at a time on a CPU: one image stays in its cache, a batch does not.
+    # One image at a time on a CPU: it fits into the cache, a batch does not.
     size = 1 if prediction.device.type == "cpu" else len(prediction)
     pairs = zip(prediction.split(size), target.split(size), strict=True)
     return torch.cat([metric(p, t) for p, t in pairs])
@@ -90,10 +125,10 @@ def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
     if min(prediction.shape[-2:]) < SSIM_WINDOW:
         size = "x".join(map(str, prediction.shape[-2:]))
         raise AfterimageError(f"SSIM needs images of {SSIM_WINDOW}x{SSIM_WINDOW} or more, got {size}")
-    # By the sum s and the difference d of the images, SSIM's two fractions are
+    # With the sum s and the difference d of the images, SSIM's two fractions are
     #     (E[s]^2 - E[d]^2 + 2 C1) / (E[s]^2 + E[d]^2 + 2 C1),
     #     (var s - var d + 2 C2) / (var s + var d + 2 C2).
-    # Four moments instead of five, and exactly 1 for equal images. Centred first: float32 would lose the
+    # This needs four moments instead of five, and gives exactly 1 for equal images. Centre first: float32 loses the
     # variance of nearly flat images as the difference of two large numbers.
     s, d = prediction + target, prediction - target
     centre_s, centre_d = s.mean((2, 3), keepdim=True), d.mean((2, 3), keepdim=True)
@@ -108,17 +143,20 @@ def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _fraction(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """`(a - b + c) / (a + b + c)`, in fewer passes."""
+    """Compute `(a - b + c) / (a + b + c)` with fewer passes over memory."""
     return 1 - 2 * b / (a + b + c)
 
 
 def _gaussian() -> list[float]:
+    """Return the normalised weights of SSIM's window along one axis."""
     weights = [math.exp(-((i - SSIM_WINDOW // 2) ** 2) / (2 * SIGMA**2)) for i in range(SSIM_WINDOW)]
     return [weight / sum(weights) for weight in weights]
 
 
 def _blur(planes: Tensor, axis: int) -> Tensor:
-    """The Gaussian along one axis where it fits: a sum of shifted views, quicker here than a convolution."""
+    """Apply the Gaussian along one axis where it fits, as a sum of shifted views: faster here than a
+    convolution.
+    """
     length = planes.shape[axis] - SSIM_WINDOW + 1
     first, *others = _gaussian()
     result = planes.narrow(axis, 0, length) * first
@@ -128,12 +166,18 @@ def _blur(planes: Tensor, axis: int) -> Tensor:
 
 
 class Metrics:
-    """PSNR, SSIM and, where its network's weights can be had, LPIPS against the original.
+    """Compute PSNR, SSIM and, if its weights are available, LPIPS of reconstructions.
 
-    `lpips_net` is `alex`, `vgg` or `squeeze`; `weights` a file or folder of its backbone, or `pretrained`
-    to look for it. Where that finds none, and where images of `size` pixels a side are too small for the
-    network, LPIPS is unavailable and `lpips_status` says why. A file that is there but does not fit is an
-    `AfterimageError`, and so is a path that does not exist.
+    LPIPS is unavailable if its weights are not found, or if images of `size` pixels a side are too small for
+    its network; `lpips_status` gives the reason.
+
+    Args:
+        lpips_net: `alex`, `vgg` or `squeeze`
+        weights: file or folder of the network's backbone, or `pretrained` to search for it
+        size: shorter side of the images in pixels, if it is known
+
+    Raises:
+        AfterimageError: the network is unknown, the path does not exist, or the file does not fit
     """
 
     def __init__(
@@ -159,21 +203,37 @@ class Metrics:
         self.lpips_status = LpipsStatus(lpips_net, True, weights=found.used)
 
     def to(self, device: torch.device | str) -> Metrics:
+        """Move LPIPS to a device and return the metrics."""
         if self.lpips is not None:
             self.lpips.to(device)
         return self
 
     def __call__(self, prediction: Images, target: Images) -> dict[str, list[float] | None]:
-        """`{"psnr": [...], "ssim": [...], "lpips": [...]}`, one number an image; `lpips` may be None."""
+        """Score reconstructions of a batch.
+
+        Args:
+            prediction: reconstructions `(B, 3, H, W)` in [0, 1]
+            target: originals, likewise
+
+        Returns:
+            `{"psnr": [...], "ssim": [...], "lpips": [...]}` with a number for each image; `lpips` is None if
+                unavailable
+        """
         return self.compare([prediction], target)[0]
 
     @torch.inference_mode()
     def compare(
         self, predictions: Sequence[Images], target: Images, *, any_size: bool = False
     ) -> list[dict[str, list[float] | None]]:
-        """As calling, for several reconstructions of the same images: LPIPS looks at the originals once.
+        """Score several reconstructions of the same images; LPIPS computes the originals' features only once.
 
-        With `any_size` SSIM and LPIPS are None where images are too small for them.
+        Args:
+            predictions: batches of reconstructions `(B, 3, H, W)` in [0, 1]
+            target: originals, likewise
+            any_size: whether to return None for SSIM and LPIPS of images that are too small, instead of raising
+
+        Returns:
+            a dict as from a call for each batch of reconstructions
         """
         for prediction in predictions:
             check(prediction, target)

@@ -1,4 +1,4 @@
-"""What is lost: the error by spatial frequency, by luma and chroma, by place and by kind of region."""
+"""Break down the error of reconstructions by spatial frequency, luma and chroma, position and kind of region."""
 
 from __future__ import annotations
 
@@ -14,29 +14,37 @@ from torch import Tensor
 from afterimage.evaluation.metrics import PSNR_CAP
 
 BANDS = 32
-"""Bands of spatial frequency, equally wide from 0 to 0.5 cycles a pixel (the corners beyond are left out)."""
+"""Bands of spatial frequency, equally wide from 0 to 0.5 cycles a pixel; the corners of the spectrum are left
+out.
+"""
 CELLS = 56
+"""Cells a side of the map of the error by position."""
 WINDOW = 7
+"""Side in pixels of the neighbourhood that decides a pixel's kind of region."""
 FLAT = 0.02
+"""Standard deviation of luma, in [0, 1], below which a region is flat: 5 of 255."""
 COHERENT = 0.5
+"""Coherence of the structure tensor, in [0, 1], from which a region is an edge."""
 REGIONS = ("flat", "edge", "texture")
 PLANES = ("luma", "cb", "cr")
 MATRIX = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+"""RGB to Y, Cb and Cr by ITU-R BT.601."""
 
 Images = Float[Tensor, "batch 3 height width"]
 Planes = Float[Tensor, "batch planes height width"]
 
 
 def ycbcr(images: Images) -> Images:
-    """Luma, Cb and Cr of ITU-R BT.601 in full range, as JPEG has them; chroma lies in [-0.5, 0.5]."""
+    """Convert images to luma, Cb and Cr by ITU-R BT.601 in full range, as in JPEG; chroma lies in [-0.5, 0.5]."""
     return torch.einsum("pc,bchw->bphw", images.new_tensor(MATRIX), images)
 
 
 def regions(images: Images) -> Int[Tensor, "batch height width"]:
-    """Each pixel's kind as an index of `REGIONS`, from the luma in the 7 x 7 pixels around it.
+    """Classify each pixel as an index of `REGIONS`, from the luma in the 7 x 7 pixels around it.
 
-    Flat: its standard deviation is below 0.02 (5 of 255). Otherwise edge where the structure tensor has one clear
-    direction, `(l1 - l2) / (l1 + l2) >= 0.5` (Bigun and Granlund, 1987); texture where it has none.
+    A region is flat if its standard deviation is below 0.02 (5 of 255). Otherwise it is an edge if the
+    structure tensor has one clear direction, `(l1 - l2) / (l1 + l2) >= 0.5` (Bigun and Granlund 1987), and
+    texture if not.
     """
     luma = ycbcr(images)[:, 0].double().cpu().numpy()
 
@@ -53,16 +61,22 @@ def regions(images: Images) -> Int[Tensor, "batch height width"]:
 
 
 def frequencies() -> list[float]:
-    """The middle of each band, in cycles a pixel."""
+    """Return the centre of each band in cycles a pixel."""
     return [(i + 0.5) * 0.5 / BANDS for i in range(BANDS)]
 
 
 def cross_spectrum(a: Planes, b: Planes) -> Float[Tensor, "batch planes bands"]:
-    """The real part of the cross-spectral density of two sets of planes, the mean over each band of frequencies.
+    """Compute the real part of the cross-spectral density of two sets of planes, as the mean over each band.
 
-    Hann windows in both directions and no mean, so that borders do not leak; scaled so that white noise has its
-    variance in every band. With `a` and `b` the same it is the radially averaged power spectrum. Bands that no
-    frequency of so small an image falls into are NaN.
+    The mean is removed and a Hann window applied along both axes, so that borders do not leak. White noise has
+    its variance in every band. With `a` and `b` the same, this is the radially averaged power spectrum.
+
+    Args:
+        a: planes `(B, P, H, W)`
+        b: planes of the same shape
+
+    Returns:
+        `(B, P, BANDS)`; NaN for bands into which no frequency of such a small image falls
     """
     height, width = a.shape[-2:]
     window = torch.outer(_hann(height), _hann(width)).to(a)
@@ -76,7 +90,7 @@ def cross_spectrum(a: Planes, b: Planes) -> Float[Tensor, "batch planes bands"]:
     radius = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None]).to(a.device)
     band = (radius * 2 * BANDS).long().flatten()
     inside = band < BANDS
-    inside[0] = False  # the mean, which was taken out
+    inside[0] = False  # the mean, which was removed
     sums = products.new_zeros(*products.shape[:2], BANDS)
     sums.index_add_(2, band[inside], products.flatten(2)[..., inside])
     return sums / torch.bincount(band[inside], minlength=BANDS).to(sums)
@@ -87,7 +101,11 @@ def _hann(length: int) -> Tensor:
 
 
 class ErrorBreakdown:
-    """Adds up what reconstructions have lost of their images, batch by batch."""
+    """Accumulates the error breakdown of reconstructions, batch by batch.
+
+    Attributes:
+        rows: for each image its PSNR in each plane, and the share and error of each kind of region
+    """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -97,7 +115,13 @@ class ErrorBreakdown:
         self._place: Tensor | float = 0.0
 
     def add(self, ids: list[str], images: Images, outputs: Images) -> None:
-        """Take in reconstructions `(B, 3, H, W)` of images, both in [0, 1]."""
+        """Add a batch of reconstructions.
+
+        Args:
+            ids: ids of the images
+            images: the originals `(B, 3, H, W)` in [0, 1]
+            outputs: their reconstructions, likewise
+        """
         images, outputs = images.double(), outputs.double()
         planes, rebuilt = ycbcr(images), ycbcr(outputs)
         error = (rebuilt - planes).square()
@@ -120,10 +144,10 @@ class ErrorBreakdown:
         self._place = self._place + F.adaptive_avg_pool2d(squared, size).sum(0).cpu()
 
     def result(self) -> dict[str, Any]:
-        """What `error_breakdown.json` holds: sums over images divided by their number, as plain JSON values.
+        """Return the content of `error_breakdown.json`: means over images, as plain JSON values.
 
-        `spectra` gives for luma and for chroma (Cb and Cr added) the power of the image, of the reconstruction,
-        of what they share (`shared`, the real cross-spectrum) and of the error, band by band.
+        `spectra` holds, for luma and for chroma (Cb and Cr added), the power in each band of the images, of the
+        reconstructions, of what they share (`shared`, the real part of the cross-spectrum) and of the error.
         """
         count = len(self.rows)
         spectra = self._spectra / count
@@ -145,7 +169,7 @@ class ErrorBreakdown:
         }  # fmt: skip
 
     def _region(self, name: str) -> dict[str, float | None]:
-        """The share of all pixels, and the mean squared error on them."""
+        """Return one kind of region's share of all pixels and the mean squared error on them."""
         shares = [row[f"share_{name}"] for row in self.rows]
         total = sum(shares)
         error = sum(s * row[f"mse_{name}"] for s, row in zip(shares, self.rows, strict=True) if s)
@@ -157,5 +181,5 @@ def _decibels(errors: Tensor) -> list[float]:
 
 
 def _numbers(values: Tensor) -> list[float | None]:
-    """Five significant digits; None for a band that is empty."""
+    """Round to five significant digits; empty bands (NaN) become None."""
     return [None if value != value else float(f"{value:.5g}") for value in values.tolist()]

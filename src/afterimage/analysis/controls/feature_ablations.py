@@ -1,4 +1,4 @@
-"""Features that are not the image's own: what a trained decoder makes of them is its prior."""
+"""Replace an image's features by others: what a trained decoder makes of those is its prior."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from afterimage.data.images import ImageSet
 from afterimage.models.reconstructor import MultiEncoder
 
 SAMPLE_IMAGES = 64
+"""Training images from which the channels' means and ranges are measured."""
 SAMPLE_VALUES = 20_000
-"""Values a channel that its mean, range and levels are taken from."""
+"""Values a channel for the same: 20 of them lie beyond a quantile of 0.1 %."""
 
 Maps = Sequence[Float[Tensor, "batch _ _ _"]]
 
 
 def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
-    """Every map with its locations in random order, a different one for each image; channels stay together."""
+    """Shuffle the locations of every map, differently for each image; the channels of a location stay together.
+
+    Args:
+        features: maps `(B, C, h, w)`
+        generator: source of the random orders
+    """
     shuffled = []
     for maps in features:
         rows = maps.flatten(2)
@@ -30,7 +36,12 @@ def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
 
 
 def level(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[Tensor]:
-    """Every channel at one value everywhere: the same features for every image."""
+    """Set every channel to one value at all locations: the same features for every image.
+
+    Args:
+        features: maps `(B, C, h, w)`, for their shapes
+        means: a value for each channel of each map, `(C,)`
+    """
     return [
         mean.to(maps.device)[None, :, None, None].expand_as(maps).contiguous()
         for maps, mean in zip(features, means, strict=True)
@@ -38,10 +49,18 @@ def level(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[T
 
 
 def distance(features: Maps, others: Maps) -> Float[Tensor, " batch"]:
-    """`||others - features|| / ||features||`, one value an image; the mean over maps where there are several."""
+    """Compute the relative distance `||others - features|| / ||features||` of each image, as the mean over
+    maps.
+
+    Args:
+        features: maps `(B, C, h, w)`
+        others: maps of the same shapes
+    """
     ratios = []
     for own, other in zip(features, others, strict=True):
-        norm = own.flatten(1).norm(dim=1).clamp_min(1e-12)  # features that are all zero are 0 from themselves
+        norm = (
+            own.flatten(1).norm(dim=1).clamp_min(1e-12)
+        )  # features that are all zero have distance 0 from themselves
         ratios.append((other - own).flatten(1).norm(dim=1) / norm)
     return torch.stack(ratios).mean(0)
 
@@ -50,7 +69,17 @@ def distance(features: Maps, others: Maps) -> Float[Tensor, " batch"]:
 def sample(
     encoders: MultiEncoder, images: ImageSet, *, device: torch.device | str = "cpu", batch_size: int = 8
 ) -> list[Float[Tensor, "channels values"]]:
-    """Features at random locations of the first images, one table `(C, n)` a source, the same on every call."""
+    """Sample features at random locations of the first training images, the same ones on every call.
+
+    Args:
+        encoders: the encoders
+        images: the training images
+        device: where the encoders are
+        batch_size: images at a time
+
+    Returns:
+        a table `(C, n)` for each source
+    """
     count = min(len(images), SAMPLE_IMAGES)
     generator = torch.Generator().manual_seed(0)
     parts: list[list[Tensor]] = [[] for _ in encoders.sources]

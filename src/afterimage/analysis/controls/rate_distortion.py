@@ -1,4 +1,4 @@
-"""Rate: features quantised and entropy-coded, and the same images as JPEG and WebP files."""
+"""Measure the rate of features, quantised and entropy-coded, and of the same images as JPEG and WebP files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ from afterimage.evaluation.evaluate import to_uint8
 from afterimage.evaluation.metrics import psnr
 
 BITS = (8, 6, 4, 3, 2, 1)
+"""Bits per feature value that are tried."""
 TAIL = 0.001
+"""Share of the training values cut off at either end of the quantiser's range, against outliers."""
 JPEG = (1, 5, 10, 20, 30, 50, 70, 80, 90, 95, 100)
+"""Qualities of JPEG that are tried."""
 WEBP = (0, 5, 10, 20, 30, 50, 70, 80, 90, 95, 100)
+"""Qualities of WebP that are tried."""
 CODER = "bzip2"
+"""Entropy coder of the symbols, as the files name it."""
 
 Maps = Float[Tensor, "batch channels h w"]
 Symbols = UInt8[Tensor, "batch channels h w"]
@@ -29,11 +34,18 @@ Symbols = UInt8[Tensor, "batch channels h w"]
 
 @dataclass(frozen=True)
 class Quantiser:
-    """A uniform quantiser for each channel.
+    """A uniform quantiser with a range for each channel.
 
-    Each channel's range, from its 0.1 % to its 99.9 % quantile over training images, is cut into `2 ** bits`
-    cells of one width; what lies outside goes to the outermost. A symbol stands for the mean of the training
-    features in its cell (the centroid condition of Lloyd, 1982), or for its middle where there are none.
+    The range of a channel, from the 0.1 % to the 99.9 % quantile of training features, is divided into `2 **
+    bits` cells of equal width; values outside go to the outermost cells. A symbol decodes to the mean of the
+    training features in its cell (the centroid condition of Lloyd 1982), or to the cell's middle where there
+    are none.
+
+    Attributes:
+        bits: bits of a symbol
+        low: lower end of each channel's range `(C,)`
+        width: width of each channel's cells `(C,)`
+        table: value of each channel's symbols `(C, 2 ** bits)`
     """
 
     bits: int
@@ -43,7 +55,12 @@ class Quantiser:
 
     @classmethod
     def fit(cls, values: Float[Tensor, "channels values"], bits: int) -> Quantiser:
-        """From training features, a table `(C, n)`; `bits` from 1 to 8."""
+        """Fit the quantiser.
+
+        Args:
+            values: training features `(C, n)`
+            bits: bits of a symbol, 1 to 8
+        """
         ends = np.quantile(values.numpy(), (TAIL, 1 - TAIL), axis=1)
         low, high = torch.from_numpy(ends).float()
         count = 2**bits
@@ -55,52 +72,59 @@ class Quantiser:
         return cls(bits, low, width, torch.where(number > 0, (sums / number).float(), middles))
 
     def encode(self, maps: Maps) -> Symbols:
+        """Return the symbols of feature maps `(B, C, h, w)`."""
         shape = (1, -1, 1, 1)
         low, width = self.low.to(maps.device).view(shape), self.width.to(maps.device).view(shape)
         return _symbols(maps, low, width, 2**self.bits)
 
     def decode(self, symbols: Symbols) -> Maps:
+        """Return the feature maps of symbols `(B, C, h, w)`."""
         table = self.table.to(symbols.device)
         channel = torch.arange(len(table), device=symbols.device)[:, None, None]
         return table[channel, symbols.long()]
 
 
 def _symbols(values: Tensor, low: Tensor, width: Tensor, count: int) -> Tensor:
-    """The number of each value's cell; a channel that never varies has one cell."""
+    """Return the number of each value's cell; a channel that never varies has one cell."""
     steps = torch.where(width > 0, (values - low) / width.clamp_min(1e-30), 0)
     return steps.floor().clamp(0, count - 1).to(torch.uint8)
 
 
 def coded_bytes(symbols: Symbols) -> list[int]:
-    """The size of each image's symbols after bzip2 (Burrows and Wheeler, 1994), channel after channel.
+    """Return the size in bytes of each image's symbols after bzip2 (Burrows and Wheeler 1994), channel by
+    channel.
 
-    The quantiser's own tables, which all images share, are not counted.
+    The quantiser's tables, which all images share, are not counted.
     """
     return [len(bz2.compress(image.cpu().numpy().tobytes(), 9)) for image in symbols]
 
 
 def histograms(symbols: Symbols, bits: int) -> Float[Tensor, "channels symbols"]:
-    """How often each symbol occurs in each channel."""
+    """Count how often each symbol of `bits` bits occurs in each channel of a batch `(B, C, h, w)`."""
     channels, count = symbols.shape[1], 2**bits
     index = symbols.long() + torch.arange(channels, device=symbols.device)[:, None, None] * count
     return torch.bincount(index.flatten(), minlength=channels * count).view(channels, count).double().cpu()
 
 
 def entropy(counts: Float[Tensor, "channels symbols"]) -> Float[Tensor, " channels"]:
-    """Shannon's entropy of each channel's symbols, in bits a symbol.
+    """Compute Shannon's entropy of each channel's symbols, in bits a symbol, from their counts.
 
-    No code that codes every value by itself, with one table a channel, is shorter; one that uses what neighbours
-    have in common can be.
+    This is the shortest code length for values that are coded independently with one table a channel; a code
+    that uses the dependence between neighbours can be shorter.
     """
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
     return -torch.xlogy(shares, shares).sum(1) / np.log(2)
 
 
 def codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[str, Any]]:
-    """JPEG (Huffman tables optimised, chroma at half size) and WebP at many qualities, whole files.
+    """Code images as JPEG (optimised Huffman tables, chroma at half size) and as WebP at many qualities.
 
-    One row a codec and quality: mean bits a pixel and mean PSNR in dB against images in [0, 1]; the last row is
-    lossless WebP, whose PSNR is None. Quality runs from 0 or 1 to 100.
+    Args:
+        batches: images `(B, 3, H, W)` in [0, 1]
+
+    Returns:
+        for each codec and quality (0 or 1 to 100) the mean bits per pixel of whole files and the mean PSNR in
+            dB; the last row is lossless WebP, whose PSNR is None
     """
     settings = [("JPEG", {"quality": q, "optimize": True}) for q in JPEG]
     settings += [("WebP", {"quality": q, "method": 4}) for q in WEBP]

@@ -1,10 +1,13 @@
-"""Controls of finished runs, beside their scores: what the decoder guesses, what is lost, and the rate.
+"""Measure the controls of finished runs: what the decoder guesses, what is lost, and the rate.
 
-They are files of the run folder, written whole and with a format number:
+The results are files of the run folder, written whole and with a format number:
 
-controls.json, .csv   features of another image, shuffled, mean and zero features; the re-encoded reconstruction
-error_breakdown.json, .csv       the error by frequency, luma and chroma, place and kind of region
-rate_distortion.json, .csv       features at 8 to 1 bits and their coded size, beside JPEG and WebP
+controls.json, .csv: scores with features of another image, shuffled, mean and zero features, and the distance
+of the re-encoded reconstruction
+
+error_breakdown.json, .csv: the error by frequency, by luma and chroma, by position and by kind of region
+
+rate_distortion.json, .csv: features at 8 to 1 bits and their coded size, beside JPEG and WebP
 """
 
 from __future__ import annotations
@@ -48,9 +51,13 @@ from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
 FORMAT = 1
+"""Version of the files' content; files of another version are measured again."""
 PARTS = ("controls", "error_breakdown", "rate_distortion")
+"""The parts of the controls, each a pair of files."""
 STAND_INS = ("another", "shuffled", "mean", "zero")
+"""The features that stand in for the image's own."""
 BATCH = 8
+"""Images at a time, to bound the memory of features."""
 
 
 def run_controls(
@@ -64,12 +71,26 @@ def run_controls(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> list[AfterimageError]:
-    """Measure the controls of finished decoder runs on their own test images, into their folders.
+    """Measure the controls of finished decoder runs on their own test images, and write them into the run
+    folders.
 
-    What is there already for the same decoder is kept, unless `again`. Baselines and inversions are passed over.
-    `lpips` is the network that each run was measured with by default. Returns one error for each run, or part of one,
-    that could not be measured, whatever was raised; its traceback is in the run's folder, and the others go on. Raises
-    `AfterimageError` for a part that is not one of `PARTS`.
+    Baselines and inversions are skipped, and so are parts that were measured before with the same decoder.
+
+    Args:
+        runs: the runs
+        parts: which of `PARTS` to measure
+        again: whether to measure parts again that are there already
+        weights: weights of the encoders; None takes the run's own
+        lpips: LPIPS network; None takes the run's own
+        cache: folder of decoded images
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        progress: called with the progress; its exceptions end everything
+
+    Returns:
+        an error for each run, or part of one, that could not be measured; the traceback is in the run folder
+
+    Raises:
+        AfterimageError: a part is not one of `PARTS`
     """
     progress = of_caller(progress)
     for part in parts:
@@ -111,7 +132,7 @@ def run_controls(
 
 
 class _Loaded:
-    """The images of one data configuration, and their JPEG and WebP curves, drawn once."""
+    """The images of one data configuration, and their JPEG and WebP curves, computed once."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -151,7 +172,9 @@ def _measure(
     progress: Progress,
     failed: Callable[[Exception, str], None],
 ) -> None:
-    """Measure parts of the controls on one pass; `failed` is given what a part raises, and the others go on."""
+    """Measure parts of the controls in one pass over the test images; `failed` receives the errors of single
+    parts.
+    """
     data, image_set = loaded.data, loaded.data.test
     if len(image_set) < 2:
         raise AfterimageError(
@@ -197,7 +220,9 @@ def _measure(
 def _with_next(
     encoders: Callable[[Tensor], list[Tensor]], image_set: ImageSet, indices: Tensor, device: torch.device
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """A batch of images, their features, and the features of the image after each; the first follows the last."""
+    """Return a batch of images, their features, and the features of each one's next image; the first follows
+    the last.
+    """
     following = (indices[-1:] + 1) % len(image_set)
     images = image_set.crops(torch.cat([indices, following]), device=device)
     features = encoders(images)
@@ -205,7 +230,7 @@ def _with_next(
 
 
 class _Controls:
-    """Features that are not the image's through its decoder, scored against the image."""
+    """Scores of the decoder's output for features other than the image's own."""
 
     def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], metrics: Metrics) -> None:
         self.encoders, self.feature_decoder = reconstructor.encoders, reconstructor.feature_decoder
@@ -256,7 +281,7 @@ class _Controls:
 
 
 class _Losses(ErrorBreakdown):
-    """What the reconstruction has lost."""
+    """The error breakdown of the reconstructions."""
 
     def add(
         self, ids: list[str], images: Tensor, own: list[Tensor], others: list[Tensor], rebuilt: Tensor
@@ -265,7 +290,7 @@ class _Losses(ErrorBreakdown):
 
 
 class _Rates:
-    """The reconstruction from quantised features, by a decoder that was fitted on features as they are."""
+    """Scores of reconstructions from quantised features, by the decoder that was trained on unquantised ones."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What every part of a defence is, and what features cost to send."""
+"""The base class of a defence's parts, and the cost of sending features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ Map = Float[Tensor, "batch _ _ _"]
 
 @dataclass(frozen=True)
 class Wire:
-    """What one image's features cost to send: numbers of so many bits, and bits that say which they are."""
+    """The cost of sending one image's features.
+
+    Attributes:
+        values: numbers that are sent
+        bits: bits of each number
+        index_bits: bits in all that say which numbers they are
+    """
 
     values: int
     bits: int = 32
@@ -25,21 +31,29 @@ class Wire:
 
     @property
     def bytes(self) -> int:
+        """Size in bytes, rounded up."""
         return math.ceil((self.values * self.bits + self.index_bits) / 8)
 
 
 class Part(nn.Module):
-    """One step on one feature map. `spec` is the shape of what goes in, `sent` of what comes out of `encode`."""
+    """One step of a defence on one feature map.
+
+    Attributes:
+        spec: shape of the features that go in
+        sent: shape of the features that `encode` returns
+        usage: how the part is written, for messages
+        generator: source of random numbers for experiments; None draws from the global generator
+    """
 
     usage = ""
     learns = False
-    """Whether `fit` must have seen features before it can run."""
+    """Whether the part needs `fit` before it can run."""
     is_random = False
-    """Whether `encode` draws anew each time, which whoever receives the features cannot repeat."""
+    """Whether `encode` draws random numbers on every call, which the receiver of the features cannot repeat."""
     preserves_positions = True
-    """Whether what is sent still lies where it was in the map."""
+    """Whether sent features stay at their locations in the map."""
     context: ClassVar[tuple[str, ...]] = ()
-    """Which of `seed` and `image_size` building the part takes besides its argument."""
+    """Which of `seed` and `image_size` the constructor takes besides its argument."""
 
     def __init__(self, spec: FeatureSpec) -> None:
         super().__init__()
@@ -48,6 +62,7 @@ class Part(nn.Module):
         self.register_buffer("fitted", torch.tensor(not self.learns))
 
     def fit(self, maps: Map) -> None:
+        """Measure what the part needs on features `(N, C, h, w)`, if anything."""
         if self.learns:
             self.learn(maps)
             self.fitted.fill_(True)
@@ -56,20 +71,35 @@ class Part(nn.Module):
         """Measure what `encode` needs on features `(N, C, h, w)`."""
 
     def encode(self, maps: Map) -> Map:
+        """Return the features that are sent for features `(B, C, h, w)`."""
         return maps
 
     def decode(self, sent: Map) -> Map:
+        """Return features of the original shape from sent ones."""
         return sent
 
     def wire(self, wire: Wire) -> Wire:
+        """Return the cost after this part from the cost before it."""
         return wire
 
 
 def number(part: Part, value: int | float, low: float, high: float) -> float:
+    """Return an argument as a float.
+
+    Args:
+        part: the part, for the message
+        value: the argument
+        low: lower bound, excluded
+        high: upper bound, included
+
+    Raises:
+        AfterimageError: the argument lies outside the bounds
+    """
     if not (math.isfinite(value) and low < value <= high):
         raise AfterimageError(f"{type(part).__name__.lower()}:{value:g} is out of range; write {part.usage}")
     return float(value)
 
 
 def by_channel(values: Tensor, maps: Tensor) -> Tensor:
+    """Reshape values `(C,)` to broadcast over maps `(B, C, h, w)`, on the device of `maps`."""
     return values.to(maps.device)[:, None, None]

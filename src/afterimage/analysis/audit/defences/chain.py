@@ -1,4 +1,4 @@
-"""Defences one after another, and the text that names them: `noise:0.5+int8`."""
+"""Chains of defences, and the text that names them, such as `noise:0.5+int8`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ DEFENCES: dict[str, type[Part]] = {
     "noise": Noise, "int": Quantise, "1bit": OneBit, "topk": TopK, "pca": PCA, "drop": Drop, "pool": Pool,
     "shuffle": Shuffle,
 }  # fmt: skip
+"""The parts by name. `int` is written with its bits, as in `int8`."""
 
 
 class Defence(nn.Module):
-    """A chain of parts for each of several feature maps; `name` is the text it was built from.
+    """A chain of parts for each of several feature maps.
 
     Attributes:
-        specs: the shapes of the features, `sent_specs` of what is sent
-        sent_bytes: how many bytes the maps of one image take, without entropy coding; `plain_bytes` as float32
+        name: text that it was built from
+        specs: shapes of the features
+        sent_specs: shapes of the features that are sent
+        plain_bytes: size in bytes of one image's features as float32
+        sent_bytes: size in bytes of what is sent for one image, without entropy coding
+        chains: the parts for each map
     """
 
     def __init__(self, name: str, specs: Sequence[FeatureSpec], chains: Sequence[Sequence[Part]]) -> None:
@@ -48,17 +53,19 @@ class Defence(nn.Module):
 
     @property
     def preserves_positions(self) -> bool:
-        """Whether what is sent still lies where it was."""
+        """Whether sent features stay at their locations in the map."""
         return all(part.preserves_positions for chain in self.chains for part in chain)
 
     def reseed(self, seed: int) -> None:
-        """Draw noise and orders from a seed from now on, for experiments; a deployed defence must not be seeded."""
+        """Draw noise and orders from a seed from now on. Only for experiments: whoever knows the seed can undo
+        the defence.
+        """
         for i, part in enumerate(part for chain in self.chains for part in chain):
             part.generator = torch.Generator().manual_seed(seed + i)
 
     @torch.no_grad()
     def fit(self, features: Maps) -> Defence:
-        """Measure scales and directions on features `[(N, C, h, w), ...]`, each part on what the ones before send."""
+        """Measure scales and directions on maps `(N, C, h, w)`, each part on the output of the parts before it."""
         for chain, maps in zip(self.chains, features, strict=True):
             for part in chain:
                 part.fit(maps)
@@ -66,9 +73,14 @@ class Defence(nn.Module):
         return self
 
     def encode(self, features: Maps, *, random: bool = True) -> list[Tensor]:
-        """What is sent for `[(B, C, h, w), ...]`; without `random`, as if noise and shuffling were absent.
+        """Return the features that are sent.
 
-        Raises AfterimageError where a part was not fitted.
+        Args:
+            features: maps `(B, C, h, w)`
+            random: whether noise and shuffling take part
+
+        Raises:
+            AfterimageError: a part has not been fitted
         """
         sent = []
         for chain, maps in zip(self.chains, features, strict=True):
@@ -83,7 +95,7 @@ class Defence(nn.Module):
         return sent
 
     def decode(self, sent: Maps) -> list[Tensor]:
-        """Maps of the original shapes, for the rest of the network."""
+        """Return maps of the original shapes, for the rest of the network."""
         restored = []
         for chain, maps in zip(self.chains, sent, strict=True):
             for part in reversed(chain):
@@ -92,6 +104,7 @@ class Defence(nn.Module):
         return restored
 
     def forward(self, features: Maps) -> list[Tensor]:
+        """Return the maps that the rest of the network receives under this defence."""
         return self.decode(self.encode(features))
 
 
@@ -102,11 +115,17 @@ def create_defence(
     seed: int = 0,
     image_size: tuple[int, int] | None = None,
 ) -> Defence:
-    """Build a defence for features of the given shapes from text such as `noise:0.5+int8`, or `none`.
+    """Build a defence from text such as `noise:0.5+int8`, or `none`. Its parts run from left to right.
 
-    The parts run from left to right. `seed` chooses which channels `drop` keeps; with the `image_size` the specs of
-    what `pool` sends say where it lies, also where its size does not divide the map. Raises `AfterimageError` for an
-    unknown part or an argument out of range, saying what would be valid.
+    Args:
+        text: the parts, joined by `+`
+        specs: shapes of the features
+        seed: decides which channels `drop` keeps
+        image_size: `(height, width)` of the images in pixels; needed to place what `pool` sends, if its size
+            does not divide the map
+
+    Raises:
+        AfterimageError: a part is unknown or its argument is out of range; the message lists what is valid
     """
     return Defence(text, specs, [_chain(text, spec, seed, image_size) for spec in specs])
 

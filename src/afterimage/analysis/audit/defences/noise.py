@@ -1,4 +1,4 @@
-"""Defences by chance: noise on the values, or places in a random order."""
+"""Random defences: noise on the values, or locations in random order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from afterimage.config import FeatureSpec
 
 
 class Noise(Part):
-    """Gaussian noise, `scale` times each channel's standard deviation over images and places.
+    """Gaussian noise of `scale` times each channel's standard deviation over images and locations.
 
-    Drawn anew for every image; whoever sends one image many times lets the noise be averaged away.
+    Noise is drawn anew on every call, so that a sender who repeats an image lets the receiver average the noise
+    away.
     """
 
     usage = "noise:SCALE (of each channel's standard deviation, for example noise:0.5)"
@@ -26,6 +27,7 @@ class Noise(Part):
         self.register_buffer("std", torch.ones(spec.channels))
 
     def learn(self, maps: Map) -> None:
+        """Measure each channel's standard deviation."""
         self.std.copy_(maps.transpose(0, 1).flatten(1).std(1))
 
     def encode(self, maps: Map) -> Map:
@@ -37,9 +39,9 @@ class Noise(Part):
 
 
 class Shuffle(Part):
-    """The places of each image in a new random order, all channels of a place together.
+    """A new random order of the locations of each image; the channels of a location stay together.
 
-    `decode` does not undo it: nobody keeps the order. Networks without a notion of place go on almost unharmed.
+    `decode` does not undo it, as nobody stores the order. Networks that ignore positions are hardly affected.
     """
 
     usage = "shuffle"

@@ -1,4 +1,4 @@
-"""Defences by coarseness: values of few bits."""
+"""Defences that send values of few bits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from afterimage.config import AfterimageError, FeatureSpec
 
 
 class Quantise(Part):
-    """Uniform quantisation to `bits` bits, each channel between its own least and greatest value in `fit`.
+    """Uniform quantisation to `bits` bits, between each channel's smallest and largest value in `fit`.
 
-    Inside that range the error is at most half a step, `(max - min) / (2^bits - 1) / 2`; outside it values are
+    Inside that range the error is at most half a step, `(max - min) / (2^bits - 1) / 2`; values outside are
     clipped. Gradients pass straight through (Bengio et al. 2013).
     """
 
@@ -33,14 +33,15 @@ class Quantise(Part):
         values = maps.transpose(0, 1).flatten(1)
         self.low.copy_(values.amin(1))
         step = (values.amax(1) - self.low) / (2**self.bits - 1)
-        self.step.copy_(torch.where(step > 0, step, torch.ones_like(step)))  # a channel that never varies
+        self.step.copy_(torch.where(step > 0, step, torch.ones_like(step)))  # constant channels have step 0
 
     def codes(self, maps: Map) -> Tensor:
-        """What is sent: whole numbers from 0 to 2^bits - 1, `(B, C, h, w)`."""
+        """Return the integers that are sent, from 0 to 2^bits - 1, `(B, C, h, w)`."""
         scaled = (maps - by_channel(self.low, maps)) / by_channel(self.step, maps)
         return scaled.round().clamp(0, 2**self.bits - 1).to(torch.int32)
 
     def values(self, codes: Tensor) -> Map:
+        """Return the feature values of codes."""
         return codes * by_channel(self.step, codes) + by_channel(self.low, codes)
 
     def encode(self, maps: Map) -> Map:
@@ -51,10 +52,10 @@ class Quantise(Part):
 
 
 class OneBit(Part):
-    """Each value says only whether it lies above its channel's mean; it becomes the mean of that side.
+    """One bit per value: whether it lies above its channel's mean; it decodes to the mean of that side.
 
-    The two-level quantiser whose levels are the means of their sides (Lloyd 1982, eq. 5 with the threshold at
-    the mean). Gradients pass straight through.
+    This is the two-level quantiser with the means of the two sides as levels (Lloyd 1982, eq. 5, with the
+    threshold at the mean). Gradients pass straight through.
     """
 
     usage = "1bit"
@@ -85,6 +86,8 @@ class OneBit(Part):
 
 
 class _StraightThrough(torch.autograd.Function):
+    """Replace values, and pass the gradient on unchanged."""
+
     @staticmethod
     def forward(ctx, maps, replaced):
         return replaced.clone()

@@ -1,4 +1,4 @@
-"""Defences by sending less: fewer values, directions, channels or places."""
+"""Defences that send less: fewer values, directions, channels or locations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from afterimage.config import AfterimageError, Axis, FeatureSpec
 
 
 class TopK(Part):
-    """Of each image's values only the `k` largest in magnitude; the others become 0.
+    """The `k` values of each image with the largest magnitude; the others become 0.
 
-    They are sent with their places: by number, or as one bit a value where that is shorter.
+    Values are sent with their indices: as numbers, or as one bit for every value of the map if that is shorter.
     """
 
     usage = "topk:FRACTION or topk:COUNT (values kept an image, for example topk:0.1)"
@@ -40,9 +40,9 @@ class TopK(Part):
 
 
 class PCA(Part):
-    """The first `dimensions` principal components over channels, every place of every image a sample.
+    """The first `dimensions` principal components over channels; each location of each image is a sample.
 
-    Pearson (1901): what `decode` returns is the best linear approximation of that rank to the features in `fit`.
+    `decode` returns the best linear approximation of that rank to the features in `fit` (Pearson 1901).
     """
 
     usage = "pca:DIMENSIONS (at most the number of channels, for example pca:8)"
@@ -78,7 +78,7 @@ class PCA(Part):
 
 
 class Drop(Part):
-    """A fixed random share of the channels is not sent; `decode` puts their means in their place."""
+    """A fixed random share of the channels is not sent; `decode` replaces these channels by their means."""
 
     usage = "drop:FRACTION (of the channels, for example drop:0.5)"
     learns = True
@@ -111,10 +111,10 @@ class Drop(Part):
 
 
 class Pool(Part):
-    """Means over squares of `size` x `size` places; `decode` enlarges them again, bilinearly.
+    """Means over squares of `size` x `size` locations; `decode` enlarges them bilinearly.
 
-    Where the size does not divide the map, the last squares hold fewer places: what is sent then reaches beyond the
-    image, and where it lies is known where the image's size is.
+    If the size does not divide the map, the last squares hold fewer locations. The sent map then reaches beyond
+    the image, and its position is known only if `image_size` is given.
     """
 
     usage = "pool:SIZE (places a side, for example pool:2)"
@@ -140,7 +140,7 @@ class Pool(Part):
         )
 
     def _axis(self, axis: Axis | None, count: int, pixels: int | None) -> Axis | None:
-        """Where the squares lie along one axis, from where the places do."""
+        """Return the positions of the squares along one axis, from those of the locations."""
         if axis is None and (count % self.size == 0 or pixels is None):
             return None
         axis = axis or Axis(0.0, pixels / count, 0, pixels)
