@@ -1,1 +1,1 @@
-"""Networks: images to features to images."""
+"""Networks: encoders, decoders, fusions, the perceptual metric, and their weights."""

@@ -1,4 +1,6 @@
-"""Files of the Hugging Face hub and of torch.hub: from the local caches, else downloaded, else why not."""
+"""Get files of the Hugging Face hub and of torch.hub from the local caches, or download them, or explain why
+not.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,23 @@ from afterimage.config import AfterimageError, first_line
 from afterimage.runtime.hub import CONNECT_SECONDS, ask_for_file, ask_soon, busy, refusal
 
 STALL_SECONDS = 30.0
+"""Seconds without data after which a download counts as failed."""
 CONFIG = "config.json"
+"""The file in which a repository of the hub describes its network."""
 
 
 class Unavailable(Exception):
-    """A file cannot be had; the text says why and what to do, and names the place."""
+    """A file is not available; the message names the place, the reason and the remedy."""
 
 
 def cached(repository: str, revision: str | None, names: Sequence[str]) -> Path | None:
-    """The first of the files that the hub's client has downloaded before."""
+    """Return the first of several files of a repository that the hub's client has downloaded before, or None.
+
+    Args:
+        repository: `OWNER/NAME`
+        revision: branch, tag or commit; None for `main`
+        names: names of the files, the preferred one first
+    """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -37,7 +47,16 @@ def cached(repository: str, revision: str | None, names: Sequence[str]) -> Path 
 
 
 def download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
-    """Download the first of the files that a repository of the hub holds. Raises `Unavailable`."""
+    """Download the first of several files that a repository of the hub has.
+
+    Args:
+        repository: `OWNER/NAME`
+        revision: branch, tag or commit; None for `main`
+        names: names of the files, the preferred one first
+
+    Raises:
+        Unavailable: the hub does not answer, refuses, or has none of the files
+    """
     from huggingface_hub import constants, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -45,7 +64,7 @@ def download(repository: str, revision: str | None, names: Sequence[str]) -> Pat
         try:
             ask_for_file(hf_hub_url(repository, name, revision=revision))
             return Path(hf_hub_download(repository, name, revision=revision, etag_timeout=CONNECT_SECONDS))
-        except LocalEntryNotFoundError as error:  # the client's word for any failure, and no missing entry
+        except LocalEntryNotFoundError as error:  # stands for any failure of the client
             raise Unavailable(refusal(repository, revision, error.__cause__ or error)) from None
         except EntryNotFoundError:
             continue
@@ -62,14 +81,15 @@ def _knock(url: str) -> None:
 
 
 def torch_hub_file(url: str) -> Path:
-    """Where torch.hub keeps what it has downloaded from an address."""
+    """Return the path at which torch.hub caches the file of an address."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 def download_url(url: str) -> Path:
-    """Download whole or not at all, into torch.hub's cache; the digest in its file names is checked.
+    """Download a file into torch.hub's cache, completely or not at all, and verify the digest in its name.
 
-    Raises `Unavailable`.
+    Raises:
+        Unavailable: the download failed
     """
     file = torch_hub_file(url)
     expected = re.search(r"-([0-9a-f]{8,})\.", file.name)
@@ -92,9 +112,11 @@ def download_url(url: str) -> Path:
 
 @functools.cache
 def repository_config(name: str) -> dict[str, Any]:
-    """The config.json of a repository of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.
+    """Read the config.json of a repository of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`, from the cache or
+    the hub.
 
-    It is taken from the hub's cache where it is there. Raises AfterimageError that says where it was looked for.
+    Raises:
+        AfterimageError: it is not available or not valid; the message says where it was searched
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError

@@ -20,10 +20,10 @@ Images = Float[Tensor, "batch 3 height width"]
 
 @dataclass(frozen=True)
 class Backbone:
-    """One of torchvision's networks, and which of its `features` LPIPS compares."""
+    """A network of torchvision, and the indices in its `features` of the layers that LPIPS compares."""
 
     model: str
-    taps: tuple[int, ...]
+    layers: tuple[int, ...]
 
 
 BACKBONES = {
@@ -31,16 +31,22 @@ BACKBONES = {
     "vgg": Backbone("vgg16", (3, 8, 15, 22, 29)),
     "squeeze": Backbone("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
 }
+"""The backbones of Zhang et al. (2018): the outputs of the ReLU layers at these indices are compared."""
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual image patch similarity (Zhang et al., 2018), version 0.1: 0 for equal images.
+    """Learned perceptual image patch similarity (Zhang et al. 2018), version 0.1: 0 for equal images.
 
-    `net` is `alex`, `vgg` or `squeeze`. `weights` is torchvision's file for it (its `features` part is
-    enough), a folder, `pretrained` to look for it, or what `find_lpips_weights` found. The linear heads are
-    its authors', from their package `lpips`. Frozen, always in evaluation mode, and in float32 also under autocast.
+    The network is frozen, always in evaluation mode, and runs in float32 also under autocast. Its linear heads
+    come from the authors' package `lpips`.
 
-    Raises `AfterimageError` for an unknown net, weights that cannot be had, and a tensor that the file lacks.
+    Args:
+        net: `alex`, `vgg` or `squeeze`
+        weights: torchvision's file for that network (the part `features` is enough), a folder, `pretrained` to
+            search for it, or the result of `find_lpips_weights`
+
+    Raises:
+        AfterimageError: the network is unknown, or its weights are not found or lack a tensor
     """
 
     def __init__(self, net: str = "alex", weights: Weights | str | Path = "pretrained") -> None:
@@ -49,21 +55,26 @@ class LPIPS(nn.Module):
         self.backbone = _backbone(net)
         self.weights = weights if isinstance(weights, Weights) else find_lpips_weights(net, weights)
         layers = _layers(self.backbone, self.weights)
-        ends = [tap + 1 for tap in self.backbone.taps]
+        ends = [index + 1 for index in self.backbone.layers]
         self.slices = nn.ModuleList(layers[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
         for index, head in enumerate(_heads(net, len(ends))):
             self.register_buffer(f"head{index}", head)
-        # The reference's constants are for images in [-1, 1]; carried over to [0, 1].
+        # The reference's constants are for images in [-1, 1]; these are for [0, 1].
         shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
         self.register_buffer("mean", ((shift + 1) / 2).view(1, 3, 1, 1))
         self.register_buffer("std", (scale / 2).view(1, 3, 1, 1))
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> LPIPS:
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def features(self, images: Images) -> list[Tensor]:
-        """Feature maps `(B, C, h, w)` of images in [0, 1], of unit length at every location."""
+        """Compute feature maps `(B, C, h, w)` of images in [0, 1], with unit length at every location.
+
+        Raises:
+            AfterimageError: the images are too small for the network
+        """
         smallest = LPIPS_SMALLEST[self.net]
         if min(images.shape[-2:]) < smallest:
             size = "x".join(map(str, images.shape[-2:]))
@@ -75,28 +86,44 @@ class LPIPS(nn.Module):
             values = (images.float() - self.mean) / self.std
             for part in self.slices:
                 values = part(values)
-                # Not by a plain square root: where no feature is active its gradient is NaN.
+                # A plain square root has the gradient NaN where no feature is active.
                 maps.append(F.normalize(values, dim=1, eps=1e-10))
         return maps
 
     def distance(self, prediction: Sequence[Tensor], target: Sequence[Tensor]) -> Float[Tensor, " batch"]:
-        """The distance of two results of `features`, one value an image."""
+        """Compute the distance between two results of `features`, one value for each image."""
         total = 0
         with torch.autocast(target[0].device.type, enabled=False):
             for index, (p, t) in enumerate(zip(prediction, target, strict=True)):
-                # Heads and mean over locations are both linear; the mean first is cheaper.
+                # Heads and the mean over locations are both linear; taking the mean first is cheaper.
                 total = total + (p - t).square_().mean((2, 3)) @ getattr(self, f"head{index}")
         return total
 
     def forward(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
-        """The distance of images in [0, 1], one value an image. Gradients flow to the prediction alone."""
+        """Compute the LPIPS distance of each image. Gradients flow to the prediction only.
+
+        Args:
+            prediction: reconstructions `(B, 3, H, W)` in [0, 1]
+            target: originals, likewise
+
+        Returns:
+            distances `(B,)`, 0 for equal images
+        """
         with torch.no_grad():
             features = self.features(target)
         return self.distance(self.features(prediction), features)
 
 
 def find_lpips_weights(net: str, weights: str | Path = "pretrained") -> Weights:
-    """Where the weights of an LPIPS network are. Raises `AfterimageError` that says what was tried."""
+    """Find the weights of an LPIPS network; see `find_torchvision_weights`.
+
+    Args:
+        net: `alex`, `vgg` or `squeeze`
+        weights: a file, a folder, or `pretrained` to search for it
+
+    Raises:
+        AfterimageError: nothing was found; the message lists what was tried
+    """
     return find_torchvision_weights(_backbone(net).model, weights)
 
 
@@ -111,7 +138,7 @@ def _layers(backbone: Backbone, weights: Weights) -> nn.Sequential:
 
     with torch.device("meta"):
         network = getattr(torchvision.models, backbone.model)(weights=None)
-    layers = network.features[: backbone.taps[-1] + 1]
+    layers = network.features[: backbone.layers[-1] + 1]
     if weights.file is None:
         raise AfterimageError(
             f"LPIPS needs pretrained weights of {backbone.model}; these are {weights.label}"
@@ -130,9 +157,9 @@ def _layers(backbone: Backbone, weights: Weights) -> nn.Sequential:
 
 
 def _heads(net: str, count: int) -> list[Tensor]:
-    """The published linear heads, a weight for each channel of each map; a few kB in the authors' package.
+    """Read the published linear heads from the authors' package: a weight for each channel of each map.
 
-    The package itself is not imported: its network would load ImageNet weights of its own.
+    The package itself is not imported, because its network would load ImageNet weights of its own.
     """
     package = importlib.util.find_spec("lpips")
     if package is None or package.origin is None:

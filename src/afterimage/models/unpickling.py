@@ -1,8 +1,8 @@
-"""Tensors from what torch.save or pickle wrote, read as data: nothing that a file names is imported or called.
+"""Read tensors from files of torch.save or pickle as data: nothing that a file names is imported or called.
 
-A pickle is a list of instructions. They are followed here for containers, numbers, texts, tensors and arrays of
-numbers; whatever else a file asks for (a class, a call) becomes an `Inert`, which stands in its place and does nothing.
-So a checkpoint may carry the settings and the optimizer of its training, of any type, beside its tensors.
+A pickle is a list of instructions. This module follows those that build containers, numbers, text, tensors and
+arrays. Any other class or call in a file becomes an `Inert` placeholder that does nothing. A checkpoint may
+thus hold settings and optimizer states of any type beside its tensors.
 """
 
 from __future__ import annotations
@@ -30,51 +30,56 @@ CODE = frozenset(
     + [f"{module}.{name}" for module in ("builtins", "__builtin__")
        for name in ("eval", "exec", "execfile", "compile", "open", "input", "breakpoint", "__import__", "apply")]
 )  # fmt: skip
-"""Modules and functions that run commands. No training leaves them behind: a file that names one is refused."""
+"""Modules and functions that run commands. No training run stores them, so a file that names one is refused."""
 MAX_RATIO = 500
-"""How many times its size a packed record may become; torch.save packs none."""
+"""Largest factor by which a compressed record may grow, against archives made to fill memory; torch.save
+compresses none.
+"""
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+"""torch's data types by the name that a pickle has for them."""
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8, "_UntypedStorage": torch.uint8,
-    # Of quantised tensors, which are left out like others that are no plain ones.
+    # Quantised tensors, which are skipped like all other special tensors.
     "QInt8Storage": torch.int8, "QUInt8Storage": torch.uint8, "QInt32Storage": torch.int32,
     "QUInt4x2Storage": torch.uint8, "QUInt2x4Storage": torch.uint8,
 }  # fmt: skip
+"""Data types of torch's storage classes."""
 
 
 class Damaged(Exception):
-    """The file cannot be what it begins as; the text says how."""
+    """The file is not what its beginning claims; the message says how."""
 
 
 class HoldsCode(Exception):
-    """The file names something that runs commands; the text is its name."""
+    """The file names something that runs commands; the message is its name."""
 
 
 class Global(NamedTuple):
-    """A class or function that a pickle names. It is not looked up."""
+    """A class or function that a pickle names. It is never looked up."""
 
     name: str
 
 
 class Inert(dict):
-    """What stands for an object of a type that is not known here: its name, and the items that were set on it.
+    """Placeholder for an object of an unknown type: the type's name, and the items that were set on the object.
 
-    A pickled `nn.Module` keeps its parameters, buffers and children as items, so that its tensors have the names
-    that its state dict gives them.
+    The parameters, buffers and children of a pickled `nn.Module` become its items, so that tensors have the
+    same names as in the module's state dict.
     """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.is_module = kind, False
 
-    __hash__ = object.__hash__  # it may be a key or a member of a set
+    __hash__ = object.__hash__  # an object may be a key or a member of a set
     __eq__ = object.__eq__
 
     def set_state(self, state: Any) -> None:
+        """Take over the tensors and children of a pickled module; the state of any other object is dropped."""
         if isinstance(state, dict) and isinstance(state.get("_modules"), dict):
             self.is_module, hidden = True, state.get("_non_persistent_buffers_set")
             for part in ("_parameters", "_buffers", "_modules"):
@@ -83,14 +88,14 @@ class Inert(dict):
 
 
 class Storage(NamedTuple):
-    """Bytes that tensors share, and the type of their values."""
+    """The bytes that tensors share, and the type of their values."""
 
     untyped: torch.UntypedStorage
     dtype: torch.dtype
 
 
 class _Dtype:
-    """NumPy's description of a number: kind and bytes, for example f4, and the order of its bytes."""
+    """NumPy's description of a data type: kind and size, such as f4, and byte order."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         self.code, self.order = str(code), "="
@@ -105,7 +110,7 @@ class _Dtype:
 
 
 class _Array:
-    """A NumPy array that waits for its content."""
+    """A NumPy array whose content follows later in the pickle."""
 
     def __init__(self, *_: Any) -> None:
         self.tensor: Tensor | None = None
@@ -116,7 +121,7 @@ class _Array:
 
 
 def _from_bytes(content: Any, dtype: Any, shape: Any, order: Any = "C") -> Tensor | None:
-    """An array of numbers as a tensor; None for one of texts or objects."""
+    """Return an array of numbers as a tensor; None for an array of text or objects."""
     content = content.encode("latin1") if isinstance(content, str) else content
     found = dtype.find() if isinstance(dtype, _Dtype) else None
     if found is None or not isinstance(content, (bytes, bytearray)):
@@ -126,11 +131,13 @@ def _from_bytes(content: Any, dtype: Any, shape: Any, order: Any = "C") -> Tenso
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    """`rest` may end in a mark of values that are negated or conjugated lazily, which no weights are."""
+    """Rebuild a tensor. `rest` may end with a mark for lazily negated or conjugated values, which no weights
+    have.
+    """
     if not isinstance(storage, Storage) or (len(rest) > 2 and rest[2]):
         return Inert("a tensor of another kind")
     shape, steps, start = tuple(map(int, size)), tuple(map(int, stride)), int(offset)
-    # Torch itself makes some storages larger where a tensor asks for more than they have.
+    # torch would enlarge some storages silently if a tensor asks for more than they have.
     end = start + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + 1
     if min((start, *shape, *steps)) < 0 or (
         0 not in shape and end * storage.dtype.itemsize > storage.untyped.nbytes()
@@ -152,12 +159,12 @@ def _pairs(*arguments: Any) -> dict:
 
 
 def _text_as_bytes(text: Any, encoding: Any = "latin1") -> bytes:
-    """How pickles of protocol 2 hold bytes."""
+    """Return bytes that pickle protocol 2 stored as text."""
     return text.encode({"latin1": "latin1", "utf8": "utf8"}.get(encoding, "latin1"))
 
 
 def _of_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    """A tensor of a subclass, or with attributes of its own: the tensor alone."""
+    """Rebuild a tensor of a subclass, or with attributes, as a plain tensor."""
     return _call(function, arguments)
 
 
@@ -185,7 +192,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray._reconstruct": _Array,
     "numpy.core.numeric._frombuffer": _from_bytes,
 }
-"""All that is ever called, by the name that a pickle has for it."""
+"""The only functions that are ever called, by the names that pickles use."""
 
 
 def _named(module: Any, name: Any) -> Any:
@@ -206,7 +213,7 @@ def _call(target: Any, arguments: Any) -> Any:
 
 
 class _Machine:
-    """Follows the instructions of one pickle: a stack of values, and a memo of those that are used again."""
+    """Executes the instructions of one pickle, with a stack of values and a memo of values that are used again."""
 
     def __init__(self, persistent: Callable[[Any], Any] | None) -> None:
         self.stack: list[Any] = []
@@ -215,11 +222,12 @@ class _Machine:
         self.persistent = persistent
 
     def marked(self) -> list[Any]:
-        """What lies above the last mark, which is taken off."""
+        """Remove the last mark and return the values above it."""
         items, self.stack = self.stack, self.below.pop()
         return items
 
     def arguments(self, count: int) -> list[Any]:
+        """Remove `count` values from the stack and return them."""
         if not 0 < count <= len(self.stack):
             raise Damaged("its instructions ask for values that are not there")
         taken = self.stack[-count:]
@@ -227,10 +235,12 @@ class _Machine:
         return taken
 
     def set_items(self, items: list[Any]) -> None:
+        """Set keys and values, which alternate, on the dictionary on top of the stack."""
         if isinstance(self.stack[-1], dict):
             self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def add(self, items: list[Any]) -> None:
+        """Add items to the list or set on top of the stack."""
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(items)
@@ -238,11 +248,13 @@ class _Machine:
             target.update(items)
 
     def persist(self, key: Any) -> Any:
+        """Return the object that the pickle refers to outside itself."""
         if self.persistent is None:
             raise Damaged("it refers to tensors that another file holds")
         return self.persistent(key)
 
     def step(self, name: str, value: Any) -> None:
+        """Execute one instruction."""
         stack = self.stack
         match name:
             case "PROTO" | "FRAME":
@@ -310,14 +322,20 @@ class _Machine:
                 stack.append(Inert("an extension"))
             case "NEXT_BUFFER" | "READONLY_BUFFER":
                 raise Damaged("it refers to arrays that another file holds")
-            case _:  # numbers, texts and bytes, which come as they are
+            case _:  # numbers, text and bytes are values already
                 stack.append(value)
 
 
 def read_pickle(stream: io.BufferedIOBase, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """The value of the pickle that begins at the stream's place, which is left behind its end.
+    """Read the pickle at the stream's position and return its value; the stream is left behind its end.
 
-    `persistent` gives what the pickle refers to outside itself. Raises `HoldsCode`, or any error for a damaged one.
+    Args:
+        stream: the stream
+        persistent: returns an object that the pickle refers to outside itself, by its key
+
+    Raises:
+        HoldsCode: the pickle names something that runs commands
+        Exception: the pickle is damaged; any type
     """
     machine = _Machine(persistent)
     for opcode, value, _ in pickletools.genops(stream):
@@ -342,14 +360,20 @@ def _bytes_of(dtype: torch.dtype, count: Any, limit: int) -> int:
 
 
 def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
-    """What torch.save wrote before torch 1.6, or a plain pickle; `size` is the stream's in bytes.
+    """Read a file of torch.save before torch 1.6, whose tensors' bytes follow the pickle, or a plain pickle.
 
-    There the tensors' bytes follow the pickle, in an order that a second one gives.
+    Args:
+        stream: the file
+        size: its size in bytes
+
+    Raises:
+        HoldsCode: the file names something that runs commands
+        Exception: the file is damaged; any type
     """
     first = read_pickle(stream)
     if first != MAGIC:
         return first
-    read_pickle(stream), read_pickle(stream)  # the format's number, and facts of the machine
+    read_pickle(stream), read_pickle(stream)  # the version, and facts about the machine
     found: dict[Any, tuple[Tensor, torch.dtype]] = {}
     views: dict[Any, Storage] = {}
     left = size
@@ -385,9 +409,19 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
 
 
 def read_archive(path: Path, archive: zipfile.ZipFile, folder: str) -> Any:
-    """What torch.save writes today: a zip file with a pickle and one record for the bytes of each tensor.
+    """Read a file of torch.save since torch 1.6: a zip file with a pickle and a record for the bytes of each
+    tensor.
 
-    The bytes stay in the file until they are used. `folder` is the archive's only one.
+    Uncompressed records are mapped from the file, so their bytes are read only when they are used.
+
+    Args:
+        path: path of the file
+        archive: the same, opened
+        folder: the archive's only folder, with a slash at its end
+
+    Raises:
+        HoldsCode: the file names something that runs commands
+        Exception: the file is damaged; any type
     """
     records = {info.filename: info for info in archive.infolist()}
     order = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in records else b"little"

@@ -1,4 +1,4 @@
-"""Files of weights as named tensors, by what they hold and not by what they are called; never unpickled."""
+"""Read files of weights as named tensors, by their content rather than their name. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from afterimage.config import AfterimageError, first_line, utf8_path
 from afterimage.models.unpickling import Damaged, HoldsCode, Inert, _Array, read_archive, read_stream
 
 VALID = "valid are safetensors, and state dicts that torch.save wrote"
+"""The valid formats, for error messages."""
 HEAD = 1024
-"""Bytes at the beginning of a file that tell its format."""
+"""Bytes at the beginning of a file that identify its format."""
 MAX_HEADER = 100_000_000
-"""The longest header that safetensors allows, in bytes."""
+"""Longest header that safetensors allows, in bytes."""
 DEPTH = 12
-"""Containers within containers that are looked into."""
+"""Levels of nested containers that are searched for tensors."""
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What torch.compile, FSDP and activation checkpointing put into the names of tensors, at any place."""
+"""Parts that torch.compile, FSDP and activation checkpointing insert into the names of tensors."""
 PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstandard"))
+"""First bytes of compressed files, and the name of their format."""
 FORMATS = (
     (b"\x89HDF\r\n", "an HDF5 file, as Keras writes them"),
     (b"GGUF", "a GGUF file"),
@@ -37,15 +39,20 @@ FORMATS = (
     (b"7z\xbc\xaf", "a 7z archive"),
     (b"Rar!", "a RAR archive"),
 )
+"""First bytes of files that users take for weights by mistake, and what these are."""
 
 
 @dataclass(frozen=True)
 class NamedTensors:
-    """All tensors of a file, flat and in its order: `state_dict.module.conv1.weight`.
+    """All tensors of a file, flat and in the order of the file.
 
-    `containers` are the dictionaries that they were in, by tensor, as the beginning of the name: `state_dict.` there,
-    empty for the file's own. `unread` are the types of what else was in the file, and `wrappers` what was taken out of
-    the names.
+    Attributes:
+        file: the file's path
+        tensors: tensors by full name, such as `state_dict.module.conv1.weight`
+        containers: for each tensor the dictionary that it was in, as a prefix of its name such as
+            `state_dict.`; empty for the outermost dictionary
+        unread: types of the other objects in the file
+        wrappers: parts that were removed from the names
     """
 
     file: str
@@ -55,18 +62,19 @@ class NamedTensors:
     wrappers: tuple[str, ...] = ()
 
     def holds(self, limit: int = 5) -> str:
-        """What was found, for messages: how many tensors, and the first few names."""
+        """Describe the content for messages: the number of tensors, and the first `limit` names."""
         count = len(self.tensors)
         return f"it holds {count} tensor{'s' * (count != 1)}: {_listed(list(self.tensors), limit)}"
 
 
 def read_named_tensors(file: str | Path) -> NamedTensors:
-    """Read a file of safetensors, one that torch.save wrote, a pickled dictionary of arrays, or an index of shards.
+    """Read a file of safetensors, a file of torch.save, a pickled dictionary of arrays, or an index of shards.
 
-    Tensors of safetensors and of today's torch.save stay in the file until they are used.
+    Tensors of safetensors and of torch.save since torch 1.6 are mapped from the file when they are used.
 
     Raises:
-        AfterimageError: the file is none of these, damaged, or holds no named tensors; it says what was found.
+        AfterimageError: the file has another format, is damaged, or holds no named tensors; the message says
+            what it is
     """
     path = Path(file)
     try:
@@ -145,7 +153,11 @@ def _read_zip(path: Path) -> Any:
 
 
 def shards(index: str | Path) -> list[Path]:
-    """The files that an index of shards (`model.safetensors.index.json`) lists. Raises AfterimageError."""
+    """Return the files that an index of shards such as `model.safetensors.index.json` lists.
+
+    Raises:
+        AfterimageError: the index is not valid, or lists a file that is missing or in another folder
+    """
     path = Path(index)
     try:
         listed = json.loads(path.read_bytes())["weight_map"].values()
@@ -169,7 +181,7 @@ def _read_shards(path: Path) -> dict[str, Any]:
 
 
 def _told(path: Path, head: bytes, size: int) -> str:
-    """What a file is that is no checkpoint, in words."""
+    """Describe a file that is not a checkpoint."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not size:
         return "it is empty"
@@ -196,7 +208,7 @@ def _told(path: Path, head: bytes, size: int) -> str:
 
 
 def _named(path: Path, content: Any) -> NamedTensors:
-    """Flatten what was read. A container that is in several places counts where it comes first."""
+    """Flatten the content of a file. A container that occurs in several places counts at the first one."""
     tensors: dict[str, Tensor] = {}
     containers: dict[str, str] = {}
     unread: dict[str, None] = {}
@@ -216,7 +228,7 @@ def _named(path: Path, content: Any) -> NamedTensors:
                 if wrapper in name:
                     wrappers[wrapper], name = None, name.replace(wrapper, "")
             if not isinstance(found, Tensor):
-                # The children of a pickled module are parts of its names, not containers.
+                # The children of a pickled module extend the names of its tensors; they are not containers.
                 inside = isinstance(value, Inert) and isinstance(found, Inert)
                 visit(found, f"{name}.", container if inside else f"{name}.", depth + 1)
             elif isinstance(value, dict) and isinstance(key, str):

@@ -1,4 +1,4 @@
-"""Where weights come from: a path, a folder, a local cache, the hub, or a seed. Never unpickled."""
+"""Find the weights of a network: a path, a folder, a local cache, the hub, or a seed. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -27,22 +27,28 @@ from afterimage.models.weight_files import read_named_tensors, shards
 from afterimage.runs.results import UsedWeights
 
 SUFFIXES = (".safetensors", ".pth")
+"""Endings of weight files in folders, the preferred one first."""
 FOLDER = "AFTERIMAGE_WEIGHTS"
+"""Environment variable that names a folder of weights."""
 SNAPSHOT = tuple(
     f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
-"""What a repository of the hub calls its weights: one file, or an index of several."""
+"""Names of the weights in a repository of the hub: one file, or an index of several files."""
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Keys under which checkpoints nest a state dict, the preferred one first."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights a network has, and where they were found.
+    """The origin of a network's weights.
 
-    `origin` is `path`, `folder` (the one that AFTERIMAGE_WEIGHTS names), `cache`, `hub` or one of
-    `RANDOM_WEIGHTS`; `location` a path, a repository, an address, or `seed N`; `sha256` the file's digest,
-    empty for random ones; `note` says where in the file they are, once they are read, and is empty where that is
-    plain.
+    Attributes:
+        model: name of the model, with its tag
+        origin: `path`, `folder` (named by AFTERIMAGE_WEIGHTS), `cache`, `hub`, or one of `RANDOM_WEIGHTS`
+        location: a path, a repository, an address, or `seed N`
+        sha256: digest of the file; empty for random weights
+        file: the file; None for random weights
+        note: where in the file the weights are, known once they are read; empty if that is obvious
     """
 
     model: str
@@ -59,34 +65,44 @@ class Weights:
 
     @property
     def label(self) -> str:
-        """`pretrained`, or which random control it is."""
+        """`pretrained`, or the name of the random control."""
         return self.origin if self.is_random else "pretrained"
 
     @property
     def used(self) -> UsedWeights:
-        """As a run's result records them."""
+        """The weights as a run's result records them."""
         known = (self.model, self.origin, self.location, self.sha256)
         return UsedWeights(*known, label=self.label, is_random=self.is_random, note=self.note)
 
 
 def weight_notes(used: Iterable[UsedWeights]) -> list[str]:
-    """What is to be said of weights in a run's notes."""
+    """Return the notes on weights, for a run's notes."""
     return [f"weights of {weights.model}: {weights.note}" for weights in used if weights.note]
 
 
 def random_weights(model: str, kind: str, seed: int) -> Weights:
-    """The weights of a random control; `kind` is one of `RANDOM_WEIGHTS`."""
+    """Describe the weights of a random control.
+
+    Args:
+        model: name of the model
+        kind: one of `RANDOM_WEIGHTS`
+        seed: seed of the random numbers
+    """
     return Weights(model, kind, f"seed {seed}")
 
 
 def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
-    """Find a file of weights for a timm model, named with its tag, or for a repository of the hub, `OWNER/NAME`.
+    """Find the file of weights of a timm model or of a repository of the hub.
 
-    `weights` is a path to a file or a folder, or `pretrained`: then the folder that AFTERIMAGE_WEIGHTS names,
-    the local caches of the hub and of torch.hub, and the hub itself are tried in this order.
+    For `pretrained` the search order is: the folder that AFTERIMAGE_WEIGHTS names, the local caches of the hub
+    and of torch.hub, the hub.
+
+    Args:
+        model: timm's name with its tag, or `OWNER/NAME`
+        weights: `pretrained`, or the path of a file or folder
 
     Raises:
-        AfterimageError: nothing was found; it says what was tried and how to go on.
+        AfterimageError: nothing was found; the message lists what was tried and how to go on
     """
     from timm.models import get_pretrained_cfg
 
@@ -104,10 +120,15 @@ def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
 
 
 def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> Weights:
-    """Find torchvision's ImageNet weights for a network by torchvision's name, as LPIPS needs them.
+    """Find torchvision's ImageNet weights of a network, which LPIPS needs.
 
-    In folders the file is `<name>.torchvision.safetensors` or `.pth`; the cache is torch.hub's.
-    Raises AfterimageError as `find_weights` does.
+    Args:
+        name: torchvision's name of the network
+        weights: `pretrained` (searched as in `find_weights`, with torch.hub's cache), or the path of a file or
+            of a folder with `NAME.torchvision.safetensors` or `.pth`
+
+    Raises:
+        AfterimageError: nothing was found; the message lists what was tried and how to go on
     """
     from torchvision.models import get_model_weights, list_models
 
@@ -115,7 +136,7 @@ def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> W
         raise unknown("torchvision model", name, list_models())
     names = [f"{name}.torchvision{suffix}" for suffix in SUFFIXES]
     url = get_model_weights(name).IMAGENET1K_V1.url
-    # No command has an option for these: --weights are the encoder's.
+    # No command has an option for these weights: --weights names the encoder's.
     advice = (
         f"set {FOLDER} to a folder with {' or '.join(names[:2])}, or take another LPIPS network with --lpips"
     )
@@ -167,9 +188,9 @@ def _in_folder(folder: Path, names: list[str]) -> Path | None:
 
 
 def _in_snapshot(model: str, folder: Path) -> Path | None:
-    """The weights of a repository that was copied from the hub, whose config.json must not name another network.
+    """Find the weights in a copy of a repository of the hub, whose config.json must not name another network.
 
-    The folder may also be that of a repository in the hub's cache, which keeps a snapshot for each commit.
+    The folder may also be a repository in the hub's cache, which keeps a snapshot for each commit.
     """
     commit = folder / "refs" / "main"
     if commit.is_file() and (folder / "snapshots").is_dir():
@@ -191,7 +212,7 @@ def _in_snapshot(model: str, folder: Path) -> Path | None:
 
 
 def _architecture(name: str) -> str:
-    """A model's name without its tag, as timm has it today."""
+    """Return a model's name without its tag, with timm's old names replaced by today's."""
     from timm.models._registry import _deprecated_models
 
     name = name.partition(".")[0]
@@ -203,7 +224,7 @@ def _weights(model: str, origin: str, location: str, file: Path) -> Weights:
 
 
 def _hub_files(repository: str, filename: str | None) -> tuple[str, str | None, list[str]]:
-    """Repository, revision, and the file names to try, safetensors first."""
+    """Return repository, revision, and the file names to try, safetensors first."""
     repository, _, revision = repository.partition("@")
     names = [filename] if filename else ["model.safetensors", "pytorch_model.bin"]
     if filename and not filename.endswith(".safetensors"):
@@ -244,9 +265,12 @@ def _from_hub(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weig
 
 
 def file_digest(file: str | Path) -> str:
-    """SHA-256 of a file, computed once for as long as its size and time of change stay the same.
+    """Return the SHA-256 of a file, computed again only if its size or modification time changed.
 
-    For an index of shards it is that of their names and digests.
+    The digest of an index of shards covers the shards' names and digests.
+
+    Raises:
+        AfterimageError: the file cannot be read
     """
     if str(file).endswith(".index.json"):
         digests = [f"{shard.name} {file_digest(shard)}\n" for shard in shards(file)]
@@ -266,10 +290,13 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """Read a file's state dict without a model to compare it with; no code in it is ever run.
+    """Read a file's state dict without comparing it with a model; no code in the file runs.
 
-    A checkpoint that nests its state dict is opened: averaged versions come first, then `state_dict`, then `model`,
-    then the container with most tensors. Raises AfterimageError as `read_named_tensors` does.
+    Of a checkpoint with several state dicts the averaged weights are preferred, then `state_dict`, then
+    `model`, then the container with most tensors.
+
+    Raises:
+        AfterimageError: as `read_named_tensors`
     """
     found = read_named_tensors(file)
     sizes = Counter(found.containers.values())
@@ -283,5 +310,5 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
 
 
 def _strip(key: str) -> str:
-    """Take off what data-parallel training puts before a name."""
+    """Remove the prefix that data-parallel training adds to names."""
     return key.removeprefix("module.")

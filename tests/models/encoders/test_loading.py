@@ -47,7 +47,7 @@ def test_a_part_of_the_network_suffices_up_to_its_deepest_layer(whole, tmp_path)
 
 
 def test_every_tensor_on_the_used_path_is_insisted_on(whole, tmp_path):
-    used = {names[0] for names in trace(TINY, (64, 64)).used([trace(TINY, (64, 64)).tap("layer1")])}
+    used = {names[0] for names in trace(TINY, (64, 64)).used([trace(TINY, (64, 64)).layer("layer1")])}
     assert {"conv1.0.weight", "bn1.running_mean", "layer1.0.bn2.bias"} <= used
     for key in used:
         with pytest.raises(AfterimageError, match=rf"lacks {key}, which"):
@@ -58,7 +58,7 @@ def test_parameters_that_no_module_owns_the_running_of_are_insisted_on():
     used = {
         n
         for names in trace("vit_tiny_patch16_224", (64, 64)).used(
-            [trace("vit_tiny_patch16_224", (64, 64)).tap("block1")]
+            [trace("vit_tiny_patch16_224", (64, 64)).layer("block1")]
         )
         for n in names
     }
@@ -69,7 +69,7 @@ def test_parameters_that_no_module_owns_the_running_of_are_insisted_on():
         ("swin_tiny_patch4_window7_224", "layers.0", {"layers.0.blocks.0.attn.relative_position_bias_table"}),
     ):
         traced = trace(model, (64, 64))
-        assert parts <= {n for names in traced.used([traced.tap(layer)]) for n in names}
+        assert parts <= {n for names in traced.used([traced.layer(layer)]) for n in names}
 
 
 def test_weights_of_another_shape_or_that_are_not_finite_are_errors(whole, tmp_path):

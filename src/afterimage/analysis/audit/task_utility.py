@@ -89,12 +89,12 @@ def whole_network(encoder: nn.Module, layer: str, prediction: str = "auto") -> N
         kind = "classes" if prediction == "classes" else "embedding"
         return Network(encoder.run, encoder.model.get_submodule(place.module), place.layout, kind)
     name = encoder.model_name
-    tap = trace(name, encoder.image_size).tap(layer)
+    traced = trace(name, encoder.image_size).layer(layer)
     model, kind = _timm(encoder, prediction)
-    if reorder(model, tap.module) is not None:
+    if reorder(model, traced.module) is not None:
         raise Unavailable(f"{name} keeps its tokens in an order of its own, which cannot be put back")
     run = _Normalised(model, encoder.mean, encoder.std)
-    return Network(run, model.get_submodule(tap.module), tap.layout, kind)
+    return Network(run, model.get_submodule(traced.module), traced.layout, kind)
 
 
 class _Normalised(nn.Module):

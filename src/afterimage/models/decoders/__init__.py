@@ -1,4 +1,4 @@
-"""One family of decoders a file; `DECODERS` names them all."""
+"""Decoders, one family in each file; `DECODERS` lists them all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from afterimage.models.decoders.wavelet import WaveletDecoder
 __all__ = ["DECODERS", "Decoder", "create_decoder"]
 
 MAX_OPTION = 2**24
-"""Options come from configurations of strangers: no width, depth or kernel that makes sense is larger."""
+"""Largest magnitude of an option: no useful width, depth or kernel is larger, and configurations may come from
+strangers.
+"""
 
 DECODERS: dict[str, type[Decoder]] = {
     "attention": AttentionDecoder,
@@ -31,6 +33,7 @@ DECODERS: dict[str, type[Decoder]] = {
     "frequency": FrequencyDecoder,
     "residual": ResidualDecoder,
 }
+"""The decoder families by name."""
 
 
 def create_decoder(
@@ -42,11 +45,23 @@ def create_decoder(
     parameters: int | None = None,
     **options: Any,
 ) -> Decoder:
-    """Build a decoder for features of the given shapes.
+    """Create a decoder for features of given shapes.
 
-    `image_size` is a side in pixels or `(height, width)`. With a `seed` the initial weights depend on it alone.
-    With `parameters` it is built at that size, within 5 %. Raises `AfterimageError` for an unknown decoder or
-    option, listing what there is.
+    Args:
+        name: a key of `DECODERS`
+        specs: measured shapes of the features
+        image_size: side of the images in pixels, or `(height, width)`
+        seed: seed of the initial weights, which then depend on nothing else; None draws from torch's global
+            generator
+        parameters: number of parameters to build it at, within 5 %; None for the family's default size
+        options: options of the family
+
+    Returns:
+        the decoder, from feature maps `(B, C, h, w)` to images `(B, 3, H, W)` in [0, 1]
+
+    Raises:
+        AfterimageError: the family or an option is unknown, with the valid ones, or the options do not fit the
+            features
     """
     if name not in DECODERS:
         raise unknown("decoder", name, DECODERS)

@@ -1,4 +1,4 @@
-"""Self-attention, then upsampling by transposed convolutions: the published study's decoder."""
+"""Transformer blocks, then transposed convolutions: the published study's decoder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from afterimage.models.layers.attention import TransformerBlock
 class AttentionDecoder(TransposedDecoder):
     """The published study's decoder: transformer blocks on the feature tokens, then `TransposedDecoder`.
 
-    Four blocks, eight heads (fewer where the channels do not divide by eight), MLP ratio 4. With `channels` a 1x1
-    convolution first brings the features to that many.
+    Args:
+        specs: measured shapes of the features
+        image_size: `(height, width)` of the images in pixels
+        depth: number of transformer blocks
+        heads: attention heads; fewer if the channels are not divisible by this number
+        mlp_ratio: hidden channels of the MLP over channels
+        channels: channels to which a 1x1 convolution first brings the features; None keeps theirs
+        minimum_channels: channels below which upsampling no longer halves them
     """
 
     size_option = "channels"

@@ -1,4 +1,4 @@
-"""The canvas of a feature map: the part of the plane that its cells cover, and where that lies in the image."""
+"""The canvas of a feature map: the part of the plane that its cells cover, and its position in the image."""
 
 from __future__ import annotations
 
@@ -18,15 +18,24 @@ FeatureCrop = tuple[int, int, int, int]
 """Top, left, height and width of a part of a feature map, in locations."""
 
 ROUNDED = 0.5
-"""Pixels that a cell may be moved by for a whole stride, and again for a whole start: a decoder learns that."""
+"""Pixels by which a cell may be moved to make the stride a whole number, and again for the start: decoders
+learn to compensate for that.
+"""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The cells of a map along one axis of an image of `size` pixels: `count` of them, from `start`, `stride` wide.
+    """The cells of a map along one axis of an image.
 
-    `stride` and `start` are whole numbers of pixels wherever moving no cell by more than `ROUNDED` makes the stride
-    one. An `even` span is the image itself, divided by however many cells there are.
+    Stride and start are whole numbers of pixels wherever this moves no cell by more than `ROUNDED` for the
+    stride.
+
+    Attributes:
+        count: number of cells
+        size: length of the image in pixels
+        start: position in pixels at which the first cell begins
+        stride: length of a cell in pixels
+        even: whether the cells divide the image evenly
     """
 
     count: int
@@ -37,11 +46,19 @@ class Span:
 
     @classmethod
     def of(cls, axis: Axis | None, count: int, size: int) -> Span:
-        """The span that a spec's axis describes. Raises `AfterimageError` where it misses the image.
+        """Create the span that an axis of a feature spec describes.
 
-        Cells that begin before the image, or end behind it, are moved inwards as far as that helps while the middle
-        of each location stays in its cell: padded convolutions put the first location at the first pixel, and what it
-        tells is of the pixels behind (docs/LOG.md).
+        Cells that begin before the image or end behind it are moved inwards, as long as each location's middle
+        stays in its cell. Padded convolutions put the first location at the first pixel, while what it sees
+        lies behind that pixel (docs/LOG.md).
+
+        Args:
+            axis: positions of the locations; None if their cells divide the image evenly
+            count: number of locations
+            size: length of the image in pixels
+
+        Raises:
+            AfterimageError: the cells lie outside the image
         """
         even = cls(count, size, 0.0, size / count, even=True)
         if axis is None:
@@ -71,35 +88,38 @@ class Span:
 
     @property
     def end(self) -> float:
+        """Position in pixels at which the last cell ends."""
         return self.start + self.count * self.stride
 
     @property
     def whole(self) -> bool:
-        """Whether pixels of the canvas are pixels of the image."""
+        """Whether each pixel of the canvas is a pixel of the image."""
         return self.even or self.stride == int(self.stride)
 
     @property
     def pixels(self) -> int:
-        """The canvas's length: that of the image, or whole pixels a cell, never fewer than the cell has."""
+        """Length of the canvas in pixels: the image's, or a whole number for each cell that is not below its
+        stride.
+        """
         return self.size if self.even else self.count * math.ceil(self.stride)
 
     @property
     def inside(self) -> tuple[int, int]:
-        """The first pixel of the image whose middle lies in a cell, and the first one after these."""
+        """The range of the image's pixels whose middle lies in a cell; the end is excluded."""
         if self.even:
             return 0, self.size
         return max(0, math.ceil(self.start - 0.5)), min(self.size, math.ceil(self.end - 0.5))
 
     @property
     def cells(self) -> tuple[int, int]:
-        """The first cell that holds a pixel of the image, and the first one after these."""
+        """The range of the cells that hold a pixel of the image; the end is excluded."""
         if self.even:
             return 0, self.count
         first, last = ((pixel - self.start) / self.stride for pixel in self.inside)
         return math.floor(first), math.ceil(last)
 
     def present(self, block: int) -> Bool[Tensor, "count block"]:
-        """Which of the `block` parts of each cell have their middle in the image."""
+        """Return which of the `block` equal parts of each cell have their middle inside the image."""
         if self.even:
             return torch.ones(self.count, block, dtype=torch.bool, device="cpu")
         parts = torch.arange(self.count * block, dtype=torch.float64, device="cpu") + 0.5
@@ -107,7 +127,7 @@ class Span:
         return ((middles > 0) & (middles < self.size)).view(self.count, block)
 
     def to_image(self, canvas: Tensor, dim: int) -> Tensor:
-        """The canvas's pixels at those of the image that lie `inside`."""
+        """Sample the canvas at the pixels of the image that lie `inside`, along axis `dim`."""
         first, last = self.inside
         if self.whole:
             return canvas.narrow(dim, first - int(self.start), last - first)
@@ -115,7 +135,9 @@ class Span:
         return sample(canvas, [(x + 0.5 - self.start) * scale - 0.5 for x in range(first, last)], dim)
 
     def from_image(self, images: Tensor, dim: int) -> Tensor:
-        """The image's pixels at those of the canvas; beyond its border its outermost ones."""
+        """Sample the image at the pixels of the canvas, along axis `dim`; the image's outermost pixels repeat
+        beyond its border.
+        """
         if self.even:
             return images
         scale = (self.end - self.start) / self.pixels
@@ -123,11 +145,15 @@ class Span:
 
 
 class Canvas:
-    """Where the cells of one feature map lie in images, and how what a decoder makes of them gets there.
+    """The position of a feature map's cells in images, and the transfer of pixels between cells and images.
 
-    A decoder fills the cells alone, evenly: pixels `(height, width)` in all. `place` puts them into the image and
-    carries on what they show to where there is no cell; `cut` is what the cells hold of a given image. Where the
-    cells divide the image evenly the canvas is the image.
+    A decoder fills the cells, and only them: `size` pixels in all. `place` puts them into the image and
+    extrapolates to pixels without a cell; `cut` does the reverse for a given image. If the cells divide the
+    image evenly, the canvas is the image.
+
+    Args:
+        spec: shape of the features
+        image_size: `(height, width)` of the images in pixels
     """
 
     def __init__(self, spec: FeatureSpec, image_size: tuple[int, int]) -> None:
@@ -137,33 +163,39 @@ class Canvas:
 
     @property
     def size(self) -> tuple[int, int]:
+        """Height and width of the canvas in pixels."""
         return self.rows.pixels, self.columns.pixels
 
     @property
     def even(self) -> bool:
+        """Whether the cells divide the image evenly, so that the canvas is the image."""
         return self.rows.even and self.columns.even
 
     @property
     def whole(self) -> bool:
-        """Whether every pixel of the canvas is one of the image's plane, and every cell has as many."""
+        """Whether each pixel of the canvas is a pixel of the image's plane, and all cells have equally many."""
         spans = (self.rows, self.columns)
         return all(span.whole and span.pixels % span.count == 0 for span in spans)
 
     def place(self, canvas: Float[Tensor, "batch c _ _"]) -> Float[Tensor, "batch c height width"]:
-        """Images from canvases. What lies in no cell is what those beside it show, carried on by `carry_on`."""
+        """Return the images of canvases `(B, C, h, w)`; `carry_on` extrapolates to pixels without a cell."""
         if self.even:
             return canvas
         images = self.columns.to_image(self.rows.to_image(canvas, -2), -1)
         return carry_on(images, (self.rows.inside, self.columns.inside), self.image_size)
 
     def cut(self, images: Float[Tensor, "batch c height width"]) -> Float[Tensor, "batch c _ _"]:
-        """Canvases from images; the part of a cell that lies beyond the border repeats the outermost pixels."""
+        """Return the canvases of images; parts of cells beyond the border repeat the outermost pixels."""
         if self.even:
             return images
         return self.columns.from_image(self.rows.from_image(images, -2), -1)
 
     def crop(self, crop: FeatureCrop) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """Of a crop of a `whole` canvas what lies in the image: where in the crop, and where in the image."""
+        """Find the part of a crop of a `whole` canvas that lies in the image.
+
+        Returns:
+            its rows and columns in the crop, and its rows and columns in the image
+        """
         top, left, height, width = crop
         within, pixels = [], []
         for span, place, length in ((self.rows, top, height), (self.columns, left, width)):
@@ -178,9 +210,14 @@ class Canvas:
 def seen_box(
     specs: Sequence[FeatureSpec], image_size: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """The rows and the columns of images (first, and the one after the last) that any of several maps sees.
+    """Find the rows and the columns of images that any of several maps sees.
 
-    None where that is all of them.
+    Args:
+        specs: shapes of the features
+        image_size: `(height, width)` of the images in pixels
+
+    Returns:
+        `((top, bottom), (left, right))` with the ends excluded; None if that is the whole image
     """
     rows, columns = (
         (
@@ -195,7 +232,13 @@ def seen_box(
 
 
 def sample(maps: Tensor, at: list[float], dim: int) -> Tensor:
-    """Values between those of `maps` along one axis, linearly; places beyond the ends get the outermost values."""
+    """Interpolate maps linearly along one axis.
+
+    Args:
+        maps: the values
+        at: positions between the values, in indices; positions beyond the ends get the outermost values
+        dim: the axis
+    """
     last = maps.shape[dim] - 1
     places = torch.tensor(at, dtype=torch.float64, device="cpu").clamp(0, last)
     low = places.floor().long()
@@ -214,12 +257,20 @@ def carry_on(
     inside: tuple[tuple[int, int], tuple[int, int]],
     size: tuple[int, int],
 ) -> Float[Tensor, "batch c height width"]:
-    """Images of `size` of which the pixels `inside` (rows, then columns, the end excluded) are given.
+    """Extrapolate images smoothly to the pixels outside a box.
 
-    The rest is the smoothest continuation: the harmonic function that has the outermost given pixels as its border and
-    no slope at the image's own. That is the mean of what may follow where power falls with the square of frequency,
-    as it does in photographs (Field 1987): fine detail along the border fades first. Right and left come first, then
-    above and below.
+    The extrapolation is the harmonic function with the box's outermost pixels as border values and zero slope
+    at the image's border. For images whose power falls with the square of frequency, as that of photographs
+    does (Field 1987), this is the mean of all continuations; fine detail along the border fades first. Right
+    and left come first, then above and below.
+
+    Args:
+        images: the pixels of the box `(B, C, h, w)`
+        inside: its rows and its columns in the full images, ends excluded
+        size: height and width of the full images
+
+    Returns:
+        `(B, C, height, width)`
     """
     for dim, (first, last), length in ((-1, inside[1], size[1]), (-2, inside[0], size[0])):
         for after, missing in ((True, length - last), (False, first)):
@@ -229,6 +280,7 @@ def carry_on(
 
 
 def _continued(images: Tensor, missing: int, dim: int, after: bool) -> Tensor:
+    """Extrapolate by `missing` pixels along one axis, behind the last pixels or before the first ones."""
     edge = images.select(dim, -1 if after else 0)
     steps = _harmonic(edge.shape[-1], missing).to(edge.device, torch.float32)
     exact = nullcontext() if edge.is_meta else torch.autocast(edge.device.type, enabled=False)
@@ -241,15 +293,15 @@ def _continued(images: Tensor, missing: int, dim: int, after: bool) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _harmonic(length: int, missing: int) -> Float[Tensor, "missing length length"]:
-    """What becomes of a border of so many pixels, 1 to `missing` pixels away from it: each step a matrix."""
+    """Return the matrices that map a border of `length` pixels to the pixels at distance 1 to `missing`."""
     index = torch.arange(length, dtype=torch.float64, device="cpu")
-    # The cosines are the waves along the border that have no slope at its ends.
+    # Cosines are the waves along the border whose slope is zero at its ends.
     waves = torch.cos(math.pi / length * index[:, None] * (index + 0.5))
     waves *= math.sqrt(2 / length)
     waves[0] *= math.sqrt(0.5)
     steps = torch.arange(1, missing + 1, dtype=torch.float64, device="cpu")[:, None]
     pitch = math.pi / length * index
-    # cosh(pitch * (missing + 1/2 - step)) / cosh(pitch * (missing + 1/2)), which would overflow.
+    # cosh(pitch * (missing + 1/2 - step)) / cosh(pitch * (missing + 1/2)), written so that it cannot overflow.
     depth = missing + 0.5
     fading = torch.exp(-pitch * steps) * (1 + torch.exp(-2 * pitch * (depth - steps)))
     fading /= 1 + torch.exp(-2 * pitch * depth)

@@ -1,4 +1,4 @@
-"""A low-pass and a high-pass branch, added."""
+"""A decoder that adds a low-pass and a high-pass branch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_b
 
 
 class FrequencyDecoder(Decoder):
-    """A smooth image from one branch and its detail from another, added.
+    """Adds a smooth image from one branch and its detail from another.
 
-    The low-pass branch convolves at the features' own size, reads off RGB and enlarges it bilinearly. The
-    high-pass branch goes up by transposed convolutions (4x4, stride 2, halving channels down to 32), each
-    followed by channel and spatial attention (CBAM, Woo et al. 2018), and gives up what a Gaussian blur of the
-    features' cell size would keep.
+    The low-pass branch convolves at the features' own size, predicts RGB and enlarges it bilinearly. The
+    high-pass branch upsamples by transposed convolutions (4x4, stride 2, halving the channels), each followed
+    by channel and spatial attention (CBAM, Woo et al. 2018); the part of its output that survives a reduction
+    to the features' size is subtracted.
+
+    Args:
+        specs: measured shapes of the features
+        image_size: `(height, width)` of the images in pixels
+        channels: channels to which a 1x1 convolution first brings the features; None keeps theirs
+        minimum_channels: channels below which they are no longer halved
     """
 
     size_option = "channels"
@@ -58,13 +64,13 @@ class FrequencyDecoder(Decoder):
 
 
 def _blur(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """What is left after reduction to the features' size: everything coarser than one cell."""
+    """Reduce images to the features' size and enlarge them again, which keeps everything coarser than a cell."""
     small = F.adaptive_avg_pool2d(images, size)
     return F.interpolate(small, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class ChannelAttention(nn.Module):
-    """A weight in (0, 1) for each channel from its mean and its maximum (CBAM, equation 2)."""
+    """Weigh each channel by a factor in (0, 1) computed from its mean and its maximum (CBAM, equation 2)."""
 
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
@@ -79,7 +85,9 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """A weight in (0, 1) for each place from the mean and the maximum over channels (CBAM, equation 3)."""
+    """Weigh each location by a factor in (0, 1) computed from the mean and maximum over channels (CBAM,
+    equation 3).
+    """
 
     def __init__(self, kernel: int = 7) -> None:
         super().__init__()

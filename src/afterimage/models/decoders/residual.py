@@ -1,4 +1,4 @@
-"""The closed-form linear solution, and a network that learns what it leaves."""
+"""A decoder that adds a learned correction to the closed-form linear solution."""
 
 from __future__ import annotations
 
@@ -18,53 +18,71 @@ from afterimage.models.layers.blocks import for_sums, pixel_shuffle, pixel_unshu
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 GAIN = 0.03
-"""Scales the correction: Adam's first steps are as large as the learning rate whatever the gradient, and would undo
-more of the linear solution than they mend."""
+"""Factor of the correction. Adam's first steps have the size of the learning rate whatever the gradient, and
+would otherwise undo more of the linear solution than they mend.
+"""
 
 MOST_INPUTS = 1728
-"""The linear part reads the largest neighbourhood, up to 7x7, with no more values than this (192 channels in 3x3)."""
+"""Largest number of feature values from which the linear part predicts a location: 192 channels in 3x3."""
 
 ROWS_PER_INPUT = 200
-"""Five times fewer than `LinearDecoder` takes: 0.03 dB less before training, at a fifth of the time."""
+"""Training locations for each input of the linear part. A fifth of `LinearDecoder`'s takes a fifth of the time
+and costs 0.03 dB before training.
+"""
 
 WINDOW = 64
-"""Decoders are trained on windows of about so many pixels a side, an optimizer step each."""
+"""Side in pixels of the windows on which decoders train, one optimizer step each."""
 
 CELL = 2
-"""Pixels a side of a cell of the grid on which most of the correction is computed."""
+"""Side in pixels of a cell of the grid on which most of the correction is computed."""
 
 TRUNK, TRUNK_PIXELS, TRUNK_MARGIN = 2, 64, 2
-"""Residual blocks on the features' own grid, where a location stands for so many pixels (8x8): there they bring more
-than they cost, at 4x4 and 16x16 not (docs/LOG.md). They see so many locations around a window."""
+"""Number of residual blocks on the features' own grid, the pixels of a location (8x8) for which they are used,
+and the locations around a window that they see. At 8x8 they bring more than they cost, at 4x4 and 16x16 they
+do not (docs/LOG.md).
+"""
 
 RECENCY = 8
-"""Of n steps the average that is kept weighs step i by about (i / n) ** RECENCY."""
+"""Exponent of the weight average: after n steps it weighs step i by about (i / n) ** RECENCY."""
 
 CONTRAST = 4
-"""Brings pixels, in [0, 1], to about the scale of standardised features."""
+"""Factor that brings pixels in [0, 1] to about the scale of standardised features."""
 
 
 class ResidualDecoder(Decoder):
-    """Starts as a linear decoder, fitted in closed form, and adds a learned correction that starts at zero.
+    """Starts as a linear decoder fitted in closed form, and adds a learned correction that starts at zero.
 
-    The linear part is `LinearDecoder` on the largest neighbourhood that `MOST_INPUTS` allows. The correction sees its
-    image and the features (standardised: channel means and deviations are measured during the closed-form pass),
-    both on a grid of 2x2 pixels a cell: where many values come from one location, what is missing are edges that no
-    linear map can place, and those are seen among pixels, across the borders of the locations' blocks. Features get
-    there by a convolution and a sub-pixel shuffle (Shi et al. 2016); residual blocks without normalisation
-    (as EDSR, Lim et al. 2017) follow. Where `trunk` says so, such blocks on the features' own grid come before.
+    The linear part is `LinearDecoder` on the largest neighbourhood, up to 7x7, that `MOST_INPUTS` allows. The
+    correction reads the linear part's image and the features, standardised by channel means and deviations from
+    the closed-form pass. It works on a grid of 2x2 pixels a cell: where one location yields many pixels, the
+    linear image lacks edges, and these show in the neighbouring pixels across the borders of blocks. A
+    convolution and a sub-pixel shuffle (Shi et al. 2016) bring the features to that grid; residual blocks
+    without normalisation (EDSR, Lim et al. 2017) follow. With `trunk`, such blocks on the features' own grid
+    come first.
 
-    It is trained window by window, an optimizer step each: neighbouring pixels tell nearly the same, so many steps on
-    small parts bring much more than one step on all, in the same time. What decodes is the average of the weights
-    over the last steps, a longer time the longer training has lasted (the power-function average of Karras et al.
-    2024, section 3.1), so that it is ready at any time without waiting for the learning rate to fall.
+    The decoder trains window by window, with an optimizer step for each: neighbouring pixels carry nearly the
+    same information, so many steps on small parts gain much more than one step on everything in the same time.
+    Decoding uses an average of the weights over the last steps, which spans a longer time the longer training
+    has lasted (the power-function average of Karras et al. 2024, section 3.1); it is ready at any time, without
+    waiting for the learning rate to fall.
+
+    Args:
+        specs: measured shapes of the features
+        image_size: `(height, width)` of the images in pixels
+        width: channels of the correction
+        blocks: residual blocks on the grid of pixels
+        trunk: residual blocks on the features' own grid; None takes `TRUNK` where a location yields 8x8 pixels,
+            else 0
+        kernel: side in locations of the linear part's neighbourhood; None takes the largest that `MOST_INPUTS`
+            allows
+        window: side in pixels of the training windows
     """
 
     closed_form = True
-    # Its gradients are as small as `GAIN` makes them: a decay of 1e-5, added to them, would outweigh them.
+    # `GAIN` makes the gradients small: a weight decay of 1e-5, which is added to them, would dominate.
     decays = False
     size_option = "width"
-    # On deep layers the linear part alone, from 3x3 neighbourhoods, is larger than most sizes asked for.
+    # On deep layers the linear part alone, from 3x3 neighbourhoods, exceeds most requested sizes.
     smaller: ClassVar = {"kernel": 1}
 
     def __init__(
@@ -93,7 +111,7 @@ class ResidualDecoder(Decoder):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def decode(self, features: Tensor, window: FeatureCrop | None = None) -> Tensor:
-        # The margin gives a window's border the neighbours it has in the whole map.
+        # The margin gives the border of a window the same neighbours as in the whole map.
         maps = pad(features, self.margin)
         if window is not None:
             top, left, height, width = window
@@ -104,6 +122,7 @@ class ResidualDecoder(Decoder):
         return images if window is not None else resize(images, self.canvas.size)
 
     def _correct(self, maps: Tensor, linear: Tensor) -> Tensor:
+        """Compute the correction, with the averaged weights outside training."""
         if self.training:
             return self.correction(maps, linear)
         named = dict(self.correction.named_parameters())
@@ -113,6 +132,7 @@ class ResidualDecoder(Decoder):
 
     @torch.no_grad()
     def _flat(self) -> Tensor:
+        """Return the correction's parameters as one vector."""
         return torch.cat([p.flatten() for p in self.correction.parameters()])
 
     @torch.no_grad()
@@ -121,7 +141,9 @@ class ResidualDecoder(Decoder):
         self.average.lerp_(self._flat(), 1 - (1 - 1 / self.steps) ** (RECENCY + 1))
 
     def feature_crops(self, generator: torch.Generator) -> list[FeatureCrop | None]:
-        """Random windows, as many as cover the map's area once; all of it where blocks are not whole."""
+        """Draw random windows, enough to cover the map's area once; return `[None]`, the whole map, if windows
+        do not fit.
+        """
         (top, bottom), (left, right) = self.canvas.rows.cells, self.canvas.columns.cells
         h, w = bottom - top, right - left
         height, width = min(h, self.window[0]), min(w, self.window[1])
@@ -138,7 +160,7 @@ class ResidualDecoder(Decoder):
 
     def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
         self._ranks = ranks
-        # In one tensor: how many locations there were, and each channel's sum and sum of squares.
+        # One tensor: the number of locations, then each channel's sum and sum of squares.
         self._sums = for_sums(self.mean).new_zeros(1 + 2 * self.spec.channels, dtype=torch.float64)
         return self.base.begin_fit(images, seed, ranks)
 
@@ -146,7 +168,7 @@ class ResidualDecoder(Decoder):
     def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
         self.base.partial_fit(features, images, validation=validation)
         if not validation:
-            # In float64 from the first sum on: squares of channels far from zero cancel each other.
+            # In float64 from the first sum on: far from zero the variance is a difference of large numbers.
             maps = for_sums(features[0]).double()
             self._sums[0] += maps.numel() // maps.shape[1]
             self._sums[1:] += torch.cat([maps.sum((0, 2, 3)), maps.square().sum((0, 2, 3))])
@@ -170,7 +192,7 @@ class ResidualDecoder(Decoder):
 
 
 class RefinementCNN(nn.Module):
-    """What a linear decoder's images lack, from its features and the images themselves, before scaling."""
+    """Predicts what a linear decoder's images lack, from the features and these images."""
 
     def __init__(
         self, channels: int, width: int, blocks: int, trunk: int, block: tuple[int, int], margin: int
@@ -193,7 +215,15 @@ class RefinementCNN(nn.Module):
         self.head = _zeroed(nn.Conv2d(width, inside, kernel_size=3, padding=1))
 
     def forward(self, maps: Tensor, images: Tensor) -> Tensor:
-        """Standardised features with `margin` locations around, and images without, to a correction of these."""
+        """Predict the correction, before scaling by `GAIN`.
+
+        Args:
+            maps: standardised features `(B, C, h, w)` with `margin` locations around
+            images: the linear decoder's images, without a margin
+
+        Returns:
+            a correction of the images, of their shape
+        """
         inner, missing = _inner(maps, self.margin), torch.zeros_like(images)
         if self.trunk is not None:
             refined = self.trunk(maps.to(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""Decoders at a given number of parameters, so that layers can be compared at equal capacity."""
+"""Build decoders at a given number of parameters, so that layers are compared at equal capacity."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from afterimage.config import AfterimageError, FeatureSpec
 from afterimage.models.decoders.base import Decoder
 
 TOLERANCE = 0.05
+"""Relative deviation from the requested number of parameters that is accepted."""
 
 
 def options_for(
@@ -21,9 +22,21 @@ def options_for(
     parameters: int,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Options with which `cls` has `parameters` parameters, within 5 %.
+    """Choose options with which a decoder has a given number of parameters, within 5 %.
 
-    Raises `AfterimageError` that names the nearest size where none fits.
+    Args:
+        cls: the decoder family
+        specs: shapes of the features
+        image_size: `(height, width)` of the images in pixels
+        parameters: the number of parameters
+        options: options that are already given
+
+    Returns:
+        `options` and the chosen ones
+
+    Raises:
+        AfterimageError: the family has one size only, its size is among `options`, or no size fits; the message
+            names the nearest size
     """
     if cls.size_option is None:
         raise AfterimageError(f"{cls.__name__} has one size only; leave out parameters")
@@ -55,7 +68,7 @@ def _nearest(
     options: dict[str, Any],
     fixed: dict[str, Any],
 ) -> tuple[dict[str, Any], int]:
-    """The options, `fixed` among them, whose size is nearest to `parameters`, and that size."""
+    """Find the options, `fixed` among them, whose size is nearest to `parameters`; return them with that size."""
 
     def at(units: int) -> dict[str, Any]:
         return fixed | {cls.size_option: units * cls.size_step}

@@ -1,4 +1,4 @@
-"""Images from predicted wavelet sub-bands."""
+"""A decoder that predicts wavelet sub-bands."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_b
 class WaveletDecoder(Decoder):
     """Predicts a small image and, level by level, the Haar detail bands that double its size.
 
-    One orthonormal Haar level (Mallat 1989) takes an approximation `(B, 3, h, w)` and its horizontal, vertical and
-    diagonal details `(B, 9, h, w)` to `(B, 3, 2h, 2w)`. Between levels a transposed convolution (4x4, stride 2),
-    batch norm and ReLU refines the maps that the details are read from, halving channels down to 32. Nothing but
-    the inverse transform runs at the image's own size.
+    One orthonormal Haar level (Mallat 1989) turns an approximation `(B, 3, h, w)` and its horizontal, vertical
+    and diagonal details `(B, 9, h, w)` into `(B, 3, 2h, 2w)`. Between levels a transposed convolution (4x4,
+    stride 2), batch norm and ReLU refine the maps from which details are read, and halve the channels. Only the
+    inverse transform runs at the image's own size.
+
+    Args:
+        specs: measured shapes of the features
+        image_size: `(height, width)` of the images in pixels
+        channels: channels to which a 1x1 convolution first brings the features; None keeps theirs
+        minimum_channels: channels below which they are no longer halved
     """
 
     size_option = "channels"
@@ -49,7 +55,7 @@ class WaveletDecoder(Decoder):
 
     def decode(self, features: Tensor) -> Tensor:
         maps = self.trunk(self.channel_projection(features))
-        # An orthonormal level doubles the mean of its approximation: the first must be 2^levels times an image.
+        # Each inverse level halves the mean, so the first approximation is 2^levels times an image.
         image = self.approximation(maps) * 2**self.levels
         for level, details in enumerate(self.details):
             if level:
@@ -61,7 +67,15 @@ class WaveletDecoder(Decoder):
 def inverse_haar(
     approximation: Float[Tensor, "batch c h w"], details: Float[Tensor, "batch c*3 h w"]
 ) -> Float[Tensor, "batch c 2*h 2*w"]:
-    """One level of the orthonormal inverse Haar transform; `details` holds horizontal, vertical, diagonal bands."""
+    """Apply one level of the orthonormal inverse Haar transform.
+
+    Args:
+        approximation: `(B, C, h, w)`
+        details: horizontal, vertical and diagonal bands `(B, 3C, h, w)`
+
+    Returns:
+        `(B, C, 2h, 2w)`
+    """
     horizontal, vertical, diagonal = details.chunk(3, dim=1)
     top = torch.stack(
         (approximation + horizontal + vertical + diagonal, approximation - horizontal + vertical - diagonal),
@@ -73,11 +87,3 @@ def inverse_haar(
     )
     b, c, h, w = approximation.shape
     return torch.stack((top, bottom), dim=3).reshape(b, c, 2 * h, 2 * w) / 2
-
-
-def haar(images: Float[Tensor, "batch c height width"]) -> tuple[Tensor, Tensor]:
-    """One level of the orthonormal Haar transform: approximation `(B, C, h, w)` and details `(B, 3C, h, w)`."""
-    a, b = images[..., ::2, ::2], images[..., ::2, 1::2]
-    c, d = images[..., 1::2, ::2], images[..., 1::2, 1::2]
-    details = torch.cat((a - b + c - d, a + b - c - d, a - b - c + d), dim=1)
-    return (a + b + c + d) / 2, details / 2

@@ -1,4 +1,4 @@
-"""What every encoder is: frozen, and without gradients unless asked."""
+"""The base class of encoders: frozen, and without gradients unless requested."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from afterimage.config import AfterimageError
 
 
 class Frozen(nn.Module):
-    """A module that stays in eval mode, its batch statistics too; `_gradients` says whether features may have them."""
+    """A module that stays in evaluation mode, batch statistics included.
+
+    `_gradients` says whether features may have gradients with respect to the images.
+    """
 
     _gradients = False
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
-        """Inside this context the features can be differentiated with respect to the images."""
+        """Let features have gradients with respect to the images inside this block."""
         before, self._gradients = self._gradients, True
         try:
             yield
@@ -25,12 +28,16 @@ class Frozen(nn.Module):
             self._gradients = before
 
     def train(self, mode: bool = True) -> Frozen:
-        """Stay in eval mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
 
 def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """`(height, width)` from one number or two."""
+    """Return `(height, width)` from one whole number or two.
+
+    Raises:
+        AfterimageError: the size is anything else
+    """
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
         raise AfterimageError(f"image_size must be one whole number greater than 0, or two, got {size!r}")

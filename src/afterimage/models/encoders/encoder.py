@@ -1,4 +1,4 @@
-"""Encoder: any timm model, frozen, normalising inside, run only as deep as the deepest layer asked for."""
+"""The encoder of timm models: frozen, normalises images itself, and runs only as deep as its deepest layer."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class _Done(Exception):
 
 
 class _Hook:
-    """Keeps one layer's feature map; the last one ends the pass."""
+    """Stores one layer's feature map; the hook of the deepest layer ends the pass."""
 
     def __init__(
-        self, features: list, index: int, tap: TracedLayer, roll: Callable | None, *, last: bool
+        self, features: list, index: int, layer: TracedLayer, roll: Callable | None, *, last: bool
     ) -> None:
-        self.features, self.index, self.layout, self.roll = features, index, tap.layout, roll
-        self.copy = tap.overwritten and not last
+        self.features, self.index, self.layout, self.roll = features, index, layer.layout, roll
+        self.copy = layer.overwritten and not last
         self.last = last
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -50,24 +50,30 @@ class _Hook:
 
 
 class Encoder(Frozen):
-    """The features of one or more layers of a frozen timm model, on images in [0, 1].
+    """The features of one or more layers of a frozen timm model, for images in [0, 1].
 
-    `Encoder("resnet34.tv_in1k:layer1")`, or `Encoder("resnet34", layers=["layer1", "layer2"])`: several
-    layers cost one pass. `weights` is `pretrained` (see `weights.find_weights`), `random` (drawn from `seed`,
-    every block acts: see `random_init`), `random-init` (the same draw as timm leaves it), or a path to a file
-    or folder. The model keeps its own mean and std, stays in eval mode and never
-    requires gradients; parameters and buffers that the layers in use do not read are dropped.
+    `Encoder("resnet34.tv_in1k:layer1")` has one layer, `Encoder("resnet34", layers=["layer1", "layer2"])` has
+    two in one pass. The model normalises images by its own mean and std, stays in evaluation mode and never
+    requires gradients. Parameters and buffers that the layers do not read are dropped.
+
+    Args:
+        source: `model:layer`, or the model's name if `layers` is given
+        layers: names of the layers
+        weights: `pretrained` (see `find_weights`), `random` (drawn from `seed`, with acting blocks, see
+            `open_branches`), `random-init` (the same draw as timm leaves it), or the path of a file or folder
+        image_size: side of the images in pixels, or `(height, width)`
+        seed: seed of random weights
 
     Attributes:
         model_name: timm's name, with the tag of the weights
-        sources: `model:layer` for each layer, as it was written, with the tag pinned
-        specs: the measured shape of each layer's features
-        weights: where the weights come from
-        notes: what is to be said of them in a run's notes
+        sources: `model:layer` for each layer, as written, with the tag pinned
+        specs: measured shape of each layer's features
+        weights: origin of the weights
+        notes: remarks on the weights, for a run's notes
 
     Raises:
-        AfterimageError: unknown model or layer, a layer that is no feature map, an image size at which the
-            model cannot run, or weights that are missing or do not fit.
+        AfterimageError: the model or a layer is unknown, a layer is not a feature map, the model cannot run on
+            images of this size, or weights are missing or do not fit
     """
 
     def __init__(
@@ -88,20 +94,20 @@ class Encoder(Frozen):
         self.model_name = resolve_model(source)
         self.image_size = size_pair(image_size)
         traced = trace(self.model_name, self.image_size)
-        self._taps = [traced.tap(layer) for layer in layers]
+        self._layers = [traced.layer(layer) for layer in layers]
         self.sources = tuple(f"{self.model_name}:{layer}" for layer in layers)
         self.specs = tuple(
             FeatureSpec(
                 source,
-                tap.layout.channels,
-                tap.layout.height,
-                tap.layout.width,
-                tap.placement.rows,
-                tap.placement.columns,
+                layer.layout.channels,
+                layer.layout.height,
+                layer.layout.width,
+                layer.placement.rows,
+                layer.placement.columns,
             )
-            for source, tap in zip(self.sources, self._taps, strict=True)
+            for source, layer in zip(self.sources, self._layers, strict=True)
         )
-        used = traced.used(self._taps)
+        used = traced.used(self._layers)
         if str(weights) in RANDOM_WEIGHTS:
             self.weights = random_weights(self.model_name, str(weights), seed)
             self.model = create_random(self.model_name, self.image_size, seed, str(weights))
@@ -113,7 +119,7 @@ class Encoder(Frozen):
         self.notes = tuple(weight_notes([self.weights.used]))
         _drop(self.model, {name for names in used for name in names})
         for parameter in self.model.parameters():
-            if parameter.ndim == 4:  # the whole model's `to` refuses one that also has 3D convolutions
+            if parameter.ndim == 4:  # `to` on the whole model refuses models with 3D convolutions
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.requires_grad_(False).train(False)
         config = pretrained_config(self.model_name)
@@ -121,17 +127,22 @@ class Encoder(Frozen):
             values = torch.tensor(config.get(name, default), dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self._features: list[Tensor | None] = [None] * len(layers)
-        deepest = max(range(len(layers)), key=lambda i: (self._taps[i].order, i))
-        for index, tap in enumerate(self._taps):
-            hook = _Hook(self._features, index, tap, reorder(self.model, tap.module), last=index == deepest)
-            self.model.get_submodule(tap.module).register_forward_hook(hook)
+        deepest = max(range(len(layers)), key=lambda i: (self._layers[i].order, i))
+        for index, layer in enumerate(self._layers):
+            hook = _Hook(
+                self._features, index, layer, reorder(self.model, layer.module), last=index == deepest
+            )
+            self.model.get_submodule(layer.module).register_forward_hook(hook)
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> list[Float[Tensor, "batch channels h w"]]:
-        """Feature maps of images in [0, 1], one `(B, C, h, w)` a layer, in the order of `sources`.
+        """Compute the feature maps `(B, C, h, w)` of images in [0, 1], one for each of `sources`.
 
-        Without gradients, unless inside `gradients()`. Raises AfterimageError for images of another size.
+        Features have no gradients outside `gradients()`.
+
+        Raises:
+            AfterimageError: the images have another size or are not floats
         """
         if images.ndim != 4 or images.shape[1:] != (3, *self.image_size) or not images.is_floating_point():
             height, width = self.image_size
@@ -147,21 +158,23 @@ class Encoder(Frozen):
             return list(self._features)
         finally:
             self._features[:] = [None] * len(self._features)
-        raise RuntimeError(f"{self.model_name} ended before {self._taps[-1].module} ran")
+        raise RuntimeError(f"{self.model_name} ended before {self._layers[-1].module} ran")
 
     def describe(self) -> list[FeatureMap]:
-        """Per layer: source, module, shape, reduction, order of execution, cost up to there, and placement."""
+        """Describe each layer: source, module, shape, reduction, order of execution, cost up to there, and
+        positions.
+        """
         return [
             FeatureMap(
                 **vars(spec),
-                module=tap.module,
-                order=tap.order,
+                module=layer.module,
+                order=layer.order,
                 reduction=self.image_size[0] / spec.height,
-                encoder_parameters=tap.parameters,
-                encoder_macs=tap.macs,
-                unseen=tap.placement.unseen,
+                encoder_parameters=layer.parameters,
+                encoder_macs=layer.macs,
+                unseen=layer.placement.unseen,
             )
-            for spec, tap in zip(self.specs, self._taps, strict=True)
+            for spec, layer in zip(self.specs, self._layers, strict=True)
         ]
 
     def extra_repr(self) -> str:
@@ -169,7 +182,7 @@ class Encoder(Frozen):
 
 
 def _drop(model: nn.Module, used: set[str]) -> None:
-    """Let go of every parameter and buffer that is not used: none of them is moved, stored or counted."""
+    """Drop every parameter and buffer that is not in `used`, so that none is moved, stored or counted."""
     for key in model.state_dict().keys() - used:
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)

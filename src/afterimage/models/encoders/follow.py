@@ -1,8 +1,8 @@
-"""Following positions through a network: what each operation does to where its values lie.
+"""Follow positions through a network: the effect of each operation on the positions of its values.
 
-Operations are seen as they run, on the meta device too: convolutions and pools average centres as they average
-values, views and rolls move them, sums bring several together. An operation that is not known here leaves no centre
-and is named in `doubts`.
+Operations are observed as they run, also on the meta device. Convolutions and pools average centres as they
+average values, views and rolls move them, and sums bring several together. An unknown operation leaves no
+centre and is named in `doubts`.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ Given = dict[str, Any]
 
 
 class PositionFlow:
-    """Keeps the positions of every tensor that depends on `images`; `step` follows one operation that has run.
+    """Keeps the positions of every tensor that depends on `images`.
 
-    `needs_values` says that elements were moved to where values on the meta device, which has none, would have said.
+    `needs_values` tells that elements moved to indices that are values of a tensor, which the meta device does
+    not have.
     """
 
     SWEEP = 64
-    """Operations after which positions of tensors that are gone are let go of."""
+    """Number of operations after which the positions of deleted tensors are dropped."""
 
     def __init__(self, images: Tensor) -> None:
         self._table: dict[int, dict[tuple, Positions]] = {}
@@ -59,7 +60,7 @@ class PositionFlow:
         self._set(images, of_image(*images.shape[-2:]).like(images.shape))
 
     def of(self, tensor: Tensor) -> Positions | None:
-        """Where a tensor's elements lie; None for one that does not depend on the image."""
+        """Return the positions of a tensor's elements; None for a tensor that does not depend on the image."""
         entry = self._table.get(storage(tensor))
         if not entry:
             return None
@@ -69,7 +70,9 @@ class PositionFlow:
         return entry[place]
 
     def restrided(self, tensor: Tensor) -> Positions:
-        """Positions of a tensor that just got other strides in place, as convolutions do to what they return."""
+        """Return the positions of a tensor whose strides were changed in place, as convolutions do to their
+        results.
+        """
         (positions,) = self._table[storage(tensor)].values()
         if positions.shape != tuple(tensor.shape):
             raise NotImplementedError("as_strided_ to another shape")
@@ -77,7 +80,14 @@ class PositionFlow:
         return positions
 
     def step(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Follow one operation of the dispatcher from its arguments to its result."""
+        """Follow an operation that has run.
+
+        Args:
+            func: the dispatcher's operation
+            args: its positional arguments
+            kwargs: its keyword arguments
+            result: what it returned
+        """
         self._steps += 1
         if self._steps % self.SWEEP == 0:
             for key in [key for key, reference in self._alive.items() if reference.expired()]:
@@ -88,12 +98,12 @@ class PositionFlow:
         if any(storage(tensor) in self._table for tensor in sources):
             try:
                 made = _followed(self, func, _bind(func, args, kwargs), results)
-            except Exception:  # used in a way that was not thought of: as good as not known
+            except Exception:  # unexpected use of a known operation: treat it as unknown
                 known = [positions for tensor in sources if (positions := self.of(tensor)) is not None]
                 made = [doubtful(known, out.shape, func._schema.name) for out in results]
         elif func.is_view:
             return
-        made += [None] * (len(results) - len(made))  # statistics and indices beside what is followed
+        made += [None] * (len(results) - len(made))  # statistics and indices have no positions
         for out, positions in zip(results, made, strict=True):
             if func._schema.is_mutable:
                 self._write(out, positions)
@@ -112,7 +122,7 @@ class PositionFlow:
             self._alive[key] = StorageWeakRef(tensor.untyped_storage())
 
     def _write(self, tensor: Tensor, positions: Positions | None) -> None:
-        """A tensor was changed in place: whatever shares its memory has changed with it."""
+        """Record a change in place, which also changes every tensor that shares the memory."""
         entry, place = self._table.get(storage(tensor), {}), _place(tensor)
         if not entry or set(entry) == {place}:
             self._set(tensor, positions)
@@ -126,7 +136,9 @@ class PositionFlow:
 
 
 def storage(tensor: Tensor) -> int:
-    """What a tensor shares with its views, so that reading a view counts as reading the parameter."""
+    """Return the identity of a tensor's memory, which its views share, so that reading a view counts as reading
+    it.
+    """
     return tensor.untyped_storage()._cdata
 
 
@@ -135,13 +147,13 @@ def _place(tensor: Tensor) -> tuple:
 
 
 def _bind(func: Any, args: Any, kwargs: Any) -> Given:
-    """An operation's arguments by name, with its defaults."""
+    """Return an operation's arguments by name, defaults included."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     return {a.name: given.get(a.name, a.default_value) for a in func._schema.arguments}
 
 
 def _call(func: Any, given: Given, array: Tensor) -> Any:
-    """Run an operation on an array in place of its first argument."""
+    """Run an operation with `array` in place of its first argument."""
     names = [argument.name for argument in func._schema.arguments]
     keywords = {argument.name for argument in func._schema.arguments if argument.kwarg_only}
     values = {**given, names[0]: array}
@@ -180,6 +192,7 @@ REDUCTIONS = {
     ),
     *("var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp"),
 }
+"""Operations that reduce axes."""
 PRODUCTS = {
     "mm": ("self", "mat2"),
     "bmm": ("self", "mat2"),
@@ -189,7 +202,7 @@ PRODUCTS = {
     "addmv": ("mat", "vec"),
     "dot": ("self", "tensor"),
 }
-"""Matrix products and their factors."""
+"""Matrix products, and the names of their factors."""
 ALONG: dict[str, Callable[[Given, Tensor], Sequence[int]]] = {
     "native_layer_norm": _normal_dims,
     "_fused_rms_norm": _normal_dims,
@@ -200,8 +213,9 @@ ALONG: dict[str, Callable[[Given, Tensor], Sequence[int]]] = {
         ("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"), _dims
     ),
 }
-"""Operations after which an element lies where it did, but depends on all others along some axes."""
+"""Operations that keep elements in place but make each depend on all others along some axes."""
 RECURRENT = {"mkldnn_rnn_layer", "lstm", "gru", "rnn_tanh", "rnn_relu"}
+"""Recurrent networks."""
 POOLS = {
     f"{kind}_pool{n}d{end}" for kind in ("max", "avg") for n in (1, 2, 3) for end in ("", "_with_indices")
 }
@@ -219,11 +233,15 @@ ELEMENTWISE = {
     "_prelu_kernel",
     "clone",
 }
-"""Operations that the dispatcher does not mark as pointwise, but are."""
+"""Operations that are pointwise although the dispatcher does not mark them as such."""
 
 
 def _followed(flow: PositionFlow, func: Any, given: Given, results: list[Tensor]) -> list[Positions | None]:
-    """Positions of what an operation returned. Raises NotImplementedError for one that is not known."""
+    """Return the positions of an operation's results.
+
+    Raises:
+        NotImplementedError: the operation is unknown
+    """
     name, out = func._schema.name.removeprefix("aten::"), results[0]
     name = name.removesuffix("_") if func._schema.is_mutable else name
     first = next(iter(given.values()))
@@ -262,7 +280,7 @@ def _followed(flow: PositionFlow, func: Any, given: Given, results: list[Tensor]
         padded = _padded(source, given.get("pad") or given["padding"])
         if name == "constant_pad_nd":
             return [padded]
-        (repeated,) = _moved(source, func, given, results)  # of pixels, if not of places
+        (repeated,) = _moved(source, func, given, results)  # padding repeats pixels, but not centres
         return [replace(padded, reach=repeated.reach)]
     if name == "im2col":
         (height, width), given["padding"] = given["padding"], [0, 0]
@@ -277,7 +295,7 @@ def _followed(flow: PositionFlow, func: Any, given: Given, results: list[Tensor]
 
 
 def _multiplied(flow: PositionFlow, name: str, given: Given, shape: Sequence[int]) -> Positions:
-    """A matrix product: each factor's centres are averaged along the axis that is summed over."""
+    """Follow a matrix product: the centres of each factor are averaged along the summed axis."""
     keepdim, operands = len(shape) > 1, []
     for key, axis in zip(PRODUCTS[name], (-1, -2), strict=True):
         factor = flow.of(given[key])
@@ -289,7 +307,7 @@ def _multiplied(flow: PositionFlow, name: str, given: Given, shape: Sequence[int
 
 
 def _reaching(source: Positions, dims: Sequence[int]) -> Positions:
-    """Every element stays where it is and is influenced by all others along `dims`."""
+    """Keep every element's centre, and let it depend on all others along `dims`."""
     return replace(source, reach=united([*source.reach, *collapse(source.reach, dims)])) if dims else source
 
 
@@ -311,7 +329,7 @@ def _convolved(flow: PositionFlow, given: Given, shape: Sequence[int]) -> Positi
             found = move(found, 2 + axis, shape[2 + axis], weight.shape[2 + axis], *options)
         operands.append(found)
     dynamic = flow.of(weight)
-    if dynamic is not None:  # weights that are made from the image lie nowhere in it
+    if dynamic is not None:  # weights computed from the image have no position in it
         reach = tuple(anywhere(arrays, shape) for arrays in dynamic.reach)
         operands.append(Positions(tuple(shape), (), reach, dynamic.doubts))
     return gathered(operands, shape)
@@ -324,10 +342,10 @@ def _nth(values: Sequence[int], axis: int) -> int:
 def _slid(
     source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int = 1
 ) -> Positions:
-    """Windows along one axis, as of a convolution or a pool.
+    """Follow windows along one axis, as of a convolution or a pool.
 
-    Padding continues the line of centres, so that a window at the border has the centre that its place has, not that
-    of the pixels that it happens to see.
+    Padding continues the line of centres, so that a window at the border is centred at its own position rather
+    than at that of the pixels it sees.
     """
     size = source.shape[dim]
     if (kernel, stride, padding, out) == (1, 1, 0, size):
@@ -349,12 +367,12 @@ def _slid(
 
 
 def _virtual(mixed: Tensor) -> Tensor:
-    """The same as of elements that lie in padding."""
+    """Return the mixing of elements as if they were in padding."""
     return torch.where(mixed < VIRTUAL, mixed + VIRTUAL, mixed)
 
 
 def _real_if_any(mixed: Tensor) -> Tensor:
-    """Windows in which padding counts like what else is in them, where anything else is."""
+    """Count padding in a window like the window's other elements, if there are any."""
     virtual = (mixed >= VIRTUAL) & mixed.isfinite()
     if not bool(virtual.any()):
         return mixed
@@ -362,10 +380,10 @@ def _real_if_any(mixed: Tensor) -> Tensor:
 
 
 def _windows(array: Tensor, dim: int, indices: Tensor, size: int, outside: str) -> Tensor:
-    """Windows of an array along an axis, which becomes `(out, ..., window)`.
+    """Take windows of an array along an axis, which becomes `(out, ..., window)`.
 
-    `indices` beyond its ends continue the line of values, repeat the last or are infinite: `outside` is `line`,
-    `edge` or `none`.
+    `outside` decides the values at `indices` beyond the ends: `line` continues the line of values, `edge`
+    repeats the last one, and `none` is infinite.
     """
     if array.shape[dim] == 1 and (size > 1 or outside != "none"):
         return array.unsqueeze(-1)
@@ -384,13 +402,13 @@ def _windows(array: Tensor, dim: int, indices: Tensor, size: int, outside: str) 
 def _spread(
     source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> Positions:
-    """A transposed convolution along one axis: each output lies amid the inputs that reach it."""
+    """Follow a transposed convolution along one axis: each output is centred between the inputs that reach it."""
     index = torch.arange(out, dtype=torch.float64, device="cpu")
     return _resampled(source, dim, (index + padding - (kernel - 1) * dilation / 2) / stride)
 
 
 def _resampled(source: Positions, dim: int, where: Tensor) -> Positions:
-    """A map as it is between its locations, at `where` along an axis; the pixels that it sees are not told apart."""
+    """Interpolate positions along an axis at the indices `where`; the pixels that are seen are not told apart."""
     low = where.floor().clamp(0, max(source.shape[dim] - 2, 0)).long()
     share = (where - low).reshape([-1 if axis == dim else 1 for axis in range(len(source.shape))])
 
@@ -425,7 +443,7 @@ def _pooled(source: Positions, name: str, given: Given, shape: Sequence[int]) ->
 
 
 def _adapted(source: Positions, shape: Sequence[int], axes: int) -> Positions:
-    """Pools of as many windows as asked for, which cover an axis as evenly as whole numbers allow."""
+    """Follow an adaptive pool: windows that cover an axis as evenly as whole numbers allow."""
     for dim in range(len(shape) - axes, len(shape)):
         before, after = source.shape[dim], shape[dim]
         starts = [index * before // after for index in range(after)]
@@ -440,7 +458,7 @@ def _adapted(source: Positions, shape: Sequence[int], axes: int) -> Positions:
 
 
 def _upsampled(source: Positions, given: Given, shape: Sequence[int]) -> Positions:
-    """A map that is interpolated to another size: centres lie where a line through their neighbours has them."""
+    """Follow an interpolation to another size: centres lie on the line through their neighbours."""
     factors = given.get("scale_factors") or [given.get(f"scales_{axis}") for axis in "dhw"]
     for dim in range(2, len(shape)):
         before, after = source.shape[dim], shape[dim]
@@ -455,7 +473,7 @@ def _upsampled(source: Positions, given: Given, shape: Sequence[int]) -> Positio
 
 
 def _padded(source: Positions, pad: Sequence[int]) -> Positions:
-    """A padded tensor: along a line of centres the padding continues it, elsewhere it has none."""
+    """Follow padding: it continues a line of centres, and has no centre where there is no line."""
     for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         dim = len(source.shape) - 1 - number
         size = source.shape[dim]
@@ -485,7 +503,7 @@ def _padded(source: Positions, pad: Sequence[int]) -> Positions:
 
 
 def _is_line(array: Tensor, dim: int) -> bool:
-    """Whether an array grows by equal steps along an axis."""
+    """Return whether an array grows by equal steps along an axis."""
     steps = array.diff(dim=dim)
     return array.shape[dim] < 3 or bool((steps == steps.narrow(dim, 0, 1)).all())
 
@@ -493,7 +511,7 @@ def _is_line(array: Tensor, dim: int) -> bool:
 def _concatenated(flow: PositionFlow, name: str, given: Given) -> Positions:
     found = []
     for tensor in given["tensors"]:
-        if tuple(tensor.shape) == (0,):  # which may be joined to anything
+        if tuple(tensor.shape) == (0,):  # an empty tensor, which may be joined to anything
             continue
         positions = flow.of(tensor) or absent(tensor.shape)
         if name == "stack":
@@ -505,8 +523,8 @@ def _concatenated(flow: PositionFlow, name: str, given: Given) -> Positions:
 
 
 def _moved(source: Positions, func: Any, given: Given, results: list[Tensor]) -> list[Positions | None]:
-    """An operation that only moves elements: it is run on the arrays themselves."""
-    # Along axes on which an array is constant these change nothing.
+    """Follow an operation that only moves elements, by running it on the arrays of positions."""
+    # Rolls and flips change nothing along axes on which an array is constant.
     as_is = bool(given.get("dims")) and func._schema.name in ("aten::roll", "aten::flip")
 
     def move(array: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Observation: one forward pass of a model, seen module by module and operation by operation."""
+"""Record one forward pass of a model, module by module and operation by operation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ from afterimage.models.encoders.tensor_layout import Key, Refused, Shapes, reord
 
 @dataclass
 class ModuleCall:
-    """One module that has finished: its place, the operations and multiply-adds until then, and its shapes.
+    """One finished call of a module.
 
-    `returned` keeps the tensors and their versions, which count changes in place; `positions` say where in the image
-    they lie, if that was followed.
+    Attributes:
+        order: number of modules that finished before
+        clock: number of operations until then
+        macs: multiply-adds until then
+        shapes: shapes of the returned tensors that depend on the images
+        runs: number of calls of this module so far
+        refused: why its output cannot be used; empty if it can
+        returned: the returned tensors with their versions, which count changes in place
+        positions: positions in the image of the returned tensors, if they were followed
     """
 
     order: int
@@ -37,16 +44,26 @@ class ModuleCall:
 
     @property
     def overwritten(self) -> bool:
-        """Whether something has since changed a returned tensor in place."""
+        """Whether a returned tensor has been changed in place since."""
         return any(tensor._version != version for tensor, version in self.returned)
 
 
 class ForwardTrace(TorchDispatchMode):
-    """Runs a model on `images` once; keeps what finished, by module path, and when each tensor was first read.
+    """Runs a model once on `images`, and records every module that finishes and when each tensor is first read.
 
-    On the meta device that takes neither weights nor memory. A pass that fails leaves what had finished by
-    then and says why in `failure`. `_seen` are the tensors that depend on the images. With `follow` each event also
-    knows where in the image its values lie.
+    On the meta device this takes neither weights nor memory. A pass that fails keeps the modules that finished,
+    and gives the reason in `failure`.
+
+    Args:
+        model: the model
+        images: `(B, 3, H, W)`
+        follow: whether to follow the positions of values in the image
+
+    Attributes:
+        events: the last call of each module, by module path
+        first_read: the operation that first reads a tensor, by its storage
+        failure: why the pass failed; empty if it did not
+        flow: the positions of values, or None
     """
 
     def __init__(self, model: nn.Module, images: Tensor, *, follow: bool = False) -> None:
@@ -62,10 +79,10 @@ class ForwardTrace(TorchDispatchMode):
         hooks = [
             module.register_forward_hook(functools.partial(self._finish, path))
             for path, module in model.named_modules()
-            if path and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+            if path and not isinstance(module, torch.jit.ScriptModule)  # these accept no hooks
         ]
         try:
-            # Attention in plain matrix products, which are counted and followed on every device.
+            # Attention as plain matrix products, which can be counted and followed on every device.
             torch.backends.mha.set_fastpath_enabled(False)
             with torch.no_grad(), torch.device(images.device), sdpa_kernel(SDPBackend.MATH), self:
                 model(images)

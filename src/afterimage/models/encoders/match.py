@@ -1,4 +1,4 @@
-"""Which tensors of a file are a model's: the ones under the beginning of names that fits its own names best."""
+"""Find a model's tensors in a file: those under the name prefix that fits the model's own names best."""
 
 from __future__ import annotations
 
@@ -15,21 +15,32 @@ from afterimage.models.weight_files import NamedTensors
 
 State = Mapping[str, Tensor]
 AVERAGED = {"ema", "swa", "averaged"}
+"""Words in a prefix that mark averaged weights, which are preferred."""
 FIRST = ("state_dict", "model")
+"""Containers that are preferred next, in this order."""
 LAST = {"student", "momentum", "optimizer", "optim", "grad", "grads"}
+"""Words in a prefix that mark tensors to take last."""
 RULE = (
     "of several that fit, averaged weights (ema) come first, then state_dict, then model, then the order of the file; "
     "student, momentum and optimizer come last"
 )
+"""The order of preference, for notes."""
 CANDIDATES = 12
-"""Beginnings of names that are tried with a model's filter, which may take a while."""
+"""Number of prefixes that are tried with a model's filter, which may be slow."""
 FOREIGN = 0.1
-"""The share of names that a model does not have from which on another network is the more likely owner."""
+"""Share of names that the model lacks, from which on another network is the more likely owner."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A file's tensors under `prefix`, as the model's filter left them, and how well they fit."""
+    """The tensors of a file under a prefix, and how well they fit a model.
+
+    Attributes:
+        prefix: the prefix
+        state: the tensors, as the model's filter returned them
+        score: measures of the fit, the most important one first; larger is better
+        missing: required tensors that are not there
+    """
 
     prefix: str
     state: State
@@ -43,14 +54,23 @@ def best_match(
     required: Sequence[tuple[str, ...]],
     convert: Callable[[dict[str, Tensor]], State],
 ) -> tuple[Match, str]:
-    """The tensors of a file that are the model's, and a note on where in the file they are; empty where that is plain.
+    """Find the tensors of a file that belong to a model.
 
-    One beginning is taken off, be it a container in the file or a part of the names, under which most of the
-    `required` tensors lie (each by all names that it has) with the model's shapes. Where no names fit as they are,
-    `convert`, which brings a publisher's names and shapes into the model's, has its say on each.
+    The prefix, a container of the file or a part of the names, is the one under which most required tensors lie
+    with the model's shapes. If no names fit directly, `convert`, which brings a publisher's names and shapes
+    into the model's, is tried on each prefix.
+
+    Args:
+        file: the tensors of the file
+        own: the model's state dict
+        required: the tensors that the file must hold, each by all of its names
+        convert: brings tensors into the model's names and shapes
+
+    Returns:
+        the match, and a note on where in the file it is, empty if that is obvious
 
     Raises:
-        AfterimageError: `convert` refuses all that the file holds.
+        AfterimageError: `convert` refuses everything in the file
     """
     found = {prefix: _match(file, prefix, own, required) for prefix in _by_names(file, own)}
     fits = [match for match in found.values() if not match.missing]
@@ -71,14 +91,20 @@ def best_match(
 
 
 def nearest(file: NamedTensors, missing: str, limit: int = 2000) -> str:
-    """The name in the file that is most like one that is missing; empty where none is."""
+    """Find the name in a file that is most similar to a missing one; empty if none is.
+
+    Args:
+        file: the tensors of the file
+        missing: the missing name
+        limit: number of names that are compared, the first ones of the file
+    """
     names = list(file.tensors)[:limit]
     ends = [name for name in names if name.endswith(f".{missing}")]
     return next(iter(ends or difflib.get_close_matches(missing, names, n=1, cutoff=0.75)), "")
 
 
 def _by_names(file: NamedTensors, own: State) -> list[str]:
-    """The beginnings under which there are names of the model's, most of them first."""
+    """List the prefixes under which the model's names occur, the most frequent first."""
     counts: Counter[str] = Counter()
     for name in file.tensors:
         for rest in _ends(name):
@@ -88,7 +114,9 @@ def _by_names(file: NamedTensors, own: State) -> list[str]:
 
 
 def _by_count(file: NamedTensors, required: int) -> list[str]:
-    """The beginnings under which there are at least half as many tensors as the model needs, and the file's own."""
+    """List the prefixes under which there are at least half as many tensors as the model needs, and the empty
+    one.
+    """
     counts: Counter[str] = Counter([""])
     for name in file.tensors:
         counts.update(name[: len(name) - len(rest)] for rest in _ends(name))
@@ -97,7 +125,7 @@ def _by_count(file: NamedTensors, required: int) -> list[str]:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """A name, and what is left of it as its words are taken off one by one."""
+    """Yield a name, and what remains of it as its parts are removed from the front one by one."""
     while name:
         yield name
         name = name.partition(".")[2]
@@ -110,10 +138,10 @@ def _match(
     required: Sequence[tuple[str, ...]],
     convert: Callable[[dict[str, Tensor]], State] | None = None,
 ) -> Match:
-    """Score what lies under a prefix: needed tensors of the right shape, needed ones at all, all of the model's."""
+    """Score the tensors under a prefix: required ones of the right shape, required ones, all of the model's."""
     container = _container(file, prefix)
     under = {name: name[len(prefix) :] for name in file.tensors if name.startswith(prefix)}
-    # A name of another container is no part of this state dict, unless it is one of the model's.
+    # A tensor of another container belongs to this state dict only if the model has its name.
     names = {rest: name for name, rest in under.items() if rest in own or file.containers[name] == container}
     state: State = {rest: file.tensors[name] for rest, name in names.items()}
     foreign = sum(rest not in own for rest in names)
@@ -131,12 +159,13 @@ def _match(
 
 
 def _container(file: NamedTensors, prefix: str) -> str:
-    """The innermost container in the file that a beginning of names leads into."""
+    """Return the innermost container of the file that a prefix leads into."""
     inside = {container for container in file.containers.values() if prefix.startswith(container)}
     return max(inside, key=len, default="")
 
 
 def _order(prefix: str) -> tuple[int, int]:
+    """Return the rank of a prefix by `RULE`."""
     words = set(re.split(r"[._]", prefix.lower()))
     containers = prefix.split(".")
     first = min((FIRST.index(word) for word in containers if word in FIRST), default=len(FIRST))
@@ -144,7 +173,7 @@ def _order(prefix: str) -> tuple[int, int]:
 
 
 def _chosen(file: NamedTensors, fits: list[Match]) -> tuple[Match, str]:
-    """Of what fits equally well the one that the rule names, and the note that says so."""
+    """Choose among matches that fit equally well by `RULE`, and write the note."""
     places = {name: place for place, name in enumerate(file.tensors)}
     begins = {m.prefix: min(p for n, p in places.items() if n.startswith(m.prefix)) for m in fits}
     best, *others = sorted(fits, key=lambda match: (*_order(match.prefix), begins[match.prefix]))

@@ -1,4 +1,6 @@
-"""Anyone's own network as an encoder: any module of it, whatever it returns, found by `package.module:factory`."""
+"""Use any network as an encoder, imported as `package.module:factory`; layers may return maps, tokens or
+vectors.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ OUTPUT = "output"
 
 
 class VectorLayout(Layout):
-    """A vector an image, `(B, C)`, as a map of one place."""
+    """The layout of vectors `(B, C)`, which become maps of one location."""
 
     def __call__(self, output: Any) -> Tensor:
         return super().__call__(output)[:, :, None, None]
@@ -37,9 +39,12 @@ class VectorLayout(Layout):
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """Where features are taken: a module's path (empty for the whole network) and the layout of what it returns.
+    """Where features come from.
 
-    `placement` says where in the image its locations lie.
+    Attributes:
+        module: path of the module; empty for the whole network
+        layout: how its output becomes a feature map
+        placement: positions of its locations in the image
     """
 
     module: str
@@ -48,7 +53,7 @@ class LayerOutput:
 
 
 class _Root(nn.Module):
-    """Gives the network itself a path, so that it can be observed like any of its modules."""
+    """Gives the network itself a module path, so that it can be observed like its modules."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -59,17 +64,31 @@ class _Root(nn.Module):
 
 
 class CustomEncoder(Frozen):
-    """The features of layers of a network that is not timm's, on images in [0, 1]; frozen, in evaluation mode.
+    """The features of layers of any network, for images in [0, 1]; frozen and in evaluation mode.
 
-    A layer is a module's path, or `output` for what the network returns. Where that is a dict or a tuple with several
-    maps, one is named in brackets: `output[features]`, `neck[0]`. Shapes, axes (NCHW, NHWC, tokens, vectors), tokens
-    that are no places and where locations lie are measured; `prefix_tokens` says how many tokens come before the map's
-    where they cannot be told apart. Images reach the network as they are unless `mean` and `std` are given.
+    A layer is a module's path, or `output` for what the network returns. If that is a dict or a tuple with
+    several maps, brackets select one: `output[features]`, `neck[0]`. Shapes, the order of axes (NCHW, NHWC,
+    tokens, vectors), prefix tokens and the positions of locations are measured.
 
-    Attributes: `model_name`, `sources`, `specs`, `weights`, `image_size` as of `Encoder`; `places`; `notes`.
+    Args:
+        network: the network
+        layers: names of the layers
+        name: name of the encoder
+        image_size: side of the images in pixels, or `(height, width)`
+        mean: channel means by which images are normalised
+        std: channel standard deviations for the same
+        prefix_tokens: number of prefix tokens, needed only where it cannot be measured
+
+    Attributes:
+        model_name: name of the encoder
+        sources: `name:layer` for each layer
+        specs: measured shape of each layer's features
+        weights: origin of the weights
+        places: where the features of each layer come from
+        notes: remarks for a run's notes
 
     Raises:
-        AfterimageError: the network raises, has no such layer, or returns no feature map there.
+        AfterimageError: the network raises an error, has no such layer, or returns no feature map there
     """
 
     def __init__(
@@ -109,7 +128,12 @@ class CustomEncoder(Frozen):
         self.notes = self._try()
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Feature maps `(B, C, h, w)`, one a layer. Raises AfterimageError where the network misbehaves."""
+        """Compute the feature maps `(B, C, h, w)` of images in [0, 1], one for each layer.
+
+        Raises:
+            AfterimageError: the network raises an error, or features have another shape than before or are not
+                finite
+        """
         found: dict[int, Tensor] = {}
         hooks = []
         for index, place in enumerate(self.places):
@@ -131,9 +155,9 @@ class CustomEncoder(Frozen):
         return [found[index] for index in range(len(self.places))]
 
     def run(self, images: Float[Tensor, "batch 3 height width"]) -> Any:
-        """What the network returns for images in [0, 1]."""
+        """Return what the network returns for images in [0, 1]."""
         try:
-            # Out of place, so that a network that writes into its input cannot change the image.
+            # Out of place, so that a network that writes into its input cannot change the images.
             return self.model((images - self.mean) / self.std)
         except AfterimageError:
             raise
@@ -146,7 +170,7 @@ class CustomEncoder(Frozen):
         first = ForwardTrace(root, torch.zeros(1, 3, height, width), follow=True)
         if first.failure:
             raise _raised(self.model_name, (1, 3, height, width), first.failure)
-        # Which axes grow with the image: a wider one, else a larger one, else just two.
+        # To see which axes grow with the image: a wider image, or a larger one, or two of the same size.
         for size in ((height, 2 * width), (2 * height, 2 * width), (height, width)):
             second = ForwardTrace(root, torch.zeros(2, 3, *size))
             if not second.failure:
@@ -224,9 +248,14 @@ class CustomEncoder(Frozen):
 
 
 def load_factory(text: str) -> nn.Module:
-    """Call a factory named `package.module:factory` or `path/to/file.py:factory`; the working folder is searched too.
+    """Import and call a factory of a network.
 
-    Raises AfterimageError where it cannot be imported, does not exist, raises, or returns no `torch.nn.Module`.
+    Args:
+        text: `package.module:factory` or `path/to/file.py:factory`; the working folder is searched too
+
+    Raises:
+        AfterimageError: the factory cannot be imported, does not exist, raises an error, or returns no
+            `nn.Module`
     """
     where, colon, name = text.rpartition(":")
     if not (where and colon and name):
@@ -255,7 +284,7 @@ def _import(where: str) -> Any:
         spec.loader.exec_module(module)
         return module
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # an installed command does not search it by itself
+        sys.path.insert(0, str(Path.cwd()))  # an installed command does not search the working folder
     return importlib.import_module(where)
 
 
@@ -270,7 +299,7 @@ def _keep(found: dict[int, Tensor], index: int, layout: Layout) -> Callable[...,
 
 
 def _parse(layer: str) -> tuple[str, list[str]]:
-    """`neck[0][map]` as its path and its keys."""
+    """Split `neck[0][map]` into its path and its keys."""
     match = re.fullmatch(r"([^\[\]]+)((?:\[[^\[\]]+\])*)", layer)
     if match is None:
         raise AfterimageError(

@@ -1,4 +1,4 @@
-"""Placement: where a layer's locations lie in the image, and which pixels none of them sees."""
+"""Find the positions of a layer's locations in the image, and the pixels that none of them sees."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from afterimage.models.encoders.positions import Positions, averaged, compress
 from afterimage.models.encoders.tensor_layout import Layout, Refused, Size
 
 SHIFT = 0.5
-"""Locations by which a map may be shifted as a whole and still count as even: padded convolutions of stride s put
-location i at pixel i s, half a location (less half a pixel) from where an even grid has it, and decoders learn that."""
+"""Locations by which a map may be shifted as a whole and still count as even. Padded convolutions of stride s
+put location i at pixel i s, half a location (less half a pixel) from its position in an even grid, and
+decoders learn that.
+"""
 DRIFT = 0.125
-"""Locations by which the two ends of a map may differ in their shift and the map still count as even."""
+"""Locations by which the shifts at the two ends of a map may differ and the map still count as even."""
 GRAIN = 1024
-"""Starts and strides are given in multiples of 1/1024 pixel, so that every machine finds the same."""
+"""Starts and strides are multiples of 1/1024 pixel, so that every machine finds the same ones."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a map's rows and columns lie (None: they divide the image evenly and every pixel is seen).
+    """The positions of a map's rows and columns.
 
-    `unseen` names in words the pixels that no location sees, or says why the placement is not known; else it is "".
+    Attributes:
+        rows: vertical positions; None if the rows divide the image evenly and every pixel is seen
+        columns: horizontal positions, likewise
+        unseen: the pixels that no location sees, or why positions are unknown; empty if neither applies
     """
 
     rows: Axis | None = None
@@ -33,7 +38,13 @@ class Placement:
 
 
 def find_placement(positions: Positions | None, layout: Layout, size: Size) -> Placement:
-    """The placement of a feature map on images of `size`, from the positions of what a module returned."""
+    """Find the placement of a feature map.
+
+    Args:
+        positions: positions of the values that the module returned, or None
+        layout: how they become a feature map
+        size: `(height, width)` of the images in pixels
+    """
     try:
         if positions is None or not positions.parts or all(part[2].isinf().all() for part in positions.parts):
             doubts = sorted(positions.doubts) if positions is not None else []
@@ -57,10 +68,13 @@ def _map(array: Tensor, positions: Positions, layout: Layout) -> Tensor:
 
 
 def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The centres `(y, x)` of a map's locations, `(h, w)` or 1 along an axis on which they are constant.
+    """Return the centres `(y, x)` of a map's locations, `(h, w)` each, of size 1 along axes on which they are
+    constant.
 
-    Where a location brings several places together they are those that are mixed least. Raises Refused where these
-    lie far apart.
+    Of several centres of a location the least mixed count.
+
+    Raises:
+        Refused: these lie far apart
     """
     parts = [averaged(tuple(_map(array, positions, layout) for array in part), 1) for part in positions.parts]
     least = min(part[2].min().item() for part in parts)
@@ -77,9 +91,17 @@ def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor
 
 
 def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis | None:
-    """One axis, from the centres of its locations in pixels, `(count, others)` or 1 where they are all the same.
+    """Fit an axis to the centres of its locations.
 
-    Raises Refused where they lie on no line.
+    Args:
+        centres: centres in pixels `(count, others)`, of size 1 where they are all the same
+        count: number of locations
+        size: length of the image in pixels
+        first: first pixel that any location sees
+        last: first pixel behind those
+
+    Raises:
+        Refused: the centres are not on a line
     """
     sees_all = (first, last) == (0, size)
     if count == 1:
@@ -94,7 +116,7 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
         raise Refused("its rows or columns are not in the image's order")
     index = torch.arange(count, dtype=torch.float64, device="cpu")
     mean = index.mean()
-    # Most steps are the stride, but interpolation stops at the border; or it repeats them, and only their mean is.
+    # Most steps equal the stride, except at the border of an interpolation; if steps repeat, only their mean equals it.
     typical, middle = steps.median(), (count - 1) // 2
     fits = [
         (typical, line[middle] - middle * typical),
@@ -114,7 +136,14 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
 
 
 def describe_unseen(rows: Axis | None, columns: Axis | None, size: Size) -> str:
-    """`the last 8 rows and columns of 104x104 images are not seen`, or "" where all are."""
+    """Describe the unseen pixels: `the last 8 rows and columns of 104x104 images are not seen`; empty if all
+    are seen.
+
+    Args:
+        rows: vertical positions of the locations, or None
+        columns: horizontal positions, or None
+        size: `(height, width)` of the images in pixels
+    """
     named = [
         [(end, count) for end, count in (("first", axis.first), ("last", length - axis.last)) if count]
         if axis

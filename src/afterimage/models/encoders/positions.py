@@ -1,12 +1,12 @@
-"""Positions: where in the image each element of a tensor lies, and how several positions become one.
+"""Positions in the image of each element of a tensor, and how several positions become one.
 
-Beside every tensor that depends on the image goes, for each of its elements, the centre of the pixels that it is made
-of (`follow` takes them through a network's operations). No weight takes part, so that the answer is exact and the
-same for every seed.
+Every tensor that depends on the image is accompanied by the centre, for each element, of the pixels that it is
+computed from; `follow` carries these centres through a network's operations. Weights take no part, so the
+result is exact and the same for every seed.
 
-Attention and global pools reach over the whole image and say nothing about one place; what an element is before them
-says it. So of several centres that one counts which differs between elements, and of two such the one that was mixed
-with its neighbours less often.
+Attention and global pools reach over the whole image and carry no position; the position of an element comes
+from what it was before them. Of several centres, one that differs between elements is preferred, and then the
+one that was mixed with its neighbours less often.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ Shape = tuple[int, ...]
 Arrays = tuple[Tensor, ...]
 
 GRAIN = 2.0**16
-"""Centres are kept in multiples of 1/65536 pixel, so that rounding never makes equal ones differ."""
+"""Centres are multiples of 1/65536 pixel, so that rounding never makes equal centres differ."""
 WIDE = 2.0**20
-"""What mixing along a whole axis counts for, where mixing in a window counts 1: any number of windows is less."""
+"""Count of mixing along a whole axis, where mixing in a window counts 1; larger than any number of windows."""
 VIRTUAL = 2.0**40
-"""What lying in padding counts for: such an element has a place among its neighbours, but nothing of the image yet."""
+"""Count of lying in padding: such an element has a position among its neighbours, but depends on no pixel yet."""
 MOST_PARTS = 4
-"""Centres of one kind that an element may have at once; of more, two become their mean."""
+"""Number of alternative centres of one kind that are kept; beyond it, two are averaged."""
 BLANKS = {"parts": (0.0, 0.0, math.inf), "reach": (math.inf,) * 4}
-"""What stands for an element that has no centre, or that no pixel influences."""
+"""Values for elements that have no centre (`parts`) or depend on no pixel (`reach`)."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Where each element of a tensor of `shape` lies. Arrays have size 1 along axes on which they are constant.
+    """The positions of a tensor's elements. Arrays have size 1 along axes on which they are constant.
 
-    `parts` are alternatives `(y, x, mixed)`: the centre in pixels and how often it was mixed with its neighbours,
-    infinite where an element has none. `reach` are `(top, left, -bottom, -right)` of the pixels that influence it,
-    infinite where none does; several count together. `doubts` are operations that could not be followed.
+    Attributes:
+        shape: shape of the tensor
+        parts: alternatives `(y, x, mixed)`: the centre in pixels, and how often it was mixed with its
+            neighbours, which is infinite for elements without a centre
+        reach: `(top, left, -bottom, -right)` in pixels of the region that an element depends on, infinite if
+            there is none; several count together
+        doubts: operations that could not be followed
     """
 
     shape: Shape
@@ -48,7 +52,7 @@ class Positions:
     doubts: frozenset[str] = frozenset()
 
     def map(self, shape: Sequence[int], change: Callable[[Tensor], Tensor]) -> Positions:
-        """The same with every array changed, for a tensor of another shape."""
+        """Apply `change` to every array, for a tensor of another `shape`."""
         parts, reach = (
             tuple(tuple(change(array) for array in arrays) for arrays in group)
             for group in (self.parts, self.reach)
@@ -56,12 +60,14 @@ class Positions:
         return Positions(tuple(shape), parts, reach, self.doubts)
 
     def like(self, shape: Sequence[int]) -> Positions:
-        """The same for a tensor that differs only in the length of axes on which nothing varies."""
+        """Return the same positions for a tensor that differs only in the length of axes on which they are
+        constant.
+        """
         return replace(self, shape=tuple(shape))
 
 
 def of_image(height: int, width: int) -> Positions:
-    """Every pixel `(1, 3, height, width)` at its own centre."""
+    """Return the positions of an image's pixels `(1, 3, height, width)`, each at its own centre."""
     y = torch.arange(height, dtype=torch.float64, device="cpu").reshape(1, 1, -1, 1)
     x = torch.arange(width, dtype=torch.float64, device="cpu").reshape(1, 1, 1, -1)
     never = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device="cpu")
@@ -69,27 +75,36 @@ def of_image(height: int, width: int) -> Positions:
 
 
 def absent(shape: Sequence[int]) -> Positions:
-    """A tensor in which nothing depends on the image."""
+    """Return the positions of a tensor of `shape` that does not depend on the image."""
     return Positions(tuple(shape), (), ())
 
 
 def doubtful(sources: Sequence[Positions], shape: Sequence[int], operation: str) -> Positions:
-    """What an operation made that could not be followed: it has no centre, and reaches as far as all its sources."""
+    """Return the positions of the result of an operation that could not be followed.
+
+    It has no centres and depends on everything that its sources depend on.
+
+    Args:
+        sources: positions of the operands
+        shape: shape of the result
+        operation: name of the operation
+    """
     doubts = frozenset({operation}).union(*(source.doubts for source in sources))
     return Positions(tuple(shape), (), united([anywhere(r, shape) for s in sources for r in s.reach]), doubts)
 
 
 def anywhere(reach: Arrays, shape: Sequence[int]) -> Arrays:
-    """One reach for all elements of a tensor of `shape`."""
+    """Return one reach for all elements of a tensor of `shape`."""
     return tuple(array.amin().reshape((1,) * len(shape)) for array in reach)
 
 
 def rounded(array: Tensor) -> Tensor:
+    """Round to multiples of 1 / `GRAIN` pixel."""
     return (array * GRAIN).round() / GRAIN
 
 
 def compress(array: Tensor) -> Tensor:
-    """Size 1 along every axis on which an array is constant."""
+    """Reduce to size 1 every axis on which an array is constant."""
     for dim in range(array.ndim):
         if array.shape[dim] > 1:
             first = array.narrow(dim, 0, 1)
@@ -99,7 +114,7 @@ def compress(array: Tensor) -> Tensor:
 
 
 def collapse(reach: Sequence[Arrays], dims: Sequence[int]) -> list[Arrays]:
-    """Reaches of what is influenced by everything along `dims`."""
+    """Return the reaches of elements that depend on everything along `dims`."""
     for dim in dims:
         reach = [
             tuple(a.amin(dim, keepdim=True) if a.shape[dim] > 1 else a for a in arrays) for arrays in reach
@@ -108,7 +123,13 @@ def collapse(reach: Sequence[Arrays], dims: Sequence[int]) -> list[Arrays]:
 
 
 def reshape(array: Tensor, old: Shape, new: Shape) -> Tensor:
-    """Reshape what stands for a tensor of shape `old`; axes on which it is constant stay of size 1."""
+    """Reshape an array of positions; axes on which it is constant keep size 1.
+
+    Args:
+        array: the array
+        old: shape of the tensor that it describes
+        new: the tensor's new shape
+    """
     if array.numel() == 1:
         return array.reshape((1,) * len(new))
     before, after = [], []
@@ -120,7 +141,7 @@ def reshape(array: Tensor, old: Shape, new: Shape) -> Tensor:
 
 
 def _groups(old: Shape, new: Shape) -> list[tuple[range, range]]:
-    """Axes of two shapes of one tensor, in the smallest groups that hold equally many elements."""
+    """Group the axes of two shapes of a tensor into the smallest groups with equally many elements."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         start, left, right = (i, j), 1, 1
@@ -134,7 +155,13 @@ def _groups(old: Shape, new: Shape) -> list[tuple[range, range]]:
 
 
 def averaged(part: Arrays, dim: int, step: float = 1.0) -> Arrays:
-    """One centre for all elements along an axis: the mean of the least mixed; `step` more mixed if they differ."""
+    """Average centres along an axis.
+
+    Args:
+        part: the centres `(y, x, mixed)`, of which the least mixed are averaged
+        dim: the axis
+        step: what is added to `mixed` if the centres differ
+    """
     y, x, mixed = part
     if all(array.shape[dim] == 1 for array in part):
         return part
@@ -146,7 +173,7 @@ def averaged(part: Arrays, dim: int, step: float = 1.0) -> Arrays:
             centres.append(array)
             continue
         wide, mask = torch.broadcast_tensors(array, counted)
-        # The mean of differences from the smallest: equal centres then have their own mean, to the last bit.
+        # Average the differences from the smallest centre, so that equal centres have exactly themselves as mean.
         base = torch.where(mask, wide, math.inf).amin(dim, keepdim=True)
         offset = torch.where(mask, wide - base, 0.0)
         centres.append(rounded(base + offset.sum(dim, keepdim=True) / mask.sum(dim, keepdim=True)))
@@ -155,7 +182,14 @@ def averaged(part: Arrays, dim: int, step: float = 1.0) -> Arrays:
 
 
 def reduced(source: Positions, dims: Sequence[int], *, keepdim: bool, step: float = WIDE) -> Positions:
-    """A tensor that is summed, averaged or otherwise reduced along `dims`."""
+    """Return the positions of a tensor that is summed, averaged or otherwise reduced.
+
+    Args:
+        source: positions of the operand
+        dims: the reduced axes
+        keepdim: whether these stay, with size 1
+        step: what is added to `mixed` if centres differ
+    """
     parts = list(source.parts)
     for dim in dims:
         parts = [averaged(part, dim, step) for part in parts]
@@ -168,7 +202,13 @@ def reduced(source: Positions, dims: Sequence[int], *, keepdim: bool, step: floa
 
 
 def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
-    """A tensor whose elements are each made of one element of every operand, with broadcasting."""
+    """Return the positions of a tensor each of whose elements depends on one element of every operand, with
+    broadcasting.
+
+    Args:
+        operands: positions of the operands
+        shape: shape of the result
+    """
 
     def lift(array: Tensor) -> Tensor:
         return array.reshape((1,) * (len(shape) - array.ndim) + tuple(array.shape))
@@ -185,7 +225,7 @@ def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
 
 
 def joined(found: Sequence[Positions], dim: int) -> Positions:
-    """Tensors one after the other along an axis."""
+    """Return the positions of tensors that are concatenated along the axis `dim`."""
     ndim = len(found[0].shape)
 
     def join(name: str, number: int) -> Arrays:
@@ -216,7 +256,12 @@ def joined(found: Sequence[Positions], dim: int) -> Positions:
 
 
 def aliased(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> Positions:
-    """Positions of a view from those of other views of the same memory `(size, stride, offset)`, the latest last."""
+    """Return the positions of a view from those of other views of the same memory.
+
+    Args:
+        sources: other views as `(size, stride, offset)`, and their positions; later ones overwrite earlier ones
+        view: the view
+    """
     size = view.untyped_storage().nbytes() // view.element_size()
 
     def read(name: str, number: int) -> Arrays:
@@ -242,7 +287,7 @@ def aliased(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> Positio
 
 
 def united(reach: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """Reaches that count together, one for each set of axes along which they vary."""
+    """Combine reaches that count together, one for each set of axes along which they vary."""
     found: dict[frozenset[int], Arrays] = {}
     for arrays in reach:
         key = _pattern(arrays)
@@ -253,7 +298,7 @@ def united(reach: Sequence[Arrays]) -> tuple[Arrays, ...]:
 
 
 def chosen(parts: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """What is left of several centres: those that vary along more axes; of alike ones, the less mixed."""
+    """Reduce alternative centres to those that vary along more axes, and among alike ones to the less mixed."""
     found: dict[frozenset[int], list[Arrays]] = {}
     for arrays in parts:
         group = found.setdefault(_pattern(arrays), [])
@@ -289,7 +334,7 @@ def _between(first: Arrays, second: Arrays) -> list[Tensor]:
 
 
 def _less_mixed(first: Arrays, second: Arrays) -> list[Arrays]:
-    """The one of two centres that is mixed less, element by element; where neither is, their mean or both."""
+    """Return the less mixed of two centres, element by element; where neither is, their mean or both."""
     if first is second:
         return [first]
     a, b = first[2], second[2]
@@ -312,13 +357,13 @@ def _less_mixed(first: Arrays, second: Arrays) -> list[Arrays]:
 
 
 def _are_close(one: Tensor, two: Tensor) -> bool:
-    """Whether two arrays of centres differ by at most half of what neighbours do."""
+    """Return whether two arrays of centres differ by at most half the distance between neighbours."""
     steps = [one.diff(dim=dim).abs().max().item() for dim, size in enumerate(one.shape) if size > 1]
     return (one - two).abs().max().item() <= max(steps, default=0.0) / 2
 
 
 def _filled(arrays: Arrays, other: Arrays) -> Arrays:
-    """Centres, and those of `other` for elements that have none."""
+    """Return centres, with those of `other` for elements that have none."""
     empty = arrays[2].isinf()
     if not bool(empty.any()):
         return arrays

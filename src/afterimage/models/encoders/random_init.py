@@ -1,9 +1,10 @@
-"""Random controls: an untrained network whose blocks act.
+"""Random controls: untrained networks whose blocks act.
 
-timm starts many residual branches closed, so that training begins with something near the identity: the last norm
-of a branch weighs zero (ResNet, RegNet, Swin v2, LeViT), a gain multiplies it by zero (NFNet) or by 1e-6 to 0.1
-(LayerScale), or its convolutions are drawn at a standard deviation of 0.02 whatever they add up. As it is, such a
-network passes on what its stem and its downsampling make of an image. What follows opens the branches.
+timm starts many residual branches closed, so that training begins near the identity. The last norm of a branch
+has weight zero (ResNet, RegNet, Swin v2, LeViT), a gain multiplies it by zero (NFNet) or by 1e-6 to 0.1
+(LayerScale), or its convolutions have a standard deviation of 0.02 whatever their number of inputs. Such a
+network passes on little more than the output of its stem and its downsampling. `open_branches` opens the
+branches.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from torch.utils._pytree import tree_leaves
 from afterimage.models.encoders.forward_trace import storage
 
 CLOSED = 0.2
-"""A factor or a gain below this closes a branch: LayerScale starts at 0.1 at most, and a draw at 0.02 gains less than
-0.2 of up to 99 inputs; above, the smallest that timm's networks have by themselves are 0.28 (192 inputs at 0.02)."""
+"""Factor or gain below which a branch is closed. LayerScale starts at 0.1 at most, and weights with a standard
+deviation of 0.02 have a smaller gain for up to 99 inputs; the next larger gain in timm's networks is 0.28
+(192 inputs at 0.02).
+"""
 
 _ATEN = torch.ops.aten
-_FACTORS = {  # which arguments multiply features
+_FACTORS = {  # indices of the arguments that multiply features
     _ATEN.mul: (0, 1),
     _ATEN.mul_: (0, 1),
     _ATEN.addcmul: (1, 2),
@@ -41,10 +44,10 @@ _MATRICES = frozenset([_ATEN.convolution, _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATE
 
 
 class _Uses(TorchDispatchMode):
-    """Sees which parameters multiply something (`factors`) and which are matrices on features (`matrices`).
+    """Records which parameters multiply something (`factors`) and which are matrices on features (`matrices`).
 
-    A view of a parameter counts as the parameter; what is computed from one does not. `images` are followed to tell
-    features from what depends on parameters alone.
+    A view of a parameter counts as the parameter; a result computed from it does not. `images` are followed to
+    distinguish features from what depends on parameters only.
     """
 
     def __init__(self, parameters: dict[str, Tensor], images: Tensor) -> None:
@@ -74,13 +77,17 @@ class _Uses(TorchDispatchMode):
 
 
 def open_branches(model: nn.Module, image_size: tuple[int, int]) -> None:
-    """Let every block of an untrained network act, in place.
+    """Scale the weights of an untrained network in place so that every block acts.
 
-    A parameter that multiplies features, elementwise or as a norm's weight, and starts as one value below `CLOSED`
-    becomes 1. A matrix, convolutions too, whose gain is below `CLOSED` is scaled to a gain of 1; the gain is its root
-    mean square times the root of its number of inputs. Which parameters do what is seen in a pass, so no names are
-    needed. What is added (biases, position embeddings, tables of relative positions, class tokens) closes nothing and
-    stays as it is, zeros included. All of it is a function of the parameters alone.
+    A parameter that multiplies features, elementwise or as a norm's weight, and starts as one value below
+    `CLOSED` becomes 1. A matrix or convolution whose gain is below `CLOSED` is scaled to gain 1, where the gain
+    is the root mean square times the square root of the number of inputs. A forward pass shows the use of each
+    parameter, so that no names are needed. Parameters that are added (biases, position embeddings, class
+    tokens) close nothing and stay unchanged. The result depends on the parameters alone.
+
+    Args:
+        model: the network
+        image_size: `(height, width)` of the images of the pass, in pixels
     """
     uses = _observe(model, image_size)
     with torch.no_grad():
@@ -95,9 +102,9 @@ def open_branches(model: nn.Module, image_size: tuple[int, int]) -> None:
 
 
 def _observe(model: nn.Module, image_size: tuple[int, int]) -> _Uses:
-    """One pass on the meta device, which computes nothing, or a real one where a network cannot run there.
+    """Run one pass on the meta device, which computes nothing, or on the CPU if the network cannot run there.
 
-    Of a network that cannot run to its end on images of this size, what runs before that is seen.
+    If the network fails on images of this size, the uses before the failure count.
     """
     tensors = (*model.parameters(), *model.buffers())
     with contextlib.suppress(Exception):
@@ -125,7 +132,9 @@ def _pass(model: nn.Module, image_size: tuple[int, int], device: str) -> tuple[_
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from a seed on the CPU and leave the global generator as it was."""
+    """Draw random numbers on the CPU from a seed in this block; torch's global generator is restored
+    afterwards.
+    """
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -135,9 +144,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Blank(TorchFunctionMode):
-    """Leave parameters as they were allocated where a model would draw them at random.
+    """Skip the random initialisation of parameters inside this context.
 
-    They are loaded anyway, and drawing them takes far longer than all the rest of building a network.
+    Their values are loaded later, and drawing them would take far longer than the rest of the construction.
     """
 
     DRAWS = frozenset(

@@ -1,8 +1,8 @@
-"""Layouts: how what a module returns becomes `(B, C, h, w)`.
+"""Layouts: how the output of a module becomes a feature map `(B, C, h, w)`.
 
-Which axes are spatial, and which of several tokens lie somewhere in the image, is measured, not declared: the network
-is run on two image sizes (and two batch sizes), the axes that grow with the image are its height and width, and
-tokens are told apart by where in the image they lie (`positions`).
+Spatial axes and prefix tokens are measured, not declared. The network runs on two image sizes and two batch
+sizes: the axes that grow with the image are its height and width. Tokens are told apart by their positions in
+the image (see `positions`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from afterimage.models.encoders.positions import WIDE, Positions
 
 COARSEST = 128
+"""Largest reduction of a feature map: a single location for an image of ordinary size is the result of pooling."""
 ROUND = 64
-"""Parts of a pixel within which the tokens of one row of a grid lie."""
+"""Fractions of a pixel, 1/64, to which positions of tokens are rounded before rows of a grid are compared."""
 Size = tuple[int, int]
 Shape = tuple[int, ...]
 Key = tuple[int | str, ...]
@@ -29,12 +30,22 @@ Shapes = list[tuple[Key, Shape]]
 
 
 class Refused(Exception):
-    """Why a module's output is no feature map."""
+    """The output of a module is not a feature map; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One module's output: the tensor at `key`, its axes, the tokens before and after the map's, its measured shape."""
+    """The position and shape of a feature map in a module's output.
+
+    Attributes:
+        axes: order of the tensor's axes: `NCHW`, `NHWC`, `NLC` or `NCL` (L for tokens)
+        channels: number of channels
+        height: locations from top to bottom
+        width: locations from left to right
+        prefix: tokens before the map's
+        key: indices, keys and field names that lead to the tensor
+        suffix: tokens after the map's
+    """
 
     axes: str
     channels: int
@@ -45,7 +56,7 @@ class Layout:
     suffix: int = 0
 
     def __call__(self, output: Any) -> Tensor:
-        """The feature map `(B, C, h, w)` inside a module's output; a view of it wherever that is possible."""
+        """Return the feature map `(B, C, h, w)` of a module's output, as a view if possible."""
         for step in self.key:
             output = step_into(output, step)
         if self.axes == "NHWC":
@@ -59,7 +70,7 @@ class Layout:
 
 
 def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
-    """Every tensor in an output, with the indices, keys and names of fields that lead to it."""
+    """List every tensor in an output, with the indices, keys and field names that lead to it."""
     if isinstance(output, Tensor):
         return [(key, output)]
     items: Any = ()
@@ -73,25 +84,37 @@ def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
 
 
 def has_fields(output: Any) -> bool:
-    """Whether an output keeps what it holds in named fields: a dataclass or a namespace."""
+    """Return whether an output has named fields: a dataclass or a namespace."""
     return (is_dataclass(output) and not isinstance(output, type)) or isinstance(output, SimpleNamespace)
 
 
 def field_names(output: Any) -> list[str]:
+    """Return the names of an output's fields."""
     return [field.name for field in fields(output)] if is_dataclass(output) else list(vars(output))
 
 
 def step_into(output: Any, step: int | str) -> Any:
-    """What an output holds under an index, a key or a field's name."""
+    """Return the item of an output under an index, a key or a field name."""
     by_name = isinstance(step, str) and not isinstance(output, Mapping) and has_fields(output)
     return getattr(output, step) if by_name else output[step]
 
 
 def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
-    """What puts a module's tokens into raster order first, for models that keep them in another order.
+    """Return a function that puts a module's tokens into raster order, for models that keep them in another
+    order.
 
-    Hiera unrolls its tokens so that pooling is a maximum over contiguous ones (Ryali et al., 2023); only at
-    the end of a block does it say how to roll them back, into (B, h, w, C).
+    Hiera unrolls its tokens so that pooling is a maximum over contiguous ones (Ryali et al. 2023). Only at the
+    end of a block does it tell how to roll them back, into (B, h, w, C).
+
+    Args:
+        model: the model
+        path: path of the module
+
+    Returns:
+        the function, or None if the tokens are in raster order
+
+    Raises:
+        Refused: the order of this module's tokens is not known
     """
     if not hasattr(model, "reroll") or path.partition(".")[0] == "patch_embed":
         return None
@@ -109,12 +132,18 @@ def find_layout(
     prefers_nhwc: bool = False,
     positions: Mapping[Key, Positions | None] | None = None,
 ) -> Layout:
-    """The layout of one module's output, from its tensors' shapes on one image and on two of another size.
+    """Find the layout of a module's output, from its tensors on one image and on two images of another size.
 
-    `sizes` are the images', `prefix` the number of prefix tokens that the model declares, if it does. Where both
-    passes had the same size, `prefers_nhwc` decides what the shapes leave open. `positions` say where the elements
-    of the first pass lie in the image: they come before what shapes suggest. Raises Refused with the reason where no
-    tensor, or more than one, is a feature map.
+    Args:
+        first: keys and shapes of the tensors in the first pass
+        second: the same in the second pass
+        sizes: `(height, width)` of the images of both passes
+        prefix: number of prefix tokens that the model declares, or None
+        prefers_nhwc: whether NHWC wins if both passes had the same size and shapes leave it open
+        positions: positions in the image of the first pass's tensors; they take precedence over shapes
+
+    Raises:
+        Refused: no tensor, or more than one, is a feature map
     """
     later, positions = dict(second), positions or {}
     found: dict[Layout, None] = {}
@@ -179,9 +208,10 @@ def _is_batch(shape: Shape, later: Shape) -> bool:
 
 
 def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
-    """The layout of tokens by where they lie in the image; None where that does not tell.
+    """Find the layout of tokens from their positions in the image; None if positions do not decide it.
 
-    Raises Refused where those that lie somewhere are no grid in raster order.
+    Raises:
+        Refused: the tokens that have positions are not a grid in raster order
     """
     if positions is None or len(shape) != 3 or not positions.parts:
         return None
@@ -197,13 +227,13 @@ def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
         return None
     (axis,) = varies
     y, x, mixed = (array.select(2 - axis, 0) for array in min(parts, key=lambda part: part[2].min().item()))
-    own = mixed < mixed.min() + WIDE / 2  # others, such as class tokens, have been mixed over the whole image
+    own = mixed < mixed.min() + WIDE / 2  # other tokens, such as class tokens, are mixed over the whole image
     y, x = ((array * ROUND).round() for array in (y, x))
     rows, columns = y[own].unique(), x[own].unique()
     indices = own.nonzero().flatten()
     first, count = int(indices[0]), len(indices)
     if (len(rows), len(columns)) == (1, 1) and count > 1:
-        return None  # they are all made of the whole image alike
+        return None  # all tokens depend on the whole image alike
     grid = torch.cartesian_prod(rows, columns) if count == len(rows) * len(columns) else None
     if (
         int(indices[-1]) != first + count - 1
@@ -223,7 +253,7 @@ def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
 
 
 def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
-    """How many of the tokens did not grow in number with the image's area, if a few did not."""
+    """Return how many tokens do not grow in number with the image's area, if these are 1 to 16."""
     small, large = (math.prod(size) for size in sizes)
     if large == small:
         return 0
@@ -232,9 +262,8 @@ def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
 
 
 def _is_grid(grid: Size, size: Size) -> bool:
-    """Whether a grid has the image's aspect, up to what padding (or its absence) adds and takes away.
-
-    One location for a whole image of ordinary size is no map but what pooling left of one.
+    """Return whether a grid has the image's aspect ratio, up to the effects of padding, and at most the largest
+    reduction.
     """
     if not all(grid) or (size[0] == size[1] and grid[0] != grid[1]):
         return False
@@ -245,9 +274,9 @@ def _is_grid(grid: Size, size: Size) -> bool:
 
 
 def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
-    """Whether a grid has grown along each axis about as much as the image has.
+    """Return whether a grid grows along each axis about as much as the image.
 
-    An attention map has the aspect of a square image too, but grows with its area.
+    The aspect ratio alone cannot exclude attention maps of square images, which grow with the image's area.
     """
     (before, after), (small, large) = grids, sizes
     return all(
@@ -257,7 +286,15 @@ def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
 
 
 def find_grid(count: int, size: Size) -> Size | None:
-    """The `(h, w)` with h w = count that is closest to the image's aspect and within one of it."""
+    """Find the grid `(h, w)` of `count` locations that is closest to an image's aspect ratio.
+
+    Args:
+        count: number of locations
+        size: `(height, width)` of the image in pixels
+
+    Returns:
+        the grid, or None if none is within one location of the aspect ratio
+    """
     if count < 1:
         return None
     reduction = math.sqrt(math.prod(size) / count)

@@ -1,6 +1,6 @@
-"""Tracing: which modules of a model can be inverted, their shapes, and what the network costs up to each.
+"""Measure which modules of a model return feature maps, their shapes, and the network's cost up to each.
 
-Nothing is declared. The model is observed twice, on images of two sizes, before any weights are loaded.
+Nothing is declared. The model is observed on images of two sizes, before any weights are loaded.
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ from afterimage.models.encoders.tensor_layout import Layout, Refused, Size, find
 class TracedLayer:
     """A module whose output is a feature map.
 
-    `order` counts finished modules, `clock` operations; `parameters` and `macs` (of one image) are the
-    network's up to there. `overwritten` says that the network later changes what the module returned. `placement` is
-    where its locations lie in the image.
+    Attributes:
+        module: path of the module
+        layout: how its output becomes a feature map
+        order: number of modules that finish before it
+        clock: number of operations until it finishes
+        parameters: parameters of the network up to there
+        macs: multiply-adds of the network up to there, for one image
+        overwritten: whether the network later changes the module's output in place
+        placement: positions of its locations in the image
     """
 
     module: str
@@ -45,16 +51,26 @@ class TracedLayer:
 
 @dataclass(frozen=True)
 class Trace:
-    """A model on images of `image_size`: what can be inverted (`taps`) and why the rest cannot (`refused`).
+    """A model on images of one size: its layers, and why other modules are not layers.
 
-    `reads` are the saved tensors in the order in which they are first read: clock, names, number of
-    parameters. `positions` say where in the image the values of each tap lie; `tap` works its placement out of them.
+    Attributes:
+        model: timm's name, with the tag
+        image_size: `(height, width)` of the images in pixels
+        modules: paths of all modules
+        layers: the modules whose output is a feature map, by path
+        refused: the reason for each other module that ran
+        reads: saved tensors in the order in which they are first read: clock, names, number of parameters
+        aliases: module path of each name that the published study uses
+        stages: paths of the layers worth listing
+        failure: why the network stopped before its end; empty if it did not
+        positions: positions in the image of each layer's values, from which `layer` computes its placement
+        placements: placements computed so far
     """
 
     model: str
     image_size: Size
     modules: Sequence[str]
-    taps: Mapping[str, TracedLayer]
+    layers: Mapping[str, TracedLayer]
     refused: Mapping[str, str]
     reads: Sequence[tuple[int, tuple[str, ...], int]]
     aliases: Mapping[str, str]
@@ -63,59 +79,74 @@ class Trace:
     positions: Mapping[str, Positions | None]
     placements: dict[str, Placement] = field(default_factory=dict)
 
-    def tap(self, layer: str) -> TracedLayer:
-        """The tap of a layer, by module path or alias. Raises AfterimageError that says what is valid."""
-        path = layer if layer in self.modules else self.aliases.get(layer, layer)
-        if path in self.taps:
-            tap = self.taps[path]
+    def layer(self, name: str) -> TracedLayer:
+        """Return a layer by its module path or alias.
+
+        Raises:
+            AfterimageError: it is not a layer; the message gives the reason and the valid names
+        """
+        path = name if name in self.modules else self.aliases.get(name, name)
+        if path in self.layers:
+            found = self.layers[path]
             if path not in self.placements:
-                self.placements[path] = find_placement(self.positions[path], tap.layout, self.image_size)
-            return replace(tap, placement=self.placements[path])
+                self.placements[path] = find_placement(self.positions[path], found.layout, self.image_size)
+            return replace(found, placement=self.placements[path])
         if path not in self.modules:
             valid = dict.fromkeys([*self.names, *self.by_order])
-            raise unknown(f"layer of {self.model}", layer, valid, limit=min(40, max(12, len(self.names))))
+            raise unknown(f"layer of {self.model}", name, valid, limit=min(40, max(12, len(self.names))))
         if path not in self.refused and self.failure:
             raise cannot_run(self.model, self.image_size, self.failure)
         reason = self.refused.get(path, "it does not run as a module of its own")
         raise AfterimageError(
-            f"{self.model}:{layer} cannot be inverted: {reason}. Valid: {', '.join(self.names)}; "
+            f"{self.model}:{name} cannot be inverted: {reason}. Valid: {', '.join(self.names)}; "
             f"`afterimage layers {self.model} --all-modules` lists every module"
         )
 
     @property
     def early_end(self) -> str:
-        """Where and why the network ended before its end, and the size that works; "" where it ran through."""
+        """Explain where and why the network stopped before its end, and on which size it does not; empty if it
+        did not stop.
+        """
         if not self.failure:
             return ""
         works = _size_that_works(self.model, self.image_size)
         return (
             f"{self.model} ended early on {self.image_size[0]}x{self.image_size[1]} images ({self.failure}): layers "
-            f"after {self.by_order[-1] if self.taps else 'its start'} are not listed"
+            f"after {self.by_order[-1] if self.layers else 'its start'} are not listed"
             + (f"; it runs to its end on {works}" if works else "")
         )
 
     @property
     def by_order(self) -> list[str]:
-        """Every module that can be inverted, in order of execution, by alias where there is one."""
+        """Names of all layers in order of execution, by alias if there is one."""
         short = {path: alias for alias, path in self.aliases.items()}
-        return [short.get(path, path) for path in sorted(self.taps, key=lambda path: self.taps[path].order)]
+        return [
+            short.get(path, path) for path in sorted(self.layers, key=lambda path: self.layers[path].order)
+        ]
 
     @property
     def names(self) -> list[str]:
-        """The layers worth listing, likewise."""
+        """Names of the layers worth listing, in order of execution."""
         return [name for name in self.by_order if self.aliases.get(name, name) in self.stages]
 
-    def used(self, taps: Sequence[TracedLayer]) -> list[tuple[str, ...]]:
-        """The saved tensors that the layers in use read, each by all the names that it goes by."""
-        last = max(tap.clock for tap in taps)
+    def used(self, layers: Sequence[TracedLayer]) -> list[tuple[str, ...]]:
+        """Return the saved tensors that the given layers read, each by all of its names."""
+        last = max(layer.clock for layer in layers)
         return [names for clock, names, _ in self.reads if clock <= last]
 
 
 class _Unbuildable(Exception):
-    """Why a model cannot be built for a size."""
+    """A model cannot be built for a size; the message gives the reason."""
 
 
 def cannot_run(model: str, size: Size, reason: str) -> AfterimageError:
+    """Create the error for a model that cannot run on images of a size.
+
+    Args:
+        model: name of the model
+        size: `(height, width)` of the images in pixels
+        reason: why it cannot run
+    """
     works = _size_that_works(model, size)
     return AfterimageError(
         f"{model} cannot run on {size[0]}x{size[1]} images ({reason})"
@@ -124,7 +155,9 @@ def cannot_run(model: str, size: Size, reason: str) -> AfterimageError:
 
 
 def _size_that_works(model: str, size: Size) -> str:
-    """The size of a model's pretraining, in words, if it runs to the end there; else ""."""
+    """Describe the size of a model's pretraining if the model runs to its end there; otherwise return the empty
+    string.
+    """
     native = native_size(model)
     with contextlib.suppress(AfterimageError):
         if native != size and not trace(model, native).failure:
@@ -134,7 +167,15 @@ def _size_that_works(model: str, size: Size) -> str:
 
 @functools.lru_cache(maxsize=32)
 def trace(name: str, image_size: Size) -> Trace:
-    """Trace a timm model (name with tag). Raises AfterimageError if it cannot be built for `image_size`."""
+    """Trace a timm model.
+
+    Args:
+        name: timm's name, with the tag
+        image_size: `(height, width)` of the images in pixels
+
+    Raises:
+        AfterimageError: the model cannot be built for images of this size
+    """
     try:
         model = _blank(name, image_size)
     except _Unbuildable as reason:
@@ -147,9 +188,9 @@ def trace(name: str, image_size: Size) -> Trace:
     reads = _reads(model, first)
     clocks = [clock for clock, _, _ in reads]
     totals = [0, *itertools.accumulate(count for _, _, count in reads)]
-    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)  # of a timm model without any too
+    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)  # some timm models lack the attribute
     nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
-    taps, refused, positions = {}, {}, {}
+    layers, refused, positions = {}, {}, {}
     for path, event in first.events.items():
         try:
             if event.refused:
@@ -165,18 +206,20 @@ def trace(name: str, image_size: Size) -> Trace:
             continue
         total = totals[bisect_right(clocks, event.clock)]
         positions[path] = event.positions[layout.key]
-        taps[path] = TracedLayer(path, layout, event.order, event.clock, total, event.macs, event.overwritten)
+        layers[path] = TracedLayer(
+            path, layout, event.order, event.clock, total, event.macs, event.overwritten
+        )
     modules = tuple(path for path, _ in model.named_modules() if path)
     short = aliases(model, name)
-    stages = _stages(model, taps, short.values())
-    return Trace(name, image_size, modules, taps, refused, reads, short, stages, first.failure, positions)
+    stages = _stages(model, layers, short.values())
+    return Trace(name, image_size, modules, layers, refused, reads, short, stages, first.failure, positions)
 
 
 def _blank(name: str, image_size: Size, device: str = "meta") -> nn.Module:
-    """The model without weights, and without storage where that is possible and not slow.
+    """Build the model without weights, and without storage if that is possible and fast.
 
-    Not every model, nor every version of timm, can be built on the meta device, and it unrolls a recurrent
-    network far too slowly.
+    Some models, and some versions of timm, cannot be built on the meta device, which also unrolls recurrent
+    networks far too slowly.
     """
     with seeded(0), Blank():
         if device == "meta":
@@ -199,7 +242,9 @@ def _images(model: nn.Module, count: int, size: Size) -> torch.Tensor:
 
 
 def _observe_again(name: str, model: nn.Module, size: Size, first: ForwardTrace) -> tuple[ForwardTrace, Size]:
-    """Two images, wider, else larger, else just two: the first that gets as far as one did."""
+    """Observe two images that are wider, larger, or of the same size: the first of these that runs as far as
+    one image did.
+    """
     height, width = size
     for other in ((height, 2 * width), (2 * height, 2 * width), size):
         candidate = model
@@ -215,6 +260,7 @@ def _observe_again(name: str, model: nn.Module, size: Size, first: ForwardTrace)
 
 
 def _reads(model: nn.Module, seen: ForwardTrace) -> list[tuple[int, tuple[str, ...], int]]:
+    """List the saved tensors in the order in which they are first read: clock, names, number of parameters."""
     names: dict[int, list[str]] = {}
     counts: dict[int, int] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -224,12 +270,13 @@ def _reads(model: nn.Module, seen: ForwardTrace) -> list[tuple[int, tuple[str, .
 
 
 def _stages(
-    model: nn.Module, taps: Mapping[str, TracedLayer], named: Collection[str], depth: int = 4
+    model: nn.Module, layers: Mapping[str, TracedLayer], named: Collection[str], depth: int = 4
 ) -> list[str]:
-    """The layers worth listing: those with a name in the study (`named`), those that timm declares, and the
-    outermost other modules that are made of several, unless they are most of the network.
+    """Choose the layers worth listing.
 
-    Where layers have a name in the study, single operations are left out.
+    These are the layers in `named`, which the published study names, those that timm declares, and the
+    outermost composite modules that are less than half of the network. Where the study names layers, single
+    operations are left out.
     """
     infos = getattr(model, "feature_info", None) or ()
     declared = {info["module"] for info in infos if isinstance(info, dict)}
@@ -239,9 +286,9 @@ def _stages(
         for name, module in parent.named_children():
             path = f"{prefix}{name}"
             composite = any(True for _ in module.children())
-            inside = [other for other in taps if other.startswith(f"{path}.")]
-            whole = composite and len(inside) < len(taps) / 2 and set(named).isdisjoint(inside)
-            if path in taps and (path in named or whole or (path in declared and (composite or not named))):
+            inside = [other for other in layers if other.startswith(f"{path}.")]
+            whole = composite and len(inside) < len(layers) / 2 and set(named).isdisjoint(inside)
+            if path in layers and (path in named or whole or (path in declared and (composite or not named))):
                 found.append(path)
             elif level < depth:
                 visit(module, f"{path}.", level + 1)

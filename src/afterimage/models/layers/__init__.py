@@ -1,1 +1,1 @@
-"""Layers that decoders are made of."""
+"""Layers that decoders and fusions are built from."""

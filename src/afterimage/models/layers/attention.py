@@ -1,4 +1,7 @@
-"""Exact attention whose memory grows linearly with tokens: the built-in kernel, or where that is slow our own."""
+"""Exact attention whose memory grows linearly with the number of tokens.
+
+PyTorch's kernel is used except for narrow heads on a CPU, for which kernels of this package are faster.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,15 @@ from torch import Tensor, nn
 from afterimage.models.layers.blocks import log2_scale
 
 NARROW = 8
-"""On a CPU the built-in kernel is slow for heads of so few channels, and the quicker one for wider heads."""
+"""Channels of a head up to which PyTorch's CPU kernel is slower than the kernels here."""
 FEW = 512
-"""With fewer tokens there is nothing to gain."""
+"""Number of keys below which the kernels here save no time."""
 TILE = 1 << 19
-"""Scores at once, of up to `HEADS` heads and `ROWS` queries of each or more."""
+"""Scores that are held at a time, 2 MB: heads x queries x keys."""
 HEADS, ROWS = 8, 16
+"""Largest number of heads of a tile, and smallest number of its queries."""
 LARGEST = 60.0
-"""Where scores may reach beyond this power of two, subtracting their bound could underflow."""
+"""Largest bound of the scores, as a power of two, for which subtracting the bound cannot underflow."""
 
 
 def attend(
@@ -32,7 +36,16 @@ def attend(
     k: Float[Tensor, "batch heads m d"],
     v: Float[Tensor, "batch heads m d"],
 ) -> Float[Tensor, "batch heads n d"]:
-    """`softmax(q k' / sqrt(d)) v`, without ever holding the matrix of all pairs."""
+    """Compute `softmax(q k' / sqrt(d)) v` without holding the matrix of all pairs.
+
+    Args:
+        q: queries `(B, heads, n, d)`
+        k: keys `(B, heads, m, d)`
+        v: values `(B, heads, m, d)`
+
+    Returns:
+        `(B, heads, n, d)`
+    """
     single = q.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if q.device.type == "cpu" and q.numel() and single and q.shape[-1] <= NARROW and k.shape[-2] >= FEW:
         exact = q.float(), k.float(), v.float()
@@ -44,33 +57,40 @@ def attend(
 
 @functools.cache
 def narrow_attention() -> tuple[type[torch.autograd.Function], str]:
-    """What attends with narrow heads on a CPU, and in words which it is: compiled loops where numba can be used,
-    else tiles. Both are exact to float32's rounding.
+    """Choose the attention for narrow heads on a CPU: loops compiled by numba if it is usable, otherwise tiles.
 
-    The first call of an installation compiles, which takes seconds; numba keeps the result.
+    Both are exact to float32's rounding. The first call of an installation compiles for some seconds; numba
+    stores the result.
+
+    Returns:
+        the autograd function, and a description of the choice
     """
     if importlib.util.find_spec("numba") is None:
         return TiledAttention, "in tiles (numba is not installed)"
     try:
         from afterimage.models.layers.attention_numba import CompiledAttention
-    except (ImportError, RuntimeError) as error:  # the latter where it finds no folder for what it compiles
+    except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds no folder for its cache
         return TiledAttention, f"in tiles (numba cannot be used: {error})"
     return CompiledAttention, f"compiled by numba {metadata.version('numba')}"
 
 
 @torch.no_grad()
 def _bound(q: Tensor, k: Tensor) -> Tensor:
-    """No score of a query, in powers of two, is larger than this `(B, heads, n)` (Cauchy and Schwarz)."""
+    """Bound the scores of each query, as powers of two, by the inequality of Cauchy and Schwarz: `(B, heads,
+    n)`.
+    """
     return q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True) * log2_scale(q.shape[-1])
 
 
 class TiledAttention(torch.autograd.Function):
-    """Attention, some rows of queries at a time, recomputed for the gradient (Rabe & Staats 2021).
+    """Attention on some rows of queries at a time; scores are recomputed for the gradient (Rabe and Staats
+    2021).
 
-    Channels come first inside, since `(d, n) x (n, rows)` products are several times as fast as `(rows, n) x (n, d)`
-    where d is small. A row added to each factor subtracts the softmax's shift, sums its denominator, and subtracts the
-    row sums in the gradient, within the products. Powers of two are the quicker exponential. In float32 under autocast
-    too: products this thin gain nothing from fewer bits.
+    Channels come first internally, because `(d, n) x (n, rows)` products are several times as fast as `(rows,
+    n) x (n, d)` for small d. A row appended to each factor makes the products also subtract the softmax's
+    shift, sum its denominator, and subtract the row sums in the gradient. Powers of two are faster than
+    exponentials. Everything is in float32 also under autocast, as such thin products gain nothing from fewer
+    bits.
     """
 
     @staticmethod
@@ -113,9 +133,10 @@ class TiledAttention(torch.autograd.Function):
 
 
 def _tiles(keys: Tensor, n: int, count: int) -> Iterator[tuple[Any, ...]]:
-    """Heads, rows of their queries, and `count` matrices `(heads, rows, m)` to fill; the next tile overwrites them.
+    """Yield a slice of heads, a slice of their queries, and `count` matrices `(heads, rows, m)` to fill.
 
-    Several heads at once, since threads divide a product by heads and not by rows.
+    The next tile overwrites the matrices. A tile has several heads, because threads divide a product by heads
+    and not by rows.
     """
     heads, _, m = keys.shape
     at_once = min(heads, HEADS, max(1, TILE // (ROWS * m)))
@@ -130,7 +151,7 @@ def _tiles(keys: Tensor, n: int, count: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _channels_first(tokens: Tensor) -> Tensor:
-    """`(B, heads, n, d)` as `(B heads, d, n)`."""
+    """Reshape `(B, heads, n, d)` to `(B heads, d, n)`."""
     b, h, n, d = tokens.shape
     return tokens.reshape(b * h, n, d).mT
 
@@ -138,7 +159,10 @@ def _channels_first(tokens: Tensor) -> Tensor:
 class TransformerBlock(nn.Module):
     """A pre-norm transformer block (Vaswani et al. 2017; Xiong et al. 2020) on tokens `(B, N, C)`.
 
-    Attention is fused: memory grows linearly with N.
+    Args:
+        channels: channels of the tokens
+        heads: number of attention heads, which divides `channels`
+        hidden: channels of the MLP's hidden layer
     """
 
     def __init__(self, channels: int, heads: int, hidden: int) -> None:

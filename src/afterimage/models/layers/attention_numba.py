@@ -1,8 +1,8 @@
-"""Exact attention of narrow heads on a CPU, compiled by numba for the processor it runs on.
+"""Exact attention of narrow heads on a CPU, compiled by numba for the processor at hand.
 
-Scores are made, used and dropped in registers and the nearest cache, and made again for the gradient (Dao et al. 2022,
-FlashAttention, algorithms 1 and 4, without its running maximum: a bound of the scores is subtracted instead). Only
-`attention` imports this module, where numba is there.
+Scores stay in registers and the L1 cache and are computed again for the gradient (Dao et al. 2022,
+FlashAttention, algorithms 1 and 4; instead of a running maximum, a bound of the scores is subtracted). Only
+`attention` imports this module, and only if numba is installed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.autograd.function import once_differentiable
 from afterimage.models.layers.blocks import log2_scale
 
 WIDTH = 8
-"""Channels of a head; narrower heads are filled up with zeros."""
+"""Channels of a head; narrower heads are padded with zeros."""
 ROWS, KEYS = 8, 256
-"""Queries and keys of one tile of the backward pass: scores, their gradients, keys and values stay in the L1 cache."""
+"""Queries and keys of a tile of the backward pass, chosen so that all of its arrays fit into the L1 cache."""
 
-# Sums may be reordered, or loops over keys would not become vector instructions. NaN and infinity stay what they are.
+# Reordering sums lets loops over keys become vector instructions. NaN and infinity keep their meaning.
 SUMS = {"contract", "nsz", "arcp", "reassoc"}
 ROUNDING = {"contract", "nsz", "arcp"}
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -39,11 +39,11 @@ ROUND = np.float32(3 << 22)
 @njit(fastmath=ROUNDING, cache=True)
 @no_type_check
 def _power(x):
-    """`2^x` for x up to 127, to 2e-7 of its value; below -126 it stays at `2^-126`."""
+    """Compute `2^x` for x up to 127 with a relative error of 2e-7; for x below -126 the result is `2^-126`."""
     x = max(x, np.float32(-126))
     whole = np.float32(x + ROUND)
     y = x - (whole - ROUND)
-    # Chebyshev's interpolation of 2^y between -1/2 and 1/2.
+    # Chebyshev interpolation of 2^y between -1/2 and 1/2.
     p = np.float32(1.339086336e-3)
     p = p * y + np.float32(9.676031918e-3)
     p = p * y + np.float32(5.550357114e-2)
@@ -62,7 +62,7 @@ def _row(m, r):
 @njit(fastmath=SUMS, cache=True)
 @no_type_check
 def _column(m, r, c):
-    """Of `ROWS` rows from r on."""
+    """Return column `c` of the `ROWS` rows from `r` on."""
     return m[r, c], m[r + 1, c], m[r + 2, c], m[r + 3, c], m[r + 4, c], m[r + 5, c], m[r + 6, c], m[r + 7, c]
 
 
@@ -97,7 +97,9 @@ def _add(t, x, m, j):
 )  # fmt: skip
 @no_type_check
 def _forward(q, k, v, shift, out, normaliser):
-    """A head's rows of q and out `(n, 8)`, all its keys and values `(8, m)`; scores are in powers of two."""
+    """Attend from some queries `(n, 8)` of a head to all its keys and values `(8, m)`, with scores as powers of
+    two.
+    """
     for r in range(q.shape[0]):
         a, s = _row(q, r), shift[r]
         weighted, total = NOTHING, ZERO
@@ -116,8 +118,11 @@ def _forward(q, k, v, shift, out, normaliser):
 )  # fmt: skip
 @no_type_check
 def _backward(q, powers, k, v, g, delta, normaliser, dq, dk, dv, m):
-    """A head's rows of queries, of queries scaled to powers of two, of the gradient g and of dq `(n, 8)`, with n a
-    multiple of `ROWS`; its m keys and values in blocks `(blocks, 8, KEYS)`. Adds to dk and dv."""
+    """Compute the gradient for some queries of a head; adds to `dk` and `dv`.
+
+    Queries, queries scaled to powers of two, the gradient `g` and `dq` are `(n, 8)`, with n a multiple of
+    `ROWS`. The m keys and values are in blocks `(blocks, 8, KEYS)`.
+    """
     p, s = np.empty((ROWS, KEYS), np.float32), np.empty((ROWS, KEYS), np.float32)
     for first in range(0, q.shape[0], ROWS):
         for r in range(ROWS):
@@ -146,10 +151,10 @@ def _backward(q, powers, k, v, g, delta, normaliser, dq, dk, dv, m):
 
 
 class CompiledAttention(torch.autograd.Function):
-    """`TiledAttention` in compiled loops: q, k, v `(B, heads, n, d)` with d up to 8 and the scores' bound
-    `(B, heads, n)`, in float32. A second derivative raises.
+    """The computation of `TiledAttention` in compiled loops, in float32. A second derivative raises an error.
 
-    Heads, and where there are fewer of them than threads also rows, are divided among as many threads as PyTorch uses.
+    Inputs are q, k and v `(B, heads, n, d)` with d up to 8, and the bound of the scores `(B, heads, n)`. Heads
+    are divided among as many threads as PyTorch uses, and rows too if there are fewer heads than threads.
     """
 
     @staticmethod
@@ -181,7 +186,7 @@ class CompiledAttention(torch.autograd.Function):
         q, k, v, out, normaliser = ctx.saved_tensors
         (b, h, n, d), m = q.shape, k.shape[2]
         g = _heads(gradient)
-        # Rows of zeros add nothing to any gradient.
+        # Padding rows of zeros add nothing to any gradient.
         fill = -n % ROWS
         delta, normaliser = (F.pad(x, (0, fill)) for x in ((g * out).sum(-1), normaliser))
         queries, g = (F.pad(x, (0, 0, 0, fill)) for x in (_heads(q), g))
@@ -206,12 +211,12 @@ class CompiledAttention(torch.autograd.Function):
 
 
 def _heads(tokens: Tensor) -> Tensor:
-    """`(B, heads, n, d)` as `(B heads, n, 8)`."""
+    """Pad and reshape `(B, heads, n, d)` to `(B heads, n, 8)`."""
     return F.pad(tokens, (0, WIDTH - tokens.shape[-1])).flatten(0, 1).contiguous()
 
 
 def _blocks(tokens: Tensor) -> Tensor:
-    """`(heads, m, 8)` as `(heads, blocks, 8, KEYS)`."""
+    """Pad and reshape `(heads, m, 8)` to `(heads, blocks, 8, KEYS)`."""
     heads, m, _ = tokens.shape
     return F.pad(tokens, (0, 0, 0, -m % KEYS)).view(heads, -1, KEYS, WIDTH).mT.contiguous()
 
@@ -221,7 +226,7 @@ def _arrays(*tensors: Tensor) -> list[np.ndarray]:
 
 
 def _parts(heads: int, n: int) -> list[slice]:
-    """Rows of each head that go to a thread of their own, in multiples of `ROWS`."""
+    """Divide the rows of each head among threads, in multiples of `ROWS`."""
     count = math.ceil(torch.get_num_threads() / heads)
     step = ROWS * math.ceil(n / (ROWS * count))
     return [slice(first, min(n, first + step)) for first in range(0, n, step)]

@@ -24,24 +24,33 @@ class _Clamp(torch.autograd.Function):
 
 
 def clamp(images: Tensor) -> Tensor:
-    """Hold images to [0, 1] and let gradients pass, but for those that lead further beyond the range.
+    """Clamp images to [0, 1]; gradients pass, except those that would move a value further beyond the range.
 
-    A sigmoid saturates where photographs have most of their black and white; a plain clamp has no gradient to
-    bring a value back. Straight through, a value beyond the range is drawn back unless its target is the bound.
-    Errors of pixels never lead outward there; LPIPS may, and without end, as what it sees does not change.
+    A sigmoid saturates at black and white, which are common in photographs. A plain clamp has no gradient that
+    could bring a value back. Here a value beyond the range is drawn back unless its target is the bound itself.
+    Pixel losses never push outward there, but LPIPS may push without end, as the clamped image does not change.
     """
     return _Clamp.apply(images)
 
 
 def for_sums(tensor: Tensor) -> Tensor:
-    """Where it can be summed in float64: on the CPU where it lies on an Apple GPU, which has no such numbers."""
+    """Move a tensor to a device with float64: from an Apple GPU, which has none, to the CPU."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def pixel_shuffle(
     maps: Float[Tensor, "batch cbb h w"], block: tuple[int, int]
 ) -> Float[Tensor, "batch c hb wb"]:
-    """Give every location its block of pixels: a pixel shuffle whose blocks need not be square, also of no maps."""
+    """Turn the channels of each location into a block of pixels; blocks may be oblong, and the batch may be
+    empty.
+
+    Args:
+        maps: `(B, C bh bw, h, w)`
+        block: `(bh, bw)`, pixels of a block
+
+    Returns:
+        `(B, C, h bh, w bw)`
+    """
     (b, cbb, h, w), (bh, bw) = maps.shape, block
     if bh == bw and b:
         return F.pixel_shuffle(maps, bh)
@@ -52,23 +61,32 @@ def pixel_shuffle(
 def pixel_unshuffle(
     maps: Float[Tensor, "batch c hb wb"], block: tuple[int, int]
 ) -> Float[Tensor, "batch cbb h w"]:
-    """The inverse of `pixel_shuffle`."""
+    """Invert `pixel_shuffle`.
+
+    Args:
+        maps: `(B, C, h bh, w bw)`
+        block: `(bh, bw)`, pixels of a block
+
+    Returns:
+        `(B, C bh bw, h, w)`
+    """
     (b, c, height, width), (bh, bw) = maps.shape, block
-    if bh == bw and b:  # of no maps it forgets to unshuffle
+    if bh == bw and b:  # PyTorch returns an empty batch unchanged
         return F.pixel_unshuffle(maps, bh)
     maps = maps.view(b, c, height // bh, bh, width // bw, bw).permute(0, 1, 3, 5, 2, 4)
     return maps.reshape(b, c * bh * bw, height // bh, width // bw)
 
 
 def channel_projection(channels: int, wanted: int | None) -> nn.Module:
-    """A 1x1 convolution to `wanted` channels; nothing where none are asked for."""
+    """Create a 1x1 convolution from `channels` to `wanted` channels, or the identity if `wanted` is None."""
     return nn.Identity() if wanted is None else nn.Conv2d(channels, wanted, kernel_size=1)
 
 
 class UpConv2x(nn.ConvTranspose2d):
     """A transposed convolution (4x4) that doubles height and width: `(B, C, h, w)` to `(B, narrower, 2h, 2w)`.
 
-    The bias is added by itself: on a CPU its gradient within the kernel takes as long as the other two together.
+    The bias is added separately: on a CPU its gradient inside the kernel takes as long as the rest of the
+    backward pass.
     """
 
     def __init__(self, channels: int, narrower: int) -> None:
@@ -80,27 +98,31 @@ class UpConv2x(nn.ConvTranspose2d):
 
 
 def conv_bn_relu(convolution: nn.Module) -> nn.Sequential:
-    """A convolution, batch norm and ReLU."""
+    """Chain a convolution, batch norm and ReLU."""
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU(inplace=True))
 
 
 def stages_between(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """The number of doublings that brings `size` nearest to `target`."""
+    """Return the number of doublings that brings `size` nearest to `target`, both `(height, width)`."""
     ratio = math.sqrt((target[0] * target[1]) / (size[0] * size[1]))
     return max(0, round(math.log2(ratio)))
 
 
 def resize(images: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Float[Tensor, "batch c _ _"]:
-    """Bilinear, antialiased when it shrinks; the identity where the size already fits."""
+    """Resize images `(B, C, H, W)` bilinearly to `size`, with antialiasing if they shrink; equal sizes are the
+    identity.
+    """
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     shrinks = size[0] < images.shape[-2] or size[1] < images.shape[-1]
-    # PyTorch antialiases in float32 only.
+    # PyTorch antialiases in float32 and wider only.
     exact = images.float() if shrinks and images.dtype in (torch.bfloat16, torch.float16) else images
     resized = F.interpolate(exact, size=tuple(size), mode="bilinear", antialias=shrinks, align_corners=False)
     return resized.to(images.dtype)
 
 
 def log2_scale(d: int) -> float:
-    """Times this, `q k'` of heads of d channels is the power of two whose value softmax takes."""
+    """Return the factor that turns `q k'` of heads of `d` channels into the exponents of powers of two of the
+    softmax.
+    """
     return d**-0.5 / math.log(2)

@@ -1,1 +1,1 @@
-"""One library of networks a file."""
+"""Libraries of pretrained encoders, one in each file."""

@@ -1,4 +1,4 @@
-"""Models of timm: their names, building them, and loading weights into them."""
+"""Name timm's models, build them, and load weights into them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from afterimage.models.weight_files import NamedTensors
 
 
 def resolve(source: str) -> str:
-    """`model:layer` with the weights' tag pinned: `vgg16:block1` becomes `vgg16.tv_in1k:block1`.
+    """Pin the tag of the weights in `model:layer`: `vgg16:block1` becomes `vgg16.tv_in1k:block1`.
 
-    The layer keeps the word it was written with; whether the model has it is seen when it is measured.
-    Raises AfterimageError for a model or tag that timm does not know.
+    The layer is not checked; that happens when it is measured.
+
+    Raises:
+        AfterimageError: timm does not know the model or the tag
     """
     model, layer = split_source(source.strip())
     return f"{resolve_model(model)}:{layer}"
@@ -37,11 +39,14 @@ def resolve(source: str) -> str:
 
 @functools.cache
 def resolve_model(name: str) -> str:
-    """A timm model's name with the tag of its weights: the one given, else timm's default.
+    """Return a timm model's name with the tag of its weights: the given one, or timm's default.
 
-    A model for which no weights were ever published has no tag and stays as it is. A repository of the hub,
-    `OWNER/NAME` with `hf-hub:` before it or not, is the timm model whose weights it holds, or stays `OWNER/NAME`: its
-    config.json then names the architecture.
+    A model without published weights has no tag and keeps its name. A repository of the hub, `OWNER/NAME` with
+    or without `hf-hub:`, becomes the timm model whose weights it holds, or stays `OWNER/NAME`; its config.json
+    then names the architecture.
+
+    Raises:
+        AfterimageError: the model, tag or repository is unknown
     """
     name = re.sub(HUB_PREFIX, "", name)
     if "/" in name:
@@ -77,9 +82,11 @@ def _resolve_repository(name: str) -> str:
 
 
 def architecture(name: str) -> str:
-    """What timm calls a model's architecture: its name without the tag; for a repository what its config.json says.
+    """Return timm's name of a model's architecture: the name without the tag, or the entry in a repository's
+    config.json.
 
-    Raises AfterimageError for a repository that cannot be read, or whose network is none of timm's.
+    Raises:
+        AfterimageError: the repository cannot be read, or its network is not one of timm's
     """
     if "/" not in name:
         return name.partition(".")[0]
@@ -96,7 +103,7 @@ def architecture(name: str) -> str:
 
 
 def _renamed(architecture: str) -> str | None:
-    """What timm calls a model today whose old name it still knows."""
+    """Return timm's current name of a model with an old name; None for any other."""
     from timm.models._registry import _deprecated_models
 
     if architecture not in _deprecated_models:
@@ -112,7 +119,7 @@ def _tags(architecture: str) -> list[str]:
 
 
 def _unknown_model(name: str) -> AfterimageError:
-    """Near matches only: timm knows over a thousand models, too many to list."""
+    """Create the error for an unknown model, with near matches only: timm has too many models to list."""
     known = timm.list_models(pretrained=True)
     architectures = dict.fromkeys(known_name.partition(".")[0] for known_name in known)
     near = difflib.get_close_matches(name, [*known, *architectures], n=5, cutoff=0.6)
@@ -126,11 +133,16 @@ def _unknown_model(name: str) -> AfterimageError:
 
 
 def aliases(model: nn.Module, name: str) -> dict[str, str]:
-    """The study's names for layers, as `{alias: module path}`; a real module path always wins over an alias.
+    """Return the published study's names for layers as `{alias: module path}`; real module paths take
+    precedence.
 
-    VGG's `block1` .. `block5` are the pooled outputs; `block0` .. of anything made of `blocks` are its blocks
-    in order; PVT-v2's `stage1` .. `stage4` are its stages. ResNet's `layer1` .. `layer4` are module paths as
-    they are.
+    VGG's `block1` to `block5` are the pooled outputs. `block0` and so on of models with `blocks` are these
+    blocks in order. PVT-v2's `stage1` to `stage4` are its stages. ResNet's `layer1` to `layer4` are module
+    paths already.
+
+    Args:
+        model: the network
+        name: timm's name, or a repository of the hub
     """
     name = architecture(name)
     if name.startswith("vgg"):
@@ -149,7 +161,7 @@ _LOCK = threading.Lock()
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """timm's description of a model's weights: mean and std, the image size that they expect, and so on."""
+    """Return timm's description of a model's weights, such as mean, std and the expected image size."""
     if "/" in name:
         return _repository(name)[0]
     config = get_pretrained_cfg(name, allow_unregistered=True)
@@ -158,10 +170,11 @@ def pretrained_config(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a repository's config.json says of its weights, and with which arguments timm builds its network.
+    """Read from a repository's config.json the description of its weights, and timm's arguments for its
+    network.
 
-    Old ones have no table of their own for the weights. An argument that sets the image's size is left out, as
-    `create_model` has it. What is not said is as timm takes it.
+    Old files have no separate table for the weights. Arguments that set the image's size are left out, because
+    `create_model` sets it. Missing entries take timm's defaults.
     """
     config, known = repository_config(name), {field.name for field in fields(PretrainedCfg)}
     told, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
@@ -180,18 +193,25 @@ def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def has_fixed_size(name: str) -> bool:
-    """Whether a model is built for one image size; any other takes what it is given."""
+    """Return whether a model is built for one image size; others take any."""
     return bool(pretrained_config(name).get("fixed_input_size"))
 
 
 def native_size(name: str) -> Size:
-    """The image size of a model's pretraining."""
+    """Return the image size of a model's pretraining, `(height, width)` in pixels."""
     height, width = pretrained_config(name).get("input_size", (3, 224, 224))[-2:]
     return height, width
 
 
 def create_model(name: str, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
-    """A timm model in eval mode for images of `image_size`."""
+    """Build a timm model in evaluation mode.
+
+    Args:
+        name: timm's name with its tag, or a repository of the hub
+        image_size: `(height, width)` of the images in pixels
+        device: where the parameters are
+        options: further arguments of `timm.create_model`
+    """
     if has_fixed_size(name):
         options["img_size"] = image_size
     if "/" in name:
@@ -203,7 +223,14 @@ def create_model(name: str, image_size: Size, *, device: str = "cpu", **options:
 
 
 def create_random(name: str, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
-    """A random control, drawn from a seed: timm's own initialisation (`random-init`), or its blocks act (`random`)."""
+    """Build a random control.
+
+    Args:
+        name: timm's name with its tag, or a repository of the hub
+        image_size: `(height, width)` of the images in pixels
+        seed: seed of the weights
+        kind: `random` (every block acts) or `random-init` (timm's own initialisation)
+    """
     with seeded(seed):
         model = create_model(name, image_size)
     if kind == "random":
@@ -214,14 +241,22 @@ def create_random(name: str, image_size: Size, seed: int, kind: str = "random") 
 def create_loaded(
     name: str, image_size: Size, file: NamedTensors, used: Sequence[tuple[str, ...]]
 ) -> tuple[nn.Module, str]:
-    """A model with the weights of a file, in timm's names or in their publisher's, and a note on where in the file
-    they are (see `best_match`), empty where that is plain.
+    """Build a model with the weights of a file, named as timm or as their publisher names them.
 
-    Position embeddings and the like are resampled to `image_size` by the model's own filter. The file may hold a
-    part of the network only. `used` are the tensors that must be in it, each by all the names it goes by.
+    Position embeddings and the like are resampled to `image_size` by the model's own filter. The file may hold
+    a part of the network only.
+
+    Args:
+        name: timm's name with its tag, or a repository of the hub
+        image_size: `(height, width)` of the images in pixels
+        file: the tensors of the file
+        used: the tensors that the file must hold, each by all of its names
+
+    Returns:
+        the model, and a note on where in the file the weights are (see `best_match`), empty if that is obvious
 
     Raises:
-        AfterimageError: one of them is missing, does not fit or is not finite; it names the file.
+        AfterimageError: a used tensor is missing, does not fit or is not finite; the message names the file
     """
     notes: list[str] = []
     load = functools.partial(_load, image_size=image_size, file=file, used=used, notes=notes)
@@ -231,10 +266,10 @@ def create_loaded(
 
 @contextlib.contextmanager
 def _intercept(load: Callable[[nn.Module, Callable | None], None]) -> Iterator[None]:
-    """Have timm call `load(model, filter)` where it would load weights itself.
+    """Make timm call `load(model, filter)` instead of loading weights itself.
 
-    The filter, which brings weights into a model's own names and shapes, is an argument of that one call:
-    timm has no public way to it.
+    The filter brings weights into a model's own names and shapes. It is an argument of that one internal call,
+    and timm has no public access to it.
     """
 
     def replacement(model: nn.Module, *_: Any, filter_fn: Callable | None = None, **__: Any) -> None:
@@ -292,8 +327,8 @@ def _fit(
 ) -> dict[str, Tensor]:
     """Bring a state dict into the model's names and shapes.
 
-    Where the names are the model's already, a filter must not see a part of the network: some tell formats
-    apart by the classifier's key. It then gets the rest from the model itself, which is taken out again.
+    Some filters tell formats apart by the classifier's key, so they must not see a part of a network. If the
+    names are the model's own already, missing tensors are filled in from the model and removed afterwards.
     """
     if filter_fn is None or all(key in own and value.shape == own[key].shape for key, value in state.items()):
         return state
@@ -309,7 +344,7 @@ def _fit(
 
 
 def _resized(name: str, size: Size) -> str:
-    """A hint where a model of fixed size was built for another size than its weights are for."""
+    """Return a hint if a model of fixed size was built for another size than its weights are for."""
     native = tuple(pretrained_config(name).get("input_size", (3, *size))[-2:])
     if not has_fixed_size(name) or native == size:
         return ""
