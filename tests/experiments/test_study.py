@@ -16,6 +16,7 @@ from afterimage.config.study import RowConfig, StudyConfig, from_models, load_st
 from afterimage.experiments.cost import plan
 from afterimage.experiments.study import expand, run_study
 from afterimage.models.reconstructor import build_feature_decoder
+from afterimage.report.write import write_report
 from test_decoders import PUBLISHED
 
 MODEL = "test_resnet.r160_in1k"
@@ -122,6 +123,61 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path):
     assert states.count("failed") == 1 and states.count("done") == 4 and len(failures) == 1
     (failed,) = [run for run in runs if run.state == "failed"]
     assert "loss is" in json.loads(failed.file("status.json").read_text())["error"]
+
+
+def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_decoder(
+    tmp_path, monkeypatch
+):
+    import functools
+
+    from afterimage.config import inversion
+
+    few = functools.partialmethod(inversion.InvertConfig.__init__, steps=6)
+    monkeypatch.setattr(inversion.InvertConfig, "__init__", few)
+    study = replace(SMALL, sources=(f"{MODEL}:layer1", f"{MODEL}:layer2"), references=False, invert=2)
+    study = replace(study, decoders=(DecoderConfig("linear"),))
+    options = {"cache": tmp_path / "cache", "accelerator": "cpu"}
+    runs, failures = run_study(study, tmp_path / "study", **options)
+    assert not failures
+    decoders, bounds = ([run for run in runs if run.result.kind == kind] for kind in ("decoder", "inversion"))
+    assert [len(decoders), len(bounds)] == [2, 2]
+    for decoder, bound in zip(decoders, bounds, strict=True):
+        result = bound.result
+        assert result.inversion.start == decoder.name
+        first = decoder.result.per_image[:2]
+        assert [row["id"] for row in result.per_image] == [row["id"] for row in first]
+        alone = result.inversion.decoder_alone.scores["psnr"].mean
+        assert alone == pytest.approx(sum(row["psnr"] for row in first) / 2, abs=1e-4)
+
+    stamps = [bound.file("summary.json").stat().st_mtime_ns for bound in bounds]
+    again, _ = run_study(study, tmp_path / "study", **options)
+    assert [run.file("summary.json").stat().st_mtime_ns for run in again if run in bounds] == stamps
+
+    written = write_report(again, tmp_path / "report", title="Bounds")
+    text = written["report.md"].read_text()
+    section = text[
+        text.index("## What a layer keeps, and what its decoder missed") : text.index("## Findings")
+    ]
+    for bound in bounds:
+        result = bound.result
+        alone = result.inversion.decoder_alone.scores["psnr"].mean
+        assert f"| {alone:.2f} | {result.scores['psnr'].mean:.2f} \\[" in section
+
+
+def test_a_bound_that_cannot_be_found_ends_itself_alone(tmp_path, monkeypatch):
+    from afterimage.analysis.inversion import run as inversion
+
+    study = replace(SMALL, references=False, invert=1, decoders=(DecoderConfig("linear"),))
+
+    def failing(run, *_, **__):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(inversion, "invert_run", failing)
+    runs, failures = run_study(study, tmp_path, cache=tmp_path / "cache", accelerator="cpu")
+    assert {run.state for run in runs} == {"done"} and len(failures) == len(runs)
+    assert all(
+        f"the measured bound of {run.name}" in str(error) for run, error in zip(runs, failures, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", RANDOM_WEIGHTS)

@@ -76,6 +76,8 @@ class Study:
     """Folder for the study's run folders and report (default: runs/NAME)."""
     controls: bool = False
     """Beside each run its twins (random weights, a perceptual loss), and each held against `afterimage controls`."""
+    invert: int | None = None
+    """Test images of every run whose measured bound is found: its decoder's answer, refined until the features fit."""
     dry_run: bool = False
     """Print the resolved runs with their sizes and estimated cost, and start nothing."""
     list_groups: bool = False
@@ -123,7 +125,10 @@ class Study:
             if self.dry_run or self.list_groups:
                 failures: list[AfterimageError] = []
                 configs = part.of(expand(study, display, failures))
-                (print_plan if self.dry_run else print_groups)(configs)
+                if self.dry_run:
+                    print_plan(configs, study.invert)
+                else:
+                    print_groups(configs)
                 print_failures(failures)
                 if failures:
                     raise SystemExit(1)
@@ -186,6 +191,7 @@ class Study:
             "weights": self.weights or study.weights,
             "lpips": self.lpips or study.lpips,
             "controls": self.controls or study.controls,
+            "invert": study.invert if self.invert is None else self.invert,
         }
         if self.parameters:
             changed["parameters"] = parse_count(self.parameters, "--parameters")
@@ -218,11 +224,12 @@ def print_groups(configs: list[RunConfig]) -> None:
         say(" ".join([f"{number}/{len(split)}", *(config.name for config in group)]))
 
 
-def print_plan(configs: list[RunConfig]) -> None:
-    """What a study would run and cost, one line a run."""
+def print_plan(configs: list[RunConfig], invert: int = 0) -> None:
+    """Print what a study would run and cost, a line a run, and what inverting `invert` images of each would."""
     from rich.table import Table
 
     from afterimage.cli.layers import print_unseen
+    from afterimage.config.inversion import InvertConfig
     from afterimage.experiments.cost import macs_per_second, plan
     from afterimage.experiments.study import study_groups
     from afterimage.models.fusion import FUSIONS
@@ -262,6 +269,13 @@ def print_plan(configs: list[RunConfig]) -> None:
     console(180).print(table)
     print_unseen({source: text for one in plans for source, text in one.unseen.items()})
     say(*problems)
+    if invert and plans:
+        passes = InvertConfig().steps
+        macs = sum(3 * passes * invert * one.encoder_macs for one in plans)
+        say(
+            f"measured bounds: {invert} images of each run, {passes} passes forward and backward each: "
+            f"~{clock(macs / macs_per_second())}"
+        )
     total = sum(one.seconds for one in plans)
     say(f"{len(study_groups(configs))} groups of runs that are trained together (--list-groups)")
     say(

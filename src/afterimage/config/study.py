@@ -64,6 +64,7 @@ class StudyConfig:
         references: whether the baselines are scored too
         controls: whether every run also gets a matched random control, and its feature ablations, error
             breakdown and rate-distortion curve
+        invert: number of test images, from the first on, for which the measured bound of every run is found
         keep: number of test images whose reconstructions are stored
         lpips: LPIPS network of the scores, or `any` for the first one whose weights are found
         data: where images come from and how they are split
@@ -80,6 +81,7 @@ class StudyConfig:
     missing_weights: str = "error"
     references: bool = True
     controls: bool = False
+    invert: int = 0
     keep: int = 8
     lpips: str = "alex"
     data: DataConfig = DataConfig()
@@ -100,6 +102,7 @@ class StudyConfig:
         for i, seed in enumerate(self.seeds):
             check_seed(f"seeds[{i}]", seed)
         check_range("keep", self.keep, 0, MAX_IMAGES)
+        check_range("invert", self.invert, 0, MAX_IMAGES)
         check_positive(self, "parameters", most=MAX_PARAMETERS)
         object.__setattr__(self, "weights", absolute_weights(self.weights))
 

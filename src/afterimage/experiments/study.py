@@ -14,6 +14,7 @@ from afterimage.config import (
     RANDOM_WEIGHTS,
     AfterimageError,
     Count,
+    DataConfig,
     DecoderConfig,
     RecipeConfig,
     RunConfig,
@@ -244,22 +245,69 @@ def run_study(
                 options = {"lpips": configs[0].lpips, "cache": cache, "progress": progress}
                 with beside_training("the baselines"):
                     runs += run_baselines(study.data, root, keep=study.keep, failures=failures, **options)
+        settings = {"cache": cache, "accelerator": accelerator, "progress": progress}
         trained = (train or train_runs)(
-            part.of(configs),
-            root,
-            cache=cache,
-            accelerator=accelerator,
-            progress=progress,
-            keep=study.keep,
-            failures=failures,
+            part.of(configs), root, keep=study.keep, failures=failures, **settings
         )
         with ranks.raise_on_all_ranks():
             if study.controls and ranks.is_main_process:
                 with beside_training("the controls"):
                     done = [run for run in trained if is_done(run)]
-                    failures += run_controls(done, cache=cache, accelerator=accelerator, progress=progress)
+                    failures += run_controls(done, **settings)
+        with ranks.raise_on_all_ranks():
+            if study.invert and ranks.is_main_process:
+                done = [run for run in trained if is_done(run)]
+                runs += find_bounds(done, study.invert, root, failures, **settings)
         failures = ranks.broadcast(failures)
     return trained + runs, failures
+
+
+def find_bounds(
+    runs: Sequence[Run],
+    count: int,
+    root: str | Path,
+    failures: list[AfterimageError],
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+) -> list[Run]:
+    """Refine what each run's decoder makes of its first test images until the features fit: the measured bound.
+
+    What is finished is not searched for again, and batches that an interrupted search finished are taken up.
+
+    Args:
+        runs: finished runs.
+        count: test images of each, from the first on.
+        root: the folder for the run folders of the inversions.
+        failures: takes the error of each run that could not be refined; the others go on.
+        cache: where decoded images are kept.
+        accelerator: `cpu`, `cuda`, `mps` or `auto`.
+        progress: is called as `progress(what, done, total, **figures)`.
+
+    Returns:
+        The finished inversions.
+    """
+    from afterimage.analysis.inversion.run import InversionInputs, from_data, invert_run
+    from afterimage.config.inversion import InvertConfig
+    from afterimage.runtime.device import one_device
+
+    device, found = str(one_device(accelerator).device), []
+    inputs: dict[DataConfig, InversionInputs] = {}
+    for run in runs:
+        try:
+            few = run.config.data.limit_test
+            data = replace(run.config.data, limit_test=count if few is None else min(count, few))
+            if data not in inputs:
+                inputs[data] = from_data(data, cache=cache, progress=progress)
+            found += invert_run(
+                run, Path(root), InvertConfig(), inputs[data], plain=False, device=device, progress=progress
+            )
+        except Exception as error:
+            if concerns(error):
+                raise
+            failures.append(as_error(error, f"the measured bound of {run.name}"))
+    return found
 
 
 def _write_failures(path: Path, failures: Sequence[AfterimageError]) -> None:

@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from afterimage.evaluation.intervals import mean_interval
 from afterimage.report.figures.inversion import PAST, features_of, highest, mean_curve, named_features
+from afterimage.report.findings import Finding, Numbers
+from afterimage.report.format import number, span
 from afterimage.report.rows import Row
 from afterimage.runs.files import write_atomic, write_csv, write_json
-from afterimage.runs.results import Score
+from afterimage.runs.results import METRICS, Score
 from afterimage.runtime.terminal import console
 
 
@@ -49,6 +54,54 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """The same decoder on the same images: several refinements may start from it."""
     measured = ("way", "how", "psnr", "ssim", "lpips", "images")
     return all(row[name] == other[name] for name in measured)
+
+
+def bound_findings(inversions: Sequence[Row]) -> list[Finding]:
+    """Set what decoders made of images beside the same images refined until the features fit, if there are any.
+
+    Scores are means over the same images with 95 % bootstrap intervals (BCa).
+    """
+    refined = [
+        row for row in inversions if row.inversion and row.inversion.start and row.inversion.decoder_alone
+    ]
+    if not refined:
+        return []
+    lines, metrics = [], [name for name in METRICS if any(row.scores[name] for row in refined)]
+    for row in refined:
+        alone = row.inversion.decoder_alone.scores
+        cells = [named_features(" + ".join(row.sources), row.origin), row.inversion.start_decoder]
+        for name in metrics:
+            before, after = (
+                number(s.mean, name) if s else "unavailable" for s in (alone[name], row.scores[name])
+            )
+            values = list(row.values(name).values())
+            if len(values) > 1:
+                after += f" {span(mean_interval(np.array(values)), name, signed=False)}"
+            cells += [before, after]
+        lines.append((*cells, f"{row.inversion.feature_loss:.2g}", str(len(row.per_image))))
+    header = [f"{METRICS[name].title} {way}" for name in metrics for way in ("decoder", "refined")]
+    counts = [str(count) for count in sorted({len(row.per_image) for row in refined})]
+    passes = [str(steps) for steps in sorted({row.inversion.steps for row in refined})]
+    return [
+        Finding(
+            "What a layer keeps, and what its decoder missed",
+            paragraphs=(
+                "A decoder's score at depth is the decoder's weakness as much as the layer's loss. The refined image "
+                "started from the decoder's and was changed until its features were those of the original "
+                f"({' or '.join(passes)} passes through the encoder, on the first {' or '.join(counts)} test images). "
+                "What came back was read from the features, so it is a lower bound on what they keep: the measured "
+                "bound. What the features do not determine is filled in, not averaged, which can cost PSNR.",
+            ),
+            tables=(
+                Numbers(
+                    "Decoder and measured bound on the same images, mean [95 % interval]",
+                    ("features", "decoder", *header, "feature loss", "images"),
+                    tuple(lines),
+                ),
+            ),
+            wide=True,
+        )
+    ]
 
 
 def print_limit(inversions: Sequence[Row]) -> None:

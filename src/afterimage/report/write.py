@@ -49,6 +49,7 @@ def write_report(
     from afterimage.report.answers import answer, markdown_finding, markdown_findings, reason
     from afterimage.report.controls import control_findings
     from afterimage.report.figures import draw, render
+    from afterimage.report.inversion import bound_findings
 
     rows, out, written = read_rows(runs), Path(out), {}
     remove_leftovers(out, older=ABANDONED)
@@ -63,6 +64,7 @@ def write_report(
     # The statistics compare decoders; an inversion has its rows in the table and its curve.
     answers = answer([row for row in rows.all if row.kind != "inversion"])
     write("findings.json", answers.json)
+    bounds = bound_findings(rows.decoders)
     more = [*_beside(answers), *control_findings(rows.decoders)]
     progress("statistics", 1, 1)
     figures, shown, problems = [], [], []
@@ -79,7 +81,7 @@ def write_report(
         if drawing.name.startswith(ON_PAGE):
             shown.append((drawing.title, written[f"figures/{drawing.name}.png"]))
     try:
-        findings = [dataclasses.asdict(finding) for finding in (*answers.findings, *more)]
+        findings = [dataclasses.asdict(finding) for finding in (*bounds, *answers.findings, *more)]
         options = {"findings": findings, "figures": shown, "lead": answers.lead}
         options |= {"problems": [*answers.problems, *problems]}
         written["index.html"] = write_page(
@@ -94,6 +96,7 @@ def write_report(
         "## Results",
         markdown_table(rows, spread=spread).rstrip(),
         "Also as [CSV](table.csv) and [LaTeX](table.tex).",
+        *(part for f in bounds for part in (f"## {markdown(f.title)}", *markdown_finding(f))),
         "## Findings", *markdown_findings(answers),
         *(["All numbers as [JSON](findings.json)."] if answers.findings else []),
         *(part for f in more for part in (f"## {markdown(f.title)}", *markdown_finding(f))),
