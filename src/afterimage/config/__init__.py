@@ -1,4 +1,5 @@
 """Frozen dataclasses that describe runs, studies, inversions and audits, with strict TOML and content hashes.
+
 No torch.
 """
 

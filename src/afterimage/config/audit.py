@@ -56,16 +56,14 @@ class LimitsConfig:
 
 @dataclass(frozen=True)
 class AttackersConfig:
-    """The attackers of an audit; every combination of decoder, number of images and threat model is one of
-    them.
+    """The attackers of an audit; every combination of decoder, number of images and threat model is one of them.
 
-    In the threat model `black-box` an attacker trains a decoder on defended features. In `white-box` it also
-    has the encoder's weights and refines each reconstruction by optimisation.
+    In the threat model `black-box` an attacker trains a decoder on defended features. In `white-box` it also has the
+    encoder's weights and refines each reconstruction by optimisation.
 
     Attributes:
         decoders: names of decoder families
-        images: numbers of images that the attacker owns, 5 or more each, or `all`; a fifth of them is for
-            validation
+        images: numbers of images that the attacker owns, 5 or more each, or `all`; a fifth of them is for validation
         threat_models: `black-box`, `white-box` or both
         data: source of the attacker's images; empty for the source of the audited images
         refine_steps: optimisation steps for each image in `white-box`
@@ -100,8 +98,7 @@ class AttackersConfig:
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """One audit of a timm model, of a custom encoder, or of stored pairs of images and features; exactly one is
-    given.
+    """One audit of a timm model, of a custom encoder, or of stored pairs of images and features; exactly one is given.
 
     Attributes:
         model: timm's name of a model
@@ -112,8 +109,8 @@ class AuditConfig:
         mean: channel means by which images are normalised before they reach a custom encoder
         std: channel standard deviations for the same, greater than 0
         prefix_tokens: number of prefix tokens of a custom encoder, where it cannot be measured
-        prediction: what the network returns: `classes`, `embedding`, or `auto` (the classes of a timm model
-            with a classifier, otherwise an embedding)
+        prediction: what the network returns: `classes`, `embedding`, or `auto` (the classes of a timm model with a
+            classifier, otherwise an embedding)
         data: where images come from and how they are split
         test_fraction: share of stored pairs that is held out for testing
         defences: defences to try, as text such as `pca:8+int8`

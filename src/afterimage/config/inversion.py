@@ -22,6 +22,7 @@ from afterimage.config.schema import (
 METHODS = ("pixels", "fourier", "prior")
 """The parametrisations of the image: its pixels, its Fourier coefficients, or an untrained network's weights."""
 OPTIMIZERS = ("adam", "lbfgs")
+"""The optimizers of the image."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,6 @@ class InversionConfig:
 
     @property
     def name(self) -> str:
-        """The run folder's name: the sources, `inversion` (from grey) or `refined`, and eight digits of the
-        hash.
-        """
+        """The run folder's name: the sources, `inversion` (from grey) or `refined`, and eight digits of the hash."""
         kind = "refined" if self.start else "inversion"
         return folder_name([*self.sources, kind], self.digest)

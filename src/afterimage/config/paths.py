@@ -50,8 +50,9 @@ def local_path(path: str) -> str:
 
 
 def absolute_source(source: str) -> str:
-    """Return a source of images with its path or its pattern of shards made absolute; sources without a path
-    stay as they are.
+    """Return a source of images with its path or its pattern of shards made absolute.
+
+    Sources without a path stay as they are.
     """
     kind, _, path = source.partition(":")
     if not path or kind not in ("folder", "div2k", "webdataset", "parquet", "pairs"):
@@ -62,9 +63,7 @@ def absolute_source(source: str) -> str:
 
 
 def _absolute_pattern(pattern: str) -> str:
-    """Make a pattern with braces and globs absolute; glob characters in the working folder's own name are
-    escaped.
-    """
+    """Make a pattern with braces and globs absolute; glob characters in the working folder's own name are escaped."""
     plain = local_path(pattern)
     if os.path.isabs(plain) or re.match(r"\{[^{}]*(?<![^{,])[/~]", plain):
         return absolute_path(pattern) if os.path.isabs(plain) else pattern

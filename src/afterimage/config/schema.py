@@ -119,21 +119,37 @@ def check_positive(owner: object, *names: str, most: int | float = math.inf) -> 
 
 
 def check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
-    """Raise `AfterimageError` unless `low <= value <= high`; the message names the setting `name`."""
+    """Check that a setting lies in `[low, high]`.
+
+    Args:
+        name: name of the setting, for the message
+        value: its value
+        low: smallest allowed value
+        high: largest allowed value
+
+    Raises:
+        AfterimageError: the value lies outside
+    """
     if not low <= value <= high:  # true for NaN too
         raise AfterimageError(f"{name} must lie between {low:,} and {high:,}, got {value}")
 
 
 def check_seed(name: str, seed: int) -> None:
-    """Raise `AfterimageError` unless the seed lies in [0, `MAX_SEED`]; the message names the setting `name`."""
+    """Check that a seed lies in [0, `MAX_SEED`], which every random generator accepts.
+
+    Args:
+        name: name of the setting, for the message
+        seed: its value
+
+    Raises:
+        AfterimageError: the seed lies outside
+    """
     check_range(name, seed, 0, MAX_SEED)
 
 
 @contextlib.contextmanager
 def utf8_path(path: str | Path) -> Iterator[str]:
-    """Yield a path to the file that libraries which refuse non-UTF-8 paths can open; it is valid inside the
-    block.
-    """
+    """Yield a path to the file that libraries which refuse non-UTF-8 paths can open; it is valid inside the block."""
     text = str(path)
     try:
         text.encode()
@@ -145,9 +161,7 @@ def utf8_path(path: str | Path) -> Iterator[str]:
 
 
 def absolute_weights(weights: str) -> str:
-    """Return `weights` with a path made absolute; keywords such as `pretrained`, and addresses, stay as they
-    are.
-    """
+    """Return `weights` with a path made absolute; keywords such as `pretrained`, and addresses, stay as they are."""
     if (
         not weights
         or weights in ("pretrained", *RANDOM_WEIGHTS)
@@ -227,7 +241,7 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and how they are split.
+    """The images of a run, and their division into training, validation and test images.
 
     A source is `folder:PATH`, `hf:NAME[@REVISION][:SPLIT]` (a dataset of the Hugging Face hub),
     `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`, `procedural:COUNT` or
@@ -278,7 +292,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """How a decoder is trained. The defaults are the published study's.
+    """The training recipe of a decoder. The defaults are the published study's.
 
     Attributes:
         epochs: passes over the training images
@@ -415,7 +429,12 @@ def settings_digest(config: Any) -> str:
 
 
 def folder_name(parts: Sequence[str], digest: str) -> str:
-    """Return a run folder's name: a readable slug of `parts`, and the first eight digits of the hash `digest`."""
+    """Return the name of a run folder.
+
+    Args:
+        parts: what the run consists of; becomes a readable slug of at most 100 characters
+        digest: hash of the settings, of which eight digits are appended
+    """
     slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts)).strip("-.")
     return f"{slug[:100]}-{digest[:8]}"
 

@@ -147,9 +147,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def load_toml(cls: type[T], path: str | Path) -> T:
-    """Read a config of the dataclass `cls` from the TOML file at `path`; every `AfterimageError` names the
-    file.
-    """
+    """Read a config of the dataclass `cls` from the TOML file at `path`; every `AfterimageError` names the file."""
     try:
         text = read_text(path)
         return from_dict(cls, tomllib.loads(text))

@@ -70,14 +70,12 @@ def mean_interval(
     seed: int = 0,
     expand: bool = True,
 ) -> Interval:
-    """Compute the BCa bootstrap interval of a mean over images, or of a mean difference from paired
-    differences.
+    """Compute the BCa bootstrap interval of a mean over images, or of a mean difference from paired differences.
 
-    BCa means bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). Without
-    `expand` the result equals scipy's `method="BCa"`, which is too short for fewer than about 30 images.
-    `expand` widens the levels as Student's t does (Hesterberg 2015, "What teachers should know about the
-    bootstrap"). As no mean of resamples lies outside the range of the values, the interval of fewer than `FEW`
-    images also includes Student's t interval.
+    BCa means bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). Without `expand` the
+    result equals scipy's `method="BCa"`, which is too short for fewer than about 30 images. `expand` widens the levels
+    as Student's t does (Hesterberg 2015, "What teachers should know about the bootstrap"). As no mean of resamples lies
+    outside the range of the values, the interval of fewer than `FEW` images also includes Student's t interval.
 
     Args:
         values: scores or differences `(images,)`, finite
@@ -123,9 +121,7 @@ def mean_interval(
 
 
 def _expanded(level: float, count: int) -> float:
-    """Return the level of one tail that makes a normal interval over `count` values as long as Student's t
-    interval.
-    """
+    """Return the level of one tail that makes a normal interval over `count` values as long as Student's t interval."""
     # With two values the level underflows to zero, whose normal quantile is infinite.
     return max(1e-12, special.ndtr(np.sqrt(count / (count - 1)) * special.stdtrit(count - 1, level)))
 

@@ -154,9 +154,7 @@ def _gaussian() -> list[float]:
 
 
 def _blur(planes: Tensor, axis: int) -> Tensor:
-    """Apply the Gaussian along one axis where it fits, as a sum of shifted views: faster here than a
-    convolution.
-    """
+    """Apply the Gaussian along one axis where it fits, as a sum of shifted views: faster here than a convolution."""
     length = planes.shape[axis] - SSIM_WINDOW + 1
     first, *others = _gaussian()
     result = planes.narrow(axis, 0, length) * first

@@ -1,6 +1,4 @@
-"""Get files of the Hugging Face hub and of torch.hub from the local caches, or download them, or explain why
-not.
-"""
+"""Get files of the Hugging Face hub and of torch.hub from the local caches, or download them, or explain why not."""
 
 from __future__ import annotations
 
@@ -73,7 +71,7 @@ def download(repository: str, revision: str | None, names: Sequence[str]) -> Pat
     raise Unavailable(f"the hub's {repository} at {constants.ENDPOINT} (it holds no {' or '.join(names)})")
 
 
-def _knock(url: str) -> None:
+def _check_answers(url: str) -> None:
     """Raise OSError unless something answers at an address."""
     from huggingface_hub.utils import get_session
 
@@ -95,7 +93,7 @@ def download_url(url: str) -> Path:
     expected = re.search(r"-([0-9a-f]{8,})\.", file.name)
     before = socket.getdefaulttimeout()
     try:
-        _knock(url)
+        _check_answers(url)
         socket.setdefaulttimeout(STALL_SECONDS)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), expected and expected[1])
@@ -112,8 +110,9 @@ def download_url(url: str) -> Path:
 
 @functools.cache
 def repository_config(name: str) -> dict[str, Any]:
-    """Read the config.json of a repository of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`, from the cache or
-    the hub.
+    """Read the config.json of a repository of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.
+
+    It comes from the hub's cache if it is there.
 
     Raises:
         AfterimageError: it is not available or not valid; the message says where it was searched

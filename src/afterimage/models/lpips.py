@@ -91,7 +91,15 @@ class LPIPS(nn.Module):
         return maps
 
     def distance(self, prediction: Sequence[Tensor], target: Sequence[Tensor]) -> Float[Tensor, " batch"]:
-        """Compute the distance between two results of `features`, one value for each image."""
+        """Compute the distance between two results of `features`.
+
+        Args:
+            prediction: feature maps of the reconstructions
+            target: feature maps of the originals
+
+        Returns:
+            distances `(B,)`
+        """
         total = 0
         with torch.autocast(target[0].device.type, enabled=False):
             for index, (p, t) in enumerate(zip(prediction, target, strict=True)):

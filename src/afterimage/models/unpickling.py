@@ -131,9 +131,7 @@ def _from_bytes(content: Any, dtype: Any, shape: Any, order: Any = "C") -> Tenso
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    """Rebuild a tensor. `rest` may end with a mark for lazily negated or conjugated values, which no weights
-    have.
-    """
+    """Rebuild a tensor. `rest` may end with a mark for lazily negated or conjugated values, which no weights have."""
     if not isinstance(storage, Storage) or (len(rest) > 2 and rest[2]):
         return Inert("a tensor of another kind")
     shape, steps, start = tuple(map(int, size)), tuple(map(int, stride)), int(offset)
@@ -409,8 +407,7 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
 
 
 def read_archive(path: Path, archive: zipfile.ZipFile, folder: str) -> Any:
-    """Read a file of torch.save since torch 1.6: a zip file with a pickle and a record for the bytes of each
-    tensor.
+    """Read a file of torch.save since torch 1.6: a zip file with a pickle and a record for the bytes of each tensor.
 
     Uncompressed records are mapped from the file, so their bytes are read only when they are used.
 

@@ -110,7 +110,7 @@ def _read(path: Path, head: bytes, size: int) -> Any:
             return read_stream(stream, size)
     if path.name.endswith(".index.json") and head.lstrip()[:1] == b"{":
         return _read_shards(path)
-    raise AfterimageError(f"{path} holds no weights: {_told(path, head, size)}; {VALID}")
+    raise AfterimageError(f"{path} holds no weights: {_kind_of(path, head, size)}; {VALID}")
 
 
 def _read_safetensors(path: Path, length: int, size: int) -> Mapping[str, Tensor]:
@@ -180,7 +180,7 @@ def _read_shards(path: Path) -> dict[str, Any]:
     return content
 
 
-def _told(path: Path, head: bytes, size: int) -> str:
+def _kind_of(path: Path, head: bytes, size: int) -> str:
     """Describe a file that is not a checkpoint."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not size:

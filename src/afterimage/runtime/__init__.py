@@ -1,3 +1,1 @@
-"""Everything about this machine and its processes: devices, memory, threads, signals, the terminal, several
-processes.
-"""
+"""This machine and its processes: devices, memory, threads, signals, the terminal, and process groups."""

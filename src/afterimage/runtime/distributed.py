@@ -1,10 +1,9 @@
-"""The processes (ranks) that train one run together, each on its part of every batch. A single process pays
-nothing.
+"""The processes (ranks) that train one run together, each on its part of every batch. A single process pays nothing.
 
-All ranks run the same lines in the same order. Code that may fail on one rank alone stands in a
-`raise_on_all_ranks` block, and every operation first asks whether all ranks are well: an error on one rank is
-raised on every rank at the same place, so that none waits for a rank that has left. These messages go over gloo
-on the CPU, even where the data go over NCCL.
+All ranks run the same lines in the same order. Code that may fail on one rank alone stands in a `raise_on_all_ranks`
+block, and every operation first asks whether all ranks are well: an error on one rank is raised on every rank at the
+same place, so that none waits for a rank that has left. These messages go over gloo on the CPU, even where the data go
+over NCCL.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ class RankLost(Exception):
 
 
 class ProcessGroup:
-    """The ranks and their joint operations. Without a `fabric` there is one rank, and every operation is the
-    identity.
+    """The ranks and their joint operations. Without a `fabric` there is one rank, and every operation is the identity.
 
     Attributes:
         fabric: the Fabric that connects the ranks, or None
@@ -59,7 +57,7 @@ class ProcessGroup:
         self.fabric = fabric
         self.rank = 0 if fabric is None else fabric.global_rank
         self.count = 1 if fabric is None else fabric.world_size
-        self._words = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.count > 1 else None
+        self._messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.count > 1 else None
         self._peers: list[Holder] = self.gather(this_process()) if self.count > 1 else []
         self._over = threading.Event()
         self._noticed = False
@@ -70,15 +68,21 @@ class ProcessGroup:
         return self.rank == 0
 
     def local_fabric(self, accelerator: str, precision: str) -> Fabric:
-        """Create a Fabric for work that this rank does by itself, on its own device."""
+        """Create a Fabric for work that this rank does by itself, on its own device.
+
+        Args:
+            accelerator: `cpu`, `cuda`, `mps` or `auto`, for a single process; a rank keeps its device
+            precision: one of `PRECISIONS`
+        """
         if self.fabric is None:
             return one_device(accelerator, precision)
         device = self.fabric.device
         return one_device(device.type, precision, 1 if device.type == "cpu" else [device.index])
 
     def part(self, total: int) -> slice:
-        """Return this rank's slice of `total` images in a row. Parts differ by at most one image; the first are
-        larger.
+        """Return this rank's slice of `total` images in a row.
+
+        Parts differ by at most one image; the first are larger.
         """
         least, more = divmod(total, self.count)
         first = self.rank * least + min(self.rank, more)
@@ -98,9 +102,9 @@ class ProcessGroup:
             yield
         except BaseException as error:
             if not hasattr(error, "agreed"):
-                self._settle(error)
+                self._check_ranks(error)
             raise
-        self._settle()
+        self._check_ranks()
 
     def main_process_first(self, work: Callable[[], Value]) -> Value:
         """Call `work` on the main process, then on the others, which find what the main process has stored."""
@@ -111,17 +115,17 @@ class ProcessGroup:
 
     def decide(self, flag: bool) -> bool:
         """Return the main process's flag."""
-        return self._settle(flag=flag and self.is_main_process)
+        return self._check_ranks(flag=flag and self.is_main_process)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over ranks, with one message for all tensors of a type."""
-        self._settle()
+        self._check_ranks()
         if self.count == 1:
             return
         for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
             own = [tensor for tensor in tensors if tensor.dtype == kind]
             flat = torch.cat([tensor.reshape(-1) for tensor in own])
-            with self._talking():
+            with self._exchange():
                 flat = self.fabric.all_reduce(flat, reduce_op="sum")
             for tensor, total in zip(own, flat.split([t.numel() for t in own]), strict=True):
                 tensor.copy_(total.view(tensor.shape))
@@ -147,17 +151,17 @@ class ProcessGroup:
 
     def broadcast(self, value: Value) -> Value:
         """Return the main process's value, which must be a plain object or tensors on the CPU."""
-        self._settle()
+        self._check_ranks()
         if self.count == 1:
             return value
         values = [value]
-        with self._talking():
-            dist.broadcast_object_list(values, 0, group=self._words)
+        with self._exchange():
+            dist.broadcast_object_list(values, 0, group=self._messages)
         return values[0]
 
     def gather(self, value: Value) -> list[Value]:
         """Return the values of all ranks, in the order of the ranks."""
-        self._settle()
+        self._check_ranks()
         return self._gather(value)
 
     def gather_batches(self, parts: list[Value]) -> list[Value]:
@@ -165,9 +169,7 @@ class ProcessGroup:
         return [part for batch in zip(*self.gather(parts), strict=True) for part in batch]
 
     def place(self, images: int) -> tuple[int, int]:
-        """Return how many images of the batch precede this rank's `images` ones, and how many the batch has in
-        all.
-        """
+        """Return how many images of the batch precede this rank's `images` ones, and how many the batch has in all."""
         counts = self.gather(images)
         return sum(counts[: self.rank]), sum(counts)
 
@@ -175,29 +177,31 @@ class ProcessGroup:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        with self._talking():
-            dist.all_gather_object(values, value, group=self._words)
+        with self._exchange():
+            dist.all_gather_object(values, value, group=self._messages)
         return values
 
-    def _settle(self, error: BaseException | None = None, *, flag: bool = False) -> bool:
-        """Wait for all ranks; raise the first rank's error if there is one, else return whether any rank has
-        the flag.
+    def _check_ranks(self, error: BaseException | None = None, *, flag: bool = False) -> bool:
+        """Wait for all ranks and raise the first rank's error if there is one.
+
+        Returns:
+            whether any rank has set the flag
         """
         if self.count == 1:
             return flag
         word = torch.tensor(2 if error is not None else int(flag))
-        with self._talking():
-            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._words)
+        with self._exchange():
+            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._messages)
         if word < 2:
             return bool(word)
-        told = self._gather(None if error is None else _told(error))
-        rank = next(rank for rank, what in enumerate(told) if what is not None)
-        if rank != self.rank or told[rank][0] == "stop":  # all ranks raise the same stop, and all save
-            error = _retold(rank, *told[rank])
+        errors = self._gather(None if error is None else _described(error))
+        rank = next(rank for rank, what in enumerate(errors) if what is not None)
+        if rank != self.rank or errors[rank][0] == "stop":  # all ranks raise the same stop, and all save
+            error = _rebuilt(rank, *errors[rank])
         raise _known(error, elsewhere=not self.is_main_process)
 
     @contextlib.contextmanager
-    def _talking(self) -> Iterator[None]:
+    def _exchange(self) -> Iterator[None]:
         """Turn a failed exchange of messages into `RankLost`."""
         try:
             yield
@@ -209,11 +213,11 @@ class ProcessGroup:
         until = time.monotonic() + 5
         while not (gone := self.gone()) and time.monotonic() < until:
             time.sleep(0.1)
-        speaks = self.rank == min(set(range(self.count)) - set(gone))
-        if not speaks:  # stay alive until the reporting rank has found the first one that ended
+        reports = self.rank == min(set(range(self.count)) - set(gone))
+        if not reports:  # stay alive until the reporting rank has found the first one that ended
             time.sleep(2)
         why = "" if gone else f" ({error!s:.200})"
-        return _known(RankLost(self._named(gone) + why), elsewhere=not speaks)
+        return _known(RankLost(self._named(gone) + why), elsewhere=not reports)
 
     def gone(self) -> list[int]:
         """Return the ranks on this machine whose processes have ended."""
@@ -241,7 +245,7 @@ class ProcessGroup:
 SINGLE_PROCESS = ProcessGroup()
 """The process group of a single process."""
 GO_ON = "the same command, on any number of devices, goes on from the last checkpoint"
-"""Advice that ends the messages about lost ranks."""
+"""Advice at the end of messages about lost ranks."""
 
 _joined: list[ProcessGroup] = []
 _depth = [0]
@@ -260,8 +264,7 @@ def on_main_process() -> bool:
 
 @contextlib.contextmanager
 def distributed_context(accelerator: str = "auto") -> Iterator[ProcessGroup]:
-    """Yield the group of all ranks that were started with this process, or `SINGLE_PROCESS` where there are no
-    others.
+    """Yield the group of all ranks that were started with this process, or `SINGLE_PROCESS` where there are no others.
 
     Raises:
         AfterimageError: this machine has fewer devices than ranks, or a rank is lost
@@ -281,7 +284,7 @@ def distributed_context(accelerator: str = "auto") -> Iterator[ProcessGroup]:
     watching.start()
     try:
         yield ranks
-        ranks._settle()
+        ranks._check_ranks()
     except RankLost as error:
         raise _known(AfterimageError(f"{error}; {GO_ON}"), elsewhere=error.elsewhere) from None
     finally:
@@ -317,8 +320,8 @@ def _known(error: Error, elsewhere: bool) -> Error:
     return error
 
 
-def _told(error: BaseException) -> tuple[str, Any, str, str]:
-    """An error as others can be told of it: its kind, its words, its traceback, and what it concerns."""
+def _described(error: BaseException) -> tuple[str, Any, str, str]:
+    """Describe an error for other ranks: its kind, its message, its traceback, and what it affects."""
     if isinstance(error, KeyboardInterrupt):
         return "stop", getattr(error, "code", 130) - 128, "", ""
     if isinstance(error, LockLost):
@@ -334,7 +337,8 @@ def _told(error: BaseException) -> tuple[str, Any, str, str]:
     return kind, what, story(error), concerns(error)
 
 
-def _retold(rank: int, kind: str, what: Any, story: str, concerns: str) -> BaseException:
+def _rebuilt(rank: int, kind: str, what: Any, story: str, concerns: str) -> BaseException:
+    """Create the error that a rank raises for the error of rank `rank`."""
     if kind == "stop":
         return Stopped(what)
     if kind == "other":

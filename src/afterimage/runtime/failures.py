@@ -59,9 +59,7 @@ def of_caller(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception as one line, such as `IndexError: index 5 is out of bounds`, of at most 500
-    characters.
-    """
+    """Return an exception as one line, such as `IndexError: index 5 is out of bounds`, of at most 500 characters."""
     known = isinstance(error, AfterimageError)
     text = str(error) if known else "".join(traceback.format_exception_only(error))
     return printable(f"{' '.join(text.split()):.500}")
@@ -106,8 +104,7 @@ def as_error(error: Exception, name: str, file: Path | None = None) -> Afterimag
 
 
 def let_go(error: BaseException | None) -> None:
-    """Free what an exception's frames refer to, such as a network and its features, once the exception is
-    handled.
+    """Free what an exception's frames refer to, such as a network and its features, once the exception is handled.
 
     Its marks are removed too, because some libraries keep an exception and raise it again.
     """
@@ -121,7 +118,12 @@ def let_go(error: BaseException | None) -> None:
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """Return `a, b and 3 others` for a list of names, of which `most` are written out."""
+    """Return names as text, `a, b and 3 others`.
+
+    Args:
+        names: the names
+        most: number of names to write out
+    """
     more = f" and {len(names) - most} others" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -131,9 +133,7 @@ _SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception means that memory ran out, which PyTorch reports on a CPU as a plain
-    RuntimeError.
-    """
+    """Return whether an exception means that memory ran out, which PyTorch reports on a CPU as a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

@@ -28,8 +28,9 @@ def ask_for_file(url: str) -> None:
 
 
 def ask_soon(ask: Callable[[], Any]) -> None:
-    """Call `ask`, and raise OSError after about `CONNECT_SECONDS`; a dead name server would block a client for
-    longer.
+    """Call `ask`, and raise OSError after about `CONNECT_SECONDS`.
+
+    A dead name server would block a client for longer.
     """
     outcome: list[Exception | None] = []
 
@@ -70,8 +71,10 @@ def refusal(repository: str, revision: str | None, error: BaseException, kind: s
         return f"the hub at {constants.ENDPOINT} {wait}"
     if isinstance(error, RevisionNotFoundError):
         return f"{what} at {constants.ENDPOINT} has no revision {revision or 'main'} ({status})"
-    told = get_token() is not None
-    log_in = "with the account of your token" if told else "and log in with `hf auth login`, or set HF_TOKEN"
+    has_token = get_token() is not None
+    log_in = (
+        "with the account of your token" if has_token else "and log in with `hf auth login`, or set HF_TOKEN"
+    )
     if status == 403 and not code and not isinstance(error, GatedRepoError):
         return (
             f"{what} was refused (403) without the hub's own reason, as a proxy or firewall does: ask who runs it; if "
@@ -80,7 +83,7 @@ def refusal(repository: str, revision: str | None, error: BaseException, kind: s
     if isinstance(error, GatedRepoError):
         return f"{what} is gated, and access was refused ({status}): accept its licence on {page} {log_in}"
     if status in (401, 403):
-        unless = "your token may not read it" if told else "it is private or gated"
+        unless = "your token may not read it" if has_token else "it is private or gated"
         return (
             f"{what} does not exist, or {unless} ({status}): check its name on {page}; where it is gated, accept its "
             f"licence there {log_in}"

@@ -43,9 +43,7 @@ def ended(process: Holder) -> bool:
 
 
 def _machine() -> str:
-    """Return host name, boot id and process namespace: containers may share a host's name but not its
-    processes.
-    """
+    """Return host name, boot id and process namespace: containers may share a host's name but not its processes."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

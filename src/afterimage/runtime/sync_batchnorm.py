@@ -1,8 +1,7 @@
-"""Batch norm for decoders and fusions in training, over the whole batch on all ranks, and also over a single
-value.
+"""Batch norm for decoders and fusions in training, over the whole batch on all ranks, and also over a single value.
 
-A channel of which a batch holds a single value (a 1x1 map of one image) has no variance, and PyTorch raises an
-error. Here such a batch is normalised by the running statistics, as in evaluation, and leaves them unchanged.
+A channel of which a batch holds a single value (a 1x1 map of one image) has no variance, and PyTorch raises an error.
+Here such a batch is normalised by the running statistics, as in evaluation, and leaves them unchanged.
 """
 
 from __future__ import annotations
@@ -15,11 +14,17 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 def adapt(module: nn.Module, ranks: ProcessGroup = SINGLE_PROCESS) -> list[BatchNorm]:
-    """Replace every batch norm inside `module` by one that takes any batch of all ranks, and return the new
-    ones.
+    """Replace every batch norm inside a module by one that takes any batch of all ranks.
 
     Names, parameters and buffers are those of `nn.BatchNorm2d`, so state dicts stay compatible. PyTorch's
     `SyncBatchNorm` exists on CUDA only.
+
+    Args:
+        module: the module, changed in place
+        ranks: the ranks that share each batch
+
+    Returns:
+        the new batch norms
     """
     for parent in list(module.modules()):
         for name, child in parent.named_children():

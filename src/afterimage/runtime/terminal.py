@@ -45,8 +45,11 @@ def say(*lines: object, error: bool = False) -> None:
 
 
 def complain(what: str, error: object) -> None:
-    """Print `what: error` on standard error; further lines are indented, so that no name can look like a
-    message.
+    """Print `what: error` on standard error; further lines are indented, so that no name can look like a message.
+
+    Args:
+        what: what failed
+        error: the error or its message
     """
     text = str(error).replace("\n", "\n  ").replace("\n    ", "\n  ")
     say(f"{what}: {text}", error=True)
@@ -88,16 +91,19 @@ class Writer:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
+        """Write text, and return its length as if all of it was written."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with self._kept():
             self.stream.write(text.encode(encoding, _HANDLER).decode(encoding))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
+        """Write several texts."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
+        """Flush the stream."""
         with self._kept():
             self.stream.flush()
 
@@ -110,9 +116,7 @@ class Writer:
             self.failure = self.failure or error
 
     def finish(self) -> None:
-        """Write what is buffered. What cannot be written is dropped, or the interpreter would try again at
-        exit.
-        """
+        """Write what is buffered. What cannot be written is dropped, or the interpreter would try again at exit."""
         self.flush()
         if self.failure is not None:
             with contextlib.suppress(OSError, ValueError):

@@ -49,8 +49,7 @@ def level(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[T
 
 
 def distance(features: Maps, others: Maps) -> Float[Tensor, " batch"]:
-    """Compute the relative distance `||others - features|| / ||features||` of each image, as the mean over
-    maps.
+    """Compute the relative distance `||others - features|| / ||features||` of each image, as the mean over maps.
 
     Args:
         features: maps `(B, C, h, w)`

@@ -91,8 +91,7 @@ def _symbols(values: Tensor, low: Tensor, width: Tensor, count: int) -> Tensor:
 
 
 def coded_bytes(symbols: Symbols) -> list[int]:
-    """Return the size in bytes of each image's symbols after bzip2 (Burrows and Wheeler 1994), channel by
-    channel.
+    """Return the size in bytes of each image's symbols after bzip2 (Burrows and Wheeler 1994), channel by channel.
 
     The quantiser's tables, which all images share, are not counted.
     """
@@ -100,7 +99,15 @@ def coded_bytes(symbols: Symbols) -> list[int]:
 
 
 def histograms(symbols: Symbols, bits: int) -> Float[Tensor, "channels symbols"]:
-    """Count how often each symbol of `bits` bits occurs in each channel of a batch `(B, C, h, w)`."""
+    """Count how often each symbol occurs in each channel.
+
+    Args:
+        symbols: `(B, C, h, w)`
+        bits: bits of a symbol
+
+    Returns:
+        counts `(C, 2 ** bits)`
+    """
     channels, count = symbols.shape[1], 2**bits
     index = symbols.long() + torch.arange(channels, device=symbols.device)[:, None, None] * count
     return torch.bincount(index.flatten(), minlength=channels * count).view(channels, count).double().cpu()

@@ -71,8 +71,7 @@ def run_controls(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> list[AfterimageError]:
-    """Measure the controls of finished decoder runs on their own test images, and write them into the run
-    folders.
+    """Measure the controls of finished decoder runs on their own test images, and write them into the run folders.
 
     Baselines and inversions are skipped, and so are parts that were measured before with the same decoder.
 
@@ -172,9 +171,7 @@ def _measure(
     progress: Progress,
     failed: Callable[[Exception, str], None],
 ) -> None:
-    """Measure parts of the controls in one pass over the test images; `failed` receives the errors of single
-    parts.
-    """
+    """Measure parts of the controls in one pass over the test images; `failed` receives the errors of single parts."""
     data, image_set = loaded.data, loaded.data.test
     if len(image_set) < 2:
         raise AfterimageError(
@@ -220,8 +217,9 @@ def _measure(
 def _with_next(
     encoders: Callable[[Tensor], list[Tensor]], image_set: ImageSet, indices: Tensor, device: torch.device
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return a batch of images, their features, and the features of each one's next image; the first follows
-    the last.
+    """Return a batch of images, their features, and the features of each one's next image.
+
+    The first follows the last.
     """
     following = (indices[-1:] + 1) % len(image_set)
     images = image_set.crops(torch.cat([indices, following]), device=device)

@@ -98,9 +98,7 @@ class Span:
 
     @property
     def pixels(self) -> int:
-        """Length of the canvas in pixels: the image's, or a whole number for each cell that is not below its
-        stride.
-        """
+        """Length of the canvas in pixels: the image's, or a whole number for each cell that is not below its stride."""
         return self.size if self.even else self.count * math.ceil(self.stride)
 
     @property
@@ -127,7 +125,12 @@ class Span:
         return ((middles > 0) & (middles < self.size)).view(self.count, block)
 
     def to_image(self, canvas: Tensor, dim: int) -> Tensor:
-        """Sample the canvas at the pixels of the image that lie `inside`, along axis `dim`."""
+        """Sample the canvas at the pixels of the image that lie `inside`.
+
+        Args:
+            canvas: values on the canvas
+            dim: the axis of the span
+        """
         first, last = self.inside
         if self.whole:
             return canvas.narrow(dim, first - int(self.start), last - first)
@@ -135,8 +138,11 @@ class Span:
         return sample(canvas, [(x + 0.5 - self.start) * scale - 0.5 for x in range(first, last)], dim)
 
     def from_image(self, images: Tensor, dim: int) -> Tensor:
-        """Sample the image at the pixels of the canvas, along axis `dim`; the image's outermost pixels repeat
-        beyond its border.
+        """Sample the image at the pixels of the canvas; beyond the image's border its outermost pixels repeat.
+
+        Args:
+            images: values on the image
+            dim: the axis of the span
         """
         if self.even:
             return images

@@ -85,9 +85,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Weigh each location by a factor in (0, 1) computed from the mean and maximum over channels (CBAM,
-    equation 3).
-    """
+    """Weigh each location by a factor in (0, 1) computed from the mean and maximum over channels (CBAM, equation 3)."""
 
     def __init__(self, kernel: int = 7) -> None:
         super().__init__()

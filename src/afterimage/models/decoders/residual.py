@@ -141,8 +141,9 @@ class ResidualDecoder(Decoder):
         self.average.lerp_(self._flat(), 1 - (1 - 1 / self.steps) ** (RECENCY + 1))
 
     def feature_crops(self, generator: torch.Generator) -> list[FeatureCrop | None]:
-        """Draw random windows, enough to cover the map's area once; return `[None]`, the whole map, if windows
-        do not fit.
+        """Draw random windows, enough to cover the map's area once.
+
+        Return `[None]`, the whole map, if windows do not fit.
         """
         (top, bottom), (left, right) = self.canvas.rows.cells, self.canvas.columns.cells
         h, w = bottom - top, right - left

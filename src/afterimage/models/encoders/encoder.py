@@ -161,9 +161,7 @@ class Encoder(Frozen):
         raise RuntimeError(f"{self.model_name} ended before {self._layers[-1].module} ran")
 
     def describe(self) -> list[FeatureMap]:
-        """Describe each layer: source, module, shape, reduction, order of execution, cost up to there, and
-        positions.
-        """
+        """Describe each layer: module, shape, reduction, cost up to there, and the positions of its locations."""
         return [
             FeatureMap(
                 **vars(spec),

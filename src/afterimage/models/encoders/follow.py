@@ -70,9 +70,7 @@ class PositionFlow:
         return entry[place]
 
     def restrided(self, tensor: Tensor) -> Positions:
-        """Return the positions of a tensor whose strides were changed in place, as convolutions do to their
-        results.
-        """
+        """Return the positions of a tensor whose strides were changed in place, as convolutions do to their results."""
         (positions,) = self._table[storage(tensor)].values()
         if positions.shape != tuple(tensor.shape):
             raise NotImplementedError("as_strided_ to another shape")
@@ -136,9 +134,7 @@ class PositionFlow:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the identity of a tensor's memory, which its views share, so that reading a view counts as reading
-    it.
-    """
+    """Return the identity of a tensor's memory, which its views share, so that reading a view counts as reading it."""
     return tensor.untyped_storage()._cdata
 
 
@@ -408,7 +404,7 @@ def _spread(
 
 
 def _resampled(source: Positions, dim: int, where: Tensor) -> Positions:
-    """Interpolate positions along an axis at the indices `where`; the pixels that are seen are not told apart."""
+    """Interpolate positions along an axis at the indices `where`; each then sees all pixels along that axis."""
     low = where.floor().clamp(0, max(source.shape[dim] - 2, 0)).long()
     share = (where - low).reshape([-1 if axis == dim else 1 for axis in range(len(source.shape))])
 

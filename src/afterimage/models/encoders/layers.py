@@ -96,8 +96,9 @@ def list_layers(
 
 
 def early_end(model: str, image_size: int | Sequence[int] | None = None) -> str:
-    """Explain why a model stopped before all of its layers could be listed, and which size works; empty if it
-    did not stop.
+    """Explain why a model stopped before all of its layers could be listed, and which size works.
+
+    Empty if it did not stop.
 
     Args:
         model: timm's name, with or without a tag, or a repository of the hub

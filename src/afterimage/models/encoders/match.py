@@ -114,9 +114,7 @@ def _by_names(file: NamedTensors, own: State) -> list[str]:
 
 
 def _by_count(file: NamedTensors, required: int) -> list[str]:
-    """List the prefixes under which there are at least half as many tensors as the model needs, and the empty
-    one.
-    """
+    """List the prefixes under which there are at least half as many tensors as the model needs, and the empty one."""
     counts: Counter[str] = Counter([""])
     for name in file.tensors:
         counts.update(name[: len(name) - len(rest)] for rest in _ends(name))

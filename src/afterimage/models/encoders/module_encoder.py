@@ -1,6 +1,4 @@
-"""Use any network as an encoder, imported as `package.module:factory`; layers may return maps, tokens or
-vectors.
-"""
+"""Use any network as an encoder, imported as `package.module:factory`; layers may return maps, tokens or vectors."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ class VectorLayout(Layout):
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """Where features come from.
+    """The source of a layer's features.
 
     Attributes:
         module: path of the module; empty for the whole network

@@ -68,8 +68,7 @@ def _map(array: Tensor, positions: Positions, layout: Layout) -> Tensor:
 
 
 def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return the centres `(y, x)` of a map's locations, `(h, w)` each, of size 1 along axes on which they are
-    constant.
+    """Return the centres `(y, x)` of a map's locations, `(h, w)` each, of size 1 along axes on which they are constant.
 
     Of several centres of a location the least mixed count.
 
@@ -136,8 +135,7 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
 
 
 def describe_unseen(rows: Axis | None, columns: Axis | None, size: Size) -> str:
-    """Describe the unseen pixels: `the last 8 rows and columns of 104x104 images are not seen`; empty if all
-    are seen.
+    """Describe the unseen pixels: `the last 8 rows and columns of 104x104 images are not seen`; empty if all are seen.
 
     Args:
         rows: vertical positions of the locations, or None

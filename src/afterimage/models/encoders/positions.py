@@ -52,7 +52,12 @@ class Positions:
     doubts: frozenset[str] = frozenset()
 
     def map(self, shape: Sequence[int], change: Callable[[Tensor], Tensor]) -> Positions:
-        """Apply `change` to every array, for a tensor of another `shape`."""
+        """Change every array.
+
+        Args:
+            shape: shape of the tensor that the result describes
+            change: the change of an array
+        """
         parts, reach = (
             tuple(tuple(change(array) for array in arrays) for arrays in group)
             for group in (self.parts, self.reach)
@@ -60,14 +65,17 @@ class Positions:
         return Positions(tuple(shape), parts, reach, self.doubts)
 
     def like(self, shape: Sequence[int]) -> Positions:
-        """Return the same positions for a tensor that differs only in the length of axes on which they are
-        constant.
-        """
+        """Return the same positions for a tensor that differs only in the length of axes on which they are constant."""
         return replace(self, shape=tuple(shape))
 
 
 def of_image(height: int, width: int) -> Positions:
-    """Return the positions of an image's pixels `(1, 3, height, width)`, each at its own centre."""
+    """Return the positions of an image's pixels `(1, 3, height, width)`, each at its own centre.
+
+    Args:
+        height: height of the image in pixels
+        width: width of the image in pixels
+    """
     y = torch.arange(height, dtype=torch.float64, device="cpu").reshape(1, 1, -1, 1)
     x = torch.arange(width, dtype=torch.float64, device="cpu").reshape(1, 1, 1, -1)
     never = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device="cpu")
@@ -94,7 +102,12 @@ def doubtful(sources: Sequence[Positions], shape: Sequence[int], operation: str)
 
 
 def anywhere(reach: Arrays, shape: Sequence[int]) -> Arrays:
-    """Return one reach for all elements of a tensor of `shape`."""
+    """Return one reach for all elements of a tensor.
+
+    Args:
+        reach: reach of each element of some tensor
+        shape: shape of the tensor that the result describes
+    """
     return tuple(array.amin().reshape((1,) * len(shape)) for array in reach)
 
 
@@ -114,7 +127,12 @@ def compress(array: Tensor) -> Tensor:
 
 
 def collapse(reach: Sequence[Arrays], dims: Sequence[int]) -> list[Arrays]:
-    """Return the reaches of elements that depend on everything along `dims`."""
+    """Return the reaches of elements that depend on everything along some axes.
+
+    Args:
+        reach: reach of each element
+        dims: the axes
+    """
     for dim in dims:
         reach = [
             tuple(a.amin(dim, keepdim=True) if a.shape[dim] > 1 else a for a in arrays) for arrays in reach
@@ -202,11 +220,10 @@ def reduced(source: Positions, dims: Sequence[int], *, keepdim: bool, step: floa
 
 
 def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
-    """Return the positions of a tensor each of whose elements depends on one element of every operand, with
-    broadcasting.
+    """Return the positions of a tensor each of whose elements depends on one element of every operand.
 
     Args:
-        operands: positions of the operands
+        operands: positions of the operands, which are broadcast
         shape: shape of the result
     """
 
@@ -225,7 +242,12 @@ def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
 
 
 def joined(found: Sequence[Positions], dim: int) -> Positions:
-    """Return the positions of tensors that are concatenated along the axis `dim`."""
+    """Return the positions of concatenated tensors.
+
+    Args:
+        found: positions of the tensors
+        dim: the axis along which they are concatenated
+    """
     ndim = len(found[0].shape)
 
     def join(name: str, number: int) -> Arrays:

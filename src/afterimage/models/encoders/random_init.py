@@ -132,9 +132,7 @@ def _pass(model: nn.Module, image_size: tuple[int, int], device: str) -> tuple[_
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw random numbers on the CPU from a seed in this block; torch's global generator is restored
-    afterwards.
-    """
+    """Draw random numbers on the CPU from a seed in this block; torch's global generator is restored afterwards."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:

@@ -1,8 +1,8 @@
 """Layouts: how the output of a module becomes a feature map `(B, C, h, w)`.
 
 Spatial axes and prefix tokens are measured, not declared. The network runs on two image sizes and two batch
-sizes: the axes that grow with the image are its height and width. Tokens are told apart by their positions in
-the image (see `positions`).
+sizes: the axes that grow with the image are its height and width. Prefix tokens are recognised by their
+positions in the image (see `positions`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,15 @@ class Layout:
 
 
 def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
-    """List every tensor in an output, with the indices, keys and field names that lead to it."""
+    """List every tensor in an output.
+
+    Args:
+        output: what a module returned
+        key: indices, keys and field names that led to `output`
+
+    Returns:
+        each tensor, with the indices, keys and field names that lead to it
+    """
     if isinstance(output, Tensor):
         return [(key, output)]
     items: Any = ()
@@ -94,17 +102,21 @@ def field_names(output: Any) -> list[str]:
 
 
 def step_into(output: Any, step: int | str) -> Any:
-    """Return the item of an output under an index, a key or a field name."""
+    """Return an item of an output.
+
+    Args:
+        output: what a module returned
+        step: index, key or field name of the item
+    """
     by_name = isinstance(step, str) and not isinstance(output, Mapping) and has_fields(output)
     return getattr(output, step) if by_name else output[step]
 
 
 def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
-    """Return a function that puts a module's tokens into raster order, for models that keep them in another
-    order.
+    """Return a function that puts a module's tokens into raster order, for models that keep them in another order.
 
-    Hiera unrolls its tokens so that pooling is a maximum over contiguous ones (Ryali et al. 2023). Only at the
-    end of a block does it tell how to roll them back, into (B, h, w, C).
+    Hiera unrolls its tokens so that pooling is a maximum over contiguous ones (Ryali et al. 2023). Only at the end of a
+    block does it tell how to roll them back, into (B, h, w, C).
 
     Args:
         model: the model
@@ -262,8 +274,9 @@ def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
 
 
 def _is_grid(grid: Size, size: Size) -> bool:
-    """Return whether a grid has the image's aspect ratio, up to the effects of padding, and at most the largest
-    reduction.
+    """Return whether a grid has the image's aspect ratio, up to the effects of padding.
+
+    A grid beyond the reduction `COARSEST` is the result of pooling.
     """
     if not all(grid) or (size[0] == size[1] and grid[0] != grid[1]):
         return False

@@ -104,8 +104,9 @@ class Trace:
 
     @property
     def early_end(self) -> str:
-        """Explain where and why the network stopped before its end, and on which size it does not; empty if it
-        did not stop.
+        """Explain where and why the network stopped before its end, and on which size it does not.
+
+        Empty if it did not stop.
         """
         if not self.failure:
             return ""
@@ -155,8 +156,9 @@ def cannot_run(model: str, size: Size, reason: str) -> AfterimageError:
 
 
 def _size_that_works(model: str, size: Size) -> str:
-    """Describe the size of a model's pretraining if the model runs to its end there; otherwise return the empty
-    string.
+    """Describe the size of a model's pretraining if the model runs to its end there.
+
+    Otherwise return the empty string.
     """
     native = native_size(model)
     with contextlib.suppress(AfterimageError):
@@ -242,8 +244,9 @@ def _images(model: nn.Module, count: int, size: Size) -> torch.Tensor:
 
 
 def _observe_again(name: str, model: nn.Module, size: Size, first: ForwardTrace) -> tuple[ForwardTrace, Size]:
-    """Observe two images that are wider, larger, or of the same size: the first of these that runs as far as
-    one image did.
+    """Observe two images that are wider, larger, or of the same size.
+
+    The first of these sizes counts at which the model runs as far as it did on one image.
     """
     height, width = size
     for other in ((height, 2 * width), (2 * height, 2 * width), size):

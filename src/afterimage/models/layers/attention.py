@@ -76,21 +76,17 @@ def narrow_attention() -> tuple[type[torch.autograd.Function], str]:
 
 @torch.no_grad()
 def _bound(q: Tensor, k: Tensor) -> Tensor:
-    """Bound the scores of each query, as powers of two, by the inequality of Cauchy and Schwarz: `(B, heads,
-    n)`.
-    """
+    """Bound the scores of each query, as powers of two, by the inequality of Cauchy and Schwarz: `(B, heads, n)`."""
     return q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True) * log2_scale(q.shape[-1])
 
 
 class TiledAttention(torch.autograd.Function):
-    """Attention on some rows of queries at a time; scores are recomputed for the gradient (Rabe and Staats
-    2021).
+    """Attention on some rows of queries at a time; scores are recomputed for the gradient (Rabe and Staats 2021).
 
-    Channels come first internally, because `(d, n) x (n, rows)` products are several times as fast as `(rows,
-    n) x (n, d)` for small d. A row appended to each factor makes the products also subtract the softmax's
-    shift, sum its denominator, and subtract the row sums in the gradient. Powers of two are faster than
-    exponentials. Everything is in float32 also under autocast, as such thin products gain nothing from fewer
-    bits.
+    Channels come first internally, because `(d, n) x (n, rows)` products are several times as fast as `(rows, n) x (n,
+    d)` for small d. A row appended to each factor makes the products also subtract the softmax's shift, sum its
+    denominator, and subtract the row sums in the gradient. Powers of two are faster than exponentials. Everything is in
+    float32 also under autocast, as such thin products gain nothing from fewer bits.
     """
 
     @staticmethod

@@ -31,8 +31,8 @@ SUMS = {"contract", "nsz", "arcp", "reassoc"}
 ROUNDING = {"contract", "nsz", "arcp"}
 ZERO, ONE = np.float32(0), np.float32(1)
 NOTHING = (ZERO,) * WIDTH
-# Adding it leaves a float32 between -2^22 and 2^22 rounded, with the integer in its lowest bits.
 ROUND = np.float32(3 << 22)
+"""Adding 1.5 * 2^23 rounds a float32 between -2^22 and 2^22; the integer is then in the lowest bits."""
 
 
 # `no_type_check` keeps runtime type checkers from putting their wrapper where numba expects the function.
@@ -97,9 +97,7 @@ def _add(t, x, m, j):
 )  # fmt: skip
 @no_type_check
 def _forward(q, k, v, shift, out, normaliser):
-    """Attend from some queries `(n, 8)` of a head to all its keys and values `(8, m)`, with scores as powers of
-    two.
-    """
+    """Attend from some queries `(n, 8)` of a head to all its keys and values `(8, m)`, with scores as powers of two."""
     for r in range(q.shape[0]):
         a, s = _row(q, r), shift[r]
         weighted, total = NOTHING, ZERO

@@ -41,8 +41,7 @@ def for_sums(tensor: Tensor) -> Tensor:
 def pixel_shuffle(
     maps: Float[Tensor, "batch cbb h w"], block: tuple[int, int]
 ) -> Float[Tensor, "batch c hb wb"]:
-    """Turn the channels of each location into a block of pixels; blocks may be oblong, and the batch may be
-    empty.
+    """Turn the channels of each location into a block of pixels; blocks may be oblong, and the batch may be empty.
 
     Args:
         maps: `(B, C bh bw, h, w)`
@@ -78,7 +77,12 @@ def pixel_unshuffle(
 
 
 def channel_projection(channels: int, wanted: int | None) -> nn.Module:
-    """Create a 1x1 convolution from `channels` to `wanted` channels, or the identity if `wanted` is None."""
+    """Create a 1x1 convolution to another number of channels.
+
+    Args:
+        channels: channels of the features
+        wanted: channels of the result; None creates the identity
+    """
     return nn.Identity() if wanted is None else nn.Conv2d(channels, wanted, kernel_size=1)
 
 
@@ -103,14 +107,22 @@ def conv_bn_relu(convolution: nn.Module) -> nn.Sequential:
 
 
 def stages_between(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """Return the number of doublings that brings `size` nearest to `target`, both `(height, width)`."""
+    """Return the number of doublings that brings a size nearest to another.
+
+    Args:
+        size: `(height, width)` to start from
+        target: `(height, width)` to reach
+    """
     ratio = math.sqrt((target[0] * target[1]) / (size[0] * size[1]))
     return max(0, round(math.log2(ratio)))
 
 
 def resize(images: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Float[Tensor, "batch c _ _"]:
-    """Resize images `(B, C, H, W)` bilinearly to `size`, with antialiasing if they shrink; equal sizes are the
-    identity.
+    """Resize images bilinearly, with antialiasing if they shrink; images of the right size are returned unchanged.
+
+    Args:
+        images: `(B, C, H, W)`
+        size: `(height, width)` in pixels
     """
     if tuple(images.shape[-2:]) == tuple(size):
         return images
@@ -122,7 +134,5 @@ def resize(images: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Float
 
 
 def log2_scale(d: int) -> float:
-    """Return the factor that turns `q k'` of heads of `d` channels into the exponents of powers of two of the
-    softmax.
-    """
+    """Return the factor on `q k'` that lets the softmax use powers of two, for heads of `d` channels."""
     return d**-0.5 / math.log(2)

@@ -101,5 +101,10 @@ def number(part: Part, value: int | float, low: float, high: float) -> float:
 
 
 def by_channel(values: Tensor, maps: Tensor) -> Tensor:
-    """Reshape values `(C,)` to broadcast over maps `(B, C, h, w)`, on the device of `maps`."""
+    """Reshape values of channels for broadcasting.
+
+    Args:
+        values: a value for each channel `(C,)`
+        maps: the maps `(B, C, h, w)` to broadcast over, which decide the device
+    """
     return values.to(maps.device)[:, None, None]

@@ -57,8 +57,9 @@ class Defence(nn.Module):
         return all(part.preserves_positions for chain in self.chains for part in chain)
 
     def reseed(self, seed: int) -> None:
-        """Draw noise and orders from a seed from now on. Only for experiments: whoever knows the seed can undo
-        the defence.
+        """Draw noise and orders from a seed from now on.
+
+        Only for experiments: whoever knows the seed can undo the defence.
         """
         for i, part in enumerate(part for chain in self.chains for part in chain):
             part.generator = torch.Generator().manual_seed(seed + i)

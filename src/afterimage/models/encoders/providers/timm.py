@@ -82,8 +82,9 @@ def _resolve_repository(name: str) -> str:
 
 
 def architecture(name: str) -> str:
-    """Return timm's name of a model's architecture: the name without the tag, or the entry in a repository's
-    config.json.
+    """Return timm's name of a model's architecture.
+
+    That is the name without the tag, or for a repository the entry in its config.json.
 
     Raises:
         AfterimageError: the repository cannot be read, or its network is not one of timm's
@@ -133,12 +134,10 @@ def _unknown_model(name: str) -> AfterimageError:
 
 
 def aliases(model: nn.Module, name: str) -> dict[str, str]:
-    """Return the published study's names for layers as `{alias: module path}`; real module paths take
-    precedence.
+    """Return the published study's names for layers as `{alias: module path}`; real module paths take precedence.
 
-    VGG's `block1` to `block5` are the pooled outputs. `block0` and so on of models with `blocks` are these
-    blocks in order. PVT-v2's `stage1` to `stage4` are its stages. ResNet's `layer1` to `layer4` are module
-    paths already.
+    VGG's `block1` to `block5` are the pooled outputs. `block0` and so on of models with `blocks` are these blocks in
+    order. PVT-v2's `stage1` to `stage4` are its stages. ResNet's `layer1` to `layer4` are module paths already.
 
     Args:
         model: the network
@@ -170,20 +169,19 @@ def pretrained_config(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read from a repository's config.json the description of its weights, and timm's arguments for its
-    network.
+    """Read from a repository's config.json the description of its weights, and timm's arguments for its network.
 
     Old files have no separate table for the weights. Arguments that set the image's size are left out, because
     `create_model` sets it. Missing entries take timm's defaults.
     """
     config, known = repository_config(name), {field.name for field in fields(PretrainedCfg)}
-    told, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    entries, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
     try:
         default = get_pretrained_cfg(architecture(name)) or PretrainedCfg()
-        told = {"num_classes": config.get("num_classes"), **told, "architecture": architecture(name)}
-        told = {key: value for key, value in told.items() if key in known and value is not None}
+        entries = {"num_classes": config.get("num_classes"), **entries, "architecture": architecture(name)}
+        entries = {key: value for key, value in entries.items() if key in known and value is not None}
         shapes = {key: getattr(default, key) for key in ("fixed_input_size", "first_conv", "classifier")}
-        weights = PretrainedCfg(**{**shapes, **told}).to_dict()
+        weights = PretrainedCfg(**{**shapes, **entries}).to_dict()
         for key in ("mean", "std", "input_size"):
             if len([float(value) for value in weights[key]]) != 3:
                 raise ValueError(f"{key} must be three numbers, got {weights[key]}")
