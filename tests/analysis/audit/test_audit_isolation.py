@@ -48,9 +48,7 @@ def audited(config, root, cache):
 def rows(results):
     """The measured rows by layer, defence and decoder, without what depends on the clock and the folder."""
     return {
-        (row.layer, row.defence, row.attacker.decoder): {
-            key: value for key, value in row.items() if key not in ("seconds", "folder")
-        }
+        (row.layer, row.defence, row.attacker.decoder): replace(row, seconds=0.0, folder="")
         for row in results.rows
     }
 
