@@ -57,14 +57,14 @@ def test_the_limit_of_a_run(command, run, place):
     output = place / "limit"
     code, out, err = command(run.path, "--max-images", 3, "--steps", 30, "--output-dir", output)
     assert code == 0, err
-    rows = read_json(output / "limit.json")
+    rows = read_json(output / "bounds.json")
     assert [row["way"] for row in rows] == WAYS
     assert [row["passes"] for row in rows] == [0, 30, 30]
     assert all(row["images"] == 3 and row["seconds_per_image"] > 0 for row in rows)
     decoder, inversion, refined = rows
     assert refined["psnr"] > decoder["psnr"] and refined["psnr"] > inversion["psnr"]
     assert refined["feature_loss"] < inversion["feature_loss"]
-    with open(output / "limit.csv", newline="") as file:
+    with open(output / "bounds.csv", newline="") as file:
         assert [float(row["psnr"]) for row in csv.DictReader(file)] == [row["psnr"] for row in rows]
     assert "linear + refined" in out and "lower bounds" in out
     assert Image.open(output / "saturation.png").width > 500
@@ -90,7 +90,7 @@ def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
     output = place / "past"
     options = (run.path, "--max-images", 2, "--refine-only", "--output-dir", output, "--steps", 4)
     code, out, _ = command(*options)
-    row = read_json(output / "limit.json")[1]
+    row = read_json(output / "bounds.json")[1]
     assert code == 0 and "highest after" not in out and row["peak_passes"] == 4
     folder = Run(output / row["run"])
     curve = read_csv(folder.file("curve.csv"))
@@ -102,14 +102,14 @@ def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
     assert (
         code == 0 and f"highest after 2 passes, {row['psnr'] + 2.5:.2f} dB" in out and "--steps 2 ends" in out
     )
-    (_, row) = read_json(output / "limit.json")
+    (_, row) = read_json(output / "bounds.json")
     assert (row["peak_passes"], row["peak_psnr"]) == (2, pytest.approx(row["psnr"] + 2.5))
 
 
 def test_reports_show_inversions_as_rows(command, run, place):
     output = place / "reported"
     assert command(run.path, "--max-images", 3, "--steps", 4, "--output-dir", output)[0] == 0
-    folders = [Run(output / row["run"]) for row in read_json(output / "limit.json")[1:]]
+    folders = [Run(output / row["run"]) for row in read_json(output / "bounds.json")[1:]]
     written = write_report([run, *folders], place / "report")
     table = written["table.md"].read_text()
     assert "| linear |" in table and "linear + refined" in table and "| inversion |" in table
@@ -154,7 +154,7 @@ def test_the_table_of_a_folder_holds_all_its_inversions(command, run, place):
         code, out, err = command(*options, "--steps", steps)
         assert code == 0, err
         assert out.count("linear + refined") == 1
-    rows = read_json(output / "limit.json")
+    rows = read_json(output / "bounds.json")
     assert [row["way"] for row in rows] == ["decoder", "refined", "refined"]
     assert sorted(row["passes"] for row in rows) == [0, 2, 4]
 
@@ -177,7 +177,7 @@ def test_ones_own_images_through_several_layers(command, place):
     ]
     code, out, err = command(*paths, *layers, *options, "--starts", 2, "--output-dir", output)
     assert code == 0, err
-    (row,) = read_json(output / "limit.json")
+    (row,) = read_json(output / "bounds.json")
     assert row["way"] == "inversion" and row["sources"] == " + ".join(layers) and row["images"] == 2
     assert row["weights"] == "random"
     assert all(f"{path}: PSNR" in out for path in paths)
@@ -188,7 +188,7 @@ def test_ones_own_image_from_a_decoder(command, run, place):
     (path,) = write_images(place / "one", 1)
     code, _, err = command(path, run.path, "--steps", 3, "--refine-only", "--output-dir", place / "one-out")
     assert code == 0, err
-    rows = read_json(place / "one-out" / "limit.json")
+    rows = read_json(place / "one-out" / "bounds.json")
     assert [row["way"] for row in rows] == ["decoder", "refined"]
     notes = Run(place / "one-out" / rows[1]["run"]).result.notes
     assert any("spectrum of natural images" in note for note in notes)

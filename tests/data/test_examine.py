@@ -87,8 +87,9 @@ def test_a_range_that_is_not_used_is_said(tmp_path, kind, caplog):
     make, expected = KINDS[kind]
     write(tmp_path / "images", make)
     first = load(f"folder:{tmp_path / 'images'}", tmp_path)
-    text = "\n".join(first.notes)
-    assert len(first.notes) == bool(expected)
+    notes = [note for note in first.notes if not note.startswith("near-duplicates")]
+    text = "\n".join(notes)
+    assert len(notes) == bool(expected)
     for words in expected:
         assert re.search(words, text), text
     assert ("(1 of 1 test images)" in text) == bool(expected)

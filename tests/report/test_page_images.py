@@ -115,7 +115,7 @@ def test_two_runs_side_by_side(visit, study):
     shown(tab, "vit_base_patch16_224 · blocks.0 · attention")
     tab.locator("#layer-a").fill("2")
     shown(tab, "vit_base_patch16_224 · blocks.11 · attention")
-    a, b = (find(runs, label).scores[0]["psnr"] for label in (
+    a, b = (find(runs, label).result.per_image[0]["psnr"] for label in (
         "resnet34.tv_in1k:layer3 · linear", f"{VIT[0]}:blocks.11 · attention"))  # fmt: skip
     assert f"{b - a:+.2f} to A".replace("-", "−") in tab.inner_text("#pane-b .scores")
     tab.uncheck("#linked")

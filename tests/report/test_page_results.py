@@ -85,7 +85,10 @@ def test_scatter_pairs_images(visit, study):
     choose(tab, "resnet34", "linear", 0)
     choose(tab, "resnet34", "attention", 0, slot="b")
     shown(tab, "layer1 · attention")
-    a, b = (find(runs, f"resnet34.tv_in1k:layer1 · {decoder}").scores for decoder in ("linear", "attention"))
+    a, b = (
+        find(runs, f"resnet34.tv_in1k:layer1 · {decoder}").result.per_image
+        for decoder in ("linear", "attention")
+    )
     gaps = np.array([y["psnr"] - x["psnr"] for x, y in zip(a, b, strict=True)])
     caption = tab.inner_text("#scatter-caption")
     assert f"B is better on {(gaps > 0).sum()} of 20 images; mean of B − A: {gaps.mean():+.2f} dB" in caption

@@ -27,7 +27,7 @@ class Controls:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER [...]")]
     """Run folders, or folders that hold run folders."""
     only: tuple[str, ...] = ()
-    """Only these parts: controls, lost, rate."""
+    """Only these parts: controls, error_breakdown, rate_distortion."""
     force: bool = False
     """Measure again what has been measured."""
     weights: str | None = None

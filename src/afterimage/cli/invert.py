@@ -25,8 +25,8 @@ class Invert:
 
     `invert IMAGE... MODEL:LAYER...` starts from grey and uses all layers at once. `invert RUN` starts from that
     run's decoder and refines its answer; without images the run's own test images are taken (`--max-images` keeps the
-    first), inverted from grey as well, and decoder, inversion and refinement are put in one table: limit.csv,
-    limit.json and the curve of PSNR against passes, saturation.png, of all that the output folder holds. What comes
+    first), inverted from grey as well, and decoder, inversion and refinement are put in one table: bounds.csv,
+    bounds.json and the curve of PSNR against passes, saturation.png, of all that the output folder holds. What comes
     back is a lower bound on what the features hold: it was reached. Decoders approximate it at a fraction of the time.
     """
 
@@ -155,18 +155,18 @@ class Invert:
 
     def _show(self, folders: list[Run], each: bool) -> None:
         """Print the table of all inversions, and with `each` the scores of every image."""
-        from afterimage.report.inversion import print_limit, write_limit
+        from afterimage.report.inversion import print_bounds, write_bounds
         from afterimage.report.rows import Row
         from afterimage.runs.results import METRICS
         from afterimage.runs.run import scan
 
         # Decoders of one layer have one inversion from grey.
         made = [Row.of(folder) for folder in {folder.path: folder for folder in folders}.values()]
-        print_limit(made)
+        print_bounds(made)
         if each:
             for row in made[0].per_image:
                 lines = image_lines({name: row[name] for name in METRICS}, made[0].lpips)
                 say(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
         done = [Row.of(run) for run in scan(self.output_dir) if run.state == "done"]
-        written = write_limit([row for row in done if row.kind == "inversion"], self.output_dir)
+        written = write_bounds([row for row in done if row.kind == "inversion"], self.output_dir)
         say(*map(shown, [*written, *(row.run.path for row in made)]))

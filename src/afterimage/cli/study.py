@@ -75,7 +75,7 @@ class Study:
     output_dir: Path | None = None
     """Folder for the study's run folders and report (default: runs/NAME)."""
     controls: bool = False
-    """Beside each run its twins (random weights, a perceptual loss), and each held against `afterimage controls`."""
+    """Also train matched controls (random weights, a perceptual loss), and measure the controls of every run."""
     invert: int | None = None
     """Test images of every run whose measured bound is found: its decoder's answer, refined until the features fit."""
     dry_run: bool = False

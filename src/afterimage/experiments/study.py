@@ -325,7 +325,7 @@ def perceptual(net: str) -> str:
 
 
 def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = silent) -> list[RunConfig]:
-    """The runs and, after each, its twins, without doubles.
+    """Return the runs and, after each, its matched controls, each once.
 
     A run on trained weights gets one with `random` ones, whose blocks act. A decoder that is trained by epochs for the
     mean squared error gets one trained with `perceptual`, unless the weights of the run's LPIPS network cannot be had,
@@ -344,7 +344,11 @@ def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = sil
             status = Metrics(config.lpips).lpips_status
             available[config.lpips] = status.available
             if not status.available:
-                progress(f"WARNING: no perceptual twins: LPIPS is unavailable: {status.reason}", 1, 1)
+                progress(
+                    f"WARNING: no matched controls with a perceptual loss: LPIPS is unavailable: {status.reason}",
+                    1,
+                    1,
+                )
         if available[config.lpips]:
             found.append(replace(config, recipe=replace(config.recipe, loss=perceptual(config.lpips))))
     return list({config.digest: config for config in found}.values())

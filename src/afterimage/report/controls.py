@@ -149,7 +149,7 @@ def _against_random(rows: Sequence[Row]) -> Iterable[Numbers]:
     """Pretrained rows beside the same rows with random weights, a table for each random control."""
     lines = defaultdict(list)
     for trained, random in product(rows, rows):
-        if not trained.is_random and random.is_random and _twins(trained, random, "weights"):
+        if not trained.is_random and random.is_random and _differ_only_in(trained, random, "weights"):
             gap = _difference(trained, random, "psnr")
             means = [number(row.scores["psnr"].mean, "psnr") for row in (trained, random)]
             lines[random.weights_label].append((name(trained), trained.decoder_label, *means, gap))
@@ -159,7 +159,7 @@ def _against_random(rows: Sequence[Row]) -> Iterable[Numbers]:
         yield Numbers(f"The same architecture with {label} weights", header, tuple(found))
 
 
-def _twins(a: Row, b: Row, *but: str) -> bool:
+def _differ_only_in(a: Row, b: Row, *but: str) -> bool:
     """Whether two rows were asked for alike but for these settings (and how they were measured)."""
 
     def rest(row: Row) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
     lines = []
     for mse, other in product(parts, parts):
         losses = [str(p.row.settings.get("recipe", {}).get("loss", "mse")) for p in (mse, other)]
-        if losses[0] != "mse" or "lpips" not in losses[1] or not _twins(mse.row, other.row, "loss"):
+        if losses[0] != "mse" or "lpips" not in losses[1] or not _differ_only_in(mse.row, other.row, "loss"):
             continue
         measured = mse.row.lpips.net == other.row.lpips.net and other.row.scores["lpips"] is not None
         pairs = [" → ".join(texts) for texts in zip(*map(_detail, (mse, other)), strict=True)]

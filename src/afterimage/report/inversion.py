@@ -18,7 +18,7 @@ from afterimage.runs.results import METRICS, Score
 from afterimage.runtime.terminal import console
 
 
-def limit_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
+def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows for decoders, inversions from grey and refinements, in this order for each set of sources."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for found in inversions:
@@ -104,7 +104,7 @@ def bound_findings(inversions: Sequence[Row]) -> list[Finding]:
     ]
 
 
-def print_limit(inversions: Sequence[Row]) -> None:
+def print_bounds(inversions: Sequence[Row]) -> None:
     """The table of these inversions on the terminal, and of each whether it went on past its peak."""
     from rich.table import Table
 
@@ -113,7 +113,7 @@ def print_limit(inversions: Sequence[Row]) -> None:
     table.add_column("how")
     for column in ("PSNR (dB)", "SSIM", "LPIPS", "feature loss", "passes", "s an image", "images"):
         table.add_column(column, justify="right")
-    rows = limit_rows(inversions)
+    rows = bound_rows(inversions)
     for row in rows:
         lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
         loss = "–" if row["feature_loss"] is None else f"{row['feature_loss']:.2g}"
@@ -139,13 +139,13 @@ def print_limit(inversions: Sequence[Row]) -> None:
             )
 
 
-def write_limit(inversions: Sequence[Row], output: Path) -> list[Path]:
-    """limit.csv, limit.json and saturation.png and .svg below `output`; returns their paths."""
+def write_bounds(inversions: Sequence[Row], output: Path) -> list[Path]:
+    """bounds.csv, bounds.json and saturation.png and .svg below `output`; returns their paths."""
     from afterimage.report.figures.inversion import draw_saturation
     from afterimage.report.figures.style import render
 
-    rows = limit_rows(inversions)
-    paths = [output / name for name in ("limit.csv", "limit.json", "saturation.png", "saturation.svg")]
+    rows = bound_rows(inversions)
+    paths = [output / name for name in ("bounds.csv", "bounds.json", "saturation.png", "saturation.svg")]
     write_csv(paths[0], rows)
     write_json(paths[1], rows)
     for path, content in zip(paths[2:], render(draw_saturation(inversions).figure), strict=True):

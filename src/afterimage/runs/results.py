@@ -406,6 +406,8 @@ def _read_scores(path: Path) -> list[dict[str, Any]]:
         if row["id"] in seen:
             raise AfterimageError(f"{shown(path)} scores image {row['id']!r:.200} twice")
         seen.add(row["id"])
+        if missing := METRICS.keys() - row.keys():
+            raise AfterimageError(f"{shown(path)} has no column {', '.join(sorted(missing))}")
         for column, value in row.items():
             number = isinstance(value, int | float) and math.isfinite(value)
             if column != "id" and value is not None and not number:

@@ -105,17 +105,19 @@ def test_finished_cells_are_not_done_again(cache, tmp_path):
     config = settings("Classifier", "stem", "none", "int8", attackers=attackers)
     first, _ = audited(config, tmp_path, cache)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/summary.json")}
-    assert len(written) == 2 * 2 + 2 and {r["attacker"]["images"] for r in first.rows} == {40, 150}
+    assert len(written) == 2 * 2 + 2 and {row.attacker.images for row in first.rows} == {40, 150}
     more = settings("Classifier", "stem", "none", "int8", "1bit", attackers=attackers)
     second, _ = audited(more, tmp_path, cache)
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-    assert len(second.rows) == 6 and [r for r in second.rows if r["defence"] != "1bit"] == first.rows
+    assert len(second.rows) == 6 and [row for row in second.rows if row.defence != "1bit"] == first.rows
     # One that was interrupted is done again, and alone it comes to the same numbers as beside the others.
     (cell,) = (path.parent for path in written if "stem-int8-linear-40" in str(path))
     scores = (cell / "scores.csv").read_text()
     shutil.rmtree(cell)
     third, _ = audited(more, tmp_path, cache)
-    assert third.rows == [r | {"seconds": s["seconds"]} for r, s in zip(second.rows, third.rows, strict=True)]
+    assert third.rows == [
+        replace(row, seconds=new.seconds) for row, new in zip(second.rows, third.rows, strict=True)
+    ]
     assert (cell / "scores.csv").read_text() == scores
 
 
@@ -139,9 +141,9 @@ def test_more_defence_never_leaks_more_within_the_intervals(strengths, cache, tm
     results, _ = audited(config, tmp_path, cache)
     scores = [row.scores["psnr"] for row in results.rows]
     kept = [results.costs["stem", strength]["score"] for strength in strengths]
-    for curve in (scores, kept):
-        assert all(after["low"] <= before["high"] for before, after in itertools.pairwise(curve))
-    assert scores[-1]["high"] < scores[0]["low"] and kept[-1]["estimate"] < kept[0]["estimate"]
+    assert all(after.low <= before.high for before, after in itertools.pairwise(scores))
+    assert all(after["low"] <= before["high"] for before, after in itertools.pairwise(kept))
+    assert scores[-1].high < scores[0].low and kept[-1]["estimate"] < kept[0]["estimate"]
     assert kept[0]["estimate"] > 0.9 and results.costs["stem", strengths[0]]["kind"] == "classes"
 
 
@@ -149,7 +151,7 @@ def test_more_images_of_their_own_help_an_attacker(cache, tmp_path):
     config = settings("Classifier", "stem", "noise:0.5", attackers=AttackersConfig(images=(10, 150, 4000)))
     results, _ = audited(config, tmp_path, cache)
     few, many = (row.scores["psnr"] for row in results.rows)
-    assert few["estimate"] < many["estimate"]
+    assert few.estimate < many.estimate
     assert "an attacker with 4000 images was left out: there are 150 to own" in results.notes
 
 

@@ -201,7 +201,9 @@ def test_twins(monkeypatch):
     status = LpipsStatus("alex", reason="no weights")
     monkeypatch.setattr(twins, "Metrics", lambda net: type("M", (), {"lpips_status": status}))
     found = with_matched_controls([trained], lambda what, *_: said.append(what))
-    assert len(found) == 2 and said == ["WARNING: no perceptual twins: LPIPS is unavailable: no weights"]
+    assert len(found) == 2 and said == [
+        "WARNING: no controls with a perceptual loss: LPIPS is unavailable: no weights"
+    ]
     other = replace(trained, recipe=RecipeConfig(loss="l1"))
     assert [c.recipe.loss for c in with_matched_controls([other])] == ["l1", "l1"]
 

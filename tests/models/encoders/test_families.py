@@ -142,7 +142,7 @@ def test_contract_over_families(model, tmp_path):
     images = quadrants(size)
     features = encoder(images)
     assert [(5, s.channels, s.height, s.width) for s in encoder.specs] == [tuple(f.shape) for f in features]
-    expected = run_whole(whole, encoder._taps, (images - encoder.mean) / encoder.std)
+    expected = run_whole(whole, encoder._layers, (images - encoder.mean) / encoder.std)
     for feature, reference in zip(features, expected, strict=True):
         assert_same(feature, reference)
 

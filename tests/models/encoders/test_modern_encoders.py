@@ -81,7 +81,7 @@ def test_features_are_timms_own(model):
     prefix = getattr(whole, "num_prefix_tokens", 0)
     expected = [count for family, count in PREFIX.items() if family in model]
     if expected:
-        assert prefix == encoder._taps[0].layout.prefix == expected[0]
+        assert prefix == encoder._layers[0].layout.prefix == expected[0]
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     (features,) = encoder(images)
     mean, std = (torch.tensor(getattr(config, name)).view(1, 3, 1, 1) for name in ("mean", "std"))
