@@ -345,7 +345,7 @@ def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = sil
             available[config.lpips] = status.available
             if not status.available:
                 progress(
-                    f"WARNING: no matched controls with a perceptual loss: LPIPS is unavailable: {status.reason}",
+                    f"WARNING: no controls with a perceptual loss: LPIPS is unavailable: {status.reason}",
                     1,
                     1,
                 )
