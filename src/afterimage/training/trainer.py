@@ -97,7 +97,7 @@ class Trainer:
         self.fit_closed_forms()
         self.train_epochs()
 
-    # ---- Gradient descent -------------------------------------------------------------------------------------
+    # Gradient descent
 
     def train_epochs(self) -> None:
         """Train until every decoder has had its epochs; those furthest behind come first.
@@ -182,7 +182,7 @@ class Trainer:
         gathered = self.context.ranks.gather(sums)
         return [sum(parts) / len(self.data.validation) for parts in zip(*gathered, strict=True)]
 
-    # ---- Closed forms -----------------------------------------------------------------------------------------
+    # Closed forms
 
     def fit_closed_forms(self) -> None:
         """Fit what is solved in closed form, before any epoch: fusions first, then the decoders that read them."""
@@ -240,7 +240,7 @@ class Trainer:
                     decoder.seconds += shared + time.monotonic() - started
                     decoder.images_seen += views[decoder] * len(self.data.train)
 
-    # ---- Failures and checkpoints -----------------------------------------------------------------------------
+    # Failures and checkpoints
 
     def check_features(self, decoder: DecoderTrainer) -> None:
         """Raise `AfterimageError` where a feature map that the decoder reads was found not finite."""
@@ -270,7 +270,7 @@ def _share_time(since: float, decoders: Sequence[DecoderTrainer]) -> float:
     return now
 
 
-# ---- The training step ----------------------------------------------------------------------------------------
+# The training step
 
 
 def training_step(
