@@ -213,6 +213,7 @@ def test_a_row_of_the_study_is_measured(tmp_path):
     assert len(gpu.published(100)) == 15
 
 
+@pytest.mark.long
 def test_one_failing_measurement_leaves_the_others(tmp_path, monkeypatch):
     def fails(settings):
         raise AfterimageError("the disk is full")
@@ -259,6 +260,7 @@ def test_quick_begins_nothing_after_its_time_and_says_what_is_left(tmp_path, mon
     assert set(bench.QUICK_ORDER) == set(MEASUREMENTS) - set(bench.ON_REQUEST)
 
 
+@pytest.mark.long
 def test_a_measurement_that_is_stopped_keeps_what_it_had(tmp_path, monkeypatch):
     def stopped(settings):
         yield Row("gpu", "first", ours=[1.0])

@@ -283,6 +283,7 @@ def test_ranks_agree_on_what_one_of_them_raises(sample_images, cache, tmp_path, 
         assert result(Run(tmp_path / "runs" / config.name)) == result(Run(tmp_path / "alone" / config.name))
 
 
+@pytest.mark.long
 def test_ranks_agree_on_which_encoders_fail(sample_images, cache, tmp_path):
     configs = small_configs(sample_images)
     codes = run_ranks(2, train_ranks, configs, tmp_path / "runs", cache, hurt=break_an_encoder)

@@ -316,6 +316,7 @@ SHARP = 5
 """Locations along an axis from which on what one of them reads stands out from what they all read."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", FAMILIES)
 def test_gradients_peak_where_locations_lie(model):
     """Of the network as it is drawn, with all its attention, gates and norms: what a row of locations reads most."""
@@ -375,6 +376,7 @@ def test_a_trace_that_ended_early_is_said_with_the_size_that_works(capsys):
     assert "ended early" not in out and "not seen" not in out and "blocks.2.blocks.1" in out
 
 
+@pytest.mark.long
 def test_a_study_of_models_lists_their_layers_at_its_own_crop_and_says_what_ended_early():
     command = [
         sys.executable,
