@@ -63,7 +63,7 @@ def test_a_study_file_may_say_4m(tmp_path):
 
 def test_train_at_a_size(command):  # noqa: F811
     code, out, err = command(
-        "train", f"{MODEL}:layer1", "--decoders", "transposed", "--parameters", "50k", "--data",
+        "train", f"{MODEL}:layer1", "--decoder", "transposed", "--parameters", "50k", "--data",
         "procedural:10", "--epochs", 1, *SMALL,
     )  # fmt: skip
     assert code == 0, err

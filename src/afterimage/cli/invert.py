@@ -1,4 +1,4 @@
-"""`afterimage invert`: inversion by optimising the image, from grey or from a decoder's answer; the limit."""
+"""`afterimage invert`: inversion by optimising the image, from grey or from a decoder's answer: the measured bound."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Invert:
     starts: int = 1
     """Starts of each image in one batch; the one whose features come nearest is kept."""
     jitter: int = 0
-    """Shift the image by up to so many pixels before each pass (adam)."""
+    """Shift the image by up to this many pixels before each pass (adam)."""
     tv: float = 0.0
     """Weight of the total variation; 1 is the weight Mahendran and Vedaldi propose."""
     alpha_norm: float = 0.0

@@ -40,7 +40,7 @@ class Study:
     """Study these timm models without a file."""
     layers: str = "*"
     """With --models: which layers, as comma-separated globs over those that `afterimage layers` lists."""
-    decoders: tuple[str, ...] = ()
+    decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ()
     """Only these decoders, in place of the study's own (with --models: linear)."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build every decoder that comes in sizes with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""

@@ -37,7 +37,7 @@ class Train:
 
     sources: Sources
     """Features to rebuild images from, for example resnet34.tv_in1k:layer1."""
-    decoders: tuple[str, ...] = ("attention",)
+    decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ("attention",)
     """Decoders to train: attention, transposed, linear, wavelet, frequency or residual."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build the decoders with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
