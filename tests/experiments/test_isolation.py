@@ -2,6 +2,7 @@
 
 import traceback
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -15,7 +16,7 @@ from afterimage.runs.run import Run
 from afterimage.runtime.failures import Unexpected, as_error, let_go, one_line
 from afterimage.training.losses import LOSSES
 from children import MODEL, result, small_configs
-from rank_children import break_an_encoder, run_ranks, stumble, train_ranks
+from rank_children import break_an_encoder, fail_in_step, run_ranks, train_ranks
 from stand_ins import break_encoders, closed_form, decoder, fusion, loss
 
 BUG = RuntimeError("a bug in\nsomebody's code")
@@ -273,7 +274,8 @@ def test_ranks_agree_on_what_one_of_them_raises(sample_images, cache, tmp_path, 
     configs = small_configs(sample_images)
     failing = replace(configs[0], seed=configs[0].seed, decoder=DecoderConfig("wavelet"))
     said = tmp_path / "said"
-    codes = run_ranks(2, train_ranks, [*configs, failing], tmp_path / "runs", cache, hurt=stumble, said=said)
+    hurt = partial(fail_in_step, "wavelet", 6, IndexError("one rank's own bug"))  # in the second epoch
+    codes = run_ranks(2, train_ranks, [*configs, failing], tmp_path / "runs", cache, hurt=hurt, said=said)
     assert codes == [1, 1]
     broken = Run(tmp_path / "runs" / failing.name)
     assert broken.status["error"] == "on rank 1: IndexError: one rank's own bug"

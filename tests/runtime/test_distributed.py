@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import CHECKPOINT
 from children import MODEL, small_configs
 from rank_children import (
-    fail_one_decoder,
+    fail_in_step,
     run_out_of_memory,
     run_ranks,
     study_ranks,
@@ -189,7 +190,8 @@ def test_what_ranks_do_together():
 
 
 def test_an_error_on_one_rank_ends_that_run_on_all_and_no_other(sample_images, cache, tmp_path, one):
-    codes = run_ranks(2, train_ranks, configs(sample_images)[:2], tmp_path, cache, hurt=fail_one_decoder)
+    hurt = partial(fail_in_step, "transposed", 3, AfterimageError("a part of a step went wrong"))
+    codes = run_ranks(2, train_ranks, configs(sample_images)[:2], tmp_path, cache, hurt=hurt)
     assert codes == [1, 1]
     failed, done = (Run(tmp_path / run.name) for run in one[:2])
     assert failed.status == {"state": "failed", "error": "a part of a step went wrong"}

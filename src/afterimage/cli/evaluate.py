@@ -38,7 +38,7 @@ class Evaluate:
         from afterimage.experiments.inference import evaluate_run
         from afterimage.runs.files import write_csv
         from afterimage.runs.run import Run, check_file
-        from afterimage.runtime.device import one_device
+        from afterimage.runtime.device import device_name
         from afterimage.runtime.progress import Display
 
         run = Run.open(self.run_folder)
@@ -48,7 +48,7 @@ class Evaluate:
         with Display() as display:
             rows, _ = evaluate_run(
                 run, metrics, test=self.data, weights=self.weights, cache=self.cache,
-                device=str(one_device(self.device).device), progress=display,
+                device=device_name(self.device), progress=display,
             )  # fmt: skip
         if self.output is not None:
             write_csv(self.output, rows)

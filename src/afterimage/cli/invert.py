@@ -71,7 +71,7 @@ class Invert:
     def run(self) -> None:
         from afterimage.config.inversion import InvertConfig
         from afterimage.runs.run import check_folder
-        from afterimage.runtime.device import one_device
+        from afterimage.runtime.device import device_name
         from afterimage.runtime.progress import Display
 
         check_folder(self.output_dir, "--output-dir")
@@ -79,7 +79,7 @@ class Invert:
         names = ("method", "optimizer", "steps", "learning_rate", "starts", "jitter", "tv", "alpha_norm")
         method = InvertConfig(**{name: getattr(self, name) for name in names})
         folders, files, sources = self._sort()
-        device = str(one_device(self.device).device)
+        device = device_name(self.device)
         with Display() as display:
             if folders:
                 done = self._refine(folders, method, files, device, display)

@@ -60,18 +60,14 @@ class Reconstruct:
         else:
             self._several(runs, images, output)
 
-    def _device(self) -> str:
-        from afterimage.runtime.device import one_device
-
-        return str(one_device(self.device).device)
-
     def _one(self, run: Run, images: list[Path], output: Path) -> None:
         from afterimage.data.dataset import file_notes
         from afterimage.evaluation.metrics import Metrics
         from afterimage.experiments.inference import rebuild, side_by_side
+        from afterimage.runtime.device import device_name
 
         metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
-        (rebuilt,) = rebuild(images, run, metrics, weights=self.weights, device=self._device())
+        (rebuilt,) = rebuild(images, run, metrics, weights=self.weights, device=device_name(self.device))
         side_by_side(rebuilt, output)
         notes = file_notes(images, run.config.data.resize)
         say(*image_lines(rebuilt.scores, metrics.lpips_status), *notes)
@@ -84,6 +80,7 @@ class Reconstruct:
         from afterimage.report.figures import own_images, render
         from afterimage.report.rows import read_rows
         from afterimage.runs.files import write_atomic
+        from afterimage.runtime.device import device_name
         from afterimage.runtime.progress import Display
 
         read = read_rows(runs)
@@ -96,7 +93,7 @@ class Reconstruct:
                 f"{resize} cropped to {crop} in {name}" for (resize, crop), name in sizes.items()
             )
             raise AfterimageError(f"the runs see images at different sizes ({told}); give those of one size")
-        names, device = _names(images), self._device()
+        names, device = _names(images), device_name(self.device)
         ((resize, crop),) = sizes
         nets = {row.run: self.lpips or row.lpips.net for row in rows.decoders}
         metrics = {net: Metrics(net, size=crop) for net in nets.values()}

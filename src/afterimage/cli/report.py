@@ -69,10 +69,13 @@ def sort_arguments(given: tuple[str, ...]) -> tuple[list[Path], list[Path], list
     Raises:
         AfterimageError: something is none of the three; it is named.
     """
-    folders = [Path(name) for name in given if Path(name).is_dir()]
-    files = [Path(name) for name in given if Path(name).exists() and not Path(name).is_dir()]
-    layers = [name for name in given if not Path(name).exists()]
-    for name in layers:
-        if ":" not in name:
+    folders, files, layers = [], [], []
+    for name in given:
+        path = Path(name)
+        if path.exists():
+            (folders if path.is_dir() else files).append(path)
+        elif ":" in name:
+            layers.append(name)
+        else:
             raise AfterimageError(f"{shown(name)} is no image file, no run folder and no MODEL:LAYER")
     return folders, files, layers

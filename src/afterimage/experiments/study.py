@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from afterimage.models.decoders import DECODERS
 from afterimage.runs.failures import is_done
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
-from afterimage.runtime.failures import as_error, concerns, foreseen, of_caller, story
+from afterimage.runtime.failures import as_error, collected, concerns, foreseen, of_caller, story
 from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.terminal import printable
 
@@ -220,15 +219,6 @@ def run_study(
     failures: list[AfterimageError] = []
     runs: list[Run] = []
 
-    @contextlib.contextmanager
-    def beside_training(what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if concerns(error):
-                raise
-            failures.append(as_error(error, what))
-
     with distributed_context(accelerator) as ranks:
         progress = of_caller(progress) if ranks.is_main_process else silent
         unresolved: list[AfterimageError] = []
@@ -243,21 +233,20 @@ def run_study(
                 _write_failures(Path(root) / FAILURES, unresolved)
             if ranks.is_main_process and study.references and part.number == 1 and configs:
                 options = {"lpips": configs[0].lpips, "cache": cache, "progress": progress}
-                with beside_training("the baselines"):
+                with collected(failures, "the baselines"):
                     runs += run_baselines(study.data, root, keep=study.keep, failures=failures, **options)
         settings = {"cache": cache, "accelerator": accelerator, "progress": progress}
         trained = (train or train_runs)(
             part.of(configs), root, keep=study.keep, failures=failures, **settings
         )
         with ranks.raise_on_all_ranks():
-            if study.controls and ranks.is_main_process:
-                with beside_training("the controls"):
-                    done = [run for run in trained if is_done(run)]
-                    failures += run_controls(done, **settings)
-        with ranks.raise_on_all_ranks():
-            if study.invert and ranks.is_main_process:
+            if ranks.is_main_process:
                 done = [run for run in trained if is_done(run)]
-                runs += find_bounds(done, study.invert, root, failures, **settings)
+                if study.controls:
+                    with collected(failures, "the controls"):
+                        failures += run_controls(done, **settings)
+                if study.invert:
+                    runs += find_bounds(done, study.invert, root, failures, **settings)
         failures = ranks.broadcast(failures)
     return trained + runs, failures
 
@@ -290,12 +279,12 @@ def find_bounds(
     """
     from afterimage.analysis.inversion.run import InversionInputs, from_data, invert_run
     from afterimage.config.inversion import InvertConfig
-    from afterimage.runtime.device import one_device
+    from afterimage.runtime.device import device_name
 
-    device, found = str(one_device(accelerator).device), []
+    device, found = device_name(accelerator), []
     inputs: dict[DataConfig, InversionInputs] = {}
     for run in runs:
-        try:
+        with collected(failures, f"the measured bound of {run.name}"):
             few = run.config.data.limit_test
             data = replace(run.config.data, limit_test=count if few is None else min(count, few))
             if data not in inputs:
@@ -303,10 +292,6 @@ def find_bounds(
             found += invert_run(
                 run, Path(root), InvertConfig(), inputs[data], plain=False, device=device, progress=progress
             )
-        except Exception as error:
-            if concerns(error):
-                raise
-            failures.append(as_error(error, f"the measured bound of {run.name}"))
     return found
 
 

@@ -42,6 +42,11 @@ def one_device(accelerator: str, precision: str = "32-true", devices: Any = 1) -
     return Fabric(accelerator=accelerator, devices=devices, precision=precision)
 
 
+def device_name(accelerator: str) -> str:
+    """Return the device that an accelerator stands for here, such as `cuda:0`; raises as `one_device` does."""
+    return str(one_device(accelerator).device)
+
+
 @contextlib.contextmanager
 def _refused(what: str) -> Iterator[None]:
     """Turn Fabric's errors about devices into `AfterimageError`."""

@@ -48,6 +48,22 @@ def concerns(error: BaseException) -> str:
     return getattr(error, "concerns", "") if isinstance(error, Exception) else EVERYTHING
 
 
+@contextlib.contextmanager
+def collected(failures: list[AfterimageError], what: str) -> Iterator[None]:
+    """Inside the block an exception ends the block alone: it is added to `failures` as the error of `what`.
+
+    Raises:
+        Exception: one that concerns more than the block, see `concerns`
+    """
+    try:
+        yield
+    except Exception as error:
+        if concerns(error):
+            raise
+        failures.append(as_error(error, what))
+        let_go(error)
+
+
 def of_caller(callback: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a caller's callback so that its exceptions end all work: they are the caller's own."""
 
