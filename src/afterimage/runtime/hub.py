@@ -75,13 +75,13 @@ def refusal(repository: str, revision: str | None, error: BaseException, kind: s
     log_in = (
         "with the account of your token" if has_token else "and log in with `hf auth login`, or set HF_TOKEN"
     )
-    if status == 403 and not code and not isinstance(error, GatedRepoError):
+    if isinstance(error, GatedRepoError):
+        return f"{what} is gated, and access was refused ({status}): accept its licence on {page} {log_in}"
+    if status == 403 and not code:
         return (
             f"{what} was refused (403) without the hub's own reason, as a proxy or firewall does: ask who runs it; if "
             f"{repository} is gated, accept its licence on {page} {log_in}"
         )
-    if isinstance(error, GatedRepoError):
-        return f"{what} is gated, and access was refused ({status}): accept its licence on {page} {log_in}"
     if status in (401, 403):
         unless = "your token may not read it" if has_token else "it is private or gated"
         return (

@@ -44,6 +44,11 @@ class AuditCondition:
     settings: Mapping[str, Any]
 
     @property
+    def label(self) -> str:
+        """What messages call it: `layer1, int8, linear`."""
+        return f"{self.layer}, {self.defence}, {self.decoder}"
+
+    @property
     def name(self) -> str:
         parts = (self.layer, self.defence, self.decoder, str(self.images), self.threat_model)
         slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(parts)).strip("-.")

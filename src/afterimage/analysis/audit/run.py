@@ -304,7 +304,7 @@ class _Audit:
                     self._collect(cell, self.results.rows)
                 except Exception as error:
                     self.results.unmeasured.add((layer, cell.defence))
-                    self._failed(f"{layer}, {cell.defence}, {cell.decoder}", error)
+                    self._failed(cell.label, error)
 
     def _defences(
         self, layer: str, encoder: nn.Module | None, wanted: Mapping[int, Sequence[AuditCondition]]
@@ -381,16 +381,8 @@ class _Audit:
         except Unavailable as error:
             return [no_cost(defence, str(error)) for defence in defences]
 
-    @contextlib.contextmanager
-    def _recorded(self, cell: AuditCondition) -> Iterator[None]:
-        """An error ends one cell and leaves the others alone."""
-        try:
-            yield
-        except Exception as error:
-            self.cell_failed(cell, error)
-
     def cell_failed(self, cell: AuditCondition, error: Exception) -> None:
-        self._failed(f"{cell.layer}, {cell.defence}, {cell.decoder}", error, [cell])
+        self._failed(cell.label, error, [cell])
 
     def _attack_all(
         self,
@@ -432,7 +424,7 @@ class _Audit:
         for defence, decoder in wanted:
             # Whoever refines decodes first: the decoder is that of the black-box attacker.
             cell = self._cell(layer, defence, decoder, data, BLACK_BOX)
-            with self._recorded(cell):
+            with self._ending(cell.label, [cell]):
                 run = self._begin(cell)
                 context.cells[run] = cell
                 decoders.append(
@@ -519,7 +511,7 @@ class _Audit:
             return
         from afterimage.analysis.audit.white_box import refined
 
-        with self._recorded(cell):
+        with self._ending(cell.label, [cell]):
             self._begin(cell)
             limits = self.config.attackers
             rows, images, small, seconds = refined(
