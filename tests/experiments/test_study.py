@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from afterimage.config import (
     RANDOM_WEIGHTS,
@@ -13,10 +14,12 @@ from afterimage.config import (
     load_toml,
 )
 from afterimage.config.study import RowConfig, StudyConfig, from_models, load_study, shipped
+from afterimage.data.dataset import load_data
 from afterimage.experiments.cost import plan
 from afterimage.experiments.study import expand, run_study
 from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.report.write import write_report
+from afterimage.training.checkpoint import load_reconstructor
 from test_decoders import PUBLISHED
 
 MODEL = "test_resnet.r160_in1k"
@@ -148,6 +151,13 @@ def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_
         assert [row["id"] for row in result.per_image] == [row["id"] for row in first]
         alone = result.inversion.decoder_alone.scores["psnr"].mean
         assert alone == pytest.approx(sum(row["psnr"] for row in first) / 2, abs=1e-4)
+        reconstructor = load_reconstructor(decoder)
+        with torch.no_grad():
+            images = load_data(decoder.config.data).test.crops([0, 1])
+            wanted = reconstructor.encoders(images)[0].clone()
+            there = reconstructor.encoders(reconstructor(images))[0]
+        distance = (there - wanted).square().flatten(1).sum(1) / wanted.square().flatten(1).sum(1)
+        assert result.inversion.decoder_alone.feature_loss == pytest.approx(distance.mean().item(), rel=1e-3)
 
     stamps = [bound.file("summary.json").stat().st_mtime_ns for bound in bounds]
     again, _ = run_study(study, tmp_path / "study", **options)

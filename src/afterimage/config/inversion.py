@@ -73,6 +73,33 @@ class InvertConfig:
 
 
 @dataclass(frozen=True)
+class EstimateConfig:
+    """Settings of the best estimate: an image of least expected squared error, learnt from training images.
+
+    It is reached in rounds. Each one brings the image nearer to the features by a few passes through the encoder, and
+    then a small network, learnt on training images that came the same way, takes back what the features do not tell.
+
+    Attributes:
+        images: training images that the networks learn from, the first of the split
+        rounds: how many times passes and a network follow each other
+        passes: forward and backward passes through the encoder in each round
+        steps: optimizer steps of each network
+        channels: width of the networks
+    """
+
+    images: int = 256
+    rounds: int = 4
+    passes: int = 12
+    steps: int = 600
+    channels: int = 64
+
+    def __post_init__(self) -> None:
+        check_positive(self, "images")
+        check_positive(self, "rounds", "passes", "steps", most=MAX_STEPS)
+        check_positive(self, "channels", most=MAX_SIDE)
+
+
+@dataclass(frozen=True)
 class InversionConfig:
     """One inversion of test images, as its run folder stores it.
 
@@ -84,6 +111,7 @@ class InversionConfig:
         data: where images come from and how they are split
         seed: seed of the random numbers
         lpips: LPIPS network of the scores; not part of the hash
+        estimate: settings of the best estimate; None for the image whose features fit best
     """
 
     sources: tuple[str, ...]
@@ -93,10 +121,18 @@ class InversionConfig:
     data: DataConfig
     seed: int = 0
     lpips: str = "alex"
+    estimate: EstimateConfig | None = None
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
         object.__setattr__(self, "weights", absolute_weights(self.weights))
+
+    @property
+    def answer(self) -> str:
+        """`estimate` (least error), `refined` (best fit, from a decoder's answer) or `inversion` (best fit, from grey)."""
+        if self.estimate:
+            return "estimate"
+        return "refined" if self.start else "inversion"
 
     @property
     def digest(self) -> str:
@@ -105,6 +141,5 @@ class InversionConfig:
 
     @property
     def name(self) -> str:
-        """The run folder's name: the sources, `inversion` (from grey) or `refined`, and eight digits of the hash."""
-        kind = "refined" if self.start else "inversion"
-        return folder_name([*self.sources, kind], self.digest)
+        """The run folder's name: the sources, which answer it is, and eight digits of the hash."""
+        return folder_name([*self.sources, self.answer], self.digest)

@@ -193,10 +193,14 @@ class TrainingFacts:
 
 @dataclass(frozen=True)
 class DecoderAlone:
-    """What the decoder that an inversion starts from makes of the same images, and its seconds an image."""
+    """What the decoder that an inversion starts from makes of the same images, and its seconds an image.
+
+    `feature_loss` is the mean relative distance `|f - f0|^2 / |f0|^2` between the features of its images and of theirs.
+    """
 
     scores: Mapping[str, Score | None]
     seconds: float
+    feature_loss: float
 
 
 @dataclass(frozen=True)

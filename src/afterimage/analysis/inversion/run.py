@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.environment import environment
 from afterimage.runs.files import sha256, write_atomic, write_csv, write_image
-from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result
+from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result, Score
 from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor, load_tensors, plain
@@ -274,7 +274,7 @@ def invert_run(
         alone = evaluate(reconstructor, given.images, metrics, batch_size=BATCH, device=device)
         # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
         seconds = (time.monotonic() - started) / len(given.images)
-        start = _Start(run, DecoderAlone(summarise(alone.rows), seconds))
+        start = _Start(run, summarise(alone.rows), seconds)
         _make(made["refined"], reconstructor.encoders, search, given, note, start, **options)
     if "inversion" in missing:
         invert_sources(made["inversion"], reconstructor.encoders, method, given, **options)
@@ -313,7 +313,8 @@ class _Start:
     """The run whose decoder made the start, and what that decoder alone came to on the same images."""
 
     run: Run
-    alone: DecoderAlone
+    scores: Mapping[str, Score | None]
+    seconds: float
 
 
 def _make(
@@ -343,6 +344,7 @@ def _make(
         search, given.images, metrics, steps, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
     took = f"{steps} passes an inversion, {measured.seconds:.1f} s an image"
+    before = [row["feature_loss"] for row in measured.curve if row["step"] == 0]
     facts = InversionFacts(
         steps=steps,
         seconds_per_image=measured.seconds,
@@ -350,7 +352,7 @@ def _make(
         start=start.run.name if start else "",
         start_decoder=start.run.config.decoder.name if start else "",
         start_sha256=digest,
-        decoder_alone=start and start.alone,
+        decoder_alone=start and DecoderAlone(start.scores, start.seconds, sum(before) / len(before)),
     )
     name = f"{facts.start_decoder} + refined" if start else "inversion"
     found = Result(
