@@ -247,12 +247,13 @@ def test_a_cache_that_cannot_be_written_is_kept_in_memory(folder, cache, tmp_pat
     assert "kept in memory" in caplog.text and "not a directory" in caplog.text
 
 
-def test_a_full_disk_is_no_end(folder, cache, caplog):
+@pytest.mark.parametrize("room", [10, 3000], ids=["not even the lock", "some images"])
+def test_a_full_disk_is_no_end(folder, cache, caplog, room):
     """A limit on the size of files stands for the full disk: both fail in the middle of a write."""
     expected = pixels(load(folder, cache))
     shutil.rmtree(cache)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         data = load(folder, cache)
     finally:

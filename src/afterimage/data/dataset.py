@@ -26,7 +26,7 @@ from afterimage.data.sampling import centre_places
 from afterimage.data.sources import read_source
 from afterimage.data.splits import Source, shuffled, split
 from afterimage.runtime.distributed import on_main_process
-from afterimage.runtime.progress import Progress
+from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.threads import in_parallel
 
 logger = logging.getLogger("afterimage")
@@ -41,9 +41,7 @@ def default_cache() -> Path:
     return Path(os.path.expanduser(folder)) if folder else Path(os.path.expanduser("~/.cache/afterimage"))
 
 
-def load_data(
-    config: DataConfig, *, cache: str | Path | None = None, progress: Progress | None = None
-) -> Data:
+def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent) -> Data:
     """Find, split, decode and check the images that a config names.
 
     `cache` is the folder of the decode-once cache and of indexes (default: `default_cache()`); `progress` is called
@@ -74,7 +72,7 @@ def load_data(
 
 
 def load_test(
-    config: DataConfig, *, cache: str | Path | None = None, progress: Progress | None = None
+    config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent
 ) -> tuple[ImageSet, list[str]]:
     """The test images of a config whose `test` names a source of their own; the training images may be missing.
 
@@ -97,9 +95,7 @@ def load_test(
     return test, notes
 
 
-def _source(
-    config: DataConfig, folder: Path, progress: Progress | None
-) -> tuple[list[Sequence[Original]], Source]:
+def _source(config: DataConfig, folder: Path, progress: Progress) -> tuple[list[Sequence[Original]], Source]:
     """The source and its parts: to train, to validate and, where no other source gives them, to test."""
     seed, own = config.split_seed, not config.test
     limits = [config.limit_train, config.limit_validation, config.limit_test][: 2 + own]
@@ -109,7 +105,7 @@ def _source(
     return [part[:limit] for part, limit in zip(parts, limits, strict=False)], source
 
 
-def _other(config: DataConfig, folder: Path, progress: Progress | None) -> tuple[Sequence[Original], Source]:
+def _other(config: DataConfig, folder: Path, progress: Progress) -> tuple[Sequence[Original], Source]:
     """The test images of the source that `config.test` names, and that source."""
     other = read_source(config.test, {"test"}, folder, progress)
     test = shuffled(other.train if other.test is None else other.test, config.split_seed)
@@ -170,7 +166,7 @@ def _images(
     root: Path,
     config: DataConfig,
     cache: Path,
-    progress: Progress | None,
+    progress: Progress,
 ) -> list[ImageSet]:
     """The parts of one source: decoded once and kept, or streamed where they are many."""
     originals = [original for part in parts for original in part]
@@ -198,7 +194,7 @@ def _images(
 
 
 def _looked_at(
-    originals: Sequence[Original], root: Path, config: DataConfig, cache: Path, progress: Progress | None
+    originals: Sequence[Original], root: Path, config: DataConfig, cache: Path, progress: Progress
 ) -> tuple[UInt8[np.ndarray, "n 32"], Int64[np.ndarray, " n"], dict[int, BadImage]]:
     """The SHA-256 and the shorter side of every original; by their place, why some cannot be read."""
     known = FileDigests(cache, root)

@@ -21,8 +21,9 @@ from afterimage.config import AfterimageError
 from afterimage.data import decode
 from afterimage.data.examine import Facts
 from afterimage.data.records import Original
-from afterimage.runs.files import atomic_file, locked, remove_leftovers_of
-from afterimage.runtime.progress import Progress
+from afterimage.runs.files import atomic_file, remove_leftovers
+from afterimage.runs.lock import CannotLock, held
+from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.threads import in_parallel
 
 logger = logging.getLogger("afterimage")
@@ -37,7 +38,7 @@ def cached(
     size: int,
     folder: Path,
     broken: dict[str, decode.BadImage],
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Blob:
     """The pixels of the wanted images (by content digest), their shorter side `size`.
 
@@ -50,18 +51,19 @@ def cached(
     if blob is not None:
         return blob
     try:
-        with locked(path.with_suffix(".lock"), "decoding the same images") as alone:
+        lock = path.with_suffix(".lock")
+        lock.mkdir(parents=True, exist_ok=True)
+        with held(lock, lambda text: progress(text, 1, 1)):
             blob = _open(path, wanted.keys())
             if blob is not None:
                 return blob
-            if alone:
-                remove_leftovers_of(path)
+            remove_leftovers(path.parent, path.name)
             images = _decoded(wanted, size, transform, path.parent, broken, progress)
             with atomic_file(path) as file:
                 write_blob(file, images, transform)
             return map_blob(path)
-    except OSError as error:
-        problem = decode.reason(error)
+    except (OSError, CannotLock) as error:
+        problem = decode.reason(error.__cause__ or error)
         logger.warning(
             "cannot write the image cache in %s (%s): the images are kept in memory, for this run only",
             path.parent,
@@ -95,7 +97,7 @@ def _decoded(
     transform: str,
     folder: Path,
     broken: dict[str, decode.BadImage],
-    progress: Progress | None,
+    progress: Progress,
 ) -> Iterator[tuple[str, np.ndarray, Facts]]:
     """Every wanted image that can be read, in their order, as `(content, (3, height, width) uint8, facts)`."""
     known = _elsewhere(wanted, transform, folder)

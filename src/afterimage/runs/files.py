@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import json
-import logging
 import os
 import re
 import tempfile
@@ -18,7 +17,6 @@ from typing import Any, BinaryIO
 
 from afterimage.config import AfterimageError, read_text, shown
 
-logger = logging.getLogger("afterimage")
 MAX_PIXELS = 2**26
 """Pixels of the largest image that a run folder may hold."""
 
@@ -61,9 +59,9 @@ def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = 
         raise AfterimageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
 
 
-def remove_leftovers(folder: Path, *, older: float = 0.0) -> None:
-    """Remove half-written files below a folder that have not changed for `older` seconds."""
-    for path in folder.rglob(f".*{LEFTOVER}"):
+def remove_leftovers(folder: Path, name: str = "*", *, older: float = 0.0) -> None:
+    """Remove half-written files of a name below a folder that have not changed for `older` seconds."""
+    for path in folder.rglob(f".{name}.*{LEFTOVER}"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older:
                 path.unlink()
@@ -176,34 +174,3 @@ def _number(cell: str | None) -> Any:
         with contextlib.suppress(ValueError):
             return kind(cell)
     return cell
-
-
-def remove_leftovers_of(path: Path) -> None:
-    """Remove what writers of `path` that were killed have left; call it with the lock held."""
-    for leftover in path.parent.glob(f".{path.name}.*.part"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
-
-
-@contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[bool]:
-    """Hold an exclusive lock on a file, waiting for it; yields whether the file system can lock at all.
-
-    Where it cannot, two processes may do the same work; files are written whole, so neither harms the other.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:
-        yield False
-        return
-    with open(path, "ab") as file:
-        held = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that is %s", what)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            held = False
-        yield held

@@ -1,8 +1,9 @@
-"""A lock on a folder that a dead process does not hold, on file systems that machines share.
+"""The one lock: on a folder, not held by a dead process, on file systems that machines share.
 
 A lock is a file `lock.N`, made exclusively, that says which process holds it; the holder touches it every few
 seconds. Who finds only locks of dead holders makes the file with the next higher number: of several processes
-that try, one succeeds, and no file has to be removed before that. Then it looks again, and steps back if another
+that try, one succeeds, and no file has to be removed before that. It needs nothing of the file system but that:
+where no file can be made, `CannotLock` is raised. Then it looks again, and steps back if another
 live one is there, which can be when the folder was left empty in between.
 
 On the holder's own machine a lock is dead when its process is. From elsewhere it is dead when it was not touched
@@ -32,11 +33,20 @@ POLL = 1.0
 """How often to look whether a lock is free."""
 
 
-class Lock:
-    """The lock of one folder. `said` is told when a dead process's lock is taken over."""
+class CannotLock(AfterimageError):
+    """A lock's file cannot be made; the cause is the `OSError`."""
 
-    def __init__(self, folder: Path, said: Callable[[str], None] = lambda text: None) -> None:
-        self.folder, self.said = folder, said
+
+class Lock:
+    """The lock of one folder.
+
+    Args:
+        folder: the folder, which exists
+        log: is told when a dead process's lock is taken over
+    """
+
+    def __init__(self, folder: Path, log: Callable[[str], None] = lambda text: None) -> None:
+        self.folder, self.log = folder, log
         self.holder: Holder | None = None
         """Who held the lock when it was last asked for in vain."""
         self.lost = False
@@ -48,7 +58,8 @@ class Lock:
     def acquire(self) -> bool:
         """Take the lock unless a live process holds it (see `holder`).
 
-        Raises `AfterimageError` where the folder cannot be written.
+        Raises:
+            CannotLock: the folder is not there or cannot be written
         """
         while True:
             found = self._files()
@@ -63,9 +74,7 @@ class Lock:
                 time.sleep(random.uniform(0.01, 0.1))
                 continue
             for path in found:
-                self.said(
-                    f"{self.folder.name}: taken over from {_read(path) or 'a process'}, which has ended"
-                )
+                self.log(f"{self.folder.name}: taken over from {_read(path) or 'a process'}, which has ended")
                 path.unlink(missing_ok=True)
             self._mine, self.lost = mine, False
             self._released.clear()
@@ -107,7 +116,7 @@ class Lock:
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink()
-            raise AfterimageError(f"cannot write {path}: {error.strerror}") from None
+            raise CannotLock(f"cannot write {path}: {error.strerror}") from error
         return True
 
     def _alive(self, path: Path) -> bool:
@@ -134,13 +143,21 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(folder: Path, said: Callable[[str], None]) -> Iterator[Lock]:
-    """Hold the lock of a folder inside the block, after waiting for whoever has it."""
-    lock = Lock(folder, said)
+def held(folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
+    """Hold the lock of a folder inside the block, after waiting for whoever has it.
+
+    Args:
+        folder: the folder, which exists
+        log: is told whom this process waits for, and when a dead process's lock is taken over
+
+    Raises:
+        CannotLock: the folder is not there or cannot be written
+    """
+    lock = Lock(folder, log)
     waited = False
     while not lock.acquire():
         if not waited:
-            said(f"{folder.name}: waiting for {lock.holder or 'another process'}")
+            log(f"{folder.name}: waiting for {lock.holder or 'another process'}")
         waited = True
         time.sleep(POLL)
     try:

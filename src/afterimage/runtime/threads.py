@@ -20,8 +20,7 @@ def in_parallel(
     items: Iterable[Item],
     total: int,
     what: str,
-    progress: Progress | None,
-    ahead: int = 0,
+    progress: Progress,
 ) -> Iterator[Result]:
     """Map `work` over `items` on all cores, in order.
 
@@ -34,7 +33,6 @@ def in_parallel(
         total: number of items, for the progress
         what: name of the work, for the progress
         progress: called as `progress(what, done, total)` after each item
-        ahead: items to start before their turn, at least four times the number of cores
     """
     workers = cores()
     items = iter(items)
@@ -42,13 +40,12 @@ def in_parallel(
     done = 0
     with ThreadPoolExecutor(workers) as pool:
         try:
-            pending.extend(pool.submit(work, item) for item in islice(items, max(ahead, 4 * workers)))
+            pending.extend(pool.submit(work, item) for item in islice(items, 4 * workers))
             while pending:
                 result = pending.popleft().result()
                 pending.extend(pool.submit(work, item) for item in islice(items, 1))
                 done += 1
-                if progress is not None:
-                    progress(what, done, total)
+                progress(what, done, total)
                 yield result
         finally:
             for future in pending:

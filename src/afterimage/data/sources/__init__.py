@@ -13,9 +13,9 @@ from afterimage.data.sources.folder import read_folder
 from afterimage.data.sources.huggingface import read_hub, read_parquet, read_webdataset
 from afterimage.data.sources.sample_images import read_photographs
 from afterimage.data.splits import Source
-from afterimage.runtime.progress import Progress
+from afterimage.runtime.progress import Progress, silent
 
-SOURCES: dict[str, Callable[[str, Collection[str], Path, Progress | None], Source]] = {
+SOURCES: dict[str, Callable[[str, Collection[str], Path, Progress], Source]] = {
     "folder": lambda path, *_: read_folder(path),
     "hf": lambda name, parts, *rest: read_hub(name, *rest),
     "webdataset": lambda pattern, parts, *rest: read_webdataset(pattern, *rest),
@@ -32,7 +32,7 @@ SPELLINGS = (
 )  # fmt: skip
 
 
-def read_source(name: str, parts: Collection[str], cache: Path, progress: Progress | None = None) -> Source:
+def read_source(name: str, parts: Collection[str], cache: Path, progress: Progress = silent) -> Source:
     """The images of a source, not yet read.
 
     `parts` are those that are used, `train`, `test` or both: of DIV2K only these are downloaded, and

@@ -23,8 +23,8 @@ from afterimage.config import AfterimageError, local_path
 from afterimage.data.decode import reason
 from afterimage.data.records import FileOriginal
 from afterimage.data.splits import Source
-from afterimage.runs.files import locked
-from afterimage.runtime.progress import Progress
+from afterimage.runs.lock import held
+from afterimage.runtime.progress import Progress, silent
 
 TIMEOUT = 30.0
 ATTEMPTS = 4  # without any progress, one after the other
@@ -42,7 +42,7 @@ class Archive:
     images: int
 
 
-def download(archive: Archive, url: str, path: Path, progress: Progress | None = None) -> None:
+def download(archive: Archive, url: str, path: Path, progress: Progress = silent) -> None:
     """Download to `path`, by way of `path`.part, and verify size and SHA-256.
 
     A lost connection is tried again; what has arrived is kept for the next try, in this run or a later one.
@@ -76,15 +76,14 @@ def download(archive: Archive, url: str, path: Path, progress: Progress | None =
     os.replace(part, path)
 
 
-def verify(archive: Archive, path: Path, progress: Progress | None = None) -> None:
+def verify(archive: Archive, path: Path, progress: Progress = silent) -> None:
     """Raise where a file's size or SHA-256 is not that of the archive."""
     digest, done = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while chunk := file.read(16 * _CHUNK):
             digest.update(chunk)
             done += len(chunk)
-            if progress is not None:
-                progress(f"verifying {archive.name}", done, max(archive.bytes, done))
+            progress(f"verifying {archive.name}", done, max(archive.bytes, done))
     if (done, digest.hexdigest()) != (archive.bytes, archive.sha256):
         raise AfterimageError(
             f"{path} is damaged or not the published {archive.name}.zip: it has {done:,} bytes and SHA-256 "
@@ -102,7 +101,7 @@ def need_room(folder: Path, needed: int) -> None:
         )
 
 
-def _fetch(archive: Archive, url: str, part: Path, progress: Progress | None) -> None:
+def _fetch(archive: Archive, url: str, part: Path, progress: Progress) -> None:
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
@@ -118,8 +117,7 @@ def _fetch(archive: Archive, url: str, part: Path, progress: Progress | None) ->
             while have < archive.bytes and (chunk := response.read1(min(_CHUNK, archive.bytes - have))):
                 file.write(chunk)
                 have += len(chunk)
-                if progress is not None:
-                    progress(f"downloading {archive.name}", have, archive.bytes)
+                progress(f"downloading {archive.name}", have, archive.bytes)
             file.flush()
             os.fsync(file.fileno())
 
@@ -137,7 +135,7 @@ def _failed(url: str, part: Path, problem: str) -> AfterimageError:
     )
 
 
-def unpack(archive: Archive, path: Path, folder: Path, progress: Progress | None = None) -> None:
+def unpack(archive: Archive, path: Path, folder: Path, progress: Progress = silent) -> None:
     """Unpack the images of a verified zip file into `folder`, which appears whole or not at all.
 
     Members are written under their bare names; what else a zip file could hold, the digest rules out.
@@ -155,8 +153,7 @@ def unpack(archive: Archive, path: Path, folder: Path, progress: Progress | None
                     shutil.copyfileobj(source, out, _CHUNK)
                     out.flush()
                     os.fsync(out.fileno())
-                if progress is not None:
-                    progress(f"unpacking {archive.name}", done, len(images))
+                progress(f"unpacking {archive.name}", done, len(images))
             temporary.chmod(0o755)
             os.replace(temporary, folder)
         except BaseException:
@@ -174,7 +171,7 @@ ARCHIVES = {
 }
 
 
-def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progress | None = None) -> Source:
+def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progress = silent) -> Source:
     """DIV2K from the folder `path`, which holds its archives or their unpacked folders; if empty, downloaded.
 
     The official validation images are the test split, as in the study. `parts` are those to get: `train`,
@@ -202,7 +199,7 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
     return Source(found.get("train", ()), None, found.get("test"), root=given or cache / "div2k")
 
 
-def _unpacked(archive: Archive, given: Path | None, kept: Path, progress: Progress | None) -> Path:
+def _unpacked(archive: Archive, given: Path | None, kept: Path, progress: Progress) -> Path:
     """The folder with the archive's images; where there is none, one process at a time makes it."""
     if given is not None and (given / archive.name).is_dir():
         return given / archive.name
@@ -212,7 +209,9 @@ def _unpacked(archive: Archive, given: Path | None, kept: Path, progress: Progre
     folder = kept / archive.name
     if folder.is_dir():
         return folder
-    with locked(kept / f"{archive.name}.lock", f"getting {archive.name}"):
+    lock = kept / f"{archive.name}.lock"
+    lock.mkdir(parents=True, exist_ok=True)
+    with held(lock, lambda text: progress(text, 1, 1)):
         if folder.is_dir():
             return folder
         if file.is_file():

@@ -43,7 +43,7 @@ from afterimage.data.names import (
 from afterimage.data.records import EncodedOriginal, FileOriginal
 from afterimage.data.splits import Source
 from afterimage.runtime.hub import ask_for_file, refusal
-from afterimage.runtime.progress import Progress
+from afterimage.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
     import datasets
@@ -107,7 +107,7 @@ class RowOriginal(EncodedOriginal):
 # The hub
 
 
-def read_hub(name: str, cache: Path, progress: Progress | None = None) -> Source:
+def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
     """The images of a dataset of the hub: one of its splits, or all by their names; an id is `SPLIT/ROW`.
 
     Raises `AfterimageError` where the hub does not give it, or it has no images.
@@ -142,7 +142,7 @@ def read_hub(name: str, cache: Path, progress: Progress | None = None) -> Source
 
 
 def _from_hub(
-    repository: str, revision: str | None, folder: Path, progress: Progress | None
+    repository: str, revision: str | None, folder: Path, progress: Progress
 ) -> Mapping[str, datasets.Dataset]:
     library = _library(f"hf:{repository}")
     from huggingface_hub import constants, hf_hub_url
@@ -170,7 +170,7 @@ def _from_hub(
 # Local shards
 
 
-def read_parquet(pattern: str, cache: Path, progress: Progress | None = None) -> Source:
+def read_parquet(pattern: str, cache: Path, progress: Progress = silent) -> Source:
     """The images of Parquet files, as Hugging Face writes them or with a column of bytes; an id is `FILE/ROW`."""
     library = _library("parquet")
     import pyarrow.parquet as parquet
@@ -207,7 +207,7 @@ def read_parquet(pattern: str, cache: Path, progress: Progress | None = None) ->
     return _read_shards(pattern, read)
 
 
-def read_webdataset(pattern: str, cache: Path, progress: Progress | None = None) -> Source:
+def read_webdataset(pattern: str, cache: Path, progress: Progress = silent) -> Source:
     """The images of tar files, packed or not, known by their extension; an id is `FILE/MEMBER`."""
     library = _library("webdataset")
     others: Counter[str] = Counter()
@@ -342,14 +342,13 @@ def _library(kind: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _prepared(what: str, progress: Progress | None = None) -> Iterator[None]:
+def _prepared(what: str, progress: Progress = silent) -> Iterator[None]:
     """Whatever the library raises becomes one `AfterimageError` that names what was read."""
     import datasets
 
-    told = progress or (lambda *_: None)
     shows = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    told(f"preparing {what}", 0, 1)
+    progress(f"preparing {what}", 0, 1)
     try:
         yield
     except Exception as error:
@@ -362,7 +361,7 @@ def _prepared(what: str, progress: Progress | None = None) -> Iterator[None]:
     finally:
         if shows:
             datasets.enable_progress_bars()
-    told(f"preparing {what}", 1, 1)
+    progress(f"preparing {what}", 1, 1)
 
 
 def _column(features: Mapping[str, Any], what: str) -> str:
