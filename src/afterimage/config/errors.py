@@ -1,8 +1,9 @@
-"""The error class for problems that a user can put right, and helpers that write its messages."""
+"""The error class for problems that a user can put right, helpers that write its messages, and checks that raise it."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,9 @@ MAX_NAME = 200
 """Characters of an unknown name that are compared and shown: the time to compare grows with the square of the
 length.
 """
+
+MAX_SEED = 2**63 - 1
+"""Largest seed: TOML's largest integer, which every random generator accepts."""
 
 
 class AfterimageError(Exception):
@@ -42,3 +46,54 @@ def shown(path: str | Path) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an exception's message, or the name of its type."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def check_positive(owner: object, *names: str, most: int | float = math.inf) -> None:
+    """Check that attributes of a config are finite and greater than 0; None passes.
+
+    Args:
+        owner: the config
+        names: names of its attributes
+        most: largest allowed value
+
+    Raises:
+        AfterimageError: an attribute is out of range; the message names it
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is None:
+            continue
+        if not value > 0 or value == math.inf:  # false for NaN too
+            finite = "" if value <= 0 else " and finite"
+            raise AfterimageError(f"{name} must be greater than 0{finite}, got {value}")
+        if value > most:
+            raise AfterimageError(f"{name} must be at most {most:,}, got {value}")
+
+
+def check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
+    """Check that a setting lies in `[low, high]`.
+
+    Args:
+        name: name of the setting, for the message
+        value: its value
+        low: smallest allowed value
+        high: largest allowed value
+
+    Raises:
+        AfterimageError: the value lies outside
+    """
+    if not low <= value <= high:  # true for NaN too
+        raise AfterimageError(f"{name} must lie between {low:,} and {high:,}, got {value}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Check that a seed lies in [0, `MAX_SEED`], which every random generator accepts.
+
+    Args:
+        name: name of the setting, for the message
+        seed: its value
+
+    Raises:
+        AfterimageError: the seed lies outside
+    """
+    check_range(name, seed, 0, MAX_SEED)

@@ -129,7 +129,7 @@ class InversionConfig:
 
     @property
     def answer(self) -> str:
-        """`estimate` (least error), `refined` (best fit, from a decoder's answer) or `inversion` (best fit, from grey)."""
+        """`estimate` (least error), `refined` (best fit, from a decoder's answer), `inversion` (so from grey)."""
         if self.estimate:
             return "estimate"
         return "refined" if self.start else "inversion"

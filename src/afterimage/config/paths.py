@@ -1,11 +1,13 @@
-"""Make the paths in settings absolute, so that each folder has one name."""
+"""Make the paths in settings absolute, so that each folder has one name, and open paths of any bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
 from afterimage.config.errors import AfterimageError, shown
@@ -74,3 +76,16 @@ def _absolute_pattern(pattern: str) -> str:
             "start from another folder"
         )
     return absolute_path(os.path.join(glob.escape(here), plain))
+
+
+@contextlib.contextmanager
+def utf8_path(path: str | Path) -> Iterator[str]:
+    """Yield a path to the file that libraries which refuse non-UTF-8 paths can open; it is valid inside the block."""
+    text = str(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield text

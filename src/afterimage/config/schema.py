@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from afterimage.config.errors import AfterimageError, unknown
+from afterimage.config.errors import AfterimageError, check_positive, check_range, check_seed, unknown
 from afterimage.config.paths import absolute_path, absolute_source
 from afterimage.config.toml import MAX_PARAMETERS, Count, to_dict
 
@@ -26,8 +24,6 @@ LPIPS_SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
 """Side of the smallest image that each LPIPS network takes, in pixels."""
 LOSS_NAMES = ("mse", "l1", "lpips", *(f"lpips:{net}" for net in LPIPS_NETS))
 """The terms that a loss may be a sum of."""
-MAX_SEED = 2**63 - 1
-"""Largest seed: TOML's largest integer, which every random generator accepts."""
 MAX_EPOCHS = 10**6
 MAX_BATCH = 2**20
 MAX_STEPS = 10**7
@@ -94,70 +90,6 @@ class FeatureSpec:
     def values(self) -> int:
         """Number of values of one image's features."""
         return self.channels * self.height * self.width
-
-
-def check_positive(owner: object, *names: str, most: int | float = math.inf) -> None:
-    """Check that attributes of a config are finite and greater than 0; None passes.
-
-    Args:
-        owner: the config
-        names: names of its attributes
-        most: largest allowed value
-
-    Raises:
-        AfterimageError: an attribute is out of range; the message names it
-    """
-    for name in names:
-        value = getattr(owner, name)
-        if value is None:
-            continue
-        if not value > 0 or value == math.inf:  # false for NaN too
-            finite = "" if value <= 0 else " and finite"
-            raise AfterimageError(f"{name} must be greater than 0{finite}, got {value}")
-        if value > most:
-            raise AfterimageError(f"{name} must be at most {most:,}, got {value}")
-
-
-def check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
-    """Check that a setting lies in `[low, high]`.
-
-    Args:
-        name: name of the setting, for the message
-        value: its value
-        low: smallest allowed value
-        high: largest allowed value
-
-    Raises:
-        AfterimageError: the value lies outside
-    """
-    if not low <= value <= high:  # true for NaN too
-        raise AfterimageError(f"{name} must lie between {low:,} and {high:,}, got {value}")
-
-
-def check_seed(name: str, seed: int) -> None:
-    """Check that a seed lies in [0, `MAX_SEED`], which every random generator accepts.
-
-    Args:
-        name: name of the setting, for the message
-        seed: its value
-
-    Raises:
-        AfterimageError: the seed lies outside
-    """
-    check_range(name, seed, 0, MAX_SEED)
-
-
-@contextlib.contextmanager
-def utf8_path(path: str | Path) -> Iterator[str]:
-    """Yield a path to the file that libraries which refuse non-UTF-8 paths can open; it is valid inside the block."""
-    text = str(path)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        with open(path, "rb") as file:
-            yield f"/dev/fd/{file.fileno()}"
-    else:
-        yield text
 
 
 def absolute_weights(weights: str) -> str:

@@ -5,16 +5,3 @@ from afterimage.data.decode import load_image
 from afterimage.data.images import Data, ImageSet
 from afterimage.data.sampling import order
 from afterimage.data.sources import SOURCES
-
-__all__ = [
-    "SOURCES",
-    "Data",
-    "ImageSet",
-    "default_cache",
-    "file_notes",
-    "load_data",
-    "load_image",
-    "load_test",
-    "order",
-    "prepare_image",
-]

@@ -3,6 +3,10 @@
 A pickle is a list of instructions. This module follows those that build containers, numbers, text, tensors and
 arrays. Any other class or call in a file becomes an `Inert` placeholder that does nothing. A checkpoint may
 thus hold settings and optimizer states of any type beside its tensors.
+
+`torch.load(weights_only=True)` would refuse the whole file for one of these, such as the `argparse.Namespace` or
+NumPy number of most training scripts. Its list of permitted classes does not help: it fills no dictionary or list of
+another class, as settings often are, and knows only pickle's protocol 2, thus no pickled arrays.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -78,7 +79,9 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a value as JSON, a dataclass as an object; None stays, so that every file has every key."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=dataclasses.asdict)
+    write_atomic(path, text + "\n")
 
 
 def sha256(path: Path) -> str:

@@ -372,8 +372,7 @@ def write_result(folder: Path, result: Result) -> None:
     """Write scores.csv, then summary.json: a folder that has the second is whole."""
     write_csv(folder / SCORES, result.per_image)
     names = [f.name for f in dataclasses.fields(Result) if f.name not in ("config", "per_image")]
-    values = {name: _plain(getattr(result, name)) for name in names}
-    write_json(folder / SUMMARY, {"version": VERSION, **values})
+    write_json(folder / SUMMARY, {"version": VERSION, **{name: getattr(result, name) for name in names}})
 
 
 def read_result(folder: Path) -> Result:
@@ -419,15 +418,6 @@ def _read_scores(path: Path) -> list[dict[str, Any]]:
                     f"{shown(path)}: {column} of image {row['id']!r:.200} is {value!r:.80}, not a finite number"
                 )
     return rows
-
-
-def _plain(value: Any) -> Any:
-    """As JSON values; None stays, so that every file has every key."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _check_finite(value: Any, where: str = "") -> None:

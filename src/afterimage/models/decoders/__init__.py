@@ -18,8 +18,6 @@ from afterimage.models.decoders.sizing import options_for
 from afterimage.models.decoders.transposed import TransposedDecoder
 from afterimage.models.decoders.wavelet import WaveletDecoder
 
-__all__ = ["DECODERS", "Decoder", "create_decoder"]
-
 MAX_OPTION = 2**24
 """Largest magnitude of an option: no useful width, depth or kernel is larger, and configurations may come from
 strangers.

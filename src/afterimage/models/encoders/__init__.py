@@ -3,5 +3,3 @@
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.layers import LayerInfo, early_end, layer_info, list_layers
 from afterimage.models.encoders.providers.timm import resolve, resolve_model
-
-__all__ = ["Encoder", "LayerInfo", "early_end", "layer_info", "list_layers", "resolve", "resolve_model"]

@@ -171,33 +171,14 @@ def _normal_dims(given: Given, tensor: Tensor) -> Sequence[int]:
 
 
 REDUCTIONS = {
-    *(
-        "mean",
-        "sum",
-        "nansum",
-        "prod",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "argmax",
-        "argmin",
-        "median",
-        "any",
-        "all",
-    ),
-    *("var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp"),
-}
+    "mean", "sum", "nansum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "median", "any", "all",
+    "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp",
+}  # fmt: skip
 """Operations that reduce axes."""
 PRODUCTS = {
-    "mm": ("self", "mat2"),
-    "bmm": ("self", "mat2"),
-    "addmm": ("mat1", "mat2"),
-    "baddbmm": ("batch1", "batch2"),
-    "mv": ("self", "vec"),
-    "addmv": ("mat", "vec"),
-    "dot": ("self", "tensor"),
-}
+    "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
+    "mv": ("self", "vec"), "addmv": ("mat", "vec"), "dot": ("self", "tensor"),
+}  # fmt: skip
 """Matrix products, and the names of their factors."""
 ALONG: dict[str, Callable[[Given, Tensor], Sequence[int]]] = {
     "native_layer_norm": _normal_dims,
@@ -217,18 +198,13 @@ POOLS = {
 }
 PADS = {"constant_pad_nd"} | {f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)}
 RESHAPES = {"view", "_unsafe_view", "_reshape_alias", "reshape"}
-MOVES = {"roll", "flip", "index", "index_select", "gather", "take_along_dim", "repeat", "tril", "triu"} | {
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
-}
+MOVES = {
+    "roll", "flip", "index", "index_select", "gather", "take_along_dim", "repeat", "tril", "triu",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
+}  # fmt: skip
 ELEMENTWISE = {
-    "hardswish",
-    "_to_copy",
-    "contiguous",
-    "lift_fresh",
-    "native_dropout",
-    "_prelu_kernel",
-    "clone",
-}
+    "hardswish", "_to_copy", "contiguous", "lift_fresh", "native_dropout", "_prelu_kernel", "clone",
+}  # fmt: skip
 """Operations that are pointwise although the dispatcher does not mark them as such."""
 
 
@@ -362,11 +338,6 @@ def _slid(
     return Positions(tuple(shape), chosen(parts), united(reach), source.doubts)
 
 
-def _virtual(mixed: Tensor) -> Tensor:
-    """Return the mixing of elements as if they were in padding."""
-    return torch.where(mixed < VIRTUAL, mixed + VIRTUAL, mixed)
-
-
 def _real_if_any(mixed: Tensor) -> Tensor:
     """Count padding in a window like the window's other elements, if there are any."""
     virtual = (mixed >= VIRTUAL) & mixed.isfinite()
@@ -424,12 +395,8 @@ def _resampled(source: Positions, dim: int, where: Tensor) -> Positions:
 
 def _pooled(source: Positions, name: str, given: Given, shape: Sequence[int]) -> Positions:
     axes = int(name[name.index("pool") + 4])
-    options = {
-        "kernel": given["kernel_size"],
-        "stride": given["kernel_size"],
-        "padding": [0],
-        "dilation": [1],
-    }
+    kernel = given["kernel_size"]
+    options = {"kernel": kernel, "stride": kernel, "padding": [0], "dilation": [1]}
     options |= {key: given[key] for key in ("stride", "padding", "dilation") if given.get(key)}
     for axis in range(axes):
         dim = len(shape) - axes + axis
@@ -478,16 +445,13 @@ def _padded(source: Positions, pad: Sequence[int]) -> Positions:
             index = torch.arange(source.shape[dim], device="cpu") - before
             outside = (index < 0) | (index >= size)
             outside = outside.reshape([-1 if axis == dim else 1 for axis in range(len(source.shape))])
-            parts = [
-                (
-                    y,
-                    x,
-                    m
-                    if y.shape[dim] == x.shape[dim] == 1
-                    else compress(torch.where(outside, _virtual(m), m)),
-                )
-                for y, x, m in source.parts
-            ]
+            parts = []
+            for y, x, mixed in source.parts:
+                if not y.shape[dim] == x.shape[dim] == 1:
+                    # Mixed as if the elements were in padding, where they are not already.
+                    virtual = torch.where(mixed < VIRTUAL, mixed + VIRTUAL, mixed)
+                    mixed = compress(torch.where(outside, virtual, mixed))
+                parts.append((y, x, mixed))
             source = replace(source, parts=tuple(parts))
             continue
         lengths = [

@@ -7,5 +7,3 @@ shape. `fit` measures the scales and directions that a part needs on images of t
 """
 
 from afterimage.analysis.audit.defences.chain import DEFENCES, Defence, create_defence
-
-__all__ = ["DEFENCES", "Defence", "create_defence"]
