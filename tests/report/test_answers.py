@@ -150,7 +150,7 @@ def test_lpips_of_another_network_does_not_stand_beside_the_published_one(tmp_pa
 
 
 def test_the_published_study_itself_is_told_as_it_told_itself(tmp_path):
-    h1, h2, h3, *rest = find(analyse(write_published_study(tmp_path), resamples=400))
+    h1, h2, h3, *rest = find(analyse(write_published_study(tmp_path)))
     assert h1.verdict == "supported" and {h2.verdict, h3.verdict} <= {
         "supported",
         "contradicted",
@@ -186,7 +186,7 @@ def test_the_command_prints_two_paths_and_needs_no_torch(tmp_path):
     assert (report, page, loaded) == (f"{out / 'report.md'}", f"{out / 'index.html'}", "[]")
     files = [path for path in out.rglob("*") if path.is_file()]
     assert more == f"and {len(files) - 2} more files beside them"
-    assert "half a 95 % t interval" in (out / "report.md").read_text()
+    assert "its 95 % BCa interval" in (out / "report.md").read_text()
     assert "figures" in done.stderr
 
 

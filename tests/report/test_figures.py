@@ -110,18 +110,18 @@ def test_depth_draws_each_mean_at_its_layer_with_its_interval(rows, drawings):
     layers = [f"layer{i}" for i in range(1, 5)]
     labels = [label.get_text().partition("\n")[0] for label in axes.figure.axes[-1].get_xticklabels()]
     assert labels == [*layers, "blocks.0", "blocks.5", "blocks.11", "fusion A"]
-    scores = [r.scores["psnr"] for r in rows.decoders if r.encoder == RESNET[0] and r.decoder == "attention"]
+    scores = [
+        r.intervals["psnr"] for r in rows.decoders if (r.encoder, r.decoder) == (RESNET[0], "attention")
+    ]
     container = next(
         c
         for c in axes.containers
         if c.get_label() == "attention" and len(c.lines[0].get_xdata()) == len(layers)
     )
     line, _, (bars,) = container.lines
-    assert line.get_ydata() == pytest.approx([s.mean for s in scores])
+    assert line.get_ydata() == pytest.approx([s.estimate for s in scores])
     reach = [segment[:, 1] for segment in bars.get_segments()]
-    assert np.array(reach) == pytest.approx(
-        np.array([(s.mean - s.margin, s.mean + s.margin) for s in scores])
-    )
+    assert np.array(reach) == pytest.approx(np.array([(s.low, s.high) for s in scores]))
     ticks = axes.figure.axes[-1].get_xticks()
     assert np.asarray(line.get_xdata(), float) == pytest.approx(ticks[: len(layers)], abs=0.3)
 

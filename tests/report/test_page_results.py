@@ -1,7 +1,5 @@
 """The page's table, charts and looks in a real browser. Skips where there is no Chromium."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -92,11 +90,6 @@ def test_scatter_pairs_images(visit, study):
     gaps = np.array([y["psnr"] - x["psnr"] for x, y in zip(a, b, strict=True)])
     caption = tab.inner_text("#scatter-caption")
     assert f"B is better on {(gaps > 0).sum()} of 20 images; mean of B − A: {gaps.mean():+.2f} dB" in caption
-    low, high = (
-        float(n.replace("−", "-")) for n in re.search(r"interval (\S+) to ([^)]+)\)", caption).groups()
-    )
-    half = 1.96 * gaps.std(ddof=1) / np.sqrt(20)
-    assert (low, high) == pytest.approx((gaps.mean() - half, gaps.mean() + half), abs=0.35 * half)
     assert tab.locator("#scatter-chart .point").count() == 20
     tab.locator("#scatter-chart .point[aria-label^='image-003']").press("Enter")
     shown(tab, "image-003.")

@@ -37,7 +37,6 @@ from simulated_study import (
 )
 
 LAYERS = [f"resnet34.tv_in1k:layer{i}" for i in range(1, 5)]
-FAST = {"resamples": 400}
 
 
 def written(findings):
@@ -94,7 +93,7 @@ def layered(means, random, *, count=60, noise=1.0, encoder="model", side=14, met
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    return analyse(write_published_study(tmp_path_factory.mktemp("study")), resamples=2000)
+    return analyse(write_published_study(tmp_path_factory.mktemp("study")))
 
 
 def one(results, metric="psnr", setting="attention"):
@@ -177,11 +176,11 @@ def test_words_hold_the_numbers(study):
 
 def test_same_runs_and_seed_give_the_same_answers(tmp_path):
     runs = [write_run(tmp_path, s, scores(20 - i, seed=i)) for i, s in enumerate(LAYERS)]
-    first = analyse(runs, **FAST).as_dict()
-    assert analyse(runs[::-1], **FAST).as_dict() == first
+    first = analyse(runs).as_dict()
+    assert analyse(runs[::-1]).as_dict() == first
     for run in runs:
         write_csv(run.file("scores.csv"), run.result.per_image[::-1])
-    assert analyse(runs, **FAST).as_dict() == first
+    assert analyse(runs).as_dict() == first
 
 
 def test_no_step_is_found_in_95_of_100_studies_without_steps():
@@ -191,7 +190,7 @@ def test_no_step_is_found_in_95_of_100_studies_without_steps():
         rows = layered([20] * 5, random, count=30, metric="ssim") + layered(
             [20] * 4, random, count=30, encoder="other", metric="ssim"
         )
-        result = falls_with_depth(rows, "ssim", "linear", resamples=20)
+        result = falls_with_depth(rows, "ssim", "linear")
         wrong += any(step.better for e in result.encoders for step in e.steps)
     assert 0.01 <= wrong / studies <= 0.095
 
@@ -206,7 +205,7 @@ def test_no_step_is_found_in_95_of_100_studies_without_steps():
 )
 def test_depth_finds_what_is_there(means, verdict):
     rows = layered(means, np.random.default_rng(2), noise=0.2)
-    assert falls_with_depth(rows, "psnr", "linear", **FAST).verdict == verdict
+    assert falls_with_depth(rows, "psnr", "linear").verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -214,13 +213,13 @@ def test_depth_finds_what_is_there(means, verdict):
 )
 def test_rising_lpips_is_falling_quality(means, verdict):
     rows = layered(means, np.random.default_rng(2), noise=0.01, metric="lpips")
-    result = falls_with_depth(rows, "lpips", "linear", **FAST)
+    result = falls_with_depth(rows, "lpips", "linear")
     assert result.verdict == verdict and result.encoders[0].tau == (-1 if verdict == "supported" else 1)
 
 
 def test_a_negligible_rise_contradicts_nothing():
     rows = layered([24, 23, 23.05, 21], np.random.default_rng(2), noise=0.02)
-    result = falls_with_depth(rows, "psnr", "linear", **FAST)
+    result = falls_with_depth(rows, "psnr", "linear")
     rise = result.encoders[0].steps[1]
     assert rise.p_holm < 0.001 and rise.negligible and rise.better is None
     assert result.verdict == "undecided"
@@ -241,26 +240,26 @@ def resolution_study(random, quality, *, per_size=3):
 
 def test_resolution_dominates_where_it_alone_matters():
     rows = resolution_study(np.random.default_rng(1), lambda i, e: 25 - 2 * i)
-    result = resolution_dominates(rows, "psnr", "linear", **FAST)
+    result = resolution_dominates(rows, "psnr", "linear")
     assert result.verdict == "supported" and result.share.estimate > 0.95
     assert len(result.pairs) == 4 * 3 and not any(p.comparison.better for p in result.pairs)
 
 
 def test_resolution_does_not_dominate_where_the_encoder_matters():
     rows = resolution_study(np.random.default_rng(1), lambda i, e: 25 - 0.3 * i - 4 * e)
-    result = resolution_dominates(rows, "psnr", "linear", **FAST)
+    result = resolution_dominates(rows, "psnr", "linear")
     assert result.verdict == "contradicted" and result.share.high < 0.5
     inverse = resolution_study(np.random.default_rng(1), lambda i, e: 20 + 2 * i)
-    assert "quality falls" in resolution_dominates(inverse, "psnr", "linear", **FAST).reason
+    assert "quality falls" in resolution_dominates(inverse, "psnr", "linear").reason
 
 
 def test_resolution_needs_matched_layers_and_channels_that_vary():
     rows = layered([25, 23, 21, 19, 17], np.random.default_rng(0))
     rows = [replace(r, height=56 >> i, width=56 >> i, channels=64 << i) for i, r in enumerate(rows)]
-    result = resolution_dominates(rows, "psnr", "linear", **FAST)
+    result = resolution_dominates(rows, "psnr", "linear")
     assert result.verdict == "undecided" and result.partial is None and result.share is None
     assert "cannot be told apart" in result.reason and "no two layers" in result.reason
-    short = resolution_dominates(rows[:3], "psnr", "linear", **FAST)
+    short = resolution_dominates(rows[:3], "psnr", "linear")
     assert short.verdict == "not testable" and "four or more" in short.reason
 
 
@@ -284,7 +283,7 @@ def two_encoders(gap, *, parameters=(1000, 1000), noise=0.1):
     ],
 )
 def test_architectures_differ_where_decoder_size_cannot_explain_it(gap, parameters, verdict):
-    result = architectures_differ(two_encoders(gap, parameters=parameters), "psnr", "linear", **FAST)
+    result = architectures_differ(two_encoders(gap, parameters=parameters), "psnr", "linear")
     assert result.verdict == verdict
 
 
@@ -297,12 +296,12 @@ def test_only_the_first_layer_of_a_size_speaks_for_its_encoder():
         order=9,
         scores={"psnr": {k: 99.0 for k in sample_images(60)}},
     )
-    result = architectures_differ([late, *rows], "psnr", "linear", **FAST)
+    result = architectures_differ([late, *rows], "psnr", "linear")
     assert [p.comparison.b for p in result.pairs] == ["second layer1"]
 
 
 def test_untestable_says_what_it_needs(tmp_path):
-    analysis = analyse([write_run(tmp_path, LAYERS[0], scores(20))], **FAST)
+    analysis = analyse([write_run(tmp_path, LAYERS[0], scores(20))])
     for results in (analysis.depth, analysis.resolution, analysis.architectures):
         assert {r.verdict for r in results} == {"not testable"}
         assert all(r.reason.startswith("needs") for r in results)
@@ -311,7 +310,7 @@ def test_untestable_says_what_it_needs(tmp_path):
 
 def test_comparison_is_antisymmetric():
     a, b = two_encoders(0.7)
-    one_way, other = compare(a, b, "psnr", **FAST), compare(b, a, "psnr", **FAST)
+    one_way, other = compare(a, b, "psnr"), compare(b, a, "psnr")
     assert one_way.difference.low == pytest.approx(-other.difference.high)
     assert (one_way.wins_a, one_way.won_a) == (other.wins_b, other.won_b)
     assert (one_way.better, other.better) == ("b", "a") and one_way.p == pytest.approx(other.p)
@@ -320,27 +319,27 @@ def test_comparison_is_antisymmetric():
 def test_comparison_agrees_with_scipys_paired_t_test():
     a, b = two_encoders(0.02)
     expected = stats.ttest_rel(list(a.scores["psnr"].values()), list(b.scores["psnr"].values()))
-    assert compare(a, b, "psnr", **FAST).p == pytest.approx(expected.pvalue)
-    same = compare(a, a, "psnr", **FAST)
+    assert compare(a, b, "psnr").p == pytest.approx(expected.pvalue)
+    same = compare(a, a, "psnr")
     assert same.p == 1 and same.better is None and not same.explained_by_capacity
 
 
 def test_comparison_pairs_common_images_only():
     a, b = two_encoders(0.5)
     b = replace(b, scores={"psnr": {k: v for k, v in list(b.scores["psnr"].items())[:40]} | {"other": 99.0}})
-    assert compare(a, b, "psnr", **FAST).difference.count == 40
+    assert compare(a, b, "psnr").difference.count == 40
     with pytest.raises(AfterimageError, match="share 0 images"):
         compare(a, replace(b, scores={"psnr": {"other": 1.0}}), "psnr")
 
 
 def test_correction_only_ever_weakens():
-    family = [compare(*two_encoders(gap), "psnr", **FAST) for gap in (0.01, 0.02, 0.03, 1.0)]
+    family = [compare(*two_encoders(gap), "psnr") for gap in (0.01, 0.02, 0.03, 1.0)]
     assert all(after.p_holm >= before.p for before, after in zip(family, corrected(family), strict=True))
 
 
 def test_seeds_are_averaged_and_their_spread_is_told(tmp_path):
     runs = [write_run(tmp_path, LAYERS[0], scores(20 + seed, noise=0), seed=seed) for seed in (0, 1, 2)]
-    analysis = analyse(runs, **FAST)
+    analysis = analyse(runs)
     (row,) = analysis.rows
     assert len(row.runs) == 3 and row.mean("psnr") == pytest.approx(21)
     score = analysis.scores[0]
@@ -384,7 +383,7 @@ def test_decoders_and_fusion_are_ranked(tmp_path):
     fusion = FusionConfig("concat", size=56)
     fused = (LAYERS[0], LAYERS[1])
     write_run(tmp_path, fused, scores(25, seed=8), decoder=DecoderConfig("residual"), fusion=fusion)
-    analysis = analyse(scan(tmp_path), **FAST)
+    analysis = analyse(scan(tmp_path))
     ranking = analysis.decoders[0]
     assert ranking.settings == ("residual", "attention", "linear") and ranking.name == "resnet34 layer1"
     assert len(ranking.pairs) == 3 and all(c.better == "a" for c in ranking.pairs)
@@ -400,12 +399,12 @@ def test_metrics_that_disagree_are_pointed_out(tmp_path):
     for line in tables[0]:
         line["lpips"] -= 0.2
     runs = [write_run(tmp_path, s, t, parameters=1000) for s, t in zip(sources, tables, strict=True)]
-    assert "the metrics disagree" in written(find(analyse(runs, **FAST)))
+    assert "the metrics disagree" in written(find(analyse(runs)))
 
 
 def test_missing_lpips_leaves_the_other_metrics(tmp_path):
     rows = [line | {"lpips": None} for line in scores(20)]
-    analysis = analyse([write_run(tmp_path, s, rows) for s in LAYERS], **FAST)
+    analysis = analyse([write_run(tmp_path, s, rows) for s in LAYERS])
     assert {r.metric for r in analysis.depth} == {"psnr", "ssim"}
 
 
@@ -413,7 +412,7 @@ def test_lpips_of_different_networks_is_not_compared(tmp_path):
     runs = [
         write_run(tmp_path, s, scores(20), lpips_net=n) for s, n in zip(LAYERS, ("alex", "vgg"), strict=False)
     ]
-    analysis = analyse(runs, **FAST)
+    analysis = analyse(runs)
     assert {r.metric for r in analysis.depth} == {"psnr", "ssim"}
     assert "alex, vgg" in analysis.notes[0]
 
@@ -457,7 +456,7 @@ def test_reference_rows_have_intervals_but_enter_no_hypothesis(tmp_path):
     runs = [write_run(tmp_path, s, scores(20)) for s in LAYERS[:2]] + [
         write_reference(tmp_path, "mean", scores(9))
     ]
-    analysis = analyse(runs, **FAST)
+    analysis = analyse(runs)
     assert "mean" in {s.name for s in analysis.scores}
     assert all("mean" not in r.setting for r in analysis.depth)
 
@@ -470,7 +469,7 @@ def test_untrained_controls_are_in_no_ranking(tmp_path):
             write_run(tmp_path, LAYERS[0], scores(30), decoder=DecoderConfig(name), weights=weights)
     fusion = FusionConfig("concat", size=56)
     write_run(tmp_path, tuple(LAYERS[:2]), scores(25), decoder=DecoderConfig("transposed"), fusion=fusion)
-    analysis = analyse(scan(tmp_path), **FAST)
+    analysis = analyse(scan(tmp_path))
     assert len(analysis.decoders) == 6 and all(
         d.settings == ("residual", "linear") for d in analysis.decoders
     )
@@ -478,7 +477,7 @@ def test_untrained_controls_are_in_no_ranking(tmp_path):
     (costs,) = [f for f in find(analysis) if f.title == "What quality costs"]
     assert "Most PSNR" in costs.paragraphs[0] and "RANDOM" not in costs.paragraphs[0]
     for kind in RANDOM_WEIGHTS:
-        controls = analyse([run for run in scan(tmp_path) if run.config.weights == kind], **FAST)
+        controls = analyse([run for run in scan(tmp_path) if run.config.weights == kind])
         assert all(f"{kind.upper()} weights" in s for d in controls.decoders for s in d.settings)
         assert controls.decoders
 
@@ -490,7 +489,7 @@ def test_fusions_that_differ_in_channels_have_names_of_their_own(tmp_path):
         write_run(
             tmp_path, tuple(LAYERS[:2]), scores(mean), decoder=DecoderConfig("transposed"), fusion=fusion
         )
-    analysis = analyse(scan(tmp_path), **FAST)
+    analysis = analyse(scan(tmp_path))
     assert analysis.decoders == ()
     found = {c.a: round(c.difference.estimate) for c in analysis.fusions if c.metric == "psnr"}
     assert {name.partition(" of ")[0]: gain for name, gain in found.items()} == {
@@ -506,14 +505,14 @@ def test_a_fusion_is_compared_with_what_is_decoded_alike_also_beside_other_recip
     write_run(tmp_path, LAYERS[1], scores(19), recipe=short)
     write_run(tmp_path, fused, scores(21), recipe=short, fusion=FusionConfig("concat", size=28))
     write_run(tmp_path, LAYERS[1], scores(23), recipe=long)
-    (comparison,) = [c for c in analyse(scan(tmp_path), **FAST).fusions if c.metric == "psnr"]
+    (comparison,) = [c for c in analyse(scan(tmp_path)).fusions if c.metric == "psnr"]
     assert comparison.b == "resnet34 layer1, attention (epochs 10)" and comparison.better == "a"
 
 
 def test_a_certain_but_negligible_difference_is_not_called_undecided(tmp_path):
     write_run(tmp_path, LAYERS[0], scores(20, noise=0.01, seed=1))
     write_run(tmp_path, LAYERS[1], scores(19.95, noise=0.01, seed=2))
-    (found,) = [d for d in analyse(scan(tmp_path), **FAST).degradation if d.metric == "psnr"]
+    (found,) = [d for d in analyse(scan(tmp_path)).degradation if d.metric == "psnr"]
     assert ahead(found.runner_up) == "negligibly different from"
 
 
@@ -523,7 +522,7 @@ def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
         run = write_run(tmp_path, LAYERS[0], scores(mean), data=DataConfig("procedural", limit_train=train))
         edit(run, data__train=train, data__digest=f"{train:064}", data__test_digest="t" * 64)
     edit(write_reference(tmp_path, "mean", scores(12)), data__test_digest="t" * 64)
-    analysis = analyse(scan(tmp_path), **FAST)
+    analysis = analyse(scan(tmp_path))
     ranking = analysis.decoders[0]
     assert ranking.settings == ("attention (training images 640)", "attention (training images 16)")
     gains = [e.gain for e in analysis.efficiency if e.metric == "psnr"]
@@ -531,7 +530,7 @@ def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
     # Of another test set there is no mean colour to count from.
     other = write_run(tmp_path, LAYERS[1], scores(20))
     edit(other, data__test_digest="u" * 64)
-    gains = {e.name: e.gain for e in analyse(scan(tmp_path), **FAST).efficiency if e.metric == "psnr"}
+    gains = {e.name: e.gain for e in analyse(scan(tmp_path)).efficiency if e.metric == "psnr"}
     assert gains["resnet34 layer2"] is None and gains["resnet34 layer1"] is not None
 
 

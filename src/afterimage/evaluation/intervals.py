@@ -1,25 +1,27 @@
-"""Confidence intervals of means over images and of shares of images."""
+"""95 % confidence intervals over images: BCa bootstrap for whatever is computed from mean scores, exact for shares."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
 
 from afterimage.config import AfterimageError
 from afterimage.runs.results import Interval
 
+NAME = "95 % BCa interval"
+"""Name of the interval in captions, as every report has one kind."""
 RESAMPLES = 10_000
 """Bootstrap resamples: the ends of a 95 % interval then have a standard error below 1 % of its length."""
 CONFIDENCE = 0.95
 """Confidence level of all intervals."""
 FEW = 10
-"""Number of images below which resamples hold too few distinct values; intervals then also include Student's."""
-_CHUNK = 4_000_000  # resampled values held at a time: 32 MB
+"""Number of images below which resamples hold too few distinct values; a mean's interval then includes Student's."""
+_CHUNK = 4_000_000
 """Resampled values held at a time: 32 MB."""
 
 
@@ -30,122 +32,109 @@ def _draw(random: np.random.Generator, rows: int, count: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _drawn(count: int, resamples: int, seed: int) -> np.ndarray:
+def _drawn(count: int, resamples: int) -> np.ndarray:
     """Draw all resamples; cached, as a report needs the same ones for many columns of scores."""
-    return _draw(np.random.default_rng(seed), resamples, count)
+    return _draw(np.random.default_rng(0), resamples, count)
 
 
-def _chunks(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def _chunks(count: int, resamples: int) -> Iterator[np.ndarray]:
     """Yield the resamples in chunks of at most `_CHUNK` values."""
     if count * resamples <= _CHUNK:
-        yield _drawn(count, resamples, seed)
+        yield _drawn(count, resamples)
         return
-    random, rows = np.random.default_rng(seed), max(1, _CHUNK // count)
+    random, rows = np.random.default_rng(0), max(1, _CHUNK // count)
     for start in range(0, resamples, rows):
         yield _draw(random, min(rows, resamples - start), count)
 
 
-def resampled_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Compute the mean over images in each bootstrap resample.
+def interval(statistic: Callable[[np.ndarray], np.ndarray], scores: np.ndarray) -> Interval:
+    """Compute the BCa bootstrap interval of a statistic of mean scores over images.
 
-    The same seed draws the same images for every set of scores, so that scores stay paired.
+    BCa means bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). Images are drawn
+    with all their scores, which stay paired, and the same ones every time. The levels are widened as Student's t
+    widens a normal interval (Hesterberg 2015, "What teachers should know about the bootstrap"), as a bootstrap of fewer
+    than about 30 images is too short.
+
+    `scipy.stats.bootstrap(method="BCa")` with the widened level gives the same. It is not used because it returns NaN
+    where leaving out any one image changes nothing (equal scores, most rank correlations of layers), and because it
+    draws anew for every comparison and takes time of the square of the number of images.
 
     Args:
-        values: scores `(images,)` or `(images, columns)`
-        resamples: number of resamples
-        seed: seed of the resamples
+        statistic: computes `(...)` from mean scores `(..., columns)`
+        scores: scores of each image `(images, columns)`, finite
 
     Returns:
-        `(resamples,)` or `(resamples, columns)`
+        the interval; a point where the statistic is the same in all resamples
+
+    Raises:
+        AfterimageError: there are fewer than two images, or scores are not finite
     """
-    count = len(values)
-    return np.concatenate([drawn @ values / count for drawn in _chunks(count, resamples, seed)])
+    scores = np.asarray(scores, dtype=float)
+    if scores.ndim != 2 or len(scores) < 2:
+        raise AfterimageError(f"an interval needs the scores of at least 2 images, got shape {scores.shape}")
+    if not np.isfinite(scores).all():
+        raise AfterimageError("an interval needs finite scores")
+    count = len(scores)
+    estimate = float(statistic(scores.mean(axis=0)))
+    means = np.concatenate([drawn @ scores / count for drawn in _chunks(count, RESAMPLES)])
+    resampled = statistic(means)
+    rounding = 1e-12 * max(1.0, abs(estimate))
+    if np.ptp(resampled) <= rounding:
+        return Interval(estimate, estimate, estimate, count, CONFIDENCE)
+
+    below = ((resampled < estimate - rounding).mean() + (resampled <= estimate + rounding).mean()) / 2
+    normal = NormalDist()
+    bias = normal.inv_cdf(min(max(below, 0.5 / RESAMPLES), 1 - 0.5 / RESAMPLES))
+    without_one = statistic((scores.sum(axis=0) - scores) / (count - 1))
+    influence = without_one.mean() - without_one
+    scale = (influence**2).sum() ** 1.5
+    acceleration = (influence**3).sum() / (6 * scale) if scale > 0 else 0.0
+    tail = normal.inv_cdf(_level(count))
+    corrected = (normal.cdf(bias + z / (1 - acceleration * z)) for z in (bias + tail, bias - tail))
+    low, high = np.quantile(resampled, list(corrected))
+    return Interval(estimate, float(low), float(high), count, CONFIDENCE)
 
 
-def mean_interval(
-    values: np.ndarray,
-    *,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    expand: bool = True,
-) -> Interval:
-    """Compute the BCa bootstrap interval of a mean over images, or of a mean difference from paired differences.
+def _level(count: int) -> float:
+    """Return the level of one tail that makes a normal interval over `count` values as long as Student's t interval."""
+    # With two values the level underflows to zero, whose normal quantile is infinite.
+    return max(1e-12, NormalDist().cdf(-math.sqrt(count / (count - 1)) * _student(count)))
 
-    BCa means bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). Without `expand` the
-    result equals scipy's `method="BCa"`, which is too short for fewer than about 30 images. `expand` widens the levels
-    as Student's t does (Hesterberg 2015, "What teachers should know about the bootstrap"). As no mean of resamples lies
-    outside the range of the values, the interval of fewer than `FEW` images also includes Student's t interval.
+
+def _student(count: int) -> float:
+    """Return the half length of Student's t interval in standard errors."""
+    from scipy.special import stdtrit  # reports that show no interval start without scipy
+
+    return float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
+
+
+def mean_interval(values: np.ndarray) -> Interval:
+    """Compute the BCa interval of a mean over images, or of a mean difference from paired differences.
+
+    No mean of resamples lies outside the range of the values, which of two images holds their true mean half of the
+    time. The interval of fewer than `FEW` images therefore includes Student's t interval.
 
     Args:
         values: scores or differences `(images,)`, finite
-        confidence: confidence level, in (0, 1)
-        resamples: number of bootstrap resamples
-        seed: seed of the resamples
-        expand: whether to widen the interval for small samples
 
     Raises:
         AfterimageError: there are fewer than two images, or values are not finite
     """
     values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or len(values) < 2:
-        raise AfterimageError(f"an interval needs the scores of at least 2 images, got shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise AfterimageError("an interval needs finite scores")
-    # Exact sums, so that the order of the images cannot move the interval, not even through a tie broken by rounding.
-    count, centre = len(values), math.fsum(values) / len(values)
-    deviations = values - centre
-    scale = math.fsum(deviations**2)
-    if scale <= (1e-12 * max(1.0, abs(centre))) ** 2 * count:
-        return Interval(centre, centre, centre, count, confidence)
-
-    # Mirror negative means, so that exchanging the two sides of a difference only mirrors the interval.
-    sign = -1.0 if centre < 0 else 1.0
-    centre, deviations = sign * centre, sign * deviations
-    means = resampled_means(np.sort(sign * values), resamples=resamples, seed=seed)
-    level = (1 - confidence) / 2
-    margin = 0.0
-    if expand:
-        if count < FEW:
-            margin = -float(special.stdtrit(count - 1, level)) * math.sqrt(scale / (count - 1) / count)
-        level = _expanded(level, count)
-    below = ((means < centre).mean() + (means <= centre).mean()) / 2
-    bias = special.ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
-    acceleration = math.fsum(deviations**3) / (6 * scale**1.5)
-    z = bias + special.ndtri(np.array([level, 1 - level]))
-    low, high = np.quantile(means, special.ndtr(bias + z / (1 - acceleration * z)))
-    if margin:
-        low, high = min(low, centre - margin), max(high, centre + margin)
-    ends = sorted((sign * float(low), sign * float(high)))
-    return Interval(sign * centre, *ends, count, confidence)
-
-
-def _expanded(level: float, count: int) -> float:
-    """Return the level of one tail that makes a normal interval over `count` values as long as Student's t interval."""
-    # With two values the level underflows to zero, whose normal quantile is infinite.
-    return max(1e-12, special.ndtr(np.sqrt(count / (count - 1)) * special.stdtrit(count - 1, level)))
-
-
-def percentile_interval(estimate: float, resampled: np.ndarray, count: int, confidence: float) -> Interval:
-    """Compute the percentile interval (Efron 1979) of any statistic from its bootstrap values.
-
-    Levels are widened as in `mean_interval`; below about 10 images the interval is still too short.
-
-    Args:
-        estimate: the statistic of the images
-        resampled: its bootstrap values `(resamples,)`
-        count: number of images
-        confidence: confidence level, in (0, 1)
-    """
-    level = _expanded((1 - confidence) / 2, count)
-    low, high = np.quantile(resampled, [level, 1 - level])
-    return Interval(float(estimate), float(low), float(high), count, confidence)
+    found = interval(lambda means: means[..., 0], values[..., None])
+    if len(values) >= FEW or found.low == found.high:
+        return found
+    half = float(_student(len(values)) * values.std(ddof=1) / math.sqrt(len(values)))
+    low, high = min(found.low, found.estimate - half), max(found.high, found.estimate + half)
+    return Interval(found.estimate, low, high, found.count, CONFIDENCE)
 
 
 def share_interval(found: np.ndarray) -> Interval:
     """Compute the share of `True` in `found` with its exact 95 % interval (Clopper and Pearson 1934)."""
+    from scipy import stats
+
     count, total = int(np.sum(found)), len(found)
-    ends = stats.binomtest(count, total).proportion_ci(0.95, method="exact")
+    ends = stats.binomtest(count, total).proportion_ci(CONFIDENCE, method="exact")
     return Interval(count / total, float(ends.low), float(ends.high), total)
 
 

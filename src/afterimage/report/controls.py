@@ -10,11 +10,12 @@ from itertools import pairwise, product
 from typing import Any
 
 from afterimage.config import AfterimageError
+from afterimage.evaluation.intervals import NAME
 from afterimage.report.findings import NONE, Finding, Numbers
-from afterimage.report.format import minus, number
-from afterimage.report.rows import Row
+from afterimage.report.format import minus, number, span
+from afterimage.report.rows import Row, mean_over_images
 from afterimage.runs.files import read_csv, read_json
-from afterimage.runs.results import Score
+from afterimage.runs.results import Interval
 
 FORMAT = 1
 STAND_INS = {
@@ -38,8 +39,9 @@ class Part:
     facts: Mapping[str, Any]
     images: Sequence[Mapping[str, Any]]
 
-    def score(self, column: str) -> Score:
-        return Score.of([float(p[column]) for p in self.images if p[column] is not None])
+    def mean(self, column: str) -> Interval:
+        """Compute the mean of a column over images, with its interval."""
+        return mean_over_images([float(p[column]) for p in self.images if p[column] is not None])
 
 
 def read_part(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
@@ -117,16 +119,17 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float | None:
     return None
 
 
-def _psnr(score: Score) -> str:
-    around = "" if score.margin is None else f" ± {score.margin:.2f}"
-    return number(score.mean, "psnr") + around
+def _interval(found: Interval, metric: str = "psnr", *, signed: bool = False) -> str:
+    """Write `21.30 [20.11, 22.40]`; of a single image the score alone."""
+    estimate = number(found.estimate, metric, signed=signed)
+    return estimate if found.count < 2 else f"{estimate} {span(found, metric, signed=signed)}"
 
 
 def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     header = ("features", "decoder", "own features", *STAND_INS.values(), "re-encoded", "another image")
     table = [
         (
-            name(p.row), decoder(p.row), *(_psnr(p.score(f"{c}_psnr")) for c in ("own", *STAND_INS)),
+            name(p.row), decoder(p.row), *(_interval(p.mean(f"{c}_psnr")) for c in ("own", *STAND_INS)),
             *(f"{p.facts['distances'][d]:.3f}" for d in ("reencoded", "random_pair")),
         )
         for p in parts
@@ -135,8 +138,8 @@ def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
         "Features that are not the image's go through its trained decoder, and what comes out is scored against "
         "the image: what is left is the decoder's prior. Another image's features are those of the next test "
         "image; shuffled ones have their locations in random order; mean ones hold each channel's mean over "
-        f"training images everywhere. PSNR in dB, mean over {parts[0].facts['images']} test images ± half its "
-        "95 % t interval. A column that comes near the first is what the decoder knew without the image.",
+        f"training images everywhere. PSNR in dB, mean over {parts[0].facts['images']} test images with its "
+        f"{NAME}. A column that comes near the first is what the decoder knew without the image.",
         "Re-encoded: the distance of the reconstruction's features from the image's, over the norm of these; "
         "beside it the distance of another image's features. Near 0 the reconstruction is one that the layer "
         "takes for the image; near the other it has little to do with it.",
@@ -172,12 +175,10 @@ def _differ_only_in(a: Row, b: Row, *but: str) -> bool:
 
 
 def _difference(a: Row, b: Row, metric: str) -> str:
-    """The mean difference by image, `a` less `b`, with half its 95 % t interval."""
+    """Write the mean difference by image, `a` less `b`, with its interval."""
     one, other = a.values(metric), b.values(metric)
-    score = Score.of([one[key] - other[key] for key in one if key in other])
-    digits = 2 if metric == "psnr" else 3
-    around = "" if score.margin is None else f" ± {score.margin:.{digits}f}"
-    return number(score.mean, metric, signed=True) + around
+    gaps = [one[key] - other[key] for key in sorted(one) if key in other]
+    return _interval(mean_over_images(gaps), metric, signed=True)
 
 
 def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
@@ -191,12 +192,12 @@ def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     table = []
     for p in parts:
         half = next((f"{f:.3f}" for f, share in share_lost(p, "luma") if share >= 0.5), "above 0.5")
-        planes = [_psnr(p.score(f"psnr_{plane}")) for plane in PLANES]
+        planes = [_interval(p.mean(f"psnr_{plane}")) for plane in PLANES]
         lost = [_share(p.facts["planes"][plane]) for plane in PLANES]
         kinds = [_decibels(p.facts["regions"][kind]["mse"]) for kind in REGIONS]
         table.append((name(p.row), decoder(p.row), *planes, *lost, *kinds, half))
     paragraphs = [
-        "Luma, Cb and Cr are JPEG's (BT.601, full range), PSNR by image ± half the 95 % t interval of its mean; "
+        f"Luma, Cb and Cr are JPEG's (BT.601, full range), mean PSNR over images with its {NAME}; "
         "the variance lost is the squared error over the plane's own variance within images (above 100 %: worse "
         "than its mean). "
         f"Regions are judged on the original's luma in {rules['window']} × {rules['window']} pixels: flat where its "
@@ -266,7 +267,7 @@ def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
             size, bound = point["bits_per_pixel"], point.get("entropy_bits_per_pixel")
             table.append((
                 name(p.row), decoder(p.row), f"{point['bits']}", f"{size:.2f}",
-                NONE if bound is None else f"{bound:.2f}", _psnr(Score.of(rows)),
+                NONE if bound is None else f"{bound:.2f}", _interval(mean_over_images(rows)),
                 _codec(jpeg, size), _codec(webp, size), _size(jpeg, point["psnr"]),
             ))  # fmt: skip
     exact = next(c for c in facts["codecs"] if c["psnr"] is None)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from afterimage.evaluation.intervals import NAME, RESAMPLES
 from afterimage.report.format import (
     ahead,
     difference,
@@ -327,8 +328,8 @@ def _overview(analysis: Analysis) -> str:
     seeds = max(len(row.runs) for row in decoded)
     averaged = "scores are averaged over seeds first" if seeds > 1 else "each row has one"
     return (
-        f"{len(decoded)} rows on {images} test images. Brackets are 95 % bootstrap intervals over "
-        f"images (BCa for means, {analysis.resamples:,} resamples); differences are paired by image. "
+        f"{len(decoded)} rows on {images} test images. All intervals are {NAME}s (bias-corrected and accelerated "
+        f"bootstrap over images, {RESAMPLES:,} resamples); differences are paired by image. "
         f"They speak of other images, not of other seeds: {averaged}."
     )
 

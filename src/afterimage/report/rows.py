@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, split_source
-from afterimage.runs.results import METRICS, Result, Score
+from afterimage.evaluation.intervals import mean_interval
+from afterimage.runs.results import METRICS, Interval, Result, Score
 from afterimage.runs.run import Run
 
 DECODERS = ("linear", "transposed", "attention", "wavelet", "frequency", "residual")
@@ -122,6 +125,12 @@ class Row(Result):
         return f"{fusion.name} fusion{wide} at " + (
             f"{fusion.size}×{fusion.size}" if fusion.size else "the finest resolution"
         )
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval | None]:
+        """Each metric's mean with its interval; None where it was not measured."""
+        columns = {metric: [value for _, value in sorted(self.values(metric).items())] for metric in METRICS}
+        return {metric: mean_over_images(values) if values else None for metric, values in columns.items()}
 
     @cached_property
     def distinguishing(self) -> dict[str, Any]:
@@ -306,13 +315,21 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def pool(rows: Sequence[Row], metric: str) -> Score | None:
-    """One score for runs that differ only in their seed: the mean over runs, then over images."""
+def mean_over_images(values: Sequence[float]) -> Interval:
+    """Compute the mean with its interval; of a single image a point."""
+    if len(values) == 1:
+        return Interval(values[0], values[0], values[0], 1)
+    return mean_interval(np.array(values))
+
+
+def pool(rows: Sequence[Row], metric: str) -> Interval | None:
+    """Compute the mean over images, of each its mean over runs that differ only in their seed, with its interval."""
     if len(rows) == 1:
-        return rows[0].scores[metric]
+        return rows[0].intervals[metric]
     values = [row.values(metric) for row in rows]
-    common = [key for key in values[0] if all(key in v for v in values)]
-    return Score.of([math.fsum(v[key] for v in values) / len(values) for key in common]) if common else None
+    common = sorted(key for key in values[0] if all(key in v for v in values))
+    means = [math.fsum(v[key] for v in values) / len(values) for key in common]
+    return mean_over_images(means) if common else None
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from afterimage.config import unknown
-from afterimage.report.format import latex, markdown, markdown_code, plain, spreadsheet
+from afterimage.evaluation.intervals import NAME
+from afterimage.report.format import latex, markdown, markdown_code, plain, span, spreadsheet
 from afterimage.report.rows import Row, Rows, fusion_legend
 from afterimage.runs.results import METRICS, Score
 from afterimage.runtime.terminal import console
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-SPREADS = {"std": "standard deviation", "interval": "half a 95 % t interval of the mean"}
+SPREADS = {"std": "± standard deviation", "interval": f"and its {NAME}"}
 NONE = "–"
 
 
@@ -76,7 +77,7 @@ class Footnotes:
 
 
 def lay_out(rows: Rows, *, spread: str = "std") -> Table:
-    """The whole table. `spread` chooses what follows ±: the standard deviation or the mean's interval."""
+    """Lay out the whole table. `spread` chooses what follows means: their standard deviation or their interval."""
     if spread not in SPREADS:
         raise unknown("spread", spread, SPREADS)
     columns = [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in rows.nets or ("",))]
@@ -152,9 +153,12 @@ def _score(row: Row, metric: str, net: str, best: str | None, spread: str, notes
     if metric == "lpips" and row.lpips.net != net:
         return Cell((NONE,))
     mean = _rounded(score, metric)
-    around = score.std if spread == "std" else score.margin
-    text = mean if around is None else f"{mean} ± {around:.{METRICS[metric].digits}f}"
-    return Cell((text,), bold=not row.is_baseline and mean == best)
+    around = ""
+    if score.count > 1:
+        around = f" ± {score.std:.{METRICS[metric].digits}f}"
+        if spread == "interval":
+            around = f" {span(row.intervals[metric], metric, signed=False)}"
+    return Cell((mean + around,), bold=not row.is_baseline and mean == best)
 
 
 def _rounded(score: Score, metric: str) -> str:
@@ -174,7 +178,7 @@ def _remark(rows: Rows, spread: str) -> str:
     counts = sorted({score.count for row in rows.all for m in METRICS if (score := row.scores[m])})
     over = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     best = " Bold: the best decoder row, ties included." if rows.decoders else ""
-    return f"Mean ± {SPREADS[spread]} over {over} test image{'s' if counts != [1] else ''}.{best}"
+    return f"Mean {SPREADS[spread]} over {over} test image{'s' if counts != [1] else ''}.{best}"
 
 
 _RIGHT = ("reduction", "seed", "parameters", "training")
@@ -300,7 +304,9 @@ def _record(row: Row) -> dict[str, Any]:
         score = row.scores[metric]
         record[f"{metric}_mean"] = score and score.mean
         record[f"{metric}_std"] = score and score.std
-        record[f"{metric}_margin95"] = score and score.margin
+        interval = row.intervals[metric] if score and score.count > 1 else None
+        record[f"{metric}_low95"] = interval and interval.low
+        record[f"{metric}_high95"] = interval and interval.high
         record[f"{metric}_count"] = score and score.count
     record["lpips_net"] = row.lpips.net if row.scores["lpips"] else ""
     record["lpips_reason"] = "" if row.scores["lpips"] else lpips_reason(row)

@@ -41,8 +41,8 @@ def write_report(
     """Write the report of these runs below `out` and return the files written, by their path below `out`.
 
     report.md and index.html tell all of it; table.md, .csv and .tex, figures/ and findings.json are its parts.
-    `sections` are `(heading, Markdown)` pairs that come after the figures. `spread` is what follows ± in the
-    tables: `std` or `interval`. Where the findings or the page cannot be made, report.md says why; then
+    `sections` are `(heading, Markdown)` pairs that come after the figures. `spread` is what follows means
+    in the tables: `std` or `interval`. Where the findings or the page cannot be made, report.md says why; then
     index.html is not among the files returned. Raises `AfterimageError` where no run is finished or a file
     cannot be written.
     """

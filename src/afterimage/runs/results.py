@@ -74,15 +74,6 @@ class Score:
     def __post_init__(self) -> None:
         check_positive(self, "count")
 
-    @property
-    def margin(self) -> float | None:
-        """Half the width of the 95 % t interval of the mean, the images taken as a random sample."""
-        if self.std is None or self.count < 2:
-            return None
-        from scipy.special import stdtrit
-
-        return float(stdtrit(self.count - 1, 0.975)) * self.std / math.sqrt(self.count)
-
     @classmethod
     def of(cls, values: Sequence[float]) -> Score:
         """The score of one number an image; there must be one at least."""

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from afterimage.config.audit import LimitsConfig
+from afterimage.evaluation.intervals import NAME
 from afterimage.report.audit.verdict import SSIM_SEEN, UTILITY, Leak, Option
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import MUTED, Drawing, encoder_styles, grid_y, legend
@@ -65,7 +66,7 @@ def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: st
     legend(figure, handles, columns=4)
     caption = (
         f"{subject}: what the strongest attacker measured gets from each layer (colour) behind each defence (marker), "
-        f"against {_across(kinds)}. Bars are 95 % intervals; the dotted line is chance"
+        f"against {_across(kinds)}. Bars are {NAME}s of means and exact ones of shares; the dotted line is chance"
         + (", the dashed line the limit" if limits else "")
         + "."
         + _seen(shown)

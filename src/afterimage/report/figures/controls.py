@@ -12,9 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from afterimage.config import split_source
+from afterimage.evaluation.intervals import NAME
 from afterimage.report.controls import PLANES, REGIONS, STAND_INS, Part, decoder, read_part, share_lost
 from afterimage.report.figures.fonts import drawable
-from afterimage.report.figures.style import INK, MUTED, Drawing, grid_y, legend, short_encoders
+from afterimage.report.figures.style import INK, MUTED, Drawing, error_bars, grid_y, legend, short_encoders
 from afterimage.report.rows import Row, Rows
 
 CONTROL_LOOKS = {
@@ -33,9 +34,9 @@ def controls(rows: Rows) -> list[Drawing]:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for y, part in enumerate(parts):
         for control, (color, marker) in CONTROL_LOOKS.items():
-            score = part.score(f"{control}_psnr")
+            score = part.mean(f"{control}_psnr")
             left.errorbar(
-                score.mean, y, xerr=score.margin or 0, color=color, marker=marker, ls="none", elinewidth=0.8,
+                score.estimate, y, xerr=error_bars([score]), color=color, marker=marker, ls="none", elinewidth=0.8,
                 markersize=7 if marker == "|" else 4,
             )  # fmt: skip
         distances = part.facts["distances"]
@@ -70,7 +71,7 @@ def label(row: Row) -> str:
 def _caption(parts: list[Part]) -> str:
     return (
         "Left: features that are not the image's own through the trained decoder, scored against the image; "
-        f"mean over {parts[0].facts['images']} test images with its 95 % t interval. What reaches the first "
+        f"mean over {parts[0].facts['images']} test images with its {NAME}. What reaches the first "
         "marker was guessed. Right: the distance of the re-encoded reconstruction's features from the image's "
         "(disc) beside that of another image's (square)."
     )
@@ -156,8 +157,10 @@ def _by_kind(parts: Sequence[Part]) -> Drawing:
     left, right = figure.subplots(1, 2, sharey=True)
     for y, part in enumerate(parts):
         for plane in PLANES:
-            score, (color, marker) = part.score(f"psnr_{plane}"), ERROR_LOOKS[plane]
-            left.errorbar(score.mean, y, xerr=score.margin or 0, color=color, marker=marker, elinewidth=0.8)
+            score, (color, marker) = part.mean(f"psnr_{plane}"), ERROR_LOOKS[plane]
+            left.errorbar(
+                score.estimate, y, xerr=error_bars([score]), color=color, marker=marker, elinewidth=0.8
+            )
         for kind in REGIONS:
             error, (color, marker) = part.facts["regions"][kind]["mse"], ERROR_LOOKS[kind]
             if error is not None:
@@ -177,8 +180,8 @@ def _by_kind(parts: Sequence[Part]) -> Drawing:
     legend(figure, handles, columns=6)
     rules = parts[0].facts["regions"]
     caption = (
-        "Left: PSNR of luma, Cb and Cr, each over its own range of 1, mean over test images with its 95 % t "
-        "interval. Right: of the mean squared error over all pixels of a kind, by the original's luma in "
+        "Left: PSNR of luma, Cb and Cr, each over its own range of 1, mean over test images with its "
+        f"{NAME}. Right: of the mean squared error over all pixels of a kind, by the original's luma in "
         f"{rules['window']} × {rules['window']} pixels: flat (standard deviation below {rules['flat_below']:g}), "
         f"else edge (structure tensor's coherence {rules['edge_from']:g} or more), else texture."
     )

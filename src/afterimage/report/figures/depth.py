@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from afterimage.evaluation.intervals import NAME
 from afterimage.report.figures.fonts import columns, drawable
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import (
@@ -19,6 +20,7 @@ from afterimage.report.figures.style import (
     controls_note,
     dashes,
     decoder_styles,
+    error_bars,
     grid_y,
     has,
     legend,
@@ -132,7 +134,7 @@ def _lines(
         ]
         points.sort(key=lambda point: point[0])
         axes.errorbar(
-            [x for x, _ in points], [s.mean for _, s in points], [s.margin or 0 for _, s in points],
+            [x for x, _ in points], [s.estimate for _, s in points], error_bars([s for _, s in points]),
             color=look.color, marker=look.marker, mfc="white" if control else look.color, elinewidth=0.9,
             capsize=1.5, ls="none" if encoder == "fusion" else dashes(control), label=label,
         )  # fmt: skip
@@ -159,7 +161,7 @@ def _caption(rows: Rows) -> str:
         seeds[row.encoder, row.decoder_label, row.control, *_layer_key(row)].add(row.seed)
     most = max(map(len, seeds.values()))
     text = (
-        "Mean over test images with its 95 % t interval; decoders of a layer stand side by side. "
+        f"Mean over test images with its {NAME}; decoders of a layer stand side by side. "
         "Intervals of two points may overlap although their difference is certain: the images are the "
         "same, so compare pairs."
     )

@@ -6,11 +6,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from afterimage.evaluation.intervals import NAME
 from afterimage.report.controls import curve_of, decoder, read_part
 from afterimage.report.figures.controls import PANEL, dashes, shades
 from afterimage.report.figures.fonts import drawable
-from afterimage.report.figures.style import INK, MUTED, Drawing, grid_y, legend, short_encoders
-from afterimage.report.rows import Rows, Score
+from afterimage.report.figures.style import INK, MUTED, Drawing, error_bars, grid_y, legend, short_encoders
+from afterimage.report.rows import Rows, mean_over_images
 
 CODECS = {"JPEG": "--", "WebP": ":"}
 
@@ -35,10 +36,11 @@ def rate(rows: Rows) -> list[Drawing]:
         for part in members:
             points = [p for p in part.facts["points"] if p["bits"] < 32]
             scores = [
-                Score.of([float(r["psnr"]) for r in part.images if r["bits"] == p["bits"]]) for p in points
+                mean_over_images([float(r["psnr"]) for r in part.images if r["bits"] == p["bits"]])
+                for p in points
             ]
             axes.errorbar(
-                [p["bits_per_pixel"] for p in points], [s.mean for s in scores], [s.margin or 0 for s in scores],
+                [p["bits_per_pixel"] for p in points], [s.estimate for s in scores], error_bars(scores),
                 color=colors[part.row.sources], ls=patterns[decoder(part.row)], marker="o", markersize=2.5,
                 lw=1.1, elinewidth=0.7,
             )  # fmt: skip
@@ -60,7 +62,7 @@ def rate(rows: Rows) -> list[Drawing]:
     caption = (
         "Features at 1, 2, 3, 4, 6 and 8 bits (left to right) after "
         f"{parts[0].facts['coder']}, rebuilt by decoders that were fitted on unquantised ones; mean over "
-        f"{parts[0].facts['images']} test images with its 95 % t interval. Grey: the same images as JPEG and "
+        f"{parts[0].facts['images']} test images with its {NAME}. Grey: the same images as JPEG and "
         "WebP files. Channels are quantised between their 0.1 % and 99.9 % quantiles over training images."
     )
     return [Drawing("rate", "Quality against the size of the features", caption, figure)]

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from afterimage.evaluation.intervals import NAME
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import point_labels
 from afterimage.report.figures.style import (
@@ -21,6 +22,7 @@ from afterimage.report.figures.style import (
     dashes,
     decoder_styles,
     encoder_styles,
+    error_bars,
     grid_y,
     has,
     legend,
@@ -29,10 +31,11 @@ from afterimage.report.figures.style import (
     metrics_of,
     short_encoders,
 )
-from afterimage.report.rows import Row, Rows, Score, pool
+from afterimage.report.rows import Row, Rows, pool
+from afterimage.runs.results import Interval
 
 PANEL = (2.35, 1.95)
-Point = tuple[float, Score, Row]
+Point = tuple[float, Interval, Row]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
     legend(figure, _handles(looks, lambda name: drawable(names[name]), shown), columns=4)
     caption = (
         "Every layer by the number of its feature locations (height × width), a column a decoder, a line an "
-        "encoder through its layers in execution order; mean over test images with its 95 % t interval."
+        f"encoder through its layers in execution order; mean over test images with its {NAME}."
         f"{controls_note(shown)}{lpips_note(shown)}"
     )
     return [Drawing("quality-by-locations", "Quality and spatial resolution", caption, figure)]
@@ -88,7 +91,7 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
         by_size = Look(lambda r: float(r.parameters), lambda r: r.decoder_label, looks)
         points = _draw(axes, members, metric, by_size)
         if metric == "psnr":
-            named[axes] = [(x, score.mean, drawable(row.layer, 18)) for x, score, row in points]
+            named[axes] = [(x, score.estimate, drawable(row.layer, 18)) for x, score, row in points]
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 30 else (1, 2, 5), numticks=6))
         axes.xaxis.set_major_formatter(FuncFormatter(_short_count))
@@ -101,7 +104,7 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
     figure.set_layout_engine("none")  # labels lie inside the axes: the layout stays, and costs as much again
     caption = (
         "Every row by the size of its decoder, a column an encoder, a line a decoder through the layers in "
-        "execution order (named where there is room); mean over test images with its 95 % t interval."
+        f"execution order (named where there is room); mean over test images with its {NAME}."
         f"{controls_note(shown)}{lpips_note(shown)}"
     )
     return [Drawing("quality-by-parameters", "Quality and decoder size", caption, figure)]
@@ -143,7 +146,7 @@ def _draw(axes: Axes, rows: Sequence[Row], metric: str, look: Look) -> list[Poin
         drawn += points
         style, fused = look.styles[name], len(points[0][2].sources) > 1
         axes.errorbar(
-            [p[0] for p in points], [p[1].mean for p in points], [p[1].margin or 0 for p in points],
+            [p[0] for p in points], [p[1].estimate for p in points], error_bars([p[1] for p in points]),
             color=style.color, marker=style.marker, mfc="white" if control else style.color, elinewidth=0.9,
             capsize=1.5, lw=0.8, ls="none" if fused else dashes(control),
         )  # fmt: skip

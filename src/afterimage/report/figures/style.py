@@ -19,6 +19,7 @@ from afterimage.report.figures.fonts import drawable, families, with_fallbacks
 from afterimage.report.format import plain
 from afterimage.report.rows import Row
 from afterimage.report.tables import heading
+from afterimage.runs.results import Interval
 
 DPI = 200
 INK, MUTED = "#222222", "#6b6b6b"
@@ -65,6 +66,12 @@ class Drawing:
     caption: str
     figure: Figure
     folded: bool = False
+
+
+def error_bars(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Return how far intervals reach below and above their estimates, as matplotlib's `errorbar` takes it."""
+    below = [max(0.0, i.estimate - i.low) for i in intervals]
+    return [below, [max(0.0, i.high - i.estimate) for i in intervals]]
 
 
 @contextmanager

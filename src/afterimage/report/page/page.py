@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from afterimage.config import AfterimageError, read_text
+from afterimage.evaluation.intervals import NAME
 from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather
 from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import NONE, duration, lpips_reason
@@ -81,6 +82,7 @@ def _render(
     }
     return _page_template().render(
         title=title,
+        interval_name=NAME,
         theme=theme,
         style=style,
         script=script,
@@ -236,7 +238,14 @@ def _score(row: Row, metric: str) -> dict[str, Any] | None:
     score = row.scores[metric]
     if score is None:
         return None
-    return {"mean": score.mean, "std": score.std, "count": score.count, "margin": score.margin}
+    interval = row.intervals[metric]
+    return {
+        "mean": score.mean,
+        "std": score.std,
+        "count": score.count,
+        "low": interval.low,
+        "high": interval.high,
+    }
 
 
 def _test_sets(rows: Sequence[Row], images: Sequence[PageImage]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from afterimage.evaluation.intervals import RESAMPLES
+from afterimage.evaluation.intervals import NAME
 from afterimage.report import rows as report
 from afterimage.report.statistics.architectures import Architectures, architectures_differ
 from afterimage.report.statistics.depth import Depth, falls_with_depth
@@ -42,12 +42,11 @@ class Analysis:
     decoders: tuple[DecoderRanking, ...]
     fusions: tuple[Comparison, ...]
     notes: tuple[str, ...]
-    resamples: int
-    seed: int
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the rows' scores as JSON values; comparisons carry `better` and the like."""
-        return {f.name: as_json(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "rows"}
+        fields = (f.name for f in dataclasses.fields(self) if f.name != "rows")
+        return {"intervals": NAME} | {name: as_json(getattr(self, name)) for name in fields}
 
 
 def as_json(value: Any) -> Any:
@@ -61,39 +60,34 @@ def as_json(value: Any) -> Any:
     return value
 
 
-def analyse(finished: Iterable[report.Row], *, resamples: int = RESAMPLES, seed: int = 0) -> Analysis:
+def analyse(finished: Iterable[report.Row]) -> Analysis:
     """Answer H1, H2 and H3 from finished runs, for every metric and every setting that they hold.
 
     A setting is a way of decoding (decoder, its size, weights, loss); only rows of one setting, on the same
     images, are compared across layers. Every verdict is a family of tests of its own: Holm's correction
     keeps the chance of any false step in it at 5 %. Seeds are averaged per image before anything else.
-
-    Args:
-        resamples: bootstrap resamples an interval.
-        seed: of the resampling; the same runs and seed give the same answers.
     """
     rows, notes = group_rows(finished)
     decoded = [row for row in rows if row.sources]
     references = [row for row in rows if not row.sources]
     settings = sorted({row.setting for row in decoded if not row.fused})
-    options = {"resamples": resamples, "seed": seed}
     results: dict[str, list[Any]] = {f.name: [] for f in dataclasses.fields(Analysis)}
     for metric in METRICS:
         scored = [row for row in rows if metric in row.scores]
         if not scored:
             continue
         measured = [row for row in decoded if metric in row.scores]
-        results["scores"] += scores(scored, metric, **options)
+        results["scores"] += scores(scored, metric)
         results["efficiency"] += efficiency(measured, references, metric)
-        results["decoders"] += decoders(measured, metric, **options)
-        results["fusions"] += fusions(measured, metric, **options)
+        results["decoders"] += decoders(measured, metric)
+        results["fusions"] += fusions(measured, metric)
         for setting in settings:
             single = [row for row in measured if row.setting == setting and not row.fused]
             if not single:
                 continue
-            results["depth"].append(falls_with_depth(single, metric, setting, **options))
-            results["resolution"].append(resolution_dominates(single, metric, setting, **options))
-            results["architectures"].append(architectures_differ(single, metric, setting, **options))
-            results["degradation"] += degradation(single, metric, setting, **options)
+            results["depth"].append(falls_with_depth(single, metric, setting))
+            results["resolution"].append(resolution_dominates(single, metric, setting))
+            results["architectures"].append(architectures_differ(single, metric, setting))
+            results["degradation"] += degradation(single, metric, setting)
     results |= {"rows": rows, "notes": notes}
-    return Analysis(**{k: tuple(v) for k, v in results.items() if k not in options}, **options)
+    return Analysis(**{name: tuple(found) for name, found in results.items()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 
-from afterimage.evaluation.intervals import RESAMPLES
 from afterimage.report.statistics.depth import CONTRADICTED, MARGIN, SUPPORTED, UNDECIDED, UNTESTABLE
 from afterimage.report.statistics.resolution import MatchedPair
 from afterimage.report.statistics.rows import Row
@@ -40,9 +39,7 @@ class Architectures:
     claim: str = "different architectures keep different things"
 
 
-def architectures_differ(
-    rows: list[Row], metric: str, setting: str, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Architectures:
+def architectures_differ(rows: list[Row], metric: str, setting: str) -> Architectures:
     """Test H3 on the single-source rows of one setting. The family of tests is every pair below."""
     first: dict[tuple[int, int], dict[str, Row]] = {}
     for row in sorted(rows, key=lambda r: r.order):
@@ -56,7 +53,7 @@ def architectures_differ(
         reason = "needs layers of one resolution from two or more encoders, decoded alike"
         return Architectures(metric, setting, UNTESTABLE, RULE, reason)
 
-    family = corrected([compare(a, b, metric, resamples=resamples, seed=seed) for _, a, b in matched])
+    family = corrected([compare(a, b, metric) for _, a, b in matched])
     apart = [c for c in family if c.better]
     clear = [c for c in apart if not c.explained_by_capacity]
     equal = sum(c.matched_capacity for c in family)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from scipy import stats
 
-from afterimage.evaluation.intervals import RESAMPLES, Interval, mean_interval
+from afterimage.evaluation.intervals import Interval, mean_interval
 from afterimage.report.statistics.rows import Row, matrix
 from afterimage.report.statistics.tests import Comparison, compare, corrected, kendall_within
 from afterimage.runs.results import METRICS
@@ -61,9 +61,7 @@ class Depth:
     claim: str = "quality falls monotonically with depth"
 
 
-def falls_with_depth(
-    rows: list[Row], metric: str, setting: str, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Depth:
+def falls_with_depth(rows: list[Row], metric: str, setting: str) -> Depth:
     """Test H1 on the single-source rows of one setting. The family of tests: every step of every encoder."""
     encoders: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda r: r.order):
@@ -74,16 +72,12 @@ def falls_with_depth(
         return Depth(metric, setting, UNTESTABLE, RULE, reason, ())
 
     steps = corrected(
-        [
-            compare(deep, shallow, metric, resamples=resamples, seed=seed)
-            for layers in encoders.values()
-            for shallow, deep in pairwise(layers)
-        ]
+        [compare(deep, shallow, metric) for layers in encoders.values() for shallow, deep in pairwise(layers)]
     )
     results = []
     for name, layers in encoders.items():
         own, steps = steps[: len(layers) - 1], steps[len(layers) - 1 :]
-        results.append(_encoder(name, layers, own, metric, resamples, seed))
+        results.append(_encoder(name, layers, own, metric))
     verdicts = {r.verdict for r in results}
     verdict = next((v for v in (CONTRADICTED, UNDECIDED) if v in verdicts), SUPPORTED)
     parts = [f"{v} for {', '.join(r.encoder for r in results if r.verdict == v)}" for v in sorted(verdicts)]
@@ -93,9 +87,7 @@ def falls_with_depth(
     return Depth(metric, setting, verdict, RULE, reason, tuple(results))
 
 
-def _encoder(
-    name: str, layers: list[Row], steps: list[Comparison], metric: str, resamples: int, seed: int
-) -> DepthOfEncoder:
+def _encoder(name: str, layers: list[Row], steps: list[Comparison], metric: str) -> DepthOfEncoder:
     _, scores = matrix(layers, metric)
     quality = scores if METRICS[metric].higher_is_better else -scores
     tau, tau_p = stats.kendalltau(np.arange(len(layers)), quality.mean(axis=0))
@@ -111,7 +103,7 @@ def _encoder(
         steps=tuple(steps),
         tau=float(np.nan_to_num(tau)),
         tau_p=1.0 if np.isnan(tau_p) else float(tau_p),
-        tau_within=mean_interval(kendall_within(quality), resamples=resamples, seed=seed),
+        tau_within=mean_interval(kendall_within(quality)),
         monotone=int((np.diff(quality, axis=1) < 0).all(axis=1).sum()),
         verdict=verdict,
     )

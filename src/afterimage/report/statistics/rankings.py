@@ -6,14 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
 
-from afterimage.evaluation.intervals import (
-    CONFIDENCE,
-    RESAMPLES,
-    Interval,
-    mean_interval,
-    percentile_interval,
-    resampled_means,
-)
+from afterimage.evaluation.intervals import Interval, interval, mean_interval
 from afterimage.report.statistics.rows import Row, Setting, matrix, without_random_controls
 from afterimage.report.statistics.tests import Comparison, compare, corrected
 from afterimage.runs.results import METRICS
@@ -36,10 +29,9 @@ class Score:
 class Degradation:
     """One encoder's best and worst layers under one setting.
 
-    `drop` compares worst with best; `percent` is the change relative to the best (its interval is a
-    percentile bootstrap of the ratio of means). `runner_up` compares the best layer with the second best,
-    corrected over the encoders of the setting. Best and worst are picked on the same images, which flatters
-    `drop` slightly.
+    `drop` compares worst with best; `percent` is the change of the mean relative to the best. `runner_up` compares
+    the best layer with the second best, corrected over the encoders of the setting. Best and worst are picked on the
+    same images, which flatters `drop` slightly.
     """
 
     metric: str
@@ -82,15 +74,15 @@ class Efficiency:
     per_thousand_values: float | None
 
 
-def scores(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Score]:
+def scores(rows: list[Row], metric: str) -> list[Score]:
     """Every row's mean with its interval, in the order given."""
     results = []
     for row in rows:
         _, values = matrix([row], metric)
-        interval = mean_interval(values[:, 0], resamples=resamples, seed=seed)
         label = row.setting or Setting("reference")
         spread = row.seed_spread(metric)
-        results.append(Score(row.name, label, metric, interval, len(row.runs), spread, row.runs))
+        mean = mean_interval(values[:, 0])
+        results.append(Score(row.name, label, metric, mean, len(row.runs), spread, row.runs))
     return results
 
 
@@ -101,27 +93,20 @@ def _best_first(rows: list[Row], metric: str) -> list[Row]:
     return [row for _, row in sorted(zip(-means, rows, strict=True), key=lambda pair: pair[0])]
 
 
-def degradation(
-    rows: list[Row], metric: str, setting: str, *, resamples: int = RESAMPLES, seed: int = 0
-) -> list[Degradation]:
+def degradation(rows: list[Row], metric: str, setting: str) -> list[Degradation]:
     """For each encoder with two or more layers among the single-source rows of one setting."""
     encoders: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         encoders[row.encoder].append(row)
     ranked = {name: _best_first(layers, metric) for name, layers in encoders.items() if len(layers) > 1}
-    runners = corrected(
-        [compare(r[0], r[1], metric, resamples=resamples, seed=seed) for r in ranked.values()]
-    )
+    runners = corrected([compare(r[0], r[1], metric) for r in ranked.values()])
     results = []
     for (name, layers), runner_up in zip(ranked.items(), runners, strict=True):
         best, worst = layers[0], layers[-1]
-        ids, values = matrix([best, worst], metric)
-        drawn = resampled_means(values, resamples=resamples, seed=seed)
-        means = values.mean(axis=0)
-        percent = 100 * (means[1] / means[0] - 1)
-        interval = percentile_interval(percent, 100 * (drawn[:, 1] / drawn[:, 0] - 1), len(ids), CONFIDENCE)
-        drop = compare(worst, best, metric, resamples=resamples, seed=seed)
-        results.append(Degradation(metric, setting, name, best.layer, worst.layer, drop, interval, runner_up))
+        _, values = matrix([best, worst], metric)
+        percent = interval(lambda means: 100 * (means[..., 1] / means[..., 0] - 1), values)
+        drop = compare(worst, best, metric)
+        results.append(Degradation(metric, setting, name, best.layer, worst.layer, drop, percent, runner_up))
     return results
 
 
@@ -145,9 +130,7 @@ def efficiency(rows: list[Row], references: list[Row], metric: str) -> list[Effi
     return results
 
 
-def decoders(
-    rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: int = 0
-) -> list[DecoderRanking]:
+def decoders(rows: list[Row], metric: str) -> list[DecoderRanking]:
     """Rank the settings that decode the same features; every pair of every ranking is one family of tests.
 
     Features of an untrained encoder are others, and controls: they are left out unless there is nothing else.
@@ -158,7 +141,7 @@ def decoders(
     ranked = [_best_first(group, metric) for group in groups.values() if len(group) > 1]
     family = corrected(
         [
-            compare(a, b, metric, names=(a.setting, b.setting), resamples=resamples, seed=seed)
+            compare(a, b, metric, names=(a.setting, b.setting))
             for group in ranked
             for a, b in combinations(group, 2)
         ]
@@ -174,7 +157,7 @@ def decoders(
     return results
 
 
-def fusions(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Comparison]:
+def fusions(rows: list[Row], metric: str) -> list[Comparison]:
     """Each fusion against its best single member, decoded alike where the study has that, else anyhow."""
     family = []
     for fused in (row for row in rows if row.fused):
@@ -184,5 +167,5 @@ def fusions(rows: list[Row], metric: str, *, resamples: int = RESAMPLES, seed: i
         if members:
             best = _best_first(alike or members, metric)[0]
             names = (f"{fused.name}, {fused.setting}", f"{best.name}, {best.setting}")
-            family.append(compare(fused, best, metric, names=names, resamples=resamples, seed=seed))
+            family.append(compare(fused, best, metric, names=names))
     return corrected(family)

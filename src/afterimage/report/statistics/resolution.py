@@ -7,13 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from afterimage.evaluation.intervals import (
-    CONFIDENCE,
-    RESAMPLES,
-    Interval,
-    percentile_interval,
-    resampled_means,
-)
+from afterimage.evaluation.intervals import Interval, interval
 from afterimage.report.statistics.depth import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE
 from afterimage.report.statistics.rows import Row, matrix
 from afterimage.report.statistics.tests import (
@@ -74,9 +68,7 @@ class Resolution:
     claim: str = "spatial resolution dominates"
 
 
-def resolution_dominates(
-    rows: list[Row], metric: str, setting: str, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Resolution:
+def resolution_dominates(rows: list[Row], metric: str, setting: str) -> Resolution:
     """Test H2 on the single-source rows of one setting."""
     locations = np.array([row.locations for row in rows], dtype=float)
     if len(rows) < 4 or len(set(locations)) < 2:
@@ -84,27 +76,22 @@ def resolution_dominates(
         return Resolution(metric, setting, UNTESTABLE, RULE, reason, len(rows))
 
     channels = np.array([row.channels for row in rows], dtype=float)
-    ids, scores = matrix(rows, metric)
+    _, scores = matrix(rows, metric)
     quality = scores if METRICS[metric].higher_is_better else -scores
     means = quality.mean(axis=0)
-    drawn = resampled_means(quality, resamples=resamples, seed=seed)
-
-    def interval(estimate: np.ndarray, values: np.ndarray) -> Interval:
-        return percentile_interval(float(estimate), values, len(ids), CONFIDENCE)
-
-    correlation = interval(spearman(locations, means), spearman(locations, drawn))
-    p = [spearman_p(locations, means, seed=seed)]
+    correlation = interval(lambda means: spearman(locations, means), quality)
+    p = [spearman_p(locations, means)]
     partial = None
     if separable(locations, channels) and len(rows) > 4:
-        partial = interval(spearman(locations, means, channels), spearman(locations, drawn, channels))
-        p.append(spearman_p(locations, means, channels, seed=seed))
+        partial = interval(lambda means: spearman(locations, means, channels), quality)
+        p.append(spearman_p(locations, means, channels))
     p = [float(v) for v in holm(p)]
 
     sizes = np.array([row.height * 100_000 + row.width for row in rows])
     share, pairs = None, ()
     if len(set(sizes)) < len(sizes):
-        share = interval(epsilon_squared(means, sizes), epsilon_squared(drawn, sizes))
-        pairs = _pairs(rows, metric, resamples, seed)
+        share = interval(lambda means: epsilon_squared(means, sizes), quality)
+        pairs = _pairs(rows, metric)
     verdict, reason = _judge(correlation, p, partial, share)
     return Resolution(
         metric=metric,
@@ -122,11 +109,11 @@ def resolution_dominates(
     )
 
 
-def _pairs(rows: list[Row], metric: str, resamples: int, seed: int) -> tuple[MatchedPair, ...]:
+def _pairs(rows: list[Row], metric: str) -> tuple[MatchedPair, ...]:
     """Every two layers of one resolution, finest first; the family of tests is all of them."""
     matched = [(a, b) for a, b in combinations(rows, 2) if (a.height, a.width) == (b.height, b.width)]
     matched.sort(key=lambda pair: -pair[0].locations)
-    family = corrected([compare(a, b, metric, resamples=resamples, seed=seed) for a, b in matched])
+    family = corrected([compare(a, b, metric) for a, b in matched])
     return tuple(
         MatchedPair(a.height, a.width, a.encoder == b.encoder, comparison)
         for (a, b), comparison in zip(matched, family, strict=True)

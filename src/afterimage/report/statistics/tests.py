@@ -10,7 +10,7 @@ import numpy as np
 from scipy import special, stats
 
 from afterimage.config import AfterimageError
-from afterimage.evaluation.intervals import CONFIDENCE, RESAMPLES, Interval, mean_interval
+from afterimage.evaluation.intervals import CONFIDENCE, Interval, mean_interval
 from afterimage.report.statistics.rows import Row, matrix
 from afterimage.runs.results import METRICS
 
@@ -71,7 +71,7 @@ def separable(x: np.ndarray, given: np.ndarray) -> bool:
     return bool(abs(spearman(x, given)) < 1 - 1e-9)
 
 
-def spearman_p(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None, *, seed: int = 0) -> float:
+def spearman_p(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) -> float:
     """Two-sided permutation p-value of `spearman(x, y, given)` over layers.
 
     Exact up to seven layers; beyond, 10,000 random permutations and the observed one (Phipson and Smyth
@@ -83,7 +83,7 @@ def spearman_p(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None, *,
     if exact:
         orders = np.array(list(itertools.permutations(range(count))))
     else:
-        orders = np.random.default_rng(seed).permuted(np.tile(np.arange(count), (_PERMUTATIONS, 1)), axis=1)
+        orders = np.random.default_rng(0).permuted(np.tile(np.arange(count), (_PERMUTATIONS, 1)), axis=1)
     keep = np.eye(count) - 1 / count if given is None else residual_maker(stats.rankdata(given))
     values = _correlation(keep @ ranks_x, (keep @ ranks_y)[orders] @ keep)
     extreme = int((np.abs(values) >= observed - 1e-9).sum())
@@ -177,8 +177,6 @@ def compare(
     metric: str,
     *,
     names: tuple[str, str] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Comparison:
     """Compare two rows by `metric` over the images that both have scores for.
 
@@ -191,7 +189,7 @@ def compare(
     if len(ids) < 2:
         raise AfterimageError(f"{a.name} and {b.name} share {len(ids)} images with {metric}; 2 are needed")
     difference = scores[:, 0] - scores[:, 1]
-    interval = mean_interval(difference, resamples=resamples, seed=seed)
+    interval = mean_interval(difference)
     p = 1.0
     if interval.low < interval.high:
         t = interval.estimate / (difference.std(ddof=1) / np.sqrt(len(ids)))

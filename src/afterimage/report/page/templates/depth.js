@@ -46,8 +46,8 @@ function setUpDepth() {
       return chart;
     }
     const ends = shown.flatMap((index) => {
-      const { mean, margin } = RUNS[index].scores[state.metric];
-      return [mean - (margin ?? 0), mean + (margin ?? 0)];
+      const { low, high } = RUNS[index].scores[state.metric];
+      return [low, high];
     });
     const domain = padded(ends);
     const y = linear(domain, [bottom, top]);
@@ -89,13 +89,13 @@ function setUpDepth() {
       const key = keyOf(run);
       return {
         x: x(run), y: y(score.mean), colour: key % COLOURS, shape: key, current: index === state.a, lines: describe(run, score),
-        choose: () => choose("a", index), low: score.margin && y(score.mean - score.margin), high: score.margin && y(score.mean + score.margin),
+        choose: () => choose("a", index), low: y(score.low), high: y(score.high),
       };
     });
     if (points.length === 0) return points;
     const { colour, shape } = points[0];
     for (const p of points) {
-      if (p.low) chart.append(svg("line", { class: `whisker c${colour}`, x1: p.x, x2: p.x, y1: p.low, y2: p.high }));
+      chart.append(svg("line", { class: `whisker c${colour}`, x1: p.x, x2: p.x, y1: p.low, y2: p.high }));
     }
     chart.append(svg("path", { class: `line c${colour}`, "stroke-dasharray": DASHES[shape % DASHES.length], d: `M${points.map((p) => `${p.x} ${p.y}`).join("L")}` }));
     return points;
@@ -103,7 +103,7 @@ function setUpDepth() {
 
   function describe(run, score) {
     const { name, unit } = METRICS[state.metric];
-    const interval = score.margin ? `, 95 % interval ${format(score.mean - score.margin, state.metric)} to ${format(score.mean + score.margin, state.metric)}` : "";
+    const interval = score.count > 1 ? `, 95 % interval ${format(score.low, state.metric)} to ${format(score.high, state.metric)}` : "";
     return [
       `${run.layer} · ${run.series}`, `${run.decoder}${run.shape ? ` · ${run.shape}` : ""}`,
       `${name} ${format(score.mean, state.metric)}${unit}${interval}`, ...(run.random ? [run.random] : []),

@@ -51,29 +51,10 @@ function compare(pairs, metric) {
   const { unit, better } = METRICS[metric];
   const gaps = pairs.map((pair) => pair.y - pair.x);
   const wins = gaps.filter((gap) => gap * better > 0).length;
-  const [low, high] = bootstrap(gaps);
-  const interval = pairs.length > 1 ? ` (95 % bootstrap interval ${signed(low, metric)} to ${signed(high, metric)})` : "";
-  return `B is better on ${wins} of ${pairs.length} images; mean of B − A: ${signed(average(gaps), metric)}${unit}${interval}.`;
+  return `B is better on ${wins} of ${pairs.length} images; mean of B − A: ${signed(average(gaps), metric)}${unit}.`;
 }
 
 const average = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
-
-/** Percentile bootstrap of the mean, with a fixed seed so that the page always says the same (generator: mulberry32). */
-function bootstrap(values, resamples = 2000) {
-  let seed = 42;
-  const random = () => {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 4294967296;
-  };
-  const means = Float64Array.from({ length: resamples }, () => {
-    let sum = 0;
-    for (let i = 0; i < values.length; i += 1) sum += values[Math.floor(random() * values.length)];
-    return sum / values.length;
-  }).sort();
-  return [means[Math.floor(resamples * 0.025)], means[Math.ceil(resamples * 0.975) - 1]];
-}
 
 function setUpCost() {
   const host = byId("cost-chart");
