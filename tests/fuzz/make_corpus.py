@@ -203,23 +203,30 @@ def runs() -> None:
     row = {"id": "a"}
     names = ("own", "another", "shuffled", "mean", "zero", "colour")
     row |= {f"{name}_psnr": 10.0 for name in names}
+    common = {"format": 1, "images": 1, "decoder": "digest"}
     keep(
         "run",
         "controls",
         targets.bundle(
             {
                 "controls.json": json.dumps(
-                    {"format": 1, "images": 1, "distances": {"reencoded": 0.1, "random_pair": 1.0}}
+                    common
+                    | {
+                        "controls": {},
+                        "lpips": {"net": "alex"},
+                        "distances": {"reencoded": 0.1, "random_pair": 1.0},
+                    }
                 ),
                 "controls.csv": ",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n",
                 "rate_distortion.json": json.dumps(
                     {
-                        "format": 1,
+                        **common,
                         "coder": "bzip2",
+                        "range": [0.001, 0.999],
                         "training_images": 4,
                         "points": [{"bits": 8, "bits_per_pixel": 3.0, "psnr": 20.0}],
                         "codecs": [
-                            {"codec": c, "bits_per_pixel": b, "psnr": p}
+                            {"codec": c, "quality": 50, "bits_per_pixel": b, "psnr": p}
                             for c, b, p in (
                                 ("JPEG", 1.0, 20.0),
                                 ("JPEG", 4.0, 30.0),
@@ -232,12 +239,12 @@ def runs() -> None:
                 "rate_distortion.csv": "id,bits,psnr\na,8,20.0\n",
                 "error_breakdown.json": json.dumps(
                     {
-                        "format": 1,
+                        **common,
                         "frequencies": [0.1, 0.3],
-                        "place": {},
+                        "place": [[0.1]],
                         "spectra": {
                             p: {k: [1.0, 0.5] for k in ("error", "image", "reconstruction", "shared")}
-                            for p in ("luma", "cb", "cr")
+                            for p in ("luma", "chroma")
                         },
                         "planes": {p: {"error": 0.1, "variance": 1.0} for p in ("luma", "cb", "cr")},
                         "regions": {"window": 7, "flat_below": 0.02, "edge_from": 0.5}

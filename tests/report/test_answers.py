@@ -104,19 +104,27 @@ def test_baselines_alone_are_a_report(tmp_path):
 
 
 def test_what_cannot_be_computed_is_said_with_its_reason(tmp_path, monkeypatch):
-    def broken(rows, *args, **options):
-        raise ZeroDivisionError("no <layers>")
+    def refused(*args):
+        raise AfterimageError("no <layers>")
 
     run = write_run(tmp_path / "runs", *ATTENTION, originals=[sample_image(0)])
-    monkeypatch.setattr("afterimage.report.statistics.analysis.falls_with_depth", broken)
-    monkeypatch.setattr("afterimage.report.answers.beside_published", lambda rows: broken(rows))
+    monkeypatch.setattr("afterimage.report.statistics.analysis.falls_with_depth", refused)
+    monkeypatch.setattr("afterimage.report.answers.beside_published", lambda rows: refused(rows))
     written = write_report([run], tmp_path / "out")
     text, page = written["report.md"].read_text(), written["index.html"].read_text()
     for what in ("findings", "comparison with the published figures"):
-        assert f"**The {what} could not be computed: ZeroDivisionError: no &lt;layers&gt;" in text
-        assert f"The {what} could not be computed: ZeroDivisionError: no &lt;layers&gt;" in page
-    assert "test\\_answers.py, line" in text
+        assert f"**The {what} could not be computed: no &lt;layers&gt;" in text
+        assert f"The {what} could not be computed: no &lt;layers&gt;" in page
     assert len(json.loads(written["findings.json"].read_text())["problems"]) == 2
+
+
+def test_an_error_of_the_statistics_is_no_line_of_the_report(tmp_path, monkeypatch):
+    def broken(*args):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("afterimage.report.statistics.analysis.falls_with_depth", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        write_report([write_run(tmp_path / "runs", *ATTENTION)], tmp_path / "out")
 
 
 def test_a_image_that_is_gone_costs_the_page_and_is_named(tmp_path):

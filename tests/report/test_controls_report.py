@@ -13,7 +13,7 @@ from afterimage.report.figures.rate import rate
 from afterimage.report.figures.style import style
 from afterimage.report.rows import read_rows
 from afterimage.report.write import write_report
-from afterimage.runs.files import write_csv, write_json
+from afterimage.runs.controls import CodecPoint, write_part
 from report_study import RESNET, write_run
 
 MODEL, LAYERS = RESNET
@@ -29,13 +29,9 @@ def write_controls(run, *, power=0.5, shared=0.4):
         {"id": i, **{f"{name}_psnr": 20.0 - 2 * k + n % 2 for k, name in enumerate(CONTROLS)}}
         for n, i in enumerate(ids)
     ]
-    write_csv(run.file("controls.csv"), rows)
-    facts = {"images": len(ids), "distances": {"reencoded": 0.3, "random_pair": 0.9}}
-    write_json(run.file("controls.json"), {"format": 1, **facts})
-    write_csv(
-        run.file("error_breakdown.csv"),
-        [{"id": i, "psnr_luma": 20, "psnr_cb": 31, "psnr_cr": 32} for i in ids],
-    )
+    shared_facts = {"images": len(ids), "decoder": "digest"}
+    facts = {"lpips": {"net": "alex"}, "controls": {}, "distances": {"reencoded": 0.3, "random_pair": 0.9}}
+    write_part(run, "controls", shared_facts | facts, rows)
     spectrum = {
         "image": [4, 1, 1], "reconstruction": [4, power, power], "shared": [3.9, shared, shared],
         "error": [0.2, 1 + power - 2 * shared, 1 + power - 2 * shared],
@@ -43,18 +39,15 @@ def write_controls(run, *, power=0.5, shared=0.4):
     plane = {"variance": 0.05, "error": 0.01}
     region = {"share": 1 / 3, "mse": 0.01}
     losses = {
-        "images": len(ids), "frequencies": BANDS, "spectra": {"luma": spectrum, "chroma": spectrum},
+        "frequencies": BANDS, "spectra": {"luma": spectrum, "chroma": spectrum},
         "planes": dict.fromkeys(("luma", "cb", "cr"), plane), "place": [[0.1, 0.2], [0.1, 0.1]],
         "regions": {"window": 7, "flat_below": 0.02, "edge_from": 0.5, "flat": region, "edge": region,
                     "texture": {"share": 0.0, "mse": None}},
     }  # fmt: skip
-    write_json(run.file("error_breakdown.json"), {"format": 1, **losses})
+    planes = [{"id": i, "psnr_luma": 20, "psnr_cb": 31, "psnr_cr": 32} for i in ids]
+    write_part(run, "error_breakdown", shared_facts | losses, planes)
     points = [{"bits": b, "bits_per_pixel": b / 2, "psnr": 15 + b / 8} for b in (32, 8, 1)]
     points[1]["entropy_bits_per_pixel"] = 3.5
-    write_csv(
-        run.file("rate_distortion.csv"),
-        [{"id": i, "bits": p["bits"], "psnr": p["psnr"]} for p in points for i in ids],
-    )
     codecs = [
         {"codec": c, "quality": q, "bits_per_pixel": 0.5 * q, "psnr": 15.0 + q}
         for c in ("JPEG", "WebP")
@@ -62,13 +55,14 @@ def write_controls(run, *, power=0.5, shared=0.4):
     ]
     codecs.append({"codec": "lossless WebP", "quality": None, "bits_per_pixel": 12.0, "psnr": None})
     rates = {
-        "images": len(ids),
         "coder": "bzip2",
+        "range": [0.001, 0.999],
         "training_images": 64,
         "points": points,
         "codecs": codecs,
     }
-    write_json(run.file("rate_distortion.json"), {"format": 1, **rates})
+    sizes = [{"id": i, "bits": p["bits"], "psnr": p["psnr"]} for p in points for i in ids]
+    write_part(run, "rate_distortion", shared_facts | rates, sizes)
 
 
 @pytest.fixture
@@ -140,7 +134,7 @@ def test_codecs_at_the_same_size_and_beyond(study):
 
 
 def test_interpolation_runs_along_the_logarithm():
-    curve = [{"bits_per_pixel": 1.0, "psnr": 20.0}, {"bits_per_pixel": 4.0, "psnr": 30.0}]
+    curve = [CodecPoint("JPEG", 50, 1.0, 20.0), CodecPoint("JPEG", 90, 4.0, 30.0)]
     assert at_size(curve, 2.0) == pytest.approx(25)
     assert at_psnr(curve, 25.0) == pytest.approx(2)
     assert at_size(curve, 0.5) is at_size(curve, 5.0) is at_psnr(curve, 31.0) is None
@@ -173,9 +167,10 @@ def test_the_report_shows_them(study, tmp_path):
         (
             "error_breakdown",
             lambda facts: {k: v for k, v in facts.items() if k != "place"},
-            "KeyError: 'place'",
+            "missing setting: place",
         ),
-        ("rate_distortion", lambda facts: [1], "TypeError"),
+        ("rate_distortion", lambda facts: [1], "must hold a JSON object, got [1]"),
+        ("rate_distortion", lambda facts: {**facts, "codecs": []}, "codecs must hold JPEG"),
     ],
 )
 def test_a_file_that_does_not_read_is_named_and_the_others_are_shown(study, part, change, message):

@@ -40,8 +40,9 @@ class Controls:
     """cpu, cuda, mps or auto."""
 
     def run(self) -> None:
-        from afterimage.analysis.controls.run import PARTS, run_controls
+        from afterimage.analysis.controls.run import run_controls
         from afterimage.cli.report import find_runs
+        from afterimage.runs.controls import PARTS
         from afterimage.runs.run import check_folder
         from afterimage.runtime.progress import Display
 
@@ -51,7 +52,7 @@ class Controls:
         with Display() as display:
             failures = run_controls(
                 runs,
-                parts=self.only or PARTS,
+                parts=self.only or tuple(PARTS),
                 again=self.force,
                 weights=self.weights,
                 lpips=self.lpips,

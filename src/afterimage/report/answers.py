@@ -1,13 +1,10 @@
-"""What a report says beyond its rows: the findings, and the published figures beside ours. Never stops a report."""
+"""Answers of a report beyond its rows: the findings, and the published figures beside ours."""
 
 from __future__ import annotations
 
 import json
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
 from afterimage.config import AfterimageError
 from afterimage.report.findings import Finding, Numbers, find, how_to_read
@@ -18,12 +15,19 @@ from afterimage.report.statistics.analysis import analyse
 from afterimage.runs.results import METRICS
 
 LONG = 12  # rows; longer tables are folded
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """`findings` under their heading's sentence; `json` is findings.json; `problems` say what failed and why."""
+    """Everything that a report says beyond its rows.
+
+    Attributes:
+        lead: sentence before the findings
+        findings: the findings, none where they could not be computed
+        beside: the published figures beside ours; None where no row repeats a published one
+        json: content of findings.json
+        problems: what could not be computed, and why
+    """
 
     lead: str
     findings: tuple[Finding, ...]
@@ -33,36 +37,29 @@ class Answers:
 
 
 def answer(rows: Sequence[Row]) -> Answers:
-    """Everything that the scores of these rows answer. Whatever fails is a problem in the report."""
-    problems: list[str] = []
+    """Compute everything that the scores of these rows answer.
 
-    def attempt(what: str, job: Callable[[], T]) -> T | None:
-        try:
-            return job()
-        # Tables and figures are worth having whatever goes wrong here; the report says what did.
-        except Exception as error:
-            problems.append(f"{what} could not be computed: {reason(error)}")
-            return None
+    Args:
+        rows: finished runs
 
-    def judge() -> tuple[str, list[Finding], str]:
+    Returns:
+        the answers; what these rows cannot answer, as an `AfterimageError` says, is among the problems
+    """
+    problems, lead, findings, beside = [], "", (), None
+    try:
         analysis = analyse(rows)
-        text = json.dumps(analysis.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        return how_to_read(analysis), find(analysis), text + "\n"
-
-    lead, findings, text = attempt("The findings", judge) or ("", [], "")
-    beside = attempt("The comparison with the published figures", lambda: beside_published(rows))
-    if not text:
-        text = json.dumps({"problems": problems}, ensure_ascii=False) + "\n"
-    return Answers(lead, tuple(findings), _beside(beside) if beside else None, text, tuple(problems))
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in one line; for what should not have happened also where."""
-    if isinstance(error, AfterimageError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+        lead, findings, values = how_to_read(analysis), tuple(find(analysis)), analysis.as_dict()
+    except AfterimageError as error:
+        problems.append(f"The findings could not be computed: {error}")
+    try:
+        published = beside_published(rows)
+        beside = _beside(published) if published else None
+    except AfterimageError as error:
+        problems.append(f"The comparison with the published figures could not be computed: {error}")
+    text = json.dumps(
+        values if findings else {"problems": problems}, indent=1, ensure_ascii=False, allow_nan=False
+    )
+    return Answers(lead, findings, beside, text + "\n", tuple(problems))
 
 
 def _beside(rows: Sequence[Beside]) -> Finding:

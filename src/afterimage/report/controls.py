@@ -14,56 +14,39 @@ from afterimage.evaluation.intervals import NAME
 from afterimage.report.findings import NONE, Finding, Numbers
 from afterimage.report.format import minus, number, span
 from afterimage.report.rows import Row, mean_over_images
-from afterimage.runs.files import read_csv, read_json
+from afterimage.runs.controls import PLANES, REGIONS, STAND_INS, CodecPoint, PlaneError, read_part
 from afterimage.runs.results import Interval
 
-FORMAT = 1
-STAND_INS = {
-    "another": "another image's features",
-    "shuffled": "shuffled features",
-    "mean": "mean features",
-    "zero": "zero features",
-    "colour": "the image's mean colour",
-}
-REGIONS = ("flat", "edge", "texture")
-PLANES = {"luma": "luma", "cb": "Cb", "cr": "Cr"}
 DETAIL = 0.125
 """Cycles a pixel, periods of 8 pixels: above it the gap of a perceptual loss is told."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One row's controls, losses or rate: the JSON file, and its CSV by image."""
+    """One part of a row's controls: its facts, of the type that `PARTS` names, and its rows by image."""
 
     row: Row
-    facts: Mapping[str, Any]
+    facts: Any
     images: Sequence[Mapping[str, Any]]
 
     def mean(self, column: str) -> Interval:
         """Compute the mean of a column over images, with its interval."""
-        return mean_over_images([float(p[column]) for p in self.images if p[column] is not None])
+        return mean_over_images([float(image[column]) for image in self.images])
 
 
-def read_part(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
-    """Read one part, `controls`, `error_breakdown` or `rate_distortion`, of every row that has it.
+def read_parts(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
+    """Read one part of every row that has it.
 
-    Returns the parts read and, in words, what is wrong with files that do not read.
+    Returns:
+        the parts, and what is wrong with files that do not read
     """
     found, problems = [], []
     for row in rows:
-        path = row.run.file(f"{part}.json")
-        if not path.exists():
-            continue
-        try:
-            facts = read_json(path)
-            if facts["format"] != FORMAT:
-                raise AfterimageError(f"{path} has format {facts['format']!r}; this version reads {FORMAT}")
-            one = Part(row, facts, read_csv(path.with_suffix(".csv")))
-            CHECKS[part](one)
-            MAKERS[part][1]([one])
-            found.append(one)
-        except (AfterimageError, ArithmeticError, LookupError, TypeError, ValueError) as damage:
-            problems.append(f"{path} cannot be read: {type(damage).__name__}: {damage}")
+        if row.run.file(f"{part}.json").exists():
+            try:
+                found.append(Part(row, *read_part(row.run, part)))
+            except AfterimageError as damage:
+                problems.append(str(damage))
     return found, problems
 
 
@@ -71,7 +54,7 @@ def control_findings(rows: Sequence[Row]) -> list[Finding]:
     """What the controls of these rows say; nothing where no run folder holds any."""
     findings = []
     for part, (title, make) in MAKERS.items():
-        found, problems = read_part(rows, part)
+        found, problems = read_parts(rows, part)
         if found or problems:
             paragraphs, tables = make(found) if found else ((), ())
             findings.append(
@@ -90,25 +73,25 @@ def decoder(row: Row) -> str:
 
 def share_lost(part: Part, plane: str) -> list[tuple[float, float]]:
     """`(cycles a pixel, power of the error over power of the image)` for each band that has any."""
-    spectrum = part.facts["spectra"][plane]
-    triples = zip(part.facts["frequencies"], spectrum["error"], spectrum["image"], strict=True)
-    return [(float(f), float(e) / float(p)) for f, e, p in triples if e is not None and p]
+    spectrum = part.facts.spectra[plane]
+    triples = zip(part.facts.frequencies, spectrum.error, spectrum.image, strict=True)
+    return [(f, e / p) for f, e, p in triples if e is not None and p]
 
 
-def at_size(curve: Sequence[Mapping[str, Any]], bits: float) -> float | None:
+def at_size(curve: Sequence[CodecPoint], bits: float) -> float | None:
     """A codec's mean PSNR at a mean size, along the logarithm of the size; None outside its curve."""
-    return _between([(math.log(c["bits_per_pixel"]), c["psnr"]) for c in curve], math.log(bits))
+    return _between([(math.log(c.bits_per_pixel), c.psnr) for c in curve], math.log(bits))
 
 
-def at_psnr(curve: Sequence[Mapping[str, Any]], psnr: float) -> float | None:
+def at_psnr(curve: Sequence[CodecPoint], psnr: float) -> float | None:
     """The mean size in bits a pixel at which a codec has this mean PSNR; None outside its curve."""
-    size = _between([(c["psnr"], math.log(c["bits_per_pixel"])) for c in curve], psnr)
+    size = _between([(c.psnr, math.log(c.bits_per_pixel)) for c in curve], psnr)
     return None if size is None else math.exp(size)
 
 
-def curve_of(part: Part, codec: str) -> list[Mapping[str, Any]]:
-    curve = [c for c in part.facts["codecs"] if c["codec"] == codec]
-    return sorted(curve, key=lambda c: c["bits_per_pixel"])
+def curve_of(part: Part, codec: str) -> list[CodecPoint]:
+    curve = [c for c in part.facts.codecs if c.codec == codec]
+    return sorted(curve, key=lambda c: c.bits_per_pixel)
 
 
 def _between(points: Sequence[tuple[float, float]], x: float) -> float | None:
@@ -130,7 +113,7 @@ def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     table = [
         (
             name(p.row), decoder(p.row), *(_interval(p.mean(f"{c}_psnr")) for c in ("own", *STAND_INS)),
-            *(f"{p.facts['distances'][d]:.3f}" for d in ("reencoded", "random_pair")),
+            f"{p.facts.distances.reencoded:.3f}", f"{p.facts.distances.random_pair:.3f}",
         )
         for p in parts
     ]  # fmt: skip
@@ -138,7 +121,7 @@ def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
         "Features that are not the image's go through its trained decoder, and what comes out is scored against "
         "the image: what is left is the decoder's prior. Another image's features are those of the next test "
         "image; shuffled ones have their locations in random order; mean ones hold each channel's mean over "
-        f"training images everywhere. PSNR in dB, mean over {parts[0].facts['images']} test images with its "
+        f"training images everywhere. PSNR in dB, mean over {parts[0].facts.images} test images with its "
         f"{NAME}. A column that comes near the first is what the decoder knew without the image.",
         "Re-encoded: the distance of the reconstruction's features from the image's, over the norm of these; "
         "beside it the distance of another image's features. Near 0 the reconstruction is one that the layer "
@@ -182,8 +165,8 @@ def _difference(a: Row, b: Row, metric: str) -> str:
 
 
 def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
-    rules = parts[0].facts["regions"]
-    shares = ", ".join(f"{kind} {rules[kind]['share']:.0%}" for kind in REGIONS)
+    rules = parts[0].facts.regions
+    shares = ", ".join(f"{kind} {getattr(rules, kind).share:.0%}" for kind in REGIONS)
     header = (
         "features", "decoder", *(f"{label} (dB)" for label in PLANES.values()),
         *(f"{plane} variance lost" for plane in PLANES.values()),
@@ -193,24 +176,24 @@ def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     for p in parts:
         half = next((f"{f:.3f}" for f, share in share_lost(p, "luma") if share >= 0.5), "above 0.5")
         planes = [_interval(p.mean(f"psnr_{plane}")) for plane in PLANES]
-        lost = [_share(p.facts["planes"][plane]) for plane in PLANES]
-        kinds = [_decibels(p.facts["regions"][kind]["mse"]) for kind in REGIONS]
+        lost = [_share(p.facts.planes[plane]) for plane in PLANES]
+        kinds = [_decibels(getattr(p.facts.regions, kind).mse) for kind in REGIONS]
         table.append((name(p.row), decoder(p.row), *planes, *lost, *kinds, half))
     paragraphs = [
         f"Luma, Cb and Cr are JPEG's (BT.601, full range), mean PSNR over images with its {NAME}; "
         "the variance lost is the squared error over the plane's own variance within images (above 100 %: worse "
         "than its mean). "
-        f"Regions are judged on the original's luma in {rules['window']} × {rules['window']} pixels: flat where its "
-        f"standard deviation is below {rules['flat_below']:g}, else edge where the structure tensor's coherence is "
-        f"{rules['edge_from']:g} or more, else texture ({shares} of the pixels); their dB are of the mean squared "
+        f"Regions are judged on the original's luma in {rules.window} × {rules.window} pixels: flat where its "
+        f"standard deviation is below {rules.flat_below:g}, else edge where the structure tensor's coherence is "
+        f"{rules.edge_from:g} or more, else texture ({shares} of the pixels); their dB are of the mean squared "
         "error over all pixels of the kind. The last column is the lowest frequency at which the error has half "
         "the image's power or more.",
     ]
     return paragraphs, [Numbers("By colour, region and frequency", header, tuple(table)), *_gap(parts)]
 
 
-def _share(plane: Mapping[str, float]) -> str:
-    return f"{plane['error'] / plane['variance']:.1%}" if plane["variance"] else NONE
+def _share(plane: PlaneError) -> str:
+    return f"{plane.error / plane.variance:.1%}" if plane.variance else NONE
 
 
 def _decibels(error: float | None) -> str:
@@ -241,12 +224,12 @@ def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
 
 def _detail(part: Part) -> tuple[str, str]:
     """Above `DETAIL`: luma power over the image's, and its correlation with the image."""
-    spectrum = part.facts["spectra"]["luma"]
-    high = [i for i, f in enumerate(part.facts["frequencies"]) if f > DETAIL]
+    spectrum = part.facts.spectra["luma"]
+    high = [i for i, f in enumerate(part.facts.frequencies) if f > DETAIL]
     # A band's share of the spectrum grows with its circumference.
     own, rebuilt, shared = (
-        sum((spectrum[key][i] or 0) * part.facts["frequencies"][i] for i in high)
-        for key in ("image", "reconstruction", "shared")
+        sum((power[i] or 0) * part.facts.frequencies[i] for i in high)
+        for power in (spectrum.image, spectrum.reconstruction, spectrum.shared)
     )
     if not own or not rebuilt:
         return NONE, NONE
@@ -262,42 +245,42 @@ def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     table = []
     for p in parts:
         jpeg, webp = curve_of(p, "JPEG"), curve_of(p, "WebP")
-        for point in p.facts["points"]:
-            rows = [float(r["psnr"]) for r in p.images if r["bits"] == point["bits"]]
-            size, bound = point["bits_per_pixel"], point.get("entropy_bits_per_pixel")
+        for point in p.facts.points:
+            rows = [float(r["psnr"]) for r in p.images if r["bits"] == point.bits]
+            size, bound = point.bits_per_pixel, point.entropy_bits_per_pixel
             table.append((
-                name(p.row), decoder(p.row), f"{point['bits']}", f"{size:.2f}",
+                name(p.row), decoder(p.row), f"{point.bits}", f"{size:.2f}",
                 NONE if bound is None else f"{bound:.2f}", _interval(mean_over_images(rows)),
-                _codec(jpeg, size), _codec(webp, size), _size(jpeg, point["psnr"]),
+                _codec(jpeg, size), _codec(webp, size), _size(jpeg, point.psnr),
             ))  # fmt: skip
-    exact = next(c for c in facts["codecs"] if c["psnr"] is None)
+    exact = next(c for c in facts.codecs if c.psnr is None)
     paragraphs = [
         "Each channel is quantised evenly between its 0.1 % and 99.9 % quantiles over "
-        f"{facts['training_images']} training images, a symbol standing for the mean of what it covers there; "
+        f"{facts.training_images} training images, a symbol standing for the mean of what it covers there; "
         "32 bits are the features as they are, uncoded. The decoder was fitted on unquantised features and not "
-        f"again. Bits a pixel are real: {facts['coder']} on one symbol a byte, channel after channel. The entropy "
+        f"again. Bits a pixel are real: {facts.coder} on one symbol a byte, channel after channel. The entropy "
         "bound is that of each channel's symbols over the test images: no code that takes every value by itself "
         "is shorter; bzip2 may be, since it sees neighbours.",
         "JPEG and WebP are whole files of the same images (chroma at half size), interpolated between qualities "
-        f"along the logarithm of the size. Lossless WebP takes {exact['bits_per_pixel']:.2f} bits a pixel: a size "
+        f"along the logarithm of the size. Lossless WebP takes {exact.bits_per_pixel:.2f} bits a pixel: a size "
         "beyond it buys the image itself.",
     ]
     return paragraphs, [Numbers("dB at each size", header, tuple(table))]
 
 
-def _codec(curve: Sequence[Mapping[str, Any]], size: float) -> str:
-    if size < curve[0]["bits_per_pixel"]:
-        return f"none so small (from {curve[0]['bits_per_pixel']:.2f})"
-    if size > curve[-1]["bits_per_pixel"]:
-        return f"above {number(curve[-1]['psnr'], 'psnr')}"
+def _codec(curve: Sequence[CodecPoint], size: float) -> str:
+    if size < curve[0].bits_per_pixel:
+        return f"none so small (from {curve[0].bits_per_pixel:.2f})"
+    if size > curve[-1].bits_per_pixel:
+        return f"above {number(curve[-1].psnr, 'psnr')}"
     return number(at_size(curve, size), "psnr")
 
 
-def _size(curve: Sequence[Mapping[str, Any]], psnr: float) -> str:
+def _size(curve: Sequence[CodecPoint], psnr: float) -> str:
     size = at_psnr(curve, psnr)
     if size is None:
-        lowest = min(curve, key=lambda c: c["psnr"])
-        return f"below {lowest['bits_per_pixel']:.2f}" if psnr < lowest["psnr"] else "more than quality 100"
+        lowest = min(curve, key=lambda c: c.psnr)
+        return f"below {lowest.bits_per_pixel:.2f}" if psnr < lowest.psnr else "more than quality 100"
     return f"{size:.2f}"
 
 
@@ -305,27 +288,4 @@ MAKERS = {
     "controls": ("Preserved or guessed", _guessed),
     "error_breakdown": ("What is lost", _lost),
     "rate_distortion": ("What the features cost to store or send", _rate),
-}
-
-
-def _check(columns: Sequence[str], keys: Sequence[str]) -> Any:
-    """What figures take from the files is looked at once here, where damage is caught; tables are made for it."""
-
-    def check(part: Part) -> None:
-        for key in keys:
-            _ = part.facts[key]
-        for image in part.images:
-            _ = [image[column] for column in columns]
-        if not part.images:
-            raise AfterimageError("it has no images")
-
-    return check
-
-
-CHECKS = {
-    "controls": _check([f"{c}_psnr" for c in ("own", *STAND_INS)], ("images", "distances")),
-    "error_breakdown": _check(
-        [f"psnr_{p}" for p in PLANES], ("frequencies", "spectra", "planes", "place", "regions")
-    ),
-    "rate_distortion": _check(["bits", "psnr"], ("points", "codecs", "coder", "training_images")),
 }

@@ -46,9 +46,9 @@ def write_report(
     index.html is not among the files returned. Raises `AfterimageError` where no run is finished or a file
     cannot be written.
     """
-    from afterimage.report.answers import answer, markdown_finding, markdown_findings, reason
+    from afterimage.report.answers import answer, markdown_finding, markdown_findings
     from afterimage.report.controls import control_findings
-    from afterimage.report.figures import draw, render
+    from afterimage.report.figures import UNDRAWABLE, draw, render
     from afterimage.report.inversion import bound_findings
 
     rows, out, written = read_rows(runs), Path(out), {}
@@ -71,9 +71,8 @@ def write_report(
     for drawing in draw(rows, progress, problems):
         try:
             png, svg = render(drawing.figure)
-        # A number that no axis can show must not cost the report; it says so.
-        except Exception as error:
-            problems.append(f"The figure {drawing.name} could not be drawn: {reason(error)}")
+        except UNDRAWABLE as error:
+            problems.append(f"The figure {drawing.name} could not be drawn: {error}")
             continue
         write(f"figures/{drawing.name}.png", png)
         write(f"figures/{drawing.name}.svg", svg)

@@ -385,7 +385,7 @@ def read_result(folder: Path) -> Result:
     rows = _read_scores(folder / SCORES)
     try:
         result = from_dict(Result, values | {"config": config, "per_image": rows})
-        _check_finite(values)  # of known types by now, hence of no great depth
+        check_finite(values)  # of known types by now, hence of no great depth
         return result
     except AfterimageError as error:
         raise AfterimageError(f"{shown(path)}: {error}") from None
@@ -411,11 +411,11 @@ def _read_scores(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_finite(value: Any, where: str = "") -> None:
+def check_finite(value: Any, where: str = "") -> None:
     """Raise for numbers that JSON does not know but Python reads, `NaN` and `1e999`."""
     if isinstance(value, float) and not math.isfinite(value):
         raise AfterimageError(f"{where} is not finite")
     pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else ()
     pairs = enumerate(value) if isinstance(value, list) else pairs
     for key, entry in pairs:
-        _check_finite(entry, f"{where}.{key}" if where else str(key))
+        check_finite(entry, f"{where}.{key}" if where else str(key))

@@ -12,6 +12,7 @@ from scipy.ndimage import correlate1d, uniform_filter
 from torch import Tensor
 
 from afterimage.evaluation.metrics import PSNR_CAP
+from afterimage.runs.controls import PLANES, REGIONS
 
 BANDS = 32
 """Bands of spatial frequency, equally wide from 0 to 0.5 cycles a pixel; the corners of the spectrum are left
@@ -25,8 +26,6 @@ FLAT = 0.02
 """Standard deviation of luma, in [0, 1], below which a region is flat: 5 of 255."""
 COHERENT = 0.5
 """Coherence of the structure tensor, in [0, 1], from which a region is an edge."""
-REGIONS = ("flat", "edge", "texture")
-PLANES = ("luma", "cb", "cr")
 MATRIX = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 """RGB to Y, Cb and Cr by ITU-R BT.601."""
 

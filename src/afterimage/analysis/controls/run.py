@@ -41,8 +41,9 @@ from afterimage.evaluation.baselines import mean_colour
 from afterimage.evaluation.evaluate import summarise
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.reconstructor import Reconstructor
+from afterimage.runs.controls import FORMAT, PARTS, STAND_INS, write_part
 from afterimage.runs.failures import TRACEBACK, forget, write_story
-from afterimage.runs.files import read_json, sha256, write_csv, write_json
+from afterimage.runs.files import read_json, sha256
 from afterimage.runs.results import METRICS
 from afterimage.runs.run import Run
 from afterimage.runtime.device import one_device
@@ -50,12 +51,6 @@ from afterimage.runtime.failures import as_error, concerns, foreseen, let_go, of
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
-FORMAT = 1
-"""Version of the files' content; files of another version are measured again."""
-PARTS = ("controls", "error_breakdown", "rate_distortion")
-"""The parts of the controls, each a pair of files."""
-STAND_INS = ("another", "shuffled", "mean", "zero")
-"""The features that stand in for the image's own."""
 BATCH = 8
 """Images at a time, to bound the memory of features."""
 
@@ -63,7 +58,7 @@ BATCH = 8
 def run_controls(
     runs: Iterable[Run],
     *,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = tuple(PARTS),
     again: bool = False,
     weights: str | None = None,
     lpips: str | None = None,
@@ -209,9 +204,7 @@ def _measure(
     digest = _digest(run)
     for part, measure in list(measures.items()):
         with of_part(part):
-            result = {"format": FORMAT, "decoder": digest, **measure.result()}
-            write_csv(run.file(f"{part}.csv"), measure.rows)
-            write_json(run.file(f"{part}.json"), result)
+            write_part(run, part, {"decoder": digest, **measure.result()}, measure.rows)
 
 
 def _with_next(
@@ -246,7 +239,7 @@ class _Controls:
             "mean": level(own, self.means),
             "zero": [torch.zeros_like(maps) for maps in own],
         }
-        outputs = {"own": rebuilt, **{name: self.feature_decoder(inputs[name]) for name in STAND_INS}}
+        outputs = {"own": rebuilt, **{name: self.feature_decoder(maps) for name, maps in inputs.items()}}
         outputs["colour"] = mean_colour(images)
         distances = {
             "reencoded": distance(own, self.encoders(rebuilt)).tolist(),
@@ -263,7 +256,7 @@ class _Controls:
         return [{metric: row[f"{name}_{metric}"] for metric in METRICS} for row in self.rows]
 
     def result(self) -> dict[str, Any]:
-        names = ("own", *STAND_INS, "colour")
+        names = ("own", *STAND_INS)
         return {
             "images": len(self.rows),
             "lpips": asdict(self.metrics.lpips_status),

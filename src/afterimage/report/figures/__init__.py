@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from afterimage.report.answers import reason
+from afterimage.config import AfterimageError
 from afterimage.report.figures.controls import controls, lost
 from afterimage.report.figures.depth import quality_by_depth
 from afterimage.report.figures.distribution import distributions
@@ -19,8 +19,10 @@ from afterimage.report.figures.training import training_curves
 from afterimage.report.rows import Rows
 from afterimage.runtime.progress import Progress, silent
 
-__all__ = ["Drawing", "draw", "own_images", "render"]
+__all__ = ["UNDRAWABLE", "Drawing", "draw", "own_images", "render"]
 
+UNDRAWABLE = (AfterimageError, ArithmeticError, ValueError)
+"""Raised by images that cannot be read, and by matplotlib for numbers that no axis can show."""
 BEFORE_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {"quality by depth": quality_by_depth}
 AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
     "fusion weights": fusion_weights,
@@ -48,10 +50,10 @@ def draw(rows: Rows, progress: Progress = silent, problems: list[str] | None = N
         try:
             with style():
                 drawings = job()
-        except Exception as error:
+        except UNDRAWABLE as error:
             if problems is None:
                 raise
-            problems.append(f"The figure of {name} could not be drawn: {reason(error)}")
+            problems.append(f"The figure of {name} could not be drawn: {error}")
             continue
         yield from drawings
     progress("figures", len(jobs), len(jobs))

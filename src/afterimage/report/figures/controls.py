@@ -13,10 +13,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from afterimage.config import split_source
 from afterimage.evaluation.intervals import NAME
-from afterimage.report.controls import PLANES, REGIONS, STAND_INS, Part, decoder, read_part, share_lost
+from afterimage.report.controls import Part, decoder, read_parts, share_lost
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import INK, MUTED, Drawing, error_bars, grid_y, legend, short_encoders
 from afterimage.report.rows import Row, Rows
+from afterimage.runs.controls import PLANES, REGIONS, STAND_INS
 
 CONTROL_LOOKS = {
     "own": ("#000000", "o"), "another": ("#D55E00", "s"), "shuffled": ("#56B4E9", "D"),
@@ -27,7 +28,7 @@ LINE = 0.24  # inches a row
 
 def controls(rows: Rows) -> list[Drawing]:
     """A line a row, a marker a control. Empty where no run folder holds controls."""
-    parts, _ = read_part(rows.decoders, "controls")
+    parts, _ = read_parts(rows.decoders, "controls")
     if not parts:
         return []
     figure = Figure((7.4, 1.5 + LINE * len(parts)), layout="constrained")
@@ -39,12 +40,10 @@ def controls(rows: Rows) -> list[Drawing]:
                 score.estimate, y, xerr=error_bars([score]), color=color, marker=marker, ls="none", elinewidth=0.8,
                 markersize=7 if marker == "|" else 4,
             )  # fmt: skip
-        distances = part.facts["distances"]
-        right.plot(
-            [distances["reencoded"], distances["random_pair"]], [y, y], color="#cccccc", lw=1, zorder=0
-        )
-        right.plot(distances["reencoded"], y, "o", color=INK)
-        right.plot(distances["random_pair"], y, "s", color="#D55E00")
+        distances = part.facts.distances
+        right.plot([distances.reencoded, distances.random_pair], [y, y], color="#cccccc", lw=1, zorder=0)
+        right.plot(distances.reencoded, y, "o", color=INK)
+        right.plot(distances.random_pair, y, "s", color="#D55E00")
     left.set_yticks(range(len(parts)), [label(p.row) for p in parts])
     left.set_ylim(len(parts) - 0.5, -0.5)
     left.set_xlabel("PSNR (dB) against the image")
@@ -71,7 +70,7 @@ def label(row: Row) -> str:
 def _caption(parts: list[Part]) -> str:
     return (
         "Left: features that are not the image's own through the trained decoder, scored against the image; "
-        f"mean over {parts[0].facts['images']} test images with its {NAME}. What reaches the first "
+        f"mean over {parts[0].facts.images} test images with its {NAME}. What reaches the first "
         "marker was guessed. Right: the distance of the re-encoded reconstruction's features from the image's "
         "(disc) beside that of another image's (square)."
     )
@@ -88,7 +87,7 @@ ERROR_LOOKS = {
 
 def lost(rows: Rows) -> list[Drawing]:
     """Three figures from `error_breakdown.json`. Empty where no run folder holds one."""
-    parts, _ = read_part(rows.decoders, "error_breakdown")
+    parts, _ = read_parts(rows.decoders, "error_breakdown")
     return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
 
 
@@ -146,7 +145,7 @@ def _by_frequency(parts: Sequence[Part]) -> Drawing:
     legend(figure, handles, columns=4)
     caption = (
         "The error's power over the image's at each spatial frequency (radial averages of Hann-windowed spectra, "
-        f"summed over {parts[0].facts['images']} test images), luma above and chroma (Cb and Cr) below, darker "
+        f"summed over {parts[0].facts.images} test images), luma above and chroma (Cb and Cr) below, darker "
         "the deeper the layer. At the broken line nothing is left; above it the decoder adds what is not there."
     )
     return Drawing("lost-by-frequency", "What is lost, by frequency", caption, figure)
@@ -162,7 +161,7 @@ def _by_kind(parts: Sequence[Part]) -> Drawing:
                 score.estimate, y, xerr=error_bars([score]), color=color, marker=marker, elinewidth=0.8
             )
         for kind in REGIONS:
-            error, (color, marker) = part.facts["regions"][kind]["mse"], ERROR_LOOKS[kind]
+            error, (color, marker) = getattr(part.facts.regions, kind).mse, ERROR_LOOKS[kind]
             if error is not None:
                 right.plot(-10 * math.log10(max(error, 1e-10)), y, color=color, marker=marker)
     left.set_yticks(range(len(parts)), [label(p.row) for p in parts])
@@ -178,12 +177,12 @@ def _by_kind(parts: Sequence[Part]) -> Drawing:
         Line2D([], [], color=c, marker=m, ls="none", label=names[key]) for key, (c, m) in ERROR_LOOKS.items()
     ]
     legend(figure, handles, columns=6)
-    rules = parts[0].facts["regions"]
+    rules = parts[0].facts.regions
     caption = (
         "Left: PSNR of luma, Cb and Cr, each over its own range of 1, mean over test images with its "
         f"{NAME}. Right: of the mean squared error over all pixels of a kind, by the original's luma in "
-        f"{rules['window']} × {rules['window']} pixels: flat (standard deviation below {rules['flat_below']:g}), "
-        f"else edge (structure tensor's coherence {rules['edge_from']:g} or more), else texture."
+        f"{rules.window} × {rules.window} pixels: flat (standard deviation below {rules.flat_below:g}), "
+        f"else edge (structure tensor's coherence {rules.edge_from:g} or more), else texture."
     )
     return Drawing("lost-by-kind", "What is lost, by colour and kind of region", caption, figure)
 
@@ -195,7 +194,7 @@ def _by_place(parts: Sequence[Part]) -> Drawing:
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     shown = []
     for axes, part in zip(panels, parts, strict=False):
-        place = part.facts["place"]
+        place = part.facts.place
         mean = math.sqrt(sum(v * v for row in place for v in row) / (len(place) * len(place[0]))) or 1.0
         relative = [[v / mean for v in row] for row in place]
         shown.append(axes.imshow(relative, cmap="viridis", vmin=0.5, vmax=1.5, interpolation="nearest"))

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from afterimage.evaluation.intervals import NAME
-from afterimage.report.controls import curve_of, decoder, read_part
+from afterimage.report.controls import curve_of, decoder, read_parts
 from afterimage.report.figures.controls import PANEL, dashes, shades
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import INK, MUTED, Drawing, error_bars, grid_y, legend, short_encoders
@@ -18,7 +18,7 @@ CODECS = {"JPEG": "--", "WebP": ":"}
 
 def rate(rows: Rows) -> list[Drawing]:
     """A panel an encoder, a line a layer. Empty where no run folder holds `rate_distortion.json`."""
-    parts, _ = read_part(rows.decoders, "rate_distortion")
+    parts, _ = read_parts(rows.decoders, "rate_distortion")
     if not parts:
         return []
     encoders = list(dict.fromkeys(p.row.encoder for p in parts))
@@ -30,17 +30,15 @@ def rate(rows: Rows) -> list[Drawing]:
         members = [p for p in parts if p.row.encoder == encoder]
         for codec, ls in CODECS.items():
             curve = curve_of(members[0], codec)
-            axes.plot(
-                [c["bits_per_pixel"] for c in curve], [c["psnr"] for c in curve], color=MUTED, ls=ls, lw=1
-            )
+            axes.plot([c.bits_per_pixel for c in curve], [c.psnr for c in curve], color=MUTED, ls=ls, lw=1)
         for part in members:
-            points = [p for p in part.facts["points"] if p["bits"] < 32]
+            points = [p for p in part.facts.points if p.bits < 32]
             scores = [
-                mean_over_images([float(r["psnr"]) for r in part.images if r["bits"] == p["bits"]])
+                mean_over_images([float(r["psnr"]) for r in part.images if r["bits"] == p.bits])
                 for p in points
             ]
             axes.errorbar(
-                [p["bits_per_pixel"] for p in points], [s.estimate for s in scores], error_bars(scores),
+                [p.bits_per_pixel for p in points], [s.estimate for s in scores], error_bars(scores),
                 color=colors[part.row.sources], ls=patterns[decoder(part.row)], marker="o", markersize=2.5,
                 lw=1.1, elinewidth=0.7,
             )  # fmt: skip
@@ -61,8 +59,8 @@ def rate(rows: Rows) -> list[Drawing]:
     legend(figure, handles, columns=4)
     caption = (
         "Features at 1, 2, 3, 4, 6 and 8 bits (left to right) after "
-        f"{parts[0].facts['coder']}, rebuilt by decoders that were fitted on unquantised ones; mean over "
-        f"{parts[0].facts['images']} test images with its {NAME}. Grey: the same images as JPEG and "
+        f"{parts[0].facts.coder}, rebuilt by decoders that were fitted on unquantised ones; mean over "
+        f"{parts[0].facts.images} test images with its {NAME}. Grey: the same images as JPEG and "
         "WebP files. Channels are quantised between their 0.1 % and 99.9 % quantiles over training images."
     )
     return [Drawing("rate", "Quality against the size of the features", caption, figure)]

@@ -1,0 +1,217 @@
+"""Controls in the folder of a finished run: a JSON file and a CSV by image for each part, written and read here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from afterimage.config import AfterimageError, from_dict, shown
+from afterimage.runs.files import read_csv, read_json, write_csv, write_json
+from afterimage.runs.results import LpipsStatus, Score, check_finite
+from afterimage.runs.run import Run
+
+FORMAT = 1
+"""Version of the files' content; files of another version are measured again."""
+STAND_INS = {
+    "another": "another image's features",
+    "shuffled": "shuffled features",
+    "mean": "mean features",
+    "zero": "zero features",
+    "colour": "the image's mean colour",
+}
+"""What takes the place of the image's own features, in the order of tables."""
+PLANES = {"luma": "luma", "cb": "Cb", "cr": "Cr"}
+"""Planes of an image by ITU-R BT.601."""
+CODECS = ("JPEG", "WebP")
+"""Lossy codecs beside which features are set."""
+REGIONS = ("flat", "edge", "texture")
+"""Kinds of region, by the luma around a pixel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What all parts hold: how many test images, and the SHA-256 digest of the decoder that was measured."""
+
+    images: int
+    decoder: str
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Mean distance from an image's features, over their norm: the re-encoded reconstruction's and another image's."""
+
+    reencoded: float
+    random_pair: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls(Measured):
+    """Scores of the decoder on features other than the image's own.
+
+    Attributes:
+        controls: the scores by stand-in, and of the image's `own` features
+    """
+
+    lpips: LpipsStatus
+    controls: Mapping[str, Mapping[str, Score | None]]
+    distances: Distances
+
+
+@dataclass(frozen=True)
+class PlaneError:
+    """The squared error in one plane, and the plane's own variance within images."""
+
+    variance: float
+    error: float
+
+
+@dataclass(frozen=True)
+class RegionError:
+    """The share of all pixels that are of one kind, and the mean squared error on them; None where there are none."""
+
+    share: float
+    mse: float | None
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The rule by which pixels are told apart, and the error on each kind."""
+
+    window: int
+    flat_below: float
+    edge_from: float
+    flat: RegionError
+    edge: RegionError
+    texture: RegionError
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Power of images, reconstructions, what they share and the error, in each band of `frequencies`."""
+
+    image: tuple[float | None, ...]
+    reconstruction: tuple[float | None, ...]
+    shared: tuple[float | None, ...]
+    error: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorBreakdown(Measured):
+    """The error of reconstructions by frequency (cycles a pixel), plane, position and kind of region."""
+
+    frequencies: tuple[float, ...]
+    spectra: Mapping[str, Spectra]
+    planes: Mapping[str, PlaneError]
+    place: tuple[tuple[float, ...], ...]
+    regions: Regions
+
+    def __post_init__(self) -> None:
+        lengths = {len(getattr(power, f.name)) for power in self.spectra.values() for f in fields(power)}
+        if not {"luma", "chroma"} <= self.spectra.keys() or lengths != {len(self.frequencies)}:
+            raise AfterimageError(
+                "spectra must hold luma and chroma, each with a number for each of frequencies"
+            )
+        if not PLANES.keys() <= self.planes.keys():
+            raise AfterimageError(f"planes must hold {', '.join(PLANES)}")
+        if not self.place or not self.place[0] or len({len(row) for row in self.place}) > 1:
+            raise AfterimageError("place must be a table of numbers")
+
+
+@dataclass(frozen=True)
+class RatePoint:
+    """Features at some bits a value: their coded size, and the PSNR of the decoder on them."""
+
+    bits: int
+    bits_per_pixel: float
+    psnr: float
+    entropy_bits_per_pixel: float | None = None
+
+
+@dataclass(frozen=True)
+class CodecPoint:
+    """The same images as files of a codec; lossless ones have no quality and no PSNR."""
+
+    codec: str
+    quality: int | None
+    bits_per_pixel: float
+    psnr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateDistortion(Measured):
+    """Coded features beside codecs; `range` are the quantiles that the quantiser spans."""
+
+    coder: str
+    range: tuple[float, ...]
+    training_images: int
+    points: tuple[RatePoint, ...]
+    codecs: tuple[CodecPoint, ...]
+
+    def __post_init__(self) -> None:
+        if min((point.bits_per_pixel for point in (*self.points, *self.codecs)), default=0) <= 0:
+            raise AfterimageError("points and codecs must hold bits_per_pixel above 0")
+        for codec in CODECS:
+            if not any(point.codec == codec and point.psnr is not None for point in self.codecs):
+                raise AfterimageError(f"codecs must hold {codec} with its psnr")
+        if all(point.psnr is not None for point in self.codecs):
+            raise AfterimageError("codecs must hold a lossless one, whose psnr is null")
+
+
+PARTS: dict[str, type[Measured]] = {
+    "controls": Controls,
+    "error_breakdown": ErrorBreakdown,
+    "rate_distortion": RateDistortion,
+}
+"""The parts of the controls by the names of their files."""
+COLUMNS = {
+    "controls": tuple(f"{name}_psnr" for name in ("own", *STAND_INS)),
+    "error_breakdown": tuple(f"psnr_{plane}" for plane in PLANES),
+    "rate_distortion": ("bits", "psnr"),
+}
+"""Columns of each part's CSV that a report shows."""
+
+Rows = list[dict[str, Any]]
+
+
+def write_part(run: Run, part: str, facts: Mapping[str, Any], rows: Rows) -> None:
+    """Write a part into the run's folder, the CSV first: a folder that has the JSON file has both."""
+    write_csv(run.file(f"{part}.csv"), rows)
+    write_json(run.file(f"{part}.json"), {"format": FORMAT, **facts})
+
+
+def read_part(run: Run, part: str) -> tuple[Any, Rows]:
+    """Read a part back.
+
+    Returns:
+        its facts, of the type that `PARTS` names, and its rows by image
+
+    Raises:
+        AfterimageError: a file is missing, damaged or of another version; it names the file and the key
+    """
+    path = run.file(f"{part}.json")
+    values = read_json(path)
+    try:
+        if not isinstance(values, dict):
+            raise AfterimageError(f"must hold a JSON object, got {values!r:.80}")
+        if (version := values.pop("format", None)) != FORMAT:
+            raise AfterimageError(f"has format {version!r:.80}; this version reads {FORMAT}")
+        facts = from_dict(PARTS[part], values)
+        check_finite(values)  # of known types by now, hence of no great depth
+    except AfterimageError as error:
+        raise AfterimageError(f"{shown(path)}: {error}") from None
+    path = path.with_suffix(".csv")
+    rows = read_csv(path)
+    if not rows:
+        raise AfterimageError(f"{shown(path)} has no rows")
+    for row in rows:
+        for column in COLUMNS[part]:
+            value = row.get(column)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise AfterimageError(
+                    f"{shown(path)}: {column} of image {row.get('id')!r:.200} is {value!r:.80}, not a finite number"
+                )
+    if part == "rate_distortion" and {p.bits for p in facts.points} != {row["bits"] for row in rows}:
+        raise AfterimageError(f"{shown(path)} and {part}.json hold different bits")
+    return facts, rows
