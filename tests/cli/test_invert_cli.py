@@ -191,7 +191,7 @@ def test_ones_own_image_from_a_decoder(command, run, place):
     rows = read_json(place / "one-out" / "bounds.json")
     assert [row["way"] for row in rows] == ["decoder", "refined"]
     notes = Run(place / "one-out" / rows[1]["run"]).result.notes
-    assert any("spectrum of natural images" in note for note in notes)
+    assert any("errors are not known" in note for note in notes)
 
 
 @pytest.mark.parametrize(

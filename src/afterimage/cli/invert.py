@@ -54,6 +54,8 @@ class Invert:
     """Weight of the total variation; 1 is the weight Mahendran and Vedaldi propose."""
     alpha_norm: float = 0.0
     """Weight of the alpha-norm; 1 is the weight Mahendran and Vedaldi propose."""
+    precision: str = "32-true"
+    """32-true, or bf16-mixed to run the encoder in bfloat16 until its rounding would tell."""
     refine_only: bool = False
     """Of a run: leave out the inversion from grey."""
     output_dir: Path = Path("runs/inversion")
@@ -76,7 +78,17 @@ class Invert:
 
         check_folder(self.output_dir, "--output-dir")
         check_seed("seed", self.seed)
-        names = ("method", "optimizer", "steps", "learning_rate", "starts", "jitter", "tv", "alpha_norm")
+        names = (
+            "method",
+            "optimizer",
+            "steps",
+            "learning_rate",
+            "starts",
+            "jitter",
+            "tv",
+            "alpha_norm",
+            "precision",
+        )
         method = InvertConfig(**{name: getattr(self, name) for name in names})
         folders, files, sources = self._sort()
         device = device_name(self.device)

@@ -23,6 +23,8 @@ METHODS = ("pixels", "fourier", "prior")
 """The parametrisations of the image: its pixels, its Fourier coefficients, or an untrained network's weights."""
 OPTIMIZERS = ("adam", "lbfgs")
 """The optimizers of the image."""
+INVERSION_PRECISIONS = ("32-true", "bf16-mixed")
+"""float32, or bfloat16 in the encoder while its rounding does not tell."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class InvertConfig:
         jitter: largest random shift of the image before each pass, in pixels; with Adam only
         tv: weight of the total variation, 0 to leave it out
         alpha_norm: weight of the alpha-norm of the pixels, 0 to leave it out
+        precision: `32-true`, or `bf16-mixed` to run the encoder in bfloat16 until its rounding would tell
         beta: exponent of the total variation
         alpha: exponent of the alpha-norm
     """
@@ -51,6 +54,7 @@ class InvertConfig:
     jitter: int = 0
     tv: float = 0.0
     alpha_norm: float = 0.0
+    precision: str = "32-true"
     beta: float = 2.0
     alpha: float = 6.0
 
@@ -59,6 +63,8 @@ class InvertConfig:
             raise unknown("inversion method", self.method, METHODS)
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.precision not in INVERSION_PRECISIONS:
+            raise unknown("precision of an inversion", self.precision, INVERSION_PRECISIONS)
         check_positive(self, "steps", most=MAX_STEPS)
         check_positive(self, "starts", most=MAX_BATCH)
         check_positive(self, "beta", "alpha", "learning_rate")
@@ -74,26 +80,31 @@ class InvertConfig:
 
 @dataclass(frozen=True)
 class EstimateConfig:
-    """Settings of the best estimate: an image of least expected squared error, learnt from training images.
+    """Settings of the best estimate: an image of least expected squared error, learned from images
+    whose originals are known.
 
     It is reached in rounds. Each one brings the image nearer to the features by a few passes through the encoder, and
-    then a small network, learnt on training images that came the same way, takes back what the features do not tell.
+    then a small network, learned on images that came the same way, takes back what the features do not tell.
 
     Attributes:
-        images: training images that the networks learn from, the first of the split
+        images: validation images that the networks learn from, the first of the split, or all there are
         rounds: how many times passes and a network follow each other
         passes: forward and backward passes through the encoder in each round
         steps: optimizer steps of each network
-        channels: width of the networks
+        channels: width of the networks at half resolution
+        precision: of the passes (see `InvertConfig`) and of the networks
     """
 
-    images: int = 256
-    rounds: int = 4
-    passes: int = 12
+    images: int = 96
+    rounds: int = 2
+    passes: int = 60
     steps: int = 600
-    channels: int = 64
+    channels: int = 32
+    precision: str = "32-true"
 
     def __post_init__(self) -> None:
+        if self.precision not in INVERSION_PRECISIONS:
+            raise unknown("precision of an estimate", self.precision, INVERSION_PRECISIONS)
         check_positive(self, "images")
         check_positive(self, "rounds", "passes", "steps", most=MAX_STEPS)
         check_positive(self, "channels", most=MAX_SIDE)

@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from afterimage.analysis.inversion.batched_lbfgs import LBFGS
+from afterimage.analysis.inversion.decoder_errors import WHITENING_FLOOR, DecoderErrors
 from afterimage.analysis.inversion.invert import invert
 from afterimage.analysis.inversion.objective import Objective, alpha_norm, feature_distance, total_variation
 from afterimage.analysis.inversion.parametrizations import (
     PARAMETRISATIONS,
     Fourier,
-    error_spectrum,
     natural_spectrum,
     radii,
 )
@@ -74,6 +74,7 @@ def test_fourier_moves_the_unseen_as_a_gaussian_posterior_does(natural):
     spectrum = (
         natural_spectrum(SIZE) if natural else torch.rand(rings, 3, 3, generator=generator) + torch.eye(3)
     )
+    mix = torch.randn(30, 30, generator=generator) / 30**0.5 + torch.eye(30)
     form = Fourier(start, 0, spectrum)
     initial = form.initial
     map_ = torch.autograd.functional.jacobian(
@@ -90,7 +91,7 @@ def test_fourier_moves_the_unseen_as_a_gaussian_posterior_does(natural):
         SIZE,
         start=start,
         method=config,
-        spectrum=None if natural else spectrum,
+        errors=None if natural else DecoderErrors(spectrum, (mix,)),
     )
     torch.testing.assert_close(result.images.flatten().double(), expected.clamp(0, 1), atol=2e-3, rtol=0)
     assert not torch.allclose(expected.clamp(0, 1), originals.flatten().double(), atol=0.05)
@@ -230,17 +231,49 @@ def test_lbfgs_steps_back_from_what_is_not_a_number():
     assert float(search.point) == pytest.approx(0.25, abs=1e-3)
 
 
-def test_the_error_spectrum_is_the_root_of_the_errors_covariance():
+def test_a_decoders_errors_are_the_roots_of_their_covariances():
     generator = torch.Generator().manual_seed(0)
     mix = torch.tensor([[0.2, 0.0, 0.0], [0.1, 0.1, 0.0], [0.0, 0.05, 0.02]])
+    channels = torch.diag(torch.tensor([8.0, 1.0, 0.5])) + 0.1
     white = torch.randn(200, 3, 16, 16, generator=generator)
-    errors = torch.einsum("ij,bjhw->bihw", mix, white)
-    spectrum = error_spectrum(errors.split(64))
-    assert spectrum.shape == (int(radii((16, 16)).max()) + 1, 3, 3)
-    for root in spectrum[1:]:
+    pixels = torch.einsum("ij,bjhw->bihw", mix, white)
+    maps = torch.einsum("ij,bjhw->bihw", channels, torch.randn(200, 3, 16, 16, generator=generator))
+    batches = [(a, [b]) for a, b in zip(pixels.split(64), maps.split(64), strict=True)]
+    errors = DecoderErrors.learn(batches)
+    assert errors.spectrum.shape == (int(radii((16, 16)).max()) + 1, 3, 3)
+    for root in errors.spectrum[1:]:
         torch.testing.assert_close(root @ root, mix @ mix.T, atol=3e-3, rtol=0)
+    covariance = channels @ channels.T
+    floor = WHITENING_FLOOR * covariance.trace() / 3 * torch.eye(3)
+    (whitening,) = errors.whitening
+    torch.testing.assert_close(whitening @ (covariance + floor) @ whitening, torch.eye(3), atol=0.02, rtol=0)
     with pytest.raises(AfterimageError, match="no images to learn"):
-        error_spectrum([])
+        DecoderErrors.learn([])
+
+
+def test_bfloat16_serves_until_its_rounding_would_tell_and_each_image_for_itself():
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 12, 4, 4)
+    used = []
+
+    def features_of(images):
+        used.append((torch.is_autocast_enabled("cpu"), len(images)))
+        return [layer(images)]
+
+    with torch.no_grad():
+        originals = sample_images(2)
+        targets = [layer(originals)]
+        start = torch.stack([sample_images(1, seed=5)[0], (originals[1] + 1e-3).clamp(0, 1)])
+    exact = invert(features_of, targets, SIZE, start=start, method=InvertConfig(steps=80))
+    assert not any(bfloat16 for bfloat16, _ in used)
+    used.clear()
+    mixed = invert(
+        features_of, targets, SIZE, start=start, method=InvertConfig(steps=80, precision="bf16-mixed")
+    )
+    # The second image starts nearer to its features than bfloat16 can tell.
+    assert (True, 1) in used and (False, 1) in used and used[-1] == (False, 2)
+    assert float(mixed.loss.max()) < 1e-4
+    torch.testing.assert_close(mixed.images, exact.images, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from torch import Tensor
 from afterimage.analysis.audit.attackers import DefendedFeatureLoader
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.audit.reidentification import Compared, compared, joined
+from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
 from afterimage.analysis.inversion.invert import invert
-from afterimage.analysis.inversion.parametrizations import HELD_OUT, error_spectrum
+from afterimage.analysis.inversion.objective import FeaturesOf
 from afterimage.config.inversion import InvertConfig
 from afterimage.evaluation.evaluate import Box, score_rows, to_uint8
 from afterimage.evaluation.metrics import Metrics
@@ -48,7 +49,7 @@ def refined(
         with encoder.gradients():
             return defence.encode(encoder(images), random=False)
 
-    spectrum = error_spectrum(_errors(loader, decoder))
+    errors = DecoderErrors.learn(_errors(loader, decoder, features_of))
     rows: list[dict[str, Any]] = []
     kept: list[tuple[str, Any, Any]] = []
     small: list[Compared] = []
@@ -63,7 +64,7 @@ def refined(
                 tuple(images.shape[-2:]),
                 start=decoder.reconstruct(targets).clone(),
                 method=InvertConfig(steps=steps),
-                spectrum=spectrum,
+                errors=errors,
                 seed=loader.seed,
             ).images.detach()
             ids = test.ids[len(rows) : len(rows) + len(originals)]
@@ -77,8 +78,11 @@ def refined(
 
 
 @torch.no_grad()
-def _errors(loader: DefendedFeatureLoader, decoder: DecoderTrainer) -> Iterator[Tensor]:
-    """Of the decoder, on images of the attacker's own that it was not fitted on."""
+def _errors(
+    loader: DefendedFeatureLoader, decoder: DecoderTrainer, features_of: FeaturesOf
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Of the decoder, on images of the attacker's own that it was not fitted on, in images and in features."""
     own = loader.data.validation
     for _, images, sent in loader.batches(own, torch.arange(min(HELD_OUT, len(own)))):
-        yield images - decoder.reconstruct(sent)
+        decoded, wanted = decoder.reconstruct(sent), decoder.select_features(sent)
+        yield images - decoded, [a - b for a, b in zip(features_of(decoded), wanted, strict=True)]

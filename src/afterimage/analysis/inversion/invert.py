@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.analysis.inversion.batched_lbfgs import search_all, trials
+from afterimage.analysis.inversion.decoder_errors import DecoderErrors
 from afterimage.analysis.inversion.objective import GREY, FeaturesOf, Objective
-from afterimage.analysis.inversion.parametrizations import PARAMETRISATIONS, Parametrisation, Spectrum
+from afterimage.analysis.inversion.parametrizations import PARAMETRISATIONS, Parametrisation
 from afterimage.config import AfterimageError
 from afterimage.config.inversion import InvertConfig
 from afterimage.models.reconstructor import Reconstructor
@@ -59,7 +60,7 @@ def invert(
     *,
     start: Images | None = None,
     method: InvertConfig | None = None,
-    spectrum: Spectrum | None = None,
+    errors: DecoderErrors | None = None,
     seed: int = 0,
     progress: Progress = silent,
     callback: Watch | None = None,
@@ -72,8 +73,9 @@ def invert(
         targets: those feature maps of the images looked for, `(B, ...)` each.
         start: images in [0, 1]; with several starts the first is taken as it is, the others with noise.
         method: how; see `InvertConfig`.
-        spectrum: what the start is expected to lack, for the method `fourier`; see `spectrum.error_spectrum`.
-        watch: called before the first pass, and after as many passes as `milestones` name.
+        errors: what the start is expected to lack, where it is a decoder's answer: for `fourier` the colours and
+            frequencies, for every method the features.
+        callback: called before the first pass, and after as many passes as `milestones` name.
 
     Values may leave [0, 1] on the way and are clamped in what is returned and shown; `loss` belongs to the image
     before the clamp. An image's result does not depend on which others are in the batch, and is a function of
@@ -89,9 +91,12 @@ def invert(
     generator = torch.Generator().manual_seed(seed)
     begin = _starts(start, (count, 3, *size), config.starts, generator).to(device)
     objective = Objective(
-        features_of, [target.repeat(config.starts, *[1] * (target.ndim - 1)) for target in targets], config
+        features_of,
+        [target.repeat(config.starts, *[1] * (target.ndim - 1)) for target in targets],
+        config,
+        errors and errors.whitening,
     )
-    form = PARAMETRISATIONS[config.method](begin, seed, spectrum)
+    form = PARAMETRISATIONS[config.method](begin, seed, errors and errors.spectrum)
     best = _Best(count, config.starts)
     started, watched = time.monotonic(), 0.0
     for step, (images, loss, distance) in enumerate(

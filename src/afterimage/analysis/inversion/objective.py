@@ -17,6 +17,8 @@ FeaturesOf = Callable[[Images], Sequence[Tensor]]
 
 GREY, RANGE = 0.5, 0.5
 """Images lie in `GREY` ± `RANGE`: the paper's mean image and its B."""
+ROUNDING = 100.0
+"""bfloat16 serves while the loss is this many times what its rounding makes: gradients are then right to 10 %."""
 STEP = 0.01
 """The paper's a: neighbouring pixels differ by about this share of the range."""
 
@@ -57,31 +59,77 @@ def total_variation(images: Images, beta: float = 2.0) -> PerImage:
 class Objective:
     """The loss of each image, and how far its features alone are off: `(loss, distance)`, both `(B,)`.
 
+    With the `whitening` of a decoder's errors the loss is the mean square of the whitened differences, 1 for an
+    error as large as the decoder's, instead of the distance.
+
+    In `bf16-mixed` the encoder runs in bfloat16 for an image whose loss is well above what the rounding alone makes
+    (measured at the start), and in float32 from there on, so that the answer is not limited by it.
+
     Raises `AfterimageError` where targets and features differ in number or shape, or targets are not finite.
     """
 
-    def __init__(self, features_of: FeaturesOf, targets: Sequence[Tensor], config: InvertConfig) -> None:
-        self.features_of, self.config = features_of, config
+    def __init__(
+        self,
+        features_of: FeaturesOf,
+        targets: Sequence[Tensor],
+        config: InvertConfig,
+        whitening: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.features_of, self.config, self.whitening = features_of, config, whitening
         self.targets = [target.detach() for target in targets]
         for i, target in enumerate(self.targets):
             if not torch.isfinite(target).all():
                 raise AfterimageError(f"target {i + 1} holds values that are not finite")
+        self._mixed = config.precision == "bf16-mixed"
+        self._rounding: Tensor | None = None
 
     def __call__(self, images: Images, shift: tuple[int, int] = (0, 0)) -> tuple[PerImage, PerImage]:
         seen = images.roll(shift, (-2, -1)) if any(shift) else images
-        features = list(self.features_of(seen))
-        self._check(features)
+        features = self._features(seen)
         distance = feature_distance(features, self.targets)
-        loss = distance
+        loss = fit = distance if self.whitening is None else self._whitened(features, self.targets)
         if self.config.tv:
             loss = loss + self.config.tv * total_variation(images, self.config.beta)
         if self.config.alpha_norm:
             loss = loss + self.config.alpha_norm * alpha_norm(images, self.config.alpha)
+        if self._rounding is not None:
+            self._coarse &= (fit > ROUNDING * self._rounding).detach()
         return loss, distance.detach()
 
-    def _check(self, features: Sequence[Tensor]) -> None:
-        shapes = [[tuple(t.shape) for t in part] for part in (features, self.targets)]
-        if shapes[0] != shapes[1]:
+    def _features(self, images: Images) -> list[Tensor]:
+        """Feature maps of `images` in float32, computed in bfloat16 for those images that it is exact enough for."""
+        if self._mixed and self._rounding is None:
+            with torch.no_grad():
+                exact, rounded = self._exact(images), self._rounded(images)
+                measure = feature_distance if self.whitening is None else self._whitened
+                self._rounding = measure(rounded, exact)
+                self._coarse = torch.ones_like(self._rounding, dtype=torch.bool)
+        if not self._mixed or not self._coarse.any():
+            return self._exact(images)
+        if self._coarse.all():
+            return self._rounded(images)
+        coarse, fine = self._coarse.nonzero()[:, 0], (~self._coarse).nonzero()[:, 0]
+        order = torch.cat([coarse, fine]).argsort()
+        parts = zip(self._rounded(images[coarse]), self._exact(images[fine]), strict=True)
+        return [torch.cat(pair)[order] for pair in parts]
+
+    def _exact(self, images: Images) -> list[Tensor]:
+        features = list(self.features_of(images))
+        shapes = [[tuple(t.shape[1:]) for t in part] for part in (features, self.targets)]
+        if shapes[0] != shapes[1] or any(len(map_) != len(images) for map_ in features):
             raise AfterimageError(
-                f"the targets have shapes {shapes[1]}, the features of an image {shapes[0]}"
+                f"the targets have shapes {[tuple(t.shape) for t in self.targets]}, "
+                f"the features of {len(images)} images {[tuple(t.shape) for t in features]}"
             )
+        return features
+
+    def _rounded(self, images: Images) -> list[Tensor]:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return [map_.float() for map_ in self.features_of(images)]
+
+    def _whitened(self, features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerImage:
+        """The mean square of the whitened differences, over channels, locations and layers."""
+        parts = zip(self.whitening, features, targets, strict=True)
+        return torch.stack(
+            [torch.einsum("dc,bcn->bdn", w, (f - t).flatten(2)).square().mean((1, 2)) for w, f, t in parts]
+        ).mean(0)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-
-from afterimage.config import AfterimageError
 
 Images = Float[Tensor, "batch 3 height width"]
 
@@ -24,8 +21,6 @@ class Parametrisation(ABC):
 
     learning_rate: float
     """Adam's; and the root mean square of L-BFGS's first step."""
-    takes_spectrum = False
-    """Whether it makes use of the spectrum of what the start is expected to lack (see `error_spectrum`)."""
 
     def __init__(self, start: Images, seed: int, spectrum: Spectrum | None = None) -> None:
         self.start = start
@@ -60,13 +55,12 @@ class Fourier(Parametrisation):
     """Amplitudes of frequencies, each scaled by the root of what is expected of it, in decorrelated colours.
 
     Without a `spectrum` natural images are expected: amplitudes of 1/f, as Olah, Mordvintsev & Schubert (2017),
-    "Feature Visualization", have them. With one (see `spectrum.error_spectrum`) it is the error that the start's
+    "Feature Visualization", have them. With one (see `DecoderErrors`) it is the error that the start's
     decoder makes. Then the point that gradient steps or L-BFGS approach from 0 is, as far as the encoder is linear,
     the mean of a Gaussian posterior: what the features do not determine follows what they do as it usually does.
     """
 
     learning_rate = 0.02
-    takes_spectrum = True
 
     def __init__(self, start: Images, seed: int, spectrum: Spectrum | None = None) -> None:
         super().__init__(start, seed)
@@ -149,9 +143,6 @@ PARAMETRISATIONS = {"pixels": Pixels, "fourier": Fourier, "prior": Prior}
 
 Spectrum = Float[Tensor, "radii 3 3"]
 
-HELD_OUT = 32
-"""Validation images from which a decoder's errors are learnt."""
-
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.0, -0.05), (0.27, -0.09, 0.03))
 """Root of the colour covariance of natural images: lightness, red-blue, green-purple (Lucid, Olah et al. 2017)."""
 
@@ -167,31 +158,3 @@ def natural_spectrum(size: tuple[int, int]) -> Spectrum:
     """Roots of the covariance of colours by radius, for images in general: amplitudes fall with 1/f."""
     amplitude = 1 / torch.arange(int(radii(size).max()) + 1).clamp_min(1)
     return amplitude[:, None, None] * torch.tensor(COLOURS)
-
-
-@torch.no_grad()
-def error_spectrum(errors: Iterable[Float[Tensor, "_ 3 height width"]]) -> Spectrum:
-    """The same for what a decoder lacks of images that it was not fitted on: original less output.
-
-    `errors` are batches `(B, 3, H, W)`, of any number of images each. The covariance of red, green and blue at each
-    frequency is averaged over images and over frequencies of one radius; returned are its symmetric roots. Raises
-    `AfterimageError` where there are no images.
-    """
-    total, count = None, 0
-    for error in errors:
-        bands = torch.fft.rfft2(error, norm="ortho")
-        covariance = _by_radius(bands, tuple(error.shape[-2:]))
-        total, count = covariance if total is None else total + covariance, count + len(error)
-    if total is None:
-        raise AfterimageError("there are no images to learn the decoder's errors from")
-    values, vectors = torch.linalg.eigh(total / count)
-    roots = values.clamp_min(1e-8 * float(values.max())).sqrt()
-    return (vectors * roots[:, None]) @ vectors.mT
-
-
-def _by_radius(bands: Complex[Tensor, "batch 3 height half"], size: tuple[int, int]) -> Spectrum:
-    radius = radii(size).flatten().to(bands.device)
-    products = torch.einsum("bihw,bjhw->hwij", bands, bands.conj()).real.flatten(0, 1).flatten(1)
-    rings = int(radius.max()) + 1
-    sums = torch.zeros(rings, 9, device=bands.device).index_add_(0, radius, products)
-    return (sums / radius.bincount(minlength=rings).clamp_min(1)[:, None]).view(rings, 3, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import save
 from torch import Tensor
 
+from afterimage.analysis.inversion.batches import Batches, Curve
+from afterimage.analysis.inversion.best_estimate import learn_estimate
+from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
 from afterimage.analysis.inversion.invert import Inversion, Snapshot, differentiable, invert, refine
-from afterimage.analysis.inversion.parametrizations import HELD_OUT, PARAMETRISATIONS, error_spectrum
 from afterimage.config import AfterimageError, DataConfig, load_toml, shown
-from afterimage.config.inversion import InversionConfig, InvertConfig
+from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
 from afterimage.data.dataset import file_notes, load_data, prepare_image
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import (
@@ -34,11 +35,11 @@ from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.environment import environment
-from afterimage.runs.files import sha256, write_atomic, write_csv, write_image
+from afterimage.runs.files import sha256, write_csv, write_image
 from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result, Score
 from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress, silent
-from afterimage.training.checkpoint import load_reconstructor, load_tensors, plain
+from afterimage.training.checkpoint import load_reconstructor
 
 
 @dataclass(frozen=True)
@@ -86,48 +87,6 @@ class _Files(ImageSet):
 
     def crops(self, indices: Any, *, device: str | torch.device = "cpu", **_: Any) -> Tensor:
         return self._crops[torch.as_tensor(indices)].to(device)
-
-
-Curve = list[dict[str, Any]]
-
-
-class Batches:
-    """Files in `folder`, one a batch; `made_for` says of what they are, besides their images.
-
-    One that was made for anything else, or is damaged, is as if it were not there.
-    """
-
-    def __init__(self, folder: Path, made_for: Any) -> None:
-        self.folder, self.made_for = folder, json.dumps([made_for, torch.__version__], sort_keys=True)
-
-    def load(self, first: int, images: Tensor) -> tuple[Inversion, Curve] | None:
-        """What the batch whose first image has the number `first` came to, and its curve."""
-        try:
-            tensors, metadata = load_tensors(self._path(first))
-            if metadata["key"] != self._key(images):
-                return None
-            facts = json.loads(metadata["facts"])
-            return Inversion(
-                tensors["images"].to(images.device), tensors["loss"].to(images.device), facts["seconds"]
-            ), facts["curve"]
-        except (AfterimageError, KeyError, ValueError):
-            return None
-
-    def save(self, first: int, images: Tensor, result: Inversion, curve: Curve) -> None:
-        tensors = plain({"images": result.images, "loss": result.loss})
-        facts = json.dumps({"seconds": result.seconds, "curve": curve})
-        write_atomic(self._path(first), save(tensors, {"key": self._key(images), "facts": facts}))
-
-    def clear(self) -> None:
-        for path in self.folder.glob("batch-*.safetensors"):
-            path.unlink()
-
-    def _path(self, first: int) -> Path:
-        return self.folder / f"batch-{first:06}.safetensors"
-
-    def _key(self, images: Tensor) -> str:
-        pixels = images.detach().cpu().contiguous().numpy().tobytes()
-        return hashlib.sha256(self.made_for.encode() + pixels).hexdigest()
 
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -238,47 +197,86 @@ def invert_run(
     given: InversionInputs,
     *,
     plain: bool = True,
+    estimate: EstimateConfig | None = None,
     weights: str | None = None,
     seed: int = 0,
     lpips: str | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> list[Run]:
-    """Refine what a finished run's decoder makes of images, and with `plain` invert the same from grey too.
+    """Refine what a finished run's decoder makes of images until its features are those of the originals.
 
-    Each becomes a run folder below `root` (see `_make`); one that is done is not made again. Where the
-    method is `fourier` and there are validation images, the decoder's errors are learnt from the first `HELD_OUT`
-    of them. Plain inversion knows no images and no decoder. `lpips` is by default the network that the run was
-    measured with. Raises `AfterimageError` as `load_reconstructor` and `invert` do.
+    Each answer becomes a run folder below `root`; one that is done is not made again. What the decoder usually gets
+    wrong is learned from the first `HELD_OUT` validation images, if there are any.
+
+    Args:
+        run: a finished run of a decoder
+        root: folder for the run folders
+        method: settings of the search
+        given: the images
+        plain: also invert the same features from grey, without the decoder or any image
+        estimate: also find the best estimates; they are learned from validation images, so there must be some
+        weights: other weights than the run's
+        seed: of the searches
+        lpips: LPIPS network of the scores; by default the one that the run was measured with
+        device: where
+        progress: is told what is being done, and how far
+
+    Returns:
+        The run folders: the refined images, the best estimates, the images from grey, as far as they were asked for.
+
+    Raises:
+        AfterimageError: the decoder cannot be loaded, or a search went astray
     """
     sources, where = run.config.sources, weights or run.config.weights
     lpips = lpips or run.lpips_net
-    wanted = [("refined", run.name), *([("inversion", "")] if plain else [])]
-    made = {
-        kind: Run.create(root, InversionConfig(sources, where, start, method, given.config, seed, lpips))
-        for kind, start in wanted
-    }
-    missing = [kind for kind, folder in made.items() if folder.state != "done"]
+    common = {"data": given.config, "seed": seed, "lpips": lpips}
+    configs = [InversionConfig(sources, where, run.name, method, **common)]
+    if estimate:
+        passes = InvertConfig(steps=estimate.passes, precision=estimate.precision)
+        configs.append(InversionConfig(sources, where, run.name, passes, estimate=estimate, **common))
+    if plain:
+        configs.append(InversionConfig(sources, where, "", method, **common))
+    folders = {config.answer: Run.create(root, config) for config in configs}
+    missing = {answer: folder for answer, folder in folders.items() if folder.state != "done"}
     if not missing:
-        return list(made.values())
+        return list(folders.values())
     reconstructor = load_reconstructor(run, weights=weights).to(device)
     metrics = Metrics(lpips, size=given.config.crop)
     options: dict[str, Any] = {"metrics": metrics, "seed": seed, "device": device, "progress": progress}
-    if "refined" in missing:
-        spectrum, note = _spectrum(reconstructor, method, given, device)
-
-        def search(images: Images, **more: Any) -> Inversion:
-            return refine(reconstructor, images, method=method, spectrum=spectrum, seed=seed, **more)
-
+    if missing.keys() & {"refined", "estimate"}:
         started = time.monotonic()
         alone = evaluate(reconstructor, given.images, metrics, batch_size=BATCH, device=device)
         # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
         seconds = (time.monotonic() - started) / len(given.images)
         start = _Start(run, summarise(alone.rows), seconds)
-        _make(made["refined"], reconstructor.encoders, search, given, note, start, **options)
-    if "inversion" in missing:
-        invert_sources(made["inversion"], reconstructor.encoders, method, given, **options)
-    return list(made.values())
+    if folder := missing.get("refined"):
+        errors, note = _errors(reconstructor, given, device)
+
+        def search(images: Images, **more: Any) -> Inversion:
+            return refine(reconstructor, images, method=method, errors=errors, seed=seed, **more)
+
+        _make(folder, reconstructor.encoders, search, given, note, start, **options)
+    if folder := missing.get("estimate"):
+        if given.validation is None:
+            raise AfterimageError(
+                f"{run.name}: a best estimate is learned from validation images, and there are none"
+            )
+        made_for = _made_for(reconstructor.encoders, start, given)
+        learning = folder.path / "learning"
+        found = learn_estimate(
+            reconstructor, given.validation, estimate, learning,
+            made_for=made_for, seed=seed, device=device, progress=progress,
+        )  # fmt: skip
+        note = (
+            f"learned from {found.images} validation images in {estimate.rounds} rounds of {estimate.passes} passes "
+            f"and {estimate.steps} steps"
+        )
+        _make(folder, reconstructor.encoders, found, given, [note], start, **options)
+        shutil.rmtree(learning)
+    if folder := missing.get("inversion"):
+        invert_sources(folder, reconstructor.encoders, method, given, **options)
+    return list(folders.values())
 
 
 def invert_sources(
@@ -294,18 +292,26 @@ def invert_sources(
     _make(folder, encoders, plain_search(encoders, method, seed), given, [], None, seed=seed, **options)
 
 
-def _spectrum(
-    reconstructor: Reconstructor, method: InvertConfig, given: InversionInputs, device: str
-) -> tuple[Tensor | None, list[str]]:
-    if not PARAMETRISATIONS[method.method].takes_spectrum:
-        return None, []
+def _errors(
+    reconstructor: Reconstructor, given: InversionInputs, device: str
+) -> tuple[DecoderErrors | None, list[str]]:
     if given.validation is None:
-        return None, ["the spectrum of natural images stands for the decoder's errors: no validation images"]
+        return None, [
+            "the decoder's errors are not known, natural images stand for them: no validation images"
+        ]
     count = min(HELD_OUT, len(given.validation))
-    batches = (given.validation.crops(batch, device=device) for batch in torch.arange(count).split(BATCH))
-    errors = (images - reconstructor(images) for images in batches)
-    note = f"the spectrum of the decoder's errors is learnt from {count} validation images"
-    return error_spectrum(errors), [note]
+    note = f"the decoder's errors, in images and in features, are learnt from {count} validation images"
+
+    @torch.no_grad()
+    def errors() -> Iterator[tuple[Tensor, list[Tensor]]]:
+        for batch in torch.arange(count).split(BATCH):
+            images = given.validation.crops(batch, device=device)
+            wanted = [map_.clone() for map_ in reconstructor.encoders(images)]
+            decoded = reconstructor.feature_decoder(wanted)
+            maps = reconstructor.encoders(decoded)
+            yield images - decoded, [a - b for a, b in zip(maps, wanted, strict=True)]
+
+    return DecoderErrors.learn(errors()), [note]
 
 
 @dataclass(frozen=True)
@@ -315,6 +321,13 @@ class _Start:
     run: Run
     scores: Mapping[str, Score | None]
     seconds: float
+
+
+def _made_for(encoders: MultiEncoder, start: _Start | None, given: InversionInputs) -> list[Any]:
+    """What finished batches depend on, besides their images: weights, decoder, data."""
+    weights = map(asdict, encoders.weights_of(encoders.sources))
+    digest = sha256(start.run.file("decoder.safetensors")) if start else ""
+    return [*weights, start.run.name if start else "", digest, asdict(given.facts)]
 
 
 def _make(
@@ -333,13 +346,14 @@ def _make(
     """Search, measure, and write the folder as any run's, and curve.csv, PSNR and feature loss by image and pass."""
     config = load_toml(InversionConfig, folder.file("config.toml"))
     steps, weights = config.inversion.steps, encoders.weights_of(encoders.sources)
+    if config.estimate:
+        steps *= config.estimate.rounds
     digest = sha256(start.run.file("decoder.safetensors")) if start else ""
 
     def snapshot(images: Images) -> None:
         write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
 
-    made_for = [*map(asdict, weights), start.run.name if start else "", digest, asdict(given.facts)]
-    batches = Batches(folder.path, made_for)
+    batches = Batches(folder.path, _made_for(encoders, start, given))
     measured = measure(
         search, given.images, metrics, steps, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
@@ -354,7 +368,8 @@ def _make(
         start_sha256=digest,
         decoder_alone=start and DecoderAlone(start.scores, start.seconds, sum(before) / len(before)),
     )
-    name = f"{facts.start_decoder} + refined" if start else "inversion"
+    how = "best estimate" if config.estimate else "refined"
+    name = f"{facts.start_decoder} + {how}" if start else "inversion"
     found = Result(
         kind="inversion",
         label=f"{' + '.join(config.sources)} · {name}",

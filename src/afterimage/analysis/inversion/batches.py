@@ -1,0 +1,58 @@
+"""Finished batches of a search, on disk, so that an interrupted one goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from afterimage.analysis.inversion.invert import Inversion
+from afterimage.config import AfterimageError
+from afterimage.runs.files import write_atomic
+from afterimage.training.checkpoint import load_tensors, plain
+
+Curve = list[dict[str, Any]]
+
+
+class Batches:
+    """Files in `folder`, one a batch; `made_for` says of what they are, besides their images.
+
+    One that was made for anything else, or is damaged, is as if it were not there.
+    """
+
+    def __init__(self, folder: Path, made_for: Any) -> None:
+        self.folder, self.made_for = folder, json.dumps([made_for, torch.__version__], sort_keys=True)
+
+    def load(self, first: int, images: Tensor) -> tuple[Inversion, Curve] | None:
+        """What the batch whose first image has the number `first` came to, and its curve."""
+        try:
+            tensors, metadata = load_tensors(self._path(first))
+            if metadata["key"] != self._key(images):
+                return None
+            facts = json.loads(metadata["facts"])
+            return Inversion(
+                tensors["images"].to(images.device), tensors["loss"].to(images.device), facts["seconds"]
+            ), facts["curve"]
+        except (AfterimageError, KeyError, ValueError):
+            return None
+
+    def save(self, first: int, images: Tensor, result: Inversion, curve: Curve) -> None:
+        tensors = plain({"images": result.images, "loss": result.loss})
+        facts = json.dumps({"seconds": result.seconds, "curve": curve})
+        write_atomic(self._path(first), save(tensors, {"key": self._key(images), "facts": facts}))
+
+    def clear(self) -> None:
+        for path in self.folder.glob("batch-*.safetensors"):
+            path.unlink()
+
+    def _path(self, first: int) -> Path:
+        return self.folder / f"batch-{first:06}.safetensors"
+
+    def _key(self, images: Tensor) -> str:
+        pixels = images.detach().cpu().contiguous().numpy().tobytes()
+        return hashlib.sha256(self.made_for.encode() + pixels).hexdigest()
