@@ -1,4 +1,5 @@
 import csv
+import functools
 
 import numpy as np
 import pytest
@@ -9,12 +10,12 @@ from afterimage.analysis.inversion.invert import Inversion, Snapshot, refine
 from afterimage.analysis.inversion.run import curve_steps, from_data, from_files, measure
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
-from afterimage.config.inversion import InvertConfig
+from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.experiments.queue import train_runs
 from afterimage.report.write import write_report
 from afterimage.runs.files import read_csv, read_json, write_csv
-from afterimage.runs.run import Run
+from afterimage.runs.run import Run, scan
 from afterimage.training.checkpoint import load_reconstructor
 from some_images import write_images
 
@@ -45,7 +46,8 @@ def command(place, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            main(["invert", *map(str, arguments), "--device", "cpu"])
+            estimate = () if "--estimate-images" in arguments else ("--estimate-images", "0")
+            main(["invert", *map(str, arguments), "--device", "cpu", *estimate])
         except SystemExit as error:
             code = error.code
         return (code, *capsys.readouterr())
@@ -182,6 +184,34 @@ def test_ones_own_images_through_several_layers(command, place):
     assert row["weights"] == "random"
     assert all(f"{path}: PSNR" in out for path in paths)
     assert Run(output / row["run"]).result.data.source == "files"
+
+
+def test_best_estimates_of_a_run(command, run, place, monkeypatch):
+    few = functools.partialmethod(EstimateConfig.__init__, rounds=1, passes=5, steps=5, channels=4)
+    monkeypatch.setattr(EstimateConfig, "__init__", few)
+    output = place / "estimates"
+    code, out, err = command(
+        run.path,
+        "--max-images",
+        2,
+        "--steps",
+        5,
+        "--refine-only",
+        "--estimate-images",
+        4,
+        "--output-dir",
+        output,
+    )
+    assert code == 0, err
+    answers = {made.result.config.answer: made.result for made in scan(output)}
+    assert answers.keys() == {"refined", "estimate"}
+    estimate = answers["estimate"]
+    assert estimate.label.endswith("linear + best estimate") and estimate.inversion.steps == 5
+    assert "learned from 4 validation images in 1 rounds of 5 passes and 5 steps" in estimate.notes
+    assert estimate.inversion.decoder_alone.scores == answers["refined"].inversion.decoder_alone.scores
+    assert [row["id"] for row in estimate.per_image] == [row["id"] for row in answers["refined"].per_image]
+    assert not list(output.glob("*/learning")) and not list(output.glob("*/batch-*"))
+    assert "best estimate" in out
 
 
 def test_ones_own_image_from_a_decoder(command, run, place):

@@ -138,13 +138,15 @@ def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_
     few = functools.partialmethod(inversion.InvertConfig.__init__, steps=6)
     monkeypatch.setattr(inversion.InvertConfig, "__init__", few)
     study = replace(SMALL, sources=(f"{MODEL}:layer1", f"{MODEL}:layer2"), references=False, invert=2)
-    study = replace(study, decoders=(DecoderConfig("linear"),))
+    learned = inversion.EstimateConfig(images=4, rounds=1, passes=4, steps=3, channels=4)
+    study = replace(study, decoders=(DecoderConfig("linear"),), estimate=learned)
     options = {"cache": tmp_path / "cache", "accelerator": "cpu"}
     runs, failures = run_study(study, tmp_path / "study", **options)
     assert not failures
     decoders, bounds = ([run for run in runs if run.result.kind == kind] for kind in ("decoder", "inversion"))
-    assert [len(decoders), len(bounds)] == [2, 2]
-    for decoder, bound in zip(decoders, bounds, strict=True):
+    answers = [bound.result.config.answer for bound in bounds]
+    assert len(decoders) == 2 and answers == ["refined", "estimate"] * 2
+    for decoder, bound in zip([run for run in decoders for _ in range(2)], bounds, strict=True):
         result = bound.result
         assert result.inversion.start == decoder.name
         first = decoder.result.per_image[:2]

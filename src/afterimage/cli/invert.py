@@ -11,6 +11,7 @@ import tyro
 from afterimage.cli.output import image_lines
 from afterimage.cli.report import sort_arguments
 from afterimage.config import LPIPS_NETS, AfterimageError, DataConfig, check_seed, shown
+from afterimage.config.inversion import EstimateConfig
 from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ class Invert:
     """Rebuild images from features alone by optimising them until their own features are the same.
 
     `invert IMAGE... MODEL:LAYER...` starts from grey and uses all layers at once. `invert RUN` starts from that
-    run's decoder and refines its answer; without images the run's own test images are taken (`--max-images` keeps the
-    first), inverted from grey as well, and decoder, inversion and refinement are put in one table: bounds.csv,
-    bounds.json and the curve of PSNR against passes, saturation.png, of all that the output folder holds. What comes
-    back is a lower bound on what the features hold: it was reached. Decoders approximate it at a fraction of the time.
+    run's decoder and refines its answer. Without images it takes the run's own test images (`--max-images` keeps the
+    first), learns the best estimates of them from validation images, inverts them from grey as well, and puts
+    decoder, best estimate, inversion and refinement in one table: bounds.csv, bounds.json and the curve of PSNR
+    against passes, saturation.png, of all that the output folder holds. What comes back is a lower bound on what the
+    features hold: it was reached. Decoders approximate it at a fraction of the time.
     """
 
     what: Annotated[
@@ -56,6 +58,8 @@ class Invert:
     """Weight of the alpha-norm; 1 is the weight Mahendran and Vedaldi propose."""
     precision: str = "32-true"
     """32-true, or bf16-mixed to run the encoder in bfloat16 until its rounding would tell."""
+    estimate_images: int = EstimateConfig.images
+    """Validation images that the best estimates of a run's test images are learned from; 0 for none."""
     refine_only: bool = False
     """Of a run: leave out the inversion from grey."""
     output_dir: Path = Path("runs/inversion")
@@ -129,6 +133,7 @@ class Invert:
         from afterimage.runs.run import Run
 
         folders = []
+        estimate = None if files else EstimateConfig(self.estimate_images, precision=self.precision)
         for path in paths:
             run = Run.open(path)
             data = replace(
@@ -137,7 +142,7 @@ class Invert:
             )
             given = self._given(files, replace(data, test=self.data or data.test), progress)
             folders += invert_run(
-                run, self.output_dir, method, given, plain=not self.refine_only,
+                run, self.output_dir, method, given, plain=not self.refine_only, estimate=estimate,
                 weights=self.weights, seed=self.seed, lpips=self.lpips, device=device, progress=progress,
             )  # fmt: skip
         return folders

@@ -78,6 +78,8 @@ class Study:
     """Also train matched controls (random weights, a perceptual loss), and measure the controls of every run."""
     invert: int | None = None
     """Test images of every run whose measured bound is found: its decoder's answer, refined until the features fit."""
+    estimate_images: int | None = None
+    """Validation images that the best estimates are learned from instead of the study's own number; 0 for none."""
     dry_run: bool = False
     """Print the resolved runs with their sizes and estimated cost, and start nothing."""
     list_groups: bool = False
@@ -126,7 +128,7 @@ class Study:
                 failures: list[AfterimageError] = []
                 configs = part.of(expand(study, display, failures))
                 if self.dry_run:
-                    print_plan(configs, study.invert)
+                    print_plan(configs, study)
                 else:
                     print_groups(configs)
                 print_failures(failures)
@@ -178,6 +180,7 @@ class Study:
         data |= {"source": self.data} if self.data else {}
         data |= {"test": self.test} if self.data or self.test else {}
         recipe = self._given("epochs", "batch_size")
+        estimate = {"images": self.estimate_images} if self.estimate_images is not None else {}
         recipe |= {name: text for name in ("loss", "precision") if (text := getattr(self, name))}
         changed = {
             "data": replace(study.data, **data),
@@ -192,6 +195,7 @@ class Study:
             "lpips": self.lpips or study.lpips,
             "controls": self.controls or study.controls,
             "invert": study.invert if self.invert is None else self.invert,
+            "estimate": replace(study.estimate, **estimate),
         }
         if self.parameters:
             changed["parameters"] = parse_count(self.parameters, "--parameters")
@@ -224,8 +228,8 @@ def print_groups(configs: list[RunConfig]) -> None:
         say(" ".join([f"{number}/{len(split)}", *(config.name for config in group)]))
 
 
-def print_plan(configs: list[RunConfig], invert: int = 0) -> None:
-    """Print what a study would run and cost, a line a run, and what inverting `invert` images of each would."""
+def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
+    """Print what a study would run and cost, a line a run, and what its measured bounds would."""
     from rich.table import Table
 
     from afterimage.cli.layers import print_unseen
@@ -269,13 +273,17 @@ def print_plan(configs: list[RunConfig], invert: int = 0) -> None:
     console(180).print(table)
     print_unseen({source: text for one in plans for source, text in one.unseen.items()})
     say(*problems)
-    if invert and plans:
-        passes = InvertConfig().steps
-        macs = sum(3 * passes * invert * one.encoder_macs for one in plans)
-        say(
-            f"measured bounds: {invert} images of each run, {passes} passes forward and backward each: "
-            f"~{clock(macs / macs_per_second())}"
-        )
+    if study.invert and plans:
+        fit, learn = InvertConfig().steps, study.estimate
+        passes = study.invert * fit
+        text = f"{study.invert} images of each run, {fit} passes forward and backward each"
+        if learn.images:
+            passes += (study.invert + learn.images) * learn.rounds * learn.passes
+            text += (
+                f", and {learn.rounds * learn.passes} for best estimates, learned from {learn.images} more"
+            )
+        macs = sum(3 * passes * one.encoder_macs for one in plans)
+        say(f"measured bounds: {text}: ~{clock(macs / macs_per_second())}")
     total = sum(one.seconds for one in plans)
     say(f"{len(study_groups(configs))} groups of runs that are trained together (--list-groups)")
     say(

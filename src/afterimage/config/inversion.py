@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from afterimage.config.errors import AfterimageError, unknown
 from afterimage.config.schema import (
     MAX_BATCH,
+    MAX_IMAGES,
     MAX_SIDE,
     MAX_STEPS,
     DataConfig,
@@ -87,7 +88,7 @@ class EstimateConfig:
     then a small network, learned on images that came the same way, takes back what the features do not tell.
 
     Attributes:
-        images: validation images that the networks learn from, the first of the split, or all there are
+        images: validation images that the networks learn from, or all there are; 0 for no best estimates
         rounds: how many times passes and a network follow each other
         passes: forward and backward passes through the encoder in each round
         steps: optimizer steps of each network
@@ -105,7 +106,7 @@ class EstimateConfig:
     def __post_init__(self) -> None:
         if self.precision not in INVERSION_PRECISIONS:
             raise unknown("precision of an estimate", self.precision, INVERSION_PRECISIONS)
-        check_positive(self, "images")
+        check_range("images", self.images, 0, MAX_IMAGES)
         check_positive(self, "rounds", "passes", "steps", most=MAX_STEPS)
         check_positive(self, "channels", most=MAX_SIDE)
 

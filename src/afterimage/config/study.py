@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from afterimage.config.errors import AfterimageError, unknown
+from afterimage.config.inversion import EstimateConfig
 from afterimage.config.schema import (
     LPIPS_NETS,
     MAX_IMAGES,
@@ -64,7 +65,9 @@ class StudyConfig:
         references: whether the baselines are scored too
         controls: whether every run also gets a matched random control, and its feature ablations, error
             breakdown and rate-distortion curve
-        invert: number of test images, from the first on, for which the measured bound of every run is found
+        invert: number of test images, from the first on, for which the measured bound of every run is found: the
+            images whose features fit best, and the best estimates
+        estimate: settings of the best estimates
         keep: number of test images whose reconstructions are stored
         lpips: LPIPS network of the scores, or `any` for the first one whose weights are found
         data: where images come from and how they are split
@@ -82,6 +85,7 @@ class StudyConfig:
     references: bool = True
     controls: bool = False
     invert: int = 0
+    estimate: EstimateConfig = EstimateConfig()
     keep: int = 8
     lpips: str = "alex"
     data: DataConfig = DataConfig()

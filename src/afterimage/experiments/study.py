@@ -22,6 +22,7 @@ from afterimage.config import (
     split_source,
     to_dict,
 )
+from afterimage.config.inversion import EstimateConfig
 from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import DECODERS
@@ -246,7 +247,7 @@ def run_study(
                     with collected(failures, "the controls"):
                         failures += run_controls(done, **settings)
                 if study.invert:
-                    runs += find_bounds(done, study.invert, root, failures, **settings)
+                    runs += find_bounds(done, study.invert, study.estimate, root, failures, **settings)
         failures = ranks.broadcast(failures)
     return trained + runs, failures
 
@@ -254,6 +255,7 @@ def run_study(
 def find_bounds(
     runs: Sequence[Run],
     count: int,
+    estimate: EstimateConfig,
     root: str | Path,
     failures: list[AfterimageError],
     *,
@@ -261,13 +263,15 @@ def find_bounds(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> list[Run]:
-    """Refine what each run's decoder makes of its first test images until the features fit: the measured bound.
+    """Find what comes back of each run's first test images when its decoder's answer is refined: the measured bound.
 
+    A run gets the images whose features fit best and the best estimates, in the precision that it was trained in.
     What is finished is not searched for again, and batches that an interrupted search finished are taken up.
 
     Args:
         runs: finished runs.
         count: test images of each, from the first on.
+        estimate: settings of the best estimates.
         root: the folder for the run folders of the inversions.
         failures: takes the error of each run that could not be refined; the others go on.
         cache: where decoded images are kept.
@@ -278,7 +282,7 @@ def find_bounds(
         The finished inversions.
     """
     from afterimage.analysis.inversion.run import InversionInputs, from_data, invert_run
-    from afterimage.config.inversion import InvertConfig
+    from afterimage.config.inversion import INVERSION_PRECISIONS, InvertConfig
     from afterimage.runtime.device import device_name
 
     device, found = device_name(accelerator), []
@@ -289,9 +293,12 @@ def find_bounds(
             data = replace(run.config.data, limit_test=count if few is None else min(count, few))
             if data not in inputs:
                 inputs[data] = from_data(data, cache=cache, progress=progress)
+            precision = run.config.recipe.precision
+            precision = precision if precision in INVERSION_PRECISIONS else INVERSION_PRECISIONS[0]
             found += invert_run(
-                run, Path(root), InvertConfig(), inputs[data], plain=False, device=device, progress=progress
-            )
+                run, Path(root), InvertConfig(precision=precision), inputs[data], plain=False,
+                estimate=replace(estimate, precision=precision), device=device, progress=progress,
+            )  # fmt: skip
     return found
 
 

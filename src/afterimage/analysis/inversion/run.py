@@ -232,7 +232,7 @@ def invert_run(
     lpips = lpips or run.lpips_net
     common = {"data": given.config, "seed": seed, "lpips": lpips}
     configs = [InversionConfig(sources, where, run.name, method, **common)]
-    if estimate:
+    if estimate and estimate.images:
         passes = InvertConfig(steps=estimate.passes, precision=estimate.precision)
         configs.append(InversionConfig(sources, where, run.name, passes, estimate=estimate, **common))
     if plain:
