@@ -210,6 +210,11 @@ def test_best_estimates_of_a_run(command, run, place, monkeypatch):
     assert "learned from 4 validation images in 1 rounds of 5 passes and 5 steps" in estimate.notes
     assert estimate.inversion.decoder_alone.scores == answers["refined"].inversion.decoder_alone.scores
     assert [row["id"] for row in estimate.per_image] == [row["id"] for row in answers["refined"].per_image]
+    for made in answers.values():
+        controls = made.inversion.controls
+        assert controls.candidates == 2 and 0 <= controls.identified <= 1
+        assert controls.other_image["psnr"].mean < made.scores["psnr"].mean
+        assert controls.prior_alone["psnr"].mean < made.scores["psnr"].mean
     assert not list(output.glob("*/learning")) and not list(output.glob("*/batch-*"))
     assert "best estimate" in out
 

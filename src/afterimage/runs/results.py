@@ -195,6 +195,26 @@ class DecoderAlone:
 
 
 @dataclass(frozen=True)
+class BoundControls:
+    """Scores that owe nothing to an image's own features, and whether what was found finds its original.
+
+    Attributes:
+        other_image: of each image found, against the original of another one; None for a single image
+        prior_alone: of what the same procedure makes of features that tell nothing (the mean of validation images),
+            against every original; None where there are no validation images
+        identified: share of the images found that are nearest to their own original among `candidates`
+        distance: how near is measured: `lpips`, by a network that took no part in the search, or `correlation`
+        candidates: how many originals there are; guessing finds one in so many
+    """
+
+    other_image: Mapping[str, Score | None] | None
+    prior_alone: Mapping[str, Score | None] | None
+    identified: float
+    distance: str
+    candidates: int
+
+
+@dataclass(frozen=True)
 class InversionFacts:
     """How images were searched for: from the decoder of the run `start`, or from grey, for so many `steps`."""
 
@@ -205,6 +225,7 @@ class InversionFacts:
     start_decoder: str = ""
     start_sha256: str = ""
     decoder_alone: DecoderAlone | None = None
+    controls: BoundControls | None = None
 
 
 @dataclass(frozen=True)
@@ -314,12 +335,15 @@ class Result:
 
     @property
     def decoder(self) -> str:
-        """The decoder's name; of an inversion how it was made, `linear + refined` or `inversion`; else empty."""
+        """The decoder's name; of an inversion how it was made, `linear + refined`, say, or `inversion`; else empty."""
         if isinstance(self.config, RunConfig):
             return self.config.decoder.name
         if self.inversion is None:
             return ""
-        return f"{self.inversion.start_decoder} + refined" if self.inversion.start else "inversion"
+        if not self.inversion.start:
+            return "inversion"
+        how = "best estimate" if self.config.estimate else "refined"
+        return f"{self.inversion.start_decoder} + {how}"
 
     @property
     def fusion(self) -> FusionConfig | None:

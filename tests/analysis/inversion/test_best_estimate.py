@@ -7,10 +7,13 @@ import torch
 
 from afterimage.analysis.inversion import best_estimate
 from afterimage.analysis.inversion.best_estimate import Corrector, learn_corrector, learn_estimate
+from afterimage.analysis.inversion.honesty import bound_controls, mean_features
+from afterimage.analysis.inversion.invert import encode
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.config.inversion import EstimateConfig
 from afterimage.data.dataset import load_data
-from afterimage.evaluation.metrics import psnr
+from afterimage.evaluation.evaluate import to_uint8
+from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.decoders import create_decoder
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.runtime.progress import silent
@@ -74,7 +77,7 @@ def test_the_best_estimate_is_nearer_than_decoder_and_refined_image(reconstructo
     assert [look.step for look in looks] == [0, 12, 24]
     torch.testing.assert_close(looks[0].images, decoded, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(looks[-1].images, result.images)
-    targets, start = best_estimate._decode(reconstructor, images)
+    targets, start = encode(reconstructor, images), decoded
     method = replace(found.method, steps=24)
     refined = best_estimate._refine(reconstructor, targets, start, method, found.rounds[0][0], silent).images
     scores = [float(psnr(x, images).mean()) for x in (decoded, refined, result.images)]
@@ -104,7 +107,7 @@ def test_an_interrupted_search_goes_on_and_comes_to_the_same(reconstructor, data
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"images": 0}, "images must be"),
+        ({"images": -1}, "images must"),
         ({"rounds": 0}, "rounds must be"),
         ({"precision": "16-mixed"}, "unknown precision of an estimate '16-mixed'.*32-true, bf16-mixed"),
     ],
@@ -112,3 +115,32 @@ def test_an_interrupted_search_goes_on_and_comes_to_the_same(reconstructor, data
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(AfterimageError, match=message):
         EstimateConfig(**settings)
+
+
+def test_controls_of_a_bound_owe_nothing_to_the_images_own_features():
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.rand(4, 3, 40, 40, generator=generator)
+    found = (originals + 0.05 * torch.randn(originals.shape, generator=generator)).clamp(0, 1)
+    pixels = [to_uint8(part) for part in (originals, found)]
+    images = [(f"{i}", a, b) for i, (a, b) in enumerate(zip(*pixels, strict=True))]
+    grey = torch.full((1, 3, 40, 40), 0.5)
+    controls = bound_controls(images, Metrics(), grey)
+    rounded = [torch.from_numpy(part).movedim(-1, 1).float() / 255 for part in pixels]
+    wrong = psnr(rounded[1].roll(1, 0), rounded[0])
+    assert controls.other_image["psnr"].mean == pytest.approx(float(wrong.mean()), abs=1e-4)
+    assert controls.prior_alone["psnr"].mean == pytest.approx(
+        float(psnr(grey.expand(4, -1, -1, -1), rounded[0]).mean()), abs=1e-4
+    )
+    assert controls.identified == 1.0 and controls.candidates == 4
+
+    shuffled = [(name, a, images[(i + 1) % 4][2]) for i, (name, a, _) in enumerate(images)]
+    assert bound_controls(shuffled, Metrics()).identified == 0.0
+    single = bound_controls(images[:1], Metrics())
+    assert single.other_image is None and single.prior_alone is None
+
+
+def test_features_that_tell_nothing_are_the_mean_of_many(reconstructor, data):
+    images = data.validation.crops(range(6))
+    (mean,) = mean_features(reconstructor.encoders, images.split(4))
+    with torch.no_grad():
+        torch.testing.assert_close(mean, reconstructor.encoders(images)[0].mean(0, keepdim=True))

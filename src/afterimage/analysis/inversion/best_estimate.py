@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from afterimage.analysis.inversion.batches import Batches
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
-from afterimage.analysis.inversion.invert import Images, Inversion, Snapshot, differentiable, invert
+from afterimage.analysis.inversion.invert import (
+    Images,
+    Inversion,
+    Snapshot,
+    differentiable,
+    encode,
+    invert,
+)
 from afterimage.analysis.inversion.objective import feature_distance
 from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.data.images import ImageSet
@@ -129,7 +136,20 @@ class BestEstimate:
             milestones: not used; an estimate exists after each round only
             progress: is told how far the passes of a round are
         """
-        targets, decoded = _decode(self.reconstructor, images)
+        targets, size = encode(self.reconstructor, images), tuple(images.shape[-2:])
+        return self.of_features(targets, size, callback=callback, progress=progress)
+
+    def of_features(
+        self,
+        targets: Sequence[Tensor],
+        size: tuple[int, int],
+        *,
+        callback: Callable[[Snapshot], None] | None = None,
+        progress: Progress = silent,
+    ) -> Inversion:
+        """Estimate images of `size` from their feature maps; arguments as those of the call."""
+        with torch.no_grad():
+            decoded = self.reconstructor.feature_decoder(targets).clone()
         current, started, watched = decoded, time.monotonic(), 0.0
 
         def tell(number: int) -> Tensor:
@@ -181,8 +201,10 @@ def learn_estimate(
     """
     parts = torch.arange(min(config.images, len(image_set))).split(BATCH)
     originals = [image_set.crops(indices, device=device) for indices in parts]
-    targets, decoded = zip(*[_decode(reconstructor, images) for images in originals], strict=True)
-    current = list(decoded)
+    targets = [encode(reconstructor, images) for images in originals]
+    with torch.no_grad():
+        decoded = [reconstructor.feature_decoder(maps).clone() for maps in targets]
+    current = decoded
     method = InvertConfig(steps=config.passes, precision=config.precision)
     rounds: list[tuple[DecoderErrors, Corrector]] = []
     for number in range(config.rounds):
@@ -207,12 +229,6 @@ def learn_estimate(
             for group in zip(decoded, current, refined, strict=True)
         ]
     return BestEstimate(reconstructor, method, rounds, sum(map(len, parts)))
-
-
-@torch.no_grad()
-def _decode(reconstructor: Reconstructor, images: Images) -> tuple[list[Tensor], Images]:
-    targets = [target.clone() for target in reconstructor.encoders(images)]
-    return targets, reconstructor.feature_decoder(targets).clone()
 
 
 def _refine(

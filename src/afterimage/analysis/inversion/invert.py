@@ -205,11 +205,24 @@ def refine(
     """
     config = method or InvertConfig()
     config = config if steps is None else replace(config, steps=steps)
+    size = tuple(images.shape[-2:])
+    return refine_features(reconstructor, encode(reconstructor, images), size, method=config, **options)
+
+
+def refine_features(
+    reconstructor: Reconstructor, targets: Sequence[Tensor], size: tuple[int, int], **options: Any
+) -> Inversion:
+    """Decode `targets`, and search on from there for images of `size` with these features; options are `invert`'s."""
     with torch.no_grad():
-        targets = [target.clone() for target in reconstructor.encoders(images)]
-        start = reconstructor.feature_decoder(targets)
+        start = reconstructor.feature_decoder(targets).clone()
     with differentiable(reconstructor.encoders) as features_of:
-        return invert(features_of, targets, tuple(images.shape[-2:]), start=start, method=config, **options)
+        return invert(features_of, targets, size, start=start, **options)
+
+
+@torch.no_grad()
+def encode(reconstructor: Reconstructor, images: Images) -> list[Tensor]:
+    """Feature maps of `images` that are nobody else's memory."""
+    return [target.clone() for target in reconstructor.encoders(images)]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,15 @@ from torch import Tensor
 from afterimage.analysis.inversion.batches import Batches, Curve
 from afterimage.analysis.inversion.best_estimate import learn_estimate
 from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
-from afterimage.analysis.inversion.invert import Inversion, Snapshot, differentiable, invert, refine
+from afterimage.analysis.inversion.honesty import bound_controls, mean_features
+from afterimage.analysis.inversion.invert import (
+    Inversion,
+    Snapshot,
+    differentiable,
+    invert,
+    refine,
+    refine_features,
+)
 from afterimage.config import AfterimageError, DataConfig, load_toml, shown
 from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
 from afterimage.data.dataset import file_notes, load_data, prepare_image
@@ -256,7 +264,11 @@ def invert_run(
         def search(images: Images, **more: Any) -> Inversion:
             return refine(reconstructor, images, method=method, errors=errors, seed=seed, **more)
 
-        _make(folder, reconstructor.encoders, search, given, note, start, **options)
+        def prior(targets: list[Tensor], size: tuple[int, int]) -> Tensor:
+            found = refine_features(reconstructor, targets, size, method=method, errors=errors, seed=seed)
+            return found.images
+
+        _make(folder, reconstructor.encoders, search, given, note, start, prior, **options)
     if folder := missing.get("estimate"):
         if given.validation is None:
             raise AfterimageError(
@@ -272,7 +284,11 @@ def invert_run(
             f"learned from {found.images} validation images in {estimate.rounds} rounds of {estimate.passes} passes "
             f"and {estimate.steps} steps"
         )
-        _make(folder, reconstructor.encoders, found, given, [note], start, **options)
+
+        def prior(targets: list[Tensor], size: tuple[int, int]) -> Tensor:
+            return found.of_features(targets, size).images
+
+        _make(folder, reconstructor.encoders, found, given, [note], start, prior, **options)
         shutil.rmtree(learning)
     if folder := missing.get("inversion"):
         invert_sources(folder, reconstructor.encoders, method, given, **options)
@@ -289,7 +305,7 @@ def invert_sources(
     **options: Any,
 ) -> None:
     """Invert images from grey through all sources of `encoders` at once, into a run folder."""
-    _make(folder, encoders, plain_search(encoders, method, seed), given, [], None, seed=seed, **options)
+    _make(folder, encoders, plain_search(encoders, method, seed), given, [], None, None, seed=seed, **options)
 
 
 def _errors(
@@ -337,13 +353,17 @@ def _make(
     given: InversionInputs,
     notes: Sequence[str],
     start: _Start | None,
+    prior: Callable[[list[Tensor], tuple[int, int]], Tensor] | None,
     *,
     metrics: Metrics,
     seed: int,
     device: str,
     progress: Progress,
 ) -> None:
-    """Search, measure, and write the folder as any run's, and curve.csv, PSNR and feature loss by image and pass."""
+    """Search, measure, and write the folder as any run's, and curve.csv, PSNR and feature loss by image and pass.
+
+    `prior` is the same procedure from features alone, for the score that owes nothing to them.
+    """
     config = load_toml(InversionConfig, folder.file("config.toml"))
     steps, weights = config.inversion.steps, encoders.weights_of(encoders.sources)
     if config.estimate:
@@ -357,6 +377,11 @@ def _make(
     measured = measure(
         search, given.images, metrics, steps, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
+    alone = None
+    if prior is not None and given.validation is not None:
+        few = torch.arange(min(HELD_OUT, len(given.validation))).split(BATCH)
+        batches_of_few = (given.validation.crops(part, device=device) for part in few)
+        alone = prior(mean_features(encoders, batches_of_few), measured.images[0][1].shape[:2])
     took = f"{steps} passes an inversion, {measured.seconds:.1f} s an image"
     before = [row["feature_loss"] for row in measured.curve if row["step"] == 0]
     facts = InversionFacts(
@@ -367,6 +392,7 @@ def _make(
         start_decoder=start.run.config.decoder.name if start else "",
         start_sha256=digest,
         decoder_alone=start and DecoderAlone(start.scores, start.seconds, sum(before) / len(before)),
+        controls=bound_controls(measured.images, metrics, alone),
     )
     how = "best estimate" if config.estimate else "refined"
     name = f"{facts.start_decoder} + {how}" if start else "inversion"

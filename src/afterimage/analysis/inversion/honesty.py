@@ -1,0 +1,72 @@
+"""What keeps a measured bound honest: scores that owe nothing to the image's own features, and re-identification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from afterimage.analysis.audit.reidentification import Gallery, reduced
+from afterimage.evaluation.evaluate import score_rows, summarise
+from afterimage.evaluation.metrics import Metrics
+from afterimage.models.reconstructor import MultiEncoder
+from afterimage.runs.results import BoundControls
+
+Images = Float[Tensor, "batch 3 height width"]
+
+
+@torch.no_grad()
+def mean_features(encoders: MultiEncoder, batches: Iterable[Tensor]) -> list[Tensor]:
+    """Mean feature maps `(1, C, h, w)` over batches of images, location by location: features that tell nothing."""
+    sums: list[Tensor] | None = None
+    count = 0
+    for images in batches:
+        found = [map_.float().sum(0, keepdim=True) for map_ in encoders(images)]
+        sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+        count += len(images)
+    return [total / count for total in sums or []]
+
+
+def bound_controls(
+    images: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    metrics: Metrics,
+    prior: Tensor | None = None,
+    *,
+    batch_size: int = 4,
+) -> BoundControls:
+    """Score what was found where it must fail, and let it look for its own original.
+
+    Args:
+        images: id, original and image found, uint8 `(H, W, 3)`
+        metrics: as the bound itself was measured
+        prior: what the same procedure makes of features that tell nothing, `(1, 3, H, W)` in [0, 1]
+        batch_size: images at a time
+    """
+    ids = [name for name, _, _ in images]
+    originals, found = (
+        torch.from_numpy(np.stack([entry[side] for entry in images])).permute(0, 3, 1, 2).float() / 255
+        for side in (1, 2)
+    )
+    device = (
+        next((p.device for p in metrics.lpips.buffers()), originals.device)
+        if metrics.lpips
+        else originals.device
+    )
+
+    def scores(outputs: Tensor) -> dict:
+        rows = []
+        for part in torch.arange(len(ids)).split(batch_size):
+            names = [ids[i] for i in part.tolist()]
+            pair = originals[part].to(device), [outputs[part].to(device)]
+            rows += score_rows(names, *pair, metrics, [None])[0]
+        return summarise(rows)
+
+    other = scores(found.roll(1, 0)) if len(ids) > 1 else None
+    alone = None if prior is None else scores(prior.cpu().expand_as(originals))
+    gallery = Gallery(reduced(originals.to(device)), metrics.lpips)
+    hits = gallery.find(reduced(found.to(device)))
+    distance = "lpips" if "lpips" in hits else "correlation"
+    return BoundControls(other, alone, float(hits[distance].mean()), distance, len(ids))
