@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from afterimage.analysis.audit.defences.chain import create_defence
-from afterimage.analysis.audit.reidentification import Gallery, reduced
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, whole_network
 from afterimage.config.audit import LimitsConfig
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import interval_dict, share_interval
 from afterimage.evaluation.metrics import Metrics
+from afterimage.evaluation.reidentification import Gallery, reduced
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.lpips import LPIPS
 from afterimage.report.audit.figures import privacy_utility

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.audit.feature_store import StoredImages
-from afterimage.analysis.audit.reidentification import Compared, compared, joined
 from afterimage.config import AfterimageError, RecipeConfig
 from afterimage.data.duplicates import shared
 from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.evaluate import Box, Evaluation, Reconstructed, evaluate_together
 from afterimage.evaluation.metrics import Metrics
+from afterimage.evaluation.reidentification import Compared, compared, joined
 from afterimage.models.decoders import DECODERS, create_decoder
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from afterimage.analysis.audit.reidentification import Compared, Gallery
 from afterimage.config.audit import digest
 from afterimage.evaluation.evaluate import SEEN, score_notes, summarise
 from afterimage.evaluation.intervals import mean_interval, share_interval
+from afterimage.evaluation.reidentification import Compared, Gallery
 from afterimage.runs.files import write_json
 from afterimage.runs.results import (
     METRICS,

@@ -23,7 +23,6 @@ from afterimage.analysis.audit.attackers import (
 )
 from afterimage.analysis.audit.condition import VERSION, AuditCondition
 from afterimage.analysis.audit.defences.chain import Defence, create_defence
-from afterimage.analysis.audit.reidentification import Gallery, reduced
 from afterimage.analysis.audit.target import AuditTarget, open_subject
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, no_cost, whole_network
 from afterimage.config import AfterimageError, FeatureSpec, dump_toml, to_dict
@@ -31,6 +30,7 @@ from afterimage.config.audit import BLACK_BOX, WHITE_BOX, AuditConfig, digest
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import SEEN, Box, cropped, evaluate
 from afterimage.evaluation.metrics import Metrics
+from afterimage.evaluation.reidentification import Gallery, reduced
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.placement import describe_unseen
 from afterimage.runs.audit import BLIND, Attack, Results

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from afterimage.analysis.audit.attackers import DefendedFeatureLoader
 from afterimage.analysis.audit.defences.chain import Defence
-from afterimage.analysis.audit.reidentification import Compared, compared, joined
 from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
 from afterimage.analysis.inversion.invert import invert
 from afterimage.analysis.inversion.objective import FeaturesOf
 from afterimage.config.inversion import InvertConfig
 from afterimage.evaluation.evaluate import Box, score_rows, to_uint8
 from afterimage.evaluation.metrics import Metrics
+from afterimage.evaluation.reidentification import Compared, compared, joined
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.decoder_trainer import DecoderTrainer
 

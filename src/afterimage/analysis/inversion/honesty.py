@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.analysis.audit.reidentification import Gallery, reduced
 from afterimage.evaluation.evaluate import score_rows, summarise
 from afterimage.evaluation.metrics import Metrics
+from afterimage.evaluation.reidentification import Gallery, reduced
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.results import BoundControls
 
