@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import functools
 
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 from afterimage.analysis.inversion.invert import Inversion, Snapshot, refine
-from afterimage.analysis.inversion.run import curve_steps, from_data, from_files, measure
+from afterimage.analysis.inversion.run import Refinement, curve_steps, from_data, from_files, measure
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.config.inversion import EstimateConfig, InvertConfig
@@ -125,15 +126,15 @@ def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place
     options = (run.path, "--data", "photographs", "--max-images", 6, "--refine-only", "--steps", 3)
     whole, cut = place / f"whole-{changed}", place / f"cut-{changed}"
     assert command(*options, "--output-dir", whole)[0] == 0
-    asked, refined = [], refine
+    asked, of_features = [], Refinement.of_features
 
-    def stopping(reconstructor, images, **more):
-        asked.append(len(images))
+    def stopping(self, targets, size, **more):
+        asked.append(len(targets[0]))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return refined(reconstructor, images, **more)
+        return of_features(self, targets, size, **more)
 
-    monkeypatch.setattr("afterimage.analysis.inversion.run.refine", stopping)
+    monkeypatch.setattr(Refinement, "of_features", stopping)
     code, _, err = command(*options, "--output-dir", cut)
     assert code == 130 and "goes on from there" in err and asked == [4, 2]
     (folder,) = [path for path in cut.iterdir() if path.is_dir()]
@@ -141,7 +142,8 @@ def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place
     if changed:
         kept.write_bytes(kept.read_bytes()[:-4])
     assert command(*options, "--output-dir", cut)[0] == 0
-    assert asked == [4, 2, *([4] if changed else []), 2]
+    # The last one is the prior alone.
+    assert asked == [4, 2, *([4] if changed else []), 2, 1]
     assert not list(folder.glob("batch-*"))
     (expected,) = [path for path in whole.iterdir() if path.is_dir()]
     assert (folder / "scores.csv").read_bytes() == (expected / "scores.csv").read_bytes()
@@ -186,37 +188,60 @@ def test_ones_own_images_through_several_layers(command, place):
     assert Run(output / row["run"]).result.data.source == "files"
 
 
-def test_best_estimates_of_a_run(command, run, place, monkeypatch):
-    few = functools.partialmethod(EstimateConfig.__init__, rounds=1, passes=5, steps=5, channels=4)
+def few_steps(monkeypatch, **changes):
+    few = functools.partialmethod(EstimateConfig.__init__, **{"steps": 40, "channels": 8} | changes)
     monkeypatch.setattr(EstimateConfig, "__init__", few)
+
+
+def test_best_estimates_of_a_run(command, run, place, monkeypatch):
+    few_steps(monkeypatch)
     output = place / "estimates"
-    code, out, err = command(
-        run.path,
-        "--max-images",
-        2,
-        "--steps",
-        5,
-        "--refine-only",
-        "--estimate-images",
-        4,
-        "--output-dir",
-        output,
-    )
+    arguments = run.path, "--max-images", 3, "--steps", 5, "--refine-only", "--output-dir", output
+    code, out, err = command(*arguments, "--estimate-images", 6)
     assert code == 0, err
     answers = {made.result.config.answer: made.result for made in scan(output)}
     assert answers.keys() == {"refined", "estimate"}
-    estimate = answers["estimate"]
+    refined, estimate = answers["refined"], answers["estimate"]
     assert estimate.label.endswith("linear + best estimate") and estimate.inversion.steps == 5
-    assert "learned from 4 validation images in 1 rounds of 5 passes and 5 steps" in estimate.notes
-    assert estimate.inversion.decoder_alone.scores == answers["refined"].inversion.decoder_alone.scores
-    assert [row["id"] for row in estimate.per_image] == [row["id"] for row in answers["refined"].per_image]
-    for made in answers.values():
-        controls = made.inversion.controls
-        assert controls.candidates == 2 and 0 <= controls.identified <= 1
-        assert controls.other_image["psnr"].mean < made.scores["psnr"].mean
-        assert controls.prior_alone["psnr"].mean < made.scores["psnr"].mean
+    assert "learned from 6 validation images that were refined alike, in 40 steps" in estimate.notes
+    alone = estimate.inversion.decoder_alone
+    assert alone.scores == refined.inversion.decoder_alone.scores
+    assert estimate.scores["psnr"].mean > max(alone.scores["psnr"].mean, refined.scores["psnr"].mean)
+    assert refined.inversion.feature_loss < alone.feature_loss
+    assert [row["id"] for row in estimate.per_image] == [row["id"] for row in refined.per_image]
+    for found in answers.values():
+        controls = found.inversion.controls
+        assert controls.candidates == 3 and 0 <= controls.identified <= 1
+        assert controls.other_image["psnr"].mean < found.scores["psnr"].mean
+        assert controls.prior_alone["psnr"].mean < found.scores["psnr"].mean
     assert not list(output.glob("*/learning")) and not list(output.glob("*/batch-*"))
     assert "best estimate" in out
+
+
+def test_a_best_estimate_that_was_cut_short_goes_on_and_comes_to_the_same(command, run, place, monkeypatch):
+    few_steps(monkeypatch, steps=3)
+    arguments = run.path, "--max-images", 3, "--steps", 4, "--refine-only", "--estimate-images", 6
+    code, _, err = command(*arguments, "--output-dir", place / "whole")
+    assert code == 0, err
+    of_features, calls = Refinement.of_features, []
+
+    def stopping(*given, **options):
+        calls.append(given)
+        if len(calls) == 3:  # of the test images one batch, of those that are learned from one of two
+            raise KeyboardInterrupt
+        return of_features(*given, **options)
+
+    monkeypatch.setattr(Refinement, "of_features", stopping)
+    with contextlib.suppress(KeyboardInterrupt):
+        command(*arguments, "--output-dir", place / "cut")
+    assert len(calls) == 3
+    code, _, err = command(*arguments, "--output-dir", place / "cut")
+    assert code == 0, err
+    scores = [
+        {made.name: made.file("scores.csv").read_bytes() for made in scan(place / name)}
+        for name in ("whole", "cut")
+    ]
+    assert len(scores[0]) == 2 and scores[0] == scores[1]
 
 
 def test_ones_own_image_from_a_decoder(command, run, place):

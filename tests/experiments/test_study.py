@@ -138,7 +138,7 @@ def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_
     few = functools.partialmethod(inversion.InvertConfig.__init__, steps=6)
     monkeypatch.setattr(inversion.InvertConfig, "__init__", few)
     study = replace(SMALL, sources=(f"{MODEL}:layer1", f"{MODEL}:layer2"), references=False, invert=2)
-    learned = inversion.EstimateConfig(images=4, rounds=1, passes=4, steps=3, channels=4)
+    learned = inversion.EstimateConfig(images=4, steps=3, channels=4)
     study = replace(study, decoders=(DecoderConfig("linear"),), estimate=learned)
     options = {"cache": tmp_path / "cache", "accelerator": "cpu"}
     runs, failures = run_study(study, tmp_path / "study", **options)

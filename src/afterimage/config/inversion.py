@@ -81,24 +81,19 @@ class InvertConfig:
 
 @dataclass(frozen=True)
 class EstimateConfig:
-    """Settings of the best estimate: an image of least expected squared error, learned from images
-    whose originals are known.
+    """Settings of the best estimate: an image of least expected squared error.
 
-    It is reached in rounds. Each one brings the image nearer to the features by a few passes through the encoder, and
-    then a small network, learned on images that came the same way, takes back what the features do not tell.
+    A small network makes it from the decoder's image and the refined one. It is learned on validation images that
+    were refined the same way, and takes back what the features do not tell.
 
     Attributes:
-        images: validation images that the networks learn from, or all there are; 0 for no best estimates
-        rounds: how many times passes and a network follow each other
-        passes: forward and backward passes through the encoder in each round
-        steps: optimizer steps of each network
-        channels: width of the networks at half resolution
-        precision: of the passes (see `InvertConfig`) and of the networks
+        images: validation images that the network learns from, or all there are; 0 for no best estimates
+        steps: optimizer steps of the network
+        channels: width of the network at half resolution
+        precision: of the network, `32-true` or `bf16-mixed`
     """
 
-    images: int = 96
-    rounds: int = 2
-    passes: int = 60
+    images: int = 64
     steps: int = 600
     channels: int = 32
     precision: str = "32-true"
@@ -107,7 +102,7 @@ class EstimateConfig:
         if self.precision not in INVERSION_PRECISIONS:
             raise unknown("precision of an estimate", self.precision, INVERSION_PRECISIONS)
         check_range("images", self.images, 0, MAX_IMAGES)
-        check_positive(self, "rounds", "passes", "steps", most=MAX_STEPS)
+        check_positive(self, "steps", most=MAX_STEPS)
         check_positive(self, "channels", most=MAX_SIDE)
 
 

@@ -28,11 +28,12 @@ class Batches:
     def __init__(self, folder: Path, made_for: Any) -> None:
         self.folder, self.made_for = folder, json.dumps([made_for, torch.__version__], sort_keys=True)
 
-    def load(self, first: int, images: Tensor) -> tuple[Inversion, Curve] | None:
-        """What the batch whose first image has the number `first` came to, and its curve."""
+    def load(self, images: Tensor) -> tuple[Inversion, Curve] | None:
+        """What the search for `images` came to, and its curve; None where it is not there."""
+        key = self._key(images)
         try:
-            tensors, metadata = load_tensors(self._path(first))
-            if metadata["key"] != self._key(images):
+            tensors, metadata = load_tensors(self._path(key))
+            if metadata["key"] != key:
                 return None
             facts = json.loads(metadata["facts"])
             return Inversion(
@@ -41,17 +42,19 @@ class Batches:
         except (AfterimageError, KeyError, ValueError):
             return None
 
-    def save(self, first: int, images: Tensor, result: Inversion, curve: Curve) -> None:
+    def save(self, images: Tensor, result: Inversion, curve: Curve) -> None:
         tensors = plain({"images": result.images, "loss": result.loss})
         facts = json.dumps({"seconds": result.seconds, "curve": curve})
-        write_atomic(self._path(first), save(tensors, {"key": self._key(images), "facts": facts}))
+        key = self._key(images)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path(key), save(tensors, {"key": key, "facts": facts}))
 
     def clear(self) -> None:
         for path in self.folder.glob("batch-*.safetensors"):
             path.unlink()
 
-    def _path(self, first: int) -> Path:
-        return self.folder / f"batch-{first:06}.safetensors"
+    def _path(self, key: str) -> Path:
+        return self.folder / f"batch-{key[:16]}.safetensors"
 
     def _key(self, images: Tensor) -> str:
         pixels = images.detach().cpu().contiguous().numpy().tobytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from afterimage.analysis.inversion.batches import Batches, Curve
-from afterimage.analysis.inversion.best_estimate import learn_estimate
+from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
 from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
 from afterimage.analysis.inversion.honesty import bound_controls, mean_features
 from afterimage.analysis.inversion.invert import (
     Inversion,
     Snapshot,
     differentiable,
+    encode,
     invert,
-    refine,
     refine_features,
 )
+from afterimage.analysis.inversion.objective import feature_distance
 from afterimage.config import AfterimageError, DataConfig, load_toml, shown
 from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
 from afterimage.data.dataset import file_notes, load_data, prepare_image
@@ -44,7 +45,7 @@ from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.environment import environment
 from afterimage.runs.files import sha256, write_csv, write_image
-from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result, Score
+from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result
 from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
@@ -151,8 +152,7 @@ def measure(
     seconds = 0.0
     for indices in parts:
         images = image_set.crops(indices, device=device)
-        first = int(indices[0])
-        kept = batches.load(first, images) if batches else None
+        kept = batches.load(images) if batches else None
         if kept is None:
             ids, own = [image_set.ids[index] for index in indices.tolist()], []
 
@@ -163,7 +163,7 @@ def measure(
 
             result = search(images, callback=callback, milestones=curve_steps(steps), progress=progress)
             if batches:
-                batches.save(first, images, result, own)
+                batches.save(images, result, own)
         else:
             result, own = kept
         curve += own
@@ -196,6 +196,67 @@ def _curve_rows(ids: Sequence[str], images: Images, look: Snapshot) -> Curve:
         }
         for name, value, loss in values
     ]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A search that starts from a decoder's answer, as `measure` takes it."""
+
+    reconstructor: Reconstructor
+    method: InvertConfig
+    errors: DecoderErrors | None
+    seed: int
+
+    def __call__(self, images: Images, **options: Any) -> Inversion:
+        """Refine what the decoder makes of `images`."""
+        return self.of_features(encode(self.reconstructor, images), tuple(images.shape[-2:]), **options)
+
+    def of_features(self, targets: Sequence[Tensor], size: tuple[int, int], **options: Any) -> Inversion:
+        """Refine what the decoder makes of feature maps; options are `invert`'s."""
+        settings = {"method": self.method, "errors": self.errors, "seed": self.seed}
+        return refine_features(self.reconstructor, targets, size, **settings, **options)
+
+    def kept(self, images: Images, batches: Batches, progress: Progress = silent) -> Inversion:
+        """What was found before, or else search and keep it."""
+        if (found := batches.load(images)) is not None:
+            return found[0]
+        result = self(images, progress=progress)
+        batches.save(images, result, [])
+        return result
+
+
+@dataclass(frozen=True)
+class BestEstimate:
+    """A refinement and what was learned to correct in it, as `measure` takes it."""
+
+    refinement: Refinement
+    corrector: Corrector
+    precision: str
+    batches: Batches
+
+    def __call__(
+        self, images: Images, *, progress: Progress = silent, callback: Any = None, **_: Any
+    ) -> Inversion:
+        """Refine `images`, unless that is kept, and correct."""
+        reconstructor = self.refinement.reconstructor
+        targets = encode(reconstructor, images)
+        found = self.refinement.kept(images, self.batches, progress)
+        result = self._corrected(targets, found)
+        if callback is not None:
+            callback(Snapshot(self.refinement.method.steps, result.seconds, result.images, result.loss))
+        return result
+
+    def of_features(self, targets: Sequence[Tensor], size: tuple[int, int], **options: Any) -> Inversion:
+        """Refine and correct what the decoder makes of feature maps."""
+        return self._corrected(targets, self.refinement.of_features(targets, size, **options))
+
+    @torch.no_grad()
+    def _corrected(self, targets: Sequence[Tensor], found: Inversion) -> Inversion:
+        started, reconstructor = time.monotonic(), self.refinement.reconstructor
+        decoded = reconstructor.feature_decoder(targets).clone()
+        images = correct(self.corrector, decoded, found.images, self.precision)
+        seconds = found.seconds + time.monotonic() - started
+        return Inversion(images, feature_distance(reconstructor.encoders(images), targets), seconds)
 
 
 def invert_run(
@@ -241,8 +302,7 @@ def invert_run(
     common = {"data": given.config, "seed": seed, "lpips": lpips}
     configs = [InversionConfig(sources, where, run.name, method, **common)]
     if estimate and estimate.images:
-        passes = InvertConfig(steps=estimate.passes, precision=estimate.precision)
-        configs.append(InversionConfig(sources, where, run.name, passes, estimate=estimate, **common))
+        configs.append(InversionConfig(sources, where, run.name, method, estimate=estimate, **common))
     if plain:
         configs.append(InversionConfig(sources, where, "", method, **common))
     folders = {config.answer: Run.create(root, config) for config in configs}
@@ -253,46 +313,52 @@ def invert_run(
     metrics = Metrics(lpips, size=given.config.crop)
     options: dict[str, Any] = {"metrics": metrics, "seed": seed, "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
-        started = time.monotonic()
-        alone = evaluate(reconstructor, given.images, metrics, batch_size=BATCH, device=device)
-        # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
-        seconds = (time.monotonic() - started) / len(given.images)
-        start = _Start(run, summarise(alone.rows), seconds)
-    if folder := missing.get("refined"):
+        start = _Start(run, _decoder_alone(reconstructor, given.images, metrics, device))
         errors, note = _errors(reconstructor, given, device)
-
-        def search(images: Images, **more: Any) -> Inversion:
-            return refine(reconstructor, images, method=method, errors=errors, seed=seed, **more)
-
-        def prior(targets: list[Tensor], size: tuple[int, int]) -> Tensor:
-            found = refine_features(reconstructor, targets, size, method=method, errors=errors, seed=seed)
-            return found.images
-
-        _make(folder, reconstructor.encoders, search, given, note, start, prior, **options)
+        refinement = Refinement(reconstructor, method, errors, seed)
+        kept = Batches(folders["refined"].path, _made_for(reconstructor.encoders, start, given))
+    if folder := missing.get("refined"):
+        _make(folder, reconstructor.encoders, refinement, given, note, start, **options)
     if folder := missing.get("estimate"):
         if given.validation is None:
             raise AfterimageError(
                 f"{run.name}: a best estimate is learned from validation images, and there are none"
             )
-        made_for = _made_for(reconstructor.encoders, start, given)
-        learning = folder.path / "learning"
-        found = learn_estimate(
-            reconstructor, given.validation, estimate, learning,
-            made_for=made_for, seed=seed, device=device, progress=progress,
-        )  # fmt: skip
-        note = (
-            f"learned from {found.images} validation images in {estimate.rounds} rounds of {estimate.passes} passes "
-            f"and {estimate.steps} steps"
-        )
-
-        def prior(targets: list[Tensor], size: tuple[int, int]) -> Tensor:
-            return found.of_features(targets, size).images
-
-        _make(folder, reconstructor.encoders, found, given, [note], start, prior, **options)
-        shutil.rmtree(learning)
+        learning = Batches(folder.path / "learning", kept.made_for)
+        corrector, count = _learn(refinement, given.validation, estimate, learning, seed, device, progress)
+        best = BestEstimate(refinement, corrector, estimate.precision, kept)
+        learned = f"learned from {count} validation images that were refined alike, in {estimate.steps} steps"
+        _make(folder, reconstructor.encoders, best, given, [*note, learned], start, **options)
+        shutil.rmtree(learning.folder)
+    if missing.keys() & {"refined", "estimate"}:
+        kept.clear()
     if folder := missing.get("inversion"):
         invert_sources(folder, reconstructor.encoders, method, given, **options)
     return list(folders.values())
+
+
+def _learn(
+    refinement: Refinement,
+    image_set: ImageSet,
+    config: EstimateConfig,
+    batches: Batches,
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> tuple[Corrector, int]:
+    """Refine the first images of a set, and learn what to correct in them; the corrector and how many there were."""
+    count = min(config.images, len(image_set))
+    groups: list[tuple[Tensor, Tensor, Tensor]] = []
+    for indices in torch.arange(count).split(BATCH):
+        originals = image_set.crops(indices, device=device)
+        with torch.no_grad():
+            decoded = refinement.reconstructor(originals).clamp(0, 1)
+        found = refinement.kept(originals, batches, progress)
+        # In one order of memory, whether it was kept or not: sums depend on it.
+        groups.append(tuple(part.contiguous().cpu() for part in (originals, decoded, found.images)))
+        progress("refining images to learn the best estimate from", int(indices[-1]) + 1, count)
+    parts = (torch.cat(part) for part in zip(*groups, strict=True))
+    return learn_corrector(*parts, config, seed=seed, device=device, progress=progress), count
 
 
 def invert_sources(
@@ -305,7 +371,7 @@ def invert_sources(
     **options: Any,
 ) -> None:
     """Invert images from grey through all sources of `encoders` at once, into a run folder."""
-    _make(folder, encoders, plain_search(encoders, method, seed), given, [], None, None, seed=seed, **options)
+    _make(folder, encoders, plain_search(encoders, method, seed), given, [], None, seed=seed, **options)
 
 
 def _errors(
@@ -330,13 +396,28 @@ def _errors(
     return DecoderErrors.learn(errors()), [note]
 
 
+def _decoder_alone(
+    reconstructor: Reconstructor, image_set: ImageSet, metrics: Metrics, device: str
+) -> DecoderAlone:
+    started = time.monotonic()
+    scores = summarise(evaluate(reconstructor, image_set, metrics, batch_size=BATCH, device=device).rows)
+    # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
+    seconds = (time.monotonic() - started) / len(image_set)
+    losses = []
+    for indices in torch.arange(len(image_set)).split(BATCH):
+        targets = encode(reconstructor, image_set.crops(indices, device=device))
+        with torch.no_grad():
+            decoded = reconstructor.feature_decoder(targets).clamp(0, 1)
+            losses += feature_distance(reconstructor.encoders(decoded), targets).tolist()
+    return DecoderAlone(scores, seconds, sum(losses) / len(losses))
+
+
 @dataclass(frozen=True)
 class _Start:
     """The run whose decoder made the start, and what that decoder alone came to on the same images."""
 
     run: Run
-    scores: Mapping[str, Score | None]
-    seconds: float
+    alone: DecoderAlone
 
 
 def _made_for(encoders: MultiEncoder, start: _Start | None, given: InversionInputs) -> list[Any]:
@@ -349,41 +430,36 @@ def _made_for(encoders: MultiEncoder, start: _Start | None, given: InversionInpu
 def _make(
     folder: Run,
     encoders: MultiEncoder,
-    search: Callable[..., Inversion],
+    search: Refinement | BestEstimate | Callable[..., Inversion],
     given: InversionInputs,
     notes: Sequence[str],
     start: _Start | None,
-    prior: Callable[[list[Tensor], tuple[int, int]], Tensor] | None,
     *,
     metrics: Metrics,
     seed: int,
     device: str,
     progress: Progress,
 ) -> None:
-    """Search, measure, and write the folder as any run's, and curve.csv, PSNR and feature loss by image and pass.
-
-    `prior` is the same procedure from features alone, for the score that owes nothing to them.
-    """
+    """Search, measure, and write the folder as any run's, and curve.csv, PSNR and feature loss by image and pass."""
     config = load_toml(InversionConfig, folder.file("config.toml"))
     steps, weights = config.inversion.steps, encoders.weights_of(encoders.sources)
-    if config.estimate:
-        steps *= config.estimate.rounds
     digest = sha256(start.run.file("decoder.safetensors")) if start else ""
 
     def snapshot(images: Images) -> None:
         write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
 
-    batches = Batches(folder.path, _made_for(encoders, start, given))
+    # The best estimates take what the refinement has kept.
+    batches = None if config.estimate else Batches(folder.path, _made_for(encoders, start, given))
     measured = measure(
         search, given.images, metrics, steps, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
     alone = None
-    if prior is not None and given.validation is not None:
+    if start and given.validation is not None:
         few = torch.arange(min(HELD_OUT, len(given.validation))).split(BATCH)
         batches_of_few = (given.validation.crops(part, device=device) for part in few)
-        alone = prior(mean_features(encoders, batches_of_few), measured.images[0][1].shape[:2])
+        mean = mean_features(encoders, batches_of_few)
+        alone = search.of_features(mean, measured.images[0][1].shape[:2]).images
     took = f"{steps} passes an inversion, {measured.seconds:.1f} s an image"
-    before = [row["feature_loss"] for row in measured.curve if row["step"] == 0]
     facts = InversionFacts(
         steps=steps,
         seconds_per_image=measured.seconds,
@@ -391,7 +467,7 @@ def _make(
         start=start.run.name if start else "",
         start_decoder=start.run.config.decoder.name if start else "",
         start_sha256=digest,
-        decoder_alone=start and DecoderAlone(start.scores, start.seconds, sum(before) / len(before)),
+        decoder_alone=start and start.alone,
         controls=bound_controls(measured.images, metrics, alone),
     )
     how = "best estimate" if config.estimate else "refined"
@@ -413,7 +489,8 @@ def _make(
     write_csv(folder.file("curve.csv"), measured.curve)
     folder.save_result(found, measured.images)
     folder.set_state("done")
-    batches.clear()
+    if batches is not None and start is None:
+        batches.clear()
 
 
 def plain_search(encoders: MultiEncoder, method: InvertConfig, seed: int) -> Callable[..., Inversion]:
