@@ -168,12 +168,14 @@ def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_
     written = write_report(again, tmp_path / "report", title="Bounds")
     text = written["report.md"].read_text()
     section = text[
-        text.index("## What a layer keeps, and what its decoder missed") : text.index("## Findings")
+        text.index("## What a layer keeps, and what its decoder missed") : text.index("## Results")
     ]
     for bound in bounds:
         result = bound.result
         alone = result.inversion.decoder_alone.scores["psnr"].mean
-        assert f"| {alone:.2f} | {result.scores['psnr'].mean:.2f} \\[" in section
+        assert f"| decoder linear | {alone:.2f} \\[" in section
+        name = "best estimate" if result.config.estimate else "most consistent"
+        assert f"| {name} | {result.scores['psnr'].mean:.2f} \\[" in section
 
 
 def test_a_bound_that_cannot_be_found_ends_itself_alone(tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def test_every_hypothesis_has_verdict_rule_and_numbers(study, told):
         assert re.search(rf"\| {h}: .* \| \*\*{verdict}\*\* \|", findings)
         assert "*Rule. " in part and "p &lt; 0.05" in part and "dB \\[" in part
     assert f"{step.difference.estimate:+.2f} dB".replace("-", "−") in findings
-    assert "How much is lost" in findings and "What quality costs" in findings and "per cent" in findings
+    assert "How far decoders fall" in findings and "What quality costs" in findings and "per cent" in findings
     assert read_json(told[1] / "findings.json") == analysis.as_dict()
 
 
@@ -166,7 +166,7 @@ def test_the_published_study_itself_is_told_as_it_told_itself(tmp_path):
     }
     assert all(len(row) == len(t.header) for f in (h1, h2, h3, *rest) for t in f.tables for row in t.rows)
     assert [f.title for f in rest][:2] == [
-        "How much is lost from the best layer to the worst",
+        "How far decoders fall from the best layer to the worst",
         "What quality costs",
     ]
 

@@ -7,7 +7,6 @@ import xml.etree.ElementTree as ET
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.text import Text
 from PIL import Image
 
 from afterimage.config import FusionConfig
@@ -15,6 +14,7 @@ from afterimage.report.figures import draw, render
 from afterimage.report.figures.image_grid import busiest
 from afterimage.report.rows import read_rows
 from afterimage.runs.run import scan
+from drawn_text import faults, texts
 from report_study import RESNET, VIT, sample_image, write_fused, write_reference, write_run, write_study
 from simulated_runs import edit
 
@@ -33,36 +33,6 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module")
 def drawings(rows):
     return {drawing.name: drawing for drawing in draw(rows)}
-
-
-def texts(figure) -> list[Text]:
-    found = [text for legend in figure.legends for text in legend.get_texts()]
-    for axes in figure.axes:
-        found += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            found += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-    return [text for text in found if text.get_visible() and text.get_text().strip()]
-
-
-def faults(figure) -> list[str]:
-    """Texts that reach out of the figure, and pairs of unrotated texts that overlap."""
-    figure.draw_without_rendering()
-    boxes = [(text, Text.get_window_extent(text)) for text in texts(figure)]
-    width, height = figure.bbox.size
-    found = [
-        f"clipped: {text.get_text()}"
-        for text, box in boxes
-        if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1
-    ]
-    straight = [(text, box) for text, box in boxes if text.get_rotation() % 90 == 0]
-    for i, (a, first) in enumerate(straight):
-        for b, second in straight[i + 1 :]:
-            across = min(first.x1, second.x1) - max(first.x0, second.x0)
-            along = min(first.y1, second.y1) - max(first.y0, second.y0)
-            if across > 1 and along > 1:
-                found.append(f"overlap: {a.get_text()} | {b.get_text()}")
-    return found
 
 
 def test_a_study_has_its_figures(drawings):

@@ -29,8 +29,13 @@ def image_lines(scores: Mapping[str, float | None], lpips: LpipsStatus) -> list[
 
 
 def print_table(runs: list) -> None:
-    """The table of results on the terminal."""
+    """The table of results on the terminal, and below it that of the measured bounds where there are some."""
     from afterimage.report.rows import read_rows
     from afterimage.report.tables import console_table
 
-    console(160).print(console_table(read_rows(runs)))
+    rows = read_rows(runs)
+    console(160).print(console_table(rows))
+    if rows.inversions:
+        from afterimage.report.inversion import print_bounds
+
+        print_bounds(rows.inversions)

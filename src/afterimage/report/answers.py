@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from afterimage.config import AfterimageError
+from afterimage.report.bounds import Bound, to_compare
 from afterimage.report.findings import Finding, Numbers, find, how_to_read
 from afterimage.report.format import markdown, number
 from afterimage.report.published import Beside, beside_published
 from afterimage.report.rows import Row
+from afterimage.report.sides import BothSides
 from afterimage.report.statistics.analysis import analyse
 from afterimage.runs.results import METRICS
 
-LONG = 12  # rows; longer tables are folded
+LONG = 12  # rows; longer tables are folded, but for those of a wide finding
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Answers:
     problems: tuple[str, ...]
 
 
-def answer(rows: Sequence[Row]) -> Answers:
-    """Compute everything that the scores of these rows answer.
+def answer(rows: Sequence[Row], bounds: Sequence[Bound] = ()) -> Answers:
+    """Compute everything that the scores of these rows and bounds answer.
 
     Args:
         rows: finished runs
+        bounds: their measured bounds
 
     Returns:
         the answers; what these rows cannot answer, as an `AfterimageError` says, is among the problems
@@ -48,7 +51,9 @@ def answer(rows: Sequence[Row]) -> Answers:
     problems, lead, findings, beside = [], "", (), None
     try:
         analysis = analyse(rows)
-        lead, findings, values = how_to_read(analysis), tuple(find(analysis)), analysis.as_dict()
+        both = BothSides(*map(analyse, to_compare(bounds))) if bounds else None
+        lead, findings = how_to_read(analysis), tuple(find(analysis, both))
+        values = analysis.as_dict() | (both.as_dict() if both else {})
     except AfterimageError as error:
         problems.append(f"The findings could not be computed: {error}")
     try:
@@ -124,17 +129,17 @@ def markdown_finding(finding: Finding) -> list[str]:
         blocks.append(f"**Verdict: {markdown(finding.verdict)}.**")
     blocks += map(markdown, finding.paragraphs)
     for table in finding.tables:
-        blocks.append(_table(table))
+        blocks.append(_table(table, is_open=finding.wide))
     if finding.rule:
         blocks.append(f"*Rule. {markdown(finding.rule)}*")
     return blocks
 
 
-def _table(table: Numbers) -> str:
+def _table(table: Numbers, *, is_open: bool) -> str:
     lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in (table.header, *table.rows)]
     lines.insert(1, "|" + " --- |" * len(table.header))
     text = "\n".join(lines)
-    if len(table.rows) <= LONG:
+    if is_open or len(table.rows) <= LONG:
         return text
     summary = f"{markdown(table.title)} ({len(table.rows)} rows)"
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"

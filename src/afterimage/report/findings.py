@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 
 from afterimage.evaluation.intervals import NAME, RESAMPLES
 from afterimage.report.format import (
@@ -17,6 +18,7 @@ from afterimage.report.format import (
     score,
     told_apart,
 )
+from afterimage.report.sides import BothSides, Sides
 from afterimage.report.statistics.analysis import Analysis
 from afterimage.report.statistics.architectures import Architectures
 from afterimage.report.statistics.depth import UNTESTABLE, Depth
@@ -48,26 +50,29 @@ class Finding:
     rule: str = ""
     paragraphs: tuple[str, ...] = ()
     tables: tuple[Numbers, ...] = ()
-    wide: bool = False  # a page gives it a row of its own, its tables open
+    wide: bool = False  # a page gives it a row of its own; its tables are open, however long
 
 
-def find(analysis: Analysis) -> list[Finding]:
+def find(analysis: Analysis, both: BothSides | None = None) -> list[Finding]:
     """H1, H2 and H3, degradation, costs, decoders and fusions; the ones that the rows cannot fill are left out.
 
-    The three hypotheses are always there: one that cannot be tested says what it lacks.
+    The three hypotheses are always there: one that cannot be tested says what it lacks. Where there are measured
+    bounds, `both`, each is judged for them too.
     """
     if not any(row.sources for row in analysis.rows):
         return [Finding("No decoder to judge", paragraphs=(_overview(analysis),)), *_left_out(analysis)]
     metric = analysis.scores[0].metric
     extra = {"H3": tuple(_disagreements(analysis.architectures))}
     findings = [
-        _hypothesis(group, numbers, extra.get(group[0].hypothesis, ()))
-        for group, numbers in (
-            (analysis.depth, _depth),
-            (analysis.resolution, _resolution),
-            (analysis.architectures, _architectures),
+        _hypothesis(
+            getattr(analysis, name), numbers, extra.get(hypothesis, ()), Sides.of(name, analysis, both)
         )
-        if group
+        for hypothesis, name, numbers in (
+            ("H1", "depth", _depth),
+            ("H2", "resolution", _resolution),
+            ("H3", "architectures", _architectures),
+        )
+        if getattr(analysis, name)
     ]
     if not findings:
         findings.append(
@@ -97,7 +102,7 @@ def how_to_read(analysis: Analysis) -> str:
 
 def _hypothesis(
     results: Sequence[Hypothesis], numbers: Callable[[Sequence[Hypothesis]], Iterable[Numbers]],
-    extra: tuple[str, ...],
+    extra: tuple[str, ...], side: Sides,
 ) -> Finding:  # fmt: skip
     first = results[0]
     main = [r for r in results if r.metric == first.metric and r.verdict != UNTESTABLE]
@@ -106,11 +111,14 @@ def _hypothesis(
         told = f"{result.setting[0].upper()}{result.setting[1:]}: {result.verdict}, {result.reason}."
         more = _correlation(result) if isinstance(result, Resolution) else []
         paragraphs.append(" ".join([told, *more]))
-    paragraphs += [*extra, *_by_other_metrics(results), *_not_testable(results)]
-    tables = tuple(table for table in numbers(main) if table.rows)
+    paragraphs += [*side.sentences, *extra, *_by_other_metrics(results), *_not_testable(results)]
+    tables = tuple(table for table in (*starmap(Numbers, side.tables), *numbers(main)) if table.rows)
+    verdict, of_bound = _overall(main), [r for r in side.bound if r.metric == first.metric]
+    if main and of_bound and (other := _overall(of_bound)) != verdict:
+        verdict = f"{verdict} for decoders, {other} for the measured bound"
     return Finding(
         f"{first.hypothesis}: {first.claim}",
-        _overall(main),
+        verdict,
         first.rule if main else "",
         tuple(paragraphs),
         tables,
@@ -223,7 +231,7 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
         sentences.append(f"{METRICS[metric].title} changes by {span} %")
     text = f"From the best to the worst layer of an encoder, {'; '.join(sentences)}." if sentences else ""
     yield Finding(
-        "How much is lost from the best layer to the worst",
+        "How far decoders fall from the best layer to the worst",
         paragraphs=(text,) if text else (),
         tables=(Numbers("Best and worst layers", header, tuple(rows)),),
     )

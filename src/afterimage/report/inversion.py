@@ -1,38 +1,41 @@
-"""What inversions came to, from their run folders: one table of decoder, inversion and refinement, and the curves."""
+"""What inversions came to, in words and tables: what a layer keeps beside what its decoder shows, and the curves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from afterimage.evaluation.intervals import mean_interval
-from afterimage.report.figures.inversion import PAST, features_of, highest, mean_curve, named_features
+from afterimage.evaluation.intervals import NAME
+from afterimage.report.bounds import PAST, Bound, features_of, highest, mean_curve, named_features, searched
+from afterimage.report.figures.style import short_encoders
 from afterimage.report.findings import Finding, Numbers
 from afterimage.report.format import number, span
-from afterimage.report.rows import Row
+from afterimage.report.rows import Row, mean_over_images
+from afterimage.report.tables import heading
 from afterimage.runs.files import write_atomic, write_csv, write_json
 from afterimage.runs.results import METRICS, Score
 from afterimage.runtime.terminal import console
 
 
 def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows for decoders, inversions from grey and refinements, in this order for each set of sources."""
+    """Rows for decoders, best estimates, inversions from grey and refinements, in this order for each sources."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for found in inversions:
         facts, rows = found.inversion, groups.setdefault(features_of(found), [])
         if alone := facts.decoder_alone:
-            row = _row(found, "decoder", facts.start_decoder, alone.scores, alone.seconds, 0, None)
+            measured = alone.scores, alone.seconds, 0, alone.feature_loss
+            row = _row(found, "decoder", facts.start_decoder, *measured)
             if not any(_same(row, other) for other in rows):
                 rows.append(row)
-        way = "refined" if facts.start else "inversion"
         measured = found.scores, facts.seconds_per_image, facts.steps, facts.feature_loss
-        passes, psnr = highest(mean_curve(found.run))
-        row = _row(found, way, found.decoder, *measured)
-        rows.append(row | {"peak_passes": passes, "peak_psnr": psnr})
-    order = ("decoder", "inversion", "refined")
+        row = _row(found, found.config.answer, found.decoder, *measured)
+        if searched([found]):
+            passes, psnr = highest(mean_curve(found.run))
+            row |= {"peak_passes": passes, "peak_psnr": psnr}
+        rows.append(row)
+    order = ("decoder", "estimate", "inversion", "refined")
     return [row for rows in groups.values() for row in sorted(rows, key=lambda row: order.index(row["way"]))]
 
 
@@ -56,52 +59,94 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(row[name] == other[name] for name in measured)
 
 
-def bound_findings(inversions: Sequence[Row]) -> list[Finding]:
-    """Set what decoders made of images beside the same images refined until the features fit, if there are any.
+TITLE = "What a layer keeps, and what its decoder missed"
 
-    Scores are means over the same images with 95 % bootstrap intervals (BCa).
+
+def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
+    """Set what decoders made of images beside what was found from there, if anything was.
+
+    Scores are means over the same images with their intervals, and so are differences, paired by image.
     """
-    refined = [
-        row for row in inversions if row.inversion and row.inversion.start and row.inversion.decoder_alone
-    ]
-    if not refined:
+    if not bounds:
         return []
-    lines, metrics = [], [name for name in METRICS if any(row.scores[name] for row in refined)]
-    for row in refined:
-        alone = row.inversion.decoder_alone.scores
-        cells = [named_features(" + ".join(row.sources), row.origin), row.inversion.start_decoder]
-        for name in metrics:
-            before, after = (
-                number(s.mean, name) if s else "unavailable" for s in (alone[name], row.scores[name])
-            )
-            values = list(row.values(name).values())
-            if len(values) > 1:
-                after += f" {span(mean_interval(np.array(values)), name, signed=False)}"
-            cells += [before, after]
-        lines.append((*cells, f"{row.inversion.feature_loss:.2g}", str(len(row.per_image))))
-    header = [f"{METRICS[name].title} {way}" for name in metrics for way in ("decoder", "refined")]
-    counts = [str(count) for count in sorted({len(row.per_image) for row in refined})]
-    passes = [str(steps) for steps in sorted({row.inversion.steps for row in refined})]
-    return [
-        Finding(
-            "What a layer keeps, and what its decoder missed",
-            paragraphs=(
-                "A decoder's score at depth is the decoder's weakness as much as the layer's loss. The refined image "
-                "started from the decoder's and was changed until its features were those of the original "
-                f"({' or '.join(passes)} passes through the encoder, on the first {' or '.join(counts)} test images). "
-                "What came back was read from the features, so it is a lower bound on what they keep: the measured "
-                "bound. What the features do not determine is filled in, not averaged, which can cost PSNR.",
-            ),
-            tables=(
-                Numbers(
-                    "Decoder and measured bound on the same images, mean [95 % interval]",
-                    ("features", "decoder", *header, "feature loss", "images"),
-                    tuple(lines),
-                ),
-            ),
-            wide=True,
+    founds = [bound.found for bound in bounds]
+    names, metrics = short_encoders(founds), [m for m in METRICS if any(row.scores[m] for row in founds)]
+    lines = []
+    for bound in bounds:
+        name = feature_name(bound.found, names)
+        for answer, row in bound.answers.items():
+            cells = [mean_text(row, metric) for metric in metrics]
+            lines.append((name, answer, *cells, distance_text(row.inversion.feature_loss), str(bound.count)))
+            name = ""
+        if any(missed := [_missed_text(bound, metric) for metric in metrics]):
+            lines.append(("", "the decoder missed", *missed, "", str(bound.count)))
+    nets = {row.lpips.net for row in founds if row.scores["lpips"]}
+    heads = [heading(metric, " / ".join(sorted(nets)) if metric == "lpips" else "") for metric in metrics]
+    table = Numbers(
+        f"The answers to the same test images, mean [{NAME}]",
+        ("features", "answer", *heads, "feature distance", "images"), tuple(lines),
+    )  # fmt: skip
+    return [Finding(TITLE, paragraphs=tuple(_paragraphs(bounds, metrics)), tables=(table,), wide=True)]
+
+
+def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
+    refined = [bound.refined for bound in bounds if bound.refined]
+    estimates = [bound.estimate for bound in bounds if bound.estimate]
+    yield (
+        "A decoder's score at depth is the decoder's weakness as much as the layer's loss. What is set beside it was "
+        "read from the same features, so it is a lower bound on what they keep: the measured bound."
+    )
+    if refined:
+        passes = " or ".join(str(steps) for steps in sorted({row.inversion.steps for row in refined}))
+        yield (
+            f"The most consistent image was changed until its features were those of the original, in {passes} passes "
+            "through the encoder. It shows what they know, and fills in what they do not, which can cost PSNR."
         )
-    ]
+    if estimates:
+        yield (
+            "The best estimate is the image of least expected error. It shows what the features know; what they do not "
+            "is averaged, not invented."
+        )
+    yield (
+        "The feature distance is |f − f0|² / |f0|² between the features of an answer and of the original. A decoder "
+        "whose image has other features has not told what it was given."
+    )
+    gaps = {}
+    for metric in metrics:
+        means = [statistics.fmean(gap.values()) for bound in bounds if (gap := bound.missed(metric))]
+        if means:
+            ends = dict.fromkeys(number(end, metric, signed=True) for end in (min(means), max(means)))
+            gaps[metric] = f"{' to '.join(ends)}{METRICS[metric].unit} {METRICS[metric].title}"
+    if gaps:
+        yield f"From the decoders to the measured bound: {', '.join(gaps.values())}."
+
+
+def feature_name(row: Row, names: Mapping[str, str]) -> str:
+    """The encoder by its short name, the layer, and whether the weights are random."""
+    what = row.label.partition(" · ")[0] if row.is_fused else f"{names[row.encoder]} {row.layer}"
+    return named_features(what, row.origin)
+
+
+def mean_text(row: Row, metric: str) -> str:
+    """A mean and, where the scores of two images or more are known, its interval."""
+    if (score := row.scores[metric]) is None:
+        return "unavailable"
+    text, interval = number(score.mean, metric), row.intervals[metric]
+    return f"{text} {span(interval, metric, signed=False)}" if interval and interval.count > 1 else text
+
+
+def _missed_text(bound: Bound, metric: str) -> str:
+    """The mean difference of bound and decoder with its interval, empty where it is not known by image."""
+    if not (gaps := bound.missed(metric)):
+        return ""
+    gap = mean_over_images(list(gaps.values()))
+    text = number(gap.estimate, metric, signed=True)
+    return f"{text} {span(gap, metric)}" if gap.count > 1 else text
+
+
+def distance_text(distance: float) -> str:
+    """A feature distance with two digits and no power of ten."""
+    return f"{distance:.2g}" if distance >= 1e-4 else "< 0.0001"
 
 
 def print_bounds(inversions: Sequence[Row]) -> None:
@@ -145,9 +190,11 @@ def write_bounds(inversions: Sequence[Row], output: Path) -> list[Path]:
     from afterimage.report.figures.style import render
 
     rows = bound_rows(inversions)
-    paths = [output / name for name in ("bounds.csv", "bounds.json", "saturation.png", "saturation.svg")]
-    write_csv(paths[0], rows)
-    write_json(paths[1], rows)
-    for path, content in zip(paths[2:], render(draw_saturation(inversions).figure), strict=True):
-        write_atomic(path, content)
-    return paths
+    contents = {"bounds.csv": rows, "bounds.json": rows}
+    if curves := searched(inversions):
+        png, svg = render(draw_saturation(curves).figure)
+        contents |= {"saturation.png": png, "saturation.svg": svg}
+    for name, content in contents.items():
+        write = {"csv": write_csv, "json": write_json}.get(name.rpartition(".")[2], write_atomic)
+        write(output / name, content)
+    return [output / name for name in contents]

@@ -152,16 +152,26 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Rows:
-    """Decoder rows by encoder, depth of the layer and decoder; baselines; what has no result."""
+    """Decoder rows by encoder, depth of the layer and decoder; baselines; what has no result; inversions.
+
+    Inversions are measured on a few test images, so they are no rows beside decoders and baselines. Where there is
+    nothing else, they are the decoder rows too.
+    """
 
     decoders: tuple[Row, ...]
     references: tuple[Row, ...]
     unfinished: tuple[Unfinished, ...]
     warnings: tuple[str, ...] = ()
+    inversions: tuple[Row, ...] = ()
 
     @property
     def all(self) -> tuple[Row, ...]:
         return self.decoders + self.references
+
+    @property
+    def every(self) -> tuple[Row, ...]:
+        """All rows and the inversions, each once."""
+        return self.all if self.decoders is self.inversions else self.all + self.inversions
 
     @property
     def nets(self) -> tuple[str, ...]:
@@ -185,12 +195,15 @@ def read_rows(runs: Iterable[Run]) -> Rows:
         unfinished.append(Unfinished(run, state, error))
     if not finished:
         raise AfterimageError(_nothing(unfinished))
-    decoders = _with_variants(_with_letters([row for row in finished if not row.is_baseline]))
-    decoders = sorted(decoders, key=lambda r: r.order)
+    decoded = _with_variants(_with_letters([row for row in finished if not row.is_baseline]))
+    decoded = sorted(decoded, key=lambda r: r.order)
+    inversions = tuple(row for row in decoded if row.kind == "inversion")
+    decoders = tuple(row for row in decoded if row.kind != "inversion")
     baselines = [row for row in finished if row.is_baseline]
     baselines.sort(key=lambda r: (r.scores["psnr"].mean, natural(r.label)))
-    warnings = tuple(_warnings([*decoders, *baselines]))
-    return Rows(tuple(decoders), tuple(baselines), tuple(unfinished), warnings)
+    shown = decoders if decoders or baselines else inversions
+    warnings = tuple(_warnings([*shown, *baselines]))
+    return Rows(shown, tuple(baselines), tuple(unfinished), warnings, inversions)
 
 
 def _nothing(unfinished: Sequence[Unfinished]) -> str:
@@ -220,7 +233,8 @@ def _with_variants(rows: Sequence[Row]) -> list[Row]:
     """Name the settings in which rows of one encoder, weights and decoder differ, such as `parameters=4M`."""
     groups = defaultdict(list)
     for row in rows:
-        groups[row.encoder, row.fusion_letter, row.weights_label, row.decoder].append(row)
+        answer = getattr(row.config, "answer", "")
+        groups[row.encoder, row.fusion_letter, row.weights_label, row.decoder, answer].append(row)
     named = []
     for members in groups.values():
         keys = sorted({key for row in members for key in row.distinguishing})

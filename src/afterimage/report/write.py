@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 # The page draws the other figures itself.
-ON_PAGE = ("training-curves", "distributions", "controls", "lost-by", "rate")
+FRONT = ("kept", "kept-by-depth")
+"""The figures that stand with the measured bound, before everything else."""
+ON_PAGE = ("kept-by-depth", "training-curves", "distributions", "controls", "lost-by", "rate")
 ABANDONED = 3600.0
 """Seconds after which a half-written file was left by a process that was killed: another may be reporting now."""
 TITLE = "How much of an image is left in the features?"
@@ -47,6 +49,7 @@ def write_report(
     cannot be written.
     """
     from afterimage.report.answers import answer, markdown_finding, markdown_findings
+    from afterimage.report.bounds import bounds_of
     from afterimage.report.controls import control_findings
     from afterimage.report.figures import UNDRAWABLE, draw, render
     from afterimage.report.inversion import bound_findings
@@ -61,13 +64,14 @@ def write_report(
     write("table.md", markdown_table(rows, spread=spread))
     write("table.csv", csv_table(rows))
     write("table.tex", latex_table(rows, spread=spread))
-    # The statistics compare decoders; an inversion has its rows in the table and its curve.
-    answers = answer([row for row in rows.all if row.kind != "inversion"])
+    # The statistics compare decoders; inversions alone have none.
+    found = bounds_of(rows)
+    answers = answer([row for row in rows.all if row.kind != "inversion"], found)
     write("findings.json", answers.json)
-    bounds = bound_findings(rows.decoders)
+    bounds = bound_findings(found)
     more = [*_beside(answers), *control_findings(rows.decoders)]
     progress("statistics", 1, 1)
-    figures, shown, problems = [], [], []
+    figures, shown, front, front_shown, problems = [], [], [], [], []
     for drawing in draw(rows, progress, problems):
         try:
             png, svg = render(drawing.figure)
@@ -76,12 +80,19 @@ def write_report(
             continue
         write(f"figures/{drawing.name}.png", png)
         write(f"figures/{drawing.name}.svg", svg)
-        figures.append(_figure(drawing))
-        if drawing.name.startswith(ON_PAGE):
-            shown.append((drawing.title, written[f"figures/{drawing.name}.png"]))
+        entry = drawing.title, written[f"figures/{drawing.name}.png"]
+        is_first = drawing.name in FRONT
+        (front if is_first else figures).append(_figure(drawing))
+        if drawing.name == "kept-by-depth":
+            front_shown.append((drawing.caption, entry[1]))
+        elif drawing.name.startswith(ON_PAGE):
+            shown.append(entry)
     try:
-        findings = [dataclasses.asdict(finding) for finding in (*bounds, *answers.findings, *more)]
+        findings, first = (
+            [*map(dataclasses.asdict, group)] for group in ([*answers.findings, *more], bounds)
+        )
         options = {"findings": findings, "figures": shown, "lead": answers.lead}
+        options |= {"bounds": first, "bound_figures": front_shown}
         options |= {"problems": [*answers.problems, *problems]}
         written["index.html"] = write_page(
             rows, out / "index.html", title=title, progress=progress, **options
@@ -92,10 +103,10 @@ def write_report(
     parts = [
         f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problems),
         *(["Also as [a page](index.html) with every image and chart."] if "index.html" in written else []),
+        *(part for f in bounds for part in (f"## {markdown(f.title)}", *markdown_finding(f))), *front,
         "## Results",
         markdown_table(rows, spread=spread).rstrip(),
         "Also as [CSV](table.csv) and [LaTeX](table.tex).",
-        *(part for f in bounds for part in (f"## {markdown(f.title)}", *markdown_finding(f))),
         "## Findings", *markdown_findings(answers),
         *(["All numbers as [JSON](findings.json)."] if answers.findings else []),
         *(part for f in more for part in (f"## {markdown(f.title)}", *markdown_finding(f))),
@@ -184,10 +195,10 @@ def _origins(rows: Rows, out: Path) -> Iterable[str]:
         yield f"Settings that all {'decoder' if rows.decoders else 'reference'} rows share:"
         text = "\n".join(f"{key} = {json.dumps(settings[0][key], default=str)}" for key in shared)
         yield markdown_block(text, "toml")
-    facts = [_facts(row.run) for row in rows.all]
+    facts = [_facts(row.run) for row in rows.every]
     yield f"Made with {'; or with '.join(dict.fromkeys(map(_environment, facts)))}."
     lines = ["| row | configuration | command |", "| --- | --- | --- |"]
-    for row, each in zip(rows.all, facts, strict=True):
+    for row, each in zip(rows.every, facts, strict=True):
         lines.append(f"| {markdown(_label(row))} | {_link(row.run, out)} | {_command(each)} |")
     yield "\n".join(lines)
 

@@ -7,10 +7,10 @@ from functools import partial
 
 from afterimage.config import AfterimageError
 from afterimage.report.figures.controls import controls, lost
-from afterimage.report.figures.depth import quality_by_depth
+from afterimage.report.figures.depth import kept_by_depth, quality_by_depth
 from afterimage.report.figures.distribution import distributions
 from afterimage.report.figures.fusion import fusion_weights
-from afterimage.report.figures.image_grid import grid, own_images, pages
+from afterimage.report.figures.image_grid import grid, kept, own_images, pages
 from afterimage.report.figures.inversion import saturation
 from afterimage.report.figures.rate import rate
 from afterimage.report.figures.scatter import quality_by_locations, quality_by_parameters
@@ -23,7 +23,11 @@ __all__ = ["UNDRAWABLE", "Drawing", "draw", "own_images", "render"]
 
 UNDRAWABLE = (AfterimageError, ArithmeticError, ValueError)
 """Raised by images that cannot be read, and by matplotlib for numbers that no axis can show."""
-BEFORE_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {"quality by depth": quality_by_depth}
+BEFORE_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
+    "kept": kept,
+    "kept by depth": kept_by_depth,
+    "quality by depth": quality_by_depth,
+}
 AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
     "fusion weights": fusion_weights,
     "quality by locations": quality_by_locations,

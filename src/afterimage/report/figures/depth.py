@@ -1,4 +1,4 @@
-"""Quality by depth: every encoder's layers in execution order, a line a decoder, baselines behind."""
+"""Quality by depth: every encoder's layers in execution order, a line a decoder; and what the decoders missed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from afterimage.evaluation.intervals import NAME
+from afterimage.report.bounds import Bound, bounds_of, by_decoder
 from afterimage.report.figures.fonts import columns, drawable
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import (
@@ -29,7 +32,8 @@ from afterimage.report.figures.style import (
     metrics_of,
     short_encoders,
 )
-from afterimage.report.rows import Row, Rows, fusion_legend, pool
+from afterimage.report.rows import Row, Rows, fusion_legend, mean_over_images, pool
+from afterimage.runs.results import METRICS, Interval
 
 LAYER_INCHES = 0.55
 LETTER_INCHES = 0.06  # of a tick label
@@ -52,6 +56,122 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
         return []
     metrics, styles = metrics_of(rows.decoders), decoder_styles(rows.decoders)
     segments = _segments(rows.decoders)
+    figure, panels = _panels(segments, metrics)
+    for axes, (metric, net) in zip(panels, metrics, strict=True):
+        shown = [r for r in rows.decoders if has(r, metric, net)]
+        _lines(axes, shown, segments, styles, metric)
+        for reference in (r for r in rows.references if has(r, metric, net)):
+            axes.axhline(reference.scores[metric].mean, color=MUTED, lw=0.7, ls=(0, (4, 3)), zorder=-1)
+    handles = _handles(rows.decoders, styles, bool(rows.references))
+    legend(figure, handles, columns=min(len(handles), 5))
+    figure.draw_without_rendering()
+    for axes, (metric, net) in zip(panels, metrics, strict=True):
+        axes.set_ylim(axes.get_ylim())
+        marked = [r for r in rows.references if has(r, metric, net)]
+        margin_labels(axes, [(r.scores[metric].mean, drawable(r.label, 32), MUTED) for r in marked])
+    return [Drawing("quality-by-depth", "Quality by depth", _caption(rows), figure)]
+
+
+ANSWERS = {"best estimate": ("#117733", "D"), "most consistent image": ("#882255", "^")}
+"""Colours and markers of the two answers that bound what a layer keeps."""
+BAND = "#F3DFA2"
+
+
+def kept_by_depth(rows: Rows) -> list[Drawing]:
+    """What layers keep at least, over depth, beside what a decoder shows of it; a figure a decoder."""
+    groups = by_decoder(bounds_of(rows)).items()
+    found = [
+        (label, bounds) for label, bounds in groups if len({bound.found.sources for bound in bounds}) > 1
+    ]
+    return [_kept(label, bounds, number) for number, (label, bounds) in enumerate(found)]
+
+
+def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
+    founds = [bound.found for bound in bounds]
+    metrics, segments = metrics_of(founds), _segments(founds)
+    place = {key: x for segment in segments for key, x in segment.places.items()}
+    figure, panels = _panels(segments, metrics)
+    looks = list(decoder_styles([bound.decoder for bound in bounds]).values())
+    drawn: dict[str, Style] = {f"decoder {label}": looks[0]}
+    for axes, (metric, net) in zip(panels, metrics, strict=True):
+        series: dict[tuple[str, str, str], dict[float, list[Bound]]] = defaultdict(lambda: defaultdict(list))
+        for bound in bounds:
+            if has(bound.found, metric, net):
+                kind = "most consistent image" if bound.best(metric) is bound.refined else "best estimate"
+                series[bound.found.encoder, bound.found.control, kind][place[_layer_key(bound.found)]].append(
+                    bound
+                )
+        for (encoder, control, kind), layers in series.items():
+            own = sorted(layers.items())
+            drawn[kind] = Style(*ANSWERS[kind])
+            x = np.array([place for place, _ in own])
+            decoder = [_mean([bound.decoder for bound in members], metric) for _, members in own]
+            answer = [_mean([bound.best(metric) for bound in members], metric) for _, members in own]
+            _band(axes, x, decoder, answer, METRICS[metric].higher_is_better, joined=encoder != "fusion")
+            still = [Interval(mean, mean, mean, 1) for mean in decoder]
+            apart = [_apart(members, metric, mean) for (_, members), mean in zip(own, answer, strict=True)]
+            for name, means in ((next(iter(drawn)), still), (kind, apart)):
+                _curve(axes, x, means, drawn[name], control, name, joined=encoder != "fusion")
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, label=drawable(name, 48))
+        for name, look in drawn.items()
+    ]
+    handles.append(Patch(color=BAND, label="what this decoder missed"))
+    legend(figure, handles, columns=4)
+    figure.draw_without_rendering()
+    counts = " or ".join(str(count) for count in sorted({bound.count for bound in bounds}))
+    caption = (
+        f"What the features of each layer keep at least (the measured bound), and what the decoder {label} shows of "
+        f"it: means over the same {counts} test images. The band is what this decoder missed, though the features hold "
+        "it; where there is none, nothing that was found is better than the decoder. Bars: the bound's difference to "
+        f"the decoder, paired by image, with its {NAME}."
+        f"{controls_note(founds)}{''.join(f' {line[0].upper()}{line[1:]}.' for line in fusion_legend(founds))}"
+    )
+    stem = "kept-by-depth" + (f"-{number + 1}" if number else "")
+    return Drawing(stem, f"What layers keep, and what {label} missed", caption, figure, folded=number > 0)
+
+
+def _mean(rows: Sequence[Row], metric: str) -> float:
+    """The mean over images, of the first row where scores by image are not known."""
+    found = pool(rows, metric)
+    return found.estimate if found else rows[0].scores[metric].mean
+
+
+def _apart(bounds: Sequence[Bound], metric: str, mean: float) -> Interval:
+    """The bound's mean with the interval of its difference to the decoder, of no width where that is not known."""
+    gaps = [bound.missed(metric) for bound in bounds]
+    common = [name for name in gaps[0] if all(name in gap for gap in gaps)]
+    if len(common) < 2:
+        return Interval(mean, mean, mean, len(common))
+    gap = mean_over_images([sum(gap[name] for gap in gaps) / len(gaps) for name in common])
+    return Interval(mean, mean + gap.low - gap.estimate, mean + gap.high - gap.estimate, gap.count)
+
+
+def _band(
+    axes: Axes, x: np.ndarray, decoder: Sequence[float], answer: Sequence[float], more: bool, *, joined: bool
+) -> None:
+    """Fill what the answer is better by; between layers as far as it is, at single ones as a bar."""
+    low, high = np.array(decoder), np.array(answer)
+    ahead = high > low if more else high < low
+    if joined and len(x) > 1:
+        axes.fill_between(x, low, high, where=ahead, interpolate=True, color=BAND, lw=0, zorder=0.5)
+    else:
+        axes.bar(x[ahead], (high - low)[ahead], 0.12, bottom=low[ahead], color=BAND, zorder=0.5)
+
+
+def _curve(
+    axes: Axes, x: np.ndarray, means: Sequence[Interval], look: Style, control: str, label: str, *, joined: bool
+) -> None:  # fmt: skip
+    """Means at their places, with intervals."""
+    axes.errorbar(
+        x, [mean.estimate for mean in means], error_bars(means), color=look.color, marker=look.marker,
+        mfc="white" if control else look.color, elinewidth=0.9, capsize=1.5,
+        ls=dashes(control) if joined else "none", label=label,
+    )  # fmt: skip
+
+
+def _panels(segments: Sequence[Segment], metrics: Sequence[tuple[str, str]]) -> tuple[Figure, np.ndarray]:
+    """A panel a metric over one axis of layers, with the encoders' names above it."""
     names = [name for segment in segments for name in segment.names.values()]
     inches = _layer_inches(segments[-1].right)
     is_rotated = max(columns(line) for name in names for line in name.split("\n")) * LETTER_INCHES > inches
@@ -62,10 +182,6 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
             axes.axvspan(
                 segment.left, segment.right, color="#f6f6f6" if i % 2 == 0 else "white", lw=0, zorder=-2
             )
-        shown = [r for r in rows.decoders if has(r, metric, net)]
-        _lines(axes, shown, segments, styles, metric)
-        for reference in (r for r in rows.references if has(r, metric, net)):
-            axes.axhline(reference.scores[metric].mean, color=MUTED, lw=0.7, ls=(0, (4, 3)), zorder=-1)
         axes.set_ylabel(metric_label(metric, net))
         grid_y(axes)
     places = [place for segment in segments for place in segment.places.values()]
@@ -80,14 +196,7 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
             xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="bottom",
             weight="bold", fontsize=8,
         )  # fmt: skip
-    handles = _handles(rows.decoders, styles, bool(rows.references))
-    legend(figure, handles, columns=min(len(handles), 5))
-    figure.draw_without_rendering()
-    for axes, (metric, net) in zip(panels, metrics, strict=True):
-        axes.set_ylim(axes.get_ylim())
-        marked = [r for r in rows.references if has(r, metric, net)]
-        margin_labels(axes, [(r.scores[metric].mean, drawable(r.label, 32), MUTED) for r in marked])
-    return [Drawing("quality-by-depth", "Quality by depth", _caption(rows), figure)]
+    return figure, panels
 
 
 def _segments(rows: Sequence[Row]) -> list[Segment]:
@@ -129,15 +238,11 @@ def _lines(
     for (encoder, label, control), layers in series.items():
         look, beside = styles[label], [key[1:] for key in series if key[0] == encoder]
         shift = 0.4 * ((beside.index((label, control)) + 0.5) / len(beside) - 0.5)
-        points = [
-            (place[key] + shift, score) for key, members in layers.items() if (score := pool(members, metric))
-        ]
-        points.sort(key=lambda point: point[0])
-        axes.errorbar(
-            [x for x, _ in points], [s.estimate for _, s in points], error_bars([s for _, s in points]),
-            color=look.color, marker=look.marker, mfc="white" if control else look.color, elinewidth=0.9,
-            capsize=1.5, ls="none" if encoder == "fusion" else dashes(control), label=label,
-        )  # fmt: skip
+        points = {
+            place[key] + shift: mean for key, members in layers.items() if (mean := pool(members, metric))
+        }
+        x = np.array(sorted(points))
+        _curve(axes, x, [points[at] for at in x], look, control, label, joined=encoder != "fusion")
 
 
 def _handles(rows: Sequence[Row], styles: dict[str, Style], has_references: bool) -> list[Line2D]:

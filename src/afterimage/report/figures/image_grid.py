@@ -1,4 +1,4 @@
-"""Originals beside their reconstructions, whole and in a detail."""
+"""Originals beside their reconstructions, whole and in a detail; and beside what their layers keep at least."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from afterimage.config import AfterimageError
+from afterimage.report.bounds import Bound, bounds_of, by_decoder
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import INK, MUTED, Drawing, short_encoders, style
@@ -102,6 +103,108 @@ def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Dra
         with style():
             drawings.append(_drawing(page, album))
     return drawings
+
+
+def kept(rows: Rows) -> list[Drawing]:
+    """What each layer keeps of the same photographs: a column a layer, a row an answer, a figure a decoder.
+
+    Empty where nothing was found from a decoder, or no image was saved.
+    """
+    drawings: list[Drawing] = []
+    for label, bounds in by_decoder(bounds_of(rows)).items():
+        own = list({(bound.found.sources, bound.found.origin): bound for bound in reversed(bounds)}.values())[
+            ::-1
+        ]
+        count = -(-len(own) // (COLUMNS - 1))
+        size = -(-len(own) // count)
+        for i in range(count):
+            title = f"What layers keep, and what {label} shows" + (
+                f" ({i + 1} of {count})" if count > 1 else ""
+            )
+            drawings += _kept(own[i * size : (i + 1) * size], label, title, len(drawings))
+    return drawings
+
+
+LABEL = 0.22  # inches of a row's name, set upright
+LARGE = 8.5  # points of what must still be read where the figure is 900 pixels wide
+
+
+def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[Drawing]:
+    lines = [
+        (name, answers)
+        for name, answers in (
+            (f"decoder {label}", [bound.decoder for bound in bounds]),
+            ("best estimate", [bound.estimate for bound in bounds]),
+            ("most consistent", [bound.refined for bound in bounds]),
+        )
+        if any(answers)
+    ]
+    saved = [_saved(bound.found) for bound in bounds]
+    common = [i for i in saved[0] if all(i in images for images in saved)] or list(saved[0])
+    originals = {i: pixels for i in common if (pixels := read_pixels(saved[0][i][0])) is not None}
+    originals = dict(itertools.islice(originals.items(), FEW_IMAGES))
+    if not originals:
+        return []
+    names = short_encoders([bound.found for bound in bounds])
+    heads = [_column_head(bound.found, names) for bound in bounds]
+    top = EDGE + 0.15 * max(head.count("\n") + 1 for head in heads) + 0.08
+    start = EDGE + CELL + GAP + LABEL
+    width, step = start + len(bounds) * (CELL + GAP) - GAP + EDGE, CELL + 0.2
+    block = len(lines) * step + 0.1
+    figure = Figure((width, top + len(originals) * block - 0.1 + EDGE))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(figure.get_figheight(), 0))
+    axes.set_axis_off()
+    text = {"fontsize": LARGE, "linespacing": 1.2}
+    axes.text(EDGE + CELL / 2, top - 0.05, "original", ha="center", va="bottom", **text)
+    for column, head in enumerate(heads):
+        x = start + column * (CELL + GAP) + CELL / 2
+        axes.text(x, top - 0.05, head, ha="center", va="bottom", **text)
+    for place, (identity, original) in enumerate(originals.items()):
+        y = top + place * block
+        _place(axes, original, EDGE, y, "")
+        for line, (name, answers) in enumerate(lines):
+            middle = y + line * step + CELL / 2
+            axes.text(start - 0.05, middle, drawable(name, 20), ha="right", va="center", rotation=90, **text)
+            for column, answer in enumerate(answers):
+                at = start + column * (CELL + GAP), y + line * step
+                pixels = _answer_pixels(answer, identity, original)
+                if pixels is None:
+                    _absent(axes, *at, has_detail=False)
+                else:
+                    _place(axes, pixels, *at, _scores_of(answer, identity), size=LARGE - 0.5)
+    nets = sorted({bound.found.lpips.net for bound in bounds if bound.found.scores["lpips"]})
+    caption = (
+        f"The same photographs from the features of each layer, in order of depth: what the decoder {label} shows of "
+        "them, and what the features keep at least (the measured bound)."
+        + " The best estimate averages what they do not tell." * any(bound.estimate for bound in bounds)
+        + " The most consistent image fills in what they do not tell."
+        * any(bound.refined for bound in bounds)
+        + f" Below an image: its PSNR{f' and LPIPS ({nets[0]})' if len(nets) == 1 else ''}."
+        + _fusions([bound.found for bound in bounds])
+    )
+    return [Drawing("kept" + (f"-{number + 1}" if number else ""), title, caption, figure, folded=number > 0)]
+
+
+def _column_head(row: Row, names: Mapping[str, str]) -> str:
+    encoder = [] if row.is_fused else [wrap(drawable(names[row.encoder]), HEAD - 2)]
+    control = [row.control] if row.is_random else []
+    return "\n".join([*encoder, drawable(row.layer, HEAD - 2), *control])
+
+
+def _answer_pixels(answer: Row | None, identity: str, original: Pixels) -> Pixels | None:
+    """What a row made of an image; None where it saved none, or its original is another one."""
+    paths = _saved(answer).get(identity) if answer else None
+    own, pixels = map(read_pixels, paths) if paths else (None, None)
+    if own is None or pixels is None or pixels.shape != original.shape or not np.array_equal(own, original):
+        return None
+    return pixels
+
+
+def _scores_of(answer: Row, identity: str) -> str:
+    psnr, lpips = (answer.values(metric).get(identity) for metric in ("psnr", "lpips"))
+    texts = ["" if psnr is None else f"{psnr:.1f} dB", "" if lpips is None else f"{lpips:.2f}"]
+    return ", ".join(filter(None, texts))
 
 
 def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]:
@@ -203,19 +306,12 @@ def _show(
     axes: Axes, pixels: Pixels, x: float, y: float, foot: str, detail: tuple[int, int, int], *, boxed: bool
 ) -> None:
     """An image in the square cell at `(x, y)`, `foot` below it, its detail in the cell under that."""
-    rows, columns = pixels.shape[:2]
-    scale = CELL / max(rows, columns)
-    left, above = x + (CELL - columns * scale) / 2, y + (CELL - rows * scale) / 2
-    axes.imshow(
-        pixels, extent=(left, left + columns * scale, above + rows * scale, above), aspect="auto",
-        interpolation="auto",
-    )  # fmt: skip
+    left, above, scale = _place(axes, pixels, x, y, foot)
     top, side, size = detail
     corner, length = (left + side * scale, above + top * scale), size * scale
     if boxed:
         axes.add_patch(Rectangle(corner, length, length, fill=False, ec="white", lw=2.2))
         axes.add_patch(Rectangle(corner, length, length, fill=False, ec=BOX, lw=1.2))
-    axes.text(x + CELL / 2, y + CELL + 0.03, foot, ha="center", va="top", fontsize=7, color=INK)
     y += CELL + FOOT
     axes.imshow(
         pixels[top : top + size, side : side + size], extent=(x, x + CELL, y + CELL, y), aspect="auto",
@@ -223,8 +319,23 @@ def _show(
     )  # fmt: skip
 
 
-def _absent(axes: Axes, x: float, y: float) -> None:
-    for top in (y, y + CELL + FOOT):
+def _place(
+    axes: Axes, pixels: Pixels, x: float, y: float, foot: str, *, size: float = 7.0
+) -> tuple[float, float, float]:
+    """An image in the square cell at `(x, y)` with `foot` below it; its corner, and the inches of a pixel."""
+    rows, columns = pixels.shape[:2]
+    scale = CELL / max(rows, columns)
+    left, above = x + (CELL - columns * scale) / 2, y + (CELL - rows * scale) / 2
+    axes.imshow(
+        pixels, extent=(left, left + columns * scale, above + rows * scale, above), aspect="auto",
+        interpolation="auto",
+    )  # fmt: skip
+    axes.text(x + CELL / 2, y + CELL + 0.03, foot, ha="center", va="top", fontsize=size, color=INK)
+    return left, above, scale
+
+
+def _absent(axes: Axes, x: float, y: float, *, has_detail: bool = True) -> None:
+    for top in (y, y + CELL + FOOT) if has_detail else (y,):
         axes.add_patch(Rectangle((x, top), CELL, CELL, fill=False, ec="#cccccc", lw=0.7))
     axes.text(x + CELL / 2, y + CELL / 2, "not saved", ha="center", va="center", color=MUTED, fontsize=7)
 

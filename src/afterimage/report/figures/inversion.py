@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from afterimage.report.bounds import PAST, features_of, highest, mean_curve, searched
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import margin_labels
 from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
 from afterimage.report.rows import Row, Rows
-from afterimage.runs.files import read_csv
-from afterimage.runs.run import Run
 
 
 def saturation(rows: Rows) -> list[Drawing]:
-    """The curves of all inversions among the rows; empty where there are none."""
-    inversions = [row for row in rows.decoders if row.inversion]
-    return [draw_saturation(inversions)] if inversions else []
+    """The curves of all searches among the rows; empty where there are none."""
+    found = searched(rows.inversions)
+    return [draw_saturation(found)] if found else []
 
 
 def draw_saturation(inversions: Sequence[Row]) -> Drawing:
@@ -63,29 +60,3 @@ def draw_saturation(inversions: Sequence[Row]) -> Drawing:
         "The mean PSNR over images of the best image so far by its features, against passes; a lower bound."
     )
     return Drawing("saturation", "Where inversion saturates", caption, figure)
-
-
-PAST = 0.1
-"""From so many dB below its peak on, an inversion has gone on for too long."""
-
-
-def features_of(row: Row) -> str:
-    """What an inversion was made of: its sources, and whether an encoder was an untrained control."""
-    return named_features(" + ".join(row.sources), row.origin)
-
-
-def named_features(sources: str, weights: str) -> str:
-    return sources if weights == "pretrained" else f"{sources} ({weights.upper()} weights)"
-
-
-def mean_curve(folder: Run) -> list[tuple[int, float]]:
-    """Passes, and the mean PSNR over an inversion's images after so many."""
-    values = defaultdict(list)
-    for row in read_csv(folder.file("curve.csv")):
-        values[row["step"]].append(row["psnr"])
-    return [(step, statistics.fmean(values[step])) for step in sorted(values)]
-
-
-def highest(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
-    """The point of a curve with the highest PSNR."""
-    return max(curve, key=lambda point: point[1])

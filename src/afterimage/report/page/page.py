@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from afterimage.config import AfterimageError, read_text
 from afterimage.evaluation.intervals import NAME
+from afterimage.report.bounds import Bound, bounds_of, curve, main_bounds
 from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather
 from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import NONE, duration, lpips_reason
@@ -39,6 +40,8 @@ def write_page(
     out: str | Path,
     *,
     title: str,
+    bounds: Sequence[Mapping[str, Any]] = (),
+    bound_figures: Sequence[Path | tuple[str, Path]] = (),
     findings: Sequence[Mapping[str, Any]] = (),
     lead: str = "",
     problems: Sequence[str] = (),
@@ -48,16 +51,16 @@ def write_page(
 ) -> Path:
     """Write the page of these rows to the file `out` and return its path.
 
-    `findings` hold `title`, `verdict`, `rule`, `paragraphs` and `tables` (each with `title`, `header` and
-    `rows` of text); `lead` goes before them, and `problems` say what could not be computed. `figures` are
-    image files, with or without a caption before them. The page stays below `limit` bytes: images are
-    re-encoded, then left out, and the page says so. Raises `AfterimageError` where an image cannot be read, or the
-    limit is too small for the page without images.
+    `bounds` and `findings` hold `title`, `verdict`, `rule`, `paragraphs` and `tables` (each with `title`, `header` and
+    `rows` of text); `bounds` come first, with `bound_figures`. `lead` goes before the findings, and `problems` say what
+    could not be computed. `figures` are image files, with or without a caption before them. The page stays below
+    `limit` bytes: images are re-encoded, then left out, and the page says so. Raises `AfterimageError` where an image
+    cannot be read, or the limit is too small for the page without images.
     """
-    shown = [_figure(figure) for figure in figures]
-    images = gather(rows.all)
+    images = gather(rows.every)
     entries = describe_rows(rows, images)
-    context = {"title": title, "findings": findings, "lead": lead, "problems": problems, "figures": shown}
+    context = {"title": title, "findings": findings, "lead": lead, "problems": problems, "bounds": bounds}
+    context |= {"figures": [*map(_figure, figures)], "bound_figures": [*map(_figure, bound_figures)]}
     # Rendered once without images, to learn how much room is left for them.
     room = limit - len(_render(rows, entries, Album(total=len(images)), **context).encode())
     if room < 0:
@@ -76,6 +79,7 @@ def _render(
     script = "\n".join(["(() => {", '"use strict";', *map(_text, SCRIPTS), "})();"])
     data = {
         "runs": entries,
+        "rows": len(rows.all),
         "images": album.images,
         "ids": image_ids(rows),
         "net": main_net(rows),
@@ -88,11 +92,15 @@ def _render(
         script=script,
         script_hashes=[_hash(theme), _hash(script)],
         style_hash=_hash(style),
-        rows=list(zip(rows.all, entries, strict=True)),
+        rows=list(zip(rows.all, entries, strict=False)),
+        every=list(zip(rows.every, entries, strict=True)),
+        answers=any(entry["answers"] for entry in entries),
         unfinished=rows.unfinished,
         warnings=rows.warnings,
         notes=grouped(
-            (note, entry["name"]) for row, entry in zip(rows.all, entries, strict=True) for note in row.notes
+            (note, entry["name"])
+            for row, entry in zip(rows.every, entries, strict=True)
+            for note in row.notes
         ),
         lpips_missing=grouped((lpips_reason(row), row.label) for row in rows.all if not row.scores["lpips"]),
         nets=rows.nets,
@@ -150,24 +158,47 @@ def _hash(text: str) -> str:
 
 
 def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any]]:
-    """An entry for each of `rows.all`, in that order. Numbers are None where they are unavailable.
+    """An entry for each of `rows.every`, in that order. Numbers are None where they are unavailable.
 
     `series` and `decoder` place a row in a walk over layers; per-image scores follow `image_ids(rows)`;
-    rows compare image by image only where their `testSet` agrees.
+    rows compare image by image only where their `testSet` agrees. `answers` holds where the entries of the images
+    stand that were found from a decoder's: `estimate` and `refined`.
     """
     ids = image_ids(rows)
     seeds = len({row.seed for row in rows.decoders}) > 1
-    names = _short_names([row.encoder for row in rows.decoders])
-    test_sets = _test_sets(rows.all, images)
-    return [
-        {**_names(row, names, seeds), **_numbers(row, ids), "testSet": test_set, "fusion": _fusion(row)}
-        for row, test_set in zip(rows.all, test_sets, strict=True)
-    ]
+    names = _short_names([row.encoder for row in rows.every if row.sources])
+    test_sets = _test_sets(rows.every, images)
+    places = {row.run: place for place, row in enumerate(rows.every)}
+    bounds = {bound.decoder.run: bound for bound in main_bounds(bounds_of(rows))}
+    entries = []
+    for row, test_set in zip(rows.every, test_sets, strict=True):
+        bound = bounds.get(row.run)
+        found = {"estimate": bound.estimate, "refined": bound.refined} if bound else {}
+        answers = {kind: places[answer.run] for kind, answer in found.items() if answer}
+        entry = {
+            **_names(row, names, seeds),
+            **_numbers(row, ids),
+            "testSet": test_set,
+            "fusion": _fusion(row),
+        }
+        entry["perImage"]["distance"] = _distances(row, bound, ids)
+        entries.append(entry | {"answers": answers})
+    return entries
+
+
+def _distances(row: Row, bound: Bound | None, ids: Sequence[str]) -> list[float | None]:
+    """How far the features of each image are from the original's: a decoder's are where the search from it began."""
+    values = row.values("feature_loss")
+    if bound and bound.refined:
+        values = {
+            entry["id"]: entry["feature_loss"] for entry in curve(bound.refined.run) if entry["step"] == 0
+        }
+    return [None if (value := values.get(name)) is None else float(f"{value:.3g}") for name in ids]
 
 
 def image_ids(rows: Rows) -> list[str]:
     """The test images of all rows, in the order of their first appearance."""
-    return list(dict.fromkeys(image["id"] for row in rows.all for image in row.per_image))
+    return list(dict.fromkeys(image["id"] for row in rows.every for image in row.per_image))
 
 
 def best_scores(rows: Rows) -> dict[str, str]:

@@ -1,6 +1,9 @@
 // What the page knows, and its one state. Everything that shows something subscribes to changes of the state.
 const DATA = JSON.parse(byId("data").textContent);
-const RUNS = DATA.runs;
+// The rows of the table, and after them what was found from decoders' answers, to which a row's `answers` point.
+const EVERY = DATA.runs;
+const RUNS = EVERY.slice(0, DATA.rows);
+const ANSWERS = ["estimate", "refined"].filter((kind) => RUNS.some((run) => kind in run.answers));
 const IMAGES = DATA.images;
 const ORIGINAL = null;
 
@@ -27,17 +30,18 @@ IMAGES.forEach((image, index) => {
 function scoreOf(index, imageIndex, metric) {
   const image = IMAGES[imageIndex];
   if (AMBIGUOUS.has(image.id) && !image.runs.includes(index)) return null;
-  return RUNS[index].perImage[metric][ROW_OF_ID.get(image.id)] ?? null;
+  return EVERY[index].perImage[metric][ROW_OF_ID.get(image.id)] ?? null;
 }
 
 /** Whether two runs' scores compare: LPIPS distances of different networks do not. */
-const sameScale = (one, other, metric) => metric !== "lpips" || RUNS[one].net === RUNS[other].net;
+const sameScale = (one, other, metric) => metric !== "lpips" || EVERY[one].net === EVERY[other].net;
 
 /** The run's score over all images, or null where a chart cannot show it beside the others. */
 const meanOf = (run, metric) => (metric === "lpips" && run.net !== DATA.net ? null : run.scores[metric]);
 
 function firstChoice() {
-  const decoders = RUNS.findIndex((run) => !run.reference && !run.random);
+  const bounds = RUNS.findIndex((run) => !run.random && Object.keys(run.answers).length > 0);
+  const decoders = bounds >= 0 ? bounds : RUNS.findIndex((run) => !run.reference && !run.random);
   const start = Math.max(0, decoders);
   const walks = [...SERIES.get(RUNS[start].series).values()];
   const mean = (walk) => walk.reduce((sum, run) => sum + RUNS[run].scores.psnr.mean, 0) / walk.length;
@@ -59,7 +63,7 @@ const state = {
   image: 0,
   a: firstA,
   b: firstB,
-  view: narrow.matches ? "wipe" : "layers",
+  view: ANSWERS.length > 0 ? "bound" : narrow.matches ? "wipe" : "layers",
   wipeLeft: "original",
   wipe: 0.5,
   errors: false,

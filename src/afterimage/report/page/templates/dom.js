@@ -23,6 +23,9 @@ const METRICS = {
   lpips: { name: "LPIPS", unit: "", digits: 3, better: -1 },
 };
 
+/** How far the features of an image are from those of the original, with two digits and no power of ten. */
+const distance = (value) => (value < 1e-4 ? "< 0.0001" : String(Number(value.toPrecision(2))));
+
 const MINUS = "−";
 
 function format(value, metric, digits = METRICS[metric].digits) {

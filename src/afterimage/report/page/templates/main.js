@@ -48,6 +48,7 @@ function setUpKeys() {
   // Single characters act only inside the viewer, so that they never surprise speech input or a form.
   const inViewer = {
     ArrowUp: () => stepImage(-1), ArrowDown: () => stepImage(1), 1: view("layers"), 2: view("wipe"), 3: view("runs"),
+    ...(ANSWERS.length > 0 && { 4: view("bound") }),
     "+": () => zoomTo(state.zoom.scale * 2), "=": () => zoomTo(state.zoom.scale * 2), "-": () => zoomTo(state.zoom.scale / 2), 0: () => zoomTo(1),
   };
   const shifted = { ArrowLeft: [0.1, 0], ArrowRight: [-0.1, 0], ArrowUp: [0, 0.1], ArrowDown: [0, -0.1] };

@@ -6,7 +6,15 @@ const VIEWS = {
   layers: () => ["original", "a", "error-a"],
   wipe: () => ["wipe"],
   runs: () => (state.errors ? ["error-a", "original", "error-b"] : ["a", "original", "b"]),
+  bound: () => ["original", "a", ...ANSWERS],
 };
+
+// What was found from a decoder's answer, in words: its name, what it shows, and what is said where there is none.
+const KINDS = {
+  estimate: ["Best estimate", "what is known", "There is no best estimate of this image."],
+  refined: ["Most consistent", "what is known, and filled in", "There is no most consistent image of this one."],
+};
+const answerOf = (kind) => RUNS[state.a].answers[kind] ?? null;
 
 function makePane(key) {
   const canvas = el("canvas", { role: "img", width: 1, height: 1 });
@@ -50,7 +58,7 @@ function scoreList(index, against = null) {
   const list = el("dl", { class: "scores" });
   for (const [metric, { name, unit }] of Object.entries(METRICS)) {
     const value = scoreOf(index, state.image, metric);
-    const mean = RUNS[index].scores[metric];
+    const mean = EVERY[index].scores[metric];
     const other = against === null || !sameScale(index, against, metric) ? null : scoreOf(against, state.image, metric);
     const number = el("dd", { class: value === null ? "none" : "" }, format(value, metric), value === null ? "" : el("small", {}, unit));
     const below = value !== null && other !== null
@@ -58,7 +66,18 @@ function scoreList(index, against = null) {
       : el("dd", { class: "aside" }, mean ? `mean ${format(mean.mean, metric)}` : "");
     list.append(el("div", {}, el("dt", {}, name), number, below));
   }
+  const off = state.view === "bound" ? scoreOf(index, state.image, "distance") : null;
+  if (off !== null) {
+    const formula = "Between the features of this image and of the original: |f − f0|² / |f0|²";
+    list.append(el("div", { title: formula }, el("dt", {}, "Feature distance"), el("dd", {}, distance(off))));
+  }
   return list;
+}
+
+function answerCaption(kind) {
+  const [name, detail] = KINDS[kind];
+  const title = el("div", { class: "title" }, el("span", {}, el("strong", {}, name), el("small", { title: detail }, detail)));
+  return answerOf(kind) === null ? [title] : [title, scoreList(answerOf(kind), state.a)];
 }
 
 function runTitle(slot) {
@@ -93,6 +112,8 @@ const CAPTIONS = {
   original: () => [imageTitle()],
   a: () => [runTitle("a"), scoreList(state.a), ...weightStrip("a")],
   b: () => [runTitle("b"), scoreList(state.b, state.a), ...weightStrip("b")],
+  estimate: () => answerCaption("estimate"),
+  refined: () => answerCaption("refined"),
   "error-a": () => (state.view === "layers" ? [errorTitle("a")] : [runTitle("a"), errorTitle("a")]),
   "error-b": () => [runTitle("b"), errorTitle("b")],
   wipe: () => [imageTitle(), runTitle("a"), scoreList(state.a), ...(showsB() ? [runTitle("b"), scoreList(state.b, state.a)] : [])],
@@ -102,16 +123,16 @@ function nameOf(key) {
   const image = IMAGES[state.image].id;
   if (key === "original") return `Original of ${image}`;
   const run = RUNS[state[key.endsWith("b") ? "b" : "a"]];
+  if (key in KINDS) return `${KINDS[key][0]} of ${image} from ${run.name}`;
   return key.startsWith("error") ? `Error map of ${image} by ${run.name}` : `${image} reconstructed by ${run.name}`;
 }
 
 function showPane(pane, images) {
-  const slot = pane.key.endsWith("b") ? "b" : "a";
-  const pair = pane.key === "original" ? [images.original] : [images[slot]];
+  const pair = [images[{ "error-a": "a", "error-b": "b", wipe: "a" }[pane.key] ?? pane.key]];
   if (pane.key === "wipe") pair.push(state.wipeLeft === "b" ? images.b : images.original);
   const whole = pair.every(Boolean) && (!pane.key.startsWith("error") || images.original);
   pane.message.hidden = whole;
-  pane.message.textContent = whole ? "" : "This run saved no reconstruction of this image.";
+  pane.message.textContent = whole ? "" : KINDS[pane.key]?.[2] ?? "This run saved no reconstruction of this image.";
   pane.stage.classList.toggle("empty", !whole);
   pane.stage.setAttribute("aria-label", "Image. Arrow keys: left and right change the layer, up and down the image; plus and minus zoom.");
   if (whole && pane.key.startsWith("error")) drawError(pane.canvas, images.original, pair[0], state.gain);
@@ -130,22 +151,29 @@ async function renderPanes() {
   paneTurn += 1;
   const turn = paneTurn;
   const none = (error) => { console.error(error); return null; };
-  const [original, a, b] = await Promise.all([ORIGINAL, state.a, state.b].map((run) => bitmapOf(state.image, run).catch(none)));
+  const load = (run) => bitmapOf(state.image, run).catch(none);
+  const [original, a, b] = await Promise.all([ORIGINAL, state.a, state.b].map(load));
+  const found = await Promise.all(ANSWERS.map(answerOf).map((run) => (run === null ? null : load(run))));
   if (turn !== paneTurn) return;
+  const images = { original, a, b, ...Object.fromEntries(ANSWERS.map((kind, i) => [kind, found[i]])) };
   const shown = VIEWS[state.view]();
   const host = byId("panes");
   if (host.dataset.shown !== shown.join()) {
+    const held = host.contains(document.activeElement) ? document.activeElement : null;
     host.replaceChildren(...shown.map((key) => {
       if (!panes.has(key)) panes.set(key, makePane(key));
       return panes.get(key).root;
     }));
+    // The keys go on working in the next view.
+    if (held) (host.contains(held) ? held : panes.get(shown[0]).stage).focus({ preventScroll: true });
     host.dataset.shown = shown.join();
+    host.dataset.count = shown.length;
     byId("viewer").dataset.view = state.view;
     applyZoom();
   }
   for (const key of shown) {
     const pane = panes.get(key);
-    showPane(pane, { original, a, b });
+    showPane(pane, images);
     const focused = pane.caption.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
     pane.caption.replaceChildren(...CAPTIONS[key]());
     if (focused) pane.caption.querySelector(`[aria-label="${focused}"]`)?.focus();
@@ -155,8 +183,11 @@ async function renderPanes() {
 }
 
 function announce() {
-  const words = (slot) => Object.keys(METRICS)
-    .map((metric) => `${METRICS[metric].name} ${format(scoreOf(state[slot], state.image, metric), metric)}${METRICS[metric].unit}`).join(", ");
-  const parts = (showsB() ? ["a", "b"] : ["a"]).map((slot) => `${RUNS[state[slot]].name}: ${words(slot)}`);
+  const words = (index) => Object.keys(METRICS)
+    .map((metric) => `${METRICS[metric].name} ${format(scoreOf(index, state.image, metric), metric)}${METRICS[metric].unit}`).join(", ");
+  const parts = (showsB() ? ["a", "b"] : ["a"]).map((slot) => `${RUNS[state[slot]].name}: ${words(state[slot])}`);
+  if (state.view === "bound") {
+    for (const kind of ANSWERS) if (answerOf(kind) !== null) parts.push(`${KINDS[kind][0]}: ${words(answerOf(kind))}`);
+  }
   byId("announce").textContent = `${IMAGES[state.image].id}. ${parts.join(". ")}.`;
 }

@@ -1,0 +1,189 @@
+"""The measured bound: decoders paired with the images that were searched for from their answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from afterimage.config import RunConfig
+from afterimage.report.rows import Row, Rows
+from afterimage.runs.files import read_csv
+from afterimage.runs.results import METRICS, InversionFacts
+from afterimage.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The answers to the same test images from the same features: a decoder's, and the measured bound.
+
+    `estimate` is the best estimate, the images of least expected error; `refined` the most consistent images, whose
+    features fit best. Both started from the decoder. `decoder` holds its scores on these images alone, without those
+    of each image where its run is not among the rows; it is None where `refined` started from grey. In all three
+    `inversion.feature_loss` is how far the features of the images are from those of the originals.
+    """
+
+    decoder: Row | None
+    estimate: Row | None
+    refined: Row | None
+
+    @property
+    def found(self) -> Row:
+        """A row that a search brought back: it has the features, the weights and the images of them all."""
+        return next(row for row in (self.refined, self.estimate) if row)
+
+    @property
+    def count(self) -> int:
+        """How many test images."""
+        return len(self.found.per_image)
+
+    @property
+    def decoder_label(self) -> str:
+        """The decoder's name with what tells it from others; that of grey is empty."""
+        known = self.decoder and isinstance(self.decoder.config, RunConfig)
+        return self.decoder.decoder_label if known else self.found.inversion.start_decoder
+
+    @property
+    def answers(self) -> dict[str, Row]:
+        """The rows that there are, by what their images are."""
+        consistent = "most consistent" if self.decoder else "most consistent, from grey"
+        rows = {f"decoder {self.decoder_label}": self.decoder}
+        return {
+            k: v for k, v in (rows | {"best estimate": self.estimate, consistent: self.refined}).items() if v
+        }
+
+    def best(self, metric: str) -> Row:
+        """The row that bounds this metric: the most consistent image bounds LPIPS, the best estimate the others.
+
+        Where there is only one of them, it stands for both.
+        """
+        first, second = (self.refined, self.estimate) if metric == "lpips" else (self.estimate, self.refined)
+        return first or second or self.found
+
+    def missed(self, metric: str) -> dict[str, float]:
+        """How much higher the bound's score is than the decoder's, by image; empty where one of them has none."""
+        decoder, bound = self.decoder.values(metric) if self.decoder else {}, self.best(metric).values(metric)
+        return {name: bound[name] - value for name, value in decoder.items() if name in bound}
+
+
+def bounds_of(rows: Rows) -> tuple[Bound, ...]:
+    """Every decoder with what was found from it, by test images, in the order of the rows."""
+    decoders = {row.run.name: row for row in rows.decoders}
+    groups: dict[tuple[Any, ...], dict[bool, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows.inversions:
+        key = (row.sources, row.origin, row.inversion.start, row.data.test_digest, row.lpips.net)
+        groups[key][row.config.estimate is not None].append(row)
+    bounds = []
+    for group in groups.values():
+        estimates = sorted(group[True], key=lambda row: -row.scores["psnr"].mean)
+        refined = sorted(group[False], key=lambda row: row.inversion.feature_loss)
+        found = (refined or estimates)[0]
+        decoder = (
+            _alone(found, decoders.get(found.inversion.start)) if found.inversion.decoder_alone else None
+        )
+        bounds.append(Bound(decoder, next(iter(estimates), None), next(iter(refined), None)))
+    return tuple(bounds)
+
+
+def main_bounds(bounds: Sequence[Bound]) -> tuple[Bound, ...]:
+    """Of the bounds that started from a decoder each decoder's on the most images: what figures and verdicts show."""
+    widest: dict[tuple[str, str], Bound] = {}
+    for bound in bounds:
+        key = (bound.found.inversion.start, bound.found.origin)
+        if bound.decoder and (key not in widest or bound.count > widest[key].count):
+            widest[key] = bound
+    return tuple(widest.values())
+
+
+def by_decoder(bounds: Sequence[Bound]) -> dict[str, list[Bound]]:
+    """The main bounds by their decoder's name; first that of the most layers, among equals of the highest PSNR."""
+    groups: dict[str, list[Bound]] = defaultdict(list)
+    for bound in main_bounds(bounds):
+        groups[bound.decoder_label].append(bound)
+
+    def rank(item: tuple[str, list[Bound]]) -> tuple[int, float]:
+        return -len(item[1]), -statistics.fmean(bound.decoder.scores["psnr"].mean for bound in item[1])
+
+    return dict(sorted(groups.items(), key=rank))
+
+
+def to_compare(bounds: Sequence[Bound]) -> tuple[list[Row], list[Row]]:
+    """The decoders on the images of their bounds, and the same rows with the bounds' scores: what verdicts compare."""
+    decoders = [bound for bound in main_bounds(bounds) if bound.decoder.per_image]
+    answers = []
+    for bound in decoders:
+        columns = {metric: bound.best(metric).values(metric) for metric in METRICS}
+        images = tuple(
+            {"id": image["id"], **{metric: values.get(image["id"]) for metric, values in columns.items()}}
+            for image in bound.found.per_image
+        )
+        scores = {metric: bound.best(metric).scores[metric] for metric in METRICS}
+        answers.append(dataclasses.replace(bound.decoder, per_image=images, scores=scores))
+    return [bound.decoder for bound in decoders], answers
+
+
+SAME = 0.01
+"""dB by which the mean PSNR over the same images may differ from one measurement to the next."""
+
+
+def _alone(found: Row, run: Row | None) -> Row:
+    """The decoder that an inversion started from, measured on the inversion's images.
+
+    Where `run`, the decoder's row, has scored other images, or none, there are no scores by image.
+    """
+    alone, facts, rows = found.inversion.decoder_alone, found.inversion, ()
+    run = (
+        run if run and run.origin == found.origin else None
+    )  # a search through other weights has another decoder
+    ids = [image["id"] for image in found.per_image]
+    if run and set(ids) <= (known := {image["id"]: image for image in run.per_image}).keys():
+        rows = tuple(known[i] for i in ids)
+        if abs(math.fsum(row["psnr"] for row in rows) / len(rows) - alone.scores["psnr"].mean) > SAME:
+            rows = ()
+        elif run.lpips.net != found.lpips.net:
+            rows = tuple({**row, "lpips": None} for row in rows)
+    measured = {"data": found.data, "lpips": found.lpips, "scores": alone.scores, "per_image": rows}
+    measured["inversion"] = InversionFacts(0, alone.seconds, alone.feature_loss)
+    elsewhere = dataclasses.replace(found, run=Run(found.run.path.with_name(facts.start)))
+    return dataclasses.replace(run or elsewhere, **measured)
+
+
+PAST = 0.1
+"""From so many dB below its peak on, an inversion has gone on for too long."""
+
+
+def features_of(row: Row) -> str:
+    """What an inversion was made of: its sources, and whether an encoder was an untrained control."""
+    return named_features(" + ".join(row.sources), row.origin)
+
+
+def named_features(sources: str, weights: str) -> str:
+    return sources if weights == "pretrained" else f"{sources} ({weights.upper()} weights)"
+
+
+def searched(inversions: Sequence[Row]) -> list[Row]:
+    """Those of the inversions that one search made, pass by pass: all but the best estimates."""
+    return [row for row in inversions if row.config.estimate is None]
+
+
+def curve(folder: Run) -> list[dict[str, Any]]:
+    """A row an image and pass of a search, from its start, `step` 0, on; empty where the run kept none."""
+    path = folder.file("curve.csv")
+    return read_csv(path) if path.exists() else []
+
+
+def mean_curve(folder: Run) -> list[tuple[int, float]]:
+    """Passes, and the mean PSNR over an inversion's images after so many."""
+    values = defaultdict(list)
+    for row in read_csv(folder.file("curve.csv")):
+        values[row["step"]].append(row["psnr"])
+    return [(step, statistics.fmean(values[step])) for step in sorted(values)]
+
+
+def highest(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """The point of a curve with the highest PSNR."""
+    return max(curve, key=lambda point: point[1])

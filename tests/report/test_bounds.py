@@ -1,0 +1,425 @@
+"""The measured bound in a report: decoders paired with what was found from their answers, and the table of both."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from afterimage.cli.output import print_table
+from afterimage.evaluation.intervals import mean_interval
+from afterimage.report.answers import answer, markdown_finding
+from afterimage.report.bounds import bounds_of, main_bounds, to_compare
+from afterimage.report.figures.depth import kept_by_depth
+from afterimage.report.figures.image_grid import LARGE, kept
+from afterimage.report.findings import Finding
+from afterimage.report.inversion import bound_findings, bound_rows
+from afterimage.report.rows import read_rows
+from afterimage.report.tables import markdown_table
+from afterimage.report.write import write_report
+from drawn_text import faults, texts
+from page_in_browser import find, pixels, shown, write_page
+from report_study import RESNET, VIT, sample_image, write_reference, write_run
+from simulated_runs import edit, search
+
+pytest_plugins = ("page_fixtures",)
+
+REFINED, ESTIMATE = {"psnr": 0.6, "ssim": -0.02, "lpips": -0.2}, {"psnr": 1.8, "ssim": 0.04, "lpips": -0.1}
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    return write_run(tmp_path, RESNET[0], "layer3", features=RESNET[1]["layer3"])
+
+
+def lines(runs) -> list[tuple[str, ...]]:
+    (finding,) = bound_findings(bounds_of(read_rows(runs)))
+    (table,) = finding.tables
+    assert all(len(line) == len(table.header) for line in table.rows)
+    return list(table.rows)
+
+
+def test_a_decoder_is_paired_with_what_was_found_from_it_on_the_same_images(decoder):
+    refined, estimate = search(decoder, "refined", REFINED), search(decoder, "estimate", ESTIMATE, loss=0.1)
+    rows = read_rows([refined, estimate, decoder])
+    assert [row.run for row in rows.decoders] == [decoder] and {r.run for r in rows.inversions} == {
+        refined,
+        estimate,
+    }
+    (bound,) = bounds_of(rows)
+    assert (bound.refined.run, bound.estimate.run, bound.decoder.run) == (refined, estimate, decoder)
+    first = decoder.result.per_image[:4]
+    assert bound.decoder.values("psnr") == {row["id"]: row["psnr"] for row in first}
+    assert bound.decoder.scores["psnr"].mean == pytest.approx(np.mean([row["psnr"] for row in first]))
+    assert bound.best("psnr") is bound.estimate and bound.best("lpips") is bound.refined
+    assert list(bound.missed("lpips").values()) == pytest.approx([-0.2] * 4)
+    assert list(bound.missed("ssim").values()) == pytest.approx([0.04] * 4)
+
+
+def test_the_table_has_every_answer_with_intervals_and_its_feature_distance(decoder):
+    runs = [
+        decoder,
+        search(decoder, "refined", REFINED, loss=0.011),
+        search(decoder, "estimate", ESTIMATE, loss=0.12),
+    ]
+    name, *found = zip(*lines(runs), strict=True)
+    assert name == ("resnet34 layer3", "", "", "") and found[-1] == ("4",) * 4
+    assert found[0] == ("decoder linear", "best estimate", "most consistent", "the decoder missed")
+    assert found[-2] == ("0.5", "0.12", "0.011", "")
+    psnr = np.array([row["psnr"] for row in decoder.result.per_image[:4]])
+    for text, gain in zip(found[1][:3], (0, 1.8, 0.6), strict=True):
+        mean = mean_interval(psnr + gain)
+        assert text == f"{mean.estimate:.2f} [{mean.low:.2f}, {mean.high:.2f}]"
+    assert found[1][3] == "+1.80 [+1.80, +1.80]" and found[3][3] == "−0.200 [−0.200, −0.200]"
+
+
+@pytest.mark.parametrize(("ways", "answers"), [
+    (("refined",), ("decoder linear", "most consistent", "the decoder missed")),
+    (("estimate",), ("decoder linear", "best estimate", "the decoder missed")),
+    (("inversion",), ("most consistent, from grey",)),
+])  # fmt: skip
+def test_what_there_is_is_shown(decoder, ways, answers):
+    runs = [decoder, *(search(decoder, way, REFINED) for way in ways)]
+    assert tuple(line[1] for line in lines(runs)) == answers
+    (finding,) = bound_findings(bounds_of(read_rows(runs)))
+    text = " ".join(finding.paragraphs)
+    assert ("most consistent image" in text, "best estimate" in text) == (
+        ways != ("estimate",),
+        ways == ("estimate",),
+    )
+    assert ("From the decoders to the measured bound" in text) == (ways != ("inversion",))
+
+
+def test_without_inversions_nothing_is_said(decoder):
+    assert bound_findings(bounds_of(read_rows([decoder]))) == []
+
+
+def test_other_images_of_the_same_names_are_not_the_decoders_own(decoder):
+    found = search(decoder, "refined", REFINED)
+    edit(found, inversion__decoder_alone__scores__psnr__mean=decoder.result.scores["psnr"].mean + 3)
+    (bound,) = bounds_of(read_rows([decoder, found]))
+    assert bound.decoder.values("psnr") == {} and bound.missed("psnr") == {}
+    answers = lines([decoder, found])
+    assert [line[1] for line in answers] == ["decoder linear", "most consistent"] and "[" not in answers[0][2]
+
+
+def test_a_decoder_that_is_not_in_the_report_has_means_without_intervals(decoder):
+    found = search(decoder, "refined", REFINED)
+    alone = found.result.inversion.decoder_alone.scores["psnr"].mean
+    first, second = lines([found])
+    assert (first[1], first[2]) == ("decoder linear", f"{alone:.2f}") and second[2].startswith(
+        f"{alone + 0.6:.2f} ["
+    )
+
+
+def test_of_several_searches_the_one_whose_features_fit_best_is_the_most_consistent(decoder):
+    few, many = (search(decoder, "refined", REFINED, steps=s, loss=1 / s) for s in (50, 800))
+    (bound,) = bounds_of(read_rows([decoder, many, few]))
+    assert bound.refined.run == many
+    wide = search(decoder, "refined", REFINED, count=8)
+    bounds = bounds_of(read_rows([decoder, many, wide]))
+    assert [bound.count for bound in bounds] in ([4, 8], [8, 4]) and [
+        b.count for b in main_bounds(bounds)
+    ] == [8]
+
+
+def test_distances_of_another_lpips_network_are_not_paired(decoder):
+    found = search(decoder, "refined", REFINED)
+    edit(found, lpips__net="squeeze")
+    (bound,) = bounds_of(read_rows([decoder, found]))
+    assert bound.missed("lpips") == {} and len(bound.missed("psnr")) == 4
+
+
+def test_the_main_table_leaves_out_what_was_measured_on_few_images(decoder, tmp_path):
+    found = search(decoder, "refined", REFINED)
+    rows = read_rows([decoder, found, write_reference(tmp_path, "mean")])
+    assert "refined" not in markdown_table(rows) and not any(
+        "do not compare" in text for text in rows.warnings
+    )
+    assert rows.every == (*rows.all, *rows.inversions)
+    alone = read_rows([found])
+    assert alone.decoders == alone.inversions == alone.every and "refined" in markdown_table(alone)
+
+
+def test_the_report_opens_with_the_bound_and_says_how_each_was_made(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("afterimage.report.figures.draw", lambda *_: iter(()))
+    found = search(decoder, "refined", REFINED)
+    text = write_report([decoder, found], tmp_path / "out")["report.md"].read_text()
+    assert (
+        text.index("## What a layer keeps") < text.index("## Results") and f"{found.name}/config.toml" in text
+    )
+    assert "`afterimage invert" in text
+
+
+def test_the_table_is_open_in_markdown_however_many_layers_there_are(tmp_path):
+    runs = []
+    for i in range(8):
+        runs.append(write_run(tmp_path, "m", f"layer{i}", order=i))
+        runs.append(search(runs[-1], "refined", REFINED))
+    (finding,) = bound_findings(bounds_of(read_rows(runs)))
+    assert "<details>" not in "".join(markdown_finding(finding)) and len(finding.tables[0].rows) == 24
+
+
+def test_bounds_of_the_command_line_have_estimates_without_a_curve(decoder):
+    found = read_rows([search(decoder, way, {}) for way in ("estimate", "refined", "inversion")]).inversions
+    rows = bound_rows(found)
+    assert [row["way"] for row in rows] == ["decoder", "estimate", "inversion", "refined"]
+    assert [row["peak_passes"] for row in rows] == [None, None, 200, 200]
+    assert [row["feature_loss"] for row in rows][:2] == [0.5, 0.01]
+
+
+def layers(tmp_path, gains, *, ways=("refined",), decoders=("linear",), originals=()):
+    """Runs of two layers of two encoders and what was found from them; `gains[way]` is of every layer."""
+    runs = []
+    for model, names in (RESNET, VIT):
+        for order, (layer, features) in enumerate(list(names.items())[:2]):
+            for decoder in decoders:
+                run = write_run(
+                    tmp_path, model, layer, decoder, features=features, order=order, originals=originals
+                )
+                runs += [run, *(search(run, way, gains[way], images=saved(run, way)) for way in ways)]
+    return runs
+
+
+def saved(run, way):
+    """The run's saved images as an inversion's, each way in a shade of its own."""
+    shade = 40 if way == "refined" else 200
+    return [
+        (name, np.asarray(Image.open(original)), np.full_like(np.asarray(Image.open(original)), shade))
+        for name, original, _ in run.images[:4]
+    ]
+
+
+def drawn(axes) -> dict[str, list[np.ndarray]]:
+    """The heights of each curve of a panel by its name."""
+    found = {}
+    for container in axes.containers:
+        if hasattr(container, "lines"):
+            found.setdefault(container.get_label(), []).append(
+                np.asarray(container.lines[0].get_ydata(), float)
+            )
+    return found
+
+
+def test_the_band_lies_between_the_decoder_and_the_bound_of_each_metric(tmp_path):
+    gains = {"refined": REFINED, "estimate": ESTIMATE}
+    rows = read_rows(layers(tmp_path, gains, ways=("refined", "estimate")))
+    (drawing,) = kept_by_depth(rows)
+    assert faults(drawing.figure) == [] and "same 4 test images" in drawing.caption
+    assert "what this decoder missed" in [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+    for axes, (metric, kind, gain) in zip(drawing.figure.axes, (
+        ("psnr", "best estimate", 1.8), ("ssim", "best estimate", 0.04), ("lpips", "most consistent image", -0.2),
+    ), strict=True):  # fmt: skip
+        curves = drawn(axes)
+        assert set(curves) == {"decoder linear", kind}
+        means = [row.decoder.scores[metric].mean for row in bounds_of(rows)]
+        assert np.concatenate(curves["decoder linear"]) == pytest.approx(means)
+        assert np.concatenate(curves[kind]) == pytest.approx(np.add(means, gain))
+        bands = [
+            path for band in axes.collections if len(path := band.get_paths()) and band.get_zorder() == 0.5
+        ]
+        heights = np.concatenate([path.vertices[:, 1] for paths in bands for path in paths])
+        ends = min(means) + min(gain, 0), max(means) + max(gain, 0)
+        assert (heights.min(), heights.max()) == pytest.approx(ends)
+
+
+def test_where_nothing_found_is_better_there_is_no_band(tmp_path):
+    (drawing,) = kept_by_depth(
+        read_rows(layers(tmp_path, {"refined": {"psnr": 1.0, "ssim": -0.02, "lpips": 0.1}}))
+    )
+    filled = [
+        [len(b.get_paths()) for b in axes.collections if b.get_zorder() == 0.5]
+        for axes in drawing.figure.axes
+    ]
+    assert filled == [[1, 1], [0, 0], [0, 0]]
+
+
+def test_each_decoder_has_a_figure_of_its_own(tmp_path):
+    rows = read_rows(layers(tmp_path, {"refined": REFINED}, decoders=("linear", "attention")))
+    first, second = kept_by_depth(rows)
+    assert ("attention" in first.title, "linear" in second.title) == (True, True), (
+        "the better one comes first"
+    )
+    assert (first.name, second.name, second.folded) == ("kept-by-depth", "kept-by-depth-2", True)
+    assert kept_by_depth(read_rows([row.run for row in rows.decoders])) == []
+
+
+def test_one_walks_from_the_original_to_the_bound(visit, tmp_path):
+    gains, originals = {"refined": REFINED, "estimate": ESTIMATE}, [sample_image(seed) for seed in range(5)]
+    runs = layers(tmp_path, gains, ways=("refined", "estimate"), originals=originals)
+    path = write_page(runs, tmp_path / "page.html", title="t")
+    tab = visit(path)
+    assert tab.get_attribute("#viewer", "data-view") == "bound"
+    assert tab.eval_on_selector_all("#panes figure", "nodes => nodes.map(n => n.id)") == [
+        "pane-original", "pane-a", "pane-estimate", "pane-refined",
+    ]  # fmt: skip
+    tab.focus("#pane-a .stage")
+    tab.keyboard.press("ArrowRight")
+    shown(tab, "image-000. resnet34 · layer2 · linear")
+    decoder = find(runs, "resnet34.tv_in1k:layer2 · linear")
+    assert np.array_equal(pixels(tab, "#pane-a canvas"), np.asarray(Image.open(decoder.images[0][2])))
+    assert (pixels(tab, "#pane-refined canvas") == 40).all() and (
+        pixels(tab, "#pane-estimate canvas") == 200
+    ).all()
+    psnr = decoder.result.per_image[0]["psnr"]
+    for key, gain, distance in (("a", 0, "0.5"), ("estimate", 1.8, "0.01"), ("refined", 0.6, "0.01")):
+        words = tab.inner_text(f"#pane-{key} .scores")
+        assert f"{psnr + gain:.2f} dB" in words and words.endswith(distance), words
+        assert (f"{gain:+.2f} to A" in words) == (key != "a")
+        assert f"{psnr + gain:.2f} dB" in tab.inner_text("#announce")
+    tab.locator("#strip button").nth(4).click()
+    shown(tab, "image-004.")
+    assert "There is no best estimate of this image" in tab.inner_text("#pane-estimate")
+    assert tab.inner_text("#pane-refined figcaption").startswith("Most consistent")
+    tab.focus("#pane-a .stage")
+    for key, name in (("1", "layers"), ("4", "bound")):
+        tab.keyboard.press(key)
+        tab.wait_for_selector(f"#viewer[data-view={name}]")
+    assert tab.locator("#table tbody tr").count() == 4 and tab.locator("#depth-chart .point").count() == 4
+
+    phone = visit(path, 390, 844, has_touch=True, is_mobile=True)
+    assert phone.get_attribute("#viewer", "data-view") == "bound"
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    boxes = [
+        phone.locator(f"#pane-{key} .stage").bounding_box()
+        for key in ("original", "a", "estimate", "refined")
+    ]
+    assert len({box["x"] for box in boxes}) == len({box["y"] for box in boxes}) == 2, "two rows of two"
+
+
+def test_the_page_shows_what_there_is(visit, tmp_path):
+    originals = [sample_image(0)]
+    tab = visit(
+        write_page(
+            layers(tmp_path, {"refined": REFINED}, originals=originals), tmp_path / "a.html", title="t"
+        )
+    )
+    assert tab.locator("#panes figure").count() == 3 and tab.locator("#pane-estimate").count() == 0
+    bottom = tab.locator("#choosers").bounding_box()
+    assert bottom["y"] + bottom["height"] <= 900, "images, scores and the layers' slider fit the first screen"
+    run = write_run(tmp_path / "other", "m", "layer1", originals=originals)
+    tab = visit(write_page([run], tmp_path / "b.html", title="t"))
+    assert (
+        tab.get_attribute("#viewer", "data-view") == "layers"
+        and tab.locator("input[value=bound]").count() == 0
+    )
+    found = search(run, "refined", REFINED, images=saved(run, "refined"))
+    tab = visit(write_page([found], tmp_path / "c.html", title="t"))
+    assert tab.get_attribute("#viewer", "data-view") == "layers" and "refined" in tab.inner_text("#table")
+
+
+def test_the_bound_comes_first_on_the_page(decoder, tmp_path):
+    finding = {"title": "What is kept", "paragraphs": ["more"], "tables": [], "wide": True}
+    path = write_page([decoder], tmp_path / "p.html", title="t", bounds=[finding], findings=[{"title": "H1"}])
+    text = path.read_text()
+    assert text.index("<h3>What is kept</h3>") < text.index('id="charts"') < text.index("<h3>H1</h3>")
+
+
+def judged(tmp_path, gains) -> list[Finding]:
+    """The findings of three layers whose decoder falls by 2 dB a step, with a bound of 20 images that much above it."""
+    runs = []
+    for i, gain in enumerate(gains):
+        runs.append(write_run(tmp_path, "m", f"layer{i}", features=(8, 14, 0.9 - i / 7), order=i, lpips=None))
+        runs.append(search(runs[-1], "refined", {"psnr": gain}, count=20))
+    rows = read_rows(runs)
+    found = answer(rows.all, bounds_of(rows))
+    assert (
+        found.problems == () and {"decoders_beside_bound", "measured_bound"} < json.loads(found.json).keys()
+    )
+    return list(found.findings)
+
+
+def test_quality_falls_with_depth_only_where_the_bound_falls_too(tmp_path):
+    (h1, *_) = judged(tmp_path / "both", (5, 5, 5))
+    assert h1.verdict == "supported"
+    assert "Quality falls with depth (PSNR, linear): the measured bound does too." in h1.paragraphs
+    (h1, *_) = judged(tmp_path / "one", (1, 5, 9))
+    assert h1.verdict == "supported for decoders, contradicted for the measured bound"
+    text = " ".join(h1.paragraphs)
+    assert (
+        "decoder's score falls with depth, the measured bound does not (PSNR, linear): contradicted" in text
+    )
+    assert "Quality falls with depth (PSNR" not in text
+    verdicts, steps = h1.tables[:2]
+    assert verdicts.rows[0] == ("PSNR", "linear", "supported", "supported", "contradicted")
+    assert [row[3] for row in steps.rows[:2]] == ["layer0 → layer1", "layer1 → layer2"]
+    assert all(row[4].startswith("−") and row[5].startswith("+") for row in steps.rows[:2])
+
+
+def test_without_a_bound_depth_is_about_decoders(tmp_path):
+    runs = [write_run(tmp_path, "m", f"l{i}", features=(8, 14, 0.9 - i / 4), order=i) for i in range(2)]
+    (h1, *_) = answer(read_rows(runs).all).findings
+    assert h1.verdict == "supported" and "a measured bound tells" in h1.paragraphs[1]
+    assert "Quality falls" not in " ".join(h1.paragraphs)
+
+
+def test_too_few_images_say_nothing_against_a_decoder(tmp_path):
+    runs = []
+    for i in range(2):
+        runs.append(write_run(tmp_path, "m", f"layer{i}", features=(8, 14, 0.9 - i / 7), order=i, lpips=None))
+        runs.append(search(runs[-1], "refined", {"psnr": 1.0}, count=2))
+    rows = read_rows(runs)
+    (h1, *_) = answer(rows.all, bounds_of(rows)).findings
+    assert "too few to tell (PSNR, linear)" in " ".join(h1.paragraphs)
+
+
+def test_a_bound_bounds_psnr_by_the_estimate_and_lpips_by_the_consistent_image(decoder):
+    runs = [decoder, search(decoder, "refined", REFINED), search(decoder, "estimate", ESTIMATE)]
+    (alone,), (best,) = to_compare(bounds_of(read_rows(runs)))
+    for metric, gain in (("psnr", 1.8), ("ssim", 0.04), ("lpips", -0.2)):
+        pairs = zip(alone.values(metric).values(), best.values(metric).values(), strict=True)
+        assert [b - a for a, b in pairs] == pytest.approx([gain] * 4)
+        assert best.scores[metric].mean == pytest.approx(alone.scores[metric].mean + gain)
+
+
+def test_the_grid_shows_the_same_photographs_a_column_a_layer_and_a_row_an_answer(tmp_path):
+    gains, originals = {"refined": REFINED, "estimate": ESTIMATE}, [sample_image(seed) for seed in range(3)]
+    runs = layers(tmp_path, gains, ways=("refined", "estimate"), originals=originals)
+    (drawing,) = kept(read_rows(runs))
+    assert drawing.name == "kept" and faults(drawing.figure) == []
+    shown = [image.get_array() for image in drawing.figure.axes[0].images]
+    assert len(shown) == 2 * (1 + 3 * 4), "two photographs: the original and three answers of four layers"
+    decoders = [run for run in runs if run.result.kind == "decoder"]
+    for photo, images in enumerate((shown[:13], shown[13:])):
+        assert (images[0] == np.asarray(originals[photo])).all()
+        for image, run in zip(images[1:5], decoders, strict=True):
+            assert (image == np.asarray(Image.open(run.images[photo][2]))).all()
+        assert {int(image.max()) for image in images[5:9]} == {200} and {
+            int(i.max()) for i in images[9:]
+        } == {40}
+    words = [text.get_text() for text in texts(drawing.figure)]
+    assert (
+        words.count("decoder linear") == words.count("best estimate") == words.count("most consistent") == 2
+    )
+    psnr, lpips = (decoders[0].result.per_image[0][metric] for metric in ("psnr", "lpips"))
+    assert f"{psnr:.1f} dB, {lpips:.2f}" in words and f"{psnr + 1.8:.1f} dB, {lpips - 0.1:.2f}" in words
+
+
+def test_what_was_not_saved_has_an_empty_cell_and_many_layers_several_figures(tmp_path):
+    originals, runs = [sample_image(0)], []
+    for i in range(9):
+        runs.append(
+            write_run(
+                tmp_path, "m", f"layer{i}", order=i, features=(8, 14, 0.9 - i / 12), originals=originals
+            )
+        )
+        runs.append(search(runs[-1], "refined", REFINED, images=saved(runs[-1], "refined")))
+    runs[0].file("reconstructions/000.png").write_bytes(b"no image")
+    first, second = kept(read_rows(runs))
+    assert (first.name, second.name, second.folded) == ("kept", "kept-2", True) and "(2 of 2)" in second.title
+    assert [len(drawing.figure.axes[0].images) for drawing in (first, second)] == [1 + 2 * 5 - 1, 1 + 2 * 4]
+    assert [t.get_text() for t in texts(first.figure)].count("not saved") == 1
+    seven = kept(read_rows(runs[:14]))
+    assert len(seven) == 1 and LARGE / 72 * 900 / seven[0].figure.get_figwidth() > 10, (
+        "readable at 900 pixels"
+    )
+    assert kept(read_rows(runs[::2])) == [] == kept(read_rows([write_run(tmp_path / "x", "m", "l")]))
+
+
+def test_the_terminal_shows_bounds_below_the_table(decoder, capsys):
+    found = search(decoder, "refined", REFINED)
+    print_table([decoder, found])
+    table, bounds = capsys.readouterr().out.split("measured lower bounds")[0].split("feature loss")
+    assert "refined" not in table and f"{found.result.scores['psnr'].mean:.2f}" in bounds
+    print_table([decoder])
+    assert "feature loss" not in capsys.readouterr().out
