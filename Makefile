@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 export AFTERIMAGE_WEIGHTS ?= $(wildcard ../shared/weights)
 
+# Tests start many processes, each of which would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-long clean
 
 demo: $(VENV)/.ready
@@ -11,7 +14,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check src tests benchmarks
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadgroup -m "not long"
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not long"
 
 # Clusters and ranks killed at random, whole studies on them, memory with many images: one process, a quiet machine.
 test-long: $(VENV)/.ready-test

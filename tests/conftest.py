@@ -1,7 +1,10 @@
 import os
 from pathlib import Path
 
+# Before the package: what an instrumented module imports first is compiled anew in every process.
+import lightning_fabric  # noqa: F401
 import pytest
+import timm  # noqa: F401
 import torch
 
 # Tests run side by side, one process a core: threads of their own would only wait for each other.
@@ -35,6 +38,12 @@ def sample_images(tmp_path_factory) -> Path:
     from children import small_images
 
     return small_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Reports without figures, which take most of the time that a small report takes."""
+    monkeypatch.setattr("afterimage.report.figures.draw", lambda *_: iter(()))
 
 
 @pytest.fixture(scope="module")

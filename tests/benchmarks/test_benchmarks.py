@@ -46,7 +46,7 @@ def run(data, decoder="attention", **recipe):
 
 @pytest.mark.parametrize(
     ("decoder", "precision"),
-    [("attention", "32-true"), ("transposed", "32-true"), ("transposed", "bf16-mixed")],
+    [("attention", "32-true"), ("transposed", "bf16-mixed")],
 )
 def test_both_ways_come_to_the_same_quality(originals, tmp_path, decoder, precision):
     config = to_dict(run(originals, decoder, precision=precision))
@@ -72,6 +72,7 @@ def test_ours_computes_in_what_is_quicker_here(monkeypatch, tmp_path, exact, mix
         settings.run("test_resnet.r160_in1k:layer1", "linear", "procedural:8").recipe.precision == precision
     )
     if precision == "bf16-mixed":  # which is not what it falls back to
+        monkeypatch.setitem(MEASUREMENTS, "gpu", lambda settings: [])
         _, facts = run_bench(["gpu"], settings=settings)
         assert facts["precision"] == precision
 

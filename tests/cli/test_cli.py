@@ -240,7 +240,7 @@ def test_a_dry_run_starts_nothing(command, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_study_of_any_model_without_a_file(command, tmp_path):
+def test_a_study_of_any_model_without_a_file(command, tmp_path, no_figures):
     code, out, err = command(
         "study",
         "--models",

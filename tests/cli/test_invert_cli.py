@@ -109,7 +109,7 @@ def test_one_that_went_on_past_its_peak_says_where_it_was(command, run, place):
     assert (row["peak_passes"], row["peak_psnr"]) == (2, pytest.approx(row["psnr"] + 2.5))
 
 
-def test_reports_show_inversions_beside_their_decoder(command, run, place):
+def test_reports_show_inversions_beside_their_decoder(command, run, place, request):
     output = place / "reported"
     assert command(run.path, "--max-images", 3, "--steps", 4, "--output-dir", output)[0] == 0
     folders = [Run(output / row["run"]) for row in read_json(output / "bounds.json")[1:]]
@@ -120,6 +120,7 @@ def test_reports_show_inversions_beside_their_decoder(command, run, place):
     section = text[: text.index("## Results")]
     assert "| decoder linear |" in section and "| most consistent |" in section and "from grey |" in section
     assert "index.html" in written and "figures/saturation.png" in written
+    request.getfixturevalue("no_figures")
     only = write_report(folders, place / "only")
     assert "linear + refined" in only["table.md"].read_text()
 

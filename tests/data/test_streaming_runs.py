@@ -102,7 +102,7 @@ def test_what_goes_wrong_in_a_worker_ends_the_run_with_the_images_name(
         go(data, tmp_path, "again")
 
 
-def test_a_study_on_shards_from_the_command_line(command, tmp_path):  # noqa: F811
+def test_a_study_on_shards_from_the_command_line(command, tmp_path, no_figures):  # noqa: F811
     source = write_shards(tmp_path / "shards", 3, 10)
     code, out, err = command(
         "study", "--models", MODEL, "--layers", "layer1,layer2", "--decoders", "linear", "transposed",

@@ -173,7 +173,9 @@ def test_controls_of_a_run_that_cannot_be_opened_end_themselves_alone(cache, tmp
     assert runs[1].file("controls.json").exists() and {run.state for run in runs} == {"done"}
 
 
-def test_the_command_writes_table_and_report_and_ends_with_1(cache, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_table_and_report_and_ends_with_1(
+    cache, tmp_path, monkeypatch, capsys, no_figures
+):
     monkeypatch.setitem(DECODERS, "broken", decoder("step", BUG))
     rows = (RowConfig((f"{MODEL}:layer1",), (DecoderConfig("broken"),)), RowConfig((f"{MODEL}:nolayer",)))
     study = replace(STUDY, sources=(*STUDY.sources, "resnt18:layer1"), rows=rows, references=False)

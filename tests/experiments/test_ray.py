@@ -29,7 +29,6 @@ ray = pytest.importorskip(
     "ray", reason="Ray is not installed (pip install 'afterimage[cluster]'): not tested"
 )
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of them
 
 RESNET, VIT = "test_resnet.r160_in1k:layer2", "test_vit.r160_in1k:block1"
 STORE = 100 * 2**20

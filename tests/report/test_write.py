@@ -26,11 +26,6 @@ def runs(tmp_path):
     ]
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr("afterimage.report.figures.draw", lambda *_: iter(()))
-
-
 def test_every_link_leads_to_a_file_and_the_same_runs_give_the_same_bytes(tmp_path, runs):
     written = write_report(runs, tmp_path / "out")
     text = written["report.md"].read_text()

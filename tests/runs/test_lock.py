@@ -178,8 +178,8 @@ def alone(tmp_path_factory):
     return table(folder / "runs")
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_on_one_study_share_the_work_and_end_with_the_same_table(tmp_path, alone, count):
+def test_processes_on_one_study_share_the_work_and_end_with_the_same_table(tmp_path, alone):
+    count = 3
     logs = [tmp_path / f"log{i}" for i in range(count)]
     arguments = [(STUDY, tmp_path / "shared", tmp_path / "cache", log) for log in logs]
     processes = [start(study_child, *one, pause=0.05) for one in arguments]

@@ -207,7 +207,7 @@ def test_out_of_memory_on_one_rank_halves_on_all(sample_images, cache, tmp_path,
     assert any("micro-batches of 1" in note for note in run.result.notes)
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (3, 2), pytest.param(2, 1, marks=pytest.mark.long)])
 def test_a_run_goes_on_with_another_number_of_ranks(sample_images, cache, tmp_path, one, first, then):
     some = [configs(sample_images)[0], configs(sample_images)[2]]
     options = {"checkpoint_seconds": 0.0}

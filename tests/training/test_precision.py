@@ -20,7 +20,6 @@ from afterimage.experiments.reproduce import verify_runs
 from afterimage.training.checkpoint import load_reconstructor
 from children import small_images
 
-pytestmark = pytest.mark.xdist_group("precision")  # the runs are trained once
 MODEL = "test_resnet.r160_in1k"
 RUNS = [
     ((f"{MODEL}:layer1",), None, "linear"),

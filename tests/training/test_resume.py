@@ -16,7 +16,7 @@ from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.trainer import Trainer
 from children import context, result, small_configs, small_images, train_child
 
-KILLS = 20
+KILLS = 10
 
 
 @pytest.fixture(scope="module")

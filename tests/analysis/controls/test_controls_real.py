@@ -13,7 +13,7 @@ from afterimage.experiments.study import with_matched_controls
 from afterimage.report.controls import control_findings, read_part
 from afterimage.report.rows import read_rows
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("controls_real")]  # the runs are trained once
+pytestmark = pytest.mark.long
 SHALLOW = "resnet18.tv_in1k:layer1"
 DEEP = "vit_tiny_patch16_224.augreg_in21k_ft_in1k:block11"
 

@@ -192,7 +192,10 @@ def test_cells_that_reach_beyond_the_image_hold_what_is_in_it(name, beyond):
     torch.testing.assert_close(rebuilt, images, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("crop", "patch"), [(52, 8), (55, 8), (60, 14), (46, 16)])
+@pytest.mark.parametrize(
+    ("crop", "patch"),
+    [(52, 8), (55, 8), *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in ((60, 14), (46, 16)))],
+)
 def test_dropped_pixels_cost_what_they_hold_and_no_more(crop, patch):
     """The reference: the same patches decoded by themselves, and every dropped pixel by the best constant there is."""
     count = crop // patch
@@ -384,10 +387,10 @@ def test_weight_maps_lie_as_the_image_does(name):
     assert sum(maps.means) == pytest.approx(1)
 
 
-def test_a_run_says_what_no_location_sees_and_still_holds(tmp_path):
+def test_a_run_says_what_no_location_sees_and_still_holds(tmp_path, no_figures):
     """A ViT of patches of 16 on crops of 40: the last 8 pixels are dropped."""
     config = RunConfig(
-        ("vit_tiny_patch16_224:block0", "vit_tiny_patch16_224:block1"),
+        ("test_vit.r160_in1k:block0", "test_vit.r160_in1k:block1"),
         weights="random",
         decoder=DecoderConfig("linear", options={"kernel": 1}),
         fusion=FusionConfig("aligned"),

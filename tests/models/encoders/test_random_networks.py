@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from afterimage.models.encoders.random_init import CLOSED, open_branches
+from afterimage.models.encoders.random_init import CLOSED, open_branches, parameter_uses
 
 WIDTH, SIZE = 8, (16, 16)
 
@@ -64,7 +64,7 @@ MATRICES = ("narrow.weight", "linear.weight")
 def test_what_closes_a_branch_is_opened_and_nothing_else(needs_values):
     model = Branches(needs_values).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    open_branches(model, SIZE)
+    open_branches(model, parameter_uses(model, SIZE))
     after = model.state_dict()
     assert all(value.device.type == "cpu" for value in after.values())
     for name in FACTORS:
@@ -76,13 +76,13 @@ def test_what_closes_a_branch_is_opened_and_nothing_else(needs_values):
     for name in before.keys() - {*FACTORS, *MATRICES}:
         assert torch.equal(after[name], before[name]), name
     again = {name: value.clone() for name, value in after.items()}
-    open_branches(model, SIZE)
+    open_branches(model, parameter_uses(model, SIZE))
     assert all(torch.equal(model.state_dict()[name], value) for name, value in again.items())
 
 
 def test_of_a_network_that_ends_early_what_runs_is_opened():
     model = Branches(ends_early=True).eval()
-    open_branches(model, SIZE)
+    open_branches(model, parameter_uses(model, SIZE))
     assert model.a.unique().item() == model.gain.unique().item() == 1
     assert model.f.weight.unique().item() == 0 and model.linear.weight.std() < CLOSED
 
@@ -90,5 +90,5 @@ def test_of_a_network_that_ends_early_what_runs_is_opened():
 def test_a_factor_that_two_blocks_share_is_opened_once():
     model = Branches().eval()
     model.b = model.a
-    open_branches(model, SIZE)
+    open_branches(model, parameter_uses(model, SIZE))
     assert model.a is model.b and model.a.unique().item() == 1

@@ -14,6 +14,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -76,20 +77,32 @@ class _Uses(TorchDispatchMode):
         return result
 
 
-def open_branches(model: nn.Module, image_size: tuple[int, int]) -> None:
+@dataclass(frozen=True)
+class ParameterUses:
+    """What a network does with its parameters, by name; it depends on the architecture alone.
+
+    Attributes:
+        factors: parameters that multiply features, elementwise or as a norm's weight
+        matrices: matrices and convolutions that act on features
+    """
+
+    factors: frozenset[str]
+    matrices: frozenset[str]
+
+
+def open_branches(model: nn.Module, uses: ParameterUses) -> None:
     """Scale the weights of an untrained network in place so that every block acts.
 
     A parameter that multiplies features, elementwise or as a norm's weight, and starts as one value below
     `CLOSED` becomes 1. A matrix or convolution whose gain is below `CLOSED` is scaled to gain 1, where the gain
-    is the root mean square times the square root of the number of inputs. A forward pass shows the use of each
-    parameter, so that no names are needed. Parameters that are added (biases, position embeddings, class
-    tokens) close nothing and stay unchanged. The result depends on the parameters alone.
+    is the root mean square times the square root of the number of inputs. Parameters that are added (biases,
+    position embeddings, class tokens) close nothing and stay unchanged. The result depends on the parameters
+    alone.
 
     Args:
         model: the network
-        image_size: `(height, width)` of the images of the pass, in pixels
+        uses: what it does with its parameters, from `parameter_uses`
     """
-    uses = _observe(model, image_size)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in uses.factors and parameter.amin() == parameter.amax():
@@ -101,10 +114,15 @@ def open_branches(model: nn.Module, image_size: tuple[int, int]) -> None:
                     parameter.mul_(1 / gain)
 
 
-def _observe(model: nn.Module, image_size: tuple[int, int]) -> _Uses:
-    """Run one pass on the meta device, which computes nothing, or on the CPU if the network cannot run there.
+def parameter_uses(model: nn.Module, image_size: tuple[int, int]) -> ParameterUses:
+    """Find what a network does with its parameters, so that no names of them need to be known.
 
+    One pass shows it, on the meta device, which computes nothing, or on the CPU if the network cannot run there.
     If the network fails on images of this size, the uses before the failure count.
+
+    Args:
+        model: the network; the values of its parameters do not matter
+        image_size: `(height, width)` of the images of the pass, in pixels
     """
     tensors = (*model.parameters(), *model.buffers())
     with contextlib.suppress(Exception):
@@ -121,13 +139,13 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(placed, False) if isinstance(tensor, nn.Parameter) else placed
 
 
-def _pass(model: nn.Module, image_size: tuple[int, int], device: str) -> tuple[_Uses, bool]:
-    images = torch.zeros(1, 3, *image_size, device=device)
-    uses = _Uses(dict(model.named_parameters(remove_duplicate=False)), images)
-    with contextlib.suppress(Exception), torch.no_grad(), torch.device(device), uses:
+def _pass(model: nn.Module, image_size: tuple[int, int], device: str) -> tuple[ParameterUses, bool]:
+    images, finished = torch.zeros(1, 3, *image_size, device=device), False
+    seen = _Uses(dict(model.named_parameters(remove_duplicate=False)), images)
+    with contextlib.suppress(Exception), torch.no_grad(), torch.device(device), seen:
         model(images)
-        return uses, True
-    return uses, False
+        finished = True
+    return ParameterUses(frozenset(seen.factors), frozenset(seen.matrices)), finished
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from afterimage.config import HUB_PREFIX, AfterimageError, split_source, unknown
 from afterimage.models.encoders.match import best_match, nearest
-from afterimage.models.encoders.random_init import Blank, open_branches, seeded
+from afterimage.models.encoders.random_init import Blank, ParameterUses, open_branches, parameter_uses, seeded
 from afterimage.models.hub_files import repository_config
 from afterimage.models.weight_files import NamedTensors
 
@@ -232,8 +232,15 @@ def create_random(name: str, image_size: Size, seed: int, kind: str = "random") 
     with seeded(seed):
         model = create_model(name, image_size)
     if kind == "random":
-        open_branches(model, image_size)
+        open_branches(model, _parameter_uses(name, image_size))
     return model
+
+
+@functools.lru_cache(maxsize=32)
+def _parameter_uses(name: str, image_size: Size) -> ParameterUses:
+    """Observe a model once for all of its seeds and layers: a pass takes several times as long as the weights."""
+    with seeded(0), Blank():
+        return parameter_uses(create_model(name, image_size), image_size)
 
 
 def create_loaded(
