@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check src tests benchmarks
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not long"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not long"
 
 # Clusters and ranks killed at random, whole studies on them, memory with many images: one process, a quiet machine.
 test-long: $(VENV)/.ready-test

@@ -33,15 +33,12 @@ SMALL = StudyConfig(
 )
 
 
-# The modern studies name eighteen networks at the sizes of their pretraining; tracing them takes half a minute.
-NAMES = [pytest.param(name, marks=pytest.mark.long if "modern" in name else ()) for name in shipped()]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", shipped())
 def test_shipped_studies_resolve(name):
     study = load_study(name)
-    configs = expand(study) if study.missing_weights == "error" else []
-    assert study.title and all(":" in source for config in configs for source in config.sources)
+    assert study.title
+    if study.missing_weights == "error" and "modern" not in name:  # those: test_modern_encoders.py
+        assert all(":" in source for config in expand(study) for source in config.sources)
 
 
 def test_the_published_study_is_the_published_one():

@@ -14,12 +14,12 @@ from afterimage.config import (
 )
 from afterimage.experiments.queue import train_runs
 from afterimage.models.decoders import create_decoder
-from afterimage.models.fusion import FUSIONS, WeightMaps, create_fusion
+from afterimage.models.fusion import FUSIONS, create_fusion
 from afterimage.models.reconstructor import FeatureDecoder, build_feature_decoder
 from afterimage.training.checkpoint import load_reconstructor
 from afterimage.training.decoder_trainer import create_optimizer
+from fusion_contract import EVEN, FusionContract, maps
 
-SPECS = [FeatureSpec("a:x", 8, 14, 14), FeatureSpec("b:y", 5, 28, 28), FeatureSpec("c:z", 16, 7, 9)]
 PUBLISHED = [
     FeatureSpec("resnet34.tv_in1k:layer1", 64, 56, 56),
     FeatureSpec("vgg16.tv_in1k:block1", 64, 112, 112),
@@ -28,59 +28,33 @@ PUBLISHED = [
 ]
 
 
-def maps(specs, batch=2):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, s.channels, s.height, s.width, generator=generator) for s in specs]
+class TestAttention(FusionContract):
+    name = "attention"
 
 
-@pytest.mark.parametrize("name", FUSIONS)
-@pytest.mark.parametrize("size", [None, 10])
-def test_several_maps_become_one(name, size):
-    fusion = create_fusion(FusionConfig(name, 6, size), SPECS)
-    fused = fusion(maps(SPECS))
-    assert fused.shape == (2, fusion.spec.channels, *((28, 28) if size is None else (10, 10)))
-    assert fusion.spec.source == "a:x + b:y + c:z"
+class TestConcat(FusionContract):
+    name = "concat"
 
 
-@pytest.mark.parametrize("name", FUSIONS)
-def test_a_fusion_of_one_source_is_that_source(name):
-    assert create_fusion(FusionConfig(name), SPECS[:1]) is None
+class TestWeighted(FusionContract):
+    name = "weighted"
 
 
-@pytest.mark.parametrize("name", ["attention", "weighted"])
-def test_weights_are_a_distribution_over_sources(name):
-    fusion = create_fusion(FusionConfig(name, 6), SPECS).eval()
-    weights = fusion.weights(maps(SPECS))
-    assert weights.shape == (2, 3, 28, 28) and weights.min() >= 0
-    torch.testing.assert_close(weights.sum(1), torch.ones(2, 28, 28))
+class TestAligned(FusionContract):
+    name = "aligned"
 
 
-@pytest.mark.parametrize("name", ["attention", "weighted"])
-def test_a_fusion_is_the_weighted_sum_of_projected_maps(name):
-    fusion = create_fusion(FusionConfig(name, 6), SPECS).eval()
-    features = maps(SPECS)
-    projected = torch.stack(fusion.project(features), dim=1)
-    expected = (fusion.weights(features)[:, :, None] * projected).sum(1)
-    torch.testing.assert_close(fusion(features), expected)
+class TestStacked(FusionContract):
+    name = "stacked"
 
 
-@pytest.mark.parametrize("name", ["attention", "weighted"])
-def test_weight_maps_are_the_weights_of_all_batches(name):
-    fusion, features = create_fusion(FusionConfig(name, 6, 10), SPECS).eval(), maps(SPECS, batch=5)
-    weights, kept = fusion.weights(features), WeightMaps(fusion, keep=3)
-    for batch in (slice(0, 2), slice(2, 5)):
-        kept.add([feature[batch] for feature in features])
-    assert kept.means == pytest.approx(weights.mean((0, 2, 3)).tolist())
-    assert sum(kept.means) == pytest.approx(1)
-    assert len(kept.images) == 3
-    for stored, weight in zip(kept.images, weights, strict=False):
-        assert stored.shape == (3, 10, 10) and stored.dtype == "uint8"
-        torch.testing.assert_close(torch.from_numpy(stored) / 255, weight.detach(), atol=0.51 / 255, rtol=0)
+def test_every_fusion_has_its_contract():
+    assert sorted(cls.name for cls in FusionContract.__subclasses__()) == sorted(FUSIONS)
 
 
 def test_aligned_maps_keep_their_values():
-    fusion = create_fusion(FusionConfig("aligned"), SPECS)
-    features = maps(SPECS)
+    fusion = create_fusion(FusionConfig("aligned"), EVEN)
+    features = maps(EVEN)
     fused = fusion(features)
     assert torch.equal(fused[:, 8:13], features[1]) and not list(fusion.parameters())
 
@@ -120,12 +94,12 @@ def test_the_published_fusion():
 
 def test_bad_fusions_are_named():
     with pytest.raises(AfterimageError, match="did you mean 'weighted'"):
-        create_fusion(FusionConfig("weight"), SPECS)
+        create_fusion(FusionConfig("weight"), EVEN)
     with pytest.raises(AfterimageError, match="takes 3 feature maps, got 2"):
-        create_fusion(FusionConfig("concat", 4), SPECS)(maps(SPECS)[:2])
+        create_fusion(FusionConfig("concat", 4), EVEN)(maps(EVEN)[:2])
     config = RunConfig(("a:x", "b:y"), fusion=FusionConfig("attention"), decoder=DecoderConfig("linear"))
     with pytest.raises(AfterimageError, match="'aligned' or 'stacked', which have nothing to learn"):
-        build_feature_decoder(config, SPECS[:2])
+        build_feature_decoder(config, EVEN[:2])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +141,7 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
 
 def test_weight_decay_spares_a_decoder_that_takes_none_and_nothing_else():
     def decays(decoder):
-        fusion = create_fusion(FusionConfig("concat", 6), SPECS)
+        fusion = create_fusion(FusionConfig("concat", 6), EVEN)
         head = FeatureDecoder(create_decoder(decoder, [fusion.spec], 56, seed=0), fusion)
         groups = create_optimizer(head, RecipeConfig(weight_decay=0.01)).param_groups
         held = {p: group["weight_decay"] for group in groups for p in group["params"]}

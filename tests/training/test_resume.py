@@ -2,12 +2,10 @@ import random
 import signal
 
 import pytest
-import torch
 
 from afterimage import AfterimageError, train_runs
-from afterimage.config import FeatureSpec
 from afterimage.experiments import joint_run as group
-from afterimage.models.decoders import DECODERS, create_decoder
+from afterimage.models.decoders import DECODERS
 from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.runs.run import Run
 from afterimage.training import trainer
@@ -208,15 +206,6 @@ def test_a_clock_going_backwards_changes_nothing(go, whole, monkeypatch):
 
     monkeypatch.setattr(time, "time", backwards)
     assert [result(run) for run in go()] == whole
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_no_decoder_draws_random_numbers_in_training(name):
-    """Why a checkpoint holds no random state; a decoder with dropout would need one."""
-    decoder = create_decoder(name, [FeatureSpec("a:b", 16, 8, 8)], 32, seed=0).train()
-    before = torch.get_rng_state()
-    decoder([torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))])
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_checkpoint_that_does_not_fit_is_an_error(go, sample_images, monkeypatch):

@@ -22,15 +22,13 @@ from afterimage.config import (
 from afterimage.data.sources.dead_leaves import dead_leaves
 from afterimage.experiments.queue import train_runs
 from afterimage.experiments.reproduce import verify_runs
-from afterimage.models.decoders import DECODERS, create_decoder
+from afterimage.models.decoders import create_decoder
 from afterimage.models.decoders.canvas import Canvas, Span, carry_on
-from afterimage.models.fusion import FUSIONS, WeightMaps, align, create_fusion
+from afterimage.models.fusion import align, create_fusion
 from afterimage.report.write import write_report
 from afterimage.training.checkpoint import load_reconstructor
-
-
-def spec(channels, height, width, rows=None, columns=None):
-    return FeatureSpec("test:layer", channels, height, width, rows, columns)
+from decoder_contract import spec
+from fusion_contract import PLACED, maps
 
 
 def axis(start, stride, size, count=None):
@@ -237,55 +235,6 @@ def test_dropped_pixels_cost_what_they_hold_and_no_more(crop, patch):
     torch.testing.assert_close(scores["placed"][..., :covered, :covered], scores["covered"])
 
 
-PLACED = [
-    ((16, 6, 6), (52, 52), (0, 8), (0, 8)),
-    ((12, 5, 9), (37, 80), (-1.5, 8), (3.5, 8)),
-    ((8, 7, 7), (64, 64), (10, 6.4), (-3, 9)),
-    ((8, 20, 20), (24, 24), (2, 1), (0, 1)),
-    ((8, 1, 1), (24, 24), (2, 16), (0, 20)),
-]
-
-
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize(("shape", "size", "rows", "columns"), PLACED)
-def test_every_decoder_places_its_cells(name, shape, size, rows, columns):
-    axes = [
-        Axis(float(start), float(stride), 0, n)
-        for (start, stride), n in zip((rows, columns), size, strict=True)
-    ]
-    decoder = create_decoder(name, [spec(*shape, *axes)], size, seed=0)
-    features = torch.randn(2, *shape)
-    filled = decoder.decode(features)
-    assert filled.shape == (2, 3, *decoder.canvas.size)
-    images = decoder([features])
-    assert images.shape == (2, 3, *size) and images.min() >= 0 and images.max() <= 1
-    torch.testing.assert_close(images, decoder.canvas.place(filled).clamp(0, 1))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert decoder([features]).shape == images.shape
-    if decoder.trainable:
-        decoder([features]).square().mean().backward()
-        assert not [k for k, p in decoder.named_parameters() if p.requires_grad and p.grad is None]
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_placed_decoder_is_as_large_as_an_even_one_of_its_cells(name):
-    along = axis(0, 16, 232, 14)
-    decoders = [
-        create_decoder(name, [spec(32, 14, 14, a, a)], size) for a, size in ((None, 224), (along, 232))
-    ]
-    even, placed = (sum(p.numel() for p in decoder.parameters()) for decoder in decoders)
-    assert even == placed
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_an_even_decoder_is_as_it_was(name):
-    """Cells that are measured and divide the image evenly give the same bits as those of which nothing is said."""
-    along = Axis(0.0, 4.0, 0, 28)
-    one, two = (create_decoder(name, [spec(8, 7, 7, a, a)], 28, seed=0).eval() for a in (None, along))
-    features = torch.randn(2, 8, 7, 7)
-    assert torch.equal(one([features]), two([features])) and one.canvas.even and two.canvas.even
-
-
 @pytest.mark.parametrize(("start", "stride", "size"), [(0, 4, 52), (-3, 4, 43), (5, 4, 60)])
 def test_a_window_of_the_residual_decoder_is_a_part_of_the_whole(start, stride, size):
     along = Axis(float(start), float(stride), 0, size)
@@ -329,30 +278,8 @@ def test_maps_are_aligned_by_where_they_lie(one, stride, count, other, width, nu
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
-FUSED = [
-    spec(6, 12, 12, Axis(0.0, 8.0, 0, 96), Axis(0.0, 8.0, 0, 96)),
-    spec(4, 5, 5, Axis(3.0, 16.0, 3, 100), Axis(3.0, 16.0, 0, 100)),
-    spec(5, 6, 6, Axis(0.0, 16.0, 0, 96), Axis(0.0, 16.0, 0, 96)),
-]
-
-
-@pytest.mark.parametrize("name", FUSIONS)
-def test_a_fused_map_lies_where_the_finest_does(name):
-    fusion = create_fusion(FusionConfig(name, 8), FUSED, 100)
-    assert (fusion.spec.rows, fusion.spec.columns) == (Axis(0.0, 8.0, 0, 100), Axis(0.0, 8.0, 0, 100))
-    finer = create_fusion(FusionConfig(name, 8, 24), FUSED, 100)
-    assert finer.spec.rows == Axis(0.0, 4.0, 0, 100) and finer.canvas.size == (96, 96)
-    even = create_fusion(FusionConfig(name, 8), [spec(4, 25, 25), *FUSED], 100)
-    assert even.spec.rows is None and even.canvas.even
-    for made in (fusion, finer, even):
-        features = [torch.randn(2, s.channels, s.height, s.width) for s in FUSED]
-        features = [torch.randn(2, 4, 25, 25), *features] if made is even else features
-        assert made(features).shape == (2, made.spec.channels, made.spec.height, made.spec.width)
-
-
 def test_the_finest_map_is_fused_as_it_is():
-    fusion = create_fusion(FusionConfig("aligned"), FUSED, 100)
-    features = [torch.randn(2, s.channels, s.height, s.width) for s in FUSED]
+    fusion, features = create_fusion(FusionConfig("aligned"), PLACED, 100), maps(PLACED)
     assert torch.equal(fusion(features)[:, :6], features[0])
 
 
@@ -373,24 +300,10 @@ def test_a_stacked_fusion_reads_coarse_maps_where_they_lie():
     assert fusion.spec == FeatureSpec("fine:x + coarse:x", 16, 10, 10)
 
 
-@pytest.mark.parametrize("name", ["attention", "weighted"])
-def test_weight_maps_lie_as_the_image_does(name):
-    fusion = create_fusion(FusionConfig(name, 6), FUSED, 100).eval()
-    features = [torch.randn(3, s.channels, s.height, s.width) for s in FUSED]
-    maps = WeightMaps(fusion, keep=2)
-    maps.add(features)
-    weights = fusion.weights(features)[:2]
-    for stored, own in zip(maps.images, weights, strict=True):
-        assert stored.shape == (3, 100, 100)
-        cells = torch.from_numpy(stored[:, 4:96:8, 4:96:8].copy()) / 255
-        torch.testing.assert_close(cells, own.detach(), atol=0.51 / 255, rtol=0)
-    assert sum(maps.means) == pytest.approx(1)
-
-
 def test_a_run_says_what_no_location_sees_and_still_holds(tmp_path, no_figures):
     """A ViT of patches of 16 on crops of 40: the last 8 pixels are dropped."""
     config = RunConfig(
-        ("test_vit.r160_in1k:block0", "test_vit.r160_in1k:block1"),
+        ("vit_tiny_patch16_224:block0", "vit_tiny_patch16_224:block1"),
         weights="random",
         decoder=DecoderConfig("linear", options={"kernel": 1}),
         fusion=FusionConfig("aligned"),

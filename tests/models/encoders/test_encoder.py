@@ -98,7 +98,8 @@ def test_vit_tokens_equal_timms_own_block_outputs(name):
 
 def test_mean_and_std_are_the_models_own():
     for name, mean, std in (("vit_tiny_patch16_224", 0.5, 0.5), ("resnet18", 0.485, 0.229)):
-        encoder = Encoder(name, layers=["patch_embed" if "vit" in name else "layer1"], weights="random")
+        layer = "patch_embed" if "vit" in name else "layer1"
+        encoder = Encoder(name, layers=[layer], weights="random", image_size=64)
         assert encoder.mean.flatten()[0] == pytest.approx(mean)
         assert encoder.std.flatten()[0] == pytest.approx(std)
 

@@ -1,19 +1,8 @@
-"""What every encoder promises, over the families of timm."""
-
-import functools
-import re
-from collections import defaultdict
+"""The contract of encoders over the families of timm."""
 
 import pytest
-import torch
-from safetensors.torch import save_model
-from torch import nn
 
-from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.layers import list_layers
-from afterimage.models.encoders.providers.timm import create_random, resolve_model
-from afterimage.models.encoders.tensor_layout import reorder
-from encoder_checks import assert_same, randomise_statistics
+from encoder_contract import EncoderContract
 
 # The smallest model of each family that is quick to build, and the side of the images that it is tried on.
 FAMILIES = {
@@ -98,120 +87,19 @@ QUICK = {
     *("vit_tiny_patch16_dinov3_qkvb", "levit_128s"),
 }
 """Of every kind of layout one; `make test-long` tries all families."""
-OVER_FAMILIES = pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES]
-)
 
 
-def quadrants(size):
-    """A smooth image, and four with a patch of one quadrant brightened: (5, 3, size, size)."""
-    coarse = torch.rand(1, 3, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
-    images = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear").repeat(5, 1, 1, 1) / 2
-    half, margin = size // 2, size // 8
-    for quadrant in range(4):
-        top, left = (quadrant // 2) * half + margin, (quadrant % 2) * half + margin
-        images[quadrant + 1, :, top : top + half - 2 * margin, left : left + half - 2 * margin] += 0.5
-    return images
-
-
-def run_whole(model, taps, inputs):
-    """Feature maps of a model that is neither cut short nor lacks anything."""
-    found = {}
-
-    def keep(tap, module, args, output):
-        roll = reorder(model, tap.module)
-        found[tap.module] = tap.layout(roll(output) if roll else output).clone()
-
-    for tap in taps:
-        model.get_submodule(tap.module).register_forward_hook(functools.partial(keep, tap))
-    with torch.no_grad():
-        model(inputs)
-    return [found[tap.module] for tap in taps]
-
-
-@OVER_FAMILIES
-def test_contract_over_families(model, tmp_path):
-    """Shapes are as measured, loading and dropping what is unused change nothing, places keep their order."""
-    size = FAMILIES[model]
-    names = [layer.name for layer in list_layers(model, size)]
-    whole = randomise_statistics(create_random(resolve_model(model), (size, size), 5, "random-init"))
-    save_model(whole, str(tmp_path / "whole.safetensors"))
-    encoder = Encoder(
-        model, layers=[*names[:2], names[-1]], weights=tmp_path / "whole.safetensors", image_size=size
+class TestFamilies(EncoderContract):
+    @pytest.fixture(
+        scope="class",
+        params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES],
     )
-    images = quadrants(size)
-    features = encoder(images)
-    assert [(5, s.channels, s.height, s.width) for s in encoder.specs] == [tuple(f.shape) for f in features]
-    expected = run_whole(whole, encoder._layers, (images - encoder.mean) / encoder.std)
-    for feature, reference in zip(features, expected, strict=True):
-        assert_same(feature, reference)
+    def model(self, request):
+        return request.param
 
-    for spec, feature in list(zip(encoder.specs, features, strict=True))[:2]:
-        changes = (feature[1:] - feature[:1]).square().sum(1)
-        top, left = spec.height // 2, spec.width // 2
-        for quadrant, change in enumerate(changes):
-            halves = change[:top], change[-top:]
-            parts = [part.mean() for half in halves for part in (half[:, :left], half[:, -left:])]
-            assert torch.stack(parts).argmax() == quadrant, f"{spec.source} does not keep its places in order"
-
-
-SHARE = 0.01
-"""What a block of a random control adds to its input at least, by norm. Over the families the least is 0.017
-(CSPNeXt), and 0.05 or more for 98 of 100 blocks."""
-
-
-def matrices(module):
-    kinds = nn.Conv2d | nn.Linear
-    return {
-        name: m.weight for name, m in module.named_modules() if isinstance(m, kinds) and m.weight is not None
-    }
-
-
-def changes(model, run):
-    """How much each composite module that returns a map of its input's shape changes it, by path, in one `run()`."""
-    inputs, found = {}, {}
-
-    def before(path, module, args):
-        if args and isinstance(args[0], torch.Tensor):
-            inputs[path] = args[0].clone()
-
-    def after(path, module, args, output):
-        given = inputs.pop(path, None)
-        if given is not None and isinstance(output, torch.Tensor) and output.shape == given.shape:
-            found[path] = ((output - given).norm() / given.norm()).item()
-
-    for path, module in model.named_modules():
-        if path and len(matrices(module)) > 1:
-            module.register_forward_pre_hook(functools.partial(before, path))
-            module.register_forward_hook(functools.partial(after, path), prepend=True)
-    return run(), found
-
-
-@OVER_FAMILIES
-def test_every_block_of_a_random_control_acts(model):
-    """Blocks change their input, features stay finite to the last layer, and no kind of matrix is without effect."""
-    size = FAMILIES[model]
-    deepest = list_layers(model, size)[-1].name
-    encoder = Encoder(model, [deepest], weights="random", image_size=size)
-    images = quadrants(size)[:2]
-    (features,), found = changes(encoder.model, lambda: encoder(images))
-    assert features.isfinite().all() and features.std() > 0
-    weak = {path: share for path, share in found.items() if share < SHARE}
-    assert not weak, f"{weak} of {len(found)} blocks"
-
-    kinds = defaultdict(list)
-    for path, weight in matrices(encoder.model).items():
-        if "cls_attn" not in path:  # blocks on the class token alone, which is no place of the map
-            kinds[re.sub(r"\d+", "N", path)].append(weight)
-    for kind, weights in kinds.items():
-        kept = [weight.clone() for weight in weights]
-        for weight in weights:
-            weight.zero_()
-        assert not torch.equal(encoder(images)[0], features), (
-            f"{kind}: all {len(weights)} at zero change nothing"
-        )
-        for weight, values in zip(weights, kept, strict=True):
-            weight.copy_(values)
+    @pytest.fixture(scope="class")
+    def size(self, model):
+        return FAMILIES[model]
 
 
 def test_enough_families_are_covered():

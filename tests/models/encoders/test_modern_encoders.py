@@ -15,9 +15,9 @@ STUDIES = ("modern", "modern_256", "modern_518")
 FAMILIES = (
     "dinov2", "dinov3", "siglip", "clip", "mae", "eva02", "swin", "convnext", "efficientnet", "mobilenet", "coatnet",
 )  # fmt: skip
-# The smallest model of each family with weights, its first layer, and its patch size or reduction there.
-pytestmark = pytest.mark.long  # test_study.py resolves these studies too
+pytestmark = pytest.mark.long  # thirty networks at the sizes of their pretraining
 
+# The smallest model of each family with weights, its first layer, and its patch size or reduction there.
 SMALLEST = {
     "vit_small_patch14_dinov2.lvd142m": ("block0", 14),
     "vit_small_patch14_reg4_dinov2.lvd142m": ("block0", 14),
