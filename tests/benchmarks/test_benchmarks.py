@@ -72,7 +72,7 @@ def test_ours_computes_in_what_is_quicker_here(monkeypatch, tmp_path, exact, mix
         settings.run("test_resnet.r160_in1k:layer1", "linear", "procedural:8").recipe.precision == precision
     )
     if precision == "bf16-mixed":  # which is not what it falls back to
-        monkeypatch.setitem(MEASUREMENTS, "gpu", lambda settings: [])
+        monkeypatch.setitem(MEASUREMENTS, "gpu", lambda settings: [Row("gpu", "", ours=[1.0])])
         _, facts = run_bench(["gpu"], settings=settings)
         assert facts["precision"] == precision
 

@@ -486,13 +486,12 @@ def _moved(source: Positions, func: Any, given: Given, results: list[Tensor]) ->
     """Follow an operation that only moves elements, by running it on the arrays of positions."""
     # Rolls and flips change nothing along axes on which an array is constant.
     as_is = bool(given.get("dims")) and func._schema.name in ("aten::roll", "aten::flip")
-
-    def move(array: Tensor) -> list[Tensor]:
-        moved = _call(func, given, array if as_is else array.expand(source.shape))
-        return [compress(one) for one in ([moved] if isinstance(moved, Tensor) else moved)]
-
     groups = {
-        name: [[move(array) for array in arrays] for arrays in getattr(source, name)] for name in BLANKS
+        name: [
+            [_move(func, given, array if as_is else array.expand(source.shape)) for array in arrays]
+            for arrays in getattr(source, name)
+        ]
+        for name in BLANKS
     }
     return [
         Positions(
@@ -503,3 +502,9 @@ def _moved(source: Positions, func: Any, given: Given, results: list[Tensor]) ->
         )
         for number, out in enumerate(results)
     ]
+
+
+def _move(func: Any, given: Given, array: Tensor) -> list[Tensor]:
+    """Move the elements of an array of positions as an operation moves a tensor's."""
+    moved = _call(func, given, array)
+    return [compress(one) for one in ([moved] if isinstance(moved, Tensor) else moved)]

@@ -226,11 +226,10 @@ def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
         operands: positions of the operands, which are broadcast
         shape: shape of the result
     """
-
-    def lift(array: Tensor) -> Tensor:
-        return array.reshape((1,) * (len(shape) - array.ndim) + tuple(array.shape))
-
-    lifted = [operand.map(shape, lift) for operand in operands]
+    lifted = [
+        operand.map(shape, lambda array: array.reshape((1,) * (len(shape) - array.ndim) + tuple(array.shape)))
+        for operand in operands
+    ]
     if len(lifted) == 1:
         return lifted[0]
     return Positions(
