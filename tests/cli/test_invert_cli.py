@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from afterimage.analysis.inversion.inputs import from_data, from_files
 from afterimage.analysis.inversion.invert import Inversion, Snapshot, refine
-from afterimage.analysis.inversion.run import Refinement, curve_steps, from_data, from_files, measure
+from afterimage.analysis.inversion.measure import curve_steps, measure
+from afterimage.analysis.inversion.run import Refinement
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.config.inversion import EstimateConfig, InvertConfig

@@ -15,7 +15,7 @@ from afterimage.config.inversion import EstimateConfig
 from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
-    from afterimage.analysis.inversion.run import InversionInputs
+    from afterimage.analysis.inversion.inputs import InversionInputs
     from afterimage.config.inversion import InvertConfig
     from afterimage.runs.run import Run
 
@@ -120,7 +120,7 @@ class Invert:
         return folders, files, sources
 
     def _given(self, files: list[Path], data: DataConfig, progress: object) -> InversionInputs:
-        from afterimage.analysis.inversion.run import from_data, from_files
+        from afterimage.analysis.inversion.inputs import from_data, from_files
 
         if files:
             return from_files(files, resize=data.resize, crop=data.crop)

@@ -281,7 +281,8 @@ def find_bounds(
     Returns:
         The finished inversions.
     """
-    from afterimage.analysis.inversion.run import InversionInputs, from_data, invert_run
+    from afterimage.analysis.inversion.inputs import InversionInputs, from_data
+    from afterimage.analysis.inversion.run import invert_run
     from afterimage.config.inversion import INVERSION_PRECISIONS, InvertConfig
     from afterimage.runtime.device import device_name
 

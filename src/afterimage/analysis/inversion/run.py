@@ -1,12 +1,11 @@
-"""The images that are to be inverted: test images of a source, or files of one's own."""
+"""Invert what a finished run's decoder, or grey, starts from: each answer becomes a run folder."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.analysis.inversion.batches import Batches, Curve
+from afterimage.analysis.inversion.batches import Batches
 from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
 from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
 from afterimage.analysis.inversion.honesty import bound_controls, mean_features
+from afterimage.analysis.inversion.inputs import InversionInputs
 from afterimage.analysis.inversion.invert import (
     Inversion,
     Snapshot,
@@ -27,175 +27,28 @@ from afterimage.analysis.inversion.invert import (
     invert,
     refine_features,
 )
+from afterimage.analysis.inversion.measure import BATCH, measure
 from afterimage.analysis.inversion.objective import feature_distance
-from afterimage.config import AfterimageError, DataConfig, load_toml, shown
+from afterimage.config import AfterimageError, load_toml
 from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
-from afterimage.data.dataset import file_notes, load_data, prepare_image
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import (
-    Reconstructed,
     evaluate,
-    evaluate_together,
     score_notes,
     summarise,
     to_uint8,
 )
-from afterimage.evaluation.metrics import Metrics, psnr
+from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.environment import environment
 from afterimage.runs.files import sha256, write_csv, write_image
-from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result
+from afterimage.runs.results import DecoderAlone, InversionFacts, Result
 from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
-
-@dataclass(frozen=True)
-class InversionInputs:
-    """Images, what a summary says of them, and those that a decoder's errors may be learnt from (None: no such)."""
-
-    images: ImageSet
-    config: DataConfig
-    facts: DataFacts
-    notes: tuple[str, ...] = ()
-    validation: ImageSet | None = None
-
-
-def from_data(
-    config: DataConfig, *, cache: Path | None = None, progress: Progress = silent
-) -> InversionInputs:
-    """The test images of a data configuration; raises as `load_data` does."""
-    data = load_data(config, cache=cache, progress=progress)
-    return InversionInputs(data.test, config, data.describe(), data.notes, data.validation)
-
-
-def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> InversionInputs:
-    """Image files, prepared as test images are: shorter side to `resize`, centre crop.
-
-    Raises `AfterimageError` that names the file where one is no image, or is given twice.
-    """
-    names = [shown(path) for path in paths]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
-    crops = torch.cat([prepare_image(path, resize, crop) for path in paths])
-    digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
-    config = DataConfig(source="files:" + digest[:16], resize=resize, crop=crop)
-    facts = DataFacts("files", "", digest, digest, len(paths), resize, crop)
-    return InversionInputs(_Files(names, crops), config, facts, tuple(file_notes(paths, resize)))
-
-
-class _Files(ImageSet):
-    """Crops that are held in memory, `(N, 3, crop, crop)` in [0, 1]."""
-
-    def __init__(self, ids: Sequence[str], crops: Tensor) -> None:
-        self.ids, self._crops, self.crop = list(ids), crops, crops.shape[-1]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def crops(self, indices: Any, *, device: str | torch.device = "cpu", **_: Any) -> Tensor:
-        return self._crops[torch.as_tensor(indices)].to(device)
-
-
 Images = Float[Tensor, "batch 3 height width"]
-
-BATCH = 4
-
-
-def curve_steps(steps: int) -> list[int]:
-    """Where a saturation curve is measured: about six times a doubling of the passes, the last included."""
-    return sorted(
-        {max(1, round(2 ** (i / 3))) for i in range(3 * steps.bit_length())} & set(range(steps)) | {steps}
-    )
-
-
-@dataclass
-class Measured:
-    """What one way of inverting came to: rows and curve by image, seconds an image without the measuring."""
-
-    rows: list[dict[str, Any]]
-    images: list[tuple[str, Any, Any]]
-    seconds: float
-    curve: list[dict[str, Any]] = field(default_factory=list)
-
-
-def measure(
-    search: Callable[..., Inversion],
-    image_set: ImageSet,
-    metrics: Metrics,
-    steps: int,
-    *,
-    batch_size: int = BATCH,
-    device: str = "cpu",
-    progress: Progress = silent,
-    snapshot: Callable[[Images], None] | None = None,
-    batches: Batches | None = None,
-) -> Measured:
-    """Search for every image, then score what was found, and the way there.
-
-    Args:
-        search: is called as `search(images, callback=, milestones=, progress=)`, a batch at a time.
-        image_set: the images whose features are inverted.
-        metrics: what is measured of the images found.
-        steps: how many passes a search takes.
-        batch_size: images at a time.
-        device: where.
-        progress: is told how far each search is, and then how many images have been measured.
-        snapshot: is given the images so far at every milestone.
-        batches: keeps finished batches, and gives back those that it has.
-    """
-    parts = torch.arange(len(image_set)).split(batch_size)
-    curve: Curve = []
-    losses: list[float] = []
-    found: list[Tensor] = []
-    seconds = 0.0
-    for indices in parts:
-        images = image_set.crops(indices, device=device)
-        kept = batches.load(images) if batches else None
-        if kept is None:
-            ids, own = [image_set.ids[index] for index in indices.tolist()], []
-
-            def callback(look: Snapshot, ids=ids, images=images, own=own) -> None:
-                own += _curve_rows(ids, images, look)
-                if snapshot is not None:
-                    snapshot(look.images)
-
-            result = search(images, callback=callback, milestones=curve_steps(steps), progress=progress)
-            if batches:
-                batches.save(images, result, own)
-        else:
-            result, own = kept
-        curve += own
-        seconds += result.seconds
-        losses += result.loss.tolist()
-        # In one order of memory, whether it was kept or not: sums depend on it.
-        found.append(result.images.contiguous().cpu())
-
-    def reconstructions() -> Iterator[Reconstructed]:
-        for indices, images in zip(parts, found, strict=True):
-            yield indices, image_set.crops(indices, device=device), [images.to(device)]
-
-    (scored,) = evaluate_together(
-        reconstructions(), image_set.ids, metrics, progress=progress, keep=len(image_set)
-    )
-    rows = [row | {"feature_loss": loss} for row, loss in zip(scored.rows, losses, strict=True)]
-    return Measured(rows, scored.images, seconds / len(image_set), curve)
-
-
-def _curve_rows(ids: Sequence[str], images: Images, look: Snapshot) -> Curve:
-    """A row an image: how near it is after so many passes, in PSNR and in its features."""
-    values = zip(ids, psnr(look.images, images).tolist(), look.loss.tolist(), strict=True)
-    return [
-        {
-            "id": name,
-            "step": look.step,
-            "seconds": look.seconds / len(images),
-            "psnr": value,
-            "feature_loss": loss,
-        }
-        for name, value, loss in values
-    ]
 
 
 @dataclass(frozen=True)

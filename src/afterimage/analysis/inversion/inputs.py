@@ -1,0 +1,66 @@
+"""The images that are to be inverted: test images of a source, or files of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afterimage.config import AfterimageError, DataConfig, shown
+from afterimage.data.dataset import file_notes, load_data, prepare_image
+from afterimage.data.images import ImageSet
+from afterimage.runs.files import sha256
+from afterimage.runs.results import DataFacts
+from afterimage.runtime.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class InversionInputs:
+    """Images, what a summary says of them, and those that a decoder's errors may be learnt from (None: no such)."""
+
+    images: ImageSet
+    config: DataConfig
+    facts: DataFacts
+    notes: tuple[str, ...] = ()
+    validation: ImageSet | None = None
+
+
+def from_data(
+    config: DataConfig, *, cache: Path | None = None, progress: Progress = silent
+) -> InversionInputs:
+    """The test images of a data configuration; raises as `load_data` does."""
+    data = load_data(config, cache=cache, progress=progress)
+    return InversionInputs(data.test, config, data.describe(), data.notes, data.validation)
+
+
+def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> InversionInputs:
+    """Image files, prepared as test images are: shorter side to `resize`, centre crop.
+
+    Raises `AfterimageError` that names the file where one is no image, or is given twice.
+    """
+    names = [shown(path) for path in paths]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
+    crops = torch.cat([prepare_image(path, resize, crop) for path in paths])
+    digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
+    config = DataConfig(source="files:" + digest[:16], resize=resize, crop=crop)
+    facts = DataFacts("files", "", digest, digest, len(paths), resize, crop)
+    return InversionInputs(_Files(names, crops), config, facts, tuple(file_notes(paths, resize)))
+
+
+class _Files(ImageSet):
+    """Crops that are held in memory, `(N, 3, crop, crop)` in [0, 1]."""
+
+    def __init__(self, ids: Sequence[str], crops: Tensor) -> None:
+        self.ids, self._crops, self.crop = list(ids), crops, crops.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def crops(self, indices: Any, *, device: str | torch.device = "cpu", **_: Any) -> Tensor:
+        return self._crops[torch.as_tensor(indices)].to(device)
