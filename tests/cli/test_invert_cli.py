@@ -9,7 +9,7 @@ from PIL import Image
 
 from afterimage.analysis.inversion.inputs import from_data, from_files
 from afterimage.analysis.inversion.invert import Inversion, Snapshot, refine
-from afterimage.analysis.inversion.measure import curve_steps, measure
+from afterimage.analysis.inversion.measure import best_step, curve_steps, measure
 from afterimage.analysis.inversion.run import Refinement
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
@@ -49,8 +49,9 @@ def command(place, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            estimate = () if "--estimate-images" in arguments else ("--estimate-images", "0")
-            main(["invert", *map(str, arguments), "--device", "cpu", *estimate])
+            names = [name for name in ("--estimate-images", "--held-out") if name not in arguments]
+            unless_asked = [part for name in names for part in (name, "0")]
+            main(["invert", *map(str, arguments), "--device", "cpu", *unless_asked])
         except SystemExit as error:
             code = error.code
         return (code, *capsys.readouterr())
@@ -248,6 +249,41 @@ def test_a_best_estimate_that_was_cut_short_goes_on_and_comes_to_the_same(comman
         for name in ("whole", "cut")
     ]
     assert len(scores[0]) == 2 and scores[0] == scores[1]
+
+
+def test_the_number_of_passes_is_chosen_on_held_out_images(command, run, place):
+    arguments = run.path, "--max-images", 2, "--steps", 12, "--refine-only", "--held-out", 6
+    code, _, err = command(*arguments, "--estimate-images", 4, "--output-dir", place / "chosen")
+    assert code == 0, err
+    refined, estimate = sorted(
+        scan(place / "chosen"), key=lambda made: made.result.config.answer, reverse=True
+    )
+    steps = refined.result.inversion.steps
+    (note,) = [note for note in refined.result.notes if "of at most 12" in note]
+    assert f"the number of passes, {steps} of" in note and "for 6 validation images" in note
+    assert estimate.result.inversion.steps == steps
+    assert max(int(row["step"]) for row in read_csv(refined.file("curve.csv"))) == steps
+
+    # Searched for so many steps, whatever is best, the same images have the same curve up to there.
+    code, _, err = command(*arguments[:-2], "--output-dir", place / "all")
+    assert code == 0, err
+    (whole,) = scan(place / "all")
+    curves = [
+        {(row["id"], row["step"]): row["psnr"] for row in read_csv(made.file("curve.csv"))}
+        for made in (refined, whole)
+    ]
+    shared = curves[0].keys() & curves[1].keys()
+    assert len(shared) > 4 and all(curves[0][key] == curves[1][key] for key in shared)
+
+
+def test_the_best_step_is_that_of_least_lpips_or_else_highest_psnr():
+    rows = [(0, 30.0, 0.1), (1, 20.0, 0.4), (2, 24.0, 0.2), (3, 22.0, 0.1), (3, 22.0, 0.2)]
+    curve = [
+        {"step": step, "psnr": psnr, "lpips": lpips}
+        for step, psnr, lpips in (*rows, (1, 20, 0.4), (2, 24, 0.2))
+    ]
+    assert best_step(curve) == 3
+    assert best_step([row | {"lpips": None} for row in curve]) == 2
 
 
 def test_ones_own_image_from_a_decoder(command, run, place):

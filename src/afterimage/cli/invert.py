@@ -45,7 +45,9 @@ class Invert:
     optimizer: str = "lbfgs"
     """lbfgs or adam."""
     steps: int = 200
-    """Passes through the encoder and back."""
+    """Passes through the encoder and back; from a run's decoder at most so many."""
+    held_out: int = 8
+    """Validation images on which the number of passes from a run's decoder is chosen; 0 takes --steps."""
     learning_rate: float | None = None
     """Adam's, and the size of L-BFGS's first step."""
     starts: int = 1
@@ -86,6 +88,7 @@ class Invert:
             "method",
             "optimizer",
             "steps",
+            "held_out",
             "learning_rate",
             "starts",
             "jitter",

@@ -36,7 +36,10 @@ class InvertConfig:
         method: what is optimised: `pixels`, `fourier` (decorrelated colours and frequencies) or `prior` (the
             weights of an untrained network)
         optimizer: `adam` or `lbfgs`
-        steps: forward and backward passes through the encoder, so that both optimizers cost the same a step
+        steps: forward and backward passes through the encoder, so that both optimizers cost the same a step; from a
+            decoder's answer at most so many
+        held_out: validation images on which the number of passes from a decoder's answer is chosen, that of least
+            LPIPS (of highest PSNR where LPIPS is unavailable); 0, or `adam`, takes `steps`
         learning_rate: Adam's learning rate; None takes the method's own
         starts: runs for each image, of which the one with the nearest features is kept
         jitter: largest random shift of the image before each pass, in pixels; with Adam only
@@ -50,6 +53,7 @@ class InvertConfig:
     method: str = "fourier"
     optimizer: str = "lbfgs"
     steps: int = 200
+    held_out: int = 8
     learning_rate: float | None = None
     starts: int = 1
     jitter: int = 0
@@ -69,6 +73,7 @@ class InvertConfig:
         check_positive(self, "steps", most=MAX_STEPS)
         check_positive(self, "starts", most=MAX_BATCH)
         check_positive(self, "beta", "alpha", "learning_rate")
+        check_range("held_out", self.held_out, 0, MAX_IMAGES)
         check_range("jitter", self.jitter, 0, MAX_SIDE)
         for name in ("tv", "alpha_norm"):
             if not 0 <= getattr(self, name) < math.inf:  # false for NaN too

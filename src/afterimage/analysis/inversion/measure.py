@@ -20,7 +20,7 @@ from afterimage.evaluation.evaluate import (
     Reconstructed,
     evaluate_together,
 )
-from afterimage.evaluation.metrics import Metrics, psnr
+from afterimage.evaluation.metrics import Metrics
 from afterimage.runtime.progress import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -82,7 +82,7 @@ def measure(
             ids, own = [image_set.ids[index] for index in indices.tolist()], []
 
             def callback(look: Snapshot, ids=ids, images=images, own=own) -> None:
-                own += _curve_rows(ids, images, look)
+                own += curve_rows(ids, images, look, metrics)
                 if snapshot is not None:
                     snapshot(look.images)
 
@@ -108,16 +108,27 @@ def measure(
     return Measured(rows, scored.images, seconds / len(image_set), curve)
 
 
-def _curve_rows(ids: Sequence[str], images: Images, look: Snapshot) -> Curve:
-    """A row an image: how near it is after so many passes, in PSNR and in its features."""
-    values = zip(ids, psnr(look.images, images).tolist(), look.loss.tolist(), strict=True)
+def curve_rows(ids: Sequence[str], images: Images, look: Snapshot, metrics: Metrics) -> Curve:
+    """A row an image: how near it is after so many passes, in PSNR, in LPIPS and in its features."""
+    scores = metrics(look.images, images)
     return [
         {
             "id": name,
             "step": look.step,
             "seconds": look.seconds / len(images),
-            "psnr": value,
-            "feature_loss": loss,
+            "psnr": scores["psnr"][i],
+            "lpips": scores["lpips"][i] if scores["lpips"] else None,
+            "feature_loss": float(look.loss[i]),
         }
-        for name, value, loss in values
+        for i, name in enumerate(ids)
     ]
+
+
+def best_step(curve: Curve) -> int:
+    """The number of passes, from 1 on, of the least mean LPIPS, or without LPIPS of the highest mean PSNR."""
+    totals: dict[int, float] = {}
+    for row in curve:
+        loss = -row["psnr"] if row["lpips"] is None else row["lpips"]
+        if row["step"] > 0:
+            totals[row["step"]] = totals.get(row["step"], 0.0) + loss
+    return min(totals, key=totals.__getitem__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.analysis.inversion.batches import Batches
+from afterimage.analysis.inversion.batches import Batches, Curve
 from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
 from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
 from afterimage.analysis.inversion.honesty import bound_controls, mean_features
@@ -27,7 +27,7 @@ from afterimage.analysis.inversion.invert import (
     invert,
     refine_features,
 )
-from afterimage.analysis.inversion.measure import BATCH, measure
+from afterimage.analysis.inversion.measure import BATCH, best_step, curve_rows, curve_steps, measure
 from afterimage.analysis.inversion.objective import feature_distance
 from afterimage.config import AfterimageError, load_toml
 from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
@@ -60,6 +60,10 @@ class Refinement:
     errors: DecoderErrors | None
     seed: int
 
+    @property
+    def steps(self) -> int:
+        return self.method.steps
+
     def __call__(self, images: Images, **options: Any) -> Inversion:
         """Refine what the decoder makes of `images`."""
         return self.of_features(encode(self.reconstructor, images), tuple(images.shape[-2:]), **options)
@@ -69,13 +73,24 @@ class Refinement:
         settings = {"method": self.method, "errors": self.errors, "seed": self.seed}
         return refine_features(self.reconstructor, targets, size, **settings, **options)
 
-    def kept(self, images: Images, batches: Batches, progress: Progress = silent) -> Inversion:
-        """What was found before, or else search and keep it."""
-        if (found := batches.load(images)) is not None:
-            return found[0]
-        result = self(images, progress=progress)
-        batches.save(images, result, [])
-        return result
+    def kept(
+        self, images: Images, batches: Batches, progress: Progress = silent, metrics: Metrics | None = None
+    ) -> tuple[Inversion, Curve]:
+        """What was found before, or else search and keep it; with `metrics` also the curve that led there."""
+        found = batches.load(images)
+        if found is not None and (metrics is None or found[1]):
+            return found
+        curve: Curve = []
+
+        def callback(look: Snapshot) -> None:
+            curve.extend(curve_rows([str(i) for i in range(len(images))], images, look, metrics))
+
+        watched = (
+            {} if metrics is None else {"callback": callback, "milestones": curve_steps(self.method.steps)}
+        )
+        result = self(images, progress=progress, **watched)
+        batches.save(images, result, curve)
+        return result, curve
 
 
 @dataclass(frozen=True)
@@ -87,16 +102,20 @@ class BestEstimate:
     precision: str
     batches: Batches
 
+    @property
+    def steps(self) -> int:
+        return self.refinement.steps
+
     def __call__(
         self, images: Images, *, progress: Progress = silent, callback: Any = None, **_: Any
     ) -> Inversion:
         """Refine `images`, unless that is kept, and correct."""
         reconstructor = self.refinement.reconstructor
         targets = encode(reconstructor, images)
-        found = self.refinement.kept(images, self.batches, progress)
+        found, _ = self.refinement.kept(images, self.batches, progress)
         result = self._corrected(targets, found)
         if callback is not None:
-            callback(Snapshot(self.refinement.method.steps, result.seconds, result.images, result.loss))
+            callback(Snapshot(self.steps, result.seconds, result.images, result.loss))
         return result
 
     def of_features(self, targets: Sequence[Tensor], size: tuple[int, int], **options: Any) -> Inversion:
@@ -169,7 +188,25 @@ def invert_run(
         start = _Start(run, _decoder_alone(reconstructor, given.images, metrics, device))
         errors, note = _errors(reconstructor, given, device)
         refinement = Refinement(reconstructor, method, errors, seed)
-        kept = Batches(folders["refined"].path, _made_for(reconstructor.encoders, start, given))
+        made_for = _made_for(reconstructor.encoders, start, given)
+        aside = folders["refined"].path / "validation"
+        if "refined" not in missing:
+            refinement = replace(
+                refinement, method=replace(method, steps=folders["refined"].result.inversion.steps)
+            )
+        elif method.held_out and given.validation is not None and method.optimizer == "lbfgs":
+            refinement, chosen = _choose_passes(
+                refinement,
+                given.validation,
+                Batches(aside, [made_for, method.steps]),
+                metrics,
+                device,
+                progress,
+            )
+            note = [*note, chosen]
+        kept, learning = (
+            Batches(path, [made_for, refinement.steps]) for path in (folders["refined"].path, aside)
+        )
     if folder := missing.get("refined"):
         _make(folder, reconstructor.encoders, refinement, given, note, start, **options)
     if folder := missing.get("estimate"):
@@ -177,17 +214,37 @@ def invert_run(
             raise AfterimageError(
                 f"{run.name}: a best estimate is learned from validation images, and there are none"
             )
-        learning = Batches(folder.path / "learning", kept.made_for)
         corrector, count = _learn(refinement, given.validation, estimate, learning, seed, device, progress)
         best = BestEstimate(refinement, corrector, estimate.precision, kept)
         learned = f"learned from {count} validation images that were refined alike, in {estimate.steps} steps"
         _make(folder, reconstructor.encoders, best, given, [*note, learned], start, **options)
-        shutil.rmtree(learning.folder)
     if missing.keys() & {"refined", "estimate"}:
         kept.clear()
+        shutil.rmtree(aside, ignore_errors=True)
     if folder := missing.get("inversion"):
         invert_sources(folder, reconstructor.encoders, method, given, **options)
     return list(folders.values())
+
+
+def _choose_passes(
+    refinement: Refinement,
+    image_set: ImageSet,
+    batches: Batches,
+    metrics: Metrics,
+    device: str,
+    progress: Progress,
+) -> tuple[Refinement, str]:
+    """The refinement with as many passes as are best for held-out images, and what a reader has to know of it."""
+    count, most = min(refinement.method.held_out, len(image_set)), refinement.method.steps
+    curve: Curve = []
+    for indices in torch.arange(count).split(BATCH):
+        images = image_set.crops(indices, device=device)
+        curve += refinement.kept(images, batches, progress, metrics)[1]
+        progress("choosing the number of passes", int(indices[-1]) + 1, count)
+    steps = best_step(curve)
+    what = "LPIPS" if metrics.lpips_status.available else "PSNR"
+    note = f"the number of passes, {steps} of at most {most}, is the best in {what} for {count} validation images"
+    return replace(refinement, method=replace(refinement.method, steps=steps)), note
 
 
 def _learn(
@@ -206,7 +263,7 @@ def _learn(
         originals = image_set.crops(indices, device=device)
         with torch.no_grad():
             decoded = refinement.reconstructor(originals).clamp(0, 1)
-        found = refinement.kept(originals, batches, progress)
+        found, _ = refinement.kept(originals, batches, progress)
         # In one order of memory, whether it was kept or not: sums depend on it.
         groups.append(tuple(part.contiguous().cpu() for part in (originals, decoded, found.images)))
         progress("refining images to learn the best estimate from", int(indices[-1]) + 1, count)
@@ -301,8 +358,10 @@ def _make(
     def snapshot(images: Images) -> None:
         write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
 
+    if isinstance(search, Refinement | BestEstimate):
+        steps = search.steps
     # The best estimates take what the refinement has kept.
-    batches = None if config.estimate else Batches(folder.path, _made_for(encoders, start, given))
+    batches = None if config.estimate else Batches(folder.path, [_made_for(encoders, start, given), steps])
     measured = measure(
         search, given.images, metrics, steps, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
