@@ -13,10 +13,13 @@ from afterimage.config.audit import AuditConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.duplicates import near_duplicates
 from afterimage.data.images import Data
+from afterimage.evaluation.evaluate import Box
+from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.module_encoder import CustomEncoder, load_factory
+from afterimage.models.encoders.placement import describe_unseen
 from afterimage.models.encoders.providers.timm import resolve_model
-from afterimage.runs.results import UsedWeights
+from afterimage.runs.results import SeenPart, UsedWeights
 from afterimage.runtime.progress import Progress, silent
 
 NO_AUGMENTATION = (
@@ -52,8 +55,23 @@ class AuditTarget:
         return self.weights is None
 
     def encoder(self, layer: str) -> Encoder | CustomEncoder:
-        """The frozen encoder that ends at one layer."""
+        """Return the frozen encoder that ends at one layer."""
         return _encoder(self.config, self.network, [layer])
+
+    def box(self, layer: str) -> Box | None:
+        """Return the part of images that a layer's locations see; None where that is all of them."""
+        return seen_box([self.specs[layer]], self.image_size)
+
+    def seen(self, layer: str) -> SeenPart | None:
+        """Return the same with its share of all pixels, and in words what is not seen."""
+        box = self.box(layer)
+        if box is None:
+            return None
+        (top, bottom), (left, right) = box
+        height, width = self.image_size
+        spec = self.specs[layer]
+        unseen = describe_unseen(spec.rows, spec.columns, self.image_size)
+        return SeenPart(*box, (bottom - top) * (right - left) / (height * width), unseen)
 
 
 def open_subject(
