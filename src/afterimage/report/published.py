@@ -6,14 +6,14 @@ They are Blazanovic and Khan's (2025), "Input Image Reconstruction from CNN Feat
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from afterimage.config import AfterimageError, split_source
+from afterimage.config import split_source
 from afterimage.report.format import number
 from afterimage.report.rows import Row
 from afterimage.runs.files import read_image
@@ -26,10 +26,16 @@ RESNET, VGG, VIT = "resnet34.tv_in1k", "vgg16.tv_in1k", "vit_base_patch16_224.au
 
 @dataclass(frozen=True)
 class Published:
-    """One published row: means and deviations as printed, minutes of training, and its decoder's parameters.
+    """One published row; None where a number was not published.
 
-    `parameters` is the exact count of the study's decoder on these features; its table prints rounded ones,
-    which for VGG16 differ. Its deviations are over batch means, not over images. None: not published.
+    Attributes:
+        sources: the layers, as `model:layer`
+        decoder: our name of its decoder
+        psnr: mean and deviation in dB as printed; deviations are over batch means, not over images
+        ssim: the same of SSIM
+        lpips: the same of LPIPS (alex)
+        minutes: minutes of training
+        parameters: exact count of the decoder's parameters; the table prints rounded ones, which for VGG16 differ
     """
 
     sources: tuple[str, ...]
@@ -79,7 +85,7 @@ PUBLISHED = (
 
 
 def published(sources: Iterable[str], decoder: str) -> Published | None:
-    """The published row for these sources (tags pinned, layers by alias or module path) and this decoder."""
+    """Return the published row for these sources (tags pinned, layers by alias or module path) and this decoder."""
     key = frozenset(_canonical(source) for source in sources)
     for row in PUBLISHED:
         if row.decoder == decoder and frozenset(row.sources) == key:
@@ -88,7 +94,7 @@ def published(sources: Iterable[str], decoder: str) -> Published | None:
 
 
 def _canonical(source: str) -> str:
-    """The study's own name of a layer that is written as a module path."""
+    """Return the study's own name of a layer that is written as a module path."""
     model, layer = split_source(source)
     if model.startswith("vgg16."):
         layer = _VGG16_POOLS.get(layer, layer)
@@ -101,25 +107,29 @@ def _canonical(source: str) -> str:
 
 @dataclass(frozen=True)
 class Beside:
-    """One run with the published row it repeats; `reason` says in words why the two differ.
+    """One run with the published row that it repeats.
 
-    `ours` are mean scores; LPIPS is None where it was measured with another network than the published
-    AlexNet. `why` is the reason without the row's own numbers.
+    Attributes:
+        published: the published row
+        ours: mean scores; LPIPS is None where it was measured with another network than the published AlexNet
+        ceiling: best score of the published pipeline on the test images that are kept; None where none are
+        why: why the two may differ, in sentences
     """
 
-    run: str
     published: Published
     ours: dict[str, float | None]
     ceiling: Ceiling | None
-    reason: str
     why: str
 
 
 def beside_published(rows: Iterable[Row]) -> list[Beside]:
-    """Every row that repeats a published row, with the ceiling of the test images that are kept.
+    """Set every row that repeats a published row beside it.
 
-    It does when sources, decoder and its parameters agree (for the fusion: its name and size) and
-    its weights are pretrained. The data need not be DIV2K.
+    A row does when sources, decoder and its parameters agree (for the fusion: its name and size) and its weights are
+    pretrained. The data need not be DIV2K.
+
+    Raises:
+        AfterimageError: an image that is kept cannot be read
     """
     by_data: dict[str, list[Row]] = {}
     for row in rows:
@@ -127,18 +137,17 @@ def beside_published(rows: Iterable[Row]) -> list[Beside]:
     results = []
     for same in by_data.values():
         images = originals(row.run for row in same)
-        ceiling = published_ceiling(images.values()) if images else None
+        ceiling = published_ceiling(map(_pixels, images.values())) if images else None
         for row in same:
             theirs = _counterpart(row)
             if theirs is not None:
-                ours, kept = _means(row), _mean_psnr(row, images)
-                reason, why = explain(theirs, ours, ceiling, kept), why_they_differ(theirs, kept, ceiling)
-                results.append(Beside(row.run.name, theirs, ours, ceiling, reason, why))
+                why = why_they_differ(theirs, _mean_psnr(row, images), ceiling)
+                results.append(Beside(theirs, _means(row), ceiling, why))
     return results
 
 
 def _mean_psnr(row: Row, images: Collection[str]) -> float | None:
-    """The row's mean over these images alone, with whose ceiling it is compared."""
+    """Return the row's mean over these images alone, with whose ceiling it is compared."""
     scores = [value for identity, value in row.values("psnr").items() if identity in images]
     return statistics.fmean(scores) if scores else None
 
@@ -157,26 +166,14 @@ def _counterpart(row: Row) -> Published | None:
     return theirs if theirs and theirs.parameters == row.parameters else None
 
 
-def explain(
-    row: Published, ours: Mapping[str, float | None], ceiling: Ceiling | None, kept: float | None
-) -> str:
-    """Ours beside the published PSNR, and why they differ, in sentences.
+def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None) -> str:
+    """Say why a published score and ours differ: what is documented, what was computed here, what is inferred.
 
     Args:
-        ours: our mean `psnr` (and other metrics) for the same sources and decoder; None where unavailable.
-        ceiling: of the images that are kept in the run folders; None where there are none.
-        kept: our mean PSNR over these very images; None where they have no scores.
+        row: the published row
+        kept: our mean PSNR over the images that are kept; None where they have no scores
+        ceiling: of these images; None where there are none
     """
-    psnr = ours["psnr"]
-    if psnr is None:
-        return f"No PSNR here; {number(row.psnr[0], 'psnr')} dB published."
-    gap = number(psnr - row.psnr[0], "psnr", signed=True)
-    text = f"{number(psnr, 'psnr')} dB here, {number(row.psnr[0], 'psnr')} dB published on DIV2K ({gap} dB)."
-    return f"{text} {why_they_differ(row, kept, ceiling)}"
-
-
-def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None) -> str:
-    """The reason alone: what is documented, what was computed here, and what is inferred from the two."""
     if ceiling is None:
         return "No test images are kept, so what the published range allows on them is not known."
     images = f"the {ceiling.count} test images kept" if ceiling.count > 1 else "the one test image kept"
@@ -204,28 +201,25 @@ def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None)
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
-BATCH = 8
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The best score under the published pipeline, over `count` images.
+    """The best score under the published pipeline.
 
-    `psnr` and `psnr_std` are over images; `psnr_of_mean_error` is the PSNR of the squared error averaged
-    over all images first. `batch_std` is the deviation of batch means (the published way of reporting it),
-    None for fewer than two whole batches. `unreachable` is the share of values outside the decoder's range.
+    Attributes:
+        count: how many images it was computed on
+        psnr: mean over images, in dB
+        unreachable: share of values outside the decoder's range
     """
 
     count: int
     psnr: float
-    psnr_std: float | None
-    psnr_of_mean_error: float
-    batch_std: float | None
     unreachable: float
 
 
-def published_ceiling(images: Iterable[np.ndarray | str | Path]) -> Ceiling:
-    """What a perfect decoder would have scored under the published pipeline on these very images.
+def published_ceiling(images: Iterable[np.ndarray]) -> Ceiling:
+    """Compute what a perfect decoder would have scored under the published pipeline on these very images.
 
     Documented: decoders end in a sigmoid, their targets are images normalised with ImageNet's mean and std,
     and metrics are computed on denormalised images clamped to [0, 1]. Taken together, an image x in [0, 1]
@@ -242,45 +236,24 @@ def published_ceiling(images: Iterable[np.ndarray | str | Path]) -> Ceiling:
     was scored in another way is an inference.
 
     Args:
-        images: paths of RGB images, or arrays `(3, height, width)` in [0, 1].
-
-    Raises:
-        AfterimageError: no images; an image that cannot be read; an array of another shape or range.
+        images: arrays `(3, height, width)` in [0, 1], at least one
     """
     errors, outside = [], []
     low, high = MEAN[:, None, None], (MEAN + STD)[:, None, None]
-    for image in images:
-        x = _pixels(image)
+    for x in images:
         errors.append(float(((x.clip(low, high) - x) ** 2).mean()))
         outside.append(float(((x < low) | (x > high)).mean()))
-    if not errors:
-        raise AfterimageError("the published pipeline's ceiling needs at least one image")
     # An image wholly within reach would be perfect; one grey level in one value keeps its PSNR finite.
     psnr = -10 * np.log10(np.maximum(errors, 1e-10))
-    whole = psnr[: len(psnr) // BATCH * BATCH].reshape(-1, BATCH).mean(axis=1)
-    return Ceiling(
-        count=len(errors),
-        psnr=float(psnr.mean()),
-        psnr_std=float(psnr.std(ddof=1)) if len(psnr) > 1 else None,
-        psnr_of_mean_error=float(-10 * np.log10(max(np.mean(errors), 1e-10))),
-        batch_std=float(whole.std(ddof=1)) if len(whole) > 1 else None,
-        unreachable=float(np.mean(outside)),
-    )
+    return Ceiling(len(errors), float(psnr.mean()), float(np.mean(outside)))
 
 
-def _pixels(image: np.ndarray | str | Path) -> np.ndarray:
-    if isinstance(image, str | Path):
-        return np.asarray(read_image(image).convert("RGB"), dtype=float).transpose(2, 0, 1) / 255
-    x = np.asarray(image, dtype=float)
-    if x.ndim != 3 or x.shape[0] != 3 or x.size == 0:
-        raise AfterimageError(f"an image must have the shape (3, height, width), got {x.shape}")
-    if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
-        raise AfterimageError("an image's values must lie in [0, 1]")
-    return x
+def _pixels(path: Path) -> np.ndarray:
+    return np.asarray(read_image(path).convert("RGB"), dtype=float).transpose(2, 0, 1) / 255
 
 
 def originals(runs: Iterable[Run]) -> dict[str, Path]:
-    """The test images kept in these run folders, by id."""
+    """Return the test images kept in these run folders, by id."""
     found: dict[str, Path] = {}
     for run in runs:
         for name, original, _ in run.images:

@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from afterimage.report.figures.fonts import drawable, families, with_fallbacks
+from afterimage.report.figures.fonts import drawable, families
 from afterimage.report.format import plain
 from afterimage.report.rows import Row
 from afterimage.report.tables import heading
@@ -99,7 +99,6 @@ def style() -> Iterator[None]:
 def render(figure: Figure) -> tuple[bytes, bytes]:
     """The figure as PNG and SVG bytes, without dates or versions, so that equal rows give equal files."""
     with style():
-        with_fallbacks(figure)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(
             png, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"compress_level": 4}
