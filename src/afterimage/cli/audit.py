@@ -121,7 +121,7 @@ class Audit:
             raise SystemExit(1)
 
     def resolved(self) -> AuditConfig:
-        """The file's settings, or the defaults, with what was given on the command line in their place."""
+        """Return the file's settings, or the defaults, with what was given on the command line in their place."""
         from afterimage.config import DataConfig, RecipeConfig
         from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
 
@@ -151,7 +151,7 @@ class Audit:
         return AuditConfig(**given) if base is None else replace(base, **given)
 
     def _of(self, *names: str, **fields: str) -> dict[str, Any]:
-        """Settings that were given, by their names in the file; `fields` have another name on the command line."""
+        """Return settings that were given, by their names in the file; of `fields` by another name."""
         fields = dict(zip(names, names, strict=True)) | fields
         return {name: value for name, field in fields.items() if _is_given(value := getattr(self, field))}
 
@@ -161,7 +161,7 @@ def _is_given(value: Any) -> bool:
 
 
 def print_verdict(results: Results, verdict: Verdict) -> None:
-    """The table and the verdict on the terminal."""
+    """Print the table and the verdict."""
     from rich.table import Table
     from rich.text import Text
 

@@ -68,7 +68,7 @@ class Controls:
 
 
 def print_controls(runs: list[Run]) -> None:
-    """The tables of the controls on the terminal."""
+    """Print the tables of the controls."""
     from rich.table import Table
 
     from afterimage.report.controls import control_findings

@@ -33,6 +33,7 @@ class Layers:
 
 
 def print_layers(model: str, layers: list) -> None:
+    """Print the table of layers, and what they do not see."""
     from rich.table import Table
 
     table = Table(title=model, title_justify="left")
@@ -73,7 +74,7 @@ def _placement(rows: Axis | None, columns: Axis | None) -> str:
 
 
 def print_unseen(unseen: Mapping[str, str]) -> None:
-    """What is not seen, or not known, of each layer: a line for each text, with the layers that it is true of."""
+    """Print what is not seen, or not known, of each layer: a line for each text, with its layers."""
     for text in dict.fromkeys(filter(None, unseen.values())):
         named = [name for name, own in unseen.items() if own == text]
         listed = "every layer" if len(named) == len(unseen) > 1 else ", ".join(named)

@@ -1,4 +1,4 @@
-"""Results on the terminal."""
+"""Print results on the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from afterimage.runtime.terminal import console
 
 
 def score_line(name: str, score: Score | None, lpips: LpipsStatus) -> str:
-    """`PSNR 24.31 ± 2.80 dB over 100 images`."""
+    """Write a score such as `PSNR 24.31 ± 2.80 dB over 100 images`."""
     metric = METRICS[name]
     if score is None:
         return f"{metric.title} unavailable: {lpips.reason}"
@@ -21,7 +21,7 @@ def score_line(name: str, score: Score | None, lpips: LpipsStatus) -> str:
 
 
 def image_lines(scores: Mapping[str, float | None], lpips: LpipsStatus) -> list[str]:
-    """A `score_line` for each score of one image."""
+    """Write a `score_line` for each score of one image."""
     return [
         score_line(name, None if value is None else Score(value, None, 1), lpips)
         for name, value in scores.items()
@@ -29,7 +29,7 @@ def image_lines(scores: Mapping[str, float | None], lpips: LpipsStatus) -> list[
 
 
 def print_table(runs: list) -> None:
-    """The table of results on the terminal, and below it that of the measured bounds where there are some."""
+    """Print the table of results, and below it that of the measured bounds where there are some."""
     from afterimage.report.rows import read_rows
     from afterimage.report.tables import console_table
 

@@ -48,7 +48,7 @@ class Report:
 
 
 def find_runs(folders: tuple[Path, ...]) -> list[Run]:
-    """The runs that folders name: each a run folder itself, or a folder that holds some."""
+    """Find the runs that folders name: each a run folder itself, or a folder that holds some."""
     from afterimage.runs.run import Run, scan
 
     if not folders:

@@ -171,7 +171,7 @@ class Study:
             import_ray()  # before anything else is done
             return partial(train_on_ray, **options)
         for name in options:
-            raise AfterimageError(f"--{'copy-back' if name == 'fetch' else name} goes with --executor ray")
+            raise AfterimageError(f"--{name} goes with --executor ray")
         return None
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
@@ -214,13 +214,13 @@ class Study:
 
 
 def print_failures(failures: list[AfterimageError]) -> None:
-    """What failed, a line each."""
+    """Print what failed, a line each."""
     for error in failures:
         complain("failed", error)
 
 
 def print_groups(configs: list[RunConfig]) -> None:
-    """The groups of runs that are trained together, one a line: its number, how many there are, its runs."""
+    """Print the groups of runs that are trained together, a line each: its number, how many there are, its runs."""
     from afterimage.experiments.study import study_groups
 
     split = study_groups(configs)

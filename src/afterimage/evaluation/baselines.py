@@ -48,7 +48,7 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 def reference(name: str) -> Callable[[Images], Images]:
-    """A function from images `(B, 3, H, W)` in [0, 1] to what `mean`, `thumbnail-N` or `jpeg-Q` leaves.
+    """Return the function from images `(B, 3, H, W)` in [0, 1] to what `mean`, `thumbnail-N` or `jpeg-Q` leaves.
 
     Raises `AfterimageError` for any other name, listing what would be valid.
     """
@@ -61,7 +61,7 @@ def reference(name: str) -> Callable[[Images], Images]:
 
 
 def label(name: str) -> str:
-    """A baseline's name for people."""
+    """Return a baseline's name for people."""
     kind, number = _parse(name)
     if kind == "mean":
         return "Mean colour"
@@ -81,9 +81,21 @@ def run_baselines(
 ) -> list[Run]:
     """Measure baselines on the test images, each into a run folder of its own, unless done already.
 
-    Without `names` those of `BASELINES` that make sense: thumbnails smaller than the images. One that fails is
-    recorded and the others go on; the errors are added to `failures`, or the first is raised at the end where no such
-    list is given.
+    Args:
+        data: the images
+        root: folder of the run folders
+        names: which baselines; None takes those of `BASELINES` that make sense: thumbnails smaller than the images
+        lpips: LPIPS network
+        cache: folder of decoded images
+        progress: called with the progress; its exceptions end everything
+        keep: how many images are kept with their reconstructions
+        failures: takes the errors of baselines that fail, while the others go on
+
+    Returns:
+        the run folders
+
+    Raises:
+        AfterimageError: a name is unknown, or a baseline failed and no `failures` are given
     """
     progress = of_caller(progress)
     if names is None:
@@ -163,12 +175,12 @@ def _save(run: Run, name: str, result: Evaluation, data: Data, metrics: Metrics)
 
 
 def mean_colour(images: Images) -> Images:
-    """Each image's own mean colour, everywhere."""
+    """Replace each image by its own mean colour."""
     return images.mean((2, 3), keepdim=True).expand_as(images).contiguous()
 
 
 def thumbnail(images: Images, size: int) -> Images:
-    """Images reduced to `size` x `size` pixels and enlarged again, both as Pillow's bicubic, clamped."""
+    """Reduce images to `size` x `size` pixels and enlarge them again, both as Pillow's bicubic, clamped."""
     height, width = images.shape[-2:]
     if size > min(height, width):
         raise AfterimageError(f"a thumbnail of {size} pixels is larger than the images, {height}x{width}")
@@ -178,7 +190,7 @@ def thumbnail(images: Images, size: int) -> Images:
 
 
 def jpeg(images: Images, quality: int) -> Images:
-    """Images as 8-bit JPEG of a quality from 1 to 100, chroma subsampled as is the default."""
+    """Code images as 8-bit JPEG of a quality from 1 to 100, chroma at half size."""
     arrays = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     decoded = []
     for array in arrays:

@@ -1,4 +1,4 @@
-"""Per-image scores of reconstructions, and their summary."""
+"""Score reconstructions image by image, and summarise the scores."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` returns.
+    """Scores of all images.
 
-    `rows` holds one row an image, in the images' order: `id`, `psnr` in dB, `ssim`, `lpips` (None where
-    unavailable), and `psnr_seen` and so on where only a part of the images is seen. `images` holds the first ones,
-    as many as asked for: `(id, original, reconstruction)`, uint8 `(H, W, 3)`.
+    Attributes:
+        rows: one row for each image, in order: `id`, `psnr` in dB, `ssim`, `lpips` (None where unavailable), and
+            `psnr_seen` and so on where only a part of the images is seen
+        images: the first images, as many as asked for: `(id, original, reconstruction)`, uint8 `(H, W, 3)`
     """
 
     rows: list[dict[str, Any]]
@@ -184,7 +185,7 @@ def score_rows(
     metrics: Metrics,
     seen: Sequence[Box | None],
 ) -> list[list[dict[str, Any]]]:
-    """For each of several reconstructions of the same images a row an image, as `Evaluation.rows` has them."""
+    """Score several reconstructions of the same images, each as rows of `Evaluation.rows`."""
     columns = metrics.compare(outputs, images)
     for box in {box for box in seen if box is not None}:
         numbers = [i for i, other in enumerate(seen) if other == box]
@@ -204,7 +205,7 @@ def score_rows(
 
 
 def cropped(images: Images, box: Box | None) -> Float[Tensor, "batch 3 _ _"]:
-    """A part of images; all of them where there is no box."""
+    """Cut a part out of images; all of them where there is no box."""
     if box is None:
         return images
     (top, bottom), (left, right) = box
@@ -212,13 +213,13 @@ def cropped(images: Images, box: Box | None) -> Float[Tensor, "batch 3 _ _"]:
 
 
 def to_uint8(images: Images) -> np.ndarray:
-    """Images in [0, 1] as uint8 `(B, H, W, 3)`, rounded to nearest."""
+    """Convert images in [0, 1] to uint8 `(B, H, W, 3)`, rounded to nearest."""
     return images.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode inside the block; afterwards every submodule is back in the mode it had."""
+    """Put modules into evaluation mode inside the block; afterwards every submodule is back in the mode it had."""
     before = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
@@ -230,9 +231,17 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, Score | None]:
-    """The mean and deviation over images of each of `METRICS`; of the part that is seen with the suffix `SEEN`.
+    """Compute mean and deviation over images of each of `METRICS`.
 
-    A metric that no row has is None; one that only some rows have is an `AfterimageError`.
+    Args:
+        rows: scores, a row for each image
+        suffix: `SEEN` for scores of the part that is seen
+
+    Returns:
+        the scores by metric; None for one that no row has
+
+    Raises:
+        AfterimageError: there are no rows, or only some of them have a metric
     """
     if not rows:
         raise AfterimageError("there are no scores to summarise")
@@ -240,7 +249,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, 
 
 
 def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the scores has to know: images that came back exactly count as `PSNR_CAP` dB."""
+    """Note what a reader of the scores has to know: images that came back exactly count as `PSNR_CAP` dB."""
     exact = sum(row["psnr"] >= PSNR_CAP for row in rows)
     return [f"{exact} of {len(rows)} images came back exactly and count as {PSNR_CAP:g} dB"] if exact else []
 
@@ -251,7 +260,7 @@ def seen_notes(
     size: tuple[int, int],
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
-    """What a reader of the scores has to know about pixels that no location sees.
+    """Note what a reader of the scores has to know about pixels that no location sees.
 
     Args:
         features: the sources' `Encoder.describe` entries.

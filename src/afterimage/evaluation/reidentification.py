@@ -1,4 +1,4 @@
-"""Identification: does a reconstruction find its own original among all test images?"""
+"""Identify images again: does a reconstruction find its own original among all test images?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Distances = Float[Tensor, "queries candidates"]
 
 
 def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
-    """Images as they are compared: averaged down to `SIDE` pixels on the shorter side."""
+    """Reduce images as they are compared: to `SIDE` pixels on the shorter side, antialiased."""
     height, width = images.shape[-2:]
     scale = SIDE / min(height, width)
     if scale >= 1:
@@ -35,20 +35,22 @@ Compared = dict[str, Float[Tensor, "_ 3 _ _"]]
 
 
 def compared(images: Images, box: Box | None) -> Compared:
-    """Images, and the part of them in the box if there is one, `reduced` and on the CPU."""
+    """Reduce images, and the part of them in the box if there is one, and move them to the CPU."""
     found = {"": reduced(images).cpu()}
     return found if box is None else found | {SEEN: reduced(cropped(images, box)).cpu()}
 
 
 def joined(batches: Sequence[Compared]) -> Compared:
-    """Several batches as one."""
+    """Join several batches."""
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 class Gallery:
-    """All test images, reduced, against which reconstructions are compared by each of `DISTANCES`.
+    """Test images with which reconstructions are compared by each of `DISTANCES`.
 
-    Without `lpips`, or where the images are too small for it, that distance is left out.
+    Args:
+        originals: all test images, reduced
+        lpips: network of the LPIPS distance, which is left out without it or where the images are too small for it
     """
 
     def __init__(self, originals: Images, lpips: LPIPS | None = None) -> None:
@@ -74,7 +76,7 @@ class Gallery:
         return torch.cat(rows)
 
     def distances(self, reconstructions: Images) -> dict[str, Distances]:
-        """Squared distances of every reconstruction to every test image."""
+        """Compute squared distances of every reconstruction to every test image, up to a factor for each distance."""
         found = {}
         for name, embed in self._embeddings().items():
             known, rows = self._known[name], embed(reconstructions)
@@ -82,7 +84,7 @@ class Gallery:
         return found
 
     def find(self, reconstructions: Images) -> dict[str, Bool[np.ndarray, " queries"]]:
-        """Whether reconstruction `i` is nearest to test image `i`, by each distance.
+        """Find out whether reconstruction `i` is nearest to test image `i`, by each distance.
 
         Images that are equally near are taken in a fixed random order, so that reconstructions which say nothing
         find their original as often as chance would.

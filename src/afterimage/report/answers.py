@@ -109,7 +109,7 @@ def _pair(theirs: tuple[float, float | None] | None, ours: float | None, metric:
 
 
 def markdown_findings(answers: Answers) -> list[str]:
-    """The section's blocks: verdicts at a glance, then each finding with its rule, sentences and tables."""
+    """Write the section of findings as blocks: verdicts at a glance, then each finding with its tables."""
     blocks = [f"> **{markdown(problem)}**" for problem in answers.problems]
     if not answers.findings:
         return blocks
@@ -124,6 +124,7 @@ def markdown_findings(answers: Answers) -> list[str]:
 
 
 def markdown_finding(finding: Finding) -> list[str]:
+    """Write one finding as blocks: its verdict, sentences, tables and rule."""
     blocks = []
     if finding.verdict:
         blocks.append(f"**Verdict: {markdown(finding.verdict)}.**")

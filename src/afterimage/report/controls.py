@@ -1,4 +1,4 @@
-"""The controls that run folders hold, read and set in words and tables. See `afterimage.analysis.controls.run`."""
+"""Set the controls that run folders hold in words and tables. See `afterimage.analysis.controls.run`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read_parts(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
 
 
 def control_findings(rows: Sequence[Row]) -> list[Finding]:
-    """What the controls of these rows say; nothing where no run folder holds any."""
+    """Make findings of the controls of these rows; none where no run folder holds any."""
     findings = []
     for part, (title, make) in MAKERS.items():
         found, problems = read_parts(rows, part)
@@ -64,32 +64,35 @@ def control_findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def name(row: Row) -> str:
+    """Write the sources of a row."""
     return " + ".join(row.sources)
 
 
 def decoder(row: Row) -> str:
+    """Write the decoder of a row, with the random control that it is, if it is one."""
     return row.decoder_label + (f" ({row.control})" if row.is_random else "")
 
 
 def share_lost(part: Part, plane: str) -> list[tuple[float, float]]:
-    """`(cycles a pixel, power of the error over power of the image)` for each band that has any."""
+    """Return `(cycles a pixel, power of the error over power of the image)` for each band that has any."""
     spectrum = part.facts.spectra[plane]
     triples = zip(part.facts.frequencies, spectrum.error, spectrum.image, strict=True)
     return [(f, e / p) for f, e, p in triples if e is not None and p]
 
 
 def at_size(curve: Sequence[CodecPoint], bits: float) -> float | None:
-    """A codec's mean PSNR at a mean size, along the logarithm of the size; None outside its curve."""
+    """Interpolate a codec's mean PSNR at a mean size, along the logarithm of the size; None outside its curve."""
     return _between([(math.log(c.bits_per_pixel), c.psnr) for c in curve], math.log(bits))
 
 
 def at_psnr(curve: Sequence[CodecPoint], psnr: float) -> float | None:
-    """The mean size in bits a pixel at which a codec has this mean PSNR; None outside its curve."""
+    """Interpolate the mean size in bits a pixel at which a codec has this mean PSNR; None outside its curve."""
     size = _between([(c.psnr, math.log(c.bits_per_pixel)) for c in curve], psnr)
     return None if size is None else math.exp(size)
 
 
 def curve_of(part: Part, codec: str) -> list[CodecPoint]:
+    """Return the points of one codec by size."""
     curve = [c for c in part.facts.codecs if c.codec == codec]
     return sorted(curve, key=lambda c: c.bits_per_pixel)
 

@@ -13,54 +13,59 @@ if TYPE_CHECKING:
 
 
 def number(value: float, metric: str, *, signed: bool = False) -> str:
-    """A score with the digits and the minus sign of print; the unit is left to the caller."""
+    """Write a score with the digits and the minus sign of print; the unit is left to the caller."""
     digits = METRICS[metric].digits
     return minus(f"{value:{'+' if signed else ''}.{digits}f}", digits)
 
 
 def minus(text: str, digits: int) -> str:
+    """Replace the hyphen of a number by a minus sign; zero has no sign."""
     zero = f"{0:.{digits}f}"
     return zero if text.lstrip("+-") == zero else text.replace("-", "−")
 
 
 def ratio(value: float) -> str:
-    """Three digits, and no power of ten."""
+    """Write a number with three digits and no power of ten."""
     return minus(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", 3)
 
 
 def score(value: float, metric: str) -> str:
+    """Write a score with its unit."""
     return number(value, metric) + METRICS[metric].unit
 
 
 def span(interval: Interval, metric: str, *, signed: bool = True) -> str:
+    """Write an interval of a metric without its estimate, such as `[20.11, 22.40]`."""
     low, high = (number(v, metric, signed=signed) for v in (interval.low, interval.high))
     return f"[{low}, {high}]"
 
 
 def estimate_text(interval: Interval) -> str:
+    """Write an estimate of any kind with its interval, to two digits."""
     estimate, low, high = (minus(f"{v:.2f}", 2) for v in (interval.estimate, interval.low, interval.high))
     return f"{estimate} [{low}, {high}]"
 
 
 def p_value(p: float) -> str:
+    """Write a p-value, small ones as `p < 0.001`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def difference(c: Comparison) -> str:
-    """For example `−1.32 dB [−1.45, −1.20]`."""
+    """Write a difference such as `−1.32 dB [−1.45, −1.20]`."""
     estimate = number(c.difference.estimate, c.metric, signed=True)
     return f"{estimate}{METRICS[c.metric].unit} {span(c.difference, c.metric)}"
 
 
 def ahead(c: Comparison) -> str:
-    """How `a`, which has the better mean, stands to `b`: for example `ahead of`."""
+    """Say how `a`, which has the better mean, stands to `b`, for example `ahead of`."""
     if c.better == "a":
         return "ahead of"
     return "negligibly different from" if c.certain else "not told apart from"
 
 
 def told_apart(c: Comparison) -> str:
-    """Empty where the comparison has a better side, else why it has none."""
+    """Say why a comparison has no better side; empty where it has one."""
     if c.better:
         return ""
     if c.certain:
@@ -85,7 +90,7 @@ _CODE = re.compile(r"[\w.:/+ @=,()\-]+")
 
 
 def plain(text: object, limit: int = 0) -> str:
-    """One line without control characters; longer than `limit` (where given), it is cut in the middle."""
+    """Make one line without control characters, cut in the middle to `limit` characters where that is given."""
     spaced = " ".join(str(text).split())
     clean = "".join(c for c in spaced if unicodedata.category(c)[0] != "C")
     if limit and len(clean) > limit:
@@ -95,18 +100,18 @@ def plain(text: object, limit: int = 0) -> str:
 
 
 def markdown(text: object) -> str:
-    """Text that shows as itself in GitHub's Markdown, inside a table too."""
+    """Escape text that is to show as itself in GitHub's Markdown, inside a table too."""
     return "".join(_MARKDOWN.get(c, c) for c in plain(text))
 
 
 def markdown_code(text: object) -> str:
-    """A code span; escaped text instead where the name holds what a code span cannot."""
+    """Write a code span, or escaped text where the name holds what a code span cannot."""
     clean = plain(text)
     return f"`{clean}`" if _CODE.fullmatch(clean) else markdown(clean)
 
 
 def markdown_block(text: str, language: str = "text") -> str:
-    """A fenced block whose fence is longer than any run of backticks in the text."""
+    """Write a fenced block whose fence is longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     lines = ("".join(c for c in line if unicodedata.category(c)[0] != "C") for line in text.splitlines())
@@ -114,11 +119,11 @@ def markdown_block(text: str, language: str = "text") -> str:
 
 
 def latex(text: object) -> str:
-    """Text that shows as itself in LaTeX (UTF-8 input, `textcomp` symbols)."""
+    """Escape text that is to show as itself in LaTeX (UTF-8 input, `textcomp` symbols)."""
     return "".join(_LATEX.get(c, c) for c in plain(text))
 
 
 def spreadsheet(text: object) -> str:
-    """A text cell that no spreadsheet takes for a formula."""
+    """Escape a text cell that no spreadsheet is to take for a formula."""
     clean = plain(text)
     return f"'{clean}" if clean[:1] in ("=", "+", "-", "@") else clean

@@ -1,4 +1,4 @@
-"""Attackers: they know the defence, own some images, and train a decoder on what is sent."""
+"""Make attackers, who know the defence, own some images, and train a decoder on what is sent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ VALIDATION_SHARE = 5
 
 
 class DefendedFeatures(nn.Module):
-    """What each of several defences sends of one layer's features, `source`; they come from an encoder or a store."""
+    """Features of one layer as each of several defences sends them.
+
+    Args:
+        source: the layer as `model:layer`
+        defences: the fitted defences
+        encoder: gives the features; None where they come from a store
+    """
 
     def __init__(self, source: str, defences: Sequence[Defence], encoder: nn.Module | None = None) -> None:
         super().__init__()
@@ -43,12 +49,13 @@ class DefendedFeatures(nn.Module):
         self.requires_grad_(False).eval()
 
     def raw(self, image_set: ImageSet, indices: Tensor, images: Tensor) -> list[Tensor]:
-        """The undefended features of `images`, the images at `indices`."""
+        """Return the undefended features of `images`, which are those at `indices`."""
         if isinstance(image_set, StoredImages):
             return [image_set.features(indices, self.layer, images.device)]
         return self.encoder(images)
 
     def defend(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return what each defence sends of undefended features."""
         return [maps for defence in self.defences for maps in defence.encode(features)]
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -61,7 +68,7 @@ class DefendedFeatureLoader(FeatureLoader):
     encoders: DefendedFeatures
 
     def encode_batch(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
-        """What each defence sends of the images.
+        """Return what each defence sends of the images.
 
         Noise is a function of the seed, the batch's images and the epoch, whatever else is trained beside or
         resumed.
@@ -83,9 +90,17 @@ def evaluate_attackers(
     keep: int,
     box: Box | None = None,
 ) -> tuple[list[Evaluation], list[Compared]]:
-    """Every decoder's scores on the test images, and its reconstructions as they are compared.
+    """Score attackers on the test images.
 
-    Both also for the part of the images in a box: what is seen.
+    Args:
+        loader: gives the features as they are sent
+        decoders: the attackers' trained decoders
+        metrics: what is measured
+        keep: how many images are kept with their reconstructions
+        box: part of the images that is measured by itself too, which is what is seen; None for no part
+
+    Returns:
+        each attacker's scores, and its reconstructions as they are compared
     """
     small: list[list[Compared]] = [[] for _ in decoders]
 
@@ -120,7 +135,7 @@ def attacker_decoder(
     run: Run,
     context: RunContext,
 ) -> DecoderTrainer:
-    """A decoder for what `defence`, the one at `index`, sends."""
+    """Build the decoder of an attacker for what `defence`, the one at `index`, sends."""
     spec = defence.sent_specs[0]
     options = DECODERS[decoder].single_location if spec.locations == 1 and decoder in DECODERS else {}
     model = FeatureDecoder(create_decoder(decoder, [spec], image_size, seed=seed, **options))
@@ -129,9 +144,19 @@ def attacker_decoder(
 
 
 def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data | None:
-    """`data` with `count` of the pool's images to train on, a fifth of them to validate; None where it has fewer.
+    """Give an attacker images of the pool, a fifth of them to validate. Smaller numbers are contained in larger ones.
 
-    Smaller numbers are contained in larger ones. Raises AfterimageError where the pool holds a test image.
+    Args:
+        data: the audited images, whose test images are attacked
+        pool: images that an attacker may own
+        count: how many it owns, or `all`
+        seed: decides which
+
+    Returns:
+        the attacker's training and validation images with the test images; None where the pool has fewer than `count`
+
+    Raises:
+        AfterimageError: the pool holds a test image
     """
     own = pool.train.joined(pool.validation)
     _, places = shared(data.test, own)
@@ -154,7 +179,7 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
 def calibration(
     sent: DefendedFeatures, image_set: ImageSet, device: torch.device | str, batch_size: int
 ) -> list[Tensor]:
-    """Features of the first images, as many as 128 or 512 MiB hold: what whoever defends fits a defence on."""
+    """Return the features that a defence is fitted on: of the first images, at most 128 of them or 512 MiB."""
     maps: list[Tensor] = []
     limit = min(len(image_set), CALIBRATION_IMAGES)
     for chunk in torch.arange(limit).split(batch_size):
@@ -166,6 +191,6 @@ def calibration(
 
 
 def mean_image(images: ImageSet, batch_size: int) -> Tensor:
-    """The mean of images, `(1, 3, H, W)`: the best guess of an attacker who sees nothing."""
+    """Compute the mean of images, `(1, 3, H, W)`: the best guess of an attacker who sees nothing."""
     parts = torch.arange(len(images)).split(batch_size)
     return (sum(images.crops(part).double().sum(0, keepdim=True) for part in parts) / len(images)).float()

@@ -1,4 +1,4 @@
-"""A cell of the audit: one attacker on one layer behind one defence; finished ones are not done again."""
+"""Name, write and save one condition of an audit: one attacker on one layer behind one defence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,16 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class AuditCondition:
-    """What is measured; everything that changes the result is in `settings`, whose digest ends the folder's name."""
+    """One attacker on one layer behind one defence.
+
+    Attributes:
+        layer: name of the layer; empty for the attacker without features
+        defence: text of the defence
+        decoder: name of the attacker's decoder
+        images: how many images the attacker owns
+        threat_model: `black-box` or `white-box`
+        settings: everything else that changes the result; its digest ends the folder's name
+    """
 
     layer: str
     defence: str
@@ -45,23 +54,26 @@ class AuditCondition:
 
     @property
     def label(self) -> str:
-        """What messages call it: `layer1, int8, linear`."""
+        """Name in messages: `layer1, int8, linear`."""
         return f"{self.layer}, {self.defence}, {self.decoder}"
 
     @property
     def name(self) -> str:
+        """Name of its folder."""
         parts = (self.layer, self.defence, self.decoder, str(self.images), self.threat_model)
         slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(parts)).strip("-.")
         return f"{slug[:100]}-{digest({**self.settings, 'cell': parts, 'version': VERSION})}"
 
     def run(self, root: Path) -> Run:
+        """Return its folder below the audit's."""
         return Run(root / "cells" / self.name)
 
     def attacker(self) -> Attacker:
+        """Return who attacks."""
         return Attacker(self.decoder, self.images, self.threat_model, self.settings["attacker_data"])
 
     def begin(self, root: Path) -> Run:
-        """The cell's folder with what was asked for; `runs` says what else it comes to hold."""
+        """Return its folder, with what was asked for written into it."""
         run = self.run(root)
         if not run.file("cell.json").exists():
             asked = {
@@ -87,9 +99,19 @@ class AuditCondition:
         notes: Sequence[str],
         seen: SeenPart | None = None,
     ) -> None:
-        """Write what leaked: `rows` from `evaluate`, one a test image, and `reconstructions` as they are compared.
+        """Write what leaked.
 
-        `galleries` go by the same names as these. `seen` says which part of the images is seen, where it is not all.
+        Args:
+            root: folder of the audit
+            rows: scores from `evaluate`, one row for each test image
+            images: test images to keep, with their reconstructions
+            reconstructions: all reconstructions, as they are compared
+            galleries: what they are compared with, by the same names
+            data: facts of the images
+            lpips: which LPIPS was measured
+            seconds: time that the attack took
+            notes: what a reader has to know
+            seen: part of the images that the layer's locations see; None where that is all
         """
         found = {
             f"{name}{part}": values
@@ -131,7 +153,7 @@ class AuditCondition:
 
 
 def _most(row: Mapping[str, Any]) -> float:
-    """The SSIM of a whole image, or of what is seen of it, whichever is higher."""
+    """Return the SSIM of a whole image, or of what is seen of it, whichever is higher."""
     part = row.get(f"ssim{SEEN}")
     return row["ssim"] if part is None else max(row["ssim"], part)
 

@@ -1,4 +1,4 @@
-"""A leaked store: features and their images from one file, never unpickled."""
+"""Read a leaked store: features and their images from one file, never unpickled."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StoredImages(ImageSet):
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 height width"]:
-        """The whole images at `indices`, float32 in [0, 1]."""
+        """Return the whole images at `indices`, float32 in [0, 1]."""
         if seed is not None:
             raise AfterimageError("stored pairs cannot be cropped at random: set recipe.augment = false")
         chosen = torch.from_numpy(self.pixels[np.asarray(indices, np.int64)])

@@ -1,4 +1,4 @@
-"""What is audited: a timm model, an own network, or a store; with its images and the attacker's."""
+"""Open what is audited, a timm model, an own network or a store, with its images and the attacker's."""
 
 from __future__ import annotations
 
@@ -29,9 +29,18 @@ NO_AUGMENTATION = (
 
 @dataclass
 class AuditTarget:
-    """`data` holds the test images and what a defence is fitted on; `pool` is what an attacker may own.
+    """What is audited, with its images.
 
-    `weights` is None for a store, which has no encoder.
+    Attributes:
+        config: the audit
+        name: name of the network or store
+        specs: shapes of the features by layer
+        weights: the network's weights; None for a store, which has no network
+        image_size: `(height, width)` in pixels
+        data: test images, and the images that a defence is fitted on
+        pool: images that an attacker may own
+        notes: what a reader has to know
+        network: the own network; None for a timm model and a store
     """
 
     config: AuditConfig
@@ -48,10 +57,12 @@ class AuditTarget:
 
     @property
     def layers(self) -> tuple[str, ...]:
+        """Names of the layers that can be read."""
         return tuple(self.specs)
 
     @property
     def is_stored(self) -> bool:
+        """Whether features come from a store."""
         return self.weights is None
 
     def encoder(self, layer: str) -> Encoder | CustomEncoder:
@@ -77,10 +88,18 @@ class AuditTarget:
 def open_subject(
     config: AuditConfig, *, cache: Path | None = None, progress: Progress = silent
 ) -> AuditTarget:
-    """Find the network and its weights, or the store, and all images. Raises AfterimageError for any that fails.
+    """Find the network and its weights, or the store, and all images.
 
-    A layer that cannot be read is left out, and is among the `failures`; what the first raises is raised where none
-    can.
+    Args:
+        config: the audit
+        cache: folder of decoded images
+        progress: called with the progress
+
+    Returns:
+        the target; a layer that cannot be read is left out, and is among its `failures`
+
+    Raises:
+        AfterimageError: the network, its weights, the store or the images cannot be read, or no layer can
     """
     if config.pairs:
         return _store(config)

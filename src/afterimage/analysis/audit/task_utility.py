@@ -1,4 +1,4 @@
-"""What a defence costs: does the network still come to its own conclusion, and how many bytes are sent?
+"""Measure what a defence costs: how often the network still comes to its own conclusion, and the bytes sent.
 
 The whole network runs on the image; a hook puts the defended features in the place of the layer's output, so that
 any network goes on from any layer.
@@ -32,15 +32,18 @@ Change = Callable[[Tensor], Tensor]
 
 
 class Unavailable(Exception):
-    """Why the cost cannot be measured."""
+    """The cost cannot be measured; the message says why."""
 
 
 @dataclass
 class Network:
-    """A whole network, and the place in it where features are sent.
+    """A whole network, and the layer in it whose features are sent.
 
-    `kind` is `classes` or `embedding`, `prefix` the number of tokens that go on beside the map, undefended, whether
-    they come before its places or after.
+    Attributes:
+        run: takes images `(B, 3, H, W)` in [0, 1] to the network's output
+        module: module whose output holds the features
+        layout: how they lie in it
+        kind: what the network returns, `classes` or `embedding`
     """
 
     run: Callable[[Tensor], Any]
@@ -50,11 +53,12 @@ class Network:
 
     @property
     def prefix(self) -> int:
+        """Number of tokens that go on beside the map, undefended, before its locations or after."""
         return self.layout.prefix + self.layout.suffix
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, change: Change | None = None, *, whole: Any = None) -> Tensor:
-        """Final outputs `(B, K)`; with `change` applied to the layer's map, or its whole output replaced."""
+        """Return final outputs `(B, K)`, with `change` applied to the layer's map, or its output replaced."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if whole is not None:
@@ -80,9 +84,15 @@ class Network:
 
 
 def whole_network(encoder: nn.Module, layer: str, prediction: str = "auto") -> Network:
-    """The network behind an encoder, with everything after the layer too.
+    """Build the network behind an encoder, with everything after the layer too.
 
-    Raises `Unavailable` where its weights hold no later layers, or where it has no one final output.
+    Args:
+        encoder: the encoder up to the layer
+        layer: name of the layer
+        prediction: what the network returns: `classes`, `embedding` or `auto`
+
+    Raises:
+        Unavailable: its weights hold no later layers, or its tokens lie in an order that cannot be put back
     """
     if isinstance(encoder, CustomEncoder):
         place: LayerOutput = encoder.places[0]
@@ -142,10 +152,24 @@ def measure_cost(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """For each defence: `{"kind", "score", "cosine", "bytes", "plain_bytes", "prefix_bytes", "notes"}`.
+    """Measure what defences cost.
 
-    `score` is the share of test images with the same top-1 class, or the mean cosine of embeddings, with its
-    95 % interval; `bytes` are one image's, features and prefix tokens, without entropy coding.
+    Args:
+        network: the whole network
+        defences: the fitted defences
+        image_set: the test images
+        batch_size: images at a time
+        seed: seed of the defences' noise
+        device: where the network is
+        progress: called with the progress
+
+    Returns:
+        for each defence `kind`; `score`, the share of images with the same top-1 class, or the mean cosine of
+            embeddings, with its interval; `cosine`; `bytes` of one image's features and prefix tokens, without
+            entropy coding; `plain_bytes` without the defence; `prefix_bytes`; `notes`
+
+    Raises:
+        Unavailable: the network does not return one vector for each image
     """
     same: list[list[bool]] = [[] for _ in defences]
     cosines: list[list[float]] = [[] for _ in defences]
@@ -189,13 +213,13 @@ def measure_cost(
 
 
 def no_cost(defence: Defence, reason: str) -> dict[str, Any]:
-    """The same where the rest of the network is not to be had: bytes alone, and why."""
+    """Return the same where the rest of the network cannot be had: bytes alone, and why."""
     sizes = {"bytes": defence.sent_bytes, "plain_bytes": defence.plain_bytes, "prefix_bytes": 0}
     return {"kind": None, "score": None, "cosine": None, **sizes, "notes": [f"cost unavailable: {reason}"]}
 
 
 def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
-    """A module's output with its feature map replaced: `Layout` backwards."""
+    """Replace the feature map in a module's output: `Layout` backwards."""
     if depth < len(layout.key):
         step = layout.key[depth]
         inner = _replaced(step_into(output, step), layout, maps, depth + 1)
@@ -222,7 +246,7 @@ def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
 
 
 def _final(output: Any) -> Tensor:
-    """The one vector an image that a network returns."""
+    """Return the one vector for each image that a network returns, `(B, K)`."""
     while isinstance(output, Mapping | list | tuple) or has_fields(output):
         if has_fields(output) and not isinstance(output, Mapping):
             values = [getattr(output, name) for name in field_names(output)]

@@ -1,4 +1,4 @@
-"""An attacker with the weights: decode, then change each image until its features are those that were sent."""
+"""Attack with the weights: decode, then change each image until its features are those that were sent."""
 
 from __future__ import annotations
 
@@ -35,12 +35,23 @@ def refined(
     box: Box | None = None,
     progress: Progress = silent,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Compared, float]:
-    """The first `count` test images, decoded by `decoder` and refined by `invert` for `steps` steps each.
+    """Refine the reconstructions of a trained decoder until their features are those that were sent.
 
     What the decoder lacks is learnt from up to `HELD_OUT` images that the attacker validates on. The objective sees
-    the defence without its noise, which the attacker does not know. Returns rows as `evaluate` does, the first `keep`
-    images, all reconstructions as they are compared, and the seconds taken; scores and what is compared also for
-    the part of the images in a box, which is what is seen.
+    the defence without its noise, which the attacker does not know.
+
+    Args:
+        loader: gives the features as they are sent
+        decoder: the trained decoder
+        metrics: what is measured
+        count: how many of the first test images are refined
+        steps: optimisation steps for each image
+        keep: how many images are kept with their reconstructions
+        box: part of the images that is measured by itself too; None for no part
+        progress: called with the progress
+
+    Returns:
+        rows as of `evaluate`, the images that are kept, all reconstructions as they are compared, and the seconds taken
     """
     defence: Defence = loader.encoders.defences[decoder.feature_indices[0]]
     encoder, test, started = loader.encoders.encoder, loader.data.test, time.monotonic()
@@ -81,7 +92,7 @@ def refined(
 def _errors(
     loader: DefendedFeatureLoader, decoder: DecoderTrainer, features_of: FeaturesOf
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Of the decoder, on images of the attacker's own that it was not fitted on, in images and in features."""
+    """Yield the decoder's errors, in images and in features, on images of the attacker's own it was not fitted on."""
     own = loader.data.validation
     for _, images, sent in loader.batches(own, torch.arange(min(HELD_OUT, len(own)))):
         decoded, wanted = decoder.reconstruct(sent), decoder.select_features(sent)

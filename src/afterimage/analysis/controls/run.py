@@ -16,6 +16,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,11 @@ class _Loaded:
 
     def __init__(self, data: Data) -> None:
         self.data = data
-        self._codecs: list[dict[str, Any]] | None = None
 
+    @cached_property
     def codecs(self) -> list[dict[str, Any]]:
-        if self._codecs is None:
-            test = self.data.test
-            self._codecs = codecs(test.crops(i) for i in torch.arange(len(test)).split(BATCH))
-        return self._codecs
+        test = self.data.test
+        return codecs(test.crops(i) for i in torch.arange(len(test)).split(BATCH))
 
 
 def _is_fresh(run: Run, part: str) -> bool:
@@ -178,7 +177,7 @@ def _measure(
     makers: dict[str, Callable[[], Any]] = {
         "controls": lambda: _Controls(reconstructor, values, Metrics(lpips, size=data.config.crop)),
         "error_breakdown": _Losses,
-        "rate_distortion": lambda: _Rates(reconstructor, values, data, loaded.codecs),
+        "rate_distortion": lambda: _Rates(reconstructor, values, loaded),
     }
     measures: dict[str, Any] = {}
 
@@ -283,17 +282,11 @@ class _Losses(ErrorBreakdown):
 class _Rates:
     """Scores of reconstructions from quantised features, by the decoder that was trained on unquantised ones."""
 
-    def __init__(
-        self,
-        reconstructor: Reconstructor,
-        values: Sequence[Tensor],
-        data: Data,
-        curves: Callable[[], list[dict[str, Any]]],
-    ) -> None:
-        self.feature_decoder, self.curves = reconstructor.feature_decoder, curves
-        self.pixels = data.config.crop**2
+    def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], loaded: _Loaded) -> None:
+        self.feature_decoder, self.loaded = reconstructor.feature_decoder, loaded
+        self.pixels = loaded.data.config.crop**2
         self.specs = reconstructor.encoders.specs
-        self.sampled = min(len(data.train), SAMPLE_IMAGES)
+        self.sampled = min(len(loaded.data.train), SAMPLE_IMAGES)
         self.quantisers = {bits: [Quantiser.fit(table, bits) for table in values] for bits in BITS}
         self.counts: dict[int, list[Tensor | float]] = {bits: [0.0] * len(values) for bits in BITS}
         self.rows: list[dict[str, Any]] = []
@@ -325,7 +318,7 @@ class _Rates:
             "range": [TAIL, 1 - TAIL],
             "training_images": self.sampled,
             "points": [self._point(bits) for bits in (32, *BITS)],
-            "codecs": self.curves(),
+            "codecs": self.loaded.codecs,
         }
 
     def _point(self, bits: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The privacy-utility curve: what the strongest attacker gets against what the network keeps."""
+"""Draw the privacy-utility curve: what the strongest attacker gets against what the network keeps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,17 @@ MEASURES = {"identification": "images identified", "ssim": "SSIM of the reconstr
 
 
 def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: str) -> Drawing | None:
-    """A panel a measure of leakage, a point a layer and defence; None where there is nothing to draw.
+    """Draw a panel for each measure of leakage, with a point for each layer and defence.
 
     Across lies what the network keeps; where that is known of no option, the bytes that are sent.
+
+    Args:
+        options: layers behind defences
+        limits: limits that are drawn as lines
+        subject: name of what was audited
+
+    Returns:
+        the figure; None where there is nothing to draw
     """
     kinds = {option.cost["kind"] for option in options} - {None}
     shown = [option for option in options if not kinds or option.cost["kind"] is not None]

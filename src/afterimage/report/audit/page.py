@@ -1,4 +1,4 @@
-"""The verdict on one self-contained page for someone who decides, and as files for programs."""
+"""Write the verdict as one self-contained page for someone who decides, and as files for programs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,21 @@ def write_audit(
     *,
     command: str = "",
 ) -> dict[str, Path]:
-    """Write `audit.json`, the page `index.html` and the curve `privacy-utility.png` and `.svg`; returns their paths."""
+    """Write `audit.json`, the page `index.html` and the curve `privacy-utility.png` and `.svg`.
+
+    Args:
+        results: everything measured
+        verdict: what `judge` made of it
+        limits: the limits of the verdict
+        root: folder of the audit
+        command: command line to show
+
+    Returns:
+        paths of the files by their names
+
+    Raises:
+        AfterimageError: a file cannot be written, or an image that is kept cannot be read
+    """
     root = Path(root)
     written = {name: root / name for name in ("audit.json", "index.html")}
     with style():
@@ -100,7 +114,7 @@ DOES_NOT_SHOW = (
 
 
 def _table(results: Results, limits: LimitsConfig) -> list[dict[str, Any]]:
-    """One row an attacker, with what its layer and defence cost."""
+    """Make one row for each attacker, with what its layer and defence cost."""
     rows = []
     for row in results.rows:
         distance, found = strongest(row)
@@ -112,7 +126,7 @@ def _table(results: Results, limits: LimitsConfig) -> list[dict[str, Any]]:
 
 
 def _albums(results: Results, root: Path) -> list[dict[str, Any]]:
-    """For each layer the first test images and what the attacker with the best mean SSIM made of each defence."""
+    """Show of each layer the first test images and what the attacker with the best mean SSIM made of each defence."""
     albums = []
     for layer in dict.fromkeys(row.layer for row in results.rows):
         best: dict[str, Attack] = {}
@@ -143,7 +157,7 @@ def _encoded(paths: Iterable[Path]) -> list[str]:
 
 
 def _percent(value: float) -> str:
-    """`0.4 %` below ten, `31 %` above, with a space that does not break."""
+    """Write `0.4 %` below ten, `31 %` above, with a space that does not break."""
     return (
         f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
         if 0 < value < 0.1

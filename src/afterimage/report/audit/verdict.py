@@ -1,4 +1,4 @@
-"""The verdict: which layers and defences stay within the limits, and which split to recommend."""
+"""Judge an audit: which layers and defences stay within the limits, and which split to recommend."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy import stats
+import numpy as np
 
 from afterimage.config.audit import LimitsConfig
+from afterimage.evaluation.intervals import share_interval
 from afterimage.runs.results import Attacker, AttackFacts, Interval
 
 WITHIN, OPEN, LEAKS = "within limits", "not shown to be safe", "leaks"
@@ -28,7 +29,7 @@ ENOUGH = 0.9
 
 
 def interval_status(interval: Interval | Leak, limit: float | None) -> str:
-    """How an interval, `low` to `high`, stands to a limit; within it where there is none."""
+    """Say how an interval stands to a limit: `WITHIN`, also where there is none, `OPEN` or `LEAKS`."""
     if limit is None or interval.high <= limit:
         return WITHIN
     return LEAKS if interval.low > limit else OPEN
@@ -36,7 +37,7 @@ def interval_status(interval: Interval | Leak, limit: float | None) -> str:
 
 @dataclass(frozen=True)
 class Leak:
-    """How much an attacker got, by one measure: an interval, and who got it."""
+    """Amount that an attacker got by one measure, as an interval, with who got it."""
 
     estimate: float
     low: float
@@ -46,10 +47,11 @@ class Leak:
     attacker: str
 
     def against(self, limit: float | None) -> str:
+        """Say how it stands to a limit, as `interval_status` does."""
         return interval_status(self, limit)
 
     def text(self, limit: float) -> str:
-        """The estimate with the end of its interval that decides."""
+        """Write the estimate with the end of its interval that decides."""
         share = self.by not in (SSIM, SSIM_SEEN)
         estimate = f"{self.estimate:.0%}" if share else f"{self.estimate:.3f}"
         end, value = ("at least", self.low) if self.against(limit) == LEAKS else ("up to", self.high)
@@ -58,7 +60,18 @@ class Leak:
 
 @dataclass(frozen=True)
 class Option:
-    """One layer behind one defence: its strongest attackers, its cost, and how it stands to the limits."""
+    """One layer behind one defence.
+
+    Attributes:
+        layer: name of the layer
+        defence: text of the defence
+        ssim: the strongest attacker by SSIM
+        identification: the strongest attacker by re-identification
+        chance: share that guessing would identify
+        cost: what `measure_cost` found
+        status: how it stands to the limits: `WITHIN`, `OPEN` or `LEAKS`
+        reasons: what is not within the limits, in words
+    """
 
     layer: str
     defence: str
@@ -71,12 +84,22 @@ class Option:
 
     @property
     def utility(self) -> float | None:
+        """What the network keeps of its own answers, in [0, 1]; None where that is not known."""
         return None if self.cost["score"] is None else self.cost["score"]["estimate"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`passed` is None where no limits were set; an audit with failures never passes. `scope`: what was measured."""
+    """Verdict of an audit.
+
+    Attributes:
+        options: every layer behind every defence
+        passed: whether all are within the limits, None without limits; an audit with failures never passes
+        recommended: the option to deploy; None where there is none
+        reason: why it is recommended, or why none is
+        remarks: what a reader has to know beside
+        scope: what was measured and what not
+    """
 
     options: tuple[Option, ...]
     passed: bool | None
@@ -90,18 +113,18 @@ class Verdict:
 
 
 def attacker_text(attacker: Attacker) -> str:
-    """`linear, 640 images, black-box`."""
+    """Describe an attacker as `linear, 640 images, black-box`."""
     source = f" from {attacker.data}" if attacker.data else ""
     return f"{attacker.decoder}, {attacker.images:,} images{source}, {attacker.threat_model}"
 
 
 def strongest(row: AttackFacts) -> tuple[str, Interval]:
-    """The distance by which most reconstructions found their original, and its share."""
+    """Return the distance by which most reconstructions found their original, and their share."""
     return max(row.identification.items(), key=lambda item: item[1].high)
 
 
 def likeness(row: AttackFacts) -> dict[str, Interval]:
-    """The intervals of the mean SSIM: of whole images and, where not all of them is seen, of what is."""
+    """Return the intervals of the mean SSIM: of whole images and, where not all of them is seen, of what is."""
     part = row.scores_seen["ssim"] if row.scores_seen else None
     return {SSIM: row.scores["ssim"]} | ({} if part is None else {SSIM_SEEN: part})
 
@@ -114,10 +137,19 @@ def judge(
     failures: Sequence[str] = (),
     unmeasured: Collection[tuple[str, str]] = (),
 ) -> Verdict:
-    """Weigh all measured rows. Of several attackers and distances the worst counts: one that is shown to leak, else
-    one that is not shown to be safe, and of these the interval's end that decides. Where a layer's locations do not see
-    the whole image, the worse of two measurements counts: of whole images, and of the part that is seen alone. A layer
-    and defence among the `unmeasured`, of which an attacker could not be measured, is never within limits.
+    """Weigh everything measured.
+
+    Of several attackers and distances the worst counts: one that is shown to leak, else one that is not shown to be
+    safe, and of these the interval's end that decides. Where a layer's locations do not see the whole image, the worse
+    of two measurements counts: of whole images, and of the part that is seen alone.
+
+    Args:
+        rows: what each attacker got
+        blind: what attackers without features got
+        costs: what each layer and defence costs
+        limits: limits to hold
+        failures: what could not be measured, in words
+        unmeasured: layers and defences of which an attacker could not be measured, never within limits
     """
     options = []
     for (layer, defence), cost in costs.items():
@@ -162,7 +194,7 @@ def _option(
 
 
 def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
-    """A shown leak before a possible one: few images have wide intervals, which reach far and show little."""
+    """Choose a shown leak before a possible one: few images have wide intervals, which reach far and show little."""
 
     def weight(leak: Leak) -> tuple[int, float]:
         status = leak.against(limit)
@@ -236,7 +268,7 @@ def _remarks(
             break
     if limits.max_identification is not None:
         for count in sorted({strongest(row)[1].count for row in rows}):
-            least = float(stats.binomtest(0, count).proportion_ci(0.95, method="exact").high)
+            least = share_interval(np.zeros(count, bool)).high
             if least > limits.max_identification:
                 remarks.append(
                     f"{count} test images are too few to show an identification below {limits.max_identification:g}: "

@@ -1,4 +1,4 @@
-"""The figures of a report, each drawn from plain rows. Importing this imports matplotlib."""
+"""Draw the figures of a report from plain rows. Importing this imports matplotlib."""
 
 from __future__ import annotations
 
@@ -42,9 +42,15 @@ AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
 
 
 def draw(rows: Rows, progress: Progress = silent, problems: list[str] | None = None) -> Iterator[Drawing]:
-    """Every figure that the rows can fill, one at a time: they are large.
+    """Draw every figure that the rows can fill, one at a time, as they are large.
 
-    Where `problems` are given, a figure that cannot be drawn is one of them, and the others go on.
+    Args:
+        rows: rows of the report
+        progress: called with the progress
+        problems: takes what is wrong with figures that cannot be drawn; None raises that
+
+    Yields:
+        figures
     """
     jobs = [(name, partial(make, rows)) for name, make in BEFORE_GRIDS.items()]
     jobs += [(page.title, partial(grid, page)) for page in pages(rows)]

@@ -1,4 +1,4 @@
-"""Controls: what each decoder makes of features that are not the image's, and how far re-encoding leads."""
+"""Draw controls: what each decoder makes of features that are not the image's, and where its error lies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINE = 0.24  # inches a row
 
 
 def controls(rows: Rows) -> list[Drawing]:
-    """A line a row, a marker a control. Empty where no run folder holds controls."""
+    """Draw a line for each row, a marker for each control; nothing where no run folder holds controls."""
     parts, _ = read_parts(rows.decoders, "controls")
     if not parts:
         return []
@@ -61,7 +61,7 @@ def controls(rows: Rows) -> list[Drawing]:
 
 
 def label(row: Row) -> str:
-    """A row's features and decoder on one line, the encoder without its weights' tag."""
+    """Write a row's features and decoder on one line, the encoder without its weights' tag."""
     sources = [split_source(source) for source in row.sources]
     shown = " + ".join(f"{model.partition('.')[0]}:{layer}" for model, layer in sources)
     return f"{drawable(shown, 36)}, {drawable(decoder(row), 30)}"
@@ -86,13 +86,13 @@ ERROR_LOOKS = {
 
 
 def lost(rows: Rows) -> list[Drawing]:
-    """Three figures from `error_breakdown.json`. Empty where no run folder holds one."""
+    """Draw the error by frequency, kind of region and place; nothing where no run folder holds it."""
     parts, _ = read_parts(rows.decoders, "error_breakdown")
     return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
 
 
 def shades(parts: Sequence[Part]) -> dict[tuple[str, ...], tuple]:
-    """Light to dark through the layers of each encoder."""
+    """Return colours from light to dark through the layers of each encoder, by sources."""
     layers: dict[str, dict[tuple[str, ...], None]] = {}
     for part in parts:
         layers.setdefault(part.row.encoder, {})[part.row.sources] = None
@@ -105,7 +105,7 @@ def shades(parts: Sequence[Part]) -> dict[tuple[str, ...], tuple]:
 
 
 def dashes(parts: Sequence[Part]) -> dict[str, Any]:
-    """A dash pattern a decoder."""
+    """Return a dash pattern for each decoder."""
     names = dict.fromkeys(decoder(p.row) for p in parts)
     return {name: DASHES[i % len(DASHES)] for i, name in enumerate(names)}
 

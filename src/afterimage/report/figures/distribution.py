@@ -1,4 +1,4 @@
-"""Per-image distributions: every test image's score in every row, not only the mean."""
+"""Draw every test image's score in every row, not only the mean."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOLDEN = 0.618034
 
 
 def distributions(rows: Rows) -> list[Drawing]:
-    """Box and dots for each row; a figure for every 36 rows, split between encoders."""
+    """Draw box and dots for each row; a figure for every 36 rows, split between encoders."""
     pages = _pages([row for row in rows.all if len(row.per_image) > 1])
     looks = decoder_styles(rows.decoders)
     colors = {name: look.color for name, look in looks.items()}

@@ -1,4 +1,4 @@
-"""Fusion weights as maps: which of its sources a fusion listens to, and where in an image."""
+"""Draw fusion weights as maps: which of its sources a fusion listens to, and where in an image."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Map = UInt8[np.ndarray, "h w"]
 
 @dataclass(frozen=True)
 class Line:
-    """One image: its original, its reconstruction and a map a source."""
+    """One image: its original, its reconstruction and a map for each source."""
 
     identity: str
     original: Pixels
@@ -49,7 +49,7 @@ class Line:
 
 
 def fusion_weights(rows: Rows) -> list[Drawing]:
-    """A figure for each fused row that stored weight maps; empty where none did."""
+    """Draw a figure for each fused row that stored weight maps."""
     found = [(row, lines) for row in rows.decoders if row.fusion_weights and (lines := _lines(row))]
     drawings = []
     for number, (row, lines) in enumerate(found, 1):

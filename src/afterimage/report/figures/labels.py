@@ -1,4 +1,4 @@
-"""Labels that do not overlap: spread along a margin, or set beside their point where there is room."""
+"""Set labels that do not overlap: spread along a margin, or beside their point where there is room."""
 
 from __future__ import annotations
 

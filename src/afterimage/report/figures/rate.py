@@ -1,4 +1,4 @@
-"""Rate: what the features take when they are quantised and coded, beside JPEG and WebP."""
+"""Draw the size of features that are quantised and coded, beside JPEG and WebP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CODECS = {"JPEG": "--", "WebP": ":"}
 
 
 def rate(rows: Rows) -> list[Drawing]:
-    """A panel an encoder, a line a layer. Empty where no run folder holds `rate_distortion.json`."""
+    """Draw a panel for each encoder, a line for each layer; nothing where no run folder holds the rate."""
     parts, _ = read_parts(rows.decoders, "rate_distortion")
     if not parts:
         return []

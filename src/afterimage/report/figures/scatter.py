@@ -1,4 +1,4 @@
-"""Quality against what the decoder is given (feature locations) and against what it costs (parameters)."""
+"""Draw quality against what the decoder is given, feature locations, and against its parameters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Point = tuple[float, Interval, Row]
 
 @dataclass(frozen=True)
 class Look:
-    """Where a row lies on the x axis, which line it is on, and how that line is drawn."""
+    """Place of a row on the x axis, the line that it is on, and how that line is drawn."""
 
     x: Callable[[Row], float]
     line: Callable[[Row], str]
@@ -48,7 +48,7 @@ class Look:
 
 
 def quality_by_locations(rows: Rows) -> list[Drawing]:
-    """A column a decoder, a line an encoder. Empty unless at least two numbers of locations occur."""
+    """Draw a column for each decoder, a line for each encoder; nothing for a single number of locations."""
     shown = [row for row in rows.decoders if row.locations]
     counts = sorted({row.locations for row in shown})
     if len(counts) < 2:
@@ -77,7 +77,7 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
 
 
 def quality_by_parameters(rows: Rows) -> list[Drawing]:
-    """A column an encoder, a line a decoder through its layers. Empty unless parameters differ."""
+    """Draw a column for each encoder, a line for each decoder; nothing where all have as many parameters."""
     shown = [row for row in rows.decoders if row.parameters]
     if len({row.parameters for row in shown}) < 2:
         return []

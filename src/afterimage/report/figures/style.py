@@ -1,4 +1,4 @@
-"""One look for every figure: print sizes, colour-blind safe colours, output that repeats byte for byte."""
+"""Give every figure one look: print sizes, colour-blind safe colours, output that repeats byte for byte."""
 
 from __future__ import annotations
 
@@ -50,15 +50,22 @@ ENCODER_MARKERS = "ospD^vPX*<>h"
 
 @dataclass(frozen=True)
 class Style:
+    """Colour and marker of a line."""
+
     color: str
     marker: str
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure. `name` is the files' stem, `caption` says what is shown and how.
+    """A finished figure.
 
-    A figure that is `folded` is one of many alike.
+    Attributes:
+        name: stem of its files
+        title: its heading
+        caption: what is shown and how
+        figure: the figure
+        folded: whether it is one of many alike, which a report shows folded
     """
 
     name: str
@@ -86,7 +93,7 @@ def _at_level(logger: logging.Logger, level: int) -> Iterator[None]:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw and save inside: matplotlib's own defaults and ours, whatever the user's matplotlibrc says."""
+    """Set matplotlib's own defaults and ours inside the block, whatever the user's matplotlibrc says."""
     # What it warns of is a bold that a font for some script lacks.
     quiet = _at_level(logging.getLogger("matplotlib.font_manager"), logging.ERROR)
     with matplotlib.rc_context(), warnings.catch_warnings(), quiet:
@@ -97,7 +104,7 @@ def style() -> Iterator[None]:
 
 
 def render(figure: Figure) -> tuple[bytes, bytes]:
-    """The figure as PNG and SVG bytes, without dates or versions, so that equal rows give equal files."""
+    """Return a figure as PNG and SVG, without dates or versions, so that equal rows give equal files."""
     with style():
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(
@@ -109,7 +116,7 @@ def render(figure: Figure) -> tuple[bytes, bytes]:
 
 
 def decoder_styles(rows: Iterable[Row]) -> dict[str, Style]:
-    """A colour and marker for each decoder label; the project's decoders keep theirs in every report."""
+    """Return a colour and marker for each decoder label; the project's decoders keep theirs in every report."""
     decoders = {row.decoder_label: row.decoder for row in sorted(rows, key=lambda r: r.decoder_order)}
     styles: dict[str, Style] = {}
     for label, decoder in decoders.items():
@@ -123,33 +130,36 @@ def decoder_styles(rows: Iterable[Row]) -> dict[str, Style]:
 
 
 def encoder_styles(names: Sequence[str]) -> dict[str, Style]:
+    """Return a colour and marker for each encoder."""
     looks = zip(names, itertools.cycle(ENCODER_COLORS), itertools.cycle(ENCODER_MARKERS), strict=False)
     return {name: Style(color, marker) for name, color, marker in looks}
 
 
 def short_encoders(rows: Iterable[Row]) -> dict[str, str]:
-    """Encoder names as figures print them: without the weights' tag where that loses nothing."""
+    """Return encoder names as figures print them: without the weights' tag where that loses nothing."""
     names = list(dict.fromkeys(row.encoder for row in rows if row.sources))
     bare = [name.partition(".")[0] for name in names]
     return {n: plain(b if bare.count(b) == 1 else n, 40) for n, b in zip(names, bare, strict=True)}
 
 
 def metrics_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The panels that these rows can fill: `(metric, LPIPS net)`; one LPIPS panel a network."""
+    """List the panels that these rows can fill, `(metric, LPIPS network)`."""
     nets = sorted({r.lpips.net for r in rows if r.scores["lpips"] is not None})
     return [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
 
 
 def has(row: Row, metric: str, net: str) -> bool:
+    """Whether a row was measured by a metric, LPIPS with this network."""
     return row.scores[metric] is not None and (metric != "lpips" or row.lpips.net == net)
 
 
 def metric_label(metric: str, net: str) -> str:
+    """Write a metric as the label of an axis."""
     return heading(metric, drawable(net, 16))
 
 
 def lpips_note(rows: Sequence[Row]) -> str:
-    """What a caption must say about LPIPS that is missing."""
+    """Write what a caption must say about LPIPS that is missing."""
     missing = sum(r.scores["lpips"] is None for r in rows)
     if not missing:
         return ""
@@ -158,12 +168,12 @@ def lpips_note(rows: Sequence[Row]) -> str:
 
 
 def dashes(control: str) -> str:
-    """The line of `Row.control`: whole for trained weights, broken for random ones, dotted for timm's own draw."""
+    """Return the line style of `Row.control`: whole for trained weights, broken or dotted for the random controls."""
     return ":" if control.startswith("RANDOM-INIT") else "--" if control else "-"
 
 
 def controls_note(rows: Sequence[Row]) -> str:
-    """What a caption must say of random controls, where there are any."""
+    """Write what a caption must say of random controls, where there are any."""
     lines = {"--": "broken", ":": "dotted"}
     controls = sorted({row.control for row in rows if row.is_random})
     told = ", ".join(f"{control} ({lines[dashes(control)]} lines)" for control in controls)
@@ -171,7 +181,7 @@ def controls_note(rows: Sequence[Row]) -> str:
 
 
 def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
-    """One legend below the whole figure, in as many columns up to `columns` as its width has room for."""
+    """Set one legend below the whole figure, in as many columns up to `columns` as its width has room for."""
     for count in range(columns, 0, -1):
         made = figure.legend(handles=handles, loc="outside lower center", ncols=count)
         if count == 1 or made.get_window_extent().width <= figure.bbox.width:
@@ -180,5 +190,6 @@ def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
 
 
 def grid_y(axes: Axes) -> None:
+    """Draw horizontal grid lines and short ticks."""
     axes.grid(axis="y")
     axes.tick_params(length=2.5)

@@ -1,4 +1,4 @@
-"""Training curves: what the validation images came to, epoch by epoch."""
+"""Draw training curves: the loss on validation images, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ DROP = 0.9
 
 
 def training_curves(rows: Rows) -> list[Drawing]:
-    """A panel for each encoder and decoder, a line a layer; a figure an encoder where panels are many.
+    """Draw a panel for each encoder and decoder, a line for each layer; where panels are many, a figure an encoder.
 
-    Empty where no row was trained by epochs.
+    Nothing is drawn where no row was trained by epochs.
     """
     found = [(row, _history(row)) for row in rows.decoders]
     trained = [(row, epochs) for row, epochs in found if len(epochs) > 1]

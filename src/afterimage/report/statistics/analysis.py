@@ -1,4 +1,4 @@
-"""All answers of one study, from its rows."""
+"""Answer the hypotheses of a study from its rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,20 @@ from afterimage.runs.results import METRICS
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a study's scores say. Every list holds one entry a metric and, where it says so, a setting."""
+    """Everything that the scores of a study say, each list with one entry for each metric, some for each setting.
+
+    Attributes:
+        rows: the rows, seeds merged
+        scores: every row's mean
+        depth: answers to H1
+        resolution: answers to H2
+        architectures: answers to H3
+        degradation: best and worst layer of each encoder
+        efficiency: quality against its cost
+        decoders: rankings of settings that decode the same features
+        fusions: each fusion against its best member
+        notes: what was left out, and why
+    """
 
     rows: tuple[Row, ...]
     scores: tuple[Score, ...]
@@ -44,13 +57,13 @@ class Analysis:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the rows' scores as JSON values; comparisons carry `better` and the like."""
+        """Return everything but the rows as JSON values, and the name of the intervals; properties are among them."""
         fields = (f.name for f in dataclasses.fields(self) if f.name != "rows")
         return {"intervals": NAME} | {name: as_json(getattr(self, name)) for name in fields}
 
 
 def as_json(value: Any) -> Any:
-    """A result as JSON values: its fields, and its properties beside them."""
+    """Convert a result to JSON values: its fields, and its properties beside them."""
     if dataclasses.is_dataclass(value):
         names = [f.name for f in dataclasses.fields(value)]
         names += [n for n, member in vars(type(value)).items() if isinstance(member, property)]
@@ -66,6 +79,12 @@ def analyse(finished: Iterable[report.Row]) -> Analysis:
     A setting is a way of decoding (decoder, its size, weights, loss); only rows of one setting, on the same
     images, are compared across layers. Every verdict is a family of tests of its own: Holm's correction
     keeps the chance of any false step in it at 5 %. Seeds are averaged per image before anything else.
+
+    Args:
+        finished: finished runs
+
+    Raises:
+        AfterimageError: two rows that are to be compared share fewer than 2 images
     """
     rows, notes = group_rows(finished)
     decoded = [row for row in rows if row.sources]

@@ -1,4 +1,4 @@
-"""H3: different architectures keep different things."""
+"""Test H3: different architectures keep different things."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ RULE = (
 
 @dataclass(frozen=True)
 class Architectures:
-    """The answer to H3 for one metric and one setting.
+    """Answer to H3 for one metric and one setting.
 
-    `pairs` compares the first layer that each encoder has at a resolution (a choice made before looking at
-    scores, so that no encoder gains from having many layers of one size).
+    Attributes:
+        metric: name of the metric
+        setting: way of decoding
+        verdict: `SUPPORTED`, `CONTRADICTED`, `UNDECIDED` or `UNTESTABLE`
+        rule: the rule that the verdict follows
+        reason: why, in words
+        pairs: comparisons of the first layer that each encoder has at a resolution, chosen without looking at scores,
+            so that no encoder gains from having many layers of one size
+        hypothesis: number of the hypothesis
+        claim: what it says
     """
 
     metric: str
@@ -40,7 +48,13 @@ class Architectures:
 
 
 def architectures_differ(rows: list[Row], metric: str, setting: str) -> Architectures:
-    """Test H3 on the single-source rows of one setting. The family of tests is every pair below."""
+    """Test H3. The family of tests is every pair of encoders at every resolution.
+
+    Args:
+        rows: rows of one setting with one source each
+        metric: name of the metric
+        setting: the setting
+    """
     first: dict[tuple[int, int], dict[str, Row]] = {}
     for row in sorted(rows, key=lambda r: r.order):
         first.setdefault((row.height, row.width), {}).setdefault(row.encoder, row)

@@ -1,4 +1,4 @@
-"""H1: quality falls monotonically with depth."""
+"""Test H1: quality falls monotonically with depth."""
 
 from __future__ import annotations
 
@@ -29,11 +29,18 @@ RULE = (
 
 @dataclass(frozen=True)
 class DepthOfEncoder:
-    """One encoder's layers in execution order; `steps[i]` compares layer i + 1 with layer i.
+    """One encoder's layers in execution order.
 
-    `tau` is Kendall's between depth and the layers' mean quality, with its exact p-value (of few layers it
-    cannot be small: 1/12 at best for four). `tau_within` is the mean over images of tau within an image.
-    `monotone` counts the images whose quality falls at every step.
+    Attributes:
+        encoder: name of the encoder
+        layers: names of its layers
+        means: mean score of each layer
+        steps: comparisons of layer i + 1 with layer i
+        tau: Kendall's tau between depth and the layers' mean quality
+        tau_p: its exact p-value, which of few layers cannot be small: 1/12 at best for four
+        tau_within: mean over images of tau within an image
+        monotone: number of images whose quality falls at every step
+        verdict: the verdict on this encoder
     """
 
     encoder: str
@@ -49,7 +56,18 @@ class DepthOfEncoder:
 
 @dataclass(frozen=True)
 class Depth:
-    """The answer to H1 for one metric and one setting (decoder)."""
+    """Answer to H1 for one metric and one setting.
+
+    Attributes:
+        metric: name of the metric
+        setting: way of decoding
+        verdict: `SUPPORTED`, `CONTRADICTED`, `UNDECIDED` or `UNTESTABLE`
+        rule: the rule that the verdict follows
+        reason: why, in words
+        encoders: what was found of each encoder with two or more layers
+        hypothesis: number of the hypothesis
+        claim: what it says
+    """
 
     metric: str
     setting: str
@@ -62,7 +80,13 @@ class Depth:
 
 
 def falls_with_depth(rows: list[Row], metric: str, setting: str) -> Depth:
-    """Test H1 on the single-source rows of one setting. The family of tests: every step of every encoder."""
+    """Test H1. The family of tests is every step from layer to layer of every encoder.
+
+    Args:
+        rows: rows of one setting with one source each
+        metric: name of the metric
+        setting: the setting
+    """
     encoders: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda r: r.order):
         encoders.setdefault(row.encoder, []).append(row)

@@ -1,4 +1,4 @@
-"""From best to worst: how far quality falls, which layer and decoder is best, and what quality costs."""
+"""Rank layers, decoders and fusions by quality, and set quality against its cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from afterimage.runs.results import METRICS
 
 @dataclass(frozen=True)
 class Score:
-    """A row's mean score over images with its interval; `seed_spread` is None for a single seed."""
+    """Mean score of a row over images; `seed_spread` is the deviation between seeds, None for a single one."""
 
     name: str
     setting: str
@@ -46,7 +46,7 @@ class Degradation:
 
 @dataclass(frozen=True)
 class DecoderRanking:
-    """The settings that decode the same features, best first, their means, every pair compared."""
+    """Settings that decode the same features, best first, with their means and a comparison of every pair."""
 
     metric: str
     name: str
@@ -57,11 +57,18 @@ class DecoderRanking:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What a row's quality costs.
+    """Quality of a row against its cost.
 
-    `gain` is the mean score beyond `baseline`: the mean-colour baseline of the row's test images where the
-    study has any such line, else 0. It is None for LPIPS without one, which has no zero to count from, and where
-    other rows have a line and this one has not. Ratios are None where the cost is unknown or zero.
+    Attributes:
+        metric: name of the metric
+        name: name of the row
+        setting: way of decoding
+        gain: mean score beyond `baseline`; None without one
+        baseline: the mean-colour baseline of the row's test images where the study has any such line, else 0; None
+            for LPIPS without one, which has no zero to count from, and where only other rows have a line
+        per_minute: gain for each minute of training; None where the cost is unknown or zero, as below
+        per_million_parameters: gain for each million decoder parameters
+        per_thousand_values: gain for each thousand feature values
     """
 
     metric: str
@@ -75,7 +82,7 @@ class Efficiency:
 
 
 def scores(rows: list[Row], metric: str) -> list[Score]:
-    """Every row's mean with its interval, in the order given."""
+    """Compute every row's mean with its interval, in the order given."""
     results = []
     for row in rows:
         _, values = matrix([row], metric)
@@ -87,14 +94,14 @@ def scores(rows: list[Row], metric: str) -> list[Score]:
 
 
 def _best_first(rows: list[Row], metric: str) -> list[Row]:
-    """Rows by mean over the images that all of them have."""
+    """Sort rows by their mean over the images that all of them have."""
     _, values = matrix(rows, metric)
     means = values.mean(axis=0) if METRICS[metric].higher_is_better else -values.mean(axis=0)
     return [row for _, row in sorted(zip(-means, rows, strict=True), key=lambda pair: pair[0])]
 
 
 def degradation(rows: list[Row], metric: str, setting: str) -> list[Degradation]:
-    """For each encoder with two or more layers among the single-source rows of one setting."""
+    """Compare best and worst layer of each encoder that has two or more, among rows of one setting and one source."""
     encoders: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         encoders[row.encoder].append(row)
@@ -111,7 +118,7 @@ def degradation(rows: list[Row], metric: str, setting: str) -> list[Degradation]
 
 
 def efficiency(rows: list[Row], references: list[Row], metric: str) -> list[Efficiency]:
-    """Quality per minute of training, per million decoder parameters and per thousand feature values."""
+    """Compute quality per minute of training, per million decoder parameters and per thousand feature values."""
     baselines = {r.data: r.mean(metric) for r in references if r.reference == "mean" and metric in r.scores}
     nothing = 0.0 if METRICS[metric].higher_is_better and not baselines else None
     results = []
@@ -158,7 +165,7 @@ def decoders(rows: list[Row], metric: str) -> list[DecoderRanking]:
 
 
 def fusions(rows: list[Row], metric: str) -> list[Comparison]:
-    """Each fusion against its best single member, decoded alike where the study has that, else anyhow."""
+    """Compare each fusion with its best single member, decoded alike where the study has that, else anyhow."""
     family = []
     for fused in (row for row in rows if row.fused):
         same = [r for r in rows if (r.data, r.setting.control) == (fused.data, fused.setting.control)]

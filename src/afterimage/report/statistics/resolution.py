@@ -1,4 +1,4 @@
-"""H2: spatial resolution dominates."""
+"""Test H2: spatial resolution dominates."""
 
 from __future__ import annotations
 
@@ -44,12 +44,27 @@ class MatchedPair:
 
 @dataclass(frozen=True)
 class Resolution:
-    """The answer to H2 for one metric and one setting.
+    """Answer to H2 for one metric and one setting.
 
-    Correlations are between quality (the metric turned so that more is better) and locations, over `layers`
-    layers. Their intervals resample images, the layers given; their p-values permute layers, and are a
-    guide only, since layers of one encoder are not independent. `partial` is None where channels and
-    locations rank the layers alike, `share` (epsilon squared) where no two layers share a resolution.
+    Intervals resample images, the layers given. P-values permute layers, and are a guide only, since layers of one
+    encoder are not independent.
+
+    Attributes:
+        metric: name of the metric
+        setting: way of decoding
+        verdict: `SUPPORTED`, `CONTRADICTED`, `UNDECIDED` or `UNTESTABLE`
+        rule: the rule that the verdict follows
+        reason: why, in words
+        layers: number of layers
+        correlation: rank correlation over layers of quality (the metric turned so that more is better) with locations
+        correlation_p: its p-value
+        partial: the same given channels; None where channels and locations rank the layers alike
+        partial_p: its p-value
+        share: share of the variance between layers that resolution accounts for (epsilon squared); None where no two
+            layers share a resolution
+        pairs: every two layers of one resolution, compared
+        hypothesis: number of the hypothesis
+        claim: what it says
     """
 
     metric: str
@@ -69,7 +84,13 @@ class Resolution:
 
 
 def resolution_dominates(rows: list[Row], metric: str, setting: str) -> Resolution:
-    """Test H2 on the single-source rows of one setting."""
+    """Test H2.
+
+    Args:
+        rows: rows of one setting with one source each
+        metric: name of the metric
+        setting: the setting
+    """
     locations = np.array([row.locations for row in rows], dtype=float)
     if len(rows) < 4 or len(set(locations)) < 2:
         reason = "needs four or more layers of two or more resolutions, decoded alike"
@@ -110,7 +131,7 @@ def resolution_dominates(rows: list[Row], metric: str, setting: str) -> Resoluti
 
 
 def _pairs(rows: list[Row], metric: str) -> tuple[MatchedPair, ...]:
-    """Every two layers of one resolution, finest first; the family of tests is all of them."""
+    """Compare every two layers of one resolution, finest first; the family of tests is all of them."""
     matched = [(a, b) for a, b in combinations(rows, 2) if (a.height, a.width) == (b.height, b.width)]
     matched.sort(key=lambda pair: -pair[0].locations)
     family = corrected([compare(a, b, metric) for a, b in matched])

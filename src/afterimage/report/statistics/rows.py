@@ -1,4 +1,4 @@
-"""Rows to compare: seeds merged, names shortened, settings told apart."""
+"""Make rows that can be compared: seeds merged, names shortened, settings told apart."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Scores = dict[str, float]  # image id -> score
 
 
 class Setting(str):
-    """How features were decoded, as a label that knows which random control it is, if it is one."""
+    """Label of a way of decoding, which knows which random control it is, if it is one."""
 
     control: str
     """`RANDOM weights` where an encoder was untrained, on which no verdict rests; empty for trained weights."""
@@ -60,30 +60,37 @@ class Row:
 
     @property
     def locations(self) -> int:
+        """Number of feature locations."""
         return self.height * self.width
 
     @property
     def fused(self) -> bool:
+        """Whether the row fuses several sources."""
         return len(self.sources) > 1
 
     def mean(self, metric: str) -> float:
+        """Compute the mean score over images."""
         return float(np.mean(list(self.scores[metric].values())))
 
     def seed_spread(self, metric: str) -> float | None:
-        """Standard deviation between the seeds' means; None for a single seed."""
+        """Compute the standard deviation between the seeds' means; None for a single seed."""
         means = self.seed_means[metric]
         return float(np.std(means, ddof=1)) if len(means) > 1 else None
 
 
 def matrix(rows: list[Row], metric: str) -> tuple[list[str], np.ndarray]:
-    """Scores of the images that every row has: their ids, sorted, and `(images, rows)`."""
+    """Return the ids, sorted, of the images that every row has, and their scores `(images, rows)`."""
     common = set.intersection(*(set(row.scores[metric]) for row in rows))
     ids = sorted(common)
     return ids, np.array([[row.scores[metric][i] for row in rows] for i in ids]).reshape(len(ids), len(rows))
 
 
 def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
-    """Merge the runs that differ in nothing but the seed; the second answer says what was left out and why."""
+    """Merge runs that differ in nothing but the seed.
+
+    Returns:
+        the rows, and what was left out and why
+    """
     notes: list[str] = []
     groups: dict[str, list[report.Row]] = defaultdict(list)
     for row in rows:
@@ -106,7 +113,7 @@ def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
 
 
 def _asked(row: report.Row) -> dict[str, Any]:
-    """What was asked for and of which images, but for the seed and the way of measuring."""
+    """Return what was asked for and of which images, but for the seed and the way of measuring."""
     if row.is_baseline:
         return {"reference": row.settings["reference"]}
     settings = {key: value for key, value in row.settings.items() if key not in ("seed", "lpips")}
@@ -147,7 +154,7 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
 
 
 def without_random_controls(results: Iterable[Any]) -> list[Any]:
-    """Of rows or results that have a `setting`, all but the controls on untrained encoders."""
+    """Leave out controls on untrained encoders from rows or results that have a `setting`."""
     return [result for result in results if not result.setting.control]
 
 
@@ -192,7 +199,7 @@ def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
 
 
 def _fused(fusion: dict[str, Any], configs: list[dict[str, Any]]) -> str:
-    """`attention fusion at 28x28`; with its channels where another one of this name and size has others."""
+    """Write `attention fusion at 28x28`, with its channels where another one of this name and size has others."""
     alike = [f for config in configs if (f := config.get("fusion")) and f["name"] == fusion["name"]]
     alike = [f.get("channels") for f in alike if f.get("size") == fusion.get("size")]
     side = fusion.get("size")

@@ -18,9 +18,9 @@ _PERMUTATIONS = 10_000
 
 
 def holm(p_values: np.ndarray | list[float]) -> np.ndarray:
-    """Adjusted p-values that keep the chance of any false positive in the family below the level.
+    """Adjust p-values so that the chance of any false positive in the family stays below the level.
 
-    The step-down of Holm (1979), "A simple sequentially rejective multiple test procedure".
+    This is the step-down of Holm (1979), "A simple sequentially rejective multiple test procedure".
     """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p, kind="stable")
@@ -31,7 +31,7 @@ def holm(p_values: np.ndarray | list[float]) -> np.ndarray:
 
 
 def kendall_within(quality: np.ndarray) -> np.ndarray:
-    """Kendall's tau-a (1938) of each row's values with the columns' order: `(rows, layers)` -> `(rows,)`."""
+    """Compute Kendall's tau-a (1938) of each row with the order of the columns, `(rows, layers)` -> `(rows,)`."""
     first, second = np.triu_indices(quality.shape[1], 1)
     return np.sign(quality[:, second] - quality[:, first]).mean(axis=1)
 
@@ -44,14 +44,18 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:
-    """Spearman's rank correlation (1904) along the last axis; the partial one where `given` is a covariate.
+    """Compute Spearman's rank correlation (1904) along the last axis; the partial one where `given` is a covariate.
 
     The partial correlation is that of the ranks (Kendall 1942): of what is left of both after their ranks are
     regressed on the covariate's ranks. Constant input, or nothing left of it, gives 0.
 
     Args:
-        x, given: `(layers,)`.
-        y: `(..., layers)`.
+        x: values `(layers,)`
+        y: values `(..., layers)`
+        given: covariate `(layers,)`
+
+    Returns:
+        the correlation `(...)`, in [-1, 1]
     """
     x, y = stats.rankdata(x), stats.rankdata(y, axis=-1)
     if given is not None:
@@ -61,7 +65,7 @@ def spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) -> n
 
 
 def residual_maker(covariate: np.ndarray) -> np.ndarray:
-    """The symmetric `(layers, layers)` matrix that removes a mean and a slope on the covariate."""
+    """Build the symmetric matrix `(layers, layers)` that removes a mean and a slope on the covariate."""
     design = np.stack([np.ones_like(covariate, dtype=float), covariate - np.mean(covariate)], axis=1)
     return np.eye(len(covariate)) - design @ np.linalg.pinv(design)
 
@@ -72,7 +76,7 @@ def separable(x: np.ndarray, given: np.ndarray) -> bool:
 
 
 def spearman_p(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) -> float:
-    """Two-sided permutation p-value of `spearman(x, y, given)` over layers.
+    """Compute the two-sided permutation p-value of `spearman(x, y, given)` over layers.
 
     Exact up to seven layers; beyond, 10,000 random permutations and the observed one (Phipson and Smyth
     2010). With a covariate, residual ranks are permuted and regressed again (Freedman and Lane 1983).
@@ -91,14 +95,17 @@ def spearman_p(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) ->
 
 
 def epsilon_squared(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """The share of the variance between layers that their group accounts for, corrected for chance.
+    """Compute the share of the variance between layers that their group accounts for, corrected for chance.
 
     1 - (mean square within groups) / (total mean square): Kelley (1935), the adjusted R squared of a one-way
     layout. 1: layers of one group are equal; 0 (or below): no more alike than layers of different groups.
 
     Args:
-        values: `(..., layers)`.
-        groups: `(layers,)`; at least one group holds two layers.
+        values: values `(..., layers)`
+        groups: group of each layer `(layers,)`; at least one holds two layers
+
+    Returns:
+        the share `(...)`, at most 1
     """
     _, index = np.unique(groups, return_inverse=True)
     member = np.eye(index.max() + 1)[index]
@@ -115,12 +122,24 @@ _LISTED = 10
 
 @dataclass(frozen=True)
 class Comparison:
-    """`a` against `b` on the images that both have.
+    """Comparison of `a` with `b` on the images that both have.
 
-    `difference` is the mean of a - b in the metric's own unit (so below zero is better for LPIPS). `p` is
-    the paired t test's (Student 1908), `p_holm` its value corrected over the comparison's family.
-    `agreement` is the rank correlation of the two over images: near 1, they find the same images hard.
-    `won_a` and `won_b` are the images won by the widest margins, at most ten, widest first.
+    Attributes:
+        metric: name of the metric
+        a: name of the one
+        b: name of the other
+        difference: mean of a - b in the metric's own unit, so that below zero is better for LPIPS
+        mean_a: mean score of a
+        mean_b: mean score of b
+        p: p-value of the paired t test (Student 1908)
+        p_holm: p-value corrected over the comparison's family
+        wins_a: number of images on which a is better
+        wins_b: number of images on which b is better
+        agreement: rank correlation of the two over images: near 1, they find the same images hard
+        won_a: ids of the images that a wins by the widest margins, at most ten, widest first
+        won_b: the same of b
+        parameters_a: parameters of the decoder of a
+        parameters_b: the same of b
     """
 
     metric: str
@@ -151,7 +170,7 @@ class Comparison:
 
     @property
     def better(self) -> str | None:
-        """`a` or `b` where test and interval tell them apart by more than a negligible difference."""
+        """`a` or `b`, whichever is better by test and interval and by more than a negligible difference; else None."""
         d = self.difference.estimate
         if not self.certain or abs(d) <= METRICS[self.metric].negligible:
             return None
@@ -159,6 +178,7 @@ class Comparison:
 
     @property
     def matched_capacity(self) -> bool:
+        """Whether the decoders' parameters differ by 5 % at most."""
         large = max(self.parameters_a, self.parameters_b)
         return large > 0 and abs(self.parameters_a - self.parameters_b) <= CAPACITY * large
 
@@ -178,12 +198,19 @@ def compare(
     *,
     names: tuple[str, str] | None = None,
 ) -> Comparison:
-    """Compare two rows by `metric` over the images that both have scores for.
+    """Compare two rows over the images that both have scores for.
 
-    `p_holm` starts out as `p`; `corrected` sets it once the family is known.
+    Args:
+        a: the one
+        b: the other
+        metric: name of the metric
+        names: what to call them; by default their own names
+
+    Returns:
+        the comparison, whose `p_holm` is `p` until `corrected` sets it once the family is known
 
     Raises:
-        AfterimageError: fewer than two common images.
+        AfterimageError: they share fewer than two images
     """
     ids, scores = matrix([a, b], metric)
     if len(ids) < 2:
@@ -219,6 +246,6 @@ def compare(
 
 
 def corrected(family: list[Comparison]) -> list[Comparison]:
-    """The same comparisons with `p_holm` corrected over all of them (Holm 1979)."""
+    """Correct the p-values of comparisons over all of them (Holm 1979)."""
     adjusted = holm([c.p for c in family])
     return [replace(c, p_holm=float(p)) for c, p in zip(family, adjusted, strict=True)]
