@@ -38,24 +38,6 @@ def test_table_is_the_studys():
     ]
 
 
-@pytest.mark.parametrize(
-    ("source", "alias"),
-    [
-        ("vgg16.tv_in1k:features.4", SOURCE),
-        ("vgg16.tv_in1k:features.30", "vgg16.tv_in1k:block5"),
-        *(
-            (
-                f"vit_base_patch16_224.augreg2_in21k_ft_in1k:blocks.{i}",
-                f"vit_base_patch16_224.augreg2_in21k_ft_in1k:block{i}",
-            )
-            for i in (0, 11)
-        ),
-    ],
-)
-def test_layers_are_found_by_module_path_too(source, alias):
-    assert published([source], "attention") is published([alias], "attention") is not None
-
-
 def test_other_decoders_models_and_layers_have_no_counterpart():
     assert published([SOURCE], "linear") is None
     assert published(["vgg16.tv_in1k:features.5"], "attention") is None

@@ -13,13 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from afterimage.config import split_source
 from afterimage.report.format import number
 from afterimage.report.rows import Row
 from afterimage.runs.files import read_image
 from afterimage.runs.run import Run
-
-_VGG16_POOLS = {f"features.{i}": f"block{n}" for n, i in enumerate((4, 9, 16, 23, 30), start=1)}
 
 RESNET, VGG, VIT = "resnet34.tv_in1k", "vgg16.tv_in1k", "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 
@@ -85,24 +82,12 @@ PUBLISHED = (
 
 
 def published(sources: Iterable[str], decoder: str) -> Published | None:
-    """Return the published row for these sources (tags pinned, layers by alias or module path) and this decoder."""
-    key = frozenset(_canonical(source) for source in sources)
+    """Return the published row for these sources (tags pinned, layers by alias) and this decoder."""
+    key = frozenset(sources)
     for row in PUBLISHED:
         if row.decoder == decoder and frozenset(row.sources) == key:
             return row
     return None
-
-
-def _canonical(source: str) -> str:
-    """Return the study's own name of a layer that is written as a module path."""
-    model, layer = split_source(source)
-    if model.startswith("vgg16."):
-        layer = _VGG16_POOLS.get(layer, layer)
-    elif model.startswith("vit_") and layer.startswith("blocks."):
-        layer = f"block{layer.removeprefix('blocks.')}"
-    elif model.startswith("pvt_v2") and layer in {f"stages.{i}" for i in range(4)}:
-        layer = f"stage{int(layer.removeprefix('stages.')) + 1}"
-    return f"{model}:{layer}"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 
-from afterimage.report.statistics.depth import CONTRADICTED, MARGIN, SUPPORTED, UNDECIDED, UNTESTABLE
+from afterimage.report.statistics.depth import CONTRADICTED, MARGIN, SUPPORTED, UNDECIDED, UNTESTABLE, Answer
 from afterimage.report.statistics.resolution import MatchedPair
 from afterimage.report.statistics.rows import Row
 from afterimage.report.statistics.tests import compare, corrected
@@ -22,26 +22,14 @@ RULE = (
 
 
 @dataclass(frozen=True)
-class Architectures:
+class Architectures(Answer):
     """Answer to H3 for one metric and one setting.
 
     Attributes:
-        metric: name of the metric
-        setting: way of decoding
-        verdict: `SUPPORTED`, `CONTRADICTED`, `UNDECIDED` or `UNTESTABLE`
-        rule: the rule that the verdict follows
-        reason: why, in words
         pairs: comparisons of the first layer that each encoder has at a resolution, chosen without looking at scores,
             so that no encoder gains from having many layers of one size
-        hypothesis: number of the hypothesis
-        claim: what it says
     """
 
-    metric: str
-    setting: str
-    verdict: str
-    rule: str
-    reason: str
     pairs: tuple[MatchedPair, ...] = ()
     hypothesis: str = "H3"
     claim: str = "different architectures keep different things"

@@ -28,6 +28,25 @@ RULE = (
 
 
 @dataclass(frozen=True)
+class Answer:
+    """Answer to one hypothesis, its `hypothesis`, which says `claim`.
+
+    Attributes:
+        metric: name of the metric
+        setting: way of decoding
+        verdict: `SUPPORTED`, `CONTRADICTED`, `UNDECIDED` or `UNTESTABLE`
+        rule: the rule that the verdict follows
+        reason: why, in words
+    """
+
+    metric: str
+    setting: str
+    verdict: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class DepthOfEncoder:
     """One encoder's layers in execution order.
 
@@ -55,25 +74,13 @@ class DepthOfEncoder:
 
 
 @dataclass(frozen=True)
-class Depth:
+class Depth(Answer):
     """Answer to H1 for one metric and one setting.
 
     Attributes:
-        metric: name of the metric
-        setting: way of decoding
-        verdict: `SUPPORTED`, `CONTRADICTED`, `UNDECIDED` or `UNTESTABLE`
-        rule: the rule that the verdict follows
-        reason: why, in words
         encoders: what was found of each encoder with two or more layers
-        hypothesis: number of the hypothesis
-        claim: what it says
     """
 
-    metric: str
-    setting: str
-    verdict: str
-    rule: str
-    reason: str
     encoders: tuple[DepthOfEncoder, ...]
     hypothesis: str = "H1"
     claim: str = "quality falls monotonically with depth"

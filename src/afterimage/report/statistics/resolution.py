@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from afterimage.evaluation.intervals import Interval, interval
-from afterimage.report.statistics.depth import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE
+from afterimage.report.statistics.depth import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE, Answer
 from afterimage.report.statistics.rows import Row, matrix
 from afterimage.report.statistics.tests import (
     ALPHA,
@@ -43,18 +43,13 @@ class MatchedPair:
 
 
 @dataclass(frozen=True)
-class Resolution:
+class Resolution(Answer):
     """Answer to H2 for one metric and one setting.
 
     Intervals resample images, the layers given. P-values permute layers, and are a guide only, since layers of one
     encoder are not independent.
 
     Attributes:
-        metric: name of the metric
-        setting: way of decoding
-        verdict: `SUPPORTED`, `CONTRADICTED`, `UNDECIDED` or `UNTESTABLE`
-        rule: the rule that the verdict follows
-        reason: why, in words
         layers: number of layers
         correlation: rank correlation over layers of quality (the metric turned so that more is better) with locations
         correlation_p: its p-value
@@ -63,15 +58,8 @@ class Resolution:
         share: share of the variance between layers that resolution accounts for (epsilon squared); None where no two
             layers share a resolution
         pairs: every two layers of one resolution, compared
-        hypothesis: number of the hypothesis
-        claim: what it says
     """
 
-    metric: str
-    setting: str
-    verdict: str
-    rule: str
-    reason: str
     layers: int = 0
     correlation: Interval | None = None
     correlation_p: float | None = None
