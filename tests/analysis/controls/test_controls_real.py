@@ -1,7 +1,6 @@
 """Controls on real weights and photographs come out where theory puts them."""
 
 import itertools
-import json
 from dataclasses import replace
 
 import pytest
@@ -10,8 +9,9 @@ from afterimage.analysis.controls.run import run_controls
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.experiments.queue import train_runs
 from afterimage.experiments.study import with_matched_controls
-from afterimage.report.controls import control_findings, read_part
+from afterimage.report.controls import control_findings
 from afterimage.report.rows import read_rows
+from afterimage.runs.controls import read_part
 
 pytestmark = pytest.mark.long
 SHALLOW = "resnet18.tv_in1k:layer1"
@@ -32,8 +32,8 @@ def runs(weights_folder, photos_folder, tmp_path_factory):
 
 
 def controls(run):
-    facts = json.loads(run.file("controls.json").read_text())
-    return {name: scores["psnr"]["mean"] for name, scores in facts["controls"].items()}, facts["distances"]
+    facts, _ = read_part(run, "controls")
+    return {name: scores["psnr"].mean for name, scores in facts.controls.items()}, facts.distances
 
 
 def test_what_is_not_the_images_is_no_better_than_its_mean_colour(runs):
@@ -45,7 +45,7 @@ def test_what_is_not_the_images_is_no_better_than_its_mean_colour(runs):
     # At the deep layer a decoder fitted on so few images need not make one that the layer takes for the original.
     for run in (runs["trained"], runs["random"]):
         _, distances = controls(run)
-        assert distances["reencoded"] < distances["random_pair"]
+        assert distances.reencoded < distances.random_pair
 
 
 def test_a_shallow_layer_hardly_needs_training_to_keep_the_image(runs):
@@ -58,23 +58,22 @@ def test_a_shallow_layer_hardly_needs_training_to_keep_the_image(runs):
 
 
 def test_rate_curves_are_monotone_within_their_intervals(runs):
-    parts, problems = read_part(read_rows(runs.values()).decoders, "rate_distortion")
-    assert len(parts) == 3 and not problems
-    for part in parts:
-        rows = {(p["bits"], p["id"]): p["psnr"] for p in part.images}
-        ids = {p["id"] for p in part.images}
-        sizes = [point["bits_per_pixel"] for point in part.facts["points"]]
+    for run in runs.values():
+        facts, images = read_part(run, "rate_distortion")
+        rows = {(p["bits"], p["id"]): p["psnr"] for p in images}
+        ids = {p["id"] for p in images}
+        sizes = [point.bits_per_pixel for point in facts.points]
         assert sizes == sorted(sizes, reverse=True)
-        for more, fewer in itertools.pairwise([point["bits"] for point in part.facts["points"]]):
+        for more, fewer in itertools.pairwise([point.bits for point in facts.points]):
             drops = [rows[more, i] - rows[fewer, i] for i in ids]
             mean = sum(drops) / len(drops)
             deviation = (sum((d - mean) ** 2 for d in drops) / (len(drops) - 1) / len(drops)) ** 0.5
-            assert mean > -2 * deviation - 0.01, f"{part.row.label}: {fewer} bits beat {more}"
+            assert mean > -2 * deviation - 0.01, f"{run.name}: {fewer} bits beat {more}"
 
 
 def test_fine_detail_goes_before_coarse(runs):
-    facts = json.loads(runs["trained"].file("error_breakdown.json").read_text())
-    for spectrum in facts["spectra"].values():
-        shares = [e / p for e, p in zip(spectrum["error"], spectrum["image"], strict=True) if p]
+    facts, _ = read_part(runs["trained"], "error_breakdown")
+    for power in facts.spectra.values():
+        shares = [e / p for e, p in zip(power.error, power.image, strict=True) if p]
         assert sum(shares[:4]) / 4 < 0.5 < sum(shares[-8:]) / 8
-    assert facts["planes"]["luma"]["error"] > facts["planes"]["cb"]["error"]
+    assert facts.planes["luma"].error > facts.planes["cb"].error
