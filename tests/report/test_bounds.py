@@ -17,6 +17,7 @@ from afterimage.report.inversion import bound_findings, bound_rows
 from afterimage.report.rows import read_rows
 from afterimage.report.tables import markdown_table
 from afterimage.report.write import write_report
+from afterimage.runs.results import METRICS
 from drawn_text import faults, texts
 from page_in_browser import find, pixels, shown, write_page
 from report_study import RESNET, VIT, sample_image, write_reference, write_run
@@ -71,6 +72,30 @@ def test_the_table_has_every_answer_with_intervals_and_its_feature_distance(deco
         mean = mean_interval(psnr + gain)
         assert text == f"{mean.estimate:.2f} [{mean.low:.2f}, {mean.high:.2f}]"
     assert found[1][3] == "+1.80 [+1.80, +1.80]" and found[3][3] == "−0.200 [−0.200, −0.200]"
+
+
+def test_what_owes_nothing_to_the_features_stands_beside_the_bound(decoder):
+    refined = search(decoder, "refined", REFINED)
+    score = {
+        metric: {"mean": value, "std": 1.0, "count": 4}
+        for metric, value in zip(METRICS, (9.5, 0.1, 0.7), strict=True)
+    }
+    alone = score | {"psnr": {"mean": 12.25, "std": 1.0, "count": 4}}
+    controls = {
+        "other_image": score,
+        "prior_alone": alone,
+        "identified": 0.75,
+        "distance": "lpips",
+        "candidates": 4,
+    }
+    edit(refined, inversion__controls=controls)
+    (finding,) = bound_findings(bounds_of(read_rows([decoder, refined])))
+    _, table = finding.tables
+    ((name, answer, *cells, found),) = table.rows
+    assert (name, answer, found) == ("resnet34 layer3", "most consistent", "3 of 4 by lpips")
+    psnr = refined.result.scores["psnr"].mean
+    assert cells[:3] == [f"{psnr:.2f}", "9.50", "12.25"] and cells[-2:] == ["0.700", "0.700"]
+    assert len(table.header) == len(table.rows[0])
 
 
 @pytest.mark.parametrize(("ways", "answers"), [

@@ -86,7 +86,43 @@ def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
         f"The answers to the same test images, mean [{NAME}]",
         ("features", "answer", *heads, "feature distance", "images"), tuple(lines),
     )  # fmt: skip
-    return [Finding(TITLE, paragraphs=tuple(_paragraphs(bounds, metrics)), tables=(table,), wide=True)]
+    return [
+        Finding(
+            TITLE,
+            paragraphs=tuple(_paragraphs(bounds, metrics)),
+            tables=(table, *_controls(bounds, names, metrics)),
+            wide=True,
+        )
+    ]
+
+
+def _controls(bounds: Sequence[Bound], names: Mapping[str, str], metrics: Sequence[str]) -> Iterable[Numbers]:
+    """The scores that owe nothing to an image's own features, beside those that the bound rests on."""
+    lines = []
+    for bound in bounds:
+        for answer, row in bound.answers.items():
+            if (controls := row.inversion.controls) is None:
+                continue
+            cells = [feature_name(row, names), answer]
+            for metric in metrics:
+                for scores in (row.scores, controls.other_image, controls.prior_alone):
+                    score = scores and scores[metric]
+                    cells.append(number(score.mean, metric) if score else "unavailable")
+            found = round(controls.identified * controls.candidates)
+            lines.append((*cells, f"{found} of {controls.candidates} by {controls.distance}"))
+    if not lines:
+        return
+    heads = [
+        f"{METRICS[metric].title}{what}"
+        for metric in metrics
+        for what in ("", ", other original", ", prior alone")
+    ]
+    yield Numbers(
+        "What owes nothing to the image's own features: against another image's original, and what the same search "
+        "makes of features that tell nothing; and how many find their own original, of which guessing finds one",
+        ("features", "answer", *heads, "own original found"),
+        tuple(lines),
+    )
 
 
 def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
