@@ -13,6 +13,7 @@ from afterimage.config import (
     RunConfig,
     load_toml,
 )
+from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.config.study import RowConfig, StudyConfig, from_models, load_study, shipped
 from afterimage.data.dataset import load_data
 from afterimage.experiments.cost import plan
@@ -123,18 +124,10 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path):
     assert "loss is" in json.loads(failed.file("status.json").read_text())["error"]
 
 
-def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_decoder(
-    tmp_path, monkeypatch
-):
-    import functools
-
-    from afterimage.config import inversion
-
-    few = functools.partialmethod(inversion.InvertConfig.__init__, steps=6)
-    monkeypatch.setattr(inversion.InvertConfig, "__init__", few)
+def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_decoder(tmp_path):
     study = replace(SMALL, sources=(f"{MODEL}:layer1", f"{MODEL}:layer2"), references=False, invert=2)
-    learned = inversion.EstimateConfig(images=4, steps=3, channels=4)
-    study = replace(study, decoders=(DecoderConfig("linear"),), estimate=learned)
+    search, learned = InvertConfig(steps=6, held_out=3), EstimateConfig(images=4, steps=3, channels=4)
+    study = replace(study, decoders=(DecoderConfig("linear"),), inversion=search, estimate=learned)
     options = {"cache": tmp_path / "cache", "accelerator": "cpu"}
     runs, failures = run_study(study, tmp_path / "study", **options)
     assert not failures
@@ -241,3 +234,19 @@ def test_a_plan_counts_attention_and_the_sums_of_a_closed_form():
     decoder = build_feature_decoder(replace(config, decoder=DecoderConfig("linear")), [spec]).decoder
     rows, inputs = 16 * n, 9 * spec.channels + 1  # every location of 16 images, seen once or twice
     assert rows * inputs**2 // 2 < decoder.fit_macs(16) < 8 * rows * inputs**2 + 3 * inputs**3
+
+
+def test_the_plan_says_what_measured_bounds_cost(capsys):
+    from afterimage.cli.study import print_plan
+
+    study = replace(SMALL, references=False, invert=3, inversion=InvertConfig(steps=50, held_out=5))
+    configs = expand(study)[:1]
+    for learn, said in (
+        (7, "and 7 to learn best estimates from"),
+        (0, "and 5 to choose the number of passes on"),
+    ):
+        print_plan(configs, replace(study, estimate=EstimateConfig(images=learn)))
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"measured bounds: 3 images of each run {said}, at most 50 passes" in out
+    print_plan(configs, replace(study, invert=0))
+    assert "measured bounds" not in capsys.readouterr().out

@@ -233,7 +233,6 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
     from rich.table import Table
 
     from afterimage.cli.layers import print_unseen
-    from afterimage.config.inversion import InvertConfig
     from afterimage.experiments.cost import macs_per_second, plan
     from afterimage.experiments.study import study_groups
     from afterimage.models.fusion import FUSIONS
@@ -274,16 +273,17 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
     print_unseen({source: text for one in plans for source, text in one.unseen.items()})
     say(*problems)
     if study.invert and plans:
-        fit, learn = InvertConfig().steps, study.estimate
-        passes = study.invert * fit
-        text = f"{study.invert} images of each run, {fit} passes forward and backward each"
-        if learn.images:
-            passes += (study.invert + learn.images) * learn.rounds * learn.passes
-            text += (
-                f", and {learn.rounds * learn.passes} for best estimates, learned from {learn.images} more"
-            )
-        macs = sum(3 * passes * one.encoder_macs for one in plans)
-        say(f"measured bounds: {text}: ~{clock(macs / macs_per_second())}")
+        steps, held_out, learn = study.inversion.steps, study.inversion.held_out, study.estimate.images
+        text = f"{study.invert} images of each run"
+        if learn:
+            text += f" and {learn} to learn best estimates from"
+        elif held_out:
+            text += f" and {held_out} to choose the number of passes on"
+        macs = sum(3 * steps * (study.invert + max(learn, held_out)) * one.encoder_macs for one in plans)
+        say(
+            f"measured bounds: {text}, at most {steps} passes forward and backward each: "
+            f"~{clock(macs / macs_per_second())}"
+        )
     total = sum(one.seconds for one in plans)
     say(f"{len(study_groups(configs))} groups of runs that are trained together (--list-groups)")
     say(

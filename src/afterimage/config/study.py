@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from afterimage.config.errors import AfterimageError, unknown
-from afterimage.config.inversion import EstimateConfig
+from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.config.schema import (
     LPIPS_NETS,
     MAX_IMAGES,
@@ -67,7 +67,8 @@ class StudyConfig:
             breakdown and rate-distortion curve
         invert: number of test images, from the first on, for which the measured bound of every run is found: the
             images whose features fit best, and the best estimates
-        estimate: settings of the best estimates
+        inversion: settings of the search for the images whose features fit best; its precision is each run's own
+        estimate: settings of the best estimates; the precision likewise
         keep: number of test images whose reconstructions are stored
         lpips: LPIPS network of the scores, or `any` for the first one whose weights are found
         data: where images come from and how they are split
@@ -85,6 +86,7 @@ class StudyConfig:
     references: bool = True
     controls: bool = False
     invert: int = 0
+    inversion: InvertConfig = InvertConfig()
     estimate: EstimateConfig = EstimateConfig()
     keep: int = 8
     lpips: str = "alex"

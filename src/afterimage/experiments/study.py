@@ -22,7 +22,6 @@ from afterimage.config import (
     split_source,
     to_dict,
 )
-from afterimage.config.inversion import EstimateConfig
 from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import DECODERS
@@ -247,15 +246,14 @@ def run_study(
                     with collected(failures, "the controls"):
                         failures += run_controls(done, **settings)
                 if study.invert:
-                    runs += find_bounds(done, study.invert, study.estimate, root, failures, **settings)
+                    runs += find_bounds(done, study, root, failures, **settings)
         failures = ranks.broadcast(failures)
     return trained + runs, failures
 
 
 def find_bounds(
     runs: Sequence[Run],
-    count: int,
-    estimate: EstimateConfig,
+    study: StudyConfig,
     root: str | Path,
     failures: list[AfterimageError],
     *,
@@ -270,8 +268,7 @@ def find_bounds(
 
     Args:
         runs: finished runs.
-        count: test images of each, from the first on.
-        estimate: settings of the best estimates.
+        study: how many test images of each are inverted, and how.
         root: the folder for the run folders of the inversions.
         failures: takes the error of each run that could not be refined; the others go on.
         cache: where decoded images are kept.
@@ -283,7 +280,7 @@ def find_bounds(
     """
     from afterimage.analysis.inversion.inputs import InversionInputs, from_data
     from afterimage.analysis.inversion.run import invert_run
-    from afterimage.config.inversion import INVERSION_PRECISIONS, InvertConfig
+    from afterimage.config.inversion import INVERSION_PRECISIONS
     from afterimage.runtime.device import device_name
 
     device, found = device_name(accelerator), []
@@ -291,14 +288,14 @@ def find_bounds(
     for run in runs:
         with collected(failures, f"the measured bound of {run.name}"):
             few = run.config.data.limit_test
-            data = replace(run.config.data, limit_test=count if few is None else min(count, few))
+            data = replace(run.config.data, limit_test=min(study.invert, few or study.invert))
             if data not in inputs:
                 inputs[data] = from_data(data, cache=cache, progress=progress)
             precision = run.config.recipe.precision
             precision = precision if precision in INVERSION_PRECISIONS else INVERSION_PRECISIONS[0]
             found += invert_run(
-                run, Path(root), InvertConfig(precision=precision), inputs[data], plain=False,
-                estimate=replace(estimate, precision=precision), device=device, progress=progress,
+                run, Path(root), replace(study.inversion, precision=precision), inputs[data], plain=False,
+                estimate=replace(study.estimate, precision=precision), device=device, progress=progress,
             )  # fmt: skip
     return found
 
