@@ -1,4 +1,4 @@
-"""From a `DataConfig` to the images that train, validate and test."""
+"""Turn a `DataConfig` into the images that train, validate and test."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STREAM_ABOVE = 50_000
 
 
 def default_cache() -> Path:
-    """`AFTERIMAGE_CACHE`, else `~/.cache/afterimage`."""
+    """Return the folder of the cache: `AFTERIMAGE_CACHE`, or `~/.cache/afterimage`."""
     folder = os.environ.get("AFTERIMAGE_CACHE")
     return Path(os.path.expanduser(folder)) if folder else Path(os.path.expanduser("~/.cache/afterimage"))
 
@@ -44,11 +44,20 @@ def default_cache() -> Path:
 def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent) -> Data:
     """Find, split, decode and check the images that a config names.
 
-    `cache` is the folder of the decode-once cache and of indexes (default: `default_cache()`); `progress` is called
-    with (what, done, total). Of a source that only tests, its own test split is used where it has one, else all of
-    it. Images are decoded once and kept, above `STREAM_ABOVE` each time they are used. Raises an `AfterimageError` that
-    names the file, the source or the counts where images are missing, broken or too few, and where a test image
-    is also a training or validation image.
+    Up to `STREAM_ABOVE` images of a source are decoded once and kept; more are decoded each time they are used. Of a
+    source that only tests, its own test split is used if it has one, otherwise all of it.
+
+    Args:
+        config: the sources and how they are split
+        cache: folder of decoded images and of indexes; None for `default_cache()`
+        progress: called with what is done, how far it is, and the total
+
+    Returns:
+        the three splits, and notes on what a reader of the scores must know
+
+    Raises:
+        AfterimageError: images are missing, broken or too few, or a test image is also a training or validation
+            image; the message names the files
     """
     folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
     parts, source = _source(config, folder, progress)
@@ -74,10 +83,20 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
 def load_test(
     config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent
 ) -> tuple[ImageSet, list[str]]:
-    """The test images of a config whose `test` names a source of their own; the training images may be missing.
+    """Load the test images of a config whose `test` names a source of their own.
 
-    Where these are there, an `AfterimageError` is raised if one of them is also a test image, as by `load_data`;
-    where they are not, a note says that this could not be looked at.
+    The training images may be missing: a note then says that copies among them could not be looked for.
+
+    Args:
+        config: the sources and how they are split
+        cache: folder of decoded images and of indexes; None for `default_cache()`
+        progress: called with what is done, how far it is, and the total
+
+    Returns:
+        the test images, and notes on them
+
+    Raises:
+        AfterimageError: test images are missing or broken, or one is also a training or validation image
     """
     folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
     part, other = _other(config, folder, progress)
@@ -219,7 +238,19 @@ def _looked_at(
 
 
 def prepare_image(path: Path, resize: int, crop: int) -> Tensor:
-    """An image file as `(1, 3, crop, crop)` in [0, 1]: shorter side to `resize` pixels, centre crop."""
+    """Read an image file, resize it and cut out its centre.
+
+    Args:
+        path: the file
+        resize: length of the shorter side after resizing, in pixels
+        crop: side of the crop in pixels
+
+    Returns:
+        `(1, 3, crop, crop)` in [0, 1]
+
+    Raises:
+        BadImage: the file cannot be read as an image
+    """
     image = shorter_side(load_image(path), resize)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     top, left = (int(place[0]) for place in centre_places(*np.array(pixels.shape[-2:]).reshape(2, 1), crop))
@@ -227,6 +258,14 @@ def prepare_image(path: Path, resize: int, crop: int) -> Tensor:
 
 
 def file_notes(paths: Sequence[Path], resize: int) -> list[str]:
-    """What has to be known of image files to read their scores, as `Data.notes` has it of a source."""
+    """Write the notes on image files that a reader of their scores needs, like those of `Data.notes`.
+
+    Args:
+        paths: the files
+        resize: length of the shorter side after resizing, in pixels
+
+    Raises:
+        BadImage: a file cannot be read as an image
+    """
     facts = np.array([examine(load_image(path)) for path in paths], np.int64).reshape(-1, 6)
     return value_notes({"given": facts}) + size_notes({"given": facts[:, -2:].min(1)}, resize)

@@ -1,4 +1,4 @@
-"""One image file becomes one 8-bit sRGB image, or an error that names the file."""
+"""Decode an image file into one 8-bit sRGB image, or raise an error that names the file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,12 @@ _filtering = Lock()  # the warnings filter is one for all threads
 
 
 class BadImage(AfterimageError):
-    """A file that cannot be read as an image: its name and the reason."""
+    """A file that cannot be read as an image.
+
+    Args:
+        name: name of the file
+        reason: why it cannot be read
+    """
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -61,24 +66,29 @@ class _Unsupported(Exception):
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read any image file as 8-bit sRGB (a Pillow image of mode RGB).
+    """Read any image file as an 8-bit sRGB Pillow image.
 
-    Turned as its EXIF orientation says; transparency laid on white; 16-bit, CMYK, palette and greyscale
-    images and other colour profiles converted; of an animation the first frame. Raises an `AfterimageError`
-    that names the file where it is missing, unreadable, truncated, not an image, or larger than 179 million
-    pixels or 1 GiB.
+    The image is turned as its EXIF orientation says, and transparency is laid on white. 16-bit, CMYK, palette and
+    greyscale images and other colour profiles are converted. Of an animation the first frame counts.
+
+    Raises:
+        BadImage: the file is missing, unreadable, truncated, no image, or larger than 179 million pixels or 1 GiB
     """
     return decode(read_bytes(path), shown(path))
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Why the operating system refused, in its own words."""
+    """Return the operating system's reason for an error, without the file's name."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
 @contextlib.contextmanager
 def open_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open an image file to read; raises `BadImage` unless it is a regular file of 1 byte to 1 GiB."""
+    """Open an image file for reading inside the block.
+
+    Raises:
+        BadImage: it is not a regular file of 1 byte to 1 GiB, or reading it fails inside the block
+    """
     path = Path(path)
     try:
         # Looked at before it is opened: opening a named pipe would wait for ever.
@@ -95,12 +105,25 @@ def open_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: str | Path) -> bytes:
+    """Read an image file's bytes.
+
+    Raises:
+        BadImage: as `open_file`
+    """
     with open_file(path) as file:
         return file.read(MAX_BYTES)
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Decode an image file's content as `load_image` does; raises `BadImage`."""
+    """Decode the content of an image file as `load_image` does.
+
+    Args:
+        content: bytes of the file
+        name: name of the file, for the error
+
+    Raises:
+        BadImage: the content cannot be decoded
+    """
     with _named(name):
         image = _open(content)
         packed = _packed(image)
@@ -111,19 +134,27 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 def check_header(content: bytes, name: str) -> tuple[int, int]:
-    """Width and height as they are stored, before the image is turned.
+    """Read an image's sides from its first bytes. Damage further in shows only when the image is decoded.
 
-    Raises `BadImage` for what is no image or too large a one; damage further in shows when it is decoded.
+    Args:
+        content: bytes of the file
+        name: name of the file, for the error
+
+    Returns:
+        width and height in pixels, as stored, before the image is turned
+
+    Raises:
+        BadImage: the content is no image, or too large a one
     """
     with _named(name):
         return _open(content).size
 
 
 def shorter_side(image: Image.Image, size: int) -> Image.Image:
-    """Resize so that the shorter side is `size`, with antialiased bicubic interpolation; aspect kept.
+    """Resize an image with antialiased bicubic interpolation so that its shorter side has `size` pixels.
 
-    The longer side is rounded down, as torchvision does. An image more than 16 times as long as wide is cut
-    to its middle first, so that a strip one pixel wide stays bounded.
+    The longer side is rounded down, as torchvision does. An image more than 16 times as long as wide is cut to its
+    middle first, so that a strip one pixel wide stays bounded.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)

@@ -1,4 +1,4 @@
-"""Find images of one split that stand in another one, exactly or nearly."""
+"""Find images of one split that are also in another one, exactly or nearly."""
 
 from __future__ import annotations
 
@@ -20,10 +20,20 @@ SHOWN_COPIES = 20
 
 
 def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]) -> list[str]:
-    """Raise where a test image is also a training or validation image; note all other exact copies.
+    """Check that no test image is also a training or validation image, and count all other exact copies.
 
-    Two files that hold the same pixels hold the same image; of streamed images, whose pixels are not at hand, two
-    files that hold the same bytes.
+    Two files are the same image if they hold the same pixels; streamed images, whose pixels are not at hand, if their
+    files hold the same bytes.
+
+    Args:
+        parts: originals of the training, validation and test images
+        images: the same images, decoded or streamed
+
+    Returns:
+        notes on copies within the splits, and between training and validation
+
+    Raises:
+        AfterimageError: a test image is also a training or validation image; the message names the pairs
     """
     streamed = any(part.streamed for part in images)
     keys = np.concatenate([_keys(part.digests) if streamed else _pixel_keys(part) for part in images])
@@ -59,7 +69,11 @@ def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]
 
 
 def shared(first: ImageSet, second: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-    """Which images of `first` are also in `second`, by their content's digest, and where there."""
+    """Find the images of one set that are also in another one, by the digests of their contents.
+
+    Returns:
+        indices in `first`, and for each the index in `second`
+    """
     (own, others) = (_keys(part.digests) for part in (first, second))
     order = np.argsort(others, kind="stable")
     places = np.searchsorted(others, own, sorter=order).clip(max=max(0, len(order) - 1))
@@ -96,7 +110,11 @@ _ONES = np.array([number.bit_count() for number in range(2**16)], np.uint8)
 
 
 def check_split(data: Data) -> None:
-    """Raise `AfterimageError` where an image, by its content's digest, both tests and trains or validates."""
+    """Check that no image is both a test image and a training or validation image, by the digests of their contents.
+
+    Raises:
+        AfterimageError: an image is in both; the message names it
+    """
     for name, images in (("training", data.train), ("validation", data.validation)):
         indices, places = shared(data.test, images)
         if len(indices):
@@ -107,14 +125,19 @@ def check_split(data: Data) -> None:
 
 
 def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
-    """Notes on test images that are nearly training or validation images; empty where there are none.
+    """Write notes on test images that are nearly training or validation images.
 
-    Below `cache` the pairs that were found are kept, so that the same images are compared once.
+    Candidates share their difference hash (dHash, Krawetz 2013, "Kind of like that") up to `BITS` of 64 bits. Of these
+    the ones count whose 16x16 thumbnails agree, since smooth images of any colour share their hash. This finds copies
+    that were compressed again, resized or toned a little, but none that were cropped or mirrored. They are reported and
+    not refused, because frames of one scene may look as much alike.
 
-    Candidates share their difference hash (dHash, Krawetz 2013, "Kind of like that") up to `BITS` of 64; of these
-    count those whose 16x16 thumbnails agree, since smooth images of any colour share their hash. A copy that was
-    compressed again, resized or toned a little is found; one that was cropped or mirrored is not. They are
-    reported, not refused: frames of one scene may look as much alike.
+    Args:
+        data: the three splits
+        cache: folder that keeps the pairs found, so that the same images are compared once; None keeps none
+
+    Returns:
+        the notes; empty if there are no near-duplicates
     """
     if len(data.train) + len(data.validation) + len(data.test) > MOST:
         return [f"near-duplicates of test images were not looked for among more than {MOST:,} images"]

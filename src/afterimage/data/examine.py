@@ -1,4 +1,4 @@
-"""What the images of a data set are like where it decides what a score means: their range of values, their size."""
+"""Examine the facts about images that decide what their scores mean: range of values, and size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ FEW = 16
 
 
 class Facts(NamedTuple):
-    """An image as it was decoded, before it is resized: the least and the greatest value of its channels (0 to 255),
-    how many values they use, whether all its pixels are equal, and its sides in pixels.
+    """Facts about a decoded image before it is resized.
+
+    Attributes:
+        low: least value of its channels, 0 to 255
+        high: greatest value of its channels, 0 to 255
+        levels: number of different values
+        flat: 1 if all its pixels are equal, otherwise 0
+        width: width in pixels
+        height: height in pixels
     """
 
     low: int
@@ -31,14 +38,18 @@ class Facts(NamedTuple):
 
 
 def examine(image: Image.Image) -> Facts:
-    """Look at the values of an RGB image."""
+    """Collect the facts about an RGB image."""
     used = np.array(image.histogram()).reshape(3, 256) > 0
     values = np.flatnonzero(used.any(0))
     return Facts(int(values[0]), int(values[-1]), len(values), int(used.sum() == 3), *image.size)
 
 
 def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
-    """Notes on images whose values make their scores mean something else; `parts` hold the facts of each split."""
+    """Write notes on images whose range of values changes the meaning of their scores.
+
+    Args:
+        parts: the `Facts` of each image, by split
+    """
     low, high, levels, flat, width, height = np.concatenate(list(parts.values())).T
     span, flat = high - low, flat == 1
     narrow = ~flat & (span <= NARROW)
@@ -70,7 +81,12 @@ def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
 
 
 def size_notes(parts: Mapping[str, Int[np.ndarray, " _"]], size: int) -> list[str]:
-    """A note on images that are enlarged to `size` pixels; `parts` hold the shorter sides of each split's images."""
+    """Write a note on images that are enlarged.
+
+    Args:
+        parts: length of each image's shorter side in pixels, by split
+        size: length to which the shorter side is brought
+    """
     sides = np.concatenate(list(parts.values()))
     small = sides < size
     if not small.any():

@@ -1,4 +1,4 @@
-"""SHA-256 and sides of image files, remembered by place, size and times, so that a second start does not read them."""
+"""Digests and sides of image files, stored by path, size and times, so that a second start does not read the files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ _ROW = np.dtype([("key", "<u8"), ("sha256", "u1", (32,)), ("sides", "<i4", (2,))
 
 
 class Content(NamedTuple):
-    """The SHA-256 of what an image is made from, in hexadecimal, and its sides in pixels."""
+    """What an image file contains.
+
+    Attributes:
+        sha256: digest of the bytes or of the recipe that the image is made from, in hexadecimal
+        width: width in pixels
+        height: height in pixels
+    """
 
     sha256: str
     width: int
@@ -30,7 +36,12 @@ class Content(NamedTuple):
 
 
 class FileDigests:
-    """The digests of one source, which `root` names; `save` keeps them for the next start. 48 bytes an image."""
+    """The stored digests of one source, 48 bytes an image.
+
+    Args:
+        cache: folder of the cache
+        root: folder or name of the source, which names the file of digests
+    """
 
     def __init__(self, cache: Path, root: Path) -> None:
         name = hashlib.sha256(os.fsencode(root)).hexdigest()[:24]
@@ -40,9 +51,15 @@ class FileDigests:
         self._new = bytearray()
 
     def of(self, state: str, read: Callable[[], bytes], name: str) -> Content:
-        """What is known of the image of a `state`, which is read and looked at where it is new.
+        """Return the content of an image: as stored for its `state`, or read anew.
 
-        Raises `BadImage` where it cannot be read or its first bytes are no image's.
+        Args:
+            state: path, size and times of the image
+            read: returns the image's bytes
+            name: name of the image, for the error
+
+        Raises:
+            BadImage: the image cannot be read, or its first bytes are no image's
         """
         key = int.from_bytes(hashlib.sha256(state.encode()).digest()[:8], "little")
         place = np.searchsorted(self._keys, np.uint64(key))
@@ -56,6 +73,7 @@ class FileDigests:
         return found
 
     def save(self) -> None:
+        """Store new digests for the next start, if the cache can be written."""
         if not self._new:
             return
         table = np.concatenate([self._known, np.frombuffer(self._new, _ROW)])

@@ -1,4 +1,4 @@
-"""Sets of images that give crops: decoded once, or decoded each time they are used."""
+"""Sets of images that return crops: decoded once and kept, or decoded each time they are used."""
 
 from __future__ import annotations
 
@@ -27,10 +27,16 @@ Indices = Sequence[int] | np.ndarray | Tensor
 
 
 class ImageSet:
-    """One split: images with stable, unique ids, each whole (after resizing), as uint8.
+    """The images of one split, resized and kept as uint8.
 
-    `ids[i]` names image `i`, `content[i]` is the SHA-256 of its original, `crop` the side of its crops, `streamed`
-    whether its pixels are made each time they are used.
+    Args:
+        ids: stable and unique names of the images
+        content: SHA-256 of each image's original, in hexadecimal
+        blob: the pixels
+        crop: side of the crops in pixels
+
+    Attributes:
+        streamed: whether images are decoded each time they are used
     """
 
     ids: Sequence[str]
@@ -50,39 +56,51 @@ class ImageSet:
 
     @property
     def digests(self) -> UInt8[np.ndarray, "n 32"]:
-        """The content digests as numbers."""
+        """Digests of the images' contents, as bytes."""
         return np.frombuffer(bytes.fromhex("".join(self.content)), np.uint8).reshape(-1, 32)
 
     @property
     def facts(self) -> Int64[np.ndarray, "n 6"]:
-        """The `Facts` of each original, before it was resized."""
+        """The `Facts` of each image before it was resized."""
         return np.array([self.blob.facts[c] for c in self.content], np.int64).reshape(-1, 6)
 
     @property
     def sides(self) -> Int64[np.ndarray, " n"]:
-        """The shorter side of each original in pixels, before it was resized."""
+        """Length of each image's shorter side before it was resized, in pixels."""
         return self.facts[:, -2:].min(1)
 
     def subset(self, indices: np.ndarray) -> ImageSet:
-        """The images at `indices`, as a set of their own."""
+        """Return the images at `indices` as a set of their own."""
         ids, content = ([values[i] for i in indices] for values in (self.ids, self.content))
         return ImageSet(ids, content, self.blob, self.crop)
 
     def joined(self, other: ImageSet) -> ImageSet:
-        """These images and then those of another part of the same source."""
+        """Return these images followed by those of another split of the same source."""
         return ImageSet([*self.ids, *other.ids], [*self.content, *other.content], self.blob, self.crop)
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        """Image `index`, uncropped, uint8 in [0, 255]."""
+        """Return the image at `index` without cropping, values 0 to 255."""
         return torch.from_numpy(self.blob.image(self.content[index]).copy())
 
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 crop crop"]:
-        """Crops of the images at `indices`, float32 in [0, 1].
+        """Return crops of the images at `indices`.
 
-        Without a seed the centre crop, where torchvision's CenterCrop takes it. With a seed a random crop,
-        flipped half of the time: a pure function of (seed, epoch, index), whatever batch or process asks.
+        A random crop and its flip, one time in two, are a pure function of seed, epoch and index, whatever batch or
+        process asks.
+
+        Args:
+            indices: indices of the images
+            seed: seed of random crops; None for the centre crop, placed as torchvision's CenterCrop places it
+            epoch: number of the epoch, for random crops
+            device: where the crops are needed
+
+        Returns:
+            `(B, 3, crop, crop)` in [0, 1]
+
+        Raises:
+            IndexError: an index is out of range
         """
         indices = self._checked(indices)
         heights, widths = self._heights[indices], self._widths[indices]
@@ -104,7 +122,7 @@ class ImageSet:
         epoch: int = 0,
         device: str | torch.device = "cpu",
     ) -> Iterator[Float[Tensor, "batch 3 height width"]]:
-        """The crops of one chunk of indices after the other."""
+        """Yield the crops of each chunk of indices in turn; arguments as for `crops`."""
         return (self.crops(chunk, seed=seed, epoch=epoch, device=device) for chunk in chunks)
 
     def _checked(self, indices: Indices) -> np.ndarray:
@@ -141,7 +159,7 @@ class ImageSet:
 
 
 def placed(crops: UInt8[np.ndarray, "batch 3 crop crop"], device: str | torch.device) -> Tensor:
-    """Crops as float32 in [0, 1] on a device."""
+    """Return uint8 crops as float32 in [0, 1] on a device."""
     device = torch.device(device)
     if device.type == "cpu":
         return torch.from_numpy(np.divide(crops, np.float32(255), dtype=np.float32))
@@ -158,7 +176,16 @@ def gather_crops(
     flip: np.ndarray,
     crop: int,
 ) -> UInt8[Tensor, "batch 3 crop crop"]:
-    """All crops in one gather on the device of `pixels`; `starts` are the places of their top left pixels."""
+    """Cut all crops out of the pixels of many images in one operation, on their device.
+
+    Args:
+        pixels: pixels of all images, one after the other
+        starts: index of each crop's top left pixel
+        heights: height of each crop's image in pixels
+        widths: width of each crop's image in pixels
+        flip: whether to flip each crop
+        crop: side of the crops in pixels
+    """
     numbers = torch.from_numpy(np.stack([starts, heights * widths, widths, flip.astype(np.int64)]))
     start, plane, row, flipped = numbers.to(pixels.device, non_blocking=True)[..., None, None, None]
     along = torch.arange(crop, device=pixels.device)
@@ -172,11 +199,20 @@ AHEAD = 2
 
 
 class StreamedImages(ImageSet):
-    """One split whose originals are decoded each time they are used: the same crops as if they were kept.
+    """The images of one split, decoded each time they are used; crops are the same as of images that are kept.
 
-    `digests` and `sides` are what was found when the originals were first read. An image that cannot be decoded, or
-    is not what it was then, raises a `BadImage` that names it: leaving it out would train on other images than the
-    run says.
+    An image that cannot be decoded, or has changed since it was first read, is an error: leaving it out would train on
+    other images than the run says.
+
+    Args:
+        originals: the images
+        digests: SHA-256 of each image's content, from when it was first read
+        sides: length of each image's shorter side in pixels, before resizing
+        resize: length of the shorter side after resizing
+        crop: side of the crops in pixels
+
+    Raises:
+        BadImage: an image cannot be decoded or has changed; raised by what uses it
     """
 
     streamed = True
@@ -221,7 +257,7 @@ class StreamedImages(ImageSet):
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 crop crop"]:
-        """Crops of the images at `indices`, as `ImageSet.crops` gives them."""
+        """Return crops of the images at `indices`, as `ImageSet.crops`."""
         return next(self.batches([indices], seed=seed, epoch=epoch, device=device))
 
     def batches(
@@ -232,9 +268,9 @@ class StreamedImages(ImageSet):
         epoch: int = 0,
         device: str | torch.device = "cpu",
     ) -> Iterator[Float[Tensor, "batch 3 crop crop"]]:
-        """The crops of one chunk of indices after the other; the next ones are decoded meanwhile.
+        """Yield the crops of each chunk of indices in turn, and decode the next ones meanwhile.
 
-        The threads that do so end with the iterator.
+        The threads that decode end with the iterator.
         """
 
         def one(index: int) -> np.ndarray:
@@ -279,8 +315,13 @@ class StreamedImages(ImageSet):
 class Data:
     """The images of a run.
 
-    `digest` is a SHA-256 over the images' contents, their split and their size; paths have no part in it.
-    `notes` are sentences for whoever reads the results.
+    Attributes:
+        config: where they come from and how they are split
+        train: training images
+        validation: validation images
+        test: test images
+        digest: SHA-256 over the images' contents, split and size; paths have no part in it
+        notes: sentences for readers of the results
     """
 
     config: DataConfig
@@ -292,11 +333,11 @@ class Data:
 
     @property
     def test_digest(self) -> str:
-        """Of the test images alone, as they are scored: rows that agree in it compare, whatever trained them."""
+        """Digest of the test images as they are scored; rows with the same one can be compared."""
         return hashlib.sha256(f"{_digest(self.config, [self.test])} {self.config.crop}".encode()).hexdigest()
 
     def describe(self) -> DataFacts:
-        """What a run's result says of its data."""
+        """Return the facts about the images that a run's result records."""
         return DataFacts(
             source=self.config.source,
             test=self.config.test,

@@ -1,4 +1,4 @@
-"""What the names of folders and shards say of a split, and which files are no images by their names."""
+"""Read from the names of folders and shards how images are split, and count files that are no images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ _TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
 
 
 def read_name(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """The part of a split that a name speaks of, and its other words; None where it names none, or several."""
+    """Find the split that a name speaks of.
+
+    Returns:
+        `training`, `validation` or `test`, and the name's other words; None if it names no split, or several
+    """
     tokens = [token.lower() for token in _TOKEN.findall(name)]
     parts = {_PART[token] for token in tokens if token in _PART}
     if parts == {TRAINING, VALIDATION}:  # train_val: all that is not test
@@ -51,11 +55,14 @@ def read_name(name: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def split_names(names: Iterable[str]) -> dict[str, str]:
-    """The part of each name that belongs to a split; empty where they do not name training and other images.
+    """Find the names that belong to a split.
 
-    Names belong together where their other words are the same: `DIV2K_train_HR` and `DIV2K_valid_HR`, but not
+    Names belong together if their other words are the same: `DIV2K_train_HR` and `DIV2K_valid_HR`, but not
     `train_station` and `test_tube`. A name that is nothing but a split's word comes before longer ones, and of several
-    such words the one that stands first in `SPLIT_WORDS`.
+    such words the one that is first in `SPLIT_WORDS`.
+
+    Returns:
+        the split of each name that belongs to one; empty if there are not both training and other images
     """
     families: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name in sorted(names):
@@ -75,10 +82,16 @@ def _plainest(part: str, names: Sequence[str]) -> list[str]:
 
 
 def nested_split(paths: Collection[tuple[str, ...]]) -> tuple[int, dict[str, str]] | None:
-    """How deep the names lie that tell a split apart, and their parts; None where there are none.
+    """Find the level of folders whose names tell a split.
 
-    `paths` are those of all that holds images. A level counts where everything has a place in it: `bottle/train`,
-    `bottle/test` and `cable/train` tell a split apart, but not with `other`, and nothing below it, beside them.
+    A level counts if all images have a place in it: `bottle/train`, `bottle/test` and `cable/train` tell a split, but
+    not with `other`, and nothing below it, beside them.
+
+    Args:
+        paths: the folders that hold images, each as its names from the top
+
+    Returns:
+        the level, 0 for the uppermost, and the split of each name there; None if no level tells one
     """
     for depth in range(max(map(len, paths), default=0)):
         parts = split_names({path[depth] for path in paths if len(path) > depth})
@@ -89,8 +102,16 @@ def nested_split(paths: Collection[tuple[str, ...]]) -> tuple[int, dict[str, str
 
 
 def pooled_names(paths: Collection[tuple[str, ...]]) -> list[str]:
-    """The folders whose images become one pool: those side by side at the first level that has several, or those in
-    them whose name speaks of a split, which come first. Empty where there is one folder only.
+    """List the folders whose images are pooled, because their names tell no split.
+
+    These are the folders side by side at the first level that has several, or those in them whose name speaks of a
+    split, which come first.
+
+    Args:
+        paths: the folders that hold images, each as its names from the top
+
+    Returns:
+        their paths; empty if there is only one folder
     """
     deepest = max(map(len, paths), default=0)
     level = next((n for n in range(1, deepest + 1) if len({path[:n] for path in paths}) > 1), None)
@@ -108,25 +129,25 @@ def pooled_names(paths: Collection[tuple[str, ...]]) -> list[str]:
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """`a, b, c and 5 more`."""
+    """Join names with commas, `most` of them, and the number of the others: `a, b, c and 5 more`."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def kind_of(name: str) -> str:
-    """A file's extension, or that it has none."""
+    """Return a file's extension in lower case, or `NO_EXTENSION`."""
     extension = os.path.splitext(name)[1].lower()
     return extension if len(extension) > 1 else NO_EXTENSION
 
 
 def count_kind(others: Counter[str], name: str) -> None:
-    """Count a file that is not read among others of its kind."""
+    """Count a file that is not read, by its extension."""
     kind = kind_of(name)
     others[kind if kind in others or len(others) < MOST_KINDS else OTHER_KINDS] += 1
 
 
 def left_out(others: Mapping[str, int]) -> list[str]:
-    """A note on files that are not read, by kind."""
+    """Write a note on files that are not read, by extension; empty if there are none."""
     if not (total := sum(others.values())):
         return []
     kinds = sorted(others, key=lambda kind: (kind == OTHER_KINDS, kind not in _IMAGES, -others[kind], kind))

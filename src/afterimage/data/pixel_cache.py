@@ -1,4 +1,4 @@
-"""Decode every image once into one memory-mapped file."""
+"""Decode every image once, into one memory-mapped file."""
 
 from __future__ import annotations
 
@@ -40,10 +40,19 @@ def cached(
     broken: dict[str, decode.BadImage],
     progress: Progress = silent,
 ) -> Blob:
-    """The pixels of the wanted images (by content digest), their shorter side `size`.
+    """Return the pixels of images, from the cache if they are there.
 
-    Images that cannot be read are added to `broken` and missing from the result. A cache that cannot be
-    written is no error: the images are then kept in memory, with a message.
+    A cache that cannot be written is no error: the images are then kept in memory, with a warning.
+
+    Args:
+        wanted: the images, by the SHA-256 of their contents
+        size: length of the shorter side in pixels
+        folder: folder of the cache
+        broken: takes the images that cannot be read, which are missing from the result
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: the cache cannot be written, and the images are too many for memory
     """
     transform = f"decode {decode.VERSION}, Pillow {PIL.__version__}, facts {FACTS}, shorter side {size}"
     path = folder / "images" / f"{size}-{_key(wanted, transform)}.images"
@@ -154,11 +163,18 @@ _FOOTER = struct.Struct("<QQI8s")
 
 
 class Damaged(Exception):
-    """A cache file that does not hold what it should."""
+    """A cache file with wrong content; the message says what is wrong."""
 
 
 class Slot(NamedTuple):
-    """Where an image lies among the pixels."""
+    """The place of an image among the pixels of many.
+
+    Attributes:
+        offset: index of its first byte
+        height: height in pixels
+        width: width in pixels
+        crc: CRC-32 of its pixels
+    """
 
     offset: int
     height: int
@@ -167,12 +183,20 @@ class Slot(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of bytes."""
         return 3 * self.height * self.width
 
 
 @dataclass(frozen=True, eq=False)
 class Blob:
-    """Pixels of many images, `(size,)` uint8, and the slot and the facts of each by its content digest."""
+    """The pixels of many images.
+
+    Attributes:
+        pixels: `(size,)` uint8, one image after the other
+        slots: place of each image, by the SHA-256 of its content
+        transform: how the images were decoded and resized
+        facts: `Facts` of each image, likewise
+    """
 
     pixels: np.ndarray
     slots: Mapping[str, Slot]
@@ -181,16 +205,16 @@ class Blob:
     _resident: dict[torch.device, torch.Tensor | None] = field(default_factory=dict, repr=False)
 
     def image(self, content: str) -> np.ndarray:
-        """One image, `(3, height, width)` uint8; a view, not a copy."""
+        """Return an image, `(3, height, width)` uint8, as a view."""
         slot = self.slots[content]
         return self.pixels[slot.offset : slot.offset + slot.size].reshape(3, slot.height, slot.width)
 
     def sound(self, content: str) -> bool:
-        """Whether an image's pixels still have their checksum."""
+        """Return whether an image's pixels still have their checksum."""
         return zlib.crc32(self.image(content)) == self.slots[content].crc
 
     def on(self, device: torch.device) -> torch.Tensor | None:
-        """All pixels as a tensor on `device`, copied there once and kept; None where they would not fit."""
+        """Return all pixels on a device, copied there once and kept; None if they would not fit."""
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         if device not in self._resident:
@@ -202,7 +226,13 @@ class Blob:
 
 
 def write_blob(file: BinaryIO, images: Iterable[tuple[str, np.ndarray, Facts]], transform: str) -> None:
-    """Write images, `(content, (3, height, width) uint8, facts)`, as they come."""
+    """Write a cache file.
+
+    Args:
+        file: takes the bytes
+        images: SHA-256 of the content, pixels `(3, height, width)` uint8, and facts of each image
+        transform: how the images were decoded and resized
+    """
     slots: dict[str, tuple[int, ...]] = {}
     for content, pixels, facts in images:
         slots[content] = (*Slot(file.tell(), *pixels.shape[1:], zlib.crc32(pixels)), *facts)
@@ -214,7 +244,12 @@ def write_blob(file: BinaryIO, images: Iterable[tuple[str, np.ndarray, Facts]], 
 
 
 def map_blob(path: Path) -> Blob:
-    """Map a file. Its length, footer and index are checked; its pixels are not (see `Blob.sound`)."""
+    """Map a cache file into memory. Its index is checked, its pixels are not (see `Blob.sound`).
+
+    Raises:
+        Damaged: length, footer or index are wrong
+        OSError: the file cannot be read
+    """
     with open(path, "rb") as file:
         end = file.seek(0, 2) - _FOOTER.size
         if end < 0:

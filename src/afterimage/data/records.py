@@ -1,4 +1,4 @@
-"""Originals: the images of a source before they are decoded, each with a stable id and a content digest."""
+"""Originals: the images of a source before they are decoded, each with a stable id."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from afterimage.data.file_digests import Content, FileDigests
 class Original(ABC):
     """One image of a source.
 
-    `id` is stable and unique in its source, `name` is what messages call it, `group` names what a split must
-    not tear apart, and images of a lower `rank` come first in a split.
+    Attributes:
+        id: name that is stable, and unique in the source
+        rank: images of a lower rank come first in a split
     """
 
     __slots__ = ()
@@ -29,42 +30,68 @@ class Original(ABC):
 
     @property
     def name(self) -> str:
+        """Name of the image in messages."""
         return self.id
 
     @property
     def group(self) -> str:
+        """Name of what a split must not divide, such as a photograph and its parts."""
         return self.id
 
     @abstractmethod
     def content(self, digests: FileDigests, size: int) -> Content:
-        """SHA-256 of what the image is made from, a file's bytes or the recipe of a generated image, and its sides."""
+        """Return the digest of the file's bytes or of the recipe that the image is made from, and its sides.
+
+        Args:
+            digests: stored digests of the source
+            size: side in pixels of an image that has no size of its own
+
+        Raises:
+            BadImage: the image cannot be read
+        """
 
     @abstractmethod
     def decoded(self, size: int, content: str) -> Image.Image:
-        """The image as RGB, at its own size or, where it has none, at `size`; raises `BadImage`."""
+        """Return the image as RGB, not resized.
+
+        Args:
+            size: side in pixels of an image that has no size of its own
+            content: digest that the image must still have
+
+        Raises:
+            BadImage: the image cannot be decoded or has changed
+        """
 
     def image(self, size: int, content: str) -> Image.Image:
-        """The image as RGB, its shorter side `size` pixels long; raises `BadImage`."""
+        """Return the image as RGB, its shorter side `size` pixels long; errors as for `decoded`."""
         return shorter_side(self.decoded(size, content), size)
 
     def examined(self, size: int, content: str) -> tuple[Image.Image, Facts]:
-        """`image`, and the facts of what it was before it was resized."""
+        """Return the image as `image` does, and the facts about it before it was resized."""
         whole = self.decoded(size, content)
         return shorter_side(whole, size), examine(whole)
 
 
 class EncodedOriginal(Original):
-    """An image that is stored as the bytes of an image file, wherever these lie."""
+    """An image that is stored as the bytes of an image file."""
 
     __slots__ = ()
 
     @abstractmethod
     def state(self) -> str:
-        """Where the bytes lie and what changes when they do; raises `BadImage`."""
+        """Return where the bytes are, and what changes when they do, as text.
+
+        Raises:
+            BadImage: there is no such file
+        """
 
     @abstractmethod
     def read(self) -> bytes:
-        """The bytes; raises `BadImage`. Any thread may call it."""
+        """Return the bytes. Any thread may call this.
+
+        Raises:
+            BadImage: they cannot be read
+        """
 
     def content(self, digests: FileDigests, size: int) -> Content:
         return digests.of(self.state(), self.read, self.name)
@@ -78,7 +105,13 @@ class EncodedOriginal(Original):
 
 @dataclass(frozen=True, slots=True)
 class FileOriginal(EncodedOriginal):
-    """An image file, `file` below the folder `root`: two strings an image, of which the first may be the id."""
+    """An image file: two strings an image, of which the first may be the id.
+
+    Attributes:
+        id: name of the image
+        root: folder of the source
+        file: path of the file below it
+    """
 
     id: str
     root: Path
@@ -93,7 +126,7 @@ class FileOriginal(EncodedOriginal):
         return shown(self.path)
 
     def state(self) -> str:
-        """Size and times; the change time too, so that a file swapped for one of the same size and age is seen."""
+        """Return path, size and times; the change time shows a file replaced by one of the same size and age."""
         path = self.path
         try:
             now = path.stat()
@@ -107,7 +140,14 @@ class FileOriginal(EncodedOriginal):
 
 @dataclass(frozen=True, slots=True)
 class PartOriginal(Original):
-    """One cell of a grid over an image file: `cell` is its column, its row and the grid's size in both."""
+    """One cell of a grid over an image file.
+
+    Attributes:
+        id: name of the image
+        whole: the image file
+        cell: column and row of the cell, and numbers of columns and rows of the grid
+        rank: parts come after whole images in a split
+    """
 
     id: str
     whole: FileOriginal
@@ -132,7 +172,7 @@ class PartOriginal(Original):
 
 
 def broken_images(broken: Sequence[BadImage]) -> AfterimageError:
-    """One error for all files that cannot be read: the first 20 with their reasons, and how many more."""
+    """Create one error for all images that cannot be read: the first 20 with their reasons, and how many more."""
     lines = sorted(set(map(str, broken)))
     if len(lines) == 1:
         return AfterimageError(f"{lines[0]}. Mend the file or take it out")

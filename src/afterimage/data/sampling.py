@@ -1,8 +1,8 @@
-"""Randomness as pure functions: what an image's crop is, and in which order images come.
+"""Randomness as pure functions: the order of images, and their crops.
 
-Each draw is a hash of what it is for (seed, epoch, number), so that resuming a run, grouping runs or
-spreading them over processes changes nothing. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", 2014).
+Each draw is a hash of its purpose, seed, epoch and number, so that resuming a run, grouping runs or spreading them
+over processes changes nothing. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", 2014).
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ _ORDER, _CROP = 1, 2
 
 
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `n` images in an epoch: `(n,)` int64, a permutation of 0 .. n - 1."""
+    """Return the order of `n` images in an epoch, a permutation of 0 to n - 1 as `(n,)` int64."""
     return np.argsort(_hash(np.arange(n), _ORDER, seed, epoch), kind="stable")
 
 
 def crop_places(
     heights: np.ndarray, widths: np.ndarray, crop: int, indices: np.ndarray, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Top, left and whether to flip, one of each an image; uniform over all places that fit."""
+    """Draw the places of random crops, uniformly over all that fit.
+
+    Args:
+        heights: height of each image in pixels
+        widths: width of each image in pixels
+        crop: side of the crops in pixels
+        indices: indices of the images
+        seed: seed of the draws
+        epoch: number of the epoch
+
+    Returns:
+        top and left in pixels, and whether to flip, for each image
+    """
     bits = _hash(indices, _CROP, seed, epoch)
     high = (bits >> np.uint64(33)).astype(np.int64)
     low = ((bits >> np.uint64(2)) & np.uint64(2**31 - 1)).astype(np.int64)
@@ -33,7 +45,7 @@ def crop_places(
 
 
 def centre_places(heights: np.ndarray, widths: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Top and left of the centre crop, rounded half to even as torchvision's CenterCrop is."""
+    """Return top and left of centre crops in pixels, rounded half to even as torchvision's CenterCrop does."""
     return tuple(np.rint((sides - crop) / 2).astype(np.int64) for sides in (heights, widths))
 
 

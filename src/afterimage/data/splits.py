@@ -1,4 +1,4 @@
-"""Which image trains, which validates and which tests: a pure function of the seed and the ids."""
+"""Split images into training, validation and test images, as a pure function of a seed and their ids."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from afterimage.data.records import Original
 
 @dataclass(frozen=True)
 class Source:
-    """The images of a source; a part that is None is to be taken from `train`. Files lie below `root`.
+    """The images of a source.
 
-    `notes` say what was left out and how the source is split; `pooled` are the folders that have no part in that.
+    Attributes:
+        train: training images, from which splits that are None are taken
+        validation: validation images, or None
+        test: test images, or None
+        root: folder of the files, or another name of the source
+        notes: what was left out, and how the source is split
+        pooled: the folders whose images are pooled, as their names tell no split
     """
 
     train: Sequence[Original]
@@ -28,9 +34,10 @@ class Source:
 
 
 def shuffled(originals: Sequence[Original], seed: int) -> list[Original]:
-    """The order of a split: each image's place depends on the seed and on its own id alone.
+    """Return images in the order of a split; the place of each depends on the seed and its own id alone.
 
-    Raises `AfterimageError` where two images have one id.
+    Raises:
+        AfterimageError: two images have one id
     """
     found = sorted(originals, key=lambda original: (original.rank, draw(seed, original.id), original.id))
     for first, second in pairwise(found):
@@ -42,21 +49,39 @@ def shuffled(originals: Sequence[Original], seed: int) -> list[Original]:
 
 
 def take(originals: Sequence[Original], fraction: float, seed: int) -> tuple[list[Original], list[Original]]:
-    """Part off a fraction of the groups (mostly of one image each), at least one; gives taken and left."""
+    """Take a fraction of the groups, most of which are single images, and at least one.
+
+    Returns:
+        the images taken, and the others
+    """
     groups = sorted({o.group for o in originals}, key=lambda group: (draw(seed, group), group))
     taken = set(groups[: max(1, round(fraction * len(groups)))])
     return [o for o in originals if o.group in taken], [o for o in originals if o.group not in taken]
 
 
 def draw(seed: int, name: str) -> bytes:
-    """What decides an image's place in a split: SHA-256 of the seed and its id."""
+    """Return the SHA-256 of a seed and a name, which decides an image's place in a split."""
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
 def split(
     name: str, source: Source, validation_fraction: float, test_fraction: float | None, seed: int
 ) -> tuple[list[Original], list[Original], list[Original]]:
-    """Train, validation and test images of a source; no test images where `test_fraction` is None."""
+    """Divide the images of a source.
+
+    Args:
+        name: name of the source, for the error
+        source: the source
+        validation_fraction: share of the images outside the test split that validates, if the source has no such split
+        test_fraction: share of the images that tests, likewise; None for no test images
+        seed: seed of the split
+
+    Returns:
+        training, validation and test images
+
+    Raises:
+        AfterimageError: there are too few images, or two have one id
+    """
     train, validation, test = source.train, source.validation, source.test
     total, parts = len(train), ["training"]
     if test_fraction is None:

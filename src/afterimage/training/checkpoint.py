@@ -1,4 +1,4 @@
-"""Tensors on disk, whole or not at all: a run's best decoder, and the state that training goes on from."""
+"""Tensors on disk, written completely or not at all: a run's best decoder, and the checkpoints of its training."""
 
 from __future__ import annotations
 
@@ -24,12 +24,29 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensor
 
 
 def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[str, Any]) -> None:
-    """Write a decoder as one safetensors file, with what it was made for; the same gives the same bytes."""
+    """Write a decoder to a safetensors file; equal arguments give equal bytes.
+
+    Args:
+        path: the file
+        tensors: its parameters and buffers by name
+        made_for: sources, and digests of the encoders' weights, that it was trained on
+
+    Raises:
+        AfterimageError: the file cannot be written
+    """
     write_atomic(path, save(plain(tensors), {"made_for": json.dumps(made_for, sort_keys=True)}))
 
 
 def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read a decoder back. Raises `AfterimageError` for a damaged file, and for one made for other features."""
+    """Read a decoder's parameters and buffers.
+
+    Args:
+        path: the file
+        made_for: sources, and digests of the encoders' weights, that it is used on
+
+    Raises:
+        AfterimageError: the file is damaged, or was made for other features
+    """
     tensors, metadata = load_tensors(path)
     try:
         stored = json.loads(metadata.get("made_for", "{}"))
@@ -45,7 +62,11 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata back. Raises `AfterimageError` naming a file that is damaged."""
+    """Read the tensors and the metadata of a safetensors file.
+
+    Raises:
+        AfterimageError: the file is missing or damaged; the message names it
+    """
     try:
         if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
             raise OSError("it is not a regular file")
@@ -57,14 +78,28 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_checkpoint(run: Run, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write what training goes on from, with a digest; the last one is kept until this one is safe on disk."""
+    """Write a checkpoint with its digest; the previous one is kept until this one is safe on disk.
+
+    Args:
+        run: the run
+        tensors: tensors of decoder, best decoder and optimizer by name
+        facts: everything else, as JSON values
+
+    Raises:
+        AfterimageError: the file cannot be written
+    """
     stored, text = plain(tensors), json.dumps(facts)
     content = save(stored, {"facts": text, "sha256": _digest(stored, text)})
     write_atomic(run.file(CHECKPOINT), content, keep=run.file(PREVIOUS))
 
 
-def load_checkpoints(run: Run, said: Callable[[str], None]) -> Iterator[tuple[dict[str, Tensor], dict]]:
-    """The run's sound checkpoints, newest first, as tensors and facts. `said` is told of damaged ones."""
+def load_checkpoints(run: Run, log: Callable[[str], None]) -> Iterator[tuple[dict[str, Tensor], dict]]:
+    """Yield the tensors and facts of a run's undamaged checkpoints, newest first.
+
+    Args:
+        run: the run
+        log: is told of damaged checkpoints
+    """
     for name in (CHECKPOINT, PREVIOUS):
         path = run.file(name)
         if not path.exists():
@@ -81,19 +116,20 @@ def load_checkpoints(run: Run, said: Callable[[str], None]) -> Iterator[tuple[di
             if not (isinstance(facts, dict) and isinstance(facts.get("identity"), dict)):
                 raise AfterimageError(f"{path} is damaged: it does not say which run it belongs to")
         except AfterimageError as error:
-            said(f"{error}; it is not used")
+            log(f"{error}; it is not used")
         else:
             yield tensors, facts
 
 
 def remove_checkpoints(run: Run) -> None:
+    """Remove a run's checkpoints, if they can be removed."""
     for name in (CHECKPOINT, PREVIOUS):
         with contextlib.suppress(OSError):
             run.file(name).unlink()
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As they can be stored."""
+    """Return tensors as safetensors can store them: on the CPU and contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -107,7 +143,7 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name and plain facts."""
+    """Return an optimizer's state as tensors by name, and its settings as JSON values."""
     state = optimizer.state_dict()
     tensors = {
         f"{index}.{key}": torch.as_tensor(value)
@@ -123,7 +159,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """The inverse of `pack_optimizer`."""
+    """Load what `pack_optimizer` returned into an optimizer."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
@@ -137,10 +173,12 @@ def unpack_optimizer(
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with `prefix:` before their names."""
     return {f"{prefix}:{name}": tensor for name, tensor in tensors.items()}
 
 
 def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix:`, without it."""
     start = f"{prefix}:"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
@@ -148,8 +186,13 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> Reconstructor:
     """Rebuild a finished run's reconstructor from its folder, in evaluation mode.
 
-    Raises `AfterimageError` where the run is not finished, its decoder does not fit or was made for other
-    features, or the encoder's weights are not those it was trained on.
+    Args:
+        run: the run or its folder
+        weights: file or folder of the encoders' weights; None for the run's own setting
+
+    Raises:
+        AfterimageError: the run has no decoder, the decoder was made for other features, or the encoders' weights are
+            not those it was trained on
     """
     run = run if isinstance(run, Run) else Run.open(run)
     config = run.config

@@ -1,4 +1,4 @@
-"""Checks that stop a run whose numbers would be wrong: a woken encoder, an image out of range, a NaN."""
+"""Checks that stop a run before its numbers are wrong: trained encoders, images out of range, NaN."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from afterimage.evaluation.metrics import problem
 
 
 def check_frozen(encoders: nn.Module) -> None:
-    """Raise `AfterimageError` where a part of the encoders is in training mode or takes gradients."""
+    """Check that encoders are in evaluation mode and take no gradients.
+
+    Raises:
+        AfterimageError: a part of them is not; the message names it
+    """
     for name, module in encoders.named_modules():
         container = module is encoders or isinstance(module, nn.ModuleList)
         if module.training and not container:
@@ -26,15 +30,26 @@ def check_frozen(encoders: nn.Module) -> None:
 
 
 def check_images(images: Tensor, ids: Sequence[str]) -> None:
-    """Raise `AfterimageError` naming the image whose values are not finite or leave [0, 1]."""
+    """Check that images are finite and lie in [0, 1].
+
+    Args:
+        images: `(B, 3, H, W)`
+        ids: their names
+
+    Raises:
+        AfterimageError: one is not; the message names it
+    """
     if found := problem(images):
         raise AfterimageError(f"image {ids[found[0]]} {found[1]}")
 
 
 class FeatureWatch:
-    """Looks for values that are not finite in feature maps, and remembers of which source and image.
+    """Finds feature maps with values that are not finite, and remembers source and image.
 
-    On a CPU at once; on other devices when `settle` is called, so that steps need not wait.
+    On a CPU they are found at once, on other devices when `settle` is called, so that steps need not wait.
+
+    Args:
+        sources: names of the feature maps
     """
 
     def __init__(self, sources: Sequence[str]) -> None:
@@ -43,20 +58,34 @@ class FeatureWatch:
         self._pending: list[tuple[Tensor, Sequence[str]]] = []
 
     def look(self, features: Sequence[Tensor], ids: Sequence[str]) -> None:
-        """Look at maps `(B, C, h, w)`, one a source, of the images `ids`."""
+        """Examine the feature maps of a batch.
+
+        Args:
+            features: `(B, C, h, w)` for each source
+            ids: names of the images
+        """
         finite = [maps.sum((1, 2, 3), dtype=torch.float32).isfinite() for maps in features]
         self._pending.append((torch.stack(finite), ids))
         if finite[0].device.type == "cpu":
             self.settle()
 
     def settle(self) -> None:
+        """Wait for the device, and collect what was found since the last call."""
         for finite, ids in self._pending:
             for source, image in finite.logical_not().nonzero().tolist():
                 self._found.setdefault(source, ids[image])
         self._pending.clear()
 
     def check(self, name: str, feature_indices: Sequence[int]) -> None:
-        """Raise `AfterimageError` for the run `name` where one of its sources was found not finite."""
+        """Check that none of a run's feature maps was found not finite.
+
+        Args:
+            name: name of the run, for the error
+            feature_indices: indices of its sources
+
+        Raises:
+            AfterimageError: one was; the message names source and image
+        """
         for source in feature_indices:
             if source in self._found:
                 raise AfterimageError(

@@ -1,4 +1,4 @@
-"""What training asks of the world around it and tells it, in one object that everything which trains is given."""
+"""The context of training: its processes, progress, locks and failures, in one object."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ CHECKPOINT_SECONDS = 45.0
 
 @dataclass(kw_only=True)
 class RunContext:
-    """The world of a program that trains by itself: an error ends it, no folder is locked, nothing is timed.
+    """The context of a program that trains by itself: an error ends it, no folder is locked, nothing is timed.
 
-    Who needs more overrides a method: a study records the failure of one run and goes on with the others, and asks
-    whether it still holds a run's lock; an audit records its attackers' failures; the profiler times the sections.
+    Subclasses override methods: a study records the failure of one run, goes on with the others, and checks that it
+    still holds a run's lock; an audit records the failures of attackers; the profiler times the sections.
 
     Args:
-        ranks: the processes that train together, each on its part of every batch.
-        progress: is told how far training is, and of anything that a user should know.
-        shutdown: whether this process was asked to stop.
-        checkpoint_seconds: time between two checkpoints within an epoch; one is written after every epoch anyway.
+        ranks: processes that train together, each on its part of every batch
+        progress: called with how far training is, and with messages for the user
+        shutdown: whether this process was asked to stop
+        checkpoint_seconds: time between two checkpoints within an epoch; one is written after every epoch anyway
+        failed: runs whose failure was recorded; they are trained no further
     """
 
     ranks: ProcessGroup = SINGLE_PROCESS
@@ -34,23 +35,34 @@ class RunContext:
     shutdown: GracefulShutdown = field(default_factory=GracefulShutdown)
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     failed: set[Run] = field(default_factory=set)
-    """The runs whose failure was recorded; they take no further part in training."""
 
     def log(self, text: str) -> None:
-        """Tell the user something."""
+        """Show the user a message."""
         self.progress(text, 1, 1)
 
     def check_shutdown(self) -> None:
-        """Raise `Stopped` on every rank if one of them was asked to stop."""
+        """Check on all ranks that none was asked to stop.
+
+        Raises:
+            Stopped: one was
+        """
         with self.ranks.raise_on_all_ranks():
             self.shutdown.check()
 
     def check_lock(self, run: Run) -> None:
-        """Raise `LockLost` where another process has taken over the folder that is about to be written to."""
+        """Check that this process still holds a run's lock, before its folder is written to.
+
+        Raises:
+            LockLost: another process has taken it over
+        """
 
     @contextlib.contextmanager
     def isolate(self, run: Run | None) -> Iterator[None]:
-        """Inside the block an error, on whatever rank, ends this run alone, if `record_failure` records it."""
+        """Limit an error of this block, on any rank, to one run, if `record_failure` records it.
+
+        Args:
+            run: the run; None for a decoder without a folder
+        """
         try:
             with self.ranks.raise_on_all_ranks():
                 yield
@@ -59,9 +71,13 @@ class RunContext:
             self.failed.add(run)
 
     def record_failure(self, run: Run | None, error: Exception) -> None:
-        """Write down that an error has ended a run, or raise it."""
+        """Record that an error has ended a run, or raise it."""
         raise error
 
     def section(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Enclose a part of a training step: `data`, `encoder`, `decoder forward`, `backward` or `optimizer`."""
+        """Return a context for one part of a training step, which a subclass may time.
+
+        Args:
+            name: `data`, `encoder`, `decoder forward`, `backward` or `optimizer`
+        """
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""One decoder while it is trained: its optimizer and schedule, and what it has reached so far."""
+"""The training state of one decoder: optimizer, schedule, history, best weights, checkpoints."""
 
 from __future__ import annotations
 
@@ -29,19 +29,12 @@ from afterimage.training.context import RunContext
 from afterimage.training.losses import create_loss
 
 PROGRESS = (
-    "history",
-    "notes",
-    "best_loss",
-    "best_epoch",
-    "epoch",
-    "position",
-    "seconds",
-    "epoch_seconds",
-    "images_seen",
+    "history", "notes", "best_loss", "best_epoch", "epoch", "position", "seconds", "epoch_seconds", "images_seen",
     "micro_batch",
-)
-"""What a checkpoint holds besides tensors. No random state: training draws none (order, crops and flips are
-functions of seed, epoch and image), which a test holds every decoder to."""
+)  # fmt: skip
+"""Attributes that a checkpoint stores besides tensors. There is no random state among them: order, crops and flips
+are functions of seed, epoch and image, which a test checks for every decoder.
+"""
 SINGLE = (
     "batch norm met a single value a channel (one image on 1x1 maps) and normalised it by its running statistics, "
     "which it left as they were"
@@ -49,21 +42,21 @@ SINGLE = (
 
 
 class DecoderTrainer:
-    """A decoder in training: its optimizer and schedule, its best weights so far, its history and its checkpoints.
+    """The training state of one decoder: optimizer and schedule, best weights so far, history and checkpoints.
 
-    It stands beside others that are trained on the same features. Several ranks each have one, and all stay equal;
-    the main process writes.
+    Several decoders may train on the same features, each with a state of its own. Each of several ranks has the same
+    state; the main process writes it.
 
     Args:
-        model: the decoder, with its fusion where it reads several feature maps.
-        feature_indices: which of the loader's feature maps are its own.
-        recipe: how it is trained.
-        fabric: the device and the precision of its computations.
-        name: what messages call it.
-        run: the folder that takes its history and its checkpoints; None where nothing is written.
-        identity: what a checkpoint must share for training to go on from it, by name: the digests of the images and
-            of the encoders' weights, and so on. The decoder's file says for which `sources` and `weights` it is.
-        context: the run's surroundings.
+        model: the decoder, with its fusion if it reads several feature maps
+        feature_indices: indices of its feature maps among the loader's
+        recipe: the training recipe
+        fabric: device and precision of its computations
+        name: its name in messages
+        run: folder of its history and checkpoints; None writes nothing
+        identity: facts that a checkpoint must share to be resumed, by name: digests of the images and of the encoders'
+            weights, and so on; the decoder's file records `sources` and `weights` of them
+        context: the context of training
     """
 
     def __init__(
@@ -106,18 +99,19 @@ class DecoderTrainer:
         self.share()
 
     def share(self) -> None:
-        """Take over the decoder of the main process: other machines may round otherwise."""
+        """Copy the decoder of the main process to all ranks: other machines may round differently."""
         if self.context.ranks.count > 1:
             state = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
             self.model.load_state_dict(self.context.ranks.broadcast(state))
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def failed(self) -> bool:
-        """Whether an error has ended its training, which the context has recorded."""
+        """Whether an error has ended its training and was recorded."""
         return self.run in self.context.failed
 
     @property
@@ -127,22 +121,24 @@ class DecoderTrainer:
 
     @property
     def running_loss(self) -> float:
-        """The mean loss of the epoch so far; asking waits for the device."""
+        """Mean loss of the epoch so far; reading it waits for the device."""
         return float(self.total_loss) / max(1, self.position)
 
     @property
     def best_text(self) -> str:
+        """The best epoch and its loss, for messages."""
         return f"epoch {self.best_epoch}, validation loss {self.best_loss:.6f}" if self.best else "none yet"
 
     def select_features(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return the decoder's own feature maps of all."""
         return [features[i] for i in self.feature_indices]
 
     def begin_epoch(self) -> None:
-        """Get ready to step, at the start of an epoch or at `position` images in it."""
+        """Prepare for steps, at the start of an epoch or at `position` images into it."""
         self.model.train()
 
     def shrink_micro_batch(self, size: int) -> None:
-        """Sum gradients over micro-batches of `size` images from here on, and say so."""
+        """Sum gradients over micro-batches of `size` images from now on, and note it."""
         self.micro_batch = size
         note = f"out of memory: gradients are summed over micro-batches of {size}, the same mathematics"
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
@@ -151,14 +147,19 @@ class DecoderTrainer:
         self.context.log(f"{self.name}: {note}")
 
     def note_single_values(self) -> None:
-        """Say once that batch norm met a batch with a single value a channel."""
+        """Note once that batch norm met a batch with a single value in each channel."""
         if any(norm.met_single for norm in self._norms) and not any(SINGLE in note for note in self.notes):
             self.notes.append(f"{SINGLE}, first in epoch {self.epoch + 1}")
             self.context.log(f"{self.name}: {SINGLE}")
 
     @torch.no_grad()
     def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
-        """The loss summed over the images of one validation batch, of which there may be none."""
+        """Return the loss summed over the images of a validation batch, which may be empty.
+
+        Args:
+            features: feature maps `(B, C, h, w)` of all sources
+            images: `(B, 3, H, W)` in [0, 1]
+        """
         self.model.eval()
         if len(images) == 0:
             return 0.0
@@ -170,7 +171,11 @@ class DecoderTrainer:
         return self._without_gradients(work)
 
     def end_epoch(self, validation_loss: float) -> None:
-        """Note an epoch, keep the decoder if it is the best, move the schedule, write a checkpoint."""
+        """Record an epoch in the history, keep the decoder if it is the best, step the schedule, write a checkpoint.
+
+        Raises:
+            AfterimageError: the training or the validation loss is not finite
+        """
         train_loss = self.running_loss
         if not (math.isfinite(train_loss) and math.isfinite(validation_loss)):
             raise AfterimageError(
@@ -198,12 +203,12 @@ class DecoderTrainer:
         self.save()
 
     def keep(self, validation_loss: float) -> None:
-        """Remember the decoder as it is now as the best one."""
+        """Keep the decoder as it is now as the best one."""
         self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         self.best_loss, self.best_epoch = validation_loss, self.epoch
 
     def save(self) -> None:
-        """Write the checkpoint that `restore` goes on from."""
+        """Write a checkpoint for `restore`."""
         if self.run is None or not self.context.ranks.is_main_process:
             return
         self.context.check_lock(self.run)
@@ -232,13 +237,13 @@ class DecoderTrainer:
             self.run.save_history(self.history)
 
     def restore(self) -> bool:
-        """Go on from the run's newest sound checkpoint.
+        """Resume from the run's newest undamaged checkpoint.
 
         Returns:
-            Whether there is one; why one cannot be used is logged.
+            whether there is one; the reason why a checkpoint cannot be used is logged
 
         Raises:
-            AfterimageError: for one that does not fit the decoder.
+            AfterimageError: the checkpoint does not fit the decoder
         """
         found = None
         if self.run is not None and self.context.ranks.is_main_process:
@@ -287,7 +292,7 @@ class DecoderTrainer:
 
     @torch.inference_mode()
     def reconstruct(self, features: Sequence[Tensor]) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] from the features of all encoders."""
+        """Return images `(B, 3, H, W)` in [0, 1] from the feature maps of all sources."""
         self.model.eval()
         picked = self.select_features(features)
         if len(picked[0]) == 0:
@@ -312,7 +317,7 @@ class DecoderTrainer:
 def split_batch(
     features: Sequence[Tensor], images: Tensor, size: int
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """A batch in parts of `size` images; the batch itself where it is no larger."""
+    """Yield a batch in parts of at most `size` images."""
     if len(images) <= size:
         yield list(features), images
         return
@@ -323,7 +328,7 @@ def split_batch(
 
 
 def create_optimizer(model: FeatureDecoder, recipe: RecipeConfig) -> torch.optim.Adam:
-    """Adam on what is trained of fusion and decoder; weight decay on all but a decoder that takes none."""
+    """Create Adam for what is trained of fusion and decoder, with weight decay unless the decoder takes none."""
     spared = set() if model.decoder.decays else set(model.decoder.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [

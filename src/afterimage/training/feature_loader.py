@@ -1,4 +1,4 @@
-"""Batches of images with their features, for everything that is trained or measured on them."""
+"""Batches of images with their features, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ source makes of them, `(B, C, h, w)` each. Images and features are on the device
 class FeatureLoader:
     """Runs images through frozen encoders, batch by batch.
 
-    Of several ranks each gets its part of every batch, which may be empty.
+    Each of several ranks gets its part of every batch, which may be empty.
 
     Args:
-        encoders: maps images to a list of feature maps, one for each of its `sources`; never changed.
-        data: the images that train, validate and test.
-        recipe: gives the batch size, and whether training images are cropped and flipped at random.
-        fabric: the device and the precision of the encoders.
-        seed: of the order of the training images and of their crops.
-        context: the run's surroundings.
+        encoders: module that returns a feature map for each of its `sources`; it is never changed
+        data: the three splits
+        recipe: batch size, and whether training images are cropped and flipped at random
+        fabric: device and precision of the encoders
+        seed: seed of the order of the training images and of their crops
+        context: the context of training
     """
 
     def __init__(
@@ -60,9 +60,11 @@ class FeatureLoader:
         self._validation: list[Batch] | None = None
 
     def training_batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
-        """Give one epoch's batches, from `position` images on.
+        """Yield the batches of an epoch, a pure function of seed and epoch.
 
-        They are a pure function of seed and epoch, whatever else is trained beside or has been resumed.
+        Args:
+            epoch: number of the epoch
+            position: number of images to skip, for an epoch that is resumed
         """
         train = self.data.train
         indices = order(len(train), seed=self.seed, epoch=epoch)[position:]
@@ -70,11 +72,11 @@ class FeatureLoader:
         return self.batches(train, indices, **crop) if len(indices) else iter(())
 
     def views(self, view: int) -> Iterator[Batch]:
-        """Give the training images for a closed form: their centre crops in view 0, random ones in the others."""
+        """Yield the training images for a closed form: centre crops in view 0, random crops in all others."""
         return self.batches(self.data.train) if view == 0 else self.training_batches(view - 1)
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Give the validation images; with their features they are kept after the first pass if they fit."""
+        """Yield the validation images; after the first pass they are kept with their features if these fit."""
         if self._validation is not None:
             yield from self._validation
             return
@@ -91,14 +93,15 @@ class FeatureLoader:
     def batches(
         self, image_set: ImageSet, indices: np.ndarray | Tensor | None = None, **crop: Any
     ) -> Iterator[Batch]:
-        """Give the images at `indices`, in this order, by default all of them.
+        """Yield images with their features.
 
         Args:
-            crop: `seed` and `epoch` of random crops and flips; without them the centre crop is taken.
+            image_set: the split
+            indices: indices of the images, in this order; None for all
+            crop: `seed` and `epoch` of random crops and flips; without them the centre crop is taken
 
         Raises:
-            AfterimageError: that names the image whose values are not finite or leave [0, 1], or a part of the
-                encoders that is not frozen.
+            AfterimageError: an image is not finite or leaves [0, 1], or a part of the encoders is not frozen
         """
         check_frozen(self.encoders)
         indices = torch.arange(len(image_set)) if indices is None else torch.as_tensor(indices)
@@ -126,12 +129,19 @@ class FeatureLoader:
             yield batch[self.context.ranks.part(len(batch))]
 
     def encode_batch(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
-        """The feature maps that decoders get of `images`, the images at `indices`; a subclass may give others."""
+        """Return the feature maps that decoders get for images; a subclass may return others.
+
+        Args:
+            image_set: the split
+            indices: indices of the images
+            images: `(B, 3, H, W)` in [0, 1]
+            crop: `seed` and `epoch` of random crops, as for `batches`
+        """
         return self.encode(images)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        """The feature maps of images `(B, 3, H, W)`; fewer images at a time where memory does not suffice."""
+        """Return the feature maps of images `(B, 3, H, W)`; if memory does not suffice, of fewer images at a time."""
 
         def work(size: int) -> list[Tensor]:
             with self.fabric.autocast():

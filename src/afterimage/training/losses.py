@@ -1,7 +1,7 @@
-"""What a decoder is trained to make small: MSE, L1, LPIPS, and weighted sums of them.
+"""Losses that decoders are trained with: MSE, L1, LPIPS, and weighted sums of them.
 
-Every loss takes images `(B, 3, H, W)` in [0, 1] and is a mean over the batch, in float32 also under
-autocast. Values are not checked: that would make every step wait for the device.
+Every loss takes images `(B, 3, H, W)` in [0, 1] and returns the mean over the batch, in float32 also under
+autocast. Values are not checked, because every step would then wait for the device.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 class Loss(nn.Module):
-    """A distance of two images, one value an image; calling it gives the mean over the batch."""
+    """A distance between two images; calling it returns the mean over the batch."""
 
     @abstractmethod
-    def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]: ...
+    def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
+        """Return the distance for each image."""
 
     def forward(self, prediction: Images, target: Images) -> Float[Tensor, ""]:
         return self.per_image(prediction, target).mean()
 
 
 class MSE(Loss):
-    """Mean squared error: what PSNR counts (Dosovitskiy and Brox, 2016, invert features with it)."""
+    """Mean squared error, on which PSNR is based (Dosovitskiy and Brox, 2016, invert features with it)."""
 
     def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
         _same_shape(prediction, target)
@@ -49,7 +50,12 @@ class L1(Loss):
 class Perceptual(Loss):
     """LPIPS (Zhang et al., 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric).
 
-    Raises `AfterimageError` where the network's weights cannot be had: a loss has no stand-in.
+    Args:
+        net: LPIPS network, one of `LPIPS_NETS`
+        weights: `pretrained`, or a file or folder with the network's weights
+
+    Raises:
+        AfterimageError: the network's weights are not available
     """
 
     def __init__(self, net: str = "alex", weights: str | Path = "pretrained") -> None:
@@ -66,7 +72,7 @@ class Perceptual(Loss):
 
 
 class WeightedSum(Loss):
-    """Several losses, each times its weight, added."""
+    """A weighted sum of losses."""
 
     def __init__(self, terms: Mapping[Loss, float]) -> None:
         super().__init__()
@@ -86,9 +92,15 @@ LOSSES: dict[str, type[Loss]] = {
 
 
 def create_loss(text: str, *, lpips_net: str = "alex", lpips_weights: str | Path = "pretrained") -> Loss:
-    """The loss that `text` describes (see `parse_loss`).
+    """Create the loss that a text describes.
 
-    The network and weights are for LPIPS; a name such as `lpips:squeeze` says its network itself.
+    Args:
+        text: weighted sum of terms, see `parse_loss`
+        lpips_net: network of the term `lpips`; terms such as `lpips:squeeze` name their own
+        lpips_weights: `pretrained`, or a file or folder with that network's weights
+
+    Raises:
+        AfterimageError: the text is not valid, or weights are not available
     """
     weights = parse_loss(text)
     terms = [

@@ -1,7 +1,7 @@
-"""Measure where a training step's time goes, with a trace for a trace viewer.
+"""Measure the time of each part of a training step, and record a trace.
 
-It takes the training steps of `trainer`, of one decoder alone and without validation and checkpoints. It waits for the
-device after every part, so that each part's time is its own; without these waits a step on a GPU is somewhat faster
+The steps are those of `trainer`, for one decoder without validation and checkpoints. After every part the profiler
+waits for the device, so that each part's time is its own; without these waits a step on a GPU is somewhat faster
 than the sum.
 """
 
@@ -35,13 +35,19 @@ WARM_UP, TRACED = 2, 3
 
 @dataclass(kw_only=True)
 class SectionTimer(RunContext):
-    """Sums up the seconds of each section of the training step, and labels it in a trace."""
+    """Sums up the seconds of each section of the training step, and names it in the trace.
+
+    Args:
+        device: device to wait for
+        seconds: seconds so far by section
+    """
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
+        """Time a section of the training step."""
         started = time.perf_counter()
         with record_function(name):
             yield
@@ -52,11 +58,18 @@ class SectionTimer(RunContext):
 
 @dataclass(frozen=True)
 class Profile:
-    """Mean seconds a step in each of `PARTS`, images a step, and the costliest operators of the traced steps.
+    """Mean times of a training step.
 
-    `operators` are `(name, seconds a step, calls a step)` by their own time on the device where that is not the CPU.
-    `trace` opens in a trace viewer (chrome://tracing, ui.perfetto.dev); tracing slows its steps down, so `parts` are
-    measured on others.
+    Attributes:
+        name: name of the run
+        device: name of the device
+        threads: number of PyTorch's threads
+        steps: number of timed steps
+        images: images a step
+        parts: seconds a step for each of `PARTS`
+        operators: name, seconds a step and calls a step of the costliest operators, by their own time, on the device
+            if that is not the CPU; from steps of their own, as tracing is slow
+        trace: file for a trace viewer (chrome://tracing, ui.perfetto.dev)
     """
 
     name: str
@@ -70,7 +83,7 @@ class Profile:
 
     @property
     def seconds(self) -> float:
-        """Of a whole step."""
+        """Seconds of a whole step."""
         return sum(self.parts.values())
 
 
@@ -83,10 +96,20 @@ def profile_run(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> Profile:
-    """Profile `steps` training steps of a run after two for warming up, and trace three more.
+    """Time training steps of a run after two steps of warm-up, then trace three more.
 
-    Writes `NAME.trace.json` and `NAME.profile.json` into `root/profiles`. Raises `AfterimageError` for a decoder
-    that has no training steps.
+    Writes `NAME.trace.json` and `NAME.profile.json` into `root/profiles`.
+
+    Args:
+        config: the run
+        root: folder of the run folders
+        steps: number of steps to time
+        cache: folder of decoded images; None for the default
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: the decoder has no training steps
     """
     if steps < 1:
         raise AfterimageError(f"a profile needs one step or more, got {steps}")
@@ -149,7 +172,7 @@ def profile_run(
 
 
 def print_profile(result: Profile) -> None:
-    """The table of parts and of the costliest operators."""
+    """Print a table of the parts, and one of the costliest operators."""
     from rich.table import Table
 
     screen = console(120)

@@ -1,7 +1,7 @@
 """The training loop: one pass of images through frozen encoders feeds every decoder that reads their features.
 
-From top to bottom: `train` is the whole library in one call; a `Trainer` fits closed forms and then descends, epoch
-after epoch; `training_step` is what one decoder does with one batch.
+From top to bottom: `train` is the whole library in one call; a `Trainer` fits closed forms and then trains, epoch
+after epoch; `training_step` trains one decoder on one batch.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a reconstructor's decoder and leave it with the best weights by validation loss.
 
-    The encoders do not change by a bit. In a script that `torchrun` has started several times, all processes train
-    the one reconstructor together, each on its part of every batch, and all are left with it.
+    The encoders are not changed. In a script that `torchrun` has started several times, all processes train the one
+    reconstructor together, each on its part of every batch, and all end with the same decoder.
 
     Args:
-        reconstructor: frozen encoders and the decoder to train.
-        data: images that train and validate.
-        recipe: epochs, batch size, loss, learning rate and so on.
-        seed: of the order of the images and of their random crops.
-        accelerator: `cpu`, `cuda`, `mps` or `auto`.
-        progress: is called as `progress(what, done, total, **figures)`.
+        reconstructor: frozen encoders and the decoder to train
+        data: training and validation images
+        recipe: epochs, batch size, loss, learning rate and so on; None for the defaults
+        seed: seed of the order of the images and of their random crops
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        progress: called as `progress(what, done, total, **figures)`
 
     Returns:
-        The history, one row an epoch; empty for a decoder that is solved in closed form.
+        the history, one row for each epoch; empty for a decoder that is solved in closed form
 
     Raises:
-        AfterimageError: where the loss is not finite, or a test image is among the training images.
+        AfterimageError: the loss is not finite, or a test image is among the training images
     """
     recipe = recipe or RecipeConfig()
     with distributed_context(accelerator) as ranks, contextlib.ExitStack() as stack:
@@ -77,13 +77,13 @@ def train(
 class Trainer:
     """Trains decoders that learn from the same images in the same order, through the same encoders.
 
-    Each comes to the same bits as if it were trained alone. They need not be at the same step: each goes on from its
-    own, since a batch depends on seed, epoch and position alone. Where the context records failures, a decoder that
-    fails is left out from then on.
+    Each decoder gets the same bits as if it were trained alone. The decoders need not be at the same step: each goes on
+    from its own, since a batch depends on seed, epoch and position alone. If the context records failures, a decoder
+    that fails is left out from then on.
 
     Args:
-        loader: the images and their features.
-        decoders: what is trained, each with its optimizer and its progress so far.
+        loader: the images and their features
+        decoders: training state of each decoder
     """
 
     def __init__(self, loader: FeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
@@ -93,7 +93,7 @@ class Trainer:
         self._saved = time.monotonic()
 
     def train(self) -> None:
-        """Fit what has a closed form, then train for as many epochs as each decoder is to have."""
+        """Fit closed forms, then train every decoder for its number of epochs."""
         self.fit_closed_forms()
         self.train_epochs()
 
@@ -103,7 +103,7 @@ class Trainer:
         """Train until every decoder has had its epochs; those furthest behind come first.
 
         Raises:
-            Stopped: where the process was asked to stop; every decoder has a checkpoint then.
+            Stopped: the process was asked to stop; every decoder has a checkpoint
         """
         while active := [decoder for decoder in self.decoders if decoder.active]:
             epoch = min(decoder.epoch for decoder in active)
@@ -118,10 +118,10 @@ class Trainer:
                 raise
 
     def train_epoch(self, epoch: int, decoders: Sequence[DecoderTrainer]) -> None:
-        """Train for one epoch, or for what is left of it, then validate.
+        """Train for one epoch or the rest of one, then validate.
 
-        It begins where the decoder that is furthest behind left off; those ahead wait until it is their turn. Its
-        time is divided evenly between the decoders, since they share the pass.
+        The epoch begins where the decoder that is furthest behind left off; those ahead wait for their turn. Its time
+        is divided evenly between the decoders, since they share the pass.
         """
         total, epochs = len(self.data.train), max(decoder.recipe.epochs for decoder in decoders)
         done = begun = min(decoder.position for decoder in decoders)
@@ -169,7 +169,7 @@ class Trainer:
         self._saved = time.monotonic()
 
     def validation_losses(self, decoders: Sequence[DecoderTrainer]) -> list[float]:
-        """The mean validation loss of each decoder; not a number for one that failed on the way."""
+        """Return the mean validation loss of each decoder; NaN for one that failed on the way."""
         sums = [0.0] * len(decoders)
         for _, images, features in self.loader.validation_batches():
             for i, decoder in enumerate(decoders):
@@ -185,7 +185,7 @@ class Trainer:
     # Closed forms
 
     def fit_closed_forms(self) -> None:
-        """Fit what is solved in closed form, before any epoch: fusions first, then the decoders that read them."""
+        """Fit everything that has a closed form: fusions first, then the decoders that read them."""
         waiting = [d for d in self.decoders if d.model.closed_forms and not d.restored and not d.failed]
         for stage in range(max((len(d.model.closed_forms) for d in waiting), default=0)):
             parts = {d: d.model.closed_forms[stage] for d in waiting if stage < len(d.model.closed_forms)}
@@ -243,11 +243,15 @@ class Trainer:
     # Failures and checkpoints
 
     def check_features(self, decoder: DecoderTrainer) -> None:
-        """Raise `AfterimageError` where a feature map that the decoder reads was found not finite."""
+        """Check that none of the feature maps that a decoder reads was found not finite.
+
+        Raises:
+            AfterimageError: one was; the message names source and image
+        """
         self.loader.watch.check(decoder.name, decoder.feature_indices)
 
     def save(self, decoders: Sequence[DecoderTrainer]) -> None:
-        """Write the decoders' checkpoints, wherever they are."""
+        """Write checkpoints of the decoders."""
         for decoder in decoders:
             if not decoder.failed:
                 with self.context.isolate(decoder.run):
@@ -276,17 +280,17 @@ def _share_time(since: float, decoders: Sequence[DecoderTrainer]) -> float:
 def training_step(
     decoder: DecoderTrainer, features: Sequence[Tensor], images: Tensor, batch_size: int | None = None
 ) -> None:
-    """Train one decoder on one batch: an optimizer step on the whole images, or one for each of its feature crops.
+    """Train one decoder on one batch: one optimizer step on the whole images, or one for each of its feature crops.
 
     Args:
-        decoder: the decoder with its optimizer; its model is in training mode (see `DecoderTrainer.begin_epoch`).
-        features: the feature maps of all sources, `(B, C, h, w)` each; the decoder picks its own.
-        images: what they were made of, `(B, 3, H, W)` in [0, 1], the target of the reconstruction.
-        batch_size: images of the whole batch, of which several ranks each hold a part; by default `B`.
+        decoder: the decoder's training state; its model is in training mode (see `DecoderTrainer.begin_epoch`)
+        features: feature maps of all sources, `(B, C, h, w)` each
+        images: the images they were computed from, `(B, 3, H, W)` in [0, 1]
+        batch_size: images of the whole batch, of which several ranks each have a part; None for `B`
 
     Raises:
-        AfterimageError: for a loss that is not finite, at once on a CPU, where asking is free; on other devices
-            `DecoderTrainer.end_epoch` raises it, so that steps need not wait for the device.
+        AfterimageError: the loss is not finite; raised at once on a CPU, and by `DecoderTrainer.end_epoch` on other
+            devices, so that steps need not wait for the device
     """
     batch_size = len(images) if batch_size is None else batch_size
     own = decoder.select_features(features)

@@ -1,4 +1,4 @@
-"""Sources of images by name: one kind a file."""
+"""Sources of images by name, one kind in each file."""
 
 from __future__ import annotations
 
@@ -33,10 +33,17 @@ SPELLINGS = (
 
 
 def read_source(name: str, parts: Collection[str], cache: Path, progress: Progress = silent) -> Source:
-    """The images of a source, not yet read.
+    """List the images of a source, without reading them.
 
-    `parts` are those that are used, `train`, `test` or both: of DIV2K only these are downloaded, and
-    procedural images that only test are another series than those that train.
+    Args:
+        name: the source, in one of `SPELLINGS`
+        parts: the splits that are used, `train`, `test` or both: of DIV2K only these are downloaded, and procedural
+            images that only test are other ones than those that train
+        cache: folder of what is downloaded or copied
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: the source is unknown, missing, empty or damaged; the message names it
     """
     kind, _, argument = name.partition(":")
     if any(s.startswith(f"{kind}:") for s in SPELLINGS) if kind and argument else kind in SPELLINGS:

@@ -29,7 +29,14 @@ MAX_COUNT = 1_000_000
 
 
 def dead_leaves(series: int, index: int, width: int, height: int) -> Image.Image:
-    """Image number `index` of a series, `width` x `height` pixels, RGB; a pure function of the four."""
+    """Draw a procedural image, a pure function of the arguments.
+
+    Args:
+        series: number of the series
+        index: number of the image in it
+        width: width in pixels
+        height: height in pixels
+    """
     random = np.random.Generator(np.random.Philox(key=[series, index]))
     radii = _radii(random, width, height)
     leaves = _paint(random, radii, width, height)
@@ -173,7 +180,12 @@ def _places(near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class DeadLeaves(Original):
-    """Image number `index` of a series of procedural images."""
+    """A procedural image.
+
+    Attributes:
+        series: number of the series
+        index: number of the image in it
+    """
 
     series: int
     index: int
@@ -191,7 +203,15 @@ class DeadLeaves(Original):
 
 
 def read_dead_leaves(text: str, parts: Collection[str]) -> Source:
-    """As many procedural images as `text` says, `DEFAULT_COUNT` where it is empty; those that only test are others."""
+    """List procedural images; images that only test are a series of their own.
+
+    Args:
+        text: their number; empty for `DEFAULT_COUNT`
+        parts: the splits that are used, `train`, `test` or both
+
+    Raises:
+        AfterimageError: the text is no whole number between 1 and `MAX_COUNT`
+    """
     count = text or str(DEFAULT_COUNT)
     if not (count.isascii() and count.isdigit() and len(count) <= 7 and 1 <= int(count) <= MAX_COUNT):
         raise AfterimageError(

@@ -1,6 +1,6 @@
 """DIV2K: download it, verify it, unpack it.
 
-Not by way of pooch, which begins a download of 3.5 GB again wherever a connection broke.
+pooch is not used because it starts a download of 3.5 GB anew if the connection breaks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ _IMAGE = re.compile(r"\d{4}\.png")
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file as its publisher made it: size, digest and how many images it holds."""
+    """A zip file as its publisher made it.
+
+    Attributes:
+        name: name of the file without `.zip`, and of the folder in it
+        bytes: size of the file
+        sha256: digest of the file, in hexadecimal
+        images: number of images in it
+    """
 
     name: str
     bytes: int
@@ -43,9 +50,19 @@ class Archive:
 
 
 def download(archive: Archive, url: str, path: Path, progress: Progress = silent) -> None:
-    """Download to `path`, by way of `path`.part, and verify size and SHA-256.
+    """Download an archive and verify it.
 
-    A lost connection is tried again; what has arrived is kept for the next try, in this run or a later one.
+    A lost connection is tried again, and what has arrived is kept for a later try.
+
+    Args:
+        archive: the archive
+        url: its address
+        path: where it is put; until it is complete it is `path` with `.part` at its end
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: the server refuses, does not answer, or has another file
+        OSError: the disk cannot be written
     """
     part = path.with_name(path.name + ".part")
     failures = 0
@@ -77,7 +94,11 @@ def download(archive: Archive, url: str, path: Path, progress: Progress = silent
 
 
 def verify(archive: Archive, path: Path, progress: Progress = silent) -> None:
-    """Raise where a file's size or SHA-256 is not that of the archive."""
+    """Check that a file has the size and the SHA-256 of an archive.
+
+    Raises:
+        AfterimageError: it has not
+    """
     digest, done = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while chunk := file.read(16 * _CHUNK):
@@ -92,7 +113,11 @@ def verify(archive: Archive, path: Path, progress: Progress = silent) -> None:
 
 
 def need_room(folder: Path, needed: int) -> None:
-    """Raise where a folder's disk has less than `needed` bytes free."""
+    """Check that a folder's disk has `needed` bytes free.
+
+    Raises:
+        AfterimageError: it has not
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise AfterimageError(
@@ -136,9 +161,19 @@ def _failed(url: str, part: Path, problem: str) -> AfterimageError:
 
 
 def unpack(archive: Archive, path: Path, folder: Path, progress: Progress = silent) -> None:
-    """Unpack the images of a verified zip file into `folder`, which appears whole or not at all.
+    """Unpack the images of a verified archive into a folder, completely or not at all.
 
-    Members are written under their bare names; what else a zip file could hold, the digest rules out.
+    Members are written under their bare names; the digest rules out what else a zip file could hold.
+
+    Args:
+        archive: the archive
+        path: path of the zip file
+        folder: the folder, which does not exist yet
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: there is not enough room
+        OSError: the disk cannot be written
     """
     for leftover in folder.parent.glob(f".{folder.name}.*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -172,10 +207,16 @@ ARCHIVES = {
 
 
 def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progress = silent) -> Source:
-    """DIV2K from the folder `path`, which holds its archives or their unpacked folders; if empty, downloaded.
+    """List the images of DIV2K, and get them first if necessary. The official validation images are the test split.
 
-    The official validation images are the test split, as in the study. `parts` are those to get: `train`,
-    `test`. What is downloaded or unpacked stays in the cache.
+    Args:
+        path: folder with the archives or their unpacked folders; empty to download them
+        parts: the splits to get, `train`, `test` or both
+        cache: folder of what is downloaded or unpacked
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: the archives are missing, damaged or incomplete, or cannot be downloaded or unpacked
     """
     given = Path(local_path(path)) if path else None
     if given is not None and not given.is_dir():

@@ -1,4 +1,4 @@
-"""A folder of images, nested to any depth, with splits of its own or without."""
+"""A folder of images, nested to any depth, with or without splits of its own."""
 
 from __future__ import annotations
 
@@ -42,10 +42,16 @@ class _Survey:
 
 
 def read_folder(path: str) -> Source:
-    """All images below a folder, known by their file extension; hidden and other files are left out.
+    """List all images below a folder, recognised by their extensions; hidden and other files are left out.
 
-    Folders that are named after the parts of a split (`SPLIT_WORDS`), one for training and one for validation or test
-    at least, are its split, at the first level where everything has a place in one; what lies beside them is left out.
+    Folders that are named after splits (`SPLIT_WORDS`), one for training and at least one for validation or test, are
+    the source's splits, at the first level where all images have a place in one. What is beside them is left out.
+
+    Args:
+        path: the folder
+
+    Raises:
+        AfterimageError: the folder or one below it cannot be read, or there are no images
     """
     root = Path(local_path(path))
     try:

@@ -62,8 +62,12 @@ _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 class Images:
     """The images of a memory-mapped table.
 
-    `state` changes when the table does, and `called` is what messages call a row. A row may also name a file, below one
-    of the folders `below`: folders of images on the hub are tables of such names.
+    Attributes:
+        table: the table
+        column: name of the column with images
+        state: text that changes when the table does
+        called: returns the name of a row in messages
+        below: folders that hold files which rows may name: folders of images on the hub are tables of such names
     """
 
     table: datasets.Dataset
@@ -73,7 +77,11 @@ class Images:
     below: tuple[Path, ...] = ()
 
     def read(self, row: int) -> bytes:
-        """The file that a row holds or names; raises `BadImage`."""
+        """Return the image file that a row holds or names.
+
+        Raises:
+            BadImage: the row has no bytes, or too many, or its file cannot be read
+        """
         found = self.table[row][self.column] or {}
         content, path = found.get("bytes"), Path(os.path.normpath(found.get("path") or ""))
         if not content and any(map(path.is_relative_to, self.below)):
@@ -108,9 +116,15 @@ class RowOriginal(EncodedOriginal):
 
 
 def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
-    """The images of a dataset of the hub: one of its splits, or all by their names; an id is `SPLIT/ROW`.
+    """List the images of a dataset of the hub; an id is `SPLIT/ROW`.
 
-    Raises `AfterimageError` where the hub does not give it, or it has no images.
+    Args:
+        name: `NAME[@REVISION][:SPLIT]`; without a split all of them are used, by their names
+        cache: folder of what is downloaded
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: the hub does not give the dataset, or it has no images
     """
     from huggingface_hub import constants
 
@@ -171,7 +185,16 @@ def _from_hub(
 
 
 def read_parquet(pattern: str, cache: Path, progress: Progress = silent) -> Source:
-    """The images of Parquet files, as Hugging Face writes them or with a column of bytes; an id is `FILE/ROW`."""
+    """List the images of Parquet files, as Hugging Face writes them or with a column of bytes; an id is `FILE/ROW`.
+
+    Args:
+        pattern: the files, see `expand`
+        cache: folder of the copies
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: a file is missing or damaged, or has no column of images
+    """
     library = _library("parquet")
     import pyarrow.parquet as parquet
 
@@ -208,7 +231,16 @@ def read_parquet(pattern: str, cache: Path, progress: Progress = silent) -> Sour
 
 
 def read_webdataset(pattern: str, cache: Path, progress: Progress = silent) -> Source:
-    """The images of tar files, packed or not, known by their extension; an id is `FILE/MEMBER`."""
+    """List the images of tar files, compressed or not, recognised by their extensions; an id is `FILE/MEMBER`.
+
+    Args:
+        pattern: the files, see `expand`
+        cache: folder of the copies
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: a file is missing, damaged or cut short, or has no images
+    """
     library = _library("webdataset")
     others: Counter[str] = Counter()
 
@@ -304,7 +336,11 @@ def _read_shards(pattern: str, read: Callable[[list[Path], list[str], str], list
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files that a pattern names: `{000..012}` and `{a,b}` first, then `*`, `?` and `[...]`, sorted, each once."""
+    """List the files that a pattern names, each once: first by `{000..012}` and `{a,b}`, then by `*`, `?` and `[...]`.
+
+    Raises:
+        AfterimageError: a named file is missing, nothing matches, or the pattern names too many files
+    """
     parts = _BRACES.split(local_path(pattern))  # text and what stands in braces, in turns
     choices = [_choices(part) if number % 2 else [part] for number, part in enumerate(parts)]
     if (total := math.prod(map(len, choices))) > MAX_SHARDS:

@@ -28,9 +28,12 @@ _PHOTOGRAPHS = (
 
 
 def read_photographs() -> Source:
-    """Eight whole photographs, then parts of the everyday ones: 18 images.
+    """List eight whole photographs, then parts of the everyday ones: 18 images.
 
-    A part shows a half or a quarter at a larger scale. All that is of one photograph stays in one split.
+    A part shows a half or a quarter at a larger scale. All images of one photograph stay in one split.
+
+    Raises:
+        AfterimageError: scikit-image is missing, or does not carry a photograph
     """
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
