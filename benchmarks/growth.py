@@ -88,9 +88,9 @@ def attention_step(side: int, accelerator: str) -> float:
 
     from afterimage.config import FeatureSpec
     from afterimage.models.decoders import create_decoder
-    from afterimage.models.layers.attention import narrow_attention
+    from afterimage.models.layers.attention import compiled_attention
 
-    narrow_attention()  # its libraries' memory is no token's
+    compiled_attention()  # its libraries' memory is no token's
     device = Fabric(accelerator=accelerator, devices=1).device
     spec = FeatureSpec("growth:features", 64, side, side)
     decoder = create_decoder("attention", [spec], 4 * side, seed=0).to(device)

@@ -19,7 +19,7 @@ from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import evaluating
 from afterimage.evaluation.metrics import psnr
-from afterimage.models.layers.attention import narrow_attention
+from afterimage.models.layers.attention import compiled_attention
 from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.feature_loader import FeatureLoader
@@ -39,7 +39,7 @@ def here(accelerator: str, precision: str) -> dict[str, str]:
     """
     return {
         "precision": quickest_precision(accelerator) if precision == "auto" else precision,
-        "narrow_attention": narrow_attention()[1],
+        "narrow_attention": compiled_attention()[1],
     }
 
 
@@ -98,7 +98,7 @@ def build(configs: Sequence[dict], accelerator: str) -> Built:
     sources = list(dict.fromkeys(source for run in runs for source in run.sources))
     encoders = MultiEncoder(sources, weights=first.weights, image_size=first.data.crop, seed=first.seed)
     encoders.to(fabric.device)
-    narrow_attention()
+    compiled_attention()
     decoders = []
     for run in runs:
         feature_indices = [encoders.sources.index(source) for source in run.sources]

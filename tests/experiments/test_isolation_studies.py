@@ -11,7 +11,7 @@ from afterimage.analysis.controls.run import run_controls
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, FusionConfig, RecipeConfig, dump_toml
 from afterimage.config.study import RowConfig, StudyConfig
-from afterimage.evaluation import baselines as references
+from afterimage.evaluation import baselines
 from afterimage.evaluation.baselines import run_baselines
 from afterimage.experiments.study import FAILURES, expand, run_study
 from afterimage.models.decoders import DECODERS
@@ -105,7 +105,7 @@ def test_a_baseline_that_raises_ends_itself_alone(whole, cache, tmp_path, monkey
     def raising(images, quality):
         raise BUG
 
-    monkeypatch.setattr(references, "jpeg", raising)
+    monkeypatch.setattr(baselines, "jpeg", raising)
     runs, failures = run_study(STUDY, tmp_path, cache=cache, accelerator="cpu")
     (broken,) = [run for run in runs if run.state == "failed"]
     assert "jpeg" in broken.name
@@ -122,15 +122,15 @@ def test_images_that_baselines_cannot_have_end_no_run(whole, cache, tmp_path, mo
     def nothing(*arguments, **options):
         raise BUG
 
-    monkeypatch.setattr(references, "load_data", nothing)
+    monkeypatch.setattr(baselines, "load_data", nothing)
     _, failures = run_study(STUDY, tmp_path, cache=cache, accelerator="cpu")
-    lines = [name for name in whole if name.startswith("reference")]
+    lines = [name for name in whole if name.startswith("baseline")]
     check_rest(tmp_path, whole, without=lines)
     assert len(failures) == 1 and all(Run(tmp_path / name).state == "failed" for name in lines)
 
 
 def test_a_part_of_the_controls_that_raises_ends_itself_alone(whole, cache, tmp_path, monkeypatch):
-    runs, _ = run_study(replace(STUDY, references=False), tmp_path, cache=cache, accelerator="cpu")
+    runs, _ = run_study(replace(STUDY, baselines=False), tmp_path, cache=cache, accelerator="cpu")
     add, calls = measure._Rates.add, []
 
     def adding(self, ids, *others):
@@ -159,7 +159,7 @@ def test_a_part_of_the_controls_that_raises_ends_itself_alone(whole, cache, tmp_
 
 
 def test_controls_of_a_run_that_cannot_be_opened_end_themselves_alone(cache, tmp_path, monkeypatch):
-    runs, _ = run_study(replace(STUDY, references=False), tmp_path, cache=cache, accelerator="cpu")
+    runs, _ = run_study(replace(STUDY, baselines=False), tmp_path, cache=cache, accelerator="cpu")
     opened = measure.load_reconstructor
 
     def opening(run, **options):
@@ -178,7 +178,7 @@ def test_the_command_writes_table_and_report_and_ends_with_1(
 ):
     monkeypatch.setitem(DECODERS, "broken", decoder("step", BUG))
     rows = (RowConfig((f"{MODEL}:layer1",), (DecoderConfig("broken"),)), RowConfig((f"{MODEL}:nolayer",)))
-    study = replace(STUDY, sources=(*STUDY.sources, "resnt18:layer1"), rows=rows, references=False)
+    study = replace(STUDY, sources=(*STUDY.sources, "resnt18:layer1"), rows=rows, baselines=False)
     file = tmp_path / "study.toml"
     file.write_text(dump_toml(study))
     flags = ["--output-dir", str(tmp_path / "runs"), "--cache", str(cache), "--device", "cpu"]

@@ -64,8 +64,8 @@ def test_the_whole_published_study(command, random_weights, tmp_path, monkeypatc
     for row in rows:
         assert row["state"] == "done" and row["weights"] in ("pretrained", "")
         assert float(row["psnr_mean"]) > 0 and float(row["lpips_mean"]) >= 0 and row["lpips_net"] == "alex"
-    references = [row["label"] for row in rows if row["kind"] == "baseline"]
-    assert len(references) == 6 and "Mean colour" in references and "JPEG quality 50" in references
+    baselines = [row["label"] for row in rows if row["kind"] == "baseline"]
+    assert len(baselines) == 6 and "Mean colour" in baselines and "JPEG quality 50" in baselines
     (fused,) = (run for run in runs if run.result.fusion)
     assert sum(fused.result.fusion_weights) == pytest.approx(1)
     assert [len(maps) for maps in fused.fusion_maps.values()] == [4] * 3

@@ -161,7 +161,7 @@ def names(run: Run) -> set[str]:
 
 def test_the_table_is_the_local_one_and_a_failing_run_is_not_retried(nodes, cache, study, tmp_path):
     bad = RowConfig((RESNET,), (DecoderConfig("transposed"),), recipe={"learning_rate": 1e30})
-    study = replace(study, rows=(bad,), references=False)
+    study = replace(study, rows=(bad,), baselines=False)
     options = {"cache": cache, "accelerator": "cpu"}
     watcher = Watcher()
     train = partial(train_on_ray, cpus=torch.get_num_threads())
@@ -191,7 +191,7 @@ def test_whatever_raises_on_a_worker_ends_what_depends_on_it(
         RowConfig((RESNET,), (DecoderConfig("broken"),)),
         RowConfig((RESNET.replace("layer2", "nolayer"),)),
     )
-    study = replace(study, rows=rows, references=False)
+    study = replace(study, rows=rows, baselines=False)
     train = partial(train_on_ray, cpus=torch.get_num_threads())
     runs, errors = run_study(study, tmp_path, cache=cache, accelerator="cpu", train=train)
     linear, transposed, *vits, broken, unknown, also = runs

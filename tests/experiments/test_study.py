@@ -116,7 +116,7 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path):
     from dataclasses import replace
 
     bad = RowConfig((f"{MODEL}:layer1",), (DecoderConfig("transposed"),), recipe={"learning_rate": 1e30})
-    study = replace(SMALL, rows=(bad,), references=False)
+    study = replace(SMALL, rows=(bad,), baselines=False)
     runs, failures = run_study(study, tmp_path, cache=tmp_path / "cache", accelerator="cpu")
     states = [run.state for run in runs]
     assert states.count("failed") == 1 and states.count("done") == 4 and len(failures) == 1
@@ -125,7 +125,7 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path):
 
 
 def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_decoder(tmp_path):
-    study = replace(SMALL, sources=(f"{MODEL}:layer1", f"{MODEL}:layer2"), references=False, invert=2)
+    study = replace(SMALL, sources=(f"{MODEL}:layer1", f"{MODEL}:layer2"), baselines=False, invert=2)
     search, learned = InvertConfig(steps=6, held_out=3), EstimateConfig(images=4, steps=3, channels=4)
     study = replace(study, decoders=(DecoderConfig("linear"),), inversion=search, estimate=learned)
     options = {"cache": tmp_path / "cache", "accelerator": "cpu"}
@@ -169,7 +169,7 @@ def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_
 def test_a_bound_that_cannot_be_found_ends_itself_alone(tmp_path, monkeypatch):
     from afterimage.analysis.inversion import run as inversion
 
-    study = replace(SMALL, references=False, invert=1, decoders=(DecoderConfig("linear"),))
+    study = replace(SMALL, baselines=False, invert=1, decoders=(DecoderConfig("linear"),))
 
     def failing(run, *_, **__):
         raise RuntimeError("no such luck")
@@ -239,7 +239,7 @@ def test_a_plan_counts_attention_and_the_sums_of_a_closed_form():
 def test_the_plan_says_what_measured_bounds_cost(capsys):
     from afterimage.cli.study import print_plan
 
-    study = replace(SMALL, references=False, invert=3, inversion=InvertConfig(steps=50, held_out=5))
+    study = replace(SMALL, baselines=False, invert=3, inversion=InvertConfig(steps=50, held_out=5))
     configs = expand(study)[:1]
     for learn, said in (
         (7, "and 7 to learn best estimates from"),

@@ -128,7 +128,7 @@ loss = "0.5*mse + 0.5*lpips"
         "escape.toml",
         'sources = ["resnet18:../../x", "../../etc:passwd"]\nweights = "../../../etc/passwd"\n',
     )
-    keep("study", "reference.toml", 'reference = "../../../etc/passwd"\n')
+    keep("study", "baseline.toml", 'baseline = "../../../etc/passwd"\n')
     keep(
         "study",
         "audit.toml",
@@ -149,11 +149,11 @@ def runs() -> None:
     keep("run", "whole", targets.bundle(text))
     keep(
         "verify",
-        "reference",
+        "baseline",
         targets.bundle(
             {
                 "summary.json": json.dumps(summary | {"kind": "baseline", "training": None}),
-                "config.toml": 'reference = "mean"\n[data]\nsource = "procedural:6"\nresize = 32\ncrop = 24\n',
+                "config.toml": 'baseline = "mean"\n[data]\nsource = "procedural:6"\nresize = 32\ncrop = 24\n',
                 "scores.csv": good["scores.csv"],
             }
         ),

@@ -184,7 +184,7 @@ STUDIES = st.fixed_dictionaries(
         "rows": st.lists(
             st.fixed_dictionaries({"sources": SOURCES}, optional={"decoders": st.lists(DECODERS)}), max_size=2
         ),
-        "reference": VALUES,
+        "baseline": VALUES,
         "model": NAMES,
         "layers": SOURCES,
         "attackers": VALUES,
@@ -287,7 +287,7 @@ def test_foreign_run_folders(content):
 @fuzz(15)
 @given(foreign_runs())
 def test_foreign_run_folders_are_verified(content):
-    parts = targets.unbundle((targets.CORPUS / "verify" / "reference").read_bytes())
+    parts = targets.unbundle((targets.CORPUS / "verify" / "baseline").read_bytes())
     targets.verify(targets.bundle(parts | targets.unbundle(content)))
 
 

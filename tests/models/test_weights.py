@@ -445,7 +445,7 @@ def test_a_repository_of_the_hub_is_an_encoder(monkeypatch, repository, tmp_path
     assert encoder.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert encoder.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
     assert pretrained_config("me/my.net")["num_classes"] == 7
-    assert {"layer1", "layer2"} <= {layer.name for layer in list_layers("hf_hub:me/my.net", 64)}
+    assert {"layer1", "layer2"} <= {layer.layer for layer in list_layers("hf_hub:me/my.net", 64)}
     # From the cache alone, with no network.
     clear()
     count = len(requests)

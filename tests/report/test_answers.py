@@ -13,7 +13,7 @@ from afterimage.report.findings import find
 from afterimage.report.write import write_report
 from afterimage.runs.files import read_json
 from afterimage.runs.run import scan
-from report_study import RESNET, VIT, sample_image, write_reference, write_run, write_study
+from report_study import RESNET, VIT, sample_image, write_baseline, write_run, write_study
 from simulated_runs import edit
 from simulated_study import analyse, write_published_study
 
@@ -29,7 +29,7 @@ def no_figures(monkeypatch):
 def study(tmp_path_factory):
     """Two encoders, two decoders, two rows on random weights."""
     root = tmp_path_factory.mktemp("answers")
-    runs = write_study(root, originals=[sample_image(0)], references=("mean",))
+    runs = write_study(root, originals=[sample_image(0)], baselines=("mean",))
     for i in (1, 2):
         layer = f"layer{i}"
         runs.append(write_run(root, RESNET[0], layer, weights="random", features=RESNET[1][layer], order=i))
@@ -97,7 +97,7 @@ def test_a_hypothesis_that_cannot_be_tested_says_so_in_a_line(tmp_path):
 
 
 def test_baselines_alone_are_a_report(tmp_path):
-    text = write_report([write_reference(tmp_path / "runs", "mean")], tmp_path / "out")[
+    text = write_report([write_baseline(tmp_path / "runs", "mean")], tmp_path / "out")[
         "report.md"
     ].read_text()
     assert "nothing to compare" in section(text, "Findings")

@@ -20,7 +20,7 @@ from afterimage.report.write import write_report
 from afterimage.runs.results import METRICS
 from drawn_text import faults, texts
 from page_in_browser import find, pixels, shown, write_page
-from report_study import RESNET, VIT, sample_image, write_reference, write_run
+from report_study import RESNET, VIT, sample_image, write_baseline, write_run
 from simulated_runs import edit, search
 
 pytest_plugins = ("page_fixtures",)
@@ -157,7 +157,7 @@ def test_distances_of_another_lpips_network_are_not_paired(decoder):
 
 def test_the_main_table_leaves_out_what_was_measured_on_few_images(decoder, tmp_path):
     found = search(decoder, "refined", REFINED)
-    rows = read_rows([decoder, found, write_reference(tmp_path, "mean")])
+    rows = read_rows([decoder, found, write_baseline(tmp_path, "mean")])
     assert "refined" not in markdown_table(rows) and not any(
         "do not compare" in text for text in rows.warnings
     )

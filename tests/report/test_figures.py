@@ -15,7 +15,7 @@ from afterimage.report.figures.image_grid import busiest
 from afterimage.report.rows import read_rows
 from afterimage.runs.run import scan
 from drawn_text import faults, texts
-from report_study import RESNET, VIT, sample_image, write_fused, write_reference, write_run, write_study
+from report_study import RESNET, VIT, sample_image, write_baseline, write_fused, write_run, write_study
 from simulated_runs import edit
 
 
@@ -98,9 +98,9 @@ def test_depth_draws_each_mean_at_its_layer_with_its_interval(rows, drawings):
 
 def test_baselines_are_named_at_their_height(rows, drawings):
     axes = drawings["quality-by-depth"].figure.axes[0]
-    assert {text.get_text() for text in axes.texts} >= {row.label for row in rows.references}
+    assert {text.get_text() for text in axes.texts} >= {row.label for row in rows.baselines}
     heights = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
-    assert {round(row.scores["psnr"].mean, 9) for row in rows.references} <= {
+    assert {round(row.scores["psnr"].mean, 9) for row in rows.baselines} <= {
         round(float(h), 9) for h in heights
     }
 
@@ -204,7 +204,7 @@ def test_names_that_make_the_same_file_name_keep_their_own_figures(tmp_path):
 
 
 def test_baselines_alone_are_a_report(tmp_path):
-    runs = [write_reference(tmp_path, name, originals=[sample_image(0)]) for name in ("mean", "jpeg-50")]
+    runs = [write_baseline(tmp_path, name, originals=[sample_image(0)]) for name in ("mean", "jpeg-50")]
     assert [d.name for d in draw(read_rows(runs))] == [
         "reconstructions-baselines", "distributions",
     ]  # fmt: skip
@@ -272,7 +272,7 @@ def test_legends_have_room_beside_few_layers(tmp_path):
         for weights in ("pretrained", "random"):
             for layer in ("layer1", "layer2"):
                 write_run(tmp_path, RESNET[0], layer, decoder, weights=weights, count=4)
-    write_reference(tmp_path, "mean", count=4)
+    write_baseline(tmp_path, "mean", count=4)
     for drawing in draw(read_rows(scan(tmp_path))):
         assert faults(drawing.figure) == [], drawing.name
 

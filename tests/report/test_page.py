@@ -52,7 +52,7 @@ def originals():
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, originals):
     root = tmp_path_factory.mktemp("study")
-    write_study(root, encoders=(RESNET,), references=("mean", "thumbnail-28"), originals=originals)
+    write_study(root, encoders=(RESNET,), baselines=("mean", "thumbnail-28"), originals=originals)
     return root
 
 
@@ -191,7 +191,7 @@ def test_the_same_id_from_another_data_set_is_another_image(tmp_path, originals)
 
 
 def test_unavailable_lpips_is_never_a_number(tmp_path, originals):
-    runs = write_study(tmp_path, encoders=(RESNET,), originals=originals, lpips=None, references=("mean",))
+    runs = write_study(tmp_path, encoders=(RESNET,), originals=originals, lpips=None, baselines=("mean",))
     page = Parsed(write_page(runs, tmp_path / "page.html", title="t"))
     assert page.text.count("unavailable") >= len(runs) and "looked in AFTERIMAGE_WEIGHTS" in page.text
     assert {entry["scores"]["lpips"] for entry in page.data["data"]["runs"]} == {None}

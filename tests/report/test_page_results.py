@@ -36,7 +36,7 @@ def test_table_sorts_filters_and_sends_rows_to_the_images(visit, study):
     assert column(1) == ["attention"] and tab.inner_text("#filter-count") == "1 of 17 rows"
     tab.fill("#filter-text", "")
     tab.select_option("#filter-decoder", "linear")
-    tab.uncheck("#filter-references")
+    tab.uncheck("#filter-baselines")
     assert column(1) == ["linear"] * 8
     tab.select_option("#filter-series", "resnet34 (random weights)")
     assert len(column(0)) == 1 and "RANDOM WEIGHTS" in column(0)[0]
@@ -54,7 +54,7 @@ def test_charts_answer_to_mouse_and_keys(visit, study):
     choose(tab, "resnet34", "linear", 0)
     assert (
         tab.locator("#depth-chart .point").count() == 15
-        and tab.locator("#depth-chart .reference-line").count() == 2
+        and tab.locator("#depth-chart .baseline-line").count() == 2
     )
     point = tab.locator("#depth-chart .point").nth(3)
     point.scroll_into_view_if_needed()

@@ -14,7 +14,7 @@ from afterimage.evaluation.intervals import mean_interval
 from afterimage.report.rows import natural, read_rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.runs.run import Run, scan
-from report_study import BASELINES, RESNET, VIT, printed, write_reference, write_run, write_study
+from report_study import BASELINES, RESNET, VIT, printed, write_baseline, write_run, write_study
 from simulated_runs import edit
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
@@ -23,7 +23,7 @@ HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
-    write_study(root, references=("mean", "thumbnail-112", "jpeg-50"))
+    write_study(root, baselines=("mean", "thumbnail-112", "jpeg-50"))
     return read_rows(scan(root))
 
 
@@ -32,7 +32,7 @@ def test_rows_stand_by_encoder_depth_and_decoder_and_baselines_last(study):
         f"{m}:{layer} · {d}" for m, ls in (RESNET, VIT) for layer in ls for d in ("linear", "attention")
     ]
     assert [row.label for row in study.decoders] == expected
-    assert [row.label for row in study.references] == [
+    assert [row.label for row in study.baselines] == [
         BASELINES[name][0] for name in ("mean", "thumbnail-112", "jpeg-50")
     ]
 
@@ -162,8 +162,8 @@ def test_decoders_that_are_not_above_the_mean_colour_are_warned_of(tmp_path):
     write_run(tmp_path, "m", "good", features=(64, 56, 0.8))
     write_run(tmp_path, "m", "low", features=(64, 56, -0.2))
     write_run(tmp_path, "m", "control", features=(64, 56, -0.2), weights="random")
-    write_reference(tmp_path, "jpeg-50")
+    write_baseline(tmp_path, "jpeg-50")
     assert not any("mean colour" in warning for warning in read_rows(scan(tmp_path)).warnings)
-    write_reference(tmp_path, "mean")
+    write_baseline(tmp_path, "mean")
     (warning,) = [w for w in read_rows(scan(tmp_path)).warnings if "mean colour" in w]
     assert warning.startswith("1 decoder row is not above the mean colour in PSNR (m:low · linear)")

@@ -31,8 +31,8 @@ from simulated_study import (
     analyse,
     sample_images,
     scores,
+    write_baseline,
     write_published_study,
-    write_reference,
     write_run,
 )
 
@@ -61,7 +61,7 @@ def row(quality, name="model layer1", *, order=1, side=14, channels=64, paramete
         setting=Setting("linear"),
         sources=(name.replace(" ", ":"),),
         decoder="linear",
-        reference="",
+        baseline="",
         data="d",
         order=order,
         channels=channels,
@@ -452,9 +452,9 @@ def test_models_of_one_architecture_keep_their_tags(tmp_path, monkeypatch):
     assert sorted(r.encoder for r in load_rows(runs)[0]) == ["resnet34.a1_in1k", "resnet34.tv_in1k"]
 
 
-def test_reference_rows_have_intervals_but_enter_no_hypothesis(tmp_path):
+def test_baseline_rows_have_intervals_but_enter_no_hypothesis(tmp_path):
     runs = [write_run(tmp_path, s, scores(20)) for s in LAYERS[:2]] + [
-        write_reference(tmp_path, "mean", scores(9))
+        write_baseline(tmp_path, "mean", scores(9))
     ]
     analysis = analyse(runs)
     assert "mean" in {s.name for s in analysis.scores}
@@ -521,7 +521,7 @@ def test_training_sets_of_different_size_compare_on_one_test_set(tmp_path):
     for train, mean in ((640, 22), (16, 18)):
         run = write_run(tmp_path, LAYERS[0], scores(mean), data=DataConfig("procedural", limit_train=train))
         edit(run, data__train=train, data__digest=f"{train:064}", data__test_digest="t" * 64)
-    edit(write_reference(tmp_path, "mean", scores(12)), data__test_digest="t" * 64)
+    edit(write_baseline(tmp_path, "mean", scores(12)), data__test_digest="t" * 64)
     analysis = analyse(scan(tmp_path))
     ranking = analysis.decoders[0]
     assert ranking.settings == ("attention (training images 640)", "attention (training images 16)")

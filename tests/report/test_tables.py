@@ -15,7 +15,7 @@ from afterimage.report.tables import csv_table, duration, latex_table, lay_out, 
 from afterimage.report.write import write_report
 from afterimage.runs.results import METRICS
 from afterimage.runs.run import scan
-from report_study import VIT, printed, write_reference, write_run, write_study
+from report_study import VIT, printed, write_baseline, write_run, write_study
 from simulated_runs import edit
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
@@ -24,7 +24,7 @@ HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
-    write_study(root, references=("mean", "thumbnail-112", "jpeg-50"))
+    write_study(root, baselines=("mean", "thumbnail-112", "jpeg-50"))
     return read_rows(scan(root))
 
 
@@ -33,7 +33,7 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_order_does_not_depend_on_the_order_of_the_runs(tmp_path):
-    runs = write_study(tmp_path, encoders=(VIT,), references=("mean", "jpeg-50"))
+    runs = write_study(tmp_path, encoders=(VIT,), baselines=("mean", "jpeg-50"))
     assert csv_table(read_rows(runs)) == csv_table(read_rows(reversed(runs)))
 
 
@@ -63,7 +63,7 @@ def test_spread_may_be_the_interval(study):
 
 
 def test_the_best_decoder_row_is_bold_in_its_own_direction_and_ties_with_it(tmp_path):
-    runs = [write_run(tmp_path, "m", f"l{i}") for i in range(3)] + [write_reference(tmp_path, "jpeg-50")]
+    runs = [write_run(tmp_path, "m", f"l{i}") for i in range(3)] + [write_baseline(tmp_path, "jpeg-50")]
     means = [(20.0, 0.5, 0.3), (25.001, 0.9, 0.2), (24.999, 0.8, 0.1), (40.0, 1.0, 0.0)]
     for run, mean in zip(runs, means, strict=True):
         edit(run, **{f"scores__{metric}__mean": value for metric, value in zip(METRICS, mean, strict=True)})

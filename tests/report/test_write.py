@@ -11,7 +11,7 @@ from afterimage.config import AfterimageError, RunConfig
 from afterimage.report.figures import Drawing
 from afterimage.report.write import write_report
 from afterimage.runs.run import Run
-from report_study import sample_image, write_reference, write_run
+from report_study import sample_image, write_baseline, write_run
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def runs(tmp_path):
             tmp_path / "runs", "m.tag", "l1", "attention", originals=originals, notes=["fitted on half"]
         ),
         write_run(tmp_path / "runs", "m.tag", "l2", weights="random", lpips=None),
-        write_reference(tmp_path / "runs", "jpeg-50"),
+        write_baseline(tmp_path / "runs", "jpeg-50"),
     ]
 
 

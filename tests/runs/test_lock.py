@@ -166,7 +166,7 @@ STUDY = StudyConfig(
 
 def table(root):
     return {
-        run.name: result(run) if "reference" not in run.name else run.result.per_image for run in scan(root)
+        run.name: result(run) if "baseline" not in run.name else run.result.per_image for run in scan(root)
     }
 
 
@@ -196,7 +196,7 @@ def test_processes_on_one_study_share_the_work_and_end_with_the_same_table(tmp_p
 
 
 def test_what_a_killed_process_had_is_taken_over_by_the_one_that_waits(tmp_path, alone):
-    study = replace(STUDY, seeds=(1,), references=False)
+    study = replace(STUDY, seeds=(1,), baselines=False)
     first = start(study_child, study, tmp_path / "shared", tmp_path / "cache", tmp_path / "log1", pause=20)
     wait_for(tmp_path / "log1")
     while "begins" not in (tmp_path / "log1").read_text():

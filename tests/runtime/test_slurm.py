@@ -22,7 +22,7 @@ STUDY = """
 sources = ["test_resnet.r160_in1k:layer1", "test_vit.r160_in1k:block1"]
 decoders = ["linear"]
 weights = "random"
-references = {references}
+baselines = {baselines}
 seeds = {seeds}
 [data]
 source = "folder:images"
@@ -115,9 +115,9 @@ def slurm(tmp_path, monkeypatch):
     return run
 
 
-def study(folder, references="false", seeds="[42]"):
+def study(folder, baselines="false", seeds="[42]"):
     file = folder / "small.toml"
-    file.write_text(STUDY.format(references=references, seeds=seeds))
+    file.write_text(STUDY.format(baselines=baselines, seeds=seeds))
     return load_toml(StudyConfig, file)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
 from afterimage.config import MAX_SIDE, Axis, check_range
+from afterimage.runs.results import FeatureMap
 from afterimage.runtime.terminal import console, say
 
 
@@ -27,16 +28,16 @@ class Layers:
         check_range("--image-size", self.image_size, 1, MAX_SIDE)
         from afterimage.models.encoders.layers import early_end, list_layers
 
-        print_layers(self.model, list_layers(self.model, self.image_size, every=self.all_modules))
+        print_layers(self, list_layers(self.model, self.image_size, every=self.all_modules))
         if ended := early_end(self.model, self.image_size):
             say(f"WARNING: {ended}")
 
 
-def print_layers(model: str, layers: list) -> None:
+def print_layers(asked: Layers, layers: Sequence[FeatureMap]) -> None:
     """Print the table of layers, and what they do not see."""
     from rich.table import Table
 
-    table = Table(title=model, title_justify="left")
+    table = Table(title=asked.model, title_justify="left")
     table.add_column("layer", overflow="fold")
     for column in (
         "shape",
@@ -52,17 +53,17 @@ def print_layers(model: str, layers: list) -> None:
         table.add_column("locations lie", overflow="fold")
     for layer in layers:
         table.add_row(
-            layer.name,
+            layer.layer,
             f"{layer.channels}×{layer.height}×{layer.width}",
             f"{layer.reduction:g}",
             f"{layer.locations:,}",
-            f"{layer.values_per_pixel_value:.3f}",
+            f"{layer.values / (3 * asked.image_size**2):.3f}",
             f"{layer.encoder_parameters:,}",
             f"{layer.encoder_macs / 1e6:,.1f} M",
             *([_placement(layer.rows, layer.columns)] if placed else []),
         )
     console(140).print(table)
-    print_unseen({layer.name: layer.unseen for layer in layers})
+    print_unseen({layer.layer: layer.unseen for layer in layers})
 
 
 def _placement(rows: Axis | None, columns: Axis | None) -> str:

@@ -84,7 +84,7 @@ class Reconstruct:
         from afterimage.runtime.progress import Display
 
         read = read_rows(runs)
-        rows = replace(read, decoders=tuple(r for r in read.decoders if r.kind == "decoder"), references=())
+        rows = replace(read, decoders=tuple(r for r in read.decoders if r.kind == "decoder"), baselines=())
         if not rows.decoders:
             raise AfterimageError("none of the runs has a decoder; baselines and inversions rebuild nothing")
         sizes = {(d.resize, d.crop): row.run.name for row in rows.decoders for d in [row.config.data]}

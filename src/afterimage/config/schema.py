@@ -82,6 +82,16 @@ class FeatureSpec:
     columns: Axis | None = None
 
     @property
+    def layer(self) -> str:
+        """The layer's name, without its model's."""
+        return split_source(self.source)[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
+
+    @property
     def locations(self) -> int:
         """Number of locations of the map."""
         return self.height * self.width
@@ -333,12 +343,12 @@ class BaselineConfig:
     """A baseline: images reduced by other means than an encoder, and scored like a decoder's reconstructions.
 
     Attributes:
-        reference: `mean`, `thumbnail-SIZE` or `jpeg-QUALITY`
+        baseline: `mean`, `thumbnail-SIZE` or `jpeg-QUALITY`
         data: where images come from and how they are split
         lpips: LPIPS network of the scores; not part of the hash
     """
 
-    reference: str
+    baseline: str
     data: DataConfig = DataConfig()
     lpips: str = "alex"
 
@@ -350,7 +360,7 @@ class BaselineConfig:
     @property
     def name(self) -> str:
         """The run folder's name."""
-        return folder_name(("reference", self.reference), self.digest)
+        return folder_name(("baseline", self.baseline), self.digest)
 
 
 def settings_digest(config: Any) -> str:

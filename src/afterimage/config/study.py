@@ -62,7 +62,7 @@ class StudyConfig:
         weights: `pretrained`, the name of a random control, or a path
         missing_weights: `error`, or the name of the random control that stands in for missing pretrained
             weights; every output names such rows
-        references: whether the baselines are scored too
+        baselines: whether the baselines are scored too
         controls: whether every run also gets a matched random control, and its feature ablations, error
             breakdown and rate-distortion curve
         invert: number of test images, from the first on, for which the measured bound of every run is found: the
@@ -83,7 +83,7 @@ class StudyConfig:
     seeds: tuple[int, ...] = (42,)
     weights: str = "pretrained"
     missing_weights: str = "error"
-    references: bool = True
+    baselines: bool = True
     controls: bool = False
     invert: int = 0
     inversion: InvertConfig = InvertConfig()

@@ -47,7 +47,7 @@ BASELINES = (
 Images = Float[Tensor, "batch 3 height width"]
 
 
-def reference(name: str) -> Callable[[Images], Images]:
+def baseline(name: str) -> Callable[[Images], Images]:
     """Return the function from images `(B, 3, H, W)` in [0, 1] to what `mean`, `thumbnail-N` or `jpeg-Q` leaves.
 
     Raises `AfterimageError` for any other name, listing what would be valid.
@@ -100,7 +100,7 @@ def run_baselines(
     progress = of_caller(progress)
     if names is None:
         names = [name for name in BASELINES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < data.crop]
-    lines = {name: reference(name) for name in names}
+    lines = {name: baseline(name) for name in names}
     runs = {name: Run.create(root, BaselineConfig(name, data, lpips)) for name in names}
     failed: list[AfterimageError] = []
 

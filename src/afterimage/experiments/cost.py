@@ -1,4 +1,4 @@
-"""What a study would cost, before anything is started: shapes, parameters, multiply-adds, time and memory."""
+"""Estimate the cost of a study before it is started: shapes, parameters, multiply-adds, time and memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,18 @@ from afterimage.models.reconstructor import build_feature_decoder
 
 @dataclass(frozen=True)
 class Plan:
-    """One run as it would be. `seconds` and `bytes` are estimates; multiply-adds are for one image; `unseen` names
-    by source the pixels that no location sees."""
+    """The estimated cost of one run.
+
+    Attributes:
+        config: the run
+        specs: shapes of its features
+        parameters: parameters of fusion and decoder
+        encoder_macs: multiply-adds of the encoders for one image
+        decoder_macs: multiply-adds of fusion and decoder for one image
+        seconds: estimated time
+        bytes: estimated memory
+        unseen: the pixels that no location sees, by source
+    """
 
     config: RunConfig
     specs: tuple[FeatureSpec, ...]
@@ -35,12 +45,15 @@ class Plan:
 
 
 def plan(configs: Sequence[RunConfig]) -> list[Plan]:
-    """Measure every run's networks without data and without weights.
+    """Estimate the cost of runs without their images and weights.
 
-    Time is the multiply-adds of all epochs (an encoder pass, a decoder pass and twice that backward) and of a closed
-    form at the rate a convolution reaches on this machine now, each run counted as if it were trained alone. Memory
-    is the decoder's parameters with their gradients and Adam's moments, a batch's activations, and the sums of a
-    closed form.
+    Time is the multiply-adds of all epochs (an encoder pass, a decoder pass, and twice that for the backward pass) and
+    of a closed form, at the rate that a convolution reaches on this machine now. Each run counts as if it were trained
+    alone. Memory is the decoder's parameters with their gradients and Adam's moments, a batch's activations, and the
+    sums of a closed form.
+
+    Raises:
+        AfterimageError: a network or its layer is unknown, or cannot be built
     """
     return [_plan(config) for config in configs]
 
@@ -48,14 +61,14 @@ def plan(configs: Sequence[RunConfig]) -> list[Plan]:
 def _plan(config: RunConfig) -> Plan:
     crop = config.data.crop
     infos = {source: layer_info(source, crop) for source in config.sources}
-    specs = tuple(FeatureSpec(s, i.channels, i.height, i.width, i.rows, i.columns) for s, i in infos.items())
+    specs = tuple(info.spec for info in infos.values())
     deepest: dict[str, int] = {}
     for source, info in infos.items():
         model = split_source(source)[0]
         deepest[model] = max(deepest.get(model, 0), info.encoder_macs)
     with torch.device("meta"):
         model = build_feature_decoder(config, specs).eval()
-        features = [torch.empty(1, s.channels, s.height, s.width) for s in specs]
+        features = [torch.empty(1, *spec.shape) for spec in specs]
         activations = _activations(model, features)
     decoder_macs = model.macs(specs)
     parameters = sum(p.numel() for p in model.parameters())
@@ -96,7 +109,7 @@ def _activations(model: nn.Module, features: list[torch.Tensor]) -> int:
 
 @cache
 def training_images(data: DataConfig) -> int:
-    """How many images would train; DIV2K's are known without a download, those of other sources are counted."""
+    """Return the number of training images: DIV2K's is known without a download, those of other sources are counted."""
     own = not data.test
     if data.source.partition(":")[0] == "div2k":
         total = 800 - round(800 * data.validation_fraction)
@@ -109,7 +122,7 @@ def training_images(data: DataConfig) -> int:
 
 @cache
 def macs_per_second() -> float:
-    """The rate of a 3x3 convolution on 64 channels here and now, best of a few."""
+    """Measure the multiply-adds a second of a 3x3 convolution on 64 channels, the best of a few passes."""
     convolution = nn.Conv2d(64, 64, 3, padding=1)
     images = torch.randn(8, 64, 56, 56)
     best = float("inf")

@@ -1,4 +1,4 @@
-"""A finished run put to use: measured again, on its own images or on others, or given an image of one's own."""
+"""Use a finished run: measure it again, on its own images or others, or reconstruct image files."""
 
 from __future__ import annotations
 
@@ -28,10 +28,20 @@ def evaluate_run(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure a finished run's decoder on its own test images, or on the source that `test` names.
+    """Measure a finished run's decoder on test images. Test images from a source of their own need no training images.
 
-    Test images from a source of their own need no training images. Raises `AfterimageError` where the run has no
-    decoder, or its encoder's weights are not those of the training.
+    Args:
+        run: the run
+        metrics: the metrics
+        test: source of the test images; None for the run's own
+        weights: file or folder of the encoders' weights; None for the run's own setting
+        cache: folder of decoded images; None for the default
+        device: device of the computations
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: images are missing, the run has no decoder, or the encoders' weights are not those it was
+            trained on
     """
     data = run.config.data
     if test is not None:
@@ -45,7 +55,13 @@ def evaluate_run(
 
 
 class Rebuilt(NamedTuple):
-    """An image as the encoder saw it and what came back, uint8 `(H, W, 3)`; scores by name, None where unavailable."""
+    """An image and its reconstruction.
+
+    Attributes:
+        original: the image as the encoder saw it, `(H, W, 3)` uint8
+        image: the reconstruction, likewise
+        scores: metrics by name; None for one that is not available
+    """
 
     original: np.ndarray
     image: np.ndarray
@@ -55,10 +71,18 @@ class Rebuilt(NamedTuple):
 def rebuild(
     paths: Sequence[Path], run: Run, metrics: Metrics, *, weights: str | None = None, device: str = "cpu"
 ) -> list[Rebuilt]:
-    """Rebuild image files through a finished run, each prepared as test images are: shorter side to the run's
-    `resize`, centre crop.
+    """Reconstruct image files through a finished run, prepared like test images: resized, then the centre crop.
 
-    Raises `AfterimageError` for a file that is no image, and as `load_reconstructor` does.
+    Args:
+        paths: the image files
+        run: the run
+        metrics: the metrics
+        weights: file or folder of the encoders' weights; None for the run's own setting
+        device: device of the computations
+
+    Raises:
+        AfterimageError: a file is no image, the run has no decoder, or the encoders' weights are not those it was
+            trained on
     """
     reconstructor, results = load_reconstructor(run, weights=weights).to(device), []
     for path in paths:
@@ -70,6 +94,6 @@ def rebuild(
 
 
 def side_by_side(rebuilt: Rebuilt, output: Path) -> None:
-    """Save original and reconstruction beside each other as PNG, pixel for pixel."""
+    """Write an image and its reconstruction beside each other into a PNG file, pixel for pixel."""
     gap = np.full((len(rebuilt.original), 8, 3), 255, np.uint8)
     write_image(output, np.concatenate((rebuilt.original, gap, rebuilt.image), axis=1))

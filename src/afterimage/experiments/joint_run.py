@@ -1,4 +1,4 @@
-"""Runs that are trained together on one pass through their encoders, from their checkpoints to their scores."""
+"""Train runs together on one pass through their encoders, from their checkpoints to their scores."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from afterimage.training.trainer import Trainer
 
 @dataclass(kw_only=True)
 class StudyContext(RunContext):
-    """The surroundings of runs that are trained together: one that fails is recorded, and the others go on.
+    """The context of runs that are trained together: the failure of one is recorded, and the others go on.
 
     Args:
-        locks: the lock of each run's folder, which the main process holds.
-        failures: takes the error of each run that fails.
-        measured: takes the runs that have their results.
+        locks: lock of each run's folder; the main process holds them
+        failures: takes the error of each run that fails
+        measured: takes the runs that have their results
     """
 
     locks: Mapping[Run, Lock]
@@ -65,7 +65,7 @@ class StudyContext(RunContext):
         self.locks[run].check()
 
     def record_failure(self, run: Run, error: Exception) -> None:
-        """Write the error into the run's folder, unless it concerns more than this run: then it is raised."""
+        """Record an error in the run's folder, or raise it if it concerns more than this run."""
         if concerns(error):
             raise error
         if isinstance(error, LockLost):
@@ -81,15 +81,15 @@ class StudyContext(RunContext):
 class JointRun:
     """Runs that share encoders, images, batches and seed, trained on one pass and measured on another.
 
-    An error that concerns all of them is raised; it concerns `ENCODERS` where runs that read other layers might do
-    without what failed.
+    An error that concerns all of them is raised. It concerns `ENCODERS` if runs that read other layers might do without
+    what failed.
 
     Args:
-        runs: the folders and what each is to hold.
-        data: the images of all of them.
-        context: their surroundings; takes what becomes of each run.
-        accelerator: `cpu`, `cuda`, `mps` or `auto`.
-        keep: how many test images are stored with their reconstructions.
+        runs: folder and configuration of each run
+        data: the images of all of them
+        context: the context of training; takes failures and finished runs
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        keep: number of test images that are stored with their reconstructions
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class JointRun:
         return self.ranks.local_fabric(self.accelerator, self.first.recipe.precision)
 
     def train(self) -> None:
-        """Train what is not trained, and measure it."""
+        """Train the runs that are not trained yet, and measure them."""
         decoders = []
         for run, config in self.runs.items():
             with self.context.isolate(run):
@@ -173,7 +173,7 @@ class JointRun:
         return decoder
 
     def finish(self, decoders: list[DecoderTrainer]) -> None:
-        """Measure the decoders at their best on the test images, and write down what they came to."""
+        """Measure the best weights of the decoders on the test images, and write the results."""
         saved = []
         for decoder in decoders:
             with self.context.isolate(decoder.run):
@@ -280,12 +280,20 @@ class JointRun:
 
 
 def build_encoders(config: RunConfig, sources: Sequence[str]) -> MultiEncoder:
-    """The encoders of a run's weights, image size and seed, for these sources."""
+    """Build encoders with a run's weights, image size and seed.
+
+    Args:
+        config: the run
+        sources: the layers, `model:layer` each
+
+    Raises:
+        AfterimageError: a model or layer is unknown, or weights are not available
+    """
     return MultiEncoder(sources, weights=config.weights, image_size=config.data.crop, seed=config.seed)
 
 
 def try_encoders(config: RunConfig, data: Data, accelerator: str, ranks: ProcessGroup) -> None:
-    """Build the encoders of one run alone and run them on one image; raises what they raise."""
+    """Build the encoders of one run and run them on one image, to raise the error of those that fail."""
     fabric = ranks.local_fabric(accelerator, config.recipe.precision)
     encoders = build_encoders(config, config.sources).to(fabric.device)
     with torch.no_grad(), fabric.autocast():

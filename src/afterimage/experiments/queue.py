@@ -1,4 +1,4 @@
-"""Run configurations become finished run folders: grouped, each run in one process at a time, trained, measured."""
+"""Train run configurations into finished run folders; each run is trained by one process at a time."""
 
 from __future__ import annotations
 
@@ -53,28 +53,28 @@ def train_runs(
 ) -> list[Run]:
     """Train every run that is not done yet, and measure it on the test images.
 
-    Runs that share encoders, images, batches and seed are trained together on one pass. Any number of processes may
-    be given the same runs: each run is trained by one of them, and every one returns when all are done. Processes
-    that `torchrun` has started do the runs together instead, each its part of every batch (see `runtime.distributed`).
+    Runs that share encoders, images, batches and seed are trained together on one pass. Any number of processes may be
+    given the same runs: each run is trained by one of them, and each process returns when all runs are done. Processes
+    that `torchrun` has started train together instead, each on its part of every batch (see `runtime.distributed`).
 
     Args:
-        configs: What the runs are.
-        root: The folder of the run folders.
-        cache: The folder of decoded images.
-        accelerator: `cpu`, `cuda`, `mps` or `auto`.
-        progress: Is told how far the work is. What it raises is the caller's own and ends everything.
-        keep: How many test images each run stores with their reconstructions.
-        failures: Takes the errors of runs that fail. Each is recorded in its run's folder, with its traceback, and
-            all that does not depend on what failed goes on.
-        checkpoint_seconds: Time between two checkpoints within an epoch; one is written after every epoch.
-        left: Takes the runs that other processes are at, which are then not waited for.
+        configs: the runs
+        root: folder of the run folders
+        cache: folder of decoded images; None for the default
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        progress: called with what is done, how far it is, and the total; an exception in it ends everything
+        keep: number of test images that each run stores with their reconstructions
+        failures: takes the errors of runs that fail; each is also recorded in its run's folder, and everything that
+            does not depend on it goes on
+        checkpoint_seconds: time between two checkpoints within an epoch; one is written after every epoch anyway
+        left: takes the runs that other processes are training, which are then not waited for
 
     Returns:
-        All runs, in the order asked for.
+        all runs, in the order of `configs`
 
     Raises:
-        AfterimageError: A run failed, and there is no list of `failures`; raised when the others have ended.
-        Stopped: SIGTERM or Ctrl-C; training has stopped after the step under way, with a checkpoint.
+        AfterimageError: a run failed, and there is no list of `failures`; raised when the others have ended
+        Stopped: SIGTERM or Ctrl-C; training has stopped after the current step, with a checkpoint
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     with distributed_context(accelerator) as ranks:
@@ -91,7 +91,7 @@ def train_runs(
 
 
 def report_failures(found: Sequence[AfterimageError], failures: list[AfterimageError] | None) -> None:
-    """Add what failed to `failures`, or raise the first where no such list is given."""
+    """Add errors to `failures`, or raise the first one if there is no such list."""
     if failures is not None:
         failures += found
     elif found:
@@ -109,7 +109,7 @@ def _tidy(run: Run) -> None:
 
 
 def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
-    """Divide runs by what they must share to be trained together: encoders, images, batches, seed and LPIPS network."""
+    """Group runs that can be trained together: those that share encoders, images, batches, seed and LPIPS network."""
     found: dict[tuple, dict[Key, RunConfig]] = {}
     for run, config in runs:
         models = frozenset(split_source(source)[0] for source in config.sources)
@@ -121,17 +121,17 @@ def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
 
 @dataclass
 class RunQueue:
-    """The runs that are not done, and which of them this process may do: those whose folders it can lock.
+    """The runs that are not done, of which this process may train those whose folders it can lock.
 
-    Of several processes that train together the main one holds the locks and decides, and the others follow it.
+    Of several processes that train together the main process holds the locks and decides; the others follow it.
 
     Args:
-        log: Is told what other processes do.
-        ranks: The processes that train together.
-        waiting: The runs that have not ended, here or elsewhere.
-        failures: The errors of runs that have failed, here or elsewhere.
-        locks: The lock of each folder that was asked for.
-        elsewhere: Runs that another process was seen at.
+        log: is told what other processes do
+        ranks: processes that train together
+        waiting: runs that have not ended, here or elsewhere
+        failures: errors of runs that have failed, here or elsewhere
+        locks: lock of each folder that was asked for
+        elsewhere: runs that another process was seen training
     """
 
     log: Callable[[str], None]
@@ -142,7 +142,11 @@ class RunQueue:
     elsewhere: set[Run] = field(default_factory=set)
 
     def open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
-        """Make the folders, and let those wait that are not done; returns all runs, in the order asked for."""
+        """Create the run folders, and queue the runs that are not done.
+
+        Returns:
+            all runs, in the order of `configs`
+        """
         with self.ranks.raise_on_all_ranks():
             unique = {config.digest: config for config in configs} if self.ranks.is_main_process else {}
             for config in unique.values():
@@ -157,7 +161,7 @@ class RunQueue:
 
     @contextlib.contextmanager
     def isolate(self, run: Run) -> Iterator[None]:
-        """End a run whose folder cannot be read or locked inside the block; nothing is written into it."""
+        """Limit an error of this block to a run whose folder cannot be read or locked; nothing is written into it."""
         try:
             yield
         except Exception as error:
@@ -169,7 +173,7 @@ class RunQueue:
                 self.locks[run].release()
 
     def take(self, runs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:
-        """Lock those of the runs that this process is to do now, and return them."""
+        """Lock the runs among these that this process can train now, and return them."""
         with self.ranks.raise_on_all_ranks():
             mine = []
             for run in runs if self.ranks.is_main_process else ():
@@ -198,7 +202,7 @@ class RunQueue:
         return False
 
     def heard(self, value: Heard) -> Heard:
-        """Give every process the main one's value, and the runs that wait and have failed there."""
+        """Return the main process's value on all ranks, and copy its queue and failures to them."""
         value, waiting, failures = self.ranks.broadcast((value, self.waiting, self.failures))
         if not self.ranks.is_main_process:
             self.waiting.clear()
@@ -207,7 +211,7 @@ class RunQueue:
         return value
 
     def fail(self, runs: Iterable[Run], error: Exception) -> None:
-        """Record an error that ended all of the runs; the locks are held, but for those that were lost."""
+        """Record an error that ended all of these runs, except in folders whose lock was lost."""
         runs = [run for run in runs if not (run in self.locks and self.locks[run].lost)]
         names = listed([run.name for run in runs]) or "a group of runs"
         self.failures.append(as_error(error, names, runs[0].file(TRACEBACK) if runs else None))
@@ -218,7 +222,7 @@ class RunQueue:
         let_go(error)
 
     def mark(self, runs: Iterable[Run], state: str, **details: str) -> None:
-        """Set the state of those of the runs that have not ended, as far as their folders can be written."""
+        """Set the state of those runs that have not ended, if their folders can be written."""
         for run in runs if self.ranks.is_main_process else ():
             with contextlib.suppress(Exception):
                 if run.state not in ("done", "failed"):

@@ -1,4 +1,4 @@
-"""Whether finished runs still hold: their stored decoders are measured again, and what changed is named."""
+"""Verify finished runs: measure their stored decoders again, and name what has changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from afterimage.config import (
 )
 from afterimage.data.dataset import load_data, load_test
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.baselines import reference
+from afterimage.evaluation.baselines import baseline
 from afterimage.evaluation.evaluate import evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.encoders.providers.timm import resolve_model
@@ -44,11 +44,16 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one run when it was measured again.
+    """The outcome of measuring one run again.
 
-    `worst` is the largest difference of any image's score, by name, where it could be measured; `changes` names
-    what is not as it was when the run was made, `problems` why its scores do not hold, `missing` what it would take to
-    measure them. `skipped` says why this kind of row is not measured at all.
+    Attributes:
+        run: the run
+        images: number of images that were measured
+        worst: largest difference of any image's score, by metric
+        changes: differences between now and when the run was made
+        problems: reasons why its scores do not hold
+        missing: what would be needed to measure it
+        skipped: why this kind of row is not measured; empty if it is
     """
 
     run: Run
@@ -61,7 +66,7 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether the scores were measured and are what was written down."""
+        """Whether the scores were measured again and agree."""
         return not (self.problems or self.missing or self.skipped)
 
 
@@ -77,10 +82,17 @@ def verify_runs(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> list[Verdict]:
-    """Measure every run's decoder (or baseline) again, on its own images, and compare with its scores.
+    """Measure every run's decoder or baseline again on its own images, and compare the scores.
 
-    Scores hold where every image's are within `TOLERANCE`. What cannot be measured, since images, weights or the
-    rest of a run that is not done are missing, neither holds nor fails; rows of other kinds are skipped.
+    Scores hold if those of every image are within `TOLERANCE`. A run that cannot be measured, because images or weights
+    are missing or it is not done, neither holds nor fails; rows of other kinds are skipped.
+
+    Args:
+        runs: the runs
+        weights: file or folder of the encoders' weights; None for each run's own setting
+        cache: folder of decoded images; None for the default
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        progress: called with what is done, how far it is, and the total
     """
     loaded: dict[DataConfig, _Loaded] = {}
     verdicts = []
@@ -212,7 +224,7 @@ def _measured(
     if before != now:
         changes.append(f"LPIPS: weights {before and before[:12]} then, {now and now[:12]} now")
     if isinstance(config, BaselineConfig):
-        return evaluate(reference(config.reference), data.test, metrics, progress=progress).rows
+        return evaluate(baseline(config.baseline), data.test, metrics, progress=progress).rows
     recipe = config.recipe
     where = absolute_weights(weights or config.weights)
     try:

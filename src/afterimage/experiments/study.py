@@ -41,11 +41,16 @@ Train = Callable[..., list[Run]]
 def expand(
     study: StudyConfig, progress: Progress = silent, failures: list[AfterimageError] | None = None
 ) -> list[RunConfig]:
-    """The study's runs, with globs resolved, tags pinned and weights looked for.
+    """Expand a study into its runs, with globs resolved, tags pinned and weights searched.
 
-    A source that cannot be resolved (an unknown model, one that cannot be built at this size, a glob that matches no
-    layer) ends its own rows alone; the errors are added to `failures`, or the first is raised where no such list is
-    given.
+    Args:
+        study: the study
+        progress: is told of warnings
+        failures: takes the errors of sources that cannot be resolved (an unknown model, one that cannot be built at
+            this size, a glob that matches no layer); only the rows of such a source are left out
+
+    Raises:
+        AfterimageError: a source cannot be resolved, and there is no list of `failures`
     """
     progress = of_caller(progress)
     rows = [RowConfig((source,)) for source in study.sources] + list(study.rows)
@@ -126,7 +131,7 @@ def _matches(source: str, size: int, progress: Progress) -> list[str]:
     model, layer = split_source(source)
     if not any(sign in layer for sign in "*?["):
         return [resolve(source)]
-    names = [info.name for info in list_layers(model, size)]
+    names = [found.layer for found in list_layers(model, size)]
     if ended := early_end(model, size):
         progress(f"WARNING: {ended}", 1, 1)
     matches = [resolve(f"{model}:{name}") for name in names if fnmatch.fnmatchcase(name, layer)]
@@ -156,9 +161,11 @@ def _first_lpips() -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` of `count` of a study, from 1: every so-many-th group of runs that are trained together.
+    """One part of a study: every `count`-th group of runs that are trained together. The baselines belong to part 1.
 
-    The baselines belong to part 1.
+    Attributes:
+        number: number of the part, from 1
+        count: number of parts
     """
 
     number: int = 1
@@ -172,21 +179,25 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """`2/5` as the second part of five."""
+        """Parse `2/5`, the second part of five.
+
+        Raises:
+            AfterimageError: the text is anything else
+        """
         number, slash, count = text.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal()):
             raise AfterimageError(f"a part of a study is written K/N, such as 2/5, got {text!r}")
         return cls(int(number), int(count))
 
     def of(self, configs: Sequence[RunConfig]) -> list[RunConfig]:
-        """The part's runs. The parts 1 to `count` together hold every run once."""
+        """Return the runs of this part; the parts 1 to `count` together have every run once."""
         groups = study_groups(configs)[self.number - 1 :: self.count]
         mine = {config.digest for group in groups for config in group}
         return [config for config in configs if config.digest in mine]
 
 
 def study_groups(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """The runs by what is trained together (see `queue.groups`), in the study's order."""
+    """Group the runs that are trained together (see `queue.groups`), in the study's order."""
     from afterimage.experiments.queue import groups
 
     return [list(group.values()) for group in groups((config.digest, config) for config in configs)]
@@ -202,14 +213,23 @@ def run_study(
     train: Train | None = None,
     part: Part = Part(),
 ) -> tuple[list[Run], list[AfterimageError]]:
-    """Run what is not done yet. A run that fails is recorded and the others go on; returns runs and failures.
+    """Run everything in a study that is not done yet.
 
-    So is a row that gives no runs, in the study's failures.txt, a baseline, and the controls of one run: what
-    does not depend on them goes on.
+    A failure ends only what depends on it: a run, a row that gives no runs (recorded in failures.txt), a baseline, or
+    the controls of one run. Of processes that `torchrun` has started the main process does everything but the training,
+    and it alone returns the baselines.
 
-    `train` does the training: here (`queue.train_runs`, the default) or elsewhere (see `experiments.ray`). With a
-    `part` the rest of the study is left to others. Of processes that `torchrun` has started the main one does what
-    is not training, and alone returns the baselines.
+    Args:
+        study: the study
+        root: folder of the run folders
+        cache: folder of decoded images; None for the default
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        progress: called with what is done, how far it is, and the total
+        train: trains the runs; None for `queue.train_runs` (see `experiments.ray` for another)
+        part: the part of the study to run; the others are left to other processes
+
+    Returns:
+        the runs, and the failures
     """
     from afterimage.analysis.controls.run import run_controls
     from afterimage.evaluation.baselines import run_baselines
@@ -231,7 +251,7 @@ def run_study(
             if ranks.is_main_process:
                 write_atomic(Path(root) / "study.toml", dump_toml(study))
                 _write_failures(Path(root) / FAILURES, unresolved)
-            if ranks.is_main_process and study.references and part.number == 1 and configs:
+            if ranks.is_main_process and study.baselines and part.number == 1 and configs:
                 options = {"lpips": configs[0].lpips, "cache": cache, "progress": progress}
                 with collected(failures, "the baselines"):
                     runs += run_baselines(study.data, root, keep=study.keep, failures=failures, **options)
@@ -310,7 +330,7 @@ def _write_failures(path: Path, failures: Sequence[AfterimageError]) -> None:
 
 
 def perceptual(net: str) -> str:
-    """The published study's second loss, with LPIPS of this network."""
+    """Return the published study's second loss, with LPIPS of a network."""
     return "0.5*mse + 0.5*lpips" + ("" if net == "alex" else f":{net}")
 
 

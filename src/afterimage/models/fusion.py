@@ -109,14 +109,8 @@ class ProjectedFusion(Fusion):
     Maps are resampled bilinearly, antialiased where they shrink.
     """
 
-    def __init__(
-        self,
-        specs: Sequence[FeatureSpec],
-        channels: int,
-        size: tuple[int, int],
-        image_size: tuple[int, int],
-    ) -> None:
-        super().__init__(specs, channels, size, image_size)
+    def __init__(self, specs: Sequence[FeatureSpec], channels: int, *sizes: tuple[int, int]) -> None:
+        super().__init__(specs, channels, *sizes)
         self.projections = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(spec.channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels)
@@ -147,14 +141,8 @@ class AttentionFusion(ProjectedFusion):
 
     has_weights = True
 
-    def __init__(
-        self,
-        specs: Sequence[FeatureSpec],
-        channels: int,
-        size: tuple[int, int],
-        image_size: tuple[int, int],
-    ) -> None:
-        super().__init__(specs, channels, size, image_size)
+    def __init__(self, specs: Sequence[FeatureSpec], channels: int, *sizes: tuple[int, int]) -> None:
+        super().__init__(specs, channels, *sizes)
         self.score = nn.Sequential(
             nn.Conv2d(len(specs) * channels, channels, kernel_size=1),
             nn.ReLU(inplace=True),
@@ -176,14 +164,8 @@ class AttentionFusion(ProjectedFusion):
 class ConcatFusion(ProjectedFusion):
     """All projected maps side by side, brought back to `channels` by a 1x1 convolution."""
 
-    def __init__(
-        self,
-        specs: Sequence[FeatureSpec],
-        channels: int,
-        size: tuple[int, int],
-        image_size: tuple[int, int],
-    ) -> None:
-        super().__init__(specs, channels, size, image_size)
+    def __init__(self, specs: Sequence[FeatureSpec], channels: int, *sizes: tuple[int, int]) -> None:
+        super().__init__(specs, channels, *sizes)
         self.mix = nn.Conv2d(len(specs) * channels, channels, kernel_size=1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -195,14 +177,8 @@ class WeightedFusion(ProjectedFusion):
 
     has_weights = True
 
-    def __init__(
-        self,
-        specs: Sequence[FeatureSpec],
-        channels: int,
-        size: tuple[int, int],
-        image_size: tuple[int, int],
-    ) -> None:
-        super().__init__(specs, channels, size, image_size)
+    def __init__(self, specs: Sequence[FeatureSpec], channels: int, *sizes: tuple[int, int]) -> None:
+        super().__init__(specs, channels, *sizes)
         self.logits = nn.Parameter(torch.zeros(len(specs)))
 
     def weights(self, features: Sequence[Tensor]) -> Float[Tensor, "batch sources h w"]:
@@ -219,14 +195,8 @@ class AlignedFusion(Fusion):
 
     trainable = False
 
-    def __init__(
-        self,
-        specs: Sequence[FeatureSpec],
-        channels: int,
-        size: tuple[int, int],
-        image_size: tuple[int, int],
-    ) -> None:
-        super().__init__(specs, sum(spec.channels for spec in specs), size, image_size)
+    def __init__(self, specs: Sequence[FeatureSpec], channels: int, *sizes: tuple[int, int]) -> None:
+        super().__init__(specs, sum(spec.channels for spec in specs), *sizes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         pairs = zip(features, self.canvases, strict=True)

@@ -83,7 +83,7 @@ class MultiEncoder(nn.Module):
 
 def no_maps(specs: Sequence[FeatureSpec], device: torch.device) -> list[Tensor]:
     """Feature maps `(0, C, h, w)` of no images, which some networks cannot make themselves."""
-    return [torch.zeros(0, spec.channels, spec.height, spec.width, device=device) for spec in specs]
+    return [torch.zeros(0, *spec.shape, device=device) for spec in specs]
 
 
 @runtime_checkable
@@ -159,7 +159,7 @@ class FeatureDecoder(nn.Module):
         # On tensors without values: the counter sees nothing of the kernel that computes attention on a CPU.
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        features = [torch.empty(1, s.channels, s.height, s.width, device="meta") for s in specs]
+        features = [torch.empty(1, *spec.shape, device="meta") for spec in specs]
         training = self.training
         self.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -159,14 +159,14 @@ class Rows:
     """
 
     decoders: tuple[Row, ...]
-    references: tuple[Row, ...]
+    baselines: tuple[Row, ...]
     unfinished: tuple[Unfinished, ...]
     warnings: tuple[str, ...] = ()
     inversions: tuple[Row, ...] = ()
 
     @property
     def all(self) -> tuple[Row, ...]:
-        return self.decoders + self.references
+        return self.decoders + self.baselines
 
     @property
     def every(self) -> tuple[Row, ...]:
@@ -283,7 +283,7 @@ def _uninformed(rows: Sequence[Row]) -> Iterable[str]:
     lines = {
         row.data.test_digest: row.scores["psnr"].mean
         for row in rows
-        if row.settings.get("reference") == "mean"
+        if row.settings.get("baseline") == "mean"
     }
     low = [
         row for row in rows

@@ -132,8 +132,8 @@ def _sentence(rows: Rows) -> str:
         layers = f"{_count(len(sources), 'layer')} of {_count(len(models), 'frozen encoder')}"
         runs = _count(len(rows.decoders), "run")
         parts.append(f"{runs} on {layers} with {_count(len(decoders), 'decoder')}")
-    if rows.references:
-        parts.append(_count(len(rows.references), "baseline"))
+    if rows.baselines:
+        parts.append(_count(len(rows.baselines), "baseline"))
     return (
         "A decoder rebuilds images from the features of a frozen vision encoder; what comes back, measured "
         f"on images that it was not trained on, tells what the features kept. {', '.join(parts)}. "
@@ -188,11 +188,11 @@ def _weights(rows: Rows) -> Iterable[str]:
 
 def _origins(rows: Rows, out: Path) -> Iterable[str]:
     """What all rows share once, then where each row's own settings stand."""
-    settings = [flatten(row.settings) for row in rows.decoders or rows.references]
+    settings = [flatten(row.settings) for row in rows.decoders or rows.baselines]
     keys = sorted(set().union(*settings))
     shared = [k for k in keys if all(k in each and each[k] == settings[0][k] for each in settings)]
     if shared:
-        yield f"Settings that all {'decoder' if rows.decoders else 'reference'} rows share:"
+        yield f"Settings that all {'decoder' if rows.decoders else 'baseline'} rows share:"
         text = "\n".join(f"{key} = {json.dumps(settings[0][key], default=str)}" for key in shared)
         yield markdown_block(text, "toml")
     facts = [_facts(row.run) for row in rows.every]

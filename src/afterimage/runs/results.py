@@ -104,8 +104,13 @@ class Interval:
 class FeatureMap(FeatureSpec):
     """One layer's features as they were measured: shape, placement, and what the encoder costs up to there.
 
-    `order` counts modules in order of execution, `reduction` is the image's height over the features', and `unseen`
-    names the pixels that no location sees, or says that their placement is not known.
+    Attributes:
+        module: path of the layer's module
+        order: number of modules that finish before it
+        reduction: the image's height over the features'
+        encoder_parameters: parameters of the encoder up to there
+        encoder_macs: multiply-adds of the encoder up to there, for one image
+        unseen: the pixels that no location sees, or why positions are unknown; empty if neither applies
     """
 
     module: str
@@ -118,6 +123,11 @@ class FeatureMap(FeatureSpec):
     def __post_init__(self) -> None:
         split_source(self.source)
         check_positive(self, "channels", "height", "width")
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The shape and placement alone, from which a decoder is built."""
+        return FeatureSpec(self.source, *self.shape, self.rows, self.columns)
 
 
 @dataclass(frozen=True)

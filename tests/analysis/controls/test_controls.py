@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.evaluation.baselines import BASELINES, label, reference, run_baselines
+from afterimage.evaluation.baselines import BASELINES, baseline, label, run_baselines
 from afterimage.evaluation.metrics import psnr
 
 
@@ -21,7 +21,7 @@ def images(height: int = 40, width: int = 56, seed: int = 0) -> torch.Tensor:
 
 def test_mean_is_each_images_own_colour():
     originals = images()
-    result = reference("mean")(originals)
+    result = baseline("mean")(originals)
     assert result.shape == originals.shape
     for original, sample_image in zip(originals.numpy(), result.numpy(), strict=True):
         expected = original.reshape(3, -1).mean(1)[:, None, None]
@@ -31,7 +31,7 @@ def test_mean_is_each_images_own_colour():
 @pytest.mark.parametrize("size", [1, 5, 7, 14, 39])
 def test_thumbnails_agree_with_pillow(size):
     originals = images()
-    for original, sample_image in zip(originals, reference(f"thumbnail-{size}")(originals), strict=True):
+    for original, sample_image in zip(originals, baseline(f"thumbnail-{size}")(originals), strict=True):
         for channel, result in zip(original.numpy(), sample_image.numpy(), strict=True):
             small = Image.fromarray(channel).resize((size, size), Image.Resampling.BICUBIC)
             expected = np.asarray(small.resize((56, 40), Image.Resampling.BICUBIC))
@@ -40,13 +40,13 @@ def test_thumbnails_agree_with_pillow(size):
 
 def test_a_thumbnail_of_full_size_is_the_image():
     originals = images(24, 24)
-    torch.testing.assert_close(reference("thumbnail-24")(originals), originals, rtol=0, atol=1e-6)
+    torch.testing.assert_close(baseline("thumbnail-24")(originals), originals, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("quality", [1, 50, 95, 100])
 def test_jpeg_is_pillows(quality):
     originals = images()
-    for original, sample_image in zip(originals, reference(f"jpeg-{quality}")(originals), strict=True):
+    for original, sample_image in zip(originals, baseline(f"jpeg-{quality}")(originals), strict=True):
         pixels = (original.permute(1, 2, 0).numpy().astype(np.float64) * 255 + 0.5).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format="jpeg", quality=quality)
@@ -55,13 +55,13 @@ def test_jpeg_is_pillows(quality):
 
 
 def test_jpeg_is_a_good_copy():
-    assert (psnr(reference("jpeg-95")(images()), images()) > 25).all()
+    assert (psnr(baseline("jpeg-95")(images()), images()) > 25).all()
 
 
 def test_more_information_scores_higher():
     originals = images(120, 120)
     names = ["mean", *(f"thumbnail-{size}" for size in (7, 14, 28, 56, 112))]
-    scores = [psnr(reference(name)(originals), originals).mean().item() for name in names]
+    scores = [psnr(baseline(name)(originals), originals).mean().item() for name in names]
     assert scores == sorted(scores)
 
 
@@ -69,15 +69,15 @@ def test_more_information_scores_higher():
     st.sampled_from(["mean", "thumbnail-3", "thumbnail-11", "jpeg-20"]), st.integers(0, 1000), st.booleans()
 )
 @settings(max_examples=25, deadline=None)
-def test_references_stay_in_range_and_take_each_image_alone(name, seed, hard):
+def test_baselines_stay_in_range_and_take_each_image_alone(name, seed, hard):
     originals = images(16, 21, seed)
     originals = originals.round() if hard else originals
     before = originals.clone()
-    result = reference(name)(originals)
+    result = baseline(name)(originals)
     assert torch.equal(originals, before)
     assert result.shape == originals.shape and result.dtype == torch.float32
     assert result.min() >= 0 and result.max() <= 1
-    torch.testing.assert_close(reference(name)(originals[1:]), result[1:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(baseline(name)(originals[1:]), result[1:], rtol=0, atol=1e-6)
 
 
 def test_baselines_of_every_table():
@@ -96,14 +96,14 @@ def test_baselines_of_every_table():
     "name", ["", "mean-3", "thumbnail", "thumbnail-0", "thumbnail-07", "jpeg-101", "jpeg-0", "png"]
 )
 def test_unknown_names_are_errors_that_list_the_known_ones(name):
-    for function in (reference, label):
+    for function in (baseline, label):
         with pytest.raises(AfterimageError, match=r"unknown baseline .*mean, thumbnail-7, .*jpeg-QUALITY"):
             function(name)
 
 
 def test_a_thumbnail_larger_than_the_image_is_an_error():
     with pytest.raises(AfterimageError, match="a thumbnail of 41 pixels is larger than the images, 40x56"):
-        reference("thumbnail-41")(images())
+        baseline("thumbnail-41")(images())
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ DATA = DataConfig(source="procedural:20", resize=36, crop=32)
 def test_baselines_become_runs_once(no_weights, tmp_path):
     runs = run_baselines(DATA, tmp_path / "runs", cache=tmp_path / "cache", keep=1)
     results = [run.result for run in runs]
-    assert [result.config.reference for result in results] == [
+    assert [result.config.baseline for result in results] == [
         "mean",
         "thumbnail-7",
         "thumbnail-14",

@@ -20,7 +20,7 @@ from afterimage.experiments.study import run_study, with_matched_controls
 from afterimage.models.reconstructor import FeatureDecoder, MultiEncoder, Reconstructor
 from afterimage.runs.results import LpipsStatus
 from afterimage.runs.run import Run
-from report_study import write_reference
+from report_study import write_baseline
 
 MODEL = "test_resnet.r160_in1k"
 DATA = DataConfig("procedural:24", test="procedural:5", resize=64, crop=64)
@@ -177,7 +177,7 @@ def test_one_test_image_has_no_other(finished, tmp_path):
 
 
 def test_rows_without_a_decoder_are_passed_over(tmp_path):
-    run = write_reference(tmp_path, "mean")
+    run = write_baseline(tmp_path, "mean")
     assert run_controls([run], accelerator="cpu") == []
     assert not any(run.file(f"{part}.json").exists() for part in PARTS)
 

@@ -323,7 +323,7 @@ def test_gradients_peak_where_locations_lie(model):
     size = FAMILIES[model]
     infos = [info for info in list_layers(model, size) if min(info.height, info.width) >= SHARP]
     infos = [infos[0], infos[-1]]
-    encoder = Encoder(model, layers=[info.name for info in infos], weights="random", image_size=size)
+    encoder = Encoder(model, layers=[info.layer for info in infos], weights="random", image_size=size)
     for index, spec in enumerate(encoder.specs):
         for axis, placement in enumerate((spec.rows, spec.columns)):
             count, length = (spec.height, spec.width)[axis], size[axis]

@@ -6,17 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from afterimage.models.layers import attention as module
-from afterimage.models.layers.attention import TiledAttention, _bound, attend, narrow_attention
+from afterimage.models.layers.attention import _bound, attend, compiled_attention
 
 
-@pytest.fixture(params=["tiles", "compiled"])
-def narrow(request, monkeypatch):
-    """Each way of attending with narrow heads in its turn."""
-    if request.param == "tiles":
-        monkeypatch.setattr(module, "narrow_attention", lambda: (TiledAttention, "in tiles"))
-        return TiledAttention
+@pytest.fixture
+def compiled():
+    """The compiled kernel, where numba is installed."""
     pytest.importorskip("numba")
-    return narrow_attention()[0]
+    return compiled_attention()[0]
 
 
 def tokens(*shape, scale=1.0, dtype=torch.float32):
@@ -33,12 +30,8 @@ def agree(ours, expected, inputs, gradient):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("n", "d", "scale", "rows"),
-    [(600, 8, 1.0, 100), (700, 3, 1.5, 64), (513, 1, 0.1, 17), (600, 8, 1.0, 6000)],
-)
-def test_narrow_heads_give_what_the_built_in_kernel_gives(n, d, scale, rows, narrow, monkeypatch):
-    monkeypatch.setattr(module, "TILE", rows * n)
+@pytest.mark.parametrize(("n", "d", "scale"), [(600, 8, 1.0), (700, 3, 1.5), (513, 1, 0.1)])
+def test_narrow_heads_give_what_the_built_in_kernel_gives(n, d, scale, compiled, monkeypatch):
     q, k, v = tokens(2, 3, n, d, scale=scale)
     assert float(_bound(q, k).max()) < module.LARGEST
     with monkeypatch.context() as only:
@@ -48,7 +41,7 @@ def test_narrow_heads_give_what_the_built_in_kernel_gives(n, d, scale, rows, nar
     agree(ours, expected, (q, k, v), torch.linspace(-1, 1, ours.numel()).view_as(ours))
 
 
-def test_narrow_heads_are_exact_under_autocast(narrow):
+def test_narrow_heads_are_exact_under_autocast(compiled):
     q, k, v = tokens(2, 3, 600, 8)
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     same = [x.detach().float().requires_grad_() for x in half]
@@ -56,22 +49,13 @@ def test_narrow_heads_are_exact_under_autocast(narrow):
     with torch.autocast("cpu", torch.bfloat16):
         ours = attend(*half)
     assert ours.dtype == torch.bfloat16
-    least = 0 if narrow is TiledAttention else 1e-7
-    torch.testing.assert_close(ours, expected.bfloat16(), atol=least, rtol=1e-2)
+    torch.testing.assert_close(ours, expected.bfloat16(), atol=1e-7, rtol=1e-2)
     with torch.autocast("cpu", torch.bfloat16):
-        exact = narrow.apply(*same, _bound(*same[:2]))
+        exact = compiled.apply(*same, _bound(*same[:2]))
     agree(exact, expected, same, torch.linspace(-1, 1, exact.numel()).view_as(exact))
 
 
-def test_the_gradient_of_tiles_against_finite_differences(monkeypatch):
-    monkeypatch.setattr(module, "TILE", 16 * 20)
-    q, k, v = tokens(1, 2, 20, 3, dtype=torch.float64)
-    with torch.no_grad():
-        bound = _bound(q, k)
-    assert torch.autograd.gradcheck(lambda q, k, v: TiledAttention.apply(q, k, v, bound + 1), (q, k, v))
-
-
-def test_no_images_give_no_tokens(narrow):
+def test_no_images_give_no_tokens(compiled):
     """As one of several ranks may have."""
     q = torch.zeros(0, 2, 600, 8, requires_grad=True)
     out = attend(q, q, q)
@@ -87,7 +71,7 @@ def test_scores_that_could_underflow_go_to_the_built_in_kernel():
     assert out.isfinite().all() and torch.equal(out, F.scaled_dot_product_attention(q, k, v))
 
 
-def test_queries_may_be_other_tokens_than_keys(narrow):
+def test_queries_may_be_other_tokens_than_keys(compiled):
     """Neither count is a multiple of a tile's rows or keys."""
     q, _, gradient = tokens(2, 3, 37, 5)
     k, v, _ = tokens(2, 3, 611, 5)
@@ -95,7 +79,7 @@ def test_queries_may_be_other_tokens_than_keys(narrow):
 
 
 @pytest.mark.parametrize("threads", [1, 3, 5, 64])
-def test_threads_divide_heads_and_rows_without_a_difference(threads, narrow):
+def test_threads_divide_heads_and_rows_without_a_difference(threads, compiled):
     q, k, v = tokens(1, 2, 603, 8)
     before = torch.get_num_threads()
     try:
@@ -107,7 +91,7 @@ def test_threads_divide_heads_and_rows_without_a_difference(threads, narrow):
 
 @pytest.mark.parametrize("where", [0, 2], ids=["queries", "values"])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(wrong, where, narrow):
+def test_what_is_not_finite_stays_so(wrong, where, compiled):
     """Training looks at its loss for this; a kernel that assumes finite numbers would hide it."""
     inputs = [x.detach() for x in tokens(1, 2, 600, 8)]
     inputs[where][0, 1, 5, 2] = wrong
@@ -115,7 +99,7 @@ def test_what_is_not_finite_stays_so(wrong, where, narrow):
     assert not out[0, 1].isfinite().all() and out[0, 0].isfinite().all()
 
 
-def test_a_gradient_that_is_not_finite_stays_so(narrow):
+def test_a_gradient_that_is_not_finite_stays_so(compiled):
     q, k, v = tokens(1, 2, 600, 8)
     gradient = torch.zeros(1, 2, 600, 8)
     gradient[0, 1, 5, 2] = float("nan")
@@ -136,18 +120,20 @@ def no_folder(*args, **kwargs):
 
 
 @pytest.mark.parametrize("broken", [None, SimpleNamespace(njit=no_folder)], ids=["import", "cache"])
-def test_without_numba_or_with_one_that_cannot_be_used_there_are_tiles(broken, monkeypatch):
+def test_without_numba_or_with_one_that_cannot_be_used_pytorch_attends(broken, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    assert narrow_attention.__wrapped__() == (TiledAttention, "in tiles (numba is not installed)")
+    assert compiled_attention.__wrapped__() == (None, "by PyTorch (numba is not installed)")
     monkeypatch.undo()
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "numba", broken)
     monkeypatch.delitem(sys.modules, "afterimage.models.layers.attention_numba", raising=False)
-    kernel, said = narrow_attention.__wrapped__()
-    assert kernel is TiledAttention and said.startswith("in tiles (numba cannot be used: ")
+    kernel, said = compiled_attention.__wrapped__()
+    assert kernel is None and said.startswith("by PyTorch (numba cannot be used: ")
+    monkeypatch.setattr(module, "compiled_attention", lambda: (kernel, said))
+    q, k, v = tokens(1, 1, 600, 8)
+    assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
-def test_with_numba_heads_are_compiled():
-    numba = pytest.importorskip("numba")
-    kernel, said = narrow_attention()
-    assert kernel.__name__ == "CompiledAttention" and said == f"compiled by numba {numba.__version__}"
+def test_with_numba_heads_are_compiled(compiled):
+    said = compiled_attention()[1]
+    assert compiled.__name__ == "CompiledAttention" and said.startswith("compiled by numba ")

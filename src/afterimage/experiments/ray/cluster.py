@@ -29,7 +29,11 @@ SETTINGS = {
 
 
 def import_ray() -> Any:
-    """Import the ray package; raises `AfterimageError` that says how to install it."""
+    """Import the ray package.
+
+    Raises:
+        AfterimageError: it is not installed; the message says how to install it
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -43,15 +47,15 @@ def import_ray() -> Any:
 
 @contextlib.contextmanager
 def connect(address: str, log: Callable[[str], None]) -> Iterator[Any]:
-    """Give the ray package, connected to a cluster for the length of the block.
+    """Connect to a cluster inside the block, and yield the ray package.
 
     Args:
-        address: `HOST:PORT` or `auto`; if empty RAY_ADDRESS, and without that a cluster is started on this machine.
-            A process that is connected already stays with its cluster.
-        log: Is told which cluster it is.
+        address: `HOST:PORT` or `auto`; empty for RAY_ADDRESS, and without that a cluster is started on this machine; a
+            process that is connected already stays with its cluster
+        log: is told which cluster it is
 
     Raises:
-        AfterimageError: The cluster cannot be reached, or is lost inside the block.
+        AfterimageError: the cluster cannot be reached, or is lost inside the block
     """
     ray = import_ray()
     connected = ray.is_initialized()
@@ -91,9 +95,9 @@ def _connect(ray: Any, address: str, log: Callable[[str], None]) -> None:
 
 
 def group_bytes(configs: Iterable[RunConfig]) -> int:
-    """Estimate the memory of runs that are trained together: their plans, the encoders, kept features.
+    """Estimate the memory of runs that are trained together: their plans, the encoders, and kept features.
 
-    Runs whose networks cannot be built count nothing: they will fail by that.
+    Runs whose networks cannot be built count nothing; they fail when they are trained.
     """
     total, encoders = BASE_BYTES + VALIDATION_BYTES, {}
     for config in configs:
@@ -118,12 +122,18 @@ def share_machines(
     cpus: int | None,
     log: Callable[[str], None],
 ) -> list[dict[str, int]]:
-    """Decide what each group asks Ray for: `num_cpus`, which is its number of threads too, `num_gpus` and `memory`.
+    """Find what each group asks Ray for: `num_cpus`, which is also its number of threads, `num_gpus` and `memory`.
 
-    `sizes` are the groups' bytes, `nodes` the machines as `ray.nodes()` lists them. Without `cpus` a group gets an even
-    share of a machine, which depends on the study and the cluster alone, not on what is done already: the number of
-    threads shows in the last bits of a result. Raises `AfterimageError` for what no machine has; `log` is told of
-    groups that may run out of memory on any.
+    Args:
+        sizes: memory of each group in bytes
+        nodes: the machines, as `ray.nodes()` lists them
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        cpus: CPUs of each group; None for an even share of a machine, which depends on the study and the cluster and
+            not on what is done already, because the number of threads changes the last bits of a result
+        log: is told of groups that may run out of memory on any machine
+
+    Raises:
+        AfterimageError: no machine has what is asked for
     """
     machines = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     if not machines:
@@ -158,6 +168,6 @@ def share_machines(
 
 
 def describe(need: Mapping[str, int]) -> str:
-    """Say what a group needs: `2 CPUs, 1 GPU, 3.1 GiB`."""
+    """Describe what a group needs: `2 CPUs, 1 GPU, 3.1 GiB`."""
     cpus, gpus = need["num_cpus"], need["num_gpus"]
     return f"{cpus} CPU{'s' * (cpus > 1)}, {'1 GPU, ' * gpus}{need['memory'] / 2**30:.1f} GiB"

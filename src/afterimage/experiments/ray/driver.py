@@ -1,4 +1,4 @@
-"""Train runs on a Ray cluster: give groups of them to workers, show what these do, replace workers that are lost."""
+"""Train runs on a Ray cluster: give groups of them to workers, show their progress, replace lost workers."""
 
 from __future__ import annotations
 
@@ -43,23 +43,26 @@ def train_on_ray(
     cpus: int | None = None,
     retries: int = 3,
 ) -> list[Run]:
-    """Train every run that is not done yet on a Ray cluster; returns all of them, as `queue.train_runs` does.
+    """Train every run that is not done yet on a Ray cluster.
 
-    Runs that are trained together are one task, with CPUs (and as many threads), a GPU where the cluster has some
-    and `accelerator` allows it, and the memory that its plan says. Workers that see `root` train there. Others train
-    in a folder of their own, whose files come back when the task ends.
+    Runs that are trained together are one task, with CPUs (and as many threads), a GPU if the cluster has some and
+    `accelerator` allows it, and the memory of its plan. Workers that see `root` train there. Others train in a folder
+    of their own, whose files come back when the task ends.
 
     Args:
-        configs, root, cache, accelerator, progress, keep, failures, checkpoint_seconds: As for `queue.train_runs`.
-        address: The cluster, see `cluster.connect`.
-        cpus: CPUs of each task; by default an even share of a machine.
-        retries: How often a group whose worker or machine is lost is given to another. It goes on from its last
-            checkpoint in `root`; what was in a worker's own folder is lost with the worker.
+        configs, root, cache, accelerator, progress, keep, failures, checkpoint_seconds: as for `queue.train_runs`
+        address: the cluster, see `cluster.connect`
+        cpus: CPUs of each task; None for an even share of a machine
+        retries: how often a group whose worker or machine is lost is given to another one; it goes on from its last
+            checkpoint in `root`, and what was in a worker's own folder is lost with the worker
+
+    Returns:
+        all runs, in the order of `configs`
 
     Raises:
-        AfterimageError: Ray is not installed, the cluster cannot be reached or lacks what is asked for, or a run
-            failed and there is no list of `failures`.
-        Stopped: SIGTERM or Ctrl-C; every worker has stopped after its step, with a checkpoint.
+        AfterimageError: Ray is not installed, the cluster cannot be reached or lacks what is asked for, or a run failed
+            and there is no list of `failures`
+        Stopped: SIGTERM or Ctrl-C; every worker has stopped after its step, with a checkpoint
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     progress = of_caller(progress)
@@ -90,7 +93,17 @@ def train_on_ray(
 
 @dataclass
 class Job:
-    """A group of runs. An attempt at it trains `runs`, in the `shared` folder or not; Ray knows it by `task`."""
+    """A group of runs on the cluster.
+
+    Attributes:
+        title: its name in messages
+        group: all its runs
+        need: what it asks Ray for
+        shared: whether the current attempt trains in the driver's folder
+        lost: number of workers that were lost
+        runs: the runs of the current attempt
+        task: Ray's reference to the current attempt
+    """
 
     title: str
     group: dict[Run, RunConfig]
@@ -103,7 +116,18 @@ class Job:
 
 @dataclass
 class Driver:
-    """Jobs on their way through the cluster; `options` are those of `queue.train_runs`."""
+    """Gives jobs to the cluster and follows them.
+
+    Args:
+        ray: the ray package
+        queue: the runs that are not done
+        jobs: groups of them
+        root: folder of the run folders
+        options: options of `queue.train_runs`
+        progress: called with the progress of each job
+        retries: how often a job whose worker is lost is given to another one
+        stopping: whether workers were asked to stop
+    """
 
     ray: Any
     queue: RunQueue
@@ -122,7 +146,11 @@ class Driver:
         self.train_group = self.ray.remote(worker.train_group)
 
     def work(self, stop: GracefulShutdown) -> None:
-        """Train until every run is done, here or elsewhere, or failed; on a stop until every worker has stopped."""
+        """Train until every run is done or failed, here or elsewhere, or until all workers have stopped.
+
+        Raises:
+            Stopped: the process was asked to stop
+        """
         look_at = 0.0
         try:
             while any(job.task is not None or self._waiting(job.group) for job in self.jobs):

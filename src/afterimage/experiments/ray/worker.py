@@ -1,4 +1,4 @@
-"""Train one group of runs on a worker, as the local executor does."""
+"""Train one group of runs on a worker, as `experiments.queue` does locally."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ Folders = Mapping[str, Mapping[str, bytes]]
 
 @dataclass
 class Answer:
-    """How an attempt ended: the runs that are `left` to another process, the files of folders the driver cannot see."""
+    """The outcome of an attempt at a group.
+
+    Attributes:
+        failures: errors of its runs
+        left: names of runs that other processes are training
+        stopped: whether it was asked to stop
+        folders: files of run folders that the driver cannot see
+    """
 
     failures: list[AfterimageError] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -35,24 +42,30 @@ class Answer:
 
 
 class Messages:
-    """Keep what workers say until the driver takes it; a Ray actor on the driver's machine."""
+    """Keeps messages of workers until the driver takes them; a Ray actor on the driver's machine."""
 
     def __init__(self) -> None:
         self._kept: list[tuple] = []
 
     def put(self, message: tuple) -> None:
+        """Add a message."""
         self._kept.append(message)
 
     def arrived(self) -> None:
-        """Answer when all that the caller has put before is here."""
+        """Return when everything that the caller has put before is here."""
 
     def take(self) -> list[tuple]:
+        """Return the messages since the last call."""
         kept, self._kept = self._kept, []
         return kept
 
 
 def identify(root: str, config: RunConfig) -> tuple[int, int] | None:
-    """Tell two folders of the same path on two machines apart, by a file that the driver has made in it."""
+    """Identify a folder by a file that the driver has made in it, to tell equal paths on two machines apart.
+
+    Returns:
+        the file's device and number; None if it is not there
+    """
     try:
         state = Path(root, config.name, "config.toml").stat()
     except OSError:
@@ -76,22 +89,22 @@ def train_group(
 ) -> Answer | None:
     """Train a group of runs; the Ray task.
 
-    A run that fails is recorded in its folder. Ray cancels a task as Ctrl-C would: training then stops after the step
-    under way, with a checkpoint.
+    A run that fails is recorded in its folder. Ray cancels a task as Ctrl-C would: training then stops after the
+    current step, with a checkpoint.
 
     Args:
-        number: The group's number, which goes with every message.
-        configs: The runs, by the digest that the driver reads in their settings.
-        root: The driver's folder of run folders.
-        folder: Identifies `root` (see `identify`). With None the runs are trained in a folder of this machine.
-        sent: Files that a folder of this machine begins with.
-        threads: PyTorch's threads.
-        options: Those of `queue.train_runs`.
-        cwd, command, environment: Where the driver stands, so that relative paths, settings and records agree.
-        messages: The actor that takes messages to the driver.
+        number: number of the group, which goes with every message
+        configs: the runs, by the digest that the driver reads in their settings
+        root: the driver's folder of run folders
+        folder: identifies `root` (see `identify`); None trains the runs in a folder of this machine
+        sent: files that a folder of this machine begins with
+        threads: number of PyTorch's threads
+        options: options of `queue.train_runs`
+        cwd, command, environment: the driver's own, so that relative paths, settings and records agree
+        messages: the actor that takes messages to the driver
 
     Returns:
-        How it ended; None where this machine does not see the folder, and nothing was done.
+        the outcome; None if this machine does not see the folder, and nothing was done
     """
     if os.path.isdir(cwd):
         os.chdir(cwd)
@@ -151,7 +164,7 @@ def _send_to(messages: Any, number: int) -> Progress:
 
 
 def pack(run: Run) -> dict[str, bytes]:
-    """Read the files of a run folder, the status last: it says that the rest is there."""
+    """Read the files of a run folder; the status comes last, since it says that the rest is there."""
     files = sorted(run.path.rglob("*"), key=lambda path: (path.name == "status.json", path))
     return {path.relative_to(run.path).as_posix(): path.read_bytes() for path in files if path.is_file()}
 

@@ -71,10 +71,9 @@ class Decoder(nn.Module, ABC):
             AfterimageError: for features of another shape than the decoder was built for.
         """
         (features,) = features
-        expected = (self.spec.channels, self.spec.height, self.spec.width)
-        if features.shape[1:] != expected:
+        if features.shape[1:] != self.spec.shape:
             raise AfterimageError(
-                f"this decoder was built for {self.spec.source} with features of shape {expected}, "
+                f"this decoder was built for {self.spec.source} with features of shape {self.spec.shape}, "
                 f"got {tuple(features.shape[1:])}"
             )
         if crop is None:

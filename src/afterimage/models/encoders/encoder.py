@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FeatureSpec, split_source
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, split_source
 from afterimage.models.encoders.base import Frozen, size_pair
 from afterimage.models.encoders.providers.timm import (
     create_loaded,
@@ -96,17 +96,9 @@ class Encoder(Frozen):
         traced = trace(self.model_name, self.image_size)
         self._layers = [traced.layer(layer) for layer in layers]
         self.sources = tuple(f"{self.model_name}:{layer}" for layer in layers)
-        self.specs = tuple(
-            FeatureSpec(
-                source,
-                layer.layout.channels,
-                layer.layout.height,
-                layer.layout.width,
-                layer.placement.rows,
-                layer.placement.columns,
-            )
-            for source, layer in zip(self.sources, self._layers, strict=True)
-        )
+        pairs = zip(self.sources, self._layers, strict=True)
+        self._maps = [layer.feature_map(source, self.image_size) for source, layer in pairs]
+        self.specs = tuple(found.spec for found in self._maps)
         used = traced.used(self._layers)
         if str(weights) in RANDOM_WEIGHTS:
             self.weights = random_weights(self.model_name, str(weights), seed)
@@ -162,18 +154,7 @@ class Encoder(Frozen):
 
     def describe(self) -> list[FeatureMap]:
         """Describe each layer: module, shape, reduction, cost up to there, and the positions of its locations."""
-        return [
-            FeatureMap(
-                **vars(spec),
-                module=layer.module,
-                order=layer.order,
-                reduction=self.image_size[0] / spec.height,
-                encoder_parameters=layer.parameters,
-                encoder_macs=layer.macs,
-                unseen=layer.placement.unseen,
-            )
-            for spec, layer in zip(self.specs, self._layers, strict=True)
-        ]
+        return list(self._maps)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{s.source} {s.channels}x{s.height}x{s.width}" for s in self.specs)

@@ -144,7 +144,7 @@ class CustomEncoder(Frozen):
             for hook in hooks:
                 hook.remove()
         for index, spec in enumerate(self.specs):
-            expected = (len(images), spec.channels, spec.height, spec.width)
+            expected = (len(images), *spec.shape)
             if index not in found or tuple(found[index].shape) != expected:
                 got = tuple(found[index].shape) if index in found else "nothing"
                 raise AfterimageError(f"{spec.source} returned {got} where {expected} was measured before")

@@ -22,6 +22,7 @@ from afterimage.models.encoders.positions import Positions
 from afterimage.models.encoders.providers.timm import aliases, create_model, has_fixed_size, native_size
 from afterimage.models.encoders.random_init import Blank, seeded
 from afterimage.models.encoders.tensor_layout import Layout, Refused, Size, find_layout
+from afterimage.runs.results import FeatureMap
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,23 @@ class TracedLayer:
     macs: int
     overwritten: bool
     placement: Placement = Placement()
+
+    def feature_map(self, source: str, image_size: Size) -> FeatureMap:
+        """Describe the layer's features on images of a size, `(height, width)`, under the name `model:layer`."""
+        return FeatureMap(
+            source,
+            self.layout.channels,
+            self.layout.height,
+            self.layout.width,
+            self.placement.rows,
+            self.placement.columns,
+            module=self.module,
+            order=self.order,
+            reduction=image_size[0] / self.layout.height,
+            encoder_parameters=self.parameters,
+            encoder_macs=self.macs,
+            unseen=self.placement.unseen,
+        )
 
 
 @dataclass(frozen=True)

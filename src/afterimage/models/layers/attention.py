@@ -1,16 +1,13 @@
 """Exact attention whose memory grows linearly with the number of tokens.
 
-PyTorch's kernel is used except for narrow heads on a CPU, for which kernels of this package are faster.
+PyTorch's kernel is used except for narrow heads on a CPU, for which one compiled by numba is faster.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import math
-from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +17,9 @@ from torch import Tensor, nn
 from afterimage.models.layers.blocks import log2_scale
 
 NARROW = 8
-"""Channels of a head up to which PyTorch's CPU kernel is slower than the kernels here."""
+"""Channels of a head up to which PyTorch's CPU kernel is slower than the compiled one."""
 FEW = 512
-"""Number of keys below which the kernels here save no time."""
-TILE = 1 << 19
-"""Scores that are held at a time, 2 MB: heads x queries x keys."""
-HEADS, ROWS = 8, 16
-"""Largest number of heads of a tile, and smallest number of its queries."""
+"""Number of keys below which the compiled kernel saves no time."""
 LARGEST = 60.0
 """Largest bound of the scores, as a power of two, for which subtracting the bound cannot underflow."""
 
@@ -48,29 +41,28 @@ def attend(
     """
     single = q.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if q.device.type == "cpu" and q.numel() and single and q.shape[-1] <= NARROW and k.shape[-2] >= FEW:
+        kernel = compiled_attention()[0]
         exact = q.float(), k.float(), v.float()
-        bound = _bound(*exact[:2])
-        if float(bound.max()) <= LARGEST:
-            return narrow_attention()[0].apply(*exact, bound).to(q.dtype)
+        if kernel is not None and float((bound := _bound(*exact[:2])).max()) <= LARGEST:
+            return kernel.apply(*exact, bound).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v)
 
 
 @functools.cache
-def narrow_attention() -> tuple[type[torch.autograd.Function], str]:
-    """Choose the attention for narrow heads on a CPU: loops compiled by numba if it is usable, otherwise tiles.
+def compiled_attention() -> tuple[type[torch.autograd.Function] | None, str]:
+    """Compile the attention of narrow heads on a CPU, exact to float32's rounding, if numba is usable.
 
-    Both are exact to float32's rounding. The first call of an installation compiles for some seconds; numba
-    stores the result.
+    The first call of an installation compiles for some seconds; numba stores the result.
 
     Returns:
-        the autograd function, and a description of the choice
+        the autograd function or None, and a description of what attends
     """
     if importlib.util.find_spec("numba") is None:
-        return TiledAttention, "in tiles (numba is not installed)"
+        return None, "by PyTorch (numba is not installed)"
     try:
         from afterimage.models.layers.attention_numba import CompiledAttention
     except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds no folder for its cache
-        return TiledAttention, f"in tiles (numba cannot be used: {error})"
+        return None, f"by PyTorch (numba cannot be used: {error})"
     return CompiledAttention, f"compiled by numba {metadata.version('numba')}"
 
 
@@ -78,78 +70,6 @@ def narrow_attention() -> tuple[type[torch.autograd.Function], str]:
 def _bound(q: Tensor, k: Tensor) -> Tensor:
     """Bound the scores of each query, as powers of two, by the inequality of Cauchy and Schwarz: `(B, heads, n)`."""
     return q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True) * log2_scale(q.shape[-1])
-
-
-class TiledAttention(torch.autograd.Function):
-    """Attention on some rows of queries at a time; scores are recomputed for the gradient (Rabe and Staats 2021).
-
-    Channels come first internally, because `(d, n) x (n, rows)` products are several times as fast as `(rows, n) x (n,
-    d)` for small d. A row appended to each factor makes the products also subtract the softmax's shift, sum its
-    denominator, and subtract the row sums in the gradient. Powers of two are faster than exponentials. Everything is in
-    float32 also under autocast, as such thin products gain nothing from fewer bits.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bound: Tensor) -> Tensor:
-        b, h, n, d = q.shape
-        qt, kt, vt = (_channels_first(x) for x in (q, k, v))
-        shift = bound.reshape(b * h, 1, n)
-        one = torch.ones_like(kt[:, :1])
-        qa = torch.cat([qt * log2_scale(d), -shift], 1).mT.contiguous()
-        ka, va = torch.cat([kt, one], 1), torch.cat([vt, one], 1)
-        sums = q.new_empty(b * h, d + 1, n)
-        for i, tile, p in _tiles(kt, n, 1):
-            torch.bmm(qa[i, tile], ka[i], out=p).exp2_()
-            sums[i, :, tile] = va[i] @ p.mT
-        out = sums[:, :d] / sums[:, d:]
-        ctx.save_for_backward(q, k, v, out, sums[:, d:].log2() + shift)
-        return out.mT.reshape(b, h, n, d)
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, normaliser = ctx.saved_tensors
-        n, d = q.shape[2:]
-        qt, kt, vt, gt = (_channels_first(x).contiguous() for x in (q, k, v, gradient))
-        one = torch.ones_like(kt[:, :1])
-        qa = torch.cat([qt * log2_scale(d), -normaliser], 1).mT.contiguous()
-        ga = torch.cat([gt, -(gt * out).sum(1, keepdim=True)], 1).mT.contiguous()
-        ka, va = torch.cat([kt, one], 1), torch.cat([vt, one], 1)
-        dq, dk, dv = torch.empty_like(qt), torch.zeros_like(kt), torch.zeros_like(vt)
-        for i, tile, p, s in _tiles(kt, n, 2):
-            torch.bmm(qa[i, tile], ka[i], out=p).exp2_()
-            torch.bmm(ga[i, tile], va[i], out=s)
-            dv[i].baddbmm_(gt[i, :, tile], p)
-            s.mul_(p)
-            dq[i, :, tile] = kt[i] @ s.mT
-            dk[i].baddbmm_(qt[i, :, tile], s)
-        gradients = ((dq * d**-0.5, q), (dk * d**-0.5, k), (dv, v))
-        return *(g.mT.reshape(like.shape) for g, like in gradients), None
-
-
-def _tiles(keys: Tensor, n: int, count: int) -> Iterator[tuple[Any, ...]]:
-    """Yield a slice of heads, a slice of their queries, and `count` matrices `(heads, rows, m)` to fill.
-
-    The next tile overwrites the matrices. A tile has several heads, because threads divide a product by heads
-    and not by rows.
-    """
-    heads, _, m = keys.shape
-    at_once = min(heads, HEADS, max(1, TILE // (ROWS * m)))
-    rows = max(ROWS, TILE // (at_once * m))
-    space = [keys.new_empty(at_once * rows * m) for _ in range(count)]
-    for first in range(0, heads, at_once):
-        chosen = slice(first, min(heads, first + at_once))
-        for row in range(0, n, rows):
-            tile = slice(row, min(n, row + rows))
-            shape = (chosen.stop - first, tile.stop - row, m)
-            yield chosen, tile, *(part[: math.prod(shape)].view(shape) for part in space)
-
-
-def _channels_first(tokens: Tensor) -> Tensor:
-    """Reshape `(B, heads, n, d)` to `(B heads, d, n)`."""
-    b, h, n, d = tokens.shape
-    return tokens.reshape(b * h, n, d).mT
 
 
 class TransformerBlock(nn.Module):

@@ -149,7 +149,7 @@ def _backward(q, powers, k, v, g, delta, normaliser, dq, dk, dv, m):
 
 
 class CompiledAttention(torch.autograd.Function):
-    """The computation of `TiledAttention` in compiled loops, in float32. A second derivative raises an error.
+    """Attention in compiled loops, in float32. A second derivative raises an error.
 
     Inputs are q, k and v `(B, heads, n, d)` with d up to 8, and the bound of the scores `(B, heads, n)`. Heads
     are divided among as many threads as PyTorch uses, and rows too if there are fewer heads than threads.

@@ -60,14 +60,14 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         shown = [r for r in rows.decoders if has(r, metric, net)]
         _lines(axes, shown, segments, styles, metric)
-        for reference in (r for r in rows.references if has(r, metric, net)):
-            axes.axhline(reference.scores[metric].mean, color=MUTED, lw=0.7, ls=(0, (4, 3)), zorder=-1)
-    handles = _handles(rows.decoders, styles, bool(rows.references))
+        for baseline in (r for r in rows.baselines if has(r, metric, net)):
+            axes.axhline(baseline.scores[metric].mean, color=MUTED, lw=0.7, ls=(0, (4, 3)), zorder=-1)
+    handles = _handles(rows.decoders, styles, bool(rows.baselines))
     legend(figure, handles, columns=min(len(handles), 5))
     figure.draw_without_rendering()
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         axes.set_ylim(axes.get_ylim())
-        marked = [r for r in rows.references if has(r, metric, net)]
+        marked = [r for r in rows.baselines if has(r, metric, net)]
         margin_labels(axes, [(r.scores[metric].mean, drawable(r.label, 32), MUTED) for r in marked])
     return [Drawing("quality-by-depth", "Quality by depth", _caption(rows), figure)]
 
@@ -245,7 +245,7 @@ def _lines(
         _curve(axes, x, [points[at] for at in x], look, control, label, joined=encoder != "fusion")
 
 
-def _handles(rows: Sequence[Row], styles: dict[str, Style], has_references: bool) -> list[Line2D]:
+def _handles(rows: Sequence[Row], styles: dict[str, Style], has_baselines: bool) -> list[Line2D]:
     looks = dict.fromkeys((r.decoder_label, r.control) for r in sorted(rows, key=lambda r: r.decoder_order))
     handles = [
         Line2D(
@@ -255,7 +255,7 @@ def _handles(rows: Sequence[Row], styles: dict[str, Style], has_references: bool
         )
         for name, control in looks
     ]  # fmt: skip
-    if has_references:
+    if has_baselines:
         handles.append(Line2D([], [], color=MUTED, lw=0.7, ls=(0, (4, 3)), label="baseline"))
     return handles
 

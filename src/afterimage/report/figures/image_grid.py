@@ -224,8 +224,8 @@ def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]
                 own = list(group)
                 title = f"Reconstructions: {name}, {plain(own[0].decoder_label)}"
                 yield from _chunks(title + (f", seed {own[0].seed}" if seeds else ""), own)
-    if rows.references:
-        yield from _chunks("Reconstructions: baselines", list(rows.references))
+    if rows.baselines:
+        yield from _chunks("Reconstructions: baselines", list(rows.baselines))
 
 
 def _chunks(title: str, rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:

@@ -230,16 +230,16 @@ def grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 
 def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
     if row.is_baseline:
-        series, short = "Baselines", row.settings["reference"].replace("-", " ")
+        series, short = "Baselines", row.settings["baseline"].replace("-", " ")
         return {
-            "name": row.label, "reference": True, "random": "", "series": series, "encoder": series,
+            "name": row.label, "baseline": True, "random": "", "series": series, "encoder": series,
             "layer": row.label, "short": short, "decoder": "", "shape": "",
         }  # fmt: skip
     encoder = names[row.encoder]
     series = f"{encoder} ({row.weights_label} weights)" if row.is_random else encoder
     decoder = row.decoder_label + (f", seed {row.seed}" if seeds else "")
     return {
-        "name": f"{series} · {row.layer} · {decoder}", "reference": False, "random": row.control,
+        "name": f"{series} · {row.layer} · {decoder}", "baseline": False, "random": row.control,
         "series": series, "encoder": encoder, "layer": row.layer, "short": row.layer, "decoder": decoder,
         "shape": " + ".join(row.shapes),
     }  # fmt: skip

@@ -88,7 +88,7 @@ def analyse(finished: Iterable[report.Row]) -> Analysis:
     """
     rows, notes = group_rows(finished)
     decoded = [row for row in rows if row.sources]
-    references = [row for row in rows if not row.sources]
+    baselines = [row for row in rows if not row.sources]
     settings = sorted({row.setting for row in decoded if not row.fused})
     results: dict[str, list[Any]] = {f.name: [] for f in dataclasses.fields(Analysis)}
     for metric in METRICS:
@@ -97,7 +97,7 @@ def analyse(finished: Iterable[report.Row]) -> Analysis:
             continue
         measured = [row for row in decoded if metric in row.scores]
         results["scores"] += scores(scored, metric)
-        results["efficiency"] += efficiency(measured, references, metric)
+        results["efficiency"] += efficiency(measured, baselines, metric)
         results["decoders"] += decoders(measured, metric)
         results["fusions"] += fusions(measured, metric)
         for setting in settings:

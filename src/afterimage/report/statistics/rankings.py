@@ -86,7 +86,7 @@ def scores(rows: list[Row], metric: str) -> list[Score]:
     results = []
     for row in rows:
         _, values = matrix([row], metric)
-        label = row.setting or Setting("reference")
+        label = row.setting or Setting("baseline")
         spread = row.seed_spread(metric)
         mean = mean_interval(values[:, 0])
         results.append(Score(row.name, label, metric, mean, len(row.runs), spread, row.runs))
@@ -117,13 +117,13 @@ def degradation(rows: list[Row], metric: str, setting: str) -> list[Degradation]
     return results
 
 
-def efficiency(rows: list[Row], references: list[Row], metric: str) -> list[Efficiency]:
+def efficiency(rows: list[Row], baselines: list[Row], metric: str) -> list[Efficiency]:
     """Compute quality per minute of training, per million decoder parameters and per thousand feature values."""
-    baselines = {r.data: r.mean(metric) for r in references if r.reference == "mean" and metric in r.scores}
-    nothing = 0.0 if METRICS[metric].higher_is_better and not baselines else None
+    floors = {r.data: r.mean(metric) for r in baselines if r.baseline == "mean" and metric in r.scores}
+    nothing = 0.0 if METRICS[metric].higher_is_better and not floors else None
     results = []
     for row in rows:
-        baseline = baselines.get(row.data, nothing)
+        baseline = floors.get(row.data, nothing)
         gain = None
         if baseline is not None:
             gain = (

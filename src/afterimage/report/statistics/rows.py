@@ -45,7 +45,7 @@ class Row:
     setting: Setting
     sources: tuple[str, ...]
     decoder: str
-    reference: str
+    baseline: str
     data: str
     order: int
     channels: int
@@ -115,7 +115,7 @@ def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
 def _asked(row: report.Row) -> dict[str, Any]:
     """Return what was asked for and of which images, but for the seed and the way of measuring."""
     if row.is_baseline:
-        return {"reference": row.settings["reference"]}
+        return {"baseline": row.settings["baseline"]}
     settings = {key: value for key, value in row.settings.items() if key not in ("seed", "lpips")}
     return settings | {"digest": row.data.digest, "train": row.data.train}
 
@@ -138,7 +138,7 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
         setting=Setting(),
         sources=first.sources,
         decoder=first.decoder,
-        reference=first.settings.get("reference", ""),
+        baseline=first.settings.get("baseline", ""),
         data=first.data.test_digest,
         order=features[0].order if features else 0,
         channels=features[0].channels if features else 0,

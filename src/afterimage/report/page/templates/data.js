@@ -41,7 +41,7 @@ const meanOf = (run, metric) => (metric === "lpips" && run.net !== DATA.net ? nu
 
 function firstChoice() {
   const bounds = RUNS.findIndex((run) => !run.random && Object.keys(run.answers).length > 0);
-  const decoders = bounds >= 0 ? bounds : RUNS.findIndex((run) => !run.reference && !run.random);
+  const decoders = bounds >= 0 ? bounds : RUNS.findIndex((run) => !run.baseline && !run.random);
   const start = Math.max(0, decoders);
   const walks = [...SERIES.get(RUNS[start].series).values()];
   const mean = (walk) => walk.reduce((sum, run) => sum + RUNS[run].scores.psnr.mean, 0) / walk.length;
@@ -49,7 +49,7 @@ function firstChoice() {
   const place = Math.floor((walks[0].length - 1) / 2);
   const a = walks[0][place];
   if (walks.length > 1) return [a, walks[1][Math.min(place, walks[1].length - 1)]];
-  const foreign = RUNS.findIndex((run, index) => index !== a && !run.reference && run.series !== RUNS[a].series);
+  const foreign = RUNS.findIndex((run, index) => index !== a && !run.baseline && run.series !== RUNS[a].series);
   if (foreign >= 0) {
     const walk = walkOf(foreign);
     return [a, walk[Math.min(place, walk.length - 1)]];
@@ -91,7 +91,7 @@ function choose(slot, index) {
     const walk = walkOf(state.b);
     const layer = walk.find((run) => RUNS[run].layer === RUNS[index].layer);
     const place = walkOf(index).indexOf(index);
-    changes.b = RUNS[state.b].reference ? state.b : layer ?? walk[Math.min(place, walk.length - 1)];
+    changes.b = RUNS[state.b].baseline ? state.b : layer ?? walk[Math.min(place, walk.length - 1)];
   }
   update(changes);
 }

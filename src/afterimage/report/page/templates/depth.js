@@ -4,9 +4,9 @@ const GAP = 26;
 function setUpDepth() {
   const host = byId("depth-chart");
   const hidden = new Set();
-  const lineNames = [...new Set(RUNS.filter((run) => !run.reference).map((run) => run.decoder))];
+  const lineNames = [...new Set(RUNS.filter((run) => !run.baseline).map((run) => run.decoder))];
   const single = lineNames.length === 1;
-  const series = [...SERIES.keys()].filter((name) => SERIES.get(name).values().next().value.some((index) => !RUNS[index].reference));
+  const series = [...SERIES.keys()].filter((name) => SERIES.get(name).values().next().value.some((index) => !RUNS[index].baseline));
   const keyOf = (run) => (single ? series.indexOf(run.series) : lineNames.indexOf(run.decoder));
   const groups = series.map((name) => {
     const runs = [...SERIES.get(name).values()].flat().sort((one, other) => one - other);
@@ -16,7 +16,7 @@ function setUpDepth() {
   });
   const weights = groups.reduce((sum, group) => sum + group.weight, 0);
   const entries = (single ? series : lineNames).map((name, key) => ({ name, colour: key % COLOURS, shape: key, lined: true, key }));
-  if (RUNS.some((run) => run.reference)) entries.push({ name: "Baselines", colour: "ref", shape: null, lined: true, key: "reference" });
+  if (RUNS.some((run) => run.baseline)) entries.push({ name: "Baselines", colour: "ref", shape: null, lined: true, key: "baseline" });
 
   const redraw = keepDrawn(host, ["metric", "a"], (width) => host.replaceChildren(drawDepth(Math.max(width, leastWidth()))));
   byId("depth-legend").append(...entries.map((entry) => legendEntry(entry, (event) => {
@@ -31,7 +31,7 @@ function setUpDepth() {
 
   function visible(index) {
     const run = RUNS[index];
-    return meanOf(run, state.metric) && !hidden.has(run.reference ? "reference" : keyOf(run));
+    return meanOf(run, state.metric) && !hidden.has(run.baseline ? "baseline" : keyOf(run));
   }
 
   function drawDepth(width) {
@@ -52,7 +52,7 @@ function setUpDepth() {
     const domain = padded(ends);
     const y = linear(domain, [bottom, top]);
     yAxis(chart, niceTicks(...domain, 6), y, left, right, tickText);
-    drawReferences(chart, shown.filter((index) => RUNS[index].reference), y, left, right);
+    drawBaselines(chart, shown.filter((index) => RUNS[index].baseline), y, left, right);
 
     const points = [];
     let start = left + GAP / 2;
@@ -110,7 +110,7 @@ function setUpDepth() {
     ];
   }
 
-  function drawReferences(chart, indices, y, left, right) {
+  function drawBaselines(chart, indices, y, left, right) {
     const labels = indices.map((index) => ({ run: RUNS[index], at: y(RUNS[index].scores[state.metric].mean) }))
       .sort((one, other) => one.at - other.at);
     let floor = -Infinity;
@@ -121,7 +121,7 @@ function setUpDepth() {
     for (const { run, at, text } of labels) {
       const value = format(run.scores[state.metric].mean, state.metric, METRICS[state.metric].digits - 1);
       chart.append(
-        svg("line", { class: "reference-line", x1: left, x2: right, y1: at, y2: at }),
+        svg("line", { class: "baseline-line", x1: left, x2: right, y1: at, y2: at }),
         svg("path", { class: "leader", d: `M${right} ${at}L${right + 8} ${text}` }),
         svg("text", { class: "tick", x: right + 11, y: text, dy: "0.32em" }, svg("title", {}, run.layer), `${cut(run.short, 104)} ${value}`),
       );

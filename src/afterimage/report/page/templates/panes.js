@@ -82,7 +82,7 @@ function answerCaption(kind) {
 
 function runTitle(slot) {
   const run = RUNS[state[slot]];
-  const detail = run.reference ? "baseline" : [run.series, run.decoder, run.shape].filter(Boolean).join(" · ");
+  const detail = run.baseline ? "baseline" : [run.series, run.decoder, run.shape].filter(Boolean).join(" · ");
   return el(
     "div", { class: "title" }, el("span", { class: `chip ${slot}` }, slot.toUpperCase()),
     el("span", {}, el("strong", {}, run.layer), " ", run.random ? el("strong", { class: "badge" }, run.random) : "", el("small", {}, detail)),

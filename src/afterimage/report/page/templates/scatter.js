@@ -58,8 +58,8 @@ const average = (values) => values.reduce((sum, value) => sum + value, 0) / valu
 
 function setUpCost() {
   const host = byId("cost-chart");
-  const series = [...new Set(RUNS.filter((run) => !run.reference).map((run) => run.series))];
-  const shapes = [...new Set(RUNS.filter((run) => !run.reference).map((run) => run.decoder))];
+  const series = [...new Set(RUNS.filter((run) => !run.baseline).map((run) => run.series))];
+  const shapes = [...new Set(RUNS.filter((run) => !run.baseline).map((run) => run.decoder))];
   const axis = byId("cost-axis");
   byId("cost-legend").append(...series.map((name, index) => legendEntry({ name, colour: index % COLOURS, shape: 0 }, null)));
   byId("cost-decoders").append(...shapes.map((name, shape) => legendEntry({ name, colour: "ref", shape }, null)));
@@ -69,7 +69,7 @@ function setUpCost() {
     const { name, unit } = METRICS[metric];
     const text = units[axis.value];
     const shown = RUNS.map((run, index) => ({ run, index, cost: run[axis.value], score: meanOf(run, metric) }))
-      .filter(({ run, cost, score }) => !run.reference && cost > 0 && score);
+      .filter(({ run, cost, score }) => !run.baseline && cost > 0 && score);
     if (shown.length === 0) return host.replaceChildren(el("p", { class: "caption" }, "No run has both numbers."));
     const size = Math.min(width, 460);
     const [left, right, top, bottom] = [52, width - 14, 10, size - 46];

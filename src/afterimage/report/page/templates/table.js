@@ -34,7 +34,7 @@ function setUpTable() {
     });
   }
 
-  const decoders = RUNS.filter((run) => !run.reference);
+  const decoders = RUNS.filter((run) => !run.baseline);
   const addOptions = (select, names) => select.append(...[...new Set(names)].map((name) => el("option", { value: name }, name)));
   addOptions(byId("filter-series"), decoders.map((run) => run.series));
   addOptions(byId("filter-decoder"), decoders.map((run) => run.decoder));
@@ -47,8 +47,8 @@ function setUpTable() {
     for (const row of rows) {
       const run = runOf(row);
       const text = row.textContent.toLowerCase();
-      const fits = run.reference
-        ? byId("filter-references").checked
+      const fits = run.baseline
+        ? byId("filter-baselines").checked
         : (!series || run.series === series) && (!decoder || run.decoder === decoder);
       row.hidden = !(fits && words.every((word) => text.includes(word)));
       count += row.hidden ? 0 : 1;
