@@ -11,6 +11,7 @@ from afterimage.config.errors import (
     check_range,
     check_seed,
     first_line,
+    listed,
     shown,
     unknown,
 )

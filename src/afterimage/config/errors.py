@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MAX_NAME = 200
@@ -35,6 +35,12 @@ def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> A
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     listed = ", ".join(valid[:limit]) + (f", … ({len(valid) - limit} more)" if len(valid) > limit else "")
     return AfterimageError(f"unknown {kind} {name!r}{hint} Valid: {listed}")
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Join names with commas, at most `most` of them: `a, b, c and 5 more`."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def shown(path: str | Path) -> str:

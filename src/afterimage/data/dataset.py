@@ -13,13 +13,12 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from afterimage.config import AfterimageError, DataConfig
+from afterimage.config import AfterimageError, DataConfig, listed
 from afterimage.data.decode import BadImage, load_image, shorter_side
 from afterimage.data.duplicates import NAMES, check_copies, near_duplicates
 from afterimage.data.examine import examine, size_notes, value_notes
 from afterimage.data.file_digests import Content, FileDigests
 from afterimage.data.images import Data, ImageSet, StreamedImages, _digest
-from afterimage.data.names import listed
 from afterimage.data.pixel_cache import cached
 from afterimage.data.records import Original, broken_images
 from afterimage.data.sampling import centre_places

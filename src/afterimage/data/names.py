@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from afterimage.data.decode import shown
+from afterimage.config import listed, shown
 
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
 SPLIT_WORDS = {
@@ -126,12 +126,6 @@ def pooled_names(paths: Collection[tuple[str, ...]]) -> list[str]:
     spoken = {path for path, _ in upper}
     others = {path[:level] for path in paths} - {top for _, top in upper}
     return ["/".join(path) or "." for path in (*sorted(spoken), *sorted(others))]
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """Join names with commas, `most` of them, and the number of the others: `a, b, c and 5 more`."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def kind_of(name: str) -> str:

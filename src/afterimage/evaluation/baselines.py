@@ -15,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from afterimage.config import AfterimageError, BaselineConfig, DataConfig, unknown
+from afterimage.config import AfterimageError, BaselineConfig, DataConfig, listed, unknown
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import (
@@ -31,7 +31,7 @@ from afterimage.runs.failures import TRACEBACK, forget, record
 from afterimage.runs.lock import held
 from afterimage.runs.results import Result
 from afterimage.runs.run import Run
-from afterimage.runtime.failures import as_error, concerns, let_go, listed, of_caller
+from afterimage.runtime.failures import as_error, concerns, let_go, of_caller
 from afterimage.runtime.progress import Progress, silent
 
 BASELINES = (

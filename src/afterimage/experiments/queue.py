@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afterimage.config import AfterimageError, DataConfig, RunConfig, split_source
+from afterimage.config import AfterimageError, DataConfig, RunConfig, listed, split_source
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
 from afterimage.experiments.joint_run import JointRun, StudyContext, try_encoders
@@ -26,7 +26,6 @@ from afterimage.runtime.failures import (
     as_error,
     concerns,
     let_go,
-    listed,
     of_caller,
     one_line,
 )

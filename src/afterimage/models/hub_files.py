@@ -71,13 +71,6 @@ def download(repository: str, revision: str | None, names: Sequence[str]) -> Pat
     raise Unavailable(f"the hub's {repository} at {constants.ENDPOINT} (it holds no {' or '.join(names)})")
 
 
-def _check_answers(url: str) -> None:
-    """Raise OSError unless something answers at an address."""
-    from huggingface_hub.utils import get_session
-
-    ask_soon(lambda: get_session().head(url, timeout=CONNECT_SECONDS))
-
-
 def torch_hub_file(url: str) -> Path:
     """Return the path at which torch.hub caches the file of an address."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
@@ -89,11 +82,13 @@ def download_url(url: str) -> Path:
     Raises:
         Unavailable: the download failed
     """
+    from huggingface_hub.utils import get_session
+
     file = torch_hub_file(url)
     expected = re.search(r"-([0-9a-f]{8,})\.", file.name)
     before = socket.getdefaulttimeout()
     try:
-        _check_answers(url)
+        ask_soon(lambda: get_session().head(url, timeout=CONNECT_SECONDS))
         socket.setdefaulttimeout(STALL_SECONDS)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), expected and expected[1])

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afterimage.config import AfterimageError, first_line, utf8_path
+from afterimage.config import AfterimageError, first_line, listed, utf8_path
 from afterimage.models.unpickling import Damaged, HoldsCode, Inert, _Array, read_archive, read_stream
 
 VALID = "valid are safetensors, and state dicts that torch.save wrote"
@@ -27,19 +27,6 @@ DEPTH = 12
 """Levels of nested containers that are searched for tensors."""
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """Parts that torch.compile, FSDP and activation checkpointing insert into the names of tensors."""
-PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstandard"))
-"""First bytes of compressed files, and the name of their format."""
-FORMATS = (
-    (b"\x89HDF\r\n", "an HDF5 file, as Keras writes them"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x93NUMPY", "one NumPy array"),
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"%PDF", "a PDF document"),
-    (b"7z\xbc\xaf", "a 7z archive"),
-    (b"Rar!", "a RAR archive"),
-)
-"""First bytes of files that users take for weights by mistake, and what these are."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +48,10 @@ class NamedTensors:
     unread: tuple[str, ...] = ()
     wrappers: tuple[str, ...] = ()
 
-    def holds(self, limit: int = 5) -> str:
-        """Describe the content for messages: the number of tensors, and the first `limit` names."""
+    def holds(self) -> str:
+        """Describe the content for messages: the number of tensors, and the first names."""
         count = len(self.tensors)
-        return f"it holds {count} tensor{'s' * (count != 1)}: {_listed(list(self.tensors), limit)}"
+        return f"it holds {count} tensor{'s' * (count != 1)}: {listed(list(self.tensors))}"
 
 
 def read_named_tensors(file: str | Path) -> NamedTensors:
@@ -137,11 +124,9 @@ def _read_zip(path: Path) -> Any:
         names = archive.namelist()
         pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if not pickles:
-            what = f"a zip file of {len(names)} files ({_listed(names)})"
-            if names and all(name.endswith(".npy") for name in names):
-                what = f"a NumPy archive (.npz) of {len(names)} arrays ({_listed(names)})"
             raise AfterimageError(
-                f"{path} holds no weights: it is {what}; if weights are inside, unpack it; {VALID}"
+                f"{path} holds no weights: it is a zip file of {len(names)} files ({listed(names)}); if weights are "
+                f"inside, unpack it; {VALID}"
             )
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}constants.pkl" in names:
@@ -160,8 +145,8 @@ def shards(index: str | Path) -> list[Path]:
     """
     path = Path(index)
     try:
-        listed = json.loads(path.read_bytes())["weight_map"].values()
-        names = sorted({str(name) for name in listed})
+        files = json.loads(path.read_bytes())["weight_map"].values()
+        names = sorted({str(name) for name in files})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"it has no table weight_map ({first_line(error)})"
         raise AfterimageError(f"{path} is no index of shards: {reason}") from None
@@ -169,7 +154,7 @@ def shards(index: str | Path) -> list[Path]:
     if outside := [name for name in names if Path(name).name != name]:
         raise AfterimageError(f"{path} lists {outside[0]!r}, which is not beside it")
     if missing := [file.name for file in found if not file.is_file()]:
-        raise AfterimageError(f"{path} lists {_listed(missing)}, which {path.parent} lacks")
+        raise AfterimageError(f"{path} lists {listed(missing)}, which {path.parent} lacks")
     return found
 
 
@@ -193,14 +178,6 @@ def _kind_of(path: Path, head: bytes, size: int) -> str:
         title = re.search(rb"<title[^>]*>\s*([^<]{1,80})", head, re.IGNORECASE)
         words = f" ({title[1].decode('utf-8', 'replace').strip()!r})" if title else ""
         return f"it is a web page{words}, saved in place of the file; download that again"
-    for magic, name in PACKED:
-        if head.startswith(magic):
-            return f"it is packed with {name}; unpack it first"
-    if head[257:262] == b"ustar":
-        return "it is a tar archive of files; unpack it first"
-    for magic, name in FORMATS:
-        if head.startswith(magic):
-            return f"it is {name}"
     text = head[:60].decode("utf-8", "replace")
     if sum(c.isprintable() or c.isspace() for c in text) > 0.9 * len(text):
         return f"it is text of {size:,} bytes that begins {' '.join(text.split())!r}"
@@ -239,13 +216,9 @@ def _named(path: Path, content: Any) -> NamedTensors:
     visit(content, "", "", 0)
     if not tensors:
         keys = (
-            f" with {_listed([str(key) for key in content])}" if isinstance(content, dict) and content else ""
+            f" with {listed([str(key) for key in content])}" if isinstance(content, dict) and content else ""
         )
-        others = f"; not read, as they are no tensors: {_listed(list(unread))}" if unread else ""
+        others = f"; not read, as they are no tensors: {listed(list(unread))}" if unread else ""
         kind = content.kind if isinstance(content, Inert) else type(content).__name__
         raise AfterimageError(f"{path} holds no named tensors: it is a {kind}{keys}{others}; {VALID}")
     return NamedTensors(str(path), tensors, containers, tuple(unread), tuple(wrappers))
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -24,6 +24,7 @@ from afterimage.models.hub_files import (
     torch_hub_file,
 )
 from afterimage.models.weight_files import read_named_tensors, shards
+from afterimage.runs.files import sha256
 from afterimage.runs.results import UsedWeights
 
 SUFFIXES = (".safetensors", ".pth")
@@ -285,8 +286,7 @@ def file_digest(file: str | Path) -> str:
 
 @functools.cache
 def _digest(path: Path, size: int, changed: int) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(path)
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +131,6 @@ def let_go(error: BaseException | None) -> None:
         for mark in ("concerns", "agreed"):
             vars(error).pop(mark, None)
         error = error.__cause__ or error.__context__
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """Return names as text, `a, b and 3 others`.
-
-    Args:
-        names: the names
-        most: number of names to write out
-    """
-    more = f" and {len(names) - most} others" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 _SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from afterimage.config import AfterimageError, local_path
+from afterimage.config import AfterimageError, listed, local_path
 from afterimage.data.decode import EXTENSIONS, reason, shown
 from afterimage.data.names import (
     PLAIN,
@@ -19,7 +19,6 @@ from afterimage.data.names import (
     count_kind,
     kind_of,
     left_out,
-    listed,
     nested_split,
     pooled_names,
     split_names,

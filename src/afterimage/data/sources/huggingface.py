@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from afterimage.config import AfterimageError, first_line, local_path, unknown
+from afterimage.config import AfterimageError, first_line, listed, local_path, unknown
 from afterimage.data.decode import EXTENSIONS, MAX_BYTES, BadImage, read_bytes, shown
 from afterimage.data.names import (
     PLAIN,
@@ -35,7 +35,6 @@ from afterimage.data.names import (
     count_kind,
     kind_of,
     left_out,
-    listed,
     nested_split,
     pooled_names,
     split_names,

@@ -18,7 +18,7 @@ import torch
 from timm.models import PretrainedCfg, _builder, get_pretrained_cfg
 from torch import Tensor, nn
 
-from afterimage.config import HUB_PREFIX, AfterimageError, split_source, unknown
+from afterimage.config import HUB_PREFIX, AfterimageError, listed, split_source, unknown
 from afterimage.models.encoders.match import best_match, nearest
 from afterimage.models.encoders.random_init import Blank, ParameterUses, open_branches, parameter_uses, seeded
 from afterimage.models.hub_files import repository_config
@@ -305,7 +305,7 @@ def _load(
         like = nearest(file, match.missing[0])
         hint = f"; most like {match.missing[0]} is {like}" if like else ""
         raise AfterimageError(
-            f"{file.file} lacks {_listed(match.missing)}, which the layers in use of {name} read; "
+            f"{file.file} lacks {listed(match.missing)}, which the layers in use of {name} read; "
             f"{file.holds()}{hint}"
         )
     read = {key for names in used for key in names}
@@ -318,12 +318,10 @@ def _load(
         if key in read or not key.startswith(classifiers)
     ]
     if wrong:
-        raise AfterimageError(
-            f"{file.file} does not fit {name}: {_listed(wrong)}{_resized(name, image_size)}"
-        )
+        raise AfterimageError(f"{file.file} does not fit {name}: {listed(wrong)}{_resized(name, image_size)}")
     broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
     if broken:
-        raise AfterimageError(f"{file.file} holds values that are not finite, in {_listed(broken)}")
+        raise AfterimageError(f"{file.file} holds values that are not finite, in {listed(broken)}")
     model.load_state_dict({key: value for key, value in known.items() if key not in misfits}, strict=False)
 
 
@@ -358,11 +356,6 @@ def _resized(name: str, size: Size) -> str:
 
 def _as_tuple(value: str | Sequence[str] | None) -> Sequence[str]:
     return (value,) if isinstance(value, str) else value or ()
-
-
-def _listed(items: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(items) - limit} more ({len(items)} in all)" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
 
 
 def _shape(tensor: Tensor) -> str:
