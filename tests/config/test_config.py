@@ -164,8 +164,9 @@ def test_run_names_are_safe_folder_names():
     assert "/" not in config.name and "<" not in config.name and not config.name.startswith(".")
 
 
-def test_split_source_keeps_later_colons():
-    assert split_source("model.tag:a:b") == ("model.tag", "a:b")
+def test_a_layer_comes_after_the_last_colon():
+    assert split_source("open_clip/ViT-B-32::openai:visual") == ("open_clip/ViT-B-32::openai", "visual")
+    assert split_source("hf-hub:owner/name:layer") == ("owner/name", "layer")
     assert to_dict(RunConfig(("m:l",)))["sources"] == ["m:l"]
 
 
@@ -257,8 +258,8 @@ def test_one_place_is_one_run_however_it_is_written(tmp_path, monkeypatch):
         assert configs[0].data.source == configs[0].data.test == f"{kind}:{tmp_path}/x"
     assert len({RunConfig(("a:b",), weights=text).digest for text in spellings}) == 1
     assert len({AuditConfig(pairs=f"{text}/s.npz").pairs for text in spellings}) == 1
-    assert len({AuditConfig(encoder=f"{text}/n.py:f", layers=("a",)).encoder for text in spellings}) == 1
-    assert AuditConfig(encoder="package.module:f", layers=("a",)).encoder == "package.module:f"
+    assert len({AuditConfig(model=f"python/{text}/n.py:f", layers=("a",)).model for text in spellings}) == 1
+    assert AuditConfig(model="python/package.module:f", layers=("a",)).model == "python/package.module:f"
     text = 'sources = ["a:b"]\nweights = "./w"\n[data]\nsource = "folder:./x"\n'
     text += '[[rows]]\nsources = ["c:d"]\nweights = "w"\n'
     (tmp_path / "study.toml").write_text(text)

@@ -164,16 +164,15 @@ def test_weights_that_reach_one_layer_only_end_the_deeper_rows(go, sample_images
 
 def test_weights_that_are_missing_are_looked_for_once_more_and_end_all_rows(go, sample_images, monkeypatch):
     """Where there is no network each question takes its time."""
-    import afterimage.models.encoders.encoder
+    from afterimage.models.encoders.providers.timm import TimmNetwork
 
     asked = []
 
-    def nothing(model, weights="pretrained"):
-        asked.append(model)
-        raise AfterimageError(f"no weights for {model}")
+    def nothing(network, weights="pretrained"):
+        asked.append(network.name)
+        raise AfterimageError(f"no weights for {network.name}")
 
-    for module in (jobs, afterimage.models.encoders.encoder):
-        monkeypatch.setattr(module, "find_weights", nothing)
+    monkeypatch.setattr(TimmNetwork, "find_weights", nothing)
     configs = [replace(config, weights="pretrained") for config in small_configs(sample_images)]
     unknown = replace(configs[0], sources=(f"{MODEL}:nolayer",))
     runs, failures = go(*configs, unknown)

@@ -186,12 +186,12 @@ def test_a_bound_that_cannot_be_found_ends_itself_alone(tmp_path, monkeypatch):
 def test_random_weights_only_where_the_study_says_so(kind, monkeypatch):
     from dataclasses import replace
 
-    import afterimage.models.weights
+    from afterimage.models.encoders.providers.timm import TimmNetwork
 
-    def nothing(model, weights="pretrained"):
-        raise AfterimageError(f"no weights for {model}")
+    def nothing(network, weights="pretrained"):
+        raise AfterimageError(f"no weights for {network.name}")
 
-    monkeypatch.setattr(afterimage.models.weights, "find_weights", nothing)
+    monkeypatch.setattr(TimmNetwork, "find_weights", nothing)
     study = replace(SMALL, weights="pretrained", missing_weights=kind)
     said = []
     configs = expand(study, lambda what, *_: said.append(what))

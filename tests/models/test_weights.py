@@ -19,7 +19,8 @@ from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.models import hub_files
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.layers import list_layers
-from afterimage.models.encoders.providers.timm import pretrained_config, resolve, resolve_model
+from afterimage.models.encoders.providers import resolve
+from afterimage.models.encoders.providers.timm import pretrained_config, resolve_model
 from afterimage.models.weights import (
     file_digest,
     find_torchvision_weights,

@@ -28,18 +28,15 @@ FAILED = 3
 class Audit:
     """Audit what leaks from features that are sent or stored: layer x defence x attacker, with a verdict.
 
-    Audits a timm MODEL, one's own network (--encoder) or a store of features with their images (--feature-store). With
+    Audits a MODEL or a store of features with their images (--feature-store). With
     limits the exit code is 3 where the upper end of a 95 % interval exceeds one, for any layer, defence and attacker
     audited: name only what is to be deployed. What is done is not done again.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
-    """A timm name, for example resnet18.tv_in1k."""
+    """[PROVIDER/]MODEL, for example resnet18.tv_in1k, or python/package.module:factory, a network of one's own."""
     layers: tuple[str, ...] = ()
     """Layers to audit (`afterimage layers MODEL` lists them); with --feature-store: all by default."""
-    encoder: Annotated[str, tyro.conf.arg(metavar="MODULE:FACTORY")] = ""
-    """One's own network: package.module:factory or file.py:factory, which returns a torch.nn.Module; its layers are
-    module paths, or `output`, with keys in brackets where it returns several: output[features]."""
     feature_store: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Stored `features` and `images` in one .safetensors, .npz or .parquet file, instead of a network."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
@@ -64,13 +61,7 @@ class Audit:
     """Fail where the share of reconstructions that find their own original may exceed this."""
     weights: str = ""
     """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control (`random`: its blocks act;
-    `random-init`: as timm initialises it), or a file or folder."""
-    mean: tuple[float, float, float] | None = None
-    """With --encoder: what is taken from images in [0, 1] before it sees them."""
-    std: tuple[float, float, float] | None = None
-    """With --encoder: what they are then divided by."""
-    prefix_tokens: int | None = None
-    """With --encoder: how many tokens come before those of the map, where that cannot be measured."""
+    `random-init`: as its library initialises it), or a file or folder."""
     prediction: str = ""
     """What the network returns: classes, embedding, or auto."""
     resize: int | None = None
@@ -140,11 +131,11 @@ class Audit:
             "limits": (LimitsConfig, self._of("max_ssim", "max_identification")),
             "recipe": (RecipeConfig, self._of("epochs")),
         }
-        given = self._of("layers", "defences", "weights", "mean", "std", "prefix_tokens", "prediction")
+        given = self._of("layers", "defences", "weights", "prediction")
         given |= self._of("seed", "lpips")
-        subject = self._of("model", "encoder", pairs="feature_store")
+        subject = self._of("model", pairs="feature_store")
         if subject:
-            given |= {"model": "", "encoder": "", "pairs": "", **subject}
+            given |= {"model": "", "pairs": "", **subject}
         for name, (cls, values) in nested.items():
             values = {key: value for key, value in values.items() if _is_given(value)}
             given[name] = replace(cls() if base is None else getattr(base, name), **values)

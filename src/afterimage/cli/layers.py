@@ -15,10 +15,10 @@ from afterimage.runtime.terminal import console, say
 
 @dataclass(frozen=True)
 class Layers:
-    """List what can be inverted in a model: every layer with its shape and cost."""
+    """List what can be inverted in a model: every layer with its kind, shape and cost, the vectors last."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """A timm name, for example resnet34.tv_in1k; the default weights' tag is taken where none is given."""
+    """[PROVIDER/]MODEL, for example resnet34.tv_in1k; without a tag the library's default weights are meant."""
     image_size: int = 224
     """Side of the image in pixels."""
     all_modules: bool = False
@@ -26,9 +26,10 @@ class Layers:
 
     def run(self) -> None:
         check_range("--image-size", self.image_size, 1, MAX_SIDE)
-        from afterimage.models.encoders.layers import early_end, list_layers
+        from afterimage.models.encoders.layers import early_end, list_layers, list_named
 
-        print_layers(self, list_layers(self.model, self.image_size, every=self.all_modules))
+        layers = list_layers(self.model, self.image_size, every=self.all_modules)
+        print_layers(self, layers + list_named(self.model, self.image_size))
         if ended := early_end(self.model, self.image_size):
             say(f"WARNING: {ended}")
 
@@ -39,6 +40,7 @@ def print_layers(asked: Layers, layers: Sequence[FeatureMap]) -> None:
 
     table = Table(title=asked.model, title_justify="left")
     table.add_column("layer", overflow="fold")
+    table.add_column("kind")
     for column in (
         "shape",
         "reduction",
@@ -54,6 +56,7 @@ def print_layers(asked: Layers, layers: Sequence[FeatureMap]) -> None:
     for layer in layers:
         table.add_row(
             layer.layer,
+            "vector" if layer.height * layer.width == 1 else "map",
             f"{layer.channels}×{layer.height}×{layer.width}",
             f"{layer.reduction:g}",
             f"{layer.locations:,}",

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Study:
-    """Run a study: a shipped one by name, a TOML file, or any timm models. What is done is not done again."""
+    """Run a study: a shipped one by name, a TOML file, or any models. What is done is not done again."""
 
     study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE.toml")] = ""
     """Without a name and models the shipped studies are listed."""
     models: Annotated[str, tyro.conf.arg(metavar="MODEL,MODEL")] = ""
-    """Study these timm models without a file."""
+    """Study these models, [PROVIDER/]MODEL each, without a file."""
     layers: str = "*"
     """With --models: which layers, as comma-separated globs over those that `afterimage layers` lists."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ()

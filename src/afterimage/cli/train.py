@@ -43,7 +43,7 @@ class Train:
     """Build the decoders with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
     weights: str = "pretrained"
     """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control (`random`: its blocks act;
-    `random-init`: as timm initialises it), or a file or folder."""
+    `random-init`: as its library initialises it), or a file or folder."""
     data: str = "div2k"
     """folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""
@@ -78,7 +78,7 @@ class Train:
     def run(self) -> None:
         from afterimage.experiments.queue import train_runs
         from afterimage.models.decoders import DECODERS
-        from afterimage.models.encoders.providers.timm import resolve
+        from afterimage.models.encoders.providers import resolve
         from afterimage.runtime.distributed import on_main_process
         from afterimage.runtime.progress import Display
 

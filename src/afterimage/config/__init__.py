@@ -29,6 +29,7 @@ from afterimage.config.schema import (
     MAX_SIDE,
     MAX_STEPS,
     PRECISIONS,
+    PROVIDERS,
     RANDOM_WEIGHTS,
     SSIM_WINDOW,
     WEIGHTS,
@@ -40,10 +41,12 @@ from afterimage.config.schema import (
     FusionConfig,
     RecipeConfig,
     RunConfig,
+    absolute_model,
     absolute_weights,
     folder_name,
     parse_loss,
     settings_digest,
+    split_provider,
     split_source,
 )
 from afterimage.config.toml import (

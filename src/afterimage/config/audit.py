@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from afterimage.config.schema import (
     MAX_STEPS,
     DataConfig,
     RecipeConfig,
+    absolute_model,
     absolute_weights,
     check_range,
     check_seed,
@@ -98,19 +98,15 @@ class AttackersConfig:
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """One audit of a timm model, of a custom encoder, or of stored pairs of images and features; exactly one is given.
+    """One audit of an encoder, or of stored pairs of images and features; exactly one is given.
 
     Attributes:
-        model: timm's name of a model
-        encoder: `package.module:factory` or `path/to/file.py:factory` of a custom encoder
+        model: `[provider/]model`
         pairs: file of stored pairs of images and features
         layers: layers to audit
         weights: `pretrained`, the name of a random control, or a path
-        mean: channel means by which images are normalised before they reach a custom encoder
-        std: channel standard deviations for the same, greater than 0
-        prefix_tokens: number of prefix tokens of a custom encoder, where it cannot be measured
-        prediction: what the network returns: `classes`, `embedding`, or `auto` (the classes of a timm model with a
-            classifier, otherwise an embedding)
+        prediction: what the network returns: `classes`, `embedding`, or `auto` (the classes of a published network with
+            a classifier, otherwise an embedding)
         data: where images come from and how they are split
         test_fraction: share of stored pairs that is held out for testing
         defences: defences to try, as text such as `pca:8+int8`
@@ -122,13 +118,9 @@ class AuditConfig:
     """
 
     model: str = ""
-    encoder: str = ""
     pairs: str = ""
     layers: tuple[str, ...] = ()
     weights: str = "pretrained"
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    prefix_tokens: int | None = None
     prediction: str = "auto"
     data: DataConfig = DataConfig()
     test_fraction: float = 0.2
@@ -140,10 +132,10 @@ class AuditConfig:
     lpips: str = "alex"
 
     def __post_init__(self) -> None:
-        named = [name for name in ("model", "encoder", "pairs") if getattr(self, name)]
+        named = [name for name in ("model", "pairs") if getattr(self, name)]
         if len(named) != 1:
             raise AfterimageError(
-                "an audit is of one thing: a timm MODEL, --encoder package.module:factory, or --feature-store FILE; "
+                "an audit is of one thing: [PROVIDER/]MODEL, or --feature-store FILE; "
                 f"got {' and '.join(named) or 'none'}"
             )
         if not self.layers and not self.pairs:
@@ -152,8 +144,6 @@ class AuditConfig:
             raise AfterimageError("name at least one defence, or none")
         if self.prediction not in ("auto", "classes", "embedding"):
             raise unknown("prediction", self.prediction, ("auto", "classes", "embedding"))
-        if self.prefix_tokens is not None and (not self.encoder or self.prefix_tokens < 0):
-            raise AfterimageError("prefix_tokens is a whole number from 0 on, and goes with an own encoder")
         if self.lpips not in LPIPS_NETS:
             raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
         if self.pairs and self.attackers.threat_models != (BLACK_BOX,):
@@ -166,24 +156,18 @@ class AuditConfig:
             )
         if self.pairs and self.recipe.augment:  # features belong to the image as it is
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(0 < std < math.inf for std in self.std):
-            raise AfterimageError("mean and std must be three numbers each, std greater than 0")
-        if not all(math.isfinite(mean) for mean in self.mean):
-            raise AfterimageError(f"mean must be finite, got {self.mean}")
         check_seed("seed", self.seed)
         if not 0 < self.test_fraction < 1:
             raise AfterimageError(f"test_fraction must lie between 0 and 1, got {self.test_fraction}")
         object.__setattr__(self, "weights", absolute_weights(self.weights))
         if self.pairs:
             object.__setattr__(self, "pairs", absolute_path(self.pairs))
-        file, colon, factory = self.encoder.rpartition(":")
-        if file.endswith(".py"):
-            object.__setattr__(self, "encoder", absolute_path(file) + colon + factory)
+        object.__setattr__(self, "model", absolute_model(self.model))
 
     @property
     def subject(self) -> str:
-        """The one of `model`, `encoder` and `pairs` that is given."""
-        return self.model or self.encoder or self.pairs
+        """The one of `model` and `pairs` that is given."""
+        return self.model or self.pairs
 
 
 def digest(settings: Mapping[str, Any]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from afterimage.config.errors import AfterimageError, check_positive, check_range, check_seed, unknown
-from afterimage.config.paths import absolute_path, absolute_source
+from afterimage.config.paths import absolute_path, absolute_source, local_path
 from afterimage.config.toml import MAX_PARAMETERS, Count, to_dict
 
 LPIPS_NETS = ("alex", "vgg", "squeeze")
@@ -38,7 +39,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 RANDOM_WEIGHTS = {
     "random": "an untrained network whose blocks act",
-    "random-init": "an untrained network as timm initialises it, many residual branches closed or nearly so",
+    "random-init": "an untrained network as its library initialises it, many residual branches closed or nearly so",
 }
 """Names of the random controls, which `weights` may hold, and what each of them is."""
 
@@ -383,18 +384,41 @@ def folder_name(parts: Sequence[str], digest: str) -> str:
 
 HUB_PREFIX = re.compile(r"^hf[-_]hub:(?=[^:/]+/)", re.IGNORECASE)
 """The optional prefix of `OWNER/NAME`, an encoder in a repository of the Hugging Face hub."""
+PROVIDERS = ("timm", "torchvision", "transformers", "open_clip", "python")
+"""The libraries that encoders come from, as the beginning of `PROVIDER/MODEL`; the first needs no naming."""
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """Split `model:layer` into its two parts; the prefix `hf-hub:` of a repository is removed.
+    """Split `[provider/]model:layer` at its last colon; the prefix `hf-hub:` of a repository is removed.
 
     Raises:
         AfterimageError: the text has no model or no layer
     """
-    model, colon, layer = re.sub(HUB_PREFIX, "", source).partition(":")
+    model, colon, layer = re.sub(HUB_PREFIX, "", source).rpartition(":")
     if not (model and colon and layer):
         raise AfterimageError(
-            f"{source!r} names no layer; write model:layer, for example resnet34.tv_in1k:layer1 "
-            f"(`afterimage layers {model or 'MODEL'}` lists the layers)"
+            f"{source!r} names no layer; write [provider/]model:layer, for example resnet34.tv_in1k:layer1 "
+            f"(`afterimage layers {model or layer or 'MODEL'}` lists the layers); providers: {', '.join(PROVIDERS)}"
         )
     return model, layer
+
+
+def split_provider(model: str) -> tuple[str, str]:
+    """Split `provider/model` into its provider, timm where none is named, and what that provider calls the model.
+
+    `timm/NAME` keeps its beginning: it is a repository of the hub too.
+    """
+    model = re.sub(HUB_PREFIX, "", model)
+    provider, _, rest = model.partition("/")
+    return (provider, rest) if provider in PROVIDERS[1:] else (PROVIDERS[0], model)
+
+
+def absolute_model(model: str) -> str:
+    """Return an encoder's name with the path in it made absolute: a file of python/, a folder of transformers/."""
+    provider, rest = split_provider(model)
+    file, colon, factory = rest.rpartition(":")
+    if provider == "python" and file.endswith(".py"):
+        return f"python/{absolute_path(file)}{colon}{factory}"
+    if provider == "transformers" and os.path.isdir(local_path(rest)):
+        return f"transformers/{absolute_path(rest)}"
+    return model

@@ -138,10 +138,10 @@ def load_study(name: str) -> StudyConfig:
 def from_models(
     models: Sequence[str], layers: Sequence[str] = ("*",), decoders: Sequence[str] = ("linear",)
 ) -> StudyConfig:
-    """Create a study of the layers of timm models without a file.
+    """Create a study of the layers of models without a file.
 
     Args:
-        models: timm's names
+        models: `[provider/]model` each
         layers: layers of each model; globs are allowed, and `*` stands for all stages and blocks
         decoders: names of decoder families
     """

@@ -22,7 +22,7 @@ from afterimage.evaluation.evaluate import (
 )
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders.canvas import seen_box
-from afterimage.models.encoders.providers.timm import resolve
+from afterimage.models.encoders.providers import resolve
 from afterimage.models.fusion import WeightMaps
 from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
 from afterimage.models.weights import weight_notes

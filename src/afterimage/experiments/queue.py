@@ -14,8 +14,7 @@ from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
 from afterimage.experiments.joint_run import JointRun, StudyContext, try_encoders
 from afterimage.models.encoders.layers import layer_info
-from afterimage.models.encoders.providers.timm import resolve
-from afterimage.models.weights import find_weights
+from afterimage.models.encoders.providers import open_network
 from afterimage.runs.failures import TRACEBACK, record, recorded_error
 from afterimage.runs.lock import POLL, Lock
 from afterimage.runs.run import Run
@@ -381,4 +380,4 @@ class _Worker:
 def _find_weights(config: RunConfig) -> None:
     """Raise where a run's pretrained weights cannot be had: without a network every question takes its time."""
     for source in config.sources if config.weights == "pretrained" else ():
-        find_weights(split_source(resolve(source))[0])
+        open_network(split_source(source)[0]).find_weights()

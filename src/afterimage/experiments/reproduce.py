@@ -24,8 +24,7 @@ from afterimage.data.images import ImageSet
 from afterimage.evaluation.baselines import baseline
 from afterimage.evaluation.evaluate import evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
-from afterimage.models.encoders.providers.timm import resolve_model
-from afterimage.models.weights import find_weights
+from afterimage.models.encoders.providers import open_network
 from afterimage.runs.environment import environment
 from afterimage.runs.files import read_json, sha256
 from afterimage.runs.results import METRICS, Result
@@ -230,7 +229,7 @@ def _measured(
     try:
         fabric = one_device(accelerator, recipe.precision)
         for source in config.sources if where not in RANDOM_WEIGHTS else ():
-            find_weights(resolve_model(split_source(source)[0]), where)
+            open_network(split_source(source)[0]).find_weights(where)
     except AfterimageError as error:
         raise _Missing(str(error)) from None
     reconstructor = load_reconstructor(run, weights=weights).to(fabric.device)

@@ -125,8 +125,8 @@ def _sizer(parameters: Count | None, progress: Progress) -> Callable[[DecoderCon
 
 
 def _matches(source: str, size: int, progress: Progress) -> list[str]:
-    from afterimage.models.encoders.layers import early_end, list_layers
-    from afterimage.models.encoders.providers.timm import resolve
+    from afterimage.models.encoders.layers import early_end, layer_info, list_layers
+    from afterimage.models.encoders.providers import resolve
 
     model, layer = split_source(source)
     if not any(sign in layer for sign in "*?["):
@@ -135,17 +135,20 @@ def _matches(source: str, size: int, progress: Progress) -> list[str]:
     if ended := early_end(model, size):
         progress(f"WARNING: {ended}", 1, 1)
     matches = [resolve(f"{model}:{name}") for name in names if fnmatch.fnmatchcase(name, layer)]
+    if not matches and not any(sign in layer for sign in "*?"):
+        layer_info(source, size)  # brackets may select one of several tensors: output[features]
+        return [resolve(source)]
     if not matches:
         raise AfterimageError(f"{source!r} matches no layer of {model}. Layers: {', '.join(names)}")
     return matches
 
 
 def _weights_or_random(models: Sequence[str], weights: str, otherwise: str, progress: Progress) -> str:
-    from afterimage.models.weights import find_weights
+    from afterimage.models.encoders.providers import open_network
 
     for model in models:
         try:
-            find_weights(model, weights)
+            open_network(model).find_weights(weights)
         except AfterimageError as error:
             told = f"no pretrained weights for {model}: going on with {otherwise.upper()} weights ({error})"
             progress(f"WARNING: {told}", 1, 1)

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 
 from afterimage.config import AfterimageError, first_line
+from afterimage.models.weight_files import shards
 from afterimage.runtime.hub import CONNECT_SECONDS, ask_for_file, ask_soon, busy, refusal
 
 STALL_SECONDS = 30.0
 """Seconds without data after which a download counts as failed."""
 CONFIG = "config.json"
 """The file in which a repository of the hub describes its network."""
+
+INDEX = ".index.json"
+"""Ending of an index of weights that lie in several files."""
 
 
 class Unavailable(Exception):
@@ -39,9 +43,17 @@ def cached(repository: str, revision: str | None, names: Sequence[str]) -> Path 
 
     for name in names:
         file = try_to_load_from_cache(repository, name, cache_dir=HF_HUB_CACHE, revision=revision)
-        if isinstance(file, str):
+        if isinstance(file, str) and _has_shards(Path(file)):
             return Path(file)
     return None
+
+
+def _has_shards(file: Path) -> bool:
+    """Return whether all files are there that an index of shards lists; any other file lists none."""
+    try:
+        return not file.name.endswith(INDEX) or bool(shards(file))
+    except AfterimageError:
+        return False
 
 
 def download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
@@ -61,7 +73,14 @@ def download(repository: str, revision: str | None, names: Sequence[str]) -> Pat
     for name in names:
         try:
             ask_for_file(hf_hub_url(repository, name, revision=revision))
-            return Path(hf_hub_download(repository, name, revision=revision, etag_timeout=CONNECT_SECONDS))
+            get = functools.partial(
+                hf_hub_download, repository, revision=revision, etag_timeout=CONNECT_SECONDS
+            )
+            file = Path(get(name))
+            if name.endswith(INDEX):
+                for shard in sorted(set(json.loads(file.read_bytes())["weight_map"].values())):
+                    get(shard)
+            return file
         except LocalEntryNotFoundError as error:  # stands for any failure of the client
             raise Unavailable(refusal(repository, revision, error.__cause__ or error)) from None
         except EntryNotFoundError:
@@ -104,10 +123,14 @@ def download_url(url: str) -> Path:
 
 
 @functools.cache
-def repository_config(name: str) -> dict[str, Any]:
+def repository_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any]:
     """Read the config.json of a repository of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.
 
     It comes from the hub's cache if it is there.
+
+    Args:
+        name: the repository
+        files: the file to read, or several of which the first that is there is read
 
     Raises:
         AfterimageError: it is not available or not valid; the message says where it was searched
@@ -117,20 +140,20 @@ def repository_config(name: str) -> dict[str, Any]:
 
     repository, _, revision = name.partition("@")
     try:
-        file = cached(repository, revision or None, [CONFIG])
+        file = cached(repository, revision or None, list(files))
         if file is None and constants.HF_HUB_OFFLINE:
             where = f"the hub's cache {constants.HF_HUB_CACHE} has none"
             raise Unavailable(f"{where}, and nothing is downloaded, as HF_HUB_OFFLINE is set")
-        file = file or download(repository, revision or None, [CONFIG])
+        file = file or download(repository, revision or None, list(files))
         config = json.loads(file.read_bytes())
     except Unavailable as reason:
         raise AfterimageError(
-            f"cannot read the {CONFIG} of {name}, a repository of the hub: {reason}"
+            f"cannot read the {files[0]} of {name}, a repository of the hub: {reason}"
         ) from None
     except (OSError, ValueError) as error:
         if isinstance(error, HFValidationError):
             raise AfterimageError(f"{name!r} is no name of a repository: write OWNER/NAME") from None
-        raise AfterimageError(f"cannot read the {CONFIG} of {name}: {first_line(error)}") from None
+        raise AfterimageError(f"cannot read the {files[0]} of {name}: {first_line(error)}") from None
     if not isinstance(config, dict):
-        raise AfterimageError(f"cannot read the {CONFIG} of {name}: it is no table of settings")
+        raise AfterimageError(f"cannot read the {files[0]} of {name}: it is no table of settings")
     return config

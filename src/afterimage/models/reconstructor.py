@@ -14,7 +14,7 @@ from afterimage.config import AfterimageError, FeatureSpec, RunConfig, split_sou
 from afterimage.models.decoders import Decoder, create_decoder
 from afterimage.models.decoders.base import FeatureCrop
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.providers.timm import resolve
+from afterimage.models.encoders.providers import resolve
 from afterimage.models.fusion import FUSIONS, Fusion, create_fusion
 from afterimage.runs.results import FeatureMap, UsedWeights
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup

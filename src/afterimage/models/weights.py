@@ -45,7 +45,8 @@ class Weights:
 
     Attributes:
         model: name of the model, with its tag
-        origin: `path`, `folder` (named by AFTERIMAGE_WEIGHTS), `cache`, `hub`, or one of `RANDOM_WEIGHTS`
+        origin: `path`, `folder` (named by AFTERIMAGE_WEIGHTS), `cache`, `hub`, `own` (a network of
+            one's own brought them), or one of `RANDOM_WEIGHTS`
         location: a path, a repository, an address, or `seed N`
         sha256: digest of the file; empty for random weights
         file: the file; None for random weights
@@ -109,7 +110,7 @@ def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
 
     if "/" in model:
         stem = model.partition("@")[0].rpartition("/")[2]
-        return _find(
+        return search_weights(
             model, weights, [f"{stem}{suffix}" for suffix in SUFFIXES], _hub_files(model, None), None
         )
     architecture = model.partition(".")[0]
@@ -117,7 +118,7 @@ def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
     config = get_pretrained_cfg(model, allow_unregistered=True)
     hub = _hub_files(config.hf_hub_id, config.hf_hub_filename) if config and config.hf_hub_id else ()
     url = config.url if config and isinstance(config.url, str) and not config.url.endswith(".npz") else None
-    return _find(model, weights, names, hub, url)
+    return search_weights(model, weights, names, hub, url)
 
 
 def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> Weights:
@@ -141,12 +142,30 @@ def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> W
     advice = (
         f"set {FOLDER} to a folder with {' or '.join(names[:2])}, or take another LPIPS network with --lpips"
     )
-    return _find(f"torchvision/{name}", weights, names, (), url, advice)
+    return search_weights(f"torchvision/{name}", weights, names, (), url, advice)
 
 
-def _find(
-    model: str, weights: str | Path, names: list[str], hub: tuple, url: str | None, advice: str = ""
+def search_weights(
+    model: str,
+    weights: str | Path,
+    names: list[str],
+    hub: tuple = (),
+    url: str | None = None,
+    advice: str = "",
 ) -> Weights:
+    """Find the file of a network's weights: at the path given, else in AFTERIMAGE_WEIGHTS, the caches, the hub.
+
+    Args:
+        model: name of the model
+        weights: `pretrained`, or the path of a file or folder
+        names: names of the file in a folder, the preferred one first
+        hub: repository, revision and the names of files to try there; empty if it is on no hub
+        url: where torch.hub has it; None if nowhere
+        advice: how to go on where nothing is found; by default, to give --weights
+
+    Raises:
+        AfterimageError: nothing was found; the message lists what was tried and how to go on
+    """
     if str(weights) != "pretrained":
         return _from_path(model, Path(local_path(str(weights))), names)
     tried = []

@@ -19,6 +19,8 @@ def environment() -> dict[str, Any]:
         "torch",
         "torchvision",
         "timm",
+        "transformers",
+        "open_clip_torch",
         "lightning-fabric",
         "numpy",
         "pillow",

@@ -40,7 +40,7 @@ def cache(tmp_path_factory):
 
 def settings(factory, layer, *defences, **changes):
     return AuditConfig(
-        encoder=f"{HERE}/audit_encoders.py:{factory}", layers=(layer,), defences=defences or ("none",),
+        model=f"python/{HERE}/audit_encoders.py:{factory}", layers=(layer,), defences=defences or ("none",),
         data=DATA, recipe=RECIPE, **changes,
     )  # fmt: skip
 
@@ -78,7 +78,9 @@ def test_the_command_exits_by_its_limits(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     (tmp_path / "audit.toml").write_text(
-        dump_toml(AuditConfig(encoder="planted_encoders:Leak", layers=("output",), data=DATA, recipe=RECIPE))
+        dump_toml(
+            AuditConfig(model="python/planted_encoders:Leak", layers=("output",), data=DATA, recipe=RECIPE)
+        )
     )
     common = ["audit", "--config", "audit.toml", "--device", "cpu", "--cache", str(cache)]
     common += ["--defences", "none", "--max-identification", "0.05"]
@@ -89,7 +91,7 @@ def test_the_command_exits_by_its_limits(cache, tmp_path, monkeypatch, capsys):
         stopped.value.code == 3 and "NOT within the limits" in err and "no stronger attack is excluded" in out
     )
     assert "measured were pixels" in out and "labels, captions or persons" in out
-    main([*common, "--encoder", "planted_encoders:Constant", "--output-dir", "constant"])
+    main([*common, "python/planted_encoders:Constant", "--output-dir", "constant"])
     out, _ = capsys.readouterr()
     assert "recommended: output with none" in out and "measured were pixels" in out
     for root, passed in (("leak", False), ("constant", True)):
@@ -201,16 +203,15 @@ def test_settings_survive_toml(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "resnet18"}, "an audit is of one thing"),
-        ({"encoder": ""}, "got none"),
+        ({"pairs": "x.npz"}, "an audit is of one thing"),
+        ({"model": ""}, "got none"),
         ({"layers": ()}, "name at least one layer"),
         ({"defences": ()}, "name at least one defence"),
         ({"prediction": "labels"}, "unknown prediction"),
-        ({"std": (1.0, 0.0, 1.0)}, "std greater than 0"),
     ],
 )
 def test_impossible_settings_are_errors(changes, message):
-    given = {"encoder": "a:b", "layers": ("output",)} | changes
+    given = {"model": "resnet18", "layers": ("output",)} | changes
     with pytest.raises(AfterimageError, match=message):
         AuditConfig(**given)
 

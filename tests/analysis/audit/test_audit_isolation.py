@@ -24,7 +24,7 @@ from test_audit import HERE, no_lpips  # noqa: F401
 BUG = RuntimeError("a bug in\nsomebody's code")
 LIMITS = LimitsConfig(max_ssim=1.0)
 CONFIG = AuditConfig(
-    encoder=f"{HERE}/audit_encoders.py:TwoLayers",
+    model=f"python/{HERE}/audit_encoders.py:TwoLayers",
     layers=("first", "second"),
     defences=("none", "pca:4"),
     attackers=AttackersConfig(decoders=("linear", "wavelet")),
@@ -261,7 +261,7 @@ def test_what_progress_raises_is_the_callers_own(cache, tmp_path):
 
 def test_the_command_ends_with_3_and_names_what_is_missing(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(DECODERS, "broken", decoder("step", BUG))
-    arguments = ["audit", "--encoder", CONFIG.encoder, "--layers", "second", "--defences", "none"]
+    arguments = ["audit", CONFIG.model, "--layers", "second", "--defences", "none"]
     arguments += [
         "--decoders",
         "linear",

@@ -104,7 +104,7 @@ TIMM = [
 @pytest.mark.parametrize(("model", "layer"), TIMM)
 def test_a_timm_network_goes_on_from_defended_features(model, layer):
     encoder = Encoder(model, layers=[layer], weights="random", image_size=96)
-    network = whole_network(encoder, layer)
+    network = whole_network(encoder)
     images = sample_images(6, size=96)
     seen = []
     plain = network(images, lambda maps: seen.append(maps) or maps)
@@ -127,12 +127,12 @@ def test_a_timm_network_goes_on_from_defended_features(model, layer):
 def test_a_network_whose_end_is_missing_has_no_utility(weights_folder):
     encoder = Encoder("resnet18.tv_in1k:layer1", weights=weights_folder, image_size=64)
     with pytest.raises(Unavailable, match=r"lacks .*layer4"):
-        whole_network(encoder, "layer1")
+        whole_network(encoder)
 
 
 def test_a_network_without_its_classifier_is_judged_by_its_embedding(weights_folder):
     encoder = Encoder("mobilenetv2_100:blocks.1", weights=weights_folder, image_size=64)
-    network = whole_network(encoder, "blocks.1")
+    network = whole_network(encoder)
     assert network.kind == "embedding" and network(sample_images(2, size=64)).shape == (2, 1280)
 
 

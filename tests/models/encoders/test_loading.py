@@ -14,6 +14,7 @@ from torchvision.transforms.functional import to_tensor
 
 from afterimage.config import AfterimageError
 from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.tracing import trace
 from afterimage.models.weights import find_weights
 
@@ -47,7 +48,12 @@ def test_a_part_of_the_network_suffices_up_to_its_deepest_layer(whole, tmp_path)
 
 
 def test_every_tensor_on_the_used_path_is_insisted_on(whole, tmp_path):
-    used = {names[0] for names in trace(TINY, (64, 64)).used([trace(TINY, (64, 64)).layer("layer1")])}
+    used = {
+        names[0]
+        for names in trace(open_network(TINY), (64, 64)).used(
+            [trace(open_network(TINY), (64, 64)).layer("layer1")]
+        )
+    }
     assert {"conv1.0.weight", "bn1.running_mean", "layer1.0.bn2.bias"} <= used
     for key in used:
         with pytest.raises(AfterimageError, match=rf"lacks {key}, which"):
@@ -57,8 +63,8 @@ def test_every_tensor_on_the_used_path_is_insisted_on(whole, tmp_path):
 def test_parameters_that_no_module_owns_the_running_of_are_insisted_on():
     used = {
         n
-        for names in trace("vit_tiny_patch16_224", (64, 64)).used(
-            [trace("vit_tiny_patch16_224", (64, 64)).layer("block1")]
+        for names in trace(open_network("vit_tiny_patch16_224"), (64, 64)).used(
+            [trace(open_network("vit_tiny_patch16_224"), (64, 64)).layer("block1")]
         )
         for n in names
     }
@@ -68,7 +74,7 @@ def test_parameters_that_no_module_owns_the_running_of_are_insisted_on():
         ("convnext_tiny", "stages.0", {"stages.0.blocks.0.gamma"}),
         ("swin_tiny_patch4_window7_224", "layers.0", {"layers.0.blocks.0.attn.relative_position_bias_table"}),
     ):
-        traced = trace(model, (64, 64))
+        traced = trace(open_network(model), (64, 64))
         assert parts <= {n for names in traced.used([traced.layer(layer)]) for n in names}
 
 

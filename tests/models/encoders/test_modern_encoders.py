@@ -8,7 +8,7 @@ from afterimage.config import split_source
 from afterimage.config.study import load_study
 from afterimage.experiments.study import expand
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.providers.timm import create_random, resolve_model
+from afterimage.models.encoders.providers import open_network
 from encoder_checks import assert_same
 
 STUDIES = ("modern", "modern_256", "modern_518")
@@ -50,7 +50,7 @@ def test_every_model_has_weights_and_its_native_size(configs):
     models = {split_source(source)[0] for config in configs for source in config.sources}
     assert models <= known
     assert {native_size(model) for model in models} == {config.data.crop for config in configs}
-    assert all(resolve_model(model) == model for model in models)
+    assert all(open_network(model).name == model for model in models)
 
 
 def test_one_row_fuses_all_layers_of_one_encoder(configs):
@@ -77,7 +77,7 @@ def test_features_are_timms_own(model):
     (spec,) = encoder.specs
     assert (spec.height, spec.width) == (size // reduction,) * 2
 
-    whole = create_random(model, (size, size), 3)
+    whole = open_network(model).create_random((size, size), 3)
     prefix = getattr(whole, "num_prefix_tokens", 0)
     expected = [count for family, count in PREFIX.items() if family in model]
     if expected:

@@ -12,7 +12,6 @@ from torch import nn
 from afterimage.analysis.audit.task_utility import whole_network
 from afterimage.config import AfterimageError, Axis
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.module_encoder import CustomEncoder
 
 
 @pytest.mark.parametrize(
@@ -48,6 +47,7 @@ class Tokens(nn.Module):
         self.position = nn.Parameter(torch.randn(1, extra + grid[0] * grid[1] + after, 16))
         layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(blocks)]
         self.blocks, self.order = nn.Sequential(*layers), order
+        self.eval()
 
     def forward(self, images):
         tokens = self.patches(images).flatten(2).transpose(1, 2)
@@ -68,8 +68,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_own_networks_of_one_size_need_not_say_what_their_tokens_are(case):
     network, size, grid, prefix, suffix = CASES[case]
-    encoder = CustomEncoder(network, ["output", "blocks.0"], image_size=size)
-    for place, spec in zip(encoder.places, encoder.specs, strict=True):
+    encoder = Encoder(network, ["output", "blocks.0"], image_size=size)
+    for place, spec in zip(encoder._layers, encoder.specs, strict=True):
         assert (place.layout.prefix, place.layout.suffix) == (prefix, suffix)
         assert (spec.height, spec.width) == grid
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -81,8 +81,8 @@ def test_own_networks_of_one_size_need_not_say_what_their_tokens_are(case):
 
 def test_tokens_after_the_map_go_on_beside_it_when_it_is_replaced():
     network, size, _, _, _ = CASES["both, not square, deeper"]
-    whole = nn.Sequential(OrderedDict(body=network, pool=_Mean(), head=nn.Linear(16, 5)))
-    cut = whole_network(CustomEncoder(whole, ["body"], image_size=size), "body")
+    whole = nn.Sequential(OrderedDict(body=network, pool=_Mean(), head=nn.Linear(16, 5))).eval()
+    cut = whole_network(Encoder(whole, ["body"], image_size=size))
     images = torch.rand(3, 3, *size)
     assert cut.prefix == 3
     torch.testing.assert_close(cut(images, lambda maps: maps), cut(images))
@@ -98,22 +98,22 @@ class _Mean(nn.Module):
 
 
 def test_torchvisions_vision_transformer_is_measured():
-    encoder = CustomEncoder(torchvision.models.vit_b_32(weights=None), ["encoder.layers.encoder_layer_0"])
-    assert (encoder.specs[0].height, encoder.specs[0].width, encoder.places[0].layout.prefix) == (7, 7, 1)
+    encoder = Encoder(torchvision.models.vit_b_32(weights=None), ["encoder.layers.encoder_layer_0"])
+    assert (encoder.specs[0].height, encoder.specs[0].width, encoder._layers[0].layout.prefix) == (7, 7, 1)
 
 
 def test_tokens_that_are_no_grid_in_raster_order_are_refused():
     columns_first = torch.arange(16).reshape(4, 4).T.flatten()
     for order in (columns_first, torch.randperm(16, generator=torch.Generator().manual_seed(0))):
         with pytest.raises(AfterimageError, match="not in raster order"):
-            CustomEncoder(Tokens(order=order), ["output"], image_size=32)
+            Encoder(Tokens(order=order), ["output"], image_size=32)
 
     class TwoScales(Tokens):
         def forward(self, images):
             return torch.cat([super().forward(images), super().forward(images)[:, 4::5]], 1)
 
     with pytest.raises(AfterimageError, match="not in raster order"):
-        CustomEncoder(TwoScales(), ["output"], image_size=32)
+        Encoder(TwoScales(), ["output"], image_size=32)
 
 
 class Opaque(Tokens):
@@ -126,14 +126,15 @@ class Opaque(Tokens):
 
 def test_the_number_of_prefix_tokens_can_be_said():
     with pytest.raises(AfterimageError, match="prefix_tokens"):
-        CustomEncoder(Opaque(extra=1), ["output"], image_size=32)
-    encoder = CustomEncoder(Opaque(extra=1), ["output"], image_size=32, prefix_tokens=1)
-    assert (encoder.specs[0].height, encoder.specs[0].width, encoder.places[0].layout.prefix) == (4, 4, 1)
-    assert "aten::sort" in encoder.places[0].placement.unseen
-    # What is measured is not overruled.
-    with pytest.raises(AfterimageError, match="prefix_tokens is 2, but 4 of its tokens come before"):
-        CustomEncoder(Tokens(), ["output"], image_size=32, prefix_tokens=2)
-    assert CustomEncoder(Tokens(), ["output"], image_size=32, prefix_tokens=4).specs[0].height == 4
+        Encoder(Opaque(extra=1), ["output"], image_size=32)
+    network = Opaque(extra=1)
+    network.prefix_tokens = 1
+    encoder = Encoder(network, ["output"], image_size=32)
+    assert (encoder.specs[0].height, encoder.specs[0].width, encoder._layers[0].layout.prefix) == (4, 4, 1)
+    assert "aten::sort" in encoder._layers[0].placement.unseen
+    measured = Tokens()
+    measured.prefix_tokens = 2  # what is measured is not overruled
+    assert Encoder(measured, ["output"], image_size=32)._layers[0].layout.prefix == 4
 
 
 @dataclass
@@ -182,10 +183,10 @@ def test_maps_inside_dataclasses_are_found_and_can_be_replaced(wrap, layer):
         def forward(self, images):
             return Output(self.head(self.body(images).maps.mean((2, 3))))
 
-    encoder = CustomEncoder(Wrapped(), [layer], image_size=36)
+    encoder = Encoder(Wrapped(), [layer], image_size=36)
     assert encoder.specs[0].rows == Axis(0.0, 8.0, 0, 32)
     whole, layer = Whole(), layer.replace("output", "body")
-    network = whole_network(CustomEncoder(whole, [layer], image_size=36), layer)
+    network = whole_network(Encoder(whole, [layer], image_size=36))
     images = torch.rand(3, 3, 36, 36)
     with torch.no_grad():
         torch.testing.assert_close(network(images, torch.zeros_like), whole.head(torch.zeros(3, 16)))
@@ -193,6 +194,6 @@ def test_maps_inside_dataclasses_are_found_and_can_be_replaced(wrap, layer):
 
 
 def test_an_own_networks_dropped_pixels_are_named():
-    encoder = CustomEncoder(nn.Sequential(nn.Conv2d(3, 8, 4, 4)), ["output"], image_size=(34, 32))
+    encoder = Encoder(nn.Sequential(nn.Conv2d(3, 8, 4, 4)), ["output"], image_size=(34, 32))
     assert (encoder.specs[0].rows, encoder.specs[0].columns) == (Axis(0.0, 4.0, 0, 32), None)
-    assert encoder.places[0].placement.unseen == "the last 2 rows of 34x32 images are not seen"
+    assert encoder._layers[0].placement.unseen == "the last 2 rows of 34x32 images are not seen"

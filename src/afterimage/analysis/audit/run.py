@@ -212,7 +212,7 @@ def _costs(
         return [no_cost(defence, "a store holds no network to go on with") for defence in defences]
     try:
         return measure_cost(
-            whole_network(encoder, layer, session.config.prediction),
+            whole_network(encoder, session.config.prediction),
             defences,
             session.target.data.test,
             batch_size=session.config.recipe.batch_size,

@@ -93,7 +93,7 @@ class AuditSession:
         settings = {
             "subject": target.name,
             "weights": target.weights.identity if target.weights else "",
-            "normalised": [config.mean, config.std] if config.encoder else None,
+            "normalised": self.target.normalised,
             "features": None if spec is None else [spec.channels, spec.height, spec.width],
             "test": target.data.digest,
             "attacker_data": config.attackers.data,

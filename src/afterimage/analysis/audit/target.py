@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import nn
-
 from afterimage.analysis.audit.feature_store import load_pairs
 from afterimage.config import RANDOM_WEIGHTS, FeatureSpec, local_path, shown, unknown
 from afterimage.config.audit import AuditConfig
@@ -16,9 +14,7 @@ from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import Box
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.module_encoder import CustomEncoder, load_factory
 from afterimage.models.encoders.placement import describe_unseen
-from afterimage.models.encoders.providers.timm import resolve_model
 from afterimage.runs.results import SeenPart, UsedWeights
 from afterimage.runtime.progress import Progress, silent
 
@@ -40,7 +36,7 @@ class AuditTarget:
         data: test images, and the images that a defence is fitted on
         pool: images that an attacker may own
         notes: what a reader has to know
-        network: the own network; None for a timm model and a store
+        normalised: mean and std of a network of one's own, which says itself what they are; None for any other
     """
 
     config: AuditConfig
@@ -51,7 +47,7 @@ class AuditTarget:
     data: Data
     pool: Data
     notes: list[str] = field(default_factory=list)
-    network: nn.Module | None = None
+    normalised: list[tuple[float, ...]] | None = None
     failures: dict[str, Exception] = field(default_factory=dict)
     """Layers that were asked for and cannot be read, and why."""
 
@@ -65,9 +61,9 @@ class AuditTarget:
         """Whether features come from a store."""
         return self.weights is None
 
-    def encoder(self, layer: str) -> Encoder | CustomEncoder:
+    def encoder(self, layer: str) -> Encoder:
         """Return the frozen encoder that ends at one layer."""
-        return _encoder(self.config, self.network, [layer])
+        return _encoder(self.config, [layer])
 
     def box(self, layer: str) -> Box | None:
         """Return the part of images that a layer's locations see; None where that is all of them."""
@@ -103,53 +99,41 @@ def open_subject(
     """
     if config.pairs:
         return _store(config)
-    network = load_factory(config.encoder) if config.encoder else None
     layers, failures = list(config.layers), {}
     try:
         # All layers at once, so that a wrong one is told before the first is trained on.
-        encoder = _encoder(config, network, layers)
+        encoder = _encoder(config, layers)
     except Exception as error:
         for layer in layers:
             try:
-                _encoder(config, network, [layer])
+                _encoder(config, [layer])
             except Exception as found:
                 failures[layer] = found
         layers = [layer for layer in layers if layer not in failures]
         if not layers or not failures:
             raise failures.get(config.layers[0], error) from None
-        encoder = _encoder(config, network, layers)
+        encoder = _encoder(config, layers)
     data = load_data(config.data, cache=cache, progress=progress)
     pool, near = data, []
     if config.attackers.data:
         elsewhere = replace(config.data, source=config.attackers.data, test="")
         pool = load_data(elsewhere, cache=cache, progress=progress)
         near = [f"the attacker's images: {note}" for note in near_duplicates(replace(pool, test=data.test))]
-    notes = [*getattr(encoder, "notes", ()), *data.notes, *near]
+    notes = [*encoder.notes, *data.notes, *near]
     if encoder.weights.is_random:
         which = f"{encoder.weights.label.upper()} weights ({RANDOM_WEIGHTS[encoder.weights.label]})"
         notes.append(f"{which}: nothing here says anything about a trained network")
-    if config.encoder and config.mean == (0.0, 0.0, 0.0) and config.std == (1.0, 1.0, 1.0):
-        notes.append("images reach the network as they are, in [0, 1]: no --mean and --std were given")
     size = (config.data.crop, config.data.crop)
     specs = dict(zip(layers, encoder.specs, strict=True))
     weights = encoder.weights.used
-    return AuditTarget(config, encoder.model_name, specs, weights, size, data, pool, notes, network, failures)
+    network = encoder.network
+    normalised = [network.mean, network.std] if network.is_own else None
+    return AuditTarget(config, network.name, specs, weights, size, data, pool, notes, normalised, failures)
 
 
-def _encoder(config: AuditConfig, network: nn.Module | None, layers: list[str]) -> Encoder | CustomEncoder:
+def _encoder(config: AuditConfig, layers: list[str]) -> Encoder:
     size = config.data.crop
-    if network is None:
-        model = resolve_model(config.model)
-        return Encoder(model, layers=layers, weights=config.weights, image_size=size, seed=config.seed)
-    return CustomEncoder(
-        network,
-        layers,
-        name=config.encoder,
-        image_size=size,
-        mean=config.mean,
-        std=config.std,
-        prefix_tokens=config.prefix_tokens,
-    )
+    return Encoder(config.model, layers=layers, weights=config.weights, image_size=size, seed=config.seed)
 
 
 def _store(config: AuditConfig) -> AuditTarget:

@@ -21,11 +21,8 @@ from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import interval_dict, mean_interval, share_interval
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.module_encoder import CustomEncoder, LayerOutput
-from afterimage.models.encoders.providers.timm import create_loaded, create_random, pretrained_config
 from afterimage.models.encoders.tensor_layout import Layout, field_names, has_fields, reorder, step_into
 from afterimage.models.encoders.tracing import trace
-from afterimage.models.weight_files import read_named_tensors
 from afterimage.runtime.progress import Progress, silent
 
 Change = Callable[[Tensor], Tensor]
@@ -83,28 +80,23 @@ class Network:
         return not torch.allclose(before, other, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 
 
-def whole_network(encoder: nn.Module, layer: str, prediction: str = "auto") -> Network:
+def whole_network(encoder: Encoder, prediction: str = "auto") -> Network:
     """Build the network behind an encoder, with everything after the layer too.
 
     Args:
-        encoder: the encoder up to the layer
-        layer: name of the layer
+        encoder: the encoder of one layer
         prediction: what the network returns: `classes`, `embedding` or `auto`
 
     Raises:
         Unavailable: its weights hold no later layers, or its tokens lie in an order that cannot be put back
     """
-    if isinstance(encoder, CustomEncoder):
-        place: LayerOutput = encoder.places[0]
-        kind = "classes" if prediction == "classes" else "embedding"
-        return Network(encoder.run, encoder.model.get_submodule(place.module), place.layout, kind)
-    name = encoder.model_name
-    traced = trace(name, encoder.image_size).layer(layer)
-    model, kind = _timm(encoder, prediction)
-    if reorder(model, traced.module) is not None:
+    (layer,) = encoder._layers
+    model, kind = _whole(encoder, prediction)
+    if reorder(model, layer.module) is not None:
+        name = encoder.model_name
         raise Unavailable(f"{name} keeps its tokens in an order of its own, which cannot be put back")
     run = _Normalised(model, encoder.mean, encoder.std)
-    return Network(run, model.get_submodule(traced.module), traced.layout, kind)
+    return Network(run, model.get_submodule(layer.module), layer.layout, kind)
 
 
 class _Normalised(nn.Module):
@@ -116,29 +108,31 @@ class _Normalised(nn.Module):
         return self.model((images - self.mean) / self.std)
 
 
-def _timm(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
-    name, size = encoder.model_name, encoder.image_size
-    device = encoder.mean.device
-    if encoder.weights.file is None:
-        model = create_random(name, size, int(encoder.weights.location.split()[-1]), encoder.weights.origin)
-        return model.to(device), "embedding" if prediction == "embedding" else "classes"
-    file = read_named_tensors(encoder.weights.file)
-    reads = [names for _, names, _ in trace(name, size).reads]
-    heads = pretrained_config(name).get("classifier") or ()
-    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+def _whole(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
+    network, size, weights = encoder.network, encoder.image_size, encoder.weights
+    device, classifiers = encoder.mean.device, network.classifiers
+    if weights.is_random:
+        seed = int(weights.location.split()[-1])
+        model = network.create_random(size, seed, weights.origin)
+        kind = "classes" if classifiers else "embedding"
+        return model.to(device), kind if prediction == "auto" else prediction
+    reads = [names for _, names, _ in trace(network, size).reads]
+    heads = tuple(f"{head}." for head in classifiers)
     reason = ""
     for kind in ("classes", "embedding"):
-        if prediction not in ("auto", kind):
+        if prediction not in ("auto", kind) or (
+            prediction == "auto" and kind == "classes" and not classifiers
+        ):
             continue
         used = reads if kind == "classes" else [r for r in reads if not any(n.startswith(heads) for n in r)]
         try:
-            model, _ = create_loaded(name, size, file, used)
+            model, _ = network.load(size, weights, used)
         except AfterimageError as error:
             reason = str(error)
             continue
         if kind == "embedding":
-            model.reset_classifier(0)
-        return model.to(device), kind
+            model = network.without_classifier(model)
+        return model.requires_grad_(False).to(device), kind
     raise Unavailable(reason)
 
 

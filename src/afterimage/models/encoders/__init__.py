@@ -2,4 +2,4 @@
 
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.layers import early_end, layer_info, list_layers
-from afterimage.models.encoders.providers.timm import resolve, resolve_model
+from afterimage.models.encoders.providers import open_network, resolve

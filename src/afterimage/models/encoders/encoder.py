@@ -1,7 +1,8 @@
-"""The encoder of timm models: frozen, normalises images itself, and runs only as deep as its deepest layer."""
+"""The encoder: a frozen network that normalises images itself, and runs only as deep as its deepest layer."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError, split_source
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FeatureSpec, split_source
 from afterimage.models.encoders.base import Frozen, size_pair
-from afterimage.models.encoders.providers.timm import (
-    create_loaded,
-    create_random,
-    pretrained_config,
-    resolve_model,
-)
+from afterimage.models.encoders.providers import open_network
+from afterimage.models.encoders.providers.python import OwnNetwork
 from afterimage.models.encoders.tensor_layout import reorder
 from afterimage.models.encoders.tracing import TracedLayer, trace
-from afterimage.models.weight_files import read_named_tensors
-from afterimage.models.weights import find_weights, random_weights, weight_notes
+from afterimage.models.weights import random_weights, weight_notes
 from afterimage.runs.results import FeatureMap
 
 
@@ -43,42 +39,51 @@ class _Hook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.roll is not None:
             output = self.roll(output)
-        feature = self.layout(output)
+        try:
+            feature = self.layout(output)
+        except (KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+            raise AfterimageError(f"the network returned something else than before: {error}") from error
         self.features[self.index] = feature.clone() if self.copy else feature
         if self.last:
             raise _Done
 
 
 class Encoder(Frozen):
-    """The features of one or more layers of a frozen timm model, for images in [0, 1].
+    """The features of one or more layers of a frozen network, for images in [0, 1].
 
     `Encoder("resnet34.tv_in1k:layer1")` has one layer, `Encoder("resnet34", layers=["layer1", "layer2"])` has
-    two in one pass. The model normalises images by its own mean and std, stays in evaluation mode and never
+    two in one pass. The network normalises images by its own mean and std, stays in evaluation mode and never
     requires gradients. Parameters and buffers that the layers do not read are dropped.
 
+    A layer is a module's path or a short name of it, or `output` for what the network returns. Where that is
+    several tensors, brackets select one: `output[features]`, `neck[0]`. Shapes, the order of axes (NCHW, NHWC,
+    tokens, vectors), prefix tokens and the positions of locations are measured.
+
     Args:
-        source: `model:layer`, or the model's name if `layers` is given
+        source: `[provider/]model:layer`, or the model's name if `layers` is given, or a network at hand, whose
+            attributes `mean`, `std` and `prefix_tokens` count (see `OwnNetwork`)
         layers: names of the layers
-        weights: `pretrained` (see `find_weights`), `random` (drawn from `seed`, with acting blocks, see
-            `open_branches`), `random-init` (the same draw as timm leaves it), or the path of a file or folder
+        weights: `pretrained` (see `search_weights`), `random` (drawn from `seed`, with acting blocks, see
+            `open_branches`), `random-init` (the same draw as its library leaves it), or the path of a file or folder
         image_size: side of the images in pixels, or `(height, width)`
         seed: seed of random weights
 
     Attributes:
-        model_name: timm's name, with the tag of the weights
+        network: the network as its provider describes it
+        model_name: its name, with the tag of the weights
         sources: `model:layer` for each layer, as written, with the tag pinned
         specs: measured shape of each layer's features
         weights: origin of the weights
-        notes: remarks on the weights, for a run's notes
+        notes: remarks for a run's notes
 
     Raises:
-        AfterimageError: the model or a layer is unknown, a layer is not a feature map, the model cannot run on
-            images of this size, or weights are missing or do not fit
+        AfterimageError: the model or a layer is unknown, a layer is neither feature map nor vector, the model
+            cannot run on images of this size, or weights are missing or do not fit
     """
 
     def __init__(
         self,
-        source: str,
+        source: str | nn.Module,
         layers: Sequence[str] | None = None,
         *,
         weights: str | Path = "pretrained",
@@ -86,14 +91,16 @@ class Encoder(Frozen):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if layers is None:
+        if layers is None and isinstance(source, str):
             source, layer = split_source(source)
             layers = [layer]
         elif isinstance(layers, str) or not layers:
             raise AfterimageError(f"layers must be a list of one layer or more, got {layers!r}")
-        self.model_name = resolve_model(source)
+        self.network = open_network(source) if isinstance(source, str) else OwnNetwork.of(source)
+        self.model_name = self.network.name
         self.image_size = size_pair(image_size)
-        traced = trace(self.model_name, self.image_size)
+        # A network at hand is not kept by the cache.
+        traced = (trace if isinstance(source, str) else trace.__wrapped__)(self.network, self.image_size)
         self._layers = [traced.layer(layer) for layer in layers]
         self.sources = tuple(f"{self.model_name}:{layer}" for layer in layers)
         pairs = zip(self.sources, self._layers, strict=True)
@@ -102,21 +109,21 @@ class Encoder(Frozen):
         used = traced.used(self._layers)
         if str(weights) in RANDOM_WEIGHTS:
             self.weights = random_weights(self.model_name, str(weights), seed)
-            self.model = create_random(self.model_name, self.image_size, seed, str(weights))
+            self.model = self.network.create_random(self.image_size, seed, str(weights))
         else:
-            self.weights = find_weights(self.model_name, weights)
-            file = read_named_tensors(self.weights.file)
-            self.model, note = create_loaded(self.model_name, self.image_size, file, used)
-            self.weights = replace(self.weights, note=note)
+            found = self.network.find_weights(weights)
+            self.model, note = self.network.load(self.image_size, found, used)
+            self.weights = replace(found, note=note)
         self.notes = tuple(weight_notes([self.weights.used]))
-        _drop(self.model, {name for names in used for name in names})
-        for parameter in self.model.parameters():
-            if parameter.ndim == 4:  # `to` on the whole model refuses models with 3D convolutions
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if not self.network.is_own:
+            _drop(self.model, {name for names in used for name in names})
+        if self.network.channels_last:
+            for parameter in self.model.parameters():
+                if parameter.ndim == 4:  # `to` on the whole model refuses models with 3D convolutions
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.requires_grad_(False).train(False)
-        config = pretrained_config(self.model_name)
-        for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
-            values = torch.tensor(config.get(name, default), dtype=torch.float32).view(1, 3, 1, 1)
+        for name, values in (("mean", self.network.mean), ("std", self.network.std)):
+            values = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self._features: list[Tensor | None] = [None] * len(layers)
         deepest = max(range(len(layers)), key=lambda i: (self._layers[i].order, i))
@@ -125,6 +132,8 @@ class Encoder(Frozen):
                 self._features, index, layer, reorder(self.model, layer.module), last=index == deepest
             )
             self.model.get_submodule(layer.module).register_forward_hook(hook)
+        if isinstance(self.network, OwnNetwork):
+            self.notes += (*self.network.notes, *self._try())
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
@@ -134,7 +143,8 @@ class Encoder(Frozen):
         Features have no gradients outside `gradients()`.
 
         Raises:
-            AfterimageError: the images have another size or are not floats
+            AfterimageError: the images have another size or are not floats, or a network of one's own returns
+                features of another shape than before or that are not finite
         """
         if images.ndim != 4 or images.shape[1:] != (3, *self.image_size) or not images.is_floating_point():
             height, width = self.image_size
@@ -143,14 +153,39 @@ class Encoder(Frozen):
                 f"got {tuple(images.shape)} of {images.dtype}"
             )
         try:
-            with torch.set_grad_enabled(self._gradients and torch.is_grad_enabled()):
+            with (
+                torch.set_grad_enabled(self._gradients and torch.is_grad_enabled()),
+                contextlib.suppress(_Done),
+            ):
+                # Out of place, so that a network that writes into its input cannot change the images.
                 inputs = (images - self.mean) / self.std
-                self.model(inputs.contiguous(memory_format=torch.channels_last))
-        except _Done:
-            return list(self._features)
+                if self.network.channels_last:
+                    inputs = inputs.contiguous(memory_format=torch.channels_last)
+                self.model(inputs)
+            features = list(self._features)
         finally:
             self._features[:] = [None] * len(self._features)
-        raise RuntimeError(f"{self.model_name} ended before {self._layers[-1].module} ran")
+        for spec, feature in zip(self.specs, features, strict=True):
+            if feature is None:
+                raise RuntimeError(f"{spec.source} did not run")
+            if self.network.is_own:
+                _check(spec, feature, len(images))
+        return features
+
+    @torch.no_grad()
+    def _try(self) -> list[str]:
+        """Run a network that nobody vouches for on two images, and return what is remarkable."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(2, 3, *self.image_size, generator=generator)
+        once, again, alone = self(images), self(images), self(images[:1])
+        if any(not torch.equal(a, b) for a, b in zip(once, again, strict=True)):
+            return [f"the features of {self.model_name} differ from one pass to the next on equal images"]
+        near = (torch.allclose(a[:1], b, rtol=1e-3, atol=1e-4) for a, b in zip(once, alone, strict=True))
+        return (
+            []
+            if all(near)
+            else [f"an image's features in {self.model_name} depend on the others in its batch"]
+        )
 
     def describe(self) -> list[FeatureMap]:
         """Describe each layer: module, shape, reduction, cost up to there, and the positions of its locations."""
@@ -158,6 +193,16 @@ class Encoder(Frozen):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{s.source} {s.channels}x{s.height}x{s.width}" for s in self.specs)
+
+
+def _check(spec: FeatureSpec, feature: Tensor, count: int) -> None:
+    expected = (count, spec.channels, spec.height, spec.width)
+    if tuple(feature.shape) != expected:
+        raise AfterimageError(
+            f"{spec.source} returned {tuple(feature.shape)} where {expected} was measured before"
+        )
+    if not feature.isfinite().all():
+        raise AfterimageError(f"{spec.source} returns values that are not finite")
 
 
 def _drop(model: nn.Module, used: set[str]) -> None:

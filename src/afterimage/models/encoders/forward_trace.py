@@ -60,7 +60,7 @@ class ForwardTrace(TorchDispatchMode):
         follow: whether to follow the positions of values in the image
 
     Attributes:
-        events: the last call of each module, by module path
+        events: the last call of each module, by module path, which is empty for the model itself
         first_read: the operation that first reads a tensor, by its storage
         failure: why the pass failed; empty if it did not
         flow: the positions of values, or None
@@ -79,7 +79,7 @@ class ForwardTrace(TorchDispatchMode):
         hooks = [
             module.register_forward_hook(functools.partial(self._finish, path))
             for path, module in model.named_modules()
-            if path and not isinstance(module, torch.jit.ScriptModule)  # these accept no hooks
+            if not isinstance(module, torch.jit.ScriptModule)  # these accept no hooks
         ]
         try:
             # Attention as plain matrix products, which can be counted and followed on every device.

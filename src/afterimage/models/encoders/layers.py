@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from afterimage.config import split_source
 from afterimage.models.encoders.base import size_pair
-from afterimage.models.encoders.providers.timm import resolve_model
+from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.tracing import cannot_run, trace
 from afterimage.runs.results import FeatureMap
 
@@ -14,10 +14,10 @@ from afterimage.runs.results import FeatureMap
 def list_layers(
     model: str, image_size: int | Sequence[int] | None = None, *, every: bool = False
 ) -> list[FeatureMap]:
-    """List the layers of a timm model that can be inverted, in order of execution. No weights are needed.
+    """List the layers of a model that can be inverted, in order of execution. No weights are needed.
 
     Args:
-        model: timm's name, with or without a tag, or a repository of the hub
+        model: `[provider/]model`
         image_size: side of the images in pixels, or `(height, width)`; 224 by default
         every: whether to list every module that returns a feature map, not only stages and blocks
 
@@ -25,11 +25,25 @@ def list_layers(
         AfterimageError: the model is unknown or cannot run on images of that size
     """
     size = size_pair(224 if image_size is None else image_size)
-    traced = trace(resolve_model(model), size)
+    traced = trace(open_network(model), size)
     if not traced.layers:
-        raise cannot_run(traced.model, size, traced.failure or "no module returns a feature map")
+        raise cannot_run(traced.network, size, traced.failure or "no module returns a feature map")
     names = traced.by_order if every else traced.names or traced.by_order
-    return [traced.layer(name).feature_map(f"{traced.model}:{name}", size) for name in names]
+    return [traced.layer(name).feature_map(f"{traced.network.name}:{name}", size) for name in names]
+
+
+def list_named(model: str, image_size: int | Sequence[int] | None = None) -> list[FeatureMap]:
+    """List the layers that a model has by role (`ROLES`): the final norm, and the vectors.
+
+    Args:
+        model: `[provider/]model`
+        image_size: side of the images in pixels, or `(height, width)`; 224 by default
+    """
+    traced = trace(open_network(model), size_pair(224 if image_size is None else image_size))
+    names = [name for name in traced.named if name not in traced.modules]
+    return [
+        traced.layer(name).feature_map(f"{traced.network.name}:{name}", traced.image_size) for name in names
+    ]
 
 
 def early_end(model: str, image_size: int | Sequence[int] | None = None) -> str:
@@ -38,17 +52,17 @@ def early_end(model: str, image_size: int | Sequence[int] | None = None) -> str:
     Empty if it did not stop.
 
     Args:
-        model: timm's name, with or without a tag, or a repository of the hub
+        model: `[provider/]model`
         image_size: side of the images in pixels, or `(height, width)`; 224 by default
     """
-    return trace(resolve_model(model), size_pair(224 if image_size is None else image_size)).early_end
+    return trace(open_network(model), size_pair(224 if image_size is None else image_size)).early_end
 
 
 def layer_info(source: str, image_size: int | Sequence[int] = 224) -> FeatureMap:
     """Describe one layer, `model:layer`, which may be any module that returns a feature map.
 
     Args:
-        source: `model:layer`
+        source: `[provider/]model:layer`
         image_size: side of the images in pixels, or `(height, width)`
 
     Raises:
@@ -56,5 +70,5 @@ def layer_info(source: str, image_size: int | Sequence[int] = 224) -> FeatureMap
     """
     model, layer = split_source(source)
     size = size_pair(image_size)
-    traced = trace(resolve_model(model), size)
-    return traced.layer(layer).feature_map(f"{traced.model}:{layer}", size)
+    traced = trace(open_network(model), size)
+    return traced.layer(layer).feature_map(f"{traced.network.name}:{layer}", size)

@@ -38,7 +38,7 @@ class Layout:
     """The position and shape of a feature map in a module's output.
 
     Attributes:
-        axes: order of the tensor's axes: `NCHW`, `NHWC`, `NLC` or `NCL` (L for tokens)
+        axes: order of the tensor's axes: `NCHW`, `NHWC`, `NLC` or `NCL` (L for tokens), `NC` for a vector
         channels: number of channels
         height: locations from top to bottom
         width: locations from left to right
@@ -59,6 +59,8 @@ class Layout:
         """Return the feature map `(B, C, h, w)` of a module's output, as a view if possible."""
         for step in self.key:
             output = step_into(output, step)
+        if self.axes == "NC":
+            return output[:, :, None, None]
         if self.axes == "NHWC":
             return output.permute(0, 3, 1, 2)
         if self.axes == "NLC":
@@ -128,12 +130,27 @@ def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
     Raises:
         Refused: the order of this module's tokens is not known
     """
-    if not hasattr(model, "reroll") or path.partition(".")[0] == "patch_embed":
+    if not path or not hasattr(model, "reroll") or path.partition(".")[0] == "patch_embed":
         return None
     stem, _, index = path.rpartition(".")
     if stem == "blocks" and index.isdigit():
         return functools.partial(model.reroll.forward, block_idx=int(index))
     raise Refused("its tokens are not in raster order; take patch_embed or a whole block, blocks.0 and on")
+
+
+def find_vector(first: Shapes, second: Shapes) -> Layout | None:
+    """Find the layout of one vector an image `(B, C)`, or of one location `(B, C, 1, 1)`; None if it is neither.
+
+    Args:
+        first: keys and shapes of the tensors in the first pass
+        second: the same in the second pass, on another size
+    """
+    if len(first) != 1 or len(second) != 1:
+        return None
+    (key, shape), (_, later) = first[0], second[0]
+    if (shape[:1], later[:1], shape[1:]) != ((1,), (2,), later[1:]) or shape[2:] not in ((), (1, 1)):
+        return None
+    return Layout("NCHW" if shape[2:] else "NC", shape[1], 1, 1, key=key)
 
 
 def find_layout(

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,23 +19,20 @@ import torch
 from timm.models import PretrainedCfg, _builder, get_pretrained_cfg
 from torch import Tensor, nn
 
-from afterimage.config import HUB_PREFIX, AfterimageError, listed, split_source, unknown
-from afterimage.models.encoders.match import best_match, nearest
-from afterimage.models.encoders.random_init import Blank, ParameterUses, open_branches, parameter_uses, seeded
+from afterimage.config import HUB_PREFIX, AfterimageError, unknown
+from afterimage.models.encoders.providers.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Network,
+    blocks_of,
+    load_tensors,
+    pools_of,
+)
+from afterimage.models.encoders.random_init import Blank, seeded
+from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.hub_files import repository_config
-from afterimage.models.weight_files import NamedTensors
-
-
-def resolve(source: str) -> str:
-    """Pin the tag of the weights in `model:layer`: `vgg16:block1` becomes `vgg16.tv_in1k:block1`.
-
-    The layer is not checked; that happens when it is measured.
-
-    Raises:
-        AfterimageError: timm does not know the model or the tag
-    """
-    model, layer = split_source(source.strip())
-    return f"{resolve_model(model)}:{layer}"
+from afterimage.models.weight_files import read_named_tensors
+from afterimage.models.weights import Weights, find_weights
 
 
 @functools.cache
@@ -97,7 +95,7 @@ def architecture(name: str) -> str:
         return found
     says = f"names the architecture {found!r}" if found else "names no architecture"
     if isinstance(kind := config.get("model_type"), str):
-        says += f" (it describes a {kind!r} of another library)"
+        says += f" (it describes a {kind!r} of another library; if that is transformers, write transformers/{name})"
     raise AfterimageError(
         f"{name} is no model of timm's: its config.json {says}, which timm would have to know"
     )
@@ -133,29 +131,6 @@ def _unknown_model(name: str) -> AfterimageError:
     )
 
 
-def aliases(model: nn.Module, name: str) -> dict[str, str]:
-    """Return the published study's names for layers as `{alias: module path}`; real module paths take precedence.
-
-    VGG's `block1` to `block5` are the pooled outputs. `block0` and so on of models with `blocks` are these blocks in
-    order. PVT-v2's `stage1` to `stage4` are its stages. ResNet's `layer1` to `layer4` are module paths already.
-
-    Args:
-        model: the network
-        name: timm's name, or a repository of the hub
-    """
-    name = architecture(name)
-    if name.startswith("vgg"):
-        pools = [f"features.{i}" for i, m in model.features.named_children() if isinstance(m, nn.MaxPool2d)]
-        return {f"block{n}": path for n, path in enumerate(pools, start=1)}
-    if name.startswith("pvt_v2"):
-        return {f"stage{n}": f"stages.{i}" for n, (i, _) in enumerate(model.stages.named_children(), start=1)}
-    for path in ("blocks", "encoder.blocks"):
-        with contextlib.suppress(AttributeError):
-            return {f"block{i}": f"{path}.{i}" for i, _ in enumerate(model.get_submodule(path).children())}
-    return {}
-
-
-Size = tuple[int, int]
 _LOCK = threading.Lock()
 
 
@@ -190,83 +165,81 @@ def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise AfterimageError(f"cannot use the config.json of {name}: {error}") from None
 
 
-def has_fixed_size(name: str) -> bool:
-    """Return whether a model is built for one image size; others take any."""
-    return bool(pretrained_config(name).get("fixed_input_size"))
+class TimmNetwork(Network):
+    """A network of timm's, or of a repository of the hub whose architecture timm has."""
 
+    channels_last = True
 
-def native_size(name: str) -> Size:
-    """Return the image size of a model's pretraining, `(height, width)` in pixels."""
-    height, width = pretrained_config(name).get("input_size", (3, 224, 224))[-2:]
-    return height, width
+    @classmethod
+    def open(cls, name: str) -> TimmNetwork:
+        """Describe a network by timm's name of it, with or without a tag, or by a repository of the hub."""
+        name = resolve_model(name)
+        config = pretrained_config(name)
+        classifiers = config.get("classifier") or ()
+        return cls(
+            name,
+            tuple(config.get("mean", IMAGENET_MEAN)),
+            tuple(config.get("std", IMAGENET_STD)),
+            tuple(config.get("input_size", (3, 224, 224))[-2:]),
+            bool(config.get("fixed_input_size")),
+            (classifiers,) if isinstance(classifiers, str) else tuple(classifiers),
+        )
 
+    def create(self, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
+        name = self.name
+        if self.has_fixed_size:
+            options["img_size"] = image_size
+        if "/" in name:
+            config, arguments = _repository(name)
+            options, name = {**arguments, **options, "pretrained_cfg": config}, architecture(name)
+        with warnings.catch_warnings(), torch.device(device):
+            warnings.simplefilter("ignore")
+            return timm.create_model(name, **options).eval()
 
-def create_model(name: str, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
-    """Build a timm model in evaluation mode.
+    def find_weights(self, weights: str | Path = "pretrained") -> Weights:
+        return find_weights(self.name, weights)
 
-    Args:
-        name: timm's name with its tag, or a repository of the hub
-        image_size: `(height, width)` of the images in pixels
-        device: where the parameters are
-        options: further arguments of `timm.create_model`
-    """
-    if has_fixed_size(name):
-        options["img_size"] = image_size
-    if "/" in name:
-        config, arguments = _repository(name)
-        options, name = {**arguments, **options, "pretrained_cfg": config}, architecture(name)
-    with warnings.catch_warnings(), torch.device(device):
-        warnings.simplefilter("ignore")
-        return timm.create_model(name, **options).eval()
+    def load(
+        self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
+    ) -> tuple[nn.Module, str]:
+        # Position embeddings and the like are resampled to `image_size` by the model's own filter.
+        notes: list[str] = []
+        file = read_named_tensors(weights.file)
 
+        def load(module: nn.Module, filter_fn: Callable | None) -> None:
+            convert = None
+            if filter_fn is not None:
+                count = len(inspect.signature(filter_fn).parameters)
 
-def create_random(name: str, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
-    """Build a random control.
+                def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+                    return filter_fn(*(state, module)[:count])
 
-    Args:
-        name: timm's name with its tag, or a repository of the hub
-        image_size: `(height, width)` of the images in pixels
-        seed: seed of the weights
-        kind: `random` (every block acts) or `random-init` (timm's own initialisation)
-    """
-    with seeded(seed):
-        model = create_model(name, image_size)
-    if kind == "random":
-        open_branches(model, _parameter_uses(name, image_size))
-    return model
+            notes.append(load_tensors(module, self, file, used, convert, image_size))
 
+        with seeded(0), _intercept(load), Blank():
+            return self.create(image_size, pretrained=True), notes[0]
 
-@functools.lru_cache(maxsize=32)
-def _parameter_uses(name: str, image_size: Size) -> ParameterUses:
-    """Observe a model once for all of its seeds and layers: a pass takes several times as long as the weights."""
-    with seeded(0), Blank():
-        return parameter_uses(create_model(name, image_size), image_size)
+    def prefix_tokens(self, module: nn.Module) -> int | None:
+        return int(getattr(module, "num_prefix_tokens", 0) or 0)  # some timm models lack the attribute
 
+    def without_classifier(self, module: nn.Module) -> nn.Module:
+        module.reset_classifier(0)
+        return module
 
-def create_loaded(
-    name: str, image_size: Size, file: NamedTensors, used: Sequence[tuple[str, ...]]
-) -> tuple[nn.Module, str]:
-    """Build a model with the weights of a file, named as timm or as their publisher names them.
+    def aliases(self, module: nn.Module) -> dict[str, str]:
+        """Return the published study's names for layers.
 
-    Position embeddings and the like are resampled to `image_size` by the model's own filter. The file may hold
-    a part of the network only.
-
-    Args:
-        name: timm's name with its tag, or a repository of the hub
-        image_size: `(height, width)` of the images in pixels
-        file: the tensors of the file
-        used: the tensors that the file must hold, each by all of its names
-
-    Returns:
-        the model, and a note on where in the file the weights are (see `best_match`), empty if that is obvious
-
-    Raises:
-        AfterimageError: a used tensor is missing, does not fit or is not finite; the message names the file
-    """
-    notes: list[str] = []
-    load = functools.partial(_load, image_size=image_size, file=file, used=used, notes=notes)
-    with seeded(0), _intercept(load), Blank():
-        return create_model(name, image_size, pretrained=True), notes[0]
+        VGG's `block1` to `block5` are the pooled outputs. `block0` and so on of models with `blocks` are these blocks
+        in order. PVT-v2's `stage1` to `stage4` are its stages. ResNet's `layer1` to `layer4` are module paths already.
+        """
+        name = architecture(self.name)
+        if name.startswith("vgg"):
+            return pools_of(module)
+        if name.startswith("pvt_v2"):
+            return {
+                f"stage{n}": f"stages.{i}" for n, (i, _) in enumerate(module.stages.named_children(), start=1)
+            }
+        return blocks_of(module, "blocks", "encoder.blocks")
 
 
 @contextlib.contextmanager
@@ -287,76 +260,3 @@ def _intercept(load: Callable[[nn.Module, Callable | None], None]) -> Iterator[N
             yield
         finally:
             _builder.load_pretrained = original
-
-
-def _load(
-    model: nn.Module,
-    filter_fn: Callable | None,
-    image_size: Size,
-    file: NamedTensors,
-    used: Sequence[tuple[str, ...]],
-    notes: list[str],
-) -> None:
-    name, own = model.pretrained_cfg["architecture"], model.state_dict()
-    required = [names for names in used if own[names[0]].is_floating_point()]
-    match, note = best_match(file, own, required, lambda state: _fit(model, filter_fn, state, own, file.file))
-    notes.append(note)
-    if match.missing:
-        like = nearest(file, match.missing[0])
-        hint = f"; most like {match.missing[0]} is {like}" if like else ""
-        raise AfterimageError(
-            f"{file.file} lacks {listed(match.missing)}, which the layers in use of {name} read; "
-            f"{file.holds()}{hint}"
-        )
-    read = {key for names in used for key in names}
-    classifiers = tuple(_as_tuple(model.pretrained_cfg.get("classifier")))
-    known = {key: value for key, value in match.state.items() if key in own}
-    misfits = {key: value for key, value in known.items() if value.shape != own[key].shape}
-    wrong = [
-        f"{key} is {_shape(value)} there and {_shape(own[key])} in the model"
-        for key, value in misfits.items()
-        if key in read or not key.startswith(classifiers)
-    ]
-    if wrong:
-        raise AfterimageError(f"{file.file} does not fit {name}: {listed(wrong)}{_resized(name, image_size)}")
-    broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
-    if broken:
-        raise AfterimageError(f"{file.file} holds values that are not finite, in {listed(broken)}")
-    model.load_state_dict({key: value for key, value in known.items() if key not in misfits}, strict=False)
-
-
-def _fit(
-    model: nn.Module, filter_fn: Callable | None, state: dict[str, Tensor], own: dict[str, Tensor], file: str
-) -> dict[str, Tensor]:
-    """Bring a state dict into the model's names and shapes.
-
-    Some filters tell formats apart by the classifier's key, so they must not see a part of a network. If the
-    names are the model's own already, missing tensors are filled in from the model and removed afterwards.
-    """
-    if filter_fn is None or all(key in own and value.shape == own[key].shape for key, value in state.items()):
-        return state
-    added = own.keys() - state.keys() if state.keys() <= own.keys() else ()
-    arguments = ({**state, **{key: own[key] for key in added}}, model)
-    try:
-        fitted = filter_fn(*arguments[: len(inspect.signature(filter_fn).parameters)])
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        name = model.pretrained_cfg["architecture"]
-        raise AfterimageError(f"{file} does not fit {name}: it cannot be converted ({reason})") from error
-    return {key: value for key, value in fitted.items() if key not in added}
-
-
-def _resized(name: str, size: Size) -> str:
-    """Return a hint if a model of fixed size was built for another size than its weights are for."""
-    native = tuple(pretrained_config(name).get("input_size", (3, *size))[-2:])
-    if not has_fixed_size(name) or native == size:
-        return ""
-    return f" (built for {size[0]}x{size[1]} images; its weights are for {native[0]}x{native[1]})"
-
-
-def _as_tuple(value: str | Sequence[str] | None) -> Sequence[str]:
-    return (value,) if isinstance(value, str) else value or ()
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a scalar"

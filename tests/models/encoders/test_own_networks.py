@@ -10,7 +10,9 @@ from torch import nn
 
 from afterimage.analysis.audit.task_utility import Unavailable, whole_network
 from afterimage.config import AfterimageError
-from afterimage.models.encoders.module_encoder import CustomEncoder, load_factory
+from afterimage.models.encoders.encoder import Encoder
+from afterimage.models.encoders.layers import list_layers
+from afterimage.models.encoders.providers import open_network
 
 SIZE = 32
 
@@ -62,12 +64,12 @@ SHAPES = {
 def test_whatever_a_network_returns_becomes_one_map(case):
     wrap, layer = SHAPES[case]
     network = Net(wrap).eval()
-    encoder = CustomEncoder(network, [layer], image_size=SIZE)
+    encoder = Encoder(network, [layer], image_size=SIZE)
     expected = network.norm(network.stem(images()))
     (features,) = encoder(images())
     torch.testing.assert_close(features, expected)
     assert (encoder.specs[0].channels, encoder.specs[0].height) == (8, 8)
-    assert encoder.sources == (f"own:{layer}",) and encoder.notes == []
+    assert encoder.sources == (f"own:{layer}",) and len(encoder.notes) == 1
 
 
 @pytest.mark.parametrize("case", SHAPES)
@@ -88,7 +90,7 @@ def test_a_layers_output_can_be_replaced_whatever_it_is(case):
             return self.head(flat.mean(2 if flat.shape[1] == 8 else 1))
 
     path = layer.replace("output", "body") if "output" in layer else f"body.{layer}"
-    network = whole_network(CustomEncoder(Whole(), [path], image_size=SIZE), path)
+    network = whole_network(Encoder(Whole(), [path], image_size=SIZE))
     plain = network(images())
     torch.testing.assert_close(network(images(), lambda maps: maps), plain)
     changed = network(images(), lambda maps: maps * 3)
@@ -97,19 +99,22 @@ def test_a_layers_output_can_be_replaced_whatever_it_is(case):
 
 
 def test_a_vector_is_a_map_of_one_place():
-    encoder = CustomEncoder(Net(lambda m: m.mean((2, 3))), ["output"], image_size=SIZE)
+    encoder = Encoder(Net(lambda m: m.mean((2, 3))), ["output"], image_size=SIZE)
     assert encoder(images())[0].shape == (3, 8, 1, 1)
 
 
 def test_images_are_normalised_only_when_asked():
-    given = CustomEncoder(nn.Identity(), ["output"], image_size=SIZE)
+    given = Encoder(nn.Identity(), ["output"], image_size=SIZE)
     torch.testing.assert_close(given(images())[0], images())
-    normal = CustomEncoder(nn.Identity(), ["output"], image_size=SIZE, mean=[0.5] * 3, std=[0.25] * 3)
+    network = nn.Identity()
+    network.mean, network.std = [0.5] * 3, (0.25,) * 3
+    normal = Encoder(network, ["output"], image_size=SIZE)
+    assert "as they are, in [0, 1]" in given.notes[0] and not normal.notes
     torch.testing.assert_close(normal(images())[0], (images() - 0.5) / 0.25)
 
 
 def test_features_can_be_differentiated_only_where_asked():
-    encoder, sample_images = CustomEncoder(Net(), ["stem"], image_size=SIZE), images().requires_grad_()
+    encoder, sample_images = Encoder(Net(), ["stem"], image_size=SIZE), images().requires_grad_()
     assert not encoder(sample_images)[0].requires_grad
     with encoder.gradients():
         encoder(sample_images)[0].sum().backward()
@@ -118,11 +123,68 @@ def test_features_can_be_differentiated_only_where_asked():
 
 
 def test_batch_statistics_stay_asleep():
-    encoder = CustomEncoder(Net(), ["norm"], image_size=SIZE)
+    encoder = Encoder(Net(), ["norm"], image_size=SIZE)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     encoder.train()
     encoder(images())
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_a_mean_that_is_a_tensor_of_the_network_is_its_own_business():
+    network = Net()
+    network.register_buffer("mean", torch.full((3,), 0.5))
+    assert Encoder(network, ["stem"], image_size=SIZE).mean.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"mean": (0.5, 0.5)}, "mean and std of own must be three numbers each"),
+        ({"std": (1, 1, 0)}, "std greater than 0"),
+        ({"mean": "imagenet"}, "must be three numbers each"),
+        ({"image_size": (1, 2, 3)}, "image_size must be one whole number"),
+        ({"prefix_tokens": -1}, "prefix_tokens of own must be a whole number"),
+    ],
+)
+def test_wrong_attributes_are_named(attributes, message):
+    network = Net()
+    for name, value in attributes.items():
+        setattr(network, name, value)
+    with pytest.raises(AfterimageError, match=message):
+        Encoder(network, ["stem"], image_size=SIZE)
+
+
+def test_the_network_itself_is_left_as_it_is():
+    network = Net().train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    Encoder(network, ["stem"], weights="random", image_size=SIZE)(images())
+    assert network.training and all(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert not network._forward_hooks and not network.stem._forward_hooks
+
+
+def test_a_random_control_of_ones_own_network_keeps_no_trained_value():
+    network = Net().eval()
+    network.token = nn.Parameter(torch.linspace(-1, 1, 8))
+    with torch.no_grad():
+        network.stem[0].weight.fill_(3.0)
+        network.norm.running_mean.fill_(5.0)
+    first, same, other = (
+        Encoder(network, ["norm"], weights="random", image_size=SIZE, seed=seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first(images())[0], same(images())[0]) and first.weights.is_random
+    assert not torch.equal(first(images())[0], other(images())[0])
+    assert first.model.stem[0].weight.std() > 0.01 and first.model.norm.running_mean.sum() == 0
+    assert not torch.equal(first.model.token, network.token)
+    assert torch.equal(first.model.token.sort()[0], network.token)
+
+
+def test_weights_of_a_file_take_the_place_of_its_own(tmp_path):
+    network, trained = Net().eval(), Net().eval()
+    torch.save({"model": {f"module.{k}": v for k, v in trained.state_dict().items()}}, tmp_path / "net.pth")
+    encoder = Encoder(network, ["stem"], weights=tmp_path / "net.pth", image_size=SIZE)
+    torch.testing.assert_close(encoder(images())[0], trained.stem(images()))
+    assert encoder.weights.origin == "path" and "'module.'" in encoder.weights.note
 
 
 def raising(maps):
@@ -156,57 +218,57 @@ class Dishonest(nn.Module):
 @pytest.mark.parametrize(
     ("network", "layer", "message"),
     [
-        (Net(raising), "output", "own cannot run on images .*no such luck"),
-        (Net(), "stm", r"unknown layer of own 'stm'; did you mean 'stem'.*Valid: output, stem.0"),
+        (Net(raising), "output", "own cannot run on 32x32 images .*no such luck"),
+        (Net(), "stm", r"unknown layer of own 'stm'; did you mean 'stem'.*Valid: stem.*output"),
         (Net(), "stem[0", "must be a module's path"),
         (
             Net(lambda m: {"a": m, "b": m[:, :4]}),
             "output",
-            r"2 feature maps.*it returns \[a\] 1x8x8x8, \[b\].*\[KEY\]",
+            r"2 feature maps.*it returns \[a\] 1x8x8x8, \[b\].*output\[KEY\]",
         ),
         (Net(lambda m: {"a": m, "b": m[:, :4]}), "output[c]", r"nothing it returns is called \[c\]"),
-        (Net(lambda m: "text"), "output", "cannot be audited: it returns a str, in which no tensor"),
-        (Net(lambda m: None), "output", "cannot be audited: it returns a NoneType"),
+        (Net(lambda m: "text"), "output", "cannot be inverted: it returns a str, in which no tensor"),
+        (Net(lambda m: None), "output", "cannot be inverted: it returns a NoneType"),
         (Net(lambda m: Holder(m)), "output", "it returns a Holder, in which no tensor was found"),
         (
             Net(lambda m: torch.from_numpy(m.numpy() + 1)),
             "output",
             "nothing that depends on the image, as far as torch",
         ),
-        (Net(lambda m: m.mean()), "output", "cannot be audited"),
+        (Net(lambda m: m.mean()), "output", "cannot be inverted"),
         (Net(lambda m: m * float("inf")), "output", "not finite"),
     ],
 )
 def test_what_goes_wrong_is_said(network, layer, message):
     with pytest.raises(AfterimageError, match=message):
-        CustomEncoder(network, [layer], image_size=SIZE)
+        Encoder(network, [layer], image_size=SIZE)
 
 
 def test_a_network_with_a_scripted_part_is_traced_around_it():
     network = Net()
     network.stem = torch.jit.script(network.stem)
-    assert CustomEncoder(network, ["output"], image_size=SIZE).specs[0].source.endswith(":output")
+    assert Encoder(network, ["output"], image_size=SIZE).specs[0].source.endswith(":output")
 
 
 def test_a_network_that_changes_its_mind_is_an_error():
-    encoder = CustomEncoder(Growing(), ["output"], image_size=SIZE)
+    encoder = Encoder(Growing(), ["output"], image_size=SIZE)
     with pytest.raises(AfterimageError, match=r"where .* was measured before"):
         for _ in range(9):
             encoder(images())
 
 
 def test_a_network_that_writes_into_its_input_cannot_change_the_image():
-    encoder, sample_images = CustomEncoder(Dishonest(), ["output"], image_size=SIZE), images()
+    encoder, sample_images = Encoder(Dishonest(), ["output"], image_size=SIZE), images()
     with pytest.raises(AfterimageError, match="not finite"):
         encoder(sample_images)
     torch.testing.assert_close(sample_images, images())
 
 
 def test_chance_in_a_network_and_mixing_in_a_batch_are_noted():
-    random = CustomEncoder(Net(lambda m: m + torch.rand_like(m)), ["output"], image_size=SIZE)
-    assert "differ from one pass to the next" in random.notes[0]
-    mixing = CustomEncoder(Net(lambda m: m - m.mean(0, keepdim=True)), ["output"], image_size=SIZE)
-    assert "depend on the others in its batch" in mixing.notes[0]
+    random = Encoder(Net(lambda m: m + torch.rand_like(m)), ["output"], image_size=SIZE)
+    assert "differ from one pass to the next" in random.notes[1]
+    mixing = Encoder(Net(lambda m: m - m.mean(0, keepdim=True)), ["output"], image_size=SIZE)
+    assert "depend on the others in its batch" in mixing.notes[1]
 
 
 def test_what_bypasses_the_layer_is_found():
@@ -218,11 +280,11 @@ def test_what_bypasses_the_layer_is_found():
         def forward(self, sample_images):
             return self.stem(sample_images).mean((2, 3)) + sample_images.std((1, 2, 3))[:, None]
 
-    assert whole_network(CustomEncoder(Skipping(), ["stem"], image_size=SIZE), "stem").bypassed(images())
+    assert whole_network(Encoder(Skipping(), ["stem"], image_size=SIZE)).bypassed(images())
 
 
 def test_a_network_without_one_answer_has_no_utility():
-    network = whole_network(CustomEncoder(Net(lambda m: {}), ["stem"], image_size=SIZE), "stem")
+    network = whole_network(Encoder(Net(lambda m: {}), ["stem"], image_size=SIZE))
     with pytest.raises(Unavailable, match="returns nothing"):
         network(images())
 
@@ -245,25 +307,37 @@ def factories(tmp_path, monkeypatch):
     sys.modules.pop("my_factories", None)
 
 
+@pytest.fixture(autouse=True)
+def forget_factories():
+    yield
+    open_network.cache_clear()
+
+
 @pytest.mark.parametrize("where", ["my_factories:good", "my_factories.py:good"])
 def test_a_factory_is_found_in_the_working_folder_and_is_built_from_a_seed(factories, where):
-    first, second = load_factory(where), load_factory(where)
-    assert torch.equal(first.weight, second.weight)
-    assert CustomEncoder(first, ["output"], image_size=SIZE).weights.sha256
+    first, second = (
+        Encoder(f"python/{where}:output", image_size=SIZE),
+        open_network.__wrapped__(f"python/{where}"),
+    )
+    assert torch.equal(first.model.weight, second.module.weight)
+    assert first.weights.sha256 == second.find_weights().sha256 != ""
+    (listed,) = list_layers(f"python/{where}", SIZE)
+    assert (listed.layer, listed.shape) == ("output", (4, 16, 16))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("my_factories", "must be written package.module:factory"),
+        ("my_factories", "must be written python/package.module:factory"),
         ("my_factories:god", r"unknown factory in my_factories 'god'; did you mean 'good'"),
         ("my_factories:wrong", "must return a torch.nn.Module, got int"),
         ("my_factories:broken", "failed: RuntimeError: cannot build"),
         ("my_factories:leaves", "failed: SystemExit"),
         ("no_such_module:good", "failed: ModuleNotFoundError"),
         ("missing.py:good", "failed: FileNotFoundError"),
+        ("", "names no model; write python/MODEL"),
     ],
 )
 def test_a_factory_that_fails_is_one_message(factories, text, message):
     with pytest.raises(AfterimageError, match=message):
-        load_factory(text)
+        open_network(f"python/{text}")

@@ -1,0 +1,254 @@
+"""What a provider says of a network: how to build it, how it normalises images, and where its weights are."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, first_line
+from afterimage.models.encoders.match import best_match, nearest
+from afterimage.models.encoders.random_init import Blank, ParameterUses, open_branches, parameter_uses, seeded
+from afterimage.models.encoders.tensor_layout import Size
+from afterimage.models.weight_files import NamedTensors, read_named_tensors
+from afterimage.models.weights import Weights
+
+State = Mapping[str, Tensor]
+Convert = Callable[[dict[str, Tensor]], State]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Network(abc.ABC):
+    """One network of one provider.
+
+    Attributes:
+        name: provider, model and tag of the weights, as a source calls it; timm's names have no provider
+        mean: channel means by which it normalises images in [0, 1]
+        std: channel standard deviations for the same
+        native_size: size of the images that its weights are for, `(height, width)` in pixels
+        has_fixed_size: whether it is built for one image size; others take any
+        classifiers: beginnings of the names of its classifier's tensors; empty if it has none
+        channels_last: whether it runs on images whose channels are the last axis in memory, which is faster
+        is_own: whether it comes with its weights, and is tried on images, since nobody vouches for it
+    """
+
+    channels_last: ClassVar[bool] = False
+    is_own: ClassVar[bool] = False
+    name: str
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    native_size: Size = (224, 224)
+    has_fixed_size: bool = False
+    classifiers: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: dict) -> Network:
+        return self
+
+    @classmethod
+    @abc.abstractmethod
+    def open(cls, name: str) -> Network:
+        """Describe a network by its provider's name of it.
+
+        Raises:
+            AfterimageError: the provider does not know it, or is not installed
+        """
+
+    @abc.abstractmethod
+    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
+        """Build the network in evaluation mode, as its library initialises it.
+
+        Args:
+            image_size: `(height, width)` of the images in pixels
+            device: where the parameters are
+        """
+
+    @abc.abstractmethod
+    def find_weights(self, weights: str | Path = "pretrained") -> Weights:
+        """Find its weights: `pretrained`, or the path of a file or folder; see `search_weights`."""
+
+    def aliases(self, module: nn.Module) -> dict[str, str]:
+        """Return short names for layers, `{alias: module path}`; real module paths take precedence."""
+        return {}
+
+    def prefix_tokens(self, module: nn.Module) -> int | None:
+        """Return how many tokens it declares before those of the map; None if only measurement tells."""
+        return None
+
+    def convert(self, module: nn.Module, image_size: Size) -> Convert | None:
+        """Return what brings a publisher's names and shapes into the module's own; None if nothing does."""
+        return None
+
+    def create_random(self, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
+        """Build a random control.
+
+        Args:
+            image_size: `(height, width)` of the images in pixels
+            seed: seed of the weights
+            kind: `random` (every block acts) or `random-init` (its library's own initialisation)
+        """
+        with seeded(seed):
+            model = self.create(image_size)
+        if kind == "random":
+            open_branches(model, _parameter_uses(self, image_size))
+        return model
+
+    def load(
+        self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
+    ) -> tuple[nn.Module, str]:
+        """Build the network with the weights of a file.
+
+        Args:
+            image_size: `(height, width)` of the images in pixels
+            weights: as `find_weights` found them
+            used: the tensors that the file must hold, each by all of its names
+
+        Returns:
+            the network, and a note on where in the file the weights are (see `best_match`), empty if that is obvious
+
+        Raises:
+            AfterimageError: a used tensor is missing, does not fit or is not finite; the message names the file
+        """
+        file = read_named_tensors(weights.file)
+        with seeded(0), Blank():
+            module = self.create(image_size)
+        convert = self.convert(module, image_size)
+        return module, load_tensors(module, self, file, used, convert, image_size)
+
+    def without_classifier(self, module: nn.Module) -> nn.Module:
+        """Put nothing in the place of the classifier, so that the network returns an embedding."""
+        for name in {*self.classifiers} & dict(module.named_children()).keys():
+            setattr(module, name, nn.Identity())
+        return module
+
+
+@functools.lru_cache(maxsize=32)
+def _parameter_uses(network: Network, image_size: Size) -> ParameterUses:
+    """Observe a network once for all of its seeds and layers: a pass takes several times as long as the weights."""
+    with seeded(0), Blank():
+        return parameter_uses(network.create(image_size), image_size)
+
+
+def library(name: str) -> ModuleType:
+    """Import the library of a provider that is an extra.
+
+    Raises:
+        AfterimageError: it is not installed
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise AfterimageError(
+            f"{name}/... needs the library {name} ({first_line(error)}): pip install 'afterimage[{name}]'"
+        ) from None
+
+
+def load_tensors(
+    module: nn.Module,
+    network: Network,
+    file: NamedTensors,
+    used: Sequence[tuple[str, ...]],
+    convert: Convert | None,
+    image_size: Size,
+) -> str:
+    """Load a file's tensors into a network, named as the network or as their publisher names them.
+
+    The file may hold a part of the network only.
+
+    Args:
+        module: the network
+        network: what its provider says of it
+        file: the tensors of the file
+        used: the tensors that the file must hold, each by all of its names
+        convert: brings a publisher's names and shapes into the network's own, or None
+        image_size: `(height, width)` of the images in pixels
+
+    Returns:
+        a note on where in the file the weights are, empty if that is obvious
+
+    Raises:
+        AfterimageError: a used tensor is missing, does not fit or is not finite; the message names the file
+    """
+    name, own = network.name, module.state_dict()
+    required = [names for names in used if own[names[0]].is_floating_point()]
+    match, note = best_match(file, own, required, lambda state: _fit(name, convert, state, own, file.file))
+    if match.missing:
+        like = nearest(file, match.missing[0])
+        hint = f"; most like {match.missing[0]} is {like}" if like else ""
+        raise AfterimageError(
+            f"{file.file} lacks {_listed(match.missing)}, which the layers in use of {name} read; "
+            f"{file.holds()}{hint}"
+        )
+    read = {key for names in used for key in names}
+    known = {key: value for key, value in match.state.items() if key in own}
+    misfits = {key: value for key, value in known.items() if value.shape != own[key].shape}
+    wrong = [
+        f"{key} is {_shape(value)} there and {_shape(own[key])} in the model"
+        for key, value in misfits.items()
+        if key in read or not key.startswith(network.classifiers)
+    ]
+    if wrong:
+        native = network.native_size
+        resized = (
+            f" (built for {image_size[0]}x{image_size[1]} images; its weights are for {native[0]}x{native[1]})"
+            if network.has_fixed_size and native != image_size
+            else ""
+        )
+        raise AfterimageError(f"{file.file} does not fit {name}: {_listed(wrong)}{resized}")
+    broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
+    if broken:
+        raise AfterimageError(f"{file.file} holds values that are not finite, in {_listed(broken)}")
+    module.load_state_dict({key: value for key, value in known.items() if key not in misfits}, strict=False)
+    return note
+
+
+def pools_of(module: nn.Module) -> dict[str, str]:
+    """Return the published study's names for a VGG's pooled outputs: `block1` to `block5`."""
+    pools = [f"features.{i}" for i, m in module.features.named_children() if isinstance(m, nn.MaxPool2d)]
+    return {f"block{n}": path for n, path in enumerate(pools, start=1)}
+
+
+def blocks_of(module: nn.Module, *paths: str) -> dict[str, str]:
+    """Return `block0` and so on for the children of the first of some paths that a network has."""
+    for path in paths:
+        with contextlib.suppress(AttributeError):
+            children = module.get_submodule(path).named_children()
+            return {f"block{i}": f"{path}.{name}" for i, (name, _) in enumerate(children)}
+    return {}
+
+
+def _fit(
+    name: str, convert: Convert | None, state: dict[str, Tensor], own: dict[str, Tensor], file: str
+) -> State:
+    """Bring a state dict into the network's names and shapes.
+
+    Some filters tell formats apart by the classifier's key, so they must not see a part of a network. If the
+    names are the network's own already, missing tensors are filled in from it and removed afterwards.
+    """
+    if convert is None or all(key in own and value.shape == own[key].shape for key, value in state.items()):
+        return state
+    added = own.keys() - state.keys() if state.keys() <= own.keys() else ()
+    try:
+        fitted = convert({**state, **{key: own[key] for key in added}})
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise AfterimageError(f"{file} does not fit {name}: it cannot be converted ({reason})") from error
+    return {key: value for key, value in fitted.items() if key not in added}
+
+
+def _listed(items: Sequence[str], limit: int = 10) -> str:
+    more = f" and {len(items) - limit} more ({len(items)} in all)" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"

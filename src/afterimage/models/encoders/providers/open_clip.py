@@ -1,0 +1,113 @@
+"""Vision towers of open_clip: `open_clip/ViT-B-32::laion2b_s34b_b79k`, an architecture and a tag of weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, unknown
+from afterimage.models.encoders.base import size_pair
+from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, library
+from afterimage.models.encoders.tensor_layout import Size
+from afterimage.models.weights import SUFFIXES, Weights, search_weights
+
+FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Names of the weights in a repository of the hub."""
+
+
+@dataclass(frozen=True)
+class OpenClipNetwork(Network):
+    """The vision tower of a network of open_clip.
+
+    Attributes:
+        architecture: open_clip's name of it
+        tag: open_clip's name of the weights; empty for random weights and those of a file
+    """
+
+    architecture: str = ""
+    tag: str = ""
+
+    @classmethod
+    def open(cls, name: str) -> OpenClipNetwork:
+        """Describe a vision tower by open_clip's name of it, with or without a tag of weights.
+
+        Raises:
+            AfterimageError: open_clip is not installed, or does not know the network or the weights
+        """
+        open_clip = library("open_clip")
+        architecture, _, tag = name.partition("::")
+        if ":" in architecture:
+            raise AfterimageError(
+                f"open_clip/{name}: write ARCHITECTURE::TAG:LAYER, for example ViT-B-32::openai:ln_post"
+            )
+        if architecture not in open_clip.list_models():
+            raise unknown("open_clip model", architecture, open_clip.list_models())
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if tag and tag not in tags:
+            raise unknown(f"weights' tag of open_clip/{architecture}", tag, tags)
+        # Without a tag the towers of open_clip's own training are meant.
+        weights = open_clip.get_pretrained_cfg(architecture, tag or next(iter(tags), "")) or {}
+        size = weights.get("size") or open_clip.get_model_config(architecture)["vision_cfg"].get(
+            "image_size", 224
+        )
+        return cls(
+            f"open_clip/{name}",
+            tuple(weights.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+            tuple(weights.get("std") or open_clip.OPENAI_DATASET_STD),
+            size_pair(size),
+            has_fixed_size=True,
+            architecture=architecture,
+            tag=tag,
+        )
+
+    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
+        from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+        open_clip = library("open_clip")
+        settings = open_clip.get_model_config(self.architecture)
+        weights = open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}
+        # The activation is the one that the weights were trained with.
+        quick = weights.get("quick_gelu", settings.get("quick_gelu", False))
+        tower = replace(
+            CLIPVisionCfg(**settings["vision_cfg"]), image_size=image_size, timm_model_pretrained=False
+        )
+        with warnings.catch_warnings(), torch.device(device):
+            warnings.simplefilter("ignore")
+            return _build_vision_tower(settings["embed_dim"], tower, quick).eval()
+
+    def find_weights(self, weights: str | Path = "pretrained") -> Weights:
+        open_clip = library("open_clip")
+        if str(weights) == "pretrained" and not self.tag:
+            tags = open_clip.list_pretrained_tags_by_model(self.architecture)
+            raise AfterimageError(
+                f"{self.name} names no weights; write {self.name}::TAG, and for TAG one of {', '.join(tags)}"
+            )
+        published = open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}
+        repository, _, file = published.get("hf_hub", "").rpartition("/")
+        stem = f"{self.architecture}.{self.tag}" if self.tag else self.architecture
+        return search_weights(
+            self.name,
+            weights,
+            [f"{stem}{suffix}" for suffix in SUFFIXES],
+            (repository, None, [file] if file else list(FILES)) if repository else (),
+            published.get("url") or None,
+        )
+
+    def convert(self, module: nn.Module, image_size: Size) -> Convert | None:
+        from open_clip.model import resize_pos_embed
+
+        def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+            whole: dict[str, Any] = {f"visual.{key}": value for key, value in state.items()}
+            resize_pos_embed(whole, SimpleNamespace(visual=module))
+            return {key.removeprefix("visual."): value for key, value in whole.items()}
+
+        return convert
+
+    def aliases(self, module: nn.Module) -> dict[str, str]:
+        return blocks_of(module, "transformer.resblocks", "trunk.blocks")

@@ -1,0 +1,184 @@
+"""Networks of one's own: `python/package.module:factory`, `python/path/to/file.py:factory`, or a module at hand."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, absolute_model, local_path, split_provider, unknown
+from afterimage.models.encoders.base import size_pair
+from afterimage.models.encoders.providers.base import Network
+from afterimage.models.encoders.random_init import open_branches, parameter_uses, seeded
+from afterimage.models.encoders.tensor_layout import Size
+from afterimage.models.weights import SUFFIXES, Weights, search_weights
+
+AS_IT_IS = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+"""Mean and standard deviation that leave images in [0, 1]."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnNetwork(Network):
+    """A network of one's own, which comes with its weights.
+
+    What the provider of a published network says, it says itself, by attributes that are numbers: `mean` and `std`
+    (otherwise images reach it in [0, 1]), `image_size`, and `prefix_tokens`, where measurement cannot tell how many
+    tokens come before those of the map.
+
+    Attributes:
+        module: the network
+        prefix: its `prefix_tokens`
+    """
+
+    is_own = True
+    module: nn.Module | None = None
+    prefix: int | None = None
+
+    @classmethod
+    def open(cls, name: str) -> OwnNetwork:
+        """Import and call a factory.
+
+        Args:
+            name: `package.module:factory` or `path/to/file.py:factory`; the working folder is searched too
+
+        Raises:
+            AfterimageError: the factory cannot be imported, does not exist, raises an error, or returns no `nn.Module`
+        """
+        name = absolute_model(f"python/{name}")
+        return cls.of(_call_factory(name), name)
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str = "own") -> OwnNetwork:
+        """Describe a network by its attributes.
+
+        Args:
+            module: the network
+            name: name of the encoder
+        """
+        given = {key: getattr(module, key, None) for key in ("mean", "std", "image_size", "prefix_tokens")}
+        # A tensor of that name is a part of the network, which normalises with it by itself.
+        given = {key: value for key, value in given.items() if not isinstance(value, Tensor)}
+        mean, std = (
+            given.get(key) or default for key, default in zip(("mean", "std"), AS_IT_IS, strict=True)
+        )
+        try:
+            mean, std = tuple(map(float, mean)), tuple(map(float, std))
+            if (
+                len(mean) != 3
+                or len(std) != 3
+                or min(std) <= 0
+                or not torch.tensor([*mean, *std]).isfinite().all()
+            ):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise AfterimageError(
+                f"the attributes mean and std of {name} must be three numbers each, std greater than 0, "
+                f"got {mean!r} and {std!r}"
+            ) from None
+        size = size_pair(given.get("image_size") or 224)
+        prefix = given.get("prefix_tokens")
+        if prefix is not None and not (isinstance(prefix, int) and prefix >= 0):
+            raise AfterimageError(
+                f"the attribute prefix_tokens of {name} must be a whole number from 0 on, got {prefix!r}"
+            )
+        return cls(name, mean, std, size, module=module, prefix=prefix)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a run's notes say of it."""
+        if (self.mean, self.std) != AS_IT_IS:
+            return []
+        return [f"images reach {self.name} as they are, in [0, 1]: it has no attributes mean and std"]
+
+    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
+        with torch.no_grad():  # or a scripted part's copy would come with a history
+            return copy.deepcopy(self.module).eval()
+
+    def find_weights(self, weights: str | Path = "pretrained") -> Weights:
+        if str(weights) == "pretrained":
+            return Weights(self.name, "own", self.name, _digest(self.module))
+        stem = split_provider(self.name)[1].rpartition(":")[2]
+        return search_weights(self.name, weights, [f"{stem}{suffix}" for suffix in SUFFIXES])
+
+    def load(
+        self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
+    ) -> tuple[nn.Module, str]:
+        if weights.file is None:
+            return self.create(image_size), ""
+        return super().load(image_size, weights, used)
+
+    def prefix_tokens(self, module: nn.Module) -> int | None:
+        return self.prefix
+
+    def create_random(self, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
+        """Build a random control: every module is drawn again as torch initialises it.
+
+        The values of a parameter that no module of torch's holds are permuted, which keeps their distribution.
+        """
+        model = self.create(image_size)
+        with seeded(seed), torch.no_grad():
+            for module in model.modules():
+                reset = getattr(module, "reset_parameters", None) or getattr(
+                    module, "_reset_parameters", None
+                )
+                if callable(reset):
+                    reset()
+                    continue
+                for parameter in module.parameters(recurse=False):
+                    order = torch.randperm(parameter.numel()).reshape(parameter.shape)
+                    parameter.copy_(parameter.flatten()[order])
+        if kind == "random":
+            open_branches(model, parameter_uses(model, image_size))
+        return model
+
+
+def _call_factory(text: str) -> nn.Module:
+    where, colon, name = split_provider(text)[1].rpartition(":")
+    if not (where and colon and name):
+        raise AfterimageError(
+            f"{text!r} must be written python/package.module:factory, or python/FILE.py:factory"
+        )
+    try:
+        module = _import(where)
+        factory: Callable[[], Any] = getattr(module, name, None)
+        if factory is None:
+            raise unknown(f"factory in {where}", name, [n for n in vars(module) if not n.startswith("_")])
+        with seeded(0):
+            network = factory()
+    except AfterimageError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise AfterimageError(f"{text} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise AfterimageError(f"{text} must return a torch.nn.Module, got {type(network).__name__}")
+    return network
+
+
+def _import(where: str) -> Any:
+    if where.endswith(".py"):
+        file = Path(local_path(where))
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # an installed command does not search the working folder
+    return importlib.import_module(where)
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""Vision towers of transformers: `transformers/facebook/dinov2-base`, a repository of the hub or a local folder."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, absolute_model, first_line, split_provider
+from afterimage.models.encoders.base import size_pair
+from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, library
+from afterimage.models.encoders.tensor_layout import Size
+from afterimage.models.hub_files import CONFIG, repository_config
+from afterimage.models.weights import SNAPSHOT, Weights, search_weights
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""The files in which a repository says how images are prepared."""
+ENCODERS = {"vit_mae": ("vit", {"add_pooling_layer": False})}
+"""Networks that are built as another one, by `model_type`: a masked autoencoder drops and shuffles its patches, and its
+encoder is a ViT."""
+BLOCKS = (
+    "encoder.layer",
+    "encoder.layers",
+    "layers",
+    "layer",
+    "model.layer",
+    "model.layers",
+    "encoder.blocks",
+    "blocks",
+)
+"""Where a vision transformer of the library keeps its blocks."""
+
+
+@dataclass(frozen=True)
+class TransformersNetwork(Network):
+    """The vision tower of a model of transformers. No code of a repository is run.
+
+    Attributes:
+        config: the tower's configuration
+        tower: the tower's class
+    """
+
+    config: Any = field(default=None, compare=False, repr=False)
+    tower: Any = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def open(cls, name: str) -> TransformersNetwork:
+        """Describe a vision tower by its repository, `OWNER/NAME[@REVISION]`, or by a local folder.
+
+        Raises:
+            AfterimageError: transformers is not installed, the repository or folder does not describe a network that
+                transformers has, it needs code of its own, or nothing says how it normalises images
+        """
+        transformers = library("transformers")
+        name = split_provider(absolute_model(f"transformers/{name}"))[1]
+        settings = _read(name, (CONFIG,))
+        kind = settings.get("model_type")
+        if kind not in transformers.CONFIG_MAPPING:
+            raise AfterimageError(
+                f"{name} needs code of its own ({', '.join(settings['auto_map'].values())}), which is not run; "
+                "write a factory for it and take python/FILE.py:factory"
+                if isinstance(settings.get("auto_map"), dict)
+                else f"{name} is no network of transformers {transformers.__version__}: its {CONFIG} names the "
+                f"model_type {kind!r}; networks of timm's are taken as {name.removeprefix('timm/')}"
+            )
+        try:
+            config = transformers.CONFIG_MAPPING[kind].from_dict(settings)
+            config = getattr(config, "vision_config", None) or config
+            same_as, _ = ENCODERS.get(config.model_type, (None, None))
+            of = type(config) if same_as is None else transformers.CONFIG_MAPPING[same_as]
+            tower = transformers.MODEL_MAPPING.get(of, None)
+        except Exception as error:
+            raise AfterimageError(f"cannot use the {CONFIG} of {name}: {first_line(error)}") from None
+        if not inspect.isclass(tower) or tower.main_input_name != "pixel_values":
+            takes = f", which takes {tower.main_input_name}" if inspect.isclass(tower) else ""
+            raise AfterimageError(
+                f"{name} has no vision tower: its {CONFIG} describes a {config.model_type!r}{takes}"
+            )
+        mean, std, size = _preparation(name, config)
+        return cls(f"transformers/{name}", mean, std, size, config=config, tower=tower)
+
+    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
+        _, options = ENCODERS.get(self.config.model_type, (None, {}))
+        with warnings.catch_warnings(), torch.device(device):
+            warnings.simplefilter("ignore")
+            module = self.tower(type(self.config).from_dict(self.config.to_dict()), **options).float().eval()
+        if "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters:
+            module.register_forward_pre_hook(_interpolate, with_kwargs=True)
+        return module
+
+    def find_weights(self, weights: str | Path = "pretrained") -> Weights:
+        name = split_provider(self.name)[1]
+        if Path(name).is_absolute():
+            return search_weights(
+                self.name, name if str(weights) == "pretrained" else weights, list(SNAPSHOT)
+            )
+        repository, _, revision = name.partition("@")
+        stem = repository.rpartition("/")[2]
+        return search_weights(
+            self.name,
+            weights,
+            [f"{stem}.safetensors", f"{stem}.pth"],
+            (repository, revision or None, list(SNAPSHOT)),
+        )
+
+    def convert(self, module: nn.Module, image_size: Size) -> Convert | None:
+        def convert(state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+            with _quiet():
+                loaded, told = self.tower.from_pretrained(
+                    None,
+                    config=type(self.config).from_dict(self.config.to_dict()),
+                    state_dict=state,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                )
+            missing = told["missing_keys"]
+            return {key: value for key, value in loaded.state_dict().items() if key not in missing}
+
+        return convert
+
+    def aliases(self, module: nn.Module) -> dict[str, str]:
+        return blocks_of(module, *BLOCKS)
+
+
+def _interpolate(module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Let a vision transformer take images of any size."""
+    return args, {**options, "interpolate_pos_encoding": True}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's report on a checkpoint off the terminal: what is missing is told in our own words."""
+    logging = library("transformers").utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _read(name: str, files: tuple[str, ...]) -> dict[str, Any]:
+    """Read the first of some JSON files of a folder or a repository of the hub."""
+    if not Path(name).is_absolute():
+        return repository_config(name, files)
+    found = next((Path(name) / file for file in files if (Path(name) / file).is_file()), None)
+    try:
+        if found is None:
+            raise OSError(f"the folder has no {' and no '.join(files)}")
+        settings = json.loads(found.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it is no table of settings")
+    except (OSError, ValueError) as error:
+        raise AfterimageError(f"cannot read the {files[0]} of {name}: {first_line(error)}") from None
+    return settings
+
+
+def _preparation(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float, ...], Size]:
+    """Return mean, standard deviation and image size of a repository's images."""
+    settings = _read(name, PROCESSORS)
+    settings = settings.get("image_processor", settings)
+    try:
+        mean, std = ((0.0,) * 3, (1.0,) * 3)
+        if settings.get("do_normalize", True):
+            mean, std = (tuple(map(float, settings[key])) for key in ("image_mean", "image_std"))
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"image_mean and image_std must be three numbers, got {mean} and {std}")
+        size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", 224)
+        if isinstance(size, Mapping):
+            size = (size["height"], size["width"]) if "height" in size else next(iter(size.values()))
+        return mean, std, size_pair(size)
+    except (KeyError, TypeError, ValueError, AfterimageError) as error:
+        raise AfterimageError(f"cannot use the {PROCESSORS[0]} of {name}: {first_line(error)}") from None
