@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from afterimage.cli.output import print_table
+from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import mean_interval
 from afterimage.report.answers import answer, markdown_finding
 from afterimage.report.bounds import bounds_of, main_bounds, to_compare
@@ -96,6 +97,21 @@ def test_what_owes_nothing_to_the_features_stands_beside_the_bound(decoder):
     psnr = refined.result.scores["psnr"].mean
     assert cells[:3] == [f"{psnr:.2f}", "9.50", "12.25"] and cells[-2:] == ["0.700", "0.700"]
     assert len(table.header) == len(table.rows[0])
+
+
+@pytest.mark.parametrize("part", ["decoder_alone__scores", "controls__other_image"])
+def test_a_part_without_a_metric_is_one_error_that_names_it(decoder, part):
+    refined = search(decoder, "refined", REFINED)
+    score = {metric: {"mean": 1.0, "std": 1.0, "count": 4} for metric in METRICS if metric != "ssim"}
+    edit(
+        refined,
+        inversion__controls={
+            "other_image": None, "prior_alone": None, "identified": 1.0, "distance": "lpips", "candidates": 4,
+        },
+    )  # fmt: skip
+    edit(refined, **{f"inversion__{part}": score})
+    with pytest.raises(AfterimageError, match=f"there is no {part.replace('__', '.')}.ssim"):
+        assert refined.result
 
 
 @pytest.mark.parametrize(("ways", "answers"), [

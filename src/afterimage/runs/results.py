@@ -192,6 +192,13 @@ class TrainingFacts:
     settings_sha256: str
 
 
+def _check_scores(name: str, scores: Mapping[str, Score | None]) -> None:
+    """Raise `AfterimageError` where a metric is missing; only LPIPS may be unavailable."""
+    for metric in METRICS:
+        if metric not in scores or (scores[metric] is None and metric != "lpips"):
+            raise AfterimageError(f"there is no {name}.{metric}")
+
+
 @dataclass(frozen=True)
 class DecoderAlone:
     """What the decoder that an inversion starts from makes of the same images, and its seconds an image.
@@ -202,6 +209,9 @@ class DecoderAlone:
     scores: Mapping[str, Score | None]
     seconds: float
     feature_loss: float
+
+    def __post_init__(self) -> None:
+        _check_scores("decoder_alone.scores", self.scores)
 
 
 @dataclass(frozen=True)
@@ -222,6 +232,11 @@ class BoundControls:
     identified: float
     distance: str
     candidates: int
+
+    def __post_init__(self) -> None:
+        for name in ("other_image", "prior_alone"):
+            if (scores := getattr(self, name)) is not None:
+                _check_scores(f"controls.{name}", scores)
 
 
 @dataclass(frozen=True)
@@ -322,9 +337,7 @@ class Result:
         part = {"decoder": "training", "inversion": "inversion", "attack": "attack"}.get(self.kind)
         if part and getattr(self, part) is None:
             raise AfterimageError(f"a result of kind {self.kind} needs {part}")
-        for metric in METRICS:
-            if metric not in self.scores or (self.scores[metric] is None and metric != "lpips"):
-                raise AfterimageError(f"there is no scores.{metric}")
+        _check_scores("scores", self.scores)
         if self.kind in ("decoder", "inversion") and len(self.features) != len(self.sources):
             raise AfterimageError(
                 f"features must be as many as the {len(self.sources)} sources, got {len(self.features)}"
