@@ -100,7 +100,7 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     ("arguments", "message"),
     [
         (["train", "resnt18:layer1"], "did you mean 'resnet18'"),
-        (["train", "resnet18"], "write model:layer"),
+        (["train", "resnet18"], "write [provider/]model:layer"),
         (["train"], "name at least one MODEL:LAYER"),
         (["train", f"{MODEL}:layr1", "--data", "procedural:8", *SMALL], "did you mean 'layer1'"),
         (
@@ -151,7 +151,6 @@ def test_bad_input_is_one_message(command, arguments, message):
         (["study", "quickstart", "--executor", "ray", "--retries", "-1"], "--retries must lie between 0"),
         (["layers", MODEL, "--image-size", "0"], "--image-size must lie between 1"),
         (["audit", MODEL, "--layers", "layer1", "--max-ssim", "nan"], "max_ssim must lie between 0 and 1"),
-        (["audit", MODEL, "--layers", "layer1", "--mean", "0", "0", "inf"], "mean must be finite"),
         (["audit", MODEL, "--layers", "layer1", "--attacker-images", "²"], "a number from 5 on"),
         (["audit", MODEL, "--layers", "layer1", "--output-dir", "/dev/null"], "--output-dir /dev/null: "),
         (["invert", "a.png", f"{MODEL}:layer1", "--seed", "-1"], "seed must lie between 0"),

@@ -221,7 +221,7 @@ def verify(data: bytes) -> None:
 
     with (
         run_folder(data) as (hostile, _),
-        mock.patch("afterimage.models.weights._find", unavailable),
+        mock.patch("afterimage.models.weights.search_weights", unavailable),
         mock.patch.object(room, "load_data", lambda *_, **__: _images()),
         mock.patch.object(room, "Metrics", lambda net, size: Metrics(net, size=24)),
         mock.patch.object(

@@ -126,8 +126,8 @@ def to_compare(bounds: Sequence[Bound]) -> tuple[list[Row], list[Row]]:
     return [bound.decoder for bound in decoders], answers
 
 
-SAME = 0.01
-"""dB by which the mean PSNR over the same images may differ from one measurement to the next."""
+SAME = 0.05
+"""dB by which the mean PSNR over the same images may differ from one measurement to the next, in bfloat16 too."""
 
 
 def _alone(found: Row, run: Row | None) -> Row:

@@ -157,7 +157,8 @@ def _score(row: Row, metric: str, net: str, best: str | None, spread: str, notes
     if score.count > 1:
         around = f" ± {score.std:.{METRICS[metric].digits}f}"
         if spread == "interval":
-            around = f" {span(row.intervals[metric], metric, signed=False)}"
+            interval = row.intervals[metric]
+            around = f" {span(interval, metric, signed=False)}" if interval else ""
     return Cell((mean + around,), bold=not row.is_baseline and mean == best)
 
 

@@ -269,14 +269,10 @@ def _score(row: Row, metric: str) -> dict[str, Any] | None:
     score = row.scores[metric]
     if score is None:
         return None
+    # A folder from elsewhere may have a mean without the scores of each image: then there is no interval to draw.
     interval = row.intervals[metric]
-    return {
-        "mean": score.mean,
-        "std": score.std,
-        "count": score.count,
-        "low": interval.low,
-        "high": interval.high,
-    }
+    low, high = (interval.low, interval.high) if interval else (score.mean, score.mean)
+    return {"mean": score.mean, "std": score.std, "count": score.count, "low": low, "high": high}
 
 
 def _test_sets(rows: Sequence[Row], images: Sequence[PageImage]) -> list[str]:

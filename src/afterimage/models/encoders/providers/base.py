@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, first_line
+from afterimage.config import AfterimageError, first_line, listed
 from afterimage.models.encoders.match import best_match, nearest
 from afterimage.models.encoders.random_init import Blank, ParameterUses, open_branches, parameter_uses, seeded
 from afterimage.models.encoders.tensor_layout import Size
@@ -185,7 +185,7 @@ def load_tensors(
         like = nearest(file, match.missing[0])
         hint = f"; most like {match.missing[0]} is {like}" if like else ""
         raise AfterimageError(
-            f"{file.file} lacks {_listed(match.missing)}, which the layers in use of {name} read; "
+            f"{file.file} lacks {listed(match.missing)}, which the layers in use of {name} read; "
             f"{file.holds()}{hint}"
         )
     read = {key for names in used for key in names}
@@ -203,10 +203,10 @@ def load_tensors(
             if network.has_fixed_size and native != image_size
             else ""
         )
-        raise AfterimageError(f"{file.file} does not fit {name}: {_listed(wrong)}{resized}")
+        raise AfterimageError(f"{file.file} does not fit {name}: {listed(wrong)}{resized}")
     broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
     if broken:
-        raise AfterimageError(f"{file.file} holds values that are not finite, in {_listed(broken)}")
+        raise AfterimageError(f"{file.file} holds values that are not finite, in {listed(broken)}")
     module.load_state_dict({key: value for key, value in known.items() if key not in misfits}, strict=False)
     return note
 
@@ -243,11 +243,6 @@ def _fit(
         reason = f"{type(error).__name__}: {error}"
         raise AfterimageError(f"{file} does not fit {name}: it cannot be converted ({reason})") from error
     return {key: value for key, value in fitted.items() if key not in added}
-
-
-def _listed(items: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(items) - limit} more ({len(items)} in all)" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
 
 
 def _shape(tensor: Tensor) -> str:

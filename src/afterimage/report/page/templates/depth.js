@@ -103,7 +103,7 @@ function setUpDepth() {
 
   function describe(run, score) {
     const { name, unit } = METRICS[state.metric];
-    const interval = score.count > 1 ? `, 95 % interval ${format(score.low, state.metric)} to ${format(score.high, state.metric)}` : "";
+    const interval = score.low < score.high ? `, 95 % interval ${format(score.low, state.metric)} to ${format(score.high, state.metric)}` : "";
     return [
       `${run.layer} · ${run.series}`, `${run.decoder}${run.shape ? ` · ${run.shape}` : ""}`,
       `${name} ${format(score.mean, state.metric)}${unit}${interval}`, ...(run.random ? [run.random] : []),
