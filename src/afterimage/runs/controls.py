@@ -77,7 +77,7 @@ class RegionError:
 
 @dataclass(frozen=True)
 class Regions:
-    """The rule by which pixels are told apart, and the error on each kind."""
+    """The rule by which pixels are classified, and the error on each kind."""
 
     window: int
     flat_below: float

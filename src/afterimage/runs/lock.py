@@ -144,7 +144,7 @@ class Lock:
 
 @contextlib.contextmanager
 def held(folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
-    """Hold the lock of a folder inside the block, after waiting for whoever has it.
+    """Hold the lock of a folder inside the block, after waiting for the process that has it.
 
     Args:
         folder: the folder, which exists

@@ -81,7 +81,7 @@ def _attack(
     context = AttackContext(progress=session.progress, session=session)
     config, decoders = session.config, {}
     for defence, decoder in dict.fromkeys((condition.defence, condition.decoder) for condition in missing):
-        # Whoever refines decodes first: the decoder is that of the black-box attacker.
+        # A white-box attacker decodes first: the decoder is that of the black-box attacker.
         condition = session.condition(layer, defence, decoder, data, BLACK_BOX)
         with session.ending(condition.label, [condition]):
             run = session.begin(condition)

@@ -165,7 +165,7 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
 def _fitted(
     session: AuditSession, layer: str, encoder: nn.Module | None, conditions: Sequence[AuditCondition]
 ) -> dict[str, Defence]:
-    """Fit every defence that can be on the first training images of whoever defends."""
+    """Fit every defence that can be on the first training images of the defender."""
     spec, device = session.target.specs[layer], session.fabric.device
     images, batch_size = session.target.data.train, session.config.recipe.batch_size
     maps = calibration(DefendedFeatures(spec.source, [], encoder), images, device, batch_size)

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.evaluation.evaluate import score_rows, summarise
+from afterimage.evaluation.evaluate import evaluate_together, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Gallery, reduced
 from afterimage.models.reconstructor import MultiEncoder
-from afterimage.runs.results import BoundControls
+from afterimage.runs.results import BoundControls, Score
 
 Images = Float[Tensor, "batch 3 height width"]
 
@@ -36,6 +36,7 @@ def bound_controls(
     prior: Tensor | None = None,
     *,
     batch_size: int = 4,
+    device: str = "cpu",
 ) -> BoundControls:
     """Score what was found where it must fail, and let it look for its own original.
 
@@ -44,29 +45,23 @@ def bound_controls(
         metrics: as the bound itself was measured
         prior: what the same procedure makes of features that tell nothing, `(1, 3, H, W)` in [0, 1]
         batch_size: images at a time
+        device: where
     """
     ids = [name for name, _, _ in images]
     originals, found = (
-        torch.from_numpy(np.stack([entry[side] for entry in images])).permute(0, 3, 1, 2).float() / 255
+        torch.from_numpy(np.stack([entry[side] for entry in images])).permute(0, 3, 1, 2).float().to(device)
+        / 255
         for side in (1, 2)
     )
-    device = (
-        next((p.device for p in metrics.lpips.buffers()), originals.device)
-        if metrics.lpips
-        else originals.device
-    )
 
-    def scores(outputs: Tensor) -> dict:
-        rows = []
-        for part in torch.arange(len(ids)).split(batch_size):
-            names = [ids[i] for i in part.tolist()]
-            pair = originals[part].to(device), [outputs[part].to(device)]
-            rows += score_rows(names, *pair, metrics, [None])[0]
-        return summarise(rows)
+    def scores(outputs: Tensor) -> dict[str, Score | None]:
+        parts = torch.arange(len(ids)).split(batch_size)
+        batches = ((part, originals[part], [outputs[part]]) for part in parts)
+        return summarise(evaluate_together(batches, ids, metrics)[0].rows)
 
     other = scores(found.roll(1, 0)) if len(ids) > 1 else None
-    alone = None if prior is None else scores(prior.cpu().expand_as(originals))
-    gallery = Gallery(reduced(originals.to(device)), metrics.lpips)
-    hits = gallery.find(reduced(found.to(device)))
+    alone = None if prior is None else scores(prior.to(device).expand_as(originals))
+    gallery = Gallery(reduced(originals), metrics.lpips)
+    hits = gallery.find(reduced(found))
     distance = "lpips" if "lpips" in hits else "correlation"
     return BoundControls(other, alone, float(hits[distance].mean()), distance, len(ids))

@@ -206,7 +206,9 @@ def refine(
     config = method or InvertConfig()
     config = config if steps is None else replace(config, steps=steps)
     size = tuple(images.shape[-2:])
-    return refine_features(reconstructor, encode(reconstructor, images), size, method=config, **options)
+    return refine_features(
+        reconstructor, encode(reconstructor.encoders, images), size, method=config, **options
+    )
 
 
 def refine_features(
@@ -220,9 +222,9 @@ def refine_features(
 
 
 @torch.no_grad()
-def encode(reconstructor: Reconstructor, images: Images) -> list[Tensor]:
+def encode(encoders: nn.Module, images: Images) -> list[Tensor]:
     """Feature maps of `images` that are nobody else's memory."""
-    return [target.clone() for target in reconstructor.encoders(images)]
+    return [target.clone() for target in encoders(images)]
 
 
 @contextlib.contextmanager

@@ -11,15 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from afterimage.analysis.inversion.batches import Batches, Curve
-from afterimage.analysis.inversion.invert import (
-    Inversion,
-    Snapshot,
-)
+from afterimage.analysis.inversion.invert import Inversion, Snapshot
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.evaluate import (
-    Reconstructed,
-    evaluate_together,
-)
+from afterimage.evaluation.evaluate import Reconstructed, evaluate_together
 from afterimage.evaluation.metrics import Metrics
 from afterimage.runtime.progress import Progress, silent
 
@@ -76,21 +70,10 @@ def measure(
     found: list[Tensor] = []
     seconds = 0.0
     for indices in parts:
-        images = image_set.crops(indices, device=device)
-        kept = batches.load(images) if batches else None
-        if kept is None:
-            ids, own = [image_set.ids[index] for index in indices.tolist()], []
-
-            def callback(look: Snapshot, ids=ids, images=images, own=own) -> None:
-                own += curve_rows(ids, images, look, metrics)
-                if snapshot is not None:
-                    snapshot(look.images)
-
-            result = search(images, callback=callback, milestones=curve_steps(steps), progress=progress)
-            if batches:
-                batches.save(images, result, own)
-        else:
-            result, own = kept
+        result, own = search_batch(
+            search, image_set.crops(indices, device=device), steps, [image_set.ids[i] for i in indices.tolist()],
+            metrics, progress=progress, snapshot=snapshot, batches=batches,
+        )  # fmt: skip
         curve += own
         seconds += result.seconds
         losses += result.loss.tolist()
@@ -108,7 +91,53 @@ def measure(
     return Measured(rows, scored.images, seconds / len(image_set), curve)
 
 
-def curve_rows(ids: Sequence[str], images: Images, look: Snapshot, metrics: Metrics) -> Curve:
+def search_batch(
+    search: Callable[..., Inversion],
+    images: Images,
+    steps: int,
+    ids: Sequence[str] = (),
+    metrics: Metrics | None = None,
+    *,
+    progress: Progress = silent,
+    snapshot: Callable[[Images], None] | None = None,
+    batches: Batches | None = None,
+) -> tuple[Inversion, Curve]:
+    """Search for `images`, unless that is kept in `batches`, and keep what was found.
+
+    Args:
+        search: as `measure` takes it.
+        images: `(B, 3, H, W)` in [0, 1].
+        steps: how many passes a search takes.
+        ids: names of the images, for the curve.
+        metrics: what the curve measures; without them there is none.
+        progress: is told how far the search is.
+        snapshot: is given the images so far at every milestone of the curve.
+        batches: finished batches.
+
+    Returns:
+        What was found, and the curve that led there.
+    """
+    kept = batches.load(images) if batches else None
+    if kept is not None and (metrics is None or kept[1]):
+        return kept
+    curve: Curve = []
+    watched: dict[str, Any] = {}
+    if metrics is not None:
+        metrics.to(images.device)
+
+        def callback(look: Snapshot) -> None:
+            curve.extend(_curve_rows(ids, images, look, metrics))
+            if snapshot is not None:
+                snapshot(look.images)
+
+        watched = {"callback": callback, "milestones": curve_steps(steps)}
+    result = search(images, progress=progress, **watched)
+    if batches:
+        batches.save(images, result, curve)
+    return result, curve
+
+
+def _curve_rows(ids: Sequence[str], images: Images, look: Snapshot, metrics: Metrics) -> Curve:
     """A row an image: how near it is after so many passes, in PSNR, in LPIPS and in its features."""
     scores = metrics(look.images, images)
     return [

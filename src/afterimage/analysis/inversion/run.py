@@ -27,17 +27,12 @@ from afterimage.analysis.inversion.invert import (
     invert,
     refine_features,
 )
-from afterimage.analysis.inversion.measure import BATCH, best_step, curve_rows, curve_steps, measure
+from afterimage.analysis.inversion.measure import BATCH, best_step, measure, search_batch
 from afterimage.analysis.inversion.objective import feature_distance
 from afterimage.config import AfterimageError, load_toml
 from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.evaluate import (
-    evaluate,
-    score_notes,
-    summarise,
-    to_uint8,
-)
+from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.models.weights import weight_notes
@@ -66,31 +61,13 @@ class Refinement:
 
     def __call__(self, images: Images, **options: Any) -> Inversion:
         """Refine what the decoder makes of `images`."""
-        return self.of_features(encode(self.reconstructor, images), tuple(images.shape[-2:]), **options)
+        targets = encode(self.reconstructor.encoders, images)
+        return self.of_features(targets, tuple(images.shape[-2:]), **options)
 
     def of_features(self, targets: Sequence[Tensor], size: tuple[int, int], **options: Any) -> Inversion:
         """Refine what the decoder makes of feature maps; options are `invert`'s."""
         settings = {"method": self.method, "errors": self.errors, "seed": self.seed}
         return refine_features(self.reconstructor, targets, size, **settings, **options)
-
-    def kept(
-        self, images: Images, batches: Batches, progress: Progress = silent, metrics: Metrics | None = None
-    ) -> tuple[Inversion, Curve]:
-        """What was found before, or else search and keep it; with `metrics` also the curve that led there."""
-        found = batches.load(images)
-        if found is not None and (metrics is None or found[1]):
-            return found
-        curve: Curve = []
-
-        def callback(look: Snapshot) -> None:
-            curve.extend(curve_rows([str(i) for i in range(len(images))], images, look, metrics))
-
-        watched = (
-            {} if metrics is None else {"callback": callback, "milestones": curve_steps(self.method.steps)}
-        )
-        result = self(images, progress=progress, **watched)
-        batches.save(images, result, curve)
-        return result, curve
 
 
 @dataclass(frozen=True)
@@ -110,10 +87,8 @@ class BestEstimate:
         self, images: Images, *, progress: Progress = silent, callback: Any = None, **_: Any
     ) -> Inversion:
         """Refine `images`, unless that is kept, and correct."""
-        reconstructor = self.refinement.reconstructor
-        targets = encode(reconstructor, images)
-        found, _ = self.refinement.kept(images, self.batches, progress)
-        result = self._corrected(targets, found)
+        found, _ = search_batch(self.refinement, images, self.steps, progress=progress, batches=self.batches)
+        result = self._corrected(encode(self.refinement.reconstructor.encoders, images), found)
         if callback is not None:
             callback(Snapshot(self.steps, result.seconds, result.images, result.loss))
         return result
@@ -183,12 +158,12 @@ def invert_run(
         return list(folders.values())
     reconstructor = load_reconstructor(run, weights=weights).to(device)
     metrics = Metrics(lpips, size=given.config.crop)
-    options: dict[str, Any] = {"metrics": metrics, "seed": seed, "device": device, "progress": progress}
+    options: dict[str, Any] = {"metrics": metrics, "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
-        start = _Start(run, _decoder_alone(reconstructor, given.images, metrics, device))
+        start = _start(run, reconstructor, given, metrics, device)
         errors, note = _errors(reconstructor, given, device)
         refinement = Refinement(reconstructor, method, errors, seed)
-        made_for = _made_for(reconstructor.encoders, start, given)
+        made_for = _made_for(reconstructor.encoders, start.run.name, start.digest, given)
         aside = folders["refined"].path / "validation"
         if "refined" not in missing:
             refinement = replace(
@@ -208,7 +183,9 @@ def invert_run(
             Batches(path, [made_for, refinement.steps]) for path in (folders["refined"].path, aside)
         )
     if folder := missing.get("refined"):
-        _make(folder, reconstructor.encoders, refinement, given, note, start, **options)
+        _make(
+            folder, reconstructor.encoders, refinement, refinement.steps, given, note, start, kept, **options
+        )
     if folder := missing.get("estimate"):
         if given.validation is None:
             raise AfterimageError(
@@ -217,12 +194,15 @@ def invert_run(
         corrector, count = _learn(refinement, given.validation, estimate, learning, seed, device, progress)
         best = BestEstimate(refinement, corrector, estimate.precision, kept)
         learned = f"learned from {count} validation images that were refined alike, in {estimate.steps} steps"
-        _make(folder, reconstructor.encoders, best, given, [*note, learned], start, **options)
+        # No batches: the estimates take what the refinement has kept.
+        _make(
+            folder, reconstructor.encoders, best, best.steps, given, [*note, learned], start, None, **options
+        )
     if missing.keys() & {"refined", "estimate"}:
         kept.clear()
         shutil.rmtree(aside, ignore_errors=True)
     if folder := missing.get("inversion"):
-        invert_sources(folder, reconstructor.encoders, method, given, **options)
+        invert_sources(folder, reconstructor.encoders, method, given, seed=seed, **options)
     return list(folders.values())
 
 
@@ -238,8 +218,8 @@ def _choose_passes(
     count, most = min(refinement.method.held_out, len(image_set)), refinement.method.steps
     curve: Curve = []
     for indices in torch.arange(count).split(BATCH):
-        images = image_set.crops(indices, device=device)
-        curve += refinement.kept(images, batches, progress, metrics)[1]
+        images, ids = image_set.crops(indices, device=device), [image_set.ids[i] for i in indices.tolist()]
+        curve += search_batch(refinement, images, most, ids, metrics, progress=progress, batches=batches)[1]
         progress("choosing the number of passes", int(indices[-1]) + 1, count)
     steps = best_step(curve)
     what = "LPIPS" if metrics.lpips_status.available else "PSNR"
@@ -263,7 +243,7 @@ def _learn(
         originals = image_set.crops(indices, device=device)
         with torch.no_grad():
             decoded = refinement.reconstructor(originals).clamp(0, 1)
-        found, _ = refinement.kept(originals, batches, progress)
+        found, _ = search_batch(refinement, originals, refinement.steps, progress=progress, batches=batches)
         # In one order of memory, whether it was kept or not: sums depend on it.
         groups.append(tuple(part.contiguous().cpu() for part in (originals, decoded, found.images)))
         progress("refining images to learn the best estimate from", int(indices[-1]) + 1, count)
@@ -281,7 +261,19 @@ def invert_sources(
     **options: Any,
 ) -> None:
     """Invert images from grey through all sources of `encoders` at once, into a run folder."""
-    _make(folder, encoders, plain_search(encoders, method, seed), given, [], None, seed=seed, **options)
+    batches = Batches(folder.path, [_made_for(encoders, "", "", given), method.steps])
+    _make(
+        folder,
+        encoders,
+        plain_search(encoders, method, seed),
+        method.steps,
+        given,
+        [],
+        None,
+        batches,
+        **options,
+    )
+    batches.clear()
 
 
 def _errors(
@@ -296,9 +288,8 @@ def _errors(
 
     @torch.no_grad()
     def errors() -> Iterator[tuple[Tensor, list[Tensor]]]:
-        for batch in torch.arange(count).split(BATCH):
-            images = given.validation.crops(batch, device=device)
-            wanted = [map_.clone() for map_ in reconstructor.encoders(images)]
+        for images in given.validation.batches(torch.arange(count).split(BATCH), device=device):
+            wanted = encode(reconstructor.encoders, images)
             decoded = reconstructor.feature_decoder(wanted)
             maps = reconstructor.encoders(decoded)
             yield images - decoded, [a - b for a, b in zip(maps, wanted, strict=True)]
@@ -314,8 +305,8 @@ def _decoder_alone(
     # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
     seconds = (time.monotonic() - started) / len(image_set)
     losses = []
-    for indices in torch.arange(len(image_set)).split(BATCH):
-        targets = encode(reconstructor, image_set.crops(indices, device=device))
+    for images in image_set.batches(torch.arange(len(image_set)).split(BATCH), device=device):
+        targets = encode(reconstructor.encoders, images)
         with torch.no_grad():
             decoded = reconstructor.feature_decoder(targets).clamp(0, 1)
             losses += feature_distance(reconstructor.encoders(decoded), targets).tolist()
@@ -324,53 +315,64 @@ def _decoder_alone(
 
 @dataclass(frozen=True)
 class _Start:
-    """The run whose decoder made the start, and what that decoder alone came to on the same images."""
+    """The run whose decoder made the start, with what its answers have in common.
+
+    Attributes:
+        run: the decoder's run
+        digest: SHA-256 of the decoder's file
+        alone: what that decoder alone came to on the same images
+        prior: features that tell nothing; None where there are no validation images
+    """
 
     run: Run
+    digest: str
     alone: DecoderAlone
+    prior: list[Tensor] | None
 
 
-def _made_for(encoders: MultiEncoder, start: _Start | None, given: InversionInputs) -> list[Any]:
-    """What finished batches depend on, besides their images: weights, decoder, data."""
-    weights = map(asdict, encoders.weights_of(encoders.sources))
-    digest = sha256(start.run.file("decoder.safetensors")) if start else ""
-    return [*weights, start.run.name if start else "", digest, asdict(given.facts)]
+def _start(
+    run: Run, reconstructor: Reconstructor, given: InversionInputs, metrics: Metrics, device: str
+) -> _Start:
+    prior = None
+    if given.validation is not None:
+        few = torch.arange(min(HELD_OUT, len(given.validation))).split(BATCH)
+        prior = mean_features(reconstructor.encoders, given.validation.batches(few, device=device))
+    alone = _decoder_alone(reconstructor, given.images, metrics, device)
+    return _Start(run, sha256(run.file("decoder.safetensors")), alone, prior)
+
+
+def _made_for(encoders: MultiEncoder, start: str, digest: str, given: InversionInputs) -> list[Any]:
+    """What finished batches depend on, besides their images: weights, the run and the file of the decoder, data."""
+    return [*map(asdict, encoders.weights_of(encoders.sources)), start, digest, asdict(given.facts)]
 
 
 def _make(
     folder: Run,
     encoders: MultiEncoder,
     search: Refinement | BestEstimate | Callable[..., Inversion],
+    steps: int,
     given: InversionInputs,
     notes: Sequence[str],
     start: _Start | None,
+    batches: Batches | None,
     *,
     metrics: Metrics,
-    seed: int,
     device: str,
     progress: Progress,
 ) -> None:
     """Search, measure, and write the folder as any run's, and curve.csv, PSNR and feature loss by image and pass."""
     config = load_toml(InversionConfig, folder.file("config.toml"))
-    steps, weights = config.inversion.steps, encoders.weights_of(encoders.sources)
-    digest = sha256(start.run.file("decoder.safetensors")) if start else ""
+    weights = encoders.weights_of(encoders.sources)
 
     def snapshot(images: Images) -> None:
         write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
 
-    if isinstance(search, Refinement | BestEstimate):
-        steps = search.steps
-    # The best estimates take what the refinement has kept.
-    batches = None if config.estimate else Batches(folder.path, [_made_for(encoders, start, given), steps])
     measured = measure(
         search, given.images, metrics, steps, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
-    alone = None
-    if start and given.validation is not None:
-        few = torch.arange(min(HELD_OUT, len(given.validation))).split(BATCH)
-        batches_of_few = (given.validation.crops(part, device=device) for part in few)
-        mean = mean_features(encoders, batches_of_few)
-        alone = search.of_features(mean, measured.images[0][1].shape[:2]).images
+    prior = None
+    if start and start.prior is not None:
+        prior = search.of_features(start.prior, measured.images[0][1].shape[:2]).images
     took = f"{steps} passes an inversion, {measured.seconds:.1f} s an image"
     facts = InversionFacts(
         steps=steps,
@@ -378,9 +380,9 @@ def _make(
         feature_loss=sum(row["feature_loss"] for row in measured.rows) / len(measured.rows),
         start=start.run.name if start else "",
         start_decoder=start.run.config.decoder.name if start else "",
-        start_sha256=digest,
+        start_sha256=start.digest if start else "",
         decoder_alone=start and start.alone,
-        controls=bound_controls(measured.images, metrics, alone),
+        controls=bound_controls(measured.images, metrics, prior, device=device),
     )
     how = "best estimate" if config.estimate else "refined"
     name = f"{facts.start_decoder} + {how}" if start else "inversion"
@@ -401,16 +403,13 @@ def _make(
     write_csv(folder.file("curve.csv"), measured.curve)
     folder.save_result(found, measured.images)
     folder.set_state("done")
-    if batches is not None and start is None:
-        batches.clear()
 
 
 def plain_search(encoders: MultiEncoder, method: InvertConfig, seed: int) -> Callable[..., Inversion]:
     """Inversion from grey, as `measure` takes it."""
 
     def search(images: Images, **options: Any) -> Inversion:
-        with torch.no_grad():
-            targets = [target.clone() for target in encoders(images)]
+        targets = encode(encoders, images)
         with differentiable(encoders) as features_of:
             return invert(features_of, targets, tuple(images.shape[-2:]), method=method, seed=seed, **options)
 

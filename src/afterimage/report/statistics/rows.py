@@ -1,4 +1,4 @@
-"""Make rows that can be compared: seeds merged, names shortened, settings told apart."""
+"""Make rows that can be compared: seeds merged, names shortened, settings distinguished."""
 
 from __future__ import annotations
 
