@@ -19,7 +19,7 @@ from afterimage.models.encoders.base import size_pair
 from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, library
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.hub_files import CONFIG, repository_config
-from afterimage.models.weights import SNAPSHOT, Weights, search_weights
+from afterimage.models.weights import SNAPSHOT, SUFFIXES, Weights, search_weights
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """The files in which a repository says how images are prepared."""
@@ -107,7 +107,7 @@ class TransformersNetwork(Network):
         return search_weights(
             self.name,
             weights,
-            [f"{stem}.safetensors", f"{stem}.pth"],
+            [f"{stem}{suffix}" for suffix in SUFFIXES],
             (repository, revision or None, list(SNAPSHOT)),
         )
 
