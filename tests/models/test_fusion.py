@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from afterimage.models.fusion import FUSIONS, create_fusion
 from afterimage.models.reconstructor import FeatureDecoder, build_feature_decoder
 from afterimage.training.checkpoint import load_reconstructor
 from afterimage.training.decoder_trainer import create_optimizer
-from fusion_contract import EVEN, FusionContract, maps
+from fusion_contract import EVEN, PLACED, FusionContract, maps
 
 PUBLISHED = [
     FeatureSpec("resnet34.tv_in1k:layer1", 64, 56, 56),
@@ -46,6 +48,26 @@ class TestAligned(FusionContract):
 
 class TestStacked(FusionContract):
     name = "stacked"
+
+
+class TestSum(FusionContract):
+    name = "sum"
+    even, placed = ([replace(spec, channels=7) for spec in specs] for specs in (EVEN, PLACED))
+
+    def test_it_is_the_sum_and_has_nothing_to_learn(self):
+        specs = [replace(spec, height=9, width=12) for spec in self.even]
+        fusion, features = self.build(specs), maps(specs)
+        assert torch.equal(fusion(features), features[0] + features[1] + features[2])
+        assert not fusion.state_dict() and not fusion.trainable
+
+    def test_a_vector_counts_everywhere(self):
+        specs = [FeatureSpec("a:x", 7, 4, 6), FeatureSpec("a:cls", 7, 1, 1)]
+        features = maps(specs)
+        torch.testing.assert_close(self.build(specs)(features), features[0] + features[1])
+
+    def test_different_channels_are_named(self):
+        with pytest.raises(AfterimageError, match=r"a:x is 8x14x14, b:y is 5x28x28, c:z is 16x7x9; .*concat"):
+            self.build(EVEN)
 
 
 def test_every_fusion_has_its_contract():
@@ -98,7 +120,7 @@ def test_bad_fusions_are_named():
     with pytest.raises(AfterimageError, match="takes 3 feature maps, got 2"):
         create_fusion(FusionConfig("concat", 4), EVEN)(maps(EVEN)[:2])
     config = RunConfig(("a:x", "b:y"), fusion=FusionConfig("attention"), decoder=DecoderConfig("linear"))
-    with pytest.raises(AfterimageError, match="'aligned' or 'stacked', which have nothing to learn"):
+    with pytest.raises(AfterimageError, match="'aligned', 'stacked' or 'sum', which have nothing to learn"):
         build_feature_decoder(config, EVEN[:2])
 
 
@@ -108,13 +130,17 @@ def test_bad_fusions_are_named():
         ("attention", "transposed"),
         ("aligned", "linear"),
         ("aligned", "residual"),
+        ("sum", "linear"),
+        ("sum", "attention"),
         ("stacked", "linear"),
         ("stacked", "transposed"),
     ],
 )
 def test_a_fused_run_end_to_end(tmp_path, name, decoder):
+    third = "test_resnet.r160_in1k:act1" if name == "sum" else "test_vit.r160_in1k:block0"
+    second = "conv1" if name == "sum" else "layer2"  # with as many channels as layer1
     config = RunConfig(
-        ("test_resnet.r160_in1k:layer1", "test_resnet.r160_in1k:layer2", "test_vit.r160_in1k:block0"),
+        ("test_resnet.r160_in1k:layer1", f"test_resnet.r160_in1k:{second}", third),
         weights="random",
         fusion=FusionConfig(name, 8),
         decoder=DecoderConfig(decoder),
@@ -124,7 +150,8 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
     (run,) = train_runs(config, tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
     result = run.result
     assert result.fusion.name == name and len(result.features) == 3
-    assert [weights.model for weights in result.weights] == ["test_resnet.r160_in1k", "test_vit.r160_in1k"]
+    models = ["test_resnet.r160_in1k", *(["test_vit.r160_in1k"] if "vit" in third else [])]
+    assert [weights.model for weights in result.weights] == models
     reconstructor = load_reconstructor(run)
     assert reconstructor(torch.rand(1, 3, 64, 64)).shape == (1, 3, 64, 64)
     if name != "attention":

@@ -14,6 +14,7 @@ from afterimage.config import (
     AfterimageError,
     DataConfig,
     DecoderConfig,
+    FusionConfig,
     RecipeConfig,
     RunConfig,
     check_range,
@@ -39,6 +40,8 @@ class Train:
     """Features to rebuild images from, for example resnet34.tv_in1k:layer1."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ("attention",)
     """Decoders to train: attention, transposed, linear, wavelet, frequency or residual."""
+    fusion: str = ""
+    """Decode all layers as one feature map: sum, aligned, stacked, attention, concat or weighted."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build the decoders with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
     weights: str = "pretrained"
@@ -79,6 +82,7 @@ class Train:
         from afterimage.experiments.queue import train_runs
         from afterimage.models.decoders import DECODERS
         from afterimage.models.encoders.providers import resolve
+        from afterimage.models.fusion import FUSIONS
         from afterimage.runtime.distributed import on_main_process
         from afterimage.runtime.progress import Display
 
@@ -94,6 +98,12 @@ class Train:
         for name in self.decoders:  # before any image is read
             if name not in DECODERS:
                 raise unknown("decoder", name, DECODERS)
+        if self.fusion and self.fusion not in FUSIONS:
+            raise unknown("fusion", self.fusion, FUSIONS)
+        if self.fusion and len(self.sources) < 2:
+            raise AfterimageError(
+                f"--fusion {self.fusion} makes one of several MODEL:LAYER; name two or more"
+            )
         size = parse_count(self.parameters, "--parameters") if self.parameters else None
         if size is not None:
             fixed = [name for name in self.decoders if not DECODERS[name].size_option]
@@ -102,17 +112,20 @@ class Train:
                     f"--parameters: {', '.join(fixed)} has one size only, that of its closed form; decoders that "
                     f"come in sizes: {', '.join(name for name, cls in DECODERS.items() if cls.size_option)}"
                 )
+        resolved = tuple(map(resolve, self.sources))
+        rows = [resolved] if self.fusion else [(source,) for source in resolved]
         configs = [
             RunConfig(
-                sources=(resolve(source),),
+                sources=sources,
                 weights=self.weights,
+                fusion=FusionConfig(self.fusion) if self.fusion else None,
                 decoder=DecoderConfig(decoder, size),
                 data=data,
                 recipe=self.recipe,
                 seed=self.seed,
                 lpips=self.lpips,
             )
-            for source in self.sources
+            for sources in rows
             for decoder in self.decoders
         ]
         if not configs:

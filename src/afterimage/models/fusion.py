@@ -1,4 +1,4 @@
-"""Several feature maps become one: attention, concat, weighted, aligned or stacked."""
+"""Several feature maps become one: attention, concat, weighted, aligned, stacked or sum."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, unknown
+from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, listed, unknown
 from afterimage.models.decoders.canvas import Canvas, Span, seen_box
 from afterimage.models.decoders.linear import LinearDecoder
 from afterimage.models.layers.blocks import pixel_unshuffle, resize
@@ -272,12 +272,38 @@ class StackedFusion(Fusion):
         return pixel_unshuffle(resize(self.canvas.cut(images), pixels), (self.block, self.block))
 
 
+class SumFusion(Fusion):
+    """The sum of all maps at one size, with nothing to learn, as representation autoencoders sum layers.
+
+    A vector counts at every location.
+
+    Raises:
+        AfterimageError: the maps have different numbers of channels
+    """
+
+    trainable = False
+
+    def __init__(self, specs: Sequence[FeatureSpec], channels: int, *sizes: tuple[int, int]) -> None:
+        if len({spec.channels for spec in specs}) > 1:
+            shapes = [f"{spec.source} is {'x'.join(map(str, spec.shape))}" for spec in specs]
+            raise AfterimageError(
+                f"a sum needs layers with one number of channels: {listed(shapes)}; fusions that take any: "
+                + ", ".join(name for name, cls in FUSIONS.items() if cls is not SumFusion)
+            )
+        super().__init__(specs, specs[0].channels, *sizes)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        pairs = zip(features, self.canvases, strict=True)
+        return sum(align(maps, own, self.canvas) for maps, own in pairs)
+
+
 FUSIONS: dict[str, type[Fusion]] = {
     "attention": AttentionFusion,
     "concat": ConcatFusion,
     "weighted": WeightedFusion,
     "aligned": AlignedFusion,
     "stacked": StackedFusion,
+    "sum": SumFusion,
 }
 
 

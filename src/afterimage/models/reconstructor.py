@@ -190,7 +190,8 @@ def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> Fe
         **config.decoder.options,
     )
     if fusion is not None and decoder.closed_form and fusion.trainable:
-        untrained = " or ".join(repr(name) for name, cls in FUSIONS.items() if not cls.trainable)
+        *others, last = (repr(name) for name, cls in FUSIONS.items() if not cls.trainable)
+        untrained = f"{', '.join(others)} or {last}"
         raise AfterimageError(
             f"{config.decoder.name} is fitted in closed form on features as they are; fuse them with "
             f"{untrained}, which have nothing to learn by descent, instead of {config.fusion.name!r}"

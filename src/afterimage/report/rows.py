@@ -121,7 +121,7 @@ class Row(Result):
         fusion = self.fusion
         if fusion is None:
             return "unknown fusion"
-        wide = "" if fusion.name in ("aligned", "stacked") else f", {fusion.channels} channels"
+        wide = "" if fusion.name in ("aligned", "stacked", "sum") else f", {fusion.channels} channels"
         return f"{fusion.name} fusion{wide} at " + (
             f"{fusion.size}×{fusion.size}" if fusion.size else "the finest resolution"
         )
