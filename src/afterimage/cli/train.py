@@ -39,7 +39,8 @@ class Train:
     sources: Sources
     """Features to rebuild images from, for example resnet34.tv_in1k:layer1."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ("attention",)
-    """Decoders to train: attention, transposed, linear, wavelet, frequency or residual."""
+    """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, or a module of one's own,
+    python/package.module:factory or python/FILE.py:factory."""
     fusion: str = ""
     """Decode all layers as one feature map: sum, aligned, stacked, attention, concat or weighted."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
@@ -80,7 +81,7 @@ class Train:
 
     def run(self) -> None:
         from afterimage.experiments.queue import train_runs
-        from afterimage.models.decoders import DECODERS
+        from afterimage.models.decoders import DECODERS, decoder_family
         from afterimage.models.encoders.providers import resolve
         from afterimage.models.fusion import FUSIONS
         from afterimage.runtime.distributed import on_main_process
@@ -96,8 +97,7 @@ class Train:
             limit_test=self.limit_test,
         )
         for name in self.decoders:  # before any image is read
-            if name not in DECODERS:
-                raise unknown("decoder", name, DECODERS)
+            decoder_family(name)
         if self.fusion and self.fusion not in FUSIONS:
             raise unknown("fusion", self.fusion, FUSIONS)
         if self.fusion and len(self.sources) < 2:
@@ -106,10 +106,10 @@ class Train:
             )
         size = parse_count(self.parameters, "--parameters") if self.parameters else None
         if size is not None:
-            fixed = [name for name in self.decoders if not DECODERS[name].size_option]
+            fixed = [name for name in self.decoders if not decoder_family(name).size_option]
             if fixed:
                 raise AfterimageError(
-                    f"--parameters: {', '.join(fixed)} has one size only, that of its closed form; decoders that "
+                    f"--parameters: {', '.join(fixed)} has one size only; decoders that "
                     f"come in sizes: {', '.join(name for name, cls in DECODERS.items() if cls.size_option)}"
                 )
         resolved = tuple(map(resolve, self.sources))

@@ -62,7 +62,7 @@ class AttackersConfig:
     encoder's weights and refines each reconstruction by optimisation.
 
     Attributes:
-        decoders: names of decoder families
+        decoders: names of decoder families, or `python/FILE.py:factory`
         images: numbers of images that the attacker owns, 5 or more each, or `all`; a fifth of them is for validation
         threat_models: `black-box`, `white-box` or both
         data: source of the attacker's images; empty for the source of the audited images
@@ -94,6 +94,7 @@ class AttackersConfig:
         check_range("refine_steps", self.refine_steps, 1, MAX_STEPS)
         check_range("refine_images", self.refine_images, 2, MAX_IMAGES)
         object.__setattr__(self, "data", absolute_source(self.data))
+        object.__setattr__(self, "decoders", tuple(map(absolute_model, self.decoders)))
 
 
 @dataclass(frozen=True)

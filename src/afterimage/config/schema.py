@@ -150,9 +150,9 @@ class DecoderConfig:
     """A decoder by name.
 
     Attributes:
-        name: decoder family
+        name: decoder family, or a module of one's own, `python/package.module:factory` or `python/FILE.py:factory`
         parameters: number of parameters to build it at, within 5 %; None for the family's default size
-        options: options of the family
+        options: options of the family, or keyword arguments of the factory
     """
 
     name: str = "attention"
@@ -161,6 +161,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "parameters", most=MAX_PARAMETERS)
+        if "/" in self.name:
+            object.__setattr__(self, "name", absolute_model(self.name))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from afterimage.evaluation.evaluate import (
     summarise,
 )
 from afterimage.evaluation.metrics import Metrics
+from afterimage.models.decoders import decoder_digest
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.providers import resolve
 from afterimage.models.fusion import WeightMaps
@@ -145,6 +146,7 @@ class JointRun:
         feature_indices = [self.encoders.sources.index(resolve(source)) for source in config.sources]
         model = build_feature_decoder(config, [self.encoders.specs[i] for i in feature_indices])
         sources = [self.encoders.sources[i] for i in feature_indices]
+        code = decoder_digest(config.decoder.name)
         decoder = DecoderTrainer(
             model,
             feature_indices,
@@ -158,6 +160,7 @@ class JointRun:
                 "images": self.data.digest,
                 "sources": sources,
                 "weights": self.encoders.weight_digests(sources),
+                **({"code": code} if code else {}),
             },
             context=self.context,
         )
@@ -254,7 +257,13 @@ class JointRun:
             training=self._training(decoder),
             scores_seen=None if box is None else summarise(result.rows, SEEN),
             notes=(
-                *(*decoder.notes, *unseen, *weight_notes(weights), *self.data.notes),
+                *(
+                    *decoder.notes,
+                    *self._code_notes(decoder),
+                    *unseen,
+                    *weight_notes(weights),
+                    *self.data.notes,
+                ),
                 *score_notes(result.rows),
             ),
         )
@@ -263,6 +272,10 @@ class JointRun:
         if not decoder.failed:
             decoder.run.set_state("done")
             remove_checkpoints(decoder.run)
+
+    def _code_notes(self, decoder: DecoderTrainer) -> list[str]:
+        code = decoder.identity.get("code")
+        return [f"{self.runs[decoder.run].decoder.name} has the SHA-256 {code}"] if code else []
 
     def _training(self, decoder: DecoderTrainer) -> TrainingFacts:
         return TrainingFacts(

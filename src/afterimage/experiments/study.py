@@ -24,7 +24,7 @@ from afterimage.config import (
 )
 from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.evaluation.metrics import Metrics
-from afterimage.models.decoders import DECODERS
+from afterimage.models.decoders import Decoder, decoder_family
 from afterimage.runs.failures import is_done
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
@@ -107,12 +107,11 @@ def _sizer(parameters: Count | None, progress: Progress) -> Callable[[DecoderCon
     """Gives decoders the study's number of parameters, and says once of each that it has one size only."""
     if parameters is None:
         return lambda decoder: decoder
-    from afterimage.models.decoders import DECODERS
-
     said = set()
 
     def sized(decoder: DecoderConfig) -> DecoderConfig:
-        if decoder.name not in DECODERS or DECODERS[decoder.name].size_option is not None:
+        family = _family(decoder.name)
+        if family is None or family.size_option is not None:
             return dataclasses.replace(decoder, parameters=parameters)
         if decoder.name not in said:
             said.add(decoder.name)
@@ -122,6 +121,14 @@ def _sizer(parameters: Count | None, progress: Progress) -> Callable[[DecoderCon
         return decoder
 
     return sized
+
+
+def _family(name: str) -> type[Decoder] | None:
+    """Return the class of a decoder; None for one that does not exist, of which its own run then says so."""
+    try:
+        return decoder_family(name)
+    except AfterimageError:
+        return None
 
 
 def _matches(source: str, size: int, progress: Progress) -> list[str]:
@@ -350,8 +357,8 @@ def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = sil
         found.append(config)
         if config.weights not in RANDOM_WEIGHTS:
             found.append(replace(config, weights="random"))
-        decoder = DECODERS.get(config.decoder.name)
-        if config.recipe.loss != "mse" or decoder is None or not decoder.trainable:
+        family = _family(config.decoder.name)
+        if config.recipe.loss != "mse" or family is None or not family.trainable:
             continue
         if config.lpips not in available:
             status = Metrics(config.lpips).lpips_status

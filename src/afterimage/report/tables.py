@@ -138,7 +138,8 @@ def _what(row: Row, seeds: bool) -> Iterable[Cell]:
         yield text(NONE if row.seed is None else str(row.seed))
     yield text(NONE if row.is_baseline else weights_text(row.weights_label), row.is_random)
     yield text(NONE if row.is_baseline or row.parameters is None else f"{row.parameters:,}")
-    yield text(NONE if row.is_baseline else duration(row.train_seconds))
+    seconds = "elsewhere" if row.trained_elsewhere else duration(row.train_seconds)
+    yield text(NONE if row.is_baseline else seconds)
 
 
 def weights_text(label: str) -> str:

@@ -382,6 +382,11 @@ class Result:
         return self.training.parameters if self.training else 0 if self.is_baseline else None
 
     @property
+    def trained_elsewhere(self) -> bool:
+        """Whether the decoder came trained: it saw no training images here, and is measured as it is."""
+        return self.training is not None and self.training.images_seen == 0
+
+    @property
     def train_seconds(self) -> float | None:
         return self.training.seconds if self.training else 0.0 if self.is_baseline else None
 

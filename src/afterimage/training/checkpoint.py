@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from afterimage.config import AfterimageError, utf8_path
+from afterimage.models.decoders import decoder_digest
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor, build_feature_decoder
 from afterimage.runs.files import write_atomic
 from afterimage.runs.results import UsedWeights
@@ -29,7 +30,8 @@ def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[st
     Args:
         path: the file
         tensors: its parameters and buffers by name
-        made_for: sources, and digests of the encoders' weights, that it was trained on
+        made_for: sources, digests of the encoders' weights, that it was trained on, and of a decoder of one's own the
+            digest of its code
 
     Raises:
         AfterimageError: the file cannot be written
@@ -42,10 +44,11 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Args:
         path: the file
-        made_for: sources, and digests of the encoders' weights, that it is used on
+        made_for: sources, digests of the encoders' weights, that it is used on, and of a decoder of one's own the
+            digest of its code
 
     Raises:
-        AfterimageError: the file is damaged, or was made for other features
+        AfterimageError: the file is damaged, or was made for other features or by other code
     """
     tensors, metadata = load_tensors(path)
     try:
@@ -54,6 +57,11 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
     except (ValueError, TypeError, RecursionError) as error:
         raise AfterimageError(f"cannot read {path}: {error}") from None
     for key, value in differing.items():
+        if key == "code":
+            raise AfterimageError(
+                f"{path} was made by other code: its decoder's file had the SHA-256 {value!s:.64}, and now has "
+                f"{made_for[key]!s:.64}; bring that file back, or train again in another --output-dir"
+            )
         raise AfterimageError(
             f"{path} was made for other features: its {key} are {value!s:.300}, but these are "
             f"{made_for[key]!s:.300}"
@@ -203,11 +211,14 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
         config.sources, weights=weights or config.weights, image_size=config.data.crop, seed=config.seed
     )
     _same_weights(run, encoders)
-    model = build_feature_decoder(config, encoders.specs)
     try:
         sources = list(encoders.sources)
         made_for = {"sources": sources, "weights": encoders.weight_digests(sources)}
-        model.load_state_dict(load_decoder(path, made_for))
+        if code := decoder_digest(config.decoder.name):
+            made_for["code"] = code
+        tensors = load_decoder(path, made_for)
+        model = build_feature_decoder(config, encoders.specs)
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise AfterimageError(f"cannot load {path}: {error}") from None
     return Reconstructor(encoders, model).eval()

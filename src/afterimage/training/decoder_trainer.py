@@ -55,7 +55,7 @@ class DecoderTrainer:
         name: its name in messages
         run: folder of its history and checkpoints; None writes nothing
         identity: facts that a checkpoint must share to be resumed, by name: digests of the images and of the encoders'
-            weights, and so on; the decoder's file records `sources` and `weights` of them
+            weights, and so on; the decoder's file records `sources`, `weights` and `code` of them
         context: the context of training
     """
 
@@ -76,7 +76,9 @@ class DecoderTrainer:
         self.feature_indices = list(feature_indices)
         self._norms = adapt(model, self.context.ranks)
         self.synchronises = self.context.ranks.count > 1 and bool(self._norms)
-        self.model = model.to(fabric.device, memory_format=torch.channels_last)
+        self.model = model.to(fabric.device)
+        if model.decoder.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         self.loss = create_loss(recipe.loss).to(fabric.device)
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -231,7 +233,7 @@ class DecoderTrainer:
     def save_best(self) -> None:
         """Write the best decoder and the history."""
         self.context.check_lock(self.run)
-        made_for = {key: self.identity[key] for key in ("sources", "weights") if key in self.identity}
+        made_for = {key: self.identity[key] for key in ("sources", "weights", "code") if key in self.identity}
         save_decoder(self.run.file("decoder.safetensors"), self.best, made_for)
         if self.history:
             self.run.save_history(self.history)

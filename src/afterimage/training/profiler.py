@@ -120,7 +120,7 @@ def profile_run(
     model = build_feature_decoder(config, encoders.specs)
     if not model.trainable:
         raise AfterimageError(
-            f"{config.decoder.name} is solved in closed form and takes no training steps; profile a decoder that is "
+            f"{config.decoder.name} takes no training steps, in closed form or trained elsewhere; profile one that is "
             "trained, such as transposed or attention"
         )
     data = load_data(config.data, cache=cache, progress=progress)

@@ -28,6 +28,8 @@ from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer, split_batch
 from afterimage.training.feature_loader import FeatureLoader
 
+TRAINED_ELSEWHERE = "trained elsewhere: there is nothing to train, the decoder is measured as it is"
+
 
 def train(
     reconstructor: Reconstructor,
@@ -185,21 +187,29 @@ class Trainer:
     # Closed forms
 
     def fit_closed_forms(self) -> None:
-        """Fit everything that has a closed form: fusions first, then the decoders that read them."""
-        waiting = [d for d in self.decoders if d.model.closed_forms and not d.restored and not d.failed]
+        """Fit everything that has a closed form: fusions first, then the decoders that read them.
+
+        A decoder of which nothing is trained is measured here too, on the validation images, and kept as it is.
+        """
+        waiting = [d for d in self.decoders if d.model.closed_forms or not d.model.trainable]
+        waiting = [d for d in waiting if not d.restored and not d.failed]
         for stage in range(max((len(d.model.closed_forms) for d in waiting), default=0)):
             parts = {d: d.model.closed_forms[stage] for d in waiting if stage < len(d.model.closed_forms)}
             self._fit({decoder: part for decoder, part in parts.items() if not decoder.failed})
         for decoder in (d for d in waiting if not d.failed):
             with self.context.isolate(decoder.run):
-                if decoder.model.decoder.closed_form:
+                if decoder.model.decoder.closed_form or not decoder.model.trainable:
                     started = time.monotonic()
                     (loss,) = self.validation_losses([decoder])
                     if decoder.failed:
                         continue
                     if not math.isfinite(loss):
-                        raise AfterimageError(f"{decoder.name}: the closed form's validation loss is {loss}")
-                    decoder.seconds += time.monotonic() - started
+                        raise AfterimageError(f"{decoder.name}: the validation loss is {loss}")
+                    if decoder.model.closed_forms:
+                        decoder.seconds += time.monotonic() - started
+                    else:
+                        decoder.notes.append(TRAINED_ELSEWHERE)
+                        self.context.log(f"{decoder.name}: {TRAINED_ELSEWHERE}")
                     decoder.keep(loss)
                 decoder.save()
 

@@ -47,7 +47,7 @@ class TestResidual(DecoderContract):
 
 
 def test_every_decoder_has_its_contract():
-    assert {cls.name for cls in DecoderContract.__subclasses__()} == set(DECODERS)
+    assert {cls.name for cls in DecoderContract.__subclasses__() if "/" not in cls.name} == set(DECODERS)
 
 
 @pytest.mark.parametrize(("source", "shape", "parameters"), PUBLISHED)

@@ -19,7 +19,7 @@ from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.evaluate import Box, Evaluation, Reconstructed, evaluate_together
 from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Compared, compared, joined
-from afterimage.models.decoders import DECODERS, create_decoder
+from afterimage.models.decoders import create_decoder, decoder_family
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
 from afterimage.training.context import RunContext
@@ -137,7 +137,7 @@ def attacker_decoder(
 ) -> DecoderTrainer:
     """Build the decoder of an attacker for what `defence`, the one at `index`, sends."""
     spec = defence.sent_specs[0]
-    options = DECODERS[decoder].single_location if spec.locations == 1 and decoder in DECODERS else {}
+    options = decoder_family(decoder).single_location if spec.locations == 1 else {}
     model = FeatureDecoder(create_decoder(decoder, [spec], image_size, seed=seed, **options))
     name = f"{decoder} on {defence.name} of {spec.source}"
     return DecoderTrainer(model, [index], recipe, fabric, name=name, run=run, context=context)

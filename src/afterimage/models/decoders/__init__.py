@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from afterimage.config import AfterimageError, FeatureSpec, unknown
+from afterimage.config import AfterimageError, FeatureSpec, absolute_model, unknown
 from afterimage.models.decoders.attention import AttentionDecoder
 from afterimage.models.decoders.base import Decoder
 from afterimage.models.decoders.frequency import FrequencyDecoder
 from afterimage.models.decoders.linear import LinearDecoder
+from afterimage.models.decoders.own import OwnDecoder
 from afterimage.models.decoders.residual import ResidualDecoder
 from afterimage.models.decoders.sizing import options_for
 from afterimage.models.decoders.transposed import TransposedDecoder
@@ -33,6 +34,34 @@ DECODERS: dict[str, type[Decoder]] = {
 }
 """The decoder families by name."""
 
+FOREIGN: dict[str, type[OwnDecoder]] = {"python": OwnDecoder}
+"""The families of decoders that are named as `PROVIDER/NAME`."""
+
+
+def decoder_family(name: str) -> type[Decoder]:
+    """Return the class of a decoder.
+
+    Args:
+        name: a key of `DECODERS`, or `python/package.module:factory` or `python/FILE.py:factory`
+
+    Raises:
+        AfterimageError: there is no such decoder; the message lists the valid ones
+    """
+    family = FOREIGN.get(name.partition("/")[0]) if "/" in name else DECODERS.get(name)
+    if family is None:
+        raise unknown("decoder", name, [*DECODERS, "python/package.module:factory", "python/FILE.py:factory"])
+    return family
+
+
+def decoder_digest(name: str) -> str:
+    """Return the SHA-256 of the file that a decoder of one's own is written in; empty for one of `DECODERS`.
+
+    Raises:
+        AfterimageError: the file is not there
+    """
+    family = decoder_family(name)
+    return family.digest(name) if issubclass(family, OwnDecoder) else ""
+
 
 def create_decoder(
     name: str,
@@ -46,27 +75,26 @@ def create_decoder(
     """Create a decoder for features of given shapes.
 
     Args:
-        name: a key of `DECODERS`
+        name: a key of `DECODERS`, or a module of one's own, `python/package.module:factory` or `python/FILE.py:factory`
         specs: measured shapes of the features
         image_size: side of the images in pixels, or `(height, width)`
         seed: seed of the initial weights, which then depend on nothing else; None draws from torch's global
             generator
         parameters: number of parameters to build it at, within 5 %; None for the family's default size
-        options: options of the family
+        options: options of the family, or of the factory
 
     Returns:
         the decoder, from feature maps `(B, C, h, w)` to images `(B, 3, H, W)` in [0, 1]
 
     Raises:
         AfterimageError: the family or an option is unknown, with the valid ones, or the options do not fit the
-            features
+            features; a module of one's own cannot be made, or does not turn such features into such images
     """
-    if name not in DECODERS:
-        raise unknown("decoder", name, DECODERS)
-    cls = DECODERS[name]
+    cls = decoder_family(name)
+    is_own = issubclass(cls, OwnDecoder)
     accepted = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options:
-        if option not in accepted:
+        if option not in accepted and not is_own:
             raise unknown(f"option of the {name} decoder", option, accepted)
         if isinstance(options[option], int | float) and not abs(options[option]) <= MAX_OPTION:
             raise AfterimageError(
@@ -79,6 +107,8 @@ def create_decoder(
         try:
             if parameters is not None:
                 options = options_for(cls, tuple(specs), size, parameters, options)
+            if is_own:
+                return cls(tuple(specs), size, name=absolute_model(name), options=options)
             return cls(tuple(specs), size, **options)
         except (TypeError, ValueError) as error:
             raise AfterimageError(f"the {name} decoder cannot be built with {options}: {error}") from None

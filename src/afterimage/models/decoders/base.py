@@ -41,6 +41,8 @@ class Decoder(nn.Module, ABC):
     """A second option, between half and twice its default, that evens out what a step leaves."""
     smaller: ClassVar[dict[str, Any]] = {}
     """Options with which the decoder can be smaller still, for sizes that are out of reach without them."""
+    channels_last = True
+    """Whether it runs faster with its weights' channels as the last axis in memory, and is right either way."""
     single_location: ClassVar[dict[str, Any]] = {}
     """Options for a vector, a map with a single location, around which there are no neighbours to read."""
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, absolute_model, local_path, split_provider, unknown
+from afterimage.config import AfterimageError, absolute_model, split_provider
 from afterimage.models.encoders.base import size_pair
 from afterimage.models.encoders.providers.base import Network
 from afterimage.models.encoders.random_init import open_branches, parameter_uses, seeded
 from afterimage.models.encoders.tensor_layout import Size
+from afterimage.models.factories import call_factory
 from afterimage.models.weights import SUFFIXES, Weights, search_weights
 
 AS_IT_IS = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -54,7 +51,8 @@ class OwnNetwork(Network):
             AfterimageError: the factory cannot be imported, does not exist, raises an error, or returns no `nn.Module`
         """
         name = absolute_model(f"python/{name}")
-        return cls.of(_call_factory(name), name)
+        with seeded(0):
+            return cls.of(call_factory(name), name)
 
     @classmethod
     def of(cls, module: nn.Module, name: str = "own") -> OwnNetwork:
@@ -139,40 +137,6 @@ class OwnNetwork(Network):
         if kind == "random":
             open_branches(model, parameter_uses(model, image_size))
         return model
-
-
-def _call_factory(text: str) -> nn.Module:
-    where, colon, name = split_provider(text)[1].rpartition(":")
-    if not (where and colon and name):
-        raise AfterimageError(
-            f"{text!r} must be written python/package.module:factory, or python/FILE.py:factory"
-        )
-    try:
-        module = _import(where)
-        factory: Callable[[], Any] = getattr(module, name, None)
-        if factory is None:
-            raise unknown(f"factory in {where}", name, [n for n in vars(module) if not n.startswith("_")])
-        with seeded(0):
-            network = factory()
-    except AfterimageError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise AfterimageError(f"{text} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(network, nn.Module):
-        raise AfterimageError(f"{text} must return a torch.nn.Module, got {type(network).__name__}")
-    return network
-
-
-def _import(where: str) -> Any:
-    if where.endswith(".py"):
-        file = Path(local_path(where))
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # an installed command does not search the working folder
-    return importlib.import_module(where)
 
 
 def _digest(network: nn.Module) -> str:

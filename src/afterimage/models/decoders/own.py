@@ -1,0 +1,119 @@
+"""Decoders that somebody else wrote: any module that turns a feature map into images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, FeatureSpec, first_line
+from afterimage.models.decoders.base import Decoder
+from afterimage.models.factories import call_factory, source_digest
+
+
+class OwnDecoder(Decoder):
+    """A module as a decoder: it is given a feature map `(B, C, h, w)` and returns images `(B, 3, H, W)`.
+
+    Their values lie in [0, 1], or in what its attribute `image_range` says, `(-1, 1)` for example. H and W are those
+    of the image, or of the part of it that the map's cells cover where that is another one (see `Canvas`). A module
+    without a parameter that wants a gradient is not trained: it is measured as it is, and stays in evaluation mode.
+
+    Args:
+        specs: the shape of the features; one.
+        image_size: height and width of the images in pixels.
+        name: its name, for messages.
+        options: keyword arguments of its factory.
+    """
+
+    channels_last = False  # others' code may ask for views that this order does not have
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        image_size: tuple[int, int],
+        *,
+        name: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__(specs, image_size)
+        self.name = name
+        self._seed = 0
+        where = torch.empty(0).device
+        with torch.device("cpu"):  # it may load weights, and is tried
+            self.module = self.build(options)
+            self.trainable = any(parameter.requires_grad for parameter in self.module.parameters())
+            self.low, self.high = _image_range(self.module, name)
+            self.eval()
+            self._try()
+        self.train().to(where)
+
+    @staticmethod
+    def digest(name: str) -> str:
+        """Return the SHA-256 that tells its code apart."""
+        return source_digest(name)
+
+    def build(self, options: Mapping[str, Any]) -> nn.Module:
+        """Call the factory with the features' shapes, the size of the images it is to return, and its options."""
+        arguments = {"specs": [self.spec], "image_size": self.canvas.size}
+        return call_factory(self.name, arguments, **options)
+
+    def train(self, mode: bool = True) -> OwnDecoder:
+        """Switch to training, unless nothing of it is trained."""
+        return super().train(mode and self.trainable)
+
+    def feature_crops(self, generator: torch.Generator) -> list[None]:
+        """Choose the whole map, and the seed of what the module draws in this step: a resumed run draws the same."""
+        self._seed = int(torch.randint(2**62, (1,), generator=generator))
+        return [None]
+
+    def decode(self, features: Tensor) -> Tensor:
+        devices = [features.device] if features.is_cuda else []
+        with torch.random.fork_rng(devices, enabled=self.training):
+            if self.training:
+                torch.manual_seed(self._seed)
+            images = self.module(features.contiguous())
+        expected = (len(features), 3, *self.canvas.size)
+        if not isinstance(images, Tensor) or images.shape != expected or not images.is_floating_point():
+            got = (
+                f"{tuple(images.shape)} of {images.dtype}"
+                if isinstance(images, Tensor)
+                else type(images).__name__
+            )
+            raise AfterimageError(
+                f"{self.name} must return images {expected} of floats for features {tuple(features.shape)}, got {got}"
+            )
+        return images if (self.low, self.high) == (0, 1) else (images - self.low) / (self.high - self.low)
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Run it on the features of two images, to say now what would come up within the training."""
+        features = torch.randn(2, *self.spec.shape, generator=torch.Generator().manual_seed(0))
+        try:
+            images = self.decode(features)
+        except AfterimageError:
+            raise
+        except Exception as error:
+            raise AfterimageError(
+                f"{self.name} fails on features {tuple(features.shape)} of {self.spec.source}: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+        if not images.isfinite().all():
+            raise AfterimageError(
+                f"{self.name} returns values that are not finite for features {tuple(features.shape)} of "
+                f"{self.spec.source}"
+            )
+
+
+def _image_range(module: nn.Module, name: str) -> tuple[float, float]:
+    given = getattr(module, "image_range", (0.0, 1.0))
+    try:
+        low, high = map(float, given)
+        if not -float("inf") < low < high < float("inf"):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise AfterimageError(
+            f"the attribute image_range of {name} must be two numbers, the values of black and of white, got {given!r}"
+        ) from None
+    return low, high
