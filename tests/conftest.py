@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 # Before the package: what an instrumented module imports first is compiled anew in every process.
+import jaxtyping
 import lightning_fabric  # noqa: F401
 import pytest
 import timm  # noqa: F401
@@ -9,6 +10,15 @@ import torch
 
 # Tests run side by side, one process a core: threads of their own would only wait for each other.
 torch.set_num_threads(1)
+
+
+def _jaxtyped(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
+    """Check annotations, but not those of functions inside functions, whose checks are compiled anew in each call."""
+    check = jaxtyped(typechecker=typechecker)
+    return lambda found: found if "<locals>" in getattr(found, "__qualname__", "") else check(found)
+
+
+jaxtyping.jaxtyped = _jaxtyped  # what `--jaxtyping-packages` decorates every function of the package with
 
 SHARED = Path(os.environ.get("AFTERIMAGE_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -32,12 +42,23 @@ def photos_folder() -> Path:
     return _folder("photos", "train", "test")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sample_images(tmp_path_factory) -> Path:
     """A folder of twenty small images."""
     from children import small_images
 
     return small_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def whole(sample_images, tmp_path_factory) -> list[dict]:
+    """The results of `small_configs`, trained by one process that nothing happened to."""
+    from afterimage import train_runs
+    from children import result, small_configs
+
+    folder = tmp_path_factory.mktemp("whole")
+    runs = train_runs(small_configs(sample_images), folder, cache=folder / "cache", accelerator="cpu")
+    return [result(run) for run in runs]
 
 
 @pytest.fixture

@@ -22,15 +22,6 @@ from stand_ins import break_encoders, closed_form, decoder, fusion, loss
 BUG = RuntimeError("a bug in\nsomebody's code")
 
 
-@pytest.fixture(scope="module")
-def whole(sample_images, cache, tmp_path_factory):
-    """The results of the runs beside which nothing fails."""
-    root = tmp_path_factory.mktemp("whole")
-    return [
-        result(run) for run in train_runs(small_configs(sample_images), root, cache=cache, accelerator="cpu")
-    ]
-
-
 @pytest.fixture
 def go(cache, tmp_path):
     def run(*configs, **options):

@@ -24,15 +24,6 @@ from afterimage.training.losses import MSE
 from children import context, result, small_configs, small_images, train_child
 
 
-@pytest.fixture(scope="module")
-def whole(sample_images, cache, tmp_path_factory):
-    """The results of the runs that nothing happened to."""
-    root = tmp_path_factory.mktemp("whole")
-    return [
-        result(run) for run in train_runs(small_configs(sample_images), root, cache=cache, accelerator="cpu")
-    ]
-
-
 def run_child(function, *arguments, **options):
     process = context().Process(target=function, args=arguments, kwargs=options)
     process.start()

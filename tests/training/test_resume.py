@@ -14,17 +14,6 @@ from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.trainer import Trainer
 from children import context, result, small_configs, small_images, train_child
 
-KILLS = 10
-
-
-@pytest.fixture(scope="module")
-def whole(sample_images, cache, tmp_path_factory):
-    """The results of the runs that were never stopped."""
-    root = tmp_path_factory.mktemp("whole")
-    return [
-        result(run) for run in train_runs(small_configs(sample_images), root, cache=cache, accelerator="cpu")
-    ]
-
 
 @pytest.fixture
 def go(sample_images, cache, tmp_path):
@@ -43,13 +32,14 @@ def child(function, *arguments, **options):
     return process.exitcode
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bits(sample_images, cache, whole, tmp_path):
+@pytest.mark.parametrize("wanted", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(sample_images, cache, whole, tmp_path, wanted):
     configs = small_configs(sample_images)
     counted = tmp_path / "calls"
     assert child(train_child, configs, tmp_path / "counted", cache, counted=counted) == 0
     calls, draw = int(counted.read_text()), random.Random(5)
     kills, chains = 0, 0
-    while kills < KILLS:
+    while kills < wanted:
         chains += 1
         root = tmp_path / f"chain{chains}"
         # Four kills in a row at most: each next process goes on from what the one before has left.

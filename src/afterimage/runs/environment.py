@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import subprocess
 import sys
@@ -14,6 +15,12 @@ from typing import Any
 
 def environment() -> dict[str, Any]:
     """Versions, commit and machine: what one needs to explain a number that does not come out again."""
+    return _software() | {"command": sys.argv, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+@functools.cache
+def _software() -> dict[str, Any]:
+    """What stays the same as long as the process lives, also where its source files are edited meanwhile."""
     packages = (
         "afterimage",
         "torch",
@@ -36,8 +43,6 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions,
         "commit": _commit(),
-        "command": sys.argv,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -71,6 +71,14 @@ def whole(cache, finished):
     return rows(results)
 
 
+@pytest.fixture
+def trained(whole, finished, tmp_path):
+    """A copy of that folder, for what fails beside attackers that are trained already: costs and a mean are not."""
+    return shutil.copytree(
+        finished, tmp_path / "audit", ignore=shutil.ignore_patterns("costs", "no-features-*")
+    )
+
+
 def check(config, root, cache, whole, *, without, names, options=4):
     """All rows but those `without` come out as ever; the verdict names what is missing and does not pass."""
     results, verdict = audited(config, root, cache)
@@ -169,11 +177,11 @@ def test_a_defence_that_one_layer_does_not_allow_ends_there(whole, cache, tmp_pa
         run_audit(replace(CONFIG, defences=("none", "pca:99")), tmp_path, cache=cache, accelerator="cpu")
 
 
-def test_a_layer_that_is_not_there_ends_itself_alone(whole, cache, tmp_path):
+def test_a_layer_that_is_not_there_ends_itself_alone(whole, cache, trained):
     config = replace(CONFIG, layers=("first", "third", "second"))
-    check(config, tmp_path, cache, whole, without=lambda *key: False, names=["third: "])
+    check(config, trained, cache, whole, without=lambda *key: False, names=["third: "])
     with pytest.raises(AfterimageError, match="third"):
-        run_audit(replace(CONFIG, layers=("third",)), tmp_path, cache=cache, accelerator="cpu")
+        run_audit(replace(CONFIG, layers=("third",)), trained, cache=cache, accelerator="cpu")
 
 
 def test_a_layer_whose_encoder_raises_ends_itself_alone(whole, cache, tmp_path, monkeypatch):
@@ -198,7 +206,7 @@ def test_a_layer_whose_encoder_raises_ends_itself_alone(whole, cache, tmp_path, 
     assert len(list(tmp_path.glob(f"cells/*/{TRACEBACK}"))) == 4
 
 
-def test_costs_that_raise_leave_what_leaks(whole, cache, tmp_path, monkeypatch):
+def test_costs_that_raise_leave_what_leaks(whole, cache, trained, monkeypatch):
     measure = run.measure_cost
 
     def raising(network, defences, *arguments, **options):
@@ -208,11 +216,11 @@ def test_costs_that_raise_leave_what_leaks(whole, cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "measure_cost", raising)
     names = [f"{layer}, pca:4, what it costs: " for layer in CONFIG.layers]
-    results, verdict = check(CONFIG, tmp_path, cache, whole, without=lambda *key: False, names=names)
+    results, verdict = check(CONFIG, trained, cache, whole, without=lambda *key: False, names=names)
     assert {option.utility is None for option in verdict.options if option.defence == "pca:4"} == {True}
     assert {option.utility is None for option in verdict.options if option.defence == "none"} == {False}
     monkeypatch.undo()
-    results, verdict = audited(CONFIG, tmp_path, cache)
+    results, verdict = audited(CONFIG, trained, cache)
     assert not results.failures and verdict.passed
 
 
@@ -232,20 +240,19 @@ def test_test_images_that_one_attacker_cannot_take_end_it_alone(whole, cache, tm
     )  # fmt: skip
 
 
-def test_one_who_sees_nothing_and_raises_ends_themselves_alone(whole, cache, tmp_path, monkeypatch):
+def test_one_who_sees_nothing_and_raises_ends_themselves_alone(whole, cache, trained, monkeypatch):
     def raising(*arguments):
         raise BUG
 
     monkeypatch.setattr(run, "mean_image", raising)
-    check(CONFIG, tmp_path, cache, whole, without=lambda *key: False, names=["no features, 30 images: "])
+    check(CONFIG, trained, cache, whole, without=lambda *key: False, names=["no features, 30 images: "])
 
 
-def test_a_damaged_cell_is_told_and_not_within_limits(whole, finished, cache, tmp_path):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    (cell,) = tmp_path.glob("cells/first-none-linear*")
+def test_a_damaged_cell_is_told_and_not_within_limits(whole, cache, trained):
+    (cell,) = trained.glob("cells/first-none-linear*")
     (cell / "summary.json").write_text("{")
     check(
-        CONFIG, tmp_path, cache, whole,
+        CONFIG, trained, cache, whole,
         without=lambda *key: key == ("first", "none", "linear"), names=["first, none, linear: "],
     )  # fmt: skip
 
