@@ -14,6 +14,7 @@ import tyro
 from afterimage.cli.audit import Audit
 from afterimage.cli.controls import Controls
 from afterimage.cli.evaluate import Evaluate
+from afterimage.cli.extract import Extract
 from afterimage.cli.invert import Invert
 from afterimage.cli.layers import Layers
 from afterimage.cli.reconstruct import Reconstruct
@@ -34,6 +35,7 @@ COMMANDS = {
     "reconstruct": Reconstruct,
     "invert": Invert,
     "study": Study,
+    "extract": Extract,
     "controls": Controls,
     "audit": Audit,
     "report": Report,

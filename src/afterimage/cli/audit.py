@@ -38,7 +38,8 @@ class Audit:
     layers: tuple[str, ...] = ()
     """Layers to audit (`afterimage layers MODEL` lists them); with --feature-store: all by default."""
     feature_store: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Stored `features` and `images` in one .safetensors, .npz or .parquet file, instead of a network."""
+    """Stored `features` and `images` instead of a network: what `afterimage extract` wrote, or any .safetensors,
+    .npz or .parquet file that holds them."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
     """Settings from a file such as the audit.toml that each audit writes; what is given here comes first."""
     data: str = ""

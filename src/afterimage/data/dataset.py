@@ -30,6 +30,7 @@ from afterimage.runtime.threads import in_parallel
 
 logger = logging.getLogger("afterimage")
 
+SPLITS = ("train", "validation", "test")
 STREAM_ABOVE = 50_000
 """More images than these of one source are streamed: kept, they would be 10 GiB of pixels at 256 x 256."""
 
@@ -111,6 +112,19 @@ def load_test(
         notes += near_duplicates(Data(config, *images, test, digest=""), folder)
     _warn(notes)
     return test, notes
+
+
+def count_images(config: DataConfig, *, cache: str | Path | None = None) -> dict[str, int]:
+    """Count the training, validation and test images that `load_data` would find, without decoding any.
+
+    Raises:
+        AfterimageError: images are missing or too few
+    """
+    folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
+    parts, _ = _source(config, folder, silent)
+    if config.test:
+        parts.append(_other(config, folder, silent)[0])
+    return {name: len(part) for name, part in zip(SPLITS, parts, strict=True)}
 
 
 def _source(config: DataConfig, folder: Path, progress: Progress) -> tuple[list[Sequence[Original]], Source]:

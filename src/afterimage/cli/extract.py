@@ -1,0 +1,94 @@
+"""`afterimage extract`: the features of images, written to disk with the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from afterimage.cli.train import Sources
+from afterimage.config import DataConfig, shown
+from afterimage.runtime.terminal import say
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Write the features of images to disk, with the images: for `audit --feature-store` and `train --features`.
+
+    All layers are of one encoder and share its pass. Memory holds one shard. A command that was killed goes on with the
+    shards that are missing when it is given again.
+    """
+
+    sources: Sources
+    """Layers of one encoder, for example resnet34.tv_in1k:layer1 resnet34.tv_in1k:layer2."""
+    out: Annotated[Path, tyro.conf.arg(aliases=("--output",), metavar="FILE")]
+    """The store: a .safetensors, .parquet or .npz file. Several shards are named after it, and FILE.index.json lists
+    them."""
+    data: str = "div2k"
+    """folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
+    test: str = ""
+    """Another source whose images are the test set."""
+    split: str = "all"
+    """Which images: train, validation, test or all."""
+    resize: int = 256
+    """Shorter side in pixels after resizing."""
+    crop: int = 224
+    """Side of the centre crop in pixels."""
+    limit_train: int | None = None
+    """Use only so many training images."""
+    limit_validation: int | None = None
+    """Use only so many validation images."""
+    limit_test: int | None = None
+    """Use only so many test images."""
+    weights: str = "pretrained"
+    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control, or a file or folder."""
+    seed: int = 42
+    """Decides random weights."""
+    dtype: str = "float32"
+    """Number format of the features: float32, float16 or bfloat16 (.safetensors only)."""
+    shard_images: int | None = None
+    """Images in each shard (default: as many as fit into 256 MiB)."""
+    batch_size: int = 16
+    """Images at a time through the encoder."""
+    dry_run: bool = False
+    """Print how many bytes would be written, and write nothing."""
+    cache: Path | None = None
+    """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> None:
+        from afterimage.experiments.extract import Extraction, extract, plan_extraction
+        from afterimage.runs.run import check_file
+        from afterimage.runtime.progress import Display
+
+        data = DataConfig(
+            source=self.data,
+            test=self.test,
+            resize=self.resize,
+            crop=self.crop,
+            limit_train=self.limit_train,
+            limit_validation=self.limit_validation,
+            limit_test=self.limit_test,
+        )
+        wanted = Extraction(
+            self.sources, data, self.split, self.weights, self.seed, self.dtype, self.shard_images,
+            self.batch_size,
+        )  # fmt: skip
+        if self.dry_run:
+            plan = plan_extraction(wanted, self.out, cache=self.cache)
+            for layer, size in zip(plan.layers, plan.features, strict=True):
+                shape = f"{layer.channels}×{layer.height}×{layer.width}"
+                say(f"{layer.source}: {shape} {self.dtype}, {size:,} bytes")
+            say(
+                f"{plan.images:,} images, {plan.pixels:,} bytes of pixels",
+                f"in all {plan.pixels + sum(plan.features):,} bytes in {plan.shards:,} files; nothing was written",
+            )
+            return
+        check_file(self.out, "--out")
+        with Display() as display:
+            facts = extract(wanted, self.out, cache=self.cache, accelerator=self.device, progress=display)
+        layers = ", ".join(found.layer for found in facts.features)
+        say(f"features of {facts.images:,} images in {facts.model} ({layers}): {shown(self.out)}")

@@ -1,0 +1,243 @@
+"""Write the features of images to disk, with the images: what `audit --feature-store` and `train --features` read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from afterimage.config import (
+    MAX_BATCH,
+    MAX_IMAGES,
+    AfterimageError,
+    DataConfig,
+    FeatureSpec,
+    RecipeConfig,
+    absolute_weights,
+    check_range,
+    check_seed,
+    shown,
+    split_source,
+    unknown,
+)
+from afterimage.data.dataset import SPLITS, count_images, load_data
+from afterimage.data.feature_store import StoreFacts, StoreWriter
+from afterimage.data.images import ImageSet
+from afterimage.data.store_files import DTYPES, IMAGES, WRITERS
+from afterimage.models.encoders.layers import layer_info
+from afterimage.models.encoders.providers import resolve
+from afterimage.models.reconstructor import MultiEncoder
+from afterimage.runs.results import FeatureMap
+from afterimage.runtime.device import one_device
+from afterimage.runtime.progress import Progress, silent
+from afterimage.training.context import RunContext
+from afterimage.training.feature_loader import FeatureLoader
+
+SHARD_BYTES = 2**28
+"""Size of a shard unless its number of images is given. Writing one takes about three times as much memory."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Which features are written of which images, and how.
+
+    Attributes:
+        sources: layers of one encoder, `model:layer` each
+        data: where images come from and how they are split
+        split: which of the images: `train`, `validation`, `test` or `all`
+        weights: `pretrained`, the name of a random control, or a path
+        seed: seed of random weights
+        dtype: number format of the features: `float32`, `float16` or `bfloat16`
+        shard_images: images in a file; None for as many as `SHARD_BYTES` hold
+        batch_size: images at a time through the encoder
+    """
+
+    sources: tuple[str, ...]
+    data: DataConfig = DataConfig()
+    split: str = "all"
+    weights: str = "pretrained"
+    seed: int = 42
+    dtype: str = "float32"
+    shard_images: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
+        sources = tuple(dict.fromkeys(map(resolve, self.sources)))
+        models = dict.fromkeys(split_source(source)[0] for source in sources)
+        if len(models) > 1:
+            raise AfterimageError(
+                f"a store holds features of one encoder, got {', '.join(models)}: extract each into a store of its own"
+            )
+        if self.split not in (*SPLITS, "all"):
+            raise unknown("split", self.split, (*SPLITS, "all"))
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        check_seed("seed", self.seed)
+        check_range("shard_images", 1 if self.shard_images is None else self.shard_images, 1, MAX_IMAGES)
+        check_range("batch_size", self.batch_size, 1, MAX_BATCH)
+        object.__setattr__(self, "sources", sources)
+        object.__setattr__(self, "weights", absolute_weights(self.weights))
+
+    def image_bytes(self, specs: Sequence[FeatureSpec]) -> tuple[int, list[int]]:
+        """Bytes of one image's pixels, and of its features in each layer."""
+        size = torch.finfo(DTYPES[self.dtype]).bits // 8
+        return 3 * self.data.crop**2, [size * spec.values for spec in specs]
+
+    def per_shard(self, specs: Sequence[FeatureSpec], images: int) -> int:
+        """How many images there are in each shard but the last."""
+        pixels, features = self.image_bytes(specs)
+        return min(images, self.shard_images or max(1, SHARD_BYTES // (pixels + sum(features))))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extraction would write.
+
+    Attributes:
+        layers: shape of each layer's features
+        images: number of images
+        pixels: bytes of the images
+        features: bytes of the features in each layer
+        shards: number of files
+    """
+
+    layers: tuple[FeatureMap, ...]
+    images: int
+    pixels: int
+    features: tuple[int, ...]
+    shards: int
+
+
+def plan_extraction(wanted: Extraction, path: Path, *, cache: Path | None = None) -> Plan:
+    """Say what an extraction would write, without decoding images and without weights.
+
+    Raises:
+        AfterimageError: the file's kind, a model, a layer or the images cannot be used
+    """
+    _check_kind(wanted, path)
+    layers = tuple(layer_info(source, wanted.data.crop) for source in wanted.sources)
+    counts = count_images(wanted.data, cache=cache)
+    images = sum(counts.values()) if wanted.split == "all" else counts[wanted.split]
+    pixels, features = wanted.image_bytes(layers)
+    shards = math.ceil(images / wanted.per_shard(layers, images))
+    return Plan(layers, images, images * pixels, tuple(images * size for size in features), shards)
+
+
+def extract(
+    wanted: Extraction,
+    path: Path,
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+) -> StoreFacts:
+    """Write a store shard by shard, on one pass through the encoder; shards that are there and whole stay.
+
+    Args:
+        wanted: which features of which images
+        path: the store: a `.safetensors`, `.npz` or `.parquet` file, or what its shards are named after
+        cache: folder of decoded images; None for the default
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        progress: called with what is done, how far it is, and the total
+
+    Returns:
+        what the store is of
+
+    Raises:
+        AfterimageError: something else is there already, a model, a layer, weights or images cannot be used, two images
+            have one id, or features are not finite in the number format; the message names the image
+    """
+    _check_kind(wanted, path)
+    fabric = one_device(accelerator, "32-true")
+    encoders = MultiEncoder(
+        wanted.sources, weights=wanted.weights, image_size=wanted.data.crop, seed=wanted.seed
+    )
+    data = load_data(wanted.data, cache=cache, progress=progress)
+    parts = [getattr(data, name) for name in (SPLITS if wanted.split == "all" else (wanted.split,))]
+    ids = [one for part in parts for one in part.ids]
+    if doubled := [one for one, count in Counter(ids).items() if count > 1]:
+        raise AfterimageError(
+            f"{len(doubled)} ids name two images, for example {shown(doubled[0])}, once from {wanted.data.source} and "
+            f"once from {wanted.data.test}: extract them with --split into two stores, or rename the images"
+        )
+    (network,) = (encoder.network for encoder in encoders.encoders)
+    facts = StoreFacts(
+        model=network.name,
+        features=tuple(encoders.describe()),
+        used=encoders.weights_of(encoders.sources)[0],
+        weights=wanted.weights,
+        seed=wanted.seed,
+        mean=tuple(network.mean),
+        std=tuple(network.std),
+        data=wanted.data,
+        data_digest=data.digest,
+        split=wanted.split,
+        images=len(ids),
+        dtype=wanted.dtype,
+    )
+    writer = StoreWriter(path, facts, wanted.per_shard(encoders.specs, len(ids)))
+    recipe = RecipeConfig(batch_size=wanted.batch_size)
+    context = RunContext(progress=progress)
+    loader = FeatureLoader(
+        encoders.to(fabric.device), data, recipe, fabric, seed=wanted.seed, context=context
+    )
+    missing = writer.missing()
+    done = len(ids) - sum(map(len, missing.values()))
+    if done:
+        progress(f"{done:,} of {len(ids):,} images are there", 1, 1)
+    for name, rows in missing.items():
+        writer.write(name, [ids[row] for row in rows], _shard(loader, parts, rows, wanted, done, len(ids)))
+        done += len(rows)
+    return facts
+
+
+def _check_kind(wanted: Extraction, path: Path) -> None:
+    if path.suffix not in WRITERS:
+        raise unknown("kind of store", path.suffix or path.name, WRITERS)
+    if wanted.dtype == "bfloat16" and path.suffix != ".safetensors":
+        raise AfterimageError(
+            f"{shown(path)}: bfloat16 goes into .safetensors; {path.suffix} has float32 or float16"
+        )
+
+
+def _shard(
+    loader: FeatureLoader, parts: Sequence[ImageSet], rows: range, wanted: Extraction, done: int, total: int
+) -> dict[str, Tensor]:
+    """The images of some rows and their features in each layer, by name."""
+    dtype, specs = DTYPES[wanted.dtype], loader.encoders.specs
+    pixels = torch.empty(len(rows), 3, wanted.data.crop, wanted.data.crop, dtype=torch.uint8)
+    features = [torch.empty(len(rows), *spec.shape, dtype=dtype) for spec in specs]
+    place = 0
+    for part, indices in _indices(parts, rows):
+        for chunk, images, maps in loader.batches(part, indices):
+            own = slice(place, place + len(chunk))
+            loader.watch.check("the extraction", range(len(specs)))
+            pixels[own] = images.mul(255).round().to(torch.uint8).cpu()
+            for spec, kept, found in zip(specs, features, maps, strict=True):
+                kept[own] = found
+                if not (finite := kept[own].flatten(1).isfinite().all(1)).all():
+                    image = part.ids[int(chunk[int(finite.logical_not().nonzero()[0])])]
+                    raise AfterimageError(
+                        f"the features of {spec.source} go beyond {wanted.dtype}'s largest number for image "
+                        f"{shown(image)}: take --dtype bfloat16 or float32"
+                    )
+            place += len(chunk)
+            loader.context.progress("extracting", done + place, total)
+    return {IMAGES: pixels, **{spec.layer: kept for spec, kept in zip(specs, features, strict=True)}}
+
+
+def _indices(parts: Sequence[ImageSet], rows: range) -> Iterator[tuple[ImageSet, Tensor]]:
+    """Where rows that are counted over all parts lie in each of them."""
+    start = 0
+    for part in parts:
+        inside = range(max(rows.start, start), min(rows.stop, start + len(part)))
+        if inside:
+            yield part, torch.arange(inside.start - start, inside.stop - start)
+        start += len(part)
