@@ -1,15 +1,21 @@
 import os
 from pathlib import Path
 
-# Before the package: what an instrumented module imports first is compiled anew in every process.
 import jaxtyping
-import lightning_fabric  # noqa: F401
 import pytest
-import timm  # noqa: F401
-import torch
 
-# Tests run side by side, one process a core: threads of their own would only wait for each other.
-torch.set_num_threads(1)
+
+def pytest_configure(config) -> None:
+    """Prepare the processes that run tests; the one that only hands them out needs no torch and would be waited for."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    # Before the package: what an instrumented module imports first is compiled anew in every process.
+    import lightning_fabric  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+
+    # Tests run side by side, one process a core: threads of their own would only wait for each other.
+    torch.set_num_threads(1)
 
 
 def _jaxtyped(*, typechecker, jaxtyped=jaxtyping.jaxtyped):

@@ -251,7 +251,8 @@ def test_a_best_estimate_that_was_cut_short_goes_on_and_comes_to_the_same(comman
     assert len(scores[0]) == 2 and scores[0] == scores[1]
 
 
-def test_the_number_of_passes_is_chosen_on_held_out_images(command, run, place):
+def test_the_number_of_passes_is_chosen_on_held_out_images(command, run, place, monkeypatch):
+    few_steps(monkeypatch, steps=3)
     arguments = run.path, "--max-images", 2, "--steps", 12, "--refine-only", "--held-out", 6
     code, _, err = command(*arguments, "--estimate-images", 4, "--output-dir", place / "chosen")
     assert code == 0, err

@@ -1,8 +1,6 @@
 """Controls as a report shows them: tables, figures, pairs of runs, and files that do not read."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -180,16 +178,6 @@ def test_a_file_that_does_not_read_is_named_and_the_others_are_shown(study, part
     assert message in problem
     assert all(finding.tables for finding in findings(study).values())
     assert len(own_figures(study)) == 5
-
-
-def test_reading_controls_needs_no_torch(study, tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from afterimage.runs.run import scan; "
-        "from afterimage.report import read_rows; from afterimage.report.controls import control_findings; "
-        f"assert len(control_findings(read_rows(scan(Path({str(tmp_path)!r}))).decoders)) == 3; "
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_command_prints_what_is_there(study, tmp_path, capsys):

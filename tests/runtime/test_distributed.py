@@ -43,7 +43,7 @@ def configs(sample_images):
     # timm's own random network: the values of one whose blocks act are larger, and so is what rounding makes of them.
     recipe = {"scheduler": "plateau", "plateau_patience": 0}
     transposed, linear, residual = small_configs(sample_images, "random-init", **recipe)
-    windows = {"blocks": 1, "window": 16}
+    windows = {"blocks": 1, "window": 16, "kernel": 3}
     sources = (f"{MODEL}:layer1", f"{MODEL}:layer2")
     fused = replace(transposed, sources=sources)
     return [

@@ -27,7 +27,7 @@ RUNS = [
     ((f"{MODEL}:layer1",), None, "attention"),
     ((f"{MODEL}:layer2",), None, "wavelet"),
     ((f"{MODEL}:layer2",), None, "frequency"),
-    ((f"{MODEL}:layer2",), None, "residual"),
+    ((f"{MODEL}:layer2",), None, "residual", {"kernel": 3}),
     ((f"{MODEL}:layer1", f"{MODEL}:layer2"), FusionConfig("attention"), "transposed"),
     ((f"{MODEL}:layer1", f"{MODEL}:layer2"), FusionConfig("concat", size=3), "transposed"),
     ((f"{MODEL}:layer1", f"{MODEL}:layer2"), FusionConfig("aligned"), "linear"),
@@ -41,11 +41,11 @@ def configs(folder, precision):
             sources,
             weights="random-init",  # harder features part by more
             fusion=fusion,
-            decoder=DecoderConfig(decoder),
+            decoder=DecoderConfig(decoder, options=dict(*options)),
             data=DataConfig(f"folder:{folder}", resize=48, crop=32),
             recipe=RecipeConfig(epochs=2, batch_size=4, precision=precision),
         )
-        for sources, fusion, decoder in RUNS
+        for sources, fusion, decoder, *options in RUNS
     ]
 
 
