@@ -1,6 +1,7 @@
 """Studies on a real Ray cluster on this machine, with workers and machines that are lost."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import torch
 import stand_ins
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
+from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.experiments.queue import train_runs
+from afterimage.experiments.ray import worker
+from afterimage.experiments.ray.bounds import find_bounds_on_ray
 from afterimage.experiments.ray.cluster import SETTINGS
 from afterimage.experiments.ray.driver import train_on_ray
 from afterimage.experiments.study import run_study
@@ -300,7 +304,7 @@ def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     small_images(tmp_path / "images")
     (tmp_path / "mine.toml").write_text(
-        f'sources = ["{RESNET}"]\ndecoders = ["linear"]\nweights = "random"\nreferences = false\n'
+        f'sources = ["{RESNET}"]\ndecoders = ["linear"]\nweights = "random"\nbaselines = false\n'
         '[data]\nsource = "folder:images"\nresize = 48\ncrop = 32\n'
     )
     main(["study", "mine.toml", "--executor", "ray", "--controls", "--device", "cpu", "--cpus", "1"])
@@ -330,3 +334,46 @@ def test_without_an_address_ray_is_started_here_and_quietly(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["starting Ray on this machine (no --address)", f"{float(2**28)} 7"]
     assert not done.stderr
+
+
+@pytest.mark.long
+def test_bounds_are_the_local_ones_and_a_killed_worker_goes_on_from_its_batches(
+    nodes, cache, study, tmp_path, monkeypatch
+):
+    search = InvertConfig(steps=4, held_out=2)
+    study = replace(
+        study,
+        baselines=False,
+        invert=6,
+        inversion=search,
+        estimate=EstimateConfig(images=4, steps=3, channels=4),
+    )
+    options, threads = {"cache": cache, "accelerator": "cpu"}, torch.get_num_threads()
+    mark = tmp_path / "mark"
+    ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not see the tests
+    monkeypatch.setattr(worker, "find_bound", stand_ins.find_bound_killed_once(str(mark)))
+    watcher = Watcher()
+    there, errors = run_study(
+        study, tmp_path / "ray", progress=watcher,
+        train=partial(train_on_ray, cpus=threads), bounds=partial(find_bounds_on_ray, cpus=threads), **options,
+    )  # fmt: skip
+    here, expected = run_study(study, tmp_path / "local", **options)
+    assert errors == expected == [] and mark.exists() and watcher.has("retry 1 of 3, from the last batch")
+    assert [run.name for run in there] == [run.name for run in here]
+    bounds = [run for run in there if run.result.kind == "inversion"]
+    assert len(bounds) == 2 * len([run for run in there if run.result.kind != "inversion"])
+    for one, other in zip(there, here, strict=True):
+        assert one.result.scores == other.result.scores
+
+    monkeypatch.setattr("afterimage.experiments.ray.bounds.identify", lambda *_: (0, 0))
+    shutil.rmtree(bounds[0].path)
+    watcher = Watcher()
+    again = find_bounds_on_ray(
+        [run for run in there if run.result.kind != "inversion"],
+        study,
+        tmp_path / "ray",
+        [],
+        progress=watcher,
+        **options,
+    )
+    assert watcher.has("does not see") and [run.name for run in again] == [run.name for run in bounds]

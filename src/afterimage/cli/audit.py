@@ -77,6 +77,8 @@ class Audit:
     """With --threat-model white-box: optimisation steps an image (default 200)."""
     refine_images: int | None = None
     """With --threat-model white-box: how many test images are refined (default 20)."""
+    estimate_images: int | None = None
+    """Images of their own that attackers learn a last step on, the best estimate (default 64); 0 for none."""
     seed: int | None = None
     """Decides initial weights, order, crops, noise and who owns which image (default 42)."""
     lpips: str = ""
@@ -116,6 +118,7 @@ class Audit:
         """Return the file's settings, or the defaults, with what was given on the command line in their place."""
         from afterimage.config import DataConfig, RecipeConfig
         from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
+        from afterimage.config.inversion import EstimateConfig
 
         base = None if self.config is None else load_toml(AuditConfig, self.config)
         data = {"source": self.data, "test": self.test, **self._of("resize", "crop", "limit_test")}
@@ -126,6 +129,9 @@ class Audit:
             images="attacker_images",
             threat_models="threat_model",
         )
+        if self.estimate_images is not None:
+            learned = EstimateConfig() if base is None else base.attackers.estimate
+            attackers["estimate"] = replace(learned, images=self.estimate_images)
         nested = {
             "data": (DataConfig, data),
             "attackers": (AttackersConfig, {"data": self.attacker_data, **attackers}),
@@ -176,7 +182,7 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
         table.add_row(
             Text(row.layer or "–"),
             Text(row.defence or "–"),
-            Text(f"{who.decoder} {who.images}" + (", white-box" if who.threat_model == "white-box" else "")),
+            Text(f"{who.decoder} {who.images}, {who.threat_model}, {who.answer}"),
             f"{found.estimate:.1%} ({found.low:.1%}–{found.high:.1%})",
             by,
             "\n".join(

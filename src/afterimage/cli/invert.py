@@ -136,7 +136,7 @@ class Invert:
         from afterimage.runs.run import Run
 
         folders = []
-        estimate = None if files else EstimateConfig(self.estimate_images, precision=self.precision)
+        estimate = None if files else EstimateConfig(self.estimate_images)
         for path in paths:
             run = Run.open(path)
             data = replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -27,7 +27,6 @@ from afterimage.runtime.terminal import complain, console, say
 
 if TYPE_CHECKING:
     from afterimage.config.study import StudyConfig
-    from afterimage.experiments.study import Train
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Study:
         part = Part.parse(self.shard) if self.shard else Part()
         root = self.output_dir or Path("runs") / name
         check_folder(root, "--output-dir", writable=not (self.dry_run or self.list_groups))
-        train = self._train()
+        executor = self._executor()
         with Display() as display:
             if self.dry_run or self.list_groups:
                 failures: list[AfterimageError] = []
@@ -141,8 +140,8 @@ class Study:
                 cache=self.cache,
                 accelerator=self.device,
                 progress=display,
-                train=train,
                 part=part,
+                **executor,
             )
         if not on_main_process():
             raise SystemExit(1 if failures else 0)
@@ -158,21 +157,23 @@ class Study:
         if failures:
             raise SystemExit(1)
 
-    def _train(self) -> Train | None:
-        """What trains the runs, with the flags that go with it; None for this process."""
+    def _executor(self) -> dict[str, Any]:
+        """What trains the runs and finds their bounds, with the flags that go with it; nothing for this process."""
         options = self._given("cpus", "retries")
         for name, least in (("cpus", 1), ("retries", 0)):
             check_range(f"--{name}", options.get(name, least), least, MAX_PROCESSES)
         options |= {"address": self.address} if self.address else {}
         if self.executor == "ray":
+            from afterimage.experiments.ray.bounds import find_bounds_on_ray
             from afterimage.experiments.ray.cluster import import_ray
             from afterimage.experiments.ray.driver import train_on_ray
 
             import_ray()  # before anything else is done
-            return partial(train_on_ray, **options)
+            ray = {"train": train_on_ray, "bounds": find_bounds_on_ray}
+            return {name: partial(function, **options) for name, function in ray.items()}
         for name in options:
             raise AfterimageError(f"--{name} goes with --executor ray")
-        return None
+        return {}
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
         """The study with what the command line says in place of its own."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from afterimage.config.errors import AfterimageError, unknown
+from afterimage.config.inversion import EstimateConfig
 from afterimage.config.paths import absolute_path, absolute_source
 from afterimage.config.schema import (
     LPIPS_NETS,
@@ -28,6 +29,8 @@ BLACK_BOX, WHITE_BOX = THREAT_MODELS = ("black-box", "white-box")
 """The attacker of `black-box` has features and their images only; that of `white-box` has the encoder's weights
 too.
 """
+DECODED, REFINED, ESTIMATE = "decoded", "refined", "best estimate"
+"""An attacker's answers: the decoder's, that of a search from there (white-box), and what a last step makes of it."""
 DEFENCES = ("none", "noise:0.5", "int8", "1bit", "topk:0.1", "pca:8")
 """The defences that an audit tries unless others are named."""
 
@@ -59,7 +62,8 @@ class AttackersConfig:
     """The attackers of an audit; every combination of decoder, number of images and threat model is one of them.
 
     In the threat model `black-box` an attacker trains a decoder on defended features. In `white-box` it also has the
-    encoder's weights and refines each reconstruction by optimisation.
+    encoder's weights and refines each reconstruction by optimisation. Either then learns a last step on their own
+    images, the best estimate, which counts beside what it started from.
 
     Attributes:
         decoders: names of decoder families, or `python/FILE.py:factory`
@@ -68,6 +72,7 @@ class AttackersConfig:
         data: source of the attacker's images; empty for the source of the audited images
         refine_steps: optimisation steps for each image in `white-box`
         refine_images: how many of the first test images are refined in `white-box`
+        estimate: settings of the best estimate, learned on validation images of the attacker's own
     """
 
     decoders: tuple[str, ...] = ("linear",)
@@ -76,6 +81,7 @@ class AttackersConfig:
     data: str = ""
     refine_steps: int = 200
     refine_images: int = 20
+    estimate: EstimateConfig = EstimateConfig()
 
     def __post_init__(self) -> None:
         for name in ("decoders", "images", "threat_models"):
@@ -95,6 +101,11 @@ class AttackersConfig:
         check_range("refine_images", self.refine_images, 2, MAX_IMAGES)
         object.__setattr__(self, "data", absolute_source(self.data))
         object.__setattr__(self, "decoders", tuple(map(absolute_model, self.decoders)))
+
+    def answers(self, threat_model: str) -> tuple[str, ...]:
+        """Return what is measured of an attacker: `DECODED` or `REFINED`, and `ESTIMATE` unless it is left out."""
+        first = DECODED if threat_model == BLACK_BOX else REFINED
+        return (first, ESTIMATE) if self.estimate.images else (first,)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class InvertConfig:
         jitter: largest random shift of the image before each pass, in pixels; with Adam only
         tv: weight of the total variation, 0 to leave it out
         alpha_norm: weight of the alpha-norm of the pixels, 0 to leave it out
-        precision: `32-true`, or `bf16-mixed` to run the encoder in bfloat16 until its rounding would tell
+        precision: `32-true`, or `bf16-mixed` to run the encoder in bfloat16 until its rounding would tell, and the
+            network of the best estimate
         beta: exponent of the total variation
         alpha: exponent of the alpha-norm
     """
@@ -95,17 +96,13 @@ class EstimateConfig:
         images: validation images that the network learns from, or all there are; 0 for no best estimates
         steps: optimizer steps of the network
         channels: width of the network at half resolution
-        precision: of the network, `32-true` or `bf16-mixed`
     """
 
     images: int = 64
     steps: int = 600
     channels: int = 32
-    precision: str = "32-true"
 
     def __post_init__(self) -> None:
-        if self.precision not in INVERSION_PRECISIONS:
-            raise unknown("precision of an estimate", self.precision, INVERSION_PRECISIONS)
         check_range("images", self.images, 0, MAX_IMAGES)
         check_positive(self, "steps", most=MAX_STEPS)
         check_positive(self, "channels", most=MAX_SIDE)

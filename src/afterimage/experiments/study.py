@@ -36,6 +36,8 @@ FAILURES = "failures.txt"
 """The file of a study's folder that says which rows gave no runs, and why."""
 Train = Callable[..., list[Run]]
 """Trains runs as `queue.train_runs` does, with its arguments up to `failures`."""
+FindBounds = Callable[..., list[Run]]
+"""Finds the measured bounds of runs, with `find_bounds`' arguments."""
 
 
 def expand(
@@ -221,6 +223,7 @@ def run_study(
     accelerator: str = "auto",
     progress: Progress = silent,
     train: Train | None = None,
+    bounds: FindBounds | None = None,
     part: Part = Part(),
 ) -> tuple[list[Run], list[AfterimageError]]:
     """Run everything in a study that is not done yet.
@@ -236,6 +239,7 @@ def run_study(
         accelerator: `cpu`, `cuda`, `mps` or `auto`
         progress: called with what is done, how far it is, and the total
         train: trains the runs; None for `queue.train_runs` (see `experiments.ray` for another)
+        bounds: finds measured bounds; None for `find_bounds` (likewise)
         part: the part of the study to run; the others are left to other processes
 
     Returns:
@@ -276,7 +280,7 @@ def run_study(
                     with collected(failures, "the controls"):
                         failures += run_controls(done, **settings)
                 if study.invert:
-                    runs += find_bounds(done, study, root, failures, **settings)
+                    runs += (bounds or find_bounds)(done, study, root, failures, **settings)
         failures = ranks.broadcast(failures)
     return trained + runs, failures
 
@@ -325,7 +329,7 @@ def find_bounds(
             precision = precision if precision in INVERSION_PRECISIONS else INVERSION_PRECISIONS[0]
             found += invert_run(
                 run, Path(root), replace(study.inversion, precision=precision), inputs[data], plain=False,
-                estimate=replace(study.estimate, precision=precision), device=device, progress=progress,
+                estimate=study.estimate, device=device, progress=progress,
             )  # fmt: skip
     return found
 

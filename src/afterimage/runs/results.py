@@ -257,13 +257,14 @@ class InversionFacts:
 class Attacker:
     """Who attacks: the decoder they train, on how many images of their own, and where these are from.
 
-    `threat_model` is `black-box` or `white-box`.
+    `threat_model` is `black-box` or `white-box`; `answer` is `decoded`, `refined` or `best estimate`.
     """
 
     decoder: str
     images: int
     threat_model: str
     data: str
+    answer: str
 
 
 @dataclass(frozen=True)

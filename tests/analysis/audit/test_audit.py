@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from afterimage.analysis.audit.run import run_audit
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, RecipeConfig, dump_toml, load_toml
 from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
+from afterimage.config.inversion import EstimateConfig
 from afterimage.report.audit.page import write_audit
 from afterimage.report.audit.verdict import attacker_text, judge
 from afterimage.runs.files import read_csv
@@ -22,6 +24,9 @@ from afterimage.runs.files import read_csv
 DATA = DataConfig(source="procedural:300", resize=28, crop=24, test_fraction=0.5)
 RECIPE = RecipeConfig(batch_size=32, epochs=2)
 HERE = str(Path(__file__).parents[2] / "fixtures")
+Decoded = partial(AttackersConfig, estimate=EstimateConfig(images=0))
+"""Attackers who leave it at the decoder's answers, or at the refined ones."""
+DECODED = Decoded()
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +43,10 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def settings(factory, layer, *defences, **changes):
+def settings(factory, layer, *defences, attackers=DECODED, **changes):
     return AuditConfig(
         model=f"python/{HERE}/audit_encoders.py:{factory}", layers=(layer,), defences=defences or ("none",),
-        data=DATA, recipe=RECIPE, **changes,
+        attackers=attackers, data=DATA, recipe=RECIPE, **changes,
     )  # fmt: skip
 
 
@@ -79,7 +84,13 @@ def test_the_command_exits_by_its_limits(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     (tmp_path / "audit.toml").write_text(
         dump_toml(
-            AuditConfig(model="python/planted_encoders:Leak", layers=("output",), data=DATA, recipe=RECIPE)
+            AuditConfig(
+                model="python/planted_encoders:Leak",
+                layers=("output",),
+                attackers=Decoded(),
+                data=DATA,
+                recipe=RECIPE,
+            )
         )
     )
     common = ["audit", "--config", "audit.toml", "--device", "cpu", "--cache", str(cache)]
@@ -103,7 +114,7 @@ def test_the_command_exits_by_its_limits(cache, tmp_path, monkeypatch, capsys):
 
 
 def test_finished_cells_are_not_done_again(cache, tmp_path):
-    attackers = AttackersConfig(images=(40, "all"))
+    attackers = Decoded(images=(40, "all"))
     config = settings("Classifier", "stem", "none", "int8", attackers=attackers)
     first, _ = audited(config, tmp_path, cache)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/summary.json")}
@@ -150,7 +161,7 @@ def test_more_defence_never_leaks_more_within_the_intervals(strengths, cache, tm
 
 
 def test_more_images_of_their_own_help_an_attacker(cache, tmp_path):
-    config = settings("Classifier", "stem", "noise:0.5", attackers=AttackersConfig(images=(10, 150, 4000)))
+    config = settings("Classifier", "stem", "noise:0.5", attackers=Decoded(images=(10, 150, 4000)))
     results, _ = audited(config, tmp_path, cache)
     few, many = (row.scores["psnr"] for row in results.rows)
     assert few.estimate < many.estimate
@@ -158,16 +169,16 @@ def test_more_images_of_their_own_help_an_attacker(cache, tmp_path):
 
 
 def test_an_attacker_with_other_images(cache, tmp_path):
-    config = settings("Classifier", "stem", "none", attackers=AttackersConfig(data="photographs"))
+    config = settings("Classifier", "stem", "none", attackers=Decoded(data="photographs"))
     (row,) = audited(config, tmp_path, cache)[0].rows
     assert row.attacker.data == "photographs" and row.attacker.images < 150
-    config = settings("Classifier", "stem", "none", attackers=AttackersConfig(data="procedural:40"))
+    config = settings("Classifier", "stem", "none", attackers=Decoded(data="procedural:40"))
     with pytest.raises(AfterimageError, match="test images are among the attacker's own"):
         audited(config, tmp_path, cache)
 
 
 def test_decoders_that_train_by_epochs_attack_too(cache, tmp_path):
-    config = settings("Classifier", "stem", "pca:3+int8", attackers=AttackersConfig(("transposed",), (20,)))
+    config = settings("Classifier", "stem", "pca:3+int8", attackers=Decoded(("transposed",), (20,)))
     results, _ = audited(config, tmp_path, cache)
     (row,) = results.rows
     assert row.attacker.decoder == "transposed" and row.scores["psnr"].estimate > 5
@@ -194,7 +205,7 @@ def test_the_page_is_self_contained_and_escapes_names(cache, tmp_path):
 
 def test_settings_survive_toml(tmp_path):
     config = settings(
-        "Leak", "output", "noise:0.5+int8", limits=LIMITS, attackers=AttackersConfig(images=(128, "all"))
+        "Leak", "output", "noise:0.5+int8", limits=LIMITS, attackers=Decoded(images=(128, "all"))
     )
     (tmp_path / "audit.toml").write_text(dump_toml(config))
     assert load_toml(AuditConfig, tmp_path / "audit.toml") == config
@@ -264,7 +275,7 @@ def test_audits_repeat(cache, tmp_path):
 
 @pytest.mark.parametrize("defence", ["none", "noise:0.3+int8"])
 def test_an_attacker_with_the_weights_gets_at_least_as_much(defence, cache, tmp_path):
-    attackers = AttackersConfig(threat_models=("black-box", "white-box"), refine_steps=60, refine_images=6)
+    attackers = Decoded(threat_models=("black-box", "white-box"), refine_steps=60, refine_images=6)
     results, _ = audited(settings("Classifier", "stem", defence, attackers=attackers), tmp_path, cache)
     decoded, refined = results.rows
     assert refined.attacker.threat_model == "white-box" and refined.scores["psnr"].count == 6
@@ -273,15 +284,50 @@ def test_an_attacker_with_the_weights_gets_at_least_as_much(defence, cache, tmp_
     gains = [row["psnr"] - by_id[row["id"]] for row in read_csv(tmp_path / refined.folder / "scores.csv")]
     if defence == "none":
         assert np.mean(gains) > 1
-    assert attacker_text(refined.attacker).endswith("white-box")
+    assert attacker_text(refined.attacker).endswith("white-box, refined")
     again, _ = audited(settings("Classifier", "stem", defence, attackers=attackers), tmp_path, cache)
     assert again.rows == results.rows
 
 
 def test_shuffled_features_are_not_refined_and_that_is_said(cache, tmp_path):
-    attackers = AttackersConfig(threat_models=("white-box",), refine_steps=2, refine_images=2)
+    attackers = Decoded(threat_models=("white-box",), refine_steps=2, refine_images=2)
     results, verdict = audited(
         settings("Classifier", "stem", "shuffle", attackers=attackers), tmp_path, cache
     )
     assert results.rows == [] and any("not refined" in note for note in results.notes)
     assert verdict.options == () and "nothing" in verdict.reason
+
+
+def test_the_best_of_an_attackers_answers_counts_and_is_named(cache, tmp_path):
+    """A last step learned on own images beside the decoder's answer, and with the weights beside the refined one."""
+    limits = LimitsConfig(max_ssim=0.01)
+    estimate = EstimateConfig(images=30, steps=60, channels=4)
+    attackers = AttackersConfig(
+        threat_models=("black-box", "white-box"), refine_steps=8, refine_images=4, estimate=estimate
+    )
+    config = settings("Classifier", "stem", "none", attackers=attackers, limits=limits)
+    results, verdict = audited(config, tmp_path, cache)
+    who = [(row.attacker.threat_model, row.attacker.answer) for row in results.rows]
+    assert who == [
+        (model, answer)
+        for model, first in (("black-box", "decoded"), ("white-box", "refined"))
+        for answer in (first, "best estimate")
+    ]
+    assert [row.scores["psnr"].count for row in results.rows] == [150, 150, 4, 4]
+    decoded, learned, refined, both = (row.scores["psnr"].estimate for row in results.rows)
+    assert both > refined and abs(learned - decoded) < 0.5
+    most = max(results.rows, key=lambda row: row.scores["ssim"].low)
+    (option,) = verdict.options
+    assert option.ssim.attacker == attacker_text(most.attacker)
+    assert any(attacker_text(most.attacker) in reason for reason in option.reasons)
+    assert "30 images of the attacker's own" in results.rows[1].notes[0]
+    again, _ = audited(config, tmp_path, cache)
+    assert again.rows == results.rows
+    fewer, _ = audited(
+        settings(
+            "Classifier", "stem", "none", attackers=replace(attackers, estimate=EstimateConfig(images=0))
+        ),
+        tmp_path,
+        cache,
+    )
+    assert fewer.rows == results.rows[::2]

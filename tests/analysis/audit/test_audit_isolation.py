@@ -13,13 +13,13 @@ from afterimage.analysis.audit.run import run_audit
 from afterimage.analysis.audit.target import AuditTarget
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, RecipeConfig
-from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
+from afterimage.config.audit import AuditConfig, LimitsConfig
 from afterimage.models.decoders import DECODERS
 from afterimage.report.audit.page import write_audit
 from afterimage.report.audit.verdict import OPEN, WITHIN, judge
 from afterimage.runs.failures import TRACEBACK
 from stand_ins import decoder
-from test_audit import HERE, no_lpips  # noqa: F401
+from test_audit import HERE, Decoded, no_lpips  # noqa: F401
 
 BUG = RuntimeError("a bug in\nsomebody's code")
 LIMITS = LimitsConfig(max_ssim=1.0)
@@ -27,7 +27,7 @@ CONFIG = AuditConfig(
     model=f"python/{HERE}/audit_encoders.py:TwoLayers",
     layers=("first", "second"),
     defences=("none", "pca:4"),
-    attackers=AttackersConfig(decoders=("linear", "wavelet")),
+    attackers=Decoded(decoders=("linear", "wavelet")),
     data=DataConfig(source="procedural:60", resize=28, crop=24, test_fraction=0.5),
     recipe=RecipeConfig(batch_size=16, epochs=2),
     limits=LIMITS,
@@ -104,7 +104,7 @@ def test_attackers_that_raise_end_themselves_alone(whole, cache, tmp_path, monke
     broken = {f"broken{i}": when for i, when in enumerate(("build", "step 3", "validation", "test"))}
     for name, when in broken.items():
         monkeypatch.setitem(DECODERS, name, decoder(when, BUG, DECODERS["transposed"]))
-    config = replace(CONFIG, attackers=AttackersConfig(decoders=("linear", *broken, "wavelet")))
+    config = replace(CONFIG, attackers=Decoded(decoders=("linear", *broken, "wavelet")))
     results, verdict = audited(config, tmp_path, cache)
     assert rows(results) == whole and verdict.passed is False
     assert len(results.failures) == 16 and {option.status for option in verdict.options} == {OPEN}
@@ -120,7 +120,7 @@ def test_attackers_that_raise_end_themselves_alone(whole, cache, tmp_path, monke
         ]
         assert states == ["failed"] * 4
     monkeypatch.setitem(DECODERS, "broken1", DECODERS["transposed"])
-    config = replace(CONFIG, attackers=AttackersConfig(decoders=("linear", "broken1", "wavelet")))
+    config = replace(CONFIG, attackers=Decoded(decoders=("linear", "broken1", "wavelet")))
     results, verdict = audited(config, tmp_path, cache)
     assert not results.failures and verdict.passed and not list(tmp_path.glob(f"cells/*broken1*/{TRACEBACK}"))
 
@@ -273,6 +273,8 @@ def test_the_command_ends_with_3_and_names_what_is_missing(cache, tmp_path, monk
         "--decoders",
         "linear",
         "broken",
+        "--estimate-images",
+        "0",
         "--data",
         "procedural:60",
         "--resize",

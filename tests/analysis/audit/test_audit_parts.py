@@ -143,8 +143,8 @@ def interval(estimate, half=0.02, count=100):
 def row(layer, defence, ssim, found, decoder="linear", images=640):
     shares = {"pixels": interval(found), "correlation": interval(found / 2)}
     return AttackFacts(
-        layer, defence, Attacker(decoder, images, "black-box", ""), {"ssim": interval(ssim)}, Worst("image", ssim),
-        shares, 100, 0.01, 1.0,
+        layer, defence, Attacker(decoder, images, "black-box", "", "decoded"), {"ssim": interval(ssim)},
+        Worst("image", ssim), shares, 100, 0.01, 1.0,
     )  # fmt: skip
 
 
@@ -246,7 +246,9 @@ def test_undefended_features_that_tell_nothing_are_doubted():
     blind = row("", "", 0.3, 0.01, "no features")
     scrambled, sound = row("a", "none", 0.25, 0.01), row("b", "none", 0.25, 0.2)
     remarks = judge([scrambled, sound], [blind], {}, LimitsConfig()).remarks
-    assert len(remarks) == 1 and remarks[0].startswith("a, undefended: linear, 640 images, black-box got no")
+    assert len(remarks) == 1 and remarks[0].startswith(
+        "a, undefended: linear, 640 images, black-box, decoded got no"
+    )
 
 
 def test_shuffled_features_are_not_recommended():

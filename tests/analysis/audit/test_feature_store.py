@@ -10,8 +10,9 @@ from safetensors.numpy import save_file
 from afterimage.analysis.audit.feature_store import load_pairs
 from afterimage.analysis.audit.run import run_audit
 from afterimage.config import AfterimageError, DataConfig, RecipeConfig
-from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
+from afterimage.config.audit import AuditConfig, LimitsConfig
 from afterimage.report.audit.verdict import judge
+from test_audit import Decoded
 
 COUNT, SIZE = 60, 32
 
@@ -74,7 +75,7 @@ def test_pixels_of_0_and_1_are_said(arrays, tmp_path):
 def test_a_store_is_audited_without_an_encoder(arrays, tmp_path):
     path = write(tmp_path / "store.npz", arrays)
     config = AuditConfig(
-        pairs=str(path), defences=("none", "noise:3+int8"), recipe=RecipeConfig(batch_size=16),
+        pairs=str(path), defences=("none", "noise:3+int8"), attackers=Decoded(), recipe=RecipeConfig(batch_size=16),
         limits=LimitsConfig(max_identification=0.05), test_fraction=0.4,
     )  # fmt: skip
     results = run_audit(config, tmp_path / "audit", accelerator="cpu")
@@ -92,7 +93,7 @@ def test_another_split_of_a_store_is_another_measurement(arrays, tmp_path):
     found = []
     for fraction, seed in ((0.2, 42), (0.4, 42), (0.2, 7)):
         config = AuditConfig(
-            pairs=str(path), defences=("none",), attackers=AttackersConfig(images=("20",)),
+            pairs=str(path), defences=("none",), attackers=Decoded(images=("20",)),
             recipe=RecipeConfig(batch_size=16), test_fraction=fraction, data=DataConfig(split_seed=seed),
         )  # fmt: skip
         (row,) = run_audit(config, tmp_path / "audit", accelerator="cpu").rows
@@ -125,7 +126,9 @@ def test_how_features_are_understood_is_said(change, shape, said, arrays, tmp_pa
 
 def test_vectors_are_attacked_too(arrays, tmp_path):
     arrays["features"] = arrays["features"].reshape(COUNT, -1)[:, ::8]
-    config = AuditConfig(pairs=str(write(tmp_path / "store.npz", arrays)), defences=("none",))
+    config = AuditConfig(
+        pairs=str(write(tmp_path / "store.npz", arrays)), defences=("none",), attackers=Decoded()
+    )
     (row,) = run_audit(config, tmp_path / "audit", accelerator="cpu").rows
     assert row.identification["correlation"].estimate > 0.5
 

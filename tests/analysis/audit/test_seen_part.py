@@ -27,6 +27,7 @@ from afterimage.report.audit.verdict import LEAKS, SSIM_SEEN, judge
 from afterimage.runs.files import read_csv
 from afterimage.runs.results import SeenPart
 from simulated_runs import feature_map
+from test_audit import Decoded
 from test_audit_parts import COSTS, cost, interval, row
 
 DROPPED = "the last 8 rows and columns of 40x40 images are not seen"
@@ -43,6 +44,7 @@ def audits(tmp_path_factory):
             layers=("block0",),
             weights="random",
             defences=("none",),
+            attackers=Decoded(),
             data=DataConfig(source="procedural:150", resize=44, crop=crop, test_fraction=0.3),
             recipe=RecipeConfig(batch_size=16),
         )

@@ -70,7 +70,6 @@ def test_a_corrector_learns_to_average_what_is_invented():
     [
         ({"images": -1}, "images must"),
         ({"steps": 0}, "steps must be"),
-        ({"precision": "16-mixed"}, "unknown precision of an estimate '16-mixed'.*32-true, bf16-mixed"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):

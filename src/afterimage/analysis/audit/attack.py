@@ -16,7 +16,7 @@ from afterimage.analysis.audit.attackers import (
 from afterimage.analysis.audit.condition import AuditCondition
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.audit.session import AuditSession, together
-from afterimage.config.audit import BLACK_BOX, WHITE_BOX
+from afterimage.config.audit import BLACK_BOX, DECODED, ESTIMATE, WHITE_BOX
 from afterimage.data.images import Data
 from afterimage.runs.failures import is_done
 from afterimage.runs.run import Run
@@ -81,8 +81,8 @@ def _attack(
     context = AttackContext(progress=session.progress, session=session)
     config, decoders = session.config, {}
     for defence, decoder in dict.fromkeys((condition.defence, condition.decoder) for condition in missing):
-        # A white-box attacker decodes first: the decoder is that of the black-box attacker.
-        condition = session.condition(layer, defence, decoder, data, BLACK_BOX)
+        # Every attacker decodes first: the decoder is that of the black-box attacker.
+        condition = session.condition(layer, defence, decoder, data, BLACK_BOX, DECODED)
         with session.ending(condition.label, [condition]):
             run = session.begin(condition)
             context.conditions[run] = condition
@@ -104,10 +104,14 @@ def _attack(
         sent, data, config.recipe, session.fabric, seed=config.seed, context=context
     )
     _train(loader, list(decoders.values()))
-    for condition in missing:
-        decoder = decoders.get((condition.defence, condition.decoder))
-        if condition.threat_model == WHITE_BOX and decoder and decoder.best and not decoder.failed:
-            _refine(loader, decoder, condition)
+    for (defence, name), decoder in decoders.items():
+        for model in session.config.attackers.threat_models if decoder.best and not decoder.failed else ():
+            asked = (defence, name, model)
+            own = [
+                c for c in missing if (c.defence, c.decoder, c.threat_model) == asked and c.answer != DECODED
+            ]
+            if own:
+                _improve(loader, decoder, own)
 
 
 def _train(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
@@ -150,24 +154,36 @@ def _measure(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) 
             remove_checkpoints(decoder.run)
 
 
-def _refine(loader: DefendedFeatureLoader, decoder: DecoderTrainer, condition: AuditCondition) -> None:
-    """Measure a white-box attacker, who refines what the decoder made."""
-    session = loader.context.session
-    if not loader.encoders.defences[decoder.feature_indices[0]].preserves_positions:
+def _improve(
+    loader: DefendedFeatureLoader, decoder: DecoderTrainer, conditions: Sequence[AuditCondition]
+) -> None:
+    """Measure what an attacker makes of the decoder's answers; `conditions` differ in the answer alone."""
+    session, first = loader.context.session, conditions[0]
+    white_box, attackers = first.threat_model == WHITE_BOX, session.config.attackers
+    if white_box and not loader.encoders.defences[decoder.feature_indices[0]].preserves_positions:
         session.note(
-            f"{condition.layer}, {condition.defence}: not refined, since a shuffled order leaves nothing to compare "
+            f"{first.layer}, {first.defence}: not refined, since a shuffled order leaves nothing to compare "
             "features with place by place; an attacker may find a way"
         )
         return
-    from afterimage.analysis.audit.white_box import refined
+    from afterimage.analysis.audit.improve import improve
 
-    with session.ending(condition.label, [condition]):
-        session.begin(condition)
-        attackers = session.config.attackers
-        *measured, seconds = refined(
+    with session.ending(first.label, conditions):
+        for condition in conditions:
+            session.begin(condition)
+        wanted = [condition.answer for condition in conditions]
+        answers, seconds = improve(
             loader, decoder, session.metrics,
-            count=attackers.refine_images, steps=attackers.refine_steps, keep=session.keep,
-            box=session.target.box(condition.layer), progress=session.progress,
+            refine_steps=attackers.refine_steps if white_box else 0,
+            estimate=attackers.estimate if ESTIMATE in wanted else None,
+            count=attackers.refine_images if white_box else len(loader.data.test),
+            keep=session.keep, box=session.target.box(first.layer), progress=session.progress,
         )  # fmt: skip
-        notes = [f"decoded by {condition.decoder}, then refined for {attackers.refine_steps} steps"]
-        session.save(condition, *measured, seconds=seconds, notes=notes)
+        steps = f", then refined for {attackers.refine_steps} steps" if white_box else ""
+        for condition in conditions:
+            learned = ""
+            if condition.answer == ESTIMATE:
+                count = min(attackers.estimate.images, len(loader.data.validation))
+                learned = f", then corrected by what {count} images of the attacker's own taught"
+            notes = [f"decoded by {condition.decoder}{steps}{learned}"]
+            session.save(condition, *answers[condition.answer].measured, seconds=seconds, notes=notes)

@@ -28,7 +28,7 @@ from afterimage.runs.results import (
 )
 from afterimage.runs.run import Run
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same settings would give other numbers."""
 
 
@@ -42,6 +42,7 @@ class AuditCondition:
         decoder: name of the attacker's decoder
         images: how many images the attacker owns
         threat_model: `black-box` or `white-box`
+        answer: `decoded`, `refined` or `best estimate`
         settings: everything else that changes the result; its digest ends the folder's name
     """
 
@@ -50,6 +51,7 @@ class AuditCondition:
     decoder: str
     images: int
     threat_model: str
+    answer: str
     settings: Mapping[str, Any]
 
     @property
@@ -60,7 +62,7 @@ class AuditCondition:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        parts = (self.layer, self.defence, self.decoder, str(self.images), self.threat_model)
+        parts = (self.layer, self.defence, self.decoder, str(self.images), self.threat_model, self.answer)
         slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(parts)).strip("-.")
         return f"{slug[:100]}-{digest({**self.settings, 'cell': parts, 'version': VERSION})}"
 
@@ -70,7 +72,9 @@ class AuditCondition:
 
     def attacker(self) -> Attacker:
         """Return who attacks."""
-        return Attacker(self.decoder, self.images, self.threat_model, self.settings["attacker_data"])
+        return Attacker(
+            self.decoder, self.images, self.threat_model, self.settings["attacker_data"], self.answer
+        )
 
     def begin(self, root: Path) -> Run:
         """Return its folder, with what was asked for written into it."""

@@ -16,7 +16,7 @@ from afterimage.analysis.audit.defences.chain import Defence, create_defence
 from afterimage.analysis.audit.session import AuditSession, together
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, no_cost, whole_network
 from afterimage.config import FeatureSpec, dump_toml
-from afterimage.config.audit import BLACK_BOX, AuditConfig, digest
+from afterimage.config.audit import BLACK_BOX, DECODED, AuditConfig, digest
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.reidentification import reduced
@@ -70,7 +70,7 @@ def run_audit(
         session.failed(layer, error)
     attackers = dict(_attackers(session))
     for data in attackers.values():
-        condition = session.condition("", "", BLIND, data, BLACK_BOX)
+        condition = session.condition("", "", BLIND, data, BLACK_BOX, DECODED)
         with session.ending(f"{BLIND}, {condition.images:,} images", [condition]):
             _guess_blindly(session, condition, data)
     for layer in session.target.layers:
@@ -130,10 +130,11 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
     config = session.config
     wanted = {
         count: [
-            session.condition(layer, defence, decoder, data, threat_model)
+            session.condition(layer, defence, decoder, data, threat_model, answer)
             for defence in config.defences
             for decoder in config.attackers.decoders
             for threat_model in config.attackers.threat_models
+            for answer in config.attackers.answers(threat_model)
         ]
         for count, data in attackers.items()
     }
@@ -178,7 +179,7 @@ def _fitted(
 
 
 def _cost_file(session: AuditSession, layer: str, defence: str) -> Path:
-    settings = session.condition(layer, defence, "", session.target.data, BLACK_BOX).settings
+    settings = session.condition(layer, defence, "", session.target.data, BLACK_BOX, DECODED).settings
     asked = {"layer": layer, "defence": defence, "kind": session.config.prediction, "version": VERSION}
     return session.root / "costs" / f"{digest({**settings, **asked})}.json"
 

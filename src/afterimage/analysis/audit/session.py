@@ -13,7 +13,7 @@ import torch
 from afterimage.analysis.audit.condition import AuditCondition
 from afterimage.analysis.audit.target import open_subject
 from afterimage.config import AfterimageError, to_dict
-from afterimage.config.audit import WHITE_BOX, AuditConfig
+from afterimage.config.audit import ESTIMATE, WHITE_BOX, AuditConfig
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import SEEN, Box, cropped
 from afterimage.evaluation.metrics import Metrics
@@ -85,7 +85,7 @@ class AuditSession:
         }
 
     def condition(
-        self, layer: str, defence: str, decoder: str, data: Data, threat_model: str
+        self, layer: str, defence: str, decoder: str, data: Data, threat_model: str, answer: str
     ) -> AuditCondition:
         """Return the condition of an attacker who owns `data`, with everything that changes its result."""
         config, target = self.config, self.target
@@ -109,8 +109,10 @@ class AuditSession:
             ]
         if threat_model == WHITE_BOX:
             settings |= {k: getattr(config.attackers, k) for k in ("refine_steps", "refine_images")}
+        if answer == ESTIMATE:
+            settings["estimate"] = to_dict(config.attackers.estimate)
         images = len(data.train) + len(data.validation)
-        return AuditCondition(layer, defence, decoder, images, threat_model, settings)
+        return AuditCondition(layer, defence, decoder, images, threat_model, answer, settings)
 
     def galleries(self, layer: str) -> dict[str, Gallery]:
         """Return the test images, and what a layer's locations see of them where that is not all, as galleries."""

@@ -100,6 +100,7 @@ def learn_corrector(
     refined: Images,
     config: EstimateConfig,
     *,
+    precision: str = "32-true",
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = silent,
@@ -110,7 +111,8 @@ def learn_corrector(
         originals: what is to come out, `(N, 3, H, W)` in [0, 1]
         decoded: the decoder's answers
         refined: what the search came to from there
-        config: width and number of steps, and `precision`: `bf16-mixed` trains in bfloat16
+        config: width and number of steps
+        precision: `32-true`, or `bf16-mixed` to train in bfloat16
         seed: of the initial weights, the crops and their order
         device: where
         progress: is told the step and its loss
@@ -125,7 +127,7 @@ def learn_corrector(
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     size = originals.shape[-2:]
     side = [min(CROP, max(GRID, length // GRID * GRID)) for length in size]
-    mixed = config.precision == "bf16-mixed"
+    mixed = precision == "bf16-mixed"
     for number in range(config.steps):
         warm = min(1, (number + 1) / WARM_UP)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * (1 - number / config.steps)

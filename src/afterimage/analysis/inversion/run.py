@@ -192,7 +192,7 @@ def invert_run(
                 f"{run.name}: a best estimate is learned from validation images, and there are none"
             )
         corrector, count = _learn(refinement, given.validation, estimate, learning, seed, device, progress)
-        best = BestEstimate(refinement, corrector, estimate.precision, kept)
+        best = BestEstimate(refinement, corrector, method.precision, kept)
         learned = f"learned from {count} validation images that were refined alike, in {estimate.steps} steps"
         # No batches: the estimates take what the refinement has kept.
         _make(
@@ -248,7 +248,10 @@ def _learn(
         groups.append(tuple(part.contiguous().cpu() for part in (originals, decoded, found.images)))
         progress("refining images to learn the best estimate from", int(indices[-1]) + 1, count)
     parts = (torch.cat(part) for part in zip(*groups, strict=True))
-    return learn_corrector(*parts, config, seed=seed, device=device, progress=progress), count
+    corrector = learn_corrector(
+        *parts, config, precision=refinement.method.precision, seed=seed, device=device, progress=progress
+    )
+    return corrector, count
 
 
 def invert_sources(

@@ -12,10 +12,13 @@ from typing import Any
 
 from afterimage.config import AfterimageError, RunConfig, split_source
 from afterimage.experiments.cost import plan
+from afterimage.experiments.ray.worker import Messages
 from afterimage.models.encoders.layers import layer_info
 from afterimage.runtime.failures import let_go
 from afterimage.training.feature_loader import VALIDATION_BYTES
 
+TICK = 0.2
+"""Seconds between two looks at what workers say and which have ended."""
 STORE_BYTES = 256 * 2**20
 """Shared memory of a cluster started here: its workers see the run folders, so only messages pass through it."""
 BASE_BYTES = 2**30
@@ -92,6 +95,14 @@ def _connect(ray: Any, address: str, log: Callable[[str], None]) -> None:
             signal.signal(signal.SIGTERM, before)
     if address:
         log(f"connected to Ray at {address}")
+
+
+def messages_here(ray: Any) -> Any:
+    """Start the actor that keeps messages of workers, on the driver's own machine."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Messages).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def group_bytes(configs: Iterable[RunConfig]) -> int:

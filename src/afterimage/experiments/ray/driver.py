@@ -14,8 +14,15 @@ from typing import Any
 from afterimage.config import AfterimageError, DataConfig, RunConfig
 from afterimage.experiments.queue import RunQueue, groups, report_failures
 from afterimage.experiments.ray import worker
-from afterimage.experiments.ray.cluster import connect, describe, group_bytes, share_machines
-from afterimage.experiments.ray.worker import Answer, Messages, identify, unpack
+from afterimage.experiments.ray.cluster import (
+    TICK,
+    connect,
+    describe,
+    group_bytes,
+    messages_here,
+    share_machines,
+)
+from afterimage.experiments.ray.worker import Answer, identify, unpack
 from afterimage.runs.failures import forget, is_done, recorded_error
 from afterimage.runs.lock import POLL
 from afterimage.runs.run import Run
@@ -24,9 +31,6 @@ from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.signals import GracefulShutdown, graceful_shutdown
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS, remove_checkpoints
 from afterimage.training.context import CHECKPOINT_SECONDS
-
-TICK = 0.2
-"""Seconds between two looks at what workers say and which have ended."""
 
 
 def train_on_ray(
@@ -139,10 +143,7 @@ class Driver:
     stopping: bool = False
 
     def __post_init__(self) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        here = NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
-        self.messages = self.ray.remote(Messages).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.messages = messages_here(self.ray)
         self.train_group = self.ray.remote(worker.train_group)
 
     def work(self, stop: GracefulShutdown) -> None:
@@ -205,7 +206,7 @@ class Driver:
                 "options": self.options,
                 "cwd": os.getcwd(),
                 "command": sys.argv,
-                "environment": {k: v for k, v in os.environ.items() if k.startswith("AFTERIMAGE_")},
+                "environment": worker.settings(),
                 "messages": self.messages,
             }
             # The worker locks the folders; where it cannot, this process does until the answer.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from afterimage.config import AfterimageError, RunConfig
+from afterimage.config.study import StudyConfig
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress
@@ -106,11 +107,7 @@ def train_group(
     Returns:
         the outcome; None if this machine does not see the folder, and nothing was done
     """
-    if os.path.isdir(cwd):
-        os.chdir(cwd)
-    sys.argv[:] = command
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)  # what a machine says of itself counts
+    _take_after(cwd, command, environment)
     runs = list(configs.values())
     if folder is not None and identify(root, runs[0]) != folder:
         return None
@@ -146,6 +143,66 @@ def train_group(
             answer.folders = {config.name: pack(Run(Path(root, config.name))) for config in runs}
     ray.get(messages.arrived.remote())  # what was sent before the answer arrives before it
     return answer
+
+
+def find_bound(
+    number: int,
+    name: str,
+    study: StudyConfig,
+    root: str,
+    *,
+    folder: tuple[int, int] | None,
+    threads: int,
+    options: Mapping[str, Any],
+    cwd: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    messages: Any,
+) -> tuple[list[str], list[AfterimageError]] | None:
+    """Find the measured bound of one run; the Ray task.
+
+    Args:
+        number: number of the run, which goes with every message
+        name: the run's folder in `root`
+        study: how many of its images are inverted, and how
+        root: the driver's folder of run folders
+        folder: identifies `root` (see `identify`)
+        threads: number of PyTorch's threads
+        options: options of `study.find_bounds`
+        cwd, command, environment, messages: as for `train_group`
+
+    Returns:
+        the names of the finished inversions, and the failures; None if this machine does not see the folder
+    """
+    _take_after(cwd, command, environment)
+    run = Run(Path(root, name))
+    if folder is None or not run.file("config.toml").exists() or identify(root, run.config) != folder:
+        return None
+    import ray
+    import torch
+
+    from afterimage.experiments.study import find_bounds
+
+    torch.set_num_threads(threads)
+    progress, failures = _send_to(messages, number), []
+    progress(f"is searched on {socket.gethostname()}: the bound of {name}", 1, 1)
+    found = find_bounds([run], study, root, failures, progress=progress, **options)
+    ray.get(messages.arrived.remote())
+    return [run.name for run in found], failures
+
+
+def settings() -> dict[str, str]:
+    """Return the project's own environment variables, which workers take over."""
+    return {key: value for key, value in os.environ.items() if key.startswith("AFTERIMAGE_")}
+
+
+def _take_after(cwd: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Take over what relative paths, settings and records depend on."""
+    if os.path.isdir(cwd):
+        os.chdir(cwd)
+    sys.argv[:] = command
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)  # what a machine says of itself counts
 
 
 def _send_to(messages: Any, number: int) -> Progress:

@@ -113,9 +113,11 @@ class Verdict:
 
 
 def attacker_text(attacker: Attacker) -> str:
-    """Describe an attacker as `linear, 640 images, black-box`."""
+    """Describe an attacker and their answer as `linear, 640 images, white-box, refined`."""
     source = f" from {attacker.data}" if attacker.data else ""
-    return f"{attacker.decoder}, {attacker.images:,} images{source}, {attacker.threat_model}"
+    return (
+        f"{attacker.decoder}, {attacker.images:,} images{source}, {attacker.threat_model}, {attacker.answer}"
+    )
 
 
 def strongest(row: AttackFacts) -> tuple[str, Interval]:

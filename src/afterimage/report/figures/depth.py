@@ -95,6 +95,7 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
     drawn: dict[str, Style] = {f"decoder {label}": looks[0]}
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         series: dict[tuple[str, str, str], dict[float, list[Bound]]] = defaultdict(lambda: defaultdict(list))
+        estimates: list[float] = []
         for bound in bounds:
             if has(bound.found, metric, net):
                 kind = "most consistent image" if bound.best(metric) is bound.refined else "best estimate"
@@ -112,6 +113,8 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
             apart = [_apart(members, metric, mean) for (_, members), mean in zip(own, answer, strict=True)]
             for name, means in ((next(iter(drawn)), still), (kind, apart)):
                 _curve(axes, x, means, drawn[name], control, name, joined=encoder != "fusion")
+            estimates += decoder + answer
+        _keep_in_view(axes, estimates)
     handles = [
         Line2D([], [], color=look.color, marker=look.marker, label=drawable(name, 48))
         for name, look in drawn.items()
@@ -124,7 +127,7 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
         f"What the features of each layer keep at least (the measured bound), and what the decoder {label} shows of "
         f"it: means over the same {counts} test images. The band is what this decoder missed, though the features hold "
         "it; where there is none, nothing that was found is better than the decoder. Bars: the bound's difference to "
-        f"the decoder, paired by image, with its {NAME}."
+        f"the decoder, paired by image, with its {NAME}; of few images it may leave the panel."
         f"{controls_note(founds)}{''.join(f' {line[0].upper()}{line[1:]}.' for line in fusion_legend(founds))}"
     )
     stem = "kept-by-depth" + (f"-{number + 1}" if number else "")
@@ -168,6 +171,14 @@ def _curve(
         mfc="white" if control else look.color, elinewidth=0.9, capsize=1.5,
         ls=dashes(control) if joined else "none", label=label,
     )  # fmt: skip
+
+
+def _keep_in_view(axes: Axes, estimates: Sequence[float]) -> None:
+    """Limit a panel to the estimates and as much again on either side: intervals of few images reach any distance."""
+    if estimates:
+        low, high = axes.get_ylim()
+        span = max(estimates) - min(estimates) or high - low
+        axes.set_ylim(max(low, min(estimates) - span), min(high, max(estimates) + span))
 
 
 def _panels(segments: Sequence[Segment], metrics: Sequence[tuple[str, str]]) -> tuple[Figure, np.ndarray]:

@@ -1,0 +1,182 @@
+"""Attack beyond the decoder: refine its answers with the encoder's weights, and learn a last step from own images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afterimage.analysis.audit.attackers import DefendedFeatureLoader
+from afterimage.analysis.audit.defences.chain import Defence
+from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
+from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
+from afterimage.analysis.inversion.invert import invert
+from afterimage.analysis.inversion.objective import FeaturesOf
+from afterimage.config.audit import ESTIMATE, REFINED
+from afterimage.config.inversion import INVERSION_PRECISIONS, EstimateConfig, InvertConfig
+from afterimage.data.images import ImageSet
+from afterimage.evaluation.evaluate import Box, score_rows, to_uint8
+from afterimage.evaluation.metrics import Metrics
+from afterimage.evaluation.reidentification import Compared, compared, joined
+from afterimage.runtime.progress import Progress, silent
+from afterimage.training.decoder_trainer import DecoderTrainer
+
+BATCH = 4
+Search = Callable[[list[Tensor], Tensor], Tensor]
+"""From the features that were sent, and what a decoder made of them, to images."""
+
+
+@dataclass
+class Answer:
+    """What one way of attacking came to: rows as of `evaluate`, images to keep, all images as they are compared."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    images: list[tuple[str, Any, Any]] = field(default_factory=list)
+    small: list[Compared] = field(default_factory=list)
+
+    @property
+    def measured(self) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Compared]:
+        """What `AuditSession.save` takes."""
+        return self.rows, self.images, joined(self.small)
+
+
+def improve(
+    loader: DefendedFeatureLoader,
+    decoder: DecoderTrainer,
+    metrics: Metrics,
+    *,
+    refine_steps: int,
+    estimate: EstimateConfig | None,
+    count: int,
+    keep: int,
+    box: Box | None = None,
+    progress: Progress = silent,
+) -> tuple[dict[str, Answer], float]:
+    """Improve on the answers of a trained decoder.
+
+    With the encoder's weights each is refined until its features are those that were sent; what the decoder lacks is
+    learned from up to `HELD_OUT` images that the attacker validates on, and the objective sees the defence without
+    its noise, which the attacker does not know. The best estimate is learned from more of these images, decoded and
+    refined alike.
+
+    Args:
+        loader: gives the features as they are sent
+        decoder: the trained decoder
+        metrics: what is measured
+        refine_steps: optimisation steps for each image; 0 for an attacker without the encoder's weights
+        estimate: how the best estimate is learned; None for none
+        count: how many of the first test images are attacked
+        keep: how many images are kept with their reconstructions
+        box: part of the images that is measured by itself too; None for no part
+        progress: called with the progress
+
+    Returns:
+        the answers, `refined` with `refine_steps`, `best estimate` with `estimate`, and the seconds taken
+    """
+    started, test = time.monotonic(), loader.data.test
+    precision = loader.recipe.precision if loader.recipe.precision in INVERSION_PRECISIONS else "32-true"
+    search = (
+        _refinement(loader, decoder, InvertConfig(steps=refine_steps, precision=precision))
+        if refine_steps
+        else None
+    )
+    what, corrector = loader.encoders.sources[decoder.feature_indices[0]], None
+    if estimate:
+        corrector = _learn(loader, decoder, search, estimate, precision, progress)
+    answers = {REFINED: Answer()} if search else {}
+    answers |= {ESTIMATE: Answer()} if corrector else {}
+    count = min(count, len(test))
+    done = 0
+    for originals, decoded, refined in _decoded(loader, decoder, test, count, search):
+        ids = test.ids[done : done + len(originals)]
+        done += len(originals)
+        for name, answer in answers.items():
+            found = refined if name == REFINED else correct(corrector, decoded, refined, precision)
+            answer.rows += score_rows(ids, originals, [found], metrics, [box])[0]
+            kept = zip(ids, to_uint8(originals), to_uint8(found), strict=True)
+            answer.images += list(kept)[: max(0, keep - len(answer.images))]
+            answer.small.append(compared(found, box))
+        progress(f"attacking {what}", done, count)
+    return answers, time.monotonic() - started
+
+
+def _learn(
+    loader: DefendedFeatureLoader,
+    decoder: DecoderTrainer,
+    search: Search | None,
+    config: EstimateConfig,
+    precision: str,
+    progress: Progress,
+) -> Corrector:
+    own = loader.data.validation
+    count, groups = min(config.images, len(own)), []
+    for group in _decoded(loader, decoder, own, count, search):
+        groups.append([part.cpu() for part in group])
+        progress("attacking own images, to learn from", sum(len(images) for images, *_ in groups), count)
+    parts = (torch.cat(part) for part in zip(*groups, strict=True))
+    return learn_corrector(
+        *parts,
+        config,
+        precision=precision,
+        seed=loader.seed,
+        device=str(loader.fabric.device),
+        progress=progress,
+    )
+
+
+def _decoded(
+    loader: DefendedFeatureLoader,
+    decoder: DecoderTrainer,
+    image_set: ImageSet,
+    count: int,
+    search: Search | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the first `count` images, what the decoder makes of their features, and what the search makes of that."""
+    left = min(count, len(image_set))
+    for _, images, sent in loader.batches(image_set):
+        # Whole batches are sent, since noise depends on them; fewer images of the last may be attacked.
+        attacked = torch.arange(min(left, len(images)))
+        for part in attacked.split(BATCH if search else len(images)):
+            targets = [maps[part].clone() for maps in sent]
+            decoded = decoder.reconstruct(targets).clone()
+            refined = search(decoder.select_features(targets), decoded) if search else decoded
+            yield images[part], decoded, refined
+        left -= len(attacked)
+        if not left:
+            return
+
+
+def _refinement(loader: DefendedFeatureLoader, decoder: DecoderTrainer, method: InvertConfig) -> Search:
+    """The search of an attacker who has the weights."""
+    defence: Defence = loader.encoders.defences[decoder.feature_indices[0]]
+    encoder = loader.encoders.encoder
+
+    def features_of(images: Tensor) -> list[Tensor]:
+        with encoder.gradients():
+            return defence.encode(encoder(images), random=False)
+
+    errors = DecoderErrors.learn(_errors(loader, decoder, features_of))
+
+    def search(targets: list[Tensor], decoded: Tensor) -> Tensor:
+        size = tuple(decoded.shape[-2:])
+        found = invert(
+            features_of, targets, size, start=decoded, method=method, errors=errors, seed=loader.seed
+        )
+        return found.images.detach()
+
+    return search
+
+
+@torch.no_grad()
+def _errors(
+    loader: DefendedFeatureLoader, decoder: DecoderTrainer, features_of: FeaturesOf
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Yield the decoder's errors, in images and in features, on images of the attacker's own it was not fitted on."""
+    own = loader.data.validation
+    for _, images, sent in loader.batches(own, torch.arange(min(HELD_OUT, len(own)))):
+        decoded, wanted = decoder.reconstruct(sent), decoder.select_features(sent)
+        yield images - decoded, [a - b for a, b in zip(features_of(decoded), wanted, strict=True)]
