@@ -39,8 +39,8 @@ class Train:
     sources: Sources
     """Features to rebuild images from, for example resnet34.tv_in1k:layer1."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ("attention",)
-    """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, or a module of one's own,
-    python/package.module:factory or python/FILE.py:factory."""
+    """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, a module of one's own,
+    python/package.module:factory or python/FILE.py:factory, or a published decoder, diffusers/ID_OR_FOLDER."""
     fusion: str = ""
     """Decode all layers as one feature map: sum, aligned, stacked, attention, concat or weighted."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""

@@ -150,7 +150,8 @@ class DecoderConfig:
     """A decoder by name.
 
     Attributes:
-        name: decoder family, or a module of one's own, `python/package.module:factory` or `python/FILE.py:factory`
+        name: decoder family, a module of one's own, `python/package.module:factory` or `python/FILE.py:factory`, or a
+            published one, `diffusers/ID_OR_FOLDER`
         parameters: number of parameters to build it at, within 5 %; None for the family's default size
         options: options of the family, or keyword arguments of the factory
     """
@@ -386,7 +387,7 @@ def folder_name(parts: Sequence[str], digest: str) -> str:
 
 HUB_PREFIX = re.compile(r"^hf[-_]hub:(?=[^:/]+/)", re.IGNORECASE)
 """The optional prefix of `OWNER/NAME`, an encoder in a repository of the Hugging Face hub."""
-PROVIDERS = ("timm", "torchvision", "transformers", "open_clip", "python")
+PROVIDERS = ("timm", "torchvision", "transformers", "open_clip", "diffusers", "python")
 """The libraries that encoders come from, as the beginning of `PROVIDER/MODEL`; the first needs no naming."""
 
 
@@ -416,11 +417,11 @@ def split_provider(model: str) -> tuple[str, str]:
 
 
 def absolute_model(model: str) -> str:
-    """Return an encoder's name with the path in it made absolute: a file of python/, a folder of transformers/."""
+    """Return an encoder's name with the path in it made absolute: a file of python/, a folder of others."""
     provider, rest = split_provider(model)
     file, colon, factory = rest.rpartition(":")
     if provider == "python" and file.endswith(".py"):
         return f"python/{absolute_path(file)}{colon}{factory}"
-    if provider == "transformers" and os.path.isdir(local_path(rest)):
-        return f"transformers/{absolute_path(rest)}"
+    if provider in ("transformers", "diffusers") and os.path.isdir(local_path(rest)):
+        return f"{provider}/{absolute_path(rest)}"
     return model

@@ -1,4 +1,4 @@
-"""Import what somebody else wrote: `python/package.module:factory` or `python/path/to/file.py:factory`."""
+"""Import what others wrote: `python/package.module:factory`, `python/path/to/file.py:factory`, or a library."""
 
 from __future__ import annotations
 
@@ -13,8 +13,22 @@ from typing import Any
 
 from torch import nn
 
-from afterimage.config import AfterimageError, local_path, split_provider, unknown
+from afterimage.config import AfterimageError, first_line, local_path, split_provider, unknown
 from afterimage.runs.files import sha256
+
+
+def library(name: str) -> ModuleType:
+    """Import a library that is an extra.
+
+    Raises:
+        AfterimageError: it is not installed
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise AfterimageError(
+            f"{name}/... needs the library {name} ({first_line(error)}): pip install 'afterimage[{name}]'"
+        ) from None
 
 
 def call_factory(text: str, arguments: Mapping[str, Any] = {}, **options: Any) -> nn.Module:

@@ -122,6 +122,26 @@ def download_url(url: str) -> Path:
     return file
 
 
+def named_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any]:
+    """Read the first of some JSON files of a folder, an absolute path, or of a repository of the hub.
+
+    Raises:
+        AfterimageError: it is not available or not valid
+    """
+    if not Path(name).is_absolute():
+        return repository_config(name, files)
+    found = next((Path(name) / file for file in files if (Path(name) / file).is_file()), None)
+    try:
+        if found is None:
+            raise OSError(f"the folder has no {' and no '.join(files)}")
+        settings = json.loads(found.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it is no table of settings")
+    except (OSError, ValueError) as error:
+        raise AfterimageError(f"cannot read the {files[0]} of {name}: {first_line(error)}") from None
+    return settings
+
+
 @functools.cache
 def repository_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any]:
     """Read the config.json of a repository of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.

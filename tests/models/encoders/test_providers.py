@@ -130,7 +130,7 @@ def assert_encoder_contract(model, size):
 def test_the_names_of_providers_are_those_that_exist():
     assert tuple(NETWORKS) == PROVIDERS
     with pytest.raises(
-        AfterimageError, match="providers: timm, torchvision, transformers, open_clip, python"
+        AfterimageError, match="providers: timm, torchvision, transformers, open_clip, diffusers, python"
     ):
         resolve("torchvision/resnet18")
 

@@ -11,6 +11,7 @@ import torch
 from afterimage.config import AfterimageError, FeatureSpec, absolute_model, unknown
 from afterimage.models.decoders.attention import AttentionDecoder
 from afterimage.models.decoders.base import Decoder
+from afterimage.models.decoders.diffusers import DiffusersDecoder
 from afterimage.models.decoders.frequency import FrequencyDecoder
 from afterimage.models.decoders.linear import LinearDecoder
 from afterimage.models.decoders.own import OwnDecoder
@@ -34,27 +35,31 @@ DECODERS: dict[str, type[Decoder]] = {
 }
 """The decoder families by name."""
 
-FOREIGN: dict[str, type[OwnDecoder]] = {"python": OwnDecoder}
+FOREIGN: dict[str, type[OwnDecoder]] = {"python": OwnDecoder, "diffusers": DiffusersDecoder}
 """The families of decoders that are named as `PROVIDER/NAME`."""
+
+
+SPELLINGS = ("python/package.module:factory", "python/FILE.py:factory", "diffusers/ID_OR_FOLDER")
+"""How those are written, for messages."""
 
 
 def decoder_family(name: str) -> type[Decoder]:
     """Return the class of a decoder.
 
     Args:
-        name: a key of `DECODERS`, or `python/package.module:factory` or `python/FILE.py:factory`
+        name: a key of `DECODERS`, or as one of `SPELLINGS`
 
     Raises:
         AfterimageError: there is no such decoder; the message lists the valid ones
     """
     family = FOREIGN.get(name.partition("/")[0]) if "/" in name else DECODERS.get(name)
     if family is None:
-        raise unknown("decoder", name, [*DECODERS, "python/package.module:factory", "python/FILE.py:factory"])
+        raise unknown("decoder", name, [*DECODERS, *SPELLINGS])
     return family
 
 
 def decoder_digest(name: str) -> str:
-    """Return the SHA-256 of the file that a decoder of one's own is written in; empty for one of `DECODERS`.
+    """Return the SHA-256 of a foreign decoder's file, of its code or its weights; empty for one of `DECODERS`.
 
     Raises:
         AfterimageError: the file is not there
@@ -75,7 +80,7 @@ def create_decoder(
     """Create a decoder for features of given shapes.
 
     Args:
-        name: a key of `DECODERS`, or a module of one's own, `python/package.module:factory` or `python/FILE.py:factory`
+        name: a key of `DECODERS`, or as one of `SPELLINGS`
         specs: measured shapes of the features
         image_size: side of the images in pixels, or `(height, width)`
         seed: seed of the initial weights, which then depend on nothing else; None draws from torch's global

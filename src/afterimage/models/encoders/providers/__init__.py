@@ -6,6 +6,7 @@ import functools
 
 from afterimage.config import AfterimageError, split_provider, split_source
 from afterimage.models.encoders.providers.base import Network
+from afterimage.models.encoders.providers.diffusers import DiffusersNetwork
 from afterimage.models.encoders.providers.open_clip import OpenClipNetwork
 from afterimage.models.encoders.providers.python import OwnNetwork
 from afterimage.models.encoders.providers.timm import TimmNetwork
@@ -17,6 +18,7 @@ NETWORKS: dict[str, type[Network]] = {
     "torchvision": TorchvisionNetwork,
     "transformers": TransformersNetwork,
     "open_clip": OpenClipNetwork,
+    "diffusers": DiffusersNetwork,
     "python": OwnNetwork,
 }
 """The networks of each provider; `config.PROVIDERS` names them, without torch."""

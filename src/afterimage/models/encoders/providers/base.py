@@ -5,17 +5,15 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, first_line, listed
+from afterimage.config import AfterimageError, listed
 from afterimage.models.encoders.match import best_match, nearest
 from afterimage.models.encoders.random_init import Blank, ParameterUses, open_branches, parameter_uses, seeded
 from afterimage.models.encoders.tensor_layout import Size
@@ -136,20 +134,6 @@ def _parameter_uses(network: Network, image_size: Size) -> ParameterUses:
     """Observe a network once for all of its seeds and layers: a pass takes several times as long as the weights."""
     with seeded(0), Blank():
         return parameter_uses(network.create(image_size), image_size)
-
-
-def library(name: str) -> ModuleType:
-    """Import the library of a provider that is an extra.
-
-    Raises:
-        AfterimageError: it is not installed
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise AfterimageError(
-            f"{name}/... needs the library {name} ({first_line(error)}): pip install 'afterimage[{name}]'"
-        ) from None
 
 
 def load_tensors(

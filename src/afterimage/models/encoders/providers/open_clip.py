@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, unknown
 from afterimage.models.encoders.base import size_pair
-from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, library
+from afterimage.models.encoders.providers.base import Convert, Network, blocks_of
 from afterimage.models.encoders.tensor_layout import Size
+from afterimage.models.factories import library
 from afterimage.models.weights import SUFFIXES, Weights, search_weights
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

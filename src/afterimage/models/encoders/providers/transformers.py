@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, absolute_model, first_line, split_provider
 from afterimage.models.encoders.base import size_pair
-from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, library
+from afterimage.models.encoders.providers.base import Convert, Network, blocks_of
 from afterimage.models.encoders.tensor_layout import Size
-from afterimage.models.hub_files import CONFIG, repository_config
+from afterimage.models.factories import library
+from afterimage.models.hub_files import CONFIG, named_config
 from afterimage.models.weights import SNAPSHOT, SUFFIXES, Weights, search_weights
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -61,7 +61,7 @@ class TransformersNetwork(Network):
         """
         transformers = library("transformers")
         name = split_provider(absolute_model(f"transformers/{name}"))[1]
-        settings = _read(name, (CONFIG,))
+        settings = named_config(name, (CONFIG,))
         kind = settings.get("model_type")
         if kind not in transformers.CONFIG_MAPPING:
             raise AfterimageError(
@@ -150,25 +150,9 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read(name: str, files: tuple[str, ...]) -> dict[str, Any]:
-    """Read the first of some JSON files of a folder or a repository of the hub."""
-    if not Path(name).is_absolute():
-        return repository_config(name, files)
-    found = next((Path(name) / file for file in files if (Path(name) / file).is_file()), None)
-    try:
-        if found is None:
-            raise OSError(f"the folder has no {' and no '.join(files)}")
-        settings = json.loads(found.read_bytes())
-        if not isinstance(settings, dict):
-            raise ValueError("it is no table of settings")
-    except (OSError, ValueError) as error:
-        raise AfterimageError(f"cannot read the {files[0]} of {name}: {first_line(error)}") from None
-    return settings
-
-
 def _preparation(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float, ...], Size]:
     """Return mean, standard deviation and image size of a repository's images."""
-    settings = _read(name, PROCESSORS)
+    settings = named_config(name, PROCESSORS)
     settings = settings.get("image_processor", settings)
     try:
         mean, std = ((0.0,) * 3, (1.0,) * 3)

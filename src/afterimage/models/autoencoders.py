@@ -1,0 +1,219 @@
+"""Published autoencoders of diffusers, read by safetensors: an encoder and a decoder, with latents in between."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afterimage.config import AfterimageError, first_line, listed, split_provider
+from afterimage.models.factories import library
+from afterimage.models.hub_files import CONFIG, named_config
+from afterimage.models.weights import Weights, search_weights
+
+NORMALISES = ("AutoencoderRAE",)
+"""Autoencoders that take and return images in [0, 1], and normalise latents by themselves; the images of others lie in
+[-1, 1], and pipelines scale their latents."""
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """What is known of an autoencoder before its weights are read.
+
+    Attributes:
+        name: `diffusers/OWNER/NAME[/SUBFOLDER][@REVISION]`, or `diffusers/FOLDER` with an absolute path
+        kind: its class in diffusers
+        config: its configuration
+    """
+
+    name: str
+    kind: Any = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False, hash=False)
+
+    @classmethod
+    def open(cls, name: str) -> Autoencoder:
+        """Describe an autoencoder by its name.
+
+        Raises:
+            AfterimageError: diffusers is not installed, the repository or folder is not there, or describes no
+                autoencoder of images
+        """
+        diffusers = library("diffusers")
+        repository, revision, folder = _place(name)
+        at = f"@{revision}" if revision else ""
+        config = named_config(f"{repository}{at}", (f"{folder}{CONFIG}",))
+        asked = str(config.get("_class_name"))
+        kind = getattr(diffusers, asked, None) if asked.startswith(("Autoencoder", "VQModel")) else None
+        if kind is None:
+            raise AfterimageError(
+                f"{name} is no autoencoder of diffusers {diffusers.__version__}: its {CONFIG} names the _class_name "
+                f"{asked!r}; of a pipeline name the folder of the autoencoder, such as {name}/vae"
+            )
+        return cls(name, kind, config)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether it normalises images and latents by itself."""
+        return self.kind.__name__ in NORMALISES
+
+    @property
+    def black(self) -> float:
+        """The value of black in its images; white is 1."""
+        return 0.0 if self.normalises else -1.0
+
+    @property
+    def image_size(self) -> int:
+        """The side of the images that it was made for, in pixels."""
+        get = self.config.get
+        if self.normalises:
+            return get("patch_size", 16) * (get("encoder_input_size", 224) // get("encoder_patch_size", 14))
+        size = get("sample_size")
+        return size if isinstance(size, int) and size > 0 else 256
+
+    def find_weights(self, weights: str | Path = "pretrained") -> Weights:
+        """Find its file of weights."""
+        repository, revision, folder = _place(self.name)
+        files = [f"{folder}diffusion_pytorch_model.safetensors{end}" for end in ("", ".index.json")]
+        if Path(repository).is_absolute():
+            return search_weights(self.name, repository if str(weights) == "pretrained" else weights, files)
+        return search_weights(self.name, weights, files, (repository, revision, files))
+
+    def create(self) -> nn.Module:
+        """Build it as diffusers initialises it."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.kind.from_config(dict(self.config)).float().eval()
+        except Exception as error:
+            raise AfterimageError(f"cannot use the {CONFIG} of {self.name}: {first_line(error)}") from None
+
+    def load(self, weights: Weights) -> nn.Module:
+        """Build it with the weights of a file.
+
+        Raises:
+            AfterimageError: a tensor is missing or does not fit
+        """
+        diffusers = library("diffusers")
+        verbosity = diffusers.utils.logging.get_verbosity()
+        diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+        try:
+            module, told = self.kind.from_pretrained(
+                weights.file.parent,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise AfterimageError(f"{weights.file} does not fit {self.name}: {first_line(error)}") from None
+        finally:
+            diffusers.utils.logging.set_verbosity(verbosity)
+        if missing := sorted(told["missing_keys"]):
+            raise AfterimageError(f"{weights.file} lacks {listed(missing)} of {self.name}")
+        return module.eval()
+
+
+class ToLatents(nn.Module):
+    """Images to latents, as a diffusion model sees them.
+
+    Args:
+        autoencoder: of which the decoder is not kept
+    """
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = _without(autoencoder, "decoder", "post_quant_conv")
+        self.latents = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if type(self.autoencoder).__name__ in NORMALISES:
+            return self.latents(self._of_tower(images))
+        encoded = self.autoencoder.encode(images)
+        for name in ("latent", "latents"):
+            if hasattr(encoded, name):
+                return self.latents(normalised(self.autoencoder, getattr(encoded, name)))
+        return self.latents(normalised(self.autoencoder, encoded.latent_dist.mode()))
+
+    def _of_tower(self, images: Tensor) -> Tensor:
+        """Do what a representation autoencoder's `encode` does, on images of any size and shape.
+
+        It resizes all images to one size; here the factor is the same for all, so that a map grows with its image.
+        """
+        own, config = self.autoencoder, self.autoencoder.config
+        factor = own.encoder_input_size / own.decoder_image_size
+        if factor != 1:
+            size = [round(side * factor) for side in images.shape[-2:]]
+            images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+        cells = [side // config.encoder_patch_size for side in images.shape[-2:]]
+        patch = (config.encoder_patch_size,) if config.encoder_type == "mae" else ()
+        tokens = own._encoder_forward_fn(own.encoder, (images - own.encoder_mean) / own.encoder_std, *patch)
+        return own._normalize_latents(tokens.mT.unflatten(2, cells)) * config.scaling_factor
+
+
+class FromLatents(nn.Module):
+    """Latents to images.
+
+    Args:
+        autoencoder: of which the encoder is not kept
+        raw: whether it is given features that are not normalised yet, and normalises them first
+        black: the value of black in the autoencoder's images
+    """
+
+    def __init__(self, autoencoder: nn.Module, raw: bool, black: float) -> None:
+        super().__init__()
+        self.autoencoder = _without(autoencoder, "encoder", "quant_conv")
+        self.raw, self.image_range = raw, (black, 1.0)
+        self.requires_grad_(False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        own = type(self.autoencoder).__name__ in NORMALISES
+        if self.raw and own:
+            latents = self.autoencoder._normalize_latents(latents) * self.autoencoder.config.scaling_factor
+        if not self.raw and not own:
+            mean, std = _statistics(self.autoencoder)
+            latents = latents * std + mean
+        return self.autoencoder.decode(latents).sample
+
+
+def normalised(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """Return latents as a diffusion model sees them, of those that `encode` returns."""
+    if type(autoencoder).__name__ in NORMALISES:
+        return latents
+    mean, std = _statistics(autoencoder)
+    return (latents - mean) / std
+
+
+def _statistics(autoencoder: nn.Module) -> tuple[Any, Any]:
+    """Return the mean and the standard deviation by which pipelines normalise latents."""
+    config = autoencoder.config
+    scale = config.get("scaling_factor") or 1.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        parameter = next(autoencoder.parameters())
+        mean, std = (torch.as_tensor(v, dtype=torch.float32, device=parameter.device) for v in (mean, std))
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1) / scale
+    return config.get("shift_factor") or 0.0, 1 / scale
+
+
+def _without(autoencoder: nn.Module, *parts: str) -> nn.Module:
+    for name in parts:
+        if isinstance(getattr(autoencoder, name, None), nn.Module):
+            setattr(autoencoder, name, nn.Identity())
+    return autoencoder
+
+
+def _place(name: str) -> tuple[str, str | None, str]:
+    """Return the repository or the folder, the revision, and the folder in the repository, which ends in a slash."""
+    where = split_provider(name)[1]
+    if Path(where).is_absolute():
+        return where, None, ""
+    where, _, revision = where.partition("@")
+    owner, *rest = where.split("/")
+    return "/".join([owner, *rest[:1]]), revision or None, "".join(f"{part}/" for part in rest[1:])

@@ -1,0 +1,61 @@
+"""The encoders of published autoencoders: `diffusers/FOLDER:latents`, or a repository of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from afterimage.config import AfterimageError, absolute_model, listed
+from afterimage.models.autoencoders import Autoencoder, ToLatents
+from afterimage.models.encoders.providers.base import Network, blocks_of
+from afterimage.models.encoders.tensor_layout import Size
+from afterimage.models.weights import Weights
+
+BLOCKS = tuple(
+    f"autoencoder.encoder.{path}"
+    for path in ("encoder.layer", "encoder.layers", "vision_model.encoder.layers")
+)
+"""Where the towers of representation autoencoders keep their blocks."""
+
+
+@dataclass(frozen=True)
+class DiffusersNetwork(Network):
+    """The encoder of an autoencoder of diffusers; its layer `latents` is what a diffusion model sees of an image.
+
+    Attributes:
+        autoencoder: the whole of it
+    """
+
+    autoencoder: Autoencoder | None = field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, name: str) -> DiffusersNetwork:
+        name = absolute_model(f"diffusers/{name}")
+        found = Autoencoder.open(name)
+        mean, std = (0.0, 1.0) if found.normalises else (0.5, 0.5)
+        size = (found.image_size, found.image_size)
+        return cls(name, (mean,) * 3, (std,) * 3, size, autoencoder=found)
+
+    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
+        with torch.device(device):
+            return ToLatents(self.autoencoder.create()).eval()
+
+    def find_weights(self, weights: str | Path = "pretrained") -> Weights:
+        return self.autoencoder.find_weights(weights)
+
+    def load(
+        self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
+    ) -> tuple[nn.Module, str]:
+        module = ToLatents(self.autoencoder.load(weights)).eval()
+        state = module.state_dict()
+        broken = [names[0] for names in used if not state[names[0]].isfinite().all()]
+        if broken:
+            raise AfterimageError(f"{weights.file} holds values that are not finite, in {listed(broken)}")
+        return module, ""
+
+    def aliases(self, module: nn.Module) -> dict[str, str]:
+        return blocks_of(module, *BLOCKS) | {"latents": "latents"}
