@@ -1,4 +1,4 @@
-"""`afterimage bench`: what training, evaluating and starting cost, beside a plain reference in the same run."""
+"""`python -m benchmarks`: what training, scoring, searching and starting cost, beside a plain reference, in one run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from afterimage.config import AfterimageError, unknown
 from afterimage.runs.environment import environment
 from afterimage.runs.files import write_json
 from afterimage.runtime.threads import cores
-from benchmarks import equal_time, gpu, growth, memory, quality, scoring, startup, stream, training
+from benchmarks import equal_time, gpu, growth, memory, quality, scoring, search, startup, stream, training
 from benchmarks.child import in_child
 from benchmarks.rows import Row, print_rows, row_line
 from benchmarks.settings import Settings
@@ -33,6 +33,7 @@ MEASUREMENTS: dict[str, Callable[[Settings], Iterable[Row]]] = {
     "growth": growth.growth,
     "stream": stream.stream,
     "time-to-quality": quality.time_to_quality,
+    "search": search.search,
     "gpu": gpu.gpu,
     "decoders": equal_time.decoders,
 }
@@ -41,7 +42,7 @@ ON_REQUEST = ("decoders",)
 ONE_ROW = ("epoch-2k", "epoch-256", "memory")
 QUICK_ORDER = (
     *("epoch-256", "evaluate", "memory", "together", "startup"),
-    *("gpu", "time-to-quality", "epoch-2k", "growth", "stream"),
+    *("gpu", "time-to-quality", "search", "epoch-2k", "growth", "stream"),
 )
 """With `quick`: first what tells most for the time it takes."""
 QUICK_SECONDS = 120

@@ -1,5 +1,6 @@
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -298,3 +299,20 @@ def test_settings_outside_their_limits_are_named(arguments, message, capsys):
 def test_without_photographs_the_time_to_quality_says_so(tmp_path):
     rows = list(MEASUREMENTS["time-to-quality"](Settings(tmp_path)))
     assert len(rows) == 2 and all("needs photographs" in row.unavailable for row in rows)
+
+
+def test_the_search_is_timed_until_it_is_as_near_as_the_plain_one(originals, tmp_path, monkeypatch):
+    from benchmarks import search
+
+    monkeypatch.setattr(search, "PASSES", 8)
+    assert all("needs photographs" in row.unavailable for row in search.search(Settings(tmp_path)))
+    config = replace(run(originals, "linear"), lpips="squeeze")
+    try:
+        row = search._row(Settings(tmp_path, quick=True), "search", Goal("ratio", 2.0), config)
+    except AfterimageError as error:
+        pytest.skip(f"LPIPS is not there: {error}")
+    assert "the plain search comes to" in row.notes[0]
+    if row.unavailable:
+        assert "ours does not get there" in row.unavailable
+    else:
+        assert row.ours[0] > 0 and row.reference[0] > 0 and "ends at" in row.notes[1]

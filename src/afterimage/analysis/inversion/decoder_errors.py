@@ -28,7 +28,8 @@ class DecoderErrors:
         spectrum: symmetric roots `(radii, 3, 3)` of the covariance of red, green and blue of original less decoded
             image at each frequency, averaged over images and over frequencies of one radius
         whitening: for each feature map the `(C, C)` matrix that turns the difference between the features of the
-            decoded image and of the original into values of unit variance, uncorrelated between channels
+            decoded image and of the original into values of unit variance, uncorrelated between channels; None compares
+            features as they are
 
     The search for an image sees both as a Gaussian posterior does: what is changed first is what the decoder usually
     gets wrong, and what is compared is how unusual the remaining error is. Where a few channels are much larger
@@ -36,7 +37,7 @@ class DecoderErrors:
     """
 
     spectrum: Spectrum
-    whitening: tuple[Whitening, ...]
+    whitening: tuple[Whitening, ...] | None
 
     @classmethod
     @torch.no_grad()

@@ -161,7 +161,7 @@ def invert_run(
     options: dict[str, Any] = {"metrics": metrics, "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
         start = _start(run, reconstructor, given, metrics, device)
-        errors, note = _errors(reconstructor, given, device)
+        errors, note = decoder_errors(reconstructor, given, device)
         refinement = Refinement(reconstructor, method, errors, seed)
         made_for = _made_for(reconstructor.encoders, start.run.name, start.digest, given)
         aside = folders["refined"].path / "validation"
@@ -279,9 +279,10 @@ def invert_sources(
     batches.clear()
 
 
-def _errors(
+def decoder_errors(
     reconstructor: Reconstructor, given: InversionInputs, device: str
 ) -> tuple[DecoderErrors | None, list[str]]:
+    """Learn a decoder's errors on validation images; None without any, and what a reader has to know of it."""
     if given.validation is None:
         return None, [
             "the decoder's errors are not known, natural images stand for them: no validation images"

@@ -1,0 +1,115 @@
+"""Time until a search for images has come as near as the plain one: whitened and in bfloat16 against neither."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from afterimage.analysis.inversion.inputs import InversionInputs, from_data
+from afterimage.analysis.inversion.invert import Snapshot
+from afterimage.analysis.inversion.measure import curve_steps
+from afterimage.analysis.inversion.run import Refinement, decoder_errors
+from afterimage.config import AfterimageError, RunConfig
+from afterimage.config.inversion import InvertConfig
+from afterimage.evaluation.metrics import Metrics
+from afterimage.experiments.queue import train_runs
+from afterimage.runtime.device import device_name
+from afterimage.training.checkpoint import load_reconstructor
+from benchmarks.rows import Goal, Row
+from benchmarks.settings import Settings
+
+SOURCES = (
+    "resnet18.tv_in1k:layer3",
+    "vit_tiny_patch16_224.augreg_in21k_ft_in1k:block5",
+    "vit_tiny_patch16_224.augreg_in21k_ft_in1k:block11",
+)
+PASSES = 200
+GOAL = 2.0
+TOLERANCE = 0.05
+"""dB by which ours may end below, where its LPIPS is no higher: what one image's PSNR changes from run to run."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """How near a search has come after so many passes and seconds of the processor, an image on average."""
+
+    passes: int
+    seconds: float
+    psnr: float
+    lpips: float
+
+    def __str__(self) -> str:
+        return f"{self.psnr:.2f} dB, LPIPS {self.lpips:.3f} after {self.passes} passes"
+
+
+def search(settings: Settings) -> Iterator[Row]:
+    """Processor seconds an image until a search from `linear` is as near as the plain one after 200 passes."""
+    for source in SOURCES:
+        what = f"{source}: seconds an image to the PSNR and LPIPS of the plain search"
+        goal = Goal("ratio", GOAL)
+        if not settings.data:
+            unavailable = "needs photographs: --data folder:PATH with train and test"
+            yield Row("search", what, goal=goal, unavailable=unavailable)
+            continue
+        full = replace(settings, quick=False)
+        try:
+            run = full.run(source, "linear", settings.data, weights="pretrained")
+            yield _row(settings, what, goal, replace(run, lpips="squeeze"))
+        except AfterimageError as error:
+            yield Row("search", what, goal=goal, unavailable=str(error))
+
+
+def _row(settings: Settings, what: str, goal: Goal, config: RunConfig) -> Row:
+    device = device_name(settings.accelerator)
+    root = Path(settings.fresh("search"))
+    (run,) = train_runs(
+        config, root, cache=root / "cache", accelerator=settings.accelerator, keep=0, progress=settings.say
+    )
+    reconstructor = load_reconstructor(run).to(device)
+    count = 2 if settings.quick else 4
+    given = from_data(replace(config.data, limit_test=count), cache=root / "cache", progress=settings.say)
+    errors, _ = decoder_errors(reconstructor, given, device)
+    metrics = Metrics("squeeze", size=config.data.crop)
+    if not metrics.lpips_status.available:
+        raise AfterimageError(f"LPIPS is part of what is reached: {metrics.lpips_status}")
+    plain = Refinement(reconstructor, InvertConfig(steps=PASSES), replace(errors, whitening=None), 0)
+    ours = Refinement(reconstructor, InvertConfig(steps=PASSES, precision=config.recipe.precision), errors, 0)
+    *_, reference = _curve(plain, given, metrics, device)
+    settings.say(f"the plain search: {reference}", 1, 1)
+    points = _curve(ours, given, metrics, device)
+    near = (p for p in points if p.psnr >= reference.psnr - TOLERANCE and p.lpips <= reference.lpips)
+    reached = next(near, None)
+    settings.say(f"ours: {reached}", 1, 1)
+    notes = [f"the plain search comes to {reference}"]
+    if reached is None:
+        return Row(
+            "search", what, goal=goal, notes=notes, unavailable=f"ours does not get there: {points[-1]}"
+        )
+    notes += [
+        f"ours, in {config.recipe.precision}, is there with {reached}, and ends at {points[-1]}",
+        f"{count} test photographs, {torch.get_num_threads()} threads; looking at the images is off the clock",
+    ]
+    return Row("search", what, "s", [reached.seconds], [reference.seconds], goal=goal, notes=notes)
+
+
+def _curve(refinement: Refinement, given: InversionInputs, metrics: Metrics, device: str) -> list[Point]:
+    """What a search comes to after each of its milestones, on all images at once."""
+    images = given.images.crops(torch.arange(len(given.images)), device=device)
+    points: list[Point] = []
+    watched, started = 0.0, time.process_time()
+
+    def look(snapshot: Snapshot) -> None:
+        nonlocal watched
+        now = time.process_time()
+        scores = metrics(snapshot.images, images)
+        means = (statistics.fmean(scores[name]) for name in ("psnr", "lpips"))
+        points.append(Point(snapshot.step, (now - started - watched) / len(images), *means))
+        watched += time.process_time() - now
+
+    refinement(images, callback=look, milestones=curve_steps(refinement.steps))
+    return points
