@@ -105,3 +105,18 @@ def test_every_command_decoder_fusion_and_study_is_explained():
 def test_the_studies_shown_are_studies():
     texts = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
     assert texts and all(from_dict(StudyConfig, tomllib.loads(text)) for text in texts)
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path, monkeypatch):
+    pytest.importorskip("mkdocs", reason="mkdocs-material is not installed (pip install 'afterimage[docs]')")
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    for page in ("index", "guide/index", "reference/index"):
+        text = (tmp_path / f"{page}.html").read_text(encoding="utf-8")
+        assert not re.findall(
+            r"<(?:script|img)[^>]* src=\"https?:|<link[^>]*stylesheet[^>]*href=\"https?:", text
+        )
+    assert '<h3 id="reconstructor"' in text
