@@ -13,7 +13,7 @@ from test_study import SMALL as STUDY
 
 def test_flags_replace_the_studys_own_settings():
     study = Study(
-        "published", data="procedural:9", resize=80, crop=64, limit_train=5, limit_validation=3, limit_test=2,
+        "published", data="procedural:9", resize=80, size="64", limit_train=5, limit_validation=3, limit_test=2,
         epochs=2, batch_size=4, seeds=(7, 8), loss="mse", precision="bf16-mixed", weights="random", lpips="squeeze",
     )._changed(load_study("published"))  # fmt: skip
     configs = expand(study)

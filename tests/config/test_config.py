@@ -25,6 +25,8 @@ from afterimage.config import (
     load_toml,
     local_path,
     parse_count,
+    size_pair,
+    size_text,
     split_source,
     to_dict,
 )
@@ -328,3 +330,36 @@ def test_any_name_of_a_file_is_kept(name):
     assert Path(local_path(absolute)).resolve() == Path(path).resolve()
     config = DataConfig(f"folder:{path}")
     assert DataConfig(**to_dict(config)) == config
+
+
+def test_a_size_is_a_side_or_height_by_width():
+    assert [size_pair(size) for size in (7, "7", (3, 5), "3x5")] == [(7, 7), (7, 7), (3, 5), (3, 5)]
+    assert [size_text(size_pair(size)) for size in ("256x256", "256x384")] == ["256", "256x384"]
+    for wrong in ("", "x", "3x", "ax3", "3x5x7", "0", "-3", "3.5", (3, 5, 7)):
+        with pytest.raises(
+            AfterimageError, match="the side of a square in pixels, such as 224, or HEIGHTxWIDTH"
+        ):
+            size_pair(wrong)
+
+
+def test_one_size_has_one_digest():
+    """However a size is written; and images of another shape are another run."""
+    configs = [RunConfig(("a:b",), data=DataConfig(crop=crop)) for crop in (224, "224", "224x224", "224x256")]
+    assert len({config.digest for config in configs}) == 2
+    assert configs[0].digest == configs[2].digest and to_dict(configs[2])["data"]["crop"] == 224
+    assert from_dict(RunConfig, to_dict(configs[3])) == configs[3] and configs[3].data.size == (224, 256)
+
+
+def test_a_size_brings_the_resize_that_it_needs():
+    data = DataConfig()
+    assert (data.sized("384").resize, data.sized("64x96").resize, data.sized("64", 80).resize) == (
+        384,
+        256,
+        80,
+    )
+    with pytest.raises(AfterimageError, match=r"crop .384x512. must not be larger than resize .300."):
+        data.sized("384x512", 300)
+    with pytest.raises(AfterimageError, match=r"data.crop must be int, got a list"):
+        from_dict(RunConfig, {"sources": ["a:b"], "data": {"crop": [3, 5]}})
+    with pytest.raises(AfterimageError, match="needs an encoder, whose size it is"):
+        _ = data.sized("native").size

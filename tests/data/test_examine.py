@@ -162,7 +162,7 @@ def test_streamed_images_say_what_was_not_examined(tmp_path, monkeypatch):
 def test_files_of_ones_own_say_the_same(tmp_path):
     write(tmp_path, lambda n: (smooth(n) > 99).astype(np.uint8), 2)
     paths = sorted(tmp_path.glob("*.png"))
-    narrow, enlarged = file_notes(paths, 90)
+    narrow, enlarged = file_notes(paths, DataConfig(resize=90, crop=64))
     assert "narrow range of values: 2 of 2 images use only values from 0 to 1" in narrow
     assert "enlarged: 2 of 2 images, the side 1.5 times" in enlarged
     assert from_files(paths, resize=90, crop=64).notes == (narrow, enlarged)

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from torchvision.transforms.functional import center_crop
 
 from afterimage.config import DataConfig
-from afterimage.data.dataset import load_data
+from afterimage.data.dataset import load_data, prepare_image
 from afterimage.data.images import ImageSet, gather_crops
 from afterimage.data.pixel_cache import Blob, Slot
 from afterimage.data.sampling import centre_places, crop_places, order
-from some_images import write_images
+from some_images import some_image, write_images
 
 numbers = st.integers(-(2**70), 2**70)
 
 
-def make_images(sizes: list[tuple[int, int]], crop: int) -> ImageSet:
+def make_images(sizes: list[tuple[int, int]], crop: int | tuple[int, int]) -> ImageSet:
     """Images of these heights and widths in which every value is different from its neighbours'."""
     parts, slots, offset = [], {}, 0
     for number, (height, width) in enumerate(sizes):
@@ -84,6 +84,30 @@ def test_centre_crops_are_exact():
         assert torch.equal(crop, center_crop(sample_images.whole(index), [24]).to(torch.float32) / 255)
 
 
+@pytest.mark.parametrize("limit", [10**6, 0], ids=["kept", "streamed"])
+def test_crops_that_are_not_square(tmp_path, monkeypatch, limit):
+    """An image is resized until it covers a box of the crop's shape, whose shorter side is `resize`."""
+    monkeypatch.setattr("afterimage.data.dataset.STREAM_ABOVE", limit)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, size in enumerate([(90, 60), (60, 90), (61, 61), (200, 50)]):
+        some_image(number, *size).save(folder / f"{number}.png")
+    config = DataConfig(f"folder:{folder}", resize=40, crop="30x45")
+    assert (config.size, config.box) == ((30, 45), (40, 60))
+    data = load_data(config, cache=tmp_path / "cache")
+    whole, sides = {}, {}
+    for part in (data.train, data.validation, data.test):
+        assert part.streamed == (limit == 0)
+        assert part.crops(range(len(part)), seed=1).shape == (len(part), 3, 30, 45)
+        for index, name in enumerate(part.ids):
+            (crop,) = part.crops([index])
+            whole[name], sides[name] = tuple(part.whole(index).shape[1:]), part.sides[index]
+            assert torch.equal(crop, center_crop(part.whole(index), [30, 45]).float() / 255)
+            assert torch.equal(crop, prepare_image(folder / name, config)[0])
+    assert whole == {"0.png": (40, 60), "1.png": (90, 60), "2.png": (60, 60), "3.png": (40, 160)}
+    assert sides == {"0.png": 60, "1.png": 40, "2.png": 40, "3.png": 50}
+
+
 def test_random_crops_are_parts_of_the_image_flipped_or_not():
     sample_images = make_images([(30, 45)] * 12, crop=24)
     crops = sample_images.crops(range(12), seed=1, epoch=2)
@@ -106,16 +130,16 @@ def test_a_crop_depends_on_nothing_but_seed_epoch_and_index(indices, seed, epoch
     )
 
 
-@given(st.integers(0, 2**40), st.integers(0, 100))
+@given(st.integers(0, 2**40), st.integers(0, 100), st.sampled_from([20, (13, 20), (20, 9)]))
 @settings(max_examples=40, deadline=None)
-def test_the_gather_on_a_device_equals_the_copies(seed, epoch):
+def test_the_gather_on_a_device_equals_the_copies(seed, epoch, crop):
     sizes = [(20, 33), (41, 20), (20, 20), (29, 27), (20, 21), (22, 50)]
-    sample_images = make_images(sizes, crop=20)
+    sample_images = make_images(sizes, crop)
     heights, widths = np.array(sizes).T
-    top, left, flip = crop_places(heights, widths, 20, np.arange(6), seed, epoch)
+    top, left, flip = crop_places(heights, widths, crop, np.arange(6), seed, epoch)
     offsets = np.array([sample_images.blob.slots[content].offset for content in sample_images.content])
     pixels = torch.from_numpy(sample_images.blob.pixels)
-    crops = gather_crops(pixels, offsets + top * widths + left, heights, widths, flip, 20)
+    crops = gather_crops(pixels, offsets + top * widths + left, heights, widths, flip, crop)
     assert torch.equal(crops.to(torch.float32) / 255, sample_images.crops(range(6), seed=seed, epoch=epoch))
 
 

@@ -130,7 +130,7 @@ def test_a_image_that_changes_while_it_is_read_is_an_error(folder, tmp_path):
     content, _, _ = original.content(FileDigests(tmp_path, folder), 24)
     some_image(99).save(folder / "0000.png")
     with pytest.raises(AfterimageError, match=r"0000\.png: changed"):
-        original.image(24, content)
+        original.image((24, 24), content)
 
 
 FAULTS = ["cut", "empty", "flipped pixel", "flipped index", "flipped footer", "other"]

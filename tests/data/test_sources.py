@@ -382,4 +382,4 @@ def test_procedural_images_to_test_on_are_others_than_those_to_train_on(tmp_path
     data = load("procedural:6", tmp_path, test="procedural:6")
     assert not set(data.test.ids) & set(data.train.ids + data.validation.ids)
     assert data.train.ids == load("procedural:6", tmp_path, test="photographs").train.ids
-    assert DeadLeaves(0, 3).image(24, "").size == (30, 24)
+    assert DeadLeaves(0, 3).image((24, 24), "").size == (30, 24)

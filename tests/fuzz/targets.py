@@ -251,7 +251,7 @@ def image(data: bytes) -> None:
     with mock.patch.object(decode, "MAX_PIXELS", 2**22):
         found = refused(decode.decode, data, "image")
         if found is not None:
-            small = decode.shorter_side(found, 16)
+            small = decode.cover(found, 16)
             assert found.mode == "RGB" and min(small.size) == 16 and max(small.size) <= 16 * decode.MAX_ASPECT
 
 

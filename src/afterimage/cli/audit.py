@@ -65,10 +65,10 @@ class Audit:
     `random-init`: as its library initialises it), or a file or folder."""
     prediction: str = ""
     """What the network returns: classes, embedding, or auto."""
+    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
+    """Size of the crop in pixels (default 224): 256, 256x384 (height x width), or native, the encoder's own."""
     resize: int | None = None
-    """Shorter side in pixels after resizing (default 256)."""
-    crop: int | None = None
-    """Side of the crop in pixels (default 224)."""
+    """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
     limit_test: int | None = None
     """Use only so many test images."""
     epochs: int | None = None
@@ -121,7 +121,7 @@ class Audit:
         from afterimage.config.inversion import EstimateConfig
 
         base = None if self.config is None else load_toml(AuditConfig, self.config)
-        data = {"source": self.data, "test": self.test, **self._of("resize", "crop", "limit_test")}
+        data = {"source": self.data, "test": self.test, **self._of("limit_test")}
         attackers = self._of(
             "decoders",
             "refine_steps",
@@ -146,6 +146,8 @@ class Audit:
         for name, (cls, values) in nested.items():
             values = {key: value for key, value in values.items() if _is_given(value)}
             given[name] = replace(cls() if base is None else getattr(base, name), **values)
+        if self.size or self.resize is not None:
+            given["data"] = given["data"].sized(self.size or given["data"].crop, self.resize)
         return AuditConfig(**given) if base is None else replace(base, **given)
 
     def _of(self, *names: str, **fields: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Evaluate:
         run = Run.open(self.run_folder)
         if self.output is not None:
             check_file(self.output, "--output")
-        metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
+        metrics = Metrics(self.lpips or run.lpips_net, size=min(run.config.data.size))
         with Display() as display:
             rows, _ = evaluate_run(
                 run, metrics, test=self.data, weights=self.weights, cache=self.cache,

@@ -32,10 +32,10 @@ class Extract:
     """Another source whose images are the test set."""
     split: str = "all"
     """Which images: train, validation, test or all."""
-    resize: int = 256
-    """Shorter side in pixels after resizing."""
-    crop: int = 224
-    """Side of the centre crop in pixels."""
+    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = "224"
+    """Size of the centre crop in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
+    resize: int | None = None
+    """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
     limit_train: int | None = None
     """Use only so many training images."""
     limit_validation: int | None = None
@@ -67,12 +67,10 @@ class Extract:
         data = DataConfig(
             source=self.data,
             test=self.test,
-            resize=self.resize,
-            crop=self.crop,
             limit_train=self.limit_train,
             limit_validation=self.limit_validation,
             limit_test=self.limit_test,
-        )
+        ).sized(self.size, self.resize)
         wanted = Extraction(
             self.sources, data, self.split, self.weights, self.seed, self.dtype, self.shard_images,
             self.batch_size,

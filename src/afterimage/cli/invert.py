@@ -38,6 +38,9 @@ class Invert:
     """Run folders whose decoders to start from; or layers as model:layer, to start from grey. And image files."""
     data: str = ""
     """A source of images such as folder:PATH, instead of files or of a run's own."""
+    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
+    """With MODEL:LAYER: size of the crop in pixels (default 224): 256, 256x384 (height x width), or native, the
+    encoder's own. A run's images have the size that it was trained on."""
     max_images: int | None = None
     """Only the first images of the source's test split."""
     method: str = "fourier"
@@ -113,6 +116,8 @@ class Invert:
             raise AfterimageError(f"a run's layers are its own; leave out {', '.join(sources)}")
         if self.refine_only and not folders:
             raise AfterimageError("--refine-only needs a RUN: without a decoder there is nothing to refine")
+        if folders and self.size:
+            raise AfterimageError("a run's images have their size; leave out --size")
         if files and self.data:
             raise AfterimageError("give image files or --data, not both")
         if not folders and not (sources and (files or self.data)):
@@ -156,19 +161,20 @@ class Invert:
         from afterimage.analysis.inversion.run import invert_sources
         from afterimage.config.inversion import InversionConfig
         from afterimage.evaluation.metrics import Metrics
+        from afterimage.models.encoders.providers import at_native_size
         from afterimage.models.reconstructor import MultiEncoder
         from afterimage.runs.run import Run
 
-        given = self._given(
-            files, DataConfig(source=self.data or "photographs", limit_test=self.max_images), progress
-        )
+        data = DataConfig(source=self.data or "photographs", limit_test=self.max_images)
+        data = at_native_size(data.sized(self.size) if self.size else data, sources)
+        given = self._given(files, data, progress)
         lpips = self.lpips or LPIPS_NETS[0]
-        where, size = self.weights or "pretrained", given.config.crop
+        where, size = self.weights or "pretrained", given.config.size
         encoders = MultiEncoder(sources, weights=where, image_size=size, seed=self.seed).to(device)
         config = InversionConfig(encoders.sources, where, "", method, given.config, self.seed, lpips)
         folder = Run.create(self.output_dir, config)
         if folder.state != "done":
-            metrics = Metrics(lpips, size=size)
+            metrics = Metrics(lpips, size=min(size))
             options = {"metrics": metrics, "seed": self.seed, "device": device, "progress": progress}
             invert_sources(folder, encoders, method, given, **options)
         return folder

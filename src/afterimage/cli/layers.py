@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.config import MAX_SIDE, Axis, check_range
+from afterimage.config import MAX_SIDE, NATIVE, Axis, check_range, size_pair
 from afterimage.runs.results import FeatureMap
 from afterimage.runtime.terminal import console, say
 
@@ -19,22 +19,25 @@ class Layers:
 
     model: Annotated[str, tyro.conf.Positional]
     """[PROVIDER/]MODEL, for example resnet34.tv_in1k; without a tag the library's default weights are meant."""
-    image_size: int = 224
-    """Side of the image in pixels."""
+    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--image-size",))] = "224"
+    """Size of the image in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
     all_modules: bool = False
     """List each module whose output can be inverted, not only stages and blocks."""
 
     def run(self) -> None:
-        check_range("--image-size", self.image_size, 1, MAX_SIDE)
+        size = None if self.size == NATIVE else size_pair(self.size, "--size")
+        check_range("--size", max(size or (1,)), 1, MAX_SIDE)
         from afterimage.models.encoders.layers import early_end, list_layers, list_named
+        from afterimage.models.encoders.providers import open_network
 
-        layers = list_layers(self.model, self.image_size, every=self.all_modules)
-        print_layers(self, layers + list_named(self.model, self.image_size))
-        if ended := early_end(self.model, self.image_size):
+        size = size or open_network(self.model).native_size
+        layers = list_layers(self.model, size, every=self.all_modules)
+        print_layers(self, size, layers + list_named(self.model, size))
+        if ended := early_end(self.model, size):
             say(f"WARNING: {ended}")
 
 
-def print_layers(asked: Layers, layers: Sequence[FeatureMap]) -> None:
+def print_layers(asked: Layers, size: tuple[int, int], layers: Sequence[FeatureMap]) -> None:
     """Print the table of layers, and what they do not see."""
     from rich.table import Table
 
@@ -60,7 +63,7 @@ def print_layers(asked: Layers, layers: Sequence[FeatureMap]) -> None:
             f"{layer.channels}×{layer.height}×{layer.width}",
             f"{layer.reduction:g}",
             f"{layer.locations:,}",
-            f"{layer.values / (3 * asked.image_size**2):.3f}",
+            f"{layer.values / (3 * size[0] * size[1]):.3f}",
             f"{layer.encoder_parameters:,}",
             f"{layer.encoder_macs / 1e6:,.1f} M",
             *([_placement(layer.rows, layer.columns)] if placed else []),

@@ -66,10 +66,10 @@ class Reconstruct:
         from afterimage.experiments.inference import rebuild, side_by_side
         from afterimage.runtime.device import device_name
 
-        metrics = Metrics(self.lpips or run.lpips_net, size=run.config.data.crop)
+        metrics = Metrics(self.lpips or run.lpips_net, size=min(run.config.data.size))
         (rebuilt,) = rebuild(images, run, metrics, weights=self.weights, device=device_name(self.device))
         side_by_side(rebuilt, output)
-        notes = file_notes(images, run.config.data.resize)
+        notes = file_notes(images, run.config.data)
         say(*image_lines(rebuilt.scores, metrics.lpips_status), *notes)
         say(f"saved: {shown(output)} (original left, reconstruction right)")
 
@@ -94,9 +94,9 @@ class Reconstruct:
             )
             raise AfterimageError(f"the runs see images at different sizes ({told}); give those of one size")
         names, device = _names(images), device_name(self.device)
-        ((resize, crop),) = sizes
+        data = rows.decoders[0].config.data
         nets = {row.run: self.lpips or row.lpips.net for row in rows.decoders}
-        metrics = {net: Metrics(net, size=crop) for net in nets.values()}
+        metrics = {net: Metrics(net, size=min(data.size)) for net in nets.values()}
         found: dict[Run, dict[str, Rebuilt]] = {}
         with Display() as display:
             for number, row in enumerate(rows.decoders):
@@ -110,7 +110,7 @@ class Reconstruct:
             for name, rebuilt in found[row.run].items():
                 lines = image_lines(rebuilt.scores, metrics[nets[row.run]].lpips_status)
                 say(f"{row.label}, {name}: {', '.join(lines)}")
-        say(*file_notes(images, resize))
+        say(*file_notes(images, data))
         for left in rows.unfinished:
             say(f"left out: {left.run.name} ({left.state})")
         drawings = own_images(rows, found)

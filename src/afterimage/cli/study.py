@@ -47,10 +47,11 @@ class Study:
     """Images instead of the study's own: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], ..."""
     test: str = ""
     """Another source whose images are the test set."""
+    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
+    """Size of the crop in pixels, instead of the study's own: 256, 256x384 (height x width), or native, each
+    encoder's own."""
     resize: int | None = None
-    """Shorter side in pixels after resizing, instead of the study's own."""
-    crop: int | None = None
-    """Side of the crop in pixels, instead of the study's own."""
+    """Shorter side in pixels after resizing, before the crop, instead of the study's own."""
     limit_train: int | None = None
     """Use only so many training images."""
     limit_validation: int | None = None
@@ -177,14 +178,17 @@ class Study:
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
         """The study with what the command line says in place of its own."""
-        data = self._given("resize", "crop", "limit_train", "limit_validation", "limit_test")
+        data = self._given("limit_train", "limit_validation", "limit_test")
+        images = study.data
+        if self.size or self.resize is not None:
+            images = images.sized(self.size or images.crop, self.resize)
         data |= {"source": self.data} if self.data else {}
         data |= {"test": self.test} if self.data or self.test else {}
         recipe = self._given("epochs", "batch_size")
         estimate = {"images": self.estimate_images} if self.estimate_images is not None else {}
         recipe |= {name: text for name in ("loss", "precision") if (text := getattr(self, name))}
         changed = {
-            "data": replace(study.data, **data),
+            "data": replace(images, **data),
             "recipe": replace(study.recipe, **recipe),
             "rows": tuple(
                 replace(row, recipe={key: row.recipe[key] for key in row.recipe if key not in recipe})

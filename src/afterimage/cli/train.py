@@ -52,10 +52,10 @@ class Train:
     """folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""
     """Another source whose images are the test set."""
-    resize: int = 256
-    """Shorter side in pixels after resizing."""
-    crop: int = 224
-    """Side of the crop in pixels."""
+    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = "224"
+    """Size of the crop in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
+    resize: int | None = None
+    """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
     limit_train: int | None = None
     """Use only so many training images."""
     limit_validation: int | None = None
@@ -82,7 +82,7 @@ class Train:
     def run(self) -> None:
         from afterimage.experiments.queue import train_runs
         from afterimage.models.decoders import DECODERS, decoder_family
-        from afterimage.models.encoders.providers import resolve
+        from afterimage.models.encoders.providers import at_native_size, resolve
         from afterimage.models.fusion import FUSIONS
         from afterimage.runtime.distributed import on_main_process
         from afterimage.runtime.progress import Display
@@ -90,12 +90,10 @@ class Train:
         data = DataConfig(
             source=self.data,
             test=self.test,
-            resize=self.resize,
-            crop=self.crop,
             limit_train=self.limit_train,
             limit_validation=self.limit_validation,
             limit_test=self.limit_test,
-        )
+        ).sized(self.size, self.resize)
         for name in self.decoders:  # before any image is read
             decoder_family(name)
         if self.fusion and self.fusion not in FUSIONS:
@@ -120,7 +118,7 @@ class Train:
                 weights=self.weights,
                 fusion=FusionConfig(self.fusion) if self.fusion else None,
                 decoder=DecoderConfig(decoder, size),
-                data=data,
+                data=at_native_size(data, sources),
                 recipe=self.recipe,
                 seed=self.seed,
                 lpips=self.lpips,

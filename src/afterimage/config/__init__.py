@@ -28,6 +28,7 @@ from afterimage.config.schema import (
     MAX_PROCESSES,
     MAX_SIDE,
     MAX_STEPS,
+    NATIVE,
     PRECISIONS,
     PROVIDERS,
     RANDOM_WEIGHTS,
@@ -46,6 +47,8 @@ from afterimage.config.schema import (
     folder_name,
     parse_loss,
     settings_digest,
+    size_pair,
+    size_text,
     split_provider,
     split_source,
 )

@@ -8,13 +8,15 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from afterimage.config.errors import AfterimageError, check_positive, check_range, check_seed, unknown
 from afterimage.config.paths import absolute_path, absolute_source, local_path
 from afterimage.config.toml import MAX_PARAMETERS, Count, to_dict
 
+NATIVE = "native"
+"""The size of images that an encoder's weights are for, in place of a number."""
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 """Backbone networks of LPIPS; the first is the default."""
 MAX_SIDE = 8192
@@ -45,6 +47,36 @@ RANDOM_WEIGHTS = {
 
 WEIGHTS = f"pretrained, {', '.join(RANDOM_WEIGHTS)} or a path"
 """The valid values of `weights`, for error messages."""
+
+
+def size_pair(size: int | str | Sequence[int], where: str = "image_size") -> tuple[int, int]:
+    """Return height and width from one whole number, two, or text such as `256` or `256x384`.
+
+    Args:
+        size: height and width in pixels, or the side of a square
+        where: name of the setting, for the message
+
+    Raises:
+        AfterimageError: the size is anything else
+    """
+    if isinstance(size, str):
+        sides = size.split("x")
+        known = [int(side) for side in sides if re.fullmatch(r"[0-9]{1,9}", side)]
+        pair = tuple(known if len(sides) > 1 else known * 2) if len(known) == len(sides) else ()
+    else:
+        pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
+        raise AfterimageError(
+            f"{where} must be the side of a square in pixels, such as 224, or HEIGHTxWIDTH, such as 256x384, "
+            f"got {size!r}"
+        )
+    return pair
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Write a size as `size_pair` reads it: `256`, or `256x384`."""
+    height, width = size
+    return str(height) if height == width else f"{height}x{width}"
 
 
 @dataclass(frozen=True)
@@ -198,8 +230,10 @@ class DataConfig:
     Attributes:
         source: source of the images
         test: source of the test images; empty for the source's own test split, or else `test_fraction` of it
-        resize: pixels of an image's shorter side after resizing
-        crop: pixels a side of the square crops, at least 11 (SSIM's window)
+        resize: pixels of an image's shorter side after resizing, before it is cropped; for crops that are not square,
+            of the shorter side of the box of their shape that the resized image covers
+        crop: size of the crops: pixels a side of squares, text `HEIGHTxWIDTH`, or `native` in a study or an audit, the
+            size that the encoder's weights are for; at least 11 (SSIM's window)
         validation_fraction: share of the images outside the test split that is for validation
         test_fraction: share of the images that is for testing, where there is no test split
         split_seed: seed of the split
@@ -211,7 +245,7 @@ class DataConfig:
     source: str = "div2k"
     test: str = ""
     resize: int = 256
-    crop: int = 224
+    crop: int | str = 224
     validation_fraction: float = 0.2
     test_fraction: float = 0.1
     split_seed: int = 42
@@ -220,13 +254,19 @@ class DataConfig:
     limit_test: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self, "resize", "crop", most=MAX_SIDE)
-        if self.crop < SSIM_WINDOW:
-            raise AfterimageError(
-                f"crop must lie between {SSIM_WINDOW}, the side of SSIM's window, and resize, got {self.crop}"
-            )
-        if self.crop > self.resize:
-            raise AfterimageError(f"crop ({self.crop}) must not be larger than resize ({self.resize})")
+        check_positive(self, "resize", most=MAX_SIDE)
+        if self.crop != NATIVE:
+            size = size_pair(self.crop, "crop")
+            text = size_text(size)
+            object.__setattr__(self, "crop", int(text) if text.isdecimal() else text)
+            if min(size) < SSIM_WINDOW:
+                raise AfterimageError(
+                    f"crop must lie between {SSIM_WINDOW}, the side of SSIM's window, and resize, got {text}"
+                )
+            if max(size) > MAX_SIDE:
+                raise AfterimageError(f"crop must be at most {MAX_SIDE}, got {text}")
+            if min(size) > self.resize:
+                raise AfterimageError(f"crop ({text}) must not be larger than resize ({self.resize})")
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -234,6 +274,35 @@ class DataConfig:
         check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_IMAGES)
         for name in ("source", "test"):
             object.__setattr__(self, name, absolute_source(getattr(self, name)))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the crops in pixels.
+
+        Raises:
+            AfterimageError: they have the native size of an encoder that is not known here
+        """
+        if self.crop == NATIVE:
+            raise AfterimageError(f"crop = {NATIVE!r} needs an encoder, whose size it is; give HEIGHTxWIDTH")
+        return size_pair(self.crop)
+
+    @property
+    def box(self) -> tuple[int, int]:
+        """Height and width of the box that resized images cover: the crop's shape, its shorter side `resize`."""
+        height, width = self.size
+        short = min(height, width)
+        return self.resize * height // short, self.resize * width // short
+
+    def sized(self, crop: int | str, resize: int | None = None) -> DataConfig:
+        """Return these settings with crops of another size.
+
+        Args:
+            crop: as the attribute
+            resize: as the attribute; None for these settings' own, or as much as the crop needs if that is more
+        """
+        if resize is None:
+            resize = self.resize if crop == NATIVE else max(self.resize, min(size_pair(crop, "size")))
+        return replace(self, crop=crop, resize=resize)
 
 
 @dataclass(frozen=True)
@@ -318,7 +387,7 @@ class RunConfig:
         for term in parse_loss(self.recipe.loss):
             name, _, net = term.partition(":")
             smallest = LPIPS_SMALLEST[net or LPIPS_NETS[0]] if name == "lpips" else 0
-            if self.data.crop < smallest:
+            if min(self.data.size) < smallest:
                 raise AfterimageError(
                     f"the loss {term} needs a crop of {smallest} pixels or more, got {self.data.crop}"
                 )

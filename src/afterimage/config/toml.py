@@ -117,8 +117,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(value):  # built already
         return value
     if origin in (typing.Union, types.UnionType):
-        inner = next(a for a in arguments if a is not type(None))
-        return None if value is None else _convert(inner, value, where)
+        inner = [a for a in arguments if a is not type(None)]
+        if inner == [int, str] and isinstance(value, str):
+            return value
+        return None if value is None else _convert(inner[0], value, where)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, str) and any(f.name == "name" for f in dataclasses.fields(hint)):
             return hint(name=value)

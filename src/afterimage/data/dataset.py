@@ -14,14 +14,14 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig, listed
-from afterimage.data.decode import BadImage, load_image, shorter_side
+from afterimage.data.decode import BadImage, cover, load_image
 from afterimage.data.duplicates import NAMES, check_copies, near_duplicates
 from afterimage.data.examine import examine, size_notes, value_notes
 from afterimage.data.file_digests import Content, FileDigests
 from afterimage.data.images import Data, ImageSet, StreamedImages, _digest
 from afterimage.data.pixel_cache import cached
 from afterimage.data.records import Original, broken_images
-from afterimage.data.sampling import centre_places
+from afterimage.data.sampling import centre_places, fitting_sides
 from afterimage.data.sources import read_source
 from afterimage.data.splits import Source, shuffled, split
 from afterimage.runtime.distributed import on_main_process
@@ -208,20 +208,20 @@ def _images(
         if unreadable:
             raise broken_images(list(unreadable.values()))
         each = zip(parts, np.split(digests, ends[:-1]), np.split(sides, ends[:-1]), strict=True)
-        return [StreamedImages(*own, config.resize, config.crop) for own in each]
+        return [StreamedImages(*own, config.box, config.size) for own in each]
     contents = [digest.tobytes().hex() for digest in digests]
     readable = [
         (c, o) for i, (c, o) in enumerate(zip(contents, originals, strict=True)) if i not in unreadable
     ]
     broken: dict[str, BadImage] = {}
-    blob = cached(dict(readable), config.resize, cache, broken, progress)
+    blob = cached(dict(readable), config.box, cache, broken, progress)
     # Two files may hold the same broken content.
     also = [BadImage(original.name, broken[c].reason) for c, original in readable if c in broken]
     if unreadable or also:
         raise broken_images([*unreadable.values(), *also])
     each = zip(parts, [0, *ends[:-1]], ends, strict=True)
     return [
-        ImageSet([o.id for o in part], contents[start:end], blob, config.crop) for part, start, end in each
+        ImageSet([o.id for o in part], contents[start:end], blob, config.size) for part, start, end in each
     ]
 
 
@@ -235,7 +235,7 @@ def _looked_at(
 
     def look(original: Original) -> Content | BadImage:
         try:
-            return original.content(known, config.resize)
+            return original.content(known, max(config.box))
         except BadImage as error:
             return error
 
@@ -245,40 +245,42 @@ def _looked_at(
             unreadable[place] = content
         else:
             digests[place] = np.frombuffer(bytes.fromhex(content.sha256), np.uint8)
-            sides[place] = min(content.width, content.height)
+            sides[place] = fitting_sides(content.height, content.width, config.size)
     known.save()
     return digests, sides, unreadable
 
 
-def prepare_image(path: Path, resize: int, crop: int) -> Tensor:
+def prepare_image(path: Path, config: DataConfig) -> Tensor:
     """Read an image file, resize it and cut out its centre.
 
     Args:
         path: the file
-        resize: length of the shorter side after resizing, in pixels
-        crop: side of the crop in pixels
+        config: how far it is resized, and the size of the crop
 
     Returns:
-        `(1, 3, crop, crop)` in [0, 1]
+        `(1, 3, height, width)` in [0, 1]
 
     Raises:
         BadImage: the file cannot be read as an image
     """
-    image = shorter_side(load_image(path), resize)
+    image, (height, width) = cover(load_image(path), config.box), config.size
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    top, left = (int(place[0]) for place in centre_places(*np.array(pixels.shape[-2:]).reshape(2, 1), crop))
-    return pixels[..., top : top + crop, left : left + crop].float() / 255
+    sides = np.array(pixels.shape[-2:]).reshape(2, 1)
+    top, left = (int(place[0]) for place in centre_places(*sides, config.size))
+    return pixels[..., top : top + height, left : left + width].float() / 255
 
 
-def file_notes(paths: Sequence[Path], resize: int) -> list[str]:
+def file_notes(paths: Sequence[Path], config: DataConfig) -> list[str]:
     """Write the notes on image files that a reader of their scores needs, like those of `Data.notes`.
 
     Args:
         paths: the files
-        resize: length of the shorter side after resizing, in pixels
+        config: how far they are resized, and the size of the crops
 
     Raises:
         BadImage: a file cannot be read as an image
     """
     facts = np.array([examine(load_image(path)) for path in paths], np.int64).reshape(-1, 6)
-    return value_notes({"given": facts}) + size_notes({"given": facts[:, -2:].min(1)}, resize)
+    return value_notes({"given": facts}) + size_notes(
+        {"given": fitting_sides(facts[:, -1], facts[:, -2], config.size)}, config.resize
+    )

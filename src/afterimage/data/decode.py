@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from afterimage.config import AfterimageError, shown
+from afterimage.config import AfterimageError, shown, size_pair
 
 VERSION = 3  # of what is kept decoded: raised whenever the same file would give other pixels
 # Of a data set's digest. Version 3 of the pixels differs only where a PNG of 2, 4 or 16 bits names a transparent value,
@@ -150,20 +150,24 @@ def check_header(content: bytes, name: str) -> tuple[int, int]:
         return _open(content).size
 
 
-def shorter_side(image: Image.Image, size: int) -> Image.Image:
-    """Resize an image with antialiased bicubic interpolation so that its shorter side has `size` pixels.
+def cover(image: Image.Image, box: int | tuple[int, int]) -> Image.Image:
+    """Resize an image with antialiased bicubic interpolation so that it just covers a box, `(height, width)`.
 
-    The longer side is rounded down, as torchvision does. An image more than 16 times as long as wide is cut to its
+    If the box is a square, given by its side, the image's shorter side becomes that long. The image's other side is
+    rounded down, as torchvision does. An image more than 16 times as long as wide is cut to its
     middle first, so that a strip one pixel wide stays bounded.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
     if long > MAX_ASPECT * short:
         start, long = (long - MAX_ASPECT * short) // 2, MAX_ASPECT * short
-        box = (start, 0, start + long, height) if width > height else (0, start, width, start + long)
-        image = image.crop(box)
-    other = int(size * long / short)
-    new = (other, size) if width > height else (size, other)
+        middle = (start, 0, start + long, height) if width > height else (0, start, width, start + long)
+        image = image.crop(middle)
+    (height, width), (width_now, height_now) = size_pair(box), image.size
+    if height * width_now > width * height_now:
+        new = (int(height * width_now / height_now), height)
+    else:
+        new = (width, int(width * height_now / width_now))
     return image if image.size == new else image.resize(new, Image.Resampling.BICUBIC)
 
 

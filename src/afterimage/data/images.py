@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from afterimage.config import AfterimageError, DataConfig
+from afterimage.config import AfterimageError, DataConfig, size_pair, size_text
 from afterimage.data.decode import DIGEST_VERSION
 from afterimage.data.pixel_cache import Blob
 from afterimage.data.records import Original
-from afterimage.data.sampling import centre_places, crop_places
+from afterimage.data.sampling import centre_places, crop_places, fitting_sides
 from afterimage.runs.results import DataFacts
 from afterimage.runtime.threads import cores
 
@@ -33,9 +33,10 @@ class ImageSet:
         ids: stable and unique names of the images
         content: SHA-256 of each image's original, in hexadecimal
         blob: the pixels
-        crop: side of the crops in pixels
+        size: height and width of the crops in pixels, or the side of squares
 
     Attributes:
+        size: height and width of the crops in pixels
         streamed: whether images are decoded each time they are used
     """
 
@@ -43,11 +44,13 @@ class ImageSet:
     content: Sequence[str]
     streamed: ClassVar[bool] = False
 
-    def __init__(self, ids: Sequence[str], content: Sequence[str], blob: Blob, crop: int) -> None:
+    def __init__(
+        self, ids: Sequence[str], content: Sequence[str], blob: Blob, size: int | tuple[int, int]
+    ) -> None:
         self.ids = list(ids)
         self.content = list(content)
         self.blob = blob
-        self.crop = crop
+        self.size = size_pair(size)
         slots = np.array([blob.slots[c] for c in self.content], np.int64).reshape(-1, 4)
         self._offsets, self._heights, self._widths, _ = slots.T
 
@@ -66,17 +69,17 @@ class ImageSet:
 
     @property
     def sides(self) -> Int64[np.ndarray, " n"]:
-        """Length of each image's shorter side before it was resized, in pixels."""
-        return self.facts[:, -2:].min(1)
+        """Each image's shorter side before it was resized, in pixels; see `fitting_sides`."""
+        return fitting_sides(self.facts[:, -1], self.facts[:, -2], self.size)
 
     def subset(self, indices: np.ndarray) -> ImageSet:
         """Return the images at `indices` as a set of their own."""
         ids, content = ([values[i] for i in indices] for values in (self.ids, self.content))
-        return ImageSet(ids, content, self.blob, self.crop)
+        return ImageSet(ids, content, self.blob, self.size)
 
     def joined(self, other: ImageSet) -> ImageSet:
         """Return these images followed by those of another split of the same source."""
-        return ImageSet([*self.ids, *other.ids], [*self.content, *other.content], self.blob, self.crop)
+        return ImageSet([*self.ids, *other.ids], [*self.content, *other.content], self.blob, self.size)
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """Return the image at `index` without cropping, values 0 to 255."""
@@ -84,7 +87,7 @@ class ImageSet:
 
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
-    ) -> Float[Tensor, "batch 3 crop crop"]:
+    ) -> Float[Tensor, "batch 3 height width"]:
         """Return crops of the images at `indices`.
 
         A random crop and its flip, one time in two, are a pure function of seed, epoch and index, whatever batch or
@@ -97,7 +100,7 @@ class ImageSet:
             device: where the crops are needed
 
         Returns:
-            `(B, 3, crop, crop)` in [0, 1]
+            `(B, 3, height, width)` in [0, 1]
 
         Raises:
             IndexError: an index is out of range
@@ -112,7 +115,7 @@ class ImageSet:
         if pixels is None:
             return placed(self._copy(indices, top, left, flip, np.uint8), device)
         starts = self._offsets[indices] + top * widths + left
-        return gather_crops(pixels, starts, heights, widths, flip, self.crop).to(torch.float32).div_(255)
+        return gather_crops(pixels, starts, heights, widths, flip, self.size).to(torch.float32).div_(255)
 
     def batches(
         self,
@@ -136,19 +139,20 @@ class ImageSet:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Top, left and whether to flip, one of each an image."""
         if seed is None:
-            return *centre_places(heights, widths, self.crop), np.zeros(len(indices), bool)
-        return crop_places(heights, widths, self.crop, indices, seed, epoch)
+            return *centre_places(heights, widths, self.size), np.zeros(len(indices), bool)
+        return crop_places(heights, widths, self.size, indices, seed, epoch)
 
     def _copy(
         self, indices: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray, dtype: type
     ) -> np.ndarray:
-        """The crops as `(batch, 3, crop, crop)`: uint8, or float32 in [0, 1].
+        """The crops as `(batch, 3, height, width)`: uint8, or float32 in [0, 1].
 
         NumPy, image by image: each stays in the processor's cache, and no thread pool has to wake up.
         """
-        crops = np.empty((len(indices), 3, self.crop, self.crop), dtype)
+        height, width = self.size
+        crops = np.empty((len(indices), 3, height, width), dtype)
         for i, (index, y, x) in enumerate(zip(indices, top, left, strict=True)):
-            image = self.blob.image(self.content[index])[:, y : y + self.crop, x : x + self.crop]
+            image = self.blob.image(self.content[index])[:, y : y + height, x : x + width]
             if flip[i]:
                 image = np.ascontiguousarray(image[:, :, ::-1])
             if dtype is np.float32:
@@ -158,7 +162,7 @@ class ImageSet:
         return crops
 
 
-def placed(crops: UInt8[np.ndarray, "batch 3 crop crop"], device: str | torch.device) -> Tensor:
+def placed(crops: UInt8[np.ndarray, "batch 3 height width"], device: str | torch.device) -> Tensor:
     """Return uint8 crops as float32 in [0, 1] on a device."""
     device = torch.device(device)
     if device.type == "cpu":
@@ -174,8 +178,8 @@ def gather_crops(
     heights: np.ndarray,
     widths: np.ndarray,
     flip: np.ndarray,
-    crop: int,
-) -> UInt8[Tensor, "batch 3 crop crop"]:
+    size: int | tuple[int, int],
+) -> UInt8[Tensor, "batch 3 height width"]:
     """Cut all crops out of the pixels of many images in one operation, on their device.
 
     Args:
@@ -184,14 +188,14 @@ def gather_crops(
         heights: height of each crop's image in pixels
         widths: width of each crop's image in pixels
         flip: whether to flip each crop
-        crop: side of the crops in pixels
+        size: height and width of the crops in pixels, or the side of squares
     """
     numbers = torch.from_numpy(np.stack([starts, heights * widths, widths, flip.astype(np.int64)]))
     start, plane, row, flipped = numbers.to(pixels.device, non_blocking=True)[..., None, None, None]
-    along = torch.arange(crop, device=pixels.device)
+    down, along = (torch.arange(side, device=pixels.device) for side in size_pair(size))
     channel = torch.arange(3, device=pixels.device)[:, None, None]
-    across = torch.where(flipped == 1, crop - 1 - along, along)
-    return pixels[start + channel * plane + along[:, None] * row + across]
+    across = torch.where(flipped == 1, len(along) - 1 - along, along)
+    return pixels[start + channel * plane + down[:, None] * row + across]
 
 
 AHEAD = 2
@@ -207,9 +211,9 @@ class StreamedImages(ImageSet):
     Args:
         originals: the images
         digests: SHA-256 of each image's content, from when it was first read
-        sides: length of each image's shorter side in pixels, before resizing
-        resize: length of the shorter side after resizing
-        crop: side of the crops in pixels
+        sides: each image's shorter side in pixels, before resizing; see `fitting_sides`
+        box: height and width of the box that resized images cover
+        size: height and width of the crops in pixels
 
     Raises:
         BadImage: an image cannot be decoded or has changed; raised by what uses it
@@ -222,10 +226,10 @@ class StreamedImages(ImageSet):
         originals: Sequence[Original],
         digests: UInt8[np.ndarray, "n 32"],
         sides: Int64[np.ndarray, " n"],
-        resize: int,
-        crop: int,
+        box: tuple[int, int],
+        size: tuple[int, int],
     ) -> None:
-        self.originals, self.resize, self.crop = originals, resize, crop
+        self.originals, self.box, self.size = originals, box, size
         self.ids = [original.id for original in originals]
         self._digests, self._sides = digests, sides
 
@@ -243,12 +247,12 @@ class StreamedImages(ImageSet):
 
     def subset(self, indices: np.ndarray) -> StreamedImages:
         originals = [self.originals[i] for i in indices]
-        return StreamedImages(originals, self._digests[indices], self._sides[indices], self.resize, self.crop)
+        return StreamedImages(originals, self._digests[indices], self._sides[indices], self.box, self.size)
 
     def joined(self, other: StreamedImages) -> StreamedImages:
         both = ([a, b] for a, b in ((self._digests, other.digests), (self._sides, other.sides)))
         return StreamedImages(
-            [*self.originals, *other.originals], *map(np.concatenate, both), self.resize, self.crop
+            [*self.originals, *other.originals], *map(np.concatenate, both), self.box, self.size
         )
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
@@ -256,7 +260,7 @@ class StreamedImages(ImageSet):
 
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
-    ) -> Float[Tensor, "batch 3 crop crop"]:
+    ) -> Float[Tensor, "batch 3 height width"]:
         """Return crops of the images at `indices`, as `ImageSet.crops`."""
         return next(self.batches([indices], seed=seed, epoch=epoch, device=device))
 
@@ -267,22 +271,24 @@ class StreamedImages(ImageSet):
         seed: int | None = None,
         epoch: int = 0,
         device: str | torch.device = "cpu",
-    ) -> Iterator[Float[Tensor, "batch 3 crop crop"]]:
+    ) -> Iterator[Float[Tensor, "batch 3 height width"]]:
         """Yield the crops of each chunk of indices in turn, and decode the next ones meanwhile.
 
         The threads that decode end with the iterator.
         """
+
+        own_height, own_width = self.size
 
         def one(index: int) -> np.ndarray:
             image = self._decoded(index)
             height, width = image.shape[1:]
             places = np.array([index]), np.array([height]), np.array([width])
             (top,), (left,), (flip,) = self._places(*places, seed, epoch)
-            cut = image[:, top : top + self.crop, left : left + self.crop]
+            cut = image[:, top : top + own_height, left : left + own_width]
             return np.ascontiguousarray(cut[:, :, ::-1] if flip else cut)
 
         def stacked(crops: list[Future[np.ndarray]]) -> Tensor:
-            empty = np.empty((0, 3, self.crop, self.crop), np.uint8)
+            empty = np.empty((0, 3, *self.size), np.uint8)
             return placed(np.stack([crop.result() for crop in crops]) if crops else empty, device)
 
         waiting: deque[list[Future[np.ndarray]]] = deque()
@@ -302,7 +308,7 @@ class StreamedImages(ImageSet):
         """Image `index` after resizing, `(3, height, width)` uint8."""
         original, content = self.originals[index], self._digests[index].tobytes().hex()
         try:
-            return np.asarray(original.image(self.resize, content)).transpose(2, 0, 1)
+            return np.asarray(original.image(self.box, content)).transpose(2, 0, 1)
         except AfterimageError:
             raise
         except Exception as error:  # of which image no traceback would say
@@ -353,7 +359,7 @@ class Data:
 
 def _digest(config: DataConfig, images: Sequence[ImageSet]) -> str:
     """SHA-256 of the JSON list of decoder version, size and the contents of each part, written piece by piece."""
-    digest = hashlib.sha256(f"[{DIGEST_VERSION}, {config.resize}".encode())
+    digest = hashlib.sha256(f"[{DIGEST_VERSION}, {size_text(config.box)}".encode())
     for part in images:
         digest.update(b", [")
         for number, content in enumerate(part.content):

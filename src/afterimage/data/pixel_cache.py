@@ -17,7 +17,7 @@ import numpy as np
 import PIL
 import torch
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, size_text
 from afterimage.data import decode
 from afterimage.data.examine import Facts
 from afterimage.data.records import Original
@@ -35,7 +35,7 @@ FACTS = 1
 
 def cached(
     wanted: Mapping[str, Original],
-    size: int,
+    box: tuple[int, int],
     folder: Path,
     broken: dict[str, decode.BadImage],
     progress: Progress = silent,
@@ -46,7 +46,7 @@ def cached(
 
     Args:
         wanted: the images, by the SHA-256 of their contents
-        size: length of the shorter side in pixels
+        box: height and width of the box that the images are resized to cover
         folder: folder of the cache
         broken: takes the images that cannot be read, which are missing from the result
         progress: called with what is done, how far it is, and the total
@@ -54,8 +54,10 @@ def cached(
     Raises:
         AfterimageError: the cache cannot be written, and the images are too many for memory
     """
-    transform = f"decode {decode.VERSION}, Pillow {PIL.__version__}, facts {FACTS}, shorter side {size}"
-    path = folder / "images" / f"{size}-{_key(wanted, transform)}.images"
+    sides = size_text(box)
+    how = f"shorter side {sides}" if sides.isdecimal() else f"covering {sides}"
+    transform = f"decode {decode.VERSION}, Pillow {PIL.__version__}, facts {FACTS}, {how}"
+    path = folder / "images" / f"{sides}-{_key(wanted, transform)}.images"
     blob = _open(path, wanted.keys())
     if blob is not None:
         return blob
@@ -67,7 +69,7 @@ def cached(
             if blob is not None:
                 return blob
             remove_leftovers(path.parent, path.name)
-            images = _decoded(wanted, size, transform, path.parent, broken, progress)
+            images = _decoded(wanted, box, transform, path.parent, broken, progress)
             with atomic_file(path) as file:
                 write_blob(file, images, transform)
             return map_blob(path)
@@ -78,7 +80,7 @@ def cached(
             path.parent,
             problem,
         )
-    images = _decoded(wanted, size, transform, path.parent, broken, progress)
+    images = _decoded(wanted, box, transform, path.parent, broken, progress)
     return _in_memory(images, transform, path.parent)
 
 
@@ -102,7 +104,7 @@ def _open(path: Path, wanted: Set[str]) -> Blob | None:
 
 def _decoded(
     wanted: Mapping[str, Original],
-    size: int,
+    box: tuple[int, int],
     transform: str,
     folder: Path,
     broken: dict[str, decode.BadImage],
@@ -116,7 +118,7 @@ def _decoded(
         if content in known and known[content].sound(content):
             return content, (known[content].image(content), known[content].facts[content])
         try:
-            image, facts = original.examined(size, content)
+            image, facts = original.examined(box, content)
         except decode.BadImage as error:
             return content, error
         return content, (np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), facts)

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from afterimage.config import AfterimageError
-from afterimage.data.decode import BadImage, decode, read_bytes, reason, shorter_side, shown
+from afterimage.data.decode import BadImage, cover, decode, read_bytes, reason, shown
 from afterimage.data.examine import Facts, examine
 from afterimage.data.file_digests import Content, FileDigests
 
@@ -62,14 +62,14 @@ class Original(ABC):
             BadImage: the image cannot be decoded or has changed
         """
 
-    def image(self, size: int, content: str) -> Image.Image:
-        """Return the image as RGB, its shorter side `size` pixels long; errors as for `decoded`."""
-        return shorter_side(self.decoded(size, content), size)
+    def image(self, box: tuple[int, int], content: str) -> Image.Image:
+        """Return the image as RGB, resized to cover a box, `(height, width)`; errors as for `decoded`."""
+        return cover(self.decoded(max(box), content), box)
 
-    def examined(self, size: int, content: str) -> tuple[Image.Image, Facts]:
+    def examined(self, box: tuple[int, int], content: str) -> tuple[Image.Image, Facts]:
         """Return the image as `image` does, and the facts about it before it was resized."""
-        whole = self.decoded(size, content)
-        return shorter_side(whole, size), examine(whole)
+        whole = self.decoded(max(box), content)
+        return cover(whole, box), examine(whole)
 
 
 class EncodedOriginal(Original):

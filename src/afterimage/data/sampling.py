@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from afterimage.config import size_pair
+
 _MASK = 2**64 - 1
 _ORDER, _CROP = 1, 2
 
@@ -21,14 +23,19 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def crop_places(
-    heights: np.ndarray, widths: np.ndarray, crop: int, indices: np.ndarray, seed: int, epoch: int
+    heights: np.ndarray,
+    widths: np.ndarray,
+    crop: int | tuple[int, int],
+    indices: np.ndarray,
+    seed: int,
+    epoch: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw the places of random crops, uniformly over all that fit.
 
     Args:
         heights: height of each image in pixels
         widths: width of each image in pixels
-        crop: side of the crops in pixels
+        crop: height and width of the crops in pixels, or the side of squares
         indices: indices of the images
         seed: seed of the draws
         epoch: number of the epoch
@@ -39,14 +46,30 @@ def crop_places(
     bits = _hash(indices, _CROP, seed, epoch)
     high = (bits >> np.uint64(33)).astype(np.int64)
     low = ((bits >> np.uint64(2)) & np.uint64(2**31 - 1)).astype(np.int64)
-    top = (high * (heights - crop + 1)) >> 31
-    left = (low * (widths - crop + 1)) >> 31
+    height, width = size_pair(crop)
+    top = (high * (heights - height + 1)) >> 31
+    left = (low * (widths - width + 1)) >> 31
     return top, left, (bits & np.uint64(1)).astype(bool)
 
 
-def centre_places(heights: np.ndarray, widths: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
+def centre_places(
+    heights: np.ndarray, widths: np.ndarray, crop: int | tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return top and left of centre crops in pixels, rounded half to even as torchvision's CenterCrop does."""
-    return tuple(np.rint((sides - crop) / 2).astype(np.int64) for sides in (heights, widths))
+    pairs = zip((heights, widths), size_pair(crop), strict=True)
+    return tuple(np.rint((sides - side) / 2).astype(np.int64) for sides, side in pairs)
+
+
+def fitting_sides(
+    heights: np.ndarray | int, widths: np.ndarray | int, crop: tuple[int, int]
+) -> np.ndarray | np.int64:
+    """Return the shorter side of the largest box of the crop's shape in each image, in whole pixels.
+
+    For square crops that is the image's shorter side.
+    """
+    height, width = crop
+    short = min(crop)
+    return np.minimum(heights * short // height, widths * short // width)
 
 
 def _hash(numbers: Sequence[int] | np.ndarray, purpose: int, seed: int, epoch: int) -> np.ndarray:

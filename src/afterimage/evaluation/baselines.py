@@ -60,12 +60,13 @@ def baseline(name: str) -> Callable[[Images], Images]:
     return lambda images: jpeg(images, number)
 
 
-def label(name: str) -> str:
-    """Return a baseline's name for people."""
+def label(name: str, size: tuple[int, int] = (1, 1)) -> str:
+    """Return a baseline's name for people, for images of a size."""
     kind, number = _parse(name)
     if kind == "mean":
         return "Mean colour"
-    return f"Bicubic thumbnail {number}×{number}" if kind == "thumbnail" else f"JPEG quality {number}"
+    height, width = (number * side // min(size) for side in size)
+    return f"Bicubic thumbnail {height}×{width}" if kind == "thumbnail" else f"JPEG quality {number}"
 
 
 def run_baselines(
@@ -99,7 +100,8 @@ def run_baselines(
     """
     progress = of_caller(progress)
     if names is None:
-        names = [name for name in BASELINES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < data.crop]
+        most = min(data.size)
+        names = [name for name in BASELINES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < most]
     lines = {name: baseline(name) for name in names}
     runs = {name: Run.create(root, BaselineConfig(name, data, lpips)) for name in names}
     failed: list[AfterimageError] = []
@@ -127,7 +129,7 @@ def run_baselines(
                         missing.append(name)
         if missing:
             with recorded(*missing):
-                metrics = Metrics(lpips, size=data.crop)
+                metrics = Metrics(lpips, size=min(data.size))
                 loaded = load_data(data, cache=cache, progress=progress)
 
                 def measure(*which: str) -> None:
@@ -162,7 +164,7 @@ def _save(run: Run, name: str, result: Evaluation, data: Data, metrics: Metrics)
     run.save_environment(environment())
     found = Result(
         kind="baseline",
-        label=label(name),
+        label=label(name, data.config.size),
         config=BaselineConfig(name, data.config, metrics.lpips_status.net),
         data=data.describe(),
         lpips=metrics.lpips_status,
@@ -180,11 +182,14 @@ def mean_colour(images: Images) -> Images:
 
 
 def thumbnail(images: Images, size: int) -> Images:
-    """Reduce images to `size` x `size` pixels and enlarge them again, both as Pillow's bicubic, clamped."""
+    """Reduce images to a shorter side of `size` pixels and enlarge them again, both as Pillow's bicubic, clamped."""
     height, width = images.shape[-2:]
     if size > min(height, width):
         raise AfterimageError(f"a thumbnail of {size} pixels is larger than the images, {height}x{width}")
-    small = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    short = min(height, width)
+    small = F.interpolate(
+        images, (size * height // short, size * width // short), mode="bicubic", antialias=True
+    )
     # Enlarging has nothing to antialias, but the flag also selects the kernel: without it a = -0.75.
     return F.interpolate(small, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 

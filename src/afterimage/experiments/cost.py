@@ -59,8 +59,7 @@ def plan(configs: Sequence[RunConfig]) -> list[Plan]:
 
 
 def _plan(config: RunConfig) -> Plan:
-    crop = config.data.crop
-    infos = {source: layer_info(source, crop) for source in config.sources}
+    infos = {source: layer_info(source, config.data.size) for source in config.sources}
     specs = tuple(info.spec for info in infos.values())
     deepest: dict[str, int] = {}
     for source, info in infos.items():

@@ -30,7 +30,7 @@ from afterimage.data.feature_store import StoreFacts, StoreWriter
 from afterimage.data.images import ImageSet
 from afterimage.data.store_files import DTYPES, IMAGES, WRITERS
 from afterimage.models.encoders.layers import layer_info
-from afterimage.models.encoders.providers import resolve
+from afterimage.models.encoders.providers import at_native_size, resolve
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.results import FeatureMap
 from afterimage.runtime.device import one_device
@@ -83,12 +83,13 @@ class Extraction:
         check_range("shard_images", 1 if self.shard_images is None else self.shard_images, 1, MAX_IMAGES)
         check_range("batch_size", self.batch_size, 1, MAX_BATCH)
         object.__setattr__(self, "sources", sources)
+        object.__setattr__(self, "data", at_native_size(self.data, sources))
         object.__setattr__(self, "weights", absolute_weights(self.weights))
 
     def image_bytes(self, specs: Sequence[FeatureSpec]) -> tuple[int, list[int]]:
         """Bytes of one image's pixels, and of its features in each layer."""
         size = torch.finfo(DTYPES[self.dtype]).bits // 8
-        return 3 * self.data.crop**2, [size * spec.values for spec in specs]
+        return 3 * math.prod(self.data.size), [size * spec.values for spec in specs]
 
     def per_shard(self, specs: Sequence[FeatureSpec], images: int) -> int:
         """How many images there are in each shard but the last."""
@@ -122,7 +123,7 @@ def plan_extraction(wanted: Extraction, path: Path, *, cache: Path | None = None
         AfterimageError: the file's kind, a model, a layer or the images cannot be used
     """
     _check_kind(wanted, path)
-    layers = tuple(layer_info(source, wanted.data.crop) for source in wanted.sources)
+    layers = tuple(layer_info(source, wanted.data.size) for source in wanted.sources)
     counts = count_images(wanted.data, cache=cache)
     images = sum(counts.values()) if wanted.split == "all" else counts[wanted.split]
     pixels, features = wanted.image_bytes(layers)
@@ -157,7 +158,7 @@ def extract(
     _check_kind(wanted, path)
     fabric = one_device(accelerator, "32-true")
     encoders = MultiEncoder(
-        wanted.sources, weights=wanted.weights, image_size=wanted.data.crop, seed=wanted.seed
+        wanted.sources, weights=wanted.weights, image_size=wanted.data.size, seed=wanted.seed
     )
     data = load_data(wanted.data, cache=cache, progress=progress)
     parts = [getattr(data, name) for name in (SPLITS if wanted.split == "all" else (wanted.split,))]
@@ -212,7 +213,7 @@ def _shard(
 ) -> dict[str, Tensor]:
     """The images of some rows and their features in each layer, by name."""
     dtype, specs = DTYPES[wanted.dtype], loader.encoders.specs
-    pixels = torch.empty(len(rows), 3, wanted.data.crop, wanted.data.crop, dtype=torch.uint8)
+    pixels = torch.empty(len(rows), 3, *wanted.data.size, dtype=torch.uint8)
     features = [torch.empty(len(rows), *spec.shape, dtype=dtype) for spec in specs]
     place = 0
     for part, indices in _indices(parts, rows):

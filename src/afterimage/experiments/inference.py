@@ -86,7 +86,7 @@ def rebuild(
     """
     reconstructor, results = load_reconstructor(run, weights=weights).to(device), []
     for path in paths:
-        original = prepare_image(path, run.config.data.resize, run.config.data.crop)
+        original = prepare_image(path, run.config.data)
         rebuilt = reconstructor.reconstruct(original.to(device)).to(original.device)
         scores = {name: values and values[0] for name, values in metrics(rebuilt, original).items()}
         results.append(Rebuilt(to_uint8(original)[0], to_uint8(rebuilt)[0], scores))

@@ -117,7 +117,7 @@ class JointRun:
                 f"{entry.model}: {entry.label.upper()} weights from {entry.origin} {entry.location}{note}"
             )
         self.metrics = self.ranks.main_process_first(
-            lambda: Metrics(self.first.lpips, size=self.first.data.crop)
+            lambda: Metrics(self.first.lpips, size=min(self.first.data.size))
         )
         self.loader = FeatureLoader(
             self.encoders, data, self.first.recipe, self.fabric, seed=self.first.seed, context=context
@@ -233,15 +233,14 @@ class JointRun:
 
     def _seen(self, decoder: DecoderTrainer) -> Box | None:
         """The part of images that a decoder's sources see; None for all of it."""
-        side = self.first.data.crop
-        return seen_box([self.encoders.specs[i] for i in decoder.feature_indices], (side, side))
+        return seen_box([self.encoders.specs[i] for i in decoder.feature_indices], self.first.data.size)
 
     def _write(self, decoder: DecoderTrainer, result: Evaluation, maps: WeightMaps | None) -> None:
         """Write what a decoder came to; its run is then done."""
         config, layers = self.runs[decoder.run], self.encoders.describe()
         features = tuple(layers[i] for i in decoder.feature_indices)
         weights = self.encoders.weights_of([self.encoders.sources[i] for i in decoder.feature_indices])
-        size, box = (self.first.data.crop, self.first.data.crop), self._seen(decoder)
+        size, box = self.first.data.size, self._seen(decoder)
         unseen = seen_notes(features, box, size, () if box is None else result.rows)
         found = Result(
             kind="decoder",
@@ -302,7 +301,7 @@ def build_encoders(config: RunConfig, sources: Sequence[str]) -> MultiEncoder:
     Raises:
         AfterimageError: a model or layer is unknown, or weights are not available
     """
-    return MultiEncoder(sources, weights=config.weights, image_size=config.data.crop, seed=config.seed)
+    return MultiEncoder(sources, weights=config.weights, image_size=config.data.size, seed=config.seed)
 
 
 def try_encoders(config: RunConfig, data: Data, accelerator: str, ranks: ProcessGroup) -> None:

@@ -355,7 +355,7 @@ class _Worker:
             try_encoders(config, data, self.accelerator, self.claims.ranks)
             return
         for source in config.sources:
-            layer_info(source, config.data.crop)
+            layer_info(source, config.data.size)
         raise missing
 
     def _data(self, config: DataConfig, stop: GracefulShutdown) -> Data:

@@ -218,7 +218,7 @@ def _measured(
     changes: list[str],
 ) -> list[dict[str, Any]]:
     config = result.config
-    metrics = Metrics(result.lpips.net, size=config.data.crop)
+    metrics = Metrics(result.lpips.net, size=min(config.data.size))
     before, now = (s.weights and s.weights.sha256 for s in (result.lpips, metrics.lpips_status))
     if before != now:
         changes.append(f"LPIPS: weights {before and before[:12]} then, {now and now[:12]} now")

@@ -25,6 +25,7 @@ from afterimage.config import (
 from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import Decoder, decoder_family
+from afterimage.models.encoders.providers import at_native_size
 from afterimage.runs.failures import is_done
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
@@ -69,9 +70,8 @@ def expand(
         # With a fusion all sources are one row; without, each is a row of its own.
         for sources in [row.sources] if row.fusion else [(source,) for source in row.sources]:
             try:
-                matches = [
-                    match for source in sources for match in _matches(source, study.data.crop, progress)
-                ]
+                data = at_native_size(study.data, sources)
+                matches = [match for source in sources for match in _matches(source, data.size, progress)]
                 groups = [tuple(matches)] if row.fusion else [(match,) for match in matches]
                 for group in groups:
                     weights = row.weights or study.weights
@@ -88,7 +88,7 @@ def expand(
                             weights=weights,
                             fusion=row.fusion,
                             decoder=decoder,
-                            data=study.data,
+                            data=data,
                             recipe=recipe,
                             seed=seed,
                             lpips=lpips,
@@ -133,7 +133,7 @@ def _family(name: str) -> type[Decoder] | None:
         return None
 
 
-def _matches(source: str, size: int, progress: Progress) -> list[str]:
+def _matches(source: str, size: tuple[int, int], progress: Progress) -> list[str]:
     from afterimage.models.encoders.layers import early_end, layer_info, list_layers
     from afterimage.models.encoders.providers import resolve
 
@@ -268,7 +268,8 @@ def run_study(
             if ranks.is_main_process and study.baselines and part.number == 1 and configs:
                 options = {"lpips": configs[0].lpips, "cache": cache, "progress": progress}
                 with collected(failures, "the baselines"):
-                    runs += run_baselines(study.data, root, keep=study.keep, failures=failures, **options)
+                    for data in dict.fromkeys(config.data for config in configs):
+                        runs += run_baselines(data, root, keep=study.keep, failures=failures, **options)
         settings = {"cache": cache, "accelerator": accelerator, "progress": progress}
         trained = (train or train_runs)(
             part.of(configs), root, keep=study.keep, failures=failures, **settings

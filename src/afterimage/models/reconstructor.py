@@ -26,7 +26,7 @@ class MultiEncoder(nn.Module):
     Args:
         sources: `model:layer` each, for example `resnet34:layer2`.
         weights: `pretrained`, a file or folder of weights, or a kind of random weights (`random`, `random-init`).
-        image_size: the side of the images in pixels, on which the features' shapes depend.
+        image_size: side of the images in pixels, or `(height, width)`; the features' shapes depend on it.
         seed: of random weights.
 
     Raises:
@@ -34,7 +34,12 @@ class MultiEncoder(nn.Module):
     """
 
     def __init__(
-        self, sources: Sequence[str], *, weights: str = "pretrained", image_size: int = 224, seed: int = 0
+        self,
+        sources: Sequence[str],
+        *,
+        weights: str = "pretrained",
+        image_size: int | tuple[int, int] = 224,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         sources = [resolve(source) for source in sources]
@@ -180,11 +185,11 @@ def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> Fe
     if config.fusion is not None:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            fusion = create_fusion(config.fusion, specs, config.data.crop)
+            fusion = create_fusion(config.fusion, specs, config.data.size)
     decoder = create_decoder(
         config.decoder.name,
         specs if fusion is None else [fusion.spec],
-        config.data.crop,
+        config.data.size,
         seed=config.seed,
         parameters=config.decoder.parameters,
         **config.decoder.options,

@@ -160,7 +160,7 @@ class LpipsStatus:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The images: how many are in each part, the side they were cropped to, and digests of their contents.
+    """The images: how many are in each part, the size they were cropped to as text or a side, and digests of them.
 
     Rows whose `test_digest` agrees were measured on the same crops, whatever trained them.
     """
@@ -171,7 +171,7 @@ class DataFacts:
     test_digest: str
     test_images: int
     resize: int
-    crop: int
+    crop: int | str
     train: int = 0
     validation: int = 0
 

@@ -208,7 +208,7 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
     if not path.exists():
         raise AfterimageError(f"run {run.name} has no decoder yet (state: {run.state})")
     encoders = MultiEncoder(
-        config.sources, weights=weights or config.weights, image_size=config.data.crop, seed=config.seed
+        config.sources, weights=weights or config.weights, image_size=config.data.size, seed=config.seed
     )
     _same_weights(run, encoders)
     try:

@@ -115,7 +115,7 @@ def profile_run(
         raise AfterimageError(f"a profile needs one step or more, got {steps}")
     fabric = one_device(accelerator, config.recipe.precision)
     encoders = MultiEncoder(
-        config.sources, weights=config.weights, image_size=config.data.crop, seed=config.seed
+        config.sources, weights=config.weights, image_size=config.data.size, seed=config.seed
     ).to(fabric.device)
     model = build_feature_decoder(config, encoders.specs)
     if not model.trainable:

@@ -142,7 +142,7 @@ def test_a_mean_that_is_a_tensor_of_the_network_is_its_own_business():
         ({"mean": (0.5, 0.5)}, "mean and std of own must be three numbers each"),
         ({"std": (1, 1, 0)}, "std greater than 0"),
         ({"mean": "imagenet"}, "must be three numbers each"),
-        ({"image_size": (1, 2, 3)}, "image_size must be one whole number"),
+        ({"image_size": (1, 2, 3)}, "image_size must be the side of a square"),
         ({"prefix_tokens": -1}, "prefix_tokens of own must be a whole number"),
     ],
 )

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from afterimage.config import AfterimageError, DataConfig, FeatureSpec, shown
+from afterimage.config import AfterimageError, DataConfig, FeatureSpec, shown, size_text
 from afterimage.data.examine import examine, value_notes
 from afterimage.data.feature_store import FeatureStore, open_store
 from afterimage.data.images import Data, ImageSet, Indices
@@ -98,7 +98,7 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
     for layer in store.specs:
         for chunk in chunks:
             hashed.update(store.features(layer, chunk).numpy().tobytes())
-    side = min(store.image_size)
-    config = DataConfig(source=f"pairs:{store.path}", resize=side, crop=side)
+    size = store.image_size
+    config = DataConfig(source=f"pairs:{store.path}", resize=min(size), crop=size_text(size))
     data = Data(config, *parts, hashed.hexdigest(), ())
     return Store(data, store.specs, store.image_size, hashed.hexdigest(), tuple(notes))

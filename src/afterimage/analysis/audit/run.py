@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from afterimage.config.audit import BLACK_BOX, DECODED, AuditConfig, digest
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.reidentification import reduced
+from afterimage.models.encoders.providers import at_native_size
 from afterimage.runs.audit import BLIND, Results
 from afterimage.runs.environment import environment
 from afterimage.runs.files import read_json, write_atomic, write_json
@@ -55,6 +57,8 @@ def run_audit(
     Raises:
         AfterimageError: the network, its weights, the images or the text of a defence cannot be used
     """
+    if config.model:
+        config = replace(config, data=at_native_size(config.data, [f"{config.model}:{config.layers[0]}"]))
     session = AuditSession(
         config, Path(root), cache=cache, accelerator=accelerator, progress=progress, keep=keep
     )

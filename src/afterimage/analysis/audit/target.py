@@ -123,7 +123,7 @@ def open_subject(
     if encoder.weights.is_random:
         which = f"{encoder.weights.label.upper()} weights ({RANDOM_WEIGHTS[encoder.weights.label]})"
         notes.append(f"{which}: nothing here says anything about a trained network")
-    size = (config.data.crop, config.data.crop)
+    size = config.data.size
     specs = dict(zip(layers, encoder.specs, strict=True))
     weights = encoder.weights.used
     network = encoder.network
@@ -132,7 +132,7 @@ def open_subject(
 
 
 def _encoder(config: AuditConfig, layers: list[str]) -> Encoder:
-    size = config.data.crop
+    size = config.data.size
     return Encoder(config.model, layers=layers, weights=config.weights, image_size=size, seed=config.seed)
 
 

@@ -13,6 +13,7 @@ rate_distortion.json, .csv: features at 8 to 1 bits and their coded size, beside
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -175,7 +176,7 @@ def _measure(
     encoders, head = reconstructor.encoders, reconstructor.feature_decoder
     values = sample(encoders, data.train, device=device, batch_size=BATCH)
     makers: dict[str, Callable[[], Any]] = {
-        "controls": lambda: _Controls(reconstructor, values, Metrics(lpips, size=data.config.crop)),
+        "controls": lambda: _Controls(reconstructor, values, Metrics(lpips, size=min(data.config.size))),
         "error_breakdown": _Losses,
         "rate_distortion": lambda: _Rates(reconstructor, values, loaded),
     }
@@ -284,7 +285,7 @@ class _Rates:
 
     def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], loaded: _Loaded) -> None:
         self.feature_decoder, self.loaded = reconstructor.feature_decoder, loaded
-        self.pixels = loaded.data.config.crop**2
+        self.pixels = math.prod(loaded.data.config.size)
         self.specs = reconstructor.encoders.specs
         self.sampled = min(len(loaded.data.train), SAMPLE_IMAGES)
         self.quantisers = {bits: [Quantiser.fit(table, bits) for table in values] for bits in BITS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +38,27 @@ def from_data(
     return InversionInputs(data.test, config, data.describe(), data.notes, data.validation)
 
 
-def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int = 224) -> InversionInputs:
-    """Image files, prepared as test images are: shorter side to `resize`, centre crop.
+def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int | str = 224) -> InversionInputs:
+    """Image files, prepared as test images are: resized, then the centre crop; see `DataConfig`.
 
     Raises `AfterimageError` that names the file where one is no image, or is given twice.
     """
     names = [shown(path) for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
         raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
-    crops = torch.cat([prepare_image(path, resize, crop) for path in paths])
+    config = DataConfig(resize=resize, crop=crop)
+    crops = torch.cat([prepare_image(path, config) for path in paths])
     digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
-    config = DataConfig(source="files:" + digest[:16], resize=resize, crop=crop)
-    facts = DataFacts("files", "", digest, digest, len(paths), resize, crop)
-    return InversionInputs(_Files(names, crops), config, facts, tuple(file_notes(paths, resize)))
+    facts = DataFacts("files", "", digest, digest, len(paths), config.resize, config.crop)
+    notes = tuple(file_notes(paths, config))
+    return InversionInputs(_Files(names, crops), replace(config, source="files:" + digest[:16]), facts, notes)
 
 
 class _Files(ImageSet):
-    """Crops that are held in memory, `(N, 3, crop, crop)` in [0, 1]."""
+    """Crops that are held in memory, `(N, 3, height, width)` in [0, 1]."""
 
     def __init__(self, ids: Sequence[str], crops: Tensor) -> None:
-        self.ids, self._crops, self.crop = list(ids), crops, crops.shape[-1]
+        self.ids, self._crops, self.size = list(ids), crops, tuple(crops.shape[-2:])
 
     def __len__(self) -> int:
         return len(self.ids)

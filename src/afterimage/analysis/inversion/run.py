@@ -157,7 +157,7 @@ def invert_run(
     if not missing:
         return list(folders.values())
     reconstructor = load_reconstructor(run, weights=weights).to(device)
-    metrics = Metrics(lpips, size=given.config.crop)
+    metrics = Metrics(lpips, size=min(given.config.size))
     options: dict[str, Any] = {"metrics": metrics, "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
         start = _start(run, reconstructor, given, metrics, device)

@@ -116,7 +116,7 @@ def group_bytes(configs: Iterable[RunConfig]) -> int:
             (one,) = plan([config])
             for source in config.sources:
                 model = split_source(source)[0]
-                parameters = layer_info(source, config.data.crop).encoder_parameters
+                parameters = layer_info(source, config.data.size).encoder_parameters
                 encoders[model] = max(encoders.get(model, 0), 4 * parameters)
         except Exception as error:
             let_go(error)

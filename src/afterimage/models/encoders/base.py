@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import nn
-
-from afterimage.config import AfterimageError
 
 
 class Frozen(nn.Module):
@@ -30,15 +28,3 @@ class Frozen(nn.Module):
     def train(self, mode: bool = True) -> Frozen:
         """Stay in evaluation mode."""
         return super().train(False)
-
-
-def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return `(height, width)` from one whole number or two.
-
-    Raises:
-        AfterimageError: the size is anything else
-    """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
-        raise AfterimageError(f"image_size must be one whole number greater than 0, or two, got {size!r}")
-    return pair

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FeatureSpec, split_source
-from afterimage.models.encoders.base import Frozen, size_pair
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FeatureSpec, size_pair, split_source
+from afterimage.models.encoders.base import Frozen
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.providers.python import OwnNetwork
 from afterimage.models.encoders.tensor_layout import reorder

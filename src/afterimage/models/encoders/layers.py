@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from afterimage.config import split_source
-from afterimage.models.encoders.base import size_pair
+from afterimage.config import size_pair, split_source
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.tracing import cannot_run, trace
 from afterimage.runs.results import FeatureMap

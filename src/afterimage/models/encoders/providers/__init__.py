@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
-from afterimage.config import AfterimageError, split_provider, split_source
+from afterimage.config import NATIVE, AfterimageError, DataConfig, size_text, split_provider, split_source
 from afterimage.models.encoders.providers.base import Network
 from afterimage.models.encoders.providers.diffusers import DiffusersNetwork
 from afterimage.models.encoders.providers.open_clip import OpenClipNetwork
@@ -50,3 +51,25 @@ def resolve(source: str) -> str:
     """
     model, layer = split_source(source.strip())
     return f"{open_network(model).name}:{layer}"
+
+
+def at_native_size(data: DataConfig, sources: Sequence[str]) -> DataConfig:
+    """Return settings of images whose crops, where `native` is asked for, have the size that networks are for.
+
+    Args:
+        data: the settings
+        sources: `[provider/]model:layer` each
+
+    Raises:
+        AfterimageError: the networks are for images of different sizes
+    """
+    if data.crop != NATIVE:
+        return data
+    models = dict.fromkeys(split_source(source)[0] for source in sources)
+    sizes = {model: size_text(open_network(model).native_size) for model in models}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{model} is for {size}" for model, size in sizes.items())
+        raise AfterimageError(
+            f"the native sizes differ: {told}; give one size, such as {max(sizes.values())}"
+        )
+    return data.sized(next(iter(sizes.values())))

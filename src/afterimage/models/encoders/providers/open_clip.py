@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, unknown
-from afterimage.models.encoders.base import size_pair
+from afterimage.config import AfterimageError, size_pair, unknown
 from afterimage.models.encoders.providers.base import Convert, Network, blocks_of
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, absolute_model, split_provider
-from afterimage.models.encoders.base import size_pair
+from afterimage.config import AfterimageError, absolute_model, size_pair, split_provider
 from afterimage.models.encoders.providers.base import Network
 from afterimage.models.encoders.random_init import open_branches, parameter_uses, seeded
 from afterimage.models.encoders.tensor_layout import Size

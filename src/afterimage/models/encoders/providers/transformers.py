@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, absolute_model, first_line, split_provider
-from afterimage.models.encoders.base import size_pair
+from afterimage.config import AfterimageError, absolute_model, first_line, size_pair, split_provider
 from afterimage.models.encoders.providers.base import Convert, Network, blocks_of
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library
