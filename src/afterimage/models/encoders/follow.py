@@ -18,13 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from afterimage.models.encoders.positions import (
     BLANKS,
-    VIRTUAL,
-    WIDE,
     Positions,
     absent,
     aliased,
     anywhere,
-    averaged,
     chosen,
     collapse,
     compress,
@@ -34,12 +31,9 @@ from afterimage.models.encoders.positions import (
     of_image,
     reduced,
     reshape,
-    rounded,
     united,
 )
-
-Given = dict[str, Any]
-"""An operation's arguments by name."""
+from afterimage.models.encoders.sliding import Given, adapted, nth, padded, pooled, slid, spread, upsampled
 
 
 class PositionFlow:
@@ -243,20 +237,20 @@ def _followed(flow: PositionFlow, func: Any, given: Given, results: list[Tensor]
     if name in RECURRENT:
         return [_reaching(reduced(source, [out.ndim - 1], keepdim=True).like(out.shape), range(out.ndim))]
     if name in POOLS:
-        return [_pooled(source, name, given, out.shape)]
+        return [pooled(source, name, given, out.shape)]
     if "adaptive" in name and "pool" in name:
-        return [_adapted(source, out.shape, axes=int(name[name.index("pool") + 4]))]
+        return [adapted(source, out.shape, axes=int(name[name.index("pool") + 4]))]
     if name.startswith(("upsample_", "_upsample_")):
-        return [_upsampled(source, given, out.shape)]
+        return [upsampled(source, given, out.shape)]
     if name in PADS:
-        padded = _padded(source, given.get("pad") or given["padding"])
+        found = padded(source, given.get("pad") or given["padding"])
         if name == "constant_pad_nd":
-            return [padded]
+            return [found]
         (repeated,) = _moved(source, func, given, results)  # padding repeats pixels, but not centres
-        return [replace(padded, reach=repeated.reach)]
+        return [replace(found, reach=repeated.reach)]
     if name == "im2col":
         (height, width), given["padding"] = given["padding"], [0, 0]
-        return _moved(_padded(source, [width, width, height, height]), func, given, results)
+        return _moved(padded(source, [width, width, height, height]), func, given, results)
     if func.is_view or name in MOVES:
         others = _tensors(given)[1:]
         flow.needs_values |= any(other.is_meta for other in others)
@@ -296,8 +290,8 @@ def _convolved(flow: PositionFlow, given: Given, shape: Sequence[int]) -> Positi
             lambda t: t if t.shape[1] == 1 else t.repeat_interleave(shape[1] // groups, 1),
         )
         for axis in range(len(spatial)):
-            options = [_nth(given[key], axis) for key in ("stride", "padding", "dilation")]
-            move = _spread if given["transposed"] else _slid
+            options = [nth(given[key], axis) for key in ("stride", "padding", "dilation")]
+            move = spread if given["transposed"] else slid
             found = move(found, 2 + axis, shape[2 + axis], weight.shape[2 + axis], *options)
         operands.append(found)
     dynamic = flow.of(weight)
@@ -305,167 +299,6 @@ def _convolved(flow: PositionFlow, given: Given, shape: Sequence[int]) -> Positi
         reach = tuple(anywhere(arrays, shape) for arrays in dynamic.reach)
         operands.append(Positions(tuple(shape), (), reach, dynamic.doubts))
     return gathered(operands, shape)
-
-
-def _nth(values: Sequence[int], axis: int) -> int:
-    return values[axis] if len(values) > 1 else values[0]
-
-
-def _slid(
-    source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int = 1
-) -> Positions:
-    """Follow windows along one axis, as of a convolution or a pool.
-
-    Padding continues the line of centres, so that a window at the border is centred at its own position rather
-    than at that of the pixels it sees.
-    """
-    size = source.shape[dim]
-    if (kernel, stride, padding, out) == (1, 1, 0, size):
-        return source
-    starts = torch.arange(out, device="cpu") * stride - padding
-    indices = starts[:, None] + torch.arange(kernel, device="cpu") * dilation
-    parts = []
-    for y, x, mixed in source.parts:
-        windows = [_windows(array, dim, indices, size, "line") for array in (y, x)]
-        orders = _real_if_any(_windows(mixed, dim, indices, size, "edge"))
-        part = averaged((*windows, orders), -1)
-        parts.append(tuple(compress(array.squeeze(-1)) for array in part))
-    reach = [
-        tuple(compress(_windows(array, dim, indices, size, "none").amin(-1)) for array in arrays)
-        for arrays in source.reach
-    ]
-    shape = [out if axis == dim else length for axis, length in enumerate(source.shape)]
-    return Positions(tuple(shape), chosen(parts), united(reach), source.doubts)
-
-
-def _real_if_any(mixed: Tensor) -> Tensor:
-    """Count padding in a window like the window's other elements, if there are any."""
-    virtual = (mixed >= VIRTUAL) & mixed.isfinite()
-    if not bool(virtual.any()):
-        return mixed
-    return torch.where(virtual & ~virtual.all(-1, keepdim=True), mixed - VIRTUAL, mixed)
-
-
-def _windows(array: Tensor, dim: int, indices: Tensor, size: int, outside: str) -> Tensor:
-    """Take windows of an array along an axis, which becomes `(out, ..., window)`.
-
-    `outside` decides the values at `indices` beyond the ends: `line` continues the line of values, `edge`
-    repeats the last one, and `none` is infinite.
-    """
-    if array.shape[dim] == 1 and (size > 1 or outside != "none"):
-        return array.unsqueeze(-1)
-    inside = indices.clamp(0, size - 1)
-    values = array.movedim(dim, -1)
-    found = values[..., inside]
-    if outside == "line":
-        steps = [values[..., 1] - values[..., 0], values[..., -1] - values[..., -2]]
-        steps = [step[..., None, None] for step in steps]
-        found = found + torch.where(indices < 0, *steps) * (indices - inside)
-    if outside == "none":
-        found = torch.where(indices == inside, found, torch.inf)
-    return found.movedim(-2, dim)
-
-
-def _spread(
-    source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int
-) -> Positions:
-    """Follow a transposed convolution along one axis: each output is centred between the inputs that reach it."""
-    index = torch.arange(out, dtype=torch.float64, device="cpu")
-    return _resampled(source, dim, (index + padding - (kernel - 1) * dilation / 2) / stride)
-
-
-def _resampled(source: Positions, dim: int, where: Tensor) -> Positions:
-    """Interpolate positions along an axis at the indices `where`; each then sees all pixels along that axis."""
-    low = where.floor().clamp(0, max(source.shape[dim] - 2, 0)).long()
-    share = (where - low).reshape([-1 if axis == dim else 1 for axis in range(len(source.shape))])
-
-    def between(array: Tensor) -> Tensor:
-        if array.shape[dim] == 1:
-            return array
-        below, above = array.index_select(dim, low), array.index_select(dim, low + 1)
-        return compress(rounded(below + (above - below) * share))
-
-    parts = []
-    for y, x, mixed in source.parts:
-        least = mixed.amin(dim, keepdim=True) + (y.shape[dim] > 1 or x.shape[dim] > 1)
-        parts.append((between(y), between(x), least))
-    shape = [len(where) if axis == dim else length for axis, length in enumerate(source.shape)]
-    return Positions(tuple(shape), chosen(parts), united(collapse(source.reach, [dim])), source.doubts)
-
-
-def _pooled(source: Positions, name: str, given: Given, shape: Sequence[int]) -> Positions:
-    axes = int(name[name.index("pool") + 4])
-    kernel = given["kernel_size"]
-    options = {"kernel": kernel, "stride": kernel, "padding": [0], "dilation": [1]}
-    options |= {key: given[key] for key in ("stride", "padding", "dilation") if given.get(key)}
-    for axis in range(axes):
-        dim = len(shape) - axes + axis
-        one = {key: _nth(values, axis) for key, values in options.items()}
-        source = _slid(source, dim, shape[dim], **one)
-    return source
-
-
-def _adapted(source: Positions, shape: Sequence[int], axes: int) -> Positions:
-    """Follow an adaptive pool: windows that cover an axis as evenly as whole numbers allow."""
-    for dim in range(len(shape) - axes, len(shape)):
-        before, after = source.shape[dim], shape[dim]
-        starts = [index * before // after for index in range(after)]
-        ends = [-(-(index + 1) * before // after) for index in range(after)]
-        step = 1.0 if after > 1 else WIDE
-        pieces = [
-            reduced(_slid(source, dim, end - start, 1, 1, -start), [dim], keepdim=True, step=step)
-            for start, end in zip(starts, ends, strict=True)
-        ]
-        source = joined(pieces, dim)
-    return source
-
-
-def _upsampled(source: Positions, given: Given, shape: Sequence[int]) -> Positions:
-    """Follow an interpolation to another size: centres lie on the line through their neighbours."""
-    factors = given.get("scale_factors") or [given.get(f"scales_{axis}") for axis in "dhw"]
-    for dim in range(2, len(shape)):
-        before, after = source.shape[dim], shape[dim]
-        index = torch.arange(after, dtype=torch.float64, device="cpu")
-        if given.get("align_corners"):
-            where = index * ((before - 1) / max(after - 1, 1))
-        else:
-            factor = factors[dim - len(shape)] or given.get("scales") or after / before
-            where = (index + 0.5) / factor - 0.5
-        source = source if before == after else _resampled(source, dim, where)
-    return source
-
-
-def _padded(source: Positions, pad: Sequence[int]) -> Positions:
-    """Follow padding: it continues a line of centres, and has no centre where there is no line."""
-    for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
-        dim = len(source.shape) - 1 - number
-        size = source.shape[dim]
-        if size > 1 and all(_is_line(array, dim) for part in source.parts for array in part[:2]):
-            source = _slid(source, dim, before + size + after, 1, 1, before)
-            index = torch.arange(source.shape[dim], device="cpu") - before
-            outside = (index < 0) | (index >= size)
-            outside = outside.reshape([-1 if axis == dim else 1 for axis in range(len(source.shape))])
-            parts = []
-            for y, x, mixed in source.parts:
-                if not y.shape[dim] == x.shape[dim] == 1:
-                    # Mixed as if the elements were in padding, where they are not already.
-                    virtual = torch.where(mixed < VIRTUAL, mixed + VIRTUAL, mixed)
-                    mixed = compress(torch.where(outside, virtual, mixed))
-                parts.append((y, x, mixed))
-            source = replace(source, parts=tuple(parts))
-            continue
-        lengths = [
-            [count if axis == dim else n for axis, n in enumerate(source.shape)] for count in (before, after)
-        ]
-        pieces = [absent(lengths[0]), source, absent(lengths[1])]
-        source = joined([piece for piece in pieces if piece.shape[dim]], dim)
-    return source
-
-
-def _is_line(array: Tensor, dim: int) -> bool:
-    """Return whether an array grows by equal steps along an axis."""
-    steps = array.diff(dim=dim)
-    return array.shape[dim] < 3 or bool((steps == steps.narrow(dim, 0, 1)).all())
 
 
 def _concatenated(flow: PositionFlow, name: str, given: Given) -> Positions:
