@@ -124,7 +124,7 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path):
     assert "loss is" in json.loads(failed.file("status.json").read_text())["error"]
 
 
-def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_decoder(tmp_path):
+def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_decoder(tmp_path, no_figures):
     study = replace(SMALL, sources=(f"{MODEL}:layer1", f"{MODEL}:layer2"), baselines=False, invert=2)
     search, learned = InvertConfig(steps=6, held_out=3), EstimateConfig(images=4, steps=3, channels=4)
     study = replace(study, decoders=(DecoderConfig("linear"),), inversion=search, estimate=learned)

@@ -99,7 +99,7 @@ def test_vit_tokens_equal_timms_own_block_outputs(name):
 def test_mean_and_std_are_the_models_own():
     for name, mean, std in (("vit_tiny_patch16_224", 0.5, 0.5), ("resnet18", 0.485, 0.229)):
         layer = "patch_embed" if "vit" in name else "layer1"
-        encoder = Encoder(name, layers=[layer], weights="random", image_size=64)
+        encoder = Encoder(name, layers=[layer], weights="random-init", image_size=64)
         assert encoder.mean.flatten()[0] == pytest.approx(mean)
         assert encoder.std.flatten()[0] == pytest.approx(std)
 
@@ -145,7 +145,7 @@ def test_training_leaves_the_state_bit_identical_and_without_gradients(images):
 
 @pytest.mark.parametrize("source", ["resnet18:layer1", "vgg11:block2", "vit_tiny_patch16_224:block3"])
 def test_inversion_can_differentiate_through_the_encoder(source, images):
-    encoder = Encoder(source, weights="random", image_size=64)
+    encoder = Encoder(source, weights="random-init", image_size=64)
     images.requires_grad_()
     assert not encoder(images)[0].requires_grad
     with encoder.gradients():
@@ -222,13 +222,13 @@ def test_random_weights_depend_on_the_seed_alone(images):
     ],
 )
 def test_non_square_and_odd_images(source, size, shape):
-    encoder = Encoder(source, weights="random", image_size=size)
+    encoder = Encoder(source, weights="random-init", image_size=size)
     assert encoder(torch.rand(1, 3, *encoder.image_size))[0].shape[1:] == shape
 
 
 def test_copies_and_pickles_work_by_themselves(images):
     for source in ("resnet18:layer1", "hiera_tiny_224:block0"):
-        encoder = Encoder(source, weights="random", image_size=64)
+        encoder = Encoder(source, weights="random-init", image_size=64)
         for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
             torch.testing.assert_close(other(images)[0], encoder(images)[0])
             assert encoder._features == other._features == [None]

@@ -66,8 +66,8 @@ def test_rows_and_columns_are_measured_each_for_itself():
 
 
 def test_a_vector_has_no_placement_and_an_attention_without_residual_keeps_its_queries():
-    assert layer_info("cait_xxs24_224:blocks.0.attn", 64).rows is None
-    assert layer_info("cait_xxs24_224:blocks.0.attn", 64).unseen == ""
+    kept = layer_info("cait_xxs24_224:blocks.0.attn", 64)
+    assert kept.rows is None and kept.unseen == ""
     mixed = layer_info("gmlp_ti16_224:blocks.0.mlp_channels.gate.proj", 64)
     assert mixed.rows is None and "each of its locations is made of the whole image alike" in mixed.unseen
 

@@ -30,7 +30,7 @@ from afterimage.models.encoders.encoder import Encoder
     ],
 )
 def test_the_grid_of_tokens_is_measured(source, size, grid, prefix):
-    encoder = Encoder(source, weights="random", image_size=size)
+    encoder = Encoder(source, weights="random-init", image_size=size)
     (spec,), layout = encoder.specs, encoder._layers[0].layout
     assert ((spec.height, spec.width), layout.prefix, layout.suffix) == (grid, prefix, 0)
     assert encoder(torch.rand(2, 3, *encoder.image_size))[0].shape == (2, spec.channels, *grid)
