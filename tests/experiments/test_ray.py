@@ -360,6 +360,161 @@ def test_bounds_are_the_local_ones_and_a_killed_worker_goes_on_from_its_batches(
     here, expected = run_study(study, tmp_path / "local", **options)
     assert errors == expected == [] and mark.exists() and watcher.has("retry 1 of 3, from the last batch")
     assert [run.name for run in there] == [run.name for run in here]
+    trained, bounds = [
+        [run for run in there if (run.result.kind == "inversion") is kind] for kind in (False, True)
+    ]
+    assert len(bounds) == 2 * len(trained)
+    for one, other in zip(there, here, strict=True):
+        assert one.result.scores == other.result.scores
+
+    monkeypatch.setattr("afterimage.experiments.ray.bounds.identify", lambda *_: (0, 0))
+    shutil.rmtree(bounds[0].path)
+    watcher = Watcher()
+    again = find_bounds_on_ray(trained, study, tmp_path / "ray", [], progress=watcher, **options)
+    assert watcher.has("does not see") and watcher.has("in a folder of its own")
+    assert watcher.has("retry 1 of 3, anew") and not watcher.has("goes on after epoch")
+    assert not list(run.path.glob("lock.*"))
+    check_same(run)
+
+
+@pytest.mark.long
+def test_retries_end(train, run, pace):
+    pace("worker")
+    failures = []
+    train(retries=0, failures=failures)
+    assert run.state == "failed" and "the worker was lost 1 times" in run.status["error"]
+    assert [str(error) for error in failures] == [run.status["error"]] and not list(run.path.glob("lock.*"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "unseen"])
+def test_a_stop_leaves_a_checkpoint_to_go_on_from(train, run, pace, check_same, shared, request):
+    if not shared:
+        request.getfixturevalue("unseen")
+    pace()
+    watcher = Watcher(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped) as stopped:
+        train(watcher)
+    assert stopped.value.code == 128 + signal.SIGTERM and watcher.has("stopped after the step under way")
+    assert run.state == "stopped" and run.file(CHECKPOINT).exists() and not list(run.path.glob("lock.*"))
+    assert train().has("goes on after epoch")
+    check_same(run)
+
+
+@pytest.mark.long
+def test_what_another_process_is_at_is_left_to_it(train, config, run, tmp_path):
+    Run.create(tmp_path / "ray", config)
+    process = context().Process(target=hold, args=(run.path, tmp_path / "ready"))
+    process.start()
+    while not (tmp_path / "ready").exists():
+        assert process.is_alive()
+
+    class Killer(Watcher):
+        def __call__(self, what, done, total, **figures):
+            super().__call__(what, done, total, **figures)
+            if "is left to process" in what:
+                assert run.state == "new"
+                process.kill()
+                process.join()
+
+    watcher = train(Killer())
+    assert process.exitcode == -signal.SIGKILL and run.state == "done"
+    assert watcher.has("is left to process") and watcher.has("taken over")
+
+
+@pytest.mark.long
+def test_a_local_process_and_ray_share_a_study(nodes, cache, study, tmp_path):
+    root, log = tmp_path / "study", tmp_path / "log"
+    process = context().Process(target=study_child, args=(study, root, cache, log), kwargs={"pause": 0.5})
+    process.start()
+    watcher = Watcher()
+    runs, failures = run_study(
+        study, root, cache=cache, accelerator="cpu", progress=watcher, train=partial(train_on_ray, cpus=1)
+    )
+    process.join(120)
+    assert process.exitcode == 0 and not failures and {run.state for run in runs} == {"done"}
+    here = {
+        line.removeprefix("begins ") for line in log.read_text().splitlines() if line.startswith("begins")
+    }
+    # A worker that comes late says so, and the driver then reports the run as done too.
+    words = ("is done, by another process", "is done already")
+    late = {run.name for run in runs if any(watcher.has(f"{run.name} {said}") for said in words)}
+    there = {run.name for run in runs if watcher.has(f"{run.name} done")} - late
+    trained = {run.name for run in runs if run.result.kind == "decoder"}
+    assert here & trained | there == trained and not here & there, "\n".join([*here, *watcher.said])
+
+
+@pytest.mark.long
+def test_a_lost_machine_is_replaced(nodes, train, run, pace, check_same):
+    nodes.add_node(num_cpus=2, object_store_memory=STORE)
+    pace("machine")
+    watcher = train()
+    assert watcher.has("retry 1 of 3, from the last checkpoint") and watcher.has("goes on after epoch")
+    check_same(run)
+
+
+@pytest.mark.long
+def test_controls_and_report_from_the_command_line(nodes, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AFTERIMAGE_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    small_images(tmp_path / "images")
+    (tmp_path / "mine.toml").write_text(
+        f'sources = ["{RESNET}"]\ndecoders = ["linear"]\nweights = "random"\nbaselines = false\n'
+        '[data]\nsource = "folder:images"\nresize = 48\ncrop = 32\n'
+    )
+    main(["study", "mine.toml", "--executor", "ray", "--controls", "--device", "cpu", "--cpus", "1"])
+    err = capsys.readouterr().err
+    runs = list(scan(tmp_path / "runs/mine"))
+    assert runs and all(run.state == "done" and run.file("controls.json").exists() for run in runs)
+    assert "is trained on" in err and (tmp_path / "runs/mine/report/index.html").exists()
+
+
+@pytest.mark.long
+def test_without_an_address_ray_is_started_here_and_quietly(tmp_path):
+    code = (
+        "from afterimage.experiments.ray.cluster import connect\n"
+        "with connect('', print) as ray:\n"
+        "    print(ray.cluster_resources()['object_store_memory'], ray.get(ray.remote(lambda: 7).remote()))\n"
+        "assert not ray.is_initialized()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["starting Ray on this machine (no --address)", f"{float(2**28)} 7"]
+    assert not done.stderr
+
+
+@pytest.mark.long
+def test_bounds_are_the_local_ones_and_a_killed_worker_goes_on_from_its_batches(
+    nodes, cache, study, tmp_path, monkeypatch
+):
+    search = InvertConfig(steps=4, held_out=2)
+    study = replace(
+        study,
+        baselines=False,
+        invert=6,
+        inversion=search,
+        estimate=EstimateConfig(images=4, steps=3, channels=4),
+    )
+    options, threads = {"cache": cache, "accelerator": "cpu"}, torch.get_num_threads()
+    mark = tmp_path / "mark"
+    ray.cloudpickle.register_pickle_by_value(stand_ins)  # workers do not see the tests
+    monkeypatch.setattr(worker, "find_bound", stand_ins.find_bound_killed_once(str(mark)))
+    watcher = Watcher()
+    there, errors = run_study(
+        study, tmp_path / "ray", progress=watcher,
+        train=partial(train_on_ray, cpus=threads), bounds=partial(find_bounds_on_ray, cpus=threads), **options,
+    )  # fmt: skip
+    here, expected = run_study(study, tmp_path / "local", **options)
+    assert errors == expected == [] and mark.exists() and watcher.has("retry 1 of 3, from the last batch")
+    assert [run.name for run in there] == [run.name for run in here]
     bounds = [run for run in there if run.result.kind == "inversion"]
     assert len(bounds) == 2 * len([run for run in there if run.result.kind != "inversion"])
     for one, other in zip(there, here, strict=True):
