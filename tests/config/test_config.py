@@ -288,6 +288,20 @@ def test_the_digests_of_runs_without_paths_are_those_of_before():
     assert {config.digest[:8] for config in digests.values()} == set(digests)
 
 
+def test_a_protocol_says_size_and_layers():
+    rae = DataConfig("photographs", protocol="rae")
+    assert (rae.resize, rae.crop) == (256, 256) and from_dict(DataConfig, to_dict(rae)) == rae
+    assert DataConfig("photographs", protocol="study") == DataConfig("photographs")
+    for layer in ("norm", "latents"):
+        RunConfig((f"m:{layer}",), data=rae)
+    with pytest.raises(AfterimageError, match="protocol rae reads m:norm or m:latents, got m:block3"):
+        RunConfig(("m:block3",), data=rae)
+    with pytest.raises(AfterimageError, match="protocol rae has resize 256, got 518"):
+        DataConfig(resize=518, crop=518, protocol="rae")
+    with pytest.raises(AfterimageError, match=r"unknown protocol 'ra'; did you mean 'rae'"):
+        DataConfig(protocol="ra")
+
+
 def test_links_keep_their_names_but_two_dots_go_where_the_system_goes(tmp_path):
     (tmp_path / "far" / "inner").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")

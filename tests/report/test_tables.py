@@ -53,6 +53,30 @@ def test_markdown_shows_every_row_with_its_numbers(study):
     assert first[7].strip("*") == f"{score.mean:.2f} ± {score.std:.2f}"
 
 
+def test_figures_are_named_by_their_protocol_and_what_it_has_beside_them_is_not_made_up(tmp_path):
+    runs = [
+        write_run(tmp_path, "m", "norm", protocol="rae"),
+        write_baseline(tmp_path, "jpeg-50", protocol="rae"),
+    ]
+    table = markdown_table(read_rows(runs))
+    header, _, *lines = cells(table)
+    assert [name.strip() for name in header][-4:] == [
+        "PSNR (dB), rae ↑", "SSIM, rae ↑", "LPIPS (alex), rae ↓", "rFID, rae ↓"
+    ]  # fmt: skip
+    assert all("not measured" in line[-1] for line in lines)
+    assert "rFID is not measured: it needs the Inception network" in table.replace("\\", "")
+    assert any("rFID (rae) is not measured" in warning for warning in read_rows(runs).warnings)
+
+
+def test_figures_of_several_protocols_are_not_put_into_one_report(tmp_path):
+    runs = [write_run(tmp_path, "m", "norm", protocol=name) for name in ("rae", "study")]
+    with pytest.raises(
+        AfterimageError, match=r"different protocols: study \(m-norm.*\); rae \(m-norm.*one at a time"
+    ):
+        write_report(runs, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
 def test_spread_may_be_the_interval(study):
     found = study.decoders[0].intervals["psnr"]
     shown = markdown_table(study, spread="interval")

@@ -52,6 +52,8 @@ class Study:
     encoder's own."""
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop, instead of the study's own."""
+    protocol: str = ""
+    """Protocol instead of the study's own: study (256, crop 224), or rae (256, the final norm)."""
     limit_train: int | None = None
     """Use only so many training images."""
     limit_validation: int | None = None
@@ -183,6 +185,7 @@ class Study:
         if self.size or self.resize is not None:
             images = images.sized(self.size or images.crop, self.resize)
         data |= {"source": self.data} if self.data else {}
+        data |= {"protocol": self.protocol} if self.protocol else {}
         data |= {"test": self.test} if self.data or self.test else {}
         recipe = self._given("epochs", "batch_size")
         estimate = {"images": self.estimate_images} if self.estimate_images is not None else {}

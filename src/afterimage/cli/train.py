@@ -56,6 +56,8 @@ class Train:
     """Size of the crop in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
+    protocol: str = ""
+    """Measure as others did, to stand beside their figures: study (256, crop 224), or rae (256, the final norm)."""
     limit_train: int | None = None
     """Use only so many training images."""
     limit_validation: int | None = None
@@ -90,6 +92,7 @@ class Train:
         data = DataConfig(
             source=self.data,
             test=self.test,
+            protocol=self.protocol or None,
             limit_train=self.limit_train,
             limit_validation=self.limit_validation,
             limit_test=self.limit_test,

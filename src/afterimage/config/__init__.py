@@ -30,6 +30,7 @@ from afterimage.config.schema import (
     MAX_STEPS,
     NATIVE,
     PRECISIONS,
+    PROTOCOLS,
     PROVIDERS,
     RANDOM_WEIGHTS,
     SSIM_WINDOW,

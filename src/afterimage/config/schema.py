@@ -80,6 +80,39 @@ def size_text(size: tuple[int, int]) -> str:
 
 
 @dataclass(frozen=True)
+class Protocol:
+    """How figures must be measured to stand beside others' figures.
+
+    Attributes:
+        resize: pixels of an image's shorter side after resizing
+        crop: side of the centre crop in pixels
+        layers: layers that are read; empty for any
+        missing: metrics that it has and that are not measured here, each with the reason
+    """
+
+    resize: int
+    crop: int
+    layers: tuple[str, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+PROTOCOLS = {
+    "study": Protocol(256, 224),
+    "rae": Protocol(
+        256,
+        256,
+        ("norm", "latents"),
+        {
+            "rFID": "it needs the Inception network of the published figures (pt_inception-2015-12-05), whose weights "
+            "are not part of this project; no other network stands in for it"
+        },
+    ),
+}
+"""The protocols by name: the published study's, which is the default, and that of representation autoencoders (RAE,
+Zheng et al. 2025): the encoder's final norm, on images of 256 pixels."""
+
+
+@dataclass(frozen=True)
 class Axis:
     """Positions of a feature map's locations along one axis of the image, in pixels from its top or left edge.
 
@@ -240,6 +273,8 @@ class DataConfig:
         limit_train: number of training images to keep, the first ones; None keeps all
         limit_validation: number of validation images to keep, likewise
         limit_test: number of test images to keep, likewise
+        protocol: name of a protocol, which says `resize`, `crop` and which layers are read; reports name its figures
+            by it
     """
 
     source: str = "div2k"
@@ -252,6 +287,7 @@ class DataConfig:
     limit_train: int | None = None
     limit_validation: int | None = None
     limit_test: int | None = None
+    protocol: str | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "resize", most=MAX_SIDE)
@@ -267,6 +303,8 @@ class DataConfig:
                 raise AfterimageError(f"crop must be at most {MAX_SIDE}, got {text}")
             if min(size) > self.resize:
                 raise AfterimageError(f"crop ({text}) must not be larger than resize ({self.resize})")
+        if self.protocol is not None:
+            self._follow(self.protocol)
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -303,6 +341,17 @@ class DataConfig:
         if resize is None:
             resize = self.resize if crop == NATIVE else max(self.resize, min(size_pair(crop, "size")))
         return replace(self, crop=crop, resize=resize)
+
+    def _follow(self, name: str) -> None:
+        if name not in PROTOCOLS:
+            raise unknown("protocol", name, PROTOCOLS)
+        for key in ("resize", "crop"):
+            value, default = getattr(PROTOCOLS[name], key), getattr(PROTOCOLS["study"], key)
+            if getattr(self, key) not in (value, default):
+                raise AfterimageError(f"protocol {name} has {key} {value}, got {getattr(self, key)}")
+            object.__setattr__(self, key, value)
+        if name == "study":  # without a protocol it is the same, and so is the digest
+            object.__setattr__(self, "protocol", None)
 
 
 @dataclass(frozen=True)
@@ -376,8 +425,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise AfterimageError("a run needs at least one source, written model:layer")
+        layers = PROTOCOLS[self.data.protocol or "study"].layers
         for source in self.sources:
-            split_source(source)
+            model, layer = split_source(source)
+            if layers and layer not in layers:
+                raise AfterimageError(
+                    f"protocol {self.data.protocol} reads {' or '.join(f'{model}:{name}' for name in layers)}, "
+                    f"got {source}"
+                )
         if len(self.sources) > 1 and self.fusion is None:
             object.__setattr__(self, "fusion", FusionConfig())
         if self.lpips not in LPIPS_NETS:

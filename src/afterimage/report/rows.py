@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError, split_source
+from afterimage.config import PROTOCOLS, RANDOM_WEIGHTS, AfterimageError, split_source
 from afterimage.evaluation.intervals import mean_interval
 from afterimage.runs.results import METRICS, Interval, Result, Score
 from afterimage.runs.run import Run
@@ -178,6 +178,27 @@ class Rows:
         """The LPIPS networks that measured at least one row; distances of different ones do not compare."""
         return tuple(sorted({r.lpips.net for r in self.all if r.scores["lpips"] is not None}))
 
+    @property
+    def protocol(self) -> str:
+        """The protocol of all rows; empty where they follow none but the study's.
+
+        Raises:
+            AfterimageError: there are several, whose figures do not belong in one column
+        """
+        found: dict[str, list[str]] = {}
+        for row in self.every:
+            found.setdefault(_protocol(row), []).append(row.run.name)
+        if len(found) > 1:
+            told = (f"{name or 'study'} ({', '.join(runs[:3])})" for name, runs in sorted(found.items()))
+            raise AfterimageError(
+                f"these runs were measured by different protocols: {'; '.join(told)}; report on those of one at a time"
+            )
+        return next(iter(found), "")
+
+
+def _protocol(row: Row) -> str:
+    return str(row.settings.get("data", {}).get("protocol") or "")
+
 
 def read_rows(runs: Iterable[Run]) -> Rows:
     """Read every run, once. Raises `AfterimageError` where none is finished, with what is wrong with each."""
@@ -262,6 +283,13 @@ def _warnings(rows: Sequence[Row]) -> Iterable[str]:
         yield f"The rows were measured on different numbers of images ({counts[0]} to {counts[-1]})."
     elif changed := _changed(rows):
         yield f"Rows that name the same data had {changed} sets of images: files changed between them."
+    for name in sorted({_protocol(row) for row in rows} & PROTOCOLS.keys()):
+        protocol = PROTOCOLS[name]
+        yield (
+            f"Figures by the protocol {name}, beside no others: images resized to {protocol.resize} pixels, centre "
+            f"crop of {protocol.crop}, layers {' or '.join(protocol.layers)}."
+        )
+        yield from (f"{metric} ({name}) is not measured: {why}." for metric, why in protocol.missing.items())
     yield from _uninformed(rows)
     if mixed := _mixed_settings(rows):
         yield f"The rows were not all made with the same settings: {'; '.join(mixed)}."

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from afterimage.config import unknown
+from afterimage.config import PROTOCOLS, unknown
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.format import latex, markdown, markdown_code, plain, span, spreadsheet
 from afterimage.report.rows import Row, Rows, fusion_legend
@@ -80,6 +80,8 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
     """Lay out the whole table. `spread` chooses what follows means: their standard deviation or their interval."""
     if spread not in SPREADS:
         raise unknown("spread", spread, SPREADS)
+    protocol = rows.protocol
+    missing = PROTOCOLS[protocol].missing if protocol else {}
     columns = [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in rows.nets or ("",))]
     best = {column: _best(rows.decoders, *column) for column in columns}
     seeds = len({row.seed for row in rows.decoders}) > 1
@@ -89,19 +91,23 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
         marks = tuple(notes.number(note) for note in row.notes)
         cells = [*_what(row, seeds)]
         cells += [_score(row, m, net, best[m, net], spread, notes) for m, net in columns]
+        cells += [
+            Cell(("not measured",), (notes.number(f"{m} is not measured: {missing[m]}"),)) for m in missing
+        ]
         line = Line(row, Cell(_names(row), marks), tuple(cells))
         groups.setdefault((row.encoder, "" if row.is_baseline else row.weights_label), []).append(line)
     header = ["features", "shape", "reduction", "decoder", *(["seed"] if seeds else [])]
-    header += ["weights", "parameters", "training", *(heading(metric, net) for metric, net in columns)]
+    header += ["weights", "parameters", "training", *(heading(*column, protocol) for column in columns)]
+    header += [f"{metric}, {protocol} ↓" for metric in missing]
     made = tuple(Group(encoder, weights, tuple(lines)) for (encoder, weights), lines in groups.items())
     return Table(tuple(header), made, tuple(notes.texts), _remark(rows, spread))
 
 
-def heading(metric: str, net: str = "") -> str:
-    """`PSNR (dB) ↑`, `SSIM ↑` or `LPIPS (alex) ↓`."""
+def heading(metric: str, net: str = "", protocol: str = "") -> str:
+    """`PSNR (dB) ↑`, `SSIM ↑` or `LPIPS (alex) ↓`; under a protocol `PSNR (dB), rae ↑`."""
     known = METRICS[metric]
-    aside = net or known.unit.strip()
-    return f"{known.title}{f' ({aside})' if aside else ''} {'↑' if known.higher_is_better else '↓'}"
+    aside, by = net or known.unit.strip(), f", {protocol}" if protocol else ""
+    return f"{known.title}{f' ({aside})' if aside else ''}{by} {'↑' if known.higher_is_better else '↓'}"
 
 
 def lpips_reason(row: Row) -> str:
