@@ -13,7 +13,7 @@ import torch
 from afterimage.analysis.inversion.inputs import InversionInputs, from_data
 from afterimage.analysis.inversion.invert import Snapshot
 from afterimage.analysis.inversion.measure import curve_steps
-from afterimage.analysis.inversion.run import Refinement, decoder_errors
+from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.config.inversion import InvertConfig
 from afterimage.evaluation.metrics import Metrics

@@ -10,7 +10,7 @@ from PIL import Image
 from afterimage.analysis.inversion.inputs import from_data, from_files
 from afterimage.analysis.inversion.invert import Inversion, Snapshot, refine
 from afterimage.analysis.inversion.measure import best_step, curve_steps, measure
-from afterimage.analysis.inversion.run import Refinement
+from afterimage.analysis.inversion.refinement import Refinement
 from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.config.inversion import EstimateConfig, InvertConfig

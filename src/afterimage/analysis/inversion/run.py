@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.analysis.inversion.batches import Batches, Curve
-from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
-from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
+from afterimage.analysis.inversion.batches import Batches
+from afterimage.analysis.inversion.decoder_errors import HELD_OUT
 from afterimage.analysis.inversion.honesty import bound_controls, mean_features
 from afterimage.analysis.inversion.inputs import InversionInputs
 from afterimage.analysis.inversion.invert import (
     Inversion,
-    Snapshot,
-    differentiable,
     encode,
-    invert,
-    refine_features,
 )
-from afterimage.analysis.inversion.measure import BATCH, best_step, measure, search_batch
+from afterimage.analysis.inversion.measure import BATCH, measure
 from afterimage.analysis.inversion.objective import feature_distance
+from afterimage.analysis.inversion.refinement import (
+    BestEstimate,
+    Refinement,
+    choose_passes,
+    decoder_errors,
+    learn_from,
+    plain_search,
+)
 from afterimage.config import AfterimageError, load_toml
 from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
 from afterimage.data.images import ImageSet
@@ -44,66 +47,6 @@ from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
 Images = Float[Tensor, "batch 3 height width"]
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """A search that starts from a decoder's answer, as `measure` takes it."""
-
-    reconstructor: Reconstructor
-    method: InvertConfig
-    errors: DecoderErrors | None
-    seed: int
-
-    @property
-    def steps(self) -> int:
-        return self.method.steps
-
-    def __call__(self, images: Images, **options: Any) -> Inversion:
-        """Refine what the decoder makes of `images`."""
-        targets = encode(self.reconstructor.encoders, images)
-        return self.of_features(targets, tuple(images.shape[-2:]), **options)
-
-    def of_features(self, targets: Sequence[Tensor], size: tuple[int, int], **options: Any) -> Inversion:
-        """Refine what the decoder makes of feature maps; options are `invert`'s."""
-        settings = {"method": self.method, "errors": self.errors, "seed": self.seed}
-        return refine_features(self.reconstructor, targets, size, **settings, **options)
-
-
-@dataclass(frozen=True)
-class BestEstimate:
-    """A refinement and what was learned to correct in it, as `measure` takes it."""
-
-    refinement: Refinement
-    corrector: Corrector
-    precision: str
-    batches: Batches
-
-    @property
-    def steps(self) -> int:
-        return self.refinement.steps
-
-    def __call__(
-        self, images: Images, *, progress: Progress = silent, callback: Any = None, **_: Any
-    ) -> Inversion:
-        """Refine `images`, unless that is kept, and correct."""
-        found, _ = search_batch(self.refinement, images, self.steps, progress=progress, batches=self.batches)
-        result = self._corrected(encode(self.refinement.reconstructor.encoders, images), found)
-        if callback is not None:
-            callback(Snapshot(self.steps, result.seconds, result.images, result.loss))
-        return result
-
-    def of_features(self, targets: Sequence[Tensor], size: tuple[int, int], **options: Any) -> Inversion:
-        """Refine and correct what the decoder makes of feature maps."""
-        return self._corrected(targets, self.refinement.of_features(targets, size, **options))
-
-    @torch.no_grad()
-    def _corrected(self, targets: Sequence[Tensor], found: Inversion) -> Inversion:
-        started, reconstructor = time.monotonic(), self.refinement.reconstructor
-        decoded = reconstructor.feature_decoder(targets).clone()
-        images = correct(self.corrector, decoded, found.images, self.precision)
-        seconds = found.seconds + time.monotonic() - started
-        return Inversion(images, feature_distance(reconstructor.encoders(images), targets), seconds)
 
 
 def invert_run(
@@ -170,7 +113,7 @@ def invert_run(
                 refinement, method=replace(method, steps=folders["refined"].result.inversion.steps)
             )
         elif method.held_out and given.validation is not None and method.optimizer == "lbfgs":
-            refinement, chosen = _choose_passes(
+            refinement, chosen = choose_passes(
                 refinement,
                 given.validation,
                 Batches(aside, [made_for, method.steps]),
@@ -191,7 +134,9 @@ def invert_run(
             raise AfterimageError(
                 f"{run.name}: a best estimate is learned from validation images, and there are none"
             )
-        corrector, count = _learn(refinement, given.validation, estimate, learning, seed, device, progress)
+        corrector, count = learn_from(
+            refinement, given.validation, estimate, learning, seed, device, progress
+        )
         best = BestEstimate(refinement, corrector, method.precision, kept)
         learned = f"learned from {count} validation images that were refined alike, in {estimate.steps} steps"
         # No batches: the estimates take what the refinement has kept.
@@ -204,54 +149,6 @@ def invert_run(
     if folder := missing.get("inversion"):
         invert_sources(folder, reconstructor.encoders, method, given, seed=seed, **options)
     return list(folders.values())
-
-
-def _choose_passes(
-    refinement: Refinement,
-    image_set: ImageSet,
-    batches: Batches,
-    metrics: Metrics,
-    device: str,
-    progress: Progress,
-) -> tuple[Refinement, str]:
-    """The refinement with as many passes as are best for held-out images, and what a reader has to know of it."""
-    count, most = min(refinement.method.held_out, len(image_set)), refinement.method.steps
-    curve: Curve = []
-    for indices in torch.arange(count).split(BATCH):
-        images, ids = image_set.crops(indices, device=device), [image_set.ids[i] for i in indices.tolist()]
-        curve += search_batch(refinement, images, most, ids, metrics, progress=progress, batches=batches)[1]
-        progress("choosing the number of passes", int(indices[-1]) + 1, count)
-    steps = best_step(curve)
-    what = "LPIPS" if metrics.lpips_status.available else "PSNR"
-    note = f"the number of passes, {steps} of at most {most}, is the best in {what} for {count} validation images"
-    return replace(refinement, method=replace(refinement.method, steps=steps)), note
-
-
-def _learn(
-    refinement: Refinement,
-    image_set: ImageSet,
-    config: EstimateConfig,
-    batches: Batches,
-    seed: int,
-    device: str,
-    progress: Progress,
-) -> tuple[Corrector, int]:
-    """Refine the first images of a set, and learn what to correct in them; the corrector and how many there were."""
-    count = min(config.images, len(image_set))
-    groups: list[tuple[Tensor, Tensor, Tensor]] = []
-    for indices in torch.arange(count).split(BATCH):
-        originals = image_set.crops(indices, device=device)
-        with torch.no_grad():
-            decoded = refinement.reconstructor(originals).clamp(0, 1)
-        found, _ = search_batch(refinement, originals, refinement.steps, progress=progress, batches=batches)
-        # In one order of memory, whether it was kept or not: sums depend on it.
-        groups.append(tuple(part.contiguous().cpu() for part in (originals, decoded, found.images)))
-        progress("refining images to learn the best estimate from", int(indices[-1]) + 1, count)
-    parts = (torch.cat(part) for part in zip(*groups, strict=True))
-    corrector = learn_corrector(
-        *parts, config, precision=refinement.method.precision, seed=seed, device=device, progress=progress
-    )
-    return corrector, count
 
 
 def invert_sources(
@@ -277,28 +174,6 @@ def invert_sources(
         **options,
     )
     batches.clear()
-
-
-def decoder_errors(
-    reconstructor: Reconstructor, given: InversionInputs, device: str
-) -> tuple[DecoderErrors | None, list[str]]:
-    """Learn a decoder's errors on validation images; None without any, and what a reader has to know of it."""
-    if given.validation is None:
-        return None, [
-            "the decoder's errors are not known, natural images stand for them: no validation images"
-        ]
-    count = min(HELD_OUT, len(given.validation))
-    note = f"the decoder's errors, in images and in features, are learnt from {count} validation images"
-
-    @torch.no_grad()
-    def errors() -> Iterator[tuple[Tensor, list[Tensor]]]:
-        for images in given.validation.batches(torch.arange(count).split(BATCH), device=device):
-            wanted = encode(reconstructor.encoders, images)
-            decoded = reconstructor.feature_decoder(wanted)
-            maps = reconstructor.encoders(decoded)
-            yield images - decoded, [a - b for a, b in zip(maps, wanted, strict=True)]
-
-    return DecoderErrors.learn(errors()), [note]
 
 
 def _decoder_alone(
@@ -407,14 +282,3 @@ def _make(
     write_csv(folder.file("curve.csv"), measured.curve)
     folder.save_result(found, measured.images)
     folder.set_state("done")
-
-
-def plain_search(encoders: MultiEncoder, method: InvertConfig, seed: int) -> Callable[..., Inversion]:
-    """Inversion from grey, as `measure` takes it."""
-
-    def search(images: Images, **options: Any) -> Inversion:
-        targets = encode(encoders, images)
-        with differentiable(encoders) as features_of:
-            return invert(features_of, targets, tuple(images.shape[-2:]), method=method, seed=seed, **options)
-
-    return search
