@@ -33,6 +33,7 @@ class Layers:
         size = size or open_network(self.model).native_size
         layers = list_layers(self.model, size, every=self.all_modules)
         print_layers(self, size, layers + list_named(self.model, size))
+        say(*open_network(self.model).remarks)
         if ended := early_end(self.model, size):
             say(f"WARNING: {ended}")
 

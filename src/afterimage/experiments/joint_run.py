@@ -239,7 +239,8 @@ class JointRun:
         """Write what a decoder came to; its run is then done."""
         config, layers = self.runs[decoder.run], self.encoders.describe()
         features = tuple(layers[i] for i in decoder.feature_indices)
-        weights = self.encoders.weights_of([self.encoders.sources[i] for i in decoder.feature_indices])
+        sources = [self.encoders.sources[i] for i in decoder.feature_indices]
+        weights = self.encoders.weights_of(sources)
         size, box = self.first.data.size, self._seen(decoder)
         unseen = seen_notes(features, box, size, () if box is None else result.rows)
         found = Result(
@@ -261,6 +262,7 @@ class JointRun:
                     *self._code_notes(decoder),
                     *unseen,
                     *weight_notes(weights),
+                    *self.encoders.remarks_of(sources),
                     *self.data.notes,
                 ),
                 *score_notes(result.rows),

@@ -72,6 +72,12 @@ class MultiEncoder(nn.Module):
         used = set(sources)
         return [e.weights.used for e in self.encoders if used.intersection(e.sources)]
 
+    def remarks_of(self, sources: Sequence[str]) -> list[str]:
+        """What a reader has to know of how images reach the networks behind `sources`."""
+        used = set(sources)
+        found = [e.network.remarks for e in self.encoders if used.intersection(e.sources)]
+        return [remark for remarks in found for remark in remarks]
+
     def weight_digests(self, sources: Sequence[str]) -> dict[str, str]:
         """What tells the weights behind `sources` apart, by model: a SHA-256, or which random draw they are."""
         return {weights.model: weights.identity for weights in self.weights_of(sources)}

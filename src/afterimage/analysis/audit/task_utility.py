@@ -20,6 +20,7 @@ from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import interval_dict, mean_interval, share_interval
+from afterimage.models.encoders.base import normalise
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.tensor_layout import Layout, field_names, has_fields, reorder, step_into
 from afterimage.models.encoders.tracing import trace
@@ -105,7 +106,7 @@ class _Normalised(nn.Module):
         self.model, self.mean, self.std = model, mean, std
 
     def forward(self, images: Tensor) -> Any:
-        return self.model((images - self.mean) / self.std)
+        return self.model(normalise(images, self.mean, self.std))
 
 
 def _whole(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:

@@ -276,7 +276,14 @@ def _make(
         features=tuple(encoders.describe()),
         weights=tuple(weights),
         inversion=facts,
-        notes=(took, *weight_notes(weights), *notes, *given.notes, *score_notes(measured.rows)),
+        notes=(
+            took,
+            *weight_notes(weights),
+            *encoders.remarks_of(encoders.sources),
+            *notes,
+            *given.notes,
+            *score_notes(measured.rows),
+        ),
     )
     folder.save_environment(environment() | {"device": device, "threads": torch.get_num_threads()})
     write_csv(folder.file("curve.csv"), measured.curve)

@@ -5,7 +5,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in the luminance of ITU-R BT.601, which Pillow too makes grey images of."""
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalise images for a network.
+
+    Args:
+        images: `(B, 3, H, W)` in [0, 1]
+        mean: means `(1, C, 1, 1)`; with one channel an image is turned to its luminance first
+        std: standard deviations, likewise
+    """
+    if mean.shape[1] == 1:
+        shares = torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+        images = (images * shares).sum(1, keepdim=True)
+    return (images - mean) / std
 
 
 class Frozen(nn.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FeatureSpec, size_pair, split_source
-from afterimage.models.encoders.base import Frozen
+from afterimage.models.encoders.base import Frozen, normalise
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.providers.python import OwnNetwork
 from afterimage.models.encoders.tensor_layout import reorder
@@ -114,7 +114,7 @@ class Encoder(Frozen):
             found = self.network.find_weights(weights)
             self.model, note = self.network.load(self.image_size, found, used)
             self.weights = replace(found, note=note)
-        self.notes = tuple(weight_notes([self.weights.used]))
+        self.notes = (*weight_notes([self.weights.used]), *self.network.remarks)
         if not self.network.is_own:
             _drop(self.model, {name for names in used for name in names})
         if self.network.channels_last:
@@ -123,7 +123,7 @@ class Encoder(Frozen):
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.requires_grad_(False).train(False)
         for name, values in (("mean", self.network.mean), ("std", self.network.std)):
-            values = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+            values = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
         self._features: list[Tensor | None] = [None] * len(layers)
         deepest = max(range(len(layers)), key=lambda i: (self._layers[i].order, i))
@@ -158,7 +158,7 @@ class Encoder(Frozen):
                 contextlib.suppress(_Done),
             ):
                 # Out of place, so that a network that writes into its input cannot change the images.
-                inputs = (images - self.mean) / self.std
+                inputs = normalise(images, self.mean, self.std)
                 if self.network.channels_last:
                     inputs = inputs.contiguous(memory_format=torch.channels_last)
                 self.model(inputs)

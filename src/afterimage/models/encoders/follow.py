@@ -51,7 +51,7 @@ class PositionFlow:
         self._alive: dict[int, StorageWeakRef] = {}
         self._steps = 0
         self.needs_values = False
-        self._set(images, of_image(*images.shape[-2:]).like(images.shape))
+        self._set(images, of_image(*images.shape[-3:]).like(images.shape))
 
     def of(self, tensor: Tensor) -> Positions | None:
         """Return the positions of a tensor's elements; None for a tensor that does not depend on the image."""

@@ -69,17 +69,18 @@ class Positions:
         return replace(self, shape=tuple(shape))
 
 
-def of_image(height: int, width: int) -> Positions:
-    """Return the positions of an image's pixels `(1, 3, height, width)`, each at its own centre.
+def of_image(channels: int, height: int, width: int) -> Positions:
+    """Return the positions of an image's pixels `(1, channels, height, width)`, each at its own centre.
 
     Args:
+        channels: number of channels
         height: height of the image in pixels
         width: width of the image in pixels
     """
     y = torch.arange(height, dtype=torch.float64, device="cpu").reshape(1, 1, -1, 1)
     x = torch.arange(width, dtype=torch.float64, device="cpu").reshape(1, 1, 1, -1)
     never = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device="cpu")
-    return Positions((1, 3, height, width), ((y + 0.5, x + 0.5, never),), ((y, x, -y - 1, -x - 1),))
+    return Positions((1, channels, height, width), ((y + 0.5, x + 0.5, never),), ((y, x, -y - 1, -x - 1),))
 
 
 def absent(shape: Sequence[int]) -> Positions:

@@ -114,7 +114,7 @@ def open_branches(model: nn.Module, uses: ParameterUses) -> None:
                     parameter.mul_(1 / gain)
 
 
-def parameter_uses(model: nn.Module, image_size: tuple[int, int]) -> ParameterUses:
+def parameter_uses(model: nn.Module, image_size: tuple[int, int], channels: int = 3) -> ParameterUses:
     """Find what a network does with its parameters, so that no names of them need to be known.
 
     One pass shows it, on the meta device, which computes nothing, or on the CPU if the network cannot run there.
@@ -123,15 +123,16 @@ def parameter_uses(model: nn.Module, image_size: tuple[int, int]) -> ParameterUs
     Args:
         model: the network; the values of its parameters do not matter
         image_size: `(height, width)` of the images of the pass, in pixels
+        channels: number of channels that the model takes
     """
     tensors = (*model.parameters(), *model.buffers())
     with contextlib.suppress(Exception):
         uses, finished = _pass(
-            copy.deepcopy(model, {id(t): _on_meta(t) for t in tensors}), image_size, "meta"
+            copy.deepcopy(model, {id(t): _on_meta(t) for t in tensors}), (channels, *image_size), "meta"
         )
         if finished:
             return uses
-    return _pass(model, image_size, "cpu")[0]
+    return _pass(model, (channels, *image_size), "cpu")[0]
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -139,8 +140,8 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(placed, False) if isinstance(tensor, nn.Parameter) else placed
 
 
-def _pass(model: nn.Module, image_size: tuple[int, int], device: str) -> tuple[ParameterUses, bool]:
-    images, finished = torch.zeros(1, 3, *image_size, device=device), False
+def _pass(model: nn.Module, shape: tuple[int, int, int], device: str) -> tuple[ParameterUses, bool]:
+    images, finished = torch.zeros(1, *shape, device=device), False
     seen = _Uses(dict(model.named_parameters(remove_duplicate=False)), images)
     with contextlib.suppress(Exception), torch.no_grad(), torch.device(device), seen:
         model(images)

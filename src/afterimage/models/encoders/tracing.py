@@ -233,10 +233,10 @@ def trace(network: Network, image_size: Size) -> Trace:
         model = _blank(network, image_size)
     except _Unbuildable as reason:
         raise cannot_run(network, image_size, str(reason)) from reason
-    first = ForwardTrace(model, _images(model, 1, image_size), follow=True)
+    first = ForwardTrace(model, _images(network, model, 1, image_size), follow=True)
     if (first.failure or first.flow.needs_values) and _device(model) == "meta":
         model = _blank(network, image_size, "cpu")
-        first = ForwardTrace(model, _images(model, 1, image_size), follow=True)
+        first = ForwardTrace(model, _images(network, model, 1, image_size), follow=True)
     second, size = _observe_again(network, model, image_size, first)
     modules = dict.fromkeys(path for path, _ in model.named_modules())
     aliases = network.aliases(model) | ({} if OUTPUT in modules else {OUTPUT: ""})
@@ -388,8 +388,8 @@ def _device(model: nn.Module) -> str:
     return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
-def _images(model: nn.Module, count: int, size: Size) -> torch.Tensor:
-    return torch.zeros(count, 3, *size, device=_device(model))
+def _images(network: Network, model: nn.Module, count: int, size: Size) -> torch.Tensor:
+    return torch.zeros(count, network.channels, *size, device=_device(model))
 
 
 def _observe_again(
@@ -407,7 +407,7 @@ def _observe_again(
                 candidate = _blank(network, other, _device(model))
             except _Unbuildable:
                 continue
-        second = ForwardTrace(candidate, _images(candidate, 2, other))
+        second = ForwardTrace(candidate, _images(network, candidate, 2, other))
         if len(second.events) >= len(first.events):
             break
     return second, other

@@ -31,7 +31,7 @@ class Network(abc.ABC):
 
     Attributes:
         name: provider, model and tag of the weights, as a source calls it; timm's names have no provider
-        mean: channel means by which it normalises images in [0, 1]
+        mean: channel means by which it normalises images in [0, 1]: three, or one if it takes the luminance of images
         std: channel standard deviations for the same
         native_size: size of the images that its weights are for, `(height, width)` in pixels
         has_fixed_size: whether it is built for one image size; others take any
@@ -48,6 +48,18 @@ class Network(abc.ABC):
     native_size: Size = (224, 224)
     has_fixed_size: bool = False
     classifiers: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """Number of channels that it takes: 3, or 1 for the luminance of images."""
+        return len(self.mean)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader has to know of how images reach it."""
+        if self.channels == 3:
+            return ()
+        return (f"{self.name} takes one channel: images reach it as their luminance (ITU-R BT.601)",)
 
     def __deepcopy__(self, memo: dict) -> Network:
         return self
@@ -133,7 +145,7 @@ class Network(abc.ABC):
 def _parameter_uses(network: Network, image_size: Size) -> ParameterUses:
     """Observe a network once for all of its seeds and layers: a pass takes several times as long as the weights."""
     with seeded(0), Blank():
-        return parameter_uses(network.create(image_size), image_size)
+        return parameter_uses(network.create(image_size), image_size, network.channels)
 
 
 def load_tensors(
@@ -199,6 +211,12 @@ def pools_of(module: nn.Module) -> dict[str, str]:
     """Return the published study's names for a VGG's pooled outputs: `block1` to `block5`."""
     pools = [f"features.{i}" for i, m in module.features.named_children() if isinstance(m, nn.MaxPool2d)]
     return {f"block{n}": path for n, path in enumerate(pools, start=1)}
+
+
+def one_for_each(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return means or standard deviations for a network's channels: the mean of three for a network that takes one."""
+    values = tuple(map(float, values))
+    return (sum(values) / len(values),) if channels == 1 else values
 
 
 def blocks_of(module: nn.Module, *paths: str) -> dict[str, str]:

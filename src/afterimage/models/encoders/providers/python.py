@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Sequence
@@ -64,24 +65,27 @@ class OwnNetwork(Network):
         given = {key: getattr(module, key, None) for key in ("mean", "std", "image_size", "prefix_tokens")}
         # A tensor of that name is a part of the network, which normalises with it by itself.
         given = {key: value for key, value in given.items() if not isinstance(value, Tensor)}
+        size = size_pair(given.get("image_size") or 224)
+        channels = _channels(module, size)
         mean, std = (
-            given.get(key) or default for key, default in zip(("mean", "std"), AS_IT_IS, strict=True)
+            given.get(key) or default[:channels]
+            for key, default in zip(("mean", "std"), AS_IT_IS, strict=True)
         )
         try:
             mean, std = tuple(map(float, mean)), tuple(map(float, std))
             if (
-                len(mean) != 3
-                or len(std) != 3
+                len(mean) != channels
+                or len(std) != channels
                 or min(std) <= 0
                 or not torch.tensor([*mean, *std]).isfinite().all()
             ):
                 raise ValueError
         except (TypeError, ValueError):
             raise AfterimageError(
-                f"the attributes mean and std of {name} must be three numbers each, std greater than 0, "
+                f"the attributes mean and std of {name} must be {'three numbers' if channels == 3 else 'one number'} "
+                f"each, as many as it takes channels, std greater than 0, "
                 f"got {mean!r} and {std!r}"
             ) from None
-        size = size_pair(given.get("image_size") or 224)
         prefix = given.get("prefix_tokens")
         if prefix is not None and not (isinstance(prefix, int) and prefix >= 0):
             raise AfterimageError(
@@ -92,7 +96,7 @@ class OwnNetwork(Network):
     @property
     def notes(self) -> list[str]:
         """What a run's notes say of it."""
-        if (self.mean, self.std) != AS_IT_IS:
+        if (self.mean, self.std) != tuple(values[: self.channels] for values in AS_IT_IS):
             return []
         return [f"images reach {self.name} as they are, in [0, 1]: it has no attributes mean and std"]
 
@@ -134,7 +138,7 @@ class OwnNetwork(Network):
                     order = torch.randperm(parameter.numel()).reshape(parameter.shape)
                     parameter.copy_(parameter.flatten()[order])
         if kind == "random":
-            open_branches(model, parameter_uses(model, image_size))
+            open_branches(model, parameter_uses(model, image_size, self.channels))
         return model
 
 
@@ -145,3 +149,17 @@ def _digest(network: nn.Module) -> str:
         if isinstance(tensor, Tensor):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _channels(network: nn.Module, size: Size) -> int:
+    """Return how many channels a network takes: one if a convolution of it does and three are too many, else three."""
+    if not any(isinstance(module, nn.Conv2d) and module.in_channels == 1 for module in network.modules()):
+        return 3
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        network = copy.deepcopy(network).eval()
+        for channels in (3, 1):
+            with contextlib.suppress(Exception):
+                network(torch.zeros(1, channels, *size, device=device))
+                return channels
+    return 3

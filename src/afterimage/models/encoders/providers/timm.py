@@ -26,6 +26,7 @@ from afterimage.models.encoders.providers.base import (
     Network,
     blocks_of,
     load_tensors,
+    one_for_each,
     pools_of,
 )
 from afterimage.models.encoders.random_init import Blank, seeded
@@ -157,9 +158,13 @@ def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         entries = {key: value for key, value in entries.items() if key in known and value is not None}
         shapes = {key: getattr(default, key) for key in ("fixed_input_size", "first_conv", "classifier")}
         weights = PretrainedCfg(**{**shapes, **entries}).to_dict()
+        channels = arguments.get("in_chans", weights["input_size"][0])
+        weights["input_size"] = (channels, *weights["input_size"][1:])
         for key in ("mean", "std", "input_size"):
-            if len([float(value) for value in weights[key]]) != 3:
+            if len([float(value) for value in weights[key]]) not in (3, channels):
                 raise ValueError(f"{key} must be three numbers, got {weights[key]}")
+        if channels not in (1, 3):
+            raise ValueError(f"it takes {channels} channels; encoders of images take 3, or 1 for luminance")
         return weights, {key: value for key, value in arguments.items() if key != "img_size"}
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise AfterimageError(f"cannot use the config.json of {name}: {error}") from None
@@ -176,10 +181,11 @@ class TimmNetwork(Network):
         name = resolve_model(name)
         config = pretrained_config(name)
         classifiers = config.get("classifier") or ()
+        channels = config.get("input_size", (3,))[0]
         return cls(
             name,
-            tuple(config.get("mean", IMAGENET_MEAN)),
-            tuple(config.get("std", IMAGENET_STD)),
+            one_for_each(config.get("mean", IMAGENET_MEAN), channels),
+            one_for_each(config.get("std", IMAGENET_STD), channels),
             tuple(config.get("input_size", (3, 224, 224))[-2:]),
             bool(config.get("fixed_input_size")),
             (classifiers,) if isinstance(classifiers, str) else tuple(classifiers),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, absolute_model, first_line, size_pair, split_provider
-from afterimage.models.encoders.providers.base import Convert, Network, blocks_of
+from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, one_for_each
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library
 from afterimage.models.hub_files import CONFIG, named_config
@@ -154,11 +154,15 @@ def _preparation(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float
     settings = named_config(name, PROCESSORS)
     settings = settings.get("image_processor", settings)
     try:
-        mean, std = ((0.0,) * 3, (1.0,) * 3)
+        channels = getattr(config, "num_channels", 3)
+        mean, std = ((0.0,) * channels, (1.0,) * channels)
         if settings.get("do_normalize", True):
-            mean, std = (tuple(map(float, settings[key])) for key in ("image_mean", "image_std"))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"image_mean and image_std must be three numbers, got {mean} and {std}")
+            mean, std = (one_for_each(settings[key], channels) for key in ("image_mean", "image_std"))
+        if channels not in (1, 3):
+            raise ValueError(f"it takes {channels} channels; encoders of images take 3, or 1 for luminance")
+        if len(mean) != channels or len(std) != channels or min(std) <= 0:
+            many = "three numbers" if channels == 3 else "one number"
+            raise ValueError(f"image_mean and image_std must be {many}, got {mean} and {std}")
         size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", 224)
         if isinstance(size, Mapping):
             size = (size["height"], size["width"]) if "height" in size else next(iter(size.values()))
