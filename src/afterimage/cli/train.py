@@ -14,6 +14,7 @@ from afterimage.config import (
     AfterimageError,
     DataConfig,
     DecoderConfig,
+    FeaturesConfig,
     FusionConfig,
     RecipeConfig,
     RunConfig,
@@ -33,10 +34,11 @@ Flat = tyro.conf.OmitArgPrefixes
 class Train:
     """Train decoders on frozen features, measure what comes back, and write one run folder each.
 
-    All MODEL:LAYER x decoder pairs of one model are trained together on one pass through it.
+    All MODEL:LAYER x decoder pairs of one model are trained together on one pass through it. With --features no encoder
+    is needed: the features come from a store, and MODEL:LAYER, or LAYER alone, picks some of its layers.
     """
 
-    sources: Sources
+    sources: Sources = ()
     """Features to rebuild images from, for example resnet34.tv_in1k:layer1."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ("attention",)
     """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, a module of one's own,
@@ -45,6 +47,9 @@ class Train:
     """Decode all layers as one feature map: sum, aligned, stacked, attention, concat or weighted."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Build the decoders with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
+    features: Annotated[Path | None, tyro.conf.arg(metavar="STORE")] = None
+    """Train on the features that `afterimage extract` wrote, or any file that `audit --feature-store` reads; the images
+    come from --data, by their ids."""
     weights: str = "pretrained"
     """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control (`random`: its blocks act;
     `random-init`: as its library initialises it), or a file or folder."""
@@ -101,10 +106,6 @@ class Train:
             decoder_family(name)
         if self.fusion and self.fusion not in FUSIONS:
             raise unknown("fusion", self.fusion, FUSIONS)
-        if self.fusion and len(self.sources) < 2:
-            raise AfterimageError(
-                f"--fusion {self.fusion} makes one of several MODEL:LAYER; name two or more"
-            )
         size = parse_count(self.parameters, "--parameters") if self.parameters else None
         if size is not None:
             fixed = [name for name in self.decoders if not decoder_family(name).size_option]
@@ -113,18 +114,26 @@ class Train:
                     f"--parameters: {', '.join(fixed)} has one size only; decoders that "
                     f"come in sizes: {', '.join(name for name, cls in DECODERS.items() if cls.size_option)}"
                 )
-        resolved = tuple(map(resolve, self.sources))
+        if self.features is None:
+            features, weights, resolved = None, self.weights, tuple(map(resolve, self.sources))
+        else:
+            features, weights, resolved = self._stored()
+        if self.fusion and len(resolved) < 2:
+            raise AfterimageError(
+                f"--fusion {self.fusion} makes one of several MODEL:LAYER; name two or more"
+            )
         rows = [resolved] if self.fusion else [(source,) for source in resolved]
         configs = [
             RunConfig(
                 sources=sources,
-                weights=self.weights,
+                weights=weights,
                 fusion=FusionConfig(self.fusion) if self.fusion else None,
                 decoder=DecoderConfig(decoder, size),
                 data=at_native_size(data, sources),
                 recipe=self.recipe,
                 seed=self.seed,
                 lpips=self.lpips,
+                features=features,
             )
             for sources in rows
             for decoder in self.decoders
@@ -150,6 +159,24 @@ class Train:
             complain("failed", error)
         if failures:
             raise failures[0]
+
+    def _stored(self) -> tuple[FeaturesConfig, str, tuple[str, ...]]:
+        """The store that is trained on, the setting of its encoder's weights, and the layers that were asked for."""
+        from afterimage.data.feature_store import open_store
+        from afterimage.runtime.progress import Display
+
+        if self.weights != Train.weights:
+            raise AfterimageError("stored features have their encoder's weights: leave out --weights")
+        with Display() as display:
+            store = open_store(self.features, display)
+        layers = {layer: spec.source for layer, spec in store.specs.items()}
+        sources = []
+        for asked in self.sources or layers:
+            if asked not in layers and asked not in layers.values():
+                raise unknown(f"layer of {shown(self.features)}", asked, layers)
+            sources.append(layers.get(asked, asked))
+        weights = "" if store.facts is None else store.facts.weights
+        return FeaturesConfig(str(store.path), store.digest), weights, tuple(dict.fromkeys(sources))
 
     def _profile(self, configs: list[RunConfig]) -> None:
         from afterimage.runtime.progress import Display

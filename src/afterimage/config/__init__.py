@@ -39,6 +39,7 @@ from afterimage.config.schema import (
     BaselineConfig,
     DataConfig,
     DecoderConfig,
+    FeaturesConfig,
     FeatureSpec,
     FusionConfig,
     RecipeConfig,

@@ -399,18 +399,36 @@ class RecipeConfig:
 
 
 @dataclass(frozen=True)
+class FeaturesConfig:
+    """Stored features that decoders are trained on, without an encoder.
+
+    Attributes:
+        path: the store, see `afterimage extract`
+        sha256: digest of its files
+    """
+
+    path: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", absolute_path(self.path))
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run: features, decoder, images and recipe.
 
     Attributes:
         sources: layers to decode, `model:layer` each, with the tag of the weights pinned
-        weights: `pretrained`, the name of a random control (`RANDOM_WEIGHTS`), or a path
+        weights: `pretrained`, the name of a random control (`RANDOM_WEIGHTS`), or a path; empty for stored features
+            that nobody has named an encoder of
         fusion: how several sources become one map; None for a single source
         decoder: the decoder
         data: where images come from and how they are split
         recipe: how the decoder is trained
         seed: seed of the initial weights and of the order of the images
         lpips: LPIPS network of the scores; not part of the hash, as it does not change the decoder
+        features: stored features that the sources are layers of; training then has no random crops and flips
     """
 
     sources: tuple[str, ...]
@@ -421,6 +439,7 @@ class RunConfig:
     recipe: RecipeConfig = RecipeConfig()
     seed: int = 42
     lpips: str = "alex"
+    features: FeaturesConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -435,6 +454,8 @@ class RunConfig:
                 )
         if len(self.sources) > 1 and self.fusion is None:
             object.__setattr__(self, "fusion", FusionConfig())
+        if self.features is not None and self.recipe.augment:  # features belong to the image as it is
+            object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
         if self.lpips not in LPIPS_NETS:
             raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
         check_seed("seed", self.seed)

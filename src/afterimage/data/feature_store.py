@@ -63,6 +63,7 @@ class StoreFacts:
         split: `train`, `validation`, `test` or `all`
         images: how many images are stored
         dtype: number format of the features
+        remarks: what a reader has to know of how images reached the encoder
     """
 
     model: str
@@ -77,6 +78,7 @@ class StoreFacts:
     split: str
     images: int
     dtype: str
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,9 +23,8 @@ from afterimage.evaluation.evaluate import (
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import decoder_digest
 from afterimage.models.decoders.canvas import seen_box
-from afterimage.models.encoders.providers import resolve
 from afterimage.models.fusion import WeightMaps
-from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
+from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.models.weights import weight_notes
 from afterimage.runs.environment import environment
 from afterimage.runs.failures import TRACEBACK, forget, record
@@ -40,6 +39,7 @@ from afterimage.training.checkpoint import remove_checkpoints
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.feature_loader import FeatureLoader
+from afterimage.training.stored_features import StoredEncoders, build_encoders
 from afterimage.training.trainer import Trainer
 
 
@@ -109,8 +109,14 @@ class JointRun:
         sources = list(dict.fromkeys(source for config in runs.values() for source in config.sources))
         with concerning(ENCODERS):
             # One after the other: what is downloaded is then there for all.
-            self.encoders = self.ranks.main_process_first(lambda: build_encoders(self.first, sources))
+            self.encoders = self.ranks.main_process_first(
+                lambda: build_encoders(self.first, sources, progress=context.progress)
+            )
             self.encoders.to(self.fabric.device)
+        if isinstance(self.encoders, StoredEncoders):
+            self.encoders.check(data)
+            for note in self.encoders.remarks_of(sources):
+                context.log(note)
         for entry in self.encoders.weights_of(self.encoders.sources):
             note = f" ({entry.note})" if entry.note else ""
             context.log(
@@ -143,7 +149,7 @@ class JointRun:
         self.finish([one for one in decoders if one.best and one not in early])
 
     def _decoder_trainer(self, run: Run, config: RunConfig) -> DecoderTrainer:
-        feature_indices = [self.encoders.sources.index(resolve(source)) for source in config.sources]
+        feature_indices = [self.encoders.index(source) for source in config.sources]
         model = build_feature_decoder(config, [self.encoders.specs[i] for i in feature_indices])
         sources = [self.encoders.sources[i] for i in feature_indices]
         code = decoder_digest(config.decoder.name)
@@ -291,19 +297,6 @@ class JointRun:
             decoder_sha256=sha256(decoder.run.file("decoder.safetensors")),
             settings_sha256=self.runs[decoder.run].digest,
         )
-
-
-def build_encoders(config: RunConfig, sources: Sequence[str]) -> MultiEncoder:
-    """Build encoders with a run's weights, image size and seed.
-
-    Args:
-        config: the run
-        sources: the layers, `model:layer` each
-
-    Raises:
-        AfterimageError: a model or layer is unknown, or weights are not available
-    """
-    return MultiEncoder(sources, weights=config.weights, image_size=config.data.size, seed=config.seed)
 
 
 def try_encoders(config: RunConfig, data: Data, accelerator: str, ranks: ProcessGroup) -> None:

@@ -107,12 +107,15 @@ def _tidy(run: Run) -> None:
 
 
 def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
-    """Group runs that can be trained together: those that share encoders, images, batches, seed and LPIPS network."""
+    """Group runs that can be trained together.
+
+    They share encoders or stored features, images, batches, seed and LPIPS network.
+    """
     found: dict[tuple, dict[Key, RunConfig]] = {}
     for run, config in runs:
         models = frozenset(split_source(source)[0] for source in config.sources)
         recipe = replace(config.recipe, epochs=1, learning_rate=1.0, weight_decay=0.0, loss="mse")
-        shared = (models, config.weights, config.data, config.seed, config.lpips, recipe)
+        shared = (models, config.weights, config.features, config.data, config.seed, config.lpips, recipe)
         found.setdefault(shared, {})[run] = config
     return list(found.values())
 

@@ -32,6 +32,7 @@ from afterimage.runs.run import Run
 from afterimage.runtime.device import one_device
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
+from afterimage.training.stored_features import open_features
 
 TOLERANCE = {"psnr": 0.01, "ssim": 1e-4, "lpips": 1e-3}
 """How far an image's score may be from the stored one: dB for PSNR. Another machine or another number of threads
@@ -228,8 +229,11 @@ def _measured(
     where = absolute_weights(weights or config.weights)
     try:
         fabric = one_device(accelerator, recipe.precision)
-        for source in config.sources if where not in RANDOM_WEIGHTS else ():
-            open_network(split_source(source)[0]).find_weights(where)
+        if config.features is not None and not weights:
+            open_features(config.features, progress)
+        else:
+            for source in config.sources if where not in RANDOM_WEIGHTS else ():
+                open_network(split_source(source)[0]).find_weights(where)
     except AfterimageError as error:
         raise _Missing(str(error)) from None
     reconstructor = load_reconstructor(run, weights=weights).to(fabric.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -20,7 +21,42 @@ from afterimage.runs.results import FeatureMap, UsedWeights
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
-class MultiEncoder(nn.Module):
+class Encoders(nn.Module, ABC):
+    """What gives decoders the features of images: frozen networks, or features that were stored.
+
+    Attributes:
+        sources: `model:layer` of each feature map
+    """
+
+    sources: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def specs(self) -> tuple[FeatureSpec, ...]:
+        """The shape of each source's features and where they lie in the image, in the order of `sources`."""
+
+    @abstractmethod
+    def describe(self) -> list[FeatureMap]:
+        """`Encoder.describe` for every source, in order."""
+
+    @abstractmethod
+    def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
+        """Where the weights behind `sources` come from, one entry a network."""
+
+    @abstractmethod
+    def remarks_of(self, sources: Sequence[str]) -> list[str]:
+        """What a reader has to know of how images reach what is behind `sources`, or of where features come from."""
+
+    def weight_digests(self, sources: Sequence[str]) -> dict[str, str]:
+        """What tells the weights behind `sources` apart, by model: a SHA-256, or which random draw they are."""
+        return {weights.model: weights.identity for weights in self.weights_of(sources)}
+
+    def index(self, source: str) -> int:
+        """The place of a source among `sources`."""
+        return self.sources.index(source)
+
+
+class MultiEncoder(Encoders):
     """Frozen encoders for any number of sources; each network runs once, as deep as its deepest layer.
 
     Args:
@@ -56,6 +92,10 @@ class MultiEncoder(nn.Module):
         self.sources = tuple(sources)
         self._order = [position[source] for source in sources]
 
+    def index(self, source: str) -> int:
+        """The place of a source among `sources`; its tag may be left out."""
+        return self.sources.index(resolve(source))
+
     @property
     def specs(self) -> tuple[FeatureSpec, ...]:
         """The shape of each source's features and where they lie in the image, in the order of `sources`."""
@@ -77,10 +117,6 @@ class MultiEncoder(nn.Module):
         used = set(sources)
         found = [e.network.remarks for e in self.encoders if used.intersection(e.sources)]
         return [remark for remarks in found for remark in remarks]
-
-    def weight_digests(self, sources: Sequence[str]) -> dict[str, str]:
-        """What tells the weights behind `sources` apart, by model: a SHA-256, or which random draw they are."""
-        return {weights.model: weights.identity for weights in self.weights_of(sources)}
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
         """Encode images `(B, 3, H, W)` in [0, 1].
@@ -218,7 +254,7 @@ class Reconstructor(nn.Module):
         decoder: maps the feature maps back to images.
     """
 
-    def __init__(self, encoders: Encoder | MultiEncoder, decoder: Decoder | FeatureDecoder) -> None:
+    def __init__(self, encoders: Encoder | Encoders, decoder: Decoder | FeatureDecoder) -> None:
         super().__init__()
         self.encoders = encoders
         self.feature_decoder = decoder if isinstance(decoder, FeatureDecoder) else FeatureDecoder(decoder)

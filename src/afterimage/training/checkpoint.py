@@ -16,10 +16,11 @@ from torch import Tensor
 
 from afterimage.config import AfterimageError, utf8_path
 from afterimage.models.decoders import decoder_digest
-from afterimage.models.reconstructor import MultiEncoder, Reconstructor, build_feature_decoder
+from afterimage.models.reconstructor import Encoders, Reconstructor, build_feature_decoder
 from afterimage.runs.files import write_atomic
 from afterimage.runs.results import UsedWeights
 from afterimage.runs.run import Run
+from afterimage.training.stored_features import build_encoders
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 
@@ -196,7 +197,8 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
 
     Args:
         run: the run or its folder
-        weights: file or folder of the encoders' weights; None for the run's own setting
+        weights: file or folder of the encoders' weights, with which a run of stored features gets its encoder; None
+            for the run's own setting
 
     Raises:
         AfterimageError: the run has no decoder, the decoder was made for other features, or the encoders' weights are
@@ -207,9 +209,7 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
     path = run.file("decoder.safetensors")
     if not path.exists():
         raise AfterimageError(f"run {run.name} has no decoder yet (state: {run.state})")
-    encoders = MultiEncoder(
-        config.sources, weights=weights or config.weights, image_size=config.data.size, seed=config.seed
-    )
+    encoders = build_encoders(config, config.sources, weights=weights)
     _same_weights(run, encoders)
     try:
         sources = list(encoders.sources)
@@ -224,7 +224,7 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
     return Reconstructor(encoders, model).eval()
 
 
-def _same_weights(run: Run, encoders: MultiEncoder) -> None:
+def _same_weights(run: Run, encoders: Encoders) -> None:
     if not run.has_result:
         return
     recorded = {weights.model: weights for weights in run.result.weights}

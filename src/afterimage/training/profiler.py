@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.data.dataset import load_data
-from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
+from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.runs.files import write_json
 from afterimage.runtime.device import one_device
 from afterimage.runtime.progress import Progress, silent
@@ -27,6 +27,7 @@ from afterimage.runtime.terminal import console
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.feature_loader import FeatureLoader
+from afterimage.training.stored_features import build_encoders
 from afterimage.training.trainer import training_step
 
 PARTS = ("data", "encoder", "decoder forward", "backward", "optimizer")
@@ -114,9 +115,7 @@ def profile_run(
     if steps < 1:
         raise AfterimageError(f"a profile needs one step or more, got {steps}")
     fabric = one_device(accelerator, config.recipe.precision)
-    encoders = MultiEncoder(
-        config.sources, weights=config.weights, image_size=config.data.size, seed=config.seed
-    ).to(fabric.device)
+    encoders = build_encoders(config, config.sources, progress=progress).to(fabric.device)
     model = build_feature_decoder(config, encoders.specs)
     if not model.trainable:
         raise AfterimageError(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from afterimage.data.images import ImageSet
-from afterimage.models.reconstructor import MultiEncoder
+from afterimage.models.reconstructor import Encoders
 
 SAMPLE_IMAGES = 64
 """Training images from which the channels' means and ranges are measured."""
@@ -66,7 +66,7 @@ def distance(features: Maps, others: Maps) -> Float[Tensor, " batch"]:
 
 @torch.no_grad()
 def sample(
-    encoders: MultiEncoder, images: ImageSet, *, device: torch.device | str = "cpu", batch_size: int = 8
+    encoders: Encoders, images: ImageSet, *, device: torch.device | str = "cpu", batch_size: int = 8
 ) -> list[Float[Tensor, "channels values"]]:
     """Sample features at random locations of the first training images, the same ones on every call.
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from afterimage.evaluation.evaluate import evaluate_together, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Gallery, reduced
-from afterimage.models.reconstructor import MultiEncoder
+from afterimage.models.reconstructor import Encoders
 from afterimage.runs.results import BoundControls, Score
 
 Images = Float[Tensor, "batch 3 height width"]
 
 
 @torch.no_grad()
-def mean_features(encoders: MultiEncoder, batches: Iterable[Tensor]) -> list[Tensor]:
+def mean_features(encoders: Encoders, batches: Iterable[Tensor]) -> list[Tensor]:
     """Mean feature maps `(1, C, h, w)` over batches of images, location by location: features that tell nothing."""
     sums: list[Tensor] | None = None
     count = 0

@@ -37,7 +37,7 @@ from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertC
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics
-from afterimage.models.reconstructor import MultiEncoder, Reconstructor
+from afterimage.models.reconstructor import Encoders, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.environment import environment
 from afterimage.runs.files import sha256, write_csv, write_image
@@ -88,6 +88,11 @@ def invert_run(
         AfterimageError: the decoder cannot be loaded, or a search went astray
     """
     sources, where = run.config.sources, weights or run.config.weights
+    if not where:
+        raise AfterimageError(
+            f"{run.name} was trained on stored features whose encoder nobody has named: a search takes images through "
+            "it again and again"
+        )
     lpips = lpips or run.lpips_net
     common = {"data": given.config, "seed": seed, "lpips": lpips}
     configs = [InversionConfig(sources, where, run.name, method, **common)]
@@ -99,7 +104,7 @@ def invert_run(
     missing = {answer: folder for answer, folder in folders.items() if folder.state != "done"}
     if not missing:
         return list(folders.values())
-    reconstructor = load_reconstructor(run, weights=weights).to(device)
+    reconstructor = load_reconstructor(run, weights=where).to(device)
     metrics = Metrics(lpips, size=min(given.config.size))
     options: dict[str, Any] = {"metrics": metrics, "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
@@ -153,7 +158,7 @@ def invert_run(
 
 def invert_sources(
     folder: Run,
-    encoders: MultiEncoder,
+    encoders: Encoders,
     method: InvertConfig,
     given: InversionInputs,
     *,
@@ -220,14 +225,14 @@ def _start(
     return _Start(run, sha256(run.file("decoder.safetensors")), alone, prior)
 
 
-def _made_for(encoders: MultiEncoder, start: str, digest: str, given: InversionInputs) -> list[Any]:
+def _made_for(encoders: Encoders, start: str, digest: str, given: InversionInputs) -> list[Any]:
     """What finished batches depend on, besides their images: weights, the run and the file of the decoder, data."""
     return [*map(asdict, encoders.weights_of(encoders.sources)), start, digest, asdict(given.facts)]
 
 
 def _make(
     folder: Run,
-    encoders: MultiEncoder,
+    encoders: Encoders,
     search: Refinement | BestEstimate | Callable[..., Inversion],
     steps: int,
     given: InversionInputs,

@@ -1,0 +1,202 @@
+"""Stored features in the place of an encoder: decoders are trained and measured without one at hand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from afterimage.config import (
+    AfterimageError,
+    FeaturesConfig,
+    FeatureSpec,
+    RunConfig,
+    local_path,
+    shown,
+    size_text,
+    unknown,
+)
+from afterimage.data.dataset import SPLITS
+from afterimage.data.feature_store import FeatureStore, open_store
+from afterimage.data.images import Data
+from afterimage.models.reconstructor import Encoders, MultiEncoder
+from afterimage.runs.results import FeatureMap, UsedWeights
+from afterimage.runtime.progress import Progress, silent
+
+BATCH = 64
+
+
+class StoredEncoders(Encoders):
+    """Gives the stored features of images, as a `MultiEncoder` computes them.
+
+    An image is known by its pixels, so that features never meet an image that they are not of.
+
+    Args:
+        store: the store
+        sources: which of its layers, as in `store.specs`; empty for all
+
+    Raises:
+        AfterimageError: the store has no such layer
+    """
+
+    def __init__(self, store: FeatureStore, sources: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.store, known = store, {spec.source: layer for layer, spec in store.specs.items()}
+        self.sources = tuple(sources or known)
+        for source in self.sources:
+            if source not in known:
+                raise unknown(f"layer of {shown(store.path)}", source, known)
+        self._layers = [known[source] for source in self.sources]
+        self._rows = {content: row for row, content in enumerate(store.content)}
+        self._unused = ""
+        self.eval()
+
+    @property
+    def specs(self) -> tuple[FeatureSpec, ...]:
+        """Shape and placement of each source's features."""
+        return tuple(self.store.specs[layer] for layer in self._layers)
+
+    def describe(self) -> list[FeatureMap]:
+        """Describe each layer as the encoder did; of features that nobody described, shape alone."""
+        facts = self.store.facts
+        if facts is not None:
+            found = {one.source: one for one in facts.features}
+            return [found[source] for source in self.sources]
+        none = {"module": "", "order": 0, "encoder_parameters": 0, "encoder_macs": 0}
+        height = self.store.image_size[0]
+        return [
+            FeatureMap(spec.source, *spec.shape, reduction=height / spec.height, **none)
+            for spec in self.specs
+        ]
+
+    def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
+        """Return the weights that the features were computed with."""
+        store = self.store
+        if store.facts is not None:
+            return [store.facts.used]
+        return [
+            UsedWeights(shown(store.path.name), "store", shown(store.path), store.digest, "unknown", False)
+        ]
+
+    def remarks_of(self, sources: Sequence[str]) -> list[str]:
+        """Return where the features come from, what was said of the encoder, and what `check` found beyond a run."""
+        facts, path = self.store.facts, shown(self.store.path)
+        kind = "as they are in the file, by whatever made them" if facts is None else facts.dtype
+        origin = (
+            f"features come from {path} ({kind}), not from an encoder; they are of centre crops: training has no "
+            "random crops and flips"
+        )
+        return [origin, *([] if facts is None else facts.remarks), *filter(None, [self._unused])]
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
+        """Look up the features of images `(B, 3, H, W)` in [0, 1].
+
+        Returns:
+            the feature map `(B, C, h, w)` of each source
+
+        Raises:
+            AfterimageError: an image is not among those that are stored
+        """
+        rows = [self._rows.get(content) for content in _contents(images)]
+        if None in rows:
+            raise AfterimageError(
+                f"{shown(self.store.path)} has no features of an image: its pixels are none of the {len(self.store):,} "
+                f"images' there. Other images need the encoder{self._encoder()}"
+            )
+        return [self.store.features(layer, rows).to(images.device) for layer in self._layers]
+
+    def _encoder(self) -> str:
+        facts = self.store.facts
+        return ", which nobody has named" if facts is None else f" {facts.model}: --weights {facts.weights}"
+
+    def check(self, data: Data) -> None:
+        """Check that the store has features of every image of a run, and of these pixels; note what it has beyond.
+
+        Of streamed images the first ones are looked at; the others are, by `forward`, when they are used.
+
+        Raises:
+            AfterimageError: images were prepared otherwise, an image has no features, or other pixels
+        """
+        store, name, config = self.store, shown(self.store.path), data.config
+        facts = store.facts
+        resize = config.resize if facts is None else facts.data.resize
+        if (resize, store.image_size) != (config.resize, config.size):
+            told, now = size_text(store.image_size), size_text(config.size)
+            raise AfterimageError(
+                f"{name}: features are of images of {told} pixels, resized to {resize} before, but those of this run "
+                f"have {now}, resized to {config.resize} before: give --size {told} --resize {resize}"
+            )
+        content = dict(zip(store.ids, store.content, strict=True)) if store.named else {}
+        used: set[str] = set()
+        for split, part in zip(SPLITS, (data.train, data.validation, data.test), strict=True):
+            missing = [one for one in part.ids if one not in content] if store.named else []
+            if missing:
+                raise AfterimageError(
+                    f"{name} has no features of {len(missing):,} of the {len(part):,} {split} images, for example "
+                    f"{shown(missing[0])}: extract them too"
+                )
+            used.update(part.ids)
+            looked_at = np.arange(min(len(part), BATCH) if part.streamed else len(part))
+            chunks = np.split(looked_at, range(BATCH, len(looked_at), BATCH))
+            for chunk, images in zip(chunks, part.batches(chunks), strict=True):
+                for i, found in zip(chunk, _contents(images), strict=True):
+                    one = part.ids[i]
+                    if store.named and content[one] != found:
+                        raise AfterimageError(
+                            f"{name}: features of {shown(one)} are of other pixels than the {split} image of that "
+                            "name: it was prepared otherwise, or is another image"
+                        )
+                    if found not in self._rows:
+                        raise AfterimageError(f"{name} has no features of the {split} image {shown(one)}")
+        if unused := [one for one in content if one not in used]:
+            self._unused = (
+                f"{name} also has features of {len(unused):,} ids that are no images of this run, for example "
+                f"{shown(unused[0])}"
+            )
+
+
+def _contents(images: Tensor) -> list[str]:
+    """SHA-256 of the pixels of each image in [0, 1], as `FeatureStore.content`."""
+    pixels = images.mul(255).round().to(torch.uint8).cpu().contiguous().numpy()
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+
+
+def open_features(config: FeaturesConfig, progress: Progress = silent) -> FeatureStore:
+    """Open the store of a run.
+
+    Raises:
+        AfterimageError: it cannot be read, or is not the one that the run names
+    """
+    store = open_store(Path(local_path(config.path)), progress)
+    if config.sha256 != store.digest:
+        raise AfterimageError(
+            f"{shown(store.path)} is not the store that the run was made for: digest {config.sha256[:12]} then, "
+            f"{store.digest[:12]} now"
+        )
+    return store
+
+
+def build_encoders(
+    config: RunConfig, sources: Sequence[str], *, weights: str | None = None, progress: Progress = silent
+) -> Encoders:
+    """Build what gives a run its features: encoders with its weights, image size and seed, or its store.
+
+    Args:
+        config: the run
+        sources: the layers, `model:layer` each
+        weights: file or folder of weights, or another setting; given, encoders are built for stored features too
+        progress: called while a store is checked
+
+    Raises:
+        AfterimageError: a model or layer is unknown, weights are not available, or the store cannot be used
+    """
+    if config.features is not None and not weights:
+        return StoredEncoders(open_features(config.features, progress), sources)
+    return MultiEncoder(
+        sources, weights=weights or config.weights, image_size=config.data.size, seed=config.seed
+    )
