@@ -140,7 +140,9 @@ def test_blocks_of_its_tower_are_layers_too(saved):
 def test_what_is_wrong_is_one_message(saved, tmp_path, monkeypatch):
     _, called = saved("rae of dinov2")
     spec = FeatureSpec("test:layer", 64, 4, 4)
-    with pytest.raises(AfterimageError, match=r"must return images \(2, 3, 64, 64\) .* got \(2, 3, 56, 56\)"):
+    with pytest.raises(
+        AfterimageError, match=r"must return images \(2, 3, 64, 64\) .* got \(2, 3, 56, 56\).*--size 56x56"
+    ):
         create_decoder(called, [spec], 64)
     with pytest.raises(AfterimageError, match=r"fails on features \(2, 8, 4, 4\) of test:layer"):
         create_decoder(called, [FeatureSpec("test:layer", 8, 4, 4)], SIDE)

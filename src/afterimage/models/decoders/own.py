@@ -76,11 +76,12 @@ class OwnDecoder(Decoder):
             images = self.module(features.contiguous())
         expected = (len(features), 3, *self.canvas.size)
         if not isinstance(images, Tensor) or images.shape != expected or not images.is_floating_point():
-            got = (
-                f"{tuple(images.shape)} of {images.dtype}"
-                if isinstance(images, Tensor)
-                else type(images).__name__
-            )
+            got = type(images).__name__
+            if isinstance(images, Tensor):
+                got = f"{tuple(images.shape)} of {images.dtype}"
+                if images.ndim == 4 and images.shape[2:] != self.canvas.size:
+                    height, width = images.shape[2:]
+                    got += f"; a decoder of one size needs images of it, --size {height}x{width}"
             raise AfterimageError(
                 f"{self.name} must return images {expected} of floats for features {tuple(features.shape)}, got {got}"
             )
