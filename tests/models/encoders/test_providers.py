@@ -324,6 +324,65 @@ def test_towers_of_open_clip(tmp_path, monkeypatch):
         Encoder("open_clip/tiny-clip:block0", image_size=32)
 
 
+def test_a_tower_for_any_shape_gets_patches(tmp_path):
+    """SigLIP 2 NaFlex takes patches, a mask and the grid's shape; cut as its own processor does."""
+    transformers = pytest.importorskip("transformers", reason=NEEDS.format("transformers"))
+    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+    settings = {**VIT, "num_patches": 16}
+    del settings["image_size"]
+    torch.manual_seed(0)
+    model = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**settings)).eval()
+    source = saved(tmp_path, model, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    assert open_network(source).native_size == (32, 32)
+    encoder = Encoder(source, ["block1", "norm", "pooled"], image_size=(32, 48))
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    block, norm, pooled = encoder(images)
+    assert block.shape == norm.shape == (2, 32, 4, 6)
+    patches = torch.cat([convert_image_to_patches((image - 0.5) / 0.5, 8) for image in images])
+    with torch.no_grad():
+        expected = model(
+            pixel_values=patches.reshape(2, 24, -1),
+            pixel_attention_mask=torch.ones(2, 24, dtype=torch.long),
+            spatial_shapes=torch.tensor([[4, 6]] * 2),
+        )
+    assert_same(norm.flatten(2).transpose(1, 2), expected.last_hidden_state)
+    assert_same(pooled[:, :, 0, 0], expected.pooler_output)
+    with pytest.raises(AfterimageError, match=r"sides must be multiples of 8.*it can on 32x32"):
+        Encoder(f"{source}:block1", image_size=36)
+
+
+def test_a_tower_of_open_clip_from_a_repository_of_the_hub(tmp_path, monkeypatch):
+    open_clip = pytest.importorskip("open_clip", reason=NEEDS.format("open_clip"))
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    settings = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    base = tmp_path / "models--someone--tiny-clip"
+    folder = base / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text("a" * 40)
+    prepared = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": settings, "preprocess_cfg": prepared})
+    )
+    torch.manual_seed(0)
+    whole = open_clip.CLIP(**settings).eval()
+    save_file(whole.state_dict(), folder / "open_clip_model.safetensors")
+    encoder = Encoder("open_clip/hf-hub:someone/tiny-clip:head", image_size=32)
+    assert encoder.model_name == "open_clip/someone/tiny-clip" and len(encoder.weights.sha256) == 64
+    with torch.no_grad():
+        assert_same(encoder(IMAGES)[0][:, :, 0, 0], whole.encode_image((IMAGES - 0.5) / 0.25))
+    (folder / "open_clip_config.json").write_text("{}")
+    with pytest.raises(
+        AfterimageError, match=r"cannot use the open_clip_config.json of someone/tiny-clip@main: KeyError"
+    ):
+        open_network("open_clip/someone/tiny-clip@main")
+
+
 def test_a_published_tower_of_open_clip_is_normalised_and_named_by_its_tag():
     pytest.importorskip("open_clip", reason=NEEDS.format("open_clip"))
     network = open_network("open_clip/ViT-B-32::laion2b_s34b_b79k")

@@ -270,7 +270,12 @@ def _named(
     """
     modules = dict(model.named_modules())
     inner = {path: layer for path, layer in layers.items() if path}
-    blocks = [layer for path, layer in inner.items() if any(True for _ in modules[path].children())]
+    # Not what has one channel: the weights of an attention that pools locations, as in SigLIP's head.
+    blocks = [
+        layer
+        for path, layer in inner.items()
+        if layer.layout.channels > 1 and any(True for _ in modules[path].children())
+    ]
     found: dict[str, Found] = {}
     for path, layer in inner.items():
         is_norm = "norm" in type(modules[path]).__name__.lower()

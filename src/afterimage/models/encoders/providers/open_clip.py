@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, size_pair, unknown
+from afterimage.config import HUB_PREFIX, AfterimageError, first_line, size_pair, unknown
 from afterimage.models.encoders.providers.base import Convert, Network, blocks_of
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library
+from afterimage.models.hub_files import repository_config
 from afterimage.models.weights import SUFFIXES, Weights, search_weights
 
+CONFIG = "open_clip_config.json"
+"""The file in which a repository of the hub describes its network and how images are prepared."""
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names of the weights in a repository of the hub."""
 
@@ -26,36 +31,42 @@ class OpenClipNetwork(Network):
     """The vision tower of a network of open_clip.
 
     Attributes:
-        architecture: open_clip's name of it
-        tag: open_clip's name of the weights; empty for random weights and those of a file
+        architecture: open_clip's name of it, or a repository of the hub, `OWNER/NAME[@REVISION]`
+        tag: open_clip's name of the weights; empty for random weights and those of a file or a repository
+        settings: its configuration
     """
 
     architecture: str = ""
     tag: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(cls, name: str) -> OpenClipNetwork:
-        """Describe a vision tower by open_clip's name of it, with or without a tag of weights.
+        """Describe a vision tower by open_clip's name of it, with or without a tag of weights, or by a repository.
 
         Raises:
             AfterimageError: open_clip is not installed, or does not know the network or the weights
         """
         open_clip = library("open_clip")
+        name = re.sub(HUB_PREFIX, "", name)
+        if "/" in name:
+            return cls._of_repository(name)
         architecture, _, tag = name.partition("::")
         if ":" in architecture:
             raise AfterimageError(
                 f"open_clip/{name}: write ARCHITECTURE::TAG:LAYER, for example ViT-B-32::openai:ln_post"
             )
         if architecture not in open_clip.list_models():
-            raise unknown("open_clip model", architecture, open_clip.list_models())
+            raise unknown(
+                "open_clip model", architecture, ["OWNER/NAME of the hub", *open_clip.list_models()]
+            )
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         if tag and tag not in tags:
             raise unknown(f"weights' tag of open_clip/{architecture}", tag, tags)
         # Without a tag the towers of open_clip's own training are meant.
         weights = open_clip.get_pretrained_cfg(architecture, tag or next(iter(tags), "")) or {}
-        size = weights.get("size") or open_clip.get_model_config(architecture)["vision_cfg"].get(
-            "image_size", 224
-        )
+        settings = open_clip.get_model_config(architecture)
+        size = weights.get("size") or settings["vision_cfg"].get("image_size", 224)
         return cls(
             f"open_clip/{name}",
             tuple(weights.get("mean") or open_clip.OPENAI_DATASET_MEAN),
@@ -64,13 +75,33 @@ class OpenClipNetwork(Network):
             has_fixed_size=True,
             architecture=architecture,
             tag=tag,
+            settings=settings,
         )
+
+    @classmethod
+    def _of_repository(cls, name: str) -> OpenClipNetwork:
+        open_clip, config = library("open_clip"), repository_config(name, (CONFIG,))
+        try:
+            settings, prepared = config["model_cfg"], config.get("preprocess_cfg") or {}
+            return cls(
+                f"open_clip/{name}",
+                tuple(map(float, prepared.get("mean") or open_clip.OPENAI_DATASET_MEAN)),
+                tuple(map(float, prepared.get("std") or open_clip.OPENAI_DATASET_STD)),
+                size_pair(prepared.get("size") or settings["vision_cfg"].get("image_size", 224)),
+                has_fixed_size=True,
+                architecture=name,
+                settings=settings,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise AfterimageError(
+                f"cannot use the {CONFIG} of {name}: {type(error).__name__}: {first_line(error)}"
+            ) from None
 
     def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
         from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
         open_clip = library("open_clip")
-        settings = open_clip.get_model_config(self.architecture)
+        settings = self.settings
         weights = open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}
         # The activation is the one that the weights were trained with.
         quick = weights.get("quick_gelu", settings.get("quick_gelu", False))
@@ -83,6 +114,10 @@ class OpenClipNetwork(Network):
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         open_clip = library("open_clip")
+        if "/" in self.architecture:
+            repository, _, revision = self.architecture.partition("@")
+            names = [f"{repository.rpartition('/')[2]}{suffix}" for suffix in SUFFIXES]
+            return search_weights(self.name, weights, names, (repository, revision or None, list(FILES)))
         if str(weights) == "pretrained" and not self.tag:
             tags = open_clip.list_pretrained_tags_by_model(self.architecture)
             raise AfterimageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ class TransformersNetwork(Network):
             module = self.tower(type(self.config).from_dict(self.config.to_dict()), **options).float().eval()
         if "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters:
             module.register_forward_pre_hook(_interpolate, with_kwargs=True)
+        if "spatial_shapes" in inspect.signature(self.tower.forward).parameters:
+            module.register_forward_pre_hook(_as_patches, with_kwargs=True)
         return module
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
@@ -134,6 +137,22 @@ def _interpolate(module: nn.Module, args: tuple, options: dict[str, Any]) -> tup
     return args, {**options, "interpolate_pos_encoding": True}
 
 
+def _as_patches(module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Cut images into the patches that a tower for any shape takes (NaFlex), row by row and without padding."""
+    images, patch = args[0], module.config.patch_size
+    batch, channels, height, width = images.shape
+    if height % patch or width % patch:
+        raise ValueError(f"its images' sides must be multiples of {patch}")
+    rows, columns = height // patch, width // patch
+    cut = images.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+    return (), {
+        **options,
+        "pixel_values": cut.reshape(batch, rows * columns, -1),
+        "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.long, device=images.device),
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=images.device).reshape(batch, 2),
+    }
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the library's report on a checkpoint off the terminal: what is missing is told in our own words."""
@@ -163,7 +182,9 @@ def _preparation(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float
         if len(mean) != channels or len(std) != channels or min(std) <= 0:
             many = "three numbers" if channels == 3 else "one number"
             raise ValueError(f"image_mean and image_std must be {many}, got {mean} and {std}")
-        size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", 224)
+        size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", None)
+        if size is None:  # a tower for any shape says how many patches its square of positions has
+            size = math.isqrt(getattr(config, "num_patches", 0)) * getattr(config, "patch_size", 0) or 224
         if isinstance(size, Mapping):
             size = (size["height"], size["width"]) if "height" in size else next(iter(size.values()))
         return mean, std, size_pair(size)
