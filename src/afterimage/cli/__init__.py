@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from afterimage.cli.audit import Audit
+from afterimage.cli.compare import Compare
 from afterimage.cli.controls import Controls
 from afterimage.cli.evaluate import Evaluate
 from afterimage.cli.extract import Extract
@@ -39,6 +40,7 @@ COMMANDS = {
     "controls": Controls,
     "audit": Audit,
     "report": Report,
+    "compare": Compare,
     "verify": Verify,
 }
 

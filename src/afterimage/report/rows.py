@@ -103,6 +103,14 @@ class Row(Result):
         return max((f.locations for f in self.features), default=None)
 
     @property
+    def values_per_pixel(self) -> float | None:
+        """How many values the features have for each of the image's three values a pixel; None without features."""
+        if not self.features or self.config is None:
+            return None
+        height, width = self.config.data.size
+        return sum(math.prod(f.shape) for f in self.features) / (3 * height * width)
+
+    @property
     def order(self) -> tuple[Any, ...]:
         return (
             self.is_fused, natural(self.encoder), self.control, self.fusion_letter,

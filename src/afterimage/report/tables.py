@@ -230,8 +230,8 @@ def latex_table(rows: Rows, *, spread: str = "std") -> str:
 
 
 def csv_table(rows: Rows) -> str:
-    """Every number unrounded, one line a run, unfinished runs with their state and error."""
-    lines = [_record(row) for row in rows.all]
+    """Every number unrounded, one line a run, inversions too, unfinished runs with their state and error."""
+    lines = records(rows)
     lines += [
         {"run": spreadsheet(u.run.name), "state": u.state, "error": spreadsheet(u.error)}
         for u in rows.unfinished
@@ -241,6 +241,11 @@ def csv_table(rows: Rows) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
+
+
+def records(rows: Rows) -> list[dict[str, Any]]:
+    """The lines of the CSV that are finished runs, several sources joined by ` + `."""
+    return [_record(row) for row in rows.every]
 
 
 def superscript(marks: Iterable[int]) -> str:
@@ -298,12 +303,12 @@ def _short(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _record(row: Row) -> dict[str, Any]:
-    """One line of the CSV; several sources are joined by ` + `."""
     record: dict[str, Any] = {
         "run": row.run.name, "state": "done", "kind": row.kind, "label": row.label,
         "sources": " + ".join(row.sources), "shapes": " + ".join(row.shapes),
         "reductions": " + ".join(row.reductions),
-        "locations": row.locations, "fusion": row.fusion_text if len(row.sources) > 1 else "",
+        "locations": row.locations, "values_per_pixel": row.values_per_pixel,
+        "fusion": row.fusion_text if len(row.sources) > 1 else "",
         "decoder": row.decoder, "variant": row.variant,
         "weights": "" if row.is_baseline else row.weights_label, "seed": row.seed,
         "parameters": row.parameters, "train_seconds": row.train_seconds,
@@ -316,6 +321,9 @@ def _record(row: Row) -> dict[str, Any]:
         record[f"{metric}_low95"] = interval and interval.low
         record[f"{metric}_high95"] = interval and interval.high
         record[f"{metric}_count"] = score and score.count
+    # What must agree before scores compare.
+    record |= {"data_digest": row.data.digest, "crop": str(row.data.crop)}
+    record["passes"] = row.config.inversion.steps if row.inversion else None
     record["lpips_net"] = row.lpips.net if row.scores["lpips"] else ""
     record["lpips_reason"] = "" if row.scores["lpips"] else lpips_reason(row)
     record["notes"] = "; ".join(map(plain, row.notes))

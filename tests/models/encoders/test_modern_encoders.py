@@ -1,4 +1,6 @@
-"""The encoders of the `modern` studies: names, native sizes, prefix tokens and normalisation, against timm itself."""
+"""The encoders of the studies `modern` and `atlas`: names, sizes, prefix tokens and normalisation, against timm."""
+
+from dataclasses import replace
 
 import pytest
 import timm
@@ -57,6 +59,19 @@ def test_one_row_fuses_all_layers_of_one_encoder(configs):
     (fused,) = [config for config in configs if config.fusion is not None]
     assert len({split_source(source)[0] for source in fused.sources}) == 1
     assert [split_source(source)[1] for source in fused.sources] == [f"block{i}" for i in range(12)]
+
+
+def test_the_atlas_has_every_stage_or_block_of_encoders_with_weights_the_small_and_famous_first():
+    sources = load_study("atlas").sources
+    failures = []
+    rows = {
+        source: expand(replace(load_study("atlas"), sources=(source,)), failures=failures)
+        for source in sources
+    }
+    assert not failures and all(len(found) >= 3 for found in rows.values())
+    models = [split_source(source)[0] for source in sources]
+    assert len(set(models)) == len(models) and set(models) <= set(timm.list_pretrained())
+    assert models[:2] == ["resnet18.tv_in1k", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
 
 
 def test_the_studies_cover_the_families():

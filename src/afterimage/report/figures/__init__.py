@@ -19,7 +19,7 @@ from afterimage.report.figures.training import training_curves
 from afterimage.report.rows import Rows
 from afterimage.runtime.progress import Progress, silent
 
-__all__ = ["UNDRAWABLE", "Drawing", "draw", "own_images", "render"]
+__all__ = ["UNDRAWABLE", "Drawing", "draw", "own_images", "render", "style"]
 
 UNDRAWABLE = (AfterimageError, ArithmeticError, ValueError)
 """Raised by images that cannot be read, and by matplotlib for numbers that no axis can show."""

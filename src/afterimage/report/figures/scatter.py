@@ -1,9 +1,9 @@
-"""Draw quality against what the decoder is given, feature locations, and against its parameters."""
+"""Draw quality against what the decoder is given, feature locations or values, and against its parameters."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from afterimage.evaluation.intervals import NAME
+from afterimage.report.compare import Comparison, Entry
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import point_labels
 from afterimage.report.figures.style import (
@@ -108,6 +109,82 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
         f"{controls_note(shown)}{lpips_note(shown)}"
     )
     return [Drawing("quality-by-parameters", "Quality and decoder size", caption, figure)]
+
+
+OTHERS = "#b5b5b5"
+"""Colour of the encoders of an atlas."""
+
+
+def standing(comparison: Comparison) -> Drawing:
+    """Draw one's own rows among those of an atlas by their feature values: answers down, metrics across."""
+    mine = [standing.mine for standing in comparison.standings]
+    answers = list(dict.fromkeys(e.measured for e in mine))
+    nets = sorted({e.net for e in mine if "lpips" in e.scores})
+    metrics = [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
+    names, others = _by_encoder(mine), _by_encoder(comparison.atlas)
+    looks = encoder_styles(list(names))
+    figure = Figure((0.8 + PANEL[0] * len(metrics), 1.2 + PANEL[1] * len(answers)), layout="constrained")
+    panels = figure.subplots(len(answers), len(metrics), squeeze=False, sharex=True)
+    named = {}
+    for line, measured in zip(panels, answers, strict=True):
+        for axes, (metric, net) in zip(line, metrics, strict=True):
+
+            def points(rows: Sequence[Entry], measured=measured, metric=metric, net=net) -> list[Entry]:
+                return [
+                    e for e in rows
+                    if e.measured == measured and metric in e.scores and (metric != "lpips" or e.net == net)
+                ]  # fmt: skip
+
+            for rows in others.values():
+                _through(axes, points(rows), metric, OTHERS, "o", zorder=1)
+            for name, rows in names.items():
+                _through(axes, points(rows), metric, looks[name].color, looks[name].marker, zorder=2)
+            firsts = [(name, found[0]) for name, rows in others.items() if (found := points(rows))]
+            named[axes] = [(e.values, e.scores[metric], _bare(name, others)) for name, e in firsts]
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            grid_y(axes)
+        line[0].set_ylabel(drawable(measured.answer, 24))
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        axes.set_title(metric_label(*metric))
+    for axes in panels[-1]:
+        axes.set_xlabel("feature values per pixel value")
+    keys = [(_bare(name, names), looks[name].color, looks[name].marker) for name in names]
+    keys.append(("atlas", OTHERS, "o"))
+    handles = [Line2D([], [], lw=0.8, label=label, color=c, marker=m) for label, c, m in keys]
+    legend(figure, handles, columns=4)
+    figure.draw_without_rendering()
+    for axes, points_named in named.items():
+        point_labels(axes, points_named, size=5.5)
+    figure.set_layout_engine("none")
+    caption = (
+        "Means over the same test images by the number of feature values for each value of the image (log scale), a "
+        "line an encoder through its layers in execution order; of the atlas, in grey, all rows measured alike"
+    )
+    return Drawing("standing", "Among the encoders of an atlas", caption, figure)
+
+
+def _by_encoder(rows: Sequence[Entry]) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = defaultdict(list)
+    for row in rows:
+        found[row.encoder + row.name.removeprefix(row.features)].append(row)
+    return found
+
+
+def _bare(name: str, names: Iterable[str]) -> str:
+    """An encoder's name without the weights' tag where that loses nothing."""
+    bare = name.partition(".")[0]
+    return drawable(bare if [n.partition(".")[0] for n in names].count(bare) == 1 else name, 32)
+
+
+def _through(axes: Axes, rows: Sequence[Entry], metric: str, color: str, marker: str, *, zorder: int) -> None:
+    hollow = any(row.is_random for row in rows)
+    axes.plot(
+        [row.values for row in rows], [row.scores[metric] for row in rows], color=color, marker=marker, lw=0.8,
+        mfc="white" if hollow else color, zorder=zorder,
+    )  # fmt: skip
 
 
 def _panels(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Figure, list[list[Axes]]]:

@@ -1,0 +1,71 @@
+"""`afterimage compare`: where one's own encoders stand among those of an atlas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from afterimage.cli.report import find_runs
+from afterimage.config import AfterimageError, shown
+from afterimage.runtime.terminal import console, printable, say
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Rank finished runs among the rows of an atlas that were measured alike and have about as many feature values.
+
+    An atlas is a study of many encoders, `afterimage study atlas` for one: its folder, or the table.csv of its report.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER [...]")]
+    """Run folders, or folders that hold run folders: your encoders."""
+    atlas: Annotated[Path, tyro.conf.arg(name="with", metavar="ATLAS")]
+    """The others: a study's folder, the table.csv of a report, or a .parquet of that table."""
+    within: float = 1.5
+    """Rank among rows whose number of feature values is within this factor."""
+    output: Path = Path("compare.png")
+    """Where to save the figure, a PNG file."""
+
+    def run(self) -> None:
+        from afterimage.report.compare import compare, entries, read_atlas, standings_table
+        from afterimage.report.rows import read_rows
+        from afterimage.report.tables import records
+        from afterimage.runs.run import check_file
+
+        if self.output.suffix.lower() != ".png":
+            raise AfterimageError(f"--output {shown(self.output)}: the figure is a PNG file, name it .png")
+        check_file(self.output, "--output")
+
+        def of(*folders: Path) -> list:
+            return records(read_rows(find_runs(folders)))
+
+        atlas = of(self.atlas) if self.atlas.is_dir() else read_atlas(self.atlas)
+        mine = entries(of(*self.folders), ", ".join(map(shown, self.folders)))
+        comparison = compare(mine, entries(atlas, shown(self.atlas)), within=self.within)
+        _print(standings_table(comparison))
+        say(*comparison.remarks)
+
+        from afterimage.report.figures import render, style
+        from afterimage.report.figures.scatter import standing
+        from afterimage.runs.files import write_atomic
+
+        with style():
+            drawing = standing(comparison)
+        write_atomic(self.output, render(drawing.figure)[0])
+        say(f"saved: {shown(self.output)} ({drawing.caption})")
+
+
+def _print(numbers) -> None:
+    from rich.table import Table
+
+    table = Table(title=numbers.title, title_justify="left")
+    for i, name in enumerate(numbers.header):
+        table.add_column(
+            name, overflow="fold", justify="left" if i in (0, 1, len(numbers.header) - 1) else "right"
+        )
+    for line in numbers.rows:
+        table.add_row(*map(printable, line))
+    console(160).print(table)

@@ -1,0 +1,283 @@
+"""Where encoders stand among those of an atlas: rows that were measured alike, of about as many feature values.
+
+An atlas is a table of rows, the `table.csv` of a report, whoever made it; one's own run folders come to the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afterimage.config import AfterimageError, shown
+from afterimage.report.findings import Numbers
+from afterimage.report.format import number, plain, ratio
+from afterimage.report.tables import NONE, heading, weights_text
+from afterimage.runs.files import read_csv
+from afterimage.runs.results import METRICS
+
+COLUMNS = (
+    "sources", "decoder", "weights", "values_per_pixel", "data_digest", "crop", "passes", "lpips_net",
+    *(f"{metric}_mean" for metric in METRICS),
+)  # fmt: skip
+"""The columns of an atlas that are read."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What must be the same before scores of two rows compare.
+
+    Attributes:
+        answer: what made the images: the decoder's name, `linear + refined` and the like for a measured bound
+        passes: at most so many passes of a bound's search; 0 for a decoder
+        images: digest of the images, their split and size
+        crop: size of the crops in pixels, as text
+    """
+
+    answer: str
+    passes: int
+    images: str
+    crop: str
+
+    def __str__(self) -> str:
+        passes = f" in {self.passes} passes" if self.passes else ""
+        return f"{self.answer}{passes} on images {self.images[:8]}, crop {self.crop}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of an atlas.
+
+    Attributes:
+        features: its layers, `model:layer` joined by ` + `
+        weights: label of the encoder's weights
+        values: feature values for each value of the image
+        measured: how it was measured
+        scores: mean of each metric over the test images; without LPIPS where that is unavailable
+        net: LPIPS network
+    """
+
+    features: str
+    weights: str
+    values: float
+    measured: Measured
+    scores: Mapping[str, float]
+    net: str
+
+    @property
+    def encoder(self) -> str:
+        """The encoder's name; of several sources all of them."""
+        return self.features if " + " in self.features else self.features.rpartition(":")[0]
+
+    @property
+    def is_random(self) -> bool:
+        return "random" in self.weights
+
+    @property
+    def name(self) -> str:
+        return f"{self.features} ({weights_text(self.weights)})" if self.is_random else self.features
+
+    def compares(self, other: Entry, metric: str) -> bool:
+        """Whether both were measured alike by this metric, LPIPS by one network."""
+        has = metric in self.scores and metric in other.scores
+        return has and self.measured == other.measured and (metric != "lpips" or self.net == other.net)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One row of one's own, and the rows of the atlas that it is ranked with."""
+
+    mine: Entry
+    others: tuple[Entry, ...]
+
+    def rivals(self, metric: str) -> list[Entry]:
+        return [other for other in self.others if self.mine.compares(other, metric)]
+
+    def place(self, metric: str) -> tuple[int, int] | None:
+        """Rank from 1 on and how many are ranked, equals first; None where there is nothing to rank."""
+        rivals = self.rivals(metric)
+        if not rivals:
+            return None
+        ahead = [r for r in rivals if _better(r.scores[metric], self.mine.scores[metric], metric)]
+        return 1 + len(ahead), 1 + len(rivals)
+
+    def first(self, metric: str) -> Entry | None:
+        """The best of them all, one's own row among equals."""
+        best = self.mine if metric in self.mine.scores else None
+        for rival in self.rivals(metric):
+            if _better(rival.scores[metric], best.scores[metric], metric):
+                best = rival
+        return best
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows among those of an atlas.
+
+    Attributes:
+        standings: each of one's own rows that something was measured like
+        atlas: the rows of the atlas that were measured like one of them, of any number of values
+        within: factor that the numbers of values of ranked rows lie within
+        remarks: sentences on what was left out, and why
+    """
+
+    standings: tuple[Standing, ...]
+    atlas: tuple[Entry, ...]
+    within: float
+    remarks: tuple[str, ...]
+
+
+def read_atlas(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of an atlas, a report's table as CSV, or as Parquet of the same columns.
+
+    Raises:
+        AfterimageError: the file cannot be read
+    """
+    if path.suffix.lower() != ".parquet":
+        return read_csv(path)
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise AfterimageError("Parquet needs pyarrow: pip install 'afterimage[datasets]'") from None
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+
+
+def entries(records: Iterable[Mapping[str, Any]], where: str) -> tuple[Entry, ...]:
+    """Return the decoders and measured bounds of a table; baselines and unfinished runs are left out.
+
+    Args:
+        records: its rows
+        where: name of the table, for errors
+
+    Raises:
+        AfterimageError: a column is missing, or a number is none
+    """
+    found = []
+    for count, record in enumerate(records, 1):
+        if missing := [column for column in COLUMNS if column not in record]:
+            raise AfterimageError(
+                f"{where} has no column {', '.join(missing)}: it is not the table.csv of `afterimage report`"
+            )
+        if record["values_per_pixel"] is None or not record["decoder"]:
+            continue
+        wanted = ["values_per_pixel", *(f"{m}_mean" for m in METRICS if record[f"{m}_mean"] is not None)]
+        for column in wanted:
+            value = record[column]
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise AfterimageError(f"{where}, row {count}: {column} is {value!r:.80}, not a finite number")
+        answer, images, crop = (str(record[name]) for name in ("decoder", "data_digest", "crop"))
+        found.append(
+            Entry(
+                str(record["sources"]),
+                str(record["weights"]),
+                float(record["values_per_pixel"]),
+                Measured(answer, int(record["passes"] or 0), images, crop),
+                {name: float(record[f"{name}_mean"]) for name in METRICS if f"{name}_mean" in wanted},
+                str(record["lpips_net"] or ""),
+            )
+        )
+    if not found:
+        raise AfterimageError(f"{where} has no row of a decoder or a measured bound")
+    return tuple(found)
+
+
+def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.5) -> Comparison:
+    """Rank rows among those of an atlas that were measured alike and have about as many feature values.
+
+    Rows of the atlas with random weights are not ranked, nor its own copies of one's rows.
+
+    Args:
+        mine: one's own rows
+        atlas: rows of the atlas
+        within: largest ratio of the numbers of feature values
+
+    Raises:
+        AfterimageError: nothing in the atlas was measured as one's own rows, or `within` is below 1
+    """
+    if not 1 <= within < math.inf:
+        raise AfterimageError(f"within must be a factor of 1 or more, got {within:g}")
+    own = {(e.features, e.weights, e.measured) for e in mine}
+    others = [e for e in atlas if (e.features, e.weights, e.measured) not in own and not e.is_random]
+    alike = [e for e in others if any(e.measured == m.measured for m in mine)]
+    if not alike:
+        raise AfterimageError(
+            f"no row of the atlas was measured as yours: yours are {_ways(mine)}; "
+            f"the atlas has {_ways(others) or 'no other rows'}"
+        )
+    measured = {e.measured for e in alike}
+    standings = [
+        Standing(
+            e,
+            tuple(
+                o for o in alike if o.measured == e.measured and 1 / within <= o.values / e.values <= within
+            ),
+        )
+        for e in mine
+        if e.measured in measured
+    ]
+    remarks = tuple(_remarks(mine, atlas, alike))
+    return Comparison(tuple(standings), tuple(alike), within, remarks)
+
+
+def standings_table(comparison: Comparison) -> Numbers:
+    """Return the ranks as a table: a line for each of one's own rows, a column for each metric, and the first."""
+    nets = sorted({s.mine.net for s in comparison.standings if "lpips" in s.mine.scores})
+    columns = [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
+    lines = []
+    for standing in comparison.standings:
+        mine, cells = standing.mine, []
+        for metric, net in columns:
+            has = metric in mine.scores and (metric != "lpips" or mine.net == net)
+            place = standing.place(metric) if has else None
+            cells.append(
+                (number(mine.scores[metric], metric) if has else NONE)
+                + (f", {place[0]} of {place[1]}" if place else "")
+            )
+        first = standing.first("psnr") if standing.rivals("psnr") else None
+        best = f"{first.name}, {number(first.scores['psnr'], 'psnr')}" if first else "alone at this size"
+        lines.append((mine.name, mine.measured.answer, ratio(mine.values), *cells, best))
+    heads = (heading(*column) for column in columns)
+    header = ("features", "answer", "values per pixel value", *heads, "first in PSNR")
+    low = ratio(1 / comparison.within)
+    title = (
+        f"Ranks among rows of the atlas with {low} to {ratio(comparison.within)} times as many feature values"
+    )
+    return Numbers(title, header, tuple(lines))
+
+
+def _better(a: float, b: float, metric: str) -> bool:
+    return a > b if METRICS[metric].higher_is_better else a < b
+
+
+def _ways(rows: Iterable[Entry]) -> str:
+    ways = list(dict.fromkeys(str(e.measured) for e in rows))
+    return "; ".join(ways[:4]) + (f"; and {len(ways) - 4} more" if len(ways) > 4 else "")
+
+
+def _remarks(mine: Sequence[Entry], atlas: Sequence[Entry], alike: Sequence[Entry]) -> Iterator[str]:
+    if count := sum(e.is_random for e in atlas):
+        yield f"Rows of the atlas that have random weights and are not ranked: {count}."
+    answers = {e.measured.answer for e in mine}
+    apart = Counter(
+        str(e.measured)
+        for e in atlas
+        if not e.is_random and e.measured.answer in answers and e.measured not in {m.measured for m in mine}
+    )
+    for way, count in apart.items():
+        yield f"Rows of the atlas that are kept apart, since none of yours was measured as {way}: {count}."
+    found = {e.measured for e in alike}
+    for way in dict.fromkeys(e.measured for e in mine if e.measured not in found):
+        names = list(dict.fromkeys(e.features for e in mine if e.measured == way))
+        told = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        yield f"No row of the atlas was measured as {told}: {way}."
+    nets = {e.measured: {m.net for m in mine if m.measured == e.measured} for e in alike}
+    other = Counter(e.net for e in alike if e.net and e.net not in nets[e.measured])
+    for net, count in other.items():
+        yield f"Rows of the atlas whose LPIPS is by the network {plain(net)}, which measured none of yours: {count}."
