@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, split_source
 from afterimage.models.decoders import Decoder, create_decoder
 from afterimage.models.decoders.base import FeatureCrop
+from afterimage.models.decoders.own import OwnDecoder
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import resolve
 from afterimage.models.fusion import FUSIONS, Fusion, create_fusion
@@ -206,12 +207,23 @@ class FeatureDecoder(nn.Module):
         # On tensors without values: the counter sees nothing of the kernel that computes attention on a CPU.
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        features = [torch.empty(1, *spec.shape, device="meta") for spec in specs]
         training = self.training
         self.eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(self, shapes, (features,))
-        self.train(training)
+        try:
+            return self._count(shapes, specs)
+        except Exception:
+            if not isinstance(self.decoder, OwnDecoder):
+                raise
+            return self._count(tensors, specs)  # it holds values that are neither parameters nor buffers
+        finally:
+            self.train(training)
+
+    @torch.no_grad()
+    def _count(self, tensors: dict[str, Tensor], specs: Sequence[FeatureSpec]) -> int:
+        device = next((tensor.device for tensor in tensors.values()), None)
+        features = [torch.zeros(1, *spec.shape, device=device) for spec in specs]
+        with FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(self, tensors, (features,))
         return counter.get_total_flops() // 2
 
 

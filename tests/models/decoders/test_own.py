@@ -13,6 +13,7 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.inference import evaluate_run
 from afterimage.experiments.queue import train_runs
 from afterimage.models.decoders import create_decoder
+from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
 from afterimage.training import trainer
 from afterimage.training.checkpoint import load_reconstructor
@@ -142,6 +143,22 @@ def test_what_a_module_draws_depends_on_the_step_alone():
     first, other, again = step(1), step(2), step(1)
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Constant(Own):
+    """Holds a tensor that torch does not know of."""
+
+    def __init__(self, specs, image_size):
+        super().__init__(specs, image_size)
+        self.offset = torch.full((1, 3, 1, 1), 0.5)
+
+    def forward(self, features):
+        return super().forward(features) + self.offset
+
+
+def test_its_multiply_adds_are_counted_whatever_it_holds():
+    counted = [FeatureDecoder(build(name)).macs([spec(4, 3, 3)]) for name in ("Constant", "Own")]
+    assert counted[0] == counted[1] == 9 * (9 * 4 * 8 + 8 * 3)
 
 
 def test_a_frozen_module_stays_as_it_is_and_in_evaluation_mode():
