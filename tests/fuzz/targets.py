@@ -273,8 +273,9 @@ def weights(data: bytes) -> None:
     """An encoder's weights, a decoder and a checkpoint from safetensors or from what torch.save wrote."""
     import torch
 
+    from afterimage.models.decoder_files import load_decoder, load_tensors
     from afterimage.models.weights import read_weights
-    from afterimage.training.checkpoint import CHECKPOINT, load_checkpoints, load_decoder, load_tensors
+    from afterimage.training.checkpoint import CHECKPOINT, load_checkpoints
 
     with file("weights" + (".pth" if data[:2] in (b"PK", b"\x80\x02") else ".safetensors"), data) as path:
         state = refused(read_weights, path) or {}

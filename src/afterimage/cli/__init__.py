@@ -18,6 +18,7 @@ from afterimage.cli.evaluate import Evaluate
 from afterimage.cli.extract import Extract
 from afterimage.cli.invert import Invert
 from afterimage.cli.layers import Layers
+from afterimage.cli.push import Push
 from afterimage.cli.reconstruct import Reconstruct
 from afterimage.cli.report import Report
 from afterimage.cli.study import Study
@@ -41,6 +42,7 @@ COMMANDS = {
     "audit": Audit,
     "report": Report,
     "compare": Compare,
+    "push": Push,
     "verify": Verify,
 }
 

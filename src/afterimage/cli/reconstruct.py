@@ -28,6 +28,11 @@ class Reconstruct:
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [...] IMAGE [...]")]
     """Run folders, or folders that hold run folders, such as a study's; and any image files."""
+    from_: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="from", metavar="hub:USER/NAME")
+    ] = ()
+    """A decoder of the Hugging Face hub, in place of a run or beside some: hub:USER/NAME, of a repository with several
+    hub:USER/NAME/DECODER, each with @REVISION behind it if need be. May be given more than once."""
     output: Path | None = None
     """Where to save, a PNG file; where one figure does not hold all, FILE-1.png, FILE-2.png, ... (default: in the
     working folder, IMAGE.reconstruction.png, of several images the first's)."""
@@ -46,7 +51,7 @@ class Reconstruct:
             raise AfterimageError(
                 f"reconstruct takes finished runs and images, not layers: leave out {', '.join(layers)}"
             )
-        runs = find_runs(tuple(folders))
+        runs = find_runs(tuple(folders)) if folders or not self.from_ else []
         if not images:
             raise AfterimageError("name at least one image file")
         if len(set(images)) < len(images):
@@ -55,6 +60,11 @@ class Reconstruct:
             raise AfterimageError(f"--output {shown(self.output)}: the figure is a PNG file, name it .png")
         output = self.output or Path(f"{images[0].stem}.reconstruction.png")
         check_file(output, "--output")
+        if self.from_:
+            from afterimage.models.hub import pull
+
+            runs += [pull(address) for address in self.from_]
+            say(*(f"decoder: {run.name}" for run in runs[-len(self.from_) :]))
         if len(runs) == len(images) == 1:
             self._one(runs[0], images, output)
         else:

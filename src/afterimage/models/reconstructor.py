@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, split_source
-from afterimage.models.decoders import Decoder, create_decoder
+from afterimage.models.decoder_files import load_decoder
+from afterimage.models.decoders import Decoder, create_decoder, decoder_digest
 from afterimage.models.decoders.base import FeatureCrop
 from afterimage.models.decoders.own import OwnDecoder
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import resolve
 from afterimage.models.fusion import FUSIONS, Fusion, create_fusion
+from afterimage.models.hub import PREFIX, pull
 from afterimage.runs.results import FeatureMap, UsedWeights
+from afterimage.runs.run import Run
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
@@ -264,10 +268,14 @@ class Reconstructor(nn.Module):
     Args:
         encoders: maps images to a list of feature maps; stays frozen and in evaluation mode.
         decoder: maps the feature maps back to images.
+
+    Attributes:
+        origin: where the decoder was loaded from: a run folder, or `hub:USER/NAME@COMMIT`; empty for a new one
     """
 
     def __init__(self, encoders: Encoder | Encoders, decoder: Decoder | FeatureDecoder) -> None:
         super().__init__()
+        self.origin = ""
         self.encoders = encoders
         self.feature_decoder = decoder if isinstance(decoder, FeatureDecoder) else FeatureDecoder(decoder)
 
@@ -282,3 +290,74 @@ class Reconstructor(nn.Module):
     ) -> Float[Tensor, "batch 3 height width"]:
         """Rebuild images as `forward` does, without gradients."""
         return self(images)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, weights: str | None = None
+    ) -> Reconstructor:
+        """Load a decoder that `afterimage push` put on the Hugging Face hub, or a run folder, with its encoder.
+
+        Files of the hub are pinned to a commit, which `origin` names, and compared with their digests. The encoder's
+        weights are found as for any encoder, and must be those that the decoder was trained on.
+
+        Args:
+            name: `[hub:]USER/NAME[/DECODER][@REVISION]`, or a run folder
+            revision: branch, tag or commit, if the name has none; None for `main`
+            weights: file or folder of the encoder's weights; None for where they are searched
+
+        Raises:
+            AfterimageError: the decoder is not available, is not the one that its repository tells of, or was trained
+                on other weights
+        """
+        is_folder = not str(name).startswith(PREFIX) and Path(name).is_dir()
+        run = Run.open(name) if is_folder else pull(str(name), revision=revision)
+        config, given = run.config, weights or run.config.weights
+        size = config.data.size
+        return restore(run, MultiEncoder(config.sources, weights=given, image_size=size, seed=config.seed))
+
+
+def restore(run: Run, encoders: Encoders) -> Reconstructor:
+    """Put a finished run's decoder behind encoders, in evaluation mode.
+
+    Args:
+        run: the run
+        encoders: what gives the run's sources their features
+
+    Raises:
+        AfterimageError: the run has no decoder, the decoder was made for other features, or the encoders' weights are
+            not those it was trained on
+    """
+    config, path = run.config, run.file("decoder.safetensors")
+    if not path.exists():
+        raise AfterimageError(f"run {run.name} has no decoder yet (state: {run.state})")
+    _same_weights(run, encoders)
+    try:
+        sources = list(encoders.sources)
+        made_for = {"sources": sources, "weights": encoders.weight_digests(sources)}
+        if code := decoder_digest(config.decoder.name):
+            made_for["code"] = code
+        tensors = load_decoder(path, made_for)
+        model = build_feature_decoder(config, encoders.specs)
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise AfterimageError(f"cannot load {path}: {error}") from None
+    loaded = Reconstructor(encoders, model).eval()
+    loaded.origin = run.origin
+    return loaded
+
+
+def _same_weights(run: Run, encoders: Encoders) -> None:
+    if not run.has_result:
+        return
+    recorded = {weights.model: weights for weights in run.result.weights}
+    for weights in encoders.weights_of(encoders.sources):
+        before = recorded.get(weights.model, weights)
+        if before.identity != weights.identity:
+            raise AfterimageError(
+                f"run {run.name} was trained on weights of {weights.model} with {_told(before)}, but these have "
+                f"{_told(weights)}"
+            )
+
+
+def _told(weights: UsedWeights) -> str:
+    return f"digest {weights.sha256[:12] or f'none: {weights.label}'} ({weights.location})"

@@ -95,6 +95,11 @@ class Run:
         return shown(self.path.name)
 
     @property
+    def origin(self) -> str:
+        """Where it lies, for people."""
+        return shown(self.path)
+
+    @property
     def config(self) -> RunConfig:
         """The configuration of a decoder's run; that of any finished run is in its `result`."""
         return load_toml(RunConfig, self.file("config.toml"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
 from afterimage.config import AfterimageError, RecipeConfig
+from afterimage.models.decoder_files import save_decoder
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
 from afterimage.runtime.memory import Result, retry_with_smaller_batch
@@ -21,7 +22,6 @@ from afterimage.training.checkpoint import (
     pack_optimizer,
     prefixed,
     save_checkpoint,
-    save_decoder,
     unpack_optimizer,
     without_prefix,
 )

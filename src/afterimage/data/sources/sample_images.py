@@ -50,3 +50,14 @@ def read_photographs() -> Source:
             cell = (part % columns, part // columns, columns, rows)
             found.append(PartOriginal(f"{name}-part-{part + 1}", whole, cell))
     return Source(found, root=folder)
+
+
+def whole_photographs() -> list[Path]:
+    """The files of the eight photographs, everyday ones first.
+
+    Raises:
+        AfterimageError: as `read_photographs`
+    """
+    everyday = ("astronaut", "cat", "coffee", "rocket", "motorcycle")
+    whole = [one for one in read_photographs().train if isinstance(one, FileOriginal)]
+    return [one.path for one in sorted(whole, key=lambda one: one.id not in everyday)]

@@ -1,0 +1,94 @@
+"""`afterimage push`: share decoders on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from afterimage.cli.report import find_runs
+from afterimage.config import AfterimageError, shown
+from afterimage.runtime.terminal import say
+
+if TYPE_CHECKING:
+    from afterimage.report.publish import Picture
+    from afterimage.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Push:
+    """Share decoders on the Hugging Face hub, in a repository with a model card that is made from their runs.
+
+    A decoder goes up with its configuration, its scores and what tells its encoder's weights apart; the encoder's
+    weights stay here. Baselines, inversions and controls beside the runs are told on the card. Log in before with `hf
+    auth login`, or set HF_TOKEN.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [...]")]
+    """Run folders, or folders that hold run folders, such as a study's: all its decoders go into one repository."""
+    to: str
+    """The repository, USER/NAME; made if it is not there."""
+    license: str = "unknown"
+    """Licence of the decoders, by the hub's name for it, such as mit or cc-by-4.0."""
+    own_images: bool = False
+    """Also share test images of your own, in the picture, and their names beside the scores. Without it the picture
+    shows photographs that anybody may pass on, and images of your own are numbers."""
+    private: bool = False
+    """Make a new repository private."""
+    output_dir: Path | None = None
+    """Write the repository's files into this folder, and upload nothing."""
+    weights: str | None = None
+    """Where the encoder's weights are, if not where they were in training."""
+
+    def run(self) -> None:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.to):
+            raise AfterimageError(f"--to {self.to!r:.200} is no name of a repository: write USER/NAME")
+        given = find_runs(self.folders)
+
+        from afterimage.report.publish import are_free, decoders_of, kept_picture, repository_files
+        from afterimage.runs.files import write_atomic
+
+        runs = decoders_of(given)
+        own = self.own_images or all(are_free(run.config.data) for run in runs)
+        picture = (kept_picture(runs) if own else None) or self._photographs(runs)
+        files = repository_files(
+            runs, given, self.to, picture, license=self.license, with_names=self.own_images
+        )
+        for run in given:
+            if run not in runs and not run.has_result:
+                say(f"left out: {run.name} ({run.state})")
+        if self.output_dir is not None:
+            for name, content in files.items():
+                write_atomic(self.output_dir / name, content)
+            say(f"{len(files)} files of {self.to}: {shown(self.output_dir)}; nothing was uploaded")
+            return
+
+        from huggingface_hub.constants import ENDPOINT
+
+        from afterimage.models.hub import PREFIX, upload
+
+        commit = upload(files, self.to, private=self.private)
+        say(f"{len(runs)} decoder{'s' if len(runs) > 1 else ''} at {ENDPOINT}/{self.to}")
+        what = self.to if len(runs) == 1 else f"{self.to}/{runs[0].name}"
+        say(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
+
+    def _photographs(self, runs: list[Run]) -> Picture:
+        """What the decoders make of photographs that anybody may pass on."""
+        from afterimage.data.dataset import prepare_image
+        from afterimage.data.sources.sample_images import whole_photographs
+        from afterimage.evaluation.evaluate import to_uint8
+        from afterimage.report.publish import FREE, SHOWN_IMAGES, Picture
+        from afterimage.training.checkpoint import load_reconstructor
+
+        originals, rebuilt = [], {}
+        for run in runs:
+            data, reconstructor = run.config.data, load_reconstructor(run, weights=self.weights)
+            images = [prepare_image(path, data) for path in whole_photographs()[:SHOWN_IMAGES]]
+            rebuilt[run.name] = [to_uint8(reconstructor.reconstruct(image))[0] for image in images]
+            originals = originals or [to_uint8(image)[0] for image in images]
+        learned = any(run.config.data.source == "photographs" for run in runs)
+        what = FREE["photographs"] + (", and some decoders learned from" if learned else "")
+        return Picture(what, originals, rebuilt)

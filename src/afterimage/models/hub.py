@@ -1,0 +1,198 @@
+"""Decoders on the Hugging Face hub: fetch one, pinned to a commit and compared with its digests, or upload some."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from afterimage.config import AfterimageError, first_line, listed
+from afterimage.models.hub_files import Unavailable, cached, download
+from afterimage.runs.files import sha256
+from afterimage.runs.repository import (
+    CARD,
+    CARD_KEY,
+    DECODER,
+    FILES,
+    LIBRARY,
+    MANIFEST,
+    Manifest,
+    PublishedDecoder,
+    check_shareable,
+)
+from afterimage.runs.run import Run
+from afterimage.runtime.hub import ask_soon, busy
+
+PREFIX = "hub:"
+"""How an address of a decoder on the hub may begin, where it could be taken for a folder."""
+SPELLING = (
+    "hub:USER/NAME, of a repository with several decoders hub:USER/NAME/DECODER, with @REVISION if need be"
+)
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class PulledRun(Run):
+    """A decoder of the hub: a run folder in its cache.
+
+    Attributes:
+        address: where it is from, the revision as a commit: `hub:USER/NAME@COMMIT`
+    """
+
+    address: str
+
+    @property
+    def name(self) -> str:
+        return self.address
+
+    @property
+    def origin(self) -> str:
+        return self.address
+
+
+def pull(address: str, *, revision: str | None = None) -> PulledRun:
+    """Fetch a decoder, or find it in the hub's cache, and compare it with the digests of its manifest and card.
+
+    A branch or tag is looked up on the hub, a commit that the cache has is not. Where HF_HUB_OFFLINE is set, the cache
+    answers alone. Nothing of a repository is unpickled or run.
+
+    Args:
+        address: `[hub:]USER/NAME[/DECODER][@REVISION]`
+        revision: branch, tag or commit, if the address names none; None for `main`
+
+    Raises:
+        AfterimageError: the repository is not available or holds no such decoder, or the decoder is not the one that
+            its manifest and card tell of
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name, at, named = address.removeprefix(PREFIX).partition("@")
+    parts = name.split("/")
+    repository, wanted = "/".join(parts[:2]), "".join(parts[2:])
+    try:
+        if len(parts) not in (2, 3) or not all(parts) or (at and not named):
+            raise HFValidationError
+        validate_repo_id(repository)
+    except HFValidationError:
+        raise AfterimageError(f"{address!r:.200} is no decoder of the hub: write {SPELLING}") from None
+    try:
+        file = _fetch(repository, named or revision, MANIFEST)
+        commit = file.parent.name
+        decoder = _chosen(file, wanted)
+        _check_card(_fetch(repository, commit, CARD), decoder)
+        for part in FILES:
+            found = _fetch(repository, commit, decoder.file(part))
+            if sha256(found) != decoder.sha256[part]:
+                raise AfterimageError(
+                    f"its {decoder.file(part)} was swapped or changed: its SHA-256 is {sha256(found)}, not "
+                    f"{decoder.sha256[part]} as in {MANIFEST}"
+                )
+        run = PulledRun(found.parent, f"{PREFIX}{'/'.join(parts)}@{commit}")
+        check_shareable(run.config)
+    except Unavailable as reason:
+        raise AfterimageError(f"cannot get {PREFIX}{repository}: {reason}") from None
+    except AfterimageError as error:
+        raise AfterimageError(f"{PREFIX}{repository} is refused: {error}") from None
+    return run
+
+
+def _fetch(repository: str, revision: str | None, name: str) -> Path:
+    """The file at a revision, which a commit and HF_HUB_OFFLINE let the cache answer; its folder is the commit's."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    if (offline or _COMMIT.fullmatch(revision or "")) and (file := cached(repository, revision, [name])):
+        return file
+    if offline:
+        raise Unavailable(
+            f"the hub's cache {constants.HF_HUB_CACHE} has no {name} of it at {revision or 'main'}, and nothing is "
+            "downloaded, as HF_HUB_OFFLINE is set"
+        )
+    return download(repository, revision, [name])
+
+
+def _chosen(file: Path, name: str) -> PublishedDecoder:
+    try:
+        return Manifest.parse(file.read_bytes()).choose(name)
+    except AfterimageError as error:
+        raise AfterimageError(f"{MANIFEST}: {error}") from None
+
+
+def _check_card(file: Path, decoder: PublishedDecoder) -> None:
+    """Check that the card is about this decoder."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard(file.read_text(encoding="utf-8")).data.to_dict()
+    except Exception as error:  # the client's parsers of YAML and of the results raise many kinds
+        raise AfterimageError(f"its card {CARD} cannot be read: {first_line(error)}") from None
+    if data.get("library_name") != LIBRARY:
+        raise AfterimageError(
+            f"its card {CARD} says library_name {data.get('library_name')!r:.80}, not {LIBRARY!r}"
+        )
+    if decoder.sha256[DECODER] not in (data.get(CARD_KEY) or ()):
+        raise AfterimageError(
+            f"its card {CARD} is about another decoder: {CARD_KEY} does not list {decoder.sha256[DECODER]}"
+        )
+
+
+def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False) -> str:
+    """Make a repository if it is not there, and put files into it as one commit.
+
+    Args:
+        files: contents by path
+        repository: `USER/NAME`
+        private: whether a repository that is made now is private
+
+    Returns:
+        the commit
+
+    Raises:
+        AfterimageError: the hub does not answer or refuses, or the repository holds something else
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
+    from huggingface_hub.errors import HFValidationError
+
+    api = HfApi()
+    try:
+        ask_soon(lambda: api.create_repo(repository, private=private or None, exist_ok=True))
+        _check_empty(set(api.list_repo_files(repository)), repository)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        return api.create_commit(repository, operations, commit_message="Decoders of afterimage").oid
+    except HFValidationError:
+        raise AfterimageError(f"{repository!r:.200} is no name of a repository: write USER/NAME") from None
+    except AfterimageError:
+        raise
+    except Exception as error:
+        where = f"cannot push to {repository} at {constants.ENDPOINT}"
+        raise AfterimageError(f"{where}: {_refused(error)}") from None
+
+
+def _check_empty(names: set[str], repository: str) -> None:
+    """Check that nothing is overwritten that did not come from here."""
+    try:
+        if MANIFEST in names:
+            Manifest.parse(download(repository, None, [MANIFEST]).read_bytes())
+        elif others := sorted(names - {".gitattributes", "LICENSE"}):
+            raise AfterimageError(f"it has {listed(others)}, and no {MANIFEST}")
+    except (AfterimageError, Unavailable) as error:
+        raise AfterimageError(
+            f"{repository} holds something else than decoders of {LIBRARY} ({error}): name another repository"
+        ) from None
+
+
+def _refused(error: Exception) -> str:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    response = getattr(error, "response", None)
+    if response is None:
+        return " ".join(str(error).split())  # the hub's objections to a card are lines of their own
+    status = int(response.status_code)
+    if status in (401, 403):
+        have = "your token may not write there" if get_token() else "you are not logged in"
+        return f"{have} ({status}): log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
+    return busy(status, response.headers.get) or f"{status}, {first_line(error)}"

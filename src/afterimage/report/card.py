@@ -1,0 +1,204 @@
+"""The model card of a repository of decoders: what it is, how good, on what, and what it does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from afterimage.config import RunConfig
+from afterimage.report.answers import markdown_finding
+from afterimage.report.bounds import bounds_of
+from afterimage.report.controls import control_findings
+from afterimage.report.format import markdown, markdown_code
+from afterimage.report.inversion import bound_findings
+from afterimage.report.rows import Row, Rows
+from afterimage.report.tables import markdown_table
+from afterimage.runs.repository import CARD_KEY, DECODER, LIBRARY, PICTURE, PublishedDecoder
+from afterimage.runs.results import METRICS
+
+TASK = "image-to-image"
+"""The hub's name of the task that is nearest: features of an image to the image."""
+BIBTEX = """```bibtex
+@software{afterimage,
+  title = {afterimage: how much of an image is left in the features of a frozen vision encoder?},
+  author = {{The afterimage authors}},
+  version = {VERSION},
+  license = {MIT}
+}
+@inproceedings{mahendran2015understanding,
+  title = {Understanding Deep Image Representations by Inverting Them},
+  author = {Mahendran, Aravindh and Vedaldi, Andrea},
+  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
+  year = {2015}
+}
+```"""
+
+
+def model_card(
+    rows: Rows,
+    name: str,
+    published: Mapping[str, PublishedDecoder],
+    picture: str,
+    *,
+    license: str,
+    version: str,
+) -> str:
+    """Write a card, metadata first, that the hub's client reads back.
+
+    Args:
+        rows: the published decoders, and the baselines and inversions of the same test images
+        name: `USER/NAME`
+        published: the decoders by the names of their runs
+        picture: whose images the picture shows
+        license: identifier of the licence of the decoders, as the hub has it
+        version: of afterimage
+    """
+    bounds = bound_findings(bounds_of(rows))
+    controls = control_findings(rows.decoders)
+    first = next(iter(published))
+    address = name if len(published) == 1 else f"{name}/{first}"
+    parts = [
+        f"# {markdown(name.rpartition('/')[2])}",
+        _lead(rows.decoders),
+        f"![Images and what the decoders made of them]({PICTURE})",
+        f"*Top row: {markdown(picture)}. Below, a row a decoder: {_listed(published)}.*",
+        "## Use",
+        f"```bash\npip install afterimage\nafterimage reconstruct ME.jpg --from hub:{address}\n```",
+        "```python\nfrom afterimage import Reconstructor\n\n"
+        f'reconstructor = Reconstructor.from_pretrained("{address}")\n'
+        "reconstruction = reconstructor.reconstruct(images)  # (B, 3, H, W) in [0, 1]\n```",
+        *_decoders(published),
+        "## Scores",
+        markdown_table(rows, spread="interval").rstrip(),
+        *(["Baselines: not measured beside these decoders."] if not rows.baselines else []),
+        "## Measured bound",
+        *(
+            [part for finding in bounds for part in markdown_finding(finding)]
+            or ["Not measured. `afterimage invert RUN` measures what the layer keeps beyond what a decoder shows."]
+        ),
+        "## Controls",
+        *(
+            [part for f in controls for part in (f"### {markdown(f.title)}", *markdown_finding(f))]
+            or ["Not measured. `afterimage controls RUN` tells what is preserved in the features from what is guessed."]
+        ),
+        "## Training data", *_data(rows.decoders),
+        "## Encoder", *_encoders(rows.decoders),
+        "## Intended use",
+        "To look through a layer: research on what representations keep, and audits of what stored or sent features "
+        "give away. Where people's images are involved, invert only features that you may invert.",
+        "## What it does not show",
+        "A score is a lower bound: it says what this decoder could bring back, not what the layer lost. Detail that "
+        "the features do not hold is averaged or guessed from the training images. The scores hold for images like the "
+        "test images, at their size, and for the encoder's weights named above alone.",
+        "## Licence", _licence(license), "## Citation", BIBTEX.replace("VERSION", version),
+    ]  # fmt: skip
+    return f"---\n{_metadata(rows, name, published, license)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _metadata(rows: Rows, name: str, published: Mapping[str, PublishedDecoder], license: str) -> str:
+    """The card's YAML, with the results as the hub's `model-index`."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
+    for row in rows.decoders:
+        source = row.data.test or row.data.source
+        kind, _, rest = source.partition(":")
+        where = {
+            "task_type": TASK, "task_name": "Image reconstruction from features",
+            "dataset_type": rest.partition("@")[0].partition(":")[0] if kind == "hf" else kind,
+            "dataset_name": f"{source}, {row.data.test_images} test images",
+            "dataset_args": {"resize": row.data.resize, "crop": row.data.crop, "test_digest": row.data.test_digest},
+        }  # fmt: skip
+        if len(rows.decoders) > 1:
+            where["dataset_config"] = row.run.name
+        for metric, known in METRICS.items():
+            if (score := row.scores[metric]) is not None:
+                title = f"{known.title} ({row.lpips.net})" if metric == "lpips" else known.title
+                results.append(
+                    EvalResult(
+                        **where, metric_type=metric, metric_name=title + known.unit.replace(" dB", " (dB)"),
+                        metric_value=round(score.mean, known.digits + 1),
+                    )
+                )  # fmt: skip
+    datasets = {r.data.source.removeprefix("hf:").partition("@")[0].partition(":")[0]
+                for r in rows.decoders if r.data.source.startswith("hf:")}  # fmt: skip
+    data = ModelCardData(
+        license=license, library_name=LIBRARY, pipeline_tag=TASK, model_name=name.rpartition("/")[2],
+        tags=[LIBRARY, "feature-inversion", "image-reconstruction", "interpretability",
+              *dict.fromkeys(m.replace("/", "_") for row in rows.decoders for m in row.models)],
+        datasets=sorted(datasets) or None, eval_results=results,
+        **{CARD_KEY: [decoder.sha256[DECODER] for decoder in published.values()]},
+    )  # fmt: skip
+    return data.to_yaml()
+
+
+def _lead(rows: Sequence[Row]) -> str:
+    sources = _listed(dict.fromkeys(source for row in rows for source in row.sources))
+    what = "A decoder that rebuilds" if len(rows) == 1 else f"{len(rows)} decoders that rebuild"
+    one = len({model for row in rows for model in row.models}) == 1
+    encoder = (
+        "a frozen vision encoder whose weights are" if one else "frozen vision encoders whose weights are"
+    )
+    return (
+        f"{what} images from the features of {sources}, and from nothing else: of {encoder} not in here. What comes "
+        "back shows what a layer keeps of an image. Trained and measured with afterimage."
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(markdown_code, names))
+
+
+def _decoders(published: Mapping[str, PublishedDecoder]) -> Iterable[str]:
+    if len(published) > 1:
+        lines = ["| decoder | layers | family |", "| --- | --- | --- |"]
+        lines += [
+            f"| {markdown_code(name)} | {_listed(one.sources)} | {markdown(one.decoder)} |"
+            for name, one in published.items()
+        ]
+        yield "\n".join(lines)
+
+
+def _data(rows: Sequence[Row]) -> Iterable[str]:
+    """The images of each distinct set of them, and how the decoders learned from them."""
+    lines = ["| images | training | validation | test | side | digest | test digest |", "|" + " --- |" * 7]
+    for row in rows:
+        data = row.data
+        images = markdown_code(data.source) + (f", test {markdown_code(data.test)}" if data.test else "")
+        line = (
+            f"| {images} | {data.train:,} | {data.validation:,} | {data.test_images:,} | {data.resize}, cropped to "
+            f"{data.crop} | {markdown_code(data.digest)} | {markdown_code(data.test_digest)} |"
+        )
+        if line not in lines:
+            lines.append(line)
+    yield "\n".join(lines)
+    yield "The digests are SHA-256 over all images; none of the images is in this repository but those of the picture."
+    learned = []
+    for row in rows:
+        if isinstance(row.config, RunConfig) and row.training:
+            recipe, facts = row.config.recipe, row.training
+            how = (
+                f"{facts.epochs} epochs, batches of {recipe.batch_size}, loss {recipe.loss}" if facts.epochs else
+                "trained elsewhere" if row.trained_elsewhere else "closed form"
+            )  # fmt: skip
+            learned.append(
+                f"- {_listed(row.sources)}, {markdown(row.decoder_label)}: {facts.parameters:,} parameters, {how}, "
+                f"seed {row.seed}"
+            )
+    yield "\n".join(learned)
+
+
+def _encoders(rows: Sequence[Row]) -> Iterable[str]:
+    yield "\n".join(dict.fromkeys(
+        f"- {markdown_code(weights.model)}: {markdown(weights.label)}, "
+        + (f"SHA-256 {markdown_code(weights.sha256)}" if weights.sha256 else markdown(weights.location))
+        for row in rows for weights in row.weights
+    ))  # fmt: skip
+    yield "A decoder is refused where its encoder has other weights."
+
+
+def _licence(license: str) -> str:
+    own = (
+        "Who published these decoders named no licence for them." if license == "unknown" else
+        f"The decoders: {markdown_code(license)}."
+    )  # fmt: skip
+    return f"{own} The encoder's weights and the training images keep their own licences; neither is in here."

@@ -1,0 +1,258 @@
+"""The files of a repository of decoders: run folders without what is private, a manifest, a picture, a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from afterimage.config import AfterimageError, DataConfig, RunConfig, dump_toml, to_dict
+from afterimage.report.card import model_card
+from afterimage.report.rows import Row, Rows, read_rows
+from afterimage.runs.files import read_image, sha256
+from afterimage.runs.repository import (
+    CARD,
+    DECODER,
+    FILES,
+    FORMAT,
+    LIBRARY,
+    MANIFEST,
+    PICTURE,
+    Manifest,
+    PublishedDecoder,
+    check_shareable,
+)
+from afterimage.runs.results import CONFIG, Result, UsedWeights, write_result
+from afterimage.runs.run import Run, scan
+
+FREE = {
+    "photographs": "photographs that scikit-image carries, in the public domain or free to pass on",
+    "procedural": "images of dead leaves that afterimage draws",
+}
+"""Sources of images that anybody may pass on, and what they are."""
+SHOWN_IMAGES = 4
+"""Images in the picture of a repository."""
+_IMAGE_FILE = re.compile(r"\.(avif|bmp|gif|jfif|jpe?g|jp2|mpo|p[bgnp]m|png|tiff?|webp)\b", re.IGNORECASE)
+_PATH = re.compile(r"(?<![\w.:/])(?:file:/|~)?/(?:[^\s,;:'\"()]+/)*([^\s,;:'\"()/]*)")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Images and what decoders made of them.
+
+    Attributes:
+        what: whose images they are, for the caption
+        originals: uint8 `(H, W, 3)` each
+        reconstructions: the same of each decoder, by the name of its run
+    """
+
+    what: str
+    originals: Sequence[np.ndarray]
+    reconstructions: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def png(self) -> bytes:
+        """One row of originals, below it a row a decoder."""
+        gap = 6
+        rows = [self.originals, *self.reconstructions.values()]
+        height, width = self.originals[0].shape[:2]
+        columns = len(self.originals)
+        size = (columns * (width + gap) - gap, len(rows) * (height + gap) - gap)
+        sheet = Image.new("RGB", size, "white")
+        for y, row in enumerate(rows):
+            for x, pixels in enumerate(row):
+                image = Image.fromarray(pixels).resize((width, height))
+                sheet.paste(image, (x * (width + gap), y * (height + gap)))
+        buffer = io.BytesIO()
+        sheet.save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def kept_picture(runs: Sequence[Run]) -> Picture | None:
+    """The test images that all runs keep with their reconstructions; None where they keep none in common."""
+    kept = [{identity: pair for identity, *pair in run.images} for run in runs]
+    ids = [i for i in kept[0] if all(i in images for images in kept)][:SHOWN_IMAGES]
+    if not ids:
+        return None
+    rebuilt = {
+        run.name: [np.array(read_image(images[i][1]).convert("RGB")) for i in ids]
+        for run, images in zip(runs, kept, strict=True)
+    }
+    originals = [np.array(read_image(kept[0][i][0]).convert("RGB")) for i in ids]
+    return Picture("test images", originals, rebuilt)
+
+
+def are_free(config: DataConfig) -> bool:
+    """Whether anybody may pass on the test images."""
+    return (config.test or config.source).partition(":")[0] in FREE
+
+
+def decoders_of(runs: Sequence[Run]) -> list[Run]:
+    """The finished runs among these that have a decoder to share.
+
+    Raises:
+        AfterimageError: there is none, or a stranger could not use one of them; the message names it
+    """
+    found = [run for run in runs if run.has_result and run.result.kind == "decoder"]
+    if not found:
+        kinds = ", ".join(
+            f"{run.name} ({run.result.kind if run.has_result else run.state})" for run in runs[:5]
+        )
+        raise AfterimageError(f"none of these runs has a decoder to share: {kinds}")
+    for run in found:
+        try:
+            check_shareable(_public_config(run))
+        except AfterimageError as error:
+            raise AfterimageError(f"{run.name} cannot be shared: {error}") from None
+    return found
+
+
+def repository_files(
+    runs: Sequence[Run], beside: Sequence[Run], name: str, picture: Picture, *, license: str, with_names: bool
+) -> dict[str, bytes]:
+    """Make the files of a repository, by path.
+
+    Paths of this machine are in none of them: of a folder its last name stays, of weights their digest. Images that
+    are not free lose their names too.
+
+    Args:
+        runs: runs with a decoder, see `decoders_of`
+        beside: other runs, of which those that tell of these decoders or their test images enter the card, as do
+            those in the same folders
+        name: `USER/NAME`
+        picture: what it shows; it must be free to pass on
+        license: identifier of the licence of the decoders, as the hub has it
+        with_names: whether test images keep their names where they are not free
+
+    Raises:
+        AfterimageError: a run folder is damaged
+    """
+    files: dict[str, bytes] = {}
+    published: dict[str, PublishedDecoder] = {}
+    for run in runs:
+        result, folder = run.result, run.name if len(runs) > 1 else ""
+        named = with_names or are_free(result.config.data)
+        contents = _run_files(run, _public(result, keep_ids=named, keep_notes=named))
+        encoders = {weights.model: weights.identity for weights in result.weights}
+        digests = {part: hashlib.sha256(content).hexdigest() for part, content in contents.items()}
+        published[run.name] = PublishedDecoder(folder, result.sources, encoders, result.decoder, digests)
+        files |= {published[run.name].file(part): content for part, content in contents.items()}
+    version = metadata.version("afterimage")
+    manifest = Manifest(LIBRARY, FORMAT, version, published)
+    files[MANIFEST] = (json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode()
+    files[PICTURE] = picture.png
+    rows = _card_rows(runs, beside, with_names)
+    card = model_card(rows, name, published, picture.what, license=license, version=version)
+    files[CARD] = card.encode()
+    return files
+
+
+def _run_files(run: Run, result: Result) -> dict[str, bytes]:
+    decoder = run.file(DECODER)
+    if sha256(decoder) != result.training.decoder_sha256:
+        raise AfterimageError(
+            f"{decoder} is not the decoder that {run.name} was measured with; train it again"
+        )
+    with TemporaryDirectory() as folder:
+        write_result(Path(folder), result)
+        (Path(folder) / CONFIG).write_text(dump_toml(_public_settings(run)), encoding="utf-8")
+        (Path(folder) / DECODER).write_bytes(decoder.read_bytes())
+        return {part: (Path(folder) / part).read_bytes() for part in FILES}
+
+
+def _public_settings(run: Run) -> dict[str, Any]:
+    """A run's configuration without paths; not a `RunConfig`, which would make them absolute again."""
+    settings = to_dict(run.config)
+    settings.pop("features", None)  # a store lies here alone; who loads the decoder has the encoder
+    for key in ("source", "test"):
+        settings["data"][key] = public_source(settings["data"][key])
+    if not run.result.is_random:
+        settings["weights"] = "pretrained"
+    return settings
+
+
+def _public_config(run: Run) -> RunConfig:
+    known = all(weights.origin != "store" for weights in run.result.weights)
+    return replace(run.config, weights="pretrained") if known and not run.result.is_random else run.config
+
+
+def public_source(source: str) -> str:
+    """A source of images without the way to its folder: `folder:/home/me/birds` is `folder:birds`."""
+    kind, colon, path = source.partition(":")
+    return f"{kind}{colon}{_last(path)}" if kind in ("folder", "div2k", "webdataset", "parquet") else source
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _public(result: Result, *, keep_ids: bool, keep_notes: bool) -> Result:
+    """A result, or a row, without paths of this machine."""
+    data = replace(
+        result.data, source=public_source(result.data.source), test=public_source(result.data.test)
+    )
+    notes = [note for note in result.notes if keep_notes or not _IMAGE_FILE.search(note)]
+    if left := len(result.notes) - len(notes):
+        notes.append(f"left out here: {left} notes that name images")
+    lpips = result.lpips
+    lpips = replace(
+        lpips, weights=lpips.weights and _public_weights(lpips.weights),
+        reason=lpips.reason and _PATH.sub(r"\1", lpips.reason),
+    )  # fmt: skip
+    images = result.per_image
+    if not keep_ids:
+        images = tuple({**image, "id": f"{i:05d}"} for i, image in enumerate(images))
+    return replace(
+        result, data=data, notes=tuple(_PATH.sub(r"\1", note) for note in notes), lpips=lpips, per_image=images,
+        weights=tuple(map(_public_weights, result.weights)),
+    )  # fmt: skip
+
+
+def _public_weights(weights: UsedWeights) -> UsedWeights:
+    is_path = weights.location.startswith("/") or weights.origin in ("path", "folder")
+    location = _last(weights.location) if is_path else weights.location
+    return replace(weights, location=location, note=_PATH.sub(r"\1", weights.note))
+
+
+def _card_rows(runs: Sequence[Run], beside: Sequence[Run], with_names: bool) -> Rows:
+    """The rows of a card: the decoders, and of what lies beside them the baselines and bounds on the same images."""
+    names, tests = {run.name for run in runs}, {run.result.data.test_digest for run in runs}
+    folders = dict.fromkeys(run.path.resolve().parent for run in runs)
+    others = {
+        other.path.resolve(): other for other in (*beside, *(run for path in folders for run in scan(path)))
+    }
+    found = list(runs)
+    for other in others.values():
+        try:
+            result = other.result if other.has_result else None
+        except AfterimageError:
+            continue  # a damaged run beside those that are shared is none of theirs
+        if result and (
+            (result.is_baseline and result.data.test_digest in tests)
+            or (result.inversion and result.inversion.start in names)
+        ):
+            found.append(other)
+    rows = read_rows(found)
+
+    def public(row: Row) -> Row:
+        named = (
+            with_names
+            or not isinstance(getattr(row.config, "data", None), DataConfig)
+            or are_free(row.config.data)
+        )
+        return _public(row, keep_ids=True, keep_notes=named)
+
+    return replace(
+        rows, decoders=tuple(map(public, rows.decoders)), baselines=tuple(map(public, rows.baselines)),
+        inversions=tuple(map(public, rows.inversions)),
+    )  # fmt: skip
