@@ -26,9 +26,9 @@ from afterimage.config import (
     unknown,
 )
 from afterimage.data.dataset import SPLITS, count_images, load_data
-from afterimage.data.feature_store import StoreFacts, StoreWriter
 from afterimage.data.images import ImageSet
 from afterimage.data.store_files import DTYPES, IMAGES, WRITERS
+from afterimage.data.store_shards import StoreFacts, StoreWriter
 from afterimage.models.encoders.layers import layer_info
 from afterimage.models.encoders.providers import at_native_size, resolve
 from afterimage.models.reconstructor import MultiEncoder

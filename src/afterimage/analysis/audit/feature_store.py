@@ -17,6 +17,7 @@ from afterimage.config import AfterimageError, DataConfig, FeatureSpec, shown, s
 from afterimage.data.examine import examine, value_notes
 from afterimage.data.feature_store import FeatureStore, open_store
 from afterimage.data.images import Data, ImageSet, Indices
+from afterimage.data.store_shards import layer_key
 
 BATCH = 256
 
@@ -75,8 +76,7 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
         AfterimageError: as `open_store`, and where there are too few pairs
     """
     store = open_store(path)
-    keys = {layer: layer if layer == "features" else f"features.{layer}" for layer in store.specs}
-    notes = [f"{keys[layer]}: {kind}" for layer, kind in store.kinds.items()]
+    notes = [f"{layer_key(layer)}: {kind}" for layer, kind in store.kinds.items()]
     chunks = np.split(np.arange(len(store)), range(BATCH, len(store), BATCH))
     facts = [
         examine(Image.fromarray(image.transpose(1, 2, 0)))
