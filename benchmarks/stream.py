@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from afterimage.config import DataConfig
-from afterimage.config.schema import MAX_IMAGES
+from afterimage.config.errors import MAX_IMAGES
 from afterimage.data import dataset
 from afterimage.data.sampling import order
 from afterimage.runtime.progress import Progress

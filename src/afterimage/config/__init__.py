@@ -4,8 +4,15 @@ No torch.
 """
 
 from afterimage.config.errors import (
+    MAX_BATCH,
+    MAX_CHANNELS,
+    MAX_EPOCHS,
+    MAX_IMAGES,
     MAX_NAME,
+    MAX_PROCESSES,
     MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
     AfterimageError,
     check_positive,
     check_range,
@@ -15,44 +22,33 @@ from afterimage.config.errors import (
     shown,
     unknown,
 )
+from afterimage.config.features import Axis, FeatureSpec
+from afterimage.config.images import NATIVE, PROTOCOLS, SSIM_WINDOW, DataConfig, size_pair, size_text
+from afterimage.config.names import (
+    HUB_PREFIX,
+    PROVIDERS,
+    RANDOM_WEIGHTS,
+    WEIGHTS,
+    absolute_model,
+    absolute_weights,
+    split_provider,
+    split_source,
+)
 from afterimage.config.paths import absolute_path, absolute_source, local_path, utf8_path
 from afterimage.config.schema import (
-    HUB_PREFIX,
     LOSS_NAMES,
     LPIPS_NETS,
     LPIPS_SMALLEST,
-    MAX_BATCH,
-    MAX_CHANNELS,
-    MAX_EPOCHS,
-    MAX_IMAGES,
-    MAX_PROCESSES,
-    MAX_SIDE,
-    MAX_STEPS,
-    NATIVE,
     PRECISIONS,
-    PROTOCOLS,
-    PROVIDERS,
-    RANDOM_WEIGHTS,
-    SSIM_WINDOW,
-    WEIGHTS,
-    Axis,
     BaselineConfig,
-    DataConfig,
     DecoderConfig,
     FeaturesConfig,
-    FeatureSpec,
     FusionConfig,
     RecipeConfig,
     RunConfig,
-    absolute_model,
-    absolute_weights,
     folder_name,
     parse_loss,
     settings_digest,
-    size_pair,
-    size_text,
-    split_provider,
-    split_source,
 )
 from afterimage.config.toml import (
     MAX_PARAMETERS,

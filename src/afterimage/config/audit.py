@@ -9,20 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from afterimage.config.errors import AfterimageError, unknown
+from afterimage.config.errors import MAX_IMAGES, MAX_STEPS, AfterimageError, check_range, check_seed, unknown
+from afterimage.config.images import DataConfig
 from afterimage.config.inversion import EstimateConfig
+from afterimage.config.names import absolute_model, absolute_weights
 from afterimage.config.paths import absolute_path, absolute_source
-from afterimage.config.schema import (
-    LPIPS_NETS,
-    MAX_IMAGES,
-    MAX_STEPS,
-    DataConfig,
-    RecipeConfig,
-    absolute_model,
-    absolute_weights,
-    check_range,
-    check_seed,
-)
+from afterimage.config.schema import LPIPS_NETS, RecipeConfig
 from afterimage.config.toml import to_dict
 
 BLACK_BOX, WHITE_BOX = THREAT_MODELS = ("black-box", "white-box")

@@ -16,6 +16,18 @@ length.
 MAX_SEED = 2**63 - 1
 """Largest seed: TOML's largest integer, which every random generator accepts."""
 
+MAX_SIDE = 8192
+"""Largest side that images may be resized to, in pixels."""
+MAX_EPOCHS = 10**6
+MAX_BATCH = 2**20
+MAX_STEPS = 10**7
+MAX_PROCESSES = 10**6
+MAX_IMAGES = 10**9
+MAX_CHANNELS = 2**16
+"""Upper bounds of settings. They lie far above any useful value and stop a mistyped number before memory runs
+out.
+"""
+
 
 class AfterimageError(Exception):
     """A problem that the user can put right. The command line prints its message without a traceback."""

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from afterimage.config.errors import AfterimageError, unknown
-from afterimage.config.schema import (
+from afterimage.config.errors import (
     MAX_BATCH,
     MAX_IMAGES,
     MAX_SIDE,
     MAX_STEPS,
-    DataConfig,
-    absolute_weights,
+    AfterimageError,
     check_positive,
     check_range,
     check_seed,
-    folder_name,
-    settings_digest,
+    unknown,
 )
+from afterimage.config.images import DataConfig
+from afterimage.config.names import absolute_weights
+from afterimage.config.schema import folder_name, settings_digest
 
 METHODS = ("pixels", "fourier", "prior")
 """The parametrisations of the image: its pixels, its Fourier coefficients, or an untrained network's weights."""

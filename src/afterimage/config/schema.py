@@ -5,178 +5,40 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from afterimage.config.errors import AfterimageError, check_positive, check_range, check_seed, unknown
-from afterimage.config.paths import absolute_path, absolute_source, local_path
+from afterimage.config.errors import (
+    MAX_BATCH,
+    MAX_CHANNELS,
+    MAX_EPOCHS,
+    MAX_SIDE,
+    AfterimageError,
+    check_positive,
+    check_range,
+    check_seed,
+    unknown,
+)
+from afterimage.config.images import PROTOCOLS, DataConfig
+from afterimage.config.names import (
+    RANDOM_WEIGHTS,
+    absolute_model,
+    absolute_weights,
+    split_source,
+)
+from afterimage.config.paths import absolute_path
 from afterimage.config.toml import MAX_PARAMETERS, Count, to_dict
 
-NATIVE = "native"
-"""The size of images that an encoder's weights are for, in place of a number."""
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 """Backbone networks of LPIPS; the first is the default."""
-MAX_SIDE = 8192
-"""Largest side that images may be resized to, in pixels."""
-SSIM_WINDOW = 11
-"""Side of SSIM's window in pixels: smaller crops cannot be scored."""
 LPIPS_SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
 """Side of the smallest image that each LPIPS network takes, in pixels."""
 LOSS_NAMES = ("mse", "l1", "lpips", *(f"lpips:{net}" for net in LPIPS_NETS))
 """The terms that a loss may be a sum of."""
-MAX_EPOCHS = 10**6
-MAX_BATCH = 2**20
-MAX_STEPS = 10**7
-MAX_PROCESSES = 10**6
-MAX_IMAGES = 10**9
-MAX_CHANNELS = 2**16
-"""Upper bounds of settings. They lie far above any useful value and stop a mistyped number before memory runs
-out.
-"""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Names of Lightning Fabric for float32, and for mixed precision with bfloat16 or float16."""
-
-RANDOM_WEIGHTS = {
-    "random": "an untrained network whose blocks act",
-    "random-init": "an untrained network as its library initialises it, many residual branches closed or nearly so",
-}
-"""Names of the random controls, which `weights` may hold, and what each of them is."""
-
-WEIGHTS = f"pretrained, {', '.join(RANDOM_WEIGHTS)} or a path"
-"""The valid values of `weights`, for error messages."""
-
-
-def size_pair(size: int | str | Sequence[int], where: str = "image_size") -> tuple[int, int]:
-    """Return height and width from one whole number, two, or text such as `256` or `256x384`.
-
-    Args:
-        size: height and width in pixels, or the side of a square
-        where: name of the setting, for the message
-
-    Raises:
-        AfterimageError: the size is anything else
-    """
-    if isinstance(size, str):
-        sides = size.split("x")
-        known = [int(side) for side in sides if re.fullmatch(r"[0-9]{1,9}", side)]
-        pair = tuple(known if len(sides) > 1 else known * 2) if len(known) == len(sides) else ()
-    else:
-        pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
-        raise AfterimageError(
-            f"{where} must be the side of a square in pixels, such as 224, or HEIGHTxWIDTH, such as 256x384, "
-            f"got {size!r}"
-        )
-    return pair
-
-
-def size_text(size: tuple[int, int]) -> str:
-    """Write a size as `size_pair` reads it: `256`, or `256x384`."""
-    height, width = size
-    return str(height) if height == width else f"{height}x{width}"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How figures must be measured to stand beside others' figures.
-
-    Attributes:
-        resize: pixels of an image's shorter side after resizing
-        crop: side of the centre crop in pixels
-        layers: layers that are read; empty for any
-        missing: metrics that it has and that are not measured here, each with the reason
-    """
-
-    resize: int
-    crop: int
-    layers: tuple[str, ...] = ()
-    missing: Mapping[str, str] = field(default_factory=dict)
-
-
-PROTOCOLS = {
-    "study": Protocol(256, 224),
-    "rae": Protocol(
-        256,
-        256,
-        ("norm", "latents"),
-        {
-            "rFID": "it needs the Inception network of the published figures (pt_inception-2015-12-05), whose weights "
-            "are not part of this project; no other network stands in for it"
-        },
-    ),
-}
-"""The protocols by name: the published study's, which is the default, and that of representation autoencoders (RAE,
-Zheng et al. 2025): the encoder's final norm, on images of 256 pixels."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Positions of a feature map's locations along one axis of the image, in pixels from its top or left edge.
-
-    Location `i` covers the cell from `start + i * stride` to `start + (i + 1) * stride`. The cells may end
-    before the image does or reach beyond it. Pixels before `first` and from `last` on influence no location.
-    """
-
-    start: float
-    stride: float
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class FeatureSpec:
-    """The measured shape of one layer's features, from which a decoder is built.
-
-    Attributes:
-        source: `model:layer`
-        channels: number of channels
-        height: locations from top to bottom
-        width: locations from left to right
-        rows: vertical positions of the locations; None where their cells divide the image evenly and cover
-            every pixel
-        columns: horizontal positions, likewise
-    """
-
-    source: str
-    channels: int
-    height: int
-    width: int
-    rows: Axis | None = None
-    columns: Axis | None = None
-
-    @property
-    def layer(self) -> str:
-        """The layer's name, without its model's."""
-        return split_source(self.source)[1]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return self.channels, self.height, self.width
-
-    @property
-    def locations(self) -> int:
-        """Number of locations of the map."""
-        return self.height * self.width
-
-    @property
-    def values(self) -> int:
-        """Number of values of one image's features."""
-        return self.channels * self.height * self.width
-
-
-def absolute_weights(weights: str) -> str:
-    """Return `weights` with a path made absolute; keywords such as `pretrained`, and addresses, stay as they are."""
-    if (
-        not weights
-        or weights in ("pretrained", *RANDOM_WEIGHTS)
-        or re.match(r"(hf-hub|hf_hub|https?):", weights)
-    ):
-        return weights
-    return absolute_path(weights)
 
 
 def parse_loss(text: str) -> dict[str, float]:
@@ -248,110 +110,6 @@ class FusionConfig:
     def __post_init__(self) -> None:
         check_positive(self, "channels", most=MAX_CHANNELS)
         check_positive(self, "size", most=MAX_SIDE)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The images of a run, and their division into training, validation and test images.
-
-    A source is `folder:PATH`, `hf:NAME[@REVISION][:SPLIT]` (a dataset of the Hugging Face hub),
-    `webdataset:SHARDS`, `parquet:SHARDS`, `div2k`, `div2k:PATH`, `procedural`, `procedural:COUNT` or
-    `photographs`. SHARDS is a pattern of files such as `data/{000..099}.tar` or `data/*.parquet`. Paths and
-    patterns become absolute when the config is built, so that its meaning does not depend on the working
-    folder.
-
-    Attributes:
-        source: source of the images
-        test: source of the test images; empty for the source's own test split, or else `test_fraction` of it
-        resize: pixels of an image's shorter side after resizing, before it is cropped; for crops that are not square,
-            of the shorter side of the box of their shape that the resized image covers
-        crop: size of the crops: pixels a side of squares, text `HEIGHTxWIDTH`, or `native` in a study or an audit, the
-            size that the encoder's weights are for; at least 11 (SSIM's window)
-        validation_fraction: share of the images outside the test split that is for validation
-        test_fraction: share of the images that is for testing, where there is no test split
-        split_seed: seed of the split
-        limit_train: number of training images to keep, the first ones; None keeps all
-        limit_validation: number of validation images to keep, likewise
-        limit_test: number of test images to keep, likewise
-        protocol: name of a protocol, which says `resize`, `crop` and which layers are read; reports name its figures
-            by it
-    """
-
-    source: str = "div2k"
-    test: str = ""
-    resize: int = 256
-    crop: int | str = 224
-    validation_fraction: float = 0.2
-    test_fraction: float = 0.1
-    split_seed: int = 42
-    limit_train: int | None = None
-    limit_validation: int | None = None
-    limit_test: int | None = None
-    protocol: str | None = None
-
-    def __post_init__(self) -> None:
-        check_positive(self, "resize", most=MAX_SIDE)
-        if self.crop != NATIVE:
-            size = size_pair(self.crop, "crop")
-            text = size_text(size)
-            object.__setattr__(self, "crop", int(text) if text.isdecimal() else text)
-            if min(size) < SSIM_WINDOW:
-                raise AfterimageError(
-                    f"crop must lie between {SSIM_WINDOW}, the side of SSIM's window, and resize, got {text}"
-                )
-            if max(size) > MAX_SIDE:
-                raise AfterimageError(f"crop must be at most {MAX_SIDE}, got {text}")
-            if min(size) > self.resize:
-                raise AfterimageError(f"crop ({text}) must not be larger than resize ({self.resize})")
-        if self.protocol is not None:
-            self._follow(self.protocol)
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        check_seed("split_seed", self.split_seed)
-        check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_IMAGES)
-        for name in ("source", "test"):
-            object.__setattr__(self, name, absolute_source(getattr(self, name)))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the crops in pixels.
-
-        Raises:
-            AfterimageError: they have the native size of an encoder that is not known here
-        """
-        if self.crop == NATIVE:
-            raise AfterimageError(f"crop = {NATIVE!r} needs an encoder, whose size it is; give HEIGHTxWIDTH")
-        return size_pair(self.crop)
-
-    @property
-    def box(self) -> tuple[int, int]:
-        """Height and width of the box that resized images cover: the crop's shape, its shorter side `resize`."""
-        height, width = self.size
-        short = min(height, width)
-        return self.resize * height // short, self.resize * width // short
-
-    def sized(self, crop: int | str, resize: int | None = None) -> DataConfig:
-        """Return these settings with crops of another size.
-
-        Args:
-            crop: as the attribute
-            resize: as the attribute; None for these settings' own, or as much as the crop needs if that is more
-        """
-        if resize is None:
-            resize = self.resize if crop == NATIVE else max(self.resize, min(size_pair(crop, "size")))
-        return replace(self, crop=crop, resize=resize)
-
-    def _follow(self, name: str) -> None:
-        if name not in PROTOCOLS:
-            raise unknown("protocol", name, PROTOCOLS)
-        for key in ("resize", "crop"):
-            value, default = getattr(PROTOCOLS[name], key), getattr(PROTOCOLS["study"], key)
-            if getattr(self, key) not in (value, default):
-                raise AfterimageError(f"protocol {name} has {key} {value}, got {getattr(self, key)}")
-            object.__setattr__(self, key, value)
-        if name == "study":  # without a protocol it is the same, and so is the digest
-            object.__setattr__(self, "protocol", None)
 
 
 @dataclass(frozen=True)
@@ -528,45 +286,3 @@ def folder_name(parts: Sequence[str], digest: str) -> str:
     """
     slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts)).strip("-.")
     return f"{slug[:100]}-{digest[:8]}"
-
-
-HUB_PREFIX = re.compile(r"^hf[-_]hub:(?=[^:/]+/)", re.IGNORECASE)
-"""The optional prefix of `OWNER/NAME`, an encoder in a repository of the Hugging Face hub."""
-PROVIDERS = ("timm", "torchvision", "transformers", "open_clip", "diffusers", "python")
-"""The libraries that encoders come from, as the beginning of `PROVIDER/MODEL`; the first needs no naming."""
-
-
-def split_source(source: str) -> tuple[str, str]:
-    """Split `[provider/]model:layer` at its last colon; the prefix `hf-hub:` of a repository is removed.
-
-    Raises:
-        AfterimageError: the text has no model or no layer
-    """
-    model, colon, layer = re.sub(HUB_PREFIX, "", source).rpartition(":")
-    if not (model and colon and layer):
-        raise AfterimageError(
-            f"{source!r} names no layer; write [provider/]model:layer, for example resnet34.tv_in1k:layer1 "
-            f"(`afterimage layers {model or layer or 'MODEL'}` lists the layers); providers: {', '.join(PROVIDERS)}"
-        )
-    return model, layer
-
-
-def split_provider(model: str) -> tuple[str, str]:
-    """Split `provider/model` into its provider, timm where none is named, and what that provider calls the model.
-
-    `timm/NAME` keeps its beginning: it is a repository of the hub too.
-    """
-    model = re.sub(HUB_PREFIX, "", model)
-    provider, _, rest = model.partition("/")
-    return (provider, rest) if provider in PROVIDERS[1:] else (PROVIDERS[0], model)
-
-
-def absolute_model(model: str) -> str:
-    """Return an encoder's name with the path in it made absolute: a file of python/, a folder of others."""
-    provider, rest = split_provider(model)
-    file, colon, factory = rest.rpartition(":")
-    if provider == "python" and file.endswith(".py"):
-        return f"python/{absolute_path(file)}{colon}{factory}"
-    if provider in ("transformers", "diffusers") and os.path.isdir(local_path(rest)):
-        return f"{provider}/{absolute_path(rest)}"
-    return model

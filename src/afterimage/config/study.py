@@ -8,21 +8,18 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from afterimage.config.errors import AfterimageError, unknown
-from afterimage.config.inversion import EstimateConfig, InvertConfig
-from afterimage.config.schema import (
-    LPIPS_NETS,
+from afterimage.config.errors import (
     MAX_IMAGES,
-    RANDOM_WEIGHTS,
-    DataConfig,
-    DecoderConfig,
-    FusionConfig,
-    RecipeConfig,
-    absolute_weights,
+    AfterimageError,
     check_positive,
     check_range,
     check_seed,
+    unknown,
 )
+from afterimage.config.images import DataConfig
+from afterimage.config.inversion import EstimateConfig, InvertConfig
+from afterimage.config.names import RANDOM_WEIGHTS, absolute_weights
+from afterimage.config.schema import LPIPS_NETS, DecoderConfig, FusionConfig, RecipeConfig
 from afterimage.config.toml import MAX_PARAMETERS, Count, load_toml
 
 
