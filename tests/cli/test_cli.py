@@ -149,7 +149,7 @@ def test_bad_input_is_one_message(command, arguments, message):
         (["study", "quickstart", "--seeds", "-1", "--dry-run"], "seeds[0] must lie between 0"),
         (["study", "quickstart", "--output-dir", "/dev/null", "--dry-run"], "--output-dir /dev/null: "),
         (["study", "quickstart", "--executor", "ray", "--retries", "-1"], "--retries must lie between 0"),
-        (["layers", MODEL, "--image-size", "0"], "--image-size must lie between 1"),
+        (["layers", MODEL, "--image-size", "0"], "--size must be the side of a square in pixels"),
         (["audit", MODEL, "--layers", "layer1", "--max-ssim", "nan"], "max_ssim must lie between 0 and 1"),
         (["audit", MODEL, "--layers", "layer1", "--attacker-images", "²"], "a number from 5 on"),
         (["audit", MODEL, "--layers", "layer1", "--output-dir", "/dev/null"], "--output-dir /dev/null: "),

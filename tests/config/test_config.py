@@ -298,6 +298,13 @@ def test_a_protocol_says_size_and_layers():
         RunConfig(("m:block3",), data=rae)
     with pytest.raises(AfterimageError, match="protocol rae has resize 256, got 518"):
         DataConfig(resize=518, crop=518, protocol="rae")
+    for name, size, resize in (("rae", "224", None), ("study", "256", None), ("rae", "", 300)):
+        with pytest.raises(
+            AfterimageError, match=f"protocol {name} has (crop|resize) 2.., got {size or resize}"
+        ):
+            DataConfig("photographs").asked(size, resize, name)
+    assert DataConfig("photographs").asked("256", None, "rae") == rae == rae.asked()
+    assert DataConfig("photographs").asked("64x96", 80) == DataConfig("photographs").sized("64x96", 80)
     with pytest.raises(AfterimageError, match=r"unknown protocol 'ra'; did you mean 'rae'"):
         DataConfig(protocol="ra")
 

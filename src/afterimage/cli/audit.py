@@ -146,8 +146,7 @@ class Audit:
         for name, (cls, values) in nested.items():
             values = {key: value for key, value in values.items() if _is_given(value)}
             given[name] = replace(cls() if base is None else getattr(base, name), **values)
-        if self.size or self.resize is not None:
-            given["data"] = given["data"].sized(self.size or given["data"].crop, self.resize)
+        given["data"] = given["data"].asked(self.size, self.resize)
         return AuditConfig(**given) if base is None else replace(base, **given)
 
     def _of(self, *names: str, **fields: str) -> dict[str, Any]:

@@ -181,11 +181,8 @@ class Study:
     def _changed(self, study: StudyConfig) -> StudyConfig:
         """The study with what the command line says in place of its own."""
         data = self._given("limit_train", "limit_validation", "limit_test")
-        images = study.data
-        if self.size or self.resize is not None:
-            images = images.sized(self.size or images.crop, self.resize)
+        images = study.data.asked(self.size, self.resize, self.protocol)
         data |= {"source": self.data} if self.data else {}
-        data |= {"protocol": self.protocol} if self.protocol else {}
         data |= {"test": self.test} if self.data or self.test else {}
         recipe = self._given("epochs", "batch_size")
         estimate = {"images": self.estimate_images} if self.estimate_images is not None else {}

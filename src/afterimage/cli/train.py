@@ -57,8 +57,8 @@ class Train:
     """folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""
     """Another source whose images are the test set."""
-    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = "224"
-    """Size of the crop in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
+    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
+    """Size of the crop in pixels: 256, 256x384 (height x width), or native, the encoder's own (default 224)."""
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
     protocol: str = ""
@@ -97,11 +97,10 @@ class Train:
         data = DataConfig(
             source=self.data,
             test=self.test,
-            protocol=self.protocol or None,
             limit_train=self.limit_train,
             limit_validation=self.limit_validation,
             limit_test=self.limit_test,
-        ).sized(self.size, self.resize)
+        ).asked(self.size, self.resize, self.protocol)
         for name in self.decoders:  # before any image is read
             decoder_family(name)
         if self.fusion and self.fusion not in FUSIONS:

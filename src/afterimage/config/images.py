@@ -177,6 +177,23 @@ class DataConfig:
             resize = self.resize if crop == NATIVE else max(self.resize, min(size_pair(crop, "size")))
         return replace(self, crop=crop, resize=resize)
 
+    def asked(self, size: str = "", resize: int | None = None, protocol: str = "") -> DataConfig:
+        """Return these settings with what a command line asks for; empty text and None ask for nothing.
+
+        Raises:
+            AfterimageError: the protocol has another size than is asked for
+        """
+        protocol, data = protocol or self.protocol or "", replace(self, protocol=None)
+        if size or resize is not None:
+            data = data.sized(size or data.crop, resize)
+        if not protocol:
+            return data
+        data = replace(data, protocol=protocol)
+        for key, value in {"crop": size, "resize": resize}.items():
+            if value and str(value) != str(getattr(data, key)):
+                raise AfterimageError(f"protocol {protocol} has {key} {getattr(data, key)}, got {value}")
+        return data
+
     def _follow(self, name: str) -> None:
         if name not in PROTOCOLS:
             raise unknown("protocol", name, PROTOCOLS)
