@@ -1,9 +1,11 @@
 import importlib.util
+import json
 import re
 import shlex
 import tomllib
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from afterimage import DECODERS
@@ -94,6 +96,29 @@ def test_every_command_decoder_fusion_and_study_is_explained():
 def test_the_studies_shown_are_studies():
     texts = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
     assert texts and all(from_dict(StudyConfig, tomllib.loads(text)) for text in texts)
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_keeps_no_output(tmp_path, monkeypatch, capsys):
+    """On few and small images, in this process, as a kernel would; without weights it takes random ones."""
+    notebook = json.loads((ROOT / "docs/afterimage.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    for name, value in {
+        "MPLBACKEND": "Agg",
+        "AFTERIMAGE_CACHE": str(tmp_path),
+        "HF_HOME": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (settings,) = (cell for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
+    names: dict = {}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+        if cell is settings:
+            names |= {"IMAGES": 12, "SIDE": 48, "PASSES": 3, "LAYERS": ["layer1", "layer3"]}
+    assert names["results"]["layer1"]["psnr"] > names["results"]["mean"]["psnr"]
+    assert {len(found) for found in names["answers"].values()} == {1} and len(names["guesses"]) == 4
+    assert f"weights: {names['WEIGHTS']}" in capsys.readouterr().out
 
 
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path, monkeypatch):
