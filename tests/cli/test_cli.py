@@ -304,3 +304,68 @@ def test_interrupting_says_how_to_go_on(command, monkeypatch, photographs):
         "train", f"{MODEL}:layer1", "--decoders", "transposed", "--data", f"folder:{photographs}", *SMALL
     )
     assert code == 130 and "the same command goes on from there" in err
+
+
+def test_a_layer_needs_no_run(command, photographs, tmp_path, monkeypatch):
+    """A decoder is fitted on the spot, and kept for the same weights, layer, images and settings."""
+    import afterimage.experiments.inference as inference
+
+    image, output = photographs / "00.png", tmp_path / "00.reconstruction.png"
+    given = ["--weights", "random", "--lpips", "squeeze", "--device", "cpu"]
+    here = [*given, "--data", f"folder:{photographs}"]
+    code, out, err = command("reconstruct", image, f"{MODEL}:layer1", *here)
+    assert code == 0, err
+    told = f"{MODEL}:layer1 · linear, fitted on 9 images of folder:photographs (digest "
+    assert f"decoder: {told}" in out and ", 2 more for validation" in out and "PSNR" in out
+    with Image.open(output) as made:
+        assert made.size == (160 + 8 + 160, 160)
+        assert made.text["Decoder"].startswith(told) and str(tmp_path) not in made.text["Decoder"]
+        first = np.array(made)
+    trained, train_runs = [], inference.train_runs
+
+    def spy(config, *arguments, **options):
+        (run,) = train_runs(config, *arguments, **options)
+        trained.append(run.path)
+        return [run]
+
+    monkeypatch.setattr(inference, "train_runs", spy)
+    folder = tmp_path / "cache" / "fitted"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("decoder.safetensors")}
+    assert len(before) == 1 and command("reconstruct", image, f"{MODEL}:layer1", *here)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("decoder.safetensors")} == before
+    assert np.array_equal(np.array(Image.open(output)), first)
+    # Another image among those that it is fitted on, and drawn images: other decoders.
+    Image.new("RGB", (70, 70)).save(photographs / "more.png")
+    assert command("reconstruct", image, f"{MODEL}:layer1", *here)[0] == 0
+    code, out, _ = command(
+        "reconstruct", image, f"{MODEL}:layer1", f"{MODEL}:layer2", *given, "--data", "procedural:12"
+    )
+    assert code == 0 and "layer2 · linear, fitted on 10 images of procedural:12" in out
+    assert len(set(trained)) == 4 == len(list(folder.rglob("decoder.safetensors")))
+
+
+def test_what_is_no_image_and_no_layer_is_told_before_anything_is_fitted(command, tmp_path, monkeypatch):
+    import afterimage.experiments.inference as inference
+
+    def fitted(*_, **__):
+        raise AssertionError("it should have ended before")
+
+    monkeypatch.setattr(inference, "train_runs", fitted)
+    (tmp_path / "text.jpg").write_text("no image, whatever its name says")
+    Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
+    given = ["--weights", "random", "--device", "cpu"]
+    for image, layer, message in (
+        ("text.jpg", "layer1", "text.jpg: is not an image"),
+        ("a.png", "layer9", f"unknown layer of {MODEL} 'layer9'"),
+        ("none.png", "layer1", "none.png is no image file, no run folder and no MODEL:LAYER"),
+    ):
+        code, out, err = command("reconstruct", image, f"{MODEL}:{layer}", *given)
+        assert code == 1 and not out and message in err and "Traceback" not in err, err
+
+
+@pytest.mark.long
+def test_an_image_of_100_megapixels_is_one_like_any(command, tmp_path):
+    Image.new("L", (10_000, 10_000), 200).save(tmp_path / "large.png")
+    given = ["--weights", "random", "--device", "cpu", "--data", "procedural:12"]
+    code, out, err = command("reconstruct", tmp_path / "large.png", f"{MODEL}:layer1", *given)
+    assert code == 0 and "saved: " in out, err

@@ -1,4 +1,4 @@
-"""`afterimage reconstruct`: images of one's own through finished runs."""
+"""`afterimage reconstruct`: images of one's own through finished runs, decoders of the hub, or layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tyro
 
 from afterimage.cli.output import image_lines
 from afterimage.cli.report import find_runs, sort_arguments
-from afterimage.config import AfterimageError, shown
+from afterimage.config import LPIPS_NETS, AfterimageError, shown
 from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
@@ -20,19 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Rebuild your own images through finished runs.
+    """Rebuild your own images through finished runs, decoders of the hub, or layers of any encoder.
 
-    One image through one run: original and reconstruction side by side. Several of either: a figure as in reports, a
-    column a run, with an enlarged detail of each image.
+    One image through one decoder: original and reconstruction side by side. Several of either: a figure as in reports,
+    a column a decoder, with an enlarged detail of each image. A decoder for a layer is fitted on the spot, in closed
+    form, and kept for the next time.
     """
 
-    what: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [...] IMAGE [...]")]
-    """Run folders, or folders that hold run folders, such as a study's; and any image files."""
+    what: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|MODEL:LAYER [...] IMAGE [...]")
+    ]
+    """Run folders, or folders that hold run folders, such as a study's; layers, without any run; and image files."""
     from_: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="from", metavar="hub:USER/NAME")
     ] = ()
     """A decoder of the Hugging Face hub, in place of a run or beside some: hub:USER/NAME, of a repository with several
     hub:USER/NAME/DECODER, each with @REVISION behind it if need be. May be given more than once."""
+    data: str = "procedural:100"
+    """Images that a decoder for a MODEL:LAYER is fitted on, such as folder:PATH (default: images that are drawn here;
+    photographs of your own make a better decoder)."""
     output: Path | None = None
     """Where to save, a PNG file; where one figure does not hold all, FILE-1.png, FILE-2.png, ... (default: in the
     working folder, IMAGE.reconstruction.png, of several images the first's)."""
@@ -47,11 +53,7 @@ class Reconstruct:
         from afterimage.runs.run import check_file
 
         folders, images, layers = sort_arguments(self.what)
-        if layers:
-            raise AfterimageError(
-                f"reconstruct takes finished runs and images, not layers: leave out {', '.join(layers)}"
-            )
-        runs = find_runs(tuple(folders)) if folders or not self.from_ else []
+        runs = find_runs(tuple(folders)) if folders or not (layers or self.from_) else []
         if not images:
             raise AfterimageError("name at least one image file")
         if len(set(images)) < len(images):
@@ -65,10 +67,27 @@ class Reconstruct:
 
             runs += [pull(address) for address in self.from_]
             say(*(f"decoder: {run.name}" for run in runs[-len(self.from_) :]))
+        runs += self._fitted(layers, images) if layers else []
         if len(runs) == len(images) == 1:
             self._one(runs[0], images, output)
         else:
             self._several(runs, images, output)
+
+    def _fitted(self, layers: list[str], images: list[Path]) -> list[Run]:
+        """Decoders that are fitted on the spot, one a layer, once all images are known to be some."""
+        from afterimage.data.decode import load_image
+        from afterimage.experiments.inference import fit_run
+        from afterimage.runtime.progress import Display
+
+        for image in images:
+            load_image(image)
+        lpips, runs = self.lpips or LPIPS_NETS[0], []
+        with Display() as display:
+            for layer in layers:
+                options = {"weights": self.weights or "pretrained", "lpips": lpips, "device": self.device}
+                runs.append(fit_run(layer, self.data, progress=display, **options))
+        say(*(f"decoder: {_told(run)}; kept in {shown(run.path)}" for run in runs))
+        return runs
 
     def _one(self, run: Run, images: list[Path], output: Path) -> None:
         from afterimage.data.dataset import file_notes
@@ -78,7 +97,7 @@ class Reconstruct:
 
         metrics = Metrics(self.lpips or run.lpips_net, size=min(run.config.data.size))
         (rebuilt,) = rebuild(images, run, metrics, weights=self.weights, device=device_name(self.device))
-        side_by_side(rebuilt, output)
+        side_by_side(rebuilt, output, _told(run))
         notes = file_notes(images, run.config.data)
         say(*image_lines(rebuilt.scores, metrics.lpips_status), *notes)
         say(f"saved: {shown(output)} (original left, reconstruction right)")
@@ -128,6 +147,20 @@ class Reconstruct:
             path = output if len(drawings) == 1 else output.with_stem(f"{output.stem}-{number}")
             write_atomic(path, render(drawing.figure)[0])
             say(f"saved: {shown(path)} (mean: over a run's own test images)")
+
+
+def _told(run: Run) -> str:
+    """What a decoder is and which images it learned from, without the way to their folder: images are passed on."""
+    if not run.has_result:
+        return run.name
+    from afterimage.report.publish import public_source
+
+    result, data = run.result, run.result.data
+    if result.trained_elsewhere:
+        return f"{result.label}, trained elsewhere ({run.name})"
+    how = "trained" if result.training.epochs else "fitted"
+    images = f"{data.train:,} images of {public_source(data.source)} (digest {data.digest[:12]})"
+    return f"{result.label}, {how} on {images}, {data.validation:,} more for validation ({run.name})"
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -1,21 +1,76 @@
-"""Use a finished run: measure it again, on its own images or others, or reconstruct image files."""
+"""Use a finished run, or one fitted on the spot: measure it on its own images or others, reconstruct image files."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from afterimage.data.dataset import load_data, load_test, prepare_image
+from afterimage.config import NATIVE, DataConfig, DecoderConfig, RunConfig
+from afterimage.data.dataset import default_cache, load_data, load_test, prepare_image
 from afterimage.evaluation.evaluate import Evaluation, evaluate, to_uint8
 from afterimage.evaluation.metrics import Metrics
+from afterimage.experiments.queue import train_runs
+from afterimage.models.encoders.providers import at_native_size, resolve
+from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.files import write_image
 from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
+
+FITTED = "linear"
+"""The decoder that is fitted on the spot: in closed form, in seconds."""
+FIT_LIMITS = {"limit_train": 256, "limit_validation": 64, "limit_test": 16}
+"""Images that it is fitted on, that choose its ridge and that score it, at most: more take longer than anyone waits."""
+
+
+def fit_run(
+    source: str,
+    data: str,
+    *,
+    weights: str = "pretrained",
+    lpips: str = "alex",
+    cache: Path | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Run:
+    """Fit a decoder to one layer on the spot, or find the one that was fitted to the same before.
+
+    Its run folder lies in the cache, below a digest of the encoder's weights, the images and the version, under the
+    name of its settings. Images have the size that the encoder is for.
+
+    Args:
+        source: `model:layer`
+        data: source of the images, of which the first `FIT_LIMITS` are used; those that are drawn are scored on
+            photographs
+        weights: `pretrained`, a file or folder of weights, or a random control
+        lpips: LPIPS network of the scores
+        cache: folder of decoded images and of these runs; None for the default
+        device: device of the computations
+        progress: called with what is done, how far it is, and the total
+
+    Raises:
+        AfterimageError: the model, layer or source is unknown, or weights or images are not available
+    """
+    source = resolve(source)
+    drawn = data.partition(":")[0] == "procedural"
+    named = DataConfig(data, test="photographs" if drawn else "", **FIT_LIMITS)
+    images = at_native_size(named.sized(NATIVE), [source])
+    config = RunConfig((source,), weights, decoder=DecoderConfig(FITTED), data=images, lpips=lpips)
+    # A layer that is not there is told before any image is read.
+    encoder = MultiEncoder(config.sources, weights=weights, image_size=images.size, seed=config.seed)
+    digest = load_data(images, cache=cache, progress=progress).digest
+    made_of = [encoder.weight_digests(config.sources), digest, metadata.version("afterimage")]
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    root = (cache or default_cache()) / "fitted" / key[:16]
+    (run,) = train_runs(config, root, cache=cache, accelerator=device, progress=progress)
+    return run
 
 
 def evaluate_run(
@@ -93,7 +148,13 @@ def rebuild(
     return results
 
 
-def side_by_side(rebuilt: Rebuilt, output: Path) -> None:
-    """Write an image and its reconstruction beside each other into a PNG file, pixel for pixel."""
+def side_by_side(rebuilt: Rebuilt, output: Path, decoder: str) -> None:
+    """Write an image and its reconstruction beside each other into a PNG file, pixel for pixel.
+
+    Args:
+        rebuilt: both
+        output: the file
+        decoder: what made the reconstruction; the file keeps it as text
+    """
     gap = np.full((len(rebuilt.original), 8, 3), 255, np.uint8)
-    write_image(output, np.concatenate((rebuilt.original, gap, rebuilt.image), axis=1))
+    write_image(output, np.concatenate((rebuilt.original, gap, rebuilt.image), axis=1), {"Decoder": decoder})

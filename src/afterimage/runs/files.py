@@ -120,12 +120,15 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomic(path, text.getvalue())
 
 
-def write_image(path: str | Path, pixels: Any) -> None:
-    """Write uint8 pixels, `(H, W, 3)` or grey `(H, W)`, as PNG."""
+def write_image(path: str | Path, pixels: Any, texts: Mapping[str, str] | None = None) -> None:
+    """Write uint8 pixels, `(H, W, 3)` or grey `(H, W)`, as PNG, with texts by keyword beside them."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    buffer, info = io.BytesIO(), PngInfo()
+    for keyword, text in (texts or {}).items():
+        info.add_itxt(keyword, text)
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info)
     write_atomic(path, buffer.getvalue())
 
 
