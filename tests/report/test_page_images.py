@@ -172,6 +172,18 @@ def test_runs_that_kept_different_images(visit, tmp_path):
     assert "saved no reconstruction" not in tab.inner_text("#pane-a")
 
 
+def test_panes_have_the_shape_of_the_image(visit, tmp_path):
+    square = sample_image(1)
+    wide = square.crop((0, 0, square.width, square.height // 2))
+    runs = [write_run(tmp_path, "m", "layer1", originals=[sample_image(0), wide])]
+    tab = visit(write_page(runs, tmp_path / "page.html", title="t"))
+    for number, image in enumerate((square, wide)):
+        tab.locator("#strip button").nth(number).click()
+        shown(tab, f"image-00{number}.")
+        box = tab.locator("#pane-a .stage").bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(image.width / image.height, rel=0.02)
+
+
 def test_a_fused_run_shows_its_weights(visit, tmp_path):
     originals = [sample_image(seed) for seed in range(2)]
     sources = ("resnet34.tv_in1k:layer1", f"{HOSTILE[0]}:{HOSTILE[1]}", f"vgg16:{HOSTILE[2]}")

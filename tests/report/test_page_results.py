@@ -156,7 +156,7 @@ def test_without_images_the_rest_still_works(visit, tmp_path):
 
 
 @pytest.mark.long
-def test_a_page_of_full_size_opens_in_two_seconds(visit, tmp_path, monkeypatch):
+def test_a_page_of_full_size_opens_in_little_more_than_it_takes_to_read(visit, tmp_path, monkeypatch):
     """60 runs x 100 images at the largest size a page may have; one real image, padded, over and over."""
     original = sample_image(0, size=224)
     runs = [
@@ -174,12 +174,17 @@ def test_a_page_of_full_size_opens_in_two_seconds(visit, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "embed", lambda *_: full)
     path = write_page(runs, tmp_path / "page.html", title="60 x 100")
     assert 55_000_000 < path.stat().st_size < 60_000_000
+    blank = tmp_path / "blank.html"
+    text = "A" * path.stat().st_size
+    blank.write_text(
+        f"<!doctype html><html data-ready='true'><title>blank</title><script type='text/plain'>{text}</script>"
+    )
     loaded = "() => performance.getEntriesByType('navigation')[0].loadEventEnd"
-    milliseconds = []
-    for _ in range(3):
-        tab = visit(path)
+    taken = {blank: [], path: []}
+    for page_path in [blank, path] * 3:
+        tab = visit(page_path)
         tab.wait_for_function(loaded)
-        milliseconds.append(tab.evaluate(loaded))
-    assert min(milliseconds) < 2000
+        taken[page_path].append(tab.evaluate(loaded))
+    assert min(taken[path]) < 3 * min(taken[blank])
     tab.locator("#strip button").nth(99).click()
     shown(tab, "image-099.")

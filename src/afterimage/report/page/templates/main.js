@@ -67,6 +67,12 @@ function setUpKeys() {
   });
 }
 
+/** Give the panes the shape of the image. */
+function shapePanes() {
+  const { width, height } = IMAGES[state.image];
+  document.documentElement.style.setProperty("--shape", width / height);
+}
+
 setUpTheme();
 setUpMenu();
 if (IMAGES.length > 0) {
@@ -77,6 +83,8 @@ if (IMAGES.length > 0) {
   setUpKeys();
   subscribe(["image", "a", "b", "view", "wipeLeft", "errors", "gain"], renderPanes);
   renderPanes();
+  subscribe(["image"], shapePanes);
+  shapePanes();
 }
 byId("metric").addEventListener("change", (event) => update({ metric: event.target.value }));
 setUpTable();
