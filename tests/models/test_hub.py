@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from afterimage import AfterimageError, Reconstructor, load_reconstructor, train_runs
 from afterimage.cli import main
 from afterimage.models.hub import pull
-from afterimage.runs.repository import CARD, DECODER, FILES, MANIFEST, PICTURE
+from afterimage.runs.repository import CARD, DECODER, FILES, MANIFEST, PICTURE, SCORES_TABLE, TABLE
 from children import MODEL, small_configs
 from fake_hub import TOKEN, FakeHub
 
@@ -293,7 +293,7 @@ def test_what_push_refuses(hub, runs, tmp_path, capsys):
     run = runs[0].path
     assert "--to 'me' is no name of a repository: write USER/NAME" in refused(run, "--to", "me")
     hub.commit("me/bert", **{"config.json": b'{"model_type": "bert"}'})
-    assert "me/bert holds something else than decoders of afterimage (its library_name" in refused(
+    assert "me/bert holds something else than what afterimage pushes (its library_name" in refused(
         run, "--to", "me/bert"
     )
     hub.commit("me/other", **{"model.bin": b"x"})
@@ -306,6 +306,22 @@ def test_what_push_refuses(hub, runs, tmp_path, capsys):
     assert "none of these runs has a decoder to share: broken (done)" in refused(broken, "--to", NAME)
     hub.stop()
     assert f"cannot push to {NAME} at {hub.endpoint}: " in refused(run, "--to", NAME)
+
+
+def test_scores_are_a_data_set(hub, runs, tmp_path, capsys, sample_images):
+    push = ["push", runs[0].path.parent, "--to", "me/scores", "--dataset", "--license", "cc-by-4.0"]
+    for _ in range(2):  # the second replaces the first
+        code, out, err = command(capsys, *push)
+        assert code == 0, err
+    commit, files = hub.repositories["datasets/me/scores"][-1]
+    assert out == f"scores at {hub.endpoint}/datasets/me/scores, commit {commit}\n"
+    assert files.keys() == {CARD, SCORES_TABLE, TABLE}
+    hub.put("datasets/me/photos", {"a.png": b"x"})
+    code, _, err = command(capsys, *push[:3], "me/photos", "--dataset")
+    assert (
+        code == 1
+        and "me/photos holds something else than what afterimage pushes (it has a.png, and no table" in err
+    )
 
 
 def test_in_another_home_with_the_real_client(hub, pushed, runs, tmp_path, folder):

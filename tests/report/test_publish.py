@@ -6,22 +6,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 from PIL import Image
 
 from afterimage.config import AfterimageError, DataConfig
+from afterimage.report.compare import read_atlas
+from afterimage.report.dataset import dataset_files
 from afterimage.report.publish import (
     Picture,
-    _public,
     are_free,
     decoders_of,
     kept_picture,
+    public,
     public_source,
     repository_files,
 )
 from afterimage.runs.controls import write_part
 from afterimage.runs.files import sha256
-from afterimage.runs.repository import CARD, DECODER, FILES, MANIFEST, PICTURE, Manifest
+from afterimage.runs.repository import CARD, DECODER, FILES, MANIFEST, PICTURE, SCORES_TABLE, TABLE, Manifest
 from report_study import RESNET, sample_image, write_baseline, write_run
 from simulated_runs import edit, search
 
@@ -114,12 +116,57 @@ def test_notes_lose_paths_and_names_of_images_that_are_not_free(tmp_path):
         "/home/me/my birds/a.png is near train/b.jpg",
         "weights of x: /home/me/w.bin, 3 keys",
     )
-    result = replace(write_run(tmp_path, *RESNET[:1], "layer1").result, notes=notes)
+    result = write_run(tmp_path, *RESNET[:1], "layer1").result
+    mine = replace(result, notes=notes, data=replace(result.data, source="folder:/home/me/mine", test=""))
     told = ("ridge 0.1", "weights of x: w.bin, 3 keys", "left out here: 1 notes that name images")
-    assert _public(result, keep_ids=True, keep_notes=False).notes == told
+    (hidden,) = public([mine], with_names=False)
+    assert hidden.notes == told and hidden.data.source == "folder:mine"
+    assert [image["id"] for image in hidden.per_image] == [f"{i:05d}" for i in range(20)]
+    fewer = replace(mine, per_image=mine.per_image[5:7])
+    assert [image["id"] for image in public([mine, fewer], with_names=False)[1].per_image] == [
+        "00005",
+        "00006",
+    ]
+    assert public([mine], with_names=True)[0].per_image == mine.per_image
+    # Test images that are free keep their names, training images of one's own do not get any.
+    (tested,) = public([replace(mine, data=replace(mine.data, test="photographs"))], with_names=False)
+    assert tested.per_image == mine.per_image and tested.notes == told
     assert public_source("folder:/home/me/birds") == "folder:birds"
     assert public_source("webdataset:/data/x-{00..12}.tar") == "webdataset:x-{00..12}.tar"
     assert public_source("hf:me/photos@v1:train") == "hf:me/photos@v1:train"
     assert are_free(DataConfig("folder:x", test="photographs")) and not are_free(
         DataConfig("procedural", test="div2k")
     )
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_scores_are_a_data_set_that_the_library_reads(tmp_path, own):
+    import datasets
+
+    run, baseline = (
+        write_decoder(tmp_path, "layer1", lpips=None),
+        write_baseline(tmp_path, "mean", lpips=None),
+    )
+    edit(run, data__source="folder:/home/me/mine")
+    files = dataset_files([run, baseline], "me/scores", license="mit", own_images=own)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert b"/home/me" not in content
+    read = {"cache_dir": str(tmp_path / "read"), "split": "train"}
+    scores = datasets.load_dataset("parquet", data_files=str(tmp_path / SCORES_TABLE), **read)
+    assert len(scores) == 40 and isinstance(scores.features["original"], datasets.Image)
+    rows = [row for row in scores if row["run"] == run.name]
+    assert [row["psnr"] for row in rows] == [image["psnr"] for image in run.result.per_image]
+    assert {row["lpips"] for row in rows} == {None}
+    assert [row["image"] for row in rows][:2] == (["image-000", "image-001"] if own else ["00000", "00001"])
+    assert [row["original"] is not None for row in rows] == [own and i < len(ORIGINALS) for i in range(20)]
+    if own:
+        assert np.array_equal(np.array(rows[0]["original"]), np.array(ORIGINALS[0]))
+    table = read_atlas(tmp_path / TABLE)
+    assert [row["run"] for row in table] == [run.name, baseline.name]
+    assert table[0]["psnr_mean"] == run.result.scores["psnr"].mean
+    card = DatasetCard(files[CARD].decode())
+    assert card.data.license == "mit" and [c["data_files"] for c in card.data.configs] == [
+        SCORES_TABLE,
+        TABLE,
+    ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Push:
-    """Share decoders on the Hugging Face hub, in a repository with a model card that is made from their runs.
+    """Share decoders on the Hugging Face hub, with a model card that is made from their runs; or a study's scores.
 
     A decoder goes up with its configuration, its scores and what tells its encoder's weights apart; the encoder's
     weights stay here. Baselines, inversions and controls beside the runs are told on the card. Log in before with `hf
@@ -31,8 +31,11 @@ class Push:
     """Run folders, or folders that hold run folders, such as a study's: all its decoders go into one repository."""
     to: str
     """The repository, USER/NAME; made if it is not there."""
+    dataset: bool = False
+    """Share the scores in place of the decoders, as a data set: Parquet with a row for each run and test image, with
+    the images that anybody may pass on, and the table of the runs. Needs pyarrow."""
     license: str = "unknown"
-    """Licence of the decoders, by the hub's name for it, such as mit or cc-by-4.0."""
+    """Licence of the decoders or scores, by the hub's name for it, such as mit or cc-by-4.0."""
     own_images: bool = False
     """Also share test images of your own, in the picture, and their names beside the scores. Without it the picture
     shows photographs that anybody may pass on, and images of your own are numbers."""
@@ -48,19 +51,14 @@ class Push:
             raise AfterimageError(f"--to {self.to!r:.200} is no name of a repository: write USER/NAME")
         given = find_runs(self.folders)
 
-        from afterimage.report.publish import are_free, decoders_of, kept_picture, repository_files
-        from afterimage.runs.files import write_atomic
-
-        runs = decoders_of(given)
-        own = self.own_images or all(are_free(run.config.data) for run in runs)
-        picture = (kept_picture(runs) if own else None) or self._photographs(runs)
-        files = repository_files(
-            runs, given, self.to, picture, license=self.license, with_names=self.own_images
-        )
+        kind = "dataset" if self.dataset else "model"
+        decoders, files = ([], self._scores(given)) if self.dataset else self._decoders(given)
         for run in given:
-            if run not in runs and not run.has_result:
+            if not run.has_result:
                 say(f"left out: {run.name} ({run.state})")
         if self.output_dir is not None:
+            from afterimage.runs.files import write_atomic
+
             for name, content in files.items():
                 write_atomic(self.output_dir / name, content)
             say(f"{len(files)} files of {self.to}: {shown(self.output_dir)}; nothing was uploaded")
@@ -70,10 +68,29 @@ class Push:
 
         from afterimage.models.hub import PREFIX, upload
 
-        commit = upload(files, self.to, private=self.private)
-        say(f"{len(runs)} decoder{'s' if len(runs) > 1 else ''} at {ENDPOINT}/{self.to}")
-        what = self.to if len(runs) == 1 else f"{self.to}/{runs[0].name}"
+        commit = upload(files, self.to, private=self.private, kind=kind)
+        if self.dataset:
+            say(f"scores at {ENDPOINT}/datasets/{self.to}, commit {commit}")
+            return
+        say(f"{len(decoders)} decoder{'s' if len(decoders) > 1 else ''} at {ENDPOINT}/{self.to}")
+        what = self.to if len(decoders) == 1 else f"{self.to}/{decoders[0].name}"
         say(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
+
+    def _scores(self, given: list[Run]) -> dict[str, bytes]:
+        from afterimage.report.dataset import dataset_files
+
+        return dataset_files(given, self.to, license=self.license, own_images=self.own_images)
+
+    def _decoders(self, given: list[Run]) -> tuple[list[Run], dict[str, bytes]]:
+        from afterimage.report.publish import are_free, decoders_of, kept_picture, repository_files
+
+        runs = decoders_of(given)
+        own = self.own_images or all(are_free(run.config.data) for run in runs)
+        picture = (kept_picture(runs) if own else None) or self._photographs(runs)
+        files = repository_files(
+            runs, given, self.to, picture, license=self.license, with_names=self.own_images
+        )
+        return runs, files
 
     def _photographs(self, runs: list[Run]) -> Picture:
         """What the decoders make of photographs that anybody may pass on."""

@@ -17,6 +17,8 @@ from afterimage.runs.repository import (
     FILES,
     LIBRARY,
     MANIFEST,
+    SCORES_TABLE,
+    TABLE,
     Manifest,
     PublishedDecoder,
     check_shareable,
@@ -138,13 +140,14 @@ def _check_card(file: Path, decoder: PublishedDecoder) -> None:
         )
 
 
-def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False) -> str:
+def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False, kind: str = "model") -> str:
     """Make a repository if it is not there, and put files into it as one commit.
 
     Args:
         files: contents by path
         repository: `USER/NAME`
         private: whether a repository that is made now is private
+        kind: `model` or `dataset`
 
     Returns:
         the commit
@@ -157,10 +160,10 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
 
     api = HfApi()
     try:
-        ask_soon(lambda: api.create_repo(repository, private=private or None, exist_ok=True))
-        _check_empty(set(api.list_repo_files(repository)), repository)
+        ask_soon(lambda: api.create_repo(repository, repo_type=kind, private=private or None, exist_ok=True))
+        _check_empty(set(api.list_repo_files(repository, repo_type=kind)), repository, kind)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        return api.create_commit(repository, operations, commit_message="Decoders of afterimage").oid
+        return api.create_commit(repository, operations, commit_message="From afterimage", repo_type=kind).oid
     except HFValidationError:
         raise AfterimageError(f"{repository!r:.200} is no name of a repository: write USER/NAME") from None
     except AfterimageError:
@@ -170,16 +173,19 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
         raise AfterimageError(f"{where}: {_refused(error)}") from None
 
 
-def _check_empty(names: set[str], repository: str) -> None:
+def _check_empty(names: set[str], repository: str, kind: str) -> None:
     """Check that nothing is overwritten that did not come from here."""
     try:
-        if MANIFEST in names:
+        if kind == "dataset" and {SCORES_TABLE, TABLE} <= names:
+            return
+        if kind == "model" and MANIFEST in names:
             Manifest.parse(download(repository, None, [MANIFEST]).read_bytes())
         elif others := sorted(names - {".gitattributes", "LICENSE"}):
-            raise AfterimageError(f"it has {listed(others)}, and no {MANIFEST}")
+            missing = MANIFEST if kind == "model" else TABLE
+            raise AfterimageError(f"it has {listed(others)}, and no {missing}")
     except (AfterimageError, Unavailable) as error:
         raise AfterimageError(
-            f"{repository} holds something else than decoders of {LIBRARY} ({error}): name another repository"
+            f"{repository} holds something else than what {LIBRARY} pushes ({error}): name another repository"
         ) from None
 
 

@@ -139,8 +139,8 @@ def _lead(rows: Sequence[Row]) -> str:
         "a frozen vision encoder whose weights are" if one else "frozen vision encoders whose weights are"
     )
     return (
-        f"{what} images from the features of {sources}, and from nothing else: of {encoder} not in here. What comes "
-        "back shows what a layer keeps of an image. Trained and measured with afterimage."
+        f"{what} images from the features of {sources}, and from nothing else. What comes back shows what a layer "
+        f"keeps of an image. The features are of {encoder} not in here. Trained and measured with afterimage."
     )
 
 

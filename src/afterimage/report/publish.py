@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from afterimage.config import AfterimageError, DataConfig, RunConfig, dump_toml, to_dict
 from afterimage.report.card import model_card
-from afterimage.report.rows import Row, Rows, read_rows
+from afterimage.report.rows import Rows, read_rows
 from afterimage.runs.files import read_image, sha256
 from afterimage.runs.repository import (
     CARD,
@@ -34,6 +34,8 @@ from afterimage.runs.repository import (
 )
 from afterimage.runs.results import CONFIG, Result, UsedWeights, write_result
 from afterimage.runs.run import Run, scan
+
+R = TypeVar("R", bound=Result)
 
 FREE = {
     "photographs": "photographs that scikit-image carries, in the public domain or free to pass on",
@@ -94,7 +96,11 @@ def kept_picture(runs: Sequence[Run]) -> Picture | None:
 
 def are_free(config: DataConfig) -> bool:
     """Whether anybody may pass on the test images."""
-    return (config.test or config.source).partition(":")[0] in FREE
+    return is_free(config.test or config.source)
+
+
+def is_free(source: str) -> bool:
+    return source.partition(":")[0] in FREE
 
 
 def decoders_of(runs: Sequence[Run]) -> list[Run]:
@@ -141,8 +147,7 @@ def repository_files(
     published: dict[str, PublishedDecoder] = {}
     for run in runs:
         result, folder = run.result, run.name if len(runs) > 1 else ""
-        named = with_names or are_free(result.config.data)
-        contents = _run_files(run, _public(result, keep_ids=named, keep_notes=named))
+        contents = _run_files(run, public([result], with_names=with_names)[0])
         encoders = {weights.model: weights.identity for weights in result.weights}
         digests = {part: hashlib.sha256(content).hexdigest() for part, content in contents.items()}
         published[run.name] = PublishedDecoder(folder, result.sources, encoders, result.decoder, digests)
@@ -196,11 +201,28 @@ def _last(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
-def _public(result: Result, *, keep_ids: bool, keep_notes: bool) -> Result:
-    """A result, or a row, without paths of this machine."""
-    data = replace(
-        result.data, source=public_source(result.data.source), test=public_source(result.data.test)
-    )
+def public(results: Sequence[R], *, with_names: bool) -> list[R]:
+    """Results, or rows, without paths of this machine and without names of images that are not free.
+
+    Images without names are numbers, the same in all of them.
+
+    Args:
+        results: results
+        with_names: whether images keep their names where they are not free
+    """
+    private = [
+        result for result in results if not (with_names or is_free(result.data.test or result.data.source))
+    ]
+    ids = sorted({image["id"] for result in private for image in result.per_image})
+    numbers = {identity: f"{i:05d}" for i, identity in enumerate(ids)}
+    hidden = set(map(id, private))
+    return [_public(result, numbers if id(result) in hidden else {}, with_names) for result in results]
+
+
+def _public(result: R, numbers: Mapping[str, str], with_names: bool) -> R:
+    data = result.data
+    keep_notes = with_names or (is_free(data.source) and (not data.test or is_free(data.test)))
+    data = replace(data, source=public_source(data.source), test=public_source(data.test))
     notes = [note for note in result.notes if keep_notes or not _IMAGE_FILE.search(note)]
     if left := len(result.notes) - len(notes):
         notes.append(f"left out here: {left} notes that name images")
@@ -209,9 +231,7 @@ def _public(result: Result, *, keep_ids: bool, keep_notes: bool) -> Result:
         lpips, weights=lpips.weights and _public_weights(lpips.weights),
         reason=lpips.reason and _PATH.sub(r"\1", lpips.reason),
     )  # fmt: skip
-    images = result.per_image
-    if not keep_ids:
-        images = tuple({**image, "id": f"{i:05d}"} for i, image in enumerate(images))
+    images = tuple({**image, "id": numbers.get(image["id"], image["id"])} for image in result.per_image)
     return replace(
         result, data=data, notes=tuple(_PATH.sub(r"\1", note) for note in notes), lpips=lpips, per_image=images,
         weights=tuple(map(_public_weights, result.weights)),
@@ -242,17 +262,13 @@ def _card_rows(runs: Sequence[Run], beside: Sequence[Run], with_names: bool) -> 
             or (result.inversion and result.inversion.start in names)
         ):
             found.append(other)
-    rows = read_rows(found)
+    return public_rows(read_rows(found), with_names=with_names)
 
-    def public(row: Row) -> Row:
-        named = (
-            with_names
-            or not isinstance(getattr(row.config, "data", None), DataConfig)
-            or are_free(row.config.data)
-        )
-        return _public(row, keep_ids=True, keep_notes=named)
 
-    return replace(
-        rows, decoders=tuple(map(public, rows.decoders)), baselines=tuple(map(public, rows.baselines)),
-        inversions=tuple(map(public, rows.inversions)),
-    )  # fmt: skip
+def public_rows(rows: Rows, *, with_names: bool) -> Rows:
+    """Rows as `public` makes results, without the runs that are not finished, whose errors may name anything."""
+    groups = (rows.decoders, rows.baselines, rows.inversions)
+    shown = iter(public([row for group in groups for row in group], with_names=with_names))
+    decoders, baselines, inversions = (tuple(next(shown) for _ in group) for group in groups)
+    inversions = decoders if rows.inversions is rows.decoders else inversions
+    return replace(rows, decoders=decoders, baselines=baselines, inversions=inversions, unfinished=())

@@ -27,6 +27,8 @@ MANIFEST, CARD, PICTURE = "config.json", "README.md", "picture.png"
 DECODER = "decoder.safetensors"
 FILES = (CONFIG, SUMMARY, SCORES, DECODER)
 """Files of each decoder: a run folder, as much of it as is needed to use it and to look at its scores."""
+SCORES_TABLE, TABLE = "scores.parquet", "table.parquet"
+"""Files of a data set: a row an image and run, and a row a run, the columns of a report's table.csv."""
 CARD_KEY = "decoder_sha256"
 """Key of the card's metadata that lists the digest of every decoder it is about."""
 FORMAT = 1
