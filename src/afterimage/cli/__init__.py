@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from afterimage.cli.app import App
 from afterimage.cli.audit import Audit
 from afterimage.cli.compare import Compare
 from afterimage.cli.controls import Controls
@@ -41,6 +42,7 @@ COMMANDS = {
     "controls": Controls,
     "audit": Audit,
     "report": Report,
+    "app": App,
     "compare": Compare,
     "push": Push,
     "verify": Verify,

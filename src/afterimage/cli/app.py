@@ -1,0 +1,103 @@
+"""`afterimage app`: a live page of finished decoders."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from afterimage.cli.report import find_runs
+from afterimage.config import AfterimageError, check_range
+from afterimage.runtime.terminal import say
+
+if TYPE_CHECKING:
+    from afterimage.runs.run import Run
+
+MEGABYTES_A_MEGAPIXEL = 4
+"""Bytes of a pixel in a file that is hardly compressed: 8-bit PNG with transparency."""
+
+
+@dataclass(frozen=True)
+class App:
+    """Serve a live page: drop an image, or take one with the webcam, and see it through every decoder at once.
+
+    Visitors can add noise, send fewer bits or values, swap or zero a part of the features, and refine an answer while
+    they watch. It needs `pip install 'afterimage[app]'`, a CPU is enough, and it works without a network: images stay
+    on this machine and are deleted after an hour.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|hub:USER/NAME [...]")]
+    """Run folders, or folders that hold run folders, such as a study's; and decoders of the Hugging Face hub."""
+    host: str = "127.0.0.1"
+    """Address to listen at: 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """Port to listen at."""
+    max_megapixels: int = 50
+    """Largest image that is taken."""
+    max_waiting: int = 20
+    """Requests that may wait; who comes then is told that the queue is full."""
+    weights: str | None = None
+    """Where the encoder's weights are, if not where they were in training."""
+    lpips: str | None = None
+    """LPIPS network: alex, vgg or squeeze (default: the one that each run was measured with)."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> None:
+        for name, most in (("port", 65_535), ("max_megapixels", 150), ("max_waiting", 10_000)):
+            check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1, most)
+        runs = self._find()
+        try:
+            from afterimage.experiments.live_page import LivePage
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            raise AfterimageError("the live page needs Gradio: pip install 'afterimage[app]'") from None
+        from afterimage.experiments.live import LiveDecoder
+        from afterimage.runtime.device import device_name
+
+        options = {
+            "weights": self.weights,
+            "lpips": self.lpips,
+            "max_pixels": self.max_megapixels * 10**6,
+            "device": device_name(self.device),
+        }
+        live = LivePage([LiveDecoder(run, **options) for run in runs])
+        page, address = live.serve(
+            host=self.host,
+            port=self.port,
+            max_waiting=self.max_waiting,
+            max_megabytes=self.max_megapixels * MEGABYTES_A_MEGAPIXEL,
+        )
+        say(f"{len(runs)} decoders at {address} (Ctrl-C ends it)")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt as stopped:
+            stopped.elsewhere = True  # there is nothing to go on with
+            raise
+        finally:
+            page.close(verbose=False)
+
+    def _find(self) -> list[Run]:
+        from afterimage.models.hub import PREFIX, pull
+
+        folders = tuple(Path(name) for name in self.runs if not name.startswith(PREFIX))
+        found = find_runs(folders) if folders or not self.runs else []
+        found = sorted(found, key=_order)
+        runs = [run for run in found if run.file("decoder.safetensors").exists()]
+        runs += [pull(name) for name in self.runs if name.startswith(PREFIX)]
+        if not runs:
+            raise AfterimageError("none of the runs has a decoder; baselines and inversions rebuild nothing")
+        for run in found:
+            if run not in runs:
+                say(f"left out: {run.name} has no decoder ({run.state})")
+        return runs
+
+
+def _order(run: Run) -> list[str | int]:
+    """By name, with numbers as such: `block5` before `block11`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", run.name)]

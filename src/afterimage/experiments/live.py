@@ -1,0 +1,389 @@
+"""Look through finished decoders live: a state, such as a link names, becomes images and scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from queue import Queue
+from typing import Any
+from urllib.parse import urlencode
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from afterimage.analysis.audit.defences import Defence, create_defence
+from afterimage.analysis.inversion.decoder_errors import DecoderErrors
+from afterimage.analysis.inversion.inputs import from_files
+from afterimage.analysis.inversion.invert import Snapshot, encode, refine_features
+from afterimage.analysis.inversion.measure import curve_steps
+from afterimage.analysis.inversion.refinement import decoder_errors
+from afterimage.config import AfterimageError, Axis, DataConfig, FeatureSpec, split_source, unknown
+from afterimage.config.inversion import InvertConfig
+from afterimage.data.dataset import prepare_image
+from afterimage.data.decode import MAX_PIXELS, BadImage, check_header, read_bytes
+from afterimage.data.sources.sample_images import whole_photographs
+from afterimage.evaluation.evaluate import to_uint8
+from afterimage.evaluation.metrics import Metrics
+from afterimage.runs.results import LpipsStatus
+from afterimage.runs.run import Run
+from afterimage.training.checkpoint import load_reconstructor
+
+OWN = "own"
+"""The name of an image that a visitor brought: a link cannot carry it."""
+CHANGES = ("none", "zero", "swap", "average")
+"""What happens to the chosen values: nothing; they become 0, the second image's, or the mean of both images'."""
+HEAT = 0.25
+"""Mean absolute difference of a pixel's colours, of 1, at which a map of differences is at its brightest."""
+KEPT = 4
+"""Images whose features are kept, and defences that stay fitted, for each decoder."""
+
+
+@cache
+def examples() -> dict[str, Path]:
+    """The photographs that scikit-image carries, by name."""
+    return {path.stem: path for path in whole_photographs()}
+
+
+def _number(low: int, high: int, default: int | float, what: str) -> Any:
+    return dataclasses.field(default=default, metadata={"range": (low, high), "what": what})
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """Everything that a visitor can set, as a link names it.
+
+    Attributes:
+        image: the image whose features are decoded: one of `examples`, or `own`
+        second: the image whose features are swapped or averaged in, likewise
+        pca: principal components of the features that are kept, in percent of the channels
+        top: values of largest magnitude that are kept, in percent
+        noise: standard deviation of the noise, of each channel's own
+        bits: bits of a value; 16 leaves them as they are
+        change: one of `CHANGES`, of the values chosen by channel and region
+        channel: the channel that is changed; -1 for all
+        left, top_edge, right, bottom: the region that is changed, in percent of the image's sides
+    """
+
+    image: str = "astronaut"
+    second: str = "coffee"
+    pca: int = _number(1, 100, 100, "Principal components (% of channels)")
+    top: int = _number(1, 100, 100, "Largest values (%)")
+    noise: int | float = _number(0, 4, 0.0, "Noise (× each channel's std)")
+    bits: int = _number(1, 16, 16, "Bits a value (16: all)")
+    change: str = "none"
+    channel: int = _number(-1, 65_535, -1, "Channel (-1: all)")
+    left: int = _number(0, 100, 0, "Region from the left (%)")
+    right: int = _number(0, 100, 100, "Region up to (% of the width)")
+    top_edge: int = _number(0, 100, 0, "Region from the top (%)")
+    bottom: int = _number(0, 100, 100, "Region down to (% of the height)")
+
+    def __post_init__(self) -> None:
+        for name in ("image", "second"):
+            if getattr(self, name) not in (OWN, *examples()):
+                raise unknown(name, getattr(self, name), [OWN, *examples()])
+        if self.change not in CHANGES:
+            raise unknown("change", self.change, CHANGES)
+        for field in dataclasses.fields(self):
+            value, (low, high) = getattr(self, field.name), field.metadata.get("range", (None, None))
+            if low is not None and not low <= value <= high:  # false for NaN too
+                raise AfterimageError(f"{field.name} must lie between {low} and {high}, got {value}")
+
+    @classmethod
+    def from_query(cls, query: Mapping[str, str]) -> LiveState:
+        """Read the parameters of a link; those that begin with two underscores are not ours.
+
+        Raises:
+            AfterimageError: a parameter is unknown or its value is not valid; the message names it
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, text in query.items():
+            if name.startswith("__"):
+                continue
+            if name not in known:
+                raise unknown("parameter of the link", name, known)
+            kind = type(known[name].default)
+            try:
+                values[name] = kind(text)
+            except ValueError:
+                raise AfterimageError(f"{name} must be a number, got {text!r:.80}") from None
+        return cls(**values)
+
+    def query(self) -> str:
+        """The parameters of a link: what differs from the default."""
+        return urlencode(
+            {
+                field.name: value
+                for field in dataclasses.fields(self)
+                if (value := getattr(self, field.name)) != field.default
+            }
+        )
+
+    def defence(self, spec: FeatureSpec) -> str:
+        """What is sent of these features, as `create_defence` and `afterimage audit --defences` take it."""
+        parts = []
+        if self.pca < 100:
+            parts.append(f"pca:{max(1, round(spec.channels * self.pca / 100))}")
+        if self.top < 100:
+            parts.append(f"topk:{self.top / 100:g}")
+        if self.noise:
+            parts.append(f"noise:{self.noise:g}")
+        if self.bits < 16:
+            parts.append("1bit" if self.bits == 1 else f"int{self.bits}")
+        return "+".join(parts) or "none"
+
+    def chosen(self, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
+        """Which values are changed, `(C, h, w)` bool: of the channel, at locations whose centre lies in the region."""
+        rows = _inside(spec.rows, spec.height, size[0], self.top_edge, self.bottom)
+        columns = _inside(spec.columns, spec.width, size[1], self.left, self.right)
+        channels = torch.arange(spec.channels)
+        mine = channels >= 0 if self.channel < 0 else channels == self.channel
+        return mine[:, None, None] & rows[:, None] & columns
+
+
+def _inside(axis: Axis | None, count: int, pixels: int, low: int, high: int) -> Tensor:
+    axis = axis or Axis(0.0, pixels / count, 0, pixels)
+    centre = 100 * (axis.start + axis.stride * (torch.arange(count) + 0.5)) / pixels
+    return (centre >= low) & ((centre < high) | (high == 100))
+
+
+@dataclass(frozen=True)
+class LiveView:
+    """What one decoder shows for a state.
+
+    Attributes:
+        title: layers, the models without their tags
+        label: shapes and decoder
+        original: the image as the encoder saw it, `(H, W, 3)` uint8
+        image: the reconstruction, likewise
+        error: where it differs from the original, as a heat map, likewise
+        held: where it differs from what unchanged features give, likewise; None where nothing was changed
+        scores: PSNR, SSIM and LPIPS against the original by name; None for one that is not available
+        lpips: which LPIPS, or why there is none
+        notes: what a visitor has to know
+    """
+
+    title: str
+    label: str
+    original: np.ndarray
+    image: np.ndarray
+    error: np.ndarray
+    held: np.ndarray | None
+    scores: Mapping[str, float | None]
+    lpips: LpipsStatus
+    notes: tuple[str, ...] = ()
+
+
+class LiveDecoder:
+    """A finished run's decoder, and what was computed with it for the last few images and settings.
+
+    Args:
+        run: the run
+        weights: file or folder of the encoders' weights; None for the run's own setting
+        lpips: LPIPS network; None for the one that the run was measured with
+        max_pixels: pixels of the largest image that a visitor may bring
+        device: where
+
+    Raises:
+        AfterimageError: as `load_reconstructor`
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        weights: str | None = None,
+        lpips: str | None = None,
+        max_pixels: int = 50_000_000,
+        device: str = "cpu",
+    ) -> None:
+        self.data, self.device, self.max_pixels = run.config.data, device, max_pixels
+        self.reconstructor = load_reconstructor(run, weights=weights).to(device)
+        self.specs = self.reconstructor.encoders.specs
+        self.title = " + ".join(
+            f"{model.split('.')[0]} {layer}" for model, layer in map(split_source, run.config.sources)
+        )
+        self.label = (
+            f"{' + '.join('×'.join(map(str, spec.shape)) for spec in self.specs)} · {run.config.decoder.name}"
+        )
+        self.metrics = Metrics(lpips or run.lpips_net, size=min(self.data.size)).to(device)
+        self._encoded = lru_cache(KEPT)(self._encode)
+        self._defence = lru_cache(KEPT)(self._fit_defence)
+        self._errors = lru_cache(KEPT)(self._learn_errors)
+
+    def show(self, state: LiveState, image: Path, second: Path) -> LiveView:
+        """Decode the features of `image`, changed as the state says; a function of these three alone.
+
+        Args:
+            state: the settings
+            image: the image file; its features are kept by its path
+            second: the second image's file
+
+        Raises:
+            BadImage: a file is no image, or too large a one
+        """
+        return self._view(state, image, second, self._decode(self._features(state, image, second)))
+
+    def refine(
+        self, state: LiveState, image: Path, second: Path, *, steps: int
+    ) -> Iterator[tuple[int, LiveView]]:
+        """Search on from the decoder's answer for an image with the same features, changed as the state says.
+
+        Args:
+            state: the settings
+            image: the image file
+            second: the second image's file
+            steps: passes through the encoder and back
+
+        Yields:
+            the number of passes done and the best image so far, at every milestone of the saturation curve. A caller
+            that closes the iterator ends the search.
+
+        Raises:
+            AfterimageError: a file is no image, or the search went astray
+        """
+        targets = [target.clone() for target in self._features(state, image, second)]
+        options = {
+            "method": InvertConfig(steps=steps),
+            "errors": self._errors(frozenset((state.image, state.second))),
+            "milestones": curve_steps(steps),
+        }
+        found: Queue[Snapshot | Exception | None] = Queue()
+        stopped = threading.Event()
+
+        def progress(*_: Any, **__: Any) -> None:
+            if stopped.is_set():
+                raise _Closed
+
+        def search() -> None:
+            try:
+                size = self.data.size
+                refine_features(
+                    self.reconstructor, targets, size, callback=found.put, progress=progress, **options
+                )
+                found.put(None)
+            except Exception as error:
+                found.put(error)
+
+        thread = threading.Thread(target=search, daemon=True)
+        thread.start()
+        try:
+            while isinstance(snapshot := found.get(), Snapshot):
+                yield snapshot.step, self._view(state, image, second, snapshot.images)
+            if snapshot is not None:
+                raise snapshot
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _encode(self, path: Path) -> tuple[Tensor, tuple[Tensor, ...]]:
+        most = MAX_PIXELS if path in examples().values() else self.max_pixels
+        image = _prepared(path, self.data, most).to(self.device)
+        return image, tuple(encode(self.reconstructor.encoders, image))
+
+    @torch.inference_mode()
+    def _features(self, state: LiveState, image: Path, second: Path) -> list[Tensor]:
+        """The features of an image, changed and sent as the state says."""
+        features = list(self._encoded(image)[1])
+        if state.change != "none":
+            others = self._encoded(second)[1]
+            for i, spec in enumerate(self.specs):
+                mine, other = features[i], others[i]
+                new = {
+                    "zero": torch.zeros_like(mine),
+                    "swap": other,
+                    "average": (mine + other) / 2,
+                }[state.change]
+                features[i] = torch.where(state.chosen(spec, self.data.size).to(mine.device), new, mine)
+        return [defence([maps])[0] for maps, defence in zip(features, self._defences(state), strict=True)]
+
+    def _defences(self, state: LiveState) -> list[Defence]:
+        found = [self._defence(i, state.defence(spec)) for i, spec in enumerate(self.specs)]
+        for defence in found:
+            defence.reseed(0)  # the same state always shows the same image
+        return found
+
+    @cached_property
+    def _example_features(self) -> list[Tensor]:
+        encoded = [self._encode(path)[1] for path in examples().values()]
+        return [torch.cat(maps) for maps in zip(*encoded, strict=True)]
+
+    @torch.no_grad()
+    def _fit_defence(self, index: int, text: str) -> Defence:
+        """A defence of one feature map, with scales and directions of the photographs that come with the package."""
+        spec = self.specs[index]
+        defence = create_defence(text, [spec], image_size=self.data.size).to(self.device)
+        if any(part.learns for part in defence.chains[0]):
+            defence.fit([self._example_features[index]])
+        return defence
+
+    def _learn_errors(self, without: frozenset[str]) -> DecoderErrors | None:
+        """What the decoder usually gets wrong, learned on photographs other than those shown."""
+        paths = [path for name, path in examples().items() if name not in without]
+        given = from_files(paths, resize=self.data.resize, crop=self.data.crop)
+        return decoder_errors(self.reconstructor, replace(given, validation=given.images), self.device)[0]
+
+    @torch.inference_mode()
+    def _decode(self, features: Sequence[Tensor]) -> Tensor:
+        return self.reconstructor.feature_decoder(features).clamp(0, 1)
+
+    @torch.inference_mode()
+    def _view(self, state: LiveState, image: Path, second: Path, rebuilt: Tensor) -> LiveView:
+        original, features = self._encoded(image)
+        changed = state.change != "none" or any(state.defence(spec) != "none" for spec in self.specs)
+        held = _heat(rebuilt - self._decode(features)) if changed else None
+        scores = {name: values and values[0] for name, values in self.metrics(rebuilt, original).items()}
+        return LiveView(
+            self.title,
+            self.label,
+            to_uint8(original)[0],
+            to_uint8(rebuilt)[0],
+            _heat(rebuilt - original),
+            held,
+            scores,
+            self.metrics.lpips_status,
+            tuple(self._notes(state)),
+        )
+
+    def _notes(self, state: LiveState) -> Iterator[str]:
+        for spec in self.specs:
+            which = f" of {spec.layer}" if len(self.specs) > 1 else ""
+            if state.change != "none":
+                count = int(state.chosen(spec, self.data.size).sum())
+                if state.channel >= spec.channels:
+                    yield f"nothing was changed{which}: its channels are 0 to {spec.channels - 1}"
+                else:
+                    yield f"{count:,} of {spec.values:,} values{which} were changed"
+            if (text := state.defence(spec)) != "none":
+                yield f"sent{which} as {text}"
+
+
+class _Closed(Exception):
+    """Nobody waits for the search any more."""
+
+
+@lru_cache(KEPT)
+def _prepared(path: Path, data: DataConfig, max_pixels: int) -> Tensor:
+    """An image as `prepare_image` makes it; errors name the file alone, not where a server keeps it."""
+    try:
+        width, height = check_header(read_bytes(path), path.name)
+        if width * height > max_pixels:
+            raise BadImage(
+                path.name,
+                f"has {width * height / 1e6:.1f} megapixels; at most {max_pixels / 1e6:g} are taken here",
+            )
+        return prepare_image(path, data)
+    except BadImage as error:
+        raise BadImage(path.name, error.reason) from None
+
+
+def _heat(difference: Tensor) -> np.ndarray:
+    """The mean absolute difference over colours of one image `(1, 3, H, W)`, as `(H, W, 3)` uint8."""
+    share = difference[0].abs().mean(0).div(HEAT).clamp(0, 1).cpu().numpy()
+    return matplotlib.colormaps["inferno"](share, bytes=True)[..., :3]

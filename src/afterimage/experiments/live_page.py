@@ -1,0 +1,369 @@
+"""The live page: drop an image, see it through every layer at once, change the features, refine. Drawn by Gradio."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from afterimage.config import AfterimageError
+from afterimage.data.decode import cover, load_image
+from afterimage.experiments.live import CHANGES, HEAT, OWN, LiveDecoder, LiveState, LiveView, examples
+from afterimage.runs.results import METRICS
+
+STEPS = (8, 64, 200)
+"""Least, usual and most passes of a refinement: the most takes about 15 s on one core."""
+THUMBNAIL = 96
+"""Pixels of an example's thumbnail."""
+UPLOADS = 3600
+"""Seconds after which uploaded files are deleted."""
+CHANGE_LABELS = dict(
+    zip(CHANGES, ("as they are", "zero", "the second image's", "average of both"), strict=True)
+)
+FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+MONO = ("ui-monospace", "Menlo", "Consolas", "Liberation Mono", "monospace")
+
+CSS = """
+.gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
+#head h1 { margin: 0; font-size: 1.6rem; }
+#head p, .cards p, #refined p { margin: 0.2rem 0 0; opacity: 0.75; line-height: 1.4; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)); gap: 16px; }
+.cards figure { margin: 0; padding: 12px; border: 1px solid var(--border-color-primary); border-radius: 12px;
+  background: var(--background-fill-secondary); min-width: 0; }
+.cards img { display: block; width: 100%; border-radius: 6px; }
+.cards figcaption { overflow-wrap: anywhere; font-weight: 600; line-height: 1.3; padding-bottom: 8px; }
+.cards figcaption small { display: block; font-weight: 400; opacity: 0.7; }
+.maps { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; padding-top: 8px; }
+.maps span { display: block; font-size: 0.75rem; opacity: 0.75; padding-top: 2px; }
+.scores { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 8px 0 0; }
+.scores div { min-width: 0; } .scores dt { font-size: 0.72rem; opacity: 0.75; }
+.scores dd { margin: 0; font-size: 1.1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.cards .note { font-size: 0.75rem; }
+.message { padding: 10px 14px; margin-bottom: 12px !important; border-radius: 8px;
+  border: 1px solid var(--error-border-color); background: var(--error-background-fill); }
+@media (max-width: 640px) { .cards { grid-template-columns: 1fr 1fr; gap: 8px; } .cards figure { padding: 8px; }
+  .scores dd { font-size: 0.95rem; } .maps span { display: none; } }
+"""
+# The address bar follows, and the link is whole; what Gradio has put into the address, such as the theme, stays.
+FOLLOW = """(query) => {
+  const url = new URL(window.location), mine = new URLSearchParams(query);
+  for (const [key, value] of url.searchParams) if (key.startsWith("__")) mine.append(key, value);
+  url.search = mine;
+  window.history.replaceState(null, "", url);
+  return url.href;
+}"""
+
+
+class LivePage:
+    """The page of some decoders.
+
+    Args:
+        decoders: what is shown, in this order
+    """
+
+    def __init__(self, decoders: Sequence[LiveDecoder]) -> None:
+        self.decoders = list(decoders)
+        self.names = list(examples())
+        self.fields = [field.name for field in dataclasses.fields(LiveState)]
+
+    def build(self) -> gr.Blocks:
+        """The page as Gradio's blocks; `serve` opens it."""
+        with gr.Blocks(title="afterimage", analytics_enabled=False, delete_cache=(UPLOADS, UPLOADS)) as page:
+            gr.HTML(
+                "<h1>What is left of your image?</h1><p>Each picture was rebuilt from the features of one layer and "
+                "nothing else. Images stay on the machine that serves this page, and are deleted after an hour.</p>",
+                elem_id="head",
+            )
+            with gr.Row():
+                with gr.Column(scale=1, min_width=300):
+                    pick = _pick("Your image", "image")
+                    with gr.Accordion("Send less of the features", open=True):
+                        sliders = {name: _slider(name) for name in ("noise", "bits", "top", "pca")}
+                    with gr.Accordion("Change chosen values", open=False):
+                        change = gr.Radio(
+                            [(label, name) for name, label in CHANGE_LABELS.items()],
+                            value=LiveState.change,
+                            label="Chosen values become",
+                            elem_id="change",
+                        )
+                        most = max(spec.channels for decoder in self.decoders for spec in decoder.specs) - 1
+                        sliders["channel"] = _slider("channel", maximum=most)
+                        for name in ("left", "right", "top_edge", "bottom"):
+                            sliders[name] = _slider(name)
+                        other = _pick("Second image", "second")
+                with gr.Column(scale=3, min_width=320):
+                    cards = gr.HTML(elem_id="cards")
+                    with gr.Row(equal_height=True):
+                        labels = [
+                            (f"{decoder.title}, {decoder.label}", i)
+                            for i, decoder in enumerate(self.decoders)
+                        ]
+                        which = gr.Dropdown(labels, value=0, label="Refine the answer of", elem_id="which")
+                        least, usual, most = STEPS
+                        steps = gr.Slider(
+                            least, most, usual, step=8, label="Passes through the encoder", elem_id="steps"
+                        )
+                        start = gr.Button("Refine", variant="primary", elem_id="refine", min_width=110)
+                        stop = gr.Button("Stop", elem_id="stop", min_width=80)
+                    refined = gr.HTML(elem_id="refined")
+                    link = gr.Textbox(
+                        label="Link to this view (an image of your own is not in it)",
+                        interactive=False,
+                        buttons=["copy"],
+                        elem_id="link",
+                    )
+            query = gr.Textbox(visible=False)
+            message = gr.State("")
+            controls = {"image": pick.name, "second": other.name, "change": change, **sliders}
+            settings = [controls[name] for name in self.fields]
+            given = [message, pick.upload, other.upload, *settings]
+            shared: dict[str, Any] = {
+                "concurrency_id": "decoders",
+                "concurrency_limit": 1,
+                "api_visibility": "private",
+            }
+
+            refining = start.click(
+                self._refine,
+                [which, steps, *given[1:]],
+                refined,
+                trigger_mode="once",
+                show_progress="minimal",
+                **shared,
+            )
+            stop.click(None, cancels=[refining], api_visibility="private")
+            show = {"fn": self._show, "inputs": given, "outputs": [cards, query, message], **shared}
+
+            def follow(event: Any) -> None:
+                event.then(None, query, link, js=FOLLOW, api_visibility="private")
+
+            for chooser in (pick, other):
+                light = {"api_visibility": "private", "show_progress": "hidden"}
+                chosen = chooser.gallery.select(self._choose, None, [chooser.name, chooser.upload], **light)
+                brought = chooser.upload.input(self._bring, [chooser.upload], chooser.name, **light)
+                for event in (chosen, brought):
+                    follow(event.then(**show, cancels=[refining], show_progress="minimal"))
+            moved = [slider.input for slider in sliders.values()]
+            follow(
+                gr.on(
+                    [*moved, change.input],
+                    **show,
+                    cancels=[refining],
+                    trigger_mode="always_last",
+                    show_progress="hidden",
+                )
+            )
+            opened = page.load(
+                self._open, None, [message, *settings], api_visibility="private", show_progress="hidden"
+            )
+            follow(opened.then(**show, show_progress="minimal"))
+        return page
+
+    def serve(self, *, host: str, port: int, max_waiting: int, max_megabytes: int) -> tuple[gr.Blocks, str]:
+        """Open the page on this machine, and go on.
+
+        Args:
+            host: the address to listen at
+            port: the port
+            max_waiting: visitors' requests that may wait; who comes then is told that the queue is full
+            max_megabytes: size of the largest file that is taken
+
+        Returns:
+            the page, whose `close` ends it, and its address
+        """
+        page = self.build()
+        page.queue(max_size=max_waiting, default_concurrency_limit=8)
+        fonts = {"font": FONTS, "font_mono": MONO}
+        try:
+            _, address, _ = page.launch(
+                server_name=host, server_port=port, theme=gr.themes.Default(primary_hue="blue", **fonts), css=CSS,
+                max_file_size=max_megabytes * 10**6, prevent_thread_lock=True, quiet=True, share=False, inline=False,
+                ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False,
+                footer_links=[], show_error=True, strict_cors=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise AfterimageError(f"cannot serve at {host}:{port}: {error}") from None
+        return page, address
+
+    def _open(self, request: gr.Request) -> list[Any]:
+        """What a link says; where it says something else, the defaults and why."""
+        try:
+            state, problem = LiveState.from_query(dict(request.query_params)), ""
+        except AfterimageError as error:
+            state, problem = LiveState(), f"The link could not be read: {error}"
+        if OWN in (state.image, state.second):
+            problem = "The link was made with an image of its maker's own, which it does not hold: bring one yourself."
+        defaults = LiveState()
+        values = {name: getattr(state, name) for name in self.fields}
+        for name in ("image", "second"):
+            if values[name] == OWN:
+                values[name] = getattr(defaults, name)
+        return [problem, *values.values()]
+
+    def _choose(self, event: gr.SelectData) -> tuple[str, None]:
+        return self.names[event.index], None
+
+    def _bring(self, upload: str | None) -> str:
+        return OWN if upload else LiveState.image
+
+    def _state(self, values: Sequence[Any]) -> LiveState:
+        return LiveState(**dict(zip(self.fields, values, strict=True)))
+
+    def _show(
+        self, message: str, first: str | None, second: str | None, *values: Any
+    ) -> tuple[Any, Any, str]:
+        try:
+            state = self._state(values)
+            files = _file(state.image, first), _file(state.second, second)
+            views = [decoder.show(state, *files) for decoder in self.decoders]
+        except AfterimageError as error:
+            return _message(str(error)), gr.skip(), ""
+        return _message(message) + cards_html(views, state), state.query(), ""
+
+    def _refine(
+        self, which: int, steps: int, first: str | None, second: str | None, *values: Any
+    ) -> Iterator[str]:
+        try:
+            state = self._state(values)
+            files = _file(state.image, first), _file(state.second, second)
+            decoder = self.decoders[int(which)]
+            before = None
+            for step, view in decoder.refine(state, *files, steps=int(min(max(steps, 1), STEPS[-1]))):
+                before = before or view
+                yield refined_html(before, view, step, int(steps))
+        except AfterimageError as error:
+            yield _message(str(error))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pick:
+    """What chooses an image: a place to drop one, examples, and which it is."""
+
+    upload: gr.Image
+    gallery: gr.Gallery
+    name: gr.State
+
+
+def _pick(label: str, name: str) -> _Pick:
+    upload = gr.Image(
+        label=label,
+        sources=["upload", "webcam", "clipboard"],
+        height=220,
+        buttons=[],
+        elem_id=f"upload-{name}",
+        interactive=True,
+    )
+    # The file as it is: what it holds is looked at by `LiveDecoder` alone, with its limits and its messages.
+    upload.preprocess = lambda payload: payload and payload.path
+    gallery = gr.Gallery(
+        [cover(load_image(path), THUMBNAIL) for path in examples().values()],
+        label="Or one of these",
+        columns=4,
+        height="auto",
+        object_fit="cover",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id=f"examples-{name}",
+    )
+    return _Pick(upload, gallery, gr.State(getattr(LiveState, name)))
+
+
+def _slider(name: str, *, maximum: float | None = None) -> gr.Slider:
+    (field,) = (field for field in dataclasses.fields(LiveState) if field.name == name)
+    low, high = field.metadata["range"]
+    step = 0.05 if isinstance(field.default, float) else 1
+    return gr.Slider(
+        low,
+        high if maximum is None else maximum,
+        field.default,
+        step=step,
+        label=field.metadata["what"],
+        elem_id=name,
+    )
+
+
+def _file(name: str, upload: str | None) -> Path:
+    if name != OWN:
+        return examples()[name]
+    if not upload:
+        raise AfterimageError("there is no image yet: drop one, or choose an example")
+    return Path(upload)
+
+
+def _message(text: str) -> str:
+    return f'<p class="message" role="alert">{escape(text)}</p>' if text else ""
+
+
+def _img(pixels: np.ndarray, text: str) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(text, quote=True)}" src="data:image/png;base64,{data}">'
+
+
+def _scores(view: LiveView) -> str:
+    parts = []
+    for name, value in view.scores.items():
+        metric = METRICS[name]
+        title = f"LPIPS ({view.lpips.net})" if name == "lpips" else metric.title
+        shown = "unavailable" if value is None else f"{value:.{2 if name == 'psnr' else 3}f}{metric.unit}"
+        parts.append(f"<div><dt>{title}</dt><dd>{shown}</dd></div>")
+    missing = "" if view.lpips.available else f'<p class="note">{escape(view.lpips.reason)}</p>'
+    return f'<dl class="scores">{"".join(parts)}</dl>{missing}'
+
+
+def _card(title: str, below: str, body: str) -> str:
+    return f"<figure><figcaption>{escape(title)}<small>{escape(below)}</small></figcaption>{body}</figure>"
+
+
+def _map(pixels: np.ndarray, text: str) -> str:
+    return f"<div>{_img(pixels, text)}<span>{escape(text)}</span></div>"
+
+
+def cards_html(views: Sequence[LiveView], state: LiveState) -> str:
+    """A card for the original and one for each decoder."""
+    whole = (state.left, state.top_edge, state.right, state.bottom) == (0, 0, 100, 100)
+    box = "" if state.change == "none" or whole else _box(state)
+    first = f'<div style="position:relative">{_img(views[0].original, "The original")}{box}</div>'
+    scale = f"Below each reconstruction its error, from black to yellow at {100 * HEAT:g} % of the range."
+    parts = [_card("Original", "as the encoders see it", f'{first}<p class="note">{scale}</p>')]
+    for view in views:
+        maps = _map(view.error, "error")
+        if view.held is not None:
+            maps += _map(view.held, "what the change did")
+        notes = "".join(f'<p class="note">{escape(note)}</p>' for note in view.notes)
+        body = f'{_img(view.image, f"Rebuilt from {view.label}")}{_scores(view)}<div class="maps">{maps}</div>{notes}'
+        parts.append(_card(view.title, view.label, body))
+    return f'<div class="cards">{"".join(parts)}</div>'
+
+
+def _box(state: LiveState) -> str:
+    place = {"left": state.left, "top": state.top_edge}
+    size = {"width": max(0, state.right - state.left), "height": max(0, state.bottom - state.top_edge)}
+    style = ";".join(f"{name}:{value}%" for name, value in {**place, **size}.items())
+    return f'<div style="position:absolute;{style};outline:2px solid #fff;box-shadow:0 0 0 4px #000"></div>'
+
+
+def refined_html(decoded: LiveView, refined: LiveView, step: int, steps: int) -> str:
+    """What the decoder answered, what the search has come to, and the original."""
+    parts = [
+        _card(
+            decoded.title,
+            "the decoder's answer",
+            _img(decoded.image, "The decoder's answer") + _scores(decoded),
+        ),
+        _card(
+            "Refined", f"pass {step} of {steps}", _img(refined.image, f"After pass {step}") + _scores(refined)
+        ),
+        _card("Original", "as the encoder sees it", _img(refined.original, "The original")),
+    ]
+    return f'<div class="cards">{"".join(parts)}</div>'
