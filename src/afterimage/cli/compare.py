@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from afterimage.cli.report import find_runs
 from afterimage.config import AfterimageError, shown
 from afterimage.runtime.terminal import console, printable, say
+
+if TYPE_CHECKING:
+    from afterimage.report.findings import Numbers
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Compare:
         say(f"saved: {shown(self.output)} ({drawing.caption})")
 
 
-def _print(numbers) -> None:
+def _print(numbers: Numbers) -> None:
     from rich.table import Table
 
     table = Table(title=numbers.title, title_justify="left")

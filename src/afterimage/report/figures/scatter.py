@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from afterimage.evaluation.intervals import NAME
-from afterimage.report.compare import Comparison, Entry
+from afterimage.report.compare import Comparison, Entry, Measured
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import point_labels
 from afterimage.report.figures.style import (
@@ -128,19 +128,14 @@ def standing(comparison: Comparison) -> Drawing:
     named = {}
     for line, measured in zip(panels, answers, strict=True):
         for axes, (metric, net) in zip(line, metrics, strict=True):
-
-            def points(rows: Sequence[Entry], measured=measured, metric=metric, net=net) -> list[Entry]:
-                return [
-                    e for e in rows
-                    if e.measured == measured and metric in e.scores and (metric != "lpips" or e.net == net)
-                ]  # fmt: skip
-
-            for rows in others.values():
-                _through(axes, points(rows), metric, OTHERS, "o", zorder=1)
+            firsts = []
+            for name, rows in others.items():
+                if found := _scored(rows, measured, metric, net):
+                    _through(axes, found, metric, Style(OTHERS, "o"), zorder=1)
+                    firsts.append((found[0].values, found[0].scores[metric], _bare(name, others)))
             for name, rows in names.items():
-                _through(axes, points(rows), metric, looks[name].color, looks[name].marker, zorder=2)
-            firsts = [(name, found[0]) for name, rows in others.items() if (found := points(rows))]
-            named[axes] = [(e.values, e.scores[metric], _bare(name, others)) for name, e in firsts]
+                _through(axes, _scored(rows, measured, metric, net), metric, looks[name], zorder=2)
+            named[axes] = firsts
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -151,13 +146,12 @@ def standing(comparison: Comparison) -> Drawing:
         axes.set_title(metric_label(*metric))
     for axes in panels[-1]:
         axes.set_xlabel("feature values per pixel value")
-    keys = [(_bare(name, names), looks[name].color, looks[name].marker) for name in names]
-    keys.append(("atlas", OTHERS, "o"))
-    handles = [Line2D([], [], lw=0.8, label=label, color=c, marker=m) for label, c, m in keys]
+    keys = {_bare(name, names): looks[name] for name in names} | {"atlas": Style(OTHERS, "o")}
+    handles = [Line2D([], [], lw=0.8, label=key, color=s.color, marker=s.marker) for key, s in keys.items()]
     legend(figure, handles, columns=4)
     figure.draw_without_rendering()
-    for axes, points_named in named.items():
-        point_labels(axes, points_named, size=5.5)
+    for axes, firsts in named.items():
+        point_labels(axes, firsts, size=5.5)
     figure.set_layout_engine("none")
     caption = (
         "Means over the same test images by the number of feature values for each value of the image (log scale), a "
@@ -179,11 +173,18 @@ def _bare(name: str, names: Iterable[str]) -> str:
     return drawable(bare if [n.partition(".")[0] for n in names].count(bare) == 1 else name, 32)
 
 
-def _through(axes: Axes, rows: Sequence[Entry], metric: str, color: str, marker: str, *, zorder: int) -> None:
+def _scored(rows: Sequence[Entry], measured: Measured, metric: str, net: str) -> list[Entry]:
+    return [
+        e for e in rows
+        if e.measured == measured and metric in e.scores and (metric != "lpips" or e.net == net)
+    ]  # fmt: skip
+
+
+def _through(axes: Axes, rows: Sequence[Entry], metric: str, look: Style, *, zorder: int) -> None:
     hollow = any(row.is_random for row in rows)
     axes.plot(
-        [row.values for row in rows], [row.scores[metric] for row in rows], color=color, marker=marker, lw=0.8,
-        mfc="white" if hollow else color, zorder=zorder,
+        [row.values for row in rows], [row.scores[metric] for row in rows], color=look.color, marker=look.marker,
+        lw=0.8, mfc="white" if hollow else look.color, zorder=zorder,
     )  # fmt: skip
 
 
