@@ -17,7 +17,14 @@ from afterimage.models.fusion import FUSIONS
 ROOT = Path(__file__).parents[1]
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/concepts.md", "docs/slurm.md")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/guide.md",
+        "docs/concepts.md",
+        "docs/slurm.md",
+        "docs/atlas.md",
+    )
 }
 README, GUIDE, CONCEPTS = (PAGES[name] for name in ("README.md", "docs/guide.md", "docs/concepts.md"))
 LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]+))?\)")

@@ -137,6 +137,7 @@ def standing(comparison: Comparison) -> Drawing:
                 _through(axes, _scored(rows, measured, metric, net), metric, looks[name], zorder=2)
             named[axes] = firsts
             axes.set_xscale("log")
+            axes.margins(x=0.2)  # room for names
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
