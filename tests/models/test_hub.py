@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from afterimage import AfterimageError, Reconstructor, load_reconstructor, train_runs
 from afterimage.cli import main
-from afterimage.models.hub import pull
+from afterimage.models.hub import pull, pull_table
 from afterimage.runs.repository import CARD, DECODER, FILES, MANIFEST, PICTURE, SCORES_TABLE, TABLE
 from children import MODEL, small_configs
 from fake_hub import TOKEN, FakeHub
@@ -316,6 +316,17 @@ def test_scores_are_a_data_set(hub, runs, tmp_path, capsys, sample_images):
     commit, files = hub.repositories["datasets/me/scores"][-1]
     assert out == f"scores at {hub.endpoint}/datasets/me/scores, commit {commit}\n"
     assert files.keys() == {CARD, SCORES_TABLE, TABLE}
+    # Somebody else stands among these runs; the table is pinned, and there without a network.
+    code, out, err = command(capsys, "compare", runs[0].path, "--with", "hub:me/scores")
+    assert code == 0 and f"atlas: hub:me/scores@{commit}" in out and "saved: compare.png" in out, err
+    hub.requests.clear()
+    assert pull_table(f"hub:me/scores@{commit}")[0].read_bytes() == files[TABLE] and not hub.requests
+    with pytest.raises(AfterimageError, match=r"data set hub:me/scores: .* has no revision v9"):
+        pull_table("hub:me/scores@v9")
+    with pytest.raises(AfterimageError, match=r"hub:me/none: .* does not exist, or .*/datasets/me/none"):
+        pull_table("hub:me/none")
+    with pytest.raises(AfterimageError, match=r"is no data set of the hub: write hub:USER/NAME"):
+        pull_table("hub:me/scores/linear")
     hub.put("datasets/me/photos", {"a.png": b"x"})
     code, _, err = command(capsys, *push[:3], "me/photos", "--dataset")
     assert (

@@ -26,7 +26,8 @@ class Compare:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER [...]")]
     """Run folders, or folders that hold run folders: your encoders."""
     atlas: Annotated[Path, tyro.conf.arg(name="with", metavar="ATLAS")]
-    """The others: a study's folder, the table.csv of a report, or a .parquet of that table."""
+    """The others: a study's folder, the table.csv of a report, a .parquet of that table, or hub:USER/NAME[@REVISION], a
+    study's scores that somebody pushed."""
     within: float = 1.5
     """Rank among rows whose number of feature values is within this factor."""
     output: Path = Path("compare.png")
@@ -45,9 +46,15 @@ class Compare:
         def of(*folders: Path) -> list:
             return records(read_rows(find_runs(folders)))
 
-        atlas = of(self.atlas) if self.atlas.is_dir() else read_atlas(self.atlas)
+        file, name = self.atlas, shown(self.atlas)
+        if str(file).startswith("hub:"):
+            from afterimage.models.hub import pull_table
+
+            file, name = pull_table(str(file))
+            say(f"atlas: {name}")
+        atlas = of(file) if file.is_dir() else read_atlas(file)
         mine = entries(of(*self.folders), ", ".join(map(shown, self.folders)))
-        comparison = compare(mine, entries(atlas, shown(self.atlas)), within=self.within)
+        comparison = compare(mine, entries(atlas, name), within=self.within)
         _print(standings_table(comparison))
         say(*comparison.remarks)
 

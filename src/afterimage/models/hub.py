@@ -67,18 +67,7 @@ def pull(address: str, *, revision: str | None = None) -> PulledRun:
         AfterimageError: the repository is not available or holds no such decoder, or the decoder is not the one that
             its manifest and card tell of
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    name, at, named = address.removeprefix(PREFIX).partition("@")
-    parts = name.split("/")
-    repository, wanted = "/".join(parts[:2]), "".join(parts[2:])
-    try:
-        if len(parts) not in (2, 3) or not all(parts) or (at and not named):
-            raise HFValidationError
-        validate_repo_id(repository)
-    except HFValidationError:
-        raise AfterimageError(f"{address!r:.200} is no decoder of the hub: write {SPELLING}") from None
+    repository, wanted, named = _parsed(address, "decoder", SPELLING)
     try:
         file = _fetch(repository, named or revision, MANIFEST)
         commit = file.parent.name
@@ -91,7 +80,7 @@ def pull(address: str, *, revision: str | None = None) -> PulledRun:
                     f"its {decoder.file(part)} was swapped or changed: its SHA-256 is {sha256(found)}, not "
                     f"{decoder.sha256[part]} as in {MANIFEST}"
                 )
-        run = PulledRun(found.parent, f"{PREFIX}{'/'.join(parts)}@{commit}")
+        run = PulledRun(found.parent, f"{PREFIX}{repository}{wanted and f'/{wanted}'}@{commit}")
         check_shareable(run.config)
     except Unavailable as reason:
         raise AfterimageError(f"cannot get {PREFIX}{repository}: {reason}") from None
@@ -100,19 +89,61 @@ def pull(address: str, *, revision: str | None = None) -> PulledRun:
     return run
 
 
-def _fetch(repository: str, revision: str | None, name: str) -> Path:
+def pull_table(address: str) -> tuple[Path, str]:
+    """Fetch the table of a study that `afterimage push --dataset` shared, or find it in the hub's cache.
+
+    Args:
+        address: `hub:USER/NAME[@REVISION]`
+
+    Returns:
+        the Parquet file, and the address with the revision as a commit
+
+    Raises:
+        AfterimageError: the data set is not available or has no table
+    """
+    repository, _, named = _parsed(address, "data set", "hub:USER/NAME or hub:USER/NAME@REVISION")
+    try:
+        file = _fetch(repository, named, TABLE, "dataset")
+    except Unavailable as reason:
+        raise AfterimageError(f"cannot get the data set {PREFIX}{repository}: {reason}") from None
+    return file, f"{PREFIX}{repository}@{file.parent.name}"
+
+
+def _parsed(address: str, what: str, spelling: str) -> tuple[str, str, str | None]:
+    """Repository, decoder and revision of an address; only a decoder's may have the second."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name, at, revision = address.removeprefix(PREFIX).partition("@")
+    parts = name.split("/")
+    try:
+        if (
+            len(parts) not in ((2, 3) if what == "decoder" else (2,))
+            or not all(parts)
+            or (at and not revision)
+        ):
+            raise HFValidationError
+        validate_repo_id("/".join(parts[:2]))
+    except HFValidationError:
+        raise AfterimageError(f"{address!r:.200} is no {what} of the hub: write {spelling}") from None
+    return "/".join(parts[:2]), "".join(parts[2:]), revision or None
+
+
+def _fetch(repository: str, revision: str | None, name: str, kind: str = "model") -> Path:
     """The file at a revision, which a commit and HF_HUB_OFFLINE let the cache answer; its folder is the commit's."""
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
-    if (offline or _COMMIT.fullmatch(revision or "")) and (file := cached(repository, revision, [name])):
+    if (offline or _COMMIT.fullmatch(revision or "")) and (
+        file := cached(repository, revision, [name], kind)
+    ):
         return file
     if offline:
         raise Unavailable(
             f"the hub's cache {constants.HF_HUB_CACHE} has no {name} of it at {revision or 'main'}, and nothing is "
             "downloaded, as HF_HUB_OFFLINE is set"
         )
-    return download(repository, revision, [name])
+    return download(repository, revision, [name], kind)
 
 
 def _chosen(file: Path, name: str) -> PublishedDecoder:

@@ -30,19 +30,20 @@ class Unavailable(Exception):
     """A file is not available; the message names the place, the reason and the remedy."""
 
 
-def cached(repository: str, revision: str | None, names: Sequence[str]) -> Path | None:
+def cached(repository: str, revision: str | None, names: Sequence[str], kind: str = "model") -> Path | None:
     """Return the first of several files of a repository that the hub's client has downloaded before, or None.
 
     Args:
         repository: `OWNER/NAME`
         revision: branch, tag or commit; None for `main`
         names: names of the files, the preferred one first
+        kind: `model` or `dataset`
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for name in names:
-        file = try_to_load_from_cache(repository, name, cache_dir=HF_HUB_CACHE, revision=revision)
+        file = try_to_load_from_cache(repository, name, HF_HUB_CACHE, revision, repo_type=kind)
         if isinstance(file, str) and _has_shards(Path(file)):
             return Path(file)
     return None
@@ -56,13 +57,14 @@ def _has_shards(file: Path) -> bool:
         return False
 
 
-def download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
+def download(repository: str, revision: str | None, names: Sequence[str], kind: str = "model") -> Path:
     """Download the first of several files that a repository of the hub has.
 
     Args:
         repository: `OWNER/NAME`
         revision: branch, tag or commit; None for `main`
         names: names of the files, the preferred one first
+        kind: `model` or `dataset`
 
     Raises:
         Unavailable: the hub does not answer, refuses, or has none of the files
@@ -70,11 +72,12 @@ def download(repository: str, revision: str | None, names: Sequence[str]) -> Pat
     from huggingface_hub import constants, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    told = functools.partial(refusal, repository, revision, kind="datasets/" if kind == "dataset" else "")
     for name in names:
         try:
-            ask_for_file(hf_hub_url(repository, name, revision=revision))
+            ask_for_file(hf_hub_url(repository, name, repo_type=kind, revision=revision))
             get = functools.partial(
-                hf_hub_download, repository, revision=revision, etag_timeout=CONNECT_SECONDS
+                hf_hub_download, repository, repo_type=kind, revision=revision, etag_timeout=CONNECT_SECONDS
             )
             file = Path(get(name))
             if name.endswith(INDEX):
@@ -82,11 +85,11 @@ def download(repository: str, revision: str | None, names: Sequence[str]) -> Pat
                     get(shard)
             return file
         except LocalEntryNotFoundError as error:  # stands for any failure of the client
-            raise Unavailable(refusal(repository, revision, error.__cause__ or error)) from None
+            raise Unavailable(told(error.__cause__ or error)) from None
         except EntryNotFoundError:
             continue
         except Exception as error:
-            raise Unavailable(refusal(repository, revision, error)) from None
+            raise Unavailable(told(error)) from None
     raise Unavailable(f"the hub's {repository} at {constants.ENDPOINT} (it holds no {' or '.join(names)})")
 
 
