@@ -24,6 +24,7 @@ PAGES = {
         "docs/concepts.md",
         "docs/slurm.md",
         "docs/atlas.md",
+        "docs/gallery.md",
     )
 }
 README, GUIDE, CONCEPTS = (PAGES[name] for name in ("README.md", "docs/guide.md", "docs/concepts.md"))
@@ -101,8 +102,8 @@ def test_every_command_decoder_fusion_and_study_is_explained():
 
 
 def test_the_studies_shown_are_studies():
-    texts = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
-    assert texts and all(from_dict(StudyConfig, tomllib.loads(text)) for text in texts)
+    texts = re.findall(r"```toml\n(.*?)```", GUIDE + PAGES["docs/gallery.md"], re.DOTALL)
+    assert len(texts) > 1 and all(from_dict(StudyConfig, tomllib.loads(text)) for text in texts)
 
 
 def test_the_notebook_runs_from_top_to_bottom_and_keeps_no_output(tmp_path, monkeypatch, capsys):
