@@ -28,7 +28,9 @@ from afterimage.runtime.signals import Stopped
 from afterimage.training.checkpoint import CHECKPOINT
 from children import context, hold, result, small_images, study_child
 
-os.environ |= SETTINGS
+os.environ |= SETTINGS | {
+    "RAY_worker_niceness": "0"
+}  # on a busy machine workers would wait behind other tests
 ray = pytest.importorskip(
     "ray", reason="Ray is not installed (pip install 'afterimage[cluster]'): not tested"
 )

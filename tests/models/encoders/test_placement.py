@@ -371,7 +371,7 @@ def test_a_trace_that_ended_early_is_said_with_the_size_that_works(capsys):
         "every layer: the last 8 rows and columns of 224x224 images are not seen" in out
         and "every 12 from 0" in out
     )
-    Layers("crossvit_9_240", 240).run()
+    Layers("crossvit_9_240", "240").run()
     out = capsys.readouterr().out
     assert "ended early" not in out and "not seen" not in out and "blocks.2.blocks.1" in out
 
