@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from afterimage.config import AfterimageError, RunConfig
+from afterimage.config import AfterimageError, RunConfig, short_names
 from afterimage.evaluation.intervals import mean_interval
 from afterimage.report.rows import natural, read_rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
@@ -167,3 +167,18 @@ def test_decoders_that_are_not_above_the_mean_colour_are_warned_of(tmp_path):
     write_baseline(tmp_path, "mean")
     (warning,) = [w for w in read_rows(scan(tmp_path)).warnings if "mean colour" in w]
     assert warning.startswith("1 decoder row is not above the mean colour in PSNR (m:low · linear)")
+
+
+def test_encoders_have_short_names_where_these_tell_them_apart():
+    models = [
+        "resnet18.tv_in1k",
+        "vit.a",
+        "vit.b",
+        "python//home/me/mine.py:factory",
+        "python/package.module:factory",
+    ]
+    models += ["transformers//data/dino", "transformers//other/dino", "torchvision/resnet50.IMAGENET1K_V2"]
+    assert list(short_names(models).values()) == [
+        *("resnet18", "vit.a", "vit.b", "mine.py:factory", "python/package.module:factory"),
+        *("transformers//data/dino", "transformers//other/dino", "torchvision/resnet50"),
+    ]

@@ -31,6 +31,7 @@ from afterimage.config.names import (
     WEIGHTS,
     absolute_model,
     absolute_weights,
+    short_names,
     split_provider,
     split_source,
 )

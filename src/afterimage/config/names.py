@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
 
 from afterimage.config.errors import AfterimageError
 from afterimage.config.paths import absolute_path, local_path
@@ -68,3 +70,17 @@ def absolute_model(model: str) -> str:
     if provider in ("transformers", "diffusers") and os.path.isdir(local_path(rest)):
         return f"{provider}/{absolute_path(rest)}"
     return model
+
+
+def short_names(models: Iterable[str]) -> dict[str, str]:
+    """Return encoders' names without the weights' tag, those of files without the path, where that is unique."""
+    bare = {model: _bare(model) for model in dict.fromkeys(models)}
+    count = Counter(bare.values())
+    return {model: name if count[name] == 1 else model for model, name in bare.items()}
+
+
+def _bare(model: str) -> str:
+    provider, name = split_provider(model)
+    if name.startswith("/"):
+        return name.rstrip("/").rpartition("/")[2]
+    return model if provider == "python" else model.partition(".")[0]

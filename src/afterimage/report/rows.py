@@ -388,4 +388,14 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in pieces if p]
 
 
-__all__ = ["METRICS", "Row", "Rows", "Score", "Unfinished", "fusion_legend", "natural", "pool", "read_rows"]
+__all__ = [
+    "METRICS",
+    "Row",
+    "Rows",
+    "Score",
+    "Unfinished",
+    "fusion_legend",
+    "natural",
+    "pool",
+    "read_rows",
+]

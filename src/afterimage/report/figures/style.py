@@ -15,6 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from afterimage.config import short_names
 from afterimage.report.figures.fonts import drawable, families
 from afterimage.report.format import plain
 from afterimage.report.rows import Row
@@ -137,9 +138,8 @@ def encoder_styles(names: Sequence[str]) -> dict[str, Style]:
 
 def short_encoders(rows: Iterable[Row]) -> dict[str, str]:
     """Return encoder names as figures print them: without the weights' tag where that loses nothing."""
-    names = list(dict.fromkeys(row.encoder for row in rows if row.sources))
-    bare = [name.partition(".")[0] for name in names]
-    return {n: plain(b if bare.count(b) == 1 else n, 40) for n, b in zip(names, bare, strict=True)}
+    names = short_names(row.encoder for row in rows if row.sources)
+    return {name: plain(short, 40) for name, short in names.items()}
 
 
 def metrics_of(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from afterimage.config import AfterimageError, read_text
+from afterimage.config import AfterimageError, read_text, short_names
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import Bound, bounds_of, curve, main_bounds
 from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather
@@ -166,7 +166,7 @@ def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any
     """
     ids = image_ids(rows)
     seeds = len({row.seed for row in rows.decoders}) > 1
-    names = _short_names([row.encoder for row in rows.every if row.sources])
+    names = short_names([row.encoder for row in rows.every if row.sources])
     test_sets = _test_sets(rows.every, images)
     places = {row.run: place for place, row in enumerate(rows.every)}
     bounds = {bound.decoder.run: bound for bound in main_bounds(bounds_of(rows))}
@@ -282,10 +282,3 @@ def _test_sets(rows: Sequence[Row], images: Sequence[PageImage]) -> list[str]:
         for position in image.reconstructions:
             first.setdefault(position, f"image {number}")
     return [first.get(i, row.data.digest) for i, row in enumerate(rows)]
-
-
-def _short_names(encoders: Sequence[str]) -> dict[str, str]:
-    """Encoders without their weights' tag, where that stays unambiguous."""
-    distinct = list(dict.fromkeys(encoders))
-    bare = Counter(name.partition(".")[0] for name in distinct)
-    return {name: short if bare[short := name.partition(".")[0]] == 1 else name for name in distinct}

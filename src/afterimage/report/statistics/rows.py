@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from afterimage.config import RANDOM_WEIGHTS, split_source
+from afterimage.config import RANDOM_WEIGHTS, short_names, split_source
 from afterimage.report import rows as report
 from afterimage.runs.results import METRICS
 
@@ -160,16 +160,7 @@ def without_random_controls(results: Iterable[Any]) -> list[Any]:
 
 def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
     """Give rows short names, and settings that differ a label that says in what."""
-    tags = defaultdict(set)
-    for row in rows:
-        for source in row.sources:
-            model = split_source(source)[0]
-            tags[model.partition(".")[0]].add(model)
-
-    def short(model: str) -> str:
-        architecture = model.partition(".")[0]
-        return architecture if len(tags[architecture]) == 1 else model
-
+    short = short_names(split_source(source)[0] for row in rows for source in row.sources)
     coarse: dict[str, list[int]] = defaultdict(list)
     for i, (row, config) in enumerate(zip(rows, configs, strict=True)):
         if row.sources:
@@ -190,11 +181,11 @@ def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
         label = Setting(text, _control(detail))
         for i in indices:
             row = rows[i]
-            names = [f"{short(split_source(s)[0])} {split_source(s)[1]}" for s in row.sources]
+            names = [f"{short[split_source(s)[0]]} {split_source(s)[1]}" for s in row.sources]
             name = names[0]
             if row.fused:
                 name = f"{_fused(configs[i]['fusion'], configs)} of {' + '.join(names)}"
-            renamed[i] = replace(row, name=name, encoder=short(row.encoder), setting=label)
+            renamed[i] = replace(row, name=name, encoder=short.get(row.encoder, row.encoder), setting=label)
     return sorted(renamed, key=lambda r: (r.setting, r.fused, r.encoder, r.order, r.name))
 
 
