@@ -182,3 +182,13 @@ def test_encoders_have_short_names_where_these_tell_them_apart():
         *("resnet18", "vit.a", "vit.b", "mine.py:factory", "python/package.module:factory"),
         *("transformers//data/dino", "transformers//other/dino", "torchvision/resnet50"),
     ]
+
+
+def test_a_whole_number_in_a_file_of_scores_is_a_score(tmp_path):
+    run = write_run(tmp_path, "m", "layer1")
+    text = run.file("scores.csv").read_text().splitlines()
+    columns = text[0].split(",")
+    fields = text[1].split(",")
+    fields[columns.index("ssim")] = "1"
+    run.file("scores.csv").write_text("\n".join([text[0], ",".join(fields), *text[2:]]) + "\n")
+    assert type(run.result.per_image[0]["ssim"]) is float

@@ -461,6 +461,8 @@ def _read_scores(path: Path) -> list[dict[str, Any]]:
                 raise AfterimageError(
                     f"{shown(path)}: {column} of image {row['id']!r:.200} is {value!r:.80}, not a finite number"
                 )
+            if number and column.startswith(tuple(METRICS)):
+                row[column] = float(value)  # `1` in the file of a perfect image
     return rows
 
 
