@@ -1,12 +1,13 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from afterimage.cli import main
+import command_line
 from afterimage.runs.files import read_csv
 from afterimage.runs.run import scan
 
@@ -21,16 +22,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("AFTERIMAGE_WEIGHTS", raising=False)
 
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        return (code, *capsys.readouterr())
-
-    return run
+    return partial(command_line.command, capsys)
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+import command_line
 from afterimage.analysis.inversion.inputs import from_data, from_files
 from afterimage.analysis.inversion.invert import Inversion, Snapshot, refine
 from afterimage.analysis.inversion.measure import best_step, curve_steps, measure
 from afterimage.analysis.inversion.refinement import Refinement
-from afterimage.cli import main
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.evaluation.metrics import Metrics, psnr
@@ -46,15 +46,9 @@ def command(place, monkeypatch, capsys):
     monkeypatch.delenv("AFTERIMAGE_WEIGHTS", raising=False)
 
     def call(*arguments):
-        capsys.readouterr()
-        code = 0
-        try:
-            names = [name for name in ("--estimate-images", "--held-out") if name not in arguments]
-            unless_asked = [part for name in names for part in (name, "0")]
-            main(["invert", *map(str, arguments), "--device", "cpu", *unless_asked])
-        except SystemExit as error:
-            code = error.code
-        return (code, *capsys.readouterr())
+        names = [name for name in ("--estimate-images", "--held-out") if name not in arguments]
+        unless_asked = [part for name in names for part in (name, "0")]
+        return command_line.command(capsys, "invert", *arguments, "--device", "cpu", *unless_asked)
 
     return call
 

@@ -2,12 +2,14 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import command_line
 from afterimage.cli import main
 from afterimage.config import (
     AfterimageError,
@@ -137,16 +139,7 @@ def command(tmp_path, monkeypatch, capsys, cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(cache))
 
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        return (code, *capsys.readouterr())
-
-    return run
+    return partial(command_line.command, capsys)
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from afterimage import AfterimageError, Reconstructor, load_reconstructor, train_runs
 from afterimage.cli import main
 from afterimage.models.hub import pull, pull_table
-from afterimage.runs.repository import CARD, DECODER, FILES, MANIFEST, PICTURE, SCORES_TABLE, TABLE
+from afterimage.runs.repository import CARD, DECODER, FILES, IMAGE_GRID, MANIFEST, SCORES_TABLE, TABLE
 from children import MODEL, small_configs
+from command_line import command
 from fake_hub import TOKEN, FakeHub
 
 NAME = "me/small.decoder"
@@ -73,16 +74,6 @@ def pushed(runs, folder, tmp_path_factory):
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def command(capsys, *arguments):
-    capsys.readouterr()
-    try:
-        main(list(map(str, arguments)))
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    return (code, *capsys.readouterr())
-
-
 def images():
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -95,7 +86,7 @@ def test_what_is_pushed_comes_back_bit_for_bit(hub, runs, tmp_path, capsys):
         f"1 decoder at {hub.endpoint}/{NAME}",
         f"afterimage reconstruct ME.jpg --from hub:{NAME}@{commit}",
     ]
-    assert set(hub.files(NAME)) == {*FILES, MANIFEST, CARD, PICTURE}
+    assert set(hub.files(NAME)) == {*FILES, MANIFEST, CARD, IMAGE_GRID}
     assert hub.files(NAME)[DECODER] == runs[0].file(DECODER).read_bytes()
     theirs = Reconstructor.from_pretrained(NAME)
     assert theirs.origin == f"hub:{NAME}@{commit}"
@@ -143,7 +134,7 @@ def test_several_decoders_lie_side_by_side(hub, runs, capsys):
     assert set(hub.files(NAME)) == {
         MANIFEST,
         CARD,
-        PICTURE,
+        IMAGE_GRID,
         *(f"{run.name}/{f}" for run in runs for f in FILES),
     }
     for run in runs:
@@ -163,7 +154,7 @@ def test_images_that_may_be_shown_are_shown(runs, tmp_path, capsys):
     for flag in ("--no-own-images", "--own-images"):
         arguments = ["push", runs[0].path, "--to", NAME, flag, "--output-dir", tmp_path / flag]
         assert command(capsys, *arguments)[0] == 0
-        sheets[flag] = np.array(Image.open(tmp_path / flag / PICTURE))
+        sheets[flag] = np.array(Image.open(tmp_path / flag / IMAGE_GRID))
     _, original, reconstruction = runs[0].images[0]
     first = [np.array(Image.open(path).convert("RGB")) for path in (original, reconstruction)]
     own = sheets["--own-images"]

@@ -13,17 +13,26 @@ from afterimage.config import AfterimageError, DataConfig
 from afterimage.report.compare import read_atlas
 from afterimage.report.dataset import dataset_files
 from afterimage.report.publish import (
-    Picture,
+    ImageGrid,
     are_free,
     decoders_of,
-    kept_picture,
+    kept_images,
     public,
     public_source,
     repository_files,
 )
 from afterimage.runs.controls import write_part
 from afterimage.runs.files import sha256
-from afterimage.runs.repository import CARD, DECODER, FILES, MANIFEST, PICTURE, SCORES_TABLE, TABLE, Manifest
+from afterimage.runs.repository import (
+    CARD,
+    DECODER,
+    FILES,
+    IMAGE_GRID,
+    MANIFEST,
+    SCORES_TABLE,
+    TABLE,
+    Manifest,
+)
 from report_study import RESNET, sample_image, write_baseline, write_run
 from simulated_runs import edit, search
 
@@ -39,7 +48,7 @@ def write_decoder(root, layer, **options):
 
 
 def card(runs, beside=()):
-    files = repository_files(runs, beside, "me/seen", kept_picture(runs), license="mit", with_names=False)
+    files = repository_files(runs, beside, "me/seen", kept_images(runs), license="mit", with_names=False)
     assert json.loads(files[MANIFEST])["decoders"].keys() == {run.name for run in runs}
     return files[CARD].decode(), files
 
@@ -52,7 +61,7 @@ def test_a_card_tells_what_was_measured_beside_the_decoder(tmp_path):
     run, other = write_decoder(tmp_path, "layer1"), write_decoder(tmp_path, "layer3")
     write_baseline(tmp_path, "mean")
     text, files = card([run])
-    assert files.keys() == {*FILES, MANIFEST, CARD, PICTURE}
+    assert files.keys() == {*FILES, MANIFEST, CARD, IMAGE_GRID}
     assert "Mean colour" in section(text, "Scores") and "layer3" not in text
     assert section(text, "Measured bound").strip().startswith("Not measured.")
     assert section(text, "Controls").strip().startswith("Not measured.")
@@ -75,7 +84,7 @@ def test_several_decoders_share_a_card_that_the_client_reads_back(tmp_path):
     assert files.keys() == {
         MANIFEST,
         CARD,
-        PICTURE,
+        IMAGE_GRID,
         *(f"{run.name}/{part}" for run in runs for part in FILES),
     }
     results = ModelCard(text).data.eval_results
@@ -88,9 +97,9 @@ def test_several_decoders_share_a_card_that_the_client_reads_back(tmp_path):
     assert [found.choose(run.name).sources for run in runs] == [run.result.sources for run in runs]
 
 
-def test_a_picture_has_a_row_of_originals_and_one_for_each_decoder():
+def test_a_grid_of_images_has_a_row_of_originals_and_one_for_each_decoder():
     solid = [np.full((4, 4, 3), value, np.uint8) for value in (10, 20, 30, 40)]
-    sheet = Picture("", solid[:2], {"a": solid[2:], "b": [np.full((2, 2, 3), 50, np.uint8), solid[0]]}).png
+    sheet = ImageGrid("", solid[:2], {"a": solid[2:], "b": [np.full((2, 2, 3), 50, np.uint8), solid[0]]}).png
     pixels = np.array(Image.open(io.BytesIO(sheet)))
     assert pixels.shape == (3 * 10 - 6, 2 * 10 - 6, 3)
     assert [[int(pixels[y, x, 0]) for x in (1, 11)] for y in (1, 11, 21)] == [[10, 20], [30, 40], [50, 10]]

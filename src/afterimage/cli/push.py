@@ -14,7 +14,7 @@ from afterimage.config import AfterimageError, shown
 from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
-    from afterimage.report.publish import Picture
+    from afterimage.report.publish import ImageGrid
     from afterimage.runs.run import Run
 
 
@@ -37,7 +37,7 @@ class Push:
     license: str = "unknown"
     """Licence of the decoders or scores, by the hub's name for it, such as mit or cc-by-4.0."""
     own_images: bool = False
-    """Also share test images of your own, in the picture, and their names beside the scores. Without it the picture
+    """Also share test images of your own, in the image grid, and their names beside the scores. Without it the grid
     shows photographs that anybody may pass on, and images of your own are numbers."""
     private: bool = False
     """Make a new repository private."""
@@ -82,22 +82,20 @@ class Push:
         return dataset_files(given, self.to, license=self.license, own_images=self.own_images)
 
     def _decoders(self, given: list[Run]) -> tuple[list[Run], dict[str, bytes]]:
-        from afterimage.report.publish import are_free, decoders_of, kept_picture, repository_files
+        from afterimage.report.publish import are_free, decoders_of, kept_images, repository_files
 
         runs = decoders_of(given)
         own = self.own_images or all(are_free(run.config.data) for run in runs)
-        picture = (kept_picture(runs) if own else None) or self._photographs(runs)
-        files = repository_files(
-            runs, given, self.to, picture, license=self.license, with_names=self.own_images
-        )
+        grid = (kept_images(runs) if own else None) or self._photographs(runs)
+        files = repository_files(runs, given, self.to, grid, license=self.license, with_names=self.own_images)
         return runs, files
 
-    def _photographs(self, runs: list[Run]) -> Picture:
+    def _photographs(self, runs: list[Run]) -> ImageGrid:
         """What the decoders make of photographs that anybody may pass on."""
         from afterimage.data.dataset import prepare_image
         from afterimage.data.sources.sample_images import whole_photographs
         from afterimage.evaluation.evaluate import to_uint8
-        from afterimage.report.publish import FREE, SHOWN_IMAGES, Picture
+        from afterimage.report.publish import FREE, SHOWN_IMAGES, ImageGrid
         from afterimage.training.checkpoint import load_reconstructor
 
         originals, rebuilt = [], {}
@@ -108,4 +106,4 @@ class Push:
             originals = originals or [to_uint8(image)[0] for image in images]
         learned = any(run.config.data.source == "photographs" for run in runs)
         what = FREE["photographs"] + (", and some decoders learned from" if learned else "")
-        return Picture(what, originals, rebuilt)
+        return ImageGrid(what, originals, rebuilt)

@@ -28,6 +28,11 @@ INVERSION_PRECISIONS = ("32-true", "bf16-mixed")
 """float32, or bfloat16 in the encoder while its rounding does not tell."""
 
 
+def search_precision(recipe: str) -> str:
+    """Return the precision of searches from a decoder that was trained in the precision `recipe`."""
+    return recipe if recipe in INVERSION_PRECISIONS else INVERSION_PRECISIONS[0]
+
+
 @dataclass(frozen=True)
 class InvertConfig:
     """Settings of an inversion, which optimises the image itself until its features match the target's.

@@ -315,7 +315,7 @@ def find_bounds(
     """
     from afterimage.analysis.inversion.inputs import InversionInputs, from_data
     from afterimage.analysis.inversion.run import invert_run
-    from afterimage.config.inversion import INVERSION_PRECISIONS
+    from afterimage.config.inversion import search_precision
     from afterimage.runtime.device import device_name
 
     device, found = device_name(accelerator), []
@@ -326,8 +326,7 @@ def find_bounds(
             data = replace(run.config.data, limit_test=min(study.invert, few or study.invert))
             if data not in inputs:
                 inputs[data] = from_data(data, cache=cache, progress=progress)
-            precision = run.config.recipe.precision
-            precision = precision if precision in INVERSION_PRECISIONS else INVERSION_PRECISIONS[0]
+            precision = search_precision(run.config.recipe.precision)
             found += invert_run(
                 run, Path(root), replace(study.inversion, precision=precision), inputs[data], plain=False,
                 estimate=study.estimate, device=device, progress=progress,

@@ -12,7 +12,7 @@ from afterimage.report.format import markdown, markdown_code
 from afterimage.report.inversion import bound_findings
 from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import markdown_table
-from afterimage.runs.repository import CARD_KEY, DECODER, LIBRARY, PICTURE, PublishedDecoder
+from afterimage.runs.repository import CARD_KEY, DECODER, IMAGE_GRID, LIBRARY, PublishedDecoder
 from afterimage.runs.results import METRICS
 
 TASK = "image-to-image"
@@ -37,7 +37,7 @@ def model_card(
     rows: Rows,
     name: str,
     published: Mapping[str, PublishedDecoder],
-    picture: str,
+    shown_images: str,
     *,
     license: str,
     version: str,
@@ -48,7 +48,7 @@ def model_card(
         rows: the published decoders, and the baselines and inversions of the same test images
         name: `USER/NAME`
         published: the decoders by the names of their runs
-        picture: whose images the picture shows
+        shown_images: whose images the image grid shows
         license: identifier of the licence of the decoders, as the hub has it
         version: of afterimage
     """
@@ -59,8 +59,8 @@ def model_card(
     parts = [
         f"# {markdown(name.rpartition('/')[2])}",
         _lead(rows.decoders),
-        f"![Images and what the decoders made of them]({PICTURE})",
-        f"*Top row: {markdown(picture)}. Below, a row a decoder: {_listed(published)}.*",
+        f"![Images and what the decoders made of them]({IMAGE_GRID})",
+        f"*Top row: {markdown(shown_images)}. Below, a row a decoder: {_listed(published)}.*",
         "## Use",
         f"```bash\npip install afterimage\nafterimage reconstruct ME.jpg --from hub:{address}\n```",
         "```python\nfrom afterimage import Reconstructor\n\n"
@@ -171,7 +171,7 @@ def _data(rows: Sequence[Row]) -> Iterable[str]:
         if line not in lines:
             lines.append(line)
     yield "\n".join(lines)
-    yield "The digests are SHA-256 over all images; none of the images is in this repository but those of the picture."
+    yield "The digests are SHA-256 over all images; none of the images is in this repository but those shown above."
     learned = []
     for row in rows:
         if isinstance(row.config, RunConfig) and row.training:

@@ -1,6 +1,6 @@
 """Where encoders stand among those of an atlas: rows that were measured alike, of about as many feature values.
 
-An atlas is a table of rows, the `table.csv` of a report, whoever made it; one's own run folders come to the same rows.
+An atlas is a table of rows, the `table.csv` of a report, by anybody; one's own run folders come to the same rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The files of a repository of decoders: run folders without what is private, a manifest, a picture, a model card."""
+"""The files of a repository of decoders: run folders without what is private, manifest, grid of images, model card."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from afterimage.runs.repository import (
     DECODER,
     FILES,
     FORMAT,
+    IMAGE_GRID,
     LIBRARY,
     MANIFEST,
-    PICTURE,
     Manifest,
     PublishedDecoder,
     check_shareable,
@@ -43,13 +43,13 @@ FREE = {
 }
 """Sources of images that anybody may pass on, and what they are."""
 SHOWN_IMAGES = 4
-"""Images in the picture of a repository."""
+"""Images in the grid of a repository."""
 _IMAGE_FILE = re.compile(r"\.(avif|bmp|gif|jfif|jpe?g|jp2|mpo|p[bgnp]m|png|tiff?|webp)\b", re.IGNORECASE)
 _PATH = re.compile(r"(?<![\w.:/])(?:file:/|~)?/(?:[^\s,;:'\"()]+/)*([^\s,;:'\"()/]*)")
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageGrid:
     """Images and what decoders made of them.
 
     Attributes:
@@ -80,7 +80,7 @@ class Picture:
         return buffer.getvalue()
 
 
-def kept_picture(runs: Sequence[Run]) -> Picture | None:
+def kept_images(runs: Sequence[Run]) -> ImageGrid | None:
     """The test images that all runs keep with their reconstructions; None where they keep none in common."""
     kept = [{identity: pair for identity, *pair in run.images} for run in runs]
     ids = [i for i in kept[0] if all(i in images for images in kept)][:SHOWN_IMAGES]
@@ -91,7 +91,7 @@ def kept_picture(runs: Sequence[Run]) -> Picture | None:
         for run, images in zip(runs, kept, strict=True)
     }
     originals = [np.array(read_image(kept[0][i][0]).convert("RGB")) for i in ids]
-    return Picture("test images", originals, rebuilt)
+    return ImageGrid("test images", originals, rebuilt)
 
 
 def are_free(config: DataConfig) -> bool:
@@ -124,7 +124,7 @@ def decoders_of(runs: Sequence[Run]) -> list[Run]:
 
 
 def repository_files(
-    runs: Sequence[Run], beside: Sequence[Run], name: str, picture: Picture, *, license: str, with_names: bool
+    runs: Sequence[Run], beside: Sequence[Run], name: str, grid: ImageGrid, *, license: str, with_names: bool
 ) -> dict[str, bytes]:
     """Make the files of a repository, by path.
 
@@ -136,7 +136,7 @@ def repository_files(
         beside: other runs, of which those that tell of these decoders or their test images enter the card, as do
             those in the same folders
         name: `USER/NAME`
-        picture: what it shows; it must be free to pass on
+        grid: the images it shows; they must be free to pass on
         license: identifier of the licence of the decoders, as the hub has it
         with_names: whether test images keep their names where they are not free
 
@@ -155,9 +155,9 @@ def repository_files(
     version = metadata.version("afterimage")
     manifest = Manifest(LIBRARY, FORMAT, version, published)
     files[MANIFEST] = (json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode()
-    files[PICTURE] = picture.png
+    files[IMAGE_GRID] = grid.png
     rows = _card_rows(runs, beside, with_names)
-    card = model_card(rows, name, published, picture.what, license=license, version=version)
+    card = model_card(rows, name, published, grid.what, license=license, version=version)
     files[CARD] = card.encode()
     return files
 

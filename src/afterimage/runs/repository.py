@@ -22,7 +22,7 @@ from afterimage.runs.results import CONFIG, SCORES, SUMMARY
 
 LIBRARY = "afterimage"
 """`library_name` of a repository's card and manifest."""
-MANIFEST, CARD, PICTURE = "config.json", "README.md", "picture.png"
+MANIFEST, CARD, IMAGE_GRID = "config.json", "README.md", "picture.png"
 """Files of a repository beside those of its decoders. The hub counts downloads by the first."""
 DECODER = "decoder.safetensors"
 FILES = (CONFIG, SUMMARY, SCORES, DECODER)

@@ -17,7 +17,7 @@ from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
 from afterimage.analysis.inversion.invert import invert
 from afterimage.analysis.inversion.objective import FeaturesOf
 from afterimage.config.audit import ESTIMATE, REFINED
-from afterimage.config.inversion import INVERSION_PRECISIONS, EstimateConfig, InvertConfig
+from afterimage.config.inversion import EstimateConfig, InvertConfig, search_precision
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import Box, score_rows, to_uint8
 from afterimage.evaluation.metrics import Metrics
@@ -78,12 +78,9 @@ def improve(
         the answers, `refined` with `refine_steps`, `best estimate` with `estimate`, and the seconds taken
     """
     started, test = time.monotonic(), loader.data.test
-    precision = loader.recipe.precision if loader.recipe.precision in INVERSION_PRECISIONS else "32-true"
-    search = (
-        _refinement(loader, decoder, InvertConfig(steps=refine_steps, precision=precision))
-        if refine_steps
-        else None
-    )
+    precision, search = search_precision(loader.recipe.precision), None
+    if refine_steps:
+        search = _refinement(loader, decoder, InvertConfig(steps=refine_steps, precision=precision))
     what, corrector = loader.encoders.sources[decoder.feature_indices[0]], None
     if estimate:
         corrector = _learn(loader, decoder, search, estimate, precision, progress)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -73,10 +71,9 @@ def find_bounds_on_ray(
 
         def submit(number: int) -> None:
             run, need = runs[number], needs[number]
-            driver = {"cwd": os.getcwd(), "command": sys.argv, "environment": worker.settings()}
             task = search.options(max_retries=0, **need).remote(
                 number, run.name, study, str(root), folder=identify(str(root), run.config),
-                threads=need["num_cpus"], options=options, messages=messages, **driver,
+                threads=need["num_cpus"], options=options, messages=messages, **worker.driver_context(),
             )  # fmt: skip
             tasks[task] = number
             progress(f"waits for {describe(need)}: the bound of {run.name}", 0, 1, group=_title(number, runs))

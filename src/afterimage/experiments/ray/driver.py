@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -204,10 +202,8 @@ class Driver:
                 "sent": {} if job.shared else {run.name: _checkpoints(run) for run in job.runs},
                 "threads": job.need["num_cpus"],
                 "options": self.options,
-                "cwd": os.getcwd(),
-                "command": sys.argv,
-                "environment": worker.settings(),
                 "messages": self.messages,
+                **worker.driver_context(),
             }
             # The worker locks the folders; where it cannot, this process does until the answer.
             if job.shared:

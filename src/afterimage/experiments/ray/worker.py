@@ -191,9 +191,10 @@ def find_bound(
     return [run.name for run in found], failures
 
 
-def settings() -> dict[str, str]:
-    """Return the project's own environment variables, which workers take over."""
-    return {key: value for key, value in os.environ.items() if key.startswith("AFTERIMAGE_")}
+def driver_context() -> dict[str, Any]:
+    """Return what workers take over from the driver: the arguments `cwd`, `command` and `environment` of a task."""
+    own = {key: value for key, value in os.environ.items() if key.startswith("AFTERIMAGE_")}
+    return {"cwd": os.getcwd(), "command": sys.argv, "environment": own}
 
 
 def _take_after(cwd: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
