@@ -1,7 +1,8 @@
 # Both targets do all their own set-up; they need Python 3.11 or newer, pip and make.
 PYTHON ?= python3
 VENV ?= .venv
-export AFTERIMAGE_WEIGHTS ?= $(wildcard ../shared/weights)
+# A full path: tests and commands run in other folders too.
+export AFTERIMAGE_WEIGHTS ?= $(abspath $(wildcard ../shared/weights))
 
 # Tests start many processes, each of which would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
