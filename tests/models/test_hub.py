@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from afterimage import AfterimageError, Reconstructor, load_reconstructor, train_runs
 from afterimage.cli import main
-from afterimage.models.hub import pull, pull_table
+from afterimage.cli.report import find_named
+from afterimage.models.hub import pull, pull_all, pull_table
 from afterimage.runs.repository import CARD, DECODER, FILES, IMAGE_GRID, MANIFEST, SCORES_TABLE, TABLE
 from children import MODEL, small_configs
 from command_line import command
@@ -141,9 +142,14 @@ def test_several_decoders_lie_side_by_side(hub, runs, capsys):
         found = Reconstructor.from_pretrained(f"hub:{NAME}/{run.name}")
         assert torch.equal(found.reconstruct(images()), load_reconstructor(run).reconstruct(images()))
     with pytest.raises(
-        AfterimageError, match=rf"{NAME} is refused: .* holds 2 decoders; name one .*{runs[0].name}"
+        AfterimageError, match=rf"{NAME} is refused: it holds 2 decoders; name one .*{runs[0].name}"
     ):
         pull(NAME)
+    commit = hub.repositories[NAME][-1][0]
+    found = pull_all(f"hub:{NAME}@{commit}")
+    assert {run.address for run in found} == {f"hub:{NAME}/{run.name}@{commit}" for run in runs}
+    assert pull_all(f"{NAME}/{runs[1].name}") == [run for run in found if runs[1].name in run.address]
+    assert find_named((f"hub:{NAME}", str(runs[0].path))) == [runs[0], *found]
     with pytest.raises(AfterimageError, match=r"unknown decoder 'linear'"):
         pull(f"{NAME}/linear")
 
@@ -310,6 +316,8 @@ def test_scores_are_a_data_set(hub, runs, tmp_path, capsys, sample_images):
     # Somebody else stands among these runs; the table is pinned, and there without a network.
     code, out, err = command(capsys, "compare", runs[0].path, "--with", "hub:me/scores")
     assert code == 0 and f"atlas: hub:me/scores@{commit}" in out and "saved: compare.png" in out, err
+    assert command(capsys, "push", runs[0].path, "--to", NAME)[0] == 0
+    assert command(capsys, "compare", f"hub:{NAME}", "--with", "hub:me/scores")[:2] == (0, out)
     hub.requests.clear()
     assert pull_table(f"hub:me/scores@{commit}")[0].read_bytes() == files[TABLE] and not hub.requests
     with pytest.raises(AfterimageError, match=r"data set hub:me/scores: .* has no revision v9"):

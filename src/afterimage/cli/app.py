@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli.report import find_runs
+from afterimage.cli.report import find_named
 from afterimage.config import AfterimageError, check_range
 from afterimage.runtime.terminal import say
 
@@ -31,7 +30,8 @@ class App:
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|hub:USER/NAME [...]")]
-    """Run folders, or folders that hold run folders, such as a study's; and decoders of the Hugging Face hub."""
+    """Run folders, or folders that hold run folders, such as a study's; and repositories of the Hugging Face hub with
+    all their decoders: hub:USER/NAME, or hub:USER/NAME/DECODER for one of them, with @REVISION behind it if need be."""
     host: str = "127.0.0.1"
     """Address to listen at: 0.0.0.0 lets other machines in."""
     port: int = 7860
@@ -83,13 +83,8 @@ class App:
             page.close(verbose=False)
 
     def _find(self) -> list[Run]:
-        from afterimage.models.hub import PREFIX, pull
-
-        folders = tuple(Path(name) for name in self.runs if not name.startswith(PREFIX))
-        found = find_runs(folders) if folders or not self.runs else []
-        found = sorted(found, key=_order)
+        found = sorted(find_named(self.runs), key=_order)
         runs = [run for run in found if run.file("decoder.safetensors").exists()]
-        runs += [pull(name) for name in self.runs if name.startswith(PREFIX)]
         if not runs:
             raise AfterimageError("none of the runs has a decoder; baselines and inversions rebuild nothing")
         for run in found:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli.report import find_runs
+from afterimage.cli.report import find_named
 from afterimage.config import AfterimageError, shown
 from afterimage.runtime.terminal import console, printable, say
 
@@ -23,8 +23,10 @@ class Compare:
     An atlas is a study of many encoders, `afterimage study atlas` for one: its folder, or the table.csv of its report.
     """
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER [...]")]
-    """Run folders, or folders that hold run folders: your encoders."""
+    runs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER|hub:USER/NAME [...]")
+    ]
+    """Run folders, or folders that hold run folders: your encoders; or decoders of the Hugging Face hub."""
     atlas: Annotated[Path, tyro.conf.arg(name="with", metavar="ATLAS")]
     """The others: a study's folder, the table.csv of a report, a .parquet of that table, or hub:USER/NAME[@REVISION], a
     study's scores that somebody pushed."""
@@ -43,8 +45,8 @@ class Compare:
             raise AfterimageError(f"--output {shown(self.output)}: the figure is a PNG file, name it .png")
         check_file(self.output, "--output")
 
-        def of(*folders: Path) -> list:
-            return records(read_rows(find_runs(folders)))
+        def of(*names: str) -> list:
+            return records(read_rows(find_named(names)))
 
         file, name = self.atlas, shown(self.atlas)
         if str(file).startswith("hub:"):
@@ -52,8 +54,8 @@ class Compare:
 
             file, name = pull_table(str(file))
             say(f"atlas: {name}")
-        atlas = of(file) if file.is_dir() else read_atlas(file)
-        mine = entries(of(*self.folders), ", ".join(map(shown, self.folders)))
+        atlas = of(str(file)) if file.is_dir() else read_atlas(file)
+        mine = entries(of(*self.runs), ", ".join(map(shown, self.runs)))
         comparison = compare(mine, entries(atlas, name), within=self.within)
         _print(standings_table(comparison))
         say(*comparison.remarks)

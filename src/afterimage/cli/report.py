@@ -63,6 +63,18 @@ def find_runs(folders: tuple[Path, ...]) -> list[Run]:
     return runs
 
 
+def find_named(names: tuple[str, ...]) -> list[Run]:
+    """Find the runs that folders name, as `find_runs`, and every decoder of the hub that addresses name."""
+    addresses = [name for name in names if name.startswith("hub:")]
+    folders = tuple(Path(name) for name in names if name not in addresses)
+    runs = find_runs(folders) if folders or not addresses else []
+    if addresses:
+        from afterimage.models.hub import pull_all
+
+        runs += [run for address in addresses for run in pull_all(address)]
+    return runs
+
+
 def sort_arguments(given: tuple[str, ...]) -> tuple[list[Path], list[Path], list[str]]:
     """Tell run folders, image files and `model:layer` apart by what exists on disk.
 

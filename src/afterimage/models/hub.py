@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,24 +69,60 @@ def pull(address: str, *, revision: str | None = None) -> PulledRun:
             its manifest and card tell of
     """
     repository, wanted, named = _parsed(address, "decoder", SPELLING)
+    with _refusals(repository):
+        commit, manifest = _manifest(repository, named or revision)
+        return _pulled(repository, commit, manifest, wanted)
+
+
+def pull_all(address: str) -> list[PulledRun]:
+    """Fetch every decoder of a repository as `pull` does, or the one that the address names.
+
+    Args:
+        address: `[hub:]USER/NAME[/DECODER][@REVISION]`
+
+    Raises:
+        AfterimageError: as for `pull`
+    """
+    repository, wanted, named = _parsed(address, "decoder", SPELLING)
+    with _refusals(repository):
+        commit, manifest = _manifest(repository, named)
+        names = [wanted] if wanted or len(manifest.decoders) == 1 else manifest.decoders
+        return [_pulled(repository, commit, manifest, name) for name in names]
+
+
+@contextlib.contextmanager
+def _refusals(repository: str) -> Iterator[None]:
+    """Name the repository in what is wrong with it."""
     try:
-        file = _fetch(repository, named or revision, MANIFEST)
-        commit = file.parent.name
-        decoder = _chosen(file, wanted)
-        _check_card(_fetch(repository, commit, CARD), decoder)
-        for part in FILES:
-            found = _fetch(repository, commit, decoder.file(part))
-            if sha256(found) != decoder.sha256[part]:
-                raise AfterimageError(
-                    f"its {decoder.file(part)} was swapped or changed: its SHA-256 is {sha256(found)}, not "
-                    f"{decoder.sha256[part]} as in {MANIFEST}"
-                )
-        run = PulledRun(found.parent, f"{PREFIX}{repository}{wanted and f'/{wanted}'}@{commit}")
-        check_shareable(run.config)
+        yield
     except Unavailable as reason:
         raise AfterimageError(f"cannot get {PREFIX}{repository}: {reason}") from None
     except AfterimageError as error:
         raise AfterimageError(f"{PREFIX}{repository} is refused: {error}") from None
+
+
+def _manifest(repository: str, revision: str | None) -> tuple[str, Manifest]:
+    """The commit that a revision is, and what it holds."""
+    file = _fetch(repository, revision, MANIFEST)
+    try:
+        return file.parent.name, Manifest.parse(file.read_bytes())
+    except AfterimageError as error:
+        raise AfterimageError(f"{MANIFEST}: {error}") from None
+
+
+def _pulled(repository: str, commit: str, manifest: Manifest, name: str) -> PulledRun:
+    """Fetch and check one decoder; `name` is empty for the only one."""
+    decoder = manifest.choose(name)
+    _check_card(_fetch(repository, commit, CARD), decoder)
+    for part in FILES:
+        found = _fetch(repository, commit, decoder.file(part))
+        if sha256(found) != decoder.sha256[part]:
+            raise AfterimageError(
+                f"its {decoder.file(part)} was swapped or changed: its SHA-256 is {sha256(found)}, not "
+                f"{decoder.sha256[part]} as in {MANIFEST}"
+            )
+    run = PulledRun(found.parent, f"{PREFIX}{repository}{name and f'/{name}'}@{commit}")
+    check_shareable(run.config)
     return run
 
 
@@ -144,13 +181,6 @@ def _fetch(repository: str, revision: str | None, name: str, kind: str = "model"
             "downloaded, as HF_HUB_OFFLINE is set"
         )
     return download(repository, revision, [name], kind)
-
-
-def _chosen(file: Path, name: str) -> PublishedDecoder:
-    try:
-        return Manifest.parse(file.read_bytes()).choose(name)
-    except AfterimageError as error:
-        raise AfterimageError(f"{MANIFEST}: {error}") from None
 
 
 def _check_card(file: Path, decoder: PublishedDecoder) -> None:
