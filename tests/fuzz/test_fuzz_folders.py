@@ -100,6 +100,14 @@ def test_a_folder_of_any_name_is_reported(run):
     )
 
 
+def test_a_number_too_large_for_a_float_is_not_finite(run):
+    lines = run.file("scores.csv").read_text().splitlines()
+    first, _, rest = lines[1].split(",", 2)
+    run.file("scores.csv").write_text("\n".join([lines[0], f"{first},{'9' * 400},{rest}", *lines[2:]]) + "\n")
+    with pytest.raises(AfterimageError, match=r"scores\.csv: .* is inf, not a finite number"):
+        read_rows([run])
+
+
 def test_half_a_character_is_no_text(run):
     run.file("summary.json").write_text(
         run.file("summary.json").read_text().replace('"a:layer1', r'"\ud800:layer1')

@@ -176,7 +176,10 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
 def _number(cell: str | None) -> Any:
     if not cell:
         return None
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(cell)
-    return cell
+    try:
+        number = float(cell)
+    except ValueError:
+        return cell
+    with contextlib.suppress(ValueError):
+        return int(cell) if abs(number) < 2**63 else number  # as in the other files, which take no larger integer
+    return number
