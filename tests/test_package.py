@@ -1,5 +1,6 @@
 """The package as it is built: what the wheel holds, and what works where only the wheel is."""
 
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from afterimage.report.space import build_wheel
 
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
@@ -60,6 +63,21 @@ def test_the_wheel_holds_every_file_and_says_what_it_is(wheel, installed):
     metadata = (installed / f"afterimage-{version}.dist-info/METADATA").read_text()
     assert "License-Expression: MIT" in metadata and "License-File: LICENSE" in metadata
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_wheel_of_a_space_holds_the_same(wheel):
+    """It is packed from what runs here, without a build; pip reads the digests of its RECORD."""
+    ours = build_wheel()
+    assert ours == build_wheel() and ours.name == wheel.name
+    with zipfile.ZipFile(wheel) as built, zipfile.ZipFile(io.BytesIO(ours.content)) as packed:
+        names = {name for name in built.namelist() if not name.endswith("/top_level.txt")}
+        assert set(packed.namelist()) == names
+        same = names - {name for name in names if name.endswith(("/RECORD", "/WHEEL", "/METADATA"))}
+        assert [name for name in same if packed.read(name) != built.read(name)] == []
+        (record,) = (name for name in names if name.endswith("/RECORD"))
+        rows = [set(archive.read(record).decode().split()) for archive in (built, packed)]
+    of_package = [{row for row in found if row.startswith("afterimage/")} for found in rows]
+    assert of_package[0] == of_package[1]
 
 
 def test_the_readmes_ten_lines_and_the_command_run_from_the_wheel(installed, tmp_path):

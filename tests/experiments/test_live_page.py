@@ -1,7 +1,6 @@
 """The live page in a real browser, as a visitor uses it; what it shows is tested in `test_live.py`."""
 
 import dataclasses
-import socket
 
 import pytest
 from PIL import Image
@@ -9,16 +8,11 @@ from PIL import Image
 from afterimage import train_runs
 from afterimage.config import DataConfig
 from children import small_configs
+from command_line import free_port
 
 pytest_plugins = ("page_fixtures",)
 pytestmark = pytest.mark.long
 pytest.importorskip("gradio", reason="the live page is drawn by Gradio")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,17 @@
 """Decoders on the hub: pushed through the real client to a stand-in, and pulled from there."""
 
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import urllib.request
+import zipfile
 from dataclasses import replace
+from importlib import metadata
 
 import huggingface_hub
 import numpy as np
@@ -14,6 +19,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from packaging.requirements import Requirement
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,7 +29,7 @@ from afterimage.cli.report import find_named
 from afterimage.models.hub import pull, pull_all, pull_table
 from afterimage.runs.repository import CARD, DECODER, FILES, IMAGE_GRID, MANIFEST, SCORES_TABLE, TABLE
 from children import MODEL, small_configs
-from command_line import command
+from command_line import command, free_port
 from fake_hub import TOKEN, FakeHub
 
 NAME = "me/small.decoder"
@@ -358,3 +364,70 @@ def test_in_another_home_with_the_real_client(hub, pushed, runs, tmp_path, folde
     theirs = np.array(Image.open(tmp_path / "me.reconstruction.png"))
     main(["reconstruct", "me.png", str(runs[0].path), "--device", "cpu"])
     assert np.array_equal(theirs, np.array(Image.open(tmp_path / "me.reconstruction.png")))
+
+
+def test_a_space_shows_what_was_pushed(hub, runs, tmp_path, folder, capsys):
+    """What the hub would do with it: install the requirement, run the file, forward visitors to its port."""
+    pytest.importorskip("gradio", reason="the live page is drawn by Gradio")
+    push = ["push", runs[0].path.parent, "--to", NAME, "--license", "mit", "--space"]
+    for _ in range(2):  # the second replaces the first
+        code, out, err = command(capsys, *push)
+        assert code == 0, err
+    assert out.splitlines()[-1] == f"live page at {hub.endpoint}/spaces/{NAME}, when the hub has built it"
+    files, commit = hub.files(f"spaces/{NAME}"), hub.repositories[NAME][-1][0]
+    (wheel,) = (name for name in files if name.endswith(".whl"))
+    assert files.keys() == {CARD, "app.py", "requirements.txt", wheel}
+    card = ModelCard(files[CARD].decode()).data.to_dict()
+    assert (card["sdk"], card["app_file"], card["models"]) == ("gradio", "app.py", [NAME])
+    assert card["sdk_version"] == metadata.version("gradio")
+    assert sys.version.startswith(card["python_version"])
+
+    requirement = Requirement(files["requirements.txt"].decode().strip())
+    url, _, digest = requirement.url.partition("#sha256=")
+    assert (requirement.name, requirement.extras) == ("afterimage", {"app"})
+    assert re.search(rf"/spaces/{NAME}/resolve/[0-9a-f]{{40}}/{wheel}$", url)
+    with urllib.request.urlopen(url) as answer:
+        content = answer.read()
+    assert hashlib.sha256(content).hexdigest() == digest and content == files[wheel]
+    zipfile.ZipFile(io.BytesIO(content)).extractall(tmp_path / "installed")
+    (tmp_path / "app.py").write_bytes(files["app.py"])
+    environment = {
+        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": str(tmp_path / "installed"), "GRADIO_SERVER_PORT": str(free_port()),
+    }  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "app.py"], env={**os.environ, **environment}, cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        told = child.stdout.readline()
+        assert told.startswith("2 decoders at "), child.communicate()[1]
+        with urllib.request.urlopen(f"http://127.0.0.1:{environment['GRADIO_SERVER_PORT']}/config") as answer:
+            page = answer.read().decode()
+        assert "layer1 · " in page and "layer2 · " in page
+        assert ("HEAD", f"/{NAME}/resolve/{commit}/{MANIFEST}") in hub.requests
+    finally:
+        child.terminate()
+        child.communicate()
+
+
+def test_what_no_space_is_made_of(hub, runs, capsys, monkeypatch):
+    push = ("push", runs[0].path, "--to", NAME, "--space")
+    for flag in ("--dataset", "--private"):
+        code, out, err = command(capsys, *push, flag)
+        assert (code, out) == (1, "") and f"--space does not go with {flag}: " in err
+    code, out, err = command(capsys, *push, "--output-dir", "look")
+    assert (code, out) == (1, "") and "--space does not go with --output-dir: " in err
+    found = metadata.distribution
+    for missing, told in (("gradio", "pip install 'afterimage[app]'"), ("afterimage", "`pip install -e .`")):
+        without = {missing: "none"}
+        monkeypatch.setattr(metadata, "distribution", lambda name, w=without: found(w.get(name, name)))
+        code, out, err = command(capsys, *push)
+        assert (code, out) == (1, "") and told in err
+    monkeypatch.setattr(metadata, "distribution", found)
+    assert not hub.repositories  # nothing was uploaded before it was clear
+    hub.commit(f"spaces/{NAME}", **{"app.py": b"print()", CARD: b""})
+    code, out, err = command(capsys, *push)
+    assert (
+        code == 1 and "holds something else than what afterimage pushes (it has app.py, and no wheel" in err
+    )

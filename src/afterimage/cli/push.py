@@ -15,6 +15,7 @@ from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
     from afterimage.report.publish import ImageGrid
+    from afterimage.report.space import Wheel
     from afterimage.runs.run import Run
 
 
@@ -34,6 +35,9 @@ class Push:
     dataset: bool = False
     """Share the scores in place of the decoders, as a data set: Parquet with a row for each run and test image, with
     the images that anybody may pass on, and the table of the runs. Needs pyarrow."""
+    space: bool = False
+    """Also make a Space of the same name: a live page of these decoders, at this commit. It installs a wheel of the
+    afterimage that runs here, which goes up with it, and the version of Gradio that is here."""
     license: str = "unknown"
     """Licence of the decoders or scores, by the hub's name for it, such as mit or cc-by-4.0."""
     own_images: bool = False
@@ -50,6 +54,7 @@ class Push:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.to):
             raise AfterimageError(f"--to {self.to!r:.200} is no name of a repository: write USER/NAME")
         given = find_runs(self.folders)
+        wheel = self._wheel() if self.space else None
 
         kind = "dataset" if self.dataset else "model"
         decoders, files = ([], self._scores(given)) if self.dataset else self._decoders(given)
@@ -75,6 +80,35 @@ class Push:
         say(f"{len(decoders)} decoder{'s' if len(decoders) > 1 else ''} at {ENDPOINT}/{self.to}")
         what = self.to if len(decoders) == 1 else f"{self.to}/{decoders[0].name}"
         say(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
+        if wheel is not None:
+            self._push_space(decoders, commit, wheel)
+
+    def _wheel(self) -> Wheel:
+        """What the Space installs, made before anything is uploaded."""
+        from afterimage.report.space import build_wheel, sdk_version
+
+        for is_set, why in (
+            (self.dataset, "--dataset: a data set has no decoders to show"),
+            (self.output_dir, "--output-dir: a Space shows a commit, and nothing is uploaded"),
+            (self.private, "--private: a Space reads the decoders and its wheel without a token"),
+        ):
+            if is_set:
+                raise AfterimageError(f"--space does not go with {why}")
+        sdk_version()
+        return build_wheel()
+
+    def _push_space(self, runs: list[Run], commit: str, wheel: Wheel) -> None:
+        """Upload the wheel, and then what installs it: the hub installs requirements before it has the files beside."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.constants import ENDPOINT
+
+        from afterimage.models.hub import upload
+        from afterimage.report.space import space_files
+
+        revision = upload({wheel.name: wheel.content}, self.to, kind="space")
+        url = hf_hub_url(self.to, wheel.name, repo_type="space", revision=revision)
+        upload(space_files(runs, self.to, commit, wheel, url, license=self.license), self.to, kind="space")
+        say(f"live page at {ENDPOINT}/spaces/{self.to}, when the hub has built it")
 
     def _scores(self, given: list[Run]) -> dict[str, bytes]:
         from afterimage.report.dataset import dataset_files

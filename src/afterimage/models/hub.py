@@ -208,7 +208,7 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
         files: contents by path
         repository: `USER/NAME`
         private: whether a repository that is made now is private
-        kind: `model` or `dataset`
+        kind: `model`, `dataset` or `space`
 
     Returns:
         the commit
@@ -221,7 +221,8 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
 
     api = HfApi()
     try:
-        ask_soon(lambda: api.create_repo(repository, repo_type=kind, private=private or None, exist_ok=True))
+        options = {"private": private or None, "space_sdk": "gradio" if kind == "space" else None}
+        ask_soon(lambda: api.create_repo(repository, repo_type=kind, exist_ok=True, **options))
         _check_empty(set(api.list_repo_files(repository, repo_type=kind)), repository, kind)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         return api.create_commit(repository, operations, commit_message="From afterimage", repo_type=kind).oid
@@ -239,10 +240,13 @@ def _check_empty(names: set[str], repository: str, kind: str) -> None:
     try:
         if kind == "dataset" and {SCORES_TABLE, TABLE} <= names:
             return
+        if kind == "space" and any(re.fullmatch(rf"{LIBRARY}-.*\.whl", name) for name in names):
+            return
+        made_with_it = {".gitattributes", "LICENSE", *([CARD] if kind == "space" else [])}
         if kind == "model" and MANIFEST in names:
             Manifest.parse(download(repository, None, [MANIFEST]).read_bytes())
-        elif others := sorted(names - {".gitattributes", "LICENSE"}):
-            missing = MANIFEST if kind == "model" else TABLE
+        elif others := sorted(names - made_with_it):
+            missing = {"model": MANIFEST, "dataset": TABLE, "space": f"wheel of {LIBRARY}"}[kind]
             raise AfterimageError(f"it has {listed(others)}, and no {missing}")
     except (AfterimageError, Unavailable) as error:
         raise AfterimageError(
