@@ -411,6 +411,18 @@ def test_a_space_shows_what_was_pushed(hub, runs, tmp_path, folder, capsys):
         child.communicate()
 
 
+def test_a_collection_holds_what_was_pushed(hub, runs, capsys):
+    push = ("push", runs[0].path, "--collection", "What layers keep", "--to")
+    for arguments in (("me/small", "--space"), ("me/scores", "--dataset"), ("me/small",)):
+        code, out, err = command(capsys, *push, *arguments)
+        assert code == 0, err
+        assert out.splitlines()[-1].startswith(f"collection at {hub.endpoint}/collections/me/What")
+    items = [("model", "me/small"), ("space", "me/small"), ("dataset", "me/scores")]
+    assert hub.collections == {("me", "What layers keep"): items}
+    code, out, err = command(capsys, *push, "me/small", "--output-dir", "look")
+    assert (code, out) == (1, "") and "--collection does not go with --output-dir" in err
+
+
 def test_what_no_space_is_made_of(hub, runs, capsys, monkeypatch):
     push = ("push", runs[0].path, "--to", NAME, "--space")
     for flag in ("--dataset", "--private"):

@@ -38,6 +38,8 @@ class Push:
     space: bool = False
     """Also make a Space of the same name: a live page of these decoders, at this commit. It installs a wheel of the
     afterimage that runs here, which goes up with it, and the version of Gradio that is here."""
+    collection: str | None = None
+    """Title of a collection of USER's that what is pushed goes into; made if it is not there."""
     license: str = "unknown"
     """Licence of the decoders or scores, by the hub's name for it, such as mit or cc-by-4.0."""
     own_images: bool = False
@@ -53,6 +55,8 @@ class Push:
     def run(self) -> None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.to):
             raise AfterimageError(f"--to {self.to!r:.200} is no name of a repository: write USER/NAME")
+        if self.collection is not None and self.output_dir is not None:
+            raise AfterimageError("--collection does not go with --output-dir: nothing is uploaded")
         given = find_runs(self.folders)
         wheel = self._wheel() if self.space else None
 
@@ -71,17 +75,27 @@ class Push:
 
         from huggingface_hub.constants import ENDPOINT
 
-        from afterimage.models.hub import PREFIX, upload
+        from afterimage.models.hub import collect, upload
 
         commit = upload(files, self.to, private=self.private, kind=kind)
         if self.dataset:
             say(f"scores at {ENDPOINT}/datasets/{self.to}, commit {commit}")
-            return
+        else:
+            self._say_decoders(decoders, commit)
+        if wheel is not None:
+            self._push_space(decoders, commit, wheel)
+        if self.collection is not None:
+            kinds = [kind, "space"] if wheel is not None else [kind]
+            say(f"collection at {collect(self.collection, self.to, kinds, private=self.private)}")
+
+    def _say_decoders(self, decoders: list[Run], commit: str) -> None:
+        from huggingface_hub.constants import ENDPOINT
+
+        from afterimage.models.hub import PREFIX
+
         say(f"{len(decoders)} decoder{'s' if len(decoders) > 1 else ''} at {ENDPOINT}/{self.to}")
         what = self.to if len(decoders) == 1 else f"{self.to}/{decoders[0].name}"
         say(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
-        if wheel is not None:
-            self._push_space(decoders, commit, wheel)
 
     def _wheel(self) -> Wheel:
         """What the Space installs, made before anything is uploaded."""

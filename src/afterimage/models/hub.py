@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,6 +233,34 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
     except Exception as error:
         where = f"cannot push to {repository} at {constants.ENDPOINT}"
         raise AfterimageError(f"{where}: {_refused(error)}") from None
+
+
+def collect(title: str, repository: str, kinds: Sequence[str], *, private: bool = False) -> str:
+    """Put repositories of one name into a collection of their owner's, made if it is not there.
+
+    Args:
+        title: of the collection
+        repository: `USER/NAME`
+        kinds: of the repositories: `model`, `dataset` or `space`
+        private: whether a collection that is made now is private
+
+    Returns:
+        its address
+
+    Raises:
+        AfterimageError: the hub does not answer or refuses
+    """
+    from huggingface_hub import HfApi, constants
+
+    api, owner = HfApi(), repository.partition("/")[0]
+    try:
+        found = api.create_collection(title, namespace=owner, private=private, exists_ok=True)
+        for kind in kinds:
+            api.add_collection_item(found.slug, repository, kind, exists_ok=True)
+    except Exception as error:
+        where = f"cannot put {repository} into the collection {title!r:.200} at {constants.ENDPOINT}"
+        raise AfterimageError(f"{where}: {_refused(error)}") from None
+    return found.url
 
 
 def _check_empty(names: set[str], repository: str, kind: str) -> None:

@@ -181,5 +181,7 @@ def _number(cell: str | None) -> Any:
     except ValueError:
         return cell
     with contextlib.suppress(ValueError):
-        return int(cell) if abs(number) < 2**63 else number  # as in the other files, which take no larger integer
+        return (
+            int(cell) if abs(number) < 2**63 else number
+        )  # as in the other files, which take no larger integer
     return number
