@@ -46,7 +46,7 @@ def noisy(count: int, size: tuple[int, int] = (50, 37)) -> list[torch.Tensor]:
 def test_a_corrector_starts_as_the_best_mixture_of_its_images():
     originals, decoded, refined = noisy(4)
     corrector = learn_corrector(originals, decoded, refined, replace(FEW, steps=1))
-    start = Corrector(8, float(corrector.mix), corrector.step, corrector.scale)(decoded, refined)
+    start = Corrector(8, corrector.mix.item(), corrector.step, corrector.scale)(decoded, refined)
     step = refined - decoded
     mix = float((step * (originals - decoded)).sum() / step.square().sum())
     torch.testing.assert_close(start, decoded + mix * step, atol=1e-3, rtol=0)

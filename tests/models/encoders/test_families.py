@@ -94,11 +94,13 @@ class TestFamilies(EncoderContract):
         scope="class",
         params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES],
     )
-    def model(self, request):
+    @classmethod
+    def model(cls, request):
         return request.param
 
     @pytest.fixture(scope="class")
-    def size(self, model):
+    @classmethod
+    def size(cls, model):
         return FAMILIES[model]
 
 
