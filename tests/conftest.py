@@ -5,8 +5,8 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
-# The same examples each time, so that a failure is one of the change that is tested; AFTERIMAGE_FUZZ=N draws new ones, N times
-# as many where input is damaged.
+# The same examples each time, so that a failure is one of the change that is tested; AFTERIMAGE_FUZZ=N draws new ones,
+# N times as many where input is damaged.
 settings.register_profile("same examples", derandomize="AFTERIMAGE_FUZZ" not in os.environ)
 settings.load_profile("same examples")
 

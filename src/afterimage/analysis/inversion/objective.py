@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from afterimage.analysis.inversion.short_attention import ShortAttention
 from afterimage.config import AfterimageError
 from afterimage.config.inversion import InvertConfig
 
@@ -124,7 +126,11 @@ class Objective:
         return features
 
     def _rounded(self, images: Images) -> list[Tensor]:
-        with torch.autocast(images.device.type, torch.bfloat16):
+        on_cpu = images.device.type == "cpu"
+        with (
+            torch.autocast(images.device.type, torch.bfloat16),
+            ShortAttention() if on_cpu else nullcontext(),
+        ):
             return [map_.float() for map_ in self.features_of(images)]
 
     def _whitened(self, features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerImage:
