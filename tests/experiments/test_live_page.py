@@ -1,6 +1,7 @@
 """The live page in a real browser, as a visitor uses it; what it shows is tested in `test_live.py`."""
 
 import dataclasses
+import threading
 
 import pytest
 from PIL import Image
@@ -16,7 +17,7 @@ pytest.importorskip("gradio", reason="the live page is drawn by Gradio")
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def live(tmp_path_factory):
     """A page of two `linear` decoders of a small random encoder, for images of 32 x 32."""
     from afterimage.experiments.live import LiveDecoder
     from afterimage.experiments.live_page import LivePage
@@ -27,7 +28,11 @@ def address(tmp_path_factory):
     (model, _) = config.sources[0].split(":")
     configs = [dataclasses.replace(config, sources=(f"{model}:{layer}",)) for layer in ("layer1", "layer2")]
     runs = train_runs(configs, folder / "runs", cache=folder / "cache", accelerator="cpu")
-    live = LivePage([LiveDecoder(run, max_pixels=1_000_000) for run in runs])
+    return LivePage([LiveDecoder(run, max_pixels=4_000_000) for run in runs])
+
+
+@pytest.fixture(scope="module")
+def address(live):
     page, address = live.serve(host="127.0.0.1", port=free_port(), max_waiting=10, max_megabytes=4)
     yield address
     page.close(verbose=False)
@@ -38,7 +43,7 @@ def visit(browser, address):
     """Open the page; errors and whatever it asks of other machines fail the test at its end."""
     contexts, trouble = [], []
 
-    def visit(query="", width=1280, height=900, **options):
+    def visit(query="", width=1280, height=900, address=address, ready=".cards figure", **options):
         contexts.append(browser.new_context(viewport={"width": width, "height": height}, **options))
         tab = contexts[-1].new_page()
         tab.set_default_timeout(30_000)
@@ -48,7 +53,7 @@ def visit(browser, address):
             lambda r: None if r.url.startswith((address, "data:", "blob:")) else trouble.append(r.url),
         )
         tab.goto(address + query)
-        tab.wait_for_selector(".cards figure")
+        tab.wait_for_selector(ready)
         return tab
 
     yield visit
@@ -104,11 +109,11 @@ def test_an_image_of_ones_own_and_a_text_file_named_jpg(visit, tmp_path):
     assert mine != scores(tab) != before
     for name, reason in (
         ("text.jpg", "text.jpg: is not an image"),
-        ("large.png", "large.png: has 1.0 megapixels"),
+        ("large.png", "large.png: has 5.0 megapixels"),
     ):
         tab = visit()
         (tmp_path / "text.jpg").write_text("no image")
-        Image.new("1", (2000, 501)).save(tmp_path / "large.png")
+        Image.new("1", (2500, 2000)).save(tmp_path / "large.png")
         tab.set_input_files("#upload-image input[type=file]", tmp_path / name)
         tab.wait_for_selector(".message")
         assert tab.inner_text(".message").startswith(reason)
@@ -130,3 +135,46 @@ def test_a_phone_shows_all_of_it_and_dark_is_dark(visit, scheme):
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     red = int(background.split("(")[1].split(",")[0])
     assert (red < 64) == (scheme == "dark")
+
+
+def test_a_photograph_is_taken_with_the_webcam(visit):
+    tab = visit(permissions=["camera"])
+    before = scores(tab)
+    tab.click("#upload-image button[aria-label='Capture from camera']")
+    tab.click("#upload-image button:has-text('Click to Access Webcam')")
+    tab.wait_for_function("() => document.querySelector('#upload-image video')?.readyState > 2")
+    tab.click("#upload-image button[aria-label='capture photo']")
+    wait_for_new(tab, before)
+    tab.wait_for_url("**?image=own")
+
+
+def test_a_full_queue_is_said_and_the_page_lives_on(visit, live, monkeypatch):
+    """One visitor is served and one may wait; the third is told, as is a visitor who comes then."""
+    decoder, free = live.decoders[0], threading.Event()
+    search = decoder.refine
+
+    def slow(*arguments, **options):
+        free.wait(60)
+        yield from search(*arguments, **options)
+
+    monkeypatch.setattr(decoder, "refine", slow)
+    page, address = live.serve(host="127.0.0.1", port=free_port(), max_waiting=1, max_megabytes=4)
+    try:
+        first, second, third = (visit(address=address) for _ in range(3))
+        for tab, state in ((first, "processing"), (second, "queue: 1/1"), (third, "Error")):
+            tab.click("#refine")
+            tab.wait_for_selector(f"#refined :text('{state}')")
+        fourth = visit(address=address, ready=".toast-body")
+        for tab in (third, fourth):
+            assert "busy" in tab.inner_text(".toast-body")
+        assert "choose an image again in a moment" in fourth.inner_text("#cards")
+        free.set()
+        for tab in (first, second):
+            tab.wait_for_selector("#refined figcaption:has-text('of 64')")
+        third.click("#refine")
+        third.wait_for_selector("#refined figcaption:has-text('of 64')")
+        fourth.locator("#examples-image button").nth(2).click()
+        fourth.wait_for_selector(".cards figure")
+    finally:
+        free.set()
+        page.close(verbose=False)

@@ -218,6 +218,8 @@ def test_a_repository_that_does_not_fit_is_refused(hub, pushed, change, message,
     hub.put(NAME, {**pushed, **change(pushed)})
     with pytest.raises(AfterimageError, match=rf"hub:{NAME}\b.*{message}"):
         Reconstructor.from_pretrained(NAME)
+    code, out, err = command(capsys, "app", f"hub:{NAME}")
+    assert (code, out) == (1, "") and re.search(rf"^afterimage: .*hub:{NAME}\b.*{message}", err)
 
 
 def test_another_encoder_is_refused(hub, pushed, tmp_path):

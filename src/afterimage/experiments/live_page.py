@@ -25,6 +25,10 @@ THUMBNAIL = 96
 """Pixels of an example's thumbnail."""
 UPLOADS = 3600
 """Seconds after which uploaded files are deleted."""
+WAITING = (
+    "<p>The images come here. If they do not, many visitors wait: choose an image again in a moment.</p>"
+)
+"""What a visitor sees before the first answer, and for good where the queue was full."""
 CHANGE_LABELS = dict(
     zip(CHANGES, ("as they are", "zero", "the second image's", "average of both"), strict=True)
 )
@@ -104,7 +108,7 @@ class LivePage:
                             sliders[name] = _slider(name)
                         other = _pick("Second image", "second")
                 with gr.Column(scale=3, min_width=320):
-                    cards = gr.HTML(elem_id="cards")
+                    cards = gr.HTML(WAITING, elem_id="cards")
                     with gr.Row(elem_id="refining"):
                         labels = [(f"{one.title} · {one.label}", i) for i, one in enumerate(self.decoders)]
                         which = gr.Dropdown(labels, value=0, label="Refine the answer of", elem_id="which")
