@@ -48,7 +48,8 @@ def call_factory(text: str, arguments: Mapping[str, Any] = {}, **options: Any) -
         module = _import(where)
         factory: Callable[..., Any] | None = getattr(module, name, None)
         if factory is None:
-            raise unknown(f"factory in {where}", name, [n for n in vars(module) if not n.startswith("_")])
+            names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+            raise unknown(f"factory in {where}", name, names)
         _check_arguments(text, factory, arguments, options)
         made = factory(*arguments.values(), **options)
     except AfterimageError:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -68,11 +69,15 @@ class OwnNetwork(Network):
         size = size_pair(given.get("image_size") or 224)
         channels = _channels(module, size)
         mean, std = (
-            given.get(key) or default[:channels]
-            for key, default in zip(("mean", "std"), AS_IT_IS, strict=True)
+            default if given.get(key) is None else given[key]
+            for key, default in zip(("mean", "std"), (part[:channels] for part in AS_IT_IS), strict=True)
         )
+        asked = f"got {mean!r} and {std!r}"
         try:
-            mean, std = tuple(map(float, mean)), tuple(map(float, std))
+            mean, std = (
+                (float(value),) * channels if isinstance(value, Real) else tuple(map(float, value))
+                for value in (mean, std)
+            )
             if (
                 len(mean) != channels
                 or len(std) != channels
@@ -82,9 +87,8 @@ class OwnNetwork(Network):
                 raise ValueError
         except (TypeError, ValueError):
             raise AfterimageError(
-                f"the attributes mean and std of {name} must be {'three numbers' if channels == 3 else 'one number'} "
-                f"each, as many as it takes channels, std greater than 0, "
-                f"got {mean!r} and {std!r}"
+                f"the attributes mean and std of {name} must be one number{' or three' if channels == 3 else ''} each, "
+                f"std greater than 0, {asked}"
             ) from None
         prefix = given.get("prefix_tokens")
         if prefix is not None and not (isinstance(prefix, int) and prefix >= 0):
@@ -98,7 +102,9 @@ class OwnNetwork(Network):
         """What a run's notes say of it."""
         if (self.mean, self.std) != tuple(values[: self.channels] for values in AS_IT_IS):
             return []
-        return [f"images reach {self.name} as they are, in [0, 1]: it has no attributes mean and std"]
+        return [
+            f"images reach {self.name} as they are, in [0, 1]: it has no mean and std in numbers, but 0 and 1"
+        ]
 
     def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
         with torch.no_grad():  # or a scripted part's copy would come with a history
