@@ -1,9 +1,11 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from afterimage.analysis.inversion.best_estimate import learning_macs
 from afterimage.config import (
     RANDOM_WEIGHTS,
     AfterimageError,
@@ -16,6 +18,7 @@ from afterimage.config import (
 from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.config.study import RowConfig, StudyConfig, from_models, load_study, shipped
 from afterimage.data.dataset import load_data
+from afterimage.experiments import cost
 from afterimage.experiments.cost import plan
 from afterimage.experiments.study import expand, run_study
 from afterimage.models.reconstructor import build_feature_decoder
@@ -237,11 +240,13 @@ def test_a_plan_counts_attention_and_the_sums_of_a_closed_form():
     assert rows * inputs**2 // 2 < decoder.fit_macs(16) < 8 * rows * inputs**2 + 3 * inputs**3
 
 
-def test_the_plan_says_what_measured_bounds_cost(capsys):
+def test_the_plan_says_what_measured_bounds_cost(capsys, monkeypatch):
     from afterimage.cli.study import print_plan
 
     study = replace(SMALL, baselines=False, invert=3, inversion=InvertConfig(steps=50, held_out=5))
     configs = expand(study)[:1]
+    monkeypatch.setattr(cost, "macs_per_second", lambda: 1e9)
+    seconds = []
     for learn, said in (
         (7, "and 7 to learn best estimates from"),
         (0, "and 5 to choose the number of passes on"),
@@ -249,5 +254,10 @@ def test_the_plan_says_what_measured_bounds_cost(capsys):
         print_plan(configs, replace(study, estimate=EstimateConfig(images=learn)))
         out = " ".join(capsys.readouterr().out.split())
         assert f"measured bounds: 3 images of each run {said}, at most 50 passes" in out
+        assert "1 run, none started" in out and "1 group of runs" in out
+        minutes, rest = re.search(r"backward each: ~(?:(\d+):)?(\d+)", out).groups()
+        seconds.append(60 * int(minutes or 0) + int(rest))
+    # Two more images are refined, and the estimates' network learns.
+    assert seconds[0] - seconds[1] > learning_macs(EstimateConfig(), (64, 64)) / 1e9
     print_plan(configs, replace(study, invert=0))
     assert "measured bounds" not in capsys.readouterr().out

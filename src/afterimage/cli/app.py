@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli.report import find_named
-from afterimage.config import AfterimageError, check_range
+from afterimage.config import AfterimageError, check_range, counted
 from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class App:
             max_waiting=self.max_waiting,
             max_megabytes=self.max_megapixels * MEGABYTES_A_MEGAPIXEL,
         )
-        say(f"{len(runs)} decoders at {address} (Ctrl-C ends it)")
+        say(f"{counted(len(runs), 'decoder')} at {address} (Ctrl-C ends it)")
         try:
             threading.Event().wait()
         except KeyboardInterrupt as stopped:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli.output import score_line
-from afterimage.config import shown
+from afterimage.config import counted, shown
 from afterimage.runtime.terminal import say
 
 
@@ -52,6 +52,6 @@ class Evaluate:
             )  # fmt: skip
         if self.output is not None:
             write_csv(self.output, rows)
-            say(f"scores of {len(rows)} images: {shown(self.output)}")
+            say(f"scores of {counted(len(rows), 'image')}: {shown(self.output)}")
         for name, score in summarise(rows).items():
             say(score_line(name, score, metrics.lpips_status))

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli.train import Sources
-from afterimage.config import DataConfig, shown
+from afterimage.config import DataConfig, counted, shown
 from afterimage.runtime.terminal import say
 
 
@@ -81,12 +81,13 @@ class Extract:
                 shape = f"{layer.channels}×{layer.height}×{layer.width}"
                 say(f"{layer.source}: {shape} {self.dtype}, {size:,} bytes")
             say(
-                f"{plan.images:,} images, {plan.pixels:,} bytes of pixels",
-                f"in all {plan.pixels + sum(plan.features):,} bytes in {plan.shards:,} files; nothing was written",
+                f"{counted(plan.images, 'image')}, {plan.pixels:,} bytes of pixels",
+                f"in all {plan.pixels + sum(plan.features):,} bytes in {counted(plan.shards, 'file')}; "
+                "nothing was written",
             )
             return
         check_file(self.out, "--out")
         with Display() as display:
             facts = extract(wanted, self.out, cache=self.cache, accelerator=self.device, progress=display)
         layers = ", ".join(found.layer for found in facts.features)
-        say(f"features of {facts.images:,} images in {facts.model} ({layers}): {shown(self.out)}")
+        say(f"features of {counted(facts.images, 'image')} in {facts.model} ({layers}): {shown(self.out)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from afterimage.config import counted
 from afterimage.runs.results import METRICS, LpipsStatus, Score
 from afterimage.runtime.terminal import console
 
@@ -17,7 +18,9 @@ def score_line(name: str, score: Score | None, lpips: LpipsStatus) -> str:
     unit, digits = metric.unit, 2 if name == "psnr" else 4
     if score.std is None:
         return f"{label} {score.mean:.{digits}f}{unit}"
-    return f"{label} {score.mean:.{digits}f} ± {score.std:.{digits}f}{unit} over {score.count} images"
+    return (
+        f"{label} {score.mean:.{digits}f} ± {score.std:.{digits}f}{unit} over {counted(score.count, 'image')}"
+    )
 
 
 def image_lines(scores: Mapping[str, float | None], lpips: LpipsStatus) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli.report import find_runs
-from afterimage.config import AfterimageError, shown
+from afterimage.config import AfterimageError, counted, shown
 from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Push:
 
             for name, content in files.items():
                 write_atomic(self.output_dir / name, content)
-            say(f"{len(files)} files of {self.to}: {shown(self.output_dir)}; nothing was uploaded")
+            say(f"{counted(len(files), 'file')} of {self.to}: {shown(self.output_dir)}; nothing was uploaded")
             return
 
         from huggingface_hub.constants import ENDPOINT
@@ -93,7 +93,7 @@ class Push:
 
         from afterimage.models.hub import PREFIX
 
-        say(f"{len(decoders)} decoder{'s' if len(decoders) > 1 else ''} at {ENDPOINT}/{self.to}")
+        say(f"{counted(len(decoders), 'decoder')} at {ENDPOINT}/{self.to}")
         what = self.to if len(decoders) == 1 else f"{self.to}/{decoders[0].name}"
         say(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
 

@@ -17,6 +17,7 @@ from afterimage.config import (
     DecoderConfig,
     RunConfig,
     check_range,
+    counted,
     parse_count,
     shown,
 )
@@ -237,6 +238,7 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
     """Print what a study would run and cost, a line a run, and what its measured bounds would."""
     from rich.table import Table
 
+    from afterimage.analysis.inversion.best_estimate import learning_macs
     from afterimage.cli.layers import print_unseen
     from afterimage.experiments.cost import macs_per_second, plan
     from afterimage.experiments.study import study_groups
@@ -250,7 +252,7 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
         except Exception as error:
             problems.append(f"cannot be built: {as_error(error, config.name)}")
             let_go(error)
-    table = Table(title=f"{len(configs)} runs, none started", title_justify="left")
+    table = Table(title=f"{counted(len(configs), 'run')}, none started", title_justify="left")
     for column in ("features", "shape", "decoder"):
         table.add_column(column, overflow="fold")
     for column in ("parameters", "encoder MACs", "decoder MACs", "epochs", "time", "memory"):
@@ -279,18 +281,20 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
     say(*problems)
     if study.invert and plans:
         steps, held_out, learn = study.inversion.steps, study.inversion.held_out, study.estimate.images
-        text = f"{study.invert} images of each run"
+        text = f"{counted(study.invert, 'image')} of each run"
         if learn:
             text += f" and {learn} to learn best estimates from"
         elif held_out:
             text += f" and {held_out} to choose the number of passes on"
         macs = sum(3 * steps * (study.invert + max(learn, held_out)) * one.encoder_macs for one in plans)
+        if learn:
+            macs += sum(learning_macs(study.estimate, one.config.data.size) for one in plans)
         say(
-            f"measured bounds: {text}, at most {steps} passes forward and backward each: "
+            f"measured bounds: {text}, at most {counted(steps, 'pass', 'passes')} forward and backward each: "
             f"~{clock(macs / macs_per_second())}"
         )
     total = sum(one.seconds for one in plans)
-    say(f"{len(study_groups(configs))} groups of runs that are trained together (--list-groups)")
+    say(f"{counted(len(study_groups(configs)), 'group')} of runs that are trained together (--list-groups)")
     say(
         f"estimates at {macs_per_second() / 1e9:.0f} GMAC/s, measured here on one convolution: ~{clock(total)} if each "
         "run were trained alone; runs that share encoders share their pass. MACs are for one image."

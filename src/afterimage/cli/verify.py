@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli.report import find_runs
+from afterimage.config import counted
 from afterimage.runtime.terminal import say
 
 NOT_MEASURED = 4
@@ -45,7 +46,9 @@ class Verify:
             )
         for verdict in verdicts:
             worst = ", ".join(f"{name} by {value:.2g}" for name, value in verdict.worst.items())
-            measured = f": {verdict.images} images, scores differ at most: {worst}" if worst else ""
+            measured = (
+                f": {counted(verdict.images, 'image')}, scores differ at most: {worst}" if worst else ""
+            )
             held = (
                 "holds" if verdict.holds
                 else "DOES NOT HOLD" if verdict.problems

@@ -17,6 +17,7 @@ from afterimage.config.errors import (
     check_positive,
     check_range,
     check_seed,
+    counted,
     first_line,
     listed,
     shown,

@@ -55,6 +55,11 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def counted(number: int, noun: str, several: str = "") -> str:
+    """Write a number of things: `1 run`, `1,200 runs`; `several` is the plural of more than an s."""
+    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
+
+
 def shown(path: str | Path) -> str:
     """Return a path as printable text: undecodable bytes and control characters are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")

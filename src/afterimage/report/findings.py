@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 
+from afterimage.config import counted
 from afterimage.evaluation.intervals import NAME, RESAMPLES
 from afterimage.report.format import (
     ahead,
@@ -336,8 +337,8 @@ def _overview(analysis: Analysis) -> str:
     seeds = max(len(row.runs) for row in decoded)
     averaged = "scores are averaged over seeds first" if seeds > 1 else "each row has one"
     return (
-        f"{len(decoded)} rows on {images} test images. All intervals are {NAME}s (bias-corrected and accelerated "
-        f"bootstrap over images, {RESAMPLES:,} resamples); differences are paired by image. "
+        f"{counted(len(decoded), 'row')} on {images} test images. All intervals are {NAME}s (bias-corrected and "
+        f"accelerated bootstrap over images, {RESAMPLES:,} resamples); differences are paired by image. "
         f"They speak of other images, not of other seeds: {averaged}."
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, counted
 from afterimage.report.format import markdown, markdown_block, markdown_code, plain
 from afterimage.report.page.page import write_page
 from afterimage.report.rows import Row, Rows, flatten, read_rows
@@ -129,11 +129,11 @@ def _sentence(rows: Rows) -> str:
     images = {markdown(r.data.test or r.data.source) for r in rows.all}
     parts = []
     if rows.decoders:
-        layers = f"{_count(len(sources), 'layer')} of {_count(len(models), 'frozen encoder')}"
-        runs = _count(len(rows.decoders), "run")
-        parts.append(f"{runs} on {layers} with {_count(len(decoders), 'decoder')}")
+        layers = f"{counted(len(sources), 'layer')} of {counted(len(models), 'frozen encoder')}"
+        runs = counted(len(rows.decoders), "run")
+        parts.append(f"{runs} on {layers} with {counted(len(decoders), 'decoder')}")
     if rows.baselines:
-        parts.append(_count(len(rows.baselines), "baseline"))
+        parts.append(counted(len(rows.baselines), "baseline"))
     return (
         "A decoder rebuilds images from the features of a frozen vision encoder; what comes back, measured "
         f"on images that it was not trained on, tells what the features kept. {', '.join(parts)}. "
@@ -141,16 +141,12 @@ def _sentence(rows: Rows) -> str:
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _alarms(rows: Rows, problems: Sequence[str]) -> Iterable[str]:
     """What a reader must know before the first number."""
     loud = [f"> **{markdown(warning)}**" for warning in rows.warnings]
     loud += [f"> **{markdown(problem)}**" for problem in problems]
     if rows.unfinished:
-        loud.append(f"> **{_count(len(rows.unfinished), 'run')} not finished: see below.**")
+        loud.append(f"> **{counted(len(rows.unfinished), 'run')} not finished: see below.**")
     if loud:
         yield "\n>\n".join(["> [!WARNING]", *loud])
 

@@ -173,7 +173,7 @@ def test_an_attacker_with_other_images(cache, tmp_path):
     (row,) = audited(config, tmp_path, cache)[0].rows
     assert row.attacker.data == "photographs" and row.attacker.images < 150
     config = settings("Classifier", "stem", "none", attackers=Decoded(data="procedural:40"))
-    with pytest.raises(AfterimageError, match="test images are among the attacker's own"):
+    with pytest.raises(AfterimageError, match="the attacker's own images hold"):
         audited(config, tmp_path, cache)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.audit.feature_store import StoredImages
-from afterimage.config import AfterimageError, RecipeConfig
+from afterimage.config import AfterimageError, RecipeConfig, counted
 from afterimage.data.duplicates import shared
 from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.evaluate import Box, Evaluation, Reconstructed, evaluate_together
@@ -162,7 +162,8 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
     _, places = shared(data.test, own)
     if len(places):
         raise AfterimageError(
-            f"{len(places)} test images are among the attacker's own, for example {own.ids[places[0]]}: take them out"
+            f"the attacker's own images hold {counted(len(places), 'test image')}, for example "
+            f"{own.ids[places[0]]}: take them out"
         )
     if count != "all" and int(count) > len(own):
         return None

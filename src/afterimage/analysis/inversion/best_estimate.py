@@ -13,6 +13,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.analysis.inversion.invert import Images
 from afterimage.config.inversion import EstimateConfig
@@ -79,6 +80,21 @@ def _block(width: int) -> nn.Module:
     return nn.Sequential(nn.SiLU(), layers[0], nn.SiLU(), layers[1])
 
 
+def learning_macs(config: EstimateConfig, size: tuple[int, int]) -> int:
+    """Count the multiply-adds of `learn_corrector` on images of a size, forward and backward."""
+    with torch.device("meta"), torch.no_grad():
+        network, crops = Corrector(config.channels, 1.0, 1.0, 1.0), torch.empty(BATCH, 3, *_crop(size))
+        with FlopCounterMode(display=False) as counter:
+            network(crops, crops)
+    return 3 * config.steps * counter.get_total_flops() // 2
+
+
+def _crop(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the crops that a corrector learns from."""
+    height, width = (min(CROP, max(GRID, length // GRID * GRID)) for length in size)
+    return height, width
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -126,7 +142,7 @@ def learn_corrector(
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     size = originals.shape[-2:]
-    side = [min(CROP, max(GRID, length // GRID * GRID)) for length in size]
+    side = _crop(size)
     mixed = precision == "bf16-mixed"
     for number in range(config.steps):
         warm = min(1, (number + 1) / WARM_UP)

@@ -25,6 +25,7 @@ from afterimage.analysis.inversion.invert import (
 )
 from afterimage.analysis.inversion.measure import BATCH, best_step, search_batch
 from afterimage.analysis.inversion.objective import feature_distance
+from afterimage.config import counted
 from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.metrics import Metrics
@@ -133,7 +134,8 @@ def choose_passes(
         progress("choosing the number of passes", int(indices[-1]) + 1, count)
     steps = best_step(curve)
     what = "LPIPS" if metrics.lpips_status.available else "PSNR"
-    note = f"the number of passes, {steps} of at most {most}, is the best in {what} for {count} validation images"
+    images = counted(count, "validation image")
+    note = f"the number of passes, {steps} of at most {most}, is the best in {what} for {images}"
     return replace(refinement, method=replace(refinement.method, steps=steps)), note
 
 

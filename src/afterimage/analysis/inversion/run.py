@@ -32,7 +32,7 @@ from afterimage.analysis.inversion.refinement import (
     learn_from,
     plain_search,
 )
-from afterimage.config import AfterimageError, load_toml
+from afterimage.config import AfterimageError, counted, load_toml
 from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
@@ -257,7 +257,7 @@ def _make(
     prior = None
     if start and start.prior is not None:
         prior = search.of_features(start.prior, measured.images[0][1].shape[:2]).images
-    took = f"{steps} passes an inversion, {measured.seconds:.1f} s an image"
+    took = f"{counted(steps, 'pass', 'passes')} an inversion, {measured.seconds:.1f} s an image"
     facts = InversionFacts(
         steps=steps,
         seconds_per_image=measured.seconds,
