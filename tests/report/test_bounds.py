@@ -66,13 +66,24 @@ def test_the_table_has_every_answer_with_intervals_and_its_feature_distance(deco
     ]
     name, *found = zip(*lines(runs), strict=True)
     assert name == ("resnet34 layer3", "", "", "") and found[-1] == ("4",) * 4
-    assert found[0] == ("decoder linear", "best estimate", "most consistent", "the decoder missed")
+    assert found[0] == ("decoder linear", "best estimate", "most consistent", "bound − decoder")
     assert found[-2] == ("0.5", "0.12", "0.011", "")
     psnr = np.array([row["psnr"] for row in decoder.result.per_image[:4]])
     for text, gain in zip(found[1][:3], (0, 1.8, 0.6), strict=True):
         mean = mean_interval(psnr + gain)
         assert text == f"{mean.estimate:.2f} [{mean.low:.2f}, {mean.high:.2f}]"
     assert found[1][3] == "+1.80 [+1.80, +1.80]" and found[3][3] == "−0.200 [−0.200, −0.200]"
+
+
+def test_a_bound_below_its_decoder_is_said_to_be_none(decoder):
+    def told(gains):
+        runs = [decoder, search(decoder, "refined", REFINED), search(decoder, "estimate", gains)]
+        (finding,) = bound_findings(bounds_of(read_rows(runs)))
+        return [text for text in finding.paragraphs if text.startswith("Below the decoder in the mean")]
+
+    (text,) = told(ESTIMATE | {"psnr": -3.0})
+    assert "mean: PSNR for resnet34 layer3 (linear). There" in text
+    assert not told(ESTIMATE)
 
 
 def test_what_owes_nothing_to_the_features_stands_beside_the_bound(decoder):
@@ -115,8 +126,8 @@ def test_a_part_without_a_metric_is_one_error_that_names_it(decoder, part):
 
 
 @pytest.mark.parametrize(("ways", "answers"), [
-    (("refined",), ("decoder linear", "most consistent", "the decoder missed")),
-    (("estimate",), ("decoder linear", "best estimate", "the decoder missed")),
+    (("refined",), ("decoder linear", "most consistent", "bound − decoder")),
+    (("estimate",), ("decoder linear", "best estimate", "bound − decoder")),
     (("inversion",), ("most consistent, from grey",)),
 ])  # fmt: skip
 def test_what_there_is_is_shown(decoder, ways, answers):

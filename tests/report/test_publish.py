@@ -74,7 +74,7 @@ def test_a_card_tells_what_was_measured_beside_the_decoder(tmp_path):
     write_part(run, "controls", facts, [{"id": i, **{f"{name}_psnr": 12.5 for name in names}} for i in ids])
     text, _ = card([run])
     bound = section(text, "Measured bound")
-    assert "most consistent" in bound and "+0.60" in bound and bound.count("the decoder missed") == 1
+    assert "most consistent" in bound and "+0.60" in bound and bound.count("bound − decoder") == 1
     assert "Preserved or guessed" in section(text, "Controls") and "12.50" in section(text, "Controls")
 
 

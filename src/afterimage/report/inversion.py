@@ -60,6 +60,7 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 TITLE = "What a layer keeps, and what its decoder missed"
+BEYOND = "bound − decoder"
 
 
 def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
@@ -79,7 +80,7 @@ def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
             lines.append((name, answer, *cells, distance_text(row.inversion.feature_loss), str(bound.count)))
             name = ""
         if any(missed := [_missed_text(bound, metric) for metric in metrics]):
-            lines.append(("", "the decoder missed", *missed, "", str(bound.count)))
+            lines.append(("", BEYOND, *missed, "", str(bound.count)))
     nets = {row.lpips.net for row in founds if row.scores["lpips"]}
     heads = [heading(metric, " / ".join(sorted(nets)) if metric == "lpips" else "") for metric in metrics]
     table = Numbers(
@@ -155,6 +156,33 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
             gaps[metric] = f"{' to '.join(ends)}{METRICS[metric].unit} {METRICS[metric].title}"
     if gaps:
         yield f"From the decoders to the measured bound: {', '.join(gaps.values())}."
+    if refined and estimates:
+        yield f"For LPIPS the bound is the most consistent image, for the other scores the best estimate ({BEYOND})."
+    if worse := "; ".join(_worse(bounds, metrics)):
+        learned = sorted({min(row.config.estimate.images, row.data.validation) for row in estimates} - {0})
+        few = (
+            f" The best estimates learned from {' or '.join(map(str, learned))} validation images."
+            if learned
+            else ""
+        )
+        yield (
+            f"Below the decoder in the mean: {worse}. There the search found nothing that the decoder does not show, "
+            f"whose own score is the higher bound.{few}"
+        )
+
+
+def _worse(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
+    """Each metric with the layers whose bound is behind its decoder, by as much as the table's digits show."""
+    names = short_encoders([bound.found for bound in bounds])
+    for metric in metrics:
+        facts, behind = METRICS[metric], []
+        for bound in bounds:
+            gaps = bound.missed(metric)
+            gap = round(statistics.fmean(gaps.values()), facts.digits) if gaps else 0
+            if gap < 0 if facts.higher_is_better else gap > 0:
+                behind.append(f"{feature_name(bound.found, names)} ({bound.decoder_label})")
+        if behind:
+            yield f"{facts.title} for {', '.join(behind)}"
 
 
 def feature_name(row: Row, names: Mapping[str, str]) -> str:
