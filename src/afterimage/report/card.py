@@ -62,7 +62,8 @@ def model_card(
         f"![Images and what the decoders made of them]({IMAGE_GRID})",
         f"*Top row: {markdown(shown_images)}. Below, a row a decoder: {_listed(published)}.*",
         "## Use",
-        f"```bash\npip install afterimage\nafterimage reconstruct ME.jpg --from hub:{address}\n```",
+        f"With afterimage {version} installed:",
+        f"```bash\nafterimage reconstruct ME.jpg --from hub:{address}\n```",
         "```python\nfrom afterimage import Reconstructor\n\n"
         f'reconstructor = Reconstructor.from_pretrained("{address}")\n'
         "reconstruction = reconstructor.reconstruct(images)  # (B, 3, H, W) in [0, 1]\n```",
