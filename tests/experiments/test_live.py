@@ -135,6 +135,23 @@ def test_a_search_that_nobody_watches_ends(decoder):
     assert threading.active_count() == before
 
 
+def test_who_moves_a_slider_does_not_wait_for_a_search(decoder):
+    images = examples()["astronaut"], examples()["coffee"]
+    undisturbed = [view.image for _, view in decoder.refine(LiveState(), *images, steps=40)]
+    before = show(decoder, noise=0.5).image
+    watched = decoder.refine(LiveState(), *images, steps=40)
+    found = []
+    for _, view in watched:
+        found.append(view.image)
+        assert np.array_equal(show(decoder, noise=0.5).image, before)
+    assert len(found) == len(undisturbed) and all(map(np.array_equal, found, undisturbed))
+
+    endless = decoder.refine(LiveState(), *images, steps=100_000)
+    next(endless)
+    assert np.array_equal(show(decoder, noise=0.5).image, before)
+    endless.close()
+
+
 def test_files_that_are_no_images_or_too_large_are_named_without_their_folder(decoder, tmp_path):
     text, large, cut = (tmp_path / name for name in ("text.jpg", "large.png", "cut.png"))
     text.write_text("not an image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,9 +217,12 @@ class LiveDecoder:
         self._encoded = lru_cache(KEPT)(self._encode)
         self._defence = lru_cache(KEPT)(self._fit_defence)
         self._errors = lru_cache(KEPT)(self._learn_errors)
+        self._turns = _Turns()
 
     def show(self, state: LiveState, image: Path, second: Path) -> LiveView:
         """Decode the features of `image`, changed as the state says; a function of these three alone.
+
+        A search that runs meanwhile waits after its pass.
 
         Args:
             state: the settings
@@ -228,7 +232,8 @@ class LiveDecoder:
         Raises:
             BadImage: a file is no image, or too large a one
         """
-        return self._view(state, image, second, self._decode(self._features(state, image, second)))
+        with self._turns.turn():
+            return self._view(state, image, second, self._decode(self._features(state, image, second)))
 
     def refine(
         self, state: LiveState, image: Path, second: Path, *, steps: int
@@ -248,25 +253,25 @@ class LiveDecoder:
         Raises:
             AfterimageError: a file is no image, or the search went astray
         """
-        targets = [target.clone() for target in self._features(state, image, second)]
-        options = {
-            "method": InvertConfig(steps=steps),
-            "errors": self._errors(frozenset((state.image, state.second))),
-            "milestones": curve_steps(steps),
-        }
+        with self._turns.turn():
+            targets = [target.clone() for target in self._features(state, image, second)]
+            errors = self._errors(frozenset((state.image, state.second)))
+        options = {"method": InvertConfig(steps=steps), "errors": errors, "milestones": curve_steps(steps)}
         found: Queue[Snapshot | Exception | None] = Queue()
         stopped = threading.Event()
 
         def progress(*_: Any, **__: Any) -> None:
+            self._turns.lend()
             if stopped.is_set():
                 raise _Closed
 
         def search() -> None:
+            size = self.data.size
             try:
-                size = self.data.size
-                refine_features(
-                    self.reconstructor, targets, size, callback=found.put, progress=progress, **options
-                )
+                with self._turns.turn():
+                    refine_features(
+                        self.reconstructor, targets, size, callback=found.put, progress=progress, **options
+                    )
                 found.put(None)
             except Exception as error:
                 found.put(error)
@@ -275,7 +280,9 @@ class LiveDecoder:
         thread.start()
         try:
             while isinstance(snapshot := found.get(), Snapshot):
-                yield snapshot.step, self._view(state, image, second, snapshot.images)
+                with self._turns.turn():
+                    view = self._view(state, image, second, snapshot.images)
+                yield snapshot.step, view
             if snapshot is not None:
                 raise snapshot
         finally:
@@ -362,6 +369,29 @@ class LiveDecoder:
                     yield f"{count:,} of {spec.values:,} values{which} were changed"
             if (text := state.defence(spec)) != "none":
                 yield f"sent{which} as {text}"
+
+
+class _Turns:
+    """Who may use the networks, one at a time: they hold features while they run. Who waited longest comes next."""
+
+    def __init__(self) -> None:
+        self._next, self._busy = threading.Lock(), threading.Lock()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until the networks are free; inside the block they are the caller's."""
+        with self._next:
+            self._busy.acquire()
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def lend(self) -> None:
+        """Inside a turn, let those who wait have theirs first."""
+        self._busy.release()
+        with self._next:
+            self._busy.acquire()
 
 
 class _Closed(Exception):

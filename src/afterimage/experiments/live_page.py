@@ -20,7 +20,7 @@ from afterimage.experiments.live import CHANGES, HEAT, OWN, LiveDecoder, LiveSta
 from afterimage.runs.results import METRICS
 
 STEPS = (8, 64, 200)
-"""Least, usual and most passes of a refinement: the most takes about 15 s on one core."""
+"""Least, usual and most passes of a refinement."""
 THUMBNAIL = 96
 """Pixels of an example's thumbnail."""
 UPLOADS = 3600
@@ -128,11 +128,8 @@ class LivePage:
             controls = {"image": pick.name, "second": other.name, "change": change, **sliders}
             settings = [controls[name] for name in self.fields]
             given = [message, pick.upload, other.upload, *settings]
-            shared: dict[str, Any] = {
-                "concurrency_id": "decoders",
-                "concurrency_limit": 1,
-                "api_visibility": "private",
-            }
+            # One refinement at a time, which waits for who moves a slider, not the other way round.
+            alone: dict[str, Any] = {"concurrency_limit": 1, "api_visibility": "private"}
 
             # Gradio streams what it sees to be a generator function, which a method that is checked in tests is not.
             def refine(*given: Any) -> Iterator[str]:
@@ -144,10 +141,12 @@ class LivePage:
                 refined,
                 trigger_mode="once",
                 show_progress="minimal",
-                **shared,
+                concurrency_id="refining",
+                **alone,
             )
             stop.click(None, cancels=[refining], api_visibility="private")
-            show = {"fn": self._show, "inputs": given, "outputs": [cards, query, message], **shared}
+            show = {"fn": self._show, "inputs": given, "outputs": [cards, query, message], **alone}
+            show["concurrency_id"] = "showing"
 
             def follow(event: Any) -> None:
                 event.then(None, query, link, js=FOLLOW, api_visibility="private")
