@@ -18,7 +18,7 @@ import pytest
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data import file_digests
 from afterimage.data import pixel_cache as cache_module
-from afterimage.data.dataset import default_cache, load_data
+from afterimage.data.dataset import cache_folder, load_data
 from afterimage.data.examine import Facts
 from afterimage.data.file_digests import FileDigests
 from afterimage.data.images import Data
@@ -315,12 +315,12 @@ def test_progress_counts_to_the_end(folder, cache):
         assert counts == [(done, COUNT) for done in range(1, COUNT + 1)]
 
 
-def test_default_cache(monkeypatch, tmp_path):
+def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("AFTERIMAGE_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path
+    assert cache_folder() == tmp_path
     monkeypatch.delenv("AFTERIMAGE_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_cache() == tmp_path / "home" / ".cache" / "afterimage"
+    assert cache_folder() == tmp_path / "home" / ".cache" / "afterimage"
 
 
 def test_logging_is_visible_without_any_setup():

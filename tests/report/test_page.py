@@ -216,13 +216,12 @@ def test_random_weights_are_labelled(kind, tmp_path):
 def test_figures_are_inlined(runs, tmp_path):
     figure = tmp_path / "quality_by_depth.png"
     Image.new("RGB", (4, 4)).save(figure)
-    page = Parsed(write_page(runs, tmp_path / "page.html", title="t", figures=[figure, ("Another", figure)]))
+    figures = [("By depth", figure), ("Another", figure)]
+    page = Parsed(write_page(runs, tmp_path / "page.html", title="t", figures=figures))
     shown = [a for tag, a in page.elements if tag == "img"]
-    assert [a["alt"] for a in shown] == ["quality by depth", "Another"]
-    with pytest.raises(AfterimageError, match=r"notes\.txt; it shows \.png"):
-        write_page(runs, tmp_path / "page.html", title="t", figures=[tmp_path / "notes.txt"])
+    assert [a["alt"] for a in shown] == ["By depth", "Another"]
     with pytest.raises(AfterimageError, match=r"gone\.png"):
-        write_page(runs, tmp_path / "page.html", title="t", figures=[tmp_path / "gone.png"])
+        write_page(runs, tmp_path / "page.html", title="t", figures=[("Gone", tmp_path / "gone.png")])
 
 
 def test_errors_name_the_file(runs, tmp_path):

@@ -60,7 +60,6 @@ def row(quality, name="model layer1", *, order=1, side=14, channels=64, paramete
         layer=layer,
         setting=Setting("linear"),
         sources=(name.replace(" ", ":"),),
-        decoder="linear",
         baseline="",
         data="d",
         order=order,

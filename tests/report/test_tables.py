@@ -10,10 +10,10 @@ from markdown_it import MarkdownIt
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FusionConfig
 from afterimage.report.format import latex, markdown, markdown_code, plain
-from afterimage.report.rows import Score, pool, read_rows
+from afterimage.report.rows import pool, read_rows
 from afterimage.report.tables import csv_table, duration, latex_table, lay_out, markdown_table
 from afterimage.report.write import write_report
-from afterimage.runs.results import METRICS
+from afterimage.runs.results import METRICS, Score
 from afterimage.runs.run import scan
 from report_study import VIT, printed, write_baseline, write_run, write_study
 from simulated_runs import edit
@@ -92,7 +92,9 @@ def test_the_best_decoder_row_is_bold_in_its_own_direction_and_ties_with_it(tmp_
     for run, mean in zip(runs, means, strict=True):
         edit(run, **{f"scores__{metric}__mean": value for metric, value in zip(METRICS, mean, strict=True)})
     bold = [
-        [c.bold for c in line.cells[-3:]] for group in lay_out(read_rows(runs)).groups for line in group.lines
+        [c.bold for c in line.cells[-3:]]
+        for lines in lay_out(read_rows(runs)).groups.values()
+        for line in lines
     ]
     assert bold == [[False] * 3, [True, True, False], [True, False, True], [False] * 3]
 

@@ -10,7 +10,7 @@ import tyro
 
 from afterimage.cli.output import image_lines
 from afterimage.cli.report import sort_arguments
-from afterimage.config import LPIPS_NETS, AfterimageError, DataConfig, check_seed, shown
+from afterimage.config import LPIPS_NETS, MAX_SEED, AfterimageError, DataConfig, check_range, shown
 from afterimage.config.inversion import EstimateConfig
 from afterimage.runtime.terminal import say
 
@@ -86,7 +86,7 @@ class Invert:
         from afterimage.runtime.progress import Display
 
         check_folder(self.output_dir, "--output-dir")
-        check_seed("seed", self.seed)
+        check_range("seed", self.seed, 0, MAX_SEED)
         names = (
             "method",
             "optimizer",

@@ -16,7 +16,6 @@ from afterimage.config.errors import (
     AfterimageError,
     check_positive,
     check_range,
-    check_seed,
     counted,
     first_line,
     listed,

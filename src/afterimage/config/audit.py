@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from afterimage.config.errors import MAX_IMAGES, MAX_STEPS, AfterimageError, check_range, check_seed, unknown
+from afterimage.config.errors import MAX_IMAGES, MAX_SEED, MAX_STEPS, AfterimageError, check_range, unknown
 from afterimage.config.images import DataConfig
 from afterimage.config.inversion import EstimateConfig
 from afterimage.config.names import absolute_model, absolute_weights
@@ -160,7 +160,7 @@ class AuditConfig:
             )
         if self.pairs and self.recipe.augment:  # features belong to the image as it is
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
-        check_seed("seed", self.seed)
+        check_range("seed", self.seed, 0, MAX_SEED)
         if not 0 < self.test_fraction < 1:
             raise AfterimageError(f"test_fraction must lie between 0 and 1, got {self.test_fraction}")
         object.__setattr__(self, "weights", absolute_weights(self.weights))

@@ -107,16 +107,3 @@ def check_range(name: str, value: int | float, low: int | float, high: int | flo
     """
     if not low <= value <= high:  # true for NaN too
         raise AfterimageError(f"{name} must lie between {low:,} and {high:,}, got {value}")
-
-
-def check_seed(name: str, seed: int) -> None:
-    """Check that a seed lies in [0, `MAX_SEED`], which every random generator accepts.
-
-    Args:
-        name: name of the setting, for the message
-        seed: its value
-
-    Raises:
-        AfterimageError: the seed lies outside
-    """
-    check_range(name, seed, 0, MAX_SEED)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from afterimage.config.errors import (
     MAX_IMAGES,
+    MAX_SEED,
     MAX_SIDE,
     AfterimageError,
     check_positive,
-    check_seed,
+    check_range,
     unknown,
 )
 from afterimage.config.paths import absolute_source
@@ -143,7 +144,7 @@ class DataConfig:
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        check_seed("split_seed", self.split_seed)
+        check_range("split_seed", self.split_seed, 0, MAX_SEED)
         check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_IMAGES)
         for name in ("source", "test"):
             object.__setattr__(self, name, absolute_source(getattr(self, name)))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from afterimage.config.errors import (
     MAX_BATCH,
     MAX_IMAGES,
+    MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
     AfterimageError,
     check_positive,
     check_range,
-    check_seed,
     unknown,
 )
 from afterimage.config.images import DataConfig
@@ -138,7 +138,7 @@ class InversionConfig:
     estimate: EstimateConfig | None = None
 
     def __post_init__(self) -> None:
-        check_seed("seed", self.seed)
+        check_range("seed", self.seed, 0, MAX_SEED)
         object.__setattr__(self, "weights", absolute_weights(self.weights))
 
     @property

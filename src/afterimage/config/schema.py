@@ -14,11 +14,11 @@ from afterimage.config.errors import (
     MAX_BATCH,
     MAX_CHANNELS,
     MAX_EPOCHS,
+    MAX_SEED,
     MAX_SIDE,
     AfterimageError,
     check_positive,
     check_range,
-    check_seed,
     unknown,
 )
 from afterimage.config.images import PROTOCOLS, DataConfig
@@ -216,7 +216,7 @@ class RunConfig:
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
         if self.lpips not in LPIPS_NETS:
             raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
-        check_seed("seed", self.seed)
+        check_range("seed", self.seed, 0, MAX_SEED)
         object.__setattr__(self, "weights", absolute_weights(self.weights))
         for term in parse_loss(self.recipe.loss):
             name, _, net = term.partition(":")

@@ -10,10 +10,10 @@ from typing import Any
 
 from afterimage.config.errors import (
     MAX_IMAGES,
+    MAX_SEED,
     AfterimageError,
     check_positive,
     check_range,
-    check_seed,
     unknown,
 )
 from afterimage.config.images import DataConfig
@@ -103,7 +103,7 @@ class StudyConfig:
         if self.lpips not in (*LPIPS_NETS, "any"):
             raise unknown("LPIPS network", self.lpips, (*LPIPS_NETS, "any"))
         for i, seed in enumerate(self.seeds):
-            check_seed(f"seeds[{i}]", seed)
+            check_range(f"seeds[{i}]", seed, 0, MAX_SEED)
         check_range("keep", self.keep, 0, MAX_IMAGES)
         check_range("invert", self.invert, 0, MAX_IMAGES)
         check_positive(self, "parameters", most=MAX_PARAMETERS)

@@ -67,20 +67,15 @@ def parse_count(value: Any, where: str) -> Count:
     return Count(number)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a config as plain JSON and TOML values, without the settings that are None."""
-    return _plain(config)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: _plain(v) for name, v in pairs if v is not None}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
+def to_dict(config: Any) -> Any:
+    """Return a config, or a value in one, as plain JSON and TOML values, without the settings that are None."""
+    if dataclasses.is_dataclass(config):
+        config = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_dict(value) for key, value in config.items() if value is not None}
+    if isinstance(config, list | tuple):
+        return [to_dict(value) for value in config]
+    return config
 
 
 def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:

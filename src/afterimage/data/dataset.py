@@ -35,10 +35,9 @@ STREAM_ABOVE = 50_000
 """More images than these of one source are streamed: kept, they would be 10 GiB of pixels at 256 x 256."""
 
 
-def default_cache() -> Path:
-    """Return the folder of the cache: `AFTERIMAGE_CACHE`, or `~/.cache/afterimage`."""
-    folder = os.environ.get("AFTERIMAGE_CACHE")
-    return Path(os.path.expanduser(folder)) if folder else Path(os.path.expanduser("~/.cache/afterimage"))
+def cache_folder(given: str | Path | None = None) -> Path:
+    """Return the folder of the cache: the one given, else `AFTERIMAGE_CACHE`, else `~/.cache/afterimage`."""
+    return Path(os.path.expanduser(given or os.environ.get("AFTERIMAGE_CACHE") or "~/.cache/afterimage"))
 
 
 def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent) -> Data:
@@ -49,7 +48,7 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
 
     Args:
         config: the sources and how they are split
-        cache: folder of decoded images and of indexes; None for `default_cache()`
+        cache: folder of decoded images and of indexes; None for that of `cache_folder`
         progress: called with what is done, how far it is, and the total
 
     Returns:
@@ -59,7 +58,7 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
         AfterimageError: images are missing, broken or too few, or a test image is also a training or validation
             image; the message names the files
     """
-    folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
+    folder = cache_folder(cache)
     parts, source = _source(config, folder, progress)
     found = _of_source(source, not config.test)
     if config.test:
@@ -89,7 +88,7 @@ def load_test(
 
     Args:
         config: the sources and how they are split
-        cache: folder of decoded images and of indexes; None for `default_cache()`
+        cache: folder of decoded images and of indexes; None for that of `cache_folder`
         progress: called with what is done, how far it is, and the total
 
     Returns:
@@ -98,7 +97,7 @@ def load_test(
     Raises:
         AfterimageError: test images are missing or broken, or one is also a training or validation image
     """
-    folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
+    folder = cache_folder(cache)
     part, other = _other(config, folder, progress)
     (test,) = _images([part], other.root, config, folder, progress)
     notes = _of_test(other) + _examined({NAMES[2]: test}, config.resize)
@@ -120,7 +119,7 @@ def count_images(config: DataConfig, *, cache: str | Path | None = None) -> dict
     Raises:
         AfterimageError: images are missing or too few
     """
-    folder = Path(os.path.expanduser(cache)) if cache is not None else default_cache()
+    folder = cache_folder(cache)
     parts, _ = _source(config, folder, silent)
     if config.test:
         parts.append(_other(config, folder, silent)[0])

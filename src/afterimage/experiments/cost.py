@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from afterimage.config import DataConfig, FeatureSpec, RunConfig, split_source
-from afterimage.data.dataset import default_cache
+from afterimage.data.dataset import cache_folder
 from afterimage.data.sources import read_source
 from afterimage.data.splits import split
 from afterimage.models.encoders.layers import layer_info
@@ -113,7 +113,7 @@ def training_images(data: DataConfig) -> int:
     if data.source.partition(":")[0] == "div2k":
         total = 800 - round(800 * data.validation_fraction)
     else:
-        source = read_source(data.source, {"train", "test"} if own else {"train"}, default_cache())
+        source = read_source(data.source, {"train", "test"} if own else {"train"}, cache_folder())
         fractions = data.validation_fraction, data.test_fraction if own else None
         total = len(split(data.source, source, *fractions, data.split_seed)[0])
     return min(total, data.limit_train or total)

@@ -14,13 +14,13 @@ from torch import Tensor
 from afterimage.config import (
     MAX_BATCH,
     MAX_IMAGES,
+    MAX_SEED,
     AfterimageError,
     DataConfig,
     FeatureSpec,
     RecipeConfig,
     absolute_weights,
     check_range,
-    check_seed,
     shown,
     split_source,
     unknown,
@@ -79,7 +79,7 @@ class Extraction:
             raise unknown("split", self.split, (*SPLITS, "all"))
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        check_seed("seed", self.seed)
+        check_range("seed", self.seed, 0, MAX_SEED)
         check_range("shard_images", 1 if self.shard_images is None else self.shard_images, 1, MAX_IMAGES)
         check_range("batch_size", self.batch_size, 1, MAX_BATCH)
         object.__setattr__(self, "sources", sources)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from afterimage.config import NATIVE, DataConfig, DecoderConfig, RunConfig
-from afterimage.data.dataset import default_cache, load_data, load_test, prepare_image
+from afterimage.data.dataset import cache_folder, load_data, load_test, prepare_image
 from afterimage.evaluation.evaluate import Evaluation, evaluate, to_uint8
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.queue import train_runs
@@ -68,7 +68,7 @@ def fit_run(
     digest = load_data(images, cache=cache, progress=progress).digest
     made_of = [encoder.weight_digests(config.sources), digest, metadata.version("afterimage")]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    root = (cache or default_cache()) / "fitted" / key[:16]
+    root = cache_folder(cache) / "fitted" / key[:16]
     (run,) = train_runs(config, root, cache=cache, accelerator=device, progress=progress)
     return run
 

@@ -15,7 +15,7 @@ from typing import Any
 from afterimage.config import AfterimageError, shown
 from afterimage.report.findings import Numbers
 from afterimage.report.format import number, plain, ratio
-from afterimage.report.tables import NONE, heading, weights_text
+from afterimage.report.tables import NONE, heading, score_columns, weights_text
 from afterimage.runs.files import read_csv
 from afterimage.runs.results import METRICS
 
@@ -80,10 +80,13 @@ class Entry:
     def name(self) -> str:
         return f"{self.features} ({weights_text(self.weights)})" if self.is_random else self.features
 
+    def has(self, metric: str, net: str) -> bool:
+        """Whether it was measured by this metric, LPIPS by this network."""
+        return metric in self.scores and (metric != "lpips" or self.net == net)
+
     def compares(self, other: Entry, metric: str) -> bool:
         """Whether both were measured alike by this metric, LPIPS by one network."""
-        has = metric in self.scores and metric in other.scores
-        return has and self.measured == other.measured and (metric != "lpips" or self.net == other.net)
+        return metric in self.scores and self.measured == other.measured and other.has(metric, self.net)
 
 
 @dataclass(frozen=True)
@@ -101,16 +104,14 @@ class Standing:
         rivals = self.rivals(metric)
         if not rivals:
             return None
-        ahead = [r for r in rivals if _better(r.scores[metric], self.mine.scores[metric], metric)]
+        sign = METRICS[metric].sign
+        ahead = [r for r in rivals if sign * (r.scores[metric] - self.mine.scores[metric]) > 0]
         return 1 + len(ahead), 1 + len(rivals)
 
     def first(self, metric: str) -> Entry | None:
         """The best of them all, one's own row among equals."""
-        best = self.mine if metric in self.mine.scores else None
-        for rival in self.rivals(metric):
-            if _better(rival.scores[metric], best.scores[metric], metric):
-                best = rival
-        return best
+        every = [self.mine, *self.rivals(metric)] if metric in self.mine.scores else []
+        return max(every, key=lambda entry: METRICS[metric].sign * entry.scores[metric], default=None)
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ class Comparison:
     atlas: tuple[Entry, ...]
     within: float
     remarks: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """What one's own rows were measured by, see `score_columns`."""
+        mine = [standing.mine for standing in self.standings]
+        return score_columns(sorted({entry.net for entry in mine if "lpips" in entry.scores}))
 
 
 def read_atlas(path: Path) -> list[dict[str, Any]]:
@@ -228,13 +235,11 @@ def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.
 
 def standings_table(comparison: Comparison) -> Numbers:
     """Return the ranks as a table: a line for each of one's own rows, a column for each metric, and the first."""
-    nets = sorted({s.mine.net for s in comparison.standings if "lpips" in s.mine.scores})
-    columns = [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
-    lines = []
+    columns, lines = comparison.columns, []
     for standing in comparison.standings:
         mine, cells = standing.mine, []
         for metric, net in columns:
-            has = metric in mine.scores and (metric != "lpips" or mine.net == net)
+            has = mine.has(metric, net)
             place = standing.place(metric) if has else None
             cells.append(
                 (number(mine.scores[metric], metric) if has else NONE)
@@ -250,10 +255,6 @@ def standings_table(comparison: Comparison) -> Numbers:
         f"Ranks among rows of the atlas with {low} to {ratio(comparison.within)} times as many feature values"
     )
     return Numbers(title, header, tuple(lines))
-
-
-def _better(a: float, b: float, metric: str) -> bool:
-    return a > b if METRICS[metric].higher_is_better else a < b
 
 
 def _ways(rows: Iterable[Entry]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.findings import NONE, Finding, Numbers
-from afterimage.report.format import minus, number, span
+from afterimage.report.format import interval_text, minus, number
 from afterimage.report.rows import Row, mean_over_images
 from afterimage.runs.controls import PLANES, REGIONS, STAND_INS, CodecPoint, PlaneError, read_part
 from afterimage.runs.results import Interval
@@ -105,17 +105,11 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float | None:
     return None
 
 
-def _interval(found: Interval, metric: str = "psnr", *, signed: bool = False) -> str:
-    """Write `21.30 [20.11, 22.40]`; of a single image the score alone."""
-    estimate = number(found.estimate, metric, signed=signed)
-    return estimate if found.count < 2 else f"{estimate} {span(found, metric, signed=signed)}"
-
-
 def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     header = ("features", "decoder", "own features", *STAND_INS.values(), "re-encoded", "another image")
     table = [
         (
-            name(p.row), decoder(p.row), *(_interval(p.mean(f"{c}_psnr")) for c in ("own", *STAND_INS)),
+            name(p.row), decoder(p.row), *(interval_text(p.mean(f"{c}_psnr"), "psnr") for c in ("own", *STAND_INS)),
             f"{p.facts.distances.reencoded:.3f}", f"{p.facts.distances.random_pair:.3f}",
         )
         for p in parts
@@ -164,7 +158,7 @@ def _difference(a: Row, b: Row, metric: str) -> str:
     """Write the mean difference by image, `a` less `b`, with its interval."""
     one, other = a.values(metric), b.values(metric)
     gaps = [one[key] - other[key] for key in sorted(one) if key in other]
-    return _interval(mean_over_images(gaps), metric, signed=True)
+    return interval_text(mean_over_images(gaps), metric, signed=True)
 
 
 def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
@@ -178,7 +172,7 @@ def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     table = []
     for p in parts:
         half = next((f"{f:.3f}" for f, share in share_lost(p, "luma") if share >= 0.5), "above 0.5")
-        planes = [_interval(p.mean(f"psnr_{plane}")) for plane in PLANES]
+        planes = [interval_text(p.mean(f"psnr_{plane}"), "psnr") for plane in PLANES]
         lost = [_share(p.facts.planes[plane]) for plane in PLANES]
         kinds = [_decibels(getattr(p.facts.regions, kind).mse) for kind in REGIONS]
         table.append((name(p.row), decoder(p.row), *planes, *lost, *kinds, half))
@@ -253,7 +247,7 @@ def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
             size, bound = point.bits_per_pixel, point.entropy_bits_per_pixel
             table.append((
                 name(p.row), decoder(p.row), f"{point.bits}", f"{size:.2f}",
-                NONE if bound is None else f"{bound:.2f}", _interval(mean_over_images(rows)),
+                NONE if bound is None else f"{bound:.2f}", interval_text(mean_over_images(rows), "psnr"),
                 _codec(jpeg, size), _codec(webp, size), _size(jpeg, point.psnr),
             ))  # fmt: skip
     exact = next(c for c in facts.codecs if c.psnr is None)

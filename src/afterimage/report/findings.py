@@ -19,7 +19,7 @@ from afterimage.report.format import (
     score,
     told_apart,
 )
-from afterimage.report.sides import BothSides, Sides
+from afterimage.report.sides import BothSides, Hypothesis, Sides
 from afterimage.report.statistics.analysis import Analysis
 from afterimage.report.statistics.architectures import Architectures
 from afterimage.report.statistics.depth import UNTESTABLE, Depth
@@ -29,7 +29,6 @@ from afterimage.report.statistics.rows import without_random_controls
 from afterimage.report.statistics.tests import Comparison
 from afterimage.runs.results import METRICS
 
-Hypothesis = Depth | Resolution | Architectures
 NONE = "–"
 
 

@@ -40,6 +40,12 @@ def span(interval: Interval, metric: str, *, signed: bool = True) -> str:
     return f"[{low}, {high}]"
 
 
+def interval_text(interval: Interval, metric: str, *, signed: bool = False) -> str:
+    """Write an interval of a metric as `21.30 [20.11, 22.40]`; of a single image the estimate alone."""
+    estimate = number(interval.estimate, metric, signed=signed)
+    return estimate if interval.count < 2 else f"{estimate} {span(interval, metric, signed=signed)}"
+
+
 def estimate_text(interval: Interval) -> str:
     """Write an estimate of any kind with its interval, to two digits."""
     estimate, low, high = (minus(f"{v:.2f}", 2) for v in (interval.estimate, interval.low, interval.high))

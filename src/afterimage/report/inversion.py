@@ -11,8 +11,8 @@ from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import PAST, Bound, features_of, highest, mean_curve, named_features, searched
 from afterimage.report.figures.style import short_encoders
 from afterimage.report.findings import Finding, Numbers
-from afterimage.report.format import number, span
-from afterimage.report.rows import Row, mean_over_images
+from afterimage.report.format import interval_text, number, span
+from afterimage.report.rows import Row, lpips_nets, mean_over_images
 from afterimage.report.tables import heading
 from afterimage.runs.files import write_atomic, write_csv, write_json
 from afterimage.runs.results import METRICS, Score
@@ -81,8 +81,8 @@ def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
             name = ""
         if any(missed := [_missed_text(bound, metric) for metric in metrics]):
             lines.append(("", BEYOND, *missed, "", str(bound.count)))
-    nets = {row.lpips.net for row in founds if row.scores["lpips"]}
-    heads = [heading(metric, " / ".join(sorted(nets)) if metric == "lpips" else "") for metric in metrics]
+    nets = " / ".join(lpips_nets(founds))
+    heads = [heading(metric, nets if metric == "lpips" else "") for metric in metrics]
     table = Numbers(
         f"The answers to the same test images, mean [{NAME}]",
         ("features", "answer", *heads, "feature distance", "images"), tuple(lines),
@@ -203,9 +203,7 @@ def _missed_text(bound: Bound, metric: str) -> str:
     """The mean difference of bound and decoder with its interval, empty where it is not known by image."""
     if not (gaps := bound.missed(metric)):
         return ""
-    gap = mean_over_images(list(gaps.values()))
-    text = number(gap.estimate, metric, signed=True)
-    return f"{text} {span(gap, metric)}" if gap.count > 1 else text
+    return interval_text(mean_over_images(list(gaps.values())), metric, signed=True)
 
 
 def distance_text(distance: float) -> str:

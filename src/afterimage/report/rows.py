@@ -19,7 +19,7 @@ import numpy as np
 
 from afterimage.config import PROTOCOLS, RANDOM_WEIGHTS, AfterimageError, split_source
 from afterimage.evaluation.intervals import mean_interval
-from afterimage.runs.results import METRICS, Interval, Result, Score
+from afterimage.runs.results import METRICS, Interval, Result
 from afterimage.runs.run import Run
 
 DECODERS = ("linear", "transposed", "attention", "wavelet", "frequency", "residual")
@@ -183,8 +183,8 @@ class Rows:
 
     @property
     def nets(self) -> tuple[str, ...]:
-        """The LPIPS networks that measured at least one row; distances of different ones do not compare."""
-        return tuple(sorted({r.lpips.net for r in self.all if r.scores["lpips"] is not None}))
+        """As `lpips_nets`, of all rows; distances of different networks do not compare."""
+        return lpips_nets(self.all)
 
     @property
     def protocol(self) -> str:
@@ -202,6 +202,11 @@ class Rows:
                 f"these runs were measured by different protocols: {'; '.join(told)}; report on those of one at a time"
             )
         return next(iter(found), "")
+
+
+def lpips_nets(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The LPIPS networks that measured at least one row, by name."""
+    return tuple(sorted({row.lpips.net for row in rows if row.scores["lpips"] is not None}))
 
 
 def _protocol(row: Row) -> str:
@@ -386,16 +391,3 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts `blocks.2` before `blocks.11`."""
     pieces = re.split(r"(\d+)", name)
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in pieces if p]
-
-
-__all__ = [
-    "METRICS",
-    "Row",
-    "Rows",
-    "Score",
-    "Unfinished",
-    "fusion_legend",
-    "natural",
-    "pool",
-    "read_rows",
-]

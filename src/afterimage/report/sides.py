@@ -16,7 +16,6 @@ from afterimage.report.statistics.resolution import Resolution
 from afterimage.runs.results import METRICS
 
 Hypothesis = Depth | Resolution | Architectures
-NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Sides:
         rows, steps = [], []
         for found in self.bound:
             key = found.metric, found.setting
-            verdicts = [side[key].verdict if key in side else NONE for side in (self.decoders, self.same)]
+            verdicts = [side[key].verdict if key in side else "–" for side in (self.decoders, self.same)]
             rows.append((METRICS[found.metric].title, found.setting, *verdicts, found.verdict))
             if isinstance(found, Depth) and key in self.same:
                 for decoder, bound in zip(self.same[key].encoders, found.encoders, strict=True):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from afterimage.config import PROTOCOLS, unknown
@@ -44,36 +45,13 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows that share an encoder and its weights; baselines share an empty encoder."""
-
-    encoder: str
-    weights: str
-    lines: tuple[Line, ...]
-
-    @property
-    def loud(self) -> bool:
-        return "random" in self.weights
-
-
-@dataclass(frozen=True)
 class Table:
+    """The whole table; `groups` are the lines by encoder and label of its weights, both empty for baselines."""
+
     header: tuple[str, ...]
-    groups: tuple[Group, ...]
+    groups: Mapping[tuple[str, str], Sequence[Line]]
     footnotes: tuple[str, ...]
     remark: str
-
-
-@dataclass
-class Footnotes:
-    """Numbers each distinct text in the order of its first use."""
-
-    texts: list[str] = field(default_factory=list)
-
-    def number(self, text: str) -> int:
-        if text not in self.texts:
-            self.texts.append(text)
-        return self.texts.index(text) + 1
 
 
 def lay_out(rows: Rows, *, spread: str = "std") -> Table:
@@ -82,25 +60,34 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
         raise unknown("spread", spread, SPREADS)
     protocol = rows.protocol
     missing = PROTOCOLS[protocol].missing if protocol else {}
-    columns = [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in rows.nets or ("",))]
+    columns = score_columns(rows.nets or ("",))
     best = {column: _best(rows.decoders, *column) for column in columns}
     seeds = len({row.seed for row in rows.decoders}) > 1
-    notes = Footnotes()
+    notes: dict[str, int] = {}
     groups: dict[tuple[str, str], list[Line]] = {}
     for row in rows.all:
-        marks = tuple(notes.number(note) for note in row.notes)
+        marks = tuple(_number(notes, note) for note in row.notes)
         cells = [*_what(row, seeds)]
         cells += [_score(row, m, net, best[m, net], spread, notes) for m, net in columns]
         cells += [
-            Cell(("not measured",), (notes.number(f"{m} is not measured: {missing[m]}"),)) for m in missing
+            Cell(("not measured",), (_number(notes, f"{m} is not measured: {missing[m]}"),)) for m in missing
         ]
         line = Line(row, Cell(_names(row), marks), tuple(cells))
         groups.setdefault((row.encoder, "" if row.is_baseline else row.weights_label), []).append(line)
     header = ["features", "shape", "reduction", "decoder", *(["seed"] if seeds else [])]
     header += ["weights", "parameters", "training", *(heading(*column, protocol) for column in columns)]
     header += [f"{metric}, {protocol} ↓" for metric in missing]
-    made = tuple(Group(encoder, weights, tuple(lines)) for (encoder, weights), lines in groups.items())
-    return Table(tuple(header), made, tuple(notes.texts), _remark(rows, spread))
+    return Table(tuple(header), groups, tuple(notes), _remark(rows, spread))
+
+
+def _number(notes: dict[str, int], text: str) -> int:
+    """The number of a footnote, in the order of their first use."""
+    return notes.setdefault(text, len(notes) + 1)
+
+
+def score_columns(nets: Iterable[str]) -> list[tuple[str, str]]:
+    """Return metrics with their LPIPS networks, a column of a table or a panel of a figure each."""
+    return [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
 
 
 def heading(metric: str, net: str = "", protocol: str = "") -> str:
@@ -153,10 +140,10 @@ def weights_text(label: str) -> str:
     return label.upper() if "random" in label else label
 
 
-def _score(row: Row, metric: str, net: str, best: str | None, spread: str, notes: Footnotes) -> Cell:
+def _score(row: Row, metric: str, net: str, best: str | None, spread: str, notes: dict[str, int]) -> Cell:
     score = row.scores[metric]
     if score is None:
-        return Cell(("unavailable",), (notes.number(f"LPIPS is unavailable: {lpips_reason(row)}"),))
+        return Cell(("unavailable",), (_number(notes, f"LPIPS is unavailable: {lpips_reason(row)}"),))
     if metric == "lpips" and row.lpips.net != net:
         return Cell((NONE,))
     mean = _rounded(score, metric)
@@ -178,8 +165,7 @@ def _best(rows: Sequence[Row], metric: str, net: str) -> str | None:
     rows = [r for r in rows if not r.is_random] or rows
     scores = [r.scores[metric] for r in rows if not net or r.lpips.net == net]
     means = [s for s in scores if s is not None]
-    pick = max if METRICS[metric].higher_is_better else min
-    return _rounded(pick(means, key=lambda s: s.mean), metric) if means else None
+    return _rounded(max(means, key=lambda s: METRICS[metric].sign * s.mean), metric) if means else None
 
 
 def _remark(rows: Rows, spread: str) -> str:
@@ -198,9 +184,8 @@ def markdown_table(rows: Rows, *, spread: str = "std") -> str:
     table = lay_out(rows, spread=spread)
     lines = [_markdown_line(map(markdown, table.header))]
     lines.append(_markdown_line("---:" if _is_right(name) else "---" for name in table.header))
-    for group in table.groups:
-        for line in group.lines:
-            lines.append(_markdown_line([_markdown_names(line), *map(_markdown_cell, line.cells)]))
+    for line in itertools.chain(*table.groups.values()):
+        lines.append(_markdown_line([_markdown_names(line), *map(_markdown_cell, line.cells)]))
     lines += ["", markdown(table.remark)]
     lines += [f"\n{superscript([i])} {markdown(note)}" for i, note in enumerate(table.footnotes, 1)]
     return "\n".join(lines) + "\n"
@@ -216,11 +201,10 @@ def latex_table(rows: Rows, *, spread: str = "std") -> str:
         r"% \usepackage{booktabs,textcomp}", rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}", r"\toprule",
         _latex_line(map(latex, header)), r"\midrule",
     ]  # fmt: skip
-    for i, group in enumerate(table.groups):
+    for i, (group, members) in enumerate(table.groups.items()):
         lines += [r"\addlinespace"] if i else []
-        head = _latex_heading(group.encoder, group.weights)
-        lines.append(rf"\multicolumn{{{len(header)}}}{{@{{}}l}}{{{head}}} \\")
-        for line in group.lines:
+        lines.append(rf"\multicolumn{{{len(header)}}}{{@{{}}l}}{{{_latex_heading(*group)}}} \\")
+        for line in members:
             cells = [c for i, c in enumerate(line.cells, 1) if i != drop]
             lines += _latex_row(Cell(_short(line.row, line.names.lines), line.names.marks), cells)
     lines += [r"\bottomrule", r"\end{tabular}", "", r"{\smallskip\footnotesize", latex(table.remark)]
@@ -335,17 +319,17 @@ EXPENDABLE = ("reduction", "±", "shape", "parameters", "training", "seed")
 HEADING = 24
 
 
-def console_table(rows: Rows, *, width: int | None = None, title: str | None = None) -> RichTable:
+def console_table(rows: Rows, *, width: int | None = None) -> RichTable:
     """A rich `Table` of at most `width` columns (default: the terminal's), its footnotes as caption."""
     screen = console(width)
     for count in range(len(EXPENDABLE) + 1):
-        table = _build(rows, EXPENDABLE[:count], title)
+        table = _build(rows, EXPENDABLE[:count])
         if table.__rich_measure__(screen, screen.options.update(max_width=10_000)).maximum <= screen.width:
             break
     return table
 
 
-def _build(rows: Rows, dropped: tuple[str, ...], title: str | None) -> RichTable:
+def _build(rows: Rows, dropped: tuple[str, ...]) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -353,7 +337,7 @@ def _build(rows: Rows, dropped: tuple[str, ...], title: str | None) -> RichTable
     layout = lay_out(rows)
     keep = [i for i, name in enumerate(layout.header) if name != "weights" and name not in dropped]
     table = RichTable(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title and Text(plain(title)), title_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
         caption=Text("\n".join(_caption(rows, layout.remark, layout.footnotes))), caption_justify="left",
     )  # fmt: skip
     for i in keep:
@@ -363,22 +347,22 @@ def _build(rows: Rows, dropped: tuple[str, ...], title: str | None) -> RichTable
             table.add_column(header, overflow="fold")
         else:
             table.add_column(header, justify="right", no_wrap=True)
-    for group in layout.groups:
-        style = "bold red" if group.loud else "bold"
-        table.add_row(Text("\n".join(_heading(group)), style=style))
-        for line in group.lines:
+    for (encoder, weights), lines in layout.groups.items():
+        style = "bold red" if "random" in weights else "bold"
+        table.add_row(Text("\n".join(_heading(encoder, weights)), style=style))
+        for line in lines:
             cells = [_console_names(line), *(_text(cell, "±" not in dropped) for cell in line.cells)]
             table.add_row(*(cells[i] for i in keep))
         table.add_section()
     return table
 
 
-def _heading(group: Group) -> list[str]:
+def _heading(encoder: str, weights: str) -> list[str]:
     """Rich has no cells across columns, so a long name goes on in a second line."""
-    if not group.encoder:
+    if not encoder:
         return ["baselines"]
-    weights = f"{group.weights.upper()} WEIGHTS" if group.loud else group.weights
-    name = plain(group.encoder, 60)
+    weights = f"{weights.upper()} WEIGHTS" if "random" in weights else weights
+    name = plain(encoder, 60)
     if len(name) + len(weights) + 2 <= HEADING:
         return [f"{name}, {weights}"]
     model, dot, tag = name.partition(".")

@@ -22,9 +22,7 @@ from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from afterimage.report.answers import Answers
     from afterimage.report.figures import Drawing
-    from afterimage.report.findings import Finding
 
 
 # The page draws the other figures itself.
@@ -69,7 +67,7 @@ def write_report(
     answers = answer([row for row in rows.all if row.kind != "inversion"], found)
     write("findings.json", answers.json)
     bounds = bound_findings(found)
-    more = [*_beside(answers), *control_findings(rows.decoders)]
+    more = [*([answers.beside] if answers.beside else []), *control_findings(rows.decoders)]
     progress("statistics", 1, 1)
     figures, shown, front, front_shown, problems = [], [], [], [], []
     for drawing in draw(rows, progress, problems):
@@ -116,10 +114,6 @@ def write_report(
     ]  # fmt: skip
     write("report.md", "\n\n".join(parts) + "\n")
     return written
-
-
-def _beside(answers: Answers) -> list[Finding]:
-    return [answers.beside] if answers.beside else []
 
 
 def _sentence(rows: Rows) -> str:

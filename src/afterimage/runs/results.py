@@ -54,6 +54,11 @@ class Metric:
     higher_is_better: bool
     negligible: float = 0.0
 
+    @property
+    def sign(self) -> int:
+        """What turns a score so that more is better: 1 or -1."""
+        return 1 if self.higher_is_better else -1
+
 
 METRICS = {
     "psnr": Metric("PSNR", " dB", 2, True, negligible=0.1),

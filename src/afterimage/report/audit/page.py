@@ -73,8 +73,8 @@ def write_audit(
     costs = [{"layer": k[0], "defence": k[1], **cost} for k, cost in results.costs.items()]
     values = {
         "subject": results.subject,
-        "limits": {"max_ssim": limits.max_ssim, "max_identification": limits.max_identification},
-        "verdict": verdict.as_dict(),
+        "limits": asdict(limits),
+        "verdict": asdict(verdict),
         "rows": [asdict(row) for row in results.rows],
         "without_features": [asdict(row) for row in results.blind],
         "costs": costs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,15 +46,11 @@ class Leak:
     by: str
     attacker: str
 
-    def against(self, limit: float | None) -> str:
-        """Say how it stands to a limit, as `interval_status` does."""
-        return interval_status(self, limit)
-
     def text(self, limit: float) -> str:
         """Write the estimate with the end of its interval that decides."""
         share = self.by not in (SSIM, SSIM_SEEN)
         estimate = f"{self.estimate:.0%}" if share else f"{self.estimate:.3f}"
-        end, value = ("at least", self.low) if self.against(limit) == LEAKS else ("up to", self.high)
+        end, value = ("at least", self.low) if interval_status(self, limit) == LEAKS else ("up to", self.high)
         return f"{estimate} ({end} {value:.1%})" if share else f"{estimate} ({end} {value:.3f})"
 
 
@@ -107,9 +103,6 @@ class Verdict:
     reason: str
     remarks: tuple[str, ...]
     scope: str = SCOPE
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def attacker_text(attacker: Attacker) -> str:
@@ -183,7 +176,7 @@ def _option(
     found = _worst(shares, limit_found)
     reasons, worst = [], []
     for name, leak, limit in ((ssim.by, ssim, limit_ssim), ("identification", found, limit_found)):
-        worst.append(leak.against(limit))
+        worst.append(interval_status(leak, limit))
         if worst[-1] != WITHIN:
             reasons.append(
                 f"{name} {leak.text(limit)} against a limit of {limit:g}, {leak.attacker}: {worst[-1]}"
@@ -199,7 +192,7 @@ def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
     """Choose a shown leak before a possible one: few images have wide intervals, which reach far and show little."""
 
     def weight(leak: Leak) -> tuple[int, float]:
-        status = leak.against(limit)
+        status = interval_status(leak, limit)
         return SEVERITY.index(status), leak.low if status == LEAKS else leak.high
 
     return max(leaks, key=weight)
@@ -216,7 +209,9 @@ def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option 
     if not options:
         return None, "nothing that can be recommended was measured"
     least = min(options, key=lambda o: (o.identification.high, o.ssim.high))
-    least_text = f"{_name(least)} leaks least" + (", shuffled features aside" if aside else "")
+    least_text = f"{least.layer} with {least.defence} leaks least" + (
+        ", shuffled features aside" if aside else ""
+    )
     if limits:
         safe = [option for option in options if option.status == WITHIN]
         if not safe:
@@ -247,10 +242,6 @@ def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option 
     return best, f"{rule}, and keeps most of the network's own answers ({best.utility:.0%})" + (
         f"; for {unknown} others within the limits that is not known" if unknown else ""
     )
-
-
-def _name(option: Option) -> str:
-    return f"{option.layer} with {option.defence}"
 
 
 def _remarks(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -110,6 +111,15 @@ def dashes(parts: Sequence[Part]) -> dict[str, Any]:
     return {name: DASHES[i % len(DASHES)] for i, name in enumerate(names)}
 
 
+def name_layers(
+    axes: Axes, parts: Sequence[Part], colors: Mapping[tuple[str, ...], tuple], *, loc: str
+) -> None:
+    """Name the layers of one encoder's lines in their panel, by the colours of `shades`."""
+    layers = dict.fromkeys((p.row.sources, drawable(p.row.layer, 16)) for p in parts)
+    handles = [Line2D([], [], color=colors[sources], label=text) for sources, text in layers]
+    axes.legend(handles=handles, loc=loc, fontsize=6.5, handlelength=1.2, labelspacing=0.2)
+
+
 def _by_frequency(parts: Sequence[Part]) -> Drawing:
     encoders = list(dict.fromkeys(p.row.encoder for p in parts))
     names = {"fusion": "fusion", **short_encoders([p.row for p in parts])}
@@ -136,11 +146,7 @@ def _by_frequency(parts: Sequence[Part]) -> Drawing:
             panels[i][0].set_ylabel(f"{plane}: error / image")
         panels[0][j].set_title(drawable(names[encoder], 28))
         panels[1][j].set_xlabel("cycles a pixel")
-        layers = dict.fromkeys((p.row.sources, drawable(p.row.layer, 16)) for p in members)
-        panels[0][j].legend(
-            handles=[Line2D([], [], color=colors[sources], label=text) for sources, text in layers],
-            loc="best", fontsize=6.5, handlelength=1.2, labelspacing=0.2,
-        )  # fmt: skip
+        name_layers(panels[0][j], members, colors, loc="best")
     handles = [Line2D([], [], color=MUTED, ls=ls, label=name) for name, ls in patterns.items()]
     legend(figure, handles, columns=4)
     caption = (

@@ -24,6 +24,7 @@ from afterimage.report.figures.style import (
     dashes,
     decoder_styles,
     error_bars,
+    fusion_note,
     grid_y,
     has,
     legend,
@@ -32,7 +33,7 @@ from afterimage.report.figures.style import (
     metrics_of,
     short_encoders,
 )
-from afterimage.report.rows import Row, Rows, fusion_legend, mean_over_images, pool
+from afterimage.report.rows import Row, Rows, mean_over_images, pool
 from afterimage.runs.results import METRICS, Interval
 
 LAYER_INCHES = 0.55
@@ -108,7 +109,7 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
             x = np.array([place for place, _ in own])
             decoder = [_mean([bound.decoder for bound in members], metric) for _, members in own]
             answer = [_mean([bound.best(metric) for bound in members], metric) for _, members in own]
-            _band(axes, x, decoder, answer, METRICS[metric].higher_is_better, joined=encoder != "fusion")
+            _band(axes, x, decoder, answer, METRICS[metric].sign, joined=encoder != "fusion")
             still = [Interval(mean, mean, mean, 1) for mean in decoder]
             apart = [_apart(members, metric, mean) for (_, members), mean in zip(own, answer, strict=True)]
             for name, means in ((next(iter(drawn)), still), (kind, apart)):
@@ -128,7 +129,7 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
         f"it: means over the same {counts} test images. The band is what this decoder missed, though the features hold "
         "it; where there is none, nothing that was found is better than the decoder. Bars: the bound's difference to "
         f"the decoder, paired by image, with its {NAME}; of few images it may leave the panel."
-        f"{controls_note(founds)}{''.join(f' {line[0].upper()}{line[1:]}.' for line in fusion_legend(founds))}"
+        f"{controls_note(founds)}{fusion_note(founds)}"
     )
     stem = "kept-by-depth" + (f"-{number + 1}" if number else "")
     return Drawing(stem, f"What layers keep, and what {label} missed", caption, figure, folded=number > 0)
@@ -151,11 +152,11 @@ def _apart(bounds: Sequence[Bound], metric: str, mean: float) -> Interval:
 
 
 def _band(
-    axes: Axes, x: np.ndarray, decoder: Sequence[float], answer: Sequence[float], more: bool, *, joined: bool
+    axes: Axes, x: np.ndarray, decoder: Sequence[float], answer: Sequence[float], sign: int, *, joined: bool
 ) -> None:
     """Fill what the answer is better by; between layers as far as it is, at single ones as a bar."""
     low, high = np.array(decoder), np.array(answer)
-    ahead = high > low if more else high < low
+    ahead = sign * (high - low) > 0
     if joined and len(x) > 1:
         axes.fill_between(x, low, high, where=ahead, interpolate=True, color=BAND, lw=0, zorder=0.5)
     else:
@@ -282,6 +283,4 @@ def _caption(rows: Rows) -> str:
         "same, so compare pairs."
     )
     text += f" Each image's score is its mean over up to {most} seeds." if most > 1 else ""
-    text += controls_note(rows.decoders)
-    text += "".join(f" {line[0].upper()}{line[1:]}." for line in fusion_legend(rows.decoders))
-    return text + lpips_note(rows.decoders)
+    return text + controls_note(rows.decoders) + fusion_note(rows.decoders) + lpips_note(rows.decoders)

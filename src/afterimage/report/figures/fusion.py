@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -24,7 +23,10 @@ from afterimage.report.figures.image_grid import (
     IMAGES,
     LINE,
     Pixels,
+    canvas,
+    place_image,
     read_pixels,
+    write_heads,
 )
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import Drawing
@@ -50,11 +52,12 @@ class Line:
 
 def fusion_weights(rows: Rows) -> list[Drawing]:
     """Draw a figure for each fused row that stored weight maps."""
+    has_seeds = len({row.seed for row in rows.decoders}) > 1
     found = [(row, lines) for row in rows.decoders if row.fusion_weights and (lines := _lines(row))]
     drawings = []
     for number, (row, lines) in enumerate(found, 1):
         name = f"fusion-weights-{number}" if len(found) > 1 else "fusion-weights"
-        who = ", ".join([row.layer, row.decoder_label, *([f"seed {row.seed}"] if _seeds(rows) else [])])
+        who = ", ".join([row.layer, row.decoder_label, *([f"seed {row.seed}"] if has_seeds else [])])
         title = f"Fusion weights: {plain(who, 100)}" + (f", {row.control}" if row.is_random else "")
         drawings.append(Drawing(name, title, _caption(row), _figure(row, lines), number > FEW))
     return drawings
@@ -88,24 +91,18 @@ def _figure(row: Row, lines: list[Line]) -> Figure:
     step = CELL + FOOT + EDGE
     width = len(heads) * (CELL + GAP) + EDGE + BAR
     height = top + len(lines) * step
-    figure = Figure((width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.set_axis_off()
+    figure, axes = canvas(width, height)
     norm = Normalize(0, max(float(m.max()) for line in lines for m in line.maps) / 255 or 1)
     left = [EDGE + column * (CELL + GAP) for column in range(len(heads))]
-    for x, head in zip(left, heads, strict=True):
-        axes.text(x + CELL / 2, top - 0.05, head, ha="center", va="bottom", fontsize=7.5, linespacing=1.25)
+    write_heads(axes, left, top, heads)
     for y, line in zip(itertools.count(top, step), lines, strict=False):
         psnr = row.values("psnr").get(line.identity)
         feet = [drawable(line.identity, HEAD), "" if psnr is None else f"{psnr:.2f} dB"]
-        feet += [f"{m.mean() / 255:.2f}" for m in line.maps]
-        for x, foot in zip(left, feet, strict=True):
-            axes.text(x + CELL / 2, y + CELL + 0.03, foot, ha="center", va="top", fontsize=7)
-        for x, pixels in zip(left, (line.original, line.rebuilt), strict=False):
-            _show(axes, pixels, x, y, interpolation="auto")
+        for x, pixels, foot in zip(left, (line.original, line.rebuilt), feet, strict=False):
+            place_image(axes, pixels, x, y, foot)
+        look = {"interpolation": "nearest", "cmap": COLORS, "norm": norm}
         for x, weights in zip(left[2:], line.maps, strict=True):
-            _show(axes, weights / 255, x, y, interpolation="nearest", cmap=COLORS, norm=norm)
+            place_image(axes, weights / 255, x, y, f"{weights.mean() / 255:.2f}", **look)
     bottom = height - (top + (len(lines) - 1) * step + CELL)
     place = (left[-1] + CELL + 0.1, bottom, 0.1, height - top - bottom)
     bar = figure.add_axes([place[0] / width, place[1] / height, place[2] / width, place[3] / height])
@@ -115,24 +112,12 @@ def _figure(row: Row, lines: list[Line]) -> Figure:
     return figure
 
 
-def _show(axes: Axes, pixels: np.ndarray, x: float, y: float, **options: object) -> None:
-    rows, columns = pixels.shape[:2]
-    scale = CELL / max(rows, columns)
-    left, above = x + (CELL - columns * scale) / 2, y + (CELL - rows * scale) / 2
-    extent = (left, left + columns * scale, above + rows * scale, above)
-    axes.imshow(pixels, extent=extent, aspect="auto", **options)
-
-
 def _names(sources: tuple[str, ...]) -> list[str]:
     """Two lines a source, model and layer; without the weights' tag where that loses nothing."""
     split = [split_source(source) for source in sources]
     bare = [(model.partition(".")[0], layer) for model, layer in split]
     chosen = bare if len(set(bare)) == len(bare) else split
     return [f"{wrap(drawable(model, 40), HEAD)}\n{drawable(layer, HEAD)}" for model, layer in chosen]
-
-
-def _seeds(rows: Rows) -> bool:
-    return len({row.seed for row in rows.decoders}) > 1
 
 
 def _caption(row: Row) -> str:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -18,13 +18,14 @@ from afterimage.config import AfterimageError
 from afterimage.report.bounds import Bound, bounds_of, by_decoder
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import wrap
-from afterimage.report.figures.style import INK, MUTED, Drawing, short_encoders, style
+from afterimage.report.figures.style import INK, MUTED, Drawing, fusion_note, short_encoders, style
 from afterimage.report.format import plain
-from afterimage.report.rows import Row, Rows, fusion_legend
+from afterimage.report.rows import Row, Rows, lpips_nets
 from afterimage.runs.files import read_image
 from afterimage.runs.run import Run
 
 Pixels = UInt8[np.ndarray, "height width 3"]
+Column = TypeVar("Column")
 COLUMNS = 8
 IMAGES, FEW_IMAGES, MANY_PAGES = 3, 2, 4  # a page shows fewer images where there are many pages
 DETAIL = 4  # a detail is this part of the shorter side
@@ -112,16 +113,10 @@ def kept(rows: Rows) -> list[Drawing]:
     """
     drawings: list[Drawing] = []
     for label, bounds in by_decoder(bounds_of(rows)).items():
-        own = list({(bound.found.sources, bound.found.origin): bound for bound in reversed(bounds)}.values())[
-            ::-1
-        ]
-        count = -(-len(own) // (COLUMNS - 1))
-        size = -(-len(own) // count)
-        for i in range(count):
-            title = f"What layers keep, and what {label} shows" + (
-                f" ({i + 1} of {count})" if count > 1 else ""
-            )
-            drawings += _kept(own[i * size : (i + 1) * size], label, title, len(drawings))
+        first = {(bound.found.sources, bound.found.origin): bound for bound in reversed(bounds)}
+        own = list(first.values())[::-1]
+        for title, part in _chunks(f"What layers keep, and what {label} shows", own):
+            drawings += _kept(part, label, title, len(drawings))
     return drawings
 
 
@@ -145,35 +140,31 @@ def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[
     originals = dict(itertools.islice(originals.items(), FEW_IMAGES))
     if not originals:
         return []
-    names = short_encoders([bound.found for bound in bounds])
-    heads = [_column_head(bound.found, names) for bound in bounds]
+    founds = [bound.found for bound in bounds]
+    names = short_encoders(founds)
+    heads = [_column_head(found, names) for found in founds]
     top = EDGE + 0.15 * max(head.count("\n") + 1 for head in heads) + 0.08
     start = EDGE + CELL + GAP + LABEL
     width, step = start + len(bounds) * (CELL + GAP) - GAP + EDGE, CELL + 0.2
     block = len(lines) * step + 0.1
-    figure = Figure((width, top + len(originals) * block - 0.1 + EDGE))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(figure.get_figheight(), 0))
-    axes.set_axis_off()
+    figure, axes = canvas(width, top + len(originals) * block - 0.1 + EDGE)
     text = {"fontsize": LARGE, "linespacing": 1.2}
-    axes.text(EDGE + CELL / 2, top - 0.05, "original", ha="center", va="bottom", **text)
-    for column, head in enumerate(heads):
-        x = start + column * (CELL + GAP) + CELL / 2
-        axes.text(x, top - 0.05, head, ha="center", va="bottom", **text)
+    left = [start + column * (CELL + GAP) for column in range(len(bounds))]
+    write_heads(axes, [EDGE, *left], top, ["original", *heads], **text)
     for place, (identity, original) in enumerate(originals.items()):
         y = top + place * block
-        _place(axes, original, EDGE, y, "")
+        place_image(axes, original, EDGE, y, "")
         for line, (name, answers) in enumerate(lines):
             middle = y + line * step + CELL / 2
             axes.text(start - 0.05, middle, drawable(name, 20), ha="right", va="center", rotation=90, **text)
-            for column, answer in enumerate(answers):
-                at = start + column * (CELL + GAP), y + line * step
+            for x, answer in zip(left, answers, strict=True):
+                at = x, y + line * step
                 pixels = _answer_pixels(answer, identity, original)
                 if pixels is None:
                     _absent(axes, *at, has_detail=False)
                 else:
-                    _place(axes, pixels, *at, _scores_of(answer, identity), size=LARGE - 0.5)
-    nets = sorted({bound.found.lpips.net for bound in bounds if bound.found.scores["lpips"]})
+                    place_image(axes, pixels, *at, _scores_of(answer, identity), size=LARGE - 0.5)
+    nets = lpips_nets(founds)
     caption = (
         f"The same photographs from the features of each layer, in order of depth: what the decoder {label} shows of "
         "them, and what the features keep at least (the measured bound)."
@@ -181,7 +172,7 @@ def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[
         + " The most consistent image fills in what they do not tell."
         * any(bound.refined for bound in bounds)
         + f" Below an image: its PSNR{f' and LPIPS ({nets[0]})' if len(nets) == 1 else ''}."
-        + _fusions([bound.found for bound in bounds])
+        + fusion_note(founds)
     )
     return [Drawing("kept" + (f"-{number + 1}" if number else ""), title, caption, figure, folded=number > 0)]
 
@@ -228,11 +219,12 @@ def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]
         yield from _chunks("Reconstructions: baselines", list(rows.baselines))
 
 
-def _chunks(title: str, rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
-    count = -(-len(rows) // (COLUMNS - 1))
-    size = -(-len(rows) // count)
+def _chunks(title: str, columns: list[Column]) -> Iterable[tuple[str, list[Column]]]:
+    """The columns of as many figures as they need, alike in number."""
+    count = -(-len(columns) // (COLUMNS - 1))
+    size = -(-len(columns) // count)
     for i in range(count):
-        yield title + (f" ({i + 1} of {count})" if count > 1 else ""), rows[i * size : (i + 1) * size]
+        yield title + (f" ({i + 1} of {count})" if count > 1 else ""), columns[i * size : (i + 1) * size]
 
 
 def _album(rows: Sequence[Row], limit: int) -> Album:
@@ -272,32 +264,26 @@ def read_pixels(path: Path) -> Pixels | None:
 
 
 def _drawing(page: Page, album: Album) -> Drawing:
-    """One axes in inches holds everything: an axes a cell would take most of a report's time."""
     heads = ["original", *(_head(row, page) for row in page.rows)]
     top = EDGE + LINE * max(head.count("\n") + 1 for head in heads) + 0.08
     width = len(heads) * (CELL + GAP) - GAP + 2 * EDGE
     height = top + len(album.ids) * BLOCK - BLOCK + 2 * CELL + FOOT + EDGE
-    figure = Figure((width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.set_axis_off()
-    for column, head in enumerate(heads):
-        center = EDGE + column * (CELL + GAP) + CELL / 2
-        axes.text(center, top - 0.05, head, ha="center", va="bottom", fontsize=7.5, linespacing=1.25)
+    figure, axes = canvas(width, height)
+    left = [EDGE + column * (CELL + GAP) for column in range(len(heads))]
+    write_heads(axes, left, top, heads)
     for line, identity in enumerate(album.ids):
         original, y = album.originals[identity], top + line * BLOCK
         scores = ("" if psnr is None else f"{psnr:.2f} dB" for psnr in album.psnr[identity])
         feet = [drawable(identity, HEAD), *scores]
-        for column, (pixels, foot) in enumerate(zip([original, *album.cells[identity]], feet, strict=True)):
-            x = EDGE + column * (CELL + GAP)
+        for x, pixels, foot in zip(left, [original, *album.cells[identity]], feet, strict=True):
             if pixels is None:
                 _absent(axes, x, y)
             else:
-                _show(axes, pixels, x, y, foot, busiest(original), boxed=column == 0)
+                _show(axes, pixels, x, y, foot, busiest(original), boxed=x == left[0])
     caption = (
         "Originals and what each row rebuilt, and under each the boxed detail enlarged pixel by pixel: the "
         "part of the original with the highest contrast (variance of its luma). Above a column: its row and "
-        f"mean PSNR over all test images; below an image: its own PSNR.{_missing(album)}{_fusions(page.rows)}"
+        f"mean PSNR over all test images; below an image: its own PSNR.{_missing(album)}{fusion_note(page.rows)}"
     )
     return Drawing(page.stem, page.title, caption, figure, page.folded)
 
@@ -306,7 +292,7 @@ def _show(
     axes: Axes, pixels: Pixels, x: float, y: float, foot: str, detail: tuple[int, int, int], *, boxed: bool
 ) -> None:
     """An image in the square cell at `(x, y)`, `foot` below it, its detail in the cell under that."""
-    left, above, scale = _place(axes, pixels, x, y, foot)
+    left, above, scale = place_image(axes, pixels, x, y, foot)
     top, side, size = detail
     corner, length = (left + side * scale, above + top * scale), size * scale
     if boxed:
@@ -319,17 +305,35 @@ def _show(
     )  # fmt: skip
 
 
-def _place(
-    axes: Axes, pixels: Pixels, x: float, y: float, foot: str, *, size: float = 7.0
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """Make a figure whose one axes counts inches from the top left: an axes a cell would take most of the time."""
+    figure = Figure((width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(figure.get_figheight(), 0))
+    axes.set_axis_off()
+    return figure, axes
+
+
+def write_heads(axes: Axes, left: Sequence[float], top: float, heads: Sequence[str], **text: Any) -> None:
+    """Write what stands above columns, whose cells begin at `left` and below `top`."""
+    look = {"ha": "center", "va": "bottom", "fontsize": 7.5, "linespacing": 1.25, **text}
+    for x, head in zip(left, heads, strict=True):
+        axes.text(x + CELL / 2, top - 0.05, head, **look)
+
+
+def place_image(
+    axes: Axes, pixels: np.ndarray, x: float, y: float, foot: str, *, size: float = 7.0, **options: Any
 ) -> tuple[float, float, float]:
-    """An image in the square cell at `(x, y)` with `foot` below it; its corner, and the inches of a pixel."""
+    """Place an image, or a map, in the square cell at `(x, y)` with `foot` of `size` points below it.
+
+    Returns:
+        its left and its top, and the inches of a pixel
+    """
     rows, columns = pixels.shape[:2]
     scale = CELL / max(rows, columns)
     left, above = x + (CELL - columns * scale) / 2, y + (CELL - rows * scale) / 2
-    axes.imshow(
-        pixels, extent=(left, left + columns * scale, above + rows * scale, above), aspect="auto",
-        interpolation="auto",
-    )  # fmt: skip
+    extent = (left, left + columns * scale, above + rows * scale, above)
+    axes.imshow(pixels, extent=extent, aspect="auto", **{"interpolation": "auto", **options})
     axes.text(x + CELL / 2, y + CELL + 0.03, foot, ha="center", va="top", fontsize=size, color=INK)
     return left, above, scale
 
@@ -371,10 +375,6 @@ def _head(row: Row, page: Page) -> str:
 def _missing(album: Album) -> str:
     gaps = sum(pixels is None for cells in album.cells.values() for pixels in cells)
     return f" {gaps} images were not saved, cannot be read, or are of another original." if gaps else ""
-
-
-def _fusions(rows: Sequence[Row]) -> str:
-    return "".join(f" {line[0].upper()}{line[1:]}." for line in fusion_legend(rows))
 
 
 def _slug(name: str) -> str:

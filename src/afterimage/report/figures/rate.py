@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.controls import curve_of, decoder, read_parts
-from afterimage.report.figures.controls import PANEL, dashes, shades
+from afterimage.report.figures.controls import PANEL, dashes, name_layers, shades
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import INK, MUTED, Drawing, error_bars, grid_y, legend, short_encoders
 from afterimage.report.rows import Rows, mean_over_images
@@ -42,11 +42,7 @@ def rate(rows: Rows) -> list[Drawing]:
                 color=colors[part.row.sources], ls=patterns[decoder(part.row)], marker="o", markersize=2.5,
                 lw=1.1, elinewidth=0.7,
             )  # fmt: skip
-        layers = dict.fromkeys((p.row.sources, drawable(p.row.layer, 16)) for p in members)
-        axes.legend(
-            handles=[Line2D([], [], color=colors[sources], label=text) for sources, text in layers],
-            loc="upper right", fontsize=6.5, handlelength=1.2, labelspacing=0.2,
-        )  # fmt: skip
+        name_layers(axes, members, colors, loc="upper right")
         axes.set_title(drawable(names[encoder], 28))
         axes.set_xscale("log")
         axes.set_xlabel("bits a pixel (log scale)")

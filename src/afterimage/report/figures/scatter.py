@@ -119,8 +119,7 @@ def standing(comparison: Comparison) -> Drawing:
     """Draw one's own rows among those of an atlas by their feature values: answers down, metrics across."""
     mine = [standing.mine for standing in comparison.standings]
     answers = list(dict.fromkeys(e.measured for e in mine))
-    nets = sorted({e.net for e in mine if "lpips" in e.scores})
-    metrics = [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
+    metrics = comparison.columns
     names, others = _by_encoder(mine), _by_encoder(comparison.atlas)
     looks = encoder_styles(list(names))
     figure = Figure((0.8 + PANEL[0] * len(metrics), 1.2 + PANEL[1] * len(answers)), layout="constrained")
@@ -175,10 +174,7 @@ def _bare(name: str, names: Iterable[str]) -> str:
 
 
 def _scored(rows: Sequence[Entry], measured: Measured, metric: str, net: str) -> list[Entry]:
-    return [
-        e for e in rows
-        if e.measured == measured and metric in e.scores and (metric != "lpips" or e.net == net)
-    ]  # fmt: skip
+    return [e for e in rows if e.measured == measured and e.has(metric, net)]
 
 
 def _through(axes: Axes, rows: Sequence[Entry], metric: str, look: Style, *, zorder: int) -> None:

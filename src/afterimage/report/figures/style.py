@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from afterimage.config import short_names
 from afterimage.report.figures.fonts import drawable, families
 from afterimage.report.format import plain
-from afterimage.report.rows import Row
-from afterimage.report.tables import heading
+from afterimage.report.rows import Row, fusion_legend, lpips_nets
+from afterimage.report.tables import heading, score_columns
 from afterimage.runs.results import Interval
 
 DPI = 200
@@ -144,8 +144,7 @@ def short_encoders(rows: Iterable[Row]) -> dict[str, str]:
 
 def metrics_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """List the panels that these rows can fill, `(metric, LPIPS network)`."""
-    nets = sorted({r.lpips.net for r in rows if r.scores["lpips"] is not None})
-    return [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
+    return score_columns(lpips_nets(rows))
 
 
 def has(row: Row, metric: str, net: str) -> bool:
@@ -178,6 +177,11 @@ def controls_note(rows: Sequence[Row]) -> str:
     controls = sorted({row.control for row in rows if row.is_random})
     told = ", ".join(f"{control} ({lines[dashes(control)]} lines)" for control in controls)
     return f" Open markers: {told}." if told else ""
+
+
+def fusion_note(rows: Sequence[Row]) -> str:
+    """Write what a caption must say of the letters that stand for fusions, where there are any."""
+    return "".join(f" {line[0].upper()}{line[1:]}." for line in fusion_legend(rows))
 
 
 def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:

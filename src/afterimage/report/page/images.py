@@ -72,7 +72,7 @@ def gather(rows: Sequence[Row]) -> list[PageImage]:
         for id, original, reconstruction in row.run.images:
             # Hashing every run's copy would read gigabytes; one copy for each data set is enough.
             if (id, origin) not in hashes:
-                hashes[id, origin] = hashlib.sha256(_read(original)).hexdigest()
+                hashes[id, origin] = hashlib.sha256(read_bytes(original)).hexdigest()
             page_image = images.setdefault((id, hashes[id, origin]), PageImage(id, original))
             page_image.reconstructions[position] = reconstruction
             if (own := maps.get(id)) and len(own) == len(row.sources):
@@ -132,7 +132,7 @@ def _length(value: dict[str, Any]) -> int:
 
 
 def _encode(path: Path, quality: int | None) -> str:
-    content = _read(path)
+    content = read_bytes(path)
     image = read_image(path, content)
     if quality is not None:
         smaller = _webp(image, quality)
@@ -157,7 +157,7 @@ def _webp(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from afterimage.config import AfterimageError, read_text, short_names
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import Bound, bounds_of, curve, main_bounds
-from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather
+from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather, read_bytes
 from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import NONE, duration, lpips_reason
 from afterimage.runs.files import write_atomic
@@ -32,7 +32,6 @@ SCRIPTS = (
     "dom.js", "data.js", "images.js", "strip.js", "walk.js", "weights.js", "panes.js", "zoom.js", "table.js", "plot.js",
     "depth.js", "scatter.js", "main.js",
 )  # fmt: skip
-IMAGES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".webp": "image/webp"}
 
 
 def write_page(
@@ -41,11 +40,11 @@ def write_page(
     *,
     title: str,
     bounds: Sequence[Mapping[str, Any]] = (),
-    bound_figures: Sequence[Path | tuple[str, Path]] = (),
+    bound_figures: Sequence[tuple[str, Path]] = (),
     findings: Sequence[Mapping[str, Any]] = (),
     lead: str = "",
     problems: Sequence[str] = (),
-    figures: Sequence[Path | tuple[str, Path]] = (),
+    figures: Sequence[tuple[str, Path]] = (),
     limit: int = PAGE_BYTES,
     progress: Progress = silent,
 ) -> Path:
@@ -53,14 +52,17 @@ def write_page(
 
     `bounds` and `findings` hold `title`, `verdict`, `rule`, `paragraphs` and `tables` (each with `title`, `header` and
     `rows` of text); `bounds` come first, with `bound_figures`. `lead` goes before the findings, and `problems` say what
-    could not be computed. `figures` are image files, with or without a caption before them. The page stays below
-    `limit` bytes: images are re-encoded, then left out, and the page says so. Raises `AfterimageError` where an image
-    cannot be read, or the limit is too small for the page without images.
+    could not be computed. `figures` are PNG files, each after its caption. The page stays below `limit` bytes: images
+    are re-encoded, then left out, and the page says so. Raises `AfterimageError` where an image cannot be read, or the
+    limit is too small for the page without images.
     """
     images = gather(rows.every)
     entries = describe_rows(rows, images)
     context = {"title": title, "findings": findings, "lead": lead, "problems": problems, "bounds": bounds}
-    context |= {"figures": [*map(_figure, figures)], "bound_figures": [*map(_figure, bound_figures)]}
+    for name, shown in {"figures": figures, "bound_figures": bound_figures}.items():
+        context[name] = [
+            {"caption": text, "uri": data_uri(read_bytes(path), "image/png")} for text, path in shown
+        ]
     # Rendered once without images, to learn how much room is left for them.
     room = limit - len(_render(rows, entries, Album(total=len(images)), **context).encode())
     if room < 0:
@@ -136,17 +138,6 @@ def _page_template() -> Template:
 def _config_text(row: Row) -> str:
     path = row.run.file("config.toml")
     return read_text(path) if path.exists() else "This run folder holds no config.toml."
-
-
-def _figure(figure: Path | tuple[str, Path]) -> dict[str, str]:
-    caption, path = figure if isinstance(figure, tuple) else (Path(figure).stem.replace("_", " "), figure)
-    kind = IMAGES.get(Path(path).suffix.lower())
-    if kind is None:
-        raise AfterimageError(f"the page cannot show the figure {path}; it shows {', '.join(IMAGES)}")
-    try:
-        return {"caption": caption, "uri": data_uri(Path(path).read_bytes(), kind)}
-    except OSError as error:
-        raise AfterimageError(f"cannot read the figure {path}: {error.strerror}") from None
 
 
 def _text(name: str) -> str:

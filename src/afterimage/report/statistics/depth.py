@@ -120,7 +120,7 @@ def falls_with_depth(rows: list[Row], metric: str, setting: str) -> Depth:
 
 def _encoder(name: str, layers: list[Row], steps: list[Comparison], metric: str) -> DepthOfEncoder:
     _, scores = matrix(layers, metric)
-    quality = scores if METRICS[metric].higher_is_better else -scores
+    quality = METRICS[metric].sign * scores
     tau, tau_p = stats.kendalltau(np.arange(len(layers)), quality.mean(axis=0))
     verdict = UNDECIDED
     if any(step.better == "a" for step in steps):

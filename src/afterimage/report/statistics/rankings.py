@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
+
 from afterimage.evaluation.intervals import Interval, interval, mean_interval
 from afterimage.report.statistics.rows import Row, Setting, matrix, without_random_controls
 from afterimage.report.statistics.tests import Comparison, compare, corrected
@@ -96,8 +98,8 @@ def scores(rows: list[Row], metric: str) -> list[Score]:
 def _best_first(rows: list[Row], metric: str) -> list[Row]:
     """Sort rows by their mean over the images that all of them have."""
     _, values = matrix(rows, metric)
-    means = values.mean(axis=0) if METRICS[metric].higher_is_better else -values.mean(axis=0)
-    return [row for _, row in sorted(zip(-means, rows, strict=True), key=lambda pair: pair[0])]
+    order = np.argsort(-METRICS[metric].sign * values.mean(axis=0), kind="stable")
+    return [rows[i] for i in order]
 
 
 def degradation(rows: list[Row], metric: str, setting: str) -> list[Degradation]:
@@ -124,13 +126,7 @@ def efficiency(rows: list[Row], baselines: list[Row], metric: str) -> list[Effic
     results = []
     for row in rows:
         baseline = floors.get(row.data, nothing)
-        gain = None
-        if baseline is not None:
-            gain = (
-                row.mean(metric) - baseline
-                if METRICS[metric].higher_is_better
-                else baseline - row.mean(metric)
-            )
+        gain = None if baseline is None else METRICS[metric].sign * (row.mean(metric) - baseline)
         costs = (row.seconds / 60, row.parameters / 1e6, row.values / 1e3)
         ratios = [gain / cost if gain is not None and cost > 0 else None for cost in costs]
         results.append(Efficiency(metric, row.name, row.setting, gain, baseline, *ratios))

@@ -86,7 +86,7 @@ def resolution_dominates(rows: list[Row], metric: str, setting: str) -> Resoluti
 
     channels = np.array([row.channels for row in rows], dtype=float)
     _, scores = matrix(rows, metric)
-    quality = scores if METRICS[metric].higher_is_better else -scores
+    quality = METRICS[metric].sign * scores
     means = quality.mean(axis=0)
     correlation = interval(lambda means: spearman(locations, means), quality)
     p = [spearman_p(locations, means)]

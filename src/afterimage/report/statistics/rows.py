@@ -44,7 +44,6 @@ class Row:
     layer: str
     setting: Setting
     sources: tuple[str, ...]
-    decoder: str
     baseline: str
     data: str
     order: int
@@ -137,7 +136,6 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
         layer=layer,
         setting=Setting(),
         sources=first.sources,
-        decoder=first.decoder,
         baseline=first.settings.get("baseline", ""),
         data=first.data.test_digest,
         order=features[0].order if features else 0,

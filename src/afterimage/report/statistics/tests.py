@@ -223,7 +223,7 @@ def compare(
         p = float(2 * special.stdtr(len(ids) - 1, -abs(t)))
     elif interval.estimate != 0:
         p = 0.0
-    gain = difference if METRICS[metric].higher_is_better else -difference
+    gain = METRICS[metric].sign * difference
     order = np.argsort(-gain, kind="stable")
     name_a, name_b = names or (a.name, b.name)
     return Comparison(
