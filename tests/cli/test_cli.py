@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 import command_line
+from afterimage.report import figures
 from afterimage.runs.files import read_csv
 from afterimage.runs.run import scan
 
@@ -36,7 +38,7 @@ def photographs(tmp_path):
     return folder
 
 
-def test_from_images_to_a_report(command, photographs, tmp_path):
+def test_from_images_to_a_report(command, photographs, tmp_path, monkeypatch):
     code, out, err = command(
         "train", f"{MODEL}:layer1", f"{MODEL}:layer2", "--decoders", "linear", "transposed",
         "--data", f"folder:{photographs}", "--epochs", 2, *SMALL,
@@ -78,6 +80,15 @@ def test_from_images_to_a_report(command, photographs, tmp_path):
     assert sum(alone in line and ", 00: " in line for line in lines) == 1
     width, height = Image.open(tmp_path / "both.png").size
     assert width > 5 * 64 and height > 4 * 64, "the originals and four runs, two images and their details"
+    drawn = figures.own_images
+    with monkeypatch.context() as patch:  # as of many runs
+        patch.setattr(
+            figures,
+            "own_images",
+            lambda *given: [replace(drawn(*given)[0], title=name) for name in ("ResNet", "ViT")],
+        )
+        code, out, _ = command("reconstruct", *sample_images, "runs", "--output", "both.png")
+    assert code == 0 and "both-1.png (ResNet; mean" in out and "both-2.png (ViT; mean" in out
     code, _, err = command("reconstruct", *sample_images, "runs", "--output", "both.svg")
     assert code == 1 and "PNG" in err and not (tmp_path / "both.svg").exists()
     code, _, err = command("reconstruct", sample_images[0], sample_images[0], "runs")

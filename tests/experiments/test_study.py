@@ -215,6 +215,7 @@ def test_a_plan_starts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plans = plan(expand(SMALL))
     assert [one.parameters > 0 and one.seconds > 0 and one.bytes > 0 for one in plans] == [True] * 4
+    assert [one.epochs for one in plans] == [1, 2, 1, 2]  # `linear` is solved in closed form
     assert not list(tmp_path.iterdir())
 
 

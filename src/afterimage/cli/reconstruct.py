@@ -144,9 +144,12 @@ class Reconstruct:
             say(f"left out: {left.run.name} ({left.state})")
         drawings = own_images(rows, found)
         for number, drawing in enumerate(drawings, 1):
-            path = output if len(drawings) == 1 else output.with_stem(f"{output.stem}-{number}")
+            several = len(drawings) > 1
+            path = output.with_stem(f"{output.stem}-{number}") if several else output
             write_atomic(path, render(drawing.figure)[0])
-            say(f"saved: {shown(path)} (mean: over a run's own test images)")
+            say(
+                f"saved: {shown(path)} ({f'{drawing.title}; ' if several else ''}mean: over a run's own test images)"
+            )
 
 
 def _told(run: Run) -> str:

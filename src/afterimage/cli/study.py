@@ -272,7 +272,7 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
             f"{one.parameters:,}",
             f"{one.encoder_macs / 1e6:,.0f} M",
             f"{one.decoder_macs / 1e6:,.0f} M",
-            str(config.recipe.epochs),
+            str(one.epochs),
             f"~{clock(one.seconds)}",
             f"~{one.bytes / 2**30:.1f} GiB",
         )

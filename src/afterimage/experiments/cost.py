@@ -29,6 +29,7 @@ class Plan:
         parameters: parameters of fusion and decoder
         encoder_macs: multiply-adds of the encoders for one image
         decoder_macs: multiply-adds of fusion and decoder for one image
+        epochs: how often it sees the training images; 1 where it is solved in closed form
         seconds: estimated time
         bytes: estimated memory
         unseen: the pixels that no location sees, by source
@@ -39,6 +40,7 @@ class Plan:
     parameters: int
     encoder_macs: int
     decoder_macs: int
+    epochs: int
     seconds: float
     bytes: int
     unseen: Mapping[str, str]
@@ -75,7 +77,8 @@ def _plan(config: RunConfig) -> Plan:
     trained = model.trainable
     images = training_images(config.data)
     macs = sum(deepest.values()) + (3 if trained else 1) * decoder_macs
-    macs *= images * (recipe.epochs if trained else 1)
+    epochs = recipe.epochs if trained else 1
+    macs *= images * epochs
     macs += sum(part.fit_macs(images) for part in model.closed_forms)
     memory = 4 * (4 * parameters + 2 * recipe.batch_size * (activations + sum(s.values for s in specs)))
     memory += sum(part.fit_bytes for part in model.closed_forms)
@@ -85,6 +88,7 @@ def _plan(config: RunConfig) -> Plan:
         parameters,
         sum(deepest.values()),
         decoder_macs,
+        epochs,
         macs / macs_per_second(),
         memory,
         {source: info.unseen for source, info in infos.items()},

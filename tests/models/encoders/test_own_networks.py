@@ -242,7 +242,11 @@ class Dishonest(nn.Module):
             "output",
             "nothing that depends on the image, as far as torch",
         ),
-        (Net(lambda m: m.mean()), "output", "cannot be inverted"),
+        (
+            Net(lambda m: m.mean()),
+            "output",
+            "cannot be inverted: a single number: it has no axis of the batch",
+        ),
         (Net(lambda m: m * float("inf")), "output", "not finite"),
     ],
 )

@@ -162,5 +162,5 @@ def learn_corrector(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        progress("learning what to correct", number + 1, config.steps, loss=lambda value=loss: float(value))
+        progress("learning what to correct", number + 1, config.steps, loss=lambda value=loss: value.item())
     return network.eval()

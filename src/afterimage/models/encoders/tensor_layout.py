@@ -184,7 +184,7 @@ def find_layout(
             seen = _seen(key, shape, positions.get(key)) if _is_batch(shape, later[key]) else None
             found[seen or _layout(key, shape, later[key], sizes, prefix, prefers_nhwc)] = None
         except Refused as reason:
-            reasons[f"{'x'.join(map(str, shape))}: {reason}"] = None
+            reasons[f"{'x'.join(map(str, shape)) or 'a single number'}: {reason}"] = None
     if len(found) == 1:
         return next(iter(found))
     if found:
@@ -198,6 +198,8 @@ def find_layout(
 def _layout(
     key: Key, shape: Shape, later: Shape, sizes: tuple[Size, Size], prefix: int | None, prefers_nhwc: bool
 ) -> Layout:
+    if not shape:
+        raise Refused("it has no axis of the batch")
     if not _is_batch(shape, later):
         raise Refused("its first axis is not the batch (windows, or a table)")
     if len(shape) == 2:
