@@ -5,10 +5,7 @@ No torch.
 
 from afterimage.config.errors import (
     MAX_BATCH,
-    MAX_CHANNELS,
-    MAX_EPOCHS,
     MAX_IMAGES,
-    MAX_NAME,
     MAX_PROCESSES,
     MAX_SEED,
     MAX_SIDE,
@@ -40,20 +37,16 @@ from afterimage.config.schema import (
     LOSS_NAMES,
     LPIPS_NETS,
     LPIPS_SMALLEST,
-    PRECISIONS,
     BaselineConfig,
     DecoderConfig,
     FeaturesConfig,
     FusionConfig,
     RecipeConfig,
     RunConfig,
-    folder_name,
     parse_loss,
-    settings_digest,
 )
 from afterimage.config.toml import (
     MAX_PARAMETERS,
-    MAX_TEXT,
     Count,
     dump_toml,
     from_dict,

@@ -31,7 +31,6 @@ class Published:
         psnr: mean and deviation in dB as printed; deviations are over batch means, not over images
         ssim: the same of SSIM
         lpips: the same of LPIPS (alex)
-        minutes: minutes of training
         parameters: exact count of the decoder's parameters; the table prints rounded ones, which for VGG16 differ
     """
 
@@ -40,12 +39,11 @@ class Published:
     psnr: tuple[float, float | None]
     ssim: tuple[float, float | None]
     lpips: tuple[float, float] | None
-    minutes: float | None
     parameters: int | None
 
 
-def _row(source: str, parameters: int, psnr: Any, ssim: Any, lpips: Any, minutes: float) -> Published:
-    return Published((source,), "attention", psnr, ssim, lpips, minutes, parameters)
+def _row(source: str, parameters: int, psnr: Any, ssim: Any, lpips: Any) -> Published:
+    return Published((source,), "attention", psnr, ssim, lpips, parameters)
 
 
 FUSION = Published(
@@ -60,23 +58,22 @@ FUSION = Published(
     (0.586, None),
     None,
     None,
-    None,
 )
 PUBLISHED = (
-    _row(f"{RESNET}:layer1", 250_147, (14.32, 0.94), (0.474, 0.045), (0.455, 0.031), 69.8),
-    _row(f"{RESNET}:layer2", 974_563, (14.04, 0.86), (0.390, 0.042), (0.555, 0.029), 30.0),
-    _row(f"{RESNET}:layer3", 3_865_187, (13.12, 0.71), (0.283, 0.045), (0.782, 0.025), 29.9),
-    _row(f"{RESNET}:layer4", 15_413_603, (12.72, 0.63), (0.272, 0.046), (0.867, 0.023), 30.0),
-    _row(f"{VGG}:block1", 233_667, (14.45, 2.27), (0.530, 0.121), (0.398, 0.109), 162.8),
-    _row(f"{VGG}:block2", 958_083, (14.34, 0.94), (0.495, 0.045), (0.432, 0.031), 12.9),
-    _row(f"{VGG}:block3", 3_848_707, (14.01, 0.85), (0.405, 0.044), (0.536, 0.031), 11.4),
-    _row(f"{VGG}:block4", 15_397_123, (13.40, 0.69), (0.305, 0.048), (0.709, 0.038), 11.5),
-    _row(f"{VGG}:block5", 15_413_603, (12.68, 0.59), (0.273, 0.047), (0.880, 0.030), 11.5),
-    _row(f"{VIT}:block0", 34_621_827, (14.29, 0.93), (0.454, 0.045), (0.509, 0.033), 32.2),
-    _row(f"{VIT}:block1", 34_621_827, (14.01, 0.87), (0.377, 0.043), (0.611, 0.027), 32.5),
-    _row(f"{VIT}:block5", 34_621_827, (13.89, 0.82), (0.346, 0.044), (0.654, 0.027), 33.1),
-    _row(f"{VIT}:block8", 34_621_827, (13.33, 0.71), (0.289, 0.047), (0.790, 0.031), 33.7),
-    _row(f"{VIT}:block11", 34_621_827, (12.85, 0.65), (0.278, 0.046), (0.861, 0.026), 34.2),
+    _row(f"{RESNET}:layer1", 250_147, (14.32, 0.94), (0.474, 0.045), (0.455, 0.031)),
+    _row(f"{RESNET}:layer2", 974_563, (14.04, 0.86), (0.390, 0.042), (0.555, 0.029)),
+    _row(f"{RESNET}:layer3", 3_865_187, (13.12, 0.71), (0.283, 0.045), (0.782, 0.025)),
+    _row(f"{RESNET}:layer4", 15_413_603, (12.72, 0.63), (0.272, 0.046), (0.867, 0.023)),
+    _row(f"{VGG}:block1", 233_667, (14.45, 2.27), (0.530, 0.121), (0.398, 0.109)),
+    _row(f"{VGG}:block2", 958_083, (14.34, 0.94), (0.495, 0.045), (0.432, 0.031)),
+    _row(f"{VGG}:block3", 3_848_707, (14.01, 0.85), (0.405, 0.044), (0.536, 0.031)),
+    _row(f"{VGG}:block4", 15_397_123, (13.40, 0.69), (0.305, 0.048), (0.709, 0.038)),
+    _row(f"{VGG}:block5", 15_413_603, (12.68, 0.59), (0.273, 0.047), (0.880, 0.030)),
+    _row(f"{VIT}:block0", 34_621_827, (14.29, 0.93), (0.454, 0.045), (0.509, 0.033)),
+    _row(f"{VIT}:block1", 34_621_827, (14.01, 0.87), (0.377, 0.043), (0.611, 0.027)),
+    _row(f"{VIT}:block5", 34_621_827, (13.89, 0.82), (0.346, 0.044), (0.654, 0.027)),
+    _row(f"{VIT}:block8", 34_621_827, (13.33, 0.71), (0.289, 0.047), (0.790, 0.031)),
+    _row(f"{VIT}:block11", 34_621_827, (12.85, 0.65), (0.278, 0.046), (0.861, 0.026)),
     FUSION,
 )
 

@@ -7,9 +7,18 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from afterimage.config import AfterimageError, RunConfig, dump_toml, from_dict, load_toml, shown
+from afterimage.config import (
+    AfterimageError,
+    BaselineConfig,
+    RunConfig,
+    dump_toml,
+    from_dict,
+    load_toml,
+    shown,
+)
+from afterimage.config.inversion import InversionConfig
 from afterimage.runs.files import (
     read_csv,
     read_json,
@@ -55,14 +64,6 @@ def check_file(path: str | Path, setting: str) -> None:
         raise AfterimageError(f"{setting} {shown(path)} is a folder; name a file")
 
 
-@runtime_checkable
-class Named(Protocol):
-    """A configuration that names its run folder, a dataclass such as `RunConfig`."""
-
-    @property
-    def name(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Run:
     """One run folder. Every property reads the file anew; nothing is cached."""
@@ -70,7 +71,7 @@ class Run:
     path: Path
 
     @classmethod
-    def create(cls, root: str | Path, config: Named) -> Run:
+    def create(cls, root: str | Path, config: RunConfig | BaselineConfig | InversionConfig) -> Run:
         """Make (or find) the folder that this configuration names. An existing one is left as it is."""
         run = cls(Path(root) / config.name)
         if not run.file("config.toml").exists():

@@ -15,7 +15,7 @@ from afterimage.analysis.audit.attackers import (
 )
 from afterimage.analysis.audit.condition import AuditCondition
 from afterimage.analysis.audit.defences.chain import Defence
-from afterimage.analysis.audit.session import AuditSession, together
+from afterimage.analysis.audit.session import KEEP, AuditSession, together
 from afterimage.config.audit import BLACK_BOX, DECODED, ESTIMATE, WHITE_BOX
 from afterimage.data.images import Data
 from afterimage.runs.failures import is_done
@@ -144,7 +144,7 @@ def _measure(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) 
     """Measure trained attackers on one pass over the test images."""
     context, session = loader.context, loader.context.session
     box = session.target.box(context.conditions[decoders[0].run].layer)
-    results, small = evaluate_attackers(loader, decoders, session.metrics, keep=session.keep, box=box)
+    results, small = evaluate_attackers(loader, decoders, session.metrics, keep=KEEP, box=box)
     for decoder, result, reconstructions in zip(decoders, results, small, strict=True):
         with context.isolate(decoder.run):
             session.save(
@@ -177,7 +177,7 @@ def _improve(
             refine_steps=attackers.refine_steps if white_box else 0,
             estimate=attackers.estimate if ESTIMATE in wanted else None,
             count=attackers.refine_images if white_box else len(loader.data.test),
-            keep=session.keep, box=session.target.box(first.layer), progress=session.progress,
+            keep=KEEP, box=session.target.box(first.layer), progress=session.progress,
         )  # fmt: skip
         steps = f", then refined for {attackers.refine_steps} steps" if white_box else ""
         for condition in conditions:

@@ -36,7 +36,6 @@ def run_audit(
     cache: Path | None = None,
     accelerator: str = "auto",
     progress: Progress = silent,
-    keep: int = 4,
 ) -> Results:
     """Measure every condition that is not done yet, each into a folder below `root`.
 
@@ -49,7 +48,6 @@ def run_audit(
         cache: folder of decoded images
         accelerator: `cpu`, `cuda`, `mps` or `auto`
         progress: called with the progress; its exceptions end everything
-        keep: how many test images of each condition are stored
 
     Returns:
         the results of all conditions, of earlier calls too
@@ -59,9 +57,7 @@ def run_audit(
     """
     if config.model:
         config = replace(config, data=at_native_size(config.data, [f"{config.model}:{config.layers[0]}"]))
-    session = AuditSession(
-        config, Path(root), cache=cache, accelerator=accelerator, progress=progress, keep=keep
-    )
+    session = AuditSession(config, Path(root), cache=cache, accelerator=accelerator, progress=progress)
     _check_defences(session)
     path, text = session.root / "audit.toml", dump_toml(config)
     if path.exists() and path.read_text(encoding="utf-8") != text:

@@ -26,6 +26,8 @@ from afterimage.runtime.failures import EVERYTHING, as_error, concerns, let_go, 
 from afterimage.runtime.progress import Progress
 
 Item = TypeVar("Item")
+KEEP = 4
+"""Test images of each condition that are stored."""
 
 
 class AuditSession:
@@ -37,7 +39,6 @@ class AuditSession:
         cache: folder of decoded images
         accelerator: `cpu`, `cuda`, `mps` or `auto`
         progress: called with the progress; its exceptions end everything
-        keep: how many test images of each condition are stored
 
     Attributes:
         target: the network or store, and all images
@@ -57,9 +58,8 @@ class AuditSession:
         cache: Path | None,
         accelerator: str,
         progress: Progress,
-        keep: int,
     ) -> None:
-        self.config, self.root, self.progress, self.keep = config, root, of_caller(progress), keep
+        self.config, self.root, self.progress = config, root, of_caller(progress)
         self.target = open_subject(config, cache=cache, progress=self.progress)
         if len(self.target.data.test) < 2:
             raise AfterimageError(

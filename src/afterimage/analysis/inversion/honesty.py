@@ -35,7 +35,6 @@ def bound_controls(
     metrics: Metrics,
     prior: Tensor | None = None,
     *,
-    batch_size: int = 4,
     device: str = "cpu",
 ) -> BoundControls:
     """Score what was found where it must fail, and let it look for its own original.
@@ -44,7 +43,6 @@ def bound_controls(
         images: id, original and image found, uint8 `(H, W, 3)`
         metrics: as the bound itself was measured
         prior: what the same procedure makes of features that tell nothing, `(1, 3, H, W)` in [0, 1]
-        batch_size: images at a time
         device: where
     """
     ids = [name for name, _, _ in images]
@@ -55,7 +53,7 @@ def bound_controls(
     )
 
     def scores(outputs: Tensor) -> dict[str, Score | None]:
-        parts = torch.arange(len(ids)).split(batch_size)
+        parts = torch.arange(len(ids)).split(4)
         batches = ((part, originals[part], [outputs[part]]) for part in parts)
         return summarise(evaluate_together(batches, ids, metrics)[0].rows)
 

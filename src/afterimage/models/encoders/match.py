@@ -90,15 +90,9 @@ def best_match(
     return _match(file, best.prefix, own, required, convert), note
 
 
-def nearest(file: NamedTensors, missing: str, limit: int = 2000) -> str:
-    """Find the name in a file that is most similar to a missing one; empty if none is.
-
-    Args:
-        file: the tensors of the file
-        missing: the missing name
-        limit: number of names that are compared, the first ones of the file
-    """
-    names = list(file.tensors)[:limit]
+def nearest(file: NamedTensors, missing: str) -> str:
+    """Find the name in a file, among its first 2,000, that is most similar to a missing one; empty if none is."""
+    names = list(file.tensors)[:2000]
     ends = [name for name in names if name.endswith(f".{missing}")]
     return next(iter(ends or difflib.get_close_matches(missing, names, n=1, cutoff=0.75)), "")
 
