@@ -352,6 +352,21 @@ def test_a_tower_for_any_shape_gets_patches(tmp_path):
         Encoder(f"{source}:block1", image_size=36)
 
 
+def test_the_resnets_of_open_clip_take_square_images(tmp_path, monkeypatch):
+    open_clip = pytest.importorskip("open_clip", reason=NEEDS.format("open_clip"))
+    settings = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny-resnet.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    open_clip.add_model_config(tmp_path / "tiny-resnet.json")
+    assert_encoder_contract("open_clip/tiny-resnet", 64)
+    with pytest.raises(AfterimageError, match=r"cannot run on 32x64 images.*it can on 32x32"):
+        Encoder("open_clip/tiny-resnet:layer1", weights="random", image_size=(32, 64))
+
+
 def test_a_tower_of_open_clip_from_a_repository_of_the_hub(tmp_path, monkeypatch):
     open_clip = pytest.importorskip("open_clip", reason=NEEDS.format("open_clip"))
     import huggingface_hub

@@ -105,9 +105,10 @@ class OpenClipNetwork(Network):
         weights = open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}
         # The activation is the one that the weights were trained with.
         quick = weights.get("quick_gelu", settings.get("quick_gelu", False))
-        tower = replace(
-            CLIPVisionCfg(**settings["vision_cfg"]), image_size=image_size, timm_model_pretrained=False
-        )
+        size = (
+            image_size[0] if image_size[0] == image_size[1] else image_size
+        )  # its ResNets take one side alone
+        tower = replace(CLIPVisionCfg(**settings["vision_cfg"]), image_size=size, timm_model_pretrained=False)
         with warnings.catch_warnings(), torch.device(device):
             warnings.simplefilter("ignore")
             return _build_vision_tower(settings["embed_dim"], tower, quick).eval()
