@@ -6,8 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
+
+import numpy as np
 
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import NAME
@@ -98,11 +100,8 @@ def curve_of(part: Part, codec: str) -> list[CodecPoint]:
 
 
 def _between(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    points = sorted(points)
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x0 <= x <= x1:
-            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return None
+    xs, ys = zip(*sorted(points), strict=True)
+    return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else None
 
 
 def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:

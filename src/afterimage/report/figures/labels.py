@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
+from scipy.optimize import isotonic_regression
 
 from afterimage.report.figures.fonts import columns, head
 from afterimage.report.figures.style import MUTED
@@ -17,23 +18,13 @@ from afterimage.report.figures.style import MUTED
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Move sorted positions as little as needed to lie `gap` apart, inside `[low, high]` if they fit."""
+    if not positions:
+        return []
     gap = min(gap, (high - low) / max(1, len(positions) - 1))
-    blocks: list[tuple[float, int]] = []
-    for position in positions:
-        blocks.append((position, 1))
-        while len(blocks) > 1 and _start(blocks[-1], gap, low, high) < _end(blocks[-2], gap, low, high) + gap:
-            (b, m), (a, n) = blocks.pop(), blocks.pop()
-            blocks.append(((a * n + b * m) / (n + m), n + m))
-    return [_start(block, gap, low, high) + i * gap for block in blocks for i in range(block[1])]
-
-
-def _start(block: tuple[float, int], gap: float, low: float, high: float) -> float:
-    extent = (block[1] - 1) * gap
-    return max(low, min(block[0] - extent / 2, high - extent))
-
-
-def _end(block: tuple[float, int], gap: float, low: float, high: float) -> float:
-    return _start(block, gap, low, high) + (block[1] - 1) * gap
+    offsets = gap * np.arange(len(positions))
+    # Positions lie `gap` apart where, less these offsets, none lies below the one before it.
+    starts = isotonic_regression(np.array(positions) - offsets).x
+    return (starts.clip(low, high - offsets[-1]) + offsets).tolist()
 
 
 def margin_labels(axes: Axes, values: Sequence[tuple[float, str, str]], *, size: float = 6.5) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -67,7 +68,7 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
         axes.set_xlim(counts[0] / 1.8, counts[-1] * 1.8)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(_apart(counts), [f"{count:,}" for count in _apart(counts)])
-    _heads(figure, panels, shown, columns, "feature locations (log scale)")
+    _heads(panels, shown, columns, "feature locations (log scale)")
     legend(figure, _handles(looks, lambda name: drawable(names[name]), shown), columns=4)
     caption = (
         "Every layer by the number of its feature locations (height × width), a column a decoder, a line an "
@@ -97,7 +98,7 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 30 else (1, 2, 5), numticks=6))
         axes.xaxis.set_major_formatter(FuncFormatter(_short_count))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    _heads(figure, panels, shown, [names[c] for c in columns], "decoder parameters (log scale)")
+    _heads(panels, shown, [names[c] for c in columns], "decoder parameters (log scale)")
     legend(figure, _handles(looks, lambda name: drawable(name, 48), shown), columns=4)
     figure.draw_without_rendering()
     for axes, points in named.items():
@@ -185,8 +186,8 @@ def _through(axes: Axes, rows: Sequence[Entry], metric: str, look: Style, *, zor
     )  # fmt: skip
 
 
-def _panels(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Figure, list[list[Axes]]]:
-    """Metrics down and columns across; a single column turns into a single row."""
+def _panels(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Figure, np.ndarray]:
+    """The axes `(metrics, columns)`: metrics down and columns across, but those of a single column side by side."""
     metrics = metrics_of(rows)
     down, across = (1, len(metrics)) if len(columns) == 1 else (len(metrics), len(columns))
     size = max(4.4, 0.8 + PANEL[0] * across), 1.1 + PANEL[1] * down
@@ -194,16 +195,15 @@ def _panels(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Figure, list[l
     panels = figure.subplots(
         down, across, squeeze=False, sharex=True, sharey="row" if len(columns) > 1 else False
     )
-    return figure, [list(panels[0])] if len(columns) == 1 else [list(line) for line in panels]
+    return figure, panels.T if len(columns) == 1 else panels
 
 
 def _members(
-    rows: Sequence[Row], columns: Sequence[str], panels: list[list[Axes]], column: Callable[[Row], str]
+    rows: Sequence[Row], columns: Sequence[str], panels: np.ndarray, column: Callable[[Row], str]
 ) -> Iterator[tuple[Axes, str, list[Row]]]:
     """Each panel with its metric and rows."""
-    for i, (metric, net) in enumerate(metrics_of(rows)):
-        for j, name in enumerate(columns):
-            axes = panels[0][i] if len(columns) == 1 else panels[i][j]
+    for line, (metric, net) in zip(panels, metrics_of(rows), strict=True):
+        for axes, name in zip(line, columns, strict=True):
             yield axes, metric, [r for r in rows if column(r) == name and has(r, metric, net)]
 
 
@@ -229,19 +229,13 @@ def _draw(axes: Axes, rows: Sequence[Row], metric: str, look: Look) -> list[Poin
     return drawn
 
 
-def _heads(
-    figure: Figure, panels: list[list[Axes]], rows: Sequence[Row], names: Sequence[str], x: str
-) -> None:
-    metrics = metrics_of(rows)
-    if len(names) == 1:
-        for axes, metric in zip(panels[0], metrics, strict=True):
-            axes.set_title(metric_label(*metric))
-    else:
+def _heads(panels: np.ndarray, rows: Sequence[Row], names: Sequence[str], x: str) -> None:
+    for line, metric in zip(panels, metrics_of(rows), strict=True):
+        (line[0].set_title if len(names) == 1 else line[0].set_ylabel)(metric_label(*metric))
+    if len(names) > 1:
         for axes, name in zip(panels[0], names, strict=True):
             axes.set_title(drawable(name, 28))
-        for line, metric in zip(panels, metrics, strict=True):
-            line[0].set_ylabel(metric_label(*metric))
-    for axes in panels[-1]:
+    for axes in panels[:, 0] if len(names) == 1 else panels[-1]:
         axes.set_xlabel(x)
 
 
