@@ -328,6 +328,14 @@ def test_one_walks_from_the_original_to_the_bound(visit, tmp_path):
         tab.keyboard.press(key)
         tab.wait_for_selector(f"#viewer[data-view={name}]")
     assert tab.locator("#table tbody tr").count() == 4 and tab.locator("#depth-chart .point").count() == 4
+    # A bar a layer and a band between two, from the decoder to its bound on the bound's images.
+    assert tab.locator("#depth-chart rect.missed").count() == 4
+    told = tab.locator("#depth-chart rect.missed title").all_text_contents()
+    assert all(text.endswith("missed 1.80 dB PSNR on 4 images") for text in told), told
+    assert tab.locator("#depth-chart path.missed").count() == 2, "two encoders"
+    tab.select_option("#metric", "lpips")
+    assert "missed 0.200 LPIPS" in tab.locator("#depth-chart rect.missed title").first.text_content()
+    assert "what a decoder missed" in tab.inner_text("#charts")
 
     phone = visit(path, 390, 844, has_touch=True, is_mobile=True)
     assert phone.get_attribute("#viewer", "data-view") == "bound"

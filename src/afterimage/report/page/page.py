@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -153,7 +154,8 @@ def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any
 
     `series` and `decoder` place a row in a walk over layers; per-image scores follow `image_ids(rows)`;
     rows compare image by image only where their `testSet` agrees. `answers` holds where the entries of the images
-    stand that were found from a decoder's: `estimate` and `refined`.
+    stand that were found from a decoder's: `estimate` and `refined`. `missed` has the means of decoder and measured
+    bound over the bound's images, of each metric that both have.
     """
     ids = image_ids(rows)
     seeds = len({row.seed for row in rows.decoders}) > 1
@@ -173,8 +175,22 @@ def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any
             "fusion": _fusion(row),
         }
         entry["perImage"]["distance"] = _distances(row, bound, ids)
-        entries.append(entry | {"answers": answers})
+        entries.append(entry | {"answers": answers, "missed": _missed(bound) if bound else {}})
     return entries
+
+
+def _missed(bound: Bound) -> dict[str, dict[str, float]]:
+    ends = {}
+    for metric in METRICS:
+        if gaps := bound.missed(metric):
+            values = bound.decoder.values(metric)
+            decoder = statistics.fmean(values[name] for name in gaps)
+            ends[metric] = {
+                "decoder": decoder,
+                "bound": decoder + statistics.fmean(gaps.values()),
+                "images": len(gaps),
+            }
+    return ends
 
 
 def _distances(row: Row, bound: Bound | None, ids: Sequence[str]) -> list[float | None]:

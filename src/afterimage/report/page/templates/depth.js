@@ -47,7 +47,7 @@ function setUpDepth() {
     }
     const ends = shown.flatMap((index) => {
       const { low, high } = RUNS[index].scores[state.metric];
-      return [low, high];
+      return [low, high, ...Object.values(missedOf(index)).slice(0, 2)];
     });
     const domain = padded(ends);
     const y = linear(domain, [bottom, top]);
@@ -61,10 +61,12 @@ function setUpDepth() {
       const step = span / group.layers.length;
       const x = (layer) => start + (group.layers.indexOf(layer) + 0.5) * step;
       drawGroupAxis(chart, group, { start, span, step, x, bottom, slanted });
-      group.walks.forEach((walk, number) => {
+      const walks = group.walks.map((walk, number) => {
         const dodge = (number - (group.walks.length - 1) / 2) * Math.min(5, (step * 0.5) / group.walks.length);
-        points.push(...drawLine(chart, walk.filter((index) => shown.includes(index)), (run) => x(run.layer) + dodge, y));
+        return [chart, walk.filter((index) => shown.includes(index)), (run) => x(run.layer) + dodge, y];
       });
+      for (const walk of walks) drawMissed(...walk);
+      for (const walk of walks) points.push(...drawLine(...walk));
       start += span + GAP;
     }
     addPoints(chart, points);
@@ -80,6 +82,32 @@ function setUpDepth() {
     const at = { x: start + span / 2, y: bottom + (slanted ? 68 : 42), "text-anchor": "middle" };
     chart.append(svg("text", { class: "group-name", ...at }, svg("title", {}, group.name), cut(group.encoder, span + GAP - 8)));
     if (group.random) chart.append(svg("text", { class: "group-name warning", ...at, y: at.y + 16 }, group.random));
+  }
+
+  /** Means of a run's decoder and of its measured bound over the bound's images; empty where it has none. */
+  function missedOf(index) {
+    return (meanOf(RUNS[index], state.metric) && RUNS[index].missed[state.metric]) || {};
+  }
+
+  function drawMissed(chart, walk, x, y) {
+    const { name, unit, better } = METRICS[state.metric];
+    const ends = walk.map((index) => ({ run: RUNS[index], x: x(RUNS[index]), ...missedOf(index) }))
+      .map((end) => ({ ...end, gain: better * (end.bound - end.decoder) }));
+    const between = (one, other, key) => one[key] + ((other[key] - one[key]) * one.gain) / (one.gain - other.gain);
+    const edge = (end, other) => (end.gain > 0 ? end
+      : { x: between(other, end, "x"), decoder: between(other, end, "decoder"), bound: between(other, end, "bound") });
+    ends.forEach((end, place) => {
+      if (end.gain > 0) {
+        const told = `${end.run.decoder} at ${end.run.layer} missed ${format(Math.abs(end.bound - end.decoder), state.metric)}${unit} ${name} on ${end.images} images`;
+        const top = Math.min(y(end.decoder), y(end.bound));
+        chart.append(svg("rect", { class: "missed", x: end.x - 4, y: top, width: 8, height: Math.abs(y(end.decoder) - y(end.bound)) }, svg("title", {}, told)));
+      }
+      const next = ends[place + 1];
+      if (next === undefined || !(Math.max(end.gain, next.gain) > 0)) return;
+      const [one, two] = [edge(end, next), edge(next, end)];
+      const corners = [[one.x, one.decoder], [two.x, two.decoder], [two.x, two.bound], [one.x, one.bound]];
+      chart.append(svg("path", { class: "missed", d: `M${corners.map(([at, value]) => `${at} ${y(value)}`).join("L")}Z` }));
+    });
   }
 
   function drawLine(chart, walk, x, y) {
