@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from afterimage.config import AfterimageError
 from afterimage.report.bounds import Bound, to_compare
 from afterimage.report.findings import Finding, Numbers, find, how_to_read
-from afterimage.report.format import markdown, number
+from afterimage.report.format import markdown, markdown_grid, number
 from afterimage.report.published import Beside, beside_published
 from afterimage.report.rows import Row
 from afterimage.report.sides import BothSides
@@ -116,8 +116,8 @@ def markdown_findings(answers: Answers) -> list[str]:
     blocks.append(markdown(answers.lead))
     judged = [f for f in answers.findings if f.verdict]
     if judged:
-        lines = [f"| {markdown(f.title)} | **{markdown(f.verdict)}** |" for f in judged]
-        blocks.append("\n".join(["| hypothesis | verdict |", "| --- | --- |", *lines]))
+        rows = [(markdown(f.title), f"**{markdown(f.verdict)}**") for f in judged]
+        blocks.append(markdown_grid(("hypothesis", "verdict"), rows))
     for finding in answers.findings:
         blocks += [f"### {markdown(finding.title)}", *markdown_finding(finding)]
     return blocks
@@ -137,9 +137,7 @@ def markdown_finding(finding: Finding) -> list[str]:
 
 
 def _table(table: Numbers, *, is_open: bool) -> str:
-    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in (table.header, *table.rows)]
-    lines.insert(1, "|" + " --- |" * len(table.header))
-    text = "\n".join(lines)
+    text = markdown_grid([*map(markdown, table.header)], (map(markdown, row) for row in table.rows))
     if is_open or len(table.rows) <= LONG:
         return text
     summary = f"{markdown(table.title)} ({len(table.rows)} rows)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from afterimage.runs.results import METRICS, Interval
@@ -114,6 +115,14 @@ def markdown_code(text: object) -> str:
     """Write a code span, or escaped text where the name holds what a code span cannot."""
     clean = plain(text)
     return f"`{clean}`" if _CODE.fullmatch(clean) else markdown(clean)
+
+
+def markdown_grid(
+    header: Sequence[str], rows: Iterable[Iterable[str]], *, right: Collection[str] = ()
+) -> str:
+    """Write a table of GitHub's Markdown from escaped cells; `right` are the headers of columns set flush right."""
+    rule = ["---:" if name in right else "---" for name in header]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def markdown_block(text: str, language: str = "text") -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from afterimage.config import PROTOCOLS, unknown
 from afterimage.evaluation.intervals import NAME
-from afterimage.report.format import latex, markdown, markdown_code, plain, span, spreadsheet
+from afterimage.report.format import latex, markdown, markdown_code, markdown_grid, plain, span, spreadsheet
 from afterimage.report.rows import Row, Rows, fusion_legend
 from afterimage.runs.results import METRICS, Score
 from afterimage.runtime.terminal import console
@@ -182,11 +182,11 @@ _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 def markdown_table(rows: Rows, *, spread: str = "std") -> str:
     """A GitHub table with its footnotes. One row a run; baselines last."""
     table = lay_out(rows, spread=spread)
-    lines = [_markdown_line(map(markdown, table.header))]
-    lines.append(_markdown_line("---:" if _is_right(name) else "---" for name in table.header))
-    for line in itertools.chain(*table.groups.values()):
-        lines.append(_markdown_line([_markdown_names(line), *map(_markdown_cell, line.cells)]))
-    lines += ["", markdown(table.remark)]
+    every = itertools.chain(*table.groups.values())
+    cells = ([_markdown_names(line), *map(_markdown_cell, line.cells)] for line in every)
+    right = [markdown(name) for name in table.header if _is_right(name)]
+    grid = markdown_grid([*map(markdown, table.header)], cells, right=right)
+    lines = [grid, "", markdown(table.remark)]
     lines += [f"\n{superscript([i])} {markdown(note)}" for i, note in enumerate(table.footnotes, 1)]
     return "\n".join(lines) + "\n"
 
@@ -238,10 +238,6 @@ def superscript(marks: Iterable[int]) -> str:
 
 def _is_right(name: str) -> bool:
     return name in _RIGHT or "↑" in name or "↓" in name
-
-
-def _markdown_line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _markdown_names(line: Line) -> str:

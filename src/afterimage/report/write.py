@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, counted
-from afterimage.report.format import markdown, markdown_block, markdown_code, plain
+from afterimage.report.format import markdown, markdown_block, markdown_code, markdown_grid, plain
 from afterimage.report.page.page import write_page
 from afterimage.report.rows import Row, Rows, flatten, read_rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
@@ -156,10 +156,8 @@ def _figure(drawing: Drawing) -> str:
 def _unfinished(rows: Rows) -> Iterable[str]:
     if rows.unfinished:
         yield "## Not finished"
-        lines = ["| run | state | error |", "| --- | --- | --- |"]
-        for u in rows.unfinished:
-            lines.append(f"| {markdown_code(u.run.name)} | {markdown(u.state)} | {markdown(u.error)} |")
-        yield "\n".join(lines)
+        told = ((markdown_code(u.run.name), markdown(u.state), markdown(u.error)) for u in rows.unfinished)
+        yield markdown_grid(("run", "state", "error"), told)
 
 
 def _weights(rows: Rows) -> Iterable[str]:
@@ -187,10 +185,9 @@ def _origins(rows: Rows, out: Path) -> Iterable[str]:
         yield markdown_block(text, "toml")
     facts = [_facts(row.run) for row in rows.every]
     yield f"Made with {'; or with '.join(dict.fromkeys(map(_environment, facts)))}."
-    lines = ["| row | configuration | command |", "| --- | --- | --- |"]
-    for row, each in zip(rows.every, facts, strict=True):
-        lines.append(f"| {markdown(_label(row))} | {_link(row.run, out)} | {_command(each)} |")
-    yield "\n".join(lines)
+    made = zip(rows.every, facts, strict=True)
+    lines = ((markdown(_label(row)), _link(row.run, out), _command(each)) for row, each in made)
+    yield markdown_grid(("row", "configuration", "command"), lines)
 
 
 def _label(row: Row) -> str:
