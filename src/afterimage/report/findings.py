@@ -83,7 +83,9 @@ def find(analysis: Analysis, both: BothSides | None = None) -> list[Finding]:
             )
         )
     findings += [*_degradation(analysis), *_costs(analysis, metric), *_decoders(analysis, metric)]
-    findings += _fusions(analysis)
+    if analysis.fusions:
+        against = tuple(map(_against, analysis.fusions))
+        findings.append(Finding("Fusions against their best member", paragraphs=against))
     return findings + _left_out(analysis)
 
 
@@ -286,11 +288,6 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
         paragraphs=(f"Best by mean {METRICS[metric].title} over {len(rankings)} features: {told}.",),
         tables=(Numbers("The best against each other", header, tuple(rows)),),
     )
-
-
-def _fusions(analysis: Analysis) -> Iterable[Finding]:
-    if analysis.fusions:
-        yield Finding("Fusions against their best member", paragraphs=tuple(map(_against, analysis.fusions)))
 
 
 def _correlation(result: Resolution) -> list[str]:
