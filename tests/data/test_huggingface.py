@@ -408,6 +408,16 @@ def test_what_was_prepared_is_there_offline(hub, tmp_path, monkeypatch):
             load(source, tmp_path)
 
 
+def test_a_folder_here_is_no_dataset_of_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", str(tmp_path / "mine")):
+        with pytest.raises(
+            AfterimageError, match=r"cannot read hf:.*mine is on this machine: write parquet:FILES"
+        ):
+            load(f"hf:{name}", tmp_path)
+
+
 def test_why_the_hub_does_not_give_a_dataset(hub, tmp_path):
     page = f"{hub.endpoint}/datasets/me"
     with pytest.raises(AfterimageError, match=rf"me/none does not exist, or .*check its name on {page}/none"):

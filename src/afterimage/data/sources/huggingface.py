@@ -133,7 +133,15 @@ def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
     repository, revision, chosen = match.groups()
     # One folder a revision: offline, the library would take any that it has.
     folder = cache / "datasets" / hashlib.sha256(f"{repository}@{revision or ''}".encode()).hexdigest()[:24]
-    splits = _from_hub(repository, revision, folder, progress)
+    try:
+        splits = _from_hub(repository, revision, folder, progress)
+    except AfterimageError as error:
+        if not os.path.exists(repository):
+            raise
+        raise AfterimageError(
+            f"{error}. hf: takes names of the hub; {repository} is on this machine: write parquet:FILES, "
+            "webdataset:FILES or folder:PATH"
+        ) from None
     below = folder.absolute(), Path(constants.HF_HUB_CACHE)
     if chosen is not None and chosen not in splits:
         raise unknown(f"split of {repository}", chosen, splits)
