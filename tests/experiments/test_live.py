@@ -10,7 +10,8 @@ from PIL import Image
 from afterimage import train_runs
 from afterimage.config import AfterimageError, Axis, DataConfig, FeatureSpec
 from afterimage.evaluation.metrics import psnr
-from afterimage.experiments.live import CHANGES, LiveDecoder, LiveState, examples
+from afterimage.experiments.live import LiveDecoder
+from afterimage.experiments.live_state import CHANGES, LiveState, examples
 from children import small_configs
 
 SPEC = FeatureSpec("model:layer", 3, 4, 4)

@@ -1,17 +1,15 @@
-"""Look through finished decoders live: a state, such as a link names, becomes images and scores."""
+"""Look through finished decoders live: what a visitor set becomes images and scores."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from queue import Queue
 from typing import Any
-from urllib.parse import urlencode
 
 import matplotlib
 import numpy as np
@@ -24,134 +22,21 @@ from afterimage.analysis.inversion.inputs import from_files
 from afterimage.analysis.inversion.invert import Snapshot, encode, refine_features
 from afterimage.analysis.inversion.measure import curve_steps
 from afterimage.analysis.inversion.refinement import decoder_errors
-from afterimage.config import AfterimageError, Axis, DataConfig, FeatureSpec, split_source, unknown
+from afterimage.config import DataConfig, split_source
 from afterimage.config.inversion import InvertConfig
 from afterimage.data.dataset import prepare_image
 from afterimage.data.decode import MAX_PIXELS, BadImage, check_header, read_bytes
-from afterimage.data.sources.sample_images import whole_photographs
 from afterimage.evaluation.evaluate import to_uint8
 from afterimage.evaluation.metrics import Metrics
+from afterimage.experiments.live_state import LiveState, examples
 from afterimage.runs.results import LpipsStatus
 from afterimage.runs.run import Run
 from afterimage.training.checkpoint import load_reconstructor
 
-OWN = "own"
-"""The name of an image that a visitor brought: a link cannot carry it."""
-CHANGES = ("none", "zero", "swap", "average")
-"""What happens to the chosen values: nothing; they become 0, the second image's, or the mean of both images'."""
 HEAT = 0.25
 """Mean absolute difference of a pixel's colours, of 1, at which a map of differences is at its brightest."""
 KEPT = 4
 """Images whose features are kept, and defences that stay fitted, for each decoder."""
-
-
-@cache
-def examples() -> dict[str, Path]:
-    """The photographs that scikit-image carries, by name."""
-    return {path.stem: path for path in whole_photographs()}
-
-
-def _number(low: int, high: int, default: int | float, what: str) -> Any:
-    return dataclasses.field(default=default, metadata={"range": (low, high), "what": what})
-
-
-@dataclass(frozen=True)
-class LiveState:
-    """Everything that a visitor can set, as a link names it.
-
-    Attributes:
-        image: the image whose features are decoded: one of `examples`, or `own`
-        second: the image whose features are swapped or averaged in, likewise
-        pca: principal components of the features that are kept, in percent of the channels
-        top: values of largest magnitude that are kept, in percent
-        noise: standard deviation of the noise, of each channel's own
-        bits: bits of a value; 16 leaves them as they are
-        change: one of `CHANGES`, of the values chosen by channel and region
-        channel: the channel that is changed; -1 for all
-        left, top_edge, right, bottom: the region that is changed, in percent of the image's sides
-    """
-
-    image: str = "astronaut"
-    second: str = "coffee"
-    pca: int = _number(1, 100, 100, "Principal components (% of channels)")
-    top: int = _number(1, 100, 100, "Largest values (%)")
-    noise: int | float = _number(0, 4, 0.0, "Noise (× each channel's std)")
-    bits: int = _number(1, 16, 16, "Bits a value (16: all)")
-    change: str = "none"
-    channel: int = _number(-1, 65_535, -1, "Channel (-1: all)")
-    left: int = _number(0, 100, 0, "Region from the left (%)")
-    right: int = _number(0, 100, 100, "Region up to (% of the width)")
-    top_edge: int = _number(0, 100, 0, "Region from the top (%)")
-    bottom: int = _number(0, 100, 100, "Region down to (% of the height)")
-
-    def __post_init__(self) -> None:
-        for name in ("image", "second"):
-            if getattr(self, name) not in (OWN, *examples()):
-                raise unknown(name, getattr(self, name), [OWN, *examples()])
-        if self.change not in CHANGES:
-            raise unknown("change", self.change, CHANGES)
-        for field in dataclasses.fields(self):
-            value, (low, high) = getattr(self, field.name), field.metadata.get("range", (None, None))
-            if low is not None and not low <= value <= high:  # false for NaN too
-                raise AfterimageError(f"{field.name} must lie between {low} and {high}, got {value}")
-
-    @classmethod
-    def from_query(cls, query: Mapping[str, str]) -> LiveState:
-        """Read the parameters of a link; those that begin with two underscores are not ours.
-
-        Raises:
-            AfterimageError: a parameter is unknown or its value is not valid; the message names it
-        """
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for name, text in query.items():
-            if name.startswith("__"):
-                continue
-            if name not in known:
-                raise unknown("parameter of the link", name, known)
-            kind = type(known[name].default)
-            try:
-                values[name] = kind(text)
-            except ValueError:
-                raise AfterimageError(f"{name} must be a number, got {text!r:.80}") from None
-        return cls(**values)
-
-    def query(self) -> str:
-        """The parameters of a link: what differs from the default."""
-        return urlencode(
-            {
-                field.name: value
-                for field in dataclasses.fields(self)
-                if (value := getattr(self, field.name)) != field.default
-            }
-        )
-
-    def defence(self, spec: FeatureSpec) -> str:
-        """What is sent of these features, as `create_defence` and `afterimage audit --defences` take it."""
-        parts = []
-        if self.pca < 100:
-            parts.append(f"pca:{max(1, round(spec.channels * self.pca / 100))}")
-        if self.top < 100:
-            parts.append(f"topk:{self.top / 100:g}")
-        if self.noise:
-            parts.append(f"noise:{self.noise:g}")
-        if self.bits < 16:
-            parts.append("1bit" if self.bits == 1 else f"int{self.bits}")
-        return "+".join(parts) or "none"
-
-    def chosen(self, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
-        """Which values are changed, `(C, h, w)` bool: of the channel, at locations whose centre lies in the region."""
-        rows = _inside(spec.rows, spec.height, size[0], self.top_edge, self.bottom)
-        columns = _inside(spec.columns, spec.width, size[1], self.left, self.right)
-        channels = torch.arange(spec.channels)
-        mine = channels >= 0 if self.channel < 0 else channels == self.channel
-        return mine[:, None, None] & rows[:, None] & columns
-
-
-def _inside(axis: Axis | None, count: int, pixels: int, low: int, high: int) -> Tensor:
-    axis = axis or Axis(0.0, pixels / count, 0, pixels)
-    centre = 100 * (axis.start + axis.stride * (torch.arange(count) + 0.5)) / pixels
-    return (centre >= low) & ((centre < high) | (high == 100))
 
 
 @dataclass(frozen=True)

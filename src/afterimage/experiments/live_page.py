@@ -16,7 +16,8 @@ from PIL import Image
 
 from afterimage.config import AfterimageError
 from afterimage.data.decode import cover, load_image
-from afterimage.experiments.live import CHANGES, HEAT, OWN, LiveDecoder, LiveState, LiveView, examples
+from afterimage.experiments.live import HEAT, LiveDecoder, LiveView
+from afterimage.experiments.live_state import CHANGES, OWN, LiveState, examples
 from afterimage.runs.results import METRICS
 
 STEPS = (8, 64, 200)
