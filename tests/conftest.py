@@ -36,7 +36,14 @@ def _jaxtyped(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
     def check(found):
         if "<locals>" in getattr(found, "__qualname__", ""):
             return found
-        return jaxtyped(typechecker=typechecker)(found) if _names_arrays(found) else typechecker(found)
+        if _names_arrays(found):
+            return jaxtyped(typechecker=typechecker)(found)
+        written = dict(found.__annotations__)
+        checked = typechecker(found)
+        found.__annotations__ = checked.__annotations__ = (
+            written  # as they stand in the source: the reference shows them
+        )
+        return checked
 
     return check
 

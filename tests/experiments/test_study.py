@@ -259,6 +259,6 @@ def test_the_plan_says_what_measured_bounds_cost(capsys, monkeypatch):
         minutes, rest = re.search(r"backward each: ~(?:(\d+):)?(\d+)", out).groups()
         seconds.append(60 * int(minutes or 0) + int(rest))
     # Two more images are refined, and the estimates' network learns.
-    assert seconds[0] - seconds[1] > learning_macs(EstimateConfig(), (64, 64)) / 1e9
+    assert seconds[0] - seconds[1] > learning_macs(EstimateConfig(images=7), (64, 64)) / 1e9
     print_plan(configs, replace(study, invert=0))
     assert "measured bounds" not in capsys.readouterr().out

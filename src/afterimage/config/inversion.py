@@ -98,8 +98,9 @@ class EstimateConfig:
     were refined the same way, and takes back what the features do not tell.
 
     Attributes:
-        images: validation images that the network learns from, or all there are; 0 for no best estimates
-        steps: optimizer steps of the network
+        images: validation images that the network learns from, or all that the search has not learned from; 0 for no
+            best estimates
+        steps: optimizer steps of the network, at most: few images are seen 75 times each
         channels: width of the network at half resolution
     """
 

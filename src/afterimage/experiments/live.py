@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from queue import Queue
@@ -218,8 +218,8 @@ class LiveDecoder:
     def _learn_errors(self, without: frozenset[str]) -> DecoderErrors | None:
         """What the decoder usually gets wrong, learned on photographs other than those shown."""
         paths = [path for name, path in examples().items() if name not in without]
-        given = from_files(paths, resize=self.data.resize, crop=self.data.crop)
-        return decoder_errors(self.reconstructor, replace(given, validation=given.images), self.device)[0]
+        images = from_files(paths, resize=self.data.resize, crop=self.data.crop).images
+        return decoder_errors(self.reconstructor, images, len(images), self.device)[0]
 
     @torch.inference_mode()
     def _decode(self, features: Sequence[Tensor]) -> Tensor:

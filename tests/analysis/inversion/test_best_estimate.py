@@ -5,15 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
+from afterimage.analysis.inversion.batches import Batches
 from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
+from afterimage.analysis.inversion.decoder_errors import error_images
 from afterimage.analysis.inversion.honesty import bound_controls, mean_features
+from afterimage.analysis.inversion.refinement import Refinement, decoder_errors, learn_from
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.config.inversion import EstimateConfig
+from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.data.dataset import load_data
 from afterimage.evaluation.evaluate import to_uint8
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.decoders import create_decoder
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
+from afterimage.runtime.progress import silent
 from afterimage.training.trainer import train
 
 FEW = EstimateConfig(images=16, steps=60, channels=8)
@@ -104,3 +108,19 @@ def test_features_that_tell_nothing_are_the_mean_of_many(reconstructor, data):
     (mean,) = mean_features(reconstructor.encoders, images.split(4))
     with torch.no_grad():
         torch.testing.assert_close(mean, reconstructor.encoders(images)[0].mean(0, keepdim=True))
+
+
+def test_few_validation_images_do_no_harm(reconstructor, data, tmp_path):
+    """Learned from images whose errors the search knows, where it does too well, an estimate is worse than both."""
+    config = replace(data.config, limit_validation=8, limit_test=6)
+    few = load_data(config, cache=tmp_path / "cache")
+    errors, _ = decoder_errors(reconstructor, few.validation, error_images(8), "cpu")
+    refinement = Refinement(reconstructor, InvertConfig(steps=30), errors, 0)
+    corrector, count = learn_from(
+        refinement, few.validation, EstimateConfig(channels=16), Batches(tmp_path, ""), 0, "cpu", silent
+    )
+    images = few.test.crops(torch.arange(6))
+    refined, decoded = refinement(images).images, reconstructor(images).clamp(0, 1)
+    found = psnr(correct(corrector, decoded, refined, "32-true"), images).mean()
+    assert count == 4
+    assert found > max(psnr(decoded, images).mean(), psnr(refined.clamp(0, 1), images).mean()) - 0.1

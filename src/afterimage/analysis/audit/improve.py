@@ -13,7 +13,7 @@ from torch import Tensor
 from afterimage.analysis.audit.attackers import DefendedFeatureLoader
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
-from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
+from afterimage.analysis.inversion.decoder_errors import DecoderErrors, error_images
 from afterimage.analysis.inversion.invert import invert
 from afterimage.analysis.inversion.objective import FeaturesOf
 from afterimage.config.audit import ESTIMATE, REFINED
@@ -59,9 +59,9 @@ def improve(
     """Improve on the answers of a trained decoder.
 
     With the encoder's weights each is refined until its features are those that were sent; what the decoder lacks is
-    learned from up to `HELD_OUT` images that the attacker validates on, and the objective sees the defence without
-    its noise, which the attacker does not know. The best estimate is learned from more of these images, decoded and
-    refined alike.
+    learned from up to `HELD_OUT` images that the attacker validates on, half of them at most, and the objective sees
+    the defence without its noise, which the attacker does not know. The best estimate is learned from the others,
+    decoded and refined alike.
 
     Args:
         loader: gives the features as they are sent
@@ -110,8 +110,9 @@ def _learn(
     progress: Progress,
 ) -> Corrector:
     own = loader.data.validation
-    count, groups = min(config.images, len(own)), []
-    for group in _decoded(loader, decoder, own, count, search):
+    first, groups = error_images(len(own)) if search else 0, []
+    count = min(config.images, len(own) - first)
+    for group in _decoded(loader, decoder, own, count, search, first):
         groups.append([part.cpu() for part in group])
         progress("attacking own images, to learn from", sum(len(images) for images, *_ in groups), count)
     parts = (torch.cat(part) for part in zip(*groups, strict=True))
@@ -131,10 +132,11 @@ def _decoded(
     image_set: ImageSet,
     count: int,
     search: Search | None,
+    first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the first `count` images, what the decoder makes of their features, and what the search makes of that."""
-    left = min(count, len(image_set))
-    for _, images, sent in loader.batches(image_set):
+    """Yield `count` images from the `first` on, what the decoder makes of their features, and the search of that."""
+    left = min(count, len(image_set) - first)
+    for _, images, sent in loader.batches(image_set, torch.arange(first, len(image_set))):
         # Whole batches are sent, since noise depends on them; fewer images of the last may be attacked.
         attacked = torch.arange(min(left, len(images)))
         for part in attacked.split(BATCH if search else len(images)):
@@ -156,7 +158,8 @@ def _refinement(loader: DefendedFeatureLoader, decoder: DecoderTrainer, method: 
         with encoder.gradients():
             return defence.encode(encoder(images), random=False)
 
-    errors = DecoderErrors.learn(_errors(loader, decoder, features_of))
+    known = error_images(len(loader.data.validation))
+    errors = DecoderErrors.learn(_errors(loader, decoder, features_of, known)) if known else None
 
     def search(targets: list[Tensor], decoded: Tensor) -> Tensor:
         size = tuple(decoded.shape[-2:])
@@ -170,10 +173,9 @@ def _refinement(loader: DefendedFeatureLoader, decoder: DecoderTrainer, method: 
 
 @torch.no_grad()
 def _errors(
-    loader: DefendedFeatureLoader, decoder: DecoderTrainer, features_of: FeaturesOf
+    loader: DefendedFeatureLoader, decoder: DecoderTrainer, features_of: FeaturesOf, count: int
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Yield the decoder's errors, in images and in features, on images of the attacker's own it was not fitted on."""
-    own = loader.data.validation
-    for _, images, sent in loader.batches(own, torch.arange(min(HELD_OUT, len(own)))):
+    for _, images, sent in loader.batches(loader.data.validation, torch.arange(count)):
         decoded, wanted = decoder.reconstruct(sent), decoder.select_features(sent)
         yield images - decoded, [a - b for a, b in zip(features_of(decoded), wanted, strict=True)]

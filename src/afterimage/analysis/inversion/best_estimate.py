@@ -22,6 +22,8 @@ from afterimage.runtime.progress import Progress, silent
 BATCH = 8
 CROP = 112
 """Side of the crops that a corrector learns from, at most."""
+PASSES = 75
+"""How often the network sees an image, on average, at most: fewer images are learnt by heart sooner."""
 GRID = 16
 """Sides of what the network sees are multiples of this: it halves them four times."""
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 1e-3, 30
@@ -80,13 +82,18 @@ def _block(width: int) -> nn.Module:
     return nn.Sequential(nn.SiLU(), layers[0], nn.SiLU(), layers[1])
 
 
+def learning_steps(config: EstimateConfig, images: int) -> int:
+    """Return the number of optimizer steps that so many images are good for."""
+    return min(config.steps, -(-PASSES * images // BATCH))
+
+
 def learning_macs(config: EstimateConfig, size: tuple[int, int]) -> int:
     """Count the multiply-adds of `learn_corrector` on images of a size, forward and backward."""
     with torch.device("meta"), torch.no_grad():
         network, crops = Corrector(config.channels, 1.0, 1.0, 1.0), torch.empty(BATCH, 3, *_crop(size))
         with FlopCounterMode(display=False) as counter:
             network(crops, crops)
-    return 3 * config.steps * counter.get_total_flops() // 2
+    return 3 * learning_steps(config, config.images) * counter.get_total_flops() // 2
 
 
 def _crop(size: tuple[int, int]) -> tuple[int, int]:
@@ -127,7 +134,7 @@ def learn_corrector(
         originals: what is to come out, `(N, 3, H, W)` in [0, 1]
         decoded: the decoder's answers
         refined: what the search came to from there
-        config: width and number of steps
+        config: width, and number of steps at most
         precision: `32-true`, or `bf16-mixed` to train in bfloat16
         seed: of the initial weights, the crops and their order
         device: where
@@ -143,10 +150,10 @@ def learn_corrector(
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     size = originals.shape[-2:]
     side = _crop(size)
-    mixed = precision == "bf16-mixed"
-    for number in range(config.steps):
+    mixed, steps = precision == "bf16-mixed", learning_steps(config, len(originals))
+    for number in range(steps):
         warm = min(1, (number + 1) / WARM_UP)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * (1 - number / config.steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * (1 - number / steps)
         chosen = torch.randint(len(originals), (BATCH,), generator=generator)
         top, left = (
             int(torch.randint(max(0, length - part) + 1, (1,), generator=generator))
@@ -162,5 +169,5 @@ def learn_corrector(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        progress("learning what to correct", number + 1, config.steps, loss=lambda value=loss: value.item())
+        progress("learning what to correct", number + 1, steps, loss=lambda value=loss: value.item())
     return network.eval()

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from afterimage.analysis.inversion.batches import Batches, Curve
 from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
-from afterimage.analysis.inversion.decoder_errors import HELD_OUT, DecoderErrors
-from afterimage.analysis.inversion.inputs import InversionInputs
+from afterimage.analysis.inversion.decoder_errors import DecoderErrors, error_images
 from afterimage.analysis.inversion.invert import (
     Inversion,
     Snapshot,
@@ -96,19 +95,18 @@ class BestEstimate:
 
 
 def decoder_errors(
-    reconstructor: Reconstructor, given: InversionInputs, device: str
+    reconstructor: Reconstructor, image_set: ImageSet | None, count: int, device: str
 ) -> tuple[DecoderErrors | None, list[str]]:
-    """Learn a decoder's errors on validation images; None without any, and what a reader has to know of it."""
-    if given.validation is None:
-        return None, [
-            "the decoder's errors are not known, natural images stand for them: no validation images"
-        ]
-    count = min(HELD_OUT, len(given.validation))
-    note = f"the decoder's errors, in images and in features, are learnt from {count} validation images"
+    """Learn a decoder's errors on the first `count` of some images; None without, and what a reader has to know."""
+    if image_set is None or not count:
+        few = "no validation images" if image_set is None else "too few validation images"
+        return None, [f"the decoder's errors are not known, natural images stand for them: {few}"]
+    images = counted(count, "validation image")
+    note = f"the decoder's errors, in images and in features, are learnt from {images}"
 
     @torch.no_grad()
     def errors() -> Iterator[tuple[Tensor, list[Tensor]]]:
-        for images in given.validation.batches(torch.arange(count).split(BATCH), device=device):
+        for images in image_set.batches(torch.arange(count).split(BATCH), device=device):
             wanted = encode(reconstructor.encoders, images)
             decoded = reconstructor.feature_decoder(wanted)
             maps = reconstructor.encoders(decoded)
@@ -126,15 +124,15 @@ def choose_passes(
     progress: Progress,
 ) -> tuple[Refinement, str]:
     """The refinement with as many passes as are best for held-out images, and what a reader has to know of it."""
-    count, most = min(refinement.method.held_out, len(image_set)), refinement.method.steps
+    tried, most = _others(image_set, refinement.method.held_out), refinement.method.steps
     curve: Curve = []
-    for indices in torch.arange(count).split(BATCH):
+    for indices in tried.split(BATCH):
         images, ids = image_set.crops(indices, device=device), [image_set.ids[i] for i in indices.tolist()]
         curve += search_batch(refinement, images, most, ids, metrics, progress=progress, batches=batches)[1]
-        progress("choosing the number of passes", int(indices[-1]) + 1, count)
+        progress("choosing the number of passes", int(indices[-1] - tried[0]) + 1, len(tried))
     steps = best_step(curve)
     what = "LPIPS" if metrics.lpips_status.available else "PSNR"
-    images = counted(count, "validation image")
+    images = counted(len(tried), "other validation image")
     note = f"the number of passes, {steps} of at most {most}, is the best in {what} for {images}"
     return replace(refinement, method=replace(refinement.method, steps=steps)), note
 
@@ -148,22 +146,29 @@ def learn_from(
     device: str,
     progress: Progress,
 ) -> tuple[Corrector, int]:
-    """Refine the first images of a set, and learn what to correct in them; the corrector and how many there were."""
-    count = min(config.images, len(image_set))
+    """Refine validation images, and learn what to correct in them; the corrector and how many there were."""
+    tried = _others(image_set, config.images)
     groups: list[tuple[Tensor, Tensor, Tensor]] = []
-    for indices in torch.arange(count).split(BATCH):
+    for indices in tried.split(BATCH):
         originals = image_set.crops(indices, device=device)
         with torch.no_grad():
             decoded = refinement.reconstructor(originals).clamp(0, 1)
         found, _ = search_batch(refinement, originals, refinement.steps, progress=progress, batches=batches)
         # In one order of memory, whether it was kept or not: sums depend on it.
         groups.append(tuple(part.contiguous().cpu() for part in (originals, decoded, found.images)))
-        progress("refining images to learn the best estimate from", int(indices[-1]) + 1, count)
+        done = int(indices[-1] - tried[0]) + 1
+        progress("refining images to learn the best estimate from", done, len(tried))
     parts = (torch.cat(part) for part in zip(*groups, strict=True))
     corrector = learn_corrector(
         *parts, config, precision=refinement.method.precision, seed=seed, device=device, progress=progress
     )
-    return corrector, count
+    return corrector, len(tried)
+
+
+def _others(image_set: ImageSet, count: int) -> Tensor:
+    """Indices of at most so many validation images whose errors the search does not know."""
+    first = error_images(len(image_set))
+    return torch.arange(first, min(first + count, len(image_set)))
 
 
 def plain_search(encoders: MultiEncoder, method: InvertConfig, seed: int) -> Callable[..., Inversion]:

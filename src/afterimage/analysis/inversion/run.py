@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from afterimage.analysis.inversion.batches import Batches
-from afterimage.analysis.inversion.decoder_errors import HELD_OUT
+from afterimage.analysis.inversion.best_estimate import learning_steps
+from afterimage.analysis.inversion.decoder_errors import HELD_OUT, error_images
 from afterimage.analysis.inversion.honesty import bound_controls, mean_features
 from afterimage.analysis.inversion.inputs import InversionInputs
 from afterimage.analysis.inversion.invert import (
@@ -66,7 +67,8 @@ def invert_run(
     """Refine what a finished run's decoder makes of images until its features are those of the originals.
 
     Each answer becomes a run folder below `root`; one that is done is not made again. What the decoder usually gets
-    wrong is learned from the first `HELD_OUT` validation images, if there are any.
+    wrong is learned from up to `HELD_OUT` validation images, half of them at most; the others choose the number of
+    passes and teach the best estimates.
 
     Args:
         run: a finished run of a decoder
@@ -109,7 +111,8 @@ def invert_run(
     options: dict[str, Any] = {"metrics": metrics, "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
         start = _start(run, reconstructor, given, metrics, device)
-        errors, note = decoder_errors(reconstructor, given, device)
+        known = error_images(len(given.validation or ()))
+        errors, note = decoder_errors(reconstructor, given.validation, known, device)
         refinement = Refinement(reconstructor, method, errors, seed)
         made_for = _made_for(reconstructor.encoders, start.run.name, start.digest, given)
         aside = folders["refined"].path / "validation"
@@ -143,7 +146,9 @@ def invert_run(
             refinement, given.validation, estimate, learning, seed, device, progress
         )
         best = BestEstimate(refinement, corrector, method.precision, kept)
-        learned = f"learned from {count} validation images that were refined alike, in {estimate.steps} steps"
+        images = counted(count, "other validation image")
+        steps = learning_steps(estimate, count)
+        learned = f"learned from {images}, refined alike, in {counted(steps, 'step')}"
         # No batches: the estimates take what the refinement has kept.
         _make(
             folder, reconstructor.encoders, best, best.steps, given, [*note, learned], start, None, **options
