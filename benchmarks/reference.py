@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from afterimage.config import AfterimageError, RunConfig
-from afterimage.data.dataset import default_cache
+from afterimage.data.dataset import cache_folder
 from afterimage.data.sampling import centre_places, crop_places, order
 from afterimage.data.sources import read_source
 from afterimage.data.splits import split
@@ -139,7 +139,7 @@ def train(
     recipe, data = config.recipe, config.data
     encoder, decoder = build(config)
     encoder, decoder = encoder.to(device), decoder.to(device)
-    source = read_source(data.source, {"train", "test"}, default_cache())
+    source = read_source(data.source, {"train", "test"}, cache_folder())
     parts = split(data.source, source, data.validation_fraction, data.test_fraction, data.split_seed)
     limits = data.limit_train, data.limit_validation
     paths = [[str(o.path) for o in part[:limit]] for part, limit in zip(parts, limits, strict=False)]

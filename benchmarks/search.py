@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from afterimage.analysis.inversion.decoder_errors import HELD_OUT
+from afterimage.analysis.inversion.decoder_errors import error_images
 from afterimage.analysis.inversion.inputs import InversionInputs, from_data
 from afterimage.analysis.inversion.invert import Snapshot
 from afterimage.analysis.inversion.measure import curve_steps
@@ -74,7 +74,8 @@ def _row(settings: Settings, what: str, goal: Goal, config: RunConfig) -> Row:
     reconstructor = load_reconstructor(run).to(device)
     count = 2 if settings.quick else 4
     given = from_data(replace(config.data, limit_test=count), cache=root / "cache", progress=settings.say)
-    errors, _ = decoder_errors(reconstructor, given.validation, HELD_OUT, device)
+    known = error_images(len(given.validation))
+    errors, _ = decoder_errors(reconstructor, given.validation, known, device)
     metrics = Metrics("squeeze", size=config.data.crop)
     if not metrics.lpips_status.available:
         raise AfterimageError(f"LPIPS is part of what is reached: {metrics.lpips_status}")
