@@ -179,17 +179,20 @@ def test_exponents_of_power_laws():
     assert exponent(sizes, [5 * size for size in sizes]) == pytest.approx(1)
 
 
+@pytest.mark.long
 def test_a_child_tells_its_result_and_its_peak():
     outcome = in_child("child:peak_bytes")
     assert 0 < outcome.value <= outcome.peak_bytes < 1 << 30 and outcome.seconds > 0
 
 
+@pytest.mark.long
 def test_peak_memory_is_the_operating_systems():
     before = peak_bytes()
     held = np.ones(before // 8 + (50 << 20) // 8)
     assert peak_bytes() - before > held.nbytes // 2
 
 
+@pytest.mark.long
 def test_a_child_that_fails_says_why():
     with pytest.raises(AfterimageError, match=r"child:nothing failed with exit code 1: .*nothing"):
         in_child("child:nothing")
