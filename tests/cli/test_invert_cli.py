@@ -34,7 +34,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(place):
     """A linear decoder on a small network whose layer is nearly linear, so that a few steps refine it."""
-    data = DataConfig("procedural:40", resize=36, crop=32)
+    data = DataConfig("procedural:160", resize=36, crop=32)
     config = RunConfig((SOURCE,), weights="random-init", decoder=DecoderConfig("linear"), data=data)
     (trained,) = train_runs(config, place / "runs", cache=place / "cache", accelerator="cpu")
     return trained
@@ -195,21 +195,19 @@ def few_steps(monkeypatch, **changes):
 
 
 def test_best_estimates_of_a_run(command, run, place, monkeypatch):
-    few_steps(monkeypatch)
+    few_steps(monkeypatch, steps=40)
     output = place / "estimates"
     arguments = run.path, "--max-images", 3, "--steps", 5, "--refine-only", "--output-dir", output
-    code, out, err = command(*arguments, "--estimate-images", 6)
+    code, out, err = command(*arguments, "--estimate-images", 14)
     assert code == 0, err
     answers = {made.result.config.answer: made.result for made in scan(output)}
     assert answers.keys() == {"refined", "estimate"}
     refined, estimate = answers["refined"], answers["estimate"]
     assert estimate.label.endswith("linear + best estimate") and estimate.inversion.steps == 5
-    # Of seven validation images three tell the decoder's errors, so four are left of the six that were asked for.
-    assert "learned from 4 other validation images, refined alike, in 38 steps" in estimate.notes
+    assert "learned from 14 other validation images, refined alike, in 40 steps" in estimate.notes
     alone = estimate.inversion.decoder_alone
     assert alone.scores == refined.inversion.decoder_alone.scores
-    # Four images teach little, but nothing that harms.
-    assert estimate.scores["psnr"].mean > max(alone.scores["psnr"].mean, refined.scores["psnr"].mean - 0.2)
+    assert estimate.scores["psnr"].mean > max(alone.scores["psnr"].mean, refined.scores["psnr"].mean)
     assert refined.inversion.feature_loss < alone.feature_loss
     assert [row["id"] for row in estimate.per_image] == [row["id"] for row in refined.per_image]
     for found in answers.values():
@@ -257,7 +255,7 @@ def test_the_number_of_passes_is_chosen_on_held_out_images(command, run, place, 
     )
     steps = refined.result.inversion.steps
     (note,) = [note for note in refined.result.notes if "of at most 12" in note]
-    assert f"the number of passes, {steps} of" in note and "for 4 other validation images" in note
+    assert f"the number of passes, {steps} of" in note and "for 6 other validation images" in note
     assert estimate.result.inversion.steps == steps
     assert max(int(row["step"]) for row in read_csv(refined.file("curve.csv"))) == steps
 
