@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 
-from afterimage.analysis.inversion.decoder_errors import error_images
 from afterimage.analysis.inversion.inputs import InversionInputs, from_data
 from afterimage.analysis.inversion.invert import Snapshot
 from afterimage.analysis.inversion.measure import curve_steps
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
 from afterimage.config import AfterimageError, RunConfig
-from afterimage.config.inversion import InvertConfig
+from afterimage.config.inversion import InvertConfig, error_images
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.queue import train_runs
 from afterimage.runtime.device import device_name

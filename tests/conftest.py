@@ -40,9 +40,8 @@ def _jaxtyped(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
             return jaxtyped(typechecker=typechecker)(found)
         written = dict(found.__annotations__)
         checked = typechecker(found)
-        found.__annotations__ = checked.__annotations__ = (
-            written  # as they stand in the source: the reference shows them
-        )
+        # As they stand in the source: the reference shows them.
+        found.__annotations__ = checked.__annotations__ = written
         return checked
 
     return check

@@ -27,6 +27,24 @@ OPTIMIZERS = ("adam", "lbfgs")
 INVERSION_PRECISIONS = ("32-true", "bf16-mixed")
 """float32, or bfloat16 in the encoder while its rounding does not tell."""
 
+HELD_OUT = 32
+"""Validation images from which a decoder's errors are learnt, at most."""
+
+
+def error_images(count: int) -> int:
+    """Return how many of `count` validation images, the first, a decoder's errors are learnt from: at most half."""
+    return min(HELD_OUT, count // 2)
+
+
+def other_images(count: int, wanted: int) -> range:
+    """Return which of `count` validation images choose the number of passes and teach best estimates.
+
+    They are the first `wanted`, or all, behind `error_images`: the search does better on images whose own errors it
+    knows than on those it is meant for.
+    """
+    first = error_images(count)
+    return range(first, min(first + wanted, count))
+
 
 def search_precision(recipe: str) -> str:
     """Return the precision of searches from a decoder that was trained in the precision `recipe`."""

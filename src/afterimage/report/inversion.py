@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from afterimage.config.inversion import other_images
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import PAST, Bound, features_of, highest, mean_curve, named_features, searched
 from afterimage.report.figures.style import short_encoders
@@ -159,7 +160,8 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
     if refined and estimates:
         yield f"For LPIPS the bound is the most consistent image, for the other scores the best estimate ({BEYOND})."
     if worse := "; ".join(_worse(bounds, metrics)):
-        learned = sorted({min(row.config.estimate.images, row.data.validation) for row in estimates} - {0})
+        taught = (other_images(row.data.validation, row.config.estimate.images) for row in estimates)
+        learned = sorted({len(images) for images in taught} - {0})
         few = (
             f" The best estimates learned from {' or '.join(map(str, learned))} validation images."
             if learned
@@ -179,7 +181,7 @@ def _worse(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
         for bound in bounds:
             gaps = bound.missed(metric)
             gap = round(statistics.fmean(gaps.values()), facts.digits) if gaps else 0
-            if gap < 0 if facts.higher_is_better else gap > 0:
+            if facts.sign * gap < 0:
                 behind.append(f"{feature_name(bound.found, names)} ({bound.decoder_label})")
         if behind:
             yield f"{facts.title} for {', '.join(behind)}"

@@ -180,8 +180,7 @@ def _number(cell: str | None) -> Any:
         number = float(cell)
     except ValueError:
         return cell
+    # Other files take no larger integer either.
     with contextlib.suppress(ValueError):
-        return (
-            int(cell) if abs(number) < 2**63 else number
-        )  # as in the other files, which take no larger integer
+        return int(cell) if abs(number) < 2**63 else number
     return number

@@ -7,11 +7,10 @@ import torch
 
 from afterimage.analysis.inversion.batches import Batches
 from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
-from afterimage.analysis.inversion.decoder_errors import error_images
 from afterimage.analysis.inversion.honesty import bound_controls, mean_features
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors, learn_from
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.config.inversion import EstimateConfig, InvertConfig
+from afterimage.config.inversion import EstimateConfig, InvertConfig, error_images
 from afterimage.data.dataset import load_data
 from afterimage.evaluation.evaluate import to_uint8
 from afterimage.evaluation.metrics import Metrics, psnr

@@ -13,11 +13,17 @@ from torch import Tensor
 from afterimage.analysis.audit.attackers import DefendedFeatureLoader
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
-from afterimage.analysis.inversion.decoder_errors import DecoderErrors, error_images
+from afterimage.analysis.inversion.decoder_errors import DecoderErrors
 from afterimage.analysis.inversion.invert import invert
 from afterimage.analysis.inversion.objective import FeaturesOf
 from afterimage.config.audit import ESTIMATE, REFINED
-from afterimage.config.inversion import EstimateConfig, InvertConfig, search_precision
+from afterimage.config.inversion import (
+    EstimateConfig,
+    InvertConfig,
+    error_images,
+    other_images,
+    search_precision,
+)
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import Box, score_rows, to_uint8
 from afterimage.evaluation.metrics import Metrics
@@ -110,9 +116,10 @@ def _learn(
     progress: Progress,
 ) -> Corrector:
     own = loader.data.validation
-    first, groups = error_images(len(own)) if search else 0, []
-    count = min(config.images, len(own) - first)
-    for group in _decoded(loader, decoder, own, count, search, first):
+    # Without a search nothing is known of the errors, so that all images serve.
+    chosen = other_images(len(own), config.images) if search else range(min(config.images, len(own)))
+    groups, count = [], len(chosen)
+    for group in _decoded(loader, decoder, own, count, search, chosen.start):
         groups.append([part.cpu() for part in group])
         progress("attacking own images, to learn from", sum(len(images) for images, *_ in groups), count)
     parts = (torch.cat(part) for part in zip(*groups, strict=True))

@@ -12,21 +12,10 @@ from torch import Tensor
 from afterimage.analysis.inversion.parametrizations import Spectrum, radii
 from afterimage.config import AfterimageError
 
-HELD_OUT = 32
-"""Validation images from which a decoder's errors are learnt, at most."""
 WHITENING_FLOOR = 1e-2
 """Share of the mean eigenvalue that is added to each: directions in which the decoder errs less than by chance."""
 
 Whitening = Float[Tensor, "channels channels"]
-
-
-def error_images(count: int) -> int:
-    """Return how many of `count` validation images, the first, a decoder's errors are learnt from: at most half.
-
-    The number of passes is chosen and best estimates are learnt on the others: the search does better on images whose
-    own errors it knows than on those it is meant for.
-    """
-    return min(HELD_OUT, count // 2)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from afterimage.analysis.inversion.measure import BATCH
 from afterimage.evaluation.evaluate import evaluate_together, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Gallery, reduced
@@ -53,7 +54,7 @@ def bound_controls(
     )
 
     def scores(outputs: Tensor) -> dict[str, Score | None]:
-        parts = torch.arange(len(ids)).split(4)
+        parts = torch.arange(len(ids)).split(BATCH)
         batches = ((part, originals[part], [outputs[part]]) for part in parts)
         return summarise(evaluate_together(batches, ids, metrics)[0].rows)
 

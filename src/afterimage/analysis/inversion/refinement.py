@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afterimage.analysis.inversion.batches import Batches, Curve
 from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
-from afterimage.analysis.inversion.decoder_errors import DecoderErrors, error_images
+from afterimage.analysis.inversion.decoder_errors import DecoderErrors
 from afterimage.analysis.inversion.invert import (
     Inversion,
     Snapshot,
@@ -25,7 +25,7 @@ from afterimage.analysis.inversion.invert import (
 from afterimage.analysis.inversion.measure import BATCH, best_step, search_batch
 from afterimage.analysis.inversion.objective import feature_distance
 from afterimage.config import counted
-from afterimage.config.inversion import EstimateConfig, InvertConfig
+from afterimage.config.inversion import EstimateConfig, InvertConfig, other_images
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
@@ -166,9 +166,7 @@ def learn_from(
 
 
 def _others(image_set: ImageSet, count: int) -> Tensor:
-    """Indices of at most so many validation images whose errors the search does not know."""
-    first = error_images(len(image_set))
-    return torch.arange(first, min(first + count, len(image_set)))
+    return torch.tensor(other_images(len(image_set), count))
 
 
 def plain_search(encoders: MultiEncoder, method: InvertConfig, seed: int) -> Callable[..., Inversion]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from afterimage.analysis.inversion.batches import Batches
 from afterimage.analysis.inversion.best_estimate import learning_steps
-from afterimage.analysis.inversion.decoder_errors import HELD_OUT, error_images
 from afterimage.analysis.inversion.honesty import bound_controls, mean_features
 from afterimage.analysis.inversion.inputs import InversionInputs
 from afterimage.analysis.inversion.invert import (
@@ -34,7 +33,13 @@ from afterimage.analysis.inversion.refinement import (
     plain_search,
 )
 from afterimage.config import AfterimageError, counted, load_toml
-from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
+from afterimage.config.inversion import (
+    HELD_OUT,
+    EstimateConfig,
+    InversionConfig,
+    InvertConfig,
+    error_images,
+)
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics

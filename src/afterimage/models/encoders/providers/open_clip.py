@@ -105,9 +105,8 @@ class OpenClipNetwork(Network):
         weights = open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}
         # The activation is the one that the weights were trained with.
         quick = weights.get("quick_gelu", settings.get("quick_gelu", False))
-        size = (
-            image_size[0] if image_size[0] == image_size[1] else image_size
-        )  # its ResNets take one side alone
+        # Its ResNets take one side alone.
+        size = image_size[0] if image_size[0] == image_size[1] else image_size
         tower = replace(CLIPVisionCfg(**settings["vision_cfg"]), image_size=size, timm_model_pretrained=False)
         with warnings.catch_warnings(), torch.device(device):
             warnings.simplefilter("ignore")
