@@ -67,14 +67,15 @@ class LBFGS:
     def _newton(self) -> Tensor:
         """Minus the inverse Hessian's estimate times the gradient, by two loops over the remembered pairs."""
         direction, shares = -self.gradient, []
+        # In place: a vector of an image's parameters is large enough that a new one costs more than its arithmetic.
         for moved, bent, curvature in reversed(self._pairs):
             shares.append(float(moved.dot(direction)) / curvature)
-            direction = direction - shares[-1] * bent
+            direction.sub_(bent, alpha=shares[-1])
         if self._pairs:
             _, bent, curvature = self._pairs[-1]
-            direction = direction * (curvature / float(bent.dot(bent)))
+            direction.mul_(curvature / float(bent.dot(bent)))
         for (moved, bent, curvature), share in zip(self._pairs, reversed(shares), strict=True):
-            direction = direction + (share - float(bent.dot(direction)) / curvature) * moved
+            direction.add_(moved, alpha=share - float(bent.dot(direction)) / curvature)
         return direction
 
 

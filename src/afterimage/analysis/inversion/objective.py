@@ -19,8 +19,10 @@ FeaturesOf = Callable[[Images], Sequence[Tensor]]
 
 GREY, RANGE = 0.5, 0.5
 """Images lie in `GREY` ± `RANGE`: the paper's mean image and its B."""
-ROUNDING = 100.0
-"""bfloat16 serves while the loss is this many times what its rounding makes: gradients are then right to 10 %."""
+ROUNDING = 30.0
+"""bfloat16 serves while the loss is this many times what its rounding makes: gradients are then right to a fifth.
+
+More costs seconds and gives no better image in the same time (docs/LOG.md, what searches cost)."""
 STEP = 0.01
 """The paper's a: neighbouring pixels differ by about this share of the range."""
 
