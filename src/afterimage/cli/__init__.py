@@ -1,4 +1,4 @@
-"""The command line, a file a command. Heavy imports wait until a command needs them."""
+"""The command line, one file for each command. Expensive imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -50,9 +50,12 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; an error a user can put right is one message and exit code 1.
+    """Run one command; an error that the user can put right becomes one message and exit code 1.
 
-    SIGTERM and Ctrl-C end with 143 and 130, as shells expect it.
+    The exit code is 143 after SIGTERM and 130 after Ctrl-C, as shells expect.
+
+    Args:
+        arguments: the command and its arguments; None for those of this process
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:2] == ["study", "verify"]:
@@ -68,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """Set up threads and output for a program, and turn errors for people into one message and an exit code."""
+    """Set up threads and output for a program, and turn errors for the user into one message and an exit code."""
     let_idle_threads_sleep()
     with always_writable(), _ended_in_words():
         yield
@@ -91,7 +94,7 @@ def _ended_in_words() -> Iterator[None]:
 
 
 def _parsed(arguments: list[str]) -> Any:
-    """The command that the arguments name; a message about a wrong one shows no more of it than can be shown."""
+    """Parse the arguments into a command; messages about wrong arguments escape unprintable characters."""
     said = io.StringIO()
     with contextlib.ExitStack() as stack:
         if any(printable(argument) != argument for argument in arguments):
@@ -107,10 +110,10 @@ def _parsed(arguments: list[str]) -> Any:
 
 
 def _run(chosen, arguments: list[str]) -> None:
-    """Run a command here, or as several ranks where it has `devices` and is not one of them yet."""
+    """Run a command in this process, or start several ranks if it asks for them and this process is not a rank."""
     for name in ("output_dir", "cache"):
         if (folder := getattr(chosen, name, None)) is not None:
-            # Decoded images that are all there may lie where nothing can be written.
+            # A complete cache of decoded images may be read-only.
             check_folder(folder, f"--{name.replace('_', '-')}", writable=name == "output_dir")
     devices = getattr(chosen, "devices", 1)
     if devices < 1:

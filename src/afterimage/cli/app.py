@@ -1,4 +1,4 @@
-"""`afterimage app`: a live page of finished decoders."""
+"""`afterimage app`: serve a live page of finished decoders."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ if TYPE_CHECKING:
     from afterimage.runs.run import Run
 
 MEGABYTES_A_MEGAPIXEL = 4
-"""Bytes of a pixel in a file that is hardly compressed: 8-bit PNG with transparency."""
+"""Largest accepted file size in MB per megapixel: that of a barely compressed 8-bit PNG with transparency."""
 
 
 @dataclass(frozen=True)
 class App:
-    """Serve a live page: drop an image, or take one with the webcam, and see it through every decoder at once.
+    """Serve a live page that shows an image, dropped or from the webcam, through every decoder at once.
 
-    Visitors can add noise, send fewer bits or values, swap or zero a part of the features, and refine an answer while
-    they watch. It needs `pip install 'afterimage[app]'`, a CPU is enough, and it works without a network: images stay
-    on this machine and are deleted after an hour.
+    Visitors can add noise, send fewer bits or values, swap or zero a part of the features, and watch a reconstruction
+    being refined. Needs `pip install 'afterimage[app]'`, but neither a GPU nor a network: images stay on this machine
+    and are deleted after an hour.
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|hub:USER/NAME [...]")]
-    """Run folders, or folders that hold run folders, such as a study's; and repositories of the Hugging Face hub with
-    all their decoders: hub:USER/NAME, or hub:USER/NAME/DECODER for one of them, with @REVISION behind it if need be."""
+    """Run folders, folders that hold run folders, or decoders of the Hugging Face hub: hub:USER/NAME for all of a
+    repository, hub:USER/NAME/DECODER for one, each with an optional @REVISION."""
     host: str = "127.0.0.1"
-    """Address to listen at: 0.0.0.0 lets other machines in."""
+    """Address to listen on; 0.0.0.0 admits other machines."""
     port: int = 7860
-    """Port to listen at."""
+    """Port to listen on."""
     max_megapixels: int = 50
-    """Largest image that is taken."""
+    """Size of the largest accepted image, in megapixels."""
     max_waiting: int = 20
-    """Requests that may wait; who comes then is told that the queue is full."""
+    """Number of requests that may wait; further visitors get the message that the queue is full."""
     weights: str | None = None
-    """Where the encoder's weights are, if not where they were in training."""
+    """File or folder of the encoders' weights, if they have moved since training."""
     lpips: str | None = None
-    """LPIPS network: alex, vgg or squeeze (default: the one that each run was measured with)."""
+    """LPIPS network: alex, vgg or squeeze (default: the network that each run was measured with)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         for name, most in (("port", 65_535), ("max_megapixels", 150), ("max_waiting", 10_000)):
@@ -77,7 +77,7 @@ class App:
         try:
             threading.Event().wait()
         except KeyboardInterrupt as stopped:
-            stopped.elsewhere = True  # there is nothing to go on with
+            stopped.elsewhere = True  # no message: there is nothing to resume
             raise
         finally:
             page.close(verbose=False)
@@ -94,5 +94,5 @@ class App:
 
 
 def _order(run: Run) -> list[str | int]:
-    """By name, with numbers as such: `block5` before `block11`."""
+    """Return a sort key by name that compares numbers by value: `block5` comes before `block11`."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", run.name)]

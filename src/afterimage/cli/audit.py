@@ -1,4 +1,4 @@
-"""`afterimage audit`: how badly a layer leaks its images, what helps, and what that costs."""
+"""`afterimage audit`: measure how much layers leak of their images, what each defence prevents, and its cost."""
 
 from __future__ import annotations
 
@@ -21,74 +21,77 @@ if TYPE_CHECKING:
 
 
 FAILED = 3
-"""The exit code of an audit that is not within its limits; 1 is an error, 2 a wrong command line."""
+"""Exit code of an audit that is not within its limits; 1 is an error, 2 a wrong command line."""
 
 
 @dataclass(frozen=True)
 class Audit:
     """Audit what leaks from features that are sent or stored: layer x defence x attacker, with a verdict.
 
-    Audits a MODEL or a store of features with their images (--feature-store). With
-    limits the exit code is 3 where the upper end of a 95 % interval exceeds one, for any layer, defence and attacker
-    audited: name only what is to be deployed. What is done is not done again.
+    Audits a MODEL, or stored features with their images (--feature-store). With limits (--max-ssim,
+    --max-identification) the exit code is 3 if the upper end of a 95 % interval exceeds one for any audited layer,
+    defence and attacker, so name only what is to be deployed. The same command continues an interrupted audit.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
-    """[PROVIDER/]MODEL, for example resnet18.tv_in1k, or python/package.module:factory, a network of one's own."""
+    """Encoder: [PROVIDER/]MODEL, for example resnet18.tv_in1k, or python/package.module:factory, your own network."""
     layers: tuple[str, ...] = ()
-    """Layers to audit (`afterimage layers MODEL` lists them); with --feature-store: all by default."""
+    """Layers to audit; `afterimage layers MODEL` lists them (default with --feature-store: all)."""
     feature_store: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Stored `features` and `images` instead of a network: what `afterimage extract` wrote, or any .safetensors,
-    .npz or .parquet file that holds them."""
+    """Stored features and images to audit instead of a network: a store that `afterimage extract` wrote, or any
+    .safetensors, .npz or .parquet file that holds `features` and `images`."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
-    """Settings from a file such as the audit.toml that each audit writes; what is given here comes first."""
+    """File of settings, such as the audit.toml that each audit writes; options given here take precedence."""
     data: str = ""
-    """Images: folder:PATH, div2k, div2k:PATH, procedural[:COUNT] or photographs."""
+    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or
+    photographs."""
     test: str = ""
-    """Another source whose images are the test set."""
+    """Source of the test images (default: the test split of --data)."""
     defences: tuple[str, ...] = ()
-    """none, noise:SCALE, int8, int4, 1bit, topk:FRACTION, pca:D, drop:FRACTION, pool:SIZE, shuffle; chained by +."""
+    """Defences to try: none, noise:SCALE, int8, int4, 1bit, topk:FRACTION, pca:D, drop:FRACTION, pool:SIZE, shuffle, or
+    several joined by +."""
     decoders: tuple[str, ...] = ()
-    """What attackers train: linear, residual, attention and so on."""
+    """Decoders that attackers train, such as linear, residual or attention."""
     attacker_images: tuple[str, ...] = ()
-    """How many images of their own attackers have: numbers, or all."""
+    """Numbers of images that attackers own: 5 or more each, or all."""
     threat_model: tuple[str, ...] = ()
-    """black-box (trains a decoder), white-box (has the weights, and refines each reconstruction), or both."""
+    """Threat models: black-box (the attacker trains a decoder), white-box (the attacker also has the encoder's weights
+    and refines each reconstruction), or both."""
     attacker_data: str = ""
-    """Where the attackers' own images come from, if not from --data."""
+    """Source of the attackers' own images (default: that of --data)."""
     max_ssim: float | None = None
-    """Fail where the mean SSIM of any attacker's reconstructions may exceed this."""
+    """Fail if the mean SSIM of any attacker's reconstructions may exceed this."""
     max_identification: float | None = None
-    """Fail where the share of reconstructions that find their own original may exceed this."""
+    """Fail if the share of any attacker's reconstructions that identify their own original may exceed this."""
     weights: str = ""
-    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control (`random`: its blocks act;
-    `random-init`: as its library initialises it), or a file or folder."""
+    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a random control
+    (random: its blocks act; random-init: as its library initialises it), or a file or folder."""
     prediction: str = ""
-    """What the network returns: classes, embedding, or auto."""
+    """Output of the network: classes, embedding, or auto."""
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
-    """Size of the crop in pixels (default 224): 256, 256x384 (height x width), or native, the encoder's own."""
+    """Crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
     limit_test: int | None = None
-    """Use only so many test images."""
+    """Limit the number of test images."""
     epochs: int | None = None
-    """Epochs for decoders that are trained by them (default 30)."""
+    """Number of epochs, for decoders that are trained in epochs (default: 30)."""
     refine_steps: int | None = None
-    """With --threat-model white-box: optimisation steps an image (default 200)."""
+    """With --threat-model white-box: number of optimisation steps for each image (default: 200)."""
     refine_images: int | None = None
-    """With --threat-model white-box: how many test images are refined (default 20)."""
+    """With --threat-model white-box: number of test images to refine (default: 20)."""
     estimate_images: int | None = None
-    """Images of their own that attackers learn a last step on, the best estimate (default 64); 0 for none."""
+    """Number of the attackers' own images that they learn the best estimates from (default: 64); 0 for none."""
     seed: int | None = None
-    """Decides initial weights, order, crops, noise and who owns which image (default 42)."""
+    """Seed of initial weights, order, crops, noise and the choice of the attackers' images (default: 42)."""
     lpips: str = ""
     """LPIPS network: alex, vgg or squeeze."""
     output_dir: Path | None = None
     """Folder for the audit (default: runs/audit-NAME)."""
     cache: Path | None = None
-    """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         from afterimage.analysis.audit.run import run_audit
@@ -115,7 +118,7 @@ class Audit:
             raise SystemExit(1)
 
     def resolved(self) -> AuditConfig:
-        """Return the file's settings, or the defaults, with what was given on the command line in their place."""
+        """Return the settings of the file, or the defaults, overridden by the options of the command line."""
         from afterimage.config import DataConfig, RecipeConfig
         from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
         from afterimage.config.inversion import EstimateConfig
@@ -150,7 +153,7 @@ class Audit:
         return AuditConfig(**given) if base is None else replace(base, **given)
 
     def _of(self, *names: str, **fields: str) -> dict[str, Any]:
-        """Return settings that were given, by their names in the file; of `fields` by another name."""
+        """Return the given options by their names in the file; `fields` maps settings to options of another name."""
         fields = dict(zip(names, names, strict=True)) | fields
         return {name: value for name, field in fields.items() if _is_given(value := getattr(self, field))}
 
@@ -160,7 +163,7 @@ def _is_given(value: Any) -> bool:
 
 
 def print_verdict(results: Results, verdict: Verdict) -> None:
-    """Print the table and the verdict."""
+    """Print the table of attacks and the verdict."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""`afterimage compare`: where one's own encoders stand among those of an atlas."""
+"""`afterimage compare`: rank your own encoders among those of an atlas."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 class Compare:
     """Rank finished runs among the rows of an atlas that were measured alike and have about as many feature values.
 
-    An atlas is a study of many encoders, `afterimage study atlas` for one: its folder, or the table.csv of its report.
+    An atlas is a study of many encoders, such as `afterimage study atlas`.
     """
 
     runs: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER|hub:USER/NAME [...]")
     ]
-    """Run folders, or folders that hold run folders: your encoders; or decoders of the Hugging Face hub."""
+    """Runs of your encoders: run folders, folders that hold run folders, or decoders of the Hugging Face hub."""
     atlas: Annotated[Path, tyro.conf.arg(name="with", metavar="ATLAS")]
-    """The others: a study's folder, the table.csv of a report, a .parquet of that table, or hub:USER/NAME[@REVISION], a
-    study's scores that somebody pushed."""
+    """Atlas: a study's folder, the table.csv of its report, that table as .parquet, or a study's scores on the hub,
+    hub:USER/NAME[@REVISION]."""
     within: float = 1.5
-    """Rank among rows whose number of feature values is within this factor."""
+    """Largest factor between the numbers of feature values of rows that are ranked together."""
     output: Path = Path("compare.png")
-    """Where to save the figure, a PNG file."""
+    """PNG file for the figure."""
 
     def run(self) -> None:
         from afterimage.report.compare import compare, entries, read_atlas, standings_table

@@ -1,4 +1,4 @@
-"""`afterimage controls`: what the decoders of finished runs guess, what they lose, and the rate."""
+"""`afterimage controls`: feature ablations, error breakdown and rate-distortion of finished runs."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Controls:
-    """Hold finished runs against controls, on their own test images; the report then shows them.
+    """Measure controls of finished runs on their own test images, for the next report to show.
 
-    Writes into each run folder: controls.json (features of another image, shuffled, mean and zero features
-    through the trained decoder; how far the re-encoded reconstruction is from its features), error_breakdown.json
-    (the error by frequency, luma and chroma, place, kind of region) and rate_distortion.json (features at 8 to 1
-    bits, entropy-coded, beside JPEG and WebP), each with a CSV by image.
+    Writes into each run folder, each with a CSV of scores by image: controls.json (the trained decoder on another
+    image's features, shuffled, mean and zero features, and the distance between the features of image and
+    reconstruction), error_breakdown.json (the error by frequency, luma and chroma, position and kind of region) and
+    rate_distortion.json (features at 8 to 1 bits, entropy-coded, compared with JPEG and WebP).
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER [...]")]
     """Run folders, or folders that hold run folders."""
     only: tuple[str, ...] = ()
-    """Only these parts: controls, error_breakdown, rate_distortion."""
+    """Parts to measure: controls, error_breakdown, rate_distortion (default: all)."""
     force: bool = False
-    """Measure again what has been measured."""
+    """Measure again even if there are results."""
     weights: str | None = None
-    """Where the encoders' weights are, if not where they were in training."""
+    """File or folder of the encoders' weights, if they have moved since training."""
     lpips: str | None = None
-    """LPIPS network (default: the one that each run was measured with)."""
+    """LPIPS network: alex, vgg or squeeze (default: the network that each run was measured with)."""
     cache: Path | None = None
-    """Where decoded images are kept."""
+    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         from afterimage.analysis.controls.run import run_controls

@@ -1,4 +1,4 @@
-"""`afterimage evaluate`: a finished run on its own images or on others."""
+"""`afterimage evaluate`: measure a finished run on its own images or on others."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Evaluate:
     """Measure a finished run's decoder again, on its own test images or on others."""
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
-    """A run folder."""
+    """Run folder."""
     data: str | None = None
-    """Another source of images to measure on, such as folder:PATH (default: the run's own test images)."""
+    """Source of the images to measure on, such as folder:PATH (default: the run's own test images)."""
     weights: str | None = None
-    """Where the encoder's weights are, if not where they were in training."""
+    """File or folder of the encoders' weights, if they have moved since training."""
     lpips: str | None = None
-    """LPIPS network: alex, vgg or squeeze (default: the one that the run was measured with)."""
+    """LPIPS network: alex, vgg or squeeze (default: the network that each run was measured with)."""
     output: Path | None = None
-    """Write the per-image scores to this CSV file."""
+    """CSV file for the scores of each image."""
     cache: Path | None = None
-    """Where decoded images are kept."""
+    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         from afterimage.evaluation.evaluate import summarise

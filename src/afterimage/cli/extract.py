@@ -1,4 +1,4 @@
-"""`afterimage extract`: the features of images, written to disk with the images."""
+"""`afterimage extract`: write the features of images to disk, with the images."""
 
 from __future__ import annotations
 
@@ -15,49 +15,51 @@ from afterimage.runtime.terminal import say
 
 @dataclass(frozen=True)
 class Extract:
-    """Write the features of images to disk, with the images: for `audit --feature-store` and `train --features`.
+    """Write the features of images to disk, with the images, for `audit --feature-store` and `train --features`.
 
-    All layers are of one encoder and share its pass. Memory holds one shard. A command that was killed goes on with the
-    shards that are missing when it is given again.
+    All layers belong to one encoder and share its pass. Memory holds one shard at a time. The same command continues
+    an interrupted extraction with the missing shards.
     """
 
     sources: Sources
-    """Layers of one encoder, for example resnet34.tv_in1k:layer1 resnet34.tv_in1k:layer2."""
+    """Layers to extract, all of one encoder, for example resnet34.tv_in1k:layer1 resnet34.tv_in1k:layer2."""
     out: Annotated[Path, tyro.conf.arg(aliases=("--output",), metavar="FILE")]
-    """The store: a .safetensors, .parquet or .npz file. Several shards are named after it, and FILE.index.json lists
-    them."""
+    """File for the features: .safetensors, .parquet or .npz. Several shards are named after it and listed in
+    FILE.index.json."""
     data: str = "div2k"
-    """folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
+    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or
+    photographs."""
     test: str = ""
-    """Another source whose images are the test set."""
+    """Source of the test images (default: the test split of --data)."""
     split: str = "all"
-    """Which images: train, validation, test or all."""
+    """Images to encode: train, validation, test or all."""
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = "224"
-    """Size of the centre crop in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
+    """Crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
     limit_train: int | None = None
-    """Use only so many training images."""
+    """Limit the number of training images."""
     limit_validation: int | None = None
-    """Use only so many validation images."""
+    """Limit the number of validation images."""
     limit_test: int | None = None
-    """Use only so many test images."""
+    """Limit the number of test images."""
     weights: str = "pretrained"
-    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control, or a file or folder."""
+    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a random control
+    (random: its blocks act; random-init: as its library initialises it), or a file or folder."""
     seed: int = 42
-    """Decides random weights."""
+    """Seed of random weights."""
     dtype: str = "float32"
     """Number format of the features: float32, float16 or bfloat16 (.safetensors only)."""
     shard_images: int | None = None
-    """Images in each shard (default: as many as fit into 256 MiB)."""
+    """Number of images in each shard (default: as many as fit into 256 MiB)."""
     batch_size: int = 16
-    """Images at a time through the encoder."""
+    """Number of images in each pass through the encoder."""
     dry_run: bool = False
-    """Print how many bytes would be written, and write nothing."""
+    """Print the number of bytes that would be written, and write nothing."""
     cache: Path | None = None
-    """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         from afterimage.experiments.extract import Extraction, extract, plan_extraction

@@ -1,4 +1,4 @@
-"""`afterimage invert`: inversion by optimising the image, from grey or from a decoder's answer: the measured bound."""
+"""`afterimage invert`: optimise images, from grey or from a decoder's answer, to find the measured bound."""
 
 from __future__ import annotations
 
@@ -24,60 +24,60 @@ if TYPE_CHECKING:
 class Invert:
     """Rebuild images from features alone by optimising them until their own features are the same.
 
-    `invert IMAGE... MODEL:LAYER...` starts from grey and uses all layers at once. `invert RUN` starts from that
-    run's decoder and refines its answer. Without images it takes the run's own test images (`--max-images` keeps the
-    first), learns the best estimates of them from validation images, inverts them from grey as well, and puts
-    decoder, best estimate, inversion and refinement in one table: bounds.csv, bounds.json and the curve of PSNR
-    against passes, saturation.png, of all that the output folder holds. What comes back is a lower bound on what the
-    features hold: it was reached. Decoders approximate it at a fraction of the time.
+    `invert IMAGE... MODEL:LAYER...` starts from grey and uses all layers at once. `invert RUN` refines the answer of
+    that run's decoder. Without image files it takes the run's own test images, learns their best estimates from
+    validation images, and inverts them from grey as well. It compares decoder, best estimate, refinement and inversion
+    for all runs in the output folder: a table (bounds.csv, bounds.json) and the curve of PSNR against passes
+    (saturation.png). The result is a lower bound on what the features hold; decoders approximate it much faster.
     """
 
     what: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN|IMAGE|MODEL:LAYER ...]")
     ] = ()
-    """Run folders whose decoders to start from; or layers as model:layer, to start from grey. And image files."""
+    """Run folders, to start from their decoders, or layers (MODEL:LAYER), to start from grey; and image files."""
     data: str = ""
-    """A source of images such as folder:PATH, instead of files or of a run's own."""
+    """Source of images, such as folder:PATH, instead of image files (default: the run's own test images)."""
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
-    """With MODEL:LAYER: size of the crop in pixels (default 224): 256, 256x384 (height x width), or native, the
-    encoder's own. A run's images have the size that it was trained on."""
+    """With MODEL:LAYER: crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own (default:
+    224)."""
     max_images: int | None = None
-    """Only the first images of the source's test split."""
+    """Limit the number of test images; the first are taken."""
     method: str = "fourier"
-    """What is optimised: pixels, fourier or prior (a deep image prior)."""
+    """Parametrisation of the image: pixels, fourier or prior (a deep image prior)."""
     optimizer: str = "lbfgs"
-    """lbfgs or adam."""
+    """Optimizer: lbfgs or adam."""
     steps: int = 200
-    """Passes through the encoder and back; from a run's decoder at most so many."""
+    """Number of forward and backward passes through the encoder; the maximum when starting from a run's decoder."""
     held_out: int = 8
-    """Validation images on which the number of passes from a run's decoder is chosen; 0 takes --steps."""
+    """Number of validation images to choose the number of passes from a run's decoder on; 0 takes --steps."""
     learning_rate: float | None = None
-    """Adam's, and the size of L-BFGS's first step."""
+    """Learning rate of Adam, or size of L-BFGS's first step (default: the method's own)."""
     starts: int = 1
-    """Starts of each image in one batch; the one whose features come nearest is kept."""
+    """Number of starts for each image; the result whose features come nearest is kept."""
     jitter: int = 0
-    """Shift the image by up to this many pixels before each pass (adam)."""
+    """With --optimizer adam: largest random shift of the image before each pass, in pixels."""
     tv: float = 0.0
-    """Weight of the total variation; 1 is the weight Mahendran and Vedaldi propose."""
+    """Weight of the total variation; 1 is the weight that Mahendran and Vedaldi propose."""
     alpha_norm: float = 0.0
-    """Weight of the alpha-norm; 1 is the weight Mahendran and Vedaldi propose."""
+    """Weight of the alpha-norm; 1 is the weight that Mahendran and Vedaldi propose."""
     precision: str = "32-true"
-    """32-true, or bf16-mixed to run the encoder in bfloat16 until its rounding would tell."""
+    """Number format: 32-true, or bf16-mixed to run the encoder in bfloat16 until its rounding matters."""
     estimate_images: int = EstimateConfig.images
-    """Validation images that the best estimates of a run's test images are learned from; 0 for none."""
+    """Number of validation images to learn the best estimates of a run's test images from; 0 for no estimates."""
     refine_only: bool = False
-    """Of a run: leave out the inversion from grey."""
+    """With RUN: leave out the inversion from grey."""
     output_dir: Path = Path("runs/inversion")
-    """Folder for the run folders; each holds progress.png while it is made."""
+    """Folder for the run folders; each shows its progress in progress.png."""
     weights: str | None = None
-    """pretrained, random, random-init, or a file or folder."""
+    """Encoder weights: pretrained, random, random-init, or a file or folder (default: the run's own, or pretrained)."""
     seed: int = 0
+    """Seed of the searches."""
     lpips: str | None = None
-    """LPIPS network: alex, vgg or squeeze (default: of a run the one that it was measured with, else alex)."""
+    """LPIPS network: alex, vgg or squeeze (default: the network that the run was measured with, or alex)."""
     cache: Path | None = None
-    """Where decoded images are kept."""
+    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         from afterimage.config.inversion import InvertConfig
@@ -110,7 +110,7 @@ class Invert:
         self._show(done, each=not folders)
 
     def _sort(self) -> tuple[list[Path], list[Path], list[str]]:
-        """Run folders, image files and layers, in a combination that means something."""
+        """Return the run folders, image files and layers that were given; raise if they do not go together."""
         folders, files, sources = sort_arguments(self.what)
         if folders and sources:
             raise AfterimageError(f"a run's layers are its own; leave out {', '.join(sources)}")
@@ -180,13 +180,13 @@ class Invert:
         return folder
 
     def _show(self, folders: list[Run], each: bool) -> None:
-        """Print the table of all inversions, and with `each` the scores of every image."""
+        """Print the table of all inversions and, with `each`, the scores of every image; write the bounds' files."""
         from afterimage.report.inversion import print_bounds, write_bounds
         from afterimage.report.rows import Row
         from afterimage.runs.results import METRICS
         from afterimage.runs.run import scan
 
-        # Decoders of one layer have one inversion from grey.
+        # Decoders of the same layer share one inversion from grey.
         made = [Row.of(folder) for folder in {folder.path: folder for folder in folders}.values()]
         print_bounds(made)
         if each:

@@ -1,4 +1,4 @@
-"""`afterimage layers`: what can be inverted in a model."""
+"""`afterimage layers`: list the layers of a model that can be inverted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from afterimage.runtime.terminal import console, say
 
 @dataclass(frozen=True)
 class Layers:
-    """List what can be inverted in a model: every layer with its kind, shape and cost, the vectors last."""
+    """List the layers of a model that can be inverted, with kind, shape and cost; vectors come last."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """[PROVIDER/]MODEL, for example resnet34.tv_in1k; without a tag the library's default weights are meant."""
+    """Encoder: [PROVIDER/]MODEL, for example resnet34.tv_in1k; without a tag, with the library's default weights."""
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--image-size",))] = "224"
-    """Size of the image in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
+    """Image size in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
     all_modules: bool = False
-    """List each module whose output can be inverted, not only stages and blocks."""
+    """List every module whose output can be inverted, not only stages and blocks."""
 
     def run(self) -> None:
         size = None if self.size == NATIVE else size_pair(self.size, "--size")
@@ -39,7 +39,7 @@ class Layers:
 
 
 def print_layers(asked: Layers, size: tuple[int, int], layers: Sequence[FeatureMap]) -> None:
-    """Print the table of layers, and what they do not see."""
+    """Print the table of layers, and the pixels that they do not see."""
     from rich.table import Table
 
     table = Table(title=asked.model, title_justify="left")
@@ -74,7 +74,7 @@ def print_layers(asked: Layers, size: tuple[int, int], layers: Sequence[FeatureM
 
 
 def _placement(rows: Axis | None, columns: Axis | None) -> str:
-    """Where a map's locations lie, in pixels: `every 16 from 0`, of rows and columns where these differ."""
+    """Describe where a map's locations lie, in pixels: `every 16 from 0`; rows `by` columns if these differ."""
     texts = [
         "evenly" if axis is None else f"every {axis.stride:g} from {axis.start:g}" for axis in (rows, columns)
     ]
@@ -82,7 +82,7 @@ def _placement(rows: Axis | None, columns: Axis | None) -> str:
 
 
 def print_unseen(unseen: Mapping[str, str]) -> None:
-    """Print what is not seen, or not known, of each layer: a line for each text, with its layers."""
+    """Print each remark on unseen pixels or unknown positions once, with its layers; `unseen` maps layers to them."""
     for text in dict.fromkeys(filter(None, unseen.values())):
         named = [name for name, own in unseen.items() if own == text]
         listed = "every layer" if len(named) == len(unseen) > 1 else ", ".join(named)

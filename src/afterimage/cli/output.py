@@ -10,7 +10,7 @@ from afterimage.runtime.terminal import console
 
 
 def score_line(name: str, score: Score | None, lpips: LpipsStatus) -> str:
-    """Write a score such as `PSNR 24.31 ± 2.80 dB over 100 images`."""
+    """Return a score as text, such as `PSNR 24.31 ± 2.80 dB over 100 images`; None for an unavailable metric."""
     metric = METRICS[name]
     if score is None:
         return f"{metric.title} unavailable: {lpips.reason}"
@@ -24,7 +24,7 @@ def score_line(name: str, score: Score | None, lpips: LpipsStatus) -> str:
 
 
 def image_lines(scores: Mapping[str, float | None], lpips: LpipsStatus) -> list[str]:
-    """Write a `score_line` for each score of one image."""
+    """Return a `score_line` for each score of one image."""
     return [
         score_line(name, None if value is None else Score(value, None, 1), lpips)
         for name, value in scores.items()
@@ -32,7 +32,7 @@ def image_lines(scores: Mapping[str, float | None], lpips: LpipsStatus) -> list[
 
 
 def print_table(runs: list) -> None:
-    """Print the table of results, and below it that of the measured bounds where there are some."""
+    """Print the table of results, and below it the table of measured bounds if there are any."""
     from afterimage.report.rows import read_rows
     from afterimage.report.tables import console_table
 

@@ -21,36 +21,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Push:
-    """Share decoders on the Hugging Face hub, with a model card that is made from their runs; or a study's scores.
+    """Share decoders on the Hugging Face hub, with a model card made from their runs, or share a study's scores.
 
-    A decoder goes up with its configuration, its scores and what tells its encoder's weights apart; the encoder's
-    weights stay here. Baselines, inversions and controls beside the runs are told on the card. Log in before with `hf
-    auth login`, or set HF_TOKEN.
+    A decoder is uploaded with its configuration, its scores and the identity of its encoder's weights; the encoder's
+    weights stay here. The card also reports the baselines, inversions and controls among the runs. Log in first with
+    `hf auth login`, or set HF_TOKEN.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [...]")]
-    """Run folders, or folders that hold run folders, such as a study's: all its decoders go into one repository."""
+    """Run folders, or folders that hold run folders; all their decoders go into one repository."""
     to: str
-    """The repository, USER/NAME; made if it is not there."""
+    """Repository to push to, USER/NAME; created if it does not exist."""
     dataset: bool = False
-    """Share the scores in place of the decoders, as a data set: Parquet with a row for each run and test image, with
-    the images that anybody may pass on, and the table of the runs. Needs pyarrow."""
+    """Share the scores instead of the decoders, as a data set: Parquet files with a row for each run and test image,
+    the images that are free to share, and the table of the runs. Needs pyarrow."""
     space: bool = False
-    """Also make a Space of the same name: a live page of these decoders, at this commit. It installs a wheel of the
-    afterimage that runs here, which goes up with it, and the version of Gradio that is here."""
+    """Also create a Space of the same name: a live page of these decoders, at this commit. It installs a wheel of this
+    afterimage, which is uploaded with it, and Gradio in the version installed here."""
     collection: str | None = None
-    """Title of a collection of USER's that what is pushed goes into; made if it is not there."""
+    """Title of a collection of USER to add the repository and the Space to; created if it does not exist."""
     license: str = "unknown"
     """Licence of the decoders or scores, by the hub's name for it, such as mit or cc-by-4.0."""
     own_images: bool = False
-    """Also share test images of your own, in the image grid, and their names beside the scores. Without it the grid
-    shows photographs that anybody may pass on, and images of your own are numbers."""
+    """Also share test images of your own, in the image grid, and their names in the scores. By default the grid shows
+    photographs that are free to share, and your own images are numbered."""
     private: bool = False
-    """Make a new repository private."""
+    """Make a newly created repository private."""
     output_dir: Path | None = None
     """Write the repository's files into this folder, and upload nothing."""
     weights: str | None = None
-    """Where the encoder's weights are, if not where they were in training."""
+    """File or folder of the encoders' weights, if they have moved since training."""
 
     def run(self) -> None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.to):
@@ -98,7 +98,7 @@ class Push:
         say(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
 
     def _wheel(self) -> Wheel:
-        """What the Space installs, made before anything is uploaded."""
+        """Build the wheel that the Space installs, before anything is uploaded."""
         from afterimage.report.space import build_wheel, sdk_version
 
         for is_set, why in (
@@ -112,7 +112,7 @@ class Push:
         return build_wheel()
 
     def _push_space(self, runs: list[Run], commit: str, wheel: Wheel) -> None:
-        """Upload the wheel, and then what installs it: the hub installs requirements before it has the files beside."""
+        """Upload the wheel first, then the Space's files: the hub installs requirements before it copies files."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.constants import ENDPOINT
 
@@ -139,7 +139,7 @@ class Push:
         return runs, files
 
     def _photographs(self, runs: list[Run]) -> ImageGrid:
-        """What the decoders make of photographs that anybody may pass on."""
+        """Reconstruct photographs that are free to share with every decoder."""
         from afterimage.data.dataset import prepare_image
         from afterimage.data.sources.sample_images import whole_photographs
         from afterimage.evaluation.evaluate import to_uint8

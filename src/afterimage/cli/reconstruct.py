@@ -1,4 +1,4 @@
-"""`afterimage reconstruct`: images of one's own through finished runs, decoders of the hub, or layers."""
+"""`afterimage reconstruct`: rebuild your own images with finished runs, decoders of the hub, or layers."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Rebuild your own images through finished runs, decoders of the hub, or layers of any encoder.
+    """Rebuild your own images with finished runs, decoders of the hub, or layers of any encoder.
 
-    One image through one decoder: original and reconstruction side by side. Several of either: a figure as in reports,
-    a column a decoder, with an enlarged detail of each image. A decoder for a layer is fitted on the spot, in closed
-    form, and kept for the next time.
+    For one image and one decoder, the figure shows original and reconstruction side by side. For several of either, it
+    has a column for each decoder and an enlarged detail of each image. A decoder for a layer is fitted on the spot, in
+    closed form, and kept for the next time.
     """
 
     what: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|MODEL:LAYER [...] IMAGE [...]")
     ]
-    """Run folders, or folders that hold run folders, such as a study's; layers, without any run; and image files."""
+    """Run folders, folders that hold run folders, or layers (MODEL:LAYER), which need no run; and image files."""
     from_: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="from", metavar="hub:USER/NAME")
     ] = ()
-    """A decoder of the Hugging Face hub, in place of a run or beside some: hub:USER/NAME, of a repository with several
-    hub:USER/NAME/DECODER, each with @REVISION behind it if need be. May be given more than once."""
+    """Decoder of the Hugging Face hub: hub:USER/NAME, or hub:USER/NAME/DECODER for one of several in a repository, each
+    with an optional @REVISION. May be given more than once, and together with runs."""
     data: str = "procedural:100"
-    """Images that a decoder for a MODEL:LAYER is fitted on, such as folder:PATH (default: images that are drawn here;
-    photographs of your own make a better decoder)."""
+    """Source of the images to fit a decoder for MODEL:LAYER on, such as folder:PATH. Your own photographs make a better
+    decoder than the default, drawn images."""
     output: Path | None = None
-    """Where to save, a PNG file; where one figure does not hold all, FILE-1.png, FILE-2.png, ... (default: in the
-    working folder, IMAGE.reconstruction.png, of several images the first's)."""
+    """PNG file for the figure; several figures become FILE-1.png, FILE-2.png, ... (default: IMAGE.reconstruction.png in
+    the working folder, named after the first image)."""
     weights: str | None = None
-    """Where the encoder's weights are, if not where they were in training."""
+    """File or folder of the encoders' weights, if they have moved since training."""
     lpips: str | None = None
-    """LPIPS network: alex, vgg or squeeze (default: the one that each run was measured with)."""
+    """LPIPS network: alex, vgg or squeeze (default: the network that each run was measured with)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         from afterimage.runs.run import check_file
@@ -74,7 +74,7 @@ class Reconstruct:
             self._several(runs, images, output)
 
     def _fitted(self, layers: list[str], images: list[Path]) -> list[Run]:
-        """Decoders that are fitted on the spot, one a layer, once all images are known to be some."""
+        """Fit a decoder for each layer, after checking that all image files can be read."""
         from afterimage.data.decode import load_image
         from afterimage.experiments.inference import fit_run
         from afterimage.runtime.progress import Display
@@ -153,7 +153,7 @@ class Reconstruct:
 
 
 def _told(run: Run) -> str:
-    """What a decoder is and which images it learned from, without the way to their folder: images are passed on."""
+    """Describe a decoder and its training images without their folder's path, because figures are passed on."""
     if not run.has_result:
         return run.name
     from afterimage.report.publish import public_source
@@ -167,8 +167,8 @@ def _told(run: Run) -> str:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """What the figure calls the images: their stems, or whole paths where stems repeat."""
+    """Return the images' names in the figure: their stems, or whole paths if stems repeat."""
     stems = [shown(path.stem) for path in paths]
     names = stems if len(set(stems)) == len(stems) else [shown(path) for path in paths]
-    # Two names may differ only in bytes that are no text.
+    # Two names may differ only in bytes that are not valid text.
     return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]

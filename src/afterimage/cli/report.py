@@ -1,4 +1,4 @@
-"""`afterimage report`: tables, figures and the page from run folders."""
+"""`afterimage report`: write tables, figures and the page from run folders."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """Make a report from run folders alone: report.md, the page index.html, tables and figures."""
+    """Write a report from run folders alone: report.md, the page index.html, tables and figures."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER [...]")]
     """Run folders, or folders that hold run folders."""
     output_dir: Path | None = None
     """Folder for the report (default: FOLDER/report)."""
     title: str = ""
-    """The report's title."""
+    """Title of the report (default: the name of FOLDER)."""
     intervals: bool = False
     """Show 95 % intervals of the means in the tables instead of standard deviations over images."""
 
     def run(self) -> None:
-        # Before what takes long to import: a wrong folder is said at once.
+        # Look before the slow imports, so that a wrong folder is reported at once.
         runs = find_runs(self.folders)
 
         from afterimage.report.write import write_report
@@ -48,7 +48,11 @@ class Report:
 
 
 def find_runs(folders: tuple[Path, ...]) -> list[Run]:
-    """Find the runs that folders name: each a run folder itself, or a folder that holds some."""
+    """Find the runs in folders, each of which is a run folder or holds run folders.
+
+    Raises:
+        AfterimageError: no folder is given, one does not exist, or there is no run in any
+    """
     from afterimage.runs.run import Run, scan
 
     if not folders:
@@ -64,7 +68,7 @@ def find_runs(folders: tuple[Path, ...]) -> list[Run]:
 
 
 def find_named(names: tuple[str, ...]) -> list[Run]:
-    """Find the runs that folders name, as `find_runs`, and every decoder of the hub that addresses name."""
+    """Find the runs in folders, as `find_runs` does, and all decoders at addresses of the hub (`hub:USER/NAME`)."""
     addresses = [name for name in names if name.startswith("hub:")]
     folders = tuple(Path(name) for name in names if name not in addresses)
     runs = find_runs(folders) if folders or not addresses else []
@@ -76,10 +80,10 @@ def find_named(names: tuple[str, ...]) -> list[Run]:
 
 
 def sort_arguments(given: tuple[str, ...]) -> tuple[list[Path], list[Path], list[str]]:
-    """Tell run folders, image files and `model:layer` apart by what exists on disk.
+    """Sort arguments into run folders, image files and `model:layer` by what exists on disk.
 
     Raises:
-        AfterimageError: something is none of the three; it is named.
+        AfterimageError: an argument is none of the three; the message names it
     """
     folders, files, layers = [], [], []
     for name in given:

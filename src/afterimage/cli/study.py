@@ -1,4 +1,4 @@
-"""`afterimage study`: a grid of runs, planned or run, with its report."""
+"""`afterimage study`: plan or run a grid of runs, with its report."""
 
 from __future__ import annotations
 
@@ -32,77 +32,77 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Study:
-    """Run a study: a shipped one by name, a TOML file, or any models. What is done is not done again."""
+    """Run a study: a shipped one by its name, a TOML file, or any models. Finished runs are kept, not repeated."""
 
     study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE.toml")] = ""
-    """Without a name and models the shipped studies are listed."""
+    """Name of a shipped study, or a file. Without it, and without --models, the shipped studies are listed."""
     models: Annotated[str, tyro.conf.arg(metavar="MODEL,MODEL")] = ""
-    """Study these models, [PROVIDER/]MODEL each, without a file."""
+    """Models to study without a file: [PROVIDER/]MODEL each."""
     layers: str = "*"
-    """With --models: which layers, as comma-separated globs over those that `afterimage layers` lists."""
+    """With --models: layers, as comma-separated globs over the names that `afterimage layers` lists."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ()
-    """Only these decoders, in place of the study's own (with --models: linear)."""
+    """Decoders to train, instead of the study's own (default with --models: linear)."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
-    """Build every decoder that comes in sizes with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
+    """Number of parameters, within 5 %, of every decoder that comes in sizes: 250k, 1.5M, 4_000_000."""
     data: str = ""
-    """Images instead of the study's own: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], ..."""
+    """Source of images, instead of the study's own: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS,
+    div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""
-    """Another source whose images are the test set."""
+    """Source of the test images, instead of the study's own (default with --data: its test split)."""
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
-    """Size of the crop in pixels, instead of the study's own: 256, 256x384 (height x width), or native, each
-    encoder's own."""
+    """Crop size in pixels, instead of the study's own: 256, 256x384 (height x width), or native, each encoder's own."""
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop, instead of the study's own."""
     protocol: str = ""
-    """Protocol instead of the study's own: study (256, crop 224), or rae (256, the final norm)."""
+    """Protocol, instead of the study's own: study (resize 256, crop 224) or rae (resize and crop 256, final norm)."""
     limit_train: int | None = None
-    """Use only so many training images."""
+    """Limit the number of training images."""
     limit_validation: int | None = None
-    """Use only so many validation images."""
+    """Limit the number of validation images."""
     limit_test: int | None = None
-    """Use only so many test images."""
+    """Limit the number of test images."""
     weights: str = ""
-    """Weights instead of the study's own: pretrained, random, random-init, or a file or folder."""
+    """Encoder weights, instead of the study's own: pretrained, random, random-init, or a file or folder."""
     epochs: int | None = None
-    """Epochs instead of the study's own, in every row."""
+    """Number of epochs in every row, instead of the study's own."""
     batch_size: int | None = None
-    """Images a step instead of the study's own, in every row."""
+    """Number of images in each training step of every row, instead of the study's own."""
     loss: str = ""
-    """Loss instead of the study's own, in every row: mse, l1, 0.5*mse + 0.5*lpips."""
+    """Loss in every row, instead of the study's own: mse, l1, 0.5*mse + 0.5*lpips."""
     precision: str = ""
-    """Number format instead of the study's own, in every row: 32-true, bf16-mixed or 16-mixed."""
+    """Number format in every row, instead of the study's own: 32-true, bf16-mixed or 16-mixed."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seed",))] = ()
-    """Seeds instead of the study's own."""
+    """Seeds of the runs, instead of the study's own."""
     lpips: str = ""
-    """LPIPS network instead of the study's own: alex, vgg, squeeze, or any whose weights are found."""
+    """LPIPS network, instead of the study's own: alex, vgg, squeeze, or any (the first whose weights are found)."""
     output_dir: Path | None = None
-    """Folder for the study's run folders and report (default: runs/NAME)."""
+    """Folder for the run folders and the report (default: runs/NAME)."""
     controls: bool = False
     """Also train matched controls (random weights, a perceptual loss), and measure the controls of every run."""
     invert: int | None = None
-    """Test images of every run whose measured bound is found: its decoder's answer, refined until the features fit."""
+    """Number of test images to find every run's measured bound on: the decoder's answer, refined until features fit."""
     estimate_images: int | None = None
-    """Validation images that the best estimates are learned from instead of the study's own number; 0 for none."""
+    """Number of validation images to learn the best estimates from, instead of the study's own; 0 for no estimates."""
     dry_run: bool = False
-    """Print the resolved runs with their sizes and estimated cost, and start nothing."""
+    """Print the runs with their sizes and estimated cost, and start nothing."""
     list_groups: bool = False
-    """Print the groups of runs that are trained together, one a line, and start nothing."""
+    """Print the groups of runs that are trained together, one group on each line, and start nothing."""
     shard: Annotated[str, tyro.conf.arg(metavar="K/N")] = ""
-    """Only part K of N: every N-th group from the K-th on, without the report. The N parts are the whole study."""
+    """Run only part K of N: every N-th group from the K-th on, without the report. All N parts make up the study."""
     executor: Literal["local", "ray"] = "local"
-    """Where runs are trained: in this process, or group by group as tasks on a Ray cluster."""
+    """Train runs in this process (local), or group by group as tasks on a Ray cluster (ray)."""
     address: str = ""
-    """With --executor ray: the cluster (HOST:PORT or auto; default: RAY_ADDRESS, else one started here)."""
+    """With --executor ray: address of the cluster, HOST:PORT or auto (default: RAY_ADDRESS, else one started here)."""
     cpus: int | None = None
-    """With --executor ray: CPUs, and threads, of each group (default: an even share of a machine)."""
+    """With --executor ray: number of CPUs, and of threads, for each group (default: an even share of a machine)."""
     retries: int | None = None
-    """With --executor ray: how often a group whose worker is lost is given to another (default: 3)."""
+    """With --executor ray: number of times that a group is restarted after its worker is lost (default: 3)."""
     cache: Path | None = None
-    """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
     devices: int = 1
-    """Train each run on so many GPUs, or in so many processes on a CPU, with the result of one."""
+    """Number of GPUs, or of processes on a CPU, that train each run; the result is the same as with one."""
 
     def run(self) -> None:
         from afterimage.config.study import from_models, load_study, shipped
@@ -162,7 +162,7 @@ class Study:
             raise SystemExit(1)
 
     def _executor(self) -> dict[str, Any]:
-        """What trains the runs and finds their bounds, with the flags that go with it; nothing for this process."""
+        """Return the functions of Ray that train runs and find bounds, with their options; empty for this process."""
         options = self._given("cpus", "retries")
         for name, least in (("cpus", 1), ("retries", 0)):
             check_range(f"--{name}", options.get(name, least), least, MAX_PROCESSES)
@@ -172,7 +172,7 @@ class Study:
             from afterimage.experiments.ray.cluster import import_ray
             from afterimage.experiments.ray.driver import train_on_ray
 
-            import_ray()  # before anything else is done
+            import_ray()  # report a missing Ray before any work
             ray = {"train": train_on_ray, "bounds": find_bounds_on_ray}
             return {name: partial(function, **options) for name, function in ray.items()}
         for name in options:
@@ -180,7 +180,7 @@ class Study:
         return {}
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
-        """The study with what the command line says in place of its own."""
+        """Return the study with the options of the command line in place of its own settings."""
         data = self._given("limit_train", "limit_validation", "limit_test")
         images = study.data.asked(self.size, self.resize, self.protocol)
         data |= {"source": self.data} if self.data else {}
@@ -208,11 +208,11 @@ class Study:
         return replace(study, **changed)
 
     def _given(self, *names: str) -> dict[str, int]:
-        """Those of the flags that were given."""
+        """Return the values of the options that were given, by name."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _rows(self, study: StudyConfig) -> tuple:
-        """The study's extra rows, without those whose own decoders were not asked for."""
+        """Return the study's extra rows, without rows whose own decoders are not among --decoders."""
         if not self.decoders:
             return study.rows
         wanted = [(row, tuple(d for d in row.decoders if d.name in self.decoders)) for row in study.rows]
@@ -220,13 +220,13 @@ class Study:
 
 
 def print_failures(failures: list[AfterimageError]) -> None:
-    """Print what failed, a line each."""
+    """Print each failure on standard error."""
     for error in failures:
         complain("failed", error)
 
 
 def print_groups(configs: list[RunConfig]) -> None:
-    """Print the groups of runs that are trained together, a line each: its number, how many there are, its runs."""
+    """Print one line for each group of runs that are trained together: `1/5` and the names of its runs."""
     from afterimage.experiments.study import study_groups
 
     split = study_groups(configs)
@@ -235,7 +235,7 @@ def print_groups(configs: list[RunConfig]) -> None:
 
 
 def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
-    """Print what a study would run and cost, a line a run, and what its measured bounds would."""
+    """Print a table of a study's runs with their estimated cost, and the estimated cost of its measured bounds."""
     from rich.table import Table
 
     from afterimage.analysis.inversion.best_estimate import learning_macs

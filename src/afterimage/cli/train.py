@@ -1,4 +1,4 @@
-"""`afterimage train`: decoders on layers of one or several models."""
+"""`afterimage train`: train decoders on layers of one or several models."""
 
 from __future__ import annotations
 
@@ -32,59 +32,61 @@ Flat = tyro.conf.OmitArgPrefixes
 
 @dataclass(frozen=True)
 class Train:
-    """Train decoders on frozen features, measure what comes back, and write one run folder each.
+    """Train decoders on frozen features, measure their reconstructions, and write one run folder for each.
 
     All MODEL:LAYER x decoder pairs of one model are trained together on one pass through it. With --features no encoder
     is needed: the features come from a store, and MODEL:LAYER, or LAYER alone, picks some of its layers.
     """
 
     sources: Sources = ()
-    """Features to rebuild images from, for example resnet34.tv_in1k:layer1."""
+    """Layers to rebuild images from, for example resnet34.tv_in1k:layer1."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ("attention",)
-    """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, a module of one's own,
-    python/package.module:factory or python/FILE.py:factory, or a published decoder, diffusers/ID_OR_FOLDER."""
+    """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, your own module
+    (python/package.module:factory or python/FILE.py:factory), or a published decoder (diffusers/ID_OR_FOLDER)."""
     fusion: str = ""
-    """Decode all layers as one feature map: sum, aligned, stacked, attention, concat or weighted."""
+    """Fusion of all layers into one feature map: sum, aligned, stacked, attention, concat or weighted."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
-    """Build the decoders with so many parameters, within 5 %: 250k, 1.5M, 4_000_000."""
+    """Number of parameters, within 5 %, of every decoder: 250k, 1.5M, 4_000_000."""
     features: Annotated[Path | None, tyro.conf.arg(metavar="STORE")] = None
-    """Train on the features that `afterimage extract` wrote, or any file that `audit --feature-store` reads; the images
-    come from --data, by their ids."""
+    """Stored features to train on: a store that `afterimage extract` wrote, or any file that `audit --feature-store`
+    reads. Images are taken from --data, by their ids."""
     weights: str = "pretrained"
-    """`pretrained` (folder AFTERIMAGE_WEIGHTS, hub cache, hub), a random control (`random`: its blocks act;
-    `random-init`: as its library initialises it), or a file or folder."""
+    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a random control
+    (random: its blocks act; random-init: as its library initialises it), or a file or folder."""
     data: str = "div2k"
-    """folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or photographs."""
+    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or
+    photographs."""
     test: str = ""
-    """Another source whose images are the test set."""
+    """Source of the test images (default: the test split of --data)."""
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
-    """Size of the crop in pixels: 256, 256x384 (height x width), or native, the encoder's own (default 224)."""
+    """Crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
     protocol: str = ""
-    """Measure as others did, to stand beside their figures: study (256, crop 224), or rae (256, the final norm)."""
+    """Protocol of the figures to compare with: study (resize 256, crop 224) or rae (resize and crop 256, final norm)."""
     limit_train: int | None = None
-    """Use only so many training images."""
+    """Limit the number of training images."""
     limit_validation: int | None = None
-    """Use only so many validation images."""
+    """Limit the number of validation images."""
     limit_test: int | None = None
-    """Use only so many test images."""
+    """Limit the number of test images."""
     recipe: Flat[RecipeConfig] = RecipeConfig()
-    """The training recipe; the defaults are the published study's."""
+    """Training recipe; the defaults are the published study's."""
     seed: int = 42
-    """Decides initial weights, order, crops and flips."""
+    """Seed of initial weights, order, crops and flips."""
     lpips: str = "alex"
     """LPIPS network: alex, vgg or squeeze."""
     output_dir: Path = Path("runs")
-    """Folder that holds the run folders."""
+    """Folder for the run folders."""
     cache: Path | None = None
-    """Where decoded images are kept (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
+    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
     devices: int = 1
-    """Train each run on so many GPUs, or in so many processes on a CPU, with the result of one."""
+    """Number of GPUs, or of processes on a CPU, that train each run; the result is the same as with one."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
-    """Train nothing: show where the time of so many steps goes and write a trace into ROOT/profiles."""
+    """Number of training steps to profile: print where their time goes, write a trace into profiles/ of --output-dir, and
+    train nothing."""
 
     def run(self) -> None:
         from afterimage.experiments.queue import train_runs
@@ -160,7 +162,7 @@ class Train:
             raise failures[0]
 
     def _stored(self) -> tuple[FeaturesConfig, str, tuple[str, ...]]:
-        """The store that is trained on, the setting of its encoder's weights, and the layers that were asked for."""
+        """Return the store to train on, the `weights` setting of its encoder, and the chosen layers."""
         from afterimage.data.feature_store import open_store
         from afterimage.runtime.progress import Display
 

@@ -1,4 +1,4 @@
-"""`afterimage verify`, also `afterimage study verify`: whether the scores of finished runs still hold."""
+"""`afterimage verify`, also `afterimage study verify`: check that the scores of finished runs still hold."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from afterimage.config import counted
 from afterimage.runtime.terminal import say
 
 NOT_MEASURED = 4
-"""The exit code where no run fails but some could not be measured; 1 is a run that does not hold, or an error."""
+"""Exit code if no run fails but some could not be measured; 1 means a run that does not hold, or an error."""
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Measure the stored decoders of runs again; say for each whether its scores still hold, and what changed.
+    """Measure finished runs again and report, for each, whether its stored scores still hold and what has changed.
 
-    Scores hold where every image's PSNR is within 0.01 dB, its SSIM within 0.0001 and its LPIPS within 0.001 of
-    what was written down. A run whose images or weights are missing, or that is not finished, is NOT MEASURED, which
-    says nothing about its scores. The exit code is 0 where all hold, 1 where any does not (or of an error), 4 where
-    none fails but some could not be measured.
+    Scores hold if every image's PSNR is within 0.01 dB, its SSIM within 0.0001 and its LPIPS within 0.001 of the
+    stored value. A run that is not finished, or whose images or weights are missing, is NOT MEASURED, which says
+    nothing about its scores. The exit code is 0 if all hold, 1 if any does not (or after an error), and 4 if none
+    fails but some could not be measured.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STUDY|RUN [...]")]
-    """Folders of studies, or run folders."""
+    """Run folders, or folders that hold run folders."""
     weights: str | None = None
-    """Where the encoders' weights are, if not where they were in training."""
+    """File or folder of the encoders' weights, if they have moved since training."""
     cache: Path | None = None
-    """Where decoded images are kept."""
+    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
     device: str = "auto"
-    """cpu, cuda, mps or auto."""
+    """Device to compute on: cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         runs = find_runs(self.folders)
