@@ -38,13 +38,13 @@ class Audit:
     layers: tuple[str, ...] = ()
     """Layers to audit; `afterimage layers MODEL` lists them (default with --feature-store: all)."""
     feature_store: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Stored features and images to audit instead of a network: a store that `afterimage extract` wrote, or any
-    .safetensors, .npz or .parquet file that holds `features` and `images`."""
+    """Stored features and images to audit instead of a network, from `afterimage extract` or any other
+    file (.safetensors, .npz or .parquet) that holds `features` and `images`."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
     """File of settings, such as the audit.toml that each audit writes; options given here take precedence."""
     data: str = ""
-    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or
-    photographs."""
+    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT]
+    or photographs."""
     test: str = ""
     """Source of the test images (default: the test split of --data)."""
     defences: tuple[str, ...] = ()
@@ -64,8 +64,8 @@ class Audit:
     max_identification: float | None = None
     """Fail if the share of any attacker's reconstructions that identify their own original may exceed this."""
     weights: str = ""
-    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a random control
-    (random: its blocks act; random-init: as its library initialises it), or a file or folder."""
+    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a file or folder,
+    random (a random control whose blocks act) or random-init (one as its library initialises it)."""
     prediction: str = ""
     """Output of the network: classes, embedding, or auto."""
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""

@@ -24,11 +24,10 @@ class Extract:
     sources: Sources
     """Layers to extract, all of one encoder, for example resnet34.tv_in1k:layer1 resnet34.tv_in1k:layer2."""
     out: Annotated[Path, tyro.conf.arg(aliases=("--output",), metavar="FILE")]
-    """File for the features: .safetensors, .parquet or .npz. Several shards are named after it and listed in
-    FILE.index.json."""
+    """File for the features: .safetensors, .parquet or .npz. FILE.index.json lists its shards if there are several."""
     data: str = "div2k"
-    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or
-    photographs."""
+    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT]
+    or photographs."""
     test: str = ""
     """Source of the test images (default: the test split of --data)."""
     split: str = "all"
@@ -44,8 +43,8 @@ class Extract:
     limit_test: int | None = None
     """Limit the number of test images."""
     weights: str = "pretrained"
-    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a random control
-    (random: its blocks act; random-init: as its library initialises it), or a file or folder."""
+    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a file or folder,
+    random (a random control whose blocks act) or random-init (one as its library initialises it)."""
     seed: int = 42
     """Seed of random weights."""
     dtype: str = "float32"

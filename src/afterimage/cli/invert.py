@@ -38,8 +38,7 @@ class Invert:
     data: str = ""
     """Source of images, such as folder:PATH, instead of image files (default: the run's own test images)."""
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
-    """With MODEL:LAYER: crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own (default:
-    224)."""
+    """With MODEL:LAYER: crop size, 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
     max_images: int | None = None
     """Limit the number of test images; the first are taken."""
     method: str = "fourier"

@@ -34,14 +34,14 @@ class Reconstruct:
     from_: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="from", metavar="hub:USER/NAME")
     ] = ()
-    """Decoder of the Hugging Face hub: hub:USER/NAME, or hub:USER/NAME/DECODER for one of several in a repository, each
-    with an optional @REVISION. May be given more than once, and together with runs."""
+    """Decoder of the Hugging Face hub: hub:USER/NAME, or hub:USER/NAME/DECODER in a repository of several, each with an
+    optional @REVISION. May be given more than once, and together with runs."""
     data: str = "procedural:100"
-    """Source of the images to fit a decoder for MODEL:LAYER on, such as folder:PATH. Your own photographs make a better
-    decoder than the default, drawn images."""
+    """With MODEL:LAYER: source of the images to fit its decoder on, such as folder:PATH.
+    Your own photographs make a better decoder than the default, drawn images."""
     output: Path | None = None
-    """PNG file for the figure; several figures become FILE-1.png, FILE-2.png, ... (default: IMAGE.reconstruction.png in
-    the working folder, named after the first image)."""
+    """PNG file for the figure; several figures become FILE-1.png, FILE-2.png and so on (default:
+    IMAGE.reconstruction.png in the working folder, named after the first image)."""
     weights: str | None = None
     """File or folder of the encoders' weights, if they have moved since training."""
     lpips: str | None = None

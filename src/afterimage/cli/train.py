@@ -41,21 +41,21 @@ class Train:
     sources: Sources = ()
     """Layers to rebuild images from, for example resnet34.tv_in1k:layer1."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ("attention",)
-    """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, your own module
-    (python/package.module:factory or python/FILE.py:factory), or a published decoder (diffusers/ID_OR_FOLDER)."""
+    """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, your own module as
+    python/package.module:factory or python/FILE.py:factory, or a published decoder as diffusers/ID_OR_FOLDER."""
     fusion: str = ""
     """Fusion of all layers into one feature map: sum, aligned, stacked, attention, concat or weighted."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
     """Number of parameters, within 5 %, of every decoder: 250k, 1.5M, 4_000_000."""
     features: Annotated[Path | None, tyro.conf.arg(metavar="STORE")] = None
-    """Stored features to train on: a store that `afterimage extract` wrote, or any file that `audit --feature-store`
-    reads. Images are taken from --data, by their ids."""
+    """Stored features to train on, from `afterimage extract` or any file that `audit --feature-store` reads.
+    Their images are taken from --data, by their ids."""
     weights: str = "pretrained"
-    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a random control
-    (random: its blocks act; random-init: as its library initialises it), or a file or folder."""
+    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a file or folder,
+    random (a random control whose blocks act) or random-init (one as its library initialises it)."""
     data: str = "div2k"
-    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT] or
-    photographs."""
+    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT]
+    or photographs."""
     test: str = ""
     """Source of the test images (default: the test split of --data)."""
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
@@ -63,7 +63,7 @@ class Train:
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
     protocol: str = ""
-    """Protocol of the figures to compare with: study (resize 256, crop 224) or rae (resize and crop 256, final norm)."""
+    """Protocol of figures to compare with: study (resize 256, crop 224) or rae (resize and crop 256, final norm)."""
     limit_train: int | None = None
     """Limit the number of training images."""
     limit_validation: int | None = None
@@ -85,8 +85,7 @@ class Train:
     devices: int = 1
     """Number of GPUs, or of processes on a CPU, that train each run; the result is the same as with one."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
-    """Number of training steps to profile: print where their time goes, write a trace into profiles/ of --output-dir, and
-    train nothing."""
+    """Number of steps to profile instead of training; prints their times, and traces them in OUTPUT_DIR/profiles."""
 
     def run(self) -> None:
         from afterimage.experiments.queue import train_runs
