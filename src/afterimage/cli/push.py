@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Push:
     """Share decoders on the Hugging Face hub, with a model card made from their runs, or share a study's scores.
 
-    A decoder is uploaded with its configuration, its scores and the identity of its encoder's weights; the encoder's
-    weights stay here. The card also reports baselines, inversions and controls that lie in the same folders. Log in first
-    with `hf auth login`, or set HF_TOKEN.
+    A decoder is uploaded with its configuration, its scores and the identity of its encoder's weights; these weights
+    stay here. The card also reports baselines, inversions and controls that lie in the same folders. Log in first with
+    the command `hf auth login`, or set HF_TOKEN.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [...]")]
