@@ -28,8 +28,8 @@ FAILED = 3
 class Audit:
     """Audit what leaks from features that are sent or stored: layer x defence x attacker, with a verdict.
 
-    Audits a MODEL, or stored features with their images (--feature-store). If limits are set (--max-ssim and
-    others), the exit code is 3 if the upper end of a 95 % interval exceeds one for any audited layer, defence and
+    Audits a MODEL, or stored features with their images (--feature-store). If --max-ssim or --max-identification
+    sets a limit, the exit code is 3 if the upper end of a 95 % interval exceeds it for any audited layer, defence and
     attacker, so name only what is to be deployed. The same command continues an interrupted audit.
     """
 

@@ -1,4 +1,4 @@
-"""Describe an audit: the encoder or the stored features, the defences, the attackers, and the limits to hold."""
+"""Settings of an audit: the encoder or the stored features, the defences, the attackers, and the limits."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from afterimage.config.schema import LPIPS_NETS, RecipeConfig
 from afterimage.config.toml import to_dict
 
 BLACK_BOX, WHITE_BOX = THREAT_MODELS = ("black-box", "white-box")
-"""The attacker of `black-box` has features and their images only; that of `white-box` has the encoder's weights
-too.
-"""
+"""Threat models: a black-box attacker has only features and images, a white-box one also the encoder's weights."""
 DECODED, REFINED, ESTIMATE = "decoded", "refined", "best estimate"
-"""An attacker's answers: the decoder's, that of a search from there (white-box), and what a last step makes of it."""
+"""An attacker's answers: the decoder's, that of a search from there (white-box), and the best estimate from either."""
 DEFENCES = ("none", "noise:0.5", "int8", "1bit", "topk:0.1", "pca:8")
-"""The defences that an audit tries unless others are named."""
+"""Default defences of an audit."""
 
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """Limits that the upper ends of the 95 % intervals must stay within, for every layer, defence and attacker.
+    """Limits on the upper ends of the 95 % intervals, for every layer, defence and attacker.
 
     Attributes:
         max_ssim: limit on the mean SSIM over test images, in (0, 1]; None sets no limit
@@ -51,20 +49,20 @@ class LimitsConfig:
 
 @dataclass(frozen=True)
 class AttackersConfig:
-    """The attackers of an audit; every combination of decoder, number of images and threat model is one of them.
+    """The attackers of an audit, one for every combination of decoder, number of images and threat model.
 
     In the threat model `black-box` an attacker trains a decoder on defended features. In `white-box` it also has the
-    encoder's weights and refines each reconstruction by optimisation. Either then learns a last step on their own
-    images, the best estimate, which counts beside what it started from.
+    encoder's weights and refines each reconstruction by optimisation. Either attacker then learns best estimates from
+    its own images; they are scored in addition to the answers that they start from.
 
     Attributes:
         decoders: names of decoder families, or `python/FILE.py:factory`
-        images: numbers of images that the attacker owns, 5 or more each, or `all`; a fifth of them is for validation
+        images: numbers of images that the attacker owns, 5 or more each, or `all`; a fifth is used for validation
         threat_models: `black-box`, `white-box` or both
         data: source of the attacker's images; empty for the source of the audited images
-        refine_steps: optimisation steps for each image in `white-box`
-        refine_images: how many of the first test images are refined in `white-box`
-        estimate: settings of the best estimate, learned on validation images of the attacker's own
+        refine_steps: number of optimisation steps for each image in `white-box`
+        refine_images: number of test images, from the first on, to refine in `white-box`
+        estimate: settings of the best estimate, which is learned from the attacker's own validation images
     """
 
     decoders: tuple[str, ...] = ("linear",)
@@ -95,28 +93,28 @@ class AttackersConfig:
         object.__setattr__(self, "decoders", tuple(map(absolute_model, self.decoders)))
 
     def answers(self, threat_model: str) -> tuple[str, ...]:
-        """Return what is measured of an attacker: `DECODED` or `REFINED`, and `ESTIMATE` unless it is left out."""
+        """Return an attacker's answers: `DECODED` or `REFINED`, and `ESTIMATE` unless best estimates are left out."""
         first = DECODED if threat_model == BLACK_BOX else REFINED
         return (first, ESTIMATE) if self.estimate.images else (first,)
 
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """One audit of an encoder, or of stored pairs of images and features; exactly one is given.
+    """An audit of either an encoder or stored pairs of images and features.
 
     Attributes:
         model: `[provider/]model`
         pairs: file of stored pairs of images and features
         layers: layers to audit
         weights: `pretrained`, the name of a random control, or a path
-        prediction: what the network returns: `classes`, `embedding`, or `auto` (the classes of a published network with
+        prediction: output of the network: `classes`, `embedding`, or `auto` (the classes of a published network with
             a classifier, otherwise an embedding)
-        data: where images come from and how they are split
+        data: source and split of the images
         test_fraction: share of stored pairs that is held out for testing
         defences: defences to try, as text such as `pca:8+int8`
-        attackers: who attacks
-        limits: what must hold
-        recipe: how attackers train their decoders
+        attackers: settings of the attackers
+        limits: limits to check
+        recipe: training recipe of the attackers' decoders
         seed: seed of the attackers and of random weights
         lpips: LPIPS network of the scores
     """
@@ -158,7 +156,7 @@ class AuditConfig:
             raise AfterimageError(
                 "stored pairs cannot be attacked with images from elsewhere: there is no encoder"
             )
-        if self.pairs and self.recipe.augment:  # features belong to the image as it is
+        if self.pairs and self.recipe.augment:  # features are of unaugmented images
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
         check_range("seed", self.seed, 0, MAX_SEED)
         if not 0 < self.test_fraction < 1:
@@ -170,11 +168,11 @@ class AuditConfig:
 
     @property
     def subject(self) -> str:
-        """The one of `model` and `pairs` that is given."""
+        """`model` or `pairs`, whichever is given."""
         return self.model or self.pairs
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """Return the first eight hexadecimal digits of the SHA-256 of settings, as a name for them."""
+    """Return the first eight hexadecimal digits of the settings' SHA-256, as a name for them."""
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -9,24 +9,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MAX_NAME = 200
-"""Characters of an unknown name that are compared and shown: the time to compare grows with the square of the
-length.
-"""
+"""Number of characters of an unknown name that are compared and shown: comparing takes quadratic time."""
 
 MAX_SEED = 2**63 - 1
 """Largest seed: TOML's largest integer, which every random generator accepts."""
 
 MAX_SIDE = 8192
-"""Largest side that images may be resized to, in pixels."""
+"""Largest side of resized images, in pixels."""
 MAX_EPOCHS = 10**6
 MAX_BATCH = 2**20
 MAX_STEPS = 10**7
 MAX_PROCESSES = 10**6
 MAX_IMAGES = 10**9
 MAX_CHANNELS = 2**16
-"""Upper bounds of settings. They lie far above any useful value and stop a mistyped number before memory runs
-out.
-"""
+"""Upper bounds of settings, far above any useful value: they stop a mistyped number before memory runs out."""
 
 
 class AfterimageError(Exception):
@@ -40,7 +36,7 @@ def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> A
         kind: what the name stands for, for example `decoder`
         name: the unknown name
         valid: all valid names
-        limit: how many valid names the message lists
+        limit: largest number of valid names that the message lists
     """
     valid, name = list(valid), name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
@@ -50,18 +46,18 @@ def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> A
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """Join names with commas, at most `most` of them: `a, b, c and 5 more`."""
+    """Join at most `most` names with commas: `a, b, c and 5 more`."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def counted(number: int, noun: str, several: str = "") -> str:
-    """Write a number of things: `1 run`, `1,200 runs`; `several` is the plural of more than an s."""
+    """Return a number with its noun, as in `1 run` or `1,200 runs`; `several` is an irregular plural."""
     return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
 
 
 def shown(path: str | Path) -> str:
-    """Return a path as printable text: undecodable bytes and control characters are escaped."""
+    """Return a path as printable text, with undecodable bytes and control characters escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -1,4 +1,4 @@
-"""The measured shape of features, and where they lie in the image."""
+"""Measured shape of features, and their positions in the image."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """The measured shape of one layer's features, from which a decoder is built.
+    """Measured shape of one layer's features, from which a decoder is built.
 
     Attributes:
         source: `model:layer`
         channels: number of channels
-        height: locations from top to bottom
-        width: locations from left to right
-        rows: vertical positions of the locations; None where their cells divide the image evenly and cover
-            every pixel
+        height: number of locations from top to bottom
+        width: number of locations from left to right
+        rows: vertical positions of the locations; None if their cells divide the image evenly and cover every pixel
         columns: horizontal positions, likewise
     """
 
@@ -44,7 +43,7 @@ class FeatureSpec:
 
     @property
     def layer(self) -> str:
-        """The layer's name, without its model's."""
+        """Name of the layer, without the model."""
         return split_source(self.source)[1]
 
     @property
@@ -54,10 +53,10 @@ class FeatureSpec:
 
     @property
     def locations(self) -> int:
-        """Number of locations of the map."""
+        """Number of locations in the feature map."""
         return self.height * self.width
 
     @property
     def values(self) -> int:
-        """Number of values of one image's features."""
+        """Number of feature values of one image."""
         return self.channels * self.height * self.width

@@ -1,4 +1,4 @@
-"""The images of a run: where they come from, their size, their split, and the protocol they follow."""
+"""Settings for the images of a run: source, size, split, and evaluation protocol."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from afterimage.config.errors import (
 from afterimage.config.paths import absolute_source
 
 NATIVE = "native"
-"""The size of images that an encoder's weights are for, in place of a number."""
+"""Value of `crop` that stands for the image size that an encoder's weights are made for."""
 SSIM_WINDOW = 11
-"""Side of SSIM's window in pixels: smaller crops cannot be scored."""
+"""Side of SSIM's window in pixels; smaller crops cannot be scored."""
 
 
 def size_pair(size: int | str | Sequence[int], where: str = "image_size") -> tuple[int, int]:
-    """Return height and width from one whole number, two, or text such as `256` or `256x384`.
+    """Return height and width from one whole number, a pair, or text such as `256` or `256x384`.
 
     Args:
         size: height and width in pixels, or the side of a square
@@ -48,20 +48,20 @@ def size_pair(size: int | str | Sequence[int], where: str = "image_size") -> tup
 
 
 def size_text(size: tuple[int, int]) -> str:
-    """Write a size as `size_pair` reads it: `256`, or `256x384`."""
+    """Return a size as text that `size_pair` reads: `256`, or `256x384`."""
     height, width = size
     return str(height) if height == width else f"{height}x{width}"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How figures must be measured to stand beside others' figures.
+    """An evaluation protocol, whose results can be compared with published figures.
 
     Attributes:
         resize: pixels of an image's shorter side after resizing
         crop: side of the centre crop in pixels
-        layers: layers that are read; empty for any
-        missing: metrics that it has and that are not measured here, each with the reason
+        layers: layers that may be decoded; empty for any
+        missing: the protocol's metrics that are not measured here, each with the reason
     """
 
     resize: int
@@ -82,8 +82,8 @@ PROTOCOLS = {
         },
     ),
 }
-"""The protocols by name: the published study's, which is the default, and that of representation autoencoders (RAE,
-Zheng et al. 2025): the encoder's final norm, on images of 256 pixels."""
+"""Protocols by name: `study`, the published study's and the default; `rae`, that of representation autoencoders (RAE,
+Zheng et al. 2025), which decode the encoder's final norm on images of 256 pixels."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,18 @@ class DataConfig:
     Attributes:
         source: source of the images
         test: source of the test images; empty for the source's own test split, or else `test_fraction` of it
-        resize: pixels of an image's shorter side after resizing, before it is cropped; for crops that are not square,
-            of the shorter side of the box of their shape that the resized image covers
-        crop: size of the crops: pixels a side of squares, text `HEIGHTxWIDTH`, or `native` in a study or an audit, the
-            size that the encoder's weights are for; at least 11 (SSIM's window)
-        validation_fraction: share of the images outside the test split that is for validation
-        test_fraction: share of the images that is for testing, where there is no test split
+        resize: shorter side of images in pixels after resizing, before the crop; for crops that are not square, shorter
+            side of the box in the crop's shape that the resized image covers
+        crop: size of the crops, at least 11 pixels a side (SSIM's window): the side of squares in pixels, the text
+            `HEIGHTxWIDTH`, or, in a study or an audit, `native`, the size that the encoder's weights are made for
+        validation_fraction: share of the images outside the test split that becomes the validation split
+        test_fraction: share of the images that becomes the test split if the source has none
         split_seed: seed of the split
-        limit_train: number of training images to keep, the first ones; None keeps all
+        limit_train: number of training images to keep, from the first on; None keeps all
         limit_validation: number of validation images to keep, likewise
         limit_test: number of test images to keep, likewise
-        protocol: name of a protocol, which says `resize`, `crop` and which layers are read; reports name its figures
-            by it
+        protocol: name of a protocol, which sets `resize`, `crop` and the allowed layers; reports name it beside the
+            figures
     """
 
     source: str = "div2k"
@@ -154,7 +154,7 @@ class DataConfig:
         """Height and width of the crops in pixels.
 
         Raises:
-            AfterimageError: they have the native size of an encoder that is not known here
+            AfterimageError: `crop` is `native`, which only an encoder defines
         """
         if self.crop == NATIVE:
             raise AfterimageError(f"crop = {NATIVE!r} needs an encoder, whose size it is; give HEIGHTxWIDTH")
@@ -162,7 +162,7 @@ class DataConfig:
 
     @property
     def box(self) -> tuple[int, int]:
-        """Height and width of the box that resized images cover: the crop's shape, its shorter side `resize`."""
+        """Height and width of the box that resized images cover: in the crop's shape, with shorter side `resize`."""
         height, width = self.size
         short = min(height, width)
         return self.resize * height // short, self.resize * width // short
@@ -171,18 +171,23 @@ class DataConfig:
         """Return these settings with crops of another size.
 
         Args:
-            crop: as the attribute
-            resize: as the attribute; None for these settings' own, or as much as the crop needs if that is more
+            crop: see the attribute
+            resize: see the attribute; None for these settings' own, or as much as the crop needs if that is more
         """
         if resize is None:
             resize = self.resize if crop == NATIVE else max(self.resize, min(size_pair(crop, "size")))
         return replace(self, crop=crop, resize=resize)
 
     def asked(self, size: str = "", resize: int | None = None, protocol: str = "") -> DataConfig:
-        """Return these settings with what a command line asks for; empty text and None ask for nothing.
+        """Return these settings with the options of a command line; empty text and None change nothing.
+
+        Args:
+            size: see `crop`
+            resize: see the attribute; None for these settings' own, or as much as `size` needs
+            protocol: see the attribute
 
         Raises:
-            AfterimageError: the protocol has another size than is asked for
+            AfterimageError: the protocol has another size than the options
         """
         protocol, data = protocol or self.protocol or "", replace(self, protocol=None)
         if size or resize is not None:
@@ -203,5 +208,5 @@ class DataConfig:
             if getattr(self, key) not in (value, default):
                 raise AfterimageError(f"protocol {name} has {key} {value}, got {getattr(self, key)}")
             object.__setattr__(self, key, value)
-        if name == "study":  # without a protocol it is the same, and so is the digest
+        if name == "study":  # the default protocol is left out, so that it does not change the digest
             object.__setattr__(self, "protocol", None)

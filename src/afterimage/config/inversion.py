@@ -1,4 +1,4 @@
-"""Describe an inversion: what is optimised, by which method, and for how many steps."""
+"""Settings of an inversion: parametrisation, optimizer and number of steps."""
 
 from __future__ import annotations
 
@@ -21,55 +21,59 @@ from afterimage.config.names import absolute_weights
 from afterimage.config.schema import folder_name, settings_digest
 
 METHODS = ("pixels", "fourier", "prior")
-"""The parametrisations of the image: its pixels, its Fourier coefficients, or an untrained network's weights."""
+"""Parametrisations of the image: its pixels, its Fourier coefficients, or an untrained network's weights."""
 OPTIMIZERS = ("adam", "lbfgs")
-"""The optimizers of the image."""
+"""Optimizers of the image."""
 INVERSION_PRECISIONS = ("32-true", "bf16-mixed")
-"""float32, or bfloat16 in the encoder while its rounding does not tell."""
+"""Precisions of the encoder: float32, or bfloat16 for as long as its rounding does not matter."""
 
 HELD_OUT = 32
-"""Validation images from which a decoder's errors are learnt, at most."""
+"""Largest number of validation images that a decoder's errors are learnt from."""
 
 
 def error_images(count: int) -> int:
-    """Return how many of `count` validation images, the first, a decoder's errors are learnt from: at most half."""
+    """Return the number of first validation images of `count` that a decoder's errors are learnt from: at most half."""
     return min(HELD_OUT, count // 2)
 
 
 def other_images(count: int, wanted: int) -> range:
-    """Return which of `count` validation images choose the number of passes and teach best estimates.
+    """Return the indices, below `count`, of the validation images for the number of passes and for best estimates.
 
-    They are the first `wanted`, or all, behind `error_images`: the search does better on images whose own errors it
-    knows than on those it is meant for.
+    They follow the `error_images`, which are left out: a search that was fitted to an image's own errors does better on
+    it than on test images.
+
+    Args:
+        count: number of validation images
+        wanted: largest number of images to return
     """
     first = error_images(count)
     return range(first, min(first + wanted, count))
 
 
 def search_precision(recipe: str) -> str:
-    """Return the precision of searches from a decoder that was trained in the precision `recipe`."""
+    """Return the precision of searches that start from a decoder trained in the precision `recipe`."""
     return recipe if recipe in INVERSION_PRECISIONS else INVERSION_PRECISIONS[0]
 
 
 @dataclass(frozen=True)
 class InvertConfig:
-    """Settings of an inversion, which optimises the image itself until its features match the target's.
+    """An inversion's settings: the image itself is optimised until its features match the target's.
 
     Attributes:
-        method: what is optimised: `pixels`, `fourier` (decorrelated colours and frequencies) or `prior` (the
+        method: parametrisation of the image: `pixels`, `fourier` (decorrelated colours and frequencies) or `prior` (the
             weights of an untrained network)
         optimizer: `adam` or `lbfgs`
-        steps: forward and backward passes through the encoder, so that both optimizers cost the same a step; from a
-            decoder's answer at most so many
-        held_out: validation images on which the number of passes from a decoder's answer is chosen, that of least
-            LPIPS (of highest PSNR where LPIPS is unavailable); 0, or `adam`, takes `steps`
+        steps: number of forward and backward passes through the encoder, which cost the same with both optimizers; the
+            maximum when the search starts from a decoder's answer
+        held_out: number of validation images on which the number of passes from a decoder's answer is chosen, for the
+            lowest LPIPS (the highest PSNR if LPIPS is unavailable); 0, or `adam`, takes `steps`
         learning_rate: Adam's learning rate; None takes the method's own
-        starts: runs for each image, of which the one with the nearest features is kept
+        starts: number of starts for each image; the result with the nearest features is kept
         jitter: largest random shift of the image before each pass, in pixels; with Adam only
         tv: weight of the total variation, 0 to leave it out
         alpha_norm: weight of the alpha-norm of the pixels, 0 to leave it out
-        precision: `32-true`, or `bf16-mixed` to run the encoder in bfloat16 until its rounding would tell, and the
-            network of the best estimate
+        precision: `32-true`, or `bf16-mixed` to run the encoder in bfloat16 until its rounding matters, and the best
+            estimate's network as well
         beta: exponent of the total variation
         alpha: exponent of the alpha-norm
     """
@@ -110,15 +114,15 @@ class InvertConfig:
 
 @dataclass(frozen=True)
 class EstimateConfig:
-    """Settings of the best estimate: an image of least expected squared error.
+    """Settings of the best estimate, the image of least expected squared error.
 
-    A small network makes it from the decoder's image and the refined one. It is learned on validation images that
-    were refined the same way, and takes back what the features do not tell.
+    A small network computes it from the decoder's image and the refined one. It is trained on validation images that
+    were refined the same way, and removes details that the features do not determine.
 
     Attributes:
-        images: validation images that the network learns from, or all that the search has not learned from; 0 for no
-            best estimates
-        steps: optimizer steps of the network, at most: few images are seen 75 times each
+        images: number of validation images to train the network on, at most those that the search has not learned from;
+            0 for no best estimates
+        steps: largest number of optimizer steps of the network; few images are seen 75 times each
         channels: width of the network at half resolution
     """
 
@@ -139,12 +143,12 @@ class InversionConfig:
     Attributes:
         sources: the inverted layers, `model:layer` each
         weights: `pretrained`, the name of a random control, or a path
-        start: run whose reconstructions are the starting points; empty to start from grey
+        start: name of the run whose reconstructions are the starting points; empty to start from grey
         inversion: settings of the optimisation
-        data: where images come from and how they are split
+        data: source and split of the images
         seed: seed of the random numbers
         lpips: LPIPS network of the scores; not part of the hash
-        estimate: settings of the best estimate; None for the image whose features fit best
+        estimate: settings of the best estimate; None for the most consistent image
     """
 
     sources: tuple[str, ...]
@@ -162,17 +166,17 @@ class InversionConfig:
 
     @property
     def answer(self) -> str:
-        """`estimate` (least error), `refined` (best fit, from a decoder's answer), `inversion` (so from grey)."""
+        """Kind of answer: `estimate` (least error), `refined` (best fit, from a decoder), `inversion` (from grey)."""
         if self.estimate:
             return "estimate"
         return "refined" if self.start else "inversion"
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all settings but `lpips`."""
+        """SHA-256 of all settings except `lpips`."""
         return settings_digest(self)
 
     @property
     def name(self) -> str:
-        """The run folder's name: the sources, which answer it is, and eight digits of the hash."""
+        """Name of the run folder: the sources, the kind of answer, and eight digits of the hash."""
         return folder_name([*self.sources, self.answer], self.digest)

@@ -1,4 +1,4 @@
-"""How models, their layers and their weights are named."""
+"""Names of models, their layers and their weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ RANDOM_WEIGHTS = {
     "random": "an untrained network whose blocks act",
     "random-init": "an untrained network as its library initialises it, many residual branches closed or nearly so",
 }
-"""Names of the random controls, which `weights` may hold, and what each of them is."""
+"""Random controls by their names in `weights`, each with a description."""
 WEIGHTS = f"pretrained, {', '.join(RANDOM_WEIGHTS)} or a path"
-"""The valid values of `weights`, for error messages."""
+"""Valid values of `weights`, for error messages."""
 
 
 def absolute_weights(weights: str) -> str:
@@ -31,9 +31,9 @@ def absolute_weights(weights: str) -> str:
 
 
 HUB_PREFIX = re.compile(r"^hf[-_]hub:(?=[^:/]+/)", re.IGNORECASE)
-"""The optional prefix of `OWNER/NAME`, an encoder in a repository of the Hugging Face hub."""
+"""Optional prefix of `OWNER/NAME`, an encoder in a repository of the Hugging Face hub."""
 PROVIDERS = ("timm", "torchvision", "transformers", "open_clip", "diffusers", "python")
-"""The libraries that encoders come from, as the beginning of `PROVIDER/MODEL`; the first needs no naming."""
+"""Libraries that provide encoders, as written in `PROVIDER/MODEL`; the first is the default."""
 
 
 def split_source(source: str) -> tuple[str, str]:
@@ -52,9 +52,9 @@ def split_source(source: str) -> tuple[str, str]:
 
 
 def split_provider(model: str) -> tuple[str, str]:
-    """Split `provider/model` into its provider, timm where none is named, and what that provider calls the model.
+    """Split `[provider/]model` into the provider (timm by default) and that provider's name of the model.
 
-    `timm/NAME` keeps its beginning: it is a repository of the hub too.
+    The prefix of `timm/NAME` is kept, because that is also a repository of the hub.
     """
     model = re.sub(HUB_PREFIX, "", model)
     provider, _, rest = model.partition("/")
@@ -62,7 +62,7 @@ def split_provider(model: str) -> tuple[str, str]:
 
 
 def absolute_model(model: str) -> str:
-    """Return an encoder's name with the path in it made absolute: a file of python/, a folder of others."""
+    """Return an encoder's name with its path, a file of python/ or a folder of other providers, made absolute."""
     provider, rest = split_provider(model)
     file, colon, factory = rest.rpartition(":")
     if provider == "python" and file.endswith(".py"):
@@ -73,7 +73,7 @@ def absolute_model(model: str) -> str:
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
-    """Return encoders' names without the weights' tag, those of files without the path, where that is unique."""
+    """Return short names by model: without the weights' tag, and without the path of files, if that is unique."""
     bare = {model: _bare(model) for model in dict.fromkeys(models)}
     count = Counter(bare.values())
     return {model: name if count[name] == 1 else model for model, name in bare.items()}

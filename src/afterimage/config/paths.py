@@ -45,7 +45,7 @@ def _working_folder() -> str:
 
 
 def local_path(path: str) -> str:
-    """Return a path of a configuration as the operating system takes it: `file://` decoded, `~` expanded."""
+    """Return a path of a configuration in the operating system's form: `file://` decoded, `~` expanded."""
     if path.startswith("file://"):
         return os.fsdecode(urllib.parse.unquote_to_bytes(path.removeprefix("file://")))
     return os.path.expanduser(path)
@@ -80,7 +80,7 @@ def _absolute_pattern(pattern: str) -> str:
 
 @contextlib.contextmanager
 def utf8_path(path: str | Path) -> Iterator[str]:
-    """Yield a path to the file that libraries which refuse non-UTF-8 paths can open; it is valid inside the block."""
+    """Yield a UTF-8 path to a file, valid inside the block, for libraries that refuse other paths."""
     text = str(path)
     try:
         text.encode()

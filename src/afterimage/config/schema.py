@@ -34,11 +34,11 @@ from afterimage.config.toml import MAX_PARAMETERS, Count, to_dict
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 """Backbone networks of LPIPS; the first is the default."""
 LPIPS_SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
-"""Side of the smallest image that each LPIPS network takes, in pixels."""
+"""Side of the smallest image that each LPIPS network accepts, in pixels."""
 LOSS_NAMES = ("mse", "l1", "lpips", *(f"lpips:{net}" for net in LPIPS_NETS))
-"""The terms that a loss may be a sum of."""
+"""Names of the terms of a loss."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Names of Lightning Fabric for float32, and for mixed precision with bfloat16 or float16."""
+"""Precisions by Lightning Fabric's names: float32, and mixed precision with bfloat16 or float16."""
 
 
 def parse_loss(text: str) -> dict[str, float]:
@@ -77,9 +77,9 @@ class DecoderConfig:
     """A decoder by name.
 
     Attributes:
-        name: decoder family, a module of one's own, `python/package.module:factory` or `python/FILE.py:factory`, or a
-            published one, `diffusers/ID_OR_FOLDER`
-        parameters: number of parameters to build it at, within 5 %; None for the family's default size
+        name: decoder family, your own module as `python/package.module:factory` or `python/FILE.py:factory`, or a
+            published decoder as `diffusers/ID_OR_FOLDER`
+        parameters: number of parameters to build it with, within 5 %; None for the family's default size
         options: options of the family, or keyword arguments of the factory
     """
 
@@ -99,8 +99,8 @@ class FusionConfig:
 
     Attributes:
         name: fusion family
-        channels: channels of the fused map
-        size: locations a side of the fused map; None takes the finest of the maps
+        channels: number of channels of the fused map
+        size: number of locations along each side of the fused map; None takes that of the finest map
     """
 
     name: str = "attention"
@@ -117,16 +117,16 @@ class RecipeConfig:
     """The training recipe of a decoder. The defaults are the published study's.
 
     Attributes:
-        epochs: passes over the training images
-        batch_size: images a step
+        epochs: number of passes over the training images
+        batch_size: number of images in each step
         learning_rate: Adam's learning rate
         weight_decay: L2 penalty on the weights
         scheduler: schedule of the learning rate: `plateau`, `cosine` or `constant`
-        plateau_factor: factor on the learning rate when the validation loss stops falling
-        plateau_patience: epochs without improvement before that
-        loss: weighted sum of terms, for example `0.5*mse+0.5*lpips`
-        augment: whether training crops are random and flipped, instead of central
-        precision: `32-true`, `bf16-mixed` or `16-mixed`
+        plateau_factor: with `plateau`: factor on the learning rate when the validation loss stops falling
+        plateau_patience: with `plateau`: number of epochs without improvement before that
+        loss: weighted sum of `mse`, `l1` and `lpips`, for example `0.5*mse+0.5*lpips`
+        augment: whether training crops are taken and flipped at random, instead of from the centre
+        precision: number format: `32-true`, `bf16-mixed` or `16-mixed`
     """
 
     epochs: int = 30
@@ -161,8 +161,8 @@ class FeaturesConfig:
     """Stored features that decoders are trained on, without an encoder.
 
     Attributes:
-        path: the store, see `afterimage extract`
-        sha256: digest of its files
+        path: path of the store, see `afterimage extract`
+        sha256: digest of the store's files
     """
 
     path: str
@@ -179,14 +179,14 @@ class RunConfig:
     Attributes:
         sources: layers to decode, `model:layer` each, with the tag of the weights pinned
         weights: `pretrained`, the name of a random control (`RANDOM_WEIGHTS`), or a path; empty for stored features
-            that nobody has named an encoder of
-        fusion: how several sources become one map; None for a single source
+            whose encoder is unknown
+        fusion: fusion of several sources into one map; None for a single source
         decoder: the decoder
-        data: where images come from and how they are split
-        recipe: how the decoder is trained
+        data: source and split of the images
+        recipe: training recipe of the decoder
         seed: seed of the initial weights and of the order of the images
-        lpips: LPIPS network of the scores; not part of the hash, as it does not change the decoder
-        features: stored features that the sources are layers of; training then has no random crops and flips
+        lpips: LPIPS network of the scores; not part of the hash, because it does not change the decoder
+        features: stored features that hold the sources; training then has no random crops and flips
     """
 
     sources: tuple[str, ...]
@@ -212,7 +212,7 @@ class RunConfig:
                 )
         if len(self.sources) > 1 and self.fusion is None:
             object.__setattr__(self, "fusion", FusionConfig())
-        if self.features is not None and self.recipe.augment:  # features belong to the image as it is
+        if self.features is not None and self.recipe.augment:  # features are of unaugmented images
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
         if self.lpips not in LPIPS_NETS:
             raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
@@ -236,7 +236,7 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """The run folder's name: a readable slug and the first eight digits of the hash."""
+        """Name of the run folder: a readable slug and the first eight digits of the hash."""
         parts = [*self.sources, self.decoder.name]
         if self.fusion is not None:
             parts.insert(-1, self.fusion.name)
@@ -251,7 +251,7 @@ class BaselineConfig:
 
     Attributes:
         baseline: `mean`, `thumbnail-SIZE` or `jpeg-QUALITY`
-        data: where images come from and how they are split
+        data: source and split of the images
         lpips: LPIPS network of the scores; not part of the hash
     """
 
@@ -261,12 +261,12 @@ class BaselineConfig:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all settings but `lpips`."""
+        """SHA-256 of all settings except `lpips`."""
         return settings_digest(self)
 
     @property
     def name(self) -> str:
-        """The run folder's name."""
+        """Name of the run folder."""
         return folder_name(("baseline", self.baseline), self.digest)
 
 
@@ -281,8 +281,8 @@ def folder_name(parts: Sequence[str], digest: str) -> str:
     """Return the name of a run folder.
 
     Args:
-        parts: what the run consists of; becomes a readable slug of at most 100 characters
-        digest: hash of the settings, of which eight digits are appended
+        parts: names of the run's parts, joined to a readable slug of at most 100 characters
+        digest: hash of the settings; its first eight digits are appended
     """
     slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts)).strip("-.")
     return f"{slug[:100]}-{digest[:8]}"

@@ -28,9 +28,9 @@ class RowConfig:
     """Additional rows of a study with settings of their own.
 
     Attributes:
-        sources: `model:layer` each; one row together with a `fusion`, one row each without
+        sources: `model:layer` each; one row of all with a `fusion`, otherwise one row each
         decoders: decoders of these rows; empty for the study's
-        fusion: how the sources become one map
+        fusion: fusion of the sources into one map
         weights: weights of these rows; empty for the study's
         recipe: settings that replace those of the study's recipe
     """
@@ -47,29 +47,29 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A study: sources x decoders x seeds on the same images by the same recipe, and `rows` outside this grid.
+    """A study: a grid of sources x decoders x seeds on the same images by the same recipe, and `rows` outside it.
 
     Attributes:
         title: title of the report
         sources: `model:layer` each; the layer may be a glob, as in `resnet34.tv_in1k:layer*`
         decoders: decoders of the grid
-        parameters: number of parameters of every decoder that comes in sizes, within 5 %, not counting fusions;
-            it replaces the decoders' own; None keeps these
+        parameters: number of parameters, within 5 % and without fusions, of every decoder that comes in sizes; None
+            keeps the decoders' own
         seeds: seeds of the grid
         weights: `pretrained`, the name of a random control, or a path
-        missing_weights: `error`, or the name of the random control that stands in for missing pretrained
-            weights; every output names such rows
+        missing_weights: `error`, or the name of the random control to use instead of missing pretrained weights;
+            every output names such rows
         baselines: whether the baselines are scored too
         controls: whether every run also gets a matched random control, and its feature ablations, error
             breakdown and rate-distortion curve
-        invert: number of test images, from the first on, for which the measured bound of every run is found: the
-            images whose features fit best, and the best estimates
-        inversion: settings of the search for the images whose features fit best; its precision is each run's own
-        estimate: settings of the best estimates; the precision likewise
+        invert: number of test images, from the first on, for which the measured bound of every run is found: their most
+            consistent images and best estimates
+        inversion: settings of the search for the most consistent images; its precision is each run's own
+        estimate: settings of the best estimates; their precision likewise
         keep: number of test images whose reconstructions are stored
-        lpips: LPIPS network of the scores, or `any` for the first one whose weights are found
-        data: where images come from and how they are split
-        recipe: how decoders are trained
+        lpips: LPIPS network of the scores, or `any` for the first whose weights are found
+        data: source and split of the images
+        recipe: training recipe of the decoders
         rows: additional rows
     """
 
@@ -122,7 +122,7 @@ def load_study(name: str) -> StudyConfig:
     """Load a shipped study by its name, or a TOML file by its path.
 
     Raises:
-        AfterimageError: there is no such study, or the file is not valid
+        AfterimageError: there is no such study, or the file is invalid
     """
     if name.endswith(".toml"):
         return load_toml(StudyConfig, name)

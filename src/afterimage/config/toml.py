@@ -16,14 +16,14 @@ from afterimage.config.errors import AfterimageError, shown, unknown
 
 T = typing.TypeVar("T")
 MAX_PARAMETERS = 10**10
-"""Largest number of parameters of a decoder: it would take 40 GB in float32."""
+"""Largest number of parameters of a decoder, which would take 40 GB in float32."""
 
 Count = typing.NewType("Count", int)
-"""A whole number, for which a file may also have short text: 250k, 4M, 1.5M, 4_000_000."""
+"""A whole number, which a file may also write as short text: 250k, 4M, 1.5M, 4_000_000."""
 
 
 MAX_TEXT = 2**28
-"""Size in bytes of the largest text file that is read: four times the scores of a million images."""
+"""Largest size in bytes of a text file to read: four times the scores of a million images."""
 
 
 def read_text(path: str | Path) -> str:
@@ -83,7 +83,7 @@ def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
 
     Args:
         cls: the dataclass
-        settings: its settings by name; nested dataclasses are tables, or just the text of their `name`
+        settings: settings by name; a nested dataclass is a table, or just the text of its `name`
         where: prefix of the settings' names in messages
 
     Raises:
@@ -103,13 +103,13 @@ def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
 
 
 def _short(value: Any) -> str:
-    """A value as an error shows it: not so long or so deep that nobody would read it."""
+    """Return a value as text for an error message: the type of a container, else at most 200 characters."""
     return f"a {type(value).__name__}" if isinstance(value, list | Mapping) and value else f"{value!r:.200}"
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(value):  # built already
+    if dataclasses.is_dataclass(value):  # already built
         return value
     if origin in (typing.Union, types.UnionType):
         inner = [a for a in arguments if a is not type(None)]
@@ -157,7 +157,7 @@ def load_toml(cls: type[T], path: str | Path) -> T:
 
 
 def dump_toml(config: Any) -> str:
-    """Return a config as TOML text, which `load_toml` reads back to an equal config."""
+    """Return a config as TOML text, from which `load_toml` reads an equal config."""
     import tomli_w
 
     return tomli_w.dumps(to_dict(config))
