@@ -32,7 +32,7 @@ HELD_OUT = 32
 
 
 def error_images(count: int) -> int:
-    """Return the number of first validation images of `count` that a decoder's errors are learnt from: at most half."""
+    """Return the number of validation images, the first of `count`, that teach a decoder's errors: at most half."""
     return min(HELD_OUT, count // 2)
 
 

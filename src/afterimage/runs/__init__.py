@@ -1,1 +1,1 @@
-"""Run folders on disk: files, locks, states, results. No torch."""
+"""Run folders on disk: files, locks, states and results. No torch."""

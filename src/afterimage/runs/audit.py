@@ -1,4 +1,4 @@
-"""The result of an audit, between what measures it and what reports it."""
+"""Result of an audit, passed from measurement to report."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from afterimage.runs.results import AttackFacts
 from afterimage.runs.run import Run
 
 BLIND = "no features"
-"""The attacker who sees nothing and answers with the mean of their own images."""
+"""Name of the attacker without features, who answers with the mean of their own images."""
 
 
 @dataclass(frozen=True)
 class Attack(AttackFacts):
-    """What one attacker got, with the notes of its run and the run's folder below the audit's."""
+    """Facts of one attack, with the notes of its run, and the run's folder relative to the audit's."""
 
     notes: tuple[str, ...] = ()
     folder: str = ""
@@ -31,7 +31,7 @@ class Attack(AttackFacts):
 
 @dataclass
 class Results:
-    """Everything measured: `rows` one an attacker, `blind` those without features, `costs` by layer and defence."""
+    """Measurements of an audit: `rows` of attacks, `blind` attacks without features, `costs` by layer and defence."""
 
     subject: dict[str, Any]
     rows: list[Attack] = field(default_factory=list)
@@ -40,11 +40,11 @@ class Results:
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     unmeasured: set[tuple[str, str]] = field(default_factory=set)
-    """Layers and defences of which an attacker, or all of it, could not be measured."""
+    """Pairs of layer and defence for which at least one attacker could not be measured."""
 
 
 SIDE = 112
-"""Images are compared at this many pixels on their shorter side, or at their own size where they are smaller."""
+"""Shorter side in pixels of images when they are compared; smaller images keep their size."""
 
 DISTANCES = {
     "pixels": "mean squared error of pixels",

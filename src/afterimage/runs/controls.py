@@ -1,4 +1,4 @@
-"""Controls in the folder of a finished run: a JSON file and a CSV by image for each part, written and read here."""
+"""Controls in the folder of a finished run: types, reader and writer of each part's JSON file and CSV by image."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ STAND_INS = {
     "zero": "zero features",
     "colour": "the image's mean colour",
 }
-"""What takes the place of the image's own features, in the order of tables."""
+"""Inputs of feature ablations, which replace the image's own features, in the order of tables."""
 PLANES = {"luma": "luma", "cb": "Cb", "cr": "Cr"}
-"""Planes of an image by ITU-R BT.601."""
+"""Planes of an image in ITU-R BT.601."""
 CODECS = ("JPEG", "WebP")
-"""Lossy codecs beside which features are set."""
+"""Lossy codecs that features are compared with."""
 REGIONS = ("flat", "edge", "texture")
-"""Kinds of region, by the luma around a pixel."""
+"""Kinds of region, defined by the luma around a pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What all parts hold: how many test images, and the SHA-256 digest of the decoder that was measured."""
+    """Facts common to all parts: the number of test images, and the SHA-256 digest of the measured decoder."""
 
     images: int
     decoder: str
@@ -40,7 +40,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Distances:
-    """Mean distance from an image's features, over their norm: the re-encoded reconstruction's and another image's."""
+    """Mean distances from an image's features, divided by their norm.
+
+    Attributes:
+        reencoded: distance to the features of its reconstruction
+        random_pair: distance to the features of another image
+    """
 
     reencoded: float
     random_pair: float
@@ -51,7 +56,9 @@ class Controls(Measured):
     """Scores of the decoder on features other than the image's own.
 
     Attributes:
-        controls: the scores by stand-in, and of the image's `own` features
+        lpips: LPIPS network of the scores
+        controls: scores for each of `STAND_INS`, and for the image's `own` features
+        distances: distances between features
     """
 
     lpips: LpipsStatus
@@ -61,7 +68,7 @@ class Controls(Measured):
 
 @dataclass(frozen=True)
 class PlaneError:
-    """The squared error in one plane, and the plane's own variance within images."""
+    """Squared error in one plane, and the plane's own variance within images."""
 
     variance: float
     error: float
@@ -69,7 +76,7 @@ class PlaneError:
 
 @dataclass(frozen=True)
 class RegionError:
-    """The share of all pixels that are of one kind, and the mean squared error on them; None where there are none."""
+    """Share of one kind of region among all pixels, and its mean squared error; None if there are no such pixels."""
 
     share: float
     mse: float | None
@@ -77,7 +84,7 @@ class RegionError:
 
 @dataclass(frozen=True)
 class Regions:
-    """The rule by which pixels are classified, and the error on each kind."""
+    """Rule that classifies pixels, and the error on each kind of region."""
 
     window: int
     flat_below: float
@@ -89,7 +96,7 @@ class Regions:
 
 @dataclass(frozen=True)
 class Spectra:
-    """Power of images, reconstructions, what they share and the error, in each band of `frequencies`."""
+    """Power of images, reconstructions, their shared part and the error, in each band of `frequencies`."""
 
     image: tuple[float | None, ...]
     reconstruction: tuple[float | None, ...]
@@ -99,7 +106,7 @@ class Spectra:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorBreakdown(Measured):
-    """The error of reconstructions by frequency (cycles a pixel), plane, position and kind of region."""
+    """Error of reconstructions by frequency (cycles per pixel), plane, position and kind of region."""
 
     frequencies: tuple[float, ...]
     spectra: Mapping[str, Spectra]
@@ -121,7 +128,7 @@ class ErrorBreakdown(Measured):
 
 @dataclass(frozen=True)
 class RatePoint:
-    """Features at some bits a value: their coded size, and the PSNR of the decoder on them."""
+    """Features quantised to `bits` per value: their coded size, and the decoder's PSNR on them."""
 
     bits: int
     bits_per_pixel: float
@@ -131,7 +138,7 @@ class RatePoint:
 
 @dataclass(frozen=True)
 class CodecPoint:
-    """The same images as files of a codec; lossless ones have no quality and no PSNR."""
+    """The same images as files of a codec; lossless codecs have no quality and no PSNR."""
 
     codec: str
     quality: int | None
@@ -141,7 +148,7 @@ class CodecPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class RateDistortion(Measured):
-    """Coded features beside codecs; `range` are the quantiles that the quantiser spans."""
+    """Rate and distortion of coded features and of codecs; `range` are the quantiles that the quantiser spans."""
 
     coder: str
     range: tuple[float, ...]
@@ -164,7 +171,7 @@ PARTS: dict[str, type[Measured]] = {
     "error_breakdown": ErrorBreakdown,
     "rate_distortion": RateDistortion,
 }
-"""The parts of the controls by the names of their files."""
+"""Parts of the controls by the names of their files."""
 COLUMNS = {
     "controls": tuple(f"{name}_psnr" for name in ("own", *STAND_INS)),
     "error_breakdown": tuple(f"psnr_{plane}" for plane in PLANES),
@@ -176,19 +183,19 @@ Rows = list[dict[str, Any]]
 
 
 def write_part(run: Run, part: str, facts: Mapping[str, Any], rows: Rows) -> None:
-    """Write a part into the run's folder, the CSV first: a folder that has the JSON file has both."""
+    """Write a part into the run's folder, the CSV first, so that a folder with the JSON file has both."""
     write_csv(run.file(f"{part}.csv"), rows)
     write_json(run.file(f"{part}.json"), {"format": FORMAT, **facts})
 
 
 def read_part(run: Run, part: str) -> tuple[Any, Rows]:
-    """Read a part back.
+    """Read a part.
 
     Returns:
-        its facts, of the type that `PARTS` names, and its rows by image
+        the facts, of the part's type in `PARTS`, and the rows by image
 
     Raises:
-        AfterimageError: a file is missing, damaged or of another version; it names the file and the key
+        AfterimageError: a file is missing, damaged or of another version; the message names the file and the key
     """
     path = run.file(f"{part}.json")
     values = read_json(path)
@@ -198,7 +205,7 @@ def read_part(run: Run, part: str) -> tuple[Any, Rows]:
         if (version := values.pop("format", None)) != FORMAT:
             raise AfterimageError(f"has format {version!r:.80}; this version reads {FORMAT}")
         facts = from_dict(PARTS[part], values)
-        check_finite(values)  # of known types by now, hence of no great depth
+        check_finite(values)  # the types have been checked, so nesting is shallow
     except AfterimageError as error:
         raise AfterimageError(f"{shown(path)}: {error}") from None
     path = path.with_suffix(".csv")

@@ -1,4 +1,4 @@
-"""Record the versions, commit and device behind a run."""
+"""Environment of a run: versions, commit and platform."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and machine: what one needs to explain a number that does not come out again."""
+    """Return versions, commit, platform, command and time, to explain a result that cannot be reproduced."""
     return _software() | {"command": sys.argv, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 @functools.cache
 def _software() -> dict[str, Any]:
-    """What stays the same as long as the process lives, also where its source files are edited meanwhile."""
+    """Return versions, commit and platform, cached so that later edits of the source files do not change them."""
     packages = (
         "afterimage",
         "torch",
@@ -47,7 +47,7 @@ def _software() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree this package runs from, with `+changes` where it was edited since."""
+    """Return the commit of the source tree that this package runs from, with `+changes` if it was edited since."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Record a failed run in its folder: its state, its error, its traceback."""
+"""Records of a failed run in its folder: state, error and traceback."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from afterimage.runtime.failures import Unexpected, as_error, foreseen, story, w
 from afterimage.runtime.terminal import printable
 
 TRACEBACK = "traceback.txt"
-"""The file of a failed run's folder that holds the whole traceback."""
+"""File in a failed run's folder that holds the traceback."""
 
 
 def record(run: Run, error: Exception) -> None:
-    """Set a run's state to failed, with the error, and write the traceback, as far as its folder can be written."""
+    """Set a run's state to `failed`, with the error, and write the traceback, if its folder can be written."""
     write_story(run, error)
     details = {} if foreseen(error) else {"traceback": TRACEBACK}
     with contextlib.suppress(Exception):
@@ -23,14 +23,14 @@ def record(run: Run, error: Exception) -> None:
 
 
 def recorded_error(run: Run) -> AfterimageError:
-    """The error of a failed run as its folder tells it."""
+    """Return the error of a failed run, as recorded in its folder."""
     status = run.status
     error = Unexpected if "traceback" in status else AfterimageError
     return as_error(error(str(status.get("error"))), run.name, run.file(TRACEBACK))
 
 
 def is_done(run: Run) -> bool:
-    """Whether a run has a result; one whose folder cannot be read has none."""
+    """Return whether a run is done; False if its folder cannot be read."""
     try:
         return run.state == "done"
     except AfterimageError:
@@ -38,12 +38,12 @@ def is_done(run: Run) -> bool:
 
 
 def write_story(run: Run, error: Exception, file: str = TRACEBACK) -> None:
-    """Write an exception's traceback into a run's folder, where that can be written."""
+    """Write an exception's traceback into a run's folder, if it can be written."""
     with contextlib.suppress(Exception):
         write_atomic(run.file(file), story(error))
 
 
 def forget(run: Run, file: str = TRACEBACK) -> None:
-    """Remove what an earlier attempt at a run left of its failure."""
+    """Remove the traceback that an earlier attempt at a run left."""
     with contextlib.suppress(OSError):
         run.file(file).unlink(missing_ok=True)

@@ -19,17 +19,19 @@ from typing import Any, BinaryIO
 from afterimage.config import AfterimageError, read_text, shown
 
 MAX_PIXELS = 2**26
-"""Pixels of the largest image that a run folder may hold."""
+"""Largest number of pixels of an image in a run folder."""
 
 LEFTOVER = ".part"
-"""How files that are being written end; one that stays was left by a process that was killed."""
+"""Suffix of files that are being written; one that remains was left by a killed process."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
-    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it.
+    """Write a file completely or not at all: the block writes a temporary file, which is synced and then renamed.
 
-    With `keep` the file that was there gets that name, once the new one is safe on disk.
+    Args:
+        path: the file; missing folders are created
+        keep: new name for the file that was there, renamed once the new one is safe on disk
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
@@ -50,8 +52,8 @@ def atomic_file(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = None) -> None:
-    """Write a file's whole content as `atomic_file` does; raises `AfterimageError` that names it."""
-    # A name that is no text has lone surrogates, which UTF-8 cannot hold; their escape is JSON's too.
+    """Write a file's whole content as `atomic_file` does; raise an `AfterimageError` that names it if that fails."""
+    # A name with undecodable bytes has lone surrogates, which UTF-8 cannot hold; the escape is also valid in JSON.
     content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
         with atomic_file(Path(path), keep=keep) as file:
@@ -61,7 +63,7 @@ def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = 
 
 
 def remove_leftovers(folder: Path, name: str = "*", *, older: float = 0.0) -> None:
-    """Remove half-written files of a name below a folder that have not changed for `older` seconds."""
+    """Remove partly written files below a folder, those of `name`, if unchanged for `older` seconds."""
     for path in folder.rglob(f".{name}.*{LEFTOVER}"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older:
@@ -69,7 +71,7 @@ def remove_leftovers(folder: Path, name: str = "*", *, older: float = 0.0) -> No
 
 
 def _sync_folder(path: Path) -> None:
-    """Make renames in a folder last through a power cut, where the system can."""
+    """Sync a folder, so that renames in it survive a power cut, if the system supports that."""
     with contextlib.suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -79,13 +81,13 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as JSON, a dataclass as an object; None stays, so that every file has every key."""
+    """Write a value as JSON, dataclasses as objects; None is kept, so that every file has every key."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=dataclasses.asdict)
     write_atomic(path, text + "\n")
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal; raises `AfterimageError` where it cannot be read."""
+    """Return the SHA-256 of a file's bytes in hexadecimal; raise `AfterimageError` if it cannot be read."""
     if path.exists() and not path.is_file():
         raise AfterimageError(f"cannot read {shown(path)}: it is not a regular file")
     try:
@@ -95,11 +97,12 @@ def sha256(path: Path) -> str:
         raise AfterimageError(f"cannot read {shown(path)}: {error.strerror}") from None
 
 
-# Of the surrogates those of bytes in a file's name are kept, as Python writes them (PEP 383).
+# Lone surrogates, except those by which Python writes undecodable bytes in file names (PEP 383).
 _HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 def read_json(path: str | Path) -> Any:
+    """Read a JSON file; raise an `AfterimageError` that names it if it cannot be read or is invalid."""
     text = read_text(path)
     try:
         value = json.loads(text)
@@ -111,7 +114,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows under a header; None becomes an empty cell, floats keep every digit."""
+    """Write rows under a header with the first row's keys; None becomes an empty cell, floats keep every digit."""
     rows = list(rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
@@ -121,7 +124,7 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_image(path: str | Path, pixels: Any, texts: Mapping[str, str] | None = None) -> None:
-    """Write uint8 pixels, `(H, W, 3)` or grey `(H, W)`, as PNG, with texts by keyword beside them."""
+    """Write uint8 pixels, `(H, W, 3)` or grey `(H, W)`, as a PNG file with embedded texts by keyword."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -133,9 +136,14 @@ def write_image(path: str | Path, pixels: Any, texts: Mapping[str, str] | None =
 
 
 def read_image(path: str | Path, content: bytes | None = None) -> Any:
-    """An image of a run folder, PNG, as a loaded Pillow image; `content` where its bytes are read already.
+    """Read a PNG image of a run folder as a loaded Pillow image.
 
-    Raises `AfterimageError` naming a file that is missing, damaged, of another format or too large.
+    Args:
+        path: the file
+        content: its bytes, if already read
+
+    Raises:
+        AfterimageError: the file is missing, damaged, of another format or too large; the message names it
     """
     from PIL import Image
 
@@ -154,9 +162,10 @@ def read_image(path: str | Path, content: bytes | None = None) -> Any:
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
-    """Read rows back; cells that are numbers become numbers, empty cells None. The id stays text.
+    """Read the rows of a CSV file; numbers are converted, empty cells become None, and the column `id` stays text.
 
-    Raises `AfterimageError` for a file that cannot be read, and for a row with more or fewer cells than columns.
+    Raises:
+        AfterimageError: the file cannot be read, or a row has more or fewer cells than the header
     """
     rows = []
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
@@ -180,7 +189,7 @@ def _number(cell: str | None) -> Any:
         number = float(cell)
     except ValueError:
         return cell
-    # Other files take no larger integer either.
+    # Larger integers become floats; `from_dict` does not accept them.
     with contextlib.suppress(ValueError):
         return int(cell) if abs(number) < 2**63 else number
     return number

@@ -1,13 +1,13 @@
-"""The one lock: on a folder, not held by a dead process, on file systems that machines share.
+"""Lock on a folder, which also works on file systems shared by machines and is taken over from dead processes.
 
-A lock is a file `lock.N`, made exclusively, that says which process holds it; the holder touches it every few
-seconds. Who finds only locks of dead holders makes the file with the next higher number: of several processes
-that try, one succeeds, and no file has to be removed before that. It needs nothing of the file system but that:
-where no file can be made, `CannotLock` is raised. Then it looks again, and steps back if another
-live one is there, which can be when the folder was left empty in between.
+A lock is a file `lock.N`, created exclusively, that names the process that holds it; the holder touches it every few
+seconds. A process that finds only locks of dead holders creates the file with the next higher number: of several
+processes that try, one succeeds, and no file has to be removed first. Exclusive creation is all that the file system
+must support; if no file can be created, `CannotLock` is raised. The process then looks again and backs off if another
+live lock exists, which can happen if the folder was empty in between.
 
-On the holder's own machine a lock is dead when its process is. From elsewhere it is dead when it was not touched
-for `PATIENCE` seconds of one's own waiting: nobody's wall clock is asked.
+On the holder's own machine a lock is dead if its process has ended. On other machines it is dead if it has not been
+touched for `PATIENCE` seconds by the waiting process's own monotonic clock; wall clocks are not compared.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from afterimage.runtime.process import Holder, LockLost, _machine, _started, thi
 BEAT = 10.0
 """Seconds between two signs of life."""
 PATIENCE = 90.0
-"""Seconds without one after which a holder on another machine counts as dead."""
+"""Seconds without a sign of life after which a holder on another machine counts as dead."""
 
 POLL = 1.0
-"""How often to look whether a lock is free."""
+"""Seconds between two attempts to take a lock."""
 
 
 class CannotLock(AfterimageError):
-    """A lock's file cannot be made; the cause is the `OSError`."""
+    """A lock's file that cannot be created; `__cause__` is the `OSError`."""
 
 
 class Lock:
     """The lock of one folder.
 
     Args:
-        folder: the folder, which exists
-        log: is told when a dead process's lock is taken over
+        folder: an existing folder
+        log: called with a message when a dead process's lock is taken over
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None] = lambda text: None) -> None:
         self.folder, self.log = folder, log
         self.holder: Holder | None = None
-        """Who held the lock when it was last asked for in vain."""
+        """Holder of the lock at the last failed attempt to take it."""
         self.lost = False
         self._mine: Path | None = None
         self._released = threading.Event()
@@ -56,10 +56,10 @@ class Lock:
         self._seen: dict[Path, tuple[tuple[int, int], float]] = {}
 
     def acquire(self) -> bool:
-        """Take the lock unless a live process holds it (see `holder`).
+        """Take the lock, and return whether that succeeded; if not, `holder` is the live process that holds it.
 
         Raises:
-            CannotLock: the folder is not there or cannot be written
+            CannotLock: the folder does not exist or cannot be written
         """
         while True:
             found = self._files()
@@ -83,7 +83,7 @@ class Lock:
             return True
 
     def check(self) -> None:
-        """Raise `LockLost` unless this process still holds the lock."""
+        """Check that this process still holds the lock; raise `LockLost` if it does not."""
         files = self._files()
         self.lost = not (files and files[-1] == self._mine and _read(self._mine) == this_process())
         if self.lost:
@@ -93,6 +93,7 @@ class Lock:
             )
 
     def release(self) -> None:
+        """Release the lock, and delete its file if it still belongs to this process."""
         self._released.set()
         if self._beating is not None:
             self._beating.join()
@@ -107,7 +108,7 @@ class Lock:
         return sorted(found, key=_number)
 
     def _create(self, path: Path) -> bool:
-        """Make the file with this process in it; False where it is there already."""
+        """Create the file with this process's identity; return False if it already exists."""
         try:
             with open(path, "x", encoding="utf-8") as file:
                 json.dump(this_process(), file)
@@ -124,7 +125,7 @@ class Lock:
         if holder is not None and holder.machine == _machine() and os.name == "posix":
             return _started(holder.pid) == holder.started
         try:
-            with open(path, "rb") as file:  # opening asks a file server anew
+            with open(path, "rb") as file:  # opening makes a network file system refresh its attributes
                 state = os.fstat(file.fileno())
         except OSError:
             return False
@@ -147,11 +148,11 @@ def held(folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
     """Hold the lock of a folder inside the block, after waiting for the process that has it.
 
     Args:
-        folder: the folder, which exists
-        log: is told whom this process waits for, and when a dead process's lock is taken over
+        folder: an existing folder
+        log: called with a message when this process has to wait, and when a dead process's lock is taken over
 
     Raises:
-        CannotLock: the folder is not there or cannot be written
+        CannotLock: the folder does not exist or cannot be written
     """
     lock = Lock(folder, log)
     waited = False
@@ -171,7 +172,7 @@ def _number(path: Path) -> int:
 
 
 def _read(path: Path) -> Holder | None:
-    """Who a lock file names; None where it is gone, or is being written right now."""
+    """Return the holder that a lock file names; None if the file is gone or is just being written."""
     try:
         pid, started, machine = json.loads(path.read_text(encoding="utf-8"))
         return Holder(int(pid), str(started), str(machine))

@@ -1,4 +1,4 @@
-"""A repository of decoders, as it lies on the Hugging Face hub: a run folder each, a manifest and a model card."""
+"""Layout of a repository of decoders on the Hugging Face hub: a run folder each, a manifest and a model card."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from afterimage.runs.results import CONFIG, SCORES, SUMMARY
 LIBRARY = "afterimage"
 """`library_name` of a repository's card and manifest."""
 MANIFEST, CARD, IMAGE_GRID = "config.json", "README.md", "picture.png"
-"""Files of a repository beside those of its decoders. The hub counts downloads by the first."""
+"""Files of a repository in addition to those of its decoders. The hub counts downloads by the first."""
 DECODER = "decoder.safetensors"
 FILES = (CONFIG, SUMMARY, SCORES, DECODER)
-"""Files of each decoder: a run folder, as much of it as is needed to use it and to look at its scores."""
+"""Files of each decoder: the part of its run folder that is needed to use it and to read its scores."""
 SCORES_TABLE, TABLE = "scores.parquet", "table.parquet"
-"""Files of a data set: a row an image and run, and a row a run, the columns of a report's table.csv."""
+"""Files of a data set: one row for each image and run, and one row for each run, in the columns of table.csv."""
 CARD_KEY = "decoder_sha256"
-"""Key of the card's metadata that lists the digest of every decoder it is about."""
+"""Key of the card's metadata that lists the digest of every decoder in the repository."""
 FORMAT = 1
 
 
@@ -39,9 +39,9 @@ class PublishedDecoder:
     """One decoder of a repository.
 
     Attributes:
-        folder: where its files are; empty for the repository's own folder
-        sources: layers that it decodes, `model:layer`
-        encoders: what tells each encoder's weights apart, by model: a SHA-256, or which random draw they are
+        folder: folder of its files; empty for the repository's own folder
+        sources: layers that it decodes, `model:layer` each
+        encoders: identity of each encoder's weights, by model: a SHA-256, or the label and seed of a random control
         decoder: name of its family
         sha256: digest of each of `FILES`
     """
@@ -59,13 +59,13 @@ class PublishedDecoder:
             raise AfterimageError(f"sha256 has nothing of {listed(missing)}")
 
     def file(self, name: str) -> str:
-        """The path of one of `FILES` in the repository."""
+        """Return the path of one of `FILES` in the repository."""
         return f"{self.folder}/{name}" if self.folder else name
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a repository holds; its config.json."""
+    """The contents of a repository, as its config.json lists them."""
 
     library_name: str
     format: int
@@ -85,7 +85,7 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            AfterimageError: it is none of this library and version
+            AfterimageError: the content is no manifest of this library and format
         """
         try:
             values = json.loads(content)
@@ -98,10 +98,10 @@ class Manifest:
         return from_dict(cls, values)
 
     def choose(self, name: str) -> PublishedDecoder:
-        """Return a decoder by its name, or the only one where there is no name.
+        """Return a decoder by its name; an empty name stands for the only decoder.
 
         Raises:
-            AfterimageError: there is none of that name, or no name and several decoders
+            AfterimageError: there is no decoder of that name, or several decoders and no name
         """
         if name and name not in self.decoders:
             raise unknown("decoder", name, self.decoders)
@@ -114,10 +114,10 @@ class Manifest:
 
 
 def check_shareable(config: RunConfig) -> None:
-    """Check that a stranger can use a run without files or code of ours, and we theirs without running any.
+    """Check that other people can use a run without its owner's files or code.
 
     Raises:
-        AfterimageError: an encoder or the decoder is code or a folder of one's own, or the weights are a file
+        AfterimageError: an encoder or the decoder is the owner's code or folder, or the weights are a file or folder
     """
     models = [split_source(source)[0] for source in config.sources]
     for model in [*models, *([config.decoder.name] if "/" in config.decoder.name else [])]:

@@ -1,7 +1,7 @@
-"""What a finished run is, whatever its kind. `summary.json` and `scores.csv` are written and read here alone.
+"""Result of a finished run of any kind. Only this module reads and writes `summary.json` and `scores.csv`.
 
-A decoder, a baseline, an inversion and an attacker of an audit are measured alike, so one type holds them all; what
-only one kind has (how it was trained, how an image was searched for, what an attack found) is a part of its own.
+Decoders, baselines, inversions and the attackers of an audit are measured alike, so one type holds all of them. Facts
+of only one kind (the training, the search, the attack) are parts with types of their own.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ from afterimage.config.inversion import InversionConfig
 from afterimage.runs.files import read_csv, read_json, write_csv, write_json
 
 VERSION = 1
-"""Of the files' layout: raised whenever a key changes its name or its meaning."""
+"""Version of the files' layout, raised whenever a key changes its name or its meaning."""
 
 SUMMARY, SCORES, CONFIG = "summary.json", "scores.csv", "config.toml"
 
 KINDS = {"decoder": RunConfig, "baseline": BaselineConfig, "inversion": InversionConfig, "attack": None}
-"""Kinds of results, each with what its config.toml holds; an attack is described by its `AttackFacts` alone."""
+"""Kinds of results, each with the type of its config.toml; an attack has only its `AttackFacts`."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is written and which way is better.
+    """Title, unit, number of decimals and direction of a metric.
 
-    The published study calls PSNR differences below 0.1 dB `negligible`; it names no such margin for SSIM and LPIPS.
+    `negligible` is the largest difference without meaning: the published study names 0.1 dB for PSNR, and none for SSIM
+    and LPIPS.
     """
 
     title: str
@@ -56,7 +57,7 @@ class Metric:
 
     @property
     def sign(self) -> int:
-        """What turns a score so that more is better: 1 or -1."""
+        """Factor, 1 or -1, that makes a higher score better."""
         return 1 if self.higher_is_better else -1
 
 
@@ -65,12 +66,12 @@ METRICS = {
     "ssim": Metric("SSIM", "", 3, True),
     "lpips": Metric("LPIPS", "", 3, False),
 }
-"""Every metric by its name in files, in the order in which tables show them."""
+"""Metrics by their names in files, in the order of tables."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric over `count` images: mean and sample standard deviation (None for a single image)."""
+    """Mean and sample standard deviation (None for a single image) of a metric over `count` images."""
 
     mean: float
     std: float | None
@@ -81,7 +82,7 @@ class Score:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Score:
-        """The score of one number an image; there must be one at least."""
+        """Compute the score of at least one value, one for each image."""
         return cls(
             statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
         )
@@ -99,23 +100,25 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """True if the whole interval lies above or below 0."""
         return self.low > 0 or self.high < 0
 
     def within(self, margin: float) -> bool:
+        """Return whether the whole interval lies in `[-margin, margin]`."""
         return -margin <= self.low and self.high <= margin
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMap(FeatureSpec):
-    """One layer's features as they were measured: shape, placement, and what the encoder costs up to there.
+    """Measured features of one layer: shape, positions, and the encoder's cost up to that layer.
 
     Attributes:
         module: path of the layer's module
         order: number of modules that finish before it
-        reduction: the image's height over the features'
-        encoder_parameters: parameters of the encoder up to there
-        encoder_macs: multiply-adds of the encoder up to there, for one image
-        unseen: the pixels that no location sees, or why positions are unknown; empty if neither applies
+        reduction: height of the image divided by the height of the features
+        encoder_parameters: number of parameters of the encoder up to the layer
+        encoder_macs: number of multiply-adds of the encoder up to the layer, for one image
+        unseen: remark on pixels that no location sees, or on why positions are unknown; empty if neither applies
     """
 
     module: str
@@ -131,13 +134,13 @@ class FeatureMap(FeatureSpec):
 
     @property
     def spec(self) -> FeatureSpec:
-        """The shape and placement alone, from which a decoder is built."""
+        """Shape and positions alone, from which a decoder is built."""
         return FeatureSpec(self.source, *self.shape, self.rows, self.columns)
 
 
 @dataclass(frozen=True)
 class UsedWeights:
-    """The weights of one network, see `models.weights.Weights`; `label` is `pretrained` or which random control."""
+    """Weights of one network, see `models.weights.Weights`; `label` is `pretrained` or the name of a random control."""
 
     model: str
     origin: str
@@ -149,13 +152,13 @@ class UsedWeights:
 
     @property
     def identity(self) -> str:
-        """What tells weights apart: the file's digest, or which random draw it is."""
+        """Identity of the weights: the file's digest, or the label and seed of a random control."""
         return self.sha256 or f"{self.label}, {self.location}"
 
 
 @dataclass(frozen=True)
 class LpipsStatus:
-    """The LPIPS network and its weights, or the reason why it is not available."""
+    """The LPIPS network and its weights, or the reason why it is unavailable."""
 
     net: str
     available: bool = False
@@ -165,9 +168,9 @@ class LpipsStatus:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The images: how many are in each part, the size they were cropped to as text or a side, and digests of them.
+    """Facts about the images: their sources, digests and size, and the number in each split.
 
-    Rows whose `test_digest` agrees were measured on the same crops, whatever trained them.
+    Runs with the same `test_digest` were measured on the same crops, whatever they were trained on.
     """
 
     source: str
@@ -183,7 +186,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """How a decoder was trained and which file it is in; `best_epoch` is the one that was kept, 0 the closed form."""
+    """Facts about a decoder's training, and its file's digest; `best_epoch` is the kept epoch, 0 for a closed form."""
 
     parameters: int
     macs: int
@@ -198,7 +201,7 @@ class TrainingFacts:
 
 
 def _check_scores(name: str, scores: Mapping[str, Score | None]) -> None:
-    """Raise `AfterimageError` where a metric is missing; only LPIPS may be unavailable."""
+    """Check that no metric is missing, and that none but LPIPS is None; raise `AfterimageError` otherwise."""
     for metric in METRICS:
         if metric not in scores or (scores[metric] is None and metric != "lpips"):
             raise AfterimageError(f"there is no {name}.{metric}")
@@ -206,9 +209,10 @@ def _check_scores(name: str, scores: Mapping[str, Score | None]) -> None:
 
 @dataclass(frozen=True)
 class DecoderAlone:
-    """What the decoder that an inversion starts from makes of the same images, and its seconds an image.
+    """Scores on the same images of the decoder that an inversion starts from, and its seconds for each image.
 
-    `feature_loss` is the mean relative distance `|f - f0|^2 / |f0|^2` between the features of its images and of theirs.
+    `feature_loss` is the mean relative distance `|f - f0|^2 / |f0|^2` between the features `f` of its reconstructions
+    and the features `f0` of the images.
     """
 
     scores: Mapping[str, Score | None]
@@ -221,15 +225,15 @@ class DecoderAlone:
 
 @dataclass(frozen=True)
 class BoundControls:
-    """Scores that owe nothing to an image's own features, and whether what was found finds its original.
+    """Controls of a measured bound: scores that do not use an image's own features, and re-identification.
 
     Attributes:
-        other_image: of each image found, against the original of another one; None for a single image
-        prior_alone: of what the same procedure makes of features that tell nothing (the mean of validation images),
-            against every original; None where there are no validation images
-        identified: share of the images found that are nearest to their own original among `candidates`
-        distance: how near is measured: `lpips`, by a network that took no part in the search, or `correlation`
-        candidates: how many originals there are; guessing finds one in so many
+        other_image: scores of each answer against the original of another image; None for a single image
+        prior_alone: scores, against every original, of the same procedure on features without information (the mean of
+            validation images); None if there are no validation images
+        identified: share of answers that are nearest to their own original among `candidates`
+        distance: distance of re-identification: `lpips`, by a network not used in the search, or `correlation`
+        candidates: number of originals; a guess is right with probability 1 / `candidates`
     """
 
     other_image: Mapping[str, Score | None] | None
@@ -246,7 +250,7 @@ class BoundControls:
 
 @dataclass(frozen=True)
 class InversionFacts:
-    """How images were searched for: from the decoder of the run `start`, or from grey, for so many `steps`."""
+    """Facts about the search for images in `steps` passes, from the decoder of the run `start`, or from grey."""
 
     steps: int
     seconds_per_image: float
@@ -260,7 +264,7 @@ class InversionFacts:
 
 @dataclass(frozen=True)
 class Attacker:
-    """Who attacks: the decoder they train, on how many images of their own, and where these are from.
+    """An attacker: the decoder that it trains, and the number and source of its own images.
 
     `threat_model` is `black-box` or `white-box`; `answer` is `decoded`, `refined` or `best estimate`.
     """
@@ -274,7 +278,7 @@ class Attacker:
 
 @dataclass(frozen=True)
 class Worst:
-    """The image that came back best, and its SSIM."""
+    """Id and SSIM of the image that an attacker reconstructed best: the worst case for its owner."""
 
     id: str
     ssim: float
@@ -282,7 +286,10 @@ class Worst:
 
 @dataclass(frozen=True)
 class SeenPart:
-    """The part of images that a layer's locations see: first pixel and the one after the last, along each axis."""
+    """Part of the images that a layer's locations see: first pixel, and pixel after the last, along each axis.
+
+    `share` is its share of all pixels, `unseen` a remark on the others.
+    """
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -292,10 +299,10 @@ class SeenPart:
 
 @dataclass(frozen=True)
 class AttackFacts:
-    """What one attacker got from one layer behind one defence.
+    """Measured success of one attacker on one layer behind one defence.
 
-    `identification` is the share of reconstructions that are nearest to their own original among `candidates`, by the
-    distance that tells.
+    `identification` is, for each distance, the share of reconstructions that are nearest to their own original among
+    `candidates`; a guess is right with probability `chance`. `scores_seen` are the scores within the part `seen`.
     """
 
     layer: str
@@ -313,12 +320,12 @@ class AttackFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One finished run.
+    """The result of a finished run.
 
-    `scores` holds a `Score` for each of `METRICS`, of which only LPIPS may be None (`lpips` then says why);
-    `scores_seen` the same of the pixels that some location sees, where that is not all of them. `per_image` are the
-    rows of scores.csv: `id`, the metrics, and what else was measured by image. `fusion_weights` are the sources' mean
-    weights over the test images, empty where there is no fusion that weighs them.
+    `scores` holds a `Score` for each of `METRICS`; only that of LPIPS may be None (`lpips` then has the reason).
+    `scores_seen` holds scores over the pixels that the layer's locations see, if these are not all pixels. `per_image`
+    are the rows of scores.csv: `id`, the metrics, and other values for each image. `fusion_weights` are the sources'
+    mean weights over the test images; empty without a fusion that weights them.
     """
 
     kind: str
@@ -355,7 +362,7 @@ class Result:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The layers whose features were inverted, as `model:layer`; none for a baseline."""
+        """Layers that were decoded or inverted, as `model:layer`; empty for a baseline."""
         return getattr(self.config, "sources", ())
 
     @property
@@ -364,7 +371,7 @@ class Result:
 
     @property
     def decoder(self) -> str:
-        """The decoder's name; of an inversion how it was made, `linear + refined`, say, or `inversion`; else empty."""
+        """Name of the decoder; of an inversion its kind, such as `linear + refined` or `inversion`; else empty."""
         if isinstance(self.config, RunConfig):
             return self.config.decoder.name
         if self.inversion is None:
@@ -384,12 +391,12 @@ class Result:
 
     @property
     def parameters(self) -> int | None:
-        """Of the decoder; None for an inversion, which has none to count."""
+        """Number of the decoder's parameters; 0 for a baseline, None for an inversion or an attack."""
         return self.training.parameters if self.training else 0 if self.is_baseline else None
 
     @property
     def trained_elsewhere(self) -> bool:
-        """Whether the decoder came trained: it saw no training images here, and is measured as it is."""
+        """True if the decoder was trained before this run, which showed it no training images."""
         return self.training is not None and self.training.images_seen == 0
 
     @property
@@ -398,27 +405,27 @@ class Result:
 
     @property
     def is_random(self) -> bool:
-        """Whether an encoder was untrained, which makes the run a random control."""
+        """True if an encoder was untrained, which makes the run a random control."""
         return any(weights.is_random for weights in self.weights)
 
     @property
     def origin(self) -> str:
-        """`pretrained`, or which random control where an encoder of the run was one."""
+        """`pretrained`, or the name of the random control if an encoder of the run is one."""
         return next((weights.label for weights in self.weights if weights.is_random), "pretrained")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration as plain values, settings that are None left out."""
+        """Configuration as plain values, without settings that are None."""
         return {} if self.config is None else to_dict(self.config)
 
     def values(self, column: str) -> dict[str, float]:
-        """One column of `per_image` by image id, without the images that have none."""
+        """Return one column of `per_image` by image id, without images that have no value."""
         found = ((row["id"], row.get(column)) for row in self.per_image)
         return {identity: float(value) for identity, value in found if value is not None}
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Write scores.csv, then summary.json: a folder that has the second is whole."""
+    """Write scores.csv, then summary.json, so that a folder with summary.json is complete."""
     write_csv(folder / SCORES, result.per_image)
     names = [f.name for f in dataclasses.fields(Result) if f.name not in ("config", "per_image")]
     write_json(folder / SUMMARY, {"version": VERSION, **{name: getattr(result, name) for name in names}})
@@ -428,7 +435,7 @@ def read_result(folder: Path) -> Result:
     """Read a finished run's result.
 
     Raises:
-        AfterimageError: a file is missing, damaged or of another version; it names the file and the key.
+        AfterimageError: a file is missing, damaged or of another version; the message names the file and the key
     """
     path = folder / SUMMARY
     values = read_json(path)
@@ -443,14 +450,14 @@ def read_result(folder: Path) -> Result:
     rows = _read_scores(folder / SCORES)
     try:
         result = from_dict(Result, values | {"config": config, "per_image": rows})
-        check_finite(values)  # of known types by now, hence of no great depth
+        check_finite(values)  # the types have been checked, so nesting is shallow
         return result
     except AfterimageError as error:
         raise AfterimageError(f"{shown(path)}: {error}") from None
 
 
 def _read_scores(path: Path) -> list[dict[str, Any]]:
-    """The rows of scores.csv. Every id is there once, everything beside it is a finite number or None."""
+    """Return the rows of scores.csv, after checking that ids are unique and all else is a finite number or None."""
     rows, seen = read_csv(path), set()
     for row in rows:
         if not row.get("id"):
@@ -467,12 +474,20 @@ def _read_scores(path: Path) -> list[dict[str, Any]]:
                     f"{shown(path)}: {column} of image {row['id']!r:.200} is {value!r:.80}, not a finite number"
                 )
             if number and column.startswith(tuple(METRICS)):
-                row[column] = float(value)  # `1` in the file of a perfect image
+                row[column] = float(value)  # a perfect score is `1` in the file
     return rows
 
 
 def check_finite(value: Any, where: str = "") -> None:
-    """Raise for numbers that JSON does not know but Python reads, `NaN` and `1e999`."""
+    """Check that all numbers in a value are finite, because Python's JSON reader accepts `NaN` and `1e999`.
+
+    Args:
+        value: plain values, nested in dictionaries and lists
+        where: name of the value, for the message
+
+    Raises:
+        AfterimageError: a number is not finite; the message names it
+    """
     if isinstance(value, float) and not math.isfinite(value):
         raise AfterimageError(f"{where} is not finite")
     pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else ()

@@ -1,4 +1,4 @@
-"""A run folder: create, open, scan, status."""
+"""Run folders: creation, state, files, and search."""
 
 from __future__ import annotations
 
@@ -32,9 +32,17 @@ from afterimage.runs.results import SUMMARY, Result, read_result, write_result
 
 
 def check_folder(path: str | Path, setting: str, *, writable: bool = True) -> None:
-    """Raise `AfterimageError` naming the setting unless a folder is there, or could be made there, and written into.
+    """Check that a folder exists or could be created, and could be written, without creating it.
 
-    Asked before long work whose result is to go there; nothing is made.
+    Called before long work whose result is to be stored there.
+
+    Args:
+        path: the folder
+        setting: name of the setting, for the message
+        writable: whether the folder must be writable
+
+    Raises:
+        AfterimageError: the folder cannot be used
     """
     path = Path(path)
     for place in (path.absolute(), *path.absolute().parents):
@@ -57,7 +65,7 @@ def check_folder(path: str | Path, setting: str, *, writable: bool = True) -> No
 
 
 def check_file(path: str | Path, setting: str) -> None:
-    """Raise `AfterimageError` naming the setting unless a file can be written there."""
+    """Check that a file can be written; raise an `AfterimageError` that names the setting if it cannot."""
     path = Path(path)
     check_folder(path.absolute().parent, setting)
     if path.is_dir():
@@ -66,13 +74,13 @@ def check_file(path: str | Path, setting: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. Every property reads the file anew; nothing is cached."""
+    """A run folder. Every property reads its file anew; nothing is cached."""
 
     path: Path
 
     @classmethod
     def create(cls, root: str | Path, config: RunConfig | BaselineConfig | InversionConfig) -> Run:
-        """Make (or find) the folder that this configuration names. An existing one is left as it is."""
+        """Create the folder that a configuration names; an existing one is not changed."""
         run = cls(Path(root) / config.name)
         if not run.file("config.toml").exists():
             write_atomic(run.file("config.toml"), dump_toml(config))
@@ -80,6 +88,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
+        """Open a run folder; raise `AfterimageError` if it holds neither config.toml nor summary.json."""
         run = cls(Path(path))
         if not run.file("config.toml").exists() and not run.file("summary.json").exists():
             raise AfterimageError(
@@ -92,22 +101,22 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name as text that can always be printed: other bytes and control characters are escaped."""
+        """Name of the folder as printable text, with undecodable bytes and control characters escaped."""
         return shown(self.path.name)
 
     @property
     def origin(self) -> str:
-        """Where it lies, for people."""
+        """Path of the folder as printable text."""
         return shown(self.path)
 
     @property
     def config(self) -> RunConfig:
-        """The configuration of a decoder's run; that of any finished run is in its `result`."""
+        """Configuration of a decoder's run; `result.config` is that of a finished run of any kind."""
         return load_toml(RunConfig, self.file("config.toml"))
 
     @property
     def state(self) -> str:
-        """`new`, `running`, `stopped`, `done` or `failed`."""
+        """State of the run: `new`, `running`, `stopped`, `done` or `failed`."""
         state = self.status.get("state", "new")
         if not isinstance(state, str):
             raise AfterimageError(f"{shown(self.file('status.json'))}: state must be text, got {state!r:.80}")
@@ -115,7 +124,7 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """The state and what goes with it, such as `error`; empty for a run that was never started."""
+        """The state and its details, such as `error`; empty for a run that was never started."""
         path = self.file("status.json")
         if not path.exists():
             return {}
@@ -128,7 +137,7 @@ class Run:
         write_json(self.file("status.json"), {"state": state, **details})
 
     def remove_leftovers(self) -> None:
-        """Remove what a process that was killed left half written; only for who holds the run's lock."""
+        """Remove files that a killed process left partly written; the caller must hold the run's lock."""
         remove_leftovers(self.path)
 
     def save_environment(self, facts: Mapping[str, Any]) -> None:
@@ -143,26 +152,29 @@ class Run:
 
     @property
     def result(self) -> Result:
-        """What the run came to; `AfterimageError` where it has not finished or a file is damaged."""
+        """Result of the run; raises `AfterimageError` if it has not finished or a file is damaged."""
         return read_result(self.path)
 
     @property
     def lpips_net(self) -> str:
-        """The LPIPS network that the run was measured with, or is to be."""
+        """LPIPS network that the run was, or will be, measured with."""
         return self.result.lpips.net if self.has_result else self.config.lpips
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One row an epoch; empty for rows that are not trained by epochs."""
+        """Training history, one row for each epoch; empty for runs that are not trained in epochs."""
         path = self.file("history.csv")
         return read_csv(path) if path.exists() else []
 
     def save_result(
         self, result: Result, images: Iterable[tuple[str, Any, Any]], fusion_maps: Sequence[Any] = ()
     ) -> None:
-        """Write images as `(id, original, reconstruction)` in uint8 `(H, W, 3)`, then the scores and the rest.
+        """Write the images to keep, then the result.
 
-        `fusion_maps` holds uint8 `(sources, h, w)` for each image, 255 for a weight of 1, where a fusion has such.
+        Args:
+            result: the result
+            images: `(id, original, reconstruction)` each, the latter two uint8 `(H, W, 3)`
+            fusion_maps: weights of a fusion for each image, uint8 `(sources, h, w)` with 255 for 1; empty without any
         """
         index = []
         for i, (identity, *pair) in enumerate(images):
@@ -180,12 +192,12 @@ class Run:
 
     @property
     def images(self) -> list[tuple[str, Path, Path]]:
-        """The saved test images as `(id, original, reconstruction)`, in their fixed order."""
+        """Saved test images as `(id, original, reconstruction)`, in their fixed order."""
         return [(e.id, self._saved(e.original), self._saved(e.reconstruction)) for e in self._index()]
 
     @property
     def fusion_maps(self) -> dict[str, list[Path]]:
-        """Where a fusion weighs its sources: each saved image's maps, a grey PNG a source, 255 a weight of 1."""
+        """Weight maps of a fusion by saved image: a grey PNG file for each source, with 255 for a weight of 1."""
         return {entry.id: list(map(self._saved, entry.fusion_maps)) for entry in self._index()}
 
     def _index(self) -> list[_SavedImage]:
@@ -197,7 +209,7 @@ class Run:
             raise AfterimageError(f"{shown(path)}: {error}") from None
 
     def _saved(self, name: str) -> Path:
-        """A saved image's file, which must lie in the run folder, whatever the index or a link says."""
+        """Return a saved image's path; raise if the index or a link leads out of the run folder."""
         path = self.file("reconstructions") / name
         if path.name != name or not path.resolve().is_relative_to(self.path.resolve()):
             raise AfterimageError(
@@ -208,7 +220,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _SavedImage:
-    """An entry of reconstructions/index.json: files beside it by name."""
+    """Entry of reconstructions/index.json, with names of files in the same folder."""
 
     id: str
     original: str
@@ -222,7 +234,7 @@ class _Index:
 
 
 def scan(root: str | Path) -> Iterator[Run]:
-    """Every run folder directly below `root`, by name."""
+    """Yield every run folder directly below `root`, sorted by name."""
     root = Path(root)
     if not root.is_dir():
         raise AfterimageError(f"there is no folder {root}")

@@ -1,1 +1,1 @@
-"""This machine and its processes: devices, memory, threads, signals, the terminal, and process groups."""
+"""Machine and processes: devices, memory, threads, signals, the terminal, and process groups."""

@@ -1,4 +1,4 @@
-"""Choose the device and the numerical precision."""
+"""Choice of the device and of the numerical precision."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # importing it takes seconds, and building a decoder does not
 
 
 TIMEOUT = timedelta(days=7)
-"""How long a rank waits for another one, which may be reading a million images. Ranks that ended are noticed
-sooner, by `ProcessGroup.watch`.
+"""Time that a rank waits for another, which may be reading a million images. `ProcessGroup.watch` notices ranks that
+have ended sooner.
 """
 
 
@@ -26,7 +26,7 @@ def one_device(accelerator: str, precision: str = "32-true", devices: Any = 1) -
     Args:
         accelerator: `cpu`, `cuda`, `mps` or `auto`
         precision: one of `PRECISIONS`
-        devices: which device, as Fabric takes it
+        devices: the device, in the form that Fabric accepts
 
     Raises:
         AfterimageError: the device does not exist here, or lacks the precision
@@ -43,7 +43,7 @@ def one_device(accelerator: str, precision: str = "32-true", devices: Any = 1) -
 
 
 def device_name(accelerator: str) -> str:
-    """Return the device that an accelerator stands for here, such as `cuda:0`; raises as `one_device` does."""
+    """Return the name of the device that an accelerator selects, such as `cuda:0`; raises as `one_device` does."""
     return str(one_device(accelerator).device)
 
 

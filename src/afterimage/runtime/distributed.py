@@ -1,9 +1,8 @@
-"""The processes (ranks) that train one run together, each on its part of every batch. A single process pays nothing.
+"""Processes (ranks) that train one run together, each on its part of every batch. A single process has no overhead.
 
-All ranks run the same lines in the same order. Code that may fail on one rank alone stands in a `raise_on_all_ranks`
-block, and every operation first asks whether all ranks are well: an error on one rank is raised on every rank at the
-same place, so that none waits for a rank that has left. These messages go over gloo on the CPU, even where the data go
-over NCCL.
+All ranks run the same lines in the same order. Code that may fail on one rank alone belongs in a `raise_on_all_ranks`
+block, and every operation first checks all ranks for errors: an error on one rank is raised on every rank at the same
+place, so that none waits for a rank that has left. These messages use gloo on the CPU, even if the data use NCCL.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ if TYPE_CHECKING:  # importing it takes seconds, and building a decoder does not
 Value = TypeVar("Value")
 Error = TypeVar("Error", bound=BaseException)
 GRACE = 60.0
-"""Seconds that a rank has to notice that another one ended, before `ProcessGroup.watch` ends it."""
+"""Seconds that a rank has to notice the end of another one, before `ProcessGroup.watch` ends it."""
 
 
 class RankLost(Exception):
-    """Another rank has ended, so this one cannot continue."""
+    """The end of another rank, without which this one cannot continue."""
 
     concerns = EVERYTHING
 
 
 class ProcessGroup:
-    """The ranks and their joint operations. Without a `fabric` there is one rank, and every operation is the identity.
+    """All ranks and their joint operations. Without a `fabric` there is one rank, and every operation is the identity.
 
     Attributes:
         fabric: the Fabric that connects the ranks, or None
@@ -64,7 +63,7 @@ class ProcessGroup:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this rank is the one that writes files, holds the lock and prints."""
+        """True on the main process, the rank that writes files, holds the lock and prints."""
         return self.rank == 0
 
     def local_fabric(self, accelerator: str, precision: str) -> Fabric:
@@ -80,7 +79,7 @@ class ProcessGroup:
         return one_device(device.type, precision, 1 if device.type == "cpu" else [device.index])
 
     def part(self, total: int) -> slice:
-        """Return this rank's slice of `total` images in a row.
+        """Return this rank's slice of `total` consecutive images.
 
         Parts differ by at most one image; the first are larger.
         """
@@ -89,12 +88,12 @@ class ProcessGroup:
         return slice(first, first + least + (self.rank < more))
 
     def most(self, total: int) -> int:
-        """Return the size of the largest part of `total` images."""
+        """Return the size of the largest part when `total` images are divided among the ranks."""
         return -(-total // self.count)
 
     @contextlib.contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Raise an error that occurs in this block on any rank on every rank, at the end of the block."""
+        """Raise on every rank, at the end of the block, an error that the block raises on any rank."""
         if self.count == 1:
             yield
             return
@@ -107,18 +106,18 @@ class ProcessGroup:
         self._check_ranks()
 
     def main_process_first(self, work: Callable[[], Value]) -> Value:
-        """Call `work` on the main process, then on the others, which find what the main process has stored."""
+        """Call `work` on the main process first, then on the other ranks, which find its stored results."""
         with self.raise_on_all_ranks():
             found = work() if self.is_main_process else None
         with self.raise_on_all_ranks():
             return found if self.is_main_process else work()
 
     def decide(self, flag: bool) -> bool:
-        """Return the main process's flag."""
+        """Return the main process's flag on every rank."""
         return self._check_ranks(flag=flag and self.is_main_process)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over ranks, with one message for all tensors of a type."""
+        """Replace each tensor by its sum over ranks, with one message for all tensors of the same type."""
         self._check_ranks()
         if self.count == 1:
             return
@@ -131,10 +130,10 @@ class ProcessGroup:
                 tensor.copy_(total.view(tensor.shape))
 
     def moments(self, values: Float[Tensor, "count channels"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the moments of the rows of all ranks, some of which may have none.
+        """Compute the moments of the rows of all ranks; some ranks may have no rows.
 
-        Moments are in float64 and merged as in Chan, Golub and LeVeque (1979), so that no large sums are
-        subtracted.
+        Moments are in float64 and merged as in Chan, Golub and LeVeque (1979), which avoids the subtraction of large
+        sums.
 
         Returns:
             the number of rows (a scalar), their mean and their population variance, `(channels,)` each
@@ -150,7 +149,7 @@ class ProcessGroup:
         return count[0], mean, (counts * (variances + (means - mean).square())).sum(0) / count
 
     def broadcast(self, value: Value) -> Value:
-        """Return the main process's value, which must be a plain object or tensors on the CPU."""
+        """Return the main process's value on every rank; it must be a plain object or tensors on the CPU."""
         self._check_ranks()
         if self.count == 1:
             return value
@@ -165,11 +164,15 @@ class ProcessGroup:
         return self._gather(value)
 
     def gather_batches(self, parts: list[Value]) -> list[Value]:
-        """Return all ranks' results, one a batch and rank, in the order that a single process would produce."""
+        """Return the results of all ranks, one for each batch and rank, in the order of a single process."""
         return [part for batch in zip(*self.gather(parts), strict=True) for part in batch]
 
     def place(self, images: int) -> tuple[int, int]:
-        """Return how many images of the batch precede this rank's `images` ones, and how many the batch has in all."""
+        """Return the number of images before this rank's part of the batch, and of the whole batch.
+
+        Args:
+            images: number of images in this rank's part
+        """
         counts = self.gather(images)
         return sum(counts[: self.rank]), sum(counts)
 
@@ -182,10 +185,10 @@ class ProcessGroup:
         return values
 
     def _check_ranks(self, error: BaseException | None = None, *, flag: bool = False) -> bool:
-        """Wait for all ranks and raise the first rank's error if there is one.
+        """Wait for all ranks, and raise the error of the first rank that has one.
 
         Returns:
-            whether any rank has set the flag
+            whether any rank has set `flag`
         """
         if self.count == 1:
             return flag
@@ -196,7 +199,7 @@ class ProcessGroup:
             return bool(word)
         errors = self._gather(None if error is None else _described(error))
         rank = next(rank for rank, what in enumerate(errors) if what is not None)
-        if rank != self.rank or errors[rank][0] == "stop":  # all ranks raise the same stop, and all save
+        if rank != self.rank or errors[rank][0] == "stop":  # all ranks raise the same stop and save
             error = _rebuilt(rank, *errors[rank])
         raise _known(error, elsewhere=not self.is_main_process)
 
@@ -214,7 +217,7 @@ class ProcessGroup:
         while not (gone := self.gone()) and time.monotonic() < until:
             time.sleep(0.1)
         reports = self.rank == min(set(range(self.count)) - set(gone))
-        if not reports:  # stay alive until the reporting rank has found the first one that ended
+        if not reports:  # stay alive until the reporting rank has found the rank that ended first
             time.sleep(2)
         why = "" if gone else f" ({error!s:.200})"
         return _known(RankLost(self._named(gone) + why), elsewhere=not reports)
@@ -232,7 +235,7 @@ class ProcessGroup:
         return f"{names} {'has' if len(gone) == 1 else 'have'} ended"
 
     def watch(self) -> None:
-        """End this process when another rank has ended and this one waits for it in vain, which NCCL permits."""
+        """End this process if it still waits, as NCCL does, `GRACE` seconds after another rank has ended."""
         since = None
         while not self._over.wait(1.0):
             gone = self.gone()
@@ -252,19 +255,19 @@ _depth = [0]
 
 
 def started_together() -> bool:
-    """Return whether `torchrun`, or `--devices`, which uses it, started this process as one of several ranks."""
+    """Return whether this process was started as one of several ranks, by `torchrun` or by `--devices`."""
     elastic = dist.is_available() and dist.is_torchelastic_launched()
     return elastic and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def on_main_process() -> bool:
-    """Return whether this process is the main process or the only one, without communicating."""
+    """Return whether this process is the main process, without communication; a single process always is."""
     return not started_together() or os.environ["RANK"] == "0"
 
 
 @contextlib.contextmanager
 def distributed_context(accelerator: str = "auto") -> Iterator[ProcessGroup]:
-    """Yield the group of all ranks that were started with this process, or `SINGLE_PROCESS` where there are no others.
+    """Yield the group of all ranks that were started with this process, or `SINGLE_PROCESS` if there are no others.
 
     Raises:
         AfterimageError: this machine has fewer devices than ranks, or a rank is lost
@@ -306,7 +309,7 @@ def leave() -> None:
 def _launched(accelerator: str) -> Fabric:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     nodes = int(os.environ["WORLD_SIZE"]) // here
-    # Fabric's messages about its start would only disturb the progress display.
+    # Fabric's start-up messages would disturb the progress display.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning_utilities").setLevel(logging.WARNING)
     fabric = create_fabric(accelerator, here, nodes)
@@ -315,13 +318,13 @@ def _launched(accelerator: str) -> Fabric:
 
 
 def _known(error: Error, elsewhere: bool) -> Error:
-    """Mark an error as known to all ranks; `elsewhere` means that another rank reports it to the user."""
+    """Mark an error as known to all ranks; `elsewhere` says that another rank reports it to the user."""
     error.agreed, error.elsewhere = True, elsewhere
     return error
 
 
 def _described(error: BaseException) -> tuple[str, Any, str, str]:
-    """Describe an error for other ranks: its kind, its message, its traceback, and what it affects."""
+    """Return an error's kind, message, traceback and affected scope, to send to other ranks."""
     if isinstance(error, KeyboardInterrupt):
         return "stop", getattr(error, "code", 130) - 128, "", ""
     if isinstance(error, LockLost):
@@ -338,7 +341,7 @@ def _described(error: BaseException) -> tuple[str, Any, str, str]:
 
 
 def _rebuilt(rank: int, kind: str, what: Any, story: str, concerns: str) -> BaseException:
-    """Create the error that a rank raises for the error of rank `rank`."""
+    """Create an error from the `_described` error of another rank."""
     if kind == "stop":
         return Stopped(what)
     if kind == "other":

@@ -1,7 +1,7 @@
-"""Handle an exception that ends one part of the work while the rest continues.
+"""Exceptions that end one part of the work while the rest continues.
 
-Whatever its type, an exception ends the run, row or image set in which it occurs and nothing that does not
-depend on it. The run's folder stores the traceback and the state `failed`; the terminal shows one line.
+An exception of any type ends the run, row or image set in which it occurs and everything that depends on that, but
+nothing else. The run's folder stores the traceback and the state `failed`; the terminal shows one line.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from afterimage.config import AfterimageError
 from afterimage.runtime.terminal import printable
 
 EVERYTHING, ENCODERS = "everything", "encoders"
-"""What an exception may affect beside the part of the work in which it is raised; see `concerns`."""
+"""Scopes that an exception may affect beyond its own part of the work; see `concerns`."""
 
 
 class Unexpected(AfterimageError):
-    """An exception of a kind that the code does not expect, as one line; `story` is its traceback."""
+    """Error for an exception that the code does not expect, in one line; `story` is its traceback."""
 
     def __init__(self, text: str, story: str = "") -> None:
         super().__init__(text)
@@ -29,7 +29,7 @@ class Unexpected(AfterimageError):
 
 @contextlib.contextmanager
 def concerning(what: str) -> Iterator[None]:
-    """Mark exceptions of this block as affecting everything that shares `what`, unless they are marked already."""
+    """Mark exceptions of this block as affecting the scope `what`, unless they are already marked."""
     try:
         yield
     except Exception as error:
@@ -39,21 +39,21 @@ def concerning(what: str) -> Iterator[None]:
 
 
 def concerns(error: BaseException) -> str:
-    """Return what an exception affects beside its own part of the work.
+    """Return the scope that an exception affects beyond its own part of the work.
 
     Returns:
-        `EVERYTHING` for what ends all work, such as a lost rank; `ENCODERS` for all rows that share the
-            encoders; otherwise the empty string
+        `EVERYTHING` if it ends all work, as a lost rank does; `ENCODERS` if it ends all rows that share the encoders;
+            otherwise the empty string
     """
     return getattr(error, "concerns", "") if isinstance(error, Exception) else EVERYTHING
 
 
 @contextlib.contextmanager
 def collected(failures: list[AfterimageError], what: str) -> Iterator[None]:
-    """Inside the block an exception ends the block alone: it is added to `failures` as the error of `what`.
+    """Catch an exception of this block, and append it to `failures` as the error of `what`.
 
     Raises:
-        Exception: one that concerns more than the block, see `concerns`
+        Exception: the exception affects more than this block, see `concerns`
     """
     try:
         yield
@@ -65,7 +65,7 @@ def collected(failures: list[AfterimageError], what: str) -> Iterator[None]:
 
 
 def of_caller(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a caller's callback so that its exceptions end all work: they are the caller's own."""
+    """Wrap a caller's callback so that its exceptions end all work, because they belong to the caller."""
 
     def called(*arguments: Any, **options: Any) -> Any:
         with concerning(EVERYTHING):
@@ -82,7 +82,7 @@ def one_line(error: BaseException) -> str:
 
 
 def story(error: BaseException) -> str:
-    """Return an exception's traceback; for an exception of another rank or machine, the traceback from there."""
+    """Return an exception's traceback; for one of another rank or machine, the traceback from there."""
     return printable(getattr(error, "story", "") or "".join(traceback.format_exception(error)))
 
 
@@ -102,12 +102,12 @@ def words(error: Exception) -> str:
 
 
 def as_error(error: Exception, name: str, file: Path | None = None) -> AfterimageError:
-    """Turn an exception into an `AfterimageError` that says what it ended.
+    """Turn an exception into an `AfterimageError` that names what it ended.
 
     Args:
         error: the exception
-        name: the run, row or image set that it ended
-        file: the file that holds the traceback
+        name: name of the run, row or image set that it ended
+        file: file that holds the traceback
     """
     text = words(error)
     text = text if name in text else f"{name}: {text}"
@@ -120,7 +120,7 @@ def as_error(error: Exception, name: str, file: Path | None = None) -> Afterimag
 
 
 def let_go(error: BaseException | None) -> None:
-    """Free what an exception's frames refer to, such as a network and its features, once the exception is handled.
+    """Free the objects in an exception's frames, such as a network and its features, once it has been handled.
 
     Its marks are removed too, because some libraries keep an exception and raise it again.
     """
@@ -134,11 +134,11 @@ def let_go(error: BaseException | None) -> None:
 
 
 _SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
-"""Parts of the messages of RuntimeErrors that mean that memory ran out."""
+"""Parts of a RuntimeError's message that mean that memory ran out."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception means that memory ran out, which PyTorch reports on a CPU as a plain RuntimeError."""
+    """Return whether an exception means that memory ran out; on a CPU PyTorch raises a plain RuntimeError then."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

@@ -1,4 +1,4 @@
-"""Ask the Hugging Face hub once, with a short time limit, and explain its refusals."""
+"""Requests to the Hugging Face hub without retries and with a short time limit, and explanations of its refusals."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CONNECT_SECONDS = 5.0
 
 
 def ask_for_file(url: str) -> None:
-    """Ask once whether the hub has a file.
+    """Ask the hub once whether it has a file.
 
-    The client by itself retries for minutes where there is no network or the hub is busy.
+    The client itself would retry for minutes without a network or while the hub is busy.
 
     Raises:
         OSError: nothing answers
-        Exception: any error of the client, if the hub refuses
+        Exception: the hub refuses; any error of its client
     """
     from huggingface_hub import get_hf_file_metadata
 
@@ -28,7 +28,7 @@ def ask_for_file(url: str) -> None:
 
 
 def ask_soon(ask: Callable[[], Any]) -> None:
-    """Call `ask`, and raise OSError after about `CONNECT_SECONDS`.
+    """Call `ask`, and raise OSError if it takes longer than about `CONNECT_SECONDS`.
 
     A dead name server would block a client for longer.
     """
@@ -51,13 +51,13 @@ def ask_soon(ask: Callable[[], Any]) -> None:
 
 
 def refusal(repository: str, revision: str | None, error: BaseException, kind: str = "") -> str:
-    """Explain why the hub does not give a file, and what the user can do, from the status of its answer.
+    """Return an explanation, from the status of the hub's answer, of why a file is refused and what the user can do.
 
     Args:
         repository: `OWNER/NAME`
-        revision: the revision that was asked for; None for `main`
+        revision: the requested revision; None for `main`
         error: the client's exception
-        kind: prefix of such repositories' addresses: `datasets/`, or empty for models
+        kind: prefix of the repository's address: `datasets/`, or empty for models
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
@@ -94,11 +94,11 @@ def refusal(repository: str, revision: str | None, error: BaseException, kind: s
 
 
 def busy(status: int, header: Callable[[str, str], str]) -> str:
-    """Explain a server's answer that means it cannot respond for now.
+    """Return an explanation of an answer by which a server says that it cannot respond for now.
 
     Args:
         status: HTTP status of the answer
-        header: returns a header of the answer by name, or the default given second
+        header: function that returns a header of the answer by its name, or the default in its second argument
 
     Returns:
         the explanation; empty for any other answer

@@ -20,7 +20,7 @@ from afterimage.runtime.threads import cores
 
 
 def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
-    """Run `afterimage ARGUMENTS` as several ranks, and return when all have succeeded.
+    """Run `afterimage ARGUMENTS` as several ranks, and return once all have succeeded.
 
     Args:
         arguments: arguments of the command
@@ -29,7 +29,7 @@ def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
 
     Raises:
         AfterimageError: the machine has fewer devices, or a signal killed a rank
-        SystemExit: a rank failed; carries the exit code of the first one
+        SystemExit: a rank failed; carries the exit code of the first that did
     """
     fabric = create_fabric(accelerator, devices)
     if fabric.device.type == "cpu" and devices > max(2, cores()):
@@ -37,7 +37,7 @@ def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
             f"--devices {devices} on a CPU: this machine has {cores()} cores for as many processes"
         )
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # a one-line message below replaces its long ones
+        if name.startswith("torch.distributed.elastic"):  # the one-line message below replaces its long ones
             logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,

@@ -1,4 +1,4 @@
-"""Repeat work on fewer images at a time when memory runs out."""
+"""Repeated attempts at work that runs out of memory, with fewer images at a time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Result = TypeVar("Result")
 
 
 def retry_with_smaller_batch(work: Callable[[int], Result], size: int, what: str) -> tuple[Result, int]:
-    """Call `work(size)`, and halve the size for as long as memory runs out.
+    """Call `work(size)`, and halve the size until the work fits into memory.
 
     Args:
-        work: the work, as a function of the batch size
+        work: function of the batch size
         size: first batch size
         what: name of the work, for the message
 

@@ -1,4 +1,4 @@
-"""Identify a process on any machine, so that a lock whose holder has ended can be recognised."""
+"""Identity of a process on any machine, to recognise locks whose holder has ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from afterimage.config import AfterimageError
 
 
 class LockLost(AfterimageError):
-    """Another process took over the lock, because this one gave no sign of life for too long."""
+    """Loss of a lock: another process took it over, because this one gave no sign of life for too long."""
 
 
 class Holder(NamedTuple):
@@ -20,7 +20,7 @@ class Holder(NamedTuple):
 
     Attributes:
         pid: process id
-        started: start time in the operating system's own unit, since ids are used again
+        started: start time in the operating system's own unit, to tell processes with a reused id apart
         machine: host name, boot id and process namespace
     """
 
@@ -38,12 +38,12 @@ def this_process() -> Holder:
 
 
 def ended(process: Holder) -> bool:
-    """Return whether a process has ended; False for a process of another machine, where it is unknown."""
+    """Return whether a process of this machine has ended; False for other machines, where this is unknown."""
     return process.machine == _machine() and os.name == "posix" and _started(process.pid) != process.started
 
 
 def _machine() -> str:
-    """Return host name, boot id and process namespace: containers may share a host's name but not its processes."""
+    """Return host name, boot id and process namespace; containers may share a host's name but not its processes."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -52,7 +52,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process of this machine started, to tell reused ids apart; None if it has ended."""
+    """Return the start time of a process of this machine, to tell reused ids apart; None if it has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]

@@ -1,4 +1,4 @@
-"""Report the progress of a long computation: what is being done, how far it is, and how long it will take."""
+"""Progress of a long computation: the current step, the share that is done, and the time left."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 from afterimage.runtime.terminal import console
 
 Progress = Callable[..., None]
-"""A callback `progress(what, done, total, **figures)`: the current work, how far it is, and figures to show.
+"""Callback `progress(what, done, total, **figures)`: name of the work, number of finished and of all steps, and
+figures to show.
 
-A figure may be a function; it is called only when the figure is shown, because reading a value from a device
-waits for the device. Concurrent work passes `group="2/5"`, so that each group gets a line of its own.
+A figure may be a function, which is called only if the figure is shown, because reading a value from a device
+waits for the device. Concurrent work passes `group="2/5"` to get a line for each group.
 """
 
 
@@ -21,7 +22,7 @@ def silent(what: str, done: int, total: int, **figures: Any) -> None:
 
 
 class Display:
-    """Show progress on a terminal as one live line for each group; elsewhere print a line every few seconds."""
+    """A progress display: one live line for each group on a terminal, elsewhere a new line every few seconds."""
 
     def __init__(self, *, interval: float | None = None) -> None:
         self.console = console(error=True)
@@ -76,7 +77,7 @@ class Display:
 
 
 class _Line:
-    """The current work of one group, and when it began."""
+    """The current work of one group, and its start."""
 
     def __init__(self, what: str, started: float, begun_at: int) -> None:
         self.what, self.started, self.begun_at = what, started, begun_at
@@ -100,7 +101,7 @@ class _Line:
 
 
 def clock(seconds: float) -> str:
-    """Format seconds: `75` as `1:15`, an hour or more as `1:02:05`."""
+    """Return seconds as text: `75` becomes `1:15`, and an hour or more `1:02:05`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""Stop cleanly on SIGTERM and Ctrl-C, after the current step and with a checkpoint."""
+"""Graceful shutdown on SIGTERM and Ctrl-C, after the current step and with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to end. `code` is the exit code that shells expect."""
+    """A signal's request to end the process. `code` is the exit code that shells expect."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -18,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stopped(Interrupted):
-    """The process was asked to end and stopped between two steps."""
+    """A stop between two steps, after a signal's request to end the process."""
 
 
 class GracefulShutdown:
@@ -26,8 +26,8 @@ class GracefulShutdown:
 
     Attributes:
         number: number of the signal, or None
-        ignore_second_signal: whether a second signal is ignored instead of ending the process at once; a
-            launcher passes on signals that its process group has received already
+        ignore_second_signal: whether a second signal is ignored instead of ending the process at once; needed below
+            a launcher, which passes on signals that its process group has already received
     """
 
     def __init__(self, ignore_second_signal: bool = False) -> None:
@@ -50,7 +50,7 @@ def graceful_shutdown(ignore_second_signal: bool = False) -> Iterator[GracefulSh
     """Record SIGTERM and Ctrl-C inside this block in the `GracefulShutdown` that it yields.
 
     A second signal ends the block at once, unless `ignore_second_signal` is set. Outside the main thread
-    nothing changes, as Python delivers signals to the main thread only.
+    nothing changes, because Python delivers signals to the main thread only.
     """
     stop = GracefulShutdown(ignore_second_signal)
     if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
-"""Batch norm for decoders and fusions in training, over the whole batch on all ranks, and also over a single value.
+"""Batch norm for training decoders and fusions, over the whole batch on all ranks, and also over a single value.
 
-A channel of which a batch holds a single value (a 1x1 map of one image) has no variance, and PyTorch raises an error.
-Here such a batch is normalised by the running statistics, as in evaluation, and leaves them unchanged.
+If a batch holds a single value of each channel (a 1x1 map of one image), there is no variance, and PyTorch raises an
+error. Here such a batch is normalised by the running statistics, as in evaluation, and leaves them unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 def adapt(module: nn.Module, ranks: ProcessGroup = SINGLE_PROCESS) -> list[BatchNorm]:
-    """Replace every batch norm inside a module by one that takes any batch of all ranks.
+    """Replace every batch norm inside a module by one that accepts any batch and covers all ranks.
 
     Names, parameters and buffers are those of `nn.BatchNorm2d`, so state dicts stay compatible. PyTorch's
     `SyncBatchNorm` exists on CUDA only.
@@ -38,7 +38,7 @@ def adapt(module: nn.Module, ranks: ProcessGroup = SINGLE_PROCESS) -> list[Batch
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` that accepts a single value per channel; `met_single` counts such batches."""
+    """`nn.BatchNorm2d` that accepts a single value per channel; `met_single` is the number of such batches so far."""
 
     def __init__(self, plain: nn.BatchNorm2d, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
         super().__init__(plain.num_features, plain.eps, plain.momentum, device="meta")
@@ -52,7 +52,7 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(maps)
 
     def by_running_statistics(self, maps: Tensor) -> Tensor:
-        """Normalise by the running statistics, as the batch has none of its own."""
+        """Normalise by the running statistics, because the batch has no variance."""
         self.met_single += 1
         return F.batch_norm(
             maps, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
@@ -67,7 +67,7 @@ class RanksBatchNorm(BatchNorm):
             return nn.BatchNorm2d.forward(self, maps)
         moments = self.ranks.moments(maps.detach().permute(0, 2, 3, 1).flatten(0, 2))
         count, mean, variance = moments
-        if count == 1:  # true on all ranks or none, so none waits for another in the backward pass
+        if count == 1:  # the same on all ranks, so none waits for another in the backward pass
             return self.by_running_statistics(maps)
         result = _Normalise.apply(maps, self.weight, self.bias, self.eps, self.ranks, *moments)
         with torch.no_grad():
@@ -79,7 +79,7 @@ class RanksBatchNorm(BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalise by the moments of all ranks' images; the gradient accounts for their dependence on the images."""
+    """Normalisation by the moments of all ranks' images; the gradient accounts for their dependence on the images."""
 
     @staticmethod
     def forward(ctx, maps, weight, bias, eps, ranks, count, mean, variance):

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 _HANDLER = "afterimage.runtime.terminal"
 _STAND_INS = {
     "→": "->", "←": "<-", "↑": "^", "↓": "v", "×": "x", "·": ".", "±": "+-", "−": "-", "–": "-", "—": "-", "…": "...",
-    **{mark: f"^{digit}" for digit, mark in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},  # a bare digit would belong to the number before
+    **{mark: f"^{digit}" for digit, mark in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},  # a bare digit would extend the number before it
     **dict.fromkeys("─━═╌╍┄┅", "-"), **dict.fromkeys("│┃║", "|"), **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼┏┓┗┛┡┩╇╈", "+"),
 }  # fmt: skip
 """Replacements for characters that the terminal's encoding lacks; all others are escaped."""
 
 
 def printable(text: str) -> str:
-    """Escape control characters and undecodable bytes in a text for the terminal; line breaks stay."""
+    """Return text for the terminal, with control characters and undecodable bytes escaped; line breaks stay."""
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
     return "".join(c if c in "\n\t" or _is_safe(c) else _escaped(c) for c in text)
@@ -45,10 +45,10 @@ def say(*lines: object, error: bool = False) -> None:
 
 
 def complain(what: str, error: object) -> None:
-    """Print `what: error` on standard error; further lines are indented, so that no name can look like a message.
+    """Print `what: error` on standard error; further lines are indented, so that they cannot pass for a message.
 
     Args:
-        what: what failed
+        what: label of the message, such as `failed`
         error: the error or its message
     """
     text = str(error).replace("\n", "\n  ").replace("\n    ", "\n  ")
@@ -61,7 +61,7 @@ def console(width: int | None = None, *, error: bool = False) -> Console:
     Text is shown literally: names cannot contain markup or control sequences.
 
     Args:
-        width: columns to use where the output is not a terminal
+        width: number of columns if the output is not a terminal
         error: whether to write to standard error
     """
     writer = Writer.of(sys.stderr if error else sys.stdout)
@@ -71,7 +71,7 @@ def console(width: int | None = None, *, error: bool = False) -> Console:
 
 
 class Writer:
-    """A text stream that never fails.
+    """A text stream that never raises.
 
     Characters that its encoding lacks are replaced, and text that cannot be written is dropped; `failure` then
     holds the first error.
@@ -91,7 +91,7 @@ class Writer:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, and return its length as if all of it was written."""
+        """Write text, and return its length as if all of it had been written."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with self._kept():
             self.stream.write(text.encode(encoding, _HANDLER).decode(encoding))
@@ -116,7 +116,7 @@ class Writer:
             self.failure = self.failure or error
 
     def finish(self) -> None:
-        """Write what is buffered. What cannot be written is dropped, or the interpreter would try again at exit."""
+        """Flush the stream; drop text that cannot be written, or the interpreter would try again at exit."""
         self.flush()
         if self.failure is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -156,7 +156,7 @@ def always_writable() -> Iterator[None]:
 
 
 class _Warnings(logging.Handler):
-    """Print the package's warnings like all other messages."""
+    """Logging handler that prints the package's warnings like all other messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record), error=True)

@@ -1,4 +1,4 @@
-"""Count the CPU cores, and map a function over items on all of them."""
+"""Use of the CPU cores: their number, parallel mapping, and idle threads."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def in_parallel(
     what: str,
     progress: Progress,
 ) -> Iterator[Result]:
-    """Map `work` over `items` on all cores, in order.
+    """Map `work` over `items` in threads on all cores, and yield the results in order.
 
-    Threads suffice: Pillow, NumPy and hashlib release the interpreter lock while they work, and threads need no
-    `if __name__ == "__main__"` in the caller's script.
+    Threads suffice, because Pillow, NumPy and hashlib release the interpreter lock while they work. Unlike processes,
+    they need no `if __name__ == "__main__"` in the caller's script.
 
     Args:
         work: the function
@@ -53,12 +53,11 @@ def in_parallel(
 
 
 def let_idle_threads_sleep() -> None:
-    """Make OpenMP's threads sleep while they wait for each other. Call it before torch is imported.
+    """Make OpenMP's threads sleep while they wait for each other. Must be called before torch is imported.
 
-    The command line calls it. By default a waiting thread keeps its core busy, which slows other programs and
-    the other hardware thread of that core. Waiting busily for some microseconds still pays, because going to
-    sleep after every small step is slow. Sets `OMP_WAIT_POLICY` and `GOMP_SPINCOUNT`, unless the first is set
-    already.
+    The command line calls it. By default a waiting thread keeps its core busy, which slows down other programs and
+    the other hardware thread of that core. Threads still wait busily for some microseconds, because going to sleep
+    after every small step is slow. Sets `OMP_WAIT_POLICY` and `GOMP_SPINCOUNT`, unless the first is already set.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
