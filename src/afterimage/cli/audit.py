@@ -163,7 +163,7 @@ def _is_given(value: Any) -> bool:
 
 
 def print_verdict(results: Results, verdict: Verdict) -> None:
-    """Print the table of attacks and the verdict."""
+    """Print the table of attacks, all notes and the verdict."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Print results on the terminal."""
+"""Output of results on the terminal."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ HELD_OUT = 32
 
 
 def error_images(count: int) -> int:
-    """Return the number of validation images, the first of `count`, that teach a decoder's errors: at most half."""
+    """Return the number of validation images, the first of `count`, to learn a decoder's errors from: at most half."""
     return min(HELD_OUT, count // 2)
 
 
@@ -67,7 +67,7 @@ class InvertConfig:
             maximum when the search starts from a decoder's answer
         held_out: number of validation images on which the number of passes from a decoder's answer is chosen, for the
             lowest LPIPS (the highest PSNR if LPIPS is unavailable); 0, or `adam`, takes `steps`
-        learning_rate: Adam's learning rate; None takes the method's own
+        learning_rate: Adam's learning rate, or the size of L-BFGS's first step; None takes the method's own
         starts: number of starts for each image; the result with the nearest features is kept
         jitter: largest random shift of the image before each pass, in pixels; with Adam only
         tv: weight of the total variation, 0 to leave it out

@@ -1,4 +1,4 @@
-"""Make the paths in settings absolute, so that each folder has one name, and open paths of any bytes."""
+"""Absolute paths for settings, so that each folder has one name, and access to paths of any bytes."""
 
 from __future__ import annotations
 

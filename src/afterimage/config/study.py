@@ -60,8 +60,8 @@ class StudyConfig:
         missing_weights: `error`, or the name of the random control to use instead of missing pretrained weights;
             every output names such rows
         baselines: whether the baselines are scored too
-        controls: whether every run also gets a matched random control, and its feature ablations, error
-            breakdown and rate-distortion curve
+        controls: whether every run also gets matched controls (random weights, a perceptual loss), feature ablations,
+            an error breakdown and a rate-distortion curve
         invert: number of test images, from the first on, for which the measured bound of every run is found: their most
             consistent images and best estimates
         inversion: settings of the search for the most consistent images; its precision is each run's own

@@ -1,4 +1,4 @@
-"""Read and write frozen dataclasses as strict TOML."""
+"""Strict TOML reader and writer for frozen dataclasses."""
 
 from __future__ import annotations
 

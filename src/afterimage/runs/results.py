@@ -45,8 +45,8 @@ KINDS = {"decoder": RunConfig, "baseline": BaselineConfig, "inversion": Inversio
 class Metric:
     """Title, unit, number of decimals and direction of a metric.
 
-    `negligible` is the largest difference without meaning: the published study names 0.1 dB for PSNR, and none for SSIM
-    and LPIPS.
+    Differences below `negligible` do not matter: the published study names 0.1 dB for PSNR, and no margin for SSIM and
+    LPIPS.
     """
 
     title: str

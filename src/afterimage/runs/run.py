@@ -111,7 +111,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """Configuration of a decoder's run; `result.config` is that of a finished run of any kind."""
+        """Configuration of a decoder's run; for finished runs of any kind see `result`."""
         return load_toml(RunConfig, self.file("config.toml"))
 
     @property

@@ -235,7 +235,7 @@ class ProcessGroup:
         return f"{names} {'has' if len(gone) == 1 else 'have'} ended"
 
     def watch(self) -> None:
-        """End this process if it still waits, as NCCL does, `GRACE` seconds after another rank has ended."""
+        """End this process if it still waits, as it can under NCCL, `GRACE` seconds after another rank has ended."""
         since = None
         while not self._over.wait(1.0):
             gone = self.gone()

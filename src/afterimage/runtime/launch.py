@@ -1,4 +1,4 @@
-"""Run a command again as several ranks on this machine (`--devices N`), with the launcher behind `torchrun`."""
+"""Launcher of a command as several ranks on this machine (`--devices N`), built on that of `torchrun`."""
 
 from __future__ import annotations
 

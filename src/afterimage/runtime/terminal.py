@@ -1,4 +1,4 @@
-"""Write to the terminal in a way that cannot fail.
+"""Output to the terminal that cannot fail.
 
 A terminal may lack a character, a name may contain control sequences, a pipe may be closed and a disk may be
 full: none of these may end a computation.
@@ -109,7 +109,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
-        """Keep the first error of this block in `failure`."""
+        """Catch errors of this block, and keep the first one in `failure`."""
         try:
             yield
         except (OSError, ValueError) as error:  # ValueError: the stream has been closed
