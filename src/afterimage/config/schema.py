@@ -116,17 +116,19 @@ class FusionConfig:
 class RecipeConfig:
     """The training recipe of a decoder. The defaults are the published study's.
 
+    The attributes' descriptions are also the help texts of `afterimage train`.
+
     Attributes:
-        epochs: number of passes over the training images
-        batch_size: number of images in each step
-        learning_rate: Adam's learning rate
-        weight_decay: L2 penalty on the weights
-        scheduler: schedule of the learning rate: `plateau`, `cosine` or `constant`
-        plateau_factor: with `plateau`: factor on the learning rate when the validation loss stops falling
-        plateau_patience: with `plateau`: number of epochs without improvement before that
-        loss: weighted sum of `mse`, `l1` and `lpips`, for example `0.5*mse+0.5*lpips`
-        augment: whether training crops are taken and flipped at random, instead of from the centre
-        precision: number format: `32-true`, `bf16-mixed` or `16-mixed`
+        epochs: Number of epochs.
+        batch_size: Number of images in each training step.
+        learning_rate: Learning rate of Adam.
+        weight_decay: L2 penalty on the weights.
+        scheduler: Schedule of the learning rate: plateau, cosine or constant.
+        plateau_factor: With plateau: factor on the learning rate when the validation loss stops falling.
+        plateau_patience: With plateau: number of epochs without improvement before that.
+        loss: Loss, a weighted sum of terms: mse, l1, 0.5*mse + 0.5*lpips.
+        augment: Take and flip training crops at random, instead of from the centre.
+        precision: Number format: 32-true, bf16-mixed or 16-mixed.
     """
 
     epochs: int = 30
