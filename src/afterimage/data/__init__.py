@@ -1,4 +1,4 @@
-"""Images in, crops in [0, 1] out: find, split and check them, decode them once, crop them on the device."""
+"""Load images: find, split, check and decode them, and return crops in [0, 1]."""
 
 from afterimage.data.dataset import load_data
 from afterimage.data.decode import load_image

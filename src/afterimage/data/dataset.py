@@ -1,4 +1,4 @@
-"""Turn a `DataConfig` into the images that train, validate and test."""
+"""Load the training, validation and test images that a `DataConfig` names."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ logger = logging.getLogger("afterimage")
 
 SPLITS = ("train", "validation", "test")
 STREAM_ABOVE = 50_000
-"""More images than these of one source are streamed: kept, they would be 10 GiB of pixels at 256 x 256."""
+"""Largest number of images of one source that are kept decoded (10 GiB of pixels at 256 x 256); more are streamed."""
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """Return the folder of the cache: the one given, else `AFTERIMAGE_CACHE`, else `~/.cache/afterimage`."""
+    """Return the cache folder: the given one, else `AFTERIMAGE_CACHE`, else `~/.cache/afterimage`."""
     return Path(os.path.expanduser(given or os.environ.get("AFTERIMAGE_CACHE") or "~/.cache/afterimage"))
 
 
 def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent) -> Data:
     """Find, split, decode and check the images that a config names.
 
-    Up to `STREAM_ABOVE` images of a source are decoded once and kept; more are decoded each time they are used. Of a
-    source that only tests, its own test split is used if it has one, otherwise all of it.
+    Up to `STREAM_ABOVE` images of a source are decoded once and kept; the images of a larger source are decoded each
+    time they are used. If `config.test` names a source, its test split is used, or its training images if it has none.
 
     Args:
         config: the sources and how they are split
-        cache: folder of decoded images and of indexes; None for that of `cache_folder`
-        progress: called with what is done, how far it is, and the total
+        cache: folder of decoded images and digests; None for the one of `cache_folder`
+        progress: called with the name of the current task, the amount done, and the total
 
     Returns:
-        the three splits, and notes on what a reader of the scores must know
+        the three splits, with notes for readers of the scores
 
     Raises:
         AfterimageError: images are missing, broken or too few, or a test image is also a training or validation
@@ -62,7 +62,7 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
     parts, source = _source(config, folder, progress)
     found = _of_source(source, not config.test)
     if config.test:
-        # Found before anything is decoded: a wrong name is told at once.
+        # List the test images before decoding anything, so that a wrong name is reported at once.
         part, other = _other(config, folder, progress)
         found += _of_test(other)
         images = _images(parts, source.root, config, folder, progress)
@@ -82,14 +82,14 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
 def load_test(
     config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent
 ) -> tuple[ImageSet, list[str]]:
-    """Load the test images of a config whose `test` names a source of their own.
+    """Load the test images of a config whose `test` names a separate source.
 
-    The training images may be missing: a note then says that copies among them could not be looked for.
+    The training images may be missing: a note then says that they could not be searched for copies of test images.
 
     Args:
         config: the sources and how they are split
-        cache: folder of decoded images and of indexes; None for that of `cache_folder`
-        progress: called with what is done, how far it is, and the total
+        cache: folder of decoded images and digests; None for the one of `cache_folder`
+        progress: called with the name of the current task, the amount done, and the total
 
     Returns:
         the test images, and notes on them
@@ -127,7 +127,7 @@ def count_images(config: DataConfig, *, cache: str | Path | None = None) -> dict
 
 
 def _source(config: DataConfig, folder: Path, progress: Progress) -> tuple[list[Sequence[Original]], Source]:
-    """The source and its parts: to train, to validate and, where no other source gives them, to test."""
+    """Return the training and validation images, the test images if no other source provides them, and the source."""
     seed, own = config.split_seed, not config.test
     limits = [config.limit_train, config.limit_validation, config.limit_test][: 2 + own]
     source = read_source(config.source, {"train", "test"} if own else {"train"}, folder, progress)
@@ -137,7 +137,7 @@ def _source(config: DataConfig, folder: Path, progress: Progress) -> tuple[list[
 
 
 def _other(config: DataConfig, folder: Path, progress: Progress) -> tuple[Sequence[Original], Source]:
-    """The test images of the source that `config.test` names, and that source."""
+    """Return the test images of the source that `config.test` names, and that source."""
     other = read_source(config.test, {"test"}, folder, progress)
     test = shuffled(other.train if other.test is None else other.test, config.split_seed)
     return test[: config.limit_test], other
@@ -150,7 +150,7 @@ def _warn(notes: Sequence[str]) -> None:
 
 
 def _notes(images: Sequence[ImageSet]) -> list[str]:
-    """What a reader of the results has to know of how the images were read."""
+    """Return a note on streamed images, if there are any."""
     streamed = sum(len(part) for part in images if part.streamed)
     notes = []
     if streamed:
@@ -162,7 +162,7 @@ def _notes(images: Sequence[ImageSet]) -> list[str]:
 
 
 def _of_source(source: Source, own_test: bool) -> list[str]:
-    """Notes on what a source leaves out and how it is split."""
+    """Return notes on the files that a source leaves out and on how it is split."""
     notes = list(source.notes)
     if source.pooled:
         folders = f"{len(source.pooled):,} folders, {listed(source.pooled)},"
@@ -173,7 +173,7 @@ def _of_source(source: Source, own_test: bool) -> list[str]:
 
 
 def _of_test(source: Source) -> list[str]:
-    """Notes on what a source leaves out that only tests."""
+    """Return notes on a source that is used only for test images: the files that it leaves out, and its split."""
     notes = [f"test images: {note}" for note in source.notes]
     if source.test is None and source.validation is not None:
         notes.append(
@@ -183,7 +183,7 @@ def _of_test(source: Source) -> list[str]:
 
 
 def _examined(named: Mapping[str, ImageSet], size: int) -> list[str]:
-    """Notes on the values and sizes of the images of each part, as far as they were looked at."""
+    """Return notes on the range of values and the sizes of images; the values of streamed images are not examined."""
     kept = {name: part.facts for name, part in named.items() if not part.streamed}
     sides = {name: part.sides for name, part in named.items()}
     notes = (value_notes(kept) if kept else []) + size_notes(sides, size)
@@ -199,7 +199,7 @@ def _images(
     cache: Path,
     progress: Progress,
 ) -> list[ImageSet]:
-    """The parts of one source: decoded once and kept, or streamed where they are many."""
+    """Return the image sets of one source's parts: decoded and kept, or streamed above `STREAM_ABOVE` images."""
     originals = [original for part in parts for original in part]
     digests, sides, unreadable = _looked_at(originals, root, config, cache, progress)
     ends = np.cumsum([len(part) for part in parts])
@@ -227,7 +227,7 @@ def _images(
 def _looked_at(
     originals: Sequence[Original], root: Path, config: DataConfig, cache: Path, progress: Progress
 ) -> tuple[UInt8[np.ndarray, "n 32"], Int64[np.ndarray, " n"], dict[int, BadImage]]:
-    """The SHA-256 and the shorter side of every original; by their place, why some cannot be read."""
+    """Return the SHA-256 and the shorter side of every original, and by index the errors of unreadable ones."""
     known = FileDigests(cache, root)
     digests, sides = np.zeros((len(originals), 32), np.uint8), np.zeros(len(originals), np.int64)
     unreadable: dict[int, BadImage] = {}
@@ -254,7 +254,7 @@ def prepare_image(path: Path, config: DataConfig) -> Tensor:
 
     Args:
         path: the file
-        config: how far it is resized, and the size of the crop
+        config: sizes of the resized image and of the crop
 
     Returns:
         `(1, 3, height, width)` in [0, 1]
@@ -270,11 +270,11 @@ def prepare_image(path: Path, config: DataConfig) -> Tensor:
 
 
 def file_notes(paths: Sequence[Path], config: DataConfig) -> list[str]:
-    """Write the notes on image files that a reader of their scores needs, like those of `Data.notes`.
+    """Return notes on image files for readers of their scores, like `Data.notes`.
 
     Args:
         paths: the files
-        config: how far they are resized, and the size of the crops
+        config: sizes of the resized images and of the crops
 
     Raises:
         BadImage: a file cannot be read as an image

@@ -16,24 +16,24 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from afterimage.config import AfterimageError, shown, size_pair
 
-VERSION = 3  # of what is kept decoded: raised whenever the same file would give other pixels
-# Of a data set's digest. Version 3 of the pixels differs only where a PNG of 2, 4 or 16 bits names a transparent value,
-# so that all other data sets keep their names.
+VERSION = 3  # version of the decoded pixels: increase it whenever the same file decodes to other pixels
+# Version in data sets' digests. It stays at 2 because version 3 of the pixels differs only for PNGs of 2, 4 or 16 bits
+# with a transparent value: all other data sets keep their digests.
 DIGEST_VERSION = 2
 EXTENSIONS = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
     ".tif", ".tiff", ".webp",
 )  # fmt: skip
-# Formats that Pillow decodes by itself: no Ghostscript (EPS), no plugins of other packages.
+# Formats that Pillow decodes without Ghostscript (EPS) or plugins of other packages.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS = 178_956_970  # where Pillow refuses too: about 15,000 x 12,000
+MAX_PIXELS = 178_956_970  # Pillow's own limit, about 15,000 x 12,000
 MAX_BYTES = 2**30
 MAX_ASPECT = 16
 
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262
 _WHITE_IS_ZERO = 0
-# How Pillow unpacks the PNGs whose transparent value it compares with other numbers than the file's samples: the bits
-# of a sample, and the factor that 8-bit values are scaled by.
+# Pillow's raw modes for PNGs whose transparent value it compares with other numbers than the file's samples: bits of a
+# sample, and the factor by which Pillow scales samples.
 _SCALED = {"L;2": (2, 85), "L;4": (4, 17), "I;16B": (16, 1)}
 _DEEP, _LOW_BYTES = "RGB;16B", "RGB;16L"
 _TURNS = {
@@ -45,7 +45,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_filtering = Lock()  # the warnings filter is one for all threads
+_filtering = Lock()  # all threads share one warnings filter
 
 
 class BadImage(AfterimageError):
@@ -68,8 +68,8 @@ class _Unsupported(Exception):
 def load_image(path: str | Path) -> Image.Image:
     """Read any image file as an 8-bit sRGB Pillow image.
 
-    The image is turned as its EXIF orientation says, and transparency is laid on white. 16-bit, CMYK, palette and
-    greyscale images and other colour profiles are converted. Of an animation the first frame counts.
+    The EXIF orientation is applied, and transparent pixels are blended with white. 16-bit, CMYK, palette and greyscale
+    images and other colour profiles are converted. Only the first frame of an animation is read.
 
     Raises:
         BadImage: the file is missing, unreadable, truncated, no image, or larger than 179 million pixels or 1 GiB
@@ -91,7 +91,7 @@ def open_file(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     try:
-        # Looked at before it is opened: opening a named pipe would wait for ever.
+        # Check the kind of file first: opening a named pipe would block for ever.
         path.stat()
         if not path.is_file():
             raise BadImage(shown(path), f"is {'a folder' if path.is_dir() else 'not a regular file'}")
@@ -134,28 +134,34 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 def check_header(content: bytes, name: str) -> tuple[int, int]:
-    """Read an image's sides from its first bytes. Damage further in shows only when the image is decoded.
+    """Read an image's sides from its header. Damage after the header shows only when the image is decoded.
 
     Args:
         content: bytes of the file
         name: name of the file, for the error
 
     Returns:
-        width and height in pixels, as stored, before the image is turned
+        width and height in pixels as stored, before the EXIF orientation is applied
 
     Raises:
-        BadImage: the content is no image, or too large a one
+        BadImage: the content is not an image, or the image is too large
     """
     with _named(name):
         return _open(content).size
 
 
 def cover(image: Image.Image, box: int | tuple[int, int]) -> Image.Image:
-    """Resize an image with antialiased bicubic interpolation so that it just covers a box, `(height, width)`.
+    """Resize an image with antialiased bicubic interpolation so that it just covers a box.
 
-    If the box is a square, given by its side, the image's shorter side becomes that long. The image's other side is
-    rounded down, as torchvision does. An image more than 16 times as long as wide is cut to its
-    middle first, so that a strip one pixel wide stays bounded.
+    An image more than 16 times as long as wide is first cut to its middle, which bounds the result for a strip one
+    pixel wide.
+
+    Args:
+        image: the image
+        box: `(height, width)` in pixels, or the side of a square, which becomes the image's shorter side
+
+    Returns:
+        the resized image, whose other side is rounded down as by torchvision
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
@@ -173,7 +179,7 @@ def cover(image: Image.Image, box: int | tuple[int, int]) -> Image.Image:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Whatever a decoder raises as `BadImage` with the image's name."""
+    """Raise any exception of a decoder as `BadImage` with the image's name."""
     try:
         yield
         return
@@ -192,7 +198,7 @@ def _named(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Pillow's warnings, of half of what it refuses and of damaged metadata."""
+    """Suppress Pillow's warnings about images above half of its size limit and about damaged metadata."""
     with _filtering, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -212,22 +218,25 @@ def _orientation(image: Image.Image) -> int:
     try:
         with _quiet():
             orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged metadata says nothing about the pixels; viewers ignore it too
+    except Exception:  # the pixels may be sound although the metadata are damaged; viewers ignore this too
         return 1
     return orientation if isinstance(orientation, int) else 1
 
 
 def _packed(image: Image.Image) -> str:
-    """How a PNG's samples are packed, in Pillow's words; empty for other files, and once it is loaded."""
+    """Return Pillow's raw mode of a PNG's samples; empty for other files and for a loaded image."""
     tile = image.tile[0] if image.format == "PNG" and image.tile else ("", (), 0, "")
     return tile[3] if isinstance(tile[3], str) else tile[3][0]
 
 
 def _transparent(image: Image.Image, packed: str, content: bytes) -> np.ndarray | None:
-    """Where a PNG has the value that its tRNS chunk calls transparent, `(height, width)`; None where Pillow sees to it.
+    """Find the pixels of a PNG that have the transparent value of its tRNS chunk.
 
-    The file's samples are compared, all bits of them: Pillow compares a grey value of 2 or 4 bits after it was scaled,
-    a colour of 16 bits after it was cut to 8, and a grey value of 16 bits not at all.
+    All bits of the file's samples are compared. Pillow compares grey values of 2 or 4 bits only after scaling them and
+    colours of 16 bits only after cutting them to 8 bits, and it does not compare grey values of 16 bits.
+
+    Returns:
+        mask `(height, width)`; None if Pillow handles the file's transparency correctly
     """
     value = image.info.get("transparency")
     if packed in _SCALED and isinstance(value, int):
@@ -244,7 +253,7 @@ def _transparent(image: Image.Image, packed: str, content: bytes) -> np.ndarray 
 
 
 def _rgb(image: Image.Image, transparent: np.ndarray | None = None) -> Image.Image:
-    """Any mode to RGB, through the image's own colour profile, on white where it is transparent."""
+    """Convert an image of any mode to sRGB by its own colour profile, and blend transparent pixels with white."""
     profile, mode = image.info.get("icc_profile"), image.mode
     if mode.startswith("I;16") or mode in ("I", "F"):
         image = _eight_bit(image, getattr(image, "tag_v2", {}))
@@ -264,7 +273,10 @@ def _rgb(image: Image.Image, transparent: np.ndarray | None = None) -> Image.Ima
 
 
 def _eight_bit(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """One wide channel in 8 bits. Of a TIFF, `tags` tell how many bits there are and whether 0 is white."""
+    """Convert one channel of more than 8 bits to 8 bits.
+
+    The `tags` of a TIFF give its number of bits and whether 0 is white.
+    """
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F":
@@ -285,7 +297,7 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     try:
         if profile and source is None:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            # Not every name with sRGB in it: linear light in sRGB's primaries has one too.
+            # Other names that contain "sRGB" do not count: profiles of linear light have such names too.
             name = ImageCms.getProfileDescription(source).strip()
             if name == "sRGB" or name.startswith(("sRGB IEC61966", "sRGB built-in")):
                 source = None
@@ -293,5 +305,5 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             target = ImageCms.createProfile("sRGB")
             return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
-        pass  # a damaged profile, or one for other pixels than these: viewers ignore it too
+        pass  # the profile is damaged or is for another mode: viewers ignore it too
     return image if image.mode == "RGB" else image.convert("RGB")

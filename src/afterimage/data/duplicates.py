@@ -1,4 +1,4 @@
-"""Find images of one split that are also in another one, exactly or nearly."""
+"""Find exact copies and near-duplicates of images between splits."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SHOWN_COPIES = 20
 def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]) -> list[str]:
     """Check that no test image is also a training or validation image, and count all other exact copies.
 
-    Two files are the same image if they hold the same pixels; streamed images, whose pixels are not at hand, if their
-    files hold the same bytes.
+    Two images are equal if their pixels are. The files' bytes are compared instead if any split is streamed, as the
+    pixels of streamed images are not kept.
 
     Args:
         parts: originals of the training, validation and test images
         images: the same images, decoded or streamed
 
     Returns:
-        notes on copies within the splits, and between training and validation
+        notes on copies within splits and between training and validation images
 
     Raises:
         AfterimageError: a test image is also a training or validation image; the message names the pairs
@@ -69,10 +69,10 @@ def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]
 
 
 def shared(first: ImageSet, second: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-    """Find the images of one set that are also in another one, by the digests of their contents.
+    """Find the images that two sets share, by the digests of their contents.
 
     Returns:
-        indices in `first`, and for each the index in `second`
+        indices of the shared images in `first` and in `second`
     """
     (own, others) = (_keys(part.digests) for part in (first, second))
     order = np.argsort(others, kind="stable")
@@ -84,12 +84,12 @@ def shared(first: ImageSet, second: ImageSet) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _keys(digests: np.ndarray) -> np.ndarray:
-    """The first 64 of 256 bits: two of a million images share them by chance once in 40 million data sets."""
+    """Return the first 64 of 256 bits: two of a million images share them by chance once in 40 million data sets."""
     return np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
 
 
 def _pixel_keys(images: ImageSet) -> np.ndarray:
-    """A number for each image that is the same for the same pixels, and nearly always another for others."""
+    """Return a number for each image: equal for equal pixels, and nearly always different for different ones."""
     slots = [images.blob.slots[content] for content in images.content]
     return np.array([(s.crc << 32) ^ (s.height << 16) ^ s.width for s in slots], np.uint64)
 
@@ -99,9 +99,9 @@ def _pixels(images: ImageSet, index: int | np.integer) -> np.ndarray:
 
 
 BITS = 6
-"""Images whose 64-bit hashes differ in no more bits are looked at more closely."""
+"""Largest number of different bits between the 64-bit hashes of two images whose thumbnails are compared."""
 DIFFERENCE = 0.04
-"""Root mean square difference of two thumbnails, values in [0, 1], up to which they show the same image."""
+"""Largest root mean square difference between thumbnails of near-duplicates, values in [0, 1]."""
 THUMBNAIL = 16
 MOST = 100_000
 SHOWN_NEAR = 5
@@ -125,16 +125,16 @@ def check_split(data: Data) -> None:
 
 
 def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
-    """Write notes on test images that are nearly training or validation images.
+    """Return notes on near-duplicates of test images among the training and validation images.
 
-    Candidates share their difference hash (dHash, Krawetz 2013, "Kind of like that") up to `BITS` of 64 bits. Of these
-    the ones count whose 16x16 thumbnails agree, since smooth images of any colour share their hash. This finds copies
-    that were compressed again, resized or toned a little, but none that were cropped or mirrored. They are reported and
-    not refused, because frames of one scene may look as much alike.
+    Candidates are pairs whose difference hashes (dHash, Krawetz 2013, "Kind of like that") differ in at most `BITS` of
+    64 bits. A pair counts if its 16x16 thumbnails agree too, since smooth images of any colour share their hash. This
+    finds copies that were compressed again, resized or toned a little, but not cropped or mirrored ones. Pairs are
+    reported and not refused, because frames of one scene may look equally alike.
 
     Args:
         data: the three splits
-        cache: folder that keeps the pairs found, so that the same images are compared once; None keeps none
+        cache: folder that stores the pairs, so that the same images are compared only once; None stores nothing
 
     Returns:
         the notes; empty if there are no near-duplicates
@@ -153,7 +153,7 @@ def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
         if path is not None:
             with contextlib.suppress(
                 AfterimageError
-            ):  # a cache that cannot be written: they are found anew each time
+            ):  # if the cache cannot be written, the pairs are searched for again next time
                 write_json(path, {"pairs": pairs})
     if not pairs:
         return []
@@ -163,7 +163,7 @@ def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
 
 
 def _near_pairs(test: ImageSet, others: Sequence[ImageSet]) -> list[tuple[int, int, int]]:
-    """Which of `others`, which test image, and which image there."""
+    """Find near-duplicates: tuples of the index in `others`, the test image's index and the other image's index."""
     own, found = _hashes(test), []
     for part, images in enumerate(others):
         hashes = _hashes(images)
@@ -175,7 +175,7 @@ def _near_pairs(test: ImageSet, others: Sequence[ImageSet]) -> list[tuple[int, i
 
 
 def _hashes(images: ImageSet) -> UInt16[np.ndarray, "n 4"]:
-    """Whether each of 8x8 cells is brighter than the one to its left, 64 bits an image."""
+    """Compute difference hashes: one bit for each of 8x8 cells, set if it is brighter than its left neighbour."""
     small = [_small(images, index, (9, 8), "L").astype(np.int16) for index in range(len(images))]
     bits = [np.packbits(cells[:, 1:] > cells[:, :-1]).view(np.uint16) for cells in small]
     return np.stack(bits)

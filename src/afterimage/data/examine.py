@@ -1,4 +1,4 @@
-"""Examine the facts about images that decide what their scores mean: range of values, and size."""
+"""Examine facts about images that affect the meaning of their scores: range of values, and size."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxtyping import Bool, Int
 from PIL import Image
 
 NARROW = 64
-"""Images that span no more of the values 0 to 255: over a quarter of the range the same error scores 12 dB higher.
-Photographs span twice as much: of 900 each spanned at least 139."""
+"""Largest span of values, of 0 to 255, that counts as narrow. An error that is the same share of the contrast scores
+12 dB higher over a quarter of the range. Photographs span at least twice as much: 139 was the least of 900."""
 FEW = 16
-"""Images with no more different values, as many as 4 bits have, are masks or drawings rather than photographs."""
+"""Largest number of different values (4 bits) for which an image counts as a mask or drawing, not a photograph."""
 
 
 class Facts(NamedTuple):
@@ -38,14 +38,14 @@ class Facts(NamedTuple):
 
 
 def examine(image: Image.Image) -> Facts:
-    """Collect the facts about an RGB image."""
+    """Return the facts about an RGB image."""
     used = np.array(image.histogram()).reshape(3, 256) > 0
     values = np.flatnonzero(used.any(0))
     return Facts(int(values[0]), int(values[-1]), len(values), int(used.sum() == 3), *image.size)
 
 
 def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
-    """Write notes on images whose range of values changes the meaning of their scores.
+    """Return notes on images whose range of values changes the meaning of their scores.
 
     Args:
         parts: the `Facts` of each image, by split
@@ -53,7 +53,7 @@ def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
     low, high, levels, flat, width, height = np.concatenate(list(parts.values())).T
     span, flat = high - low, flat == 1
     narrow = ~flat & (span <= NARROW)
-    few = ~flat & ~narrow & (levels <= FEW) & (width * height > 256)  # with fewer pixels no image has many
+    few = ~flat & ~narrow & (levels <= FEW) & (width * height > 256)  # smaller images have few values anyway
     notes = []
     if flat.any():
         black = int((flat & (high == 0)).sum())
@@ -81,11 +81,11 @@ def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
 
 
 def size_notes(parts: Mapping[str, Int[np.ndarray, " _"]], size: int) -> list[str]:
-    """Write a note on images that are enlarged.
+    """Return a note on images that are enlarged, if there are any.
 
     Args:
         parts: length of each image's shorter side in pixels, by split
-        size: length to which the shorter side is brought
+        size: length of the shorter side after resizing
     """
     sides = np.concatenate(list(parts.values()))
     small = sides < size
@@ -99,7 +99,7 @@ def size_notes(parts: Mapping[str, Int[np.ndarray, " _"]], size: int) -> list[st
 
 
 def _share(chosen: Bool[np.ndarray, " _"], parts: Mapping[str, np.ndarray]) -> str:
-    """`12 of 40 images (3 of 8 test images)`; `chosen` follows all parts one after the other."""
+    """Return a text such as `12 of 40 images (3 of 8 test images)`; `chosen` is a mask over all parts in order."""
     text = f"{chosen.sum():,} of {len(chosen):,} images"
     ends = np.cumsum([len(part) for part in parts.values()])[:-1]
     test = dict(zip(parts, np.split(chosen, ends), strict=True)).get("test")

@@ -1,8 +1,8 @@
-"""Features and their images on disk: the one format that is extracted, audited and trained on.
+"""Stored features with their images: the file format that `extract` writes and that audits and training read.
 
 A store is a `.safetensors`, `.npz` or `.parquet` file with `images`, `features` or `features.NAME`, and optional `ids`,
-or several such files, shards, which `STORE.index.json` lists with their digests. What wrote itself says what it is of
-(`StoreFacts`); a file of anybody else's need not.
+or several such files (shards), which `STORE.index.json` lists with their digests. Stores that afterimage wrote hold
+metadata (`StoreFacts`); files from elsewhere need not.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from afterimage.runs.results import FeatureMap
 from afterimage.runtime.progress import Progress, silent
 
 MAX_PREFIX = 5
-"""Class token and registers: more tokens beside a square grid are taken for another shape of grid."""
+"""Largest number of prefix tokens (class token and registers) before a square grid of tokens."""
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16,
            torch.int32, torch.int64)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The arrays of one file: images `(N, 3, H, W)` uint8, features as they are stored."""
+    """Arrays of one file: images `(N, 3, H, W)` uint8, features in the file's own layout, and whether it has ids."""
 
     name: str
     ids: list[str]
@@ -54,21 +54,21 @@ class _Part:
 
 
 Layout = Callable[[Tensor], Tensor]
-"""Brings stored features of some images into the shape `(B, C, h, w)`."""
+"""Function that brings stored features of a batch of images into the shape `(B, C, h, w)`."""
 
 
 class FeatureStore:
-    """The features and images of a store. Of `.safetensors` features are read when they are asked for.
+    """Features and images of a store. Features in `.safetensors` files are read on access.
 
     Attributes:
-        path: the store
-        facts: what it is of; None where nobody has said
-        ids: names of the images; their numbers where the file names none
-        named: whether the file names its images
+        path: path of the store
+        facts: metadata of the extraction; None if the files have none
+        ids: names of the images; their numbers as six digits if the files have no ids
+        named: whether the files have ids
         image_size: height and width of the images in pixels
         specs: shape and placement of the features by layer
-        kinds: how the features were understood by layer, in words
-        digest: SHA-256 of its files
+        kinds: description of the stored shape by layer, such as "taken as vectors (N, C)"
+        digest: SHA-256 over the digests of the files
         content: SHA-256 of the pixels of each image
     """
 
@@ -109,14 +109,14 @@ class FeatureStore:
         return found
 
     def features(self, layer: str, rows: Sequence[int] | np.ndarray) -> Float[Tensor, "batch _ _ _"]:
-        """Return a layer's features of the images at `rows`, float32."""
+        """Return a layer's features of the images at `rows`: `(B, C, h, w)` float32."""
         found = torch.empty(len(rows), *self.specs[layer].shape)
         for part, places, inside in self._located(rows):
             found[torch.from_numpy(places)] = self._layouts[layer](_float32(part.features[layer], inside))
         return found
 
     def _located(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[_Part, np.ndarray, np.ndarray]]:
-        """Each part that holds some of the rows: which of `rows`, and where in the part."""
+        """Yield each part that holds some of the rows, with their indices in `rows` and in the part."""
         rows = np.asarray(rows, np.int64)
         numbers = np.searchsorted(self._ends, rows, side="right")
         for number in np.unique(numbers):
@@ -126,19 +126,19 @@ class FeatureStore:
 
 
 def open_store(path: str | Path, progress: Progress = silent) -> FeatureStore:
-    """Open a store and check all of it.
+    """Open a store and check all of its arrays.
 
-    Images are uint8 or floats in [0, 1], `(N, H, W, 3)` or `(N, 3, H, W)`, in Parquet also encoded files. Features
-    are maps `(N, C, h, w)` or `(N, h, w, C)`, tokens `(N, L, C)` of a square grid, or vectors `(N, C)`. Optional `ids`
-    name the images.
+    Images are uint8 or floats in [0, 1], `(N, H, W, 3)` or `(N, 3, H, W)`; in Parquet they may also be encoded image
+    files. Features are maps `(N, C, h, w)` or `(N, h, w, C)`, tokens `(N, L, C)` of a square grid, or vectors `(N, C)`.
+    Optional `ids` name the images.
 
     Args:
-        path: the file, or what shards are named after; the index is found beside it
-        progress: called with what is done, how far it is, and the total
+        path: path of the file, of a store with shards, or of its index
+        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
-        AfterimageError: a file is missing, damaged or of another kind, lacks a part, holds values that are not
-            finite, or its parts differ in length; the store is not finished; the message names the file and the part
+        AfterimageError: a file is missing, damaged or of another kind, lacks an array, holds values that are not
+            finite or arrays of different lengths, or the store is not finished; the message names file and array
     """
     path = Path(local_path(str(path)).removesuffix(INDEX))
     index = read_index(path)
@@ -166,7 +166,7 @@ def open_store(path: str | Path, progress: Progress = silent) -> FeatureStore:
 
 
 def _part(file: Path, arrays: Arrays, known: Sequence[FeatureMap]) -> _Part:
-    """A file's arrays, checked one by one."""
+    """Check the arrays of a file and return them."""
     layers = [name for name in arrays if name == "features" or name.startswith("features.")]
     if IMAGES not in arrays or not layers:
         raise AfterimageError(
@@ -196,7 +196,7 @@ def _part(file: Path, arrays: Arrays, known: Sequence[FeatureMap]) -> _Part:
 
 
 def _pixels(name: str, values: np.ndarray | Tensor) -> np.ndarray:
-    """uint8 `(N, 3, H, W)`."""
+    """Check images and return them as uint8 `(N, 3, H, W)`."""
     if isinstance(values, Tensor):
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     if values.ndim != 4 or 3 not in (values.shape[1], values.shape[3]) or not values.size:
@@ -213,8 +213,8 @@ def _pixels(name: str, values: np.ndarray | Tensor) -> np.ndarray:
 
 
 def _check_numbers(name: str, values: np.ndarray | Tensor, ids: Sequence[str], count: int) -> None:
-    """Raise where features are not finite numbers, a row an image."""
-    # No complex numbers, no times.
+    """Check that features are finite numbers with one row for each image."""
+    # Complex numbers and times are refused.
     real = values.dtype in NUMBERS if isinstance(values, Tensor) else values.dtype.kind in "iuf"
     if not real or values.ndim == 0 or len(values) != count or not math.prod(values.shape):
         raise AfterimageError(
@@ -230,7 +230,7 @@ def _check_numbers(name: str, values: np.ndarray | Tensor, ids: Sequence[str], c
 
 
 def _float32(values: np.ndarray | Tensor, rows: Any) -> Tensor:
-    """Some rows of an array, float32 and contiguous; what is too large for it is infinite."""
+    """Return some rows of an array, float32 and contiguous; values beyond its range become infinite."""
     if isinstance(values, Tensor):
         return values[torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows].float()
     with np.errstate(over="ignore"):
@@ -238,7 +238,7 @@ def _float32(values: np.ndarray | Tensor, rows: Any) -> Tensor:
 
 
 def _check_alike(parts: Sequence[_Part]) -> None:
-    """Raise where shards hold other layers or other shapes than the first."""
+    """Check that all shards hold the same layers and shapes as the first."""
 
     def shapes(part: _Part) -> dict[str, tuple[int, ...]]:
         found = {layer_key(layer): tuple(values.shape[1:]) for layer, values in part.features.items()}
@@ -273,7 +273,7 @@ def _wrong_ids(file: Path, count: int) -> AfterimageError:
 def _understood(
     name: str, shape: tuple[int, ...], known: FeatureMap | None
 ) -> tuple[tuple[int, int, int], str, Layout]:
-    """The shape `(C, h, w)` of features that are stored as `(N, ...)`, in words what they are, and their layout."""
+    """Return the shape `(C, h, w)` of features stored as `(N, ...)`, a description of them, and their layout."""
     text = "x".join(map(str, shape))
     if known is not None:
         if shape[1:] != known.shape:

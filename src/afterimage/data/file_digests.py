@@ -1,4 +1,4 @@
-"""Digests and sides of image files, stored by path, size and times, so that a second start does not read the files."""
+"""Cache of image files' digests and sides, by path, size and times, which spares a second run reading the files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROW = np.dtype([("key", "<u8"), ("sha256", "u1", (32,)), ("sides", "<i4", (2,))
 
 
 class Content(NamedTuple):
-    """What an image file contains.
+    """Digest and size of an image before it is decoded.
 
     Attributes:
         sha256: digest of the bytes or of the recipe that the image is made from, in hexadecimal
@@ -36,11 +36,11 @@ class Content(NamedTuple):
 
 
 class FileDigests:
-    """The stored digests of one source, 48 bytes an image.
+    """Stored digests of one source, 48 bytes an image.
 
     Args:
         cache: folder of the cache
-        root: folder or name of the source, which names the file of digests
+        root: folder or name of the source, from which the name of the file of digests is derived
     """
 
     def __init__(self, cache: Path, root: Path) -> None:
@@ -51,15 +51,15 @@ class FileDigests:
         self._new = bytearray()
 
     def of(self, state: str, read: Callable[[], bytes], name: str) -> Content:
-        """Return the content of an image: as stored for its `state`, or read anew.
+        """Return the digest and size of an image, as stored for its `state` or from its bytes.
 
         Args:
-            state: path, size and times of the image
+            state: text that changes with the image's bytes, such as path, size and times
             read: returns the image's bytes
             name: name of the image, for the error
 
         Raises:
-            BadImage: the image cannot be read, or its first bytes are no image's
+            BadImage: the image cannot be read, or its header is not that of an image
         """
         key = int.from_bytes(hashlib.sha256(state.encode()).digest()[:8], "little")
         place = np.searchsorted(self._keys, np.uint64(key))
@@ -73,7 +73,7 @@ class FileDigests:
         return found
 
     def save(self) -> None:
-        """Store new digests for the next start, if the cache can be written."""
+        """Store new digests for later runs, if the cache can be written."""
         if not self._new:
             return
         table = np.concatenate([self._known, np.frombuffer(self._new, _ROW)])

@@ -1,4 +1,4 @@
-"""Sets of images that return crops: decoded once and kept, or decoded each time they are used."""
+"""Image sets, which return crops of images that are kept decoded or are decoded each time they are used."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Indices = Sequence[int] | np.ndarray | Tensor
 
 
 class ImageSet:
-    """The images of one split, resized and kept as uint8.
+    """Images of one split, resized and kept as uint8.
 
     Args:
         ids: stable and unique names of the images
         content: SHA-256 of each image's original, in hexadecimal
-        blob: the pixels
-        size: height and width of the crops in pixels, or the side of squares
+        blob: pixels of the images
+        size: height and width of the crops in pixels, or the side of square crops
 
     Attributes:
         size: height and width of the crops in pixels
@@ -64,25 +64,25 @@ class ImageSet:
 
     @property
     def facts(self) -> Int64[np.ndarray, "n 6"]:
-        """The `Facts` of each image before it was resized."""
+        """`Facts` of each image before it was resized."""
         return np.array([self.blob.facts[c] for c in self.content], np.int64).reshape(-1, 6)
 
     @property
     def sides(self) -> Int64[np.ndarray, " n"]:
-        """Each image's shorter side before it was resized, in pixels; see `fitting_sides`."""
+        """Shorter side of each image before it was resized, in pixels; see `fitting_sides`."""
         return fitting_sides(self.facts[:, -1], self.facts[:, -2], self.size)
 
     def subset(self, indices: np.ndarray) -> ImageSet:
-        """Return the images at `indices` as a set of their own."""
+        """Return a set of the images at `indices`."""
         ids, content = ([values[i] for i in indices] for values in (self.ids, self.content))
         return ImageSet(ids, content, self.blob, self.size)
 
     def joined(self, other: ImageSet) -> ImageSet:
-        """Return these images followed by those of another split of the same source."""
+        """Return a set of these images followed by the ones of another split of the same source."""
         return ImageSet([*self.ids, *other.ids], [*self.content, *other.content], self.blob, self.size)
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        """Return the image at `index` without cropping, values 0 to 255."""
+        """Return the whole image at `index`, values 0 to 255."""
         return torch.from_numpy(self.blob.image(self.content[index]).copy())
 
     def crops(
@@ -90,14 +90,14 @@ class ImageSet:
     ) -> Float[Tensor, "batch 3 height width"]:
         """Return crops of the images at `indices`.
 
-        A random crop and its flip, one time in two, are a pure function of seed, epoch and index, whatever batch or
-        process asks.
+        Random crops are flipped with probability 1/2. Place and flip are a pure function of seed, epoch and index,
+        independent of batches and processes.
 
         Args:
             indices: indices of the images
-            seed: seed of random crops; None for the centre crop, placed as torchvision's CenterCrop places it
+            seed: seed of random crops; None for centre crops, placed as by torchvision's CenterCrop
             epoch: number of the epoch, for random crops
-            device: where the crops are needed
+            device: device of the returned crops
 
         Returns:
             `(B, 3, height, width)` in [0, 1]
@@ -137,7 +137,7 @@ class ImageSet:
     def _places(
         self, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray, seed: int | None, epoch: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Top, left and whether to flip, one of each an image."""
+        """Return top, left and whether to flip, for each image."""
         if seed is None:
             return *centre_places(heights, widths, self.size), np.zeros(len(indices), bool)
         return crop_places(heights, widths, self.size, indices, seed, epoch)
@@ -145,9 +145,9 @@ class ImageSet:
     def _copy(
         self, indices: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray, dtype: type
     ) -> np.ndarray:
-        """The crops as `(batch, 3, height, width)`: uint8, or float32 in [0, 1].
+        """Return crops `(batch, 3, height, width)`: uint8, or float32 in [0, 1].
 
-        NumPy, image by image: each stays in the processor's cache, and no thread pool has to wake up.
+        They are copied by NumPy image by image: each stays in the processor's cache, and no thread pool is needed.
         """
         height, width = self.size
         crops = np.empty((len(indices), 3, height, width), dtype)
@@ -180,15 +180,15 @@ def gather_crops(
     flip: np.ndarray,
     size: int | tuple[int, int],
 ) -> UInt8[Tensor, "batch 3 height width"]:
-    """Cut all crops out of the pixels of many images in one operation, on their device.
+    """Cut all crops out of the pixels of many images in one operation, on the pixels' device.
 
     Args:
         pixels: pixels of all images, one after the other
-        starts: index of each crop's top left pixel
+        starts: index of each crop's top left pixel in the first channel
         heights: height of each crop's image in pixels
         widths: width of each crop's image in pixels
         flip: whether to flip each crop
-        size: height and width of the crops in pixels, or the side of squares
+        size: height and width of the crops in pixels, or the side of square crops
     """
     numbers = torch.from_numpy(np.stack([starts, heights * widths, widths, flip.astype(np.int64)]))
     start, plane, row, flipped = numbers.to(pixels.device, non_blocking=True)[..., None, None, None]
@@ -199,24 +199,24 @@ def gather_crops(
 
 
 AHEAD = 2
-"""Batches that are decoded while one is worked on."""
+"""Number of batches that are decoded ahead."""
 
 
 class StreamedImages(ImageSet):
-    """The images of one split, decoded each time they are used; crops are the same as of images that are kept.
+    """Images of one split, decoded each time they are used; the crops equal those of an `ImageSet`.
 
-    An image that cannot be decoded, or has changed since it was first read, is an error: leaving it out would train on
-    other images than the run says.
+    An image that cannot be decoded or has changed since it was first read is an error: without it the run would train
+    on other images than it records.
 
     Args:
         originals: the images
-        digests: SHA-256 of each image's content, from when it was first read
+        digests: SHA-256 of each image's content when it was first read
         sides: each image's shorter side in pixels, before resizing; see `fitting_sides`
         box: height and width of the box that resized images cover
         size: height and width of the crops in pixels
 
     Raises:
-        BadImage: an image cannot be decoded or has changed; raised by what uses it
+        BadImage: an image cannot be decoded or has changed; raised when its pixels are used
     """
 
     streamed = True
@@ -261,7 +261,7 @@ class StreamedImages(ImageSet):
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Return crops of the images at `indices`, as `ImageSet.crops`."""
+        """Return crops of the images at `indices`, as `ImageSet.crops` does."""
         return next(self.batches([indices], seed=seed, epoch=epoch, device=device))
 
     def batches(
@@ -272,9 +272,9 @@ class StreamedImages(ImageSet):
         epoch: int = 0,
         device: str | torch.device = "cpu",
     ) -> Iterator[Float[Tensor, "batch 3 height width"]]:
-        """Yield the crops of each chunk of indices in turn, and decode the next ones meanwhile.
+        """Yield the crops of each chunk of indices in turn, while threads decode the next chunks.
 
-        The threads that decode end with the iterator.
+        The threads end with the iterator.
         """
 
         own_height, own_width = self.size
@@ -305,13 +305,13 @@ class StreamedImages(ImageSet):
                     crop.cancel()
 
     def _decoded(self, index: int) -> np.ndarray:
-        """Image `index` after resizing, `(3, height, width)` uint8."""
+        """Return image `index` after resizing, `(3, height, width)` uint8."""
         original, content = self.originals[index], self._digests[index].tobytes().hex()
         try:
             return np.asarray(original.image(self.box, content)).transpose(2, 0, 1)
         except AfterimageError:
             raise
-        except Exception as error:  # of which image no traceback would say
+        except Exception as error:  # a traceback would not name the image
             raise AfterimageError(
                 f"{original.name} could not be read: {type(error).__name__}: {error}"
             ) from error
@@ -322,12 +322,12 @@ class Data:
     """The images of a run.
 
     Attributes:
-        config: where they come from and how they are split
+        config: sources of the images, and how they are split
         train: training images
         validation: validation images
         test: test images
-        digest: SHA-256 over the images' contents, split and size; paths have no part in it
-        notes: sentences for readers of the results
+        digest: SHA-256 over the images' contents, split and size, but not their paths
+        notes: remarks for readers of the results
     """
 
     config: DataConfig
@@ -339,7 +339,7 @@ class Data:
 
     @property
     def test_digest(self) -> str:
-        """Digest of the test images as they are scored; rows with the same one can be compared."""
+        """Digest of the test images and their crops; runs with equal test digests can be compared."""
         return hashlib.sha256(f"{_digest(self.config, [self.test])} {self.config.crop}".encode()).hexdigest()
 
     def describe(self) -> DataFacts:
@@ -358,7 +358,7 @@ class Data:
 
 
 def _digest(config: DataConfig, images: Sequence[ImageSet]) -> str:
-    """SHA-256 of the JSON list of decoder version, size and the contents of each part, written piece by piece."""
+    """Compute the SHA-256 of the JSON list of decoder version, size and the contents of each part, piece by piece."""
     digest = hashlib.sha256(f"[{DIGEST_VERSION}, {size_text(config.box)}".encode())
     for part in images:
         digest.update(b", [")

@@ -1,4 +1,4 @@
-"""Read from the names of folders and shards how images are split, and count files that are no images."""
+"""Find splits by the names of folders and shards, and count files that are not images."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SPLIT_WORDS = {
     ),
     TEST: ("test", "testing", "tst", "testset", "eval", "evaluation", "holdout"),
 }  # fmt: skip
-"""The names that are taken for what they say, alone or as a word of a name (`DIV2K_train_HR`, `val2017`)."""
+"""Words that name a split, alone or as a word of a longer name (`DIV2K_train_HR`, `val2017`)."""
 PLAIN = frozenset(("train", "test", "validation", "val", "valid"))
-"""Names that nobody has to be told the meaning of."""
+"""Self-explanatory names of splits, for which no note is needed."""
 BESIDE = frozenset((
     "data", "dataset", "files", "folder", "image", "images", "img", "imgs", "jpeg", "jpg", "of", "photo", "photos",
     "picture", "pictures", "png", "set", "split",
 ))  # fmt: skip
-"""Words beside a split's that tell no two data sets apart: `train` and `test_images` belong together."""
+"""Words that are ignored when names are matched: `train` and `test_images` belong to one data set."""
 OTHER_KINDS = "of other kinds"
 NO_EXTENSION = "without extension"
 MOST_KINDS = 1000
-"""Kinds of other files that are counted one by one, in a folder where every file may have an extension of its own."""
-# Images in formats that are not read; of many kinds these are named first.
+"""Largest number of kinds of other files that are counted separately, in case every file has its own extension."""
+# Extensions of images in formats that are not read; notes name these first.
 _IMAGES = frozenset((
     ".arw", ".bpg", ".cr2", ".cr3", ".dds", ".dng", ".exr", ".hdr", ".heic", ".heif", ".hif", ".ico", ".j2k", ".jxl",
     ".jxr", ".nef", ".orf", ".pcx", ".pef", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".sgi", ".svg", ".tga", ".xcf",
@@ -39,14 +39,14 @@ _TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
 
 
 def read_name(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """Find the split that a name speaks of.
+    """Find the split that a name contains.
 
     Returns:
         `training`, `validation` or `test`, and the name's other words; None if it names no split, or several
     """
     tokens = [token.lower() for token in _TOKEN.findall(name)]
     parts = {_PART[token] for token in tokens if token in _PART}
-    if parts == {TRAINING, VALIDATION}:  # train_val: all that is not test
+    if parts == {TRAINING, VALIDATION}:  # train_val means all images that are not test images
         parts = {TRAINING}
     if len(parts) != 1:
         return None
@@ -58,11 +58,11 @@ def split_names(names: Iterable[str]) -> dict[str, str]:
     """Find the names that belong to a split.
 
     Names belong together if their other words are the same: `DIV2K_train_HR` and `DIV2K_valid_HR`, but not
-    `train_station` and `test_tube`. A name that is nothing but a split's word comes before longer ones, and of several
-    such words the one that is first in `SPLIT_WORDS`.
+    `train_station` and `test_tube`. If the names without other words give a split, only they are used: for each part
+    the name that is its first word in `SPLIT_WORDS`, or all of them if none is just a word.
 
     Returns:
-        the split of each name that belongs to one; empty if there are not both training and other images
+        the split of each name that belongs to one; empty unless there are training images and another split
     """
     families: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name in sorted(names):
@@ -82,16 +82,16 @@ def _plainest(part: str, names: Sequence[str]) -> list[str]:
 
 
 def nested_split(paths: Collection[tuple[str, ...]]) -> tuple[int, dict[str, str]] | None:
-    """Find the level of folders whose names tell a split.
+    """Find the first level of folders whose names give a split.
 
-    A level counts if all images have a place in it: `bottle/train`, `bottle/test` and `cable/train` tell a split, but
-    not with `other`, and nothing below it, beside them.
+    A level counts if every folder one level up has a folder of the split in it: `bottle/train`, `bottle/test` and
+    `cable/train` give a split, but no longer if images lie in a folder `other` beside `bottle` and `cable`.
 
     Args:
         paths: the folders that hold images, each as its names from the top
 
     Returns:
-        the level, 0 for the uppermost, and the split of each name there; None if no level tells one
+        the level, 0 for the uppermost, and the split of each name there; None if there is no such level
     """
     for depth in range(max(map(len, paths), default=0)):
         parts = split_names({path[depth] for path in paths if len(path) > depth})
@@ -102,16 +102,16 @@ def nested_split(paths: Collection[tuple[str, ...]]) -> tuple[int, dict[str, str
 
 
 def pooled_names(paths: Collection[tuple[str, ...]]) -> list[str]:
-    """List the folders whose images are pooled, because their names tell no split.
+    """List the folders whose images are pooled because their names give no split.
 
-    These are the folders side by side at the first level that has several, or those in them whose name speaks of a
-    split, which come first.
+    These are the folders at the first level that has several. Folders at or below this level whose names contain a
+    split are listed first, in place of the folder of this level that holds them.
 
     Args:
         paths: the folders that hold images, each as its names from the top
 
     Returns:
-        their paths; empty if there is only one folder
+        paths of the pooled folders; empty if there is only one folder at every level
     """
     deepest = max(map(len, paths), default=0)
     level = next((n for n in range(1, deepest + 1) if len({path[:n] for path in paths}) > 1), None)
@@ -141,7 +141,7 @@ def count_kind(others: Counter[str], name: str) -> None:
 
 
 def left_out(others: Mapping[str, int]) -> list[str]:
-    """Write a note on files that are not read, by extension; empty if there are none."""
+    """Return a note on files that are not read, by extension; empty if there are none."""
     if not (total := sum(others.values())):
         return []
     kinds = sorted(others, key=lambda kind: (kind == OTHER_KINDS, kind not in _IMAGES, -others[kind], kind))

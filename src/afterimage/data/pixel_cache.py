@@ -1,4 +1,4 @@
-"""Decode every image once, into one memory-mapped file."""
+"""Cache of decoded images: each image is decoded once, into one memory-mapped file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("afterimage")
 
 MEMORY_LIMIT = 4 * 2**30
 FACTS = 1
-"""Raised whenever what is kept of an image beside its pixels changes."""
+"""Version of the stored `Facts`: increase it whenever their fields or meaning change."""
 
 
 def cached(
@@ -40,7 +40,7 @@ def cached(
     broken: dict[str, decode.BadImage],
     progress: Progress = silent,
 ) -> Blob:
-    """Return the pixels of images, from the cache if they are there.
+    """Return the pixels of images, from the cache if it has them.
 
     A cache that cannot be written is no error: the images are then kept in memory, with a warning.
 
@@ -48,8 +48,8 @@ def cached(
         wanted: the images, by the SHA-256 of their contents
         box: height and width of the box that the images are resized to cover
         folder: folder of the cache
-        broken: takes the images that cannot be read, which are missing from the result
-        progress: called with what is done, how far it is, and the total
+        broken: receives the errors of images that cannot be read; these images are missing from the result
+        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
         AfterimageError: the cache cannot be written, and the images are too many for memory
@@ -93,7 +93,7 @@ def _open(path: Path, wanted: Set[str]) -> Blob | None:
         blob = map_blob(path)
         if not all(map(blob.sound, blob.slots)):
             raise Damaged("its pixels have a wrong checksum")
-        # Images that could not be read are not in it; perhaps they can be now.
+        # The file lacks images that could not be read when it was written; they may be readable now.
         return blob if wanted <= blob.slots.keys() else None
     except FileNotFoundError:
         return None
@@ -110,7 +110,7 @@ def _decoded(
     broken: dict[str, decode.BadImage],
     progress: Progress,
 ) -> Iterator[tuple[str, np.ndarray, Facts]]:
-    """Every wanted image that can be read, in their order, as `(content, (3, height, width) uint8, facts)`."""
+    """Yield every wanted image that can be read, in order: `(content, (3, height, width) uint8, facts)`."""
     known = _elsewhere(wanted, transform, folder)
 
     def one(item: tuple[str, Original]) -> tuple[str, tuple[np.ndarray, Facts] | decode.BadImage]:
@@ -131,7 +131,7 @@ def _decoded(
 
 
 def _elsewhere(wanted: Mapping[str, Original], transform: str, folder: Path) -> dict[str, Blob]:
-    """Which files of the cache hold wanted images; a damaged one may still hold sound ones."""
+    """Find the cache file that holds each wanted image, if any; its pixels may be damaged and must be checked."""
     found: dict[str, Blob] = {}
     for path in sorted(folder.glob("*.images")):
         try:
@@ -169,7 +169,7 @@ class Damaged(Exception):
 
 
 class Slot(NamedTuple):
-    """The place of an image among the pixels of many.
+    """Place of an image among the pixels of many.
 
     Attributes:
         offset: index of its first byte
@@ -185,19 +185,19 @@ class Slot(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of bytes."""
+        """Number of bytes of the image."""
         return 3 * self.height * self.width
 
 
 @dataclass(frozen=True, eq=False)
 class Blob:
-    """The pixels of many images.
+    """Pixels of many images.
 
     Attributes:
         pixels: `(size,)` uint8, one image after the other
         slots: place of each image, by the SHA-256 of its content
-        transform: how the images were decoded and resized
-        facts: `Facts` of each image, likewise
+        transform: description of how the images were decoded and resized
+        facts: `Facts` of each image, by the SHA-256 of its content
     """
 
     pixels: np.ndarray
@@ -212,15 +212,15 @@ class Blob:
         return self.pixels[slot.offset : slot.offset + slot.size].reshape(3, slot.height, slot.width)
 
     def sound(self, content: str) -> bool:
-        """Return whether an image's pixels still have their checksum."""
+        """Return whether an image's pixels have the stored checksum."""
         return zlib.crc32(self.image(content)) == self.slots[content].crc
 
     def on(self, device: torch.device) -> torch.Tensor | None:
-        """Return all pixels on a device, copied there once and kept; None if they would not fit."""
+        """Return all pixels on a device, copied there once and kept; None if they do not fit."""
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         if device not in self._resident:
-            # Half of what is free leaves room for the networks.
+            # Use at most half of the free memory, to leave room for the networks.
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else RESIDENT_LIMIT
             fits = self.pixels.size <= free // 2
             self._resident[device] = torch.from_numpy(self.pixels).to(device) if fits else None
@@ -231,9 +231,9 @@ def write_blob(file: BinaryIO, images: Iterable[tuple[str, np.ndarray, Facts]], 
     """Write a cache file.
 
     Args:
-        file: takes the bytes
+        file: file to write to
         images: SHA-256 of the content, pixels `(3, height, width)` uint8, and facts of each image
-        transform: how the images were decoded and resized
+        transform: description of how the images were decoded and resized
     """
     slots: dict[str, tuple[int, ...]] = {}
     for content, pixels, facts in images:
@@ -246,7 +246,7 @@ def write_blob(file: BinaryIO, images: Iterable[tuple[str, np.ndarray, Facts]], 
 
 
 def map_blob(path: Path) -> Blob:
-    """Map a cache file into memory. Its index is checked, its pixels are not (see `Blob.sound`).
+    """Map a cache file into memory. Only its index is checked, not its pixels (see `Blob.sound`).
 
     Raises:
         Damaged: length, footer or index are wrong
@@ -274,6 +274,6 @@ def map_blob(path: Path) -> Blob:
         raise Damaged("its index cannot be read") from error
     if any(min(s.offset, s.height - 1, s.width - 1) < 0 or s.offset + s.size > start for s in slots.values()):
         raise Damaged("its index points outside of it")
-    # Mode "c": writable in memory, as torch wants it, but never on disk, and shared until written to.
+    # Mode "c" (copy on write): writable in memory, as torch requires, but the file never changes.
     pixels = np.memmap(path, np.uint8, "c", shape=(start,)) if start else np.empty(0, np.uint8)
     return Blob(np.asarray(pixels), slots, transform, facts)

@@ -20,7 +20,7 @@ class Original(ABC):
     """One image of a source.
 
     Attributes:
-        id: name that is stable, and unique in the source
+        id: stable name, unique in the source
         rank: images of a lower rank come first in a split
     """
 
@@ -35,7 +35,7 @@ class Original(ABC):
 
     @property
     def group(self) -> str:
-        """Name of what a split must not divide, such as a photograph and its parts."""
+        """Name of the group of images that a split must not divide, such as a photograph and its parts."""
         return self.id
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Original(ABC):
 
         Args:
             digests: stored digests of the source
-            size: side in pixels of an image that has no size of its own
+            size: shorter side in pixels of an image without a size of its own, such as a procedural one
 
         Raises:
             BadImage: the image cannot be read
@@ -55,7 +55,7 @@ class Original(ABC):
         """Return the image as RGB, not resized.
 
         Args:
-            size: side in pixels of an image that has no size of its own
+            size: shorter side in pixels of an image without a size of its own, such as a procedural one
             content: digest that the image must still have
 
         Raises:
@@ -63,23 +63,23 @@ class Original(ABC):
         """
 
     def image(self, box: tuple[int, int], content: str) -> Image.Image:
-        """Return the image as RGB, resized to cover a box, `(height, width)`; errors as for `decoded`."""
+        """Return the image as RGB, resized to cover a box `(height, width)`; raises as `decoded` does."""
         return cover(self.decoded(max(box), content), box)
 
     def examined(self, box: tuple[int, int], content: str) -> tuple[Image.Image, Facts]:
-        """Return the image as `image` does, and the facts about it before it was resized."""
+        """Return the resized image as `image` does, and the facts about it before resizing."""
         whole = self.decoded(max(box), content)
         return cover(whole, box), examine(whole)
 
 
 class EncodedOriginal(Original):
-    """An image that is stored as the bytes of an image file."""
+    """Image that is stored as the bytes of an image file."""
 
     __slots__ = ()
 
     @abstractmethod
     def state(self) -> str:
-        """Return where the bytes are, and what changes when they do, as text.
+        """Return a text that names where the bytes are and changes when they do, such as path, size and times.
 
         Raises:
             BadImage: there is no such file
@@ -87,7 +87,7 @@ class EncodedOriginal(Original):
 
     @abstractmethod
     def read(self) -> bytes:
-        """Return the bytes. Any thread may call this.
+        """Return the bytes. This is safe to call from any thread.
 
         Raises:
             BadImage: they cannot be read
@@ -105,12 +105,12 @@ class EncodedOriginal(Original):
 
 @dataclass(frozen=True, slots=True)
 class FileOriginal(EncodedOriginal):
-    """An image file: two strings an image, of which the first may be the id.
+    """Image file. It stores two strings, which may be the same object, to save memory for millions of images.
 
     Attributes:
         id: name of the image
         root: folder of the source
-        file: path of the file below it
+        file: path of the file below `root`
     """
 
     id: str
@@ -126,7 +126,7 @@ class FileOriginal(EncodedOriginal):
         return shown(self.path)
 
     def state(self) -> str:
-        """Return path, size and times; the change time shows a file replaced by one of the same size and age."""
+        """Return path, size and times; the change time reveals a file replaced by one of equal size and age."""
         path = self.path
         try:
             now = path.stat()
@@ -140,7 +140,7 @@ class FileOriginal(EncodedOriginal):
 
 @dataclass(frozen=True, slots=True)
 class PartOriginal(Original):
-    """One cell of a grid over an image file.
+    """Image that is one cell of a grid over an image file.
 
     Attributes:
         id: name of the image
@@ -172,7 +172,7 @@ class PartOriginal(Original):
 
 
 def broken_images(broken: Sequence[BadImage]) -> AfterimageError:
-    """Create one error for all images that cannot be read: the first 20 with their reasons, and how many more."""
+    """Return one error for all unreadable images: the first 20 with their reasons, and the number of others."""
     lines = sorted(set(map(str, broken)))
     if len(lines) == 1:
         return AfterimageError(f"{lines[0]}. Mend the file or take it out")

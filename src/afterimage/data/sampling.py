@@ -1,7 +1,7 @@
-"""Randomness as pure functions: the order of images, and their crops.
+"""Random order of images and random crops, as pure functions.
 
-Each draw is a hash of its purpose, seed, epoch and number, so that resuming a run, grouping runs or spreading them
-over processes changes nothing. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable
+Each draw is a hash of its purpose, seed, epoch and image index. Resuming a run, grouping runs or spreading them over
+processes therefore changes nothing. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators", 2014).
 """
 
@@ -30,12 +30,12 @@ def crop_places(
     seed: int,
     epoch: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw the places of random crops, uniformly over all that fit.
+    """Draw random crops, uniformly over all places where they fit.
 
     Args:
         heights: height of each image in pixels
         widths: width of each image in pixels
-        crop: height and width of the crops in pixels, or the side of squares
+        crop: height and width of the crops in pixels, or the side of square crops
         indices: indices of the images
         seed: seed of the draws
         epoch: number of the epoch
@@ -63,9 +63,9 @@ def centre_places(
 def fitting_sides(
     heights: np.ndarray | int, widths: np.ndarray | int, crop: tuple[int, int]
 ) -> np.ndarray | np.int64:
-    """Return the shorter side of the largest box of the crop's shape in each image, in whole pixels.
+    """Return the shorter side of the largest box with the crop's aspect ratio in each image, in whole pixels.
 
-    For square crops that is the image's shorter side.
+    For square crops this is the image's shorter side.
     """
     height, width = crop
     short = min(crop)

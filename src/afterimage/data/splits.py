@@ -1,4 +1,4 @@
-"""Split images into training, validation and test images, as a pure function of a seed and their ids."""
+"""Split images into training, validation and test images by a seed and the images' ids alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from afterimage.data.records import Original
 
 @dataclass(frozen=True)
 class Source:
-    """The images of a source.
+    """Images of a source.
 
     Attributes:
         train: training images, from which splits that are None are taken
         validation: validation images, or None
         test: test images, or None
         root: folder of the files, or another name of the source
-        notes: what was left out, and how the source is split
-        pooled: the folders whose images are pooled, as their names tell no split
+        notes: remarks on the files that are left out and on how the source is split
+        pooled: folders whose images are pooled because their names give no split
     """
 
     train: Sequence[Original]
@@ -34,10 +34,10 @@ class Source:
 
 
 def shuffled(originals: Sequence[Original], seed: int) -> list[Original]:
-    """Return images in the order of a split; the place of each depends on the seed and its own id alone.
+    """Return images in the order of a split: by rank, then by a hash of the seed and the id.
 
     Raises:
-        AfterimageError: two images have one id
+        AfterimageError: two images have the same id
     """
     found = sorted(originals, key=lambda original: (original.rank, draw(seed, original.id), original.id))
     for first, second in pairwise(found):
@@ -49,10 +49,10 @@ def shuffled(originals: Sequence[Original], seed: int) -> list[Original]:
 
 
 def take(originals: Sequence[Original], fraction: float, seed: int) -> tuple[list[Original], list[Original]]:
-    """Take a fraction of the groups, most of which are single images, and at least one.
+    """Take a fraction of the groups of images, at least one; most groups are single images.
 
     Returns:
-        the images taken, and the others
+        the images of these groups, and all others
     """
     groups = sorted({o.group for o in originals}, key=lambda group: (draw(seed, group), group))
     taken = set(groups[: max(1, round(fraction * len(groups)))])
@@ -72,15 +72,15 @@ def split(
     Args:
         name: name of the source, for the error
         source: the source
-        validation_fraction: share of the images outside the test split that validates, if the source has no such split
-        test_fraction: share of the images that tests, likewise; None for no test images
+        validation_fraction: share of validation images among the non-test images, if the source has no such split
+        test_fraction: share of test images, if the source has no test split; None for no test images
         seed: seed of the split
 
     Returns:
         training, validation and test images
 
     Raises:
-        AfterimageError: there are too few images, or two have one id
+        AfterimageError: there are too few images, or two have the same id
     """
     train, validation, test = source.train, source.validation, source.test
     total, parts = len(train), ["training"]

@@ -1,4 +1,4 @@
-"""The kinds of files that features may be stored in, with their images: read without unpickling, written whole."""
+"""File formats for features and their images: read without unpickling, written atomically."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from afterimage.data.decode import decode
 from afterimage.runs.files import atomic_file
 
 IMAGES, IDS, METADATA = "images", "ids", "afterimage"
-"""Names of what a file holds beside `features` or `features.NAME`; the last is a JSON object."""
+"""Names of a file's entries beside `features` or `features.NAME`; the last is a JSON object."""
 OBJECT = 32
-"""Bytes that a number takes in a list of Python's."""
+"""Number of bytes that a number takes in a Python list."""
 MEMORY = 16 * 2**30
 BATCH = 256
 
 Arrays = dict[str, Any]
-"""What a file holds by name: arrays or, of safetensors, tensors that are read from the file when they are used."""
+"""Entries of a file by name: arrays, or tensors that are read from a `.safetensors` file on access."""
 
 
 def read_file(path: Path) -> Arrays:
@@ -37,7 +37,7 @@ def read_file(path: Path) -> Arrays:
     """
     if path.suffix not in READERS:
         raise unknown("kind of pairs file", path.suffix or path.name, READERS)
-    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a named pipe would block for ever
         raise AfterimageError(f"cannot read {shown(path)}: it is not a regular file")
     try:
         return READERS[path.suffix](path)
@@ -48,12 +48,12 @@ def read_file(path: Path) -> Arrays:
 def write_file(
     path: Path, ids: Sequence[str], arrays: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """Write a file that `read_file` reads, whole or not at all; equal arguments give equal bytes.
+    """Write a file for `read_file`, completely or not at all; equal arguments give equal bytes.
 
     Args:
-        path: the file, whose suffix says which kind
+        path: the file, whose suffix selects the format
         ids: names of the images
-        arrays: `images` and `features.NAME`, a row an image
+        arrays: `images` and `features.NAME`, one row for each image
         metadata: plain JSON values
 
     Raises:
@@ -68,7 +68,7 @@ def write_file(
 
 def _read_safetensors(path: Path) -> Arrays:
     try:
-        # Mapped: a tensor's values are read when they are used.
+        # The tensors are memory-mapped: their values are read on access.
         with utf8_path(path) as name, safe_open(name, "pt") as file:
             found: Arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
@@ -86,7 +86,7 @@ def _read_safetensors(path: Path) -> Arrays:
 def _write_safetensors(
     file: BinaryIO, ids: Sequence[str], arrays: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    # Tensors hold no text; of several entries of the header's text the order would be another each time.
+    # Ids go into the header, as tensors cannot hold text, and into one entry, as the order of several would vary.
     file.write(save(dict(arrays), {METADATA: json.dumps({**metadata, IDS: list(ids)})}))
 
 
@@ -101,7 +101,7 @@ def _read_npz(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             _fits(path, sum(member.file_size for member in file.zip.infolist()))
-            found = {name: np.asarray(file[name]) for name in file.files}  # bytes where a member is no array
+            found = {name: np.asarray(file[name]) for name in file.files}  # bytes if a member is no array
         if METADATA in found:
             found[METADATA] = _parsed(str(found[METADATA]))
         return found
@@ -135,8 +135,8 @@ def _read_parquet(path: Path) -> Arrays:
     try:
         batches, size = [], 0
         with parquet.ParquetFile(path) as file:
-            # Batch by batch, so that a small file cannot unpack to all memory; Arrow itself aborts the process where
-            # the columns' metadata, which would tell, are damaged.
+            # Read in batches, so that a small file cannot unpack into all memory. The sizes in the columns' metadata
+            # are not used, because Arrow aborts the process if they are damaged.
             for batch in file.iter_batches(BATCH):
                 size += sum(c.nbytes * (OBJECT // 4 if "list" in str(c.type) else 1) for c in batch.columns)
                 _fits(path, size)
@@ -153,7 +153,7 @@ def _read_parquet(path: Path) -> Arrays:
         metadata = {} if text is None else {METADATA: _parsed(text.decode())}
     except (AfterimageError, OSError):
         raise
-    except Exception as error:  # a damaged file raises anything in Arrow, and rows may be of any kind
+    except Exception as error:  # Arrow may raise anything on a damaged file, and rows may be of any type
         raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
     return {name: _stack(f"{shown(path)}: {name}", values) for name, values in arrays.items()} | metadata
 
@@ -170,7 +170,7 @@ def _write_parquet(
 
 
 def _decoded(path: Path, rows: list[Any]) -> list[np.ndarray]:
-    """Encoded image files, all of one size: `(H, W, 3)` uint8 each."""
+    """Decode image files, which must have one size, to `(H, W, 3)` uint8 each."""
     contents = [row["bytes"] if isinstance(row, dict) else row for row in rows]
     images: list[np.ndarray] = []
     for i, content in enumerate(contents):
@@ -182,7 +182,7 @@ def _decoded(path: Path, rows: list[Any]) -> list[np.ndarray]:
 
 
 def _fits(path: Path, size: int) -> None:
-    """Raise where what a file unpacks to would take over half of this machine's memory."""
+    """Check that a file's unpacked `size` in bytes is at most half of this machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else MEMORY
     if size > memory // 2:
         raise AfterimageError(
@@ -211,4 +211,4 @@ WRITERS: dict[str, Callable[[BinaryIO, Sequence[str], Mapping[str, Tensor], Mapp
 }
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Formats of stored features; NumPy and Arrow, hence .npz and .parquet, have no bfloat16."""
+"""Number formats of stored features. `.npz` and `.parquet` cannot hold bfloat16, which NumPy and Arrow lack."""

@@ -1,4 +1,4 @@
-"""The shards of a store: what it is of, the index that lists them, and the writer that makes them one by one."""
+"""Shards of a feature store: metadata, the index that lists the shards, and the writer."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from afterimage.runs.results import FeatureMap, UsedWeights
 
 INDEX = ".index.json"
 VERSION = 1
-"""Of the index and of `StoreFacts`: raised whenever a key changes its name or its meaning."""
+"""Version of the index and of `StoreFacts`: increase it whenever a key changes its name or its meaning."""
 
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What extracted features are of; extractions with equal facts write equal stores.
+    """Metadata of extracted features; extractions with equal metadata write equal stores.
 
     Attributes:
         model: the encoder, `[provider/]model` with its tag
         features: shape and placement of each layer
-        used: the encoder's weights
-        weights: setting of the weights
+        used: weights that the encoder loaded
+        weights: requested weights, such as `pretrained` or `random`
         seed: seed of random weights
-        mean: what the encoder subtracts from images in [0, 1], by channel
-        std: what it divides them by then
-        data: where images come from, and their size
-        data_digest: SHA-256 of all images of that source, split and size
+        mean: mean by channel that the encoder subtracts from images in [0, 1]
+        std: standard deviation by channel that the encoder divides by
+        data: source and size of the images
+        data_digest: SHA-256 over all images of the source, their split and size
         split: `train`, `validation`, `test` or `all`
-        images: how many images are stored
+        images: number of images in the complete store
         dtype: number format of the features
-        remarks: what a reader has to know of how images reached the encoder
+        remarks: notes on how images were prepared for the encoder
     """
 
     model: str
@@ -57,7 +57,7 @@ class StoreFacts:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a store: its name beside the index, its images, its size in bytes, its digest."""
+    """File of a store: its name in the index's folder, number of images, size in bytes, and digest."""
 
     file: str
     images: int
@@ -67,7 +67,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """The shards of a store that are written, in order. `facts` say how many images they will hold in the end."""
+    """Index of a store: the shards written so far, in order. `facts.images` counts the images of all shards."""
 
     version: int
     shard_images: int
@@ -76,12 +76,16 @@ class StoreIndex:
 
 
 def index_path(path: Path) -> Path:
-    """Return where the list of a store's shards is."""
+    """Return the path of a store's index."""
     return path.with_name(path.name + INDEX)
 
 
 def read_index(path: Path) -> StoreIndex | None:
-    """Return the index of the store at `path`; None where there is none."""
+    """Return the index of the store at `path`; None if there is none.
+
+    Raises:
+        AfterimageError: the index is damaged or of another version
+    """
     file = index_path(path)
     if not file.exists():
         return None
@@ -98,7 +102,7 @@ def read_index(path: Path) -> StoreIndex | None:
 
 
 def check_whole(path: Path, index: StoreIndex) -> None:
-    """Raise `AfterimageError` where a shard is missing or cut short, or some are not written yet."""
+    """Raise `AfterimageError` if a shard is missing or cut short, or not all shards are written yet."""
     for shard in index.shards:
         file = path.with_name(shard.file)
         if not file.exists():
@@ -114,15 +118,15 @@ def check_whole(path: Path, index: StoreIndex) -> None:
 
 
 class StoreWriter:
-    """Writes a store shard by shard. What the same extraction has begun goes on; shards that are whole stay.
+    """Writer of a store, shard by shard. An interrupted extraction continues and keeps its complete shards.
 
     Args:
-        path: the store
-        facts: what it is of
-        shard_images: images in each shard but the last
+        path: path of the store
+        facts: metadata of the extraction
+        shard_images: number of images in each shard but the last
 
     Raises:
-        AfterimageError: something else is there already
+        AfterimageError: `path` holds another extraction or another file
     """
 
     def __init__(self, path: Path, facts: StoreFacts, shard_images: int) -> None:
@@ -151,7 +155,7 @@ class StoreWriter:
 
     @property
     def _starts(self) -> dict[str, int]:
-        """The name of each shard, and the row that it starts with."""
+        """First row of each shard, by the shard's name."""
         count = -(-self.facts.images // self.shard_images)
         if count == 1:
             return {self.path.name: 0}
@@ -160,7 +164,7 @@ class StoreWriter:
         return {name: i * self.shard_images for i, name in enumerate(names)}
 
     def missing(self) -> dict[str, range]:
-        """Return the shards that are still to be written, and the rows of each."""
+        """Return the rows of each shard that is still to be written, by the shard's name."""
         end = self.facts.images
         starts = self._starts.items()
         return {
@@ -170,7 +174,13 @@ class StoreWriter:
         }
 
     def write(self, name: str, ids: Sequence[str], arrays: Mapping[str, Tensor]) -> None:
-        """Write one of the missing shards: `images` and layers by name, a row an image."""
+        """Write one of the missing shards.
+
+        Args:
+            name: name of the shard, from `missing`
+            ids: names of the images
+            arrays: `images`, and features by layer, one row for each image
+        """
         file = self.path.with_name(name)
         named = {key if key == IMAGES else layer_key(key): values for key, values in arrays.items()}
         write_file(file, ids, named, {"version": VERSION, **to_dict(self.facts)})
@@ -183,7 +193,7 @@ class StoreWriter:
 
 
 def _changed(before: StoreIndex, now: StoreIndex) -> list[str]:
-    """The settings of two extractions that differ."""
+    """Return the names of the settings in which two extractions differ."""
     names = [f.name for f in fields(StoreFacts) if f.name not in ("data_digest", "used")]
     changed = [name for name in names if getattr(before.facts, name) != getattr(now.facts, name)]
     if not changed and before.facts.data_digest != now.facts.data_digest:
@@ -194,7 +204,11 @@ def _changed(before: StoreIndex, now: StoreIndex) -> list[str]:
 
 
 def read_facts(file: Path, values: Mapping[str, Any]) -> StoreFacts:
-    """Return what a file says of itself; raises `AfterimageError` that names it."""
+    """Return the facts in a file's metadata.
+
+    Raises:
+        AfterimageError: the metadata are of another version or damaged; the message names the file
+    """
     try:
         if (version := values.get("version")) != VERSION:
             raise AfterimageError(f"version {version!r:.80}; this one reads {VERSION}")
@@ -204,5 +218,5 @@ def read_facts(file: Path, values: Mapping[str, Any]) -> StoreFacts:
 
 
 def layer_key(layer: str) -> str:
-    """The name of a layer's features in a file."""
+    """Return the name of a layer's features in a file."""
     return layer if layer == "features" else f"features.{layer}"
