@@ -1,1 +1,1 @@
-"""Scores of reconstructions against their originals."""
+"""Score reconstructions against their originals."""

@@ -1,4 +1,4 @@
-"""Baselines: the mean colour, bicubic thumbnails and JPEG, measured like any decoder."""
+"""Baselines: mean colour, bicubic thumbnails and JPEG, measured like decoders."""
 
 from __future__ import annotations
 
@@ -48,9 +48,13 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 def baseline(name: str) -> Callable[[Images], Images]:
-    """Return the function from images `(B, 3, H, W)` in [0, 1] to what `mean`, `thumbnail-N` or `jpeg-Q` leaves.
+    """Return the function of a baseline, from images `(B, 3, H, W)` in [0, 1] to reconstructions of the same shape.
 
-    Raises `AfterimageError` for any other name, listing what would be valid.
+    Args:
+        name: `mean`, `thumbnail-N` or `jpeg-Q`
+
+    Raises:
+        AfterimageError: the name is another one; the message lists the valid ones
     """
     kind, number = _parse(name)
     if kind == "mean":
@@ -61,7 +65,7 @@ def baseline(name: str) -> Callable[[Images], Images]:
 
 
 def label(name: str, size: tuple[int, int] = (1, 1)) -> str:
-    """Return a baseline's name for people, for images of a size."""
+    """Return a baseline's display name for images of a `size` (height, width)."""
     kind, number = _parse(name)
     if kind == "mean":
         return "Mean colour"
@@ -80,17 +84,17 @@ def run_baselines(
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
 ) -> list[Run]:
-    """Measure baselines on the test images, each into a run folder of its own, unless done already.
+    """Measure baselines on the test images, each in a run folder of its own; finished ones are not repeated.
 
     Args:
         data: the images
         root: folder of the run folders
-        names: which baselines; None takes those of `BASELINES` that make sense: thumbnails smaller than the images
+        names: names of the baselines; None for all of `BASELINES` but thumbnails that are not smaller than the images
         lpips: LPIPS network
         cache: folder of decoded images
-        progress: called with the progress; its exceptions end everything
-        keep: how many images are kept with their reconstructions
-        failures: takes the errors of baselines that fail, while the others go on
+        progress: called with the name of the current task, the amount done, and the total; its exceptions end all work
+        keep: number of images that are stored with their reconstructions
+        failures: receives the errors of failed baselines, while the others continue
 
     Returns:
         the run folders
@@ -149,7 +153,7 @@ def run_baselines(
                     if concerns(error):
                         raise
                     let_go(error)
-                    for name in missing:  # which of them cannot be measured shows when each is measured alone
+                    for name in missing:  # measure each alone, to find the one that fails
                         with recorded(name):
                             measure(name)
     if failures is not None:
@@ -182,7 +186,7 @@ def mean_colour(images: Images) -> Images:
 
 
 def thumbnail(images: Images, size: int) -> Images:
-    """Reduce images to a shorter side of `size` pixels and enlarge them again, both as Pillow's bicubic, clamped."""
+    """Reduce images to a shorter side of `size` pixels and enlarge them again, by Pillow's bicubic filter, clamped."""
     height, width = images.shape[-2:]
     if size > min(height, width):
         raise AfterimageError(f"a thumbnail of {size} pixels is larger than the images, {height}x{width}")
@@ -190,12 +194,12 @@ def thumbnail(images: Images, size: int) -> Images:
     small = F.interpolate(
         images, (size * height // short, size * width // short), mode="bicubic", antialias=True
     )
-    # Enlarging has nothing to antialias, but the flag also selects the kernel: without it a = -0.75.
+    # Enlarging needs no antialiasing, but the flag also selects Pillow's kernel: a = -0.5 instead of -0.75.
     return F.interpolate(small, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def jpeg(images: Images, quality: int) -> Images:
-    """Code images as 8-bit JPEG of a quality from 1 to 100, chroma at half size."""
+    """Encode images as 8-bit JPEG with a quality of 1 to 100 and chroma at half resolution, and decode them."""
     arrays = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     decoded = []
     for array in arrays:

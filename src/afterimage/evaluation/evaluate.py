@@ -19,10 +19,10 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from afterimage.runtime.progress import Progress, silent
 
 SEEN = "_seen"
-"""Ends the name of a score that counts only the pixels that some location of the features sees."""
+"""Suffix of scores over only those pixels that some location of the features sees."""
 
 Box = tuple[tuple[int, int], tuple[int, int]]
-"""A part of images: its first row and the one after its last, then the same of its columns."""
+"""Part of images as `((top, bottom), (left, right))` in pixels; bottom and right are exclusive."""
 
 Images = Float[Tensor, "batch 3 height width"]
 
@@ -32,8 +32,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
         rows: one row for each image, in order: `id`, `psnr` in dB, `ssim`, `lpips` (None where unavailable), and
-            `psnr_seen` and so on where only a part of the images is seen
-        images: the first images, as many as asked for: `(id, original, reconstruction)`, uint8 `(H, W, 3)`
+            `psnr_seen` and so on if only a part of the images is seen
+        images: the first `keep` images: `(id, original, reconstruction)`, uint8 `(H, W, 3)`
     """
 
     rows: list[dict[str, Any]]
@@ -53,20 +53,20 @@ def evaluate(
     """Measure how well images are reconstructed.
 
     Args:
-        reconstruct: takes images `(B, 3, H, W)` in [0, 1] to images like them; a module is put into evaluation mode
-            and back.
+        reconstruct: function from images `(B, 3, H, W)` in [0, 1] to reconstructions of the same shape. A module is in
+            evaluation mode meanwhile.
         image_set: the images.
-        metrics: what is measured.
-        batch_size: images at a time.
-        device: where; by default where a module is, else the CPU.
-        progress: is told how many images have been measured.
-        keep: how many images are returned with their reconstructions, as uint8.
+        metrics: the metrics to compute.
+        batch_size: number of images in a batch.
+        device: device of the images; by default the module's, else the CPU.
+        progress: called with the name of the task, the number of images measured, and the total.
+        keep: number of images that are returned with their reconstructions, as uint8.
 
     Returns:
-        One row of scores an image, and the images that are kept.
+        One row of scores per image, and the first `keep` images.
 
     Raises:
-        AfterimageError: as `evaluate_together` does.
+        AfterimageError: as `evaluate_together`.
     """
     modules = [reconstruct] if isinstance(reconstruct, nn.Module) else []
     if device is None:
@@ -81,8 +81,8 @@ def evaluate(
 
 
 Reconstructed = tuple[Tensor, Tensor, Sequence[Tensor]]
-"""`(indices, images, reconstructions)`: which images of their set these are, `(B,)`; the images, `(B, 3, H, W)` in
-[0, 1]; and of each of several methods what it makes of them, images likewise."""
+"""Batch `(indices, images, reconstructions)`: the images' indices in their set `(B,)`, the images `(B, 3, H, W)` in
+[0, 1], and a batch of reconstructions of the same shape for each of several methods."""
 
 
 def reconstructions(
@@ -92,10 +92,10 @@ def reconstructions(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
 ) -> Iterator[Reconstructed]:
-    """Give each image of a set with what `reconstruct` makes of it, batch by batch.
+    """Yield the images of a set with their reconstructions, batch by batch.
 
-    What methods share, such as an encoder, runs once. Modules behind `reconstruct` belong in evaluation mode (see
-    `evaluating`).
+    Parts that methods share, such as an encoder, need to run only once per batch. Put the modules that `reconstruct`
+    calls into evaluation mode first (see `evaluating`).
     """
     for indices in torch.arange(len(image_set)).split(batch_size):
         images = image_set.crops(indices, device=device)
@@ -114,26 +114,26 @@ def evaluate_together(
     seen: Sequence[Box | None] = (),
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Evaluation]:
-    """Measure several reconstructions of each image as they come: nothing is read or reconstructed twice.
+    """Measure several reconstructions of each image in one pass over batches.
 
     Args:
-        batches: all images of a set in order, with their reconstructions, always equally many (see
-            `reconstructions`). They are asked for without gradients. Of several ranks each gives its part of every
-            batch, which may be none.
-        ids: the names of all images of the set.
-        metrics: what is measured; it is moved to where the images are.
-        names: who makes each reconstruction, for messages.
-        progress: is told how many images have been measured.
-        keep: how many images are returned with their reconstructions, as uint8.
-        seen: for each reconstruction the part of the images that it is measured on by itself too; None for no part.
+        batches: all images of a set in order, each with the same number of reconstructions (see `reconstructions`).
+            The iterator runs without gradients. With several ranks, each passes its part of every batch, which may be
+            empty.
+        ids: the ids of all images of the set.
+        metrics: the metrics to compute; they are moved to the images' device.
+        names: the method of each reconstruction, for messages.
+        progress: called with the name of the task, the number of images measured, and the total.
+        keep: number of images that are returned with their reconstructions, as uint8.
+        seen: for each reconstruction, a part of the images on which it is also measured separately; None for no part.
         ranks: the processes that measure together.
 
     Returns:
-        The evaluation of each reconstruction; on every rank that of all images, in order.
+        The evaluation of each reconstruction, over all images in order, on every rank.
 
     Raises:
-        AfterimageError: that names the image, and the reconstruction, where shapes differ or values are not finite or
-            leave [0, 1].
+        AfterimageError: there are no images, shapes differ, or values are not finite or leave [0, 1]; the message names
+            the image and the method.
     """
     if len(ids) == 0:
         raise AfterimageError("there are no images to evaluate on")
@@ -168,7 +168,7 @@ def _measured(
     metrics: Metrics,
     seen: Sequence[Box | None],
 ) -> list[Evaluation]:
-    """One batch's evaluation for each of several outputs; of an empty batch, nothing."""
+    """Evaluate each of several outputs for one batch, which may be empty."""
     if not ids:
         return [Evaluation([], []) for _ in outputs]
     results = []
@@ -185,7 +185,7 @@ def score_rows(
     metrics: Metrics,
     seen: Sequence[Box | None],
 ) -> list[list[dict[str, Any]]]:
-    """Score several reconstructions of the same images, each as rows of `Evaluation.rows`."""
+    """Score several reconstructions of the same images; return for each its rows as in `Evaluation.rows`."""
     columns = metrics.compare(outputs, images)
     for box in {box for box in seen if box is not None}:
         numbers = [i for i, other in enumerate(seen) if other == box]
@@ -205,7 +205,7 @@ def score_rows(
 
 
 def cropped(images: Images, box: Box | None) -> Float[Tensor, "batch 3 _ _"]:
-    """Cut a part out of images; all of them where there is no box."""
+    """Crop images to a box; None keeps the whole images."""
     if box is None:
         return images
     (top, bottom), (left, right) = box
@@ -219,7 +219,7 @@ def to_uint8(images: Images) -> np.ndarray:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into evaluation mode inside the block; afterwards every submodule is back in the mode it had."""
+    """Put modules into evaluation mode inside the block, and restore the mode of every submodule afterwards."""
     before = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
@@ -231,14 +231,14 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, Score | None]:
-    """Compute mean and deviation over images of each of `METRICS`.
+    """Compute mean and standard deviation over images for each of `METRICS`.
 
     Args:
         rows: scores, a row for each image
         suffix: `SEEN` for scores of the part that is seen
 
     Returns:
-        the scores by metric; None for one that no row has
+        the scores by metric; None for a metric that no row has
 
     Raises:
         AfterimageError: there are no rows, or only some of them have a metric
@@ -249,7 +249,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, 
 
 
 def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Note what a reader of the scores has to know: images that came back exactly count as `PSNR_CAP` dB."""
+    """Return a note if images came back exactly, since these count as `PSNR_CAP` dB."""
     exact = sum(row["psnr"] >= PSNR_CAP for row in rows)
     return [f"{exact} of {len(rows)} images came back exactly and count as {PSNR_CAP:g} dB"] if exact else []
 
@@ -260,12 +260,13 @@ def seen_notes(
     size: tuple[int, int],
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
-    """Note what a reader of the scores has to know about pixels that no location sees.
+    """Return notes on pixels that no location of the features sees.
 
     Args:
         features: the sources' `Encoder.describe` entries.
-        box: the part of images of `size` that some location of some source sees; None for all of it.
-        rows: scores with those of the part, if they were measured.
+        box: the part of the images that some location of some source sees; None if that is all of them.
+        size: height and width of the images in pixels.
+        rows: scores that include those of the part, if they were measured.
     """
     notes = [f"{layer.source}: {layer.unseen}" for layer in features if layer.unseen]
     if box is not None:

@@ -1,4 +1,4 @@
-"""95 % confidence intervals over images: BCa bootstrap for whatever is computed from mean scores, exact for shares."""
+"""95 % confidence intervals over images: BCa bootstrap for statistics of mean scores, exact intervals for shares."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from afterimage.config import AfterimageError
 from afterimage.runs.results import Interval
 
 NAME = "95 % BCa interval"
-"""Name of the interval in captions, as every report has one kind."""
+"""Name of the interval in captions; all intervals of a report are of this kind."""
 RESAMPLES = 10_000
 """Bootstrap resamples: the ends of a 95 % interval then have a standard error below 1 % of its length."""
 CONFIDENCE = 0.95
 """Confidence level of all intervals."""
 FEW = 10
-"""Number of images below which resamples hold too few distinct values; a mean's interval then includes Student's."""
+"""Number of images below which resamples hold too few distinct values; intervals of means then include Student's t."""
 _CHUNK = 4_000_000
-"""Resampled values held at a time: 32 MB."""
+"""Number of resampled values held at a time (32 MB)."""
 
 
 def _draw(random: np.random.Generator, rows: int, count: int) -> np.ndarray:
-    """Draw bootstrap resamples: how often each of `count` images occurs in each of them, `(rows, count)`."""
+    """Draw bootstrap resamples: the number of times that each of `count` images occurs in each, `(rows, count)`."""
     drawn = random.integers(0, count, (rows, count)) + np.arange(rows)[:, None] * count
     return np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(float)
 
 
 @lru_cache(maxsize=4)
 def _drawn(count: int, resamples: int) -> np.ndarray:
-    """Draw all resamples; cached, as a report needs the same ones for many columns of scores."""
+    """Draw all resamples. They are cached because a report needs the same ones for many columns of scores."""
     return _draw(np.random.default_rng(0), resamples, count)
 
 
@@ -51,20 +51,20 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], scores: np.ndarray) 
     """Compute the BCa bootstrap interval of a statistic of mean scores over images.
 
     BCa means bias-corrected and accelerated (Efron 1987, "Better bootstrap confidence intervals"). Images are drawn
-    with all their scores, which stay paired, and the same ones every time. The levels are widened as Student's t
-    widens a normal interval (Hesterberg 2015, "What teachers should know about the bootstrap"), as a bootstrap of fewer
-    than about 30 images is too short.
+    with all their scores, so that pairs stay together, and the draws are the same in every call. The levels are widened
+    as Student's t widens a normal interval (Hesterberg 2015, "What teachers should know about the bootstrap"), because
+    bootstrap intervals of fewer than about 30 images are too short.
 
-    `scipy.stats.bootstrap(method="BCa")` with the widened level gives the same. It is not used because it returns NaN
-    where leaving out any one image changes nothing (equal scores, most rank correlations of layers), and because it
-    draws anew for every comparison and takes time of the square of the number of images.
+    `scipy.stats.bootstrap(method="BCa")` with the widened level gives the same interval. It is not used because it
+    returns NaN if no left-out image changes the statistic (equal scores, most rank correlations of layers), draws anew
+    for every comparison, and takes time quadratic in the number of images.
 
     Args:
         statistic: computes `(...)` from mean scores `(..., columns)`
         scores: scores of each image `(images, columns)`, finite
 
     Returns:
-        the interval; a point where the statistic is the same in all resamples
+        the interval; a single point if the statistic is the same in all resamples
 
     Raises:
         AfterimageError: there are fewer than two images, or scores are not finite
@@ -96,14 +96,14 @@ def interval(statistic: Callable[[np.ndarray], np.ndarray], scores: np.ndarray) 
 
 
 def _level(count: int) -> float:
-    """Return the level of one tail that makes a normal interval over `count` values as long as Student's t interval."""
-    # With two values the level underflows to zero, whose normal quantile is infinite.
+    """Return the level of one tail at which a normal interval of `count` values is as long as Student's t interval."""
+    # The level of two values would underflow to zero, whose normal quantile is infinite.
     return max(1e-12, NormalDist().cdf(-math.sqrt(count / (count - 1)) * _student(count)))
 
 
 def _student(count: int) -> float:
     """Return the half length of Student's t interval in standard errors."""
-    from scipy.special import stdtrit  # reports that show no interval start without scipy
+    from scipy.special import stdtrit  # imported here, so that reports without intervals need no scipy
 
     return float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
 
@@ -111,8 +111,8 @@ def _student(count: int) -> float:
 def mean_interval(values: np.ndarray) -> Interval:
     """Compute the BCa interval of a mean over images, or of a mean difference from paired differences.
 
-    No mean of resamples lies outside the range of the values, which of two images holds their true mean half of the
-    time. The interval of fewer than `FEW` images therefore includes Student's t interval.
+    The mean of a resample never leaves the range of the values, and the range of two values contains the true mean only
+    half of the time. The interval of fewer than `FEW` images therefore includes Student's t interval.
 
     Args:
         values: scores or differences `(images,)`, finite

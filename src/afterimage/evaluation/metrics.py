@@ -20,13 +20,13 @@ PSNR_CAP = 100.0
 """PSNR of identical images, in dB. Infinity would make every mean infinite, and JSON cannot hold it."""
 
 TOLERANCE = 1e-6
-"""Distance by which values may leave [0, 1], for rounding."""
+"""Largest distance by which values may leave [0, 1], to allow for rounding."""
 SIGMA = 1.5
 """Standard deviation of SSIM's Gaussian window, in pixels."""
 C1, C2 = 0.01**2, 0.03**2
 """SSIM's constants (0.01 L)^2 and (0.03 L)^2 for images of range L = 1."""
 CHUNK = 8
-"""Images that LPIPS takes at once on a CPU: more take more memory and save hardly any time."""
+"""Number of images that LPIPS processes at once on a CPU; more need more memory and save hardly any time."""
 
 Images = Float[Tensor, "batch 3 height width"]
 Scores = Float[Tensor, " batch"]
@@ -56,7 +56,7 @@ def check(prediction: Tensor, target: Tensor) -> None:
         target: originals of the same shape, floats in [0, 1]
 
     Raises:
-        AfterimageError: shapes differ or are wrong, or values are no floats in [0, 1]
+        AfterimageError: shapes differ or are wrong, or values are not floats in [0, 1]
     """
     pair = (("prediction", prediction), ("target", target))
     for name, images in pair:
@@ -110,7 +110,7 @@ def ssim(prediction: Images, target: Images) -> Scores:
 
 
 def _by_image(metric: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
-    # One image at a time on a CPU: it fits into the cache, a batch does not.
+    # Process one image at a time on a CPU: it fits into the cache, a batch does not.
     size = 1 if prediction.device.type == "cpu" else len(prediction)
     pairs = zip(prediction.split(size), target.split(size), strict=True)
     return torch.cat([metric(p, t) for p, t in pairs])
@@ -128,8 +128,8 @@ def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
     # With the sum s and the difference d of the images, SSIM's two fractions are
     #     (E[s]^2 - E[d]^2 + 2 C1) / (E[s]^2 + E[d]^2 + 2 C1),
     #     (var s - var d + 2 C2) / (var s + var d + 2 C2).
-    # This needs four moments instead of five, and gives exactly 1 for equal images. Centre first: float32 loses the
-    # variance of nearly flat images as the difference of two large numbers.
+    # This needs four moments instead of five, and gives exactly 1 for equal images. The images are centred first:
+    # otherwise float32 loses the variance of nearly flat images, a difference of two large numbers.
     s, d = prediction + target, prediction - target
     centre_s, centre_d = s.mean((2, 3), keepdim=True), d.mean((2, 3), keepdim=True)
     s, d = s.sub_(centre_s), d.sub_(centre_d)
@@ -154,7 +154,7 @@ def _gaussian() -> list[float]:
 
 
 def _blur(planes: Tensor, axis: int) -> Tensor:
-    """Apply the Gaussian along one axis where it fits, as a sum of shifted views: faster here than a convolution."""
+    """Apply the Gaussian along one axis where it fits, as a sum of shifted views: this is faster than a convolution."""
     length = planes.shape[axis] - SSIM_WINDOW + 1
     first, *others = _gaussian()
     result = planes.narrow(axis, 0, length) * first
@@ -166,13 +166,13 @@ def _blur(planes: Tensor, axis: int) -> Tensor:
 class Metrics:
     """Compute PSNR, SSIM and, if its weights are available, LPIPS of reconstructions.
 
-    LPIPS is unavailable if its weights are not found, or if images of `size` pixels a side are too small for
-    its network; `lpips_status` gives the reason.
+    LPIPS is unavailable if its weights are not found, or if images of `size` pixels are too small for its network;
+    `lpips_status` gives the reason.
 
     Args:
         lpips_net: `alex`, `vgg` or `squeeze`
         weights: file or folder of the network's backbone, or `pretrained` to search for it
-        size: shorter side of the images in pixels, if it is known
+        size: shorter side of the images in pixels, if known
 
     Raises:
         AfterimageError: the network is unknown, the path does not exist, or the file does not fit
@@ -214,8 +214,7 @@ class Metrics:
             target: originals, likewise
 
         Returns:
-            `{"psnr": [...], "ssim": [...], "lpips": [...]}` with a number for each image; `lpips` is None if
-                unavailable
+            `{"psnr": [...], "ssim": [...], "lpips": [...]}` with one number per image; `lpips` is None if unavailable
         """
         return self.compare([prediction], target)[0]
 
@@ -231,7 +230,7 @@ class Metrics:
             any_size: whether to return None for SSIM and LPIPS of images that are too small, instead of raising
 
         Returns:
-            a dict as from a call for each batch of reconstructions
+            for each batch of reconstructions, a dict as `__call__` returns it
         """
         for prediction in predictions:
             check(prediction, target)

@@ -1,4 +1,4 @@
-"""Identify images again: does a reconstruction find its own original among all test images?"""
+"""Re-identification: test whether a reconstruction is nearest to its own original among all test images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Distances = Float[Tensor, "queries candidates"]
 
 
 def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
-    """Reduce images as they are compared: to `SIDE` pixels on the shorter side, antialiased."""
+    """Reduce images for comparison to at most `SIDE` pixels on the shorter side, antialiased."""
     height, width = images.shape[-2:]
     scale = SIDE / min(height, width)
     if scale >= 1:
@@ -31,26 +31,26 @@ def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
 
 
 Compared = dict[str, Float[Tensor, "_ 3 _ _"]]
-"""Images as they are compared: whole, under "", and where only a part is seen, that part, under `SEEN`."""
+"""Reduced images for comparison: whole images under "", and if only a part of them is seen, that part under `SEEN`."""
 
 
 def compared(images: Images, box: Box | None) -> Compared:
-    """Reduce images, and the part of them in the box if there is one, and move them to the CPU."""
+    """Reduce images and, if there is a box, their part in it, and move them to the CPU."""
     found = {"": reduced(images).cpu()}
     return found if box is None else found | {SEEN: reduced(cropped(images, box)).cpu()}
 
 
 def joined(batches: Sequence[Compared]) -> Compared:
-    """Join several batches."""
+    """Concatenate several batches."""
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 class Gallery:
-    """Test images with which reconstructions are compared by each of `DISTANCES`.
+    """Test images to which reconstructions are compared by each distance: pixels, correlation and LPIPS.
 
     Args:
         originals: all test images, reduced
-        lpips: network of the LPIPS distance, which is left out without it or where the images are too small for it
+        lpips: network of the LPIPS distance; without a network, or if images are too small for it, there is no LPIPS
     """
 
     def __init__(self, originals: Images, lpips: LPIPS | None = None) -> None:
@@ -59,13 +59,13 @@ class Gallery:
         self._known = {name: embed(originals) for name, embed in self._embeddings().items()}
 
     def _embeddings(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Each distance is a squared Euclidean one between rows, up to a factor."""
+        """Return the embedding of each distance, which is the squared Euclidean distance of embedded rows."""
         embeddings = {"pixels": lambda images: images.flatten(1), "correlation": _standardised}
         return embeddings if self.lpips is None else embeddings | {"lpips": self._perceptual}
 
     @torch.inference_mode()
     def _perceptual(self, images: Tensor) -> Tensor:
-        # LPIPS is a weighted squared difference of features: the square roots of its weights go to each side.
+        # LPIPS is a weighted squared difference of features: multiply each side by the square roots of the weights.
         rows = []
         for part in images.split(8):
             columns = []
@@ -84,10 +84,10 @@ class Gallery:
         return found
 
     def find(self, reconstructions: Images) -> dict[str, Bool[np.ndarray, " queries"]]:
-        """Find out whether reconstruction `i` is nearest to test image `i`, by each distance.
+        """Return by each distance whether reconstruction `i` is nearest to test image `i`.
 
-        Images that are equally near are taken in a fixed random order, so that reconstructions which say nothing
-        find their original as often as chance would.
+        Ties are broken in a fixed random order, so that reconstructions without information are re-identified at the
+        rate of chance.
         """
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.originals)))
         own = torch.arange(len(reconstructions))
@@ -101,7 +101,7 @@ class Gallery:
 def _standardised(images: Tensor) -> Tensor:
     rows = images.flatten(1) - images.flatten(1).mean(1, keepdim=True)
     length = rows.norm(dim=1, keepdim=True)
-    # A reconstruction without any contrast says nothing: rounding must not give it a direction.
+    # A reconstruction without contrast becomes zero, so that rounding errors give it no direction.
     return torch.where(
         length > 1e-4 * rows.shape[1] ** 0.5, rows / length.clamp(min=1e-12), torch.zeros_like(rows)
     )

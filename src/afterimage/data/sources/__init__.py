@@ -1,4 +1,4 @@
-"""Sources of images by name, one kind in each file."""
+"""Sources of images by name, one kind per file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SOURCES: dict[str, Callable[[str, Collection[str], Path, Progress], Source]] = {
     "procedural": lambda count, parts, *_: read_dead_leaves(count, parts),
     "photographs": lambda *_: read_photographs(),
 }
-"""What reads a source, by the word before its colon: called with what stands behind that, the parts that are used, the
-folder of the cache and the progress to tell."""
+"""Readers of sources, by the word before the colon. Each takes the text after the colon, the splits that are used, the
+cache folder and the progress callback."""
 SPELLINGS = (
     "folder:PATH", "hf:NAME", "hf:NAME@REVISION:SPLIT", "webdataset:SHARDS", "parquet:SHARDS", "div2k", "div2k:PATH",
     "procedural", "procedural:COUNT", "photographs",
@@ -37,10 +37,10 @@ def read_source(name: str, parts: Collection[str], cache: Path, progress: Progre
 
     Args:
         name: the source, in one of `SPELLINGS`
-        parts: the splits that are used, `train`, `test` or both: of DIV2K only these are downloaded, and procedural
-            images that only test are other ones than those that train
-        cache: folder of what is downloaded or copied
-        progress: called with what is done, how far it is, and the total
+        parts: the splits that are used, `train`, `test` or both. Only these are downloaded of DIV2K, and procedural
+            images for `test` alone differ from those for training
+        cache: folder for downloads and copies
+        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
         AfterimageError: the source is unknown, missing, empty or damaged; the message names it

@@ -1,9 +1,9 @@
-"""Procedural images: dead leaves, the simplest model that has the statistics of natural images.
+"""Procedural images of dead leaves, the simplest model that has the statistics of natural images.
 
-Opaque shapes of all sizes fall on one another; what shows is scale invariant, so its power spectrum falls
-about as 1/f^2, and it is full of occlusion edges (Lee, Mumford and Huang, "Occlusion models for natural
-images", 2001). Shapes other than discs, colours, shading, textures and shadows are in the spirit of Baradad
-et al., "Learning to see by looking at noise", 2021: a decoder shall learn what carries over to photographs.
+Opaque shapes of all sizes cover one another. The result is scale invariant, so its power spectrum falls about
+as 1/f^2, and has many occlusion edges (Lee, Mumford and Huang, "Occlusion models for natural images", 2001).
+Shapes other than discs, colours, shading, textures and shadows are added in the spirit of Baradad et al.,
+"Learning to see by looking at noise", 2021, so that trained decoders carry over to photographs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from afterimage.data.records import Original
 from afterimage.data.splits import Source
 
 VERSION = 1
-COVERAGE = 5.0  # leaves over a point, on average; what is left bare (0.7 %) is a leaf of its own
+COVERAGE = 5.0  # mean number of leaves over a point; bare points (0.7 %) count as part of leaf 0
 OVERSAMPLING = 2
 DEFAULT_COUNT = 1000
 MAX_COUNT = 1_000_000
 
 
 def dead_leaves(series: int, index: int, width: int, height: int) -> Image.Image:
-    """Draw a procedural image, a pure function of the arguments.
+    """Draw a procedural image as a pure function of the arguments.
 
     Args:
         series: number of the series
@@ -45,15 +45,16 @@ def dead_leaves(series: int, index: int, width: int, height: int) -> Image.Image
     light = _shading(random, near, radii) + _texture(random, near, 0.12) + _illumination(random, near.shape)
     image = np.asarray(flat, np.float32) / 255 * (np.exp(light) * _shadow(random, near))[..., None]
     image += _texture(random, near, 0.03)[..., None] * _chroma(random)
-    # A lens never resolves single pixels.
+    # Blur slightly: a lens does not resolve single pixels.
     sharp = Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8))
     return sharp.filter(ImageFilter.GaussianBlur(random.uniform(0.2, 0.5)))
 
 
 def _radii(random: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Radii in pixels, density r^-3 between two cutoffs, of all leaves that reach into the image.
+    """Draw the radii in pixels of all leaves that reach into the image, with density r^-3 between two cutoffs.
 
-    A leaf reaches in from as far away as its radius, so what is drawn from is (w + 2r)(h + 2r) r^-3.
+    A leaf reaches into the image from up to its radius away, so the density of the drawn radii is
+    (w + 2r)(h + 2r) r^-3.
     """
     smallest = 2.0 * 4 ** random.random()
     largest = max(0.7 * max(width, height), 2 * smallest)
@@ -66,7 +67,11 @@ def _radii(random: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def _paint(random: np.random.Generator, radii: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Which leaf shows where: `(height, width)`, oversampled, indices into `radii`; later leaves in front."""
+    """Paint the leaves, later ones in front.
+
+    Returns:
+        index into `radii` of the leaf that is visible at each pixel, `(height, width)` times `OVERSAMPLING`
+    """
     count = len(radii)
     x = random.random(count) * (width + 2 * radii) - radii
     y = random.random(count) * (height + 2 * radii) - radii
@@ -87,7 +92,7 @@ def _paint(random: np.random.Generator, radii: np.ndarray, width: int, height: i
 def _polygons(
     random: np.random.Generator, x: np.ndarray, y: np.ndarray, radii: np.ndarray, corners: np.ndarray
 ) -> np.ndarray:
-    """Stretched, turned regular polygons of the discs' areas: `(count, 12)`, x and y of up to six corners."""
+    """Create stretched, rotated regular polygons of the discs' areas: `(count, 12)`, x and y of up to six corners."""
     turn = random.random(len(x)) * 2 * math.pi
     stretch = np.exp(random.normal(0, 0.2, len(x)))
     radii = radii * np.sqrt(2 * math.pi / (corners * np.sin(2 * math.pi / corners)))
@@ -99,14 +104,14 @@ def _polygons(
 
 
 def _chroma(random: np.random.Generator) -> np.ndarray:
-    """A random direction in RGB that leaves luminance alone; orange and blue are likelier than green."""
+    """Draw a direction in RGB that keeps luminance constant; orange and blue are likelier than green."""
     warm, green = random.normal(0, [1, 0.45])
     blue, red = -warm - green, 0.8 * warm - green
     return np.array([1.4 * red, -0.34 * blue - 0.71 * red, 1.77 * blue], np.float32)
 
 
 def _colours(random: np.random.Generator, count: int) -> np.ndarray:
-    """`(count, 3)` uint8: luminance varies most, and chroma keeps to a few hues of the image's own."""
+    """Draw the leaves' colours `(count, 3)` uint8: luminance varies most, chroma is limited to five hues per image."""
     luminance = random.uniform(0.3, 0.6) + random.uniform(0.1, 0.25) * random.normal(0, 1, count)
     luminance = np.clip(luminance, 0.03, 0.97)
     hues = np.stack([_chroma(random) for _ in range(5)]) * random.uniform(0.01, 0.1)
@@ -117,11 +122,11 @@ def _colours(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _shading(random: np.random.Generator, near: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """A linear gradient over each leaf, in log light, of a strength that does not depend on its size."""
+    """Draw a linear gradient over each leaf, in log light, with a range that does not depend on the leaf's size."""
     slope_x, slope_y = (random.normal(0, 0.15, (2, len(radii))) / radii).astype(np.float32)
     level = random.normal(0, 0.1, len(radii)).astype(np.float32)
     y, x = _places(near)
-    # The middle of what shows of a leaf stands for its centre, which may lie outside of the image.
+    # Centre the gradient on a leaf's visible part: the leaf's own centre may lie outside of the image.
     flat, seen = near.ravel(), np.maximum(np.bincount(near.ravel(), minlength=len(radii)), 1)
     middle_x = (np.bincount(flat, x.ravel(), len(radii)) / seen).astype(np.float32)
     middle_y = (np.bincount(flat, y.ravel(), len(radii)) / seen).astype(np.float32)
@@ -130,7 +135,7 @@ def _shading(random: np.random.Generator, near: np.ndarray, radii: np.ndarray) -
 
 
 def _texture(random: np.random.Generator, near: np.ndarray, strength: float) -> np.ndarray:
-    """Texture in log light: every leaf has noise of its own strength, and some have stripes instead."""
+    """Draw texture in log light: noise with a strength of its own for each leaf, or stripes on some leaves."""
     count = int(near.max()) + 1
     noise = _noise(random, near.shape, random.uniform(0.6, 1.4)).ravel()
     shift = random.integers(0, noise.size, count)
@@ -149,7 +154,7 @@ def _texture(random: np.random.Generator, near: np.ndarray, strength: float) -> 
 
 
 def _noise(random: np.random.Generator, shape: tuple[int, int], exponent: float) -> np.ndarray:
-    """Noise of unit variance whose amplitude falls as f^-exponent; it tiles."""
+    """Draw periodic noise of unit variance whose amplitude falls as f^-exponent."""
     height, width = shape
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
@@ -159,14 +164,14 @@ def _noise(random: np.random.Generator, shape: tuple[int, int], exponent: float)
 
 
 def _illumination(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """A slow change of light over the whole image, in log light."""
+    """Draw a smooth change of light over the whole image, in log light."""
     y, x = np.linspace(-1, 1, shape[0])[:, None], np.linspace(-1, 1, shape[1])[None]
     a, b, c = random.normal(0, 0.15, 3)
     return (a * x + b * y - 0.5 * abs(c) * (x * x + y * y)).astype(np.float32)
 
 
 def _shadow(random: np.random.Generator, near: np.ndarray) -> np.ndarray:
-    """How much light reaches each pixel, up to 1: leaves in front cast a soft shadow on what lies behind."""
+    """Return the share of light, at most 1, at each pixel: leaves in front cast a soft shadow on those behind."""
     behind = np.roll(near, random.integers(-4, 5, 2), (0, 1)) > near
     soft = Image.fromarray(behind.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(2))
     return 1 - np.float32(random.uniform(0, 0.6)) * behind * (np.asarray(soft, np.float32) / 255)
@@ -180,7 +185,7 @@ def _places(near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class DeadLeaves(Original):
-    """A procedural image.
+    """Procedural image.
 
     Attributes:
         series: number of the series
@@ -203,14 +208,14 @@ class DeadLeaves(Original):
 
 
 def read_dead_leaves(text: str, parts: Collection[str]) -> Source:
-    """List procedural images; images that only test are a series of their own.
+    """List procedural images; images for testing alone are a separate series.
 
     Args:
-        text: their number; empty for `DEFAULT_COUNT`
+        text: number of images; empty for `DEFAULT_COUNT`
         parts: the splits that are used, `train`, `test` or both
 
     Raises:
-        AfterimageError: the text is no whole number between 1 and `MAX_COUNT`
+        AfterimageError: the text is not a whole number between 1 and `MAX_COUNT`
     """
     count = text or str(DEFAULT_COUNT)
     if not (count.isascii() and count.isdigit() and len(count) <= 7 and 1 <= int(count) <= MAX_COUNT):

@@ -1,6 +1,6 @@
-"""DIV2K: download it, verify it, unpack it.
+"""Download, verify and unpack DIV2K.
 
-pooch is not used because it starts a download of 3.5 GB anew if the connection breaks.
+pooch is not used because it restarts a download of 3.5 GB if the connection breaks.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from afterimage.runs.lock import held
 from afterimage.runtime.progress import Progress, silent
 
 TIMEOUT = 30.0
-ATTEMPTS = 4  # without any progress, one after the other
+ATTEMPTS = 4  # consecutive attempts without any progress
 _CHUNK = 2**20
 _IMAGE = re.compile(r"\d{4}\.png")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file as its publisher made it.
+    """Published zip file.
 
     Attributes:
         name: name of the file without `.zip`, and of the folder in it
-        bytes: size of the file
+        bytes: size of the file in bytes
         sha256: digest of the file, in hexadecimal
         images: number of images in it
     """
@@ -52,13 +52,13 @@ class Archive:
 def download(archive: Archive, url: str, path: Path, progress: Progress = silent) -> None:
     """Download an archive and verify it.
 
-    A lost connection is tried again, and what has arrived is kept for a later try.
+    A lost connection is retried, and the bytes received so far are kept for a later call.
 
     Args:
         archive: the archive
-        url: its address
-        path: where it is put; until it is complete it is `path` with `.part` at its end
-        progress: called with what is done, how far it is, and the total
+        url: address of the archive
+        path: path of the downloaded file; an incomplete file has the suffix `.part`
+        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
         AfterimageError: the server refuses, does not answer, or has another file
@@ -73,7 +73,7 @@ def download(archive: Archive, url: str, path: Path, progress: Progress = silent
         except urllib.error.HTTPError as error:
             problem = f"the server says {error.code} {error.reason}"
             if error.code == 416:
-                part.unlink()  # more is here than the server has
+                part.unlink()  # the partial file is longer than the server's file
             elif error.code < 500 and error.code not in (408, 429):
                 raise _failed(url, part, problem) from None
         except (OSError, http.client.HTTPException) as error:
@@ -97,7 +97,7 @@ def verify(archive: Archive, path: Path, progress: Progress = silent) -> None:
     """Check that a file has the size and the SHA-256 of an archive.
 
     Raises:
-        AfterimageError: it has not
+        AfterimageError: size or SHA-256 differ
     """
     digest, done = hashlib.sha256(), 0
     with open(path, "rb") as file:
@@ -116,7 +116,7 @@ def need_room(folder: Path, needed: int) -> None:
     """Check that a folder's disk has `needed` bytes free.
 
     Raises:
-        AfterimageError: it has not
+        AfterimageError: there are fewer
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -163,13 +163,13 @@ def _failed(url: str, part: Path, problem: str) -> AfterimageError:
 def unpack(archive: Archive, path: Path, folder: Path, progress: Progress = silent) -> None:
     """Unpack the images of a verified archive into a folder, completely or not at all.
 
-    Members are written under their bare names; the digest rules out what else a zip file could hold.
+    Members are written under their bare names. No further checks are needed, as the archive's digest is verified.
 
     Args:
         archive: the archive
         path: path of the zip file
-        folder: the folder, which does not exist yet
-        progress: called with what is done, how far it is, and the total
+        folder: the folder, which must not exist yet
+        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
         AfterimageError: there is not enough room
@@ -197,7 +197,7 @@ def unpack(archive: Archive, path: Path, folder: Path, progress: Progress = sile
 
 
 BASE_URL = "https://data.vision.ee.ethz.ch/cvl/DIV2K/"
-# Sizes and SHA-256 as TensorFlow Datasets records them for the official files.
+# Sizes and SHA-256 of the official files, from TensorFlow Datasets.
 _TRAIN = "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"
 _VALID = "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc"
 ARCHIVES = {
@@ -207,13 +207,13 @@ ARCHIVES = {
 
 
 def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progress = silent) -> Source:
-    """List the images of DIV2K, and get them first if necessary. The official validation images are the test split.
+    """List the images of DIV2K, after downloading them if necessary. Its validation images are the test split.
 
     Args:
         path: folder with the archives or their unpacked folders; empty to download them
         parts: the splits to get, `train`, `test` or both
-        cache: folder of what is downloaded or unpacked
-        progress: called with what is done, how far it is, and the total
+        cache: folder for downloaded and unpacked files
+        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
         AfterimageError: the archives are missing, damaged or incomplete, or cannot be downloaded or unpacked
@@ -241,7 +241,7 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
 
 
 def _unpacked(archive: Archive, given: Path | None, kept: Path, progress: Progress) -> Path:
-    """The folder with the archive's images; where there is none, one process at a time makes it."""
+    """Return the folder with the archive's images; if there is none, create it, in one process at a time."""
     if given is not None and (given / archive.name).is_dir():
         return given / archive.name
     file = (given or kept) / f"{archive.name}.zip"

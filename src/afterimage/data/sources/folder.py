@@ -1,4 +1,4 @@
-"""A folder of images, nested to any depth, with or without splits of its own."""
+"""Read folders of images, nested to any depth, with or without folders for splits."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from afterimage.data.splits import Source
 
 WORDS = frozenset(word for words in SPLIT_WORDS.values() for word in words)
 Place = tuple[str, ...]
-"""A folder below the source's own, by the names that lead to it."""
+"""Path of a folder below the source's folder, as its parts."""
 
 
 @dataclass(frozen=True)
 class _Survey:
-    """What lies below a folder: the names of images, other files by kind, and why a folder could not be read."""
+    """Names of images, counts of other files by kind, and errors of unreadable folders, each by the folder."""
 
     images: dict[Place, list[str]] = field(default_factory=dict)
     others: dict[Place, Counter[str]] = field(default_factory=dict)
@@ -43,8 +43,8 @@ class _Survey:
 def read_folder(path: str) -> Source:
     """List all images below a folder, recognised by their extensions; hidden and other files are left out.
 
-    Folders that are named after splits (`SPLIT_WORDS`), one for training and at least one for validation or test, are
-    the source's splits, at the first level where all images have a place in one. What is beside them is left out.
+    Folders whose names contain words for splits (`SPLIT_WORDS`), one for training and at least one for validation or
+    test, become the splits. They may lie at any level (see `nested_split`). All images outside of them are left out.
 
     Args:
         path: the folder
@@ -59,7 +59,7 @@ def read_folder(path: str) -> Source:
     except (OSError, ValueError) as error:
         raise AfterimageError(f"cannot read the folder {shown(root)}: {reason(error)}") from None
     survey = _look_through(root)
-    # One that is called `train` is meant to train, also where it is empty: that is an error, and says so.
+    # A folder named `train` counts as a split even if it is empty, which is then reported as an error.
     top = {name for name in names if name.lower() in WORDS} | {place[0] for place in survey.images if place}
     depth, parts = (0, at_top) if (at_top := split_names(top)) else nested_split(survey.images) or (0, {})
     if not parts:
@@ -106,14 +106,14 @@ def _total(counters: Iterable[Counter[str]]) -> Counter[str]:
 def _originals(
     root: Path, survey: _Survey, folders: list[Path], chosen: Callable[[Place], bool]
 ) -> list[FileOriginal]:
-    """The images in the chosen places, sorted by id: the path below `root`. Raises where there are none."""
+    """Return the images in the chosen places, sorted by id, the path below `root`; raise if there are none."""
     if closed := sorted(place for place in survey.closed if chosen(place)):
         raise AfterimageError(survey.closed[closed[0]])
     found: dict[str, FileOriginal] = {}
     for file in sorted("/".join((*p, name)) for p, own in survey.images.items() if chosen(p) for name in own):
         name = shown(file)
         name = file if name == file else name  # one string, not two, for each of a million images
-        while name in found:  # two names that differ only in bytes that are no text
+        while name in found:  # names may differ only in bytes that are not text
             name += "~"
         found[name] = FileOriginal(name, root, file)
     if not found:
@@ -127,7 +127,7 @@ def _originals(
 
 
 def _look_through(root: Path) -> _Survey:
-    """Walk through a folder once. Links to folders are followed, each folder once, so that a loop of links ends."""
+    """Walk through a folder. Links to folders are followed, but each folder is read only once, so loops end."""
     survey, seen = _Survey(), set()
     waiting: list[Place] = [()]
     while waiting:

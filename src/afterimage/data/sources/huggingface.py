@@ -1,8 +1,8 @@
-"""Hugging Face datasets: `hf:NAME[@REVISION][:SPLIT]` of the hub, and local Parquet and WebDataset (tar) shards.
+"""Read Hugging Face datasets: `hf:NAME[@REVISION][:SPLIT]` of the hub, and local Parquet and WebDataset (tar) shards.
 
-The library `datasets` (`pip install 'afterimage[datasets]'`) copies all of them into Arrow files in the cache, whose
-rows are memory-mapped: any image is read by itself, in any order. Tar files are listed here and not by its own loader,
-which wants the same kinds of file under every key and takes a damaged header for the end.
+The library `datasets` (`pip install 'afterimage[datasets]'`) copies them into memory-mapped Arrow files in the cache,
+from which images can be read in any order. Tar files are read here and not by the library's own loader, which requires
+the same kinds of file under every key and takes a damaged header for the end of the file.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from afterimage.runtime.progress import Progress, silent
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 1  # of what is kept of a tar file: raised whenever the same file would give other rows
+VERSION = 1  # version of the rows of tar files: increase it whenever the same file gives other rows
 MAX_SHARDS = 100_000
-BATCH = 100  # rows that are copied at a time
+BATCH = 100  # number of rows that are copied at a time
 COLUMNS = ("image", "img", "jpg", "png", "bytes")
-"""Where a table has several columns that may hold images, the first of these is taken."""
+"""Names of image columns; the first of them is used if several columns may hold images."""
 _HUB = re.compile(r"([^@:]+)(?:@([^:]+))?(?::(.+))?")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
@@ -59,14 +59,14 @@ _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of a memory-mapped table.
+    """Images of a memory-mapped table.
 
     Attributes:
         table: the table
         column: name of the column with images
         state: text that changes when the table does
         called: returns the name of a row in messages
-        below: folders that hold files which rows may name: folders of images on the hub are tables of such names
+        below: folders that hold the image files which rows may refer to, as tables of image folders on the hub do
     """
 
     table: datasets.Dataset
@@ -76,10 +76,10 @@ class Images:
     below: tuple[Path, ...] = ()
 
     def read(self, row: int) -> bytes:
-        """Return the image file that a row holds or names.
+        """Return the bytes of the image file that a row holds or refers to.
 
         Raises:
-            BadImage: the row has no bytes, or too many, or its file cannot be read
+            BadImage: the row has no bytes or more than 1 GiB, or its file cannot be read
         """
         found = self.table[row][self.column] or {}
         content, path = found.get("bytes"), Path(os.path.normpath(found.get("path") or ""))
@@ -94,7 +94,7 @@ class Images:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowOriginal(EncodedOriginal):
-    """One row of a table of images."""
+    """Image in a row of a table."""
 
     id: str
     images: Images
@@ -115,15 +115,16 @@ class RowOriginal(EncodedOriginal):
 
 
 def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
-    """List the images of a dataset of the hub; an id is `SPLIT/ROW`.
+    """List the images of a dataset on the hub; ids are `SPLIT/ROW`.
 
     Args:
-        name: `NAME[@REVISION][:SPLIT]`; without a split all of them are used, by their names
-        cache: folder of what is downloaded
-        progress: called with what is done, how far it is, and the total
+        name: `NAME[@REVISION][:SPLIT]`. Without a split, the dataset's splits are used by their names, or pooled if
+            their names do not include training and another split
+        cache: folder for downloads
+        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
-        AfterimageError: the hub does not give the dataset, or it has no images
+        AfterimageError: the hub does not provide the dataset, or it has no images
     """
     from huggingface_hub import constants
 
@@ -131,7 +132,7 @@ def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
     if match is None:
         raise AfterimageError(f"{name!r} is no name of a dataset: write hf:OWNER/NAME[@REVISION][:SPLIT]")
     repository, revision, chosen = match.groups()
-    # One folder a revision: offline, the library would take any that it has.
+    # Use one folder per revision, because the library takes any cached revision when it is offline.
     folder = cache / "datasets" / hashlib.sha256(f"{repository}@{revision or ''}".encode()).hexdigest()[:24]
     try:
         splits = _from_hub(repository, revision, folder, progress)
@@ -173,7 +174,7 @@ def _from_hub(
         try:
             ask_for_file(hf_hub_url(repository, "README.md", repo_type="dataset", revision=revision))
         except EntryNotFoundError:
-            pass  # there may be none: the hub has answered for the dataset and the revision
+            pass  # a README is not needed: dataset and revision exist
         except Exception as error:
             why = refusal(repository, revision, error, "datasets/")
             if not hasattr(error, "response"):
@@ -192,12 +193,12 @@ def _from_hub(
 
 
 def read_parquet(pattern: str, cache: Path, progress: Progress = silent) -> Source:
-    """List the images of Parquet files, as Hugging Face writes them or with a column of bytes; an id is `FILE/ROW`.
+    """List the images of Parquet files with a Hugging Face image column or a column of bytes; ids are `FILE/ROW`.
 
     Args:
         pattern: the files, see `expand`
         cache: folder of the copies
-        progress: called with what is done, how far it is, and the total
+        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
         AfterimageError: a file is missing or damaged, or has no column of images
@@ -238,12 +239,12 @@ def read_parquet(pattern: str, cache: Path, progress: Progress = silent) -> Sour
 
 
 def read_webdataset(pattern: str, cache: Path, progress: Progress = silent) -> Source:
-    """List the images of tar files, compressed or not, recognised by their extensions; an id is `FILE/MEMBER`.
+    """List the images of tar files, compressed or not, recognised by their extensions; ids are `FILE/MEMBER`.
 
     Args:
         pattern: the files, see `expand`
         cache: folder of the copies
-        progress: called with what is done, how far it is, and the total
+        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
         AfterimageError: a file is missing, damaged or cut short, or has no images
@@ -259,7 +260,7 @@ def read_webdataset(pattern: str, cache: Path, progress: Progress = silent) -> S
             table = library.Dataset.from_generator(
                 _members,
                 features=library.Features(zip(("shard", "name", "image"), kinds, strict=True)),
-                gen_kwargs={"paths": tuple(map(os.fsencode, paths))},  # a list would be read in parts
+                gen_kwargs={"paths": tuple(map(os.fsencode, paths))},  # a list would be split into parts
                 cache_dir=str(cache / "datasets"),
                 fingerprint=mark,
             )
@@ -282,12 +283,12 @@ def read_webdataset(pattern: str, cache: Path, progress: Progress = silent) -> S
 
 
 def _members(paths: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
-    """The files in tar files: of each its name, and of images the content. Hidden ones are left out."""
+    """Yield a row for each file in tar files: its name, and its content if it is an image. Skip hidden files."""
     for shard, path in enumerate(map(os.fsdecode, paths)):
         try:
             with tarfile.open(path) as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # tarfile would keep all of them
+                    archive.members.clear()  # otherwise tarfile keeps all members in memory
                     name = member.name.removeprefix("./")
                     hidden = any(step[:1] == "." or step == "__MACOSX" for step in name.split("/"))
                     if member.isdir() or hidden:
@@ -305,7 +306,7 @@ def _members(paths: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """tarfile takes a damaged header for the end, and would lose all that comes after it."""
+    """Check that a tar file ends where its members end: tarfile takes a damaged header for the end of the file."""
     archive.fileobj.seek(archive.offset)
     rest = iter(lambda: archive.fileobj.read(2**20), b"")
     if (first := next(rest, None)) is None:
@@ -315,10 +316,12 @@ def _check_end(archive: tarfile.TarFile) -> None:
 
 
 def _read_shards(pattern: str, read: Callable[[list[Path], list[str], str], list[RowOriginal]]) -> Source:
-    """The source of the files that a pattern names, split by their names where these tell one.
+    """Return the source of the files that a pattern names, split by the files' names where these give a split.
 
-    `read` gives the images of some files by their paths, their names (below the folder that holds all of them) and what
-    messages call them together.
+    Args:
+        pattern: the files, see `expand`
+        read: returns the images of some files, given their paths, their names below the common folder of all files,
+            and one name for all of them in messages
     """
     paths = expand(pattern)
     root = Path(os.path.commonpath([path.parent for path in paths]))
@@ -343,12 +346,12 @@ def _read_shards(pattern: str, read: Callable[[list[Path], list[str], str], list
 
 
 def expand(pattern: str) -> list[Path]:
-    """List the files that a pattern names, each once: first by `{000..012}` and `{a,b}`, then by `*`, `?` and `[...]`.
+    """List the files that a pattern names, each once: expand `{000..012}` and `{a,b}`, then `*`, `?` and `[...]`.
 
     Raises:
         AfterimageError: a named file is missing, nothing matches, or the pattern names too many files
     """
-    parts = _BRACES.split(local_path(pattern))  # text and what stands in braces, in turns
+    parts = _BRACES.split(local_path(pattern))  # alternately text and the content of braces
     choices = [_choices(part) if number % 2 else [part] for number, part in enumerate(parts)]
     if (total := math.prod(map(len, choices))) > MAX_SHARDS:
         raise AfterimageError(f"{pattern!r} names {total:,} files; at most {MAX_SHARDS:,} are read")
@@ -386,7 +389,7 @@ def _library(kind: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _prepared(what: str, progress: Progress = silent) -> Iterator[None]:
-    """Whatever the library raises becomes one `AfterimageError` that names what was read."""
+    """Hide the library's progress bars, and raise any of its errors as one `AfterimageError` that names `what`."""
     import datasets
 
     shows = not datasets.are_progress_bars_disabled()
@@ -396,7 +399,7 @@ def _prepared(what: str, progress: Progress = silent) -> Iterator[None]:
         yield
     except Exception as error:
         while error.__cause__ is not None and not isinstance(error, AfterimageError):
-            error = error.__cause__  # it wraps what went wrong, perhaps several times
+            error = error.__cause__  # the library may wrap the original error several times
         if isinstance(error, AfterimageError):
             raise error from None
         text = " ".join(str(error).split()) or type(error).__name__
@@ -408,7 +411,7 @@ def _prepared(what: str, progress: Progress = silent) -> Iterator[None]:
 
 
 def _column(features: Mapping[str, Any], what: str) -> str:
-    """The column with images: of files, of `{bytes, path}` or of bytes."""
+    """Return the name of the column with images: an image feature, `{bytes, path}` or bytes."""
     import datasets
 
     found = [

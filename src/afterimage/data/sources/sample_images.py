@@ -1,8 +1,8 @@
-"""The colour photographs that the installed scikit-image carries: nothing is downloaded.
+"""Colour photographs of the installed scikit-image; nothing is downloaded.
 
-By NASA (astronaut, Hubble deep field), S. van der Walt (cat), R. Michetti (coffee), Middlebury College
-(motorcycle), SpaceX (rocket), and of a retina and a tissue section; scikit-image documents where each comes
-from. Of the stereo pair of the motorcycle only the left image is taken: the right one is nearly the same.
+They are by NASA (astronaut, Hubble deep field), S. van der Walt (cat), R. Michetti (coffee), Middlebury College
+(motorcycle), SpaceX (rocket), and of a retina and a tissue section; scikit-image documents their origins. Only
+the left image of the motorcycle's stereo pair is used: the right one is nearly the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from afterimage.config import AfterimageError
 from afterimage.data.records import FileOriginal, PartOriginal
 from afterimage.data.splits import Source
 
-# Id, file, and the grid of the parts that are images of their own.
+# Id, file, and the columns and rows of the grid of parts; 1 x 1 means no parts.
 _PHOTOGRAPHS = (
     ("astronaut", "astronaut.png", 2, 2),
     ("cat", "chelsea.png", 1, 1),
@@ -28,9 +28,9 @@ _PHOTOGRAPHS = (
 
 
 def read_photographs() -> Source:
-    """List eight whole photographs, then parts of the everyday ones: 18 images.
+    """List eight whole photographs and ten parts of four of them: 18 images.
 
-    A part shows a half or a quarter at a larger scale. All images of one photograph stay in one split.
+    A part is a half or a quarter of a photograph at a larger scale. All images of one photograph stay in one split.
 
     Raises:
         AfterimageError: scikit-image is missing, or does not carry a photograph
@@ -53,7 +53,7 @@ def read_photographs() -> Source:
 
 
 def whole_photographs() -> list[Path]:
-    """The files of the eight photographs, everyday ones first.
+    """Return the files of the eight photographs, those of everyday scenes first.
 
     Raises:
         AfterimageError: as `read_photographs`
