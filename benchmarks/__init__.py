@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: what training, scoring, searching and starting cost, beside a plain reference, in one run."""
+"""`python -m benchmarks`: measure the cost of training, scoring, inversion and start-up beside a plain reference."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ MEASUREMENTS: dict[str, Callable[[Settings], Iterable[Row]]] = {
     "decoders": equal_time.decoders,
 }
 ON_REQUEST = ("decoders",)
-"""Takes long: left out where no measurement is named."""
+"""Long measurements, which run only if they are named."""
 ONE_ROW = ("epoch-2k", "epoch-256", "memory")
 QUICK_ORDER = (
     *("epoch-256", "evaluate", "memory", "together", "startup"),
     *("gpu", "time-to-quality", "search", "epoch-2k", "growth", "stream"),
 )
-"""With `quick`: first what tells most for the time it takes."""
+"""Order of measurements with `quick`: the most informative ones for their time come first."""
 QUICK_SECONDS = 120
-"""After this time `quick` begins no further row where no measurement is named, on any machine."""
+"""Seconds after which `quick` begins no further row, unless measurements are named."""
 
 
 def run_bench(
@@ -56,13 +56,22 @@ def run_bench(
     json_path: Path | None = None,
     told: Callable[[Row], None] = lambda row: None,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Take the named measurements, or all but those `ON_REQUEST`; returns their rows and facts of the machine.
+    """Run measurements.
 
-    Both also go to `json_path`, and each row to `told` as soon as it is there. A measurement that fails is a row that
-    says why, and the others go on. Where `settings.quick` and no measurement is named, no row is begun after
-    `QUICK_SECONDS`; the facts name the measurements that this left out, in whole or in part, as `left_out`.
+    A measurement that fails gives a row with the reason, and the others continue. With `settings.quick` and no `names`
+    no row is begun after `QUICK_SECONDS`.
 
-    Raises `AfterimageError` for an unknown name.
+    Args:
+        names: names of the measurements; empty for all but `ON_REQUEST`
+        settings: sizes, data and device
+        json_path: file for rows and facts, written after each row
+        told: called with each row as soon as it is measured
+
+    Returns:
+        the rows, and facts of the machine with `left_out`: the measurements that `quick` left out, fully or partly
+
+    Raises:
+        AfterimageError: a name is unknown
     """
     for name in names:
         if name not in MEASUREMENTS:
@@ -79,7 +88,7 @@ def run_bench(
         save()
 
     def save() -> None:
-        if json_path is not None:  # kept up to date: what comes later may be stopped
+        if json_path is not None:  # written after every row, as a later measurement may be stopped
             write_json(json_path, {"machine": facts, "rows": [row.as_dict() for row in rows]})
 
     order = QUICK_ORDER if settings.quick else MEASUREMENTS
@@ -105,7 +114,7 @@ def run_bench(
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, load and versions: what one needs to make sense of the figures."""
+    """Return facts of the machine that the figures depend on: processor, cores, memory, load and versions."""
     info = Path("/proc/cpuinfo")
     models = [
         line.partition(":")[2].strip()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: this package beside a plain reference, in ratios."""
+"""`python -m benchmarks`: compare this package with a plain reference, in ratios."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from afterimage.runtime.terminal import say
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure training, memory, evaluating and starting beside a plain reference, in turns; print the ratios.
+    """Measure training, memory, evaluation and start-up beside a plain reference, in turns, and print the ratios.
 
-    Each row is printed as soon as it is there, all of them in a table at the end. Takes more than half an hour on two
-    cores. With --quick it begins nothing new after two minutes, however slow the machine, and says what was left out.
+    Each row is printed as soon as it is measured, and all rows in a table at the end. This takes more than half an hour
+    on two cores. With --quick no measurement begins after two minutes, and those left out are listed.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Only these measurements (see --list)."""
+    """Run only these measurements (see --list)."""
     list: bool = False
-    """List the measurements and start nothing."""
+    """List the measurements without running any."""
     quick: bool = False
-    """Smaller images, fewer of them, one repeat: ratios come out lower than at full size. Begins nothing new after
-    two minutes; with --only does all that is named."""
+    """Use fewer and smaller images and one repeat; ratios are lower than at full size. Begin no measurement after two
+    minutes, unless --only names it."""
     json: Path | None = None
     """Write rows and facts of the machine to this JSON file."""
     data: str = ""
-    """Photographs for the time to quality: folder:PATH, or any other source with a test split."""
+    """Source of photographs for `time-to-quality`, `search` and `decoders`: folder:PATH, or any with a test split."""
     seconds: float = 120.0
-    """Training time of each decoder in the measurement `decoders`, which runs only where --only names it."""
+    """Training time in seconds of each decoder in the measurement `decoders`, which runs only if --only names it."""
     accelerator: str = "cpu"
-    """Where both ways run: cpu, cuda, mps or auto; peak memory is the host's."""
+    """Device of both sides: cpu, cuda, mps or auto. Peak memory is always the host's."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """What ours computes in; auto is bf16-mixed where products of matrices are quicker in bfloat16. The reference
-    computes in float32."""
+    """Precision of our side; auto is bf16-mixed if matrix products are faster in bfloat16. The reference always uses
+    float32."""
 
     def run(self) -> None:
         import tempfile
@@ -78,7 +78,7 @@ class Bench:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the measurements; an error a user can put right is one message and exit code 1."""
+    """Run the command line; an `AfterimageError` is printed as one message, with exit code 1."""
     with command_line():
         tyro.cli(Bench, prog="python -m benchmarks", args=arguments).run()
 

@@ -1,4 +1,4 @@
-"""One piece of work in a process of its own, so that its peak memory is the operating system's figure for it alone."""
+"""Run one piece of work in a child process, so that its peak memory can be read from the operating system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from afterimage.config import AfterimageError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a child returned, the seconds from its start to its end, and its peak resident memory in bytes."""
+    """Result of a child process: returned value, seconds from start to end, and peak resident memory in bytes."""
 
     value: Any
     seconds: float
@@ -27,9 +27,15 @@ class Outcome:
 
 
 def in_child(work: str, /, *, timeout: float | None = None, **arguments: Any) -> Outcome:
-    """Call `work`, written `module:function` below `benchmarks`, with plain JSON arguments and result.
+    """Call a function in a child process.
 
-    Raises `AfterimageError` with the child's last line where it fails, is killed or takes longer than `timeout`.
+    Args:
+        work: `module:function` below `benchmarks`
+        timeout: seconds after which the child is stopped; None for no limit
+        arguments: the function's arguments; they and its result must be plain JSON values
+
+    Raises:
+        AfterimageError: the child fails, with the last line of its errors, is killed, or takes longer than `timeout`
     """
     with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder:
         result = Path(folder, "result.json")
@@ -56,10 +62,10 @@ def in_child(work: str, /, *, timeout: float | None = None, **arguments: Any) ->
 
 
 def peak_bytes() -> int:
-    """This process's peak resident memory: VmHWM where there is /proc, else what getrusage says."""
+    """Return this process's peak resident memory in bytes: VmHWM if there is /proc, else the value of getrusage."""
     status = Path("/proc/self/status")
     if status.exists():
-        # ru_maxrss would start at what the parent held when it forked.
+        # ru_maxrss would include the memory of the parent at the fork.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     import resource
@@ -69,7 +75,7 @@ def peak_bytes() -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that could be had now without swapping; None where the system does not say."""
+    """Return the bytes of memory that are available without swapping; None if the system does not report it."""
     path = Path("/proc/meminfo")
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Decoders trained side by side until each has had the same time."""
+"""Train decoders side by side, each for the same time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from afterimage.training.trainer import Trainer, training_step
 from benchmarks.work import build
 
 COOLDOWN = 0.3
-"""The learning rate falls linearly to zero over this last part of the time, for every decoder alike."""
+"""Last share of the training time over which the learning rate of every decoder falls linearly to zero."""
 LOOKS = 2
+"""Number of times that each decoder's validation loss is measured during its training steps."""
 
 
 def compare(configs: Sequence[dict], seconds: float, accelerator: str) -> dict[str, dict[str, Any]]:
-    """Train the runs' decoders side by side until each has had its seconds; what each came to on the test images.
+    """Train the runs' decoders side by side, each for `seconds`, and measure them on the test images.
 
-    A decoder's time is its closed form and its own steps, in processor seconds on a CPU: the shared encoder pass,
-    reading images and looking at the validation images are off the clock, so what else the machine does matters
-    little. The decoder that is measured is the best of `LOOKS` looks at the validation images.
+    A decoder's time is that of its closed form and its own steps, in processor time on a CPU, so that other load on the
+    machine matters little. Encoding, reading images and validation do not count. The weights with the lowest validation
+    loss are measured, out of `LOOKS` during training and those of the closed form.
+
+    Returns:
+        MSE, PSNR, seconds, number of training images and parameters, and validation curve, by decoder
     """
     built = build(configs, accelerator)
     data = load_data(built.runs[0].data)

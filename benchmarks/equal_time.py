@@ -1,4 +1,4 @@
-"""Every decoder at equal training time on shallow and deep layers: what `residual` is designed for."""
+"""Compare all decoders at equal training time on shallow and deep layers, for which `residual` is designed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DECODERS = ("residual", "transposed", "attention", "wavelet", "frequency", "line
 
 
 def decoders(settings: Settings) -> Iterator[Row]:
-    """Test error of every decoder after equal training time, `residual` against the best of the others."""
+    """Measure test errors after equal training time: `residual` against the best of the other decoders."""
     for source in SOURCES:
         what = f"{source}: test error after {settings.seconds:g} s of training a decoder"
         if not settings.data:

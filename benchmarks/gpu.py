@@ -1,4 +1,4 @@
-"""Every row of the published study on a GPU: images a second, share of the measured matrix peak, the whole study."""
+"""Measure the published study on a GPU: images per second and share of peak of each row, and the time of all rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MINUTES = 10.0
 
 
 def gpu(settings: Settings) -> Iterator[Row]:
-    """Images per second and share of peak for each of the 15 rows, and what all of them would take."""
+    """Measure images per second and share of peak of the published study's 15 rows, and estimate its total time."""
     what = "the published study's 15 rows on a GPU"
     if not in_child("gpu:cuda").value:
         yield Row("gpu", what, unavailable="there is no CUDA device here; goal: the study in 10 minutes")
@@ -27,20 +27,20 @@ def gpu(settings: Settings) -> Iterator[Row]:
 
 
 def published(images: int) -> list[RunConfig]:
-    """The study's rows on procedural images with random weights."""
+    """Return the runs of the published study, on procedural images and with random weights."""
     from afterimage.config.study import load_study
     from afterimage.experiments.study import expand
 
     study = replace(load_study("published"), weights="random")
     data = DataConfig(f"procedural:{images}", validation_fraction=0.2, test_fraction=0.05)
-    # LPIPS as a loss needs weights that may not be there; its share is said to be missing.
+    # LPIPS as a loss needs weights that may be missing; a note says that it is left out.
     return [
         replace(run, data=data, recipe=replace(run.recipe, epochs=2, loss="mse")) for run in expand(study)
     ]
 
 
 def measure(runs: Sequence[RunConfig], accelerator: str, settings: Settings) -> Iterator[Row]:
-    """A row for each run alone, and one for the whole study with shared encoder passes, in each precision."""
+    """Yield, for each precision, a row for each run alone and one for the whole study with shared encoder passes."""
     groups: dict[frozenset, list[RunConfig]] = {}
     for run in runs:
         groups.setdefault(frozenset(split_source(s)[0] for s in run.sources), []).append(run)
@@ -88,14 +88,14 @@ def _whole(epoch: dict[str, Any]) -> float:
 
 
 def cuda() -> bool:
-    """Whether a CUDA device can be used; asked in a child, since asking takes a part of its memory."""
+    """Return whether a CUDA device can be used. Call this in a child process: it allocates memory on the device."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def matrix_peak(precision: str, accelerator: str) -> float:
-    """FLOP/s of a large square product in the precision's number format, best of ten."""
+    """Measure the FLOP/s of a large square matrix product in the precision's number format, the best of ten."""
     import torch
     from lightning_fabric import Fabric
 
@@ -115,13 +115,17 @@ def matrix_peak(precision: str, accelerator: str) -> float:
 
 
 def quickest_precision(accelerator: str) -> str:
-    """`bf16-mixed` where a large product of matrices takes clearly less time in bfloat16 than in float32."""
+    """Return `bf16-mixed` if a large matrix product is over 1.2 times as fast in bfloat16 as in float32."""
     exact, mixed = (matrix_peak(precision, accelerator) for precision in PRECISIONS)
     return "bf16-mixed" if mixed > 1.2 * exact else "32-true"
 
 
 def epoch(configs: Sequence[dict], cache: str, accelerator: str) -> dict[str, Any]:
-    """The second epoch of runs trained together, validation included, and the FLOPs of its training steps."""
+    """Train runs together; return facts of their last epoch.
+
+    Returns:
+        seconds with validation, FLOPs of the training steps, number of training images, and peak device memory in bytes
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,4 @@
-"""How our cost grows: with images, with tokens, with the number of decoders on one encoder."""
+"""Measure the growth of our cost with images, with tokens, and with the number of decoders on one encoder."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from benchmarks.training import MODEL, RANDOM, train_ours
 
 
 def growth(settings: Settings) -> Iterator[Row]:
-    """Exponents e of cost ~ size^e, fitted on a log-log scale."""
+    """Measure exponents e of cost ~ size^e, fitted on a log-log scale."""
     for part in (_images, _tokens, _decoders):
         yield from part(settings)
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The slope of a straight line through the logarithms, by least squares."""
+    """Return the slope of the least-squares line through the logarithms of sizes and costs."""
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
@@ -82,7 +82,7 @@ def _tokens(settings: Settings) -> list[Row]:
 
 
 def attention_step(side: int, accelerator: str) -> float:
-    """Seconds of a forward and backward pass of the attention decoder, best of two."""
+    """Return the seconds of a forward and backward pass of the attention decoder on two images, the best of two."""
     import torch
     from lightning_fabric import Fabric
 
@@ -90,7 +90,7 @@ def attention_step(side: int, accelerator: str) -> float:
     from afterimage.models.decoders import create_decoder
     from afterimage.models.layers.attention import compiled_attention
 
-    compiled_attention()  # its libraries' memory is no token's
+    compiled_attention()  # load its libraries first, as their memory does not grow with tokens
     device = Fabric(accelerator=accelerator, devices=1).device
     spec = FeatureSpec("growth:features", 64, side, side)
     decoder = create_decoder("attention", [spec], 4 * side, seed=0).to(device)

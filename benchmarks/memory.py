@@ -1,4 +1,4 @@
-"""Peak memory of the published study's hungriest row: attention over VGG16 block1's 12,544 locations."""
+"""Measure peak memory for the published study's most demanding row: attention over VGG16 block1's 12,544 locations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from benchmarks.training import attention_bytes, train_ours
 SOURCE = "vgg16.tv_in1k:block1"
 CHANNELS = 64
 SIDES = (56, 80, 112)
-"""Sides of crops at which the reference is measured on one image: 784 to 3,136 tokens. With fewer its matrices are
-lost in the memory of the libraries."""
+"""Sides in pixels of the crops on which the reference is measured, one image at a time: 784 to 3,136 tokens. With fewer
+tokens its matrices are small against the memory of the libraries."""
 
 
 def memory(settings: Settings) -> list[Row]:
-    """Ours is measured at the full batch; the reference where it fits, and from there computed."""
+    """Measure peak memory: ours at the full batch, the reference on small crops, extrapolated to the full size."""
     data = write_originals(
         Path(settings.fresh("memory")), {"train": 8, "validation": 1, "test": 1}, 384, 256, settings.say
     )
@@ -40,7 +40,7 @@ def memory(settings: Settings) -> list[Row]:
         settings.say(f"memory: reference, one image, {(side // 2) ** 2:,} tokens", 1, 1)
         tokens.append((side // 2) ** 2)
         counted.append(attention_bytes(small, CHANNELS, tokens[-1], 1))
-    # What is not an N x N matrix is the same for every way of writing attention: taken at the smallest size.
+    # Memory for anything but N x N matrices does not depend on the implementation: take it from the smallest size.
     rest = peaks[0] - counted[0]
     full = (crop // 2) ** 2
     one, batch = (rest + attention_bytes(run, CHANNELS, full, images) for images in (1, 8))

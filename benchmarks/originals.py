@@ -1,4 +1,4 @@
-"""Originals for the measurements: procedural images, written as PNG where both ways read them."""
+"""Write procedural images as PNG, the originals that both sides of a measurement read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,20 @@ TURNS = (
 
 
 def write_originals(folder: Path, counts: Mapping[str, int], width: int, height: int, say: Progress) -> str:
-    """Write `counts` of dead leaves as PNG into `folder/train` and so on; returns the data source's name.
+    """Write dead leaves as PNG files.
 
-    Each is written as it is, mirrored, upside down and turned around: making them takes longer than reading them.
+    Each image is written unchanged, mirrored, upside down and rotated by 180 degrees, because making images takes
+    longer than reading them.
+
+    Args:
+        folder: folder that takes a folder for each split
+        counts: number of images by split, such as `train`
+        width: width in pixels
+        height: height in pixels
+        say: called with the progress
+
+    Returns:
+        name of the data source, `folder:PATH`
     """
     from afterimage.data.sources.dead_leaves import dead_leaves
     from afterimage.runtime.threads import in_parallel

@@ -1,4 +1,4 @@
-"""Time until the test images come back at a given PSNR: our quickest decoder against the reference's best."""
+"""Measure the time to a given PSNR on the test images: our fastest decoder against the reference's best one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TARGETS = (
     ("resnet18.tv_in1k:layer1", 23.0, "residual", None),
     ("vgg19.tv_in1k:block1", 29.0, "linear", 16),
 )
-"""Features, dB to reach, our decoder, and how many training and validation images it needs (None: all)."""
+"""Features, PSNR to reach in dB, our decoder, and its number of training and of validation images (None: all)."""
 GOAL = 10.0
 
 
 def time_to_quality(settings: Settings) -> Iterator[Row]:
-    """Real weights and photographs, both at the full size whatever `--quick` says of the rest."""
+    """Measure seconds to a given PSNR with pretrained weights on photographs, at full size even with `--quick`."""
     for target in TARGETS:
         yield _row(settings, *target)
 
@@ -36,7 +36,7 @@ def _row(settings: Settings, source: str, target: float, decoder: str, images: i
     full = replace(settings, quick=False)
     run = full.run(source, decoder, settings.data, epochs=30, weights="pretrained")
     run = replace(run, data=replace(run.data, limit_train=images, limit_validation=images))
-    # The study's decoder without its attention: on a CPU its steps are many times as quick and it ends higher.
+    # The study's decoder without attention: its steps on a CPU are many times as fast, and it reaches a higher PSNR.
     plain = full.run(source, "transposed", settings.data, epochs=30, weights="pretrained")
     try:
         settings.say(f"{name}: ours", 0, 1)

@@ -1,9 +1,9 @@
-"""The plain way, as the published study describes it: what `afterimage` is measured against.
+"""Plain reference implementation of the published study's training, against which `afterimage` is measured.
 
-Originals are decoded again in every epoch by a DataLoader's workers, everything is float32, attention writes out its
-N x N matrices, every decoder runs its own encoder pass, one decoder is trained after the other, and validation
-features are computed anew each time. Pixel space, initial weights, order of images, crops and flips are those of
-`afterimage.train`, so that both ways compute the same thing and must come to the same quality.
+A DataLoader's workers decode the originals again in every epoch, everything is float32, attention stores its N x N
+matrices, every decoder runs its own encoder pass, decoders are trained one after the other, and validation features are
+computed again each time. Pixel range, initial weights, order of images, crops and flips are as in `afterimage.train`,
+so that both sides compute the same and must reach the same quality.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 class Originals(Dataset):
-    """Image files, decoded whenever they are asked for: `(3, crop, crop)` float32 in [0, 1]."""
+    """Dataset of image files, decoded on access: `(3, crop, crop)` float32 in [0, 1]."""
 
     def __init__(self, paths: Sequence[str], resize: int, crop: int, seed: int | None) -> None:
         self.paths, self.resize, self.crop, self.seed, self.epoch = list(paths), resize, crop, seed, 0
@@ -57,7 +57,7 @@ class Originals(Dataset):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block whose attention is written as in Vaswani et al. (2017), equation 1."""
+    """Pre-norm transformer block with attention written out as in Vaswani et al. (2017), equation 1."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Block(nn.Module):
 
 
 class ReferenceDecoder(nn.Module):
-    """Four such blocks (none for `transposed`), then 4x4 transposed convolutions with batch norm and ReLU."""
+    """Decoder of four `Block`s (none for `transposed`), then 4x4 transposed convolutions with batch norm and ReLU."""
 
     def __init__(self, channels: int, size: int, image_size: int, depth: int = 4) -> None:
         super().__init__()
@@ -103,11 +103,11 @@ class ReferenceDecoder(nn.Module):
         if features.shape[-1] != self.image_size:
             features = nn.functional.interpolate(features, (self.image_size,) * 2, mode="bilinear")
         images = self.to_rgb(features)
-        return images + (images.clamp(0, 1) - images).detach()  # the gradient passes the bounds
+        return images + (images.clamp(0, 1) - images).detach()  # clamp, but pass gradients through
 
 
 def build(config: RunConfig) -> tuple[Encoder, ReferenceDecoder]:
-    """The encoder cut behind its layer, and a decoder with the initial weights that ours has."""
+    """Return the encoder up to its layer, and a decoder with the same initial weights as ours."""
     (source,), crop = config.sources, config.data.crop
     encoder = Encoder(source, weights=config.weights, image_size=crop, seed=config.seed)
     ours = create_decoder(config.decoder.name, encoder.specs, crop, seed=config.seed)
@@ -129,12 +129,18 @@ def train(
     limit: float = math.inf,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """Train one decoder; stops early where `after_epoch(encoder, decoder)` is true.
+    """Train one decoder.
 
-    It also ends, in the middle of an epoch if need be, once `limit` seconds of training have passed.
+    Args:
+        config: the run
+        micro_batch: number of images in a forward pass, whose gradients are added up to a batch, if memory is short;
+            batch norm then sees these smaller batches. None for whole batches
+        after_epoch: called with encoder and decoder after each epoch, off the clock; training stops if it returns True
+        limit: seconds of training after which training stops, also within an epoch
+        device: device of encoder and decoder
 
-    `micro_batch` images at a time add up their gradients to the batch asked for, where memory allows no more; batch
-    norm then sees the smaller batches. Returns the best validation loss, the last training loss, and seconds.
+    Returns:
+        best validation loss, last training loss, seconds, processor seconds, and number of epochs
     """
     recipe, data = config.recipe, config.data
     encoder, decoder = build(config)

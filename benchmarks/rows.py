@@ -1,4 +1,4 @@
-"""What a measurement came to: figures of both ways, their ratio, the goal, and whether it is met."""
+"""Results of measurements: figures of both sides, their ratio, the goal, and whether it is met."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MET = {None: "not decided", True: "yes", False: "NO"}
 
 @dataclass(frozen=True)
 class Goal:
-    """`ratio`: ours must be so many times better; `at most`: our own figure must not exceed it."""
+    """Goal of a measurement: the least ratio (`ratio`) or the largest figure of ours (`at most`)."""
 
     kind: str
     value: float
@@ -25,7 +25,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Quality:
-    """What both ways ended at, and how far apart they may lie for their speeds to be comparable."""
+    """Quality that both sides reached, and the largest difference at which their speeds are comparable."""
 
     what: str
     ours: float
@@ -46,10 +46,22 @@ class Quality:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. `ours` and `reference` hold a figure a repeat, taken in turns.
+    """Result of one measurement.
 
-    `bound`: the reference was stopped or is computed, so the ratio is what it is at least or by computation, as the
-    notes say. `unavailable` says why there are no figures.
+    Attributes:
+        name: name of the row
+        what: description of the measured quantity
+        unit: unit of the figures
+        ours: our figures, one per repeat
+        reference: figures of the reference, one per repeat, taken in turns with ours
+        higher_is_better: whether larger figures are better
+        goal: the goal, if there is one
+        bound: `at least` if the reference was stopped, so that the ratio is a lower bound; `computed` if its figure was
+            computed and not measured
+        quality: quality that both sides reached
+        notes: remarks
+        unavailable: reason why there are no figures; empty if there are
+        points: figures behind those of `ours`, such as one for each size
     """
 
     name: str
@@ -67,7 +79,7 @@ class Row:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times better ours is, a figure a repeat; what did not grow, such as a memory, has no ratio."""
+        """Factor by which ours is better, one per repeat; repeats with a figure that is not positive have none."""
         pairs = [(o, r) for o, r in zip(self.ours, self.reference, strict=False) if min(o, r) > 0]
         return [o / r if self.higher_is_better else r / o for o, r in pairs]
 
@@ -77,9 +89,9 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None where there is none, or nothing was measured, or a bound does not tell.
+        """True if the goal is met; None without a goal or a measurement, or if a lower bound cannot decide.
 
-        A row whose two ways end at different quality meets nothing.
+        A ratio does not meet its goal if the two sides reach different quality.
         """
         if self.goal is None or self.unavailable:
             return None
@@ -99,7 +111,7 @@ class Row:
 
 
 def row_line(row: Row) -> str:
-    """What a measurement came to, in one line."""
+    """Return a row as one line of text."""
     if row.unavailable:
         return f"{row.name}: unavailable: {row.unavailable}"
     figures = [
@@ -112,7 +124,7 @@ def row_line(row: Row) -> str:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """The table, and below it what one has to know of each row."""
+    """Print all rows as a table, and below it their qualities and notes."""
     from rich.table import Table
 
     table = Table(title="ours against the plain reference", title_justify="left")

@@ -1,4 +1,4 @@
-"""Three metrics over test images: in batches, against image by image with scikit-image and lpips."""
+"""Measure the speed of PSNR, SSIM and LPIPS: ours in batches, against scikit-image and lpips image by image."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.settings import Settings, in_turns
 
 NET, SCORES = "alex", ("psnr", "ssim", "lpips")
 THUMBNAILS = (56, 28, 14, 7)
-"""What is measured: images reduced to so many pixels a side, as decoders of falling quality leave them."""
+"""Sides in pixels to which images are reduced, to stand in for reconstructions of decreasing quality."""
 
 
 def evaluation(settings: Settings) -> Iterator[Row]:
-    """PSNR, SSIM and LPIPS of 100 images (20 where quick), of one run, and of four runs on the same images."""
+    """Score 100 images (20 if quick) by PSNR, SSIM and LPIPS, for one run and for four runs on the same images."""
     missing = [name for name in ("skimage", "lpips") if importlib.util.find_spec(name) is None]
     for name, runs in (("evaluate", 1), ("evaluate-4", 4)):
         yield _row(settings, name, runs, missing)
@@ -72,7 +72,7 @@ def _row(settings: Settings, name: str, runs: int, missing: list[str]) -> Row:
 
 
 def write_weights(net: str, path: str) -> None:
-    """Random weights of an LPIPS backbone, as torchvision's file of them would be."""
+    """Write random weights of an LPIPS backbone, under the names of torchvision's file."""
     import torch
     import torchvision
     from safetensors.torch import save_file
@@ -87,7 +87,11 @@ def write_weights(net: str, path: str) -> None:
 def ours(
     count: int, size: int, net: str, weights: str, runs: int = 1, accelerator: str = "cpu"
 ) -> dict[str, Any]:
-    """`afterimage.evaluation.metrics` as `evaluate_together` calls it, in its batches."""
+    """Score images by `Metrics.compare` in batches, as `evaluate_together` does.
+
+    Returns:
+        seconds, seconds of the LPIPS network alone, and the scores of all images by metric
+    """
     import torch
     from lightning_fabric import Fabric
 
@@ -118,17 +122,21 @@ def ours(
 
 
 def reference(count: int, size: int, net: str, weights: str, runs: int = 1) -> dict[str, Any]:
-    """Image by image: scikit-image on arrays, the lpips package on tensors in [-1, 1]."""
+    """Score image by image: scikit-image on arrays, the package lpips on tensors in [-1, 1].
+
+    Returns:
+        seconds, and the scores of all images by metric
+    """
     import lpips
     import torch
     from safetensors.torch import load_file
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-    with warnings.catch_warnings():  # the package calls torchvision in a way it no longer likes
+    with warnings.catch_warnings():  # the package uses deprecated arguments of torchvision
         warnings.simplefilter("ignore", UserWarning)
         distance = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     tensors = load_file(weights)
-    # The package cuts the network into slices and keeps its numbers.
+    # The package cuts the network into slices, but keeps the numbers of its layers.
     names = {name: f"features.{name.split('.', 1)[1]}" for name in distance.net.state_dict()}
     distance.net.load_state_dict({name: tensors[key] for name, key in names.items()})
     originals, *rebuilt = _images(count, size, runs)
@@ -157,14 +165,14 @@ def reference(count: int, size: int, net: str, weights: str, runs: int = 1) -> d
 
 
 def _images(count: int, size: int, runs: int) -> list[Any]:
-    """Dead leaves, and what thumbnails leave of them: tensors `(count, 3, size, size)` in [0, 1]."""
+    """Return dead leaves and `runs` degraded copies of them: tensors `(count, 3, size, size)` in [0, 1]."""
     import numpy as np
     import torch
     import torch.nn.functional as F
 
     from afterimage.data.sources.dead_leaves import dead_leaves
 
-    # A few different ones do: what they show does not change what they cost.
+    # A few different images are enough: the cost does not depend on the content.
     leaves = [np.asarray(dead_leaves(2, index, size, size)) for index in range(min(8, count))]
     image_set = torch.from_numpy(np.stack(leaves)).permute(0, 3, 1, 2).float() / 255
     originals = image_set.repeat(-(-count // len(leaves)), 1, 1, 1)[:count].contiguous()

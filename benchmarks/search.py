@@ -1,4 +1,4 @@
-"""Time until a search for images has come as near as the plain one: whitened and in bfloat16 against neither."""
+"""Measure the time of feature inversion to the quality of the plain one: whitened, and in bfloat16 if chosen."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ SOURCES = (
 PASSES = 200
 GOAL = 2.0
 TOLERANCE = 0.05
-"""dB by which ours may end below, where its LPIPS is no higher: what one image's PSNR changes from run to run."""
+"""Largest deficit of our PSNR in dB, at an LPIPS that is no higher: one image's PSNR varies as much between runs."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """How near a search has come after so many passes and seconds of the processor, an image on average."""
+    """State of a search: encoder passes so far, processor seconds per image, and mean PSNR and LPIPS over images."""
 
     passes: int
     seconds: float
@@ -48,7 +48,7 @@ class Point:
 
 
 def search(settings: Settings) -> Iterator[Row]:
-    """Processor seconds an image until a search from `linear` is as near as the plain one after 200 passes."""
+    """Measure processor seconds per image until a search from `linear` matches the plain search after 200 passes."""
     for source in SOURCES:
         what = f"{source}: seconds an image to the PSNR and LPIPS of the plain search"
         goal = Goal("ratio", GOAL)
@@ -101,7 +101,7 @@ def _row(settings: Settings, what: str, goal: Goal, config: RunConfig) -> Row:
 
 
 def _curve(refinement: Refinement, given: InversionInputs, metrics: Metrics, device: str) -> list[Point]:
-    """What a search comes to after each of its milestones, on all images at once."""
+    """Run a search on all images at once, and return its state at each milestone; scoring is off the clock."""
     images = given.images.crops(torch.arange(len(given.images)), device=device)
     points: list[Point] = []
     watched, started = 0.0, time.process_time()

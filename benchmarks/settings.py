@@ -1,4 +1,4 @@
-"""What all measurements share: sizes, repeats, where files go, and runs taken in turns."""
+"""Settings that all measurements share, and repeats of both sides in turns."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """`quick` shrinks images and counts; `data` is a source of photographs, or empty; `folder` is temporary.
-    `seconds` is what each decoder may train where all have the same time; `precision` is ours, the reference computes
-    in float32; `run_bench` takes `auto` for what is quicker."""
+    """Settings of all measurements.
+
+    Attributes:
+        folder: temporary folder
+        quick: whether to use fewer and smaller images
+        data: source of photographs; empty for none
+        accelerator: device of both sides
+        say: called with the progress
+        seconds: training time in seconds of each decoder in `decoders`
+        precision: precision of our side; the reference uses float32. `run_bench` replaces `auto` by the faster one
+    """
 
     folder: Path
     quick: bool = False
@@ -43,7 +51,7 @@ class Settings:
     def run(
         self, source: str, decoder: str, data: str, *, epochs: int = 1, weights: str = "random"
     ) -> RunConfig:
-        """A run of the published recipe at this size; LPIPS is not part of training measurements."""
+        """Return a run of the published recipe at this size, without LPIPS in its loss."""
         return RunConfig(
             sources=(source,),
             weights=weights,
@@ -53,7 +61,7 @@ class Settings:
         )
 
     def fresh(self, name: str) -> str:
-        """A folder that does not exist yet, so that neither runs nor decoded images are found there."""
+        """Create an empty folder, which holds no runs or decoded images of earlier measurements; return its path."""
         number = sum(path.name.startswith(name) for path in self.folder.iterdir())
         (self.folder / f"{name}-{number}").mkdir()
         return str(self.folder / f"{name}-{number}")
@@ -62,7 +70,7 @@ class Settings:
 def in_turns(
     repeats: int, name: str, ours: Callable[[], T], reference: Callable[[], T], say: Progress
 ) -> tuple[list[T], list[T]]:
-    """Ours, reference, ours, reference: what else the machine does falls on both."""
+    """Run ours and the reference in turns, so that other load on the machine affects both; return their results."""
     results: tuple[list[T], list[T]] = ([], [])
     for repeat in range(repeats):
         for side, (who, work) in enumerate((("ours", ours), ("reference", reference))):

@@ -1,4 +1,4 @@
-"""How long the command line takes until it does something, and whether it loads PyTorch to get there."""
+"""Measure the start-up time of the command line, and check that it does not load PyTorch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ COMMANDS = {"help": ["--help"], "report": ["report", "FOLDER"]}
 
 
 def startup(settings: Settings) -> Iterator[Row]:
-    """`--help`, and `report` up to its finding that a folder holds no runs."""
+    """Measure the seconds of `--help`, and of `report` on a folder without runs."""
     repeats = 3 if settings.quick else 7
     empty = settings.fresh("empty")
     heavy = [_seconds([sys.executable, "-c", HEAVY]) for _ in range(2)]
     for name, arguments in COMMANDS.items():
         arguments = [empty if argument == "FOLDER" else argument for argument in arguments]
         command = [sys.executable, "-m", "afterimage", *arguments]
-        _seconds(command)  # once for the disk
+        _seconds(command)  # warm up the disk cache
         loaded = _loads_torch(arguments)
         row = Row(
             f"startup-{name}",

@@ -1,4 +1,4 @@
-"""What streaming costs in memory and time, from 1,000 to 100,000 small images, beside keeping them decoded."""
+"""Measure memory and time of streaming 1,000 to 100,000 small images, beside keeping them decoded."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SHARD = 5_000
 SIDE = 32
 BATCH = 32
 MOST = 20_000
-"""So many training images are passed over: what an epoch holds is known by then, and decoding takes the time."""
+"""Largest number of training images in a measured epoch: enough to measure memory, and decoding more takes long."""
 
 
 def stream(settings: Settings) -> Iterator[Row]:
-    """Memory of one pass over 1,000 to 100,000 streamed images, beside the same ones decoded once and kept."""
+    """Measure the memory of one pass over 1,000 to 100,000 streamed images, beside the same images kept decoded."""
     counts = [200, 2_000] if settings.quick else [1_000, 10_000, 100_000]
     for kind in KINDS:
         yield _row(settings, kind, counts)
@@ -89,8 +89,12 @@ def _row(settings: Settings, kind: str, counts: Sequence[int]) -> Row:
 def passes(
     sources: Sequence[str], cache: str, streamed: bool, most: int | None = None
 ) -> list[dict[str, float]]:
-    """Load the images of each source and take one epoch's crops of those that train, or of `most` of them."""
-    with contextlib.suppress(OSError):  # Linux: what imports took at their worst is not ours
+    """Load each source and take one epoch's crops of its training images, or of `most` of them.
+
+    Returns:
+        seconds of loading and of the epoch, number of images, and peak anonymous memory in bytes, for each source
+    """
+    with contextlib.suppress(OSError):  # Linux: reset the peak memory, so that imports do not count
         Path("/proc/self/clear_refs").write_text("5")
     return [_pass(source, Path(cache), streamed, most) for source in sources]
 
@@ -109,14 +113,14 @@ def _pass(source: str, cache: Path, streamed: bool, most: int | None) -> dict[st
 
 
 def anonymous_bytes() -> int:
-    """This process's memory without mapped files, which the system drops when it needs room; 0 without /proc."""
+    """Return this process's memory in bytes without mapped files, which the system may drop; 0 without /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def write_small(folder: Path, kind: str, count: int, say: Progress) -> str:
-    """Write JPEG images of random colours, one a file or `SHARD` a tar file; returns the source's name."""
+    """Write JPEG images of random colours, as files or in tar files of `SHARD` images; return the source's name."""
     images = in_parallel(_small, range(count), count, f"writing {count:,} images: {kind}", say)
     for shard in range(0, count, SHARD):
         own = enumerate(islice(images, min(SHARD, count - shard)), shard)

@@ -1,4 +1,4 @@
-"""Training, both ways: from large originals, from small ones, and several layers together."""
+"""Measure training on both sides: from large originals, from small ones, and of several layers together."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ RANDOM = (
 
 
 def epoch_2k(settings: Settings) -> list[Row]:
-    """One epoch of ResNet34 layer1..4 + attention from 2040x1356 PNG originals."""
+    """Measure one epoch of ResNet34 layer1..4 + attention from 2040x1356 PNG originals."""
     return [_epoch(settings, "epoch-2k", (2040, 1356), Goal("ratio", 8.0))]
 
 
 def epoch_256(settings: Settings) -> list[Row]:
-    """The same from originals that are small already."""
+    """Measure one epoch of ResNet34 layer1..4 + attention from small PNG originals."""
     side = settings.resize
     return [_epoch(settings, "epoch-256", (side * 3 // 2, side), Goal("ratio", 4.0))]
 
@@ -68,7 +68,7 @@ def _epoch(settings: Settings, name: str, size: tuple[int, int], goal: Goal) -> 
 
 
 def together(settings: Settings) -> Iterator[Row]:
-    """Four layers on one encoder pass against one run after the other; both are ours."""
+    """Measure four layers on one encoder pass against one run after the other, both with our trainer."""
     counts = {"train": 16 if settings.quick else 64, "validation": 8, "test": 1}
     folder = Path(settings.fresh("together"))
     data = write_originals(folder, counts, settings.resize * 3 // 2, settings.resize, settings.say)
@@ -96,7 +96,7 @@ def together(settings: Settings) -> Iterator[Row]:
 
 
 def _train(settings: Settings, groups: Sequence[Sequence[RunConfig]]) -> tuple[float, dict]:
-    """Train groups of runs one after the other; gives the seconds of training and what they came to."""
+    """Train groups of runs one after the other; return the seconds of training, and the validation errors in dB."""
     seconds, reached = 0.0, []
     for group in groups:
         value = train_ours(settings, group).value
@@ -106,16 +106,16 @@ def _train(settings: Settings, groups: Sequence[Sequence[RunConfig]]) -> tuple[f
 
 
 def train_ours(settings: Settings, runs: Sequence[RunConfig], **more: Any) -> Outcome:
-    """`work.ours` with an empty cache of images."""
+    """Run `work.ours` in a child process with an empty image cache."""
     cache = settings.fresh("cache")
     return in_child("work:ours", configs=_plain(runs), cache=cache, accelerator=settings.accelerator, **more)
 
 
 def attention_bytes(config: RunConfig, channels: int, tokens: int, batch: int) -> int:
-    """Bytes of the N x N matrices alone that a training step of the attention decoder holds at its peak.
+    """Compute the bytes of the N x N matrices that a training step of the reference's attention holds at its peak.
 
-    The softmax of each of four blocks waits for the backward pass; there, two more of that size are at work. Counted,
-    not measured: q k' and its scaled copy die in the forward pass before the next block begins.
+    The softmax of each of four blocks is kept for the backward pass, which needs two more matrices of that size. The
+    number is computed, not measured: q k' and its scaled copy are freed before the next block's forward pass.
     """
     return (
         (4 + 2) * batch * math.gcd(8, channels) * tokens**2 * 4 if config.decoder.name == "attention" else 0
@@ -123,7 +123,11 @@ def attention_bytes(config: RunConfig, channels: int, tokens: int, batch: int) -
 
 
 def micro_batch(run: RunConfig, channels: int, tokens: int) -> tuple[int, list[str]]:
-    """The largest halving of the batch at which the reference's matrices fit half of what memory is free."""
+    """Halve the batch until the reference's matrices fit into half of the free memory.
+
+    Returns:
+        the batch size, and notes on it
+    """
     size, free = run.recipe.batch_size, available_bytes()
     if free is None:
         return size, ["this system does not say how much memory is free; the reference may run out of it"]
@@ -139,14 +143,14 @@ def micro_batch(run: RunConfig, channels: int, tokens: int) -> tuple[int, list[s
 
 
 def _quality(ours: dict, reference: dict, tolerance: float) -> Quality:
-    """Of the layers, the one whose validation errors lie furthest apart."""
+    """Return the quality of the layer whose validation errors differ most between the sides."""
     pairs = list(zip(ours["validation_db"], reference["validation_db"], strict=True))
     worst = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
     return Quality("validation error in dB, of the layer that differs most", *worst, tolerance)
 
 
 def cpu_note(ours: Sequence[Outcome], reference: Sequence[Outcome]) -> str:
-    """The same ratio in processor time, which other programs on the machine change less than they change the clock."""
+    """Return a note with the ratio in processor time, which depends less on other programs than elapsed time does."""
     ratios = [r.value["cpu_seconds"] / o.value["cpu_seconds"] for o, r in zip(ours, reference, strict=True)]
     spent = [statistics.median(x.value["cpu_seconds"] for x in side) for side in (ours, reference)]
     return (

@@ -1,4 +1,4 @@
-"""What a child does for one side of a measurement. Arguments and results are plain JSON."""
+"""Work of child processes for one side of a measurement. Arguments and results are plain JSON values."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from benchmarks.gpu import quickest_precision
 
 
 def imports() -> None:
-    """What a process holds that only imports all this."""
+    """Do nothing: the memory of a child that calls this is that of this module's imports."""
 
 
 def here(accelerator: str, precision: str) -> dict[str, str]:
-    """What ours computes in, for `auto` what is quicker, and what attends with narrow heads on a CPU, in words.
+    """Return the precision of our side, for `auto` the faster one, and a description of the attention of narrow heads.
 
-    The latter is compiled here where it is not yet, before anything is timed.
+    The attention is also compiled here if necessary, before anything is timed.
     """
     return {
         "precision": quickest_precision(accelerator) if precision == "auto" else precision,
@@ -46,11 +46,19 @@ def here(accelerator: str, precision: str) -> dict[str, str]:
 def ours(
     configs: Sequence[dict], cache: str, *, accelerator: str = "auto", target: float | None = None
 ) -> dict[str, Any]:
-    """Runs that share a recipe and their encoder, trained as `afterimage.train` trains them.
+    """Train runs that share a recipe and an encoder, as `afterimage.train` does.
 
-    Seconds count from the originals, with what `cache` holds of them, to the last validation; building the encoder
-    and the decoders is left out. With a `target` it ends as soon as the first decoder has that PSNR on the test
-    images, looked at after the closed form and after every epoch, off the clock.
+    Seconds include loading the images and the last validation, but not building the encoder and the decoders.
+
+    Args:
+        configs: the runs
+        cache: folder of decoded images
+        accelerator: device of the training
+        target: PSNR in dB on the test images at which training ends; it is measured for the first decoder after the
+            closed form and after every epoch, off the clock. None to train all epochs
+
+    Returns:
+        seconds in total and by phase, processor seconds, validation errors in dB, test PSNR, epochs, and threads
     """
     built = build(configs, accelerator)
     started, busy = time.perf_counter(), cpu_seconds()
@@ -77,7 +85,7 @@ def ours(
 
 @dataclass(frozen=True)
 class Built:
-    """Encoders and decoders of runs that are trained together, and images still to come."""
+    """Encoders and decoders of runs that are trained together; `on` adds the images."""
 
     runs: Sequence[RunConfig]
     encoders: MultiEncoder
@@ -108,7 +116,7 @@ def build(configs: Sequence[dict], accelerator: str) -> Built:
 
 
 def _until(trainer: Trainer, target: float) -> tuple[float, float]:
-    """Train the first decoder until the target is reached; gives the test PSNR and the seconds of looking at it."""
+    """Train the first decoder until it reaches the target; return the test PSNR, and the seconds spent measuring it."""
     decoder, loader, aside = trainer.decoders[0], trainer.loader, 0.0
 
     def look() -> float:
@@ -139,10 +147,17 @@ def reference(
     target: float | None = None,
     limit: float = math.inf,
 ) -> dict[str, Any]:
-    """The same runs by the plain reference, one after the other, on the same clock.
+    """Train runs by the plain reference, one after the other.
 
-    With a `target` each ends at that PSNR on the test images, looked at after every epoch, off the clock; or once
-    `limit` seconds have passed.
+    Args:
+        configs: the runs
+        micro_batch: number of images in a forward pass, see `benchmarks.reference.train`
+        accelerator: device of the training
+        target: PSNR in dB on the test images at which a run ends; it is measured after every epoch, off the clock
+        limit: seconds of training after which a run ends
+
+    Returns:
+        seconds, processor seconds, validation errors in dB, test PSNR, epochs, and threads, as `ours` returns them
     """
     results, device = [], Fabric(accelerator=accelerator, devices=1).device
     for config in configs:
@@ -173,7 +188,7 @@ def reference(
 def _test_db(
     reconstruct: Callable[[Tensor], Tensor], decoder: nn.Module, data: Data, device: torch.device
 ) -> float:
-    """Mean PSNR over the test images; the frozen encoders are in evaluation mode anyway."""
+    """Return the mean PSNR over the test images; frozen encoders are always in evaluation mode."""
     with evaluating(decoder):
         values = [
             value
@@ -185,7 +200,7 @@ def _test_db(
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process, its threads and the children it has waited for."""
+    """Return the processor seconds of this process, its threads, and the children it has waited for."""
     return sum(os.times()[:4])
 
 
