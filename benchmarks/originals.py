@@ -23,7 +23,7 @@ def write_originals(folder: Path, counts: Mapping[str, int], width: int, height:
     longer than reading them.
 
     Args:
-        folder: folder that takes a folder for each split
+        folder: parent of one folder for each split
         counts: number of images by split, such as `train`
         width: width in pixels
         height: height in pixels

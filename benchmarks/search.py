@@ -1,4 +1,4 @@
-"""Measure the time of feature inversion to the quality of the plain one: whitened, and in bfloat16 if chosen."""
+"""Measure the time until feature inversion, whitened and in bfloat16 if chosen, reaches the plain one's quality."""
 
 from __future__ import annotations
 

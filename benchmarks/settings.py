@@ -51,7 +51,7 @@ class Settings:
     def run(
         self, source: str, decoder: str, data: str, *, epochs: int = 1, weights: str = "random"
     ) -> RunConfig:
-        """Return a run of the published recipe at this size, without LPIPS in its loss."""
+        """Return a run of the published recipe at this size; measurements of training do not compute LPIPS."""
         return RunConfig(
             sources=(source,),
             weights=weights,

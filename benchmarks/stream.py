@@ -29,7 +29,7 @@ SHARD = 5_000
 SIDE = 32
 BATCH = 32
 MOST = 20_000
-"""Largest number of training images in a measured epoch: enough to measure memory, and decoding more takes long."""
+"""Largest number of training images in a measured epoch: enough to measure memory; decoding more would take long."""
 
 
 def stream(settings: Settings) -> Iterator[Row]:

@@ -127,7 +127,7 @@ def count_images(config: DataConfig, *, cache: str | Path | None = None) -> dict
 
 
 def _source(config: DataConfig, folder: Path, progress: Progress) -> tuple[list[Sequence[Original]], Source]:
-    """Return the training and validation images, the test images if no other source provides them, and the source."""
+    """Return the source's training, validation and, unless `config.test` is set, test images, and the source."""
     seed, own = config.split_seed, not config.test
     limits = [config.limit_train, config.limit_validation, config.limit_test][: 2 + own]
     source = read_source(config.source, {"train", "test"} if own else {"train"}, folder, progress)

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Int
 from PIL import Image
 
 NARROW = 64
-"""Largest span of values, of 0 to 255, that counts as narrow. An error that is the same share of the contrast scores
-12 dB higher over a quarter of the range. Photographs span at least twice as much: 139 was the least of 900."""
+"""Largest span of values, of 0 to 255, that counts as narrow: a quarter of the range, over which an error that is the
+same share of the contrast scores 12 dB higher. Photographs span twice as much: the narrowest of 900 spans 139."""
 FEW = 16
 """Largest number of different values (4 bits) for which an image counts as a mask or drawing, not a photograph."""
 

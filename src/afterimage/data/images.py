@@ -319,7 +319,7 @@ class StreamedImages(ImageSet):
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The images of a run.
+    """Images of a run.
 
     Attributes:
         config: sources of the images, and how they are split

@@ -165,7 +165,7 @@ _FOOTER = struct.Struct("<QQI8s")
 
 
 class Damaged(Exception):
-    """A cache file with wrong content; the message says what is wrong."""
+    """Cache file with wrong content; the message gives the fault."""
 
 
 class Slot(NamedTuple):

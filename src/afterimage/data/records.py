@@ -105,7 +105,7 @@ class EncodedOriginal(Original):
 
 @dataclass(frozen=True, slots=True)
 class FileOriginal(EncodedOriginal):
-    """Image file. It stores two strings, which may be the same object, to save memory for millions of images.
+    """Image file. `id` and `file` may be the same string object, which saves memory for millions of images.
 
     Attributes:
         id: name of the image

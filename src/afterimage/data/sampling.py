@@ -55,7 +55,7 @@ def crop_places(
 def centre_places(
     heights: np.ndarray, widths: np.ndarray, crop: int | tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return top and left of centre crops in pixels, rounded half to even as torchvision's CenterCrop does."""
+    """Return top and left of centre crops in pixels, rounded half to even as by torchvision's CenterCrop."""
     pairs = zip((heights, widths), size_pair(crop), strict=True)
     return tuple(np.rint((sides - side) / 2).astype(np.int64) for sides, side in pairs)
 

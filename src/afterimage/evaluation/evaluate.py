@@ -133,7 +133,7 @@ def evaluate_together(
 
     Raises:
         AfterimageError: there are no images, shapes differ, or values are not finite or leave [0, 1]; the message names
-            the image and the method.
+            the method and, for wrong values, the image.
     """
     if len(ids) == 0:
         raise AfterimageError("there are no images to evaluate on")

@@ -46,11 +46,11 @@ def joined(batches: Sequence[Compared]) -> Compared:
 
 
 class Gallery:
-    """Test images to which reconstructions are compared by each distance: pixels, correlation and LPIPS.
+    """Test images to which reconstructions are compared by each of `DISTANCES`: pixels, correlation and LPIPS.
 
     Args:
         originals: all test images, reduced
-        lpips: network of the LPIPS distance; without a network, or if images are too small for it, there is no LPIPS
+        lpips: network of the LPIPS distance, which is left out without a network or if images are too small for it
     """
 
     def __init__(self, originals: Images, lpips: LPIPS | None = None) -> None:
@@ -59,7 +59,7 @@ class Gallery:
         self._known = {name: embed(originals) for name, embed in self._embeddings().items()}
 
     def _embeddings(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Return the embedding of each distance, which is the squared Euclidean distance of embedded rows."""
+        """Return the embedding of each distance: it is the squared Euclidean distance of embeddings, up to a factor."""
         embeddings = {"pixels": lambda images: images.flatten(1), "correlation": _standardised}
         return embeddings if self.lpips is None else embeddings | {"lpips": self._perceptual}
 
@@ -84,7 +84,7 @@ class Gallery:
         return found
 
     def find(self, reconstructions: Images) -> dict[str, Bool[np.ndarray, " queries"]]:
-        """Return by each distance whether reconstruction `i` is nearest to test image `i`.
+        """Return, for each distance, whether reconstruction `i` is nearest to test image `i`.
 
         Ties are broken in a fixed random order, so that reconstructions without information are re-identified at the
         rate of chance.

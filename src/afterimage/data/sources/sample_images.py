@@ -1,8 +1,8 @@
 """Colour photographs of the installed scikit-image; nothing is downloaded.
 
 They are by NASA (astronaut, Hubble deep field), S. van der Walt (cat), R. Michetti (coffee), Middlebury College
-(motorcycle), SpaceX (rocket), and of a retina and a tissue section; scikit-image documents their origins. Only
-the left image of the motorcycle's stereo pair is used: the right one is nearly the same.
+(motorcycle) and SpaceX (rocket); two more show a retina and a tissue section. scikit-image documents their origins.
+Only the left image of the motorcycle's stereo pair is used: the right one is nearly the same.
 """
 
 from __future__ import annotations
