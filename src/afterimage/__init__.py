@@ -1,6 +1,6 @@
-"""How much of an image is left in the features of a frozen vision encoder?
+"""Library and tool to measure how much of an image is left in the features of a frozen vision encoder.
 
-Names are imported when they are first used, so that the command line and reports start without torch.
+Names are imported lazily, on first use, so that the command line and reports start without torch.
 """
 
 import lazy_loader

@@ -1,1 +1,1 @@
-"""Train decoders on the features of frozen encoders."""
+"""Training of decoders on the features of frozen encoders."""

@@ -1,4 +1,4 @@
-"""The checkpoints of a run's training, written completely or not at all; and a finished run's reconstructor."""
+"""Atomically written checkpoints of a run's training, and loading of a finished run's reconstructor."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensor
 
 
 def save_checkpoint(run: Run, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint with its digest; the previous one is kept until this one is safe on disk.
+    """Write a checkpoint with its digest; the checkpoint before it is kept as `PREVIOUS`.
 
     Args:
         run: the run
         tensors: tensors of decoder, best decoder and optimizer by name
-        facts: everything else, as JSON values
+        facts: the remaining state, as JSON values
 
     Raises:
         AfterimageError: the file cannot be written
@@ -44,7 +44,7 @@ def load_checkpoints(run: Run, log: Callable[[str], None]) -> Iterator[tuple[dic
 
     Args:
         run: the run
-        log: is told of damaged checkpoints
+        log: called with a message for each damaged checkpoint
     """
     for name in (CHECKPOINT, PREVIOUS):
         path = run.file(name)
@@ -68,7 +68,7 @@ def load_checkpoints(run: Run, log: Callable[[str], None]) -> Iterator[tuple[dic
 
 
 def remove_checkpoints(run: Run) -> None:
-    """Remove a run's checkpoints, if they can be removed."""
+    """Remove a run's checkpoints; files that cannot be removed stay."""
     for name in (CHECKPOINT, PREVIOUS):
         with contextlib.suppress(OSError):
             run.file(name).unlink()
@@ -84,7 +84,7 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimizer's state as tensors by name, and its settings as JSON values."""
+    """Return an optimizer's state as tensors by name (`INDEX.KEY`), and its settings as JSON values."""
     state = optimizer.state_dict()
     tensors = {
         f"{index}.{key}": torch.as_tensor(value)
@@ -100,13 +100,13 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Load what `pack_optimizer` returned into an optimizer."""
+    """Load the state and settings that `pack_optimizer` returned into an optimizer."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": facts["param_groups"]})
-    # Fused kernels read parameter and state side by side in memory, and a checkpoint keeps no memory format.
+    # Fused kernels need the same memory format for parameter and state, and a checkpoint does not store it.
     for parameter, slot in optimizer.state.items():
         for key, value in slot.items():
             if value.shape == parameter.shape:
@@ -119,7 +119,7 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix:`, without it."""
+    """Return the tensors whose names begin with `prefix:`, with this prefix removed."""
     start = f"{prefix}:"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
@@ -129,12 +129,12 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
 
     Args:
         run: the run or its folder
-        weights: file or folder of the encoders' weights, with which a run of stored features gets its encoder; None
+        weights: file or folder of the encoders' weights, which also gives a run of stored features an encoder; None
             for the run's own setting
 
     Raises:
-        AfterimageError: the run has no decoder, the decoder was made for other features, or the encoders' weights are
-            not those it was trained on
+        AfterimageError: the run has no decoder, the decoder was made for other features, or the encoders' weights
+            differ from those of the training
     """
     run = run if isinstance(run, Run) else Run.open(run)
     return restore(run, build_encoders(run.config, run.config.sources, weights=weights))

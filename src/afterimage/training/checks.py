@@ -1,4 +1,4 @@
-"""Checks that stop a run before its numbers are wrong: trained encoders, images out of range, NaN."""
+"""Checks that stop a run before it produces wrong numbers: encoders not frozen, images out of range, NaN features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_frozen(encoders: nn.Module) -> None:
     """Check that encoders are in evaluation mode and take no gradients.
 
     Raises:
-        AfterimageError: a part of them is not; the message names it
+        AfterimageError: a module or parameter is not frozen; the message names it
     """
     for name, module in encoders.named_modules():
         container = module is encoders or isinstance(module, nn.ModuleList)
@@ -34,19 +34,19 @@ def check_images(images: Tensor, ids: Sequence[str]) -> None:
 
     Args:
         images: `(B, 3, H, W)`
-        ids: their names
+        ids: ids of the images
 
     Raises:
-        AfterimageError: one is not; the message names it
+        AfterimageError: an image has other values; the message names it
     """
     if found := problem(images):
         raise AfterimageError(f"image {ids[found[0]]} {found[1]}")
 
 
 class FeatureWatch:
-    """Finds feature maps with values that are not finite, and remembers source and image.
+    """Record of feature maps with values that are not finite: for each source the first such image.
 
-    On a CPU they are found at once, on other devices when `settle` is called, so that steps need not wait.
+    On a CPU feature maps are examined at once, on other devices when `settle` is called, so that steps need not wait.
 
     Args:
         sources: names of the feature maps
@@ -62,7 +62,7 @@ class FeatureWatch:
 
         Args:
             features: `(B, C, h, w)` for each source
-            ids: names of the images
+            ids: ids of the images
         """
         finite = [maps.sum((1, 2, 3), dtype=torch.float32).isfinite() for maps in features]
         self._pending.append((torch.stack(finite), ids))
@@ -70,21 +70,21 @@ class FeatureWatch:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the device, and collect what was found since the last call."""
+        """Wait for the device, and record the findings in all batches since the last call."""
         for finite, ids in self._pending:
             for source, image in finite.logical_not().nonzero().tolist():
                 self._found.setdefault(source, ids[image])
         self._pending.clear()
 
     def check(self, name: str, feature_indices: Sequence[int]) -> None:
-        """Check that none of a run's feature maps was found not finite.
+        """Check that all values of a run's feature maps have been finite so far.
 
         Args:
             name: name of the run, for the error
             feature_indices: indices of its sources
 
         Raises:
-            AfterimageError: one was; the message names source and image
+            AfterimageError: a value was not finite; the message names source and image
         """
         for source in feature_indices:
             if source in self._found:

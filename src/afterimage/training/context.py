@@ -1,4 +1,4 @@
-"""The context of training: its processes, progress, locks and failures, in one object."""
+"""The context of training: its processes, progress, locks and failures in one object."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.signals import GracefulShutdown
 
 CHECKPOINT_SECONDS = 45.0
-"""With the step that is under way when they have passed, a checkpoint is never older than a minute of work."""
+"""Seconds between checkpoints: with the current step added, at most about a minute of work is lost."""
 
 
 @dataclass(kw_only=True)
 class RunContext:
-    """The context of a program that trains by itself: an error ends it, no folder is locked, nothing is timed.
+    """Context of a stand-alone training: an error ends it, no folder is locked, nothing is timed.
 
-    Subclasses override methods: a study records the failure of one run, goes on with the others, and checks that it
+    Subclasses override methods: a study records the failure of one run, continues with the others, and checks that it
     still holds a run's lock; an audit records the failures of attackers; the profiler times the sections.
 
     Args:
         ranks: processes that train together, each on its part of every batch
-        progress: called with how far training is, and with messages for the user
-        shutdown: whether this process was asked to stop
-        checkpoint_seconds: time between two checkpoints within an epoch; one is written after every epoch anyway
-        failed: runs whose failure was recorded; they are trained no further
+        progress: callback for progress and for messages to the user
+        shutdown: record of a signal that asks this process to stop
+        checkpoint_seconds: time between two checkpoints within an epoch; another is written after every epoch
+        failed: runs whose failure was recorded; their training has ended
     """
 
     ranks: ProcessGroup = SINGLE_PROCESS
@@ -41,24 +41,24 @@ class RunContext:
         self.progress(text, 1, 1)
 
     def check_shutdown(self) -> None:
-        """Check on all ranks that none was asked to stop.
+        """Check that no rank was asked to stop.
 
         Raises:
-            Stopped: one was
+            Stopped: a rank was asked to stop; raised on all ranks
         """
         with self.ranks.raise_on_all_ranks():
             self.shutdown.check()
 
     def check_lock(self, run: Run) -> None:
-        """Check that this process still holds a run's lock, before its folder is written to.
+        """Check that this process still holds a run's lock, before it writes to the run's folder.
 
         Raises:
-            LockLost: another process has taken it over
+            LockLost: another process has taken over the lock
         """
 
     @contextlib.contextmanager
     def isolate(self, run: Run | None) -> Iterator[None]:
-        """Limit an error of this block, on any rank, to one run, if `record_failure` records it.
+        """Limit an error in this block, on any rank, to one run, unless `record_failure` raises it.
 
         Args:
             run: the run; None for a decoder without a folder
@@ -71,7 +71,7 @@ class RunContext:
             self.failed.add(run)
 
     def record_failure(self, run: Run | None, error: Exception) -> None:
-        """Record that an error has ended a run, or raise it."""
+        """Record that an error ended a run, or raise the error; this class always raises."""
         raise error
 
     def section(self, name: str) -> contextlib.AbstractContextManager[None]:

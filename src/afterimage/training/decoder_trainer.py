@@ -32,8 +32,8 @@ PROGRESS = (
     "history", "notes", "best_loss", "best_epoch", "epoch", "position", "seconds", "epoch_seconds", "images_seen",
     "micro_batch",
 )  # fmt: skip
-"""Attributes that a checkpoint stores besides tensors. There is no random state among them: order, crops and flips
-are functions of seed, epoch and image, which a test checks for every decoder.
+"""Attributes of `DecoderTrainer` that a checkpoint stores besides tensors. No random state is needed: order, crops and
+flips are functions of seed, epoch and image, which a test checks for every decoder.
 """
 SINGLE = (
     "batch norm met a single value a channel (one image on 1x1 maps) and normalised it by its running statistics, "
@@ -44,18 +44,18 @@ SINGLE = (
 class DecoderTrainer:
     """The training state of one decoder: optimizer and schedule, best weights so far, history and checkpoints.
 
-    Several decoders may train on the same features, each with a state of its own. Each of several ranks has the same
-    state; the main process writes it.
+    Several decoders may train on the same features, each with its own state. If several ranks train together, all have
+    the same state and the main process writes it.
 
     Args:
         model: the decoder, with its fusion if it reads several feature maps
-        feature_indices: indices of its feature maps among the loader's
+        feature_indices: indices of its feature maps among those of the loader
         recipe: the training recipe
         fabric: device and precision of its computations
         name: its name in messages
-        run: folder of its history and checkpoints; None writes nothing
-        identity: facts that a checkpoint must share to be resumed, by name: digests of the images and of the encoders'
-            weights, and so on; the decoder's file records `sources`, `weights` and `code` of them
+        run: run whose folder receives history and checkpoints; None writes nothing
+        identity: facts by name that must match those of a checkpoint to resume it, such as digests of the images and of
+            the encoders' weights; the decoder's file records `sources`, `weights` and `code`
         context: the context of training
     """
 
@@ -85,13 +85,13 @@ class DecoderTrainer:
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_epoch, self.epoch, self.seconds = math.inf, 0, 0, 0.0
         self.epoch_seconds = 0.0
-        self.images_seen = self.position = 0  # in all epochs that have ended, and in the one under way
+        self.images_seen = self.position = 0  # images in all completed epochs, and in the current epoch
         self.micro_batch = self._evaluation_batch = recipe.batch_size
         self.restored = False
         self.between_steps = True
-        """Whether it is as after a whole number of steps, so that training could go on from it."""
+        """False while a training step is incomplete; training can resume only from a state between steps."""
         self.total_loss = torch.zeros((), device=fabric.device)
-        """The losses of the epoch's images so far, summed."""
+        """Sum of the losses of the epoch's images so far."""
         if model.trainable:
             optimizer = create_optimizer(model, recipe)
             self.trained, self.optimizer = fabric.setup(self.model, optimizer)
@@ -101,46 +101,46 @@ class DecoderTrainer:
         self.share()
 
     def share(self) -> None:
-        """Copy the decoder of the main process to all ranks: other machines may round differently."""
+        """Copy the main process's decoder to all ranks, since other machines may round differently."""
         if self.context.ranks.count > 1:
             state = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
             self.model.load_state_dict(self.context.ranks.broadcast(state))
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Number of parameters of fusion and decoder."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def failed(self) -> bool:
-        """Whether an error has ended its training and was recorded."""
+        """True if an error ended the training of this decoder and was recorded."""
         return self.run in self.context.failed
 
     @property
     def active(self) -> bool:
-        """Whether there are epochs left to train."""
+        """True if epochs are left to train."""
         return not self.failed and self.optimizer is not None and self.epoch < self.recipe.epochs
 
     @property
     def running_loss(self) -> float:
-        """Mean loss of the epoch so far; reading it waits for the device."""
+        """Mean training loss of the epoch so far; reading it waits for the device."""
         return float(self.total_loss) / max(1, self.position)
 
     @property
     def best_text(self) -> str:
-        """The best epoch and its loss, for messages."""
+        """Best epoch and its validation loss, as text for messages."""
         return f"epoch {self.best_epoch}, validation loss {self.best_loss:.6f}" if self.best else "none yet"
 
     def select_features(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return the decoder's own feature maps of all."""
+        """Return the feature maps that this decoder reads, out of those of all sources."""
         return [features[i] for i in self.feature_indices]
 
     def begin_epoch(self) -> None:
-        """Prepare for steps, at the start of an epoch or at `position` images into it."""
+        """Put the model into training mode, at the start of an epoch or `position` images into it."""
         self.model.train()
 
     def shrink_micro_batch(self, size: int) -> None:
-        """Sum gradients over micro-batches of `size` images from now on, and note it."""
+        """Sum gradients over micro-batches of `size` images from now on; add this to the notes."""
         self.micro_batch = size
         note = f"out of memory: gradients are summed over micro-batches of {size}, the same mathematics"
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
@@ -149,7 +149,7 @@ class DecoderTrainer:
         self.context.log(f"{self.name}: {note}")
 
     def note_single_values(self) -> None:
-        """Note once that batch norm met a batch with a single value in each channel."""
+        """Add a note, once, if batch norm met a batch with a single value per channel."""
         if any(norm.met_single for norm in self._norms) and not any(SINGLE in note for note in self.notes):
             self.notes.append(f"{SINGLE}, first in epoch {self.epoch + 1}")
             self.context.log(f"{self.name}: {SINGLE}")
@@ -173,7 +173,7 @@ class DecoderTrainer:
         return self._without_gradients(work)
 
     def end_epoch(self, validation_loss: float) -> None:
-        """Record an epoch in the history, keep the decoder if it is the best, step the schedule, write a checkpoint.
+        """Record an epoch in the history, keep the decoder if it is the best, step the scheduler, save a checkpoint.
 
         Raises:
             AfterimageError: the training or the validation loss is not finite
@@ -205,12 +205,12 @@ class DecoderTrainer:
         self.save()
 
     def keep(self, validation_loss: float) -> None:
-        """Keep the decoder as it is now as the best one."""
+        """Store a copy of the current weights as the best ones."""
         self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         self.best_loss, self.best_epoch = validation_loss, self.epoch
 
     def save(self) -> None:
-        """Write a checkpoint for `restore`."""
+        """Write a checkpoint for `restore`, and the history; only the main process writes."""
         if self.run is None or not self.context.ranks.is_main_process:
             return
         self.context.check_lock(self.run)
@@ -231,7 +231,7 @@ class DecoderTrainer:
             self.run.save_history(self.history)
 
     def save_best(self) -> None:
-        """Write the best decoder and the history."""
+        """Write the best decoder to the run's `decoder.safetensors`, and the history."""
         self.context.check_lock(self.run)
         made_for = {key: self.identity[key] for key in ("sources", "weights", "code") if key in self.identity}
         save_decoder(self.run.file("decoder.safetensors"), self.best, made_for)
@@ -239,10 +239,10 @@ class DecoderTrainer:
             self.run.save_history(self.history)
 
     def restore(self) -> bool:
-        """Resume from the run's newest undamaged checkpoint.
+        """Restore the state from the run's newest undamaged checkpoint.
 
         Returns:
-            whether there is one; the reason why a checkpoint cannot be used is logged
+            True if a checkpoint was restored; the reason why one cannot be used is logged
 
         Raises:
             AfterimageError: the checkpoint does not fit the decoder
@@ -294,7 +294,7 @@ class DecoderTrainer:
 
     @torch.inference_mode()
     def reconstruct(self, features: Sequence[Tensor]) -> Tensor:
-        """Return images `(B, 3, H, W)` in [0, 1] from the feature maps of all sources."""
+        """Decode the feature maps `(B, C, h, w)` of all sources into images `(B, 3, H, W)` in [0, 1]."""
         self.model.eval()
         picked = self.select_features(features)
         if len(picked[0]) == 0:
@@ -308,7 +308,7 @@ class DecoderTrainer:
         return self._without_gradients(work)
 
     def _without_gradients(self, work: Callable[[int], Result]) -> Result:
-        """Run `work`, which takes a number of images at a time, on fewer where memory does not suffice."""
+        """Call `work` with the number of images to process at a time, with a smaller one if memory runs out."""
         result, size = retry_with_smaller_batch(work, self._evaluation_batch, self.name)
         if size < self._evaluation_batch:
             self._evaluation_batch = size
@@ -330,7 +330,7 @@ def split_batch(
 
 
 def create_optimizer(model: FeatureDecoder, recipe: RecipeConfig) -> torch.optim.Adam:
-    """Create Adam for what is trained of fusion and decoder, with weight decay unless the decoder takes none."""
+    """Create Adam for the trainable parameters; those of a decoder with `decays = False` get no weight decay."""
     spared = set() if model.decoder.decays else set(model.decoder.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [

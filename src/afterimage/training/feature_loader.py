@@ -22,21 +22,21 @@ from afterimage.training.checks import FeatureWatch, check_frozen, check_images
 from afterimage.training.context import RunContext
 
 VALIDATION_BYTES = 1 << 30
-"""Validation features are computed once and kept where they take no more memory than this."""
+"""Largest size in bytes of the validation images and their features that is kept in memory after the first pass."""
 
 Batch = tuple[Tensor, Tensor, list[Tensor]]
-"""`(indices, images, features)`: which images of their set, `(B,)`; the images, `(B, 3, H, W)` in [0, 1]; what each
-source makes of them, `(B, C, h, w)` each. Images and features are on the device."""
+"""`(indices, images, features)`: indices in the image set, `(B,)`; images, `(B, 3, H, W)` in [0, 1]; and one feature
+map `(B, C, h, w)` for each source. Images and features are on the device."""
 
 
 class FeatureLoader:
-    """Runs images through frozen encoders, batch by batch.
+    """Loader of images with their features: runs images through frozen encoders, batch by batch.
 
-    Each of several ranks gets its part of every batch, which may be empty.
+    If several ranks train together, each gets its part of every batch, which may be empty.
 
     Args:
         encoders: module that returns a feature map for each of its `sources`; it is never changed
-        data: the three splits
+        data: training, validation and test images
         recipe: batch size, and whether training images are cropped and flipped at random
         fabric: device and precision of the encoders
         seed: seed of the order of the training images and of their crops
@@ -60,11 +60,11 @@ class FeatureLoader:
         self._validation: list[Batch] | None = None
 
     def training_batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch, a pure function of seed and epoch.
+        """Yield the training batches of an epoch, a pure function of seed and epoch.
 
         Args:
-            epoch: number of the epoch
-            position: number of images to skip, for an epoch that is resumed
+            epoch: number of the epoch, from 0
+            position: number of images to skip, to resume within an epoch
         """
         train = self.data.train
         indices = order(len(train), seed=self.seed, epoch=epoch)[position:]
@@ -72,11 +72,11 @@ class FeatureLoader:
         return self.batches(train, indices, **crop) if len(indices) else iter(())
 
     def views(self, view: int) -> Iterator[Batch]:
-        """Yield the training images for a closed form: centre crops in view 0, random crops in all others."""
+        """Yield the training images for a closed-form fit: centre crops in view 0, random crops in later views."""
         return self.batches(self.data.train) if view == 0 else self.training_batches(view - 1)
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Yield the validation images; after the first pass they are kept with their features if these fit."""
+        """Yield the validation images; the first pass keeps them and their features up to `VALIDATION_BYTES`."""
         if self._validation is not None:
             yield from self._validation
             return
@@ -97,8 +97,8 @@ class FeatureLoader:
 
         Args:
             image_set: the split
-            indices: indices of the images, in this order; None for all
-            crop: `seed` and `epoch` of random crops and flips; without them the centre crop is taken
+            indices: indices of the images, in the order to yield them; None for all
+            crop: `seed` and `epoch` of random crops and flips; centre crops if omitted
 
         Raises:
             AfterimageError: an image is not finite or leaves [0, 1], or a part of the encoders is not frozen
@@ -114,7 +114,7 @@ class FeatureLoader:
                         ids = [image_set.ids[index] for index in chunk.tolist()]
                         if (
                             number == 0 or images.device.type == "cpu"
-                        ):  # elsewhere asking makes every step wait
+                        ):  # on other devices the check would make every step wait for the device
                             check_images(images, ids)
                     with self.context.section("encoder"):
                         features = self.encode_batch(image_set, chunk, images, **crop)
@@ -123,13 +123,13 @@ class FeatureLoader:
         self.watch.settle()
 
     def _rank_chunks(self, indices: Tensor) -> Iterator[Tensor]:
-        """This rank's part of every batch."""
+        """Yield this rank's part of every batch."""
         for start in range(0, len(indices), self.recipe.batch_size):
             batch = indices[start : start + self.recipe.batch_size]
             yield batch[self.context.ranks.part(len(batch))]
 
     def encode_batch(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
-        """Return the feature maps that decoders get for images; a subclass may return others.
+        """Return the feature maps that decoders receive for images; a subclass may override this.
 
         Args:
             image_set: the split
@@ -141,7 +141,7 @@ class FeatureLoader:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps of images `(B, 3, H, W)`; if memory does not suffice, of fewer images at a time."""
+        """Return the feature maps of images `(B, 3, H, W)`, computed on fewer images at a time if memory runs out."""
 
         def work(size: int) -> list[Tensor]:
             with self.fabric.autocast():

@@ -1,7 +1,7 @@
-"""Losses that decoders are trained with: MSE, L1, LPIPS, and weighted sums of them.
+"""Training losses of decoders: MSE, L1, LPIPS, and weighted sums of them.
 
-Every loss takes images `(B, 3, H, W)` in [0, 1] and returns the mean over the batch, in float32 also under
-autocast. Values are not checked, because every step would then wait for the device.
+Every loss takes images `(B, 3, H, W)` in [0, 1] and returns the mean over the batch, in float32 even under
+autocast. The range of values is not checked, because every step would then wait for the device.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 class Loss(nn.Module):
-    """A distance between two images; calling it returns the mean over the batch."""
+    """Base class of losses: a distance between two images, whose `forward` returns the mean over the batch."""
 
     @abstractmethod
     def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
-        """Return the distance for each image."""
+        """Return the distance between the two images of each pair, `(B,)`."""
 
     def forward(self, prediction: Images, target: Images) -> Float[Tensor, ""]:
         return self.per_image(prediction, target).mean()
@@ -92,15 +92,15 @@ LOSSES: dict[str, type[Loss]] = {
 
 
 def create_loss(text: str, *, lpips_net: str = "alex", lpips_weights: str | Path = "pretrained") -> Loss:
-    """Create the loss that a text describes.
+    """Create a loss from its description.
 
     Args:
-        text: weighted sum of terms, see `parse_loss`
-        lpips_net: network of the term `lpips`; terms such as `lpips:squeeze` name their own
-        lpips_weights: `pretrained`, or a file or folder with that network's weights
+        text: weighted sum of terms, such as `0.5*mse + 0.5*lpips`, see `parse_loss`
+        lpips_net: network of the term `lpips`; terms such as `lpips:squeeze` name another
+        lpips_weights: `pretrained`, or a file or folder with the LPIPS network's weights
 
     Raises:
-        AfterimageError: the text is not valid, or weights are not available
+        AfterimageError: the description is not valid, or weights are not available
     """
     weights = parse_loss(text)
     terms = [

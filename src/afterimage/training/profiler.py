@@ -1,8 +1,8 @@
-"""Measure the time of each part of a training step, and record a trace.
+"""Timing of each part of a training step, with a trace.
 
-The steps are those of `trainer`, for one decoder without validation and checkpoints. After every part the profiler
-waits for the device, so that each part's time is its own; without these waits a step on a GPU is somewhat faster
-than the sum.
+The steps are `trainer.training_step`, for one decoder, without validation and checkpoints. The profiler waits for the
+device after every part, so that times are attributed to the right part; without these waits a step on a GPU is
+somewhat faster than the sum of its parts.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ WARM_UP, TRACED = 2, 3
 
 @dataclass(kw_only=True)
 class SectionTimer(RunContext):
-    """Sums up the seconds of each section of the training step, and names it in the trace.
+    """Context that sums up the seconds of each section of the training step, and names the section in the trace.
 
     Args:
         device: device to wait for
-        seconds: seconds so far by section
+        seconds: seconds so far, by section
     """
 
     device: torch.device
@@ -59,17 +59,17 @@ class SectionTimer(RunContext):
 
 @dataclass(frozen=True)
 class Profile:
-    """Mean times of a training step.
+    """Mean times of the training steps of one run.
 
     Attributes:
         name: name of the run
         device: name of the device
-        threads: number of PyTorch's threads
+        threads: number of PyTorch threads
         steps: number of timed steps
-        images: images a step
-        parts: seconds a step for each of `PARTS`
-        operators: name, seconds a step and calls a step of the costliest operators, by their own time, on the device
-            if that is not the CPU; from steps of their own, as tracing is slow
+        images: mean number of images per step
+        parts: seconds per step for each of `PARTS`
+        operators: name, seconds per step and calls per step of the ten operators with the most self time (on a CUDA
+            device, time on the GPU); from separate traced steps, since tracing is slow
         trace: file for a trace viewer (chrome://tracing, ui.perfetto.dev)
     """
 
@@ -84,7 +84,7 @@ class Profile:
 
     @property
     def seconds(self) -> float:
-        """Seconds of a whole step."""
+        """Seconds per step."""
         return sum(self.parts.values())
 
 
@@ -97,7 +97,7 @@ def profile_run(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> Profile:
-    """Time training steps of a run after two steps of warm-up, then trace three more.
+    """Time training steps of a run after two warm-up steps, then trace three more.
 
     Writes `NAME.trace.json` and `NAME.profile.json` into `root/profiles`.
 
@@ -107,10 +107,10 @@ def profile_run(
         steps: number of steps to time
         cache: folder of decoded images; None for the default
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with what is done, how far it is, and the total
+        progress: callback for progress and messages, see `Progress`
 
     Raises:
-        AfterimageError: the decoder has no training steps
+        AfterimageError: the decoder is not trained by gradient descent, or `steps` is below 1
     """
     if steps < 1:
         raise AfterimageError(f"a profile needs one step or more, got {steps}")
@@ -171,7 +171,7 @@ def profile_run(
 
 
 def print_profile(result: Profile) -> None:
-    """Print a table of the parts, and one of the costliest operators."""
+    """Print a table of the step's parts and a table of the costliest operators."""
     from rich.table import Table
 
     screen = console(120)

@@ -1,4 +1,4 @@
-"""Stored features in the place of an encoder: decoders are trained and measured without one at hand."""
+"""Stored features in place of an encoder, to train and measure decoders without the encoder."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ BATCH = 64
 
 
 class StoredEncoders(Encoders):
-    """Gives the stored features of images, as a `MultiEncoder` computes them.
+    """Lookup of the stored features of images, with the interface of a `MultiEncoder`.
 
-    An image is known by its pixels, so that features never meet an image that they are not of.
+    An image is identified by the SHA-256 of its pixels, so that no image is paired with the features of another one.
 
     Args:
-        store: the store
-        sources: which of its layers, as in `store.specs`; empty for all
+        store: the feature store
+        sources: sources of the wanted layers, as in `store.specs`; empty for all layers
 
     Raises:
         AfterimageError: the store has no such layer
@@ -62,7 +62,7 @@ class StoredEncoders(Encoders):
         return tuple(self.store.specs[layer] for layer in self._layers)
 
     def describe(self) -> list[FeatureMap]:
-        """Describe each layer as the encoder did; of features that nobody described, shape alone."""
+        """Return each layer's description by the encoder; if the store has none, only shape and reduction are set."""
         facts = self.store.facts
         if facts is not None:
             found = {one.source: one for one in facts.features}
@@ -75,7 +75,7 @@ class StoredEncoders(Encoders):
         ]
 
     def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
-        """Return the weights that the features were computed with."""
+        """Return the encoder weights that the features were computed with; the store itself if they are unknown."""
         store = self.store
         if store.facts is not None:
             return [store.facts.used]
@@ -84,7 +84,7 @@ class StoredEncoders(Encoders):
         ]
 
     def remarks_of(self, sources: Sequence[str]) -> list[str]:
-        """Return where the features come from, what was said of the encoder, and what `check` found beyond a run."""
+        """Return remarks on the origin of the features, on the encoder, and on unused images that `check` found."""
         facts, path = self.store.facts, shown(self.store.path)
         kind = "as they are in the file, by whatever made them" if facts is None else facts.dtype
         origin = (
@@ -100,7 +100,7 @@ class StoredEncoders(Encoders):
             the feature map `(B, C, h, w)` of each source
 
         Raises:
-            AfterimageError: an image is not among those that are stored
+            AfterimageError: the store has no image with these pixels
         """
         rows = [self._rows.get(content) for content in _contents(images)]
         if None in rows:
@@ -115,12 +115,12 @@ class StoredEncoders(Encoders):
         return ", which nobody has named" if facts is None else f" {facts.model}: --weights {facts.weights}"
 
     def check(self, data: Data) -> None:
-        """Check that the store has features of every image of a run, and of these pixels; note what it has beyond.
+        """Check that the store has features of exactly the pixels of every image of a run; note unused images.
 
-        Of streamed images the first ones are looked at; the others are, by `forward`, when they are used.
+        Of a split with streamed images only the first batch is checked here; `forward` checks the others when used.
 
         Raises:
-            AfterimageError: images were prepared otherwise, an image has no features, or other pixels
+            AfterimageError: images were resized or cropped differently, or an image has no features or other pixels
         """
         store, name, config = self.store, shown(self.store.path), data.config
         facts = store.facts
@@ -161,16 +161,16 @@ class StoredEncoders(Encoders):
 
 
 def _contents(images: Tensor) -> list[str]:
-    """SHA-256 of the pixels of each image in [0, 1], as `FeatureStore.content`."""
+    """Return the SHA-256 of each image's pixels as in `FeatureStore.content`; images are in [0, 1]."""
     pixels = images.mul(255).round().to(torch.uint8).cpu().contiguous().numpy()
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
 
 
 def open_features(config: FeaturesConfig, progress: Progress = silent) -> FeatureStore:
-    """Open the store of a run.
+    """Open the feature store of a run.
 
     Raises:
-        AfterimageError: it cannot be read, or is not the one that the run names
+        AfterimageError: the store cannot be read, or its digest differs from the one in the run's settings
     """
     store = open_store(Path(local_path(config.path)), progress)
     if config.sha256 != store.digest:
@@ -184,13 +184,14 @@ def open_features(config: FeaturesConfig, progress: Progress = silent) -> Featur
 def build_encoders(
     config: RunConfig, sources: Sequence[str], *, weights: str | None = None, progress: Progress = silent
 ) -> Encoders:
-    """Build what gives a run its features: encoders with its weights, image size and seed, or its store.
+    """Build the encoders of a run, with its weights, image size and seed, or open its feature store.
 
     Args:
         config: the run
         sources: the layers, `model:layer` each
-        weights: file or folder of weights, or another setting; given, encoders are built for stored features too
-        progress: called while a store is checked
+        weights: file or folder of weights, or another setting, in place of the run's own; if given, a run of stored
+            features gets an encoder too
+        progress: callback for progress while a store is checked
 
     Raises:
         AfterimageError: a model or layer is unknown, weights are not available, or the store cannot be used

@@ -1,7 +1,7 @@
 """The training loop: one pass of images through frozen encoders feeds every decoder that reads their features.
 
-From top to bottom: `train` is the whole library in one call; a `Trainer` fits closed forms and then trains, epoch
-after epoch; `training_step` trains one decoder on one batch.
+From top to bottom: `train` trains one reconstructor in one call; `Trainer` fits closed forms and then trains epoch
+by epoch; `training_step` trains one decoder on one batch.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a reconstructor's decoder and leave it with the best weights by validation loss.
 
-    The encoders are not changed. In a script that `torchrun` has started several times, all processes train the one
-    reconstructor together, each on its part of every batch, and all end with the same decoder.
+    The encoders are not changed. In a script that `torchrun` started as several processes, all of them train the same
+    reconstructor together, each on its part of every batch, and end with identical decoders.
 
     Args:
         reconstructor: frozen encoders and the decoder to train
@@ -51,10 +51,10 @@ def train(
         recipe: epochs, batch size, loss, learning rate and so on; None for the defaults
         seed: seed of the order of the images and of their random crops
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called as `progress(what, done, total, **figures)`
+        progress: callback for progress and messages, see `Progress`
 
     Returns:
-        the history, one row for each epoch; empty for a decoder that is solved in closed form
+        the history, one row for each epoch; empty for a decoder that is fitted in closed form
 
     Raises:
         AfterimageError: the loss is not finite, or a test image is among the training images
@@ -68,7 +68,7 @@ def train(
         decoder = DecoderTrainer(
             reconstructor.feature_decoder, range(len(encoders.sources)), recipe, fabric, context=context
         )
-        # Also after an error: what was best until then is kept.
+        # Load the best weights after an error too.
         stack.callback(lambda: decoder.best and decoder.model.load_state_dict(decoder.best))
         loader = FeatureLoader(encoders, data, recipe, fabric, seed=seed, context=context)
         Trainer(loader, [decoder]).train()
@@ -77,11 +77,11 @@ def train(
 
 
 class Trainer:
-    """Trains decoders that learn from the same images in the same order, through the same encoders.
+    """Joint training of decoders that use the same encoders and the same images in the same order.
 
-    Each decoder gets the same bits as if it were trained alone. The decoders need not be at the same step: each goes on
-    from its own, since a batch depends on seed, epoch and position alone. If the context records failures, a decoder
-    that fails is left out from then on.
+    Each decoder ends bit-identical to one that is trained alone. The decoders need not be at the same step: each
+    continues from its own, since a batch depends on seed, epoch and position alone. If the context records failures, a
+    decoder that fails is skipped from then on.
 
     Args:
         loader: the images and their features
@@ -102,10 +102,10 @@ class Trainer:
     # Gradient descent
 
     def train_epochs(self) -> None:
-        """Train until every decoder has had its epochs; those furthest behind come first.
+        """Train every decoder for its number of epochs, those with the fewest completed epochs first.
 
         Raises:
-            Stopped: the process was asked to stop; every decoder has a checkpoint
+            Stopped: the process was asked to stop; checkpoints have been written
         """
         while active := [decoder for decoder in self.decoders if decoder.active]:
             epoch = min(decoder.epoch for decoder in active)
@@ -120,10 +120,10 @@ class Trainer:
                 raise
 
     def train_epoch(self, epoch: int, decoders: Sequence[DecoderTrainer]) -> None:
-        """Train for one epoch or the rest of one, then validate.
+        """Train for one epoch, or for the rest of a partly trained one, then validate.
 
-        The epoch begins where the decoder that is furthest behind left off; those ahead wait for their turn. Its time
-        is divided evenly between the decoders, since they share the pass.
+        The epoch starts at the lowest position of any decoder; decoders that are further ahead skip batches until then.
+        The time is divided evenly between the decoders that share the pass.
         """
         total, epochs = len(self.data.train), max(decoder.recipe.epochs for decoder in decoders)
         done = begun = min(decoder.position for decoder in decoders)
@@ -132,7 +132,7 @@ class Trainer:
                 decoder.begin_epoch()
         started = lap = time.monotonic()
         for _, images, features in self.loader.training_batches(epoch, done):
-            # Every decoder takes its step on the same features.
+            # All decoders at this position take one step on the same features.
             batch_size = min(self.recipe.batch_size, total - done)
             stepping = [one for one in decoders if one.position == done and not one.failed]
             for decoder in stepping:
@@ -145,7 +145,7 @@ class Trainer:
             done += batch_size
             lap = _share_time(lap, stepping)
 
-            # Save from time to time.
+            # Save checkpoints at regular intervals.
             if self.context.ranks.decide(lap - self._saved >= self.context.checkpoint_seconds):
                 self.save(decoders)
                 lap = _share_time(lap, decoders)
@@ -159,7 +159,7 @@ class Trainer:
                 images_per_second=(done - begun) / (time.monotonic() - started),
             )
 
-        # Validate, and keep each decoder that is better than it was.
+        # Validate, and keep each decoder that has improved.
         decoders = [decoder for decoder in decoders if not decoder.failed]
         losses = self.validation_losses(decoders)
         _share_time(lap, decoders)
@@ -171,7 +171,7 @@ class Trainer:
         self._saved = time.monotonic()
 
     def validation_losses(self, decoders: Sequence[DecoderTrainer]) -> list[float]:
-        """Return the mean validation loss of each decoder; NaN for one that failed on the way."""
+        """Return the mean validation loss of each decoder; NaN for a decoder that failed."""
         sums = [0.0] * len(decoders)
         for _, images, features in self.loader.validation_batches():
             for i, decoder in enumerate(decoders):
@@ -187,9 +187,10 @@ class Trainer:
     # Closed forms
 
     def fit_closed_forms(self) -> None:
-        """Fit everything that has a closed form: fusions first, then the decoders that read them.
+        """Fit all fusions and decoders that have a closed form, fusions before the decoders that read them.
 
-        A decoder of which nothing is trained is measured here too, on the validation images, and kept as it is.
+        Decoders that need no gradient descent are also measured here, on the validation images, and kept as the best;
+        a decoder without a closed form keeps the weights it came with.
         """
         waiting = [d for d in self.decoders if d.model.closed_forms or not d.model.trainable]
         waiting = [d for d in waiting if not d.restored and not d.failed]
@@ -214,7 +215,7 @@ class Trainer:
                 decoder.save()
 
     def _fit(self, parts: Mapping[DecoderTrainer, ClosedForm]) -> None:
-        """Fit one part of each decoder, on one pass over the training and the validation images."""
+        """Fit one closed-form part (fusion or decoder) of each decoder, on shared passes over the images."""
         started = time.monotonic()
         views: dict[DecoderTrainer, int] = {}
         for decoder, part in parts.items():
@@ -222,7 +223,7 @@ class Trainer:
                 views[decoder] = part.begin_fit(len(self.data.train), self.loader.seed, self.context.ranks)
         parts = {decoder: part for decoder, part in parts.items() if decoder in views}
 
-        # The training images, as often as the parts want to see them, then the validation images.
+        # As many passes over the training images as any part asks for, then one over the validation images.
         passes = max(views.values(), default=0)
         done, total = 0, passes * len(self.data.train) + len(self.data.validation)
         for view in range(passes + 1 if parts else 0):
@@ -253,15 +254,15 @@ class Trainer:
     # Failures and checkpoints
 
     def check_features(self, decoder: DecoderTrainer) -> None:
-        """Check that none of the feature maps that a decoder reads was found not finite.
+        """Check that the feature maps of a decoder have had only finite values so far.
 
         Raises:
-            AfterimageError: one was; the message names source and image
+            AfterimageError: a feature map has a value that is not finite; the message names source and image
         """
         self.loader.watch.check(decoder.name, decoder.feature_indices)
 
     def save(self, decoders: Sequence[DecoderTrainer]) -> None:
-        """Write checkpoints of the decoders."""
+        """Write a checkpoint of every decoder that has not failed."""
         for decoder in decoders:
             if not decoder.failed:
                 with self.context.isolate(decoder.run):
@@ -269,7 +270,7 @@ class Trainer:
         self._saved = time.monotonic()
 
     def _save_alone(self, decoders: Sequence[DecoderTrainer]) -> None:
-        """Keep what can be kept when another rank is lost: nothing may be asked of the others any more."""
+        """Save what is possible after another rank is lost, without communicating with the remaining ranks."""
         for decoder in decoders if self.context.ranks.is_main_process else ():
             if decoder.between_steps and not decoder.failed:
                 with contextlib.suppress(Exception):
@@ -277,7 +278,7 @@ class Trainer:
 
 
 def _share_time(since: float, decoders: Sequence[DecoderTrainer]) -> float:
-    """Divide the time since then between decoders; returns the time now."""
+    """Divide the time since `since` evenly between decoders; return the current time."""
     now = time.monotonic()
     for decoder in decoders:
         decoder.epoch_seconds += (now - since) / len(decoders)
@@ -290,21 +291,21 @@ def _share_time(since: float, decoders: Sequence[DecoderTrainer]) -> float:
 def training_step(
     decoder: DecoderTrainer, features: Sequence[Tensor], images: Tensor, batch_size: int | None = None
 ) -> None:
-    """Train one decoder on one batch: one optimizer step on the whole images, or one for each of its feature crops.
+    """Train one decoder on one batch, with one optimizer step for each feature crop (usually the whole feature map).
 
     Args:
         decoder: the decoder's training state; its model is in training mode (see `DecoderTrainer.begin_epoch`)
         features: feature maps of all sources, `(B, C, h, w)` each
-        images: the images they were computed from, `(B, 3, H, W)` in [0, 1]
-        batch_size: images of the whole batch, of which several ranks each have a part; None for `B`
+        images: the images of these features, `(B, 3, H, W)` in [0, 1]
+        batch_size: number of images in the whole batch, if several ranks each have a part of it; None for `B`
 
     Raises:
-        AfterimageError: the loss is not finite; raised at once on a CPU, and by `DecoderTrainer.end_epoch` on other
-            devices, so that steps need not wait for the device
+        AfterimageError: the loss is not finite; raised at once on a CPU. On other devices `DecoderTrainer.end_epoch`
+            raises it, so that steps need not wait for the device
     """
     batch_size = len(images) if batch_size is None else batch_size
     own = decoder.select_features(features)
-    # Crops depend on the position in the run alone, so that a run that is resumed draws the same.
+    # Crops depend only on the position in the run, so that a resumed run draws the same ones.
     generator = torch.Generator().manual_seed((decoder.epoch << 32) + decoder.position)
     feature_crops = decoder.model.decoder.feature_crops(generator)
     for number, crop in enumerate(feature_crops):
@@ -318,9 +319,9 @@ def training_step(
 def _optimizer_step(
     decoder: DecoderTrainer, features: list[Tensor], images: Tensor, batch_size: int, crop: FeatureCrop | None
 ) -> Tensor:
-    """Take one optimizer step; returns the loss summed over the whole batch's images.
+    """Take one optimizer step; return the loss summed over the images of the whole batch.
 
-    Where memory does not suffice, gradients are summed over micro-batches of half the size, and so on.
+    If memory runs out, gradients are summed over micro-batches, whose size is halved until they fit.
     """
     ranks, context = decoder.context.ranks, decoder.context
     largest_part = ranks.most(batch_size)
@@ -333,11 +334,11 @@ def _optimizer_step(
             buffer.copy_(before)
 
     def work(size: int) -> Tensor:
-        if size < wanted:  # what the attempt that failed has left
+        if size < wanted:  # the previous attempt failed
             undo()
         with ranks.raise_on_all_ranks():
             parts = list(split_batch(features, images, size))
-            if decoder.synchronises:  # batch norm needs every rank in every part
+            if decoder.synchronises:  # batch norm communicates, so all ranks need the same number of parts
                 nothing = [maps[:0] for maps in features], images[:0]
                 parts = [part for part in parts if len(part[1])]
                 parts += [nothing] * (-(-largest_part // size) - len(parts))
@@ -361,7 +362,7 @@ def _optimizer_step(
 def _accumulate_gradients(
     decoder: DecoderTrainer, features: list[Tensor], images: Tensor, batch_size: int, crop: FeatureCrop | None
 ) -> Tensor:
-    """Add the gradients of some of the batch's images; returns the sum of their losses."""
+    """Add the gradients of some of the batch's images; return the sum of their losses."""
     context = decoder.context
     if len(images) == 0:
         if decoder.synchronises:
@@ -381,7 +382,7 @@ def _accumulate_gradients(
 
 
 def _all_reduce(decoder: DecoderTrainer, loss: Tensor) -> Tensor:
-    """Sum gradients over ranks, and the loss, which is returned."""
+    """Sum gradients and loss over ranks, in place; return the loss."""
     if decoder.context.ranks.count > 1:
         trainable = [p for p in decoder.model.parameters() if p.requires_grad]
         for parameter in trainable:
