@@ -1,1 +1,1 @@
-"""Turn configurations into finished run folders."""
+"""Experiments: from configurations to finished run folders, and use of finished runs."""

@@ -1,4 +1,4 @@
-"""Estimate the cost of a study before it is started: shapes, parameters, multiply-adds, time and memory."""
+"""Estimates of the cost of a study before it starts: shapes, parameters, multiply-adds, time and memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Plan:
         parameters: parameters of fusion and decoder
         encoder_macs: multiply-adds of the encoders for one image
         decoder_macs: multiply-adds of fusion and decoder for one image
-        epochs: how often it sees the training images; 1 where it is solved in closed form
-        seconds: estimated time
+        epochs: number of passes over the training images; 1 for a decoder that is fitted in closed form
+        seconds: estimated training time
         bytes: estimated memory
-        unseen: the pixels that no location sees, by source
+        unseen: by source, which pixels no location sees, or why positions are unknown; empty if neither applies
     """
 
     config: RunConfig
@@ -47,15 +47,18 @@ class Plan:
 
 
 def plan(configs: Sequence[RunConfig]) -> list[Plan]:
-    """Estimate the cost of runs without their images and weights.
+    """Estimate the cost of runs without decoding images or loading weights.
 
-    Time is the multiply-adds of all epochs (an encoder pass, a decoder pass, and twice that for the backward pass) and
-    of a closed form, at the rate that a convolution reaches on this machine now. Each run counts as if it were trained
-    alone. Memory is the decoder's parameters with their gradients and Adam's moments, a batch's activations, and the
-    sums of a closed form.
+    Time is the number of multiply-adds of all epochs (encoder pass, decoder pass, and twice the latter for the backward
+    pass) and of closed-form fits, divided by the rate of a convolution measured on this machine. Each run counts as if
+    it were trained alone. Memory is the decoder's parameters with gradients and Adam's moments, a batch's activations,
+    and the sums of a closed form.
+
+    Args:
+        configs: the runs
 
     Raises:
-        AfterimageError: a network or its layer is unknown, or cannot be built
+        AfterimageError: a network or layer is unknown, or cannot be built
     """
     return [_plan(config) for config in configs]
 
@@ -96,7 +99,7 @@ def _plan(config: RunConfig) -> Plan:
 
 
 def _activations(model: nn.Module, features: list[torch.Tensor]) -> int:
-    """Values that the leaves of a model put out for one image."""
+    """Return the number of values that a model's leaf modules output for one image."""
     total = 0
 
     def count(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -112,7 +115,7 @@ def _activations(model: nn.Module, features: list[torch.Tensor]) -> int:
 
 @cache
 def training_images(data: DataConfig) -> int:
-    """Return the number of training images: DIV2K's is known without a download, those of other sources are counted."""
+    """Return the number of training images: computed for DIV2K without a download, counted for other sources."""
     own = not data.test
     if data.source.partition(":")[0] == "div2k":
         total = 800 - round(800 * data.validation_fraction)
@@ -125,7 +128,7 @@ def training_images(data: DataConfig) -> int:
 
 @cache
 def macs_per_second() -> float:
-    """Measure the multiply-adds a second of a 3x3 convolution on 64 channels, the best of a few passes."""
+    """Measure the multiply-adds per second of a 3x3 convolution on 64 channels on the CPU, the best of five passes."""
     convolution = nn.Conv2d(64, 64, 3, padding=1)
     images = torch.randn(8, 64, 56, 56)
     best = float("inf")

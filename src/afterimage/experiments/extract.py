@@ -1,4 +1,4 @@
-"""Write the features of images to disk, with the images: what `audit --feature-store` and `train --features` read."""
+"""Extraction of features to disk, with their images, for `audit --feature-store` and `train --features`."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ from afterimage.training.context import RunContext
 from afterimage.training.feature_loader import FeatureLoader
 
 SHARD_BYTES = 2**28
-"""Size of a shard unless its number of images is given. Writing one takes about three times as much memory."""
+"""Default size of a shard in bytes. Writing a shard takes about three times as much memory."""
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """Which features are written of which images, and how.
+    """Settings of a feature extraction: layers, images and file format.
 
     Attributes:
         sources: layers of one encoder, `model:layer` each
-        data: where images come from and how they are split
-        split: which of the images: `train`, `validation`, `test` or `all`
+        data: source of the images and how they are split
+        split: the split to extract: `train`, `validation`, `test` or `all`
         weights: `pretrained`, the name of a random control, or a path
         seed: seed of random weights
         dtype: number format of the features: `float32`, `float16` or `bfloat16`
-        shard_images: images in a file; None for as many as `SHARD_BYTES` hold
-        batch_size: images at a time through the encoder
+        shard_images: number of images per file; None for as many as fit in `SHARD_BYTES`
+        batch_size: number of images per encoder pass
     """
 
     sources: tuple[str, ...]
@@ -87,25 +87,25 @@ class Extraction:
         object.__setattr__(self, "weights", absolute_weights(self.weights))
 
     def image_bytes(self, specs: Sequence[FeatureSpec]) -> tuple[int, list[int]]:
-        """Bytes of one image's pixels, and of its features in each layer."""
+        """Return the bytes of one image's pixels, and of its features in each layer."""
         size = torch.finfo(DTYPES[self.dtype]).bits // 8
         return 3 * math.prod(self.data.size), [size * spec.values for spec in specs]
 
     def per_shard(self, specs: Sequence[FeatureSpec], images: int) -> int:
-        """How many images there are in each shard but the last."""
+        """Return the number of images in each shard except the last."""
         pixels, features = self.image_bytes(specs)
         return min(images, self.shard_images or max(1, SHARD_BYTES // (pixels + sum(features))))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an extraction would write.
+    """Size of the store that an extraction would write.
 
     Attributes:
-        layers: shape of each layer's features
+        layers: description of each layer's features, such as their shape
         images: number of images
-        pixels: bytes of the images
-        features: bytes of the features in each layer
+        pixels: bytes of all images
+        features: bytes of all features, by layer
         shards: number of files
     """
 
@@ -117,10 +117,15 @@ class Plan:
 
 
 def plan_extraction(wanted: Extraction, path: Path, *, cache: Path | None = None) -> Plan:
-    """Say what an extraction would write, without decoding images and without weights.
+    """Compute the size of the store that an extraction would write, without decoding images or loading weights.
+
+    Args:
+        wanted: settings of the extraction
+        path: path of the store, as for `extract`
+        cache: folder of downloaded images; None for the default
 
     Raises:
-        AfterimageError: the file's kind, a model, a layer or the images cannot be used
+        AfterimageError: the file type, a model, a layer or the images cannot be used
     """
     _check_kind(wanted, path)
     layers = tuple(layer_info(source, wanted.data.size) for source in wanted.sources)
@@ -139,21 +144,21 @@ def extract(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> StoreFacts:
-    """Write a store shard by shard, on one pass through the encoder; shards that are there and whole stay.
+    """Write a feature store shard by shard on one pass through the encoder; existing complete shards are kept.
 
     Args:
-        wanted: which features of which images
-        path: the store: a `.safetensors`, `.npz` or `.parquet` file, or what its shards are named after
+        wanted: settings of the extraction
+        path: path of the store, a `.safetensors`, `.npz` or `.parquet` file; several shards are named after it
         cache: folder of decoded images; None for the default
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with what is done, how far it is, and the total
+        progress: callback for progress and messages, see `Progress`
 
     Returns:
-        what the store is of
+        description of the store's contents
 
     Raises:
-        AfterimageError: something else is there already, a model, a layer, weights or images cannot be used, two images
-            have one id, or features are not finite in the number format; the message names the image
+        AfterimageError: the path already holds something else, a model, a layer, weights or images cannot be used, two
+            images have the same id, or features are not finite in the number format; the message names the image
     """
     _check_kind(wanted, path)
     fabric = one_device(accelerator, "32-true")
@@ -212,7 +217,7 @@ def _check_kind(wanted: Extraction, path: Path) -> None:
 def _shard(
     loader: FeatureLoader, parts: Sequence[ImageSet], rows: range, wanted: Extraction, done: int, total: int
 ) -> dict[str, Tensor]:
-    """The images of some rows and their features in each layer, by name."""
+    """Return the images of the given rows, uint8, and their features in each layer, by name."""
     dtype, specs = DTYPES[wanted.dtype], loader.encoders.specs
     pixels = torch.empty(len(rows), 3, *wanted.data.size, dtype=torch.uint8)
     features = [torch.empty(len(rows), *spec.shape, dtype=dtype) for spec in specs]
@@ -236,7 +241,7 @@ def _shard(
 
 
 def _indices(parts: Sequence[ImageSet], rows: range) -> Iterator[tuple[ImageSet, Tensor]]:
-    """Where rows that are counted over all parts lie in each of them."""
+    """Yield each part that holds some of the rows, which count over all parts, with their indices in that part."""
     start = 0
     for part in parts:
         inside = range(max(rows.start, start), min(rows.stop, start + len(part)))

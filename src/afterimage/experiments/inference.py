@@ -1,4 +1,4 @@
-"""Use a finished run, or one fitted on the spot: measure it on its own images or others, reconstruct image files."""
+"""Use of finished runs, and of runs fitted on demand: measurement on any images, reconstruction of image files."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
 FITTED = "linear"
-"""The decoder that is fitted on the spot: in closed form, in seconds."""
+"""Name of the decoder that is fitted on demand, in closed form, within seconds."""
 FIT_LIMITS = {"limit_train": 256, "limit_validation": 64, "limit_test": 16}
-"""Images that it is fitted on, that choose its ridge and that score it, at most: more take longer than anyone waits."""
+"""Limits of the images that fit this decoder, choose its ridge and score it, so that the wait stays short."""
 
 
 def fit_run(
@@ -40,20 +40,22 @@ def fit_run(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Run:
-    """Fit a decoder to one layer on the spot, or find the one that was fitted to the same before.
+    """Fit a decoder to one layer on demand, or return the run of an earlier, identical fit.
 
-    Its run folder lies in the cache, below a digest of the encoder's weights, the images and the version, under the
-    name of its settings. Images have the size that the encoder is for.
+    The run folder lies in the cache, in a folder named after a digest of the encoder's weights, the images and the
+    package version. Images have the encoder's native size.
 
     Args:
         source: `model:layer`
-        data: source of the images, of which the first `FIT_LIMITS` are used; those that are drawn are scored on
-            photographs
+        data: source of the images, limited by `FIT_LIMITS`; decoders of procedural images are scored on photographs
         weights: `pretrained`, a file or folder of weights, or a random control
         lpips: LPIPS network of the scores
         cache: folder of decoded images and of these runs; None for the default
         device: device of the computations
-        progress: called with what is done, how far it is, and the total
+        progress: callback for progress and messages, see `Progress`
+
+    Returns:
+        the finished run
 
     Raises:
         AfterimageError: the model, layer or source is unknown, or weights or images are not available
@@ -63,7 +65,7 @@ def fit_run(
     named = DataConfig(data, test="photographs" if drawn else "", **FIT_LIMITS)
     images = at_native_size(named.sized(NATIVE), [source])
     config = RunConfig((source,), weights, decoder=DecoderConfig(FITTED), data=images, lpips=lpips)
-    # A layer that is not there is told before any image is read.
+    # An unknown layer raises before any image is read.
     encoder = MultiEncoder(config.sources, weights=weights, image_size=images.size, seed=config.seed)
     digest = load_data(images, cache=cache, progress=progress).digest
     made_of = [encoder.weight_digests(config.sources), digest, metadata.version("afterimage")]
@@ -83,7 +85,7 @@ def evaluate_run(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure a finished run's decoder on test images. Test images from a source of their own need no training images.
+    """Measure a finished run's decoder on test images. Training images are read only if they share the tests' source.
 
     Args:
         run: the run
@@ -92,11 +94,11 @@ def evaluate_run(
         weights: file or folder of the encoders' weights; None for the run's own setting
         cache: folder of decoded images; None for the default
         device: device of the computations
-        progress: called with what is done, how far it is, and the total
+        progress: callback for progress and messages, see `Progress`
 
     Raises:
-        AfterimageError: images are missing, the run has no decoder, or the encoders' weights are not those it was
-            trained on
+        AfterimageError: images are missing, the run has no decoder, or the encoders' weights differ from those of the
+            training
     """
     data = run.config.data
     if test is not None:
@@ -114,8 +116,8 @@ class Rebuilt(NamedTuple):
 
     Attributes:
         original: the image as the encoder saw it, `(H, W, 3)` uint8
-        image: the reconstruction, likewise
-        scores: metrics by name; None for one that is not available
+        image: the reconstruction, `(H, W, 3)` uint8
+        scores: scores by metric name; None for a metric that is not available
     """
 
     original: np.ndarray
@@ -126,7 +128,7 @@ class Rebuilt(NamedTuple):
 def rebuild(
     paths: Sequence[Path], run: Run, metrics: Metrics, *, weights: str | None = None, device: str = "cpu"
 ) -> list[Rebuilt]:
-    """Reconstruct image files through a finished run, prepared like test images: resized, then the centre crop.
+    """Reconstruct image files with a finished run; they are prepared like test images: resized, then centre-cropped.
 
     Args:
         paths: the image files
@@ -136,8 +138,8 @@ def rebuild(
         device: device of the computations
 
     Raises:
-        AfterimageError: a file is no image, the run has no decoder, or the encoders' weights are not those it was
-            trained on
+        AfterimageError: a file is not an image, the run has no decoder, or the encoders' weights differ from those of
+            the training
     """
     reconstructor, results = load_reconstructor(run, weights=weights).to(device), []
     for path in paths:
@@ -149,12 +151,12 @@ def rebuild(
 
 
 def side_by_side(rebuilt: Rebuilt, output: Path, decoder: str) -> None:
-    """Write an image and its reconstruction beside each other into a PNG file, pixel for pixel.
+    """Write an image and its reconstruction side by side into a PNG file, without rescaling.
 
     Args:
-        rebuilt: both
-        output: the file
-        decoder: what made the reconstruction; the file keeps it as text
+        rebuilt: the image and its reconstruction
+        output: the PNG file
+        decoder: description of the decoder, stored in the file's metadata as `Decoder`
     """
     gap = np.full((len(rebuilt.original), 8, 3), 255, np.uint8)
     write_image(output, np.concatenate((rebuilt.original, gap, rebuilt.image), axis=1), {"Decoder": decoder})

@@ -1,4 +1,4 @@
-"""Train runs together on one pass through their encoders, from their checkpoints to their scores."""
+"""Joint training of runs on one pass through their encoders, from checkpoints to scores."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from afterimage.training.trainer import Trainer
 
 @dataclass(kw_only=True)
 class StudyContext(RunContext):
-    """The context of runs that are trained together: the failure of one is recorded, and the others go on.
+    """Context of runs that are trained together: the failure of one is recorded, and the others continue.
 
     Args:
         locks: lock of each run's folder; the main process holds them
-        failures: takes the error of each run that fails
-        measured: takes the runs that have their results
+        failures: list to which the error of each failed run is added
+        measured: set to which each run is added when its test images are measured
     """
 
     locks: Mapping[Run, Lock]
@@ -59,18 +59,18 @@ class StudyContext(RunContext):
 
     @property
     def ended(self) -> set[Run]:
-        """The runs that have failed or have their results."""
+        """Runs that have failed or are measured."""
         return self.failed | self.measured
 
     def check_lock(self, run: Run) -> None:
         self.locks[run].check()
 
     def record_failure(self, run: Run, error: Exception) -> None:
-        """Record an error in the run's folder, or raise it if it concerns more than this run."""
+        """Record an error in the run's folder, or raise it if it affects more than this run."""
         if concerns(error):
             raise error
         if isinstance(error, LockLost):
-            # Whoever took the run over writes its folder now.
+            # The process that took over the lock writes to the folder now.
             self.log(str(error))
             return
         self.failures.append(as_error(error, run.name, run.file(TRACEBACK)))
@@ -80,17 +80,17 @@ class StudyContext(RunContext):
 
 
 class JointRun:
-    """Runs that share encoders, images, batches and seed, trained on one pass and measured on another.
+    """Runs that share encoders, images, batches and seed: trained on one pass and measured on another.
 
-    An error that concerns all of them is raised. It concerns `ENCODERS` if runs that read other layers might do without
-    what failed.
+    An error that affects all runs is raised. It is marked with `ENCODERS` if runs that read other layers might succeed
+    without the encoders that failed.
 
     Args:
         runs: folder and configuration of each run
-        data: the images of all of them
-        context: the context of training; takes failures and finished runs
+        data: the images of all runs
+        context: the context of training; collects failures and finished runs
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        keep: number of test images that are stored with their reconstructions
+        keep: number of test images that each run stores with their reconstructions
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class JointRun:
         self.fabric = self._fabric()
         sources = list(dict.fromkeys(source for config in runs.values() for source in config.sources))
         with concerning(ENCODERS):
-            # One after the other: what is downloaded is then there for all.
+            # The main process goes first: the others then find its downloads.
             self.encoders = self.ranks.main_process_first(
                 lambda: build_encoders(self.first, sources, progress=context.progress)
             )
@@ -133,7 +133,7 @@ class JointRun:
         return self.ranks.local_fabric(self.accelerator, self.first.recipe.precision)
 
     def train(self) -> None:
-        """Train the runs that are not trained yet, and measure them."""
+        """Train every run from its checkpoint, or from the start, and measure it on the test images."""
         decoders = []
         for run, config in self.runs.items():
             with self.context.isolate(run):
@@ -142,7 +142,7 @@ class JointRun:
             return
         trainer = Trainer(self.loader, decoders)
         trainer.fit_closed_forms()
-        # What needs no epochs is written down before hours of training that may be stopped.
+        # Results of decoders that need no epochs are written before the long training, which may be stopped.
         early = [one for one in decoders if one.best and not one.active and not one.failed]
         self.finish(early)
         trainer.train_epochs()
@@ -157,7 +157,7 @@ class JointRun:
             model,
             feature_indices,
             config.recipe,
-            # A gradient scaler learns from the losses it sees: one for each, whatever is trained beside it.
+            # A gradient scaler adapts to the losses it sees: each decoder gets its own, as if trained alone.
             self._fabric() if config.recipe.precision == "16-mixed" else self.fabric,
             name=f"run {run.name}",
             run=run,
@@ -182,7 +182,7 @@ class JointRun:
         return decoder
 
     def finish(self, decoders: list[DecoderTrainer]) -> None:
-        """Measure the best weights of the decoders on the test images, and write the results."""
+        """Measure the decoders with their best weights on the test images, and write the results."""
         saved = []
         for decoder in decoders:
             with self.context.isolate(decoder.run):
@@ -200,7 +200,7 @@ class JointRun:
             if concerns(error):
                 raise
             let_go(error)
-        # One of them cannot be measured; which one shows when each is measured alone.
+        # At least one decoder cannot be measured: measure each alone, so that only its own run fails.
         for decoder in saved:
             if decoder.run not in self.context.ended:
                 with self.context.isolate(decoder.run):
@@ -238,11 +238,11 @@ class JointRun:
             self.context.measured.add(decoder.run)
 
     def _seen(self, decoder: DecoderTrainer) -> Box | None:
-        """The part of images that a decoder's sources see; None for all of it."""
+        """Return the part of images that a decoder's sources see; None if they see all of it."""
         return seen_box([self.encoders.specs[i] for i in decoder.feature_indices], self.first.data.size)
 
     def _write(self, decoder: DecoderTrainer, result: Evaluation, maps: WeightMaps | None) -> None:
-        """Write what a decoder came to; its run is then done."""
+        """Write a decoder's result, mark its run as done, and remove the checkpoints."""
         config, layers = self.runs[decoder.run], self.encoders.describe()
         features = tuple(layers[i] for i in decoder.feature_indices)
         sources = [self.encoders.sources[i] for i in decoder.feature_indices]
@@ -300,7 +300,7 @@ class JointRun:
 
 
 def try_encoders(config: RunConfig, data: Data, accelerator: str, ranks: ProcessGroup) -> None:
-    """Build the encoders of one run and run them on one image, to raise the error of those that fail."""
+    """Build the encoders of one run and run them on one training image; an error of the encoders is raised."""
     fabric = ranks.local_fabric(accelerator, config.recipe.precision)
     encoders = build_encoders(config, config.sources).to(fabric.device)
     with torch.no_grad(), fabric.autocast():

@@ -1,4 +1,4 @@
-"""Look through finished decoders live: what a visitor set becomes images and scores."""
+"""Live use of finished decoders: a visitor's settings become reconstructions and scores."""
 
 from __future__ import annotations
 
@@ -34,25 +34,28 @@ from afterimage.runs.run import Run
 from afterimage.training.checkpoint import load_reconstructor
 
 HEAT = 0.25
-"""Mean absolute difference of a pixel's colours, of 1, at which a map of differences is at its brightest."""
+"""Mean absolute colour difference of a pixel, in [0, 1], at which a heat map reaches its brightest colour."""
 KEPT = 4
-"""Images whose features are kept, and defences that stay fitted, for each decoder."""
+"""Number of recent images, fitted defences and learned errors that stay in memory, for each decoder."""
 
 
 @dataclass(frozen=True)
 class LiveView:
-    """What one decoder shows for a state.
+    """View of one decoder for a state: original, reconstruction, heat maps and scores.
+
+    All images and heat maps are `(H, W, 3)` uint8.
 
     Attributes:
-        title: layers, the models without their tags
-        label: shapes and decoder
-        original: the image as the encoder saw it, `(H, W, 3)` uint8
-        image: the reconstruction, likewise
-        error: where it differs from the original, as a heat map, likewise
-        held: where it differs from what unchanged features give, likewise; None where nothing was changed
-        scores: PSNR, SSIM and LPIPS against the original by name; None for one that is not available
-        lpips: which LPIPS, or why there is none
-        notes: what a visitor has to know
+        title: layers, with models named without their tags
+        label: shapes of the features, and name of the decoder
+        original: the image as the encoder saw it
+        image: the reconstruction
+        error: heat map of the difference between reconstruction and original
+        held: heat map of the difference between the reconstructions from changed and unchanged features; None if
+            nothing was changed
+        scores: PSNR, SSIM and LPIPS against the original, by name; None for a metric that is not available
+        lpips: the LPIPS network, or why LPIPS is not available
+        notes: remarks for the visitor, such as how many values were changed
     """
 
     title: str
@@ -67,17 +70,17 @@ class LiveView:
 
 
 class LiveDecoder:
-    """A finished run's decoder, and what was computed with it for the last few images and settings.
+    """A finished run's decoder, with a cache of the features of the last few images and of fitted defences.
 
     Args:
         run: the run
         weights: file or folder of the encoders' weights; None for the run's own setting
         lpips: LPIPS network; None for the one that the run was measured with
-        max_pixels: pixels of the largest image that a visitor may bring
-        device: where
+        max_pixels: largest number of pixels of an uploaded image
+        device: device of the computations
 
     Raises:
-        AfterimageError: as `load_reconstructor`
+        AfterimageError: the reconstructor cannot be loaded, see `load_reconstructor`
     """
 
     def __init__(
@@ -105,17 +108,17 @@ class LiveDecoder:
         self._turns = _Turns()
 
     def show(self, state: LiveState, image: Path, second: Path) -> LiveView:
-        """Decode the features of `image`, changed as the state says; a function of these three alone.
+        """Decode the features of `image` after the changes in `state`; the result depends on the arguments alone.
 
-        A search that runs meanwhile waits after its pass.
+        A search that runs at the same time waits after its current pass.
 
         Args:
             state: the settings
-            image: the image file; its features are kept by its path
-            second: the second image's file
+            image: the image file; its features are cached by its path
+            second: file of the second image, whose features are swapped or averaged in
 
         Raises:
-            BadImage: a file is no image, or too large a one
+            BadImage: a file is not an image, or has too many pixels
         """
         with self._turns.turn():
             return self._view(state, image, second, self._decode(self._features(state, image, second)))
@@ -123,20 +126,20 @@ class LiveDecoder:
     def refine(
         self, state: LiveState, image: Path, second: Path, *, steps: int
     ) -> Iterator[tuple[int, LiveView]]:
-        """Search on from the decoder's answer for an image with the same features, changed as the state says.
+        """Refine the decoder's reconstruction: search for an image whose features match those changed by `state`.
 
         Args:
             state: the settings
             image: the image file
-            second: the second image's file
-            steps: passes through the encoder and back
+            second: file of the second image
+            steps: number of passes through the encoder and back
 
         Yields:
-            the number of passes done and the best image so far, at every milestone of the saturation curve. A caller
-            that closes the iterator ends the search.
+            the number of passes done and a view of the best image so far, at every milestone of the saturation curve;
+            closing the iterator ends the search
 
         Raises:
-            AfterimageError: a file is no image, or the search went astray
+            AfterimageError: a file is not an image, or the search failed
         """
         with self._turns.turn():
             targets = [target.clone() for target in self._features(state, image, second)]
@@ -181,7 +184,7 @@ class LiveDecoder:
 
     @torch.inference_mode()
     def _features(self, state: LiveState, image: Path, second: Path) -> list[Tensor]:
-        """The features of an image, changed and sent as the state says."""
+        """Return the features of an image after the changes and defences in `state`."""
         features = list(self._encoded(image)[1])
         if state.change != "none":
             others = self._encoded(second)[1]
@@ -208,7 +211,7 @@ class LiveDecoder:
 
     @torch.no_grad()
     def _fit_defence(self, index: int, text: str) -> Defence:
-        """A defence of one feature map, with scales and directions of the photographs that come with the package."""
+        """Create a defence of one feature map; scales and directions are fitted on the example photographs."""
         spec = self.specs[index]
         defence = create_defence(text, [spec], image_size=self.data.size).to(self.device)
         if any(part.learns for part in defence.chains[0]):
@@ -216,7 +219,7 @@ class LiveDecoder:
         return defence
 
     def _learn_errors(self, without: frozenset[str]) -> DecoderErrors | None:
-        """What the decoder usually gets wrong, learned on photographs other than those shown."""
+        """Learn the decoder's typical errors on the example photographs, without those named in `without`."""
         paths = [path for name, path in examples().items() if name not in without]
         images = from_files(paths, resize=self.data.resize, crop=self.data.crop).images
         return decoder_errors(self.reconstructor, images, len(images), self.device)[0]
@@ -257,14 +260,14 @@ class LiveDecoder:
 
 
 class _Turns:
-    """Who may use the networks, one at a time: they hold features while they run. Who waited longest comes next."""
+    """Lock that gives the networks to one thread at a time, since they hold features while they run."""
 
     def __init__(self) -> None:
         self._next, self._busy = threading.Lock(), threading.Lock()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait until the networks are free; inside the block they are the caller's."""
+        """Wait until the networks are free; hold them inside the block."""
         with self._next:
             self._busy.acquire()
         try:
@@ -273,19 +276,19 @@ class _Turns:
             self._busy.release()
 
     def lend(self) -> None:
-        """Inside a turn, let those who wait have theirs first."""
+        """Inside a turn, release the networks to the next waiting thread, if there is one, then take them again."""
         self._busy.release()
         with self._next:
             self._busy.acquire()
 
 
 class _Closed(Exception):
-    """Nobody waits for the search any more."""
+    """Exception that ends a search whose iterator was closed."""
 
 
 @lru_cache(KEPT)
 def _prepared(path: Path, data: DataConfig, max_pixels: int) -> Tensor:
-    """An image as `prepare_image` makes it; errors name the file alone, not where a server keeps it."""
+    """Load an image with `prepare_image`; errors give the file's name without its folder on the server."""
     try:
         width, height = check_header(read_bytes(path), path.name)
         if width * height > max_pixels:
@@ -299,6 +302,6 @@ def _prepared(path: Path, data: DataConfig, max_pixels: int) -> Tensor:
 
 
 def _heat(difference: Tensor) -> np.ndarray:
-    """The mean absolute difference over colours of one image `(1, 3, H, W)`, as `(H, W, 3)` uint8."""
+    """Draw the mean absolute difference over colours, of one image `(1, 3, H, W)`, as a heat map `(H, W, 3)` uint8."""
     share = difference[0].abs().mean(0).div(HEAT).clamp(0, 1).cpu().numpy()
     return matplotlib.colormaps["inferno"](share, bytes=True)[..., :3]

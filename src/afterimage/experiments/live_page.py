@@ -1,4 +1,4 @@
-"""The live page: drop an image, see it through every layer at once, change the features, refine. Drawn by Gradio."""
+"""The live page, built with Gradio: upload an image, see its reconstructions, change its features, refine."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from afterimage.experiments.live_state import CHANGES, OWN, LiveState, examples
 from afterimage.runs.results import METRICS
 
 STEPS = (8, 64, 200)
-"""Least, usual and most passes of a refinement."""
+"""Minimum, default and maximum number of passes of a refinement."""
 THUMBNAIL = 96
-"""Pixels of an example's thumbnail."""
+"""Side of an example's thumbnail in pixels."""
 UPLOADS = 3600
-"""Seconds after which uploaded files are deleted."""
+"""Seconds after which uploaded files are deleted; also the interval of the check."""
 WAITING = (
     "<p>The images come here. If they do not, many visitors wait: choose an image again in a moment.</p>"
 )
-"""What a visitor sees before the first answer, and for good where the queue was full."""
+"""HTML shown until the first reconstructions arrive; it stays if the queue was full."""
 CHANGE_LABELS = dict(
     zip(CHANGES, ("as they are", "zero", "the second image's", "average of both"), strict=True)
 )
@@ -61,7 +61,7 @@ CSS = """
 @media (max-width: 640px) { .cards { grid-template-columns: 1fr 1fr; gap: 8px; } .cards figure { padding: 8px; }
   .scores dd { font-size: 0.95rem; } .maps span { display: none; } }
 """
-# The address bar follows, and the link is whole; what Gradio has put into the address, such as the theme, stays.
+# JavaScript: put the settings into the address bar and return the whole link; Gradio's own parameters (`__theme`) stay.
 FOLLOW = """(query) => {
   const url = new URL(window.location), mine = new URLSearchParams(query);
   for (const [key, value] of url.searchParams) if (key.startsWith("__")) mine.append(key, value);
@@ -72,10 +72,10 @@ FOLLOW = """(query) => {
 
 
 class LivePage:
-    """The page of some decoders.
+    """The live page of a list of decoders.
 
     Args:
-        decoders: what is shown, in this order
+        decoders: the decoders, in the order in which they are shown
     """
 
     def __init__(self, decoders: Sequence[LiveDecoder]) -> None:
@@ -84,7 +84,7 @@ class LivePage:
         self.fields = [field.name for field in dataclasses.fields(LiveState)]
 
     def build(self) -> gr.Blocks:
-        """The page as Gradio's blocks; `serve` opens it."""
+        """Build the page as Gradio blocks; `serve` opens it."""
         with gr.Blocks(title="afterimage", analytics_enabled=False, delete_cache=(UPLOADS, UPLOADS)) as page:
             gr.HTML(
                 "<h1>What is left of your image?</h1><p>Each image was rebuilt from the features of one layer and "
@@ -129,10 +129,10 @@ class LivePage:
             controls = {"image": pick.name, "second": other.name, "change": change, **sliders}
             settings = [controls[name] for name in self.fields]
             given = [message, pick.upload, other.upload, *settings]
-            # One refinement at a time, which waits for who moves a slider, not the other way round.
+            # One event at a time of each kind; a refinement waits for slider updates, not the other way round.
             alone: dict[str, Any] = {"concurrency_limit": 1, "api_visibility": "private"}
 
-            # Gradio streams what it sees to be a generator function, which a method that is checked in tests is not.
+            # Gradio streams only generator functions, and a method that tests wrap in type checks is none.
             def refine(*given: Any) -> Iterator[str]:
                 yield from self._refine(*given)
 
@@ -175,16 +175,19 @@ class LivePage:
         return page
 
     def serve(self, *, host: str, port: int, max_waiting: int, max_megabytes: int) -> tuple[gr.Blocks, str]:
-        """Open the page on this machine, and go on.
+        """Open the page on this machine and return without blocking.
 
         Args:
-            host: the address to listen at
-            port: the port
-            max_waiting: visitors' requests that may wait; who comes then is told that the queue is full
-            max_megabytes: size of the largest file that is taken
+            host: address to listen at
+            port: port to listen at
+            max_waiting: number of requests that may wait; later ones get the message that the queue is full
+            max_megabytes: largest size of an uploaded file, in megabytes
 
         Returns:
             the page, whose `close` ends it, and its address
+
+        Raises:
+            AfterimageError: the port cannot be opened
         """
         page = self.build()
         page.queue(max_size=max_waiting, default_concurrency_limit=8)
@@ -201,7 +204,7 @@ class LivePage:
         return page, address
 
     def _open(self, request: gr.Request) -> list[Any]:
-        """What a link says; where it says something else, the defaults and why."""
+        """Return an error message (empty if there is none) and the settings in a link, or else the defaults."""
         try:
             state, problem = LiveState.from_query(dict(request.query_params)), ""
         except AfterimageError as error:
@@ -252,7 +255,7 @@ class LivePage:
 
 @dataclasses.dataclass(frozen=True)
 class _Pick:
-    """What chooses an image: a place to drop one, examples, and which it is."""
+    """Components to choose an image: an upload area, a gallery of examples, and the name of the chosen image."""
 
     upload: gr.Image
     gallery: gr.Gallery
@@ -268,7 +271,7 @@ def _pick(label: str, name: str) -> _Pick:
         elem_id=f"upload-{name}",
         interactive=True,
     )
-    # The file as it is: what it holds is looked at by `LiveDecoder` alone, with its limits and its messages.
+    # Pass on the path of the unopened file: `LiveDecoder` opens it, with its own limits and error messages.
     upload.preprocess = lambda payload: payload and payload.path
     gallery = gr.Gallery(
         [cover(load_image(path), THUMBNAIL) for path in examples().values()],
@@ -337,7 +340,7 @@ def _map(pixels: np.ndarray, text: str) -> str:
 
 
 def cards_html(views: Sequence[LiveView], state: LiveState) -> str:
-    """A card for the original and one for each decoder."""
+    """Return HTML with a card for the original and one for each decoder's view."""
     whole = (state.left, state.top_edge, state.right, state.bottom) == (0, 0, 100, 100)
     box = "" if state.change == "none" or whole else _box(state)
     first = f'<div style="position:relative">{_img(views[0].original, "The original")}{box}</div>'
@@ -361,7 +364,7 @@ def _box(state: LiveState) -> str:
 
 
 def refined_html(decoded: LiveView, refined: LiveView, step: int, steps: int) -> str:
-    """What the decoder answered, what the search has come to, and the original."""
+    """Return HTML with cards for the decoder's reconstruction, the refined image so far, and the original."""
     parts = [
         _card(
             decoded.title,

@@ -1,4 +1,4 @@
-"""What a visitor of the live page can set, and the link that names it."""
+"""Settings that a visitor of the live page can choose, and links that store them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from afterimage.config import AfterimageError, Axis, FeatureSpec, unknown
 from afterimage.data.sources.sample_images import whole_photographs
 
 OWN = "own"
-"""The name of an image that a visitor brought: a link cannot carry it."""
+"""Name of an image that a visitor uploaded; a link cannot contain such an image."""
 CHANGES = ("none", "zero", "swap", "average")
-"""What happens to the chosen values: nothing; they become 0, the second image's, or the mean of both images'."""
+"""Changes of the chosen values: unchanged, set to 0, the second image's values, or the mean of both images' values."""
 
 
 @cache
 def examples() -> dict[str, Path]:
-    """The photographs that scikit-image carries, by name."""
+    """Return the files of the photographs that come with scikit-image, by name."""
     return {path.stem: path for path in whole_photographs()}
 
 
@@ -34,18 +34,18 @@ def _number(low: int, high: int, default: int | float, what: str) -> Any:
 
 @dataclass(frozen=True)
 class LiveState:
-    """Everything that a visitor can set, as a link names it.
+    """Settings of a visitor; field names are the parameters of a link.
 
     Attributes:
-        image: the image whose features are decoded: one of `examples`, or `own`
-        second: the image whose features are swapped or averaged in, likewise
-        pca: principal components of the features that are kept, in percent of the channels
-        top: values of largest magnitude that are kept, in percent
-        noise: standard deviation of the noise, of each channel's own
-        bits: bits of a value; 16 leaves them as they are
-        change: one of `CHANGES`, of the values chosen by channel and region
-        channel: the channel that is changed; -1 for all
-        left, top_edge, right, bottom: the region that is changed, in percent of the image's sides
+        image: name of the image whose features are decoded: one of `examples`, or `own`
+        second: name of the image whose features are swapped or averaged in: one of `examples`, or `own`
+        pca: number of principal components that are kept, in percent of the channels
+        top: share of the values, those of largest magnitude, that are kept, in percent
+        noise: standard deviation of added noise, as a multiple of each channel's own
+        bits: bits per value; 16 leaves values unchanged
+        change: one of `CHANGES`, applied to the values chosen by channel and region
+        channel: index of the channel that is changed; -1 for all
+        left, top_edge, right, bottom: region that is changed, in percent of the image's width or height
     """
 
     image: str = "astronaut"
@@ -74,7 +74,7 @@ class LiveState:
 
     @classmethod
     def from_query(cls, query: Mapping[str, str]) -> LiveState:
-        """Read the parameters of a link; those that begin with two underscores are not ours.
+        """Parse the parameters of a link; parameters that begin with two underscores are Gradio's and ignored.
 
         Raises:
             AfterimageError: a parameter is unknown or its value is not valid; the message names it
@@ -94,7 +94,7 @@ class LiveState:
         return cls(**values)
 
     def query(self) -> str:
-        """The parameters of a link: what differs from the default."""
+        """Return the parameters of a link: the settings that differ from their defaults."""
         return urlencode(
             {
                 field.name: value
@@ -104,7 +104,7 @@ class LiveState:
         )
 
     def defence(self, spec: FeatureSpec) -> str:
-        """What is sent of these features, as `create_defence` and `afterimage audit --defences` take it."""
+        """Return the defence of a feature map, in the syntax of `create_defence` and `afterimage audit --defences`."""
         parts = []
         if self.pca < 100:
             parts.append(f"pca:{max(1, round(spec.channels * self.pca / 100))}")
@@ -117,7 +117,12 @@ class LiveState:
         return "+".join(parts) or "none"
 
     def chosen(self, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
-        """Which values are changed, `(C, h, w)` bool: of the channel, at locations whose centre lies in the region."""
+        """Return a mask `(C, h, w)` of the values to change: in the channel, at locations centred in the region.
+
+        Args:
+            spec: shape and placement of the feature map
+            size: height and width of the image in pixels
+        """
         rows = _inside(spec.rows, spec.height, size[0], self.top_edge, self.bottom)
         columns = _inside(spec.columns, spec.width, size[1], self.left, self.right)
         channels = torch.arange(spec.channels)

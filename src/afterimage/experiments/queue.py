@@ -1,4 +1,4 @@
-"""Train run configurations into finished run folders; each run is trained by one process at a time."""
+"""Training of run configurations into finished run folders, each run by one process at a time."""
 
 from __future__ import annotations
 
@@ -51,27 +51,27 @@ def train_runs(
 ) -> list[Run]:
     """Train every run that is not done yet, and measure it on the test images.
 
-    Runs that share encoders, images, batches and seed are trained together on one pass. Any number of processes may be
-    given the same runs: each run is trained by one of them, and each process returns when all runs are done. Processes
-    that `torchrun` has started train together instead, each on its part of every batch (see `runtime.distributed`).
+    Runs that share encoders, images, batches and seed are trained together on one pass. Several processes may be given
+    the same runs: one process trains each run, and every process returns when all runs have ended. Processes started by
+    `torchrun` train together instead, each on its part of every batch (see `runtime.distributed`).
 
     Args:
         configs: the runs
         root: folder of the run folders
         cache: folder of decoded images; None for the default
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with what is done, how far it is, and the total; an exception in it ends everything
+        progress: callback for progress and messages, see `Progress`; an exception in it ends everything
         keep: number of test images that each run stores with their reconstructions
-        failures: takes the errors of runs that fail; each is also recorded in its run's folder, and everything that
-            does not depend on it goes on
-        checkpoint_seconds: time between two checkpoints within an epoch; one is written after every epoch anyway
-        left: takes the runs that other processes are training, which are then not waited for
+        failures: list to which the errors of failed runs are added; each error is also recorded in its run's folder,
+            and everything that does not depend on that run continues
+        checkpoint_seconds: time between two checkpoints within an epoch; another is written after every epoch
+        left: list to which runs that other processes are training are added; if given, they are not waited for
 
     Returns:
         all runs, in the order of `configs`
 
     Raises:
-        AfterimageError: a run failed, and there is no list of `failures`; raised when the others have ended
+        AfterimageError: a run failed and `failures` is None; raised when the other runs have ended
         Stopped: SIGTERM or Ctrl-C; training has stopped after the current step, with a checkpoint
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
@@ -89,7 +89,7 @@ def train_runs(
 
 
 def report_failures(found: Sequence[AfterimageError], failures: list[AfterimageError] | None) -> None:
-    """Add errors to `failures`, or raise the first one if there is no such list."""
+    """Add errors to the list `failures`, or raise the first one if `failures` is None."""
     if failures is not None:
         failures += found
     elif found:
@@ -97,7 +97,7 @@ def report_failures(found: Sequence[AfterimageError], failures: list[AfterimageE
 
 
 def _tidy(run: Run) -> None:
-    """Remove what a process left that was killed right after it had finished the run."""
+    """Remove locks, half-written files and checkpoints of a process that was killed right after it finished the run."""
     lock = Lock(run.path)
     with contextlib.suppress(AfterimageError):
         if any(run.path.glob("lock.*")) and lock.acquire():
@@ -107,9 +107,12 @@ def _tidy(run: Run) -> None:
 
 
 def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
-    """Group runs that can be trained together.
+    """Group runs that can be trained together, in the order of their first run.
 
-    They share encoders or stored features, images, batches, seed and LPIPS network.
+    The runs of a group share encoders or stored features, images, batches, seed and LPIPS network.
+
+    Args:
+        runs: pairs of any key and the run's configuration
     """
     found: dict[tuple, dict[Key, RunConfig]] = {}
     for run, config in runs:
@@ -122,17 +125,17 @@ def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
 
 @dataclass
 class RunQueue:
-    """The runs that are not done, of which this process may train those whose folders it can lock.
+    """Runs that are not done; this process may train a run after it has locked the run's folder.
 
-    Of several processes that train together the main process holds the locks and decides; the others follow it.
+    If several processes train together, the main process holds the locks and decides; the others follow.
 
     Args:
-        log: is told what other processes do
+        log: callback for messages, such as which runs another process is training
         ranks: processes that train together
-        waiting: runs that have not ended, here or elsewhere
-        failures: errors of runs that have failed, here or elsewhere
-        locks: lock of each folder that was asked for
-        elsewhere: runs that another process was seen training
+        waiting: runs that have not ended, here or in another process
+        failures: errors of runs that have failed, here or in another process
+        locks: lock of each folder that this process has tried to lock
+        elsewhere: runs that another process was found training
     """
 
     log: Callable[[str], None]
@@ -143,7 +146,7 @@ class RunQueue:
     elsewhere: set[Run] = field(default_factory=set)
 
     def open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
-        """Create the run folders, and queue the runs that are not done.
+        """Create the run folders, and add the runs that are not done to `waiting`.
 
         Returns:
             all runs, in the order of `configs`
@@ -162,7 +165,7 @@ class RunQueue:
 
     @contextlib.contextmanager
     def isolate(self, run: Run) -> Iterator[None]:
-        """Limit an error of this block to a run whose folder cannot be read or locked; nothing is written into it."""
+        """Limit an error in reading or locking a run's folder to that run; nothing is written into the folder."""
         try:
             yield
         except Exception as error:
@@ -174,7 +177,7 @@ class RunQueue:
                 self.locks[run].release()
 
     def take(self, runs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:
-        """Lock the runs among these that this process can train now, and return them."""
+        """Lock those of the given runs that this process can train now, and return them."""
         with self.ranks.raise_on_all_ranks():
             mine = []
             for run in runs if self.ranks.is_main_process else ():
@@ -184,14 +187,14 @@ class RunQueue:
             return {run: runs[run] for run in self.heard(mine)}
 
     def _take(self, run: Run) -> bool:
-        """Lock a run, unless another process is at it or has ended it."""
+        """Lock a run; return False if another process is training it or has ended it."""
         lock = self.locks.setdefault(run, Lock(run.path, self.log))
         if not lock.acquire():
             if run not in self.elsewhere:
                 self.elsewhere.add(run)
                 self.log(f"{run.name} is left to {lock.holder or 'another process'}, which is at it")
             return False
-        # Another process may have come to its end just now: what failed there would fail here too.
+        # Another process may have ended the run just now; a run that failed there would fail here too.
         state = run.state
         if state != "done" and not (state == "failed" and run in self.elsewhere):
             return True
@@ -203,7 +206,7 @@ class RunQueue:
         return False
 
     def heard(self, value: Heard) -> Heard:
-        """Return the main process's value on all ranks, and copy its queue and failures to them."""
+        """Return the main process's value on all ranks, and copy its `waiting` and `failures` to them."""
         value, waiting, failures = self.ranks.broadcast((value, self.waiting, self.failures))
         if not self.ranks.is_main_process:
             self.waiting.clear()
@@ -212,7 +215,7 @@ class RunQueue:
         return value
 
     def fail(self, runs: Iterable[Run], error: Exception) -> None:
-        """Record an error that ended all of these runs, except in folders whose lock was lost."""
+        """Record an error that ended all the given runs, except in folders whose lock was lost."""
         runs = [run for run in runs if not (run in self.locks and self.locks[run].lost)]
         names = listed([run.name for run in runs]) or "a group of runs"
         self.failures.append(as_error(error, names, runs[0].file(TRACEBACK) if runs else None))
@@ -223,7 +226,7 @@ class RunQueue:
         let_go(error)
 
     def mark(self, runs: Iterable[Run], state: str, **details: str) -> None:
-        """Set the state of those runs that have not ended, if their folders can be written."""
+        """Set the state of each given run that has not ended, if its folder can be written."""
         for run in runs if self.ranks.is_main_process else ():
             with contextlib.suppress(Exception):
                 if run.state not in ("done", "failed"):
@@ -232,7 +235,7 @@ class RunQueue:
 
 @dataclass
 class _Worker:
-    """Train the runs of a queue in this process, group by group."""
+    """Training of the runs of a queue in this process, group by group."""
 
     claims: RunQueue
     cache: Path | None
@@ -243,7 +246,7 @@ class _Worker:
     _loaded: dict[DataConfig, Data] = field(default_factory=dict)
 
     def work(self, stop: GracefulShutdown, wait: bool) -> None:
-        """Train the runs that no other process is at, and wait for the others if told to."""
+        """Train the runs that no other process is training, and wait for the others if `wait` is set."""
         waiting = self.claims.waiting
         while waiting:
             split = groups(waiting.items())
@@ -295,7 +298,7 @@ class _Worker:
         self.claims.heard(None)
 
     def _together(self, mine: dict[Run, RunConfig], data: Data, context: StudyContext) -> None:
-        """Train runs on one pass through their encoders, or on several where together the encoders fail."""
+        """Train runs on one pass through their encoders, or in smaller groups if the encoders fail together."""
         parts = [mine]
         while parts:
             part = parts.pop(0)
@@ -312,10 +315,10 @@ class _Worker:
             parts = self._apart(left, error, data) + parts
 
     def _apart(self, runs: dict[Run, RunConfig], error: Exception, data: Data) -> list[dict[Run, RunConfig]]:
-        """Divide runs whose encoders failed together into parts that can go on, and record those that cannot.
+        """Split runs whose encoders failed together into parts that can continue, and record those that fail.
 
-        The encoders of each combination of sources are built and tried alone. Those that pass stay together, unless
-        none has failed: then they are halved.
+        The encoders of each combination of sources are built and run alone. The combinations that succeed stay
+        together; if all succeed, they are split into two halves.
         """
         rows: dict[tuple[str, ...], dict[Run, RunConfig]] = {}
         for run, config in runs.items():
@@ -341,7 +344,7 @@ class _Worker:
         return [{run: config for own in part for run, config in own.items()} for part in parts if part]
 
     def _error(self, work: Callable[[], None]) -> Exception | None:
-        """Return what `work` raises on any rank; what concerns everything is raised."""
+        """Return the error that `work` raises on any rank, or None; raise an error that affects everything."""
         try:
             with self.claims.ranks.raise_on_all_ranks():
                 work()
@@ -353,7 +356,7 @@ class _Worker:
             return error
 
     def _try(self, config: RunConfig, data: Data, missing: Exception | None) -> None:
-        """Raise what a run's encoders raise; where its weights are `missing`, an unknown layer comes first."""
+        """Raise the error of a run's encoders; if `missing` weights are the cause, report an unknown layer first."""
         if missing is None:
             try_encoders(config, data, self.accelerator, self.claims.ranks)
             return
@@ -362,9 +365,9 @@ class _Worker:
         raise missing
 
     def _data(self, config: DataConfig, stop: GracefulShutdown) -> Data:
-        """Groups mostly share their images, which are found, read and checked once.
+        """Load and check the images of a data configuration once; groups of runs mostly share them.
 
-        Decoding them may take long: one process alone stops between two images, ranks when all have them.
+        Decoding may take long. A single process can be stopped between two images; ranks stop when all have loaded.
         """
         if config not in self._loaded:
             ranks = self.claims.ranks
@@ -381,6 +384,6 @@ class _Worker:
 
 
 def _find_weights(config: RunConfig) -> None:
-    """Raise where a run's pretrained weights cannot be had: without a network every question takes its time."""
+    """Raise if a run's pretrained weights are not available; asked once, since it is slow without a network."""
     for source in config.sources if config.weights == "pretrained" else ():
         open_network(split_source(source)[0]).find_weights()

@@ -1,4 +1,4 @@
-"""Verify finished runs: measure their stored decoders again, and name what has changed."""
+"""Verification of finished runs: stored decoders are measured again, and changes since the run are named."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from afterimage.training.checkpoint import load_reconstructor
 from afterimage.training.stored_features import open_features
 
 TOLERANCE = {"psnr": 0.01, "ssim": 1e-4, "lpips": 1e-3}
-"""How far an image's score may be from the stored one: dB for PSNR. Another machine or another number of threads
-adds in another order; 0.01 dB of PSNR is 0.2 % of an error."""
+"""Largest allowed difference between an image's score and the stored one, by metric; PSNR in dB. Another machine or
+number of threads sums in another order; 0.01 dB of PSNR is 0.2 % of the squared error."""
 
 SHOWN = 5
-"""Missing images that are named."""
+"""Number of missing images that a message names."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Verdict:
     Attributes:
         run: the run
         images: number of images that were measured
-        worst: largest difference of any image's score, by metric
+        worst: largest difference of any image's score from the stored one, by metric
         changes: differences between now and when the run was made
-        problems: reasons why its scores do not hold
-        missing: what would be needed to measure it
-        skipped: why this kind of row is not measured; empty if it is
+        problems: reasons why the stored scores do not hold
+        missing: reasons why the run, or one of its metrics, cannot be measured here
+        skipped: reason why rows of this kind are not measured; empty if they are
     """
 
     run: Run
@@ -66,12 +66,12 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether the scores were measured again and agree."""
+        """True if the scores were measured again and agree."""
         return not (self.problems or self.missing or self.skipped)
 
 
 class _Missing(AfterimageError):
-    """Something that a measurement needs is not here; it says nothing about the scores."""
+    """Error that a measurement lacks images, weights or files, which says nothing about the scores."""
 
 
 def verify_runs(
@@ -82,17 +82,20 @@ def verify_runs(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> list[Verdict]:
-    """Measure every run's decoder or baseline again on its own images, and compare the scores.
+    """Measure every run's decoder or baseline again on its own images, and compare the scores with the stored ones.
 
-    Scores hold if those of every image are within `TOLERANCE`. A run that cannot be measured, because images or weights
-    are missing or it is not done, neither holds nor fails; rows of other kinds are skipped.
+    Scores hold if every image's scores are within `TOLERANCE`. A run that cannot be measured, because it is not done or
+    images or weights are missing, neither holds nor has problems; rows of other kinds are skipped.
 
     Args:
         runs: the runs
         weights: file or folder of the encoders' weights; None for each run's own setting
         cache: folder of decoded images; None for the default
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with what is done, how far it is, and the total
+        progress: callback for progress and messages, see `Progress`
+
+    Returns:
+        one verdict for each run, in order
     """
     loaded: dict[DataConfig, _Loaded] = {}
     verdicts = []
@@ -133,7 +136,7 @@ def verify_runs(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What was found of a run's images: those that test, of all of them the digest and counts where all are here."""
+    """Images of a run: the test images; digest and counts of all images only if the training images are here too."""
 
     test: ImageSet
     digest: str | None
@@ -142,7 +145,7 @@ class _Loaded:
 
 
 def _load(config: DataConfig, cache: Path | None, progress: Progress) -> _Loaded:
-    """The images of a run; those that train may be missing where the test images have a source of their own."""
+    """Load a run's images; training images may be missing if the test images come from another source."""
     try:
         data = load_data(config, cache=cache, progress=progress)
         counts = f"{len(data.train)}/{len(data.validation)}/{len(data.test)}"
@@ -158,7 +161,7 @@ def _load(config: DataConfig, cache: Path | None, progress: Progress) -> _Loaded
 
 
 def _folder_changes(run: Run, result: Result) -> list[str]:
-    """What differs between the run's folder as it was written and as it is."""
+    """Return changes of the settings and the decoder in a run's folder since they were written."""
     changes = []
     if not run.name.endswith(result.config.digest[:8]):
         changes.append("the settings: config.toml is not the one that named the folder")
@@ -171,7 +174,7 @@ def _folder_changes(run: Run, result: Result) -> list[str]:
 
 
 def _image_changes(result: Result, data: _Loaded) -> list[str]:
-    """What differs between the run's images and these."""
+    """Return differences between the run's images and those that were loaded now."""
     before = result.data
     if data.digest is None:
         return [f"the images: {note}" for note in data.notes]
@@ -185,7 +188,7 @@ def _image_changes(result: Result, data: _Loaded) -> list[str]:
 
 
 def _same_images(stored: Sequence[Mapping[str, Any]], test: ImageSet) -> None:
-    """Raise unless the scores are of these test images: those of others say nothing."""
+    """Raise if the stored scores are not of these test images, since they could not be compared."""
     before, now = [row["id"] for row in stored], list(test.ids)
     if before == now:
         return
@@ -199,7 +202,7 @@ def _same_images(stored: Sequence[Mapping[str, Any]], test: ImageSet) -> None:
 
 
 def _within(result: Result) -> list[str]:
-    """Whether the summary is that of the scores."""
+    """Return a problem if the stored summary is not the mean of the stored scores per image."""
     for name, score in summarise(result.per_image).items():
         before = result.scores[name]
         if (score is None) != (before is None) or (
@@ -255,8 +258,8 @@ def _measured(
 def _compare(
     stored: Sequence[Mapping[str, Any]], rows: list[dict], problems: list[str], missing: list[str]
 ) -> dict[str, float]:
-    """The largest difference of each score; what goes beyond the tolerance is added to `problems`, what could not be
-    measured to `missing`."""
+    """Return the largest difference of each metric; add metrics beyond the tolerance to `problems`, and metrics that
+    cannot be measured to `missing`."""
     worst = {}
     for name in METRICS:
         pairs = [(before.get(name), now[name], now["id"]) for before, now in zip(stored, rows, strict=True)]
@@ -275,7 +278,7 @@ def _compare(
 
 
 def _versions(run: Run) -> list[str]:
-    """Which versions, and which number of threads, are not those the run was made with."""
+    """Return the versions, the commit and the number of threads that differ from those of the run."""
     path = run.file("environment.json")
     if not path.exists():
         return ["the environment: none was kept"]

@@ -1,4 +1,4 @@
-"""Run a study: expand its grid into runs, train them, measure baselines and controls."""
+"""Execution of a study: its grid is expanded into runs, which are trained; baselines and controls are measured."""
 
 from __future__ import annotations
 
@@ -34,30 +34,33 @@ from afterimage.runtime.progress import Progress, silent
 from afterimage.runtime.terminal import printable
 
 FAILURES = "failures.txt"
-"""The file of a study's folder that says which rows gave no runs, and why."""
+"""Name of the file in a study's folder that lists the rows that gave no runs, with the errors."""
 Train = Callable[..., list[Run]]
-"""Trains runs as `queue.train_runs` does, with its arguments up to `failures`."""
+"""A function that trains runs, with the arguments of `queue.train_runs` up to `failures`."""
 FindBounds = Callable[..., list[Run]]
-"""Finds the measured bounds of runs, with `find_bounds`' arguments."""
+"""A function that finds the measured bounds of runs, with the arguments of `find_bounds`."""
 
 
 def expand(
     study: StudyConfig, progress: Progress = silent, failures: list[AfterimageError] | None = None
 ) -> list[RunConfig]:
-    """Expand a study into its runs, with globs resolved, tags pinned and weights searched.
+    """Expand a study into its runs: resolve globs, pin the tags of models, search for weights.
 
     Args:
         study: the study
-        progress: is told of warnings
-        failures: takes the errors of sources that cannot be resolved (an unknown model, one that cannot be built at
-            this size, a glob that matches no layer); only the rows of such a source are left out
+        progress: callback for warnings
+        failures: list to which the errors of sources that cannot be resolved are added (an unknown model, a model that
+            cannot be built at this size, a glob that matches no layer); only rows with such a source are left out
+
+    Returns:
+        the runs, each once, with matched controls if the study asks for them
 
     Raises:
-        AfterimageError: a source cannot be resolved, and there is no list of `failures`
+        AfterimageError: a source cannot be resolved, and `failures` is None
     """
     progress = of_caller(progress)
     rows = [RowConfig((source,)) for source in study.sources] + list(study.rows)
-    # A setting that no recipe has is told before anything is looked for.
+    # Unknown settings of a recipe raise before models and weights are searched.
     recipes = [
         from_dict(RecipeConfig, {**to_dict(study.recipe), **row.recipe}, f"rows[{i}].recipe.")
         for i, row in enumerate(rows, -len(study.sources))
@@ -67,7 +70,7 @@ def expand(
     configs: list[RunConfig] = []
     decided: dict[tuple, str] = {}
     for row, recipe in zip(rows, recipes, strict=True):
-        # With a fusion all sources are one row; without, each is a row of its own.
+        # With a fusion all sources form one row; without, each source is a row of its own.
         for sources in [row.sources] if row.fusion else [(source,) for source in row.sources]:
             try:
                 data = at_native_size(study.data, sources)
@@ -106,7 +109,7 @@ def expand(
 
 
 def _sizer(parameters: Count | None, progress: Progress) -> Callable[[DecoderConfig], DecoderConfig]:
-    """Gives decoders the study's number of parameters, and says once of each that it has one size only."""
+    """Return a function that sets the study's number of parameters; decoders of fixed size are logged once each."""
     if parameters is None:
         return lambda decoder: decoder
     said = set()
@@ -126,7 +129,7 @@ def _sizer(parameters: Count | None, progress: Progress) -> Callable[[DecoderCon
 
 
 def _family(name: str) -> type[Decoder] | None:
-    """Return the class of a decoder; None for one that does not exist, of which its own run then says so."""
+    """Return the class of a decoder; None if it does not exist, which its run reports later."""
     try:
         return decoder_family(name)
     except AfterimageError:
@@ -173,7 +176,7 @@ def _first_lpips() -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a study: every `count`-th group of runs that are trained together. The baselines belong to part 1.
+    """One part of a study: every `count`-th group of runs that are trained together. Baselines belong to part 1.
 
     Attributes:
         number: number of the part, from 1
@@ -194,7 +197,7 @@ class Part:
         """Parse `2/5`, the second part of five.
 
         Raises:
-            AfterimageError: the text is anything else
+            AfterimageError: the text is not of the form K/N with K from 1 to N
         """
         number, slash, count = text.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal()):
@@ -202,7 +205,7 @@ class Part:
         return cls(int(number), int(count))
 
     def of(self, configs: Sequence[RunConfig]) -> list[RunConfig]:
-        """Return the runs of this part; the parts 1 to `count` together have every run once."""
+        """Return the runs of this part; every run belongs to exactly one of the parts 1 to `count`."""
         groups = study_groups(configs)[self.number - 1 :: self.count]
         mine = {config.digest for group in groups for config in group}
         return [config for config in configs if config.digest in mine]
@@ -229,18 +232,18 @@ def run_study(
     """Run everything in a study that is not done yet.
 
     A failure ends only what depends on it: a run, a row that gives no runs (recorded in failures.txt), a baseline, or
-    the controls of one run. Of processes that `torchrun` has started the main process does everything but the training,
-    and it alone returns the baselines.
+    the controls of one run. If `torchrun` started several processes, they train together, and the main process alone
+    does everything else and returns the baselines and inversions.
 
     Args:
         study: the study
         root: folder of the run folders
         cache: folder of decoded images; None for the default
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with what is done, how far it is, and the total
-        train: trains the runs; None for `queue.train_runs` (see `experiments.ray` for another)
-        bounds: finds measured bounds; None for `find_bounds` (likewise)
-        part: the part of the study to run; the others are left to other processes
+        progress: callback for progress and messages, see `Progress`
+        train: function that trains the runs; None for `queue.train_runs` (`experiments.ray` has another one)
+        bounds: function that finds measured bounds; None for `find_bounds` (`experiments.ray` has another one)
+        part: the part of the study to run; the other parts are left to other processes
 
     Returns:
         the runs, and the failures
@@ -259,7 +262,7 @@ def run_study(
         with ranks.raise_on_all_ranks():
             configs = expand(study, progress, unresolved) if ranks.is_main_process else []
         configs = ranks.broadcast(configs)
-        if part.number == 1:  # which speaks for rows that belong to no part
+        if part.number == 1:  # part 1 reports the rows that gave no runs, which belong to no part
             failures += unresolved
         with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
@@ -296,22 +299,22 @@ def find_bounds(
     accelerator: str = "auto",
     progress: Progress = silent,
 ) -> list[Run]:
-    """Find what comes back of each run's first test images when its decoder's answer is refined: the measured bound.
+    """Find the measured bound of each run: refine its decoder's reconstructions of its first test images.
 
-    A run gets the images whose features fit best and the best estimates, in the precision that it was trained in.
-    What is finished is not searched for again, and batches that an interrupted search finished are taken up.
+    Each run gets the most consistent images and the best estimates, in the precision of its training. Finished
+    inversions are not repeated, and an interrupted search resumes after its last finished batch.
 
     Args:
-        runs: finished runs.
-        study: how many test images of each are inverted, and how.
-        root: the folder for the run folders of the inversions.
-        failures: takes the error of each run that could not be refined; the others go on.
-        cache: where decoded images are kept.
-        accelerator: `cpu`, `cuda`, `mps` or `auto`.
-        progress: is called as `progress(what, done, total, **figures)`.
+        runs: finished runs
+        study: number of test images to invert per run, and settings of the inversion
+        root: folder of the inversions' run folders
+        failures: list to which the error of each run that cannot be refined is added; the others continue
+        cache: folder of decoded images; None for the default
+        accelerator: `cpu`, `cuda`, `mps` or `auto`
+        progress: callback for progress and messages, see `Progress`
 
     Returns:
-        The finished inversions.
+        the finished inversions
     """
     from afterimage.analysis.inversion.inputs import InversionInputs, from_data
     from afterimage.analysis.inversion.run import invert_run
@@ -335,7 +338,7 @@ def find_bounds(
 
 
 def _write_failures(path: Path, failures: Sequence[AfterimageError]) -> None:
-    """Write down why rows gave no runs, with the traceback of what nobody foresaw; they have no folders."""
+    """Write the errors of rows that gave no runs, with tracebacks of unexpected ones; without any, remove the file."""
     parts = [printable(f"{error}\n") + ("" if foreseen(error) else f"\n{story(error)}") for error in failures]
     if parts:
         write_atomic(path, "\n".join(parts))
@@ -344,16 +347,17 @@ def _write_failures(path: Path, failures: Sequence[AfterimageError]) -> None:
 
 
 def perceptual(net: str) -> str:
-    """Return the published study's second loss, with LPIPS of a network."""
+    """Return the published study's second loss, half MSE and half LPIPS, with the given LPIPS network."""
     return "0.5*mse + 0.5*lpips" + ("" if net == "alex" else f":{net}")
 
 
 def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = silent) -> list[RunConfig]:
-    """Return the runs and, after each, its matched controls, each once.
+    """Return the runs, each followed by its matched controls, without duplicates.
 
-    A run on trained weights gets one with `random` ones, whose blocks act. A decoder that is trained by epochs for the
-    mean squared error gets one trained with `perceptual`, unless the weights of the run's LPIPS network cannot be had,
-    which `progress` is told; a closed form minimises the squared error and nothing else, so it has none.
+    A run on trained weights gets a control with `random` weights, whose residual blocks act. A run that is trained by
+    gradient descent with the loss `mse` gets a control with the loss `perceptual`, unless the weights of its LPIPS
+    network are not available, which `progress` reports. A closed form minimises the squared error only, so it has no
+    control of the second kind.
     """
     found: list[RunConfig] = []
     available: dict[str, bool] = {}

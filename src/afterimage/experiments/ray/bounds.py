@@ -1,4 +1,4 @@
-"""Find measured bounds on a Ray cluster: each run's is one task, on a worker that sees the study's folder."""
+"""Search for measured bounds on a Ray cluster, one task for each run, on workers that see the study's folder."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def find_bounds_on_ray(
 ) -> list[Run]:
     """Find the measured bound of each run on a Ray cluster, as `study.find_bounds` does.
 
-    A search whose worker is lost is given to another one and goes on from the last finished batch in `root`. A run
-    whose worker does not see `root` is searched in this process, which `progress` is told.
+    A search whose worker is lost is given to another worker and resumes after the last finished batch in `root`. If a
+    run's worker does not see `root`, the search runs in this process, and a message says so.
 
     Args:
         runs, study, root, failures, cache, accelerator, progress: as for `study.find_bounds`
-        address: the cluster, see `cluster.connect`
+        address: address of the cluster, see `cluster.connect`
         cpus: CPUs of each task; None for an even share of a machine
-        retries: how often a run whose worker or machine is lost is given to another one
+        retries: number of times that a run whose worker or machine is lost is given to another one
 
     Returns:
-        The finished inversions, in the order of `runs`.
+        the finished inversions, in the order of `runs`
 
     Raises:
-        AfterimageError: the cluster cannot be reached, or lacks what is asked for
+        AfterimageError: the cluster cannot be reached, or lacks the requested resources
         Stopped: SIGTERM or Ctrl-C; finished batches are kept
     """
     progress, root = of_caller(progress), Path(root).resolve()

@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, or start one on this machine, and share its machines among groups of runs."""
+"""Connection to a Ray cluster, or start of one on this machine, and division of its machines among groups of runs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from afterimage.runtime.failures import let_go
 from afterimage.training.feature_loader import VALIDATION_BYTES
 
 TICK = 0.2
-"""Seconds between two looks at what workers say and which have ended."""
+"""Seconds between two checks for messages of workers and for tasks that have ended."""
 STORE_BYTES = 256 * 2**20
-"""Shared memory of a cluster started here: its workers see the run folders, so only messages pass through it."""
+"""Bytes of Ray's object store on a cluster started here: workers see the run folders, so only messages use it."""
 BASE_BYTES = 2**30
-"""PyTorch, the images of a batch, and what a worker is before it does anything."""
+"""Estimated base memory of a worker in bytes: the process itself, PyTorch, and the images of a batch."""
 SETTINGS = {
-    "RAY_gcs_server_port_wait_time_s": "120",  # on a busy machine Ray's own patience is too short
+    "RAY_gcs_server_port_wait_time_s": "120",  # Ray's default timeout is too short on a busy machine
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray changes its mind about the devices of tasks without one, and warns of that in every worker.
+    # Ray plans to change the visible devices of tasks without a GPU, and warns of that in every worker.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -50,15 +50,17 @@ def import_ray() -> Any:
 
 @contextlib.contextmanager
 def connect(address: str, log: Callable[[str], None]) -> Iterator[Any]:
-    """Connect to a cluster inside the block, and yield the ray package.
+    """Connect to a cluster for the duration of the block, and yield the ray package.
+
+    A process that is already connected keeps its cluster.
 
     Args:
-        address: `HOST:PORT` or `auto`; empty for RAY_ADDRESS, and without that a cluster is started on this machine; a
-            process that is connected already stays with its cluster
-        log: is told which cluster it is
+        address: `HOST:PORT` or `auto`; empty for the environment variable RAY_ADDRESS, or, if that is not set, to start
+            a cluster on this machine
+        log: callback for a message that names the cluster
 
     Raises:
-        AfterimageError: the cluster cannot be reached, or is lost inside the block
+        AfterimageError: Ray is not installed, or the cluster cannot be reached or is lost inside the block
     """
     ray = import_ray()
     connected = ray.is_initialized()
@@ -79,7 +81,7 @@ def connect(address: str, log: Callable[[str], None]) -> Iterator[Any]:
 def _connect(ray: Any, address: str, log: Callable[[str], None]) -> None:
     logging.getLogger("ray").setLevel(
         logging.ERROR
-    )  # Ray warns of its own settings before it reads the next line's
+    )  # Ray warns about its own settings before `logging_level` below takes effect
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
         log("starting Ray on this machine (no --address)")
@@ -87,18 +89,18 @@ def _connect(ray: Any, address: str, log: Callable[[str], None]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", **options)
-    except Exception as error:  # Ray raises just that where it does not come up
+    except Exception as error:  # Ray raises a plain Exception if it cannot start
         ray.shutdown()
         raise AfterimageError(f"no Ray cluster ({address or 'on this machine'}): {error!s:.500}") from None
     finally:
-        if signal.getsignal(signal.SIGTERM) is not before:  # Ray takes it for itself
+        if signal.getsignal(signal.SIGTERM) is not before:  # ray.init installs a handler of its own
             signal.signal(signal.SIGTERM, before)
     if address:
         log(f"connected to Ray at {address}")
 
 
 def messages_here(ray: Any) -> Any:
-    """Start the actor that keeps messages of workers, on the driver's own machine."""
+    """Start the `Messages` actor on the driver's machine."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -106,9 +108,9 @@ def messages_here(ray: Any) -> Any:
 
 
 def group_bytes(configs: Iterable[RunConfig]) -> int:
-    """Estimate the memory of runs that are trained together: their plans, the encoders, and kept features.
+    """Estimate the memory in bytes of runs that are trained together: base, runs, encoders and validation features.
 
-    Runs whose networks cannot be built count nothing; they fail when they are trained.
+    Runs whose networks cannot be built count as zero; they fail when they are trained.
     """
     total, encoders = BASE_BYTES + VALIDATION_BYTES, {}
     for config in configs:
@@ -133,18 +135,18 @@ def share_machines(
     cpus: int | None,
     log: Callable[[str], None],
 ) -> list[dict[str, int]]:
-    """Find what each group asks Ray for: `num_cpus`, which is also its number of threads, `num_gpus` and `memory`.
+    """Compute the resources of each group: `num_cpus` (also its number of threads), `num_gpus` and `memory` in bytes.
 
     Args:
         sizes: memory of each group in bytes
-        nodes: the machines, as `ray.nodes()` lists them
+        nodes: the machines, as listed by `ray.nodes()`
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        cpus: CPUs of each group; None for an even share of a machine, which depends on the study and the cluster and
-            not on what is done already, because the number of threads changes the last bits of a result
-        log: is told of groups that may run out of memory on any machine
+        cpus: CPUs of each group; None for an even share of a machine, which depends on the study and the cluster but
+            not on the runs that are done already, because the number of threads changes the last bits of a result
+        log: callback for a message on each group that may run out of memory on every machine
 
     Raises:
-        AfterimageError: no machine has what is asked for
+        AfterimageError: no machine has the requested CPUs or GPUs
     """
     machines = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     if not machines:
@@ -167,7 +169,7 @@ def share_machines(
     largest = max(int(machine.get("memory", 0)) for machine in usable)
     needs = []
     for size in sizes:
-        # On a GPU most of it is the device's memory, of which Ray keeps no account.
+        # On a GPU most of this is device memory, which Ray does not track.
         size = BASE_BYTES if on_gpu else size
         if size > largest:
             log(
@@ -179,6 +181,6 @@ def share_machines(
 
 
 def describe(need: Mapping[str, int]) -> str:
-    """Describe what a group needs: `2 CPUs, 1 GPU, 3.1 GiB`."""
+    """Describe the resources of a group, such as `2 CPUs, 1 GPU, 3.1 GiB`."""
     cpus, gpus = need["num_cpus"], need["num_gpus"]
     return f"{cpus} CPU{'s' * (cpus > 1)}, {'1 GPU, ' * gpus}{need['memory'] / 2**30:.1f} GiB"

@@ -1,4 +1,4 @@
-"""Train runs on a Ray cluster: give groups of them to workers, show their progress, replace lost workers."""
+"""Training of runs on a Ray cluster: groups are given to workers, progress is shown, lost workers are replaced."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ def train_on_ray(
 ) -> list[Run]:
     """Train every run that is not done yet on a Ray cluster.
 
-    Runs that are trained together are one task, with CPUs (and as many threads), a GPU if the cluster has some and
-    `accelerator` allows it, and the memory of its plan. Workers that see `root` train there. Others train in a folder
-    of their own, whose files come back when the task ends.
+    Runs that are trained together are one task. It reserves CPUs (with as many threads), its estimated memory, and a
+    GPU if the cluster has one and `accelerator` allows it. Workers that see `root` train there; others train in a
+    temporary folder, whose files are sent back when the task ends.
 
     Args:
         configs, root, cache, accelerator, progress, keep, failures, checkpoint_seconds: as for `queue.train_runs`
-        address: the cluster, see `cluster.connect`
+        address: address of the cluster, see `cluster.connect`
         cpus: CPUs of each task; None for an even share of a machine
-        retries: how often a group whose worker or machine is lost is given to another one; it goes on from its last
-            checkpoint in `root`, and what was in a worker's own folder is lost with the worker
+        retries: number of times that a group whose worker or machine is lost is given to another one; it resumes from
+            its last checkpoint in `root`, while a temporary folder is lost with its worker
 
     Returns:
         all runs, in the order of `configs`
 
     Raises:
-        AfterimageError: Ray is not installed, the cluster cannot be reached or lacks what is asked for, or a run failed
-            and there is no list of `failures`
-        Stopped: SIGTERM or Ctrl-C; every worker has stopped after its step, with a checkpoint
+        AfterimageError: Ray is not installed, the cluster cannot be reached or lacks the requested resources, or a run
+            failed and `failures` is None
+        Stopped: SIGTERM or Ctrl-C; every worker has stopped after its current step, with a checkpoint
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     progress = of_caller(progress)
@@ -79,7 +79,7 @@ def train_on_ray(
             "checkpoint_seconds": checkpoint_seconds,
         }
         with connect(address, queue.log) as ray, graceful_shutdown() as stop:
-            # All groups, those that are done too: what one gets must not depend on when it is done.
+            # Count finished groups too: the resources of a group must not depend on which others are done.
             every = groups(zip(runs, configs, strict=True))
             sizes = [group_bytes(group.values()) for group in every]
             needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=queue.log)
@@ -95,16 +95,16 @@ def train_on_ray(
 
 @dataclass
 class Job:
-    """A group of runs on the cluster.
+    """A group of runs on the cluster, trained in one or more attempts.
 
     Attributes:
-        title: its name in messages
-        group: all its runs
-        need: what it asks Ray for
-        shared: whether the current attempt trains in the driver's folder
+        title: name of the job in messages
+        group: all runs of the group
+        need: resources that are requested from Ray
+        shared: whether the next or current attempt trains in the driver's folder
         lost: number of workers that were lost
-        runs: the runs of the current attempt
-        task: Ray's reference to the current attempt
+        runs: runs of the current attempt
+        task: Ray's reference to the current attempt; None between attempts
     """
 
     title: str
@@ -118,16 +118,16 @@ class Job:
 
 @dataclass
 class Driver:
-    """Gives jobs to the cluster and follows them.
+    """Driver of jobs on the cluster: submits them and follows them until they end.
 
     Args:
         ray: the ray package
         queue: the runs that are not done
-        jobs: groups of them
+        jobs: the groups of runs
         root: folder of the run folders
         options: options of `queue.train_runs`
-        progress: called with the progress of each job
-        retries: how often a job whose worker is lost is given to another one
+        progress: callback for the progress and messages of each job
+        retries: number of times that a job whose worker is lost is given to another one
         stopping: whether workers were asked to stop
     """
 
@@ -145,7 +145,7 @@ class Driver:
         self.train_group = self.ray.remote(worker.train_group)
 
     def work(self, stop: GracefulShutdown) -> None:
-        """Train until every run is done or failed, here or elsewhere, or until all workers have stopped.
+        """Train until every run is done or failed, here or in another process; wait for workers if asked to stop.
 
         Raises:
             Stopped: the process was asked to stop
@@ -179,18 +179,18 @@ class Driver:
             self.queue.locks[run].release()
 
     def _cancel(self, job: Job) -> None:
-        """Call off a task that waits, and interrupt one that has begun as Ctrl-C would."""
+        """Cancel the job's task; a task that has begun is interrupted with the effect of Ctrl-C."""
         if job.task is not None:
             self.ray.cancel(job.task, recursive=False)
 
     def _submit(self, job: Job) -> None:
-        """Start a task for the job's runs, but for those that another process is at."""
+        """Submit a task for the job's runs, except those that another process is training."""
         job.runs = self.queue.take(job.group)
         if not job.runs:
             return
         try:
             for run in job.runs:
-                if run.state == "failed":  # by an earlier study; what fails from here on is over
+                if run.state == "failed":  # in an earlier study; a run that fails from now on is not retried
                     run.set_state("new")
                     forget(run)
             configs = list(job.runs.values())
@@ -205,12 +205,12 @@ class Driver:
                 "messages": self.messages,
                 **worker.driver_context(),
             }
-            # The worker locks the folders; where it cannot, this process does until the answer.
+            # The worker locks shared folders; otherwise this process keeps the locks until the answer arrives.
             if job.shared:
                 self._release(job)
             else:
                 self.queue.mark(job.runs, "running")
-            # Ray's own retries know of no checkpoint and of no limit that a user is told.
+            # No retries by Ray: they would ignore checkpoints and the limit `retries`.
             job.task = self.train_group.options(max_retries=0, **job.need).remote(**attempt)
         except Exception as error:
             self._fail(job, error)
@@ -219,7 +219,7 @@ class Driver:
         self.progress(f"waits for {describe(job.need)}: {names}", 0, 1, group=job.title)
 
     def _collect(self) -> None:
-        """Show what workers said, and take what attempts came to that have ended since the last look."""
+        """Show new messages of workers, and handle the attempts that have ended since the last call."""
         time.sleep(TICK)
         running = [job.task for job in self.jobs if job.task is not None]
         ended = self.ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
@@ -232,11 +232,11 @@ class Driver:
                 self._release(job)
 
     def _end(self, job: Job) -> None:
-        """Take an attempt's answer, or what Ray says in its place; whatever else is wrong ends this job alone."""
+        """Handle an attempt's answer or Ray's error in its place; any other error ends this job alone."""
         exceptions = self.ray.exceptions
         try:
             self._accept(job, self.ray.get(job.task))
-        except exceptions.RayTaskError as error:  # the worker raised it, and would again
+        except exceptions.RayTaskError as error:  # raised by the task, so a retry would raise it again
             cause = error.cause or error
             known = isinstance(cause, AfterimageError)
             self._fail(job, cause if known else Unexpected(one_line(cause), str(error)))
@@ -265,14 +265,14 @@ class Driver:
         self._settle(ended)
         if answer.stopped:
             self._lost(job, "it was stopped")
-        elif any(run in self.queue.waiting for run in ended):  # not even its failure could be written down
+        elif any(run in self.queue.waiting for run in ended):  # without a recorded failure
             raise AfterimageError("; ".join(map(str, answer.failures)) or "a worker ended without a result")
         else:
             states = ", ".join(f"{run.name} {run.state}" for run in ended)
             self._log(job, states or "is left to another process")
 
     def _settle(self, runs: Iterable[Run]) -> None:
-        """Those of the runs that a worker has ended wait no longer."""
+        """Remove the runs that a worker has ended from the queue, and record their failures."""
         for run in runs:
             with self.queue.isolate(run):
                 state = run.state
@@ -280,7 +280,7 @@ class Driver:
                     self.queue.failures.append(recorded_error(run))
 
     def _lost(self, job: Job, why: str) -> None:
-        """Let the runs of a lost worker wait for another, or end them when there were too many."""
+        """Leave the runs of a lost worker waiting for another one, or end them if the retries are used up."""
         self._settle(job.runs)
         if self.stopping:
             self._log(job, "stopped after the step under way")
@@ -295,9 +295,9 @@ class Driver:
             self._log(job, f"the worker was lost: retry {job.lost} of {self.retries}, {start} ({why:.200})")
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """End the job's runs that have not ended, in their folders too as far as no other process is at them.
+        """End the job's unfinished runs with an error, also in their folders unless another process holds the lock.
 
-        An error that is the cluster's or the caller's ends everything: it is raised.
+        An error of the cluster or of the caller ends everything: it is raised.
         """
         if concerns(error) or isinstance(error, self.ray.exceptions.RayError):
             raise error
@@ -310,28 +310,28 @@ class Driver:
         self._release(job)
 
     def _stop(self) -> None:
-        """Let every worker stop after its step, with a checkpoint, and wait for that; what waits is called off."""
+        """Cancel tasks that have not begun, and wait until every worker has stopped with a checkpoint."""
         self.stopping = True
         for job in self.jobs:
             self._cancel(job)
         while any(job.task is not None for job in self.jobs):
             self._collect()
-        for job in self.jobs:  # workers leave theirs like that; lost ones could not
+        for job in self.jobs:  # workers set this state themselves, unless they were lost
             running = {run: config for run, config in job.runs.items() if run.state == "running"}
             self.queue.mark(self.queue.take(running), "stopped")
 
 
 def _checkpoints(run: Run) -> dict[str, bytes]:
-    """Read the files that an earlier attempt left to go on from."""
+    """Read the checkpoint files that an earlier attempt left, from which the next one resumes."""
     run.remove_leftovers()
     return {name: run.file(name).read_bytes() for name in (PREVIOUS, CHECKPOINT) if run.file(name).exists()}
 
 
 def _different_images(runs: Sequence[Run]) -> list[AfterimageError]:
-    """Find machines that were asked for the same images and found others."""
+    """Return an error for each data configuration whose runs were trained on different images."""
     found: dict[DataConfig, dict[str, str]] = {}
     for run in filter(is_done, runs):
-        with contextlib.suppress(AfterimageError):  # a folder that cannot be read is told elsewhere
+        with contextlib.suppress(AfterimageError):  # a folder that cannot be read is reported elsewhere
             digest = run.result.data.digest
             found.setdefault(run.config.data, {}).setdefault(digest, run.name)
     return [

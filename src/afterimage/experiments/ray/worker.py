@@ -1,4 +1,4 @@
-"""Train one group of runs on a worker, as `experiments.queue` does locally."""
+"""Ray tasks on a worker: training of one group of runs, and search for one measured bound."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from afterimage.runs.run import Run
 from afterimage.runtime.progress import Progress
 
 MESSAGE_SECONDS = 0.5
-"""Least time between two messages that only say how far a group is; nobody reads faster."""
+"""Minimum seconds between two progress messages of a group; more frequent ones could not be read."""
 Folders = Mapping[str, Mapping[str, bytes]]
-"""Files of run folders: by the run's name, then by the file's path in its folder."""
+"""Contents of the files of run folders, by the run's name and then by the file's path in the run folder."""
 
 
 @dataclass
 class Answer:
-    """The outcome of an attempt at a group.
+    """Outcome of an attempt to train a group.
 
     Attributes:
-        failures: errors of its runs
+        failures: errors of the group's runs
         left: names of runs that other processes are training
-        stopped: whether it was asked to stop
+        stopped: whether training stopped because it was asked to
         folders: files of run folders that the driver cannot see
     """
 
@@ -43,7 +43,7 @@ class Answer:
 
 
 class Messages:
-    """Keeps messages of workers until the driver takes them; a Ray actor on the driver's machine."""
+    """Store of the workers' messages until the driver takes them; a Ray actor on the driver's machine."""
 
     def __init__(self) -> None:
         self._kept: list[tuple] = []
@@ -53,19 +53,23 @@ class Messages:
         self._kept.append(message)
 
     def arrived(self) -> None:
-        """Return when everything that the caller has put before is here."""
+        """Do nothing: Ray runs a caller's calls in order, so waiting for this one waits for its earlier messages."""
 
     def take(self) -> list[tuple]:
-        """Return the messages since the last call."""
+        """Return and forget the messages since the last call."""
         kept, self._kept = self._kept, []
         return kept
 
 
 def identify(root: str, config: RunConfig) -> tuple[int, int] | None:
-    """Identify a folder by a file that the driver has made in it, to tell equal paths on two machines apart.
+    """Identify a folder by a run's `config.toml` in it, to tell equal paths on two machines apart.
+
+    Args:
+        root: folder of the run folders
+        config: a run whose folder the driver has created
 
     Returns:
-        the file's device and number; None if it is not there
+        the file's inode number and modification time in nanoseconds; None if there is no such file
     """
     try:
         state = Path(root, config.name, "config.toml").stat()
@@ -88,24 +92,27 @@ def train_group(
     environment: Mapping[str, str],
     messages: Any,
 ) -> Answer | None:
-    """Train a group of runs; the Ray task.
+    """Train a group of runs, as `queue.train_runs` does locally; this is the Ray task.
 
-    A run that fails is recorded in its folder. Ray cancels a task as Ctrl-C would: training then stops after the
+    A failed run is recorded in its folder. Ray cancels a task with the effect of Ctrl-C: training then stops after the
     current step, with a checkpoint.
 
     Args:
-        number: number of the group, which goes with every message
-        configs: the runs, by the digest that the driver reads in their settings
+        number: number of the group, sent with every message
+        configs: the runs, by the digest of their settings as the driver computes it
         root: the driver's folder of run folders
-        folder: identifies `root` (see `identify`); None trains the runs in a folder of this machine
-        sent: files that a folder of this machine begins with
-        threads: number of PyTorch's threads
+        folder: identity of `root` on the driver (see `identify`); None trains in a temporary folder of this machine
+        sent: initial files of the run folders, if they are temporary
+        threads: number of PyTorch threads
         options: options of `queue.train_runs`
-        cwd, command, environment: the driver's own, so that relative paths, settings and records agree
-        messages: the actor that takes messages to the driver
+        cwd, command, environment: those of the driver, so that relative paths, settings and records agree
+        messages: the `Messages` actor, which passes messages on to the driver
 
     Returns:
-        the outcome; None if this machine does not see the folder, and nothing was done
+        the outcome; None if this machine does not see the driver's folder, in which case nothing was done
+
+    Raises:
+        AfterimageError: this machine computes other digests, since its version of afterimage differs
     """
     _take_after(cwd, command, environment)
     runs = list(configs.values())
@@ -141,7 +148,7 @@ def train_group(
         answer.left = [run.name for run in left]
         if folder is None:
             answer.folders = {config.name: pack(Run(Path(root, config.name))) for config in runs}
-    ray.get(messages.arrived.remote())  # what was sent before the answer arrives before it
+    ray.get(messages.arrived.remote())  # all messages arrive before the answer does
     return answer
 
 
@@ -159,20 +166,20 @@ def find_bound(
     environment: Mapping[str, str],
     messages: Any,
 ) -> tuple[list[str], list[AfterimageError]] | None:
-    """Find the measured bound of one run; the Ray task.
+    """Find the measured bound of one run, as `study.find_bounds` does locally; this is the Ray task.
 
     Args:
-        number: number of the run, which goes with every message
-        name: the run's folder in `root`
-        study: how many of its images are inverted, and how
+        number: number of the run, sent with every message
+        name: name of the run's folder in `root`
+        study: number of test images to invert, and settings of the inversion
         root: the driver's folder of run folders
-        folder: identifies `root` (see `identify`)
-        threads: number of PyTorch's threads
+        folder: identity of `root` on the driver (see `identify`)
+        threads: number of PyTorch threads
         options: options of `study.find_bounds`
         cwd, command, environment, messages: as for `train_group`
 
     Returns:
-        the names of the finished inversions, and the failures; None if this machine does not see the folder
+        names of the finished inversions, and the failures; None if this machine does not see the driver's folder
     """
     _take_after(cwd, command, environment)
     run = Run(Path(root, name))
@@ -192,22 +199,22 @@ def find_bound(
 
 
 def driver_context() -> dict[str, Any]:
-    """Return what workers take over from the driver: the arguments `cwd`, `command` and `environment` of a task."""
+    """Return the arguments `cwd`, `command` and `environment` of a task, which workers take over from the driver."""
     own = {key: value for key, value in os.environ.items() if key.startswith("AFTERIMAGE_")}
     return {"cwd": os.getcwd(), "command": sys.argv, "environment": own}
 
 
 def _take_after(cwd: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Take over what relative paths, settings and records depend on."""
+    """Take over the driver's working directory, command and `AFTERIMAGE_` environment variables."""
     if os.path.isdir(cwd):
         os.chdir(cwd)
     sys.argv[:] = command
     for name, value in environment.items():
-        os.environ.setdefault(name, value)  # what a machine says of itself counts
+        os.environ.setdefault(name, value)  # variables that are set on this machine take precedence
 
 
 def _send_to(messages: Any, number: int) -> Progress:
-    """A progress callback that sends what it is told to the driver, and does not wait for that."""
+    """Return a progress callback that sends progress and messages to the driver without waiting."""
     sent_at = 0.0
 
     def progress(what: str, done: int, total: int, **figures: Any) -> None:
@@ -222,12 +229,12 @@ def _send_to(messages: Any, number: int) -> Progress:
 
 
 def pack(run: Run) -> dict[str, bytes]:
-    """Read the files of a run folder; the status comes last, since it says that the rest is there."""
+    """Read the files of a run folder; `status.json` comes last, since it marks the other files as complete."""
     files = sorted(run.path.rglob("*"), key=lambda path: (path.name == "status.json", path))
     return {path.relative_to(run.path).as_posix(): path.read_bytes() for path in files if path.is_file()}
 
 
 def unpack(run: Run, files: Mapping[str, bytes]) -> None:
-    """Write files into a run folder, in their order."""
+    """Write files into a run folder, in the given order."""
     for name, content in files.items():
         write_atomic(run.file(name), content)
