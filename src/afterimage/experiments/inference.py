@@ -85,7 +85,7 @@ def evaluate_run(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure a finished run's decoder on test images. Training images are read only if they share the tests' source.
+    """Measure a finished run's decoder on test images; if these have a source of their own, no others are read.
 
     Args:
         run: the run

@@ -301,8 +301,9 @@ def find_bounds(
 ) -> list[Run]:
     """Find the measured bound of each run: refine its decoder's reconstructions of its first test images.
 
-    Each run gets the most consistent images and the best estimates, in the precision of its training. Finished
-    inversions are not repeated, and an interrupted search resumes after its last finished batch.
+    Each run gets the most consistent images and the best estimates, searched in the precision of its training if
+    inversions support it. Finished inversions are not repeated, and an interrupted search resumes after its last
+    finished batch.
 
     Args:
         runs: finished runs

@@ -44,7 +44,7 @@ def check_images(images: Tensor, ids: Sequence[str]) -> None:
 
 
 class FeatureWatch:
-    """Record of feature maps with values that are not finite: for each source the first such image.
+    """Record of feature maps with values that are not finite: for each source, the first image with such values.
 
     On a CPU feature maps are examined at once, on other devices when `settle` is called, so that steps need not wait.
 

@@ -22,7 +22,7 @@ from afterimage.training.checks import FeatureWatch, check_frozen, check_images
 from afterimage.training.context import RunContext
 
 VALIDATION_BYTES = 1 << 30
-"""Largest size in bytes of the validation images and their features that is kept in memory after the first pass."""
+"""Largest total size of validation images and features, in bytes, that is kept in memory after the first pass."""
 
 Batch = tuple[Tensor, Tensor, list[Tensor]]
 """`(indices, images, features)`: indices in the image set, `(B,)`; images, `(B, 3, H, W)` in [0, 1]; and one feature
@@ -76,7 +76,7 @@ class FeatureLoader:
         return self.batches(self.data.train) if view == 0 else self.training_batches(view - 1)
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Yield the validation images; the first pass keeps them and their features up to `VALIDATION_BYTES`."""
+        """Yield the validation images; the first pass keeps them and their features if all fit `VALIDATION_BYTES`."""
         if self._validation is not None:
             yield from self._validation
             return

@@ -35,7 +35,7 @@ def import_ray() -> Any:
     """Import the ray package.
 
     Raises:
-        AfterimageError: it is not installed; the message says how to install it
+        AfterimageError: Ray is not installed; the message says how to install it
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
