@@ -1,1 +1,1 @@
-"""What trained decoders tell about features: controls, inversion, audit. Writes numbers, draws nothing."""
+"""Analyses of trained decoders: controls, inversion and audit. They write numbers and draw nothing."""

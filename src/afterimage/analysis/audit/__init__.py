@@ -1,1 +1,1 @@
-"""Audit: what an attacker rebuilds from features, under which defences."""
+"""Audit: attack features behind defences, and measure what an attacker can rebuild."""

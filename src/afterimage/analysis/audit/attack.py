@@ -1,4 +1,4 @@
-"""Attack one layer: attackers who own the same images train on one pass through the encoder."""
+"""Attack one layer: train all attackers who own the same images on one pass through the encoder."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from afterimage.training.trainer import Trainer
 
 @dataclass(kw_only=True)
 class AttackContext(RunContext):
-    """The surroundings of attackers that are trained together: one that fails is recorded, and the others go on."""
+    """Run context of attackers that are trained together: one that fails is recorded, and the others go on."""
 
     session: AuditSession
     conditions: dict[Run, AuditCondition] = field(default_factory=dict)
-    """What each attacker's folder is to hold."""
+    """Condition that each attacker's run folder is for."""
 
     def record_failure(self, run: Run, error: Exception) -> None:
         condition = self.conditions[run]
@@ -54,8 +54,8 @@ def attack_layer(
         layer: the layer
         encoder: the network up to the layer; None for a store
         defences: the fitted defences by their text
-        data: the attackers' own images, and the test images
-        conditions: what to measure; those that are done are left alone
+        data: the attackers' own images and the test images
+        conditions: the conditions; finished ones are left alone
     """
 
     def own(texts: Sequence[str]) -> list[AuditCondition]:
@@ -81,7 +81,7 @@ def _attack(
     context = AttackContext(progress=session.progress, session=session)
     config, decoders = session.config, {}
     for defence, decoder in dict.fromkeys((condition.defence, condition.decoder) for condition in missing):
-        # Every attacker decodes first: the decoder is that of the black-box attacker.
+        # All attackers start from the decoder of the black-box attacker.
         condition = session.condition(layer, defence, decoder, data, BLACK_BOX, DECODED)
         with session.ending(condition.label, [condition]):
             run = session.begin(condition)
@@ -115,7 +115,7 @@ def _attack(
 
 
 def _train(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
-    """Train and measure the decoders of black-box attackers; load those that are done."""
+    """Train and measure the decoders of black-box attackers, or load finished ones."""
     context, fresh = loader.context, []
     for decoder in decoders:
         path = decoder.run.file("decoder.safetensors")
@@ -157,7 +157,7 @@ def _measure(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) 
 def _improve(
     loader: DefendedFeatureLoader, decoder: DecoderTrainer, conditions: Sequence[AuditCondition]
 ) -> None:
-    """Measure what an attacker makes of the decoder's answers; `conditions` differ in the answer alone."""
+    """Improve a decoder's reconstructions and measure the result; `conditions` differ only in the answer."""
     session, first = loader.context.session, conditions[0]
     white_box, attackers = first.threat_model == WHITE_BOX, session.config.attackers
     if white_box and not loader.encoders.defences[decoder.feature_indices[0]].preserves_positions:

@@ -1,4 +1,4 @@
-"""Make attackers, who know the defence, own some images, and train a decoder on what is sent."""
+"""Attackers: they know the defence, own some images, and train a decoder on the features that are sent."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from afterimage.training.feature_loader import FeatureLoader
 CALIBRATION_BYTES = 1 << 29
 CALIBRATION_IMAGES = 128
 VALIDATION_SHARE = 5
-"""An attacker keeps one in so many of their own images to validate on."""
+"""Divisor of the number of an attacker's own images that gives the number of validation images."""
 
 
 class DefendedFeatures(nn.Module):
-    """Features of one layer as each of several defences sends them.
+    """Encoder of one layer followed by several defences, each of which gives the features that it would send.
 
     Args:
         source: the layer as `model:layer`
         defences: the fitted defences
-        encoder: gives the features; None where they come from a store
+        encoder: encoder that returns the layer's features; None if they come from a store
     """
 
     def __init__(self, source: str, defences: Sequence[Defence], encoder: nn.Module | None = None) -> None:
@@ -49,13 +49,13 @@ class DefendedFeatures(nn.Module):
         self.requires_grad_(False).eval()
 
     def raw(self, image_set: ImageSet, indices: Tensor, images: Tensor) -> list[Tensor]:
-        """Return the undefended features of `images`, which are those at `indices`."""
+        """Return the undefended features of `images`, the images at `indices` of the set."""
         if isinstance(image_set, StoredImages):
             return [image_set.features(indices, self.layer, images.device)]
         return self.encoder(images)
 
     def defend(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return what each defence sends of undefended features."""
+        """Return the features that each defence sends for undefended ones."""
         return [maps for defence in self.defences for maps in defence.encode(features)]
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -63,15 +63,15 @@ class DefendedFeatures(nn.Module):
 
 
 class DefendedFeatureLoader(FeatureLoader):
-    """Gives one layer's features as each of several defences sends them; a decoder picks its defence."""
+    """Loader of one layer's features as each of several defences sends them; a decoder picks its defence."""
 
     encoders: DefendedFeatures
 
     def encode_batch(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
-        """Return what each defence sends of the images.
+        """Return the features that each defence sends for the images.
 
-        Noise is a function of the seed, the batch's images and the epoch, whatever else is trained beside or
-        resumed.
+        Noise depends only on the seed, the images of the batch and the epoch, not on the decoders that are
+        trained together or on a resume.
         """
         names = " ".join(image_set.ids[index] for index in indices.tolist())
         drawn = zlib.crc32(f"{self.seed} {crop.get('epoch')} {names}".encode())
@@ -93,14 +93,14 @@ def evaluate_attackers(
     """Score attackers on the test images.
 
     Args:
-        loader: gives the features as they are sent
+        loader: loader of the features that are sent
         decoders: the attackers' trained decoders
-        metrics: what is measured
-        keep: how many images are kept with their reconstructions
-        box: part of the images that is measured by itself too, which is what is seen; None for no part
+        metrics: the metrics
+        keep: number of images to keep with their reconstructions
+        box: part of the images that the layer's locations see, to be scored by itself too; None for no part
 
     Returns:
-        each attacker's scores, and its reconstructions as they are compared
+        for each attacker its scores, and its reconstructions reduced for re-identification
     """
     small: list[list[Compared]] = [[] for _ in decoders]
 
@@ -135,7 +135,7 @@ def attacker_decoder(
     run: Run,
     context: RunContext,
 ) -> DecoderTrainer:
-    """Build the decoder of an attacker for what `defence`, the one at `index`, sends."""
+    """Build the decoder of an attacker for the features that `defence`, the one at `index`, sends."""
     spec = defence.sent_specs[0]
     options = decoder_family(decoder).single_location if spec.locations == 1 else {}
     model = FeatureDecoder(create_decoder(decoder, [spec], image_size, seed=seed, **options))
@@ -144,16 +144,19 @@ def attacker_decoder(
 
 
 def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data | None:
-    """Give an attacker images of the pool, a fifth of them to validate. Smaller numbers are contained in larger ones.
+    """Draw an attacker's own images from the pool; a fifth of them is for validation.
+
+    Smaller draws are subsets of larger ones.
 
     Args:
         data: the audited images, whose test images are attacked
         pool: images that an attacker may own
-        count: how many it owns, or `all`
-        seed: decides which
+        count: number of images that the attacker owns, or `all`
+        seed: seed of the draw
 
     Returns:
-        the attacker's training and validation images with the test images; None where the pool has fewer than `count`
+        the attacker's training and validation images with the test images; None if the pool has fewer than
+        `count`
 
     Raises:
         AfterimageError: the pool holds a test image
@@ -170,7 +173,7 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
     total = len(own) if count == "all" else int(count)
     order = np.random.default_rng(seed).permutation(len(own))[:total]
     held = max(1, total // VALIDATION_SHARE)
-    # Every fifth, so that the validation images are nested like the rest.
+    # Every fifth, so that smaller validation sets are subsets of larger ones too.
     validation = order[:: total // held][:held]
     train = np.array([i for i in order if i not in set(validation.tolist())])
     return Data(data.config, own.subset(train), own.subset(validation), data.test, pool.digest, data.notes)
@@ -180,7 +183,7 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
 def calibration(
     sent: DefendedFeatures, image_set: ImageSet, device: torch.device | str, batch_size: int
 ) -> list[Tensor]:
-    """Return the features that a defence is fitted on: of the first images, at most 128 of them or 512 MiB."""
+    """Return the features that a defence is fitted on, of the first images: at most 128, or about 512 MiB."""
     maps: list[Tensor] = []
     limit = min(len(image_set), CALIBRATION_IMAGES)
     for chunk in torch.arange(limit).split(batch_size):
@@ -192,6 +195,6 @@ def calibration(
 
 
 def mean_image(images: ImageSet, batch_size: int) -> Tensor:
-    """Compute the mean of images, `(1, 3, H, W)`: the best guess of an attacker who sees nothing."""
+    """Compute the mean of images, `(1, 3, H, W)`: the best guess of an attacker without features."""
     parts = torch.arange(len(images)).split(batch_size)
     return (sum(images.crops(part).double().sum(0, keepdim=True) for part in parts) / len(images)).float()

@@ -1,4 +1,4 @@
-"""Name, write and save one condition of an audit: one attacker on one layer behind one defence."""
+"""One condition of an audit, an attacker on a layer behind a defence: its name, folder and result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from afterimage.runs.results import (
 from afterimage.runs.run import Run
 
 VERSION = 2
-"""Raised whenever the same settings would give other numbers."""
+"""Version of the measurements, increased whenever the same settings would give other numbers."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class AuditCondition:
         layer: name of the layer; empty for the attacker without features
         defence: text of the defence
         decoder: name of the attacker's decoder
-        images: how many images the attacker owns
+        images: number of images that the attacker owns
         threat_model: `black-box` or `white-box`
         answer: `decoded`, `refined` or `best estimate`
-        settings: everything else that changes the result; its digest ends the folder's name
+        settings: everything else that changes the result; the folder's name ends with their digest
     """
 
     layer: str
@@ -56,28 +56,28 @@ class AuditCondition:
 
     @property
     def label(self) -> str:
-        """Name in messages: `layer1, int8, linear`."""
+        """Name in messages, such as `layer1, int8, linear`."""
         return f"{self.layer}, {self.defence}, {self.decoder}"
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Name of the condition's folder."""
         parts = (self.layer, self.defence, self.decoder, str(self.images), self.threat_model, self.answer)
         slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(parts)).strip("-.")
         return f"{slug[:100]}-{digest({**self.settings, 'cell': parts, 'version': VERSION})}"
 
     def run(self, root: Path) -> Run:
-        """Return its folder below the audit's."""
+        """Return the condition's run folder below the audit's."""
         return Run(root / "cells" / self.name)
 
     def attacker(self) -> Attacker:
-        """Return who attacks."""
+        """Return the facts of the attacker."""
         return Attacker(
             self.decoder, self.images, self.threat_model, self.settings["attacker_data"], self.answer
         )
 
     def begin(self, root: Path) -> Run:
-        """Return its folder, with what was asked for written into it."""
+        """Create the condition's run folder with its settings in `cell.json`, and return it."""
         run = self.run(root)
         if not run.file("cell.json").exists():
             asked = {
@@ -103,19 +103,19 @@ class AuditCondition:
         notes: Sequence[str],
         seen: SeenPart | None = None,
     ) -> None:
-        """Write what leaked.
+        """Identify originals, and write the result of the attack into the condition's run folder.
 
         Args:
             root: folder of the audit
             rows: scores from `evaluate`, one row for each test image
-            images: test images to keep, with their reconstructions
-            reconstructions: all reconstructions, as they are compared
-            galleries: what they are compared with, by the same names
+            images: id, original and reconstruction of the test images to keep
+            reconstructions: all reconstructions, reduced for re-identification
+            galleries: the test images to compare them with, by the same names
             data: facts of the images
-            lpips: which LPIPS was measured
+            lpips: state of the LPIPS metric
             seconds: time that the attack took
-            notes: what a reader has to know
-            seen: part of the images that the layer's locations see; None where that is all
+            notes: remarks for the run's notes
+            seen: part of the images that the layer's locations see; None if they see all
         """
         found = {
             f"{name}{part}": values
@@ -157,7 +157,7 @@ class AuditCondition:
 
 
 def _most(row: Mapping[str, Any]) -> float:
-    """Return the SSIM of a whole image, or of what is seen of it, whichever is higher."""
+    """Return the SSIM of a whole image or of its seen part, whichever is higher."""
     part = row.get(f"ssim{SEEN}")
     return row["ssim"] if part is None else max(row["ssim"], part)
 

@@ -1,4 +1,4 @@
-"""Split a leaked store of features and their images into what an attacker may own and what is attacked."""
+"""A leaked store of features and their images, split into pairs that an attacker may own and pairs to attack."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH = 256
 
 
 class StoredImages(ImageSet):
-    """One split of a store: images that cannot be cropped or flipped, since their features are given."""
+    """One split of a store: images that cannot be cropped or flipped, since their features are fixed."""
 
     def __init__(self, store: FeatureStore, rows: np.ndarray) -> None:
         self.store, self.rows = store, rows
@@ -55,7 +55,15 @@ class StoredImages(ImageSet):
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """A store's pairs, split by a seed into what an attacker may own and what is attacked."""
+    """Pairs of a store, split into pairs that an attacker may own and pairs to attack.
+
+    Attributes:
+        data: the images: those of an attacker for training and validation, and the test images to attack
+        specs: shapes of the features by layer
+        image_size: `(height, width)` in pixels
+        digest: SHA-256 of the split and the features
+        notes: remarks for the audit's notes, such as how the features were understood
+    """
 
     data: Data
     specs: dict[str, FeatureSpec]
@@ -65,7 +73,7 @@ class Store:
 
 
 def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) -> Store:
-    """Open a store and split it; how its features were understood is in `notes`.
+    """Open a store of features and images, and split it.
 
     Args:
         path: the store, see `open_store`
@@ -73,7 +81,7 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
         seed: seed of the split
 
     Raises:
-        AfterimageError: as `open_store`, and where there are too few pairs
+        AfterimageError: `open_store` raises it, or there are too few pairs
     """
     store = open_store(path)
     notes = [f"{layer_key(layer)}: {kind}" for layer, kind in store.kinds.items()]
@@ -93,7 +101,7 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
         )
     cut = rest - max(1, rest // 5)
     parts = [StoredImages(store, part) for part in np.split(order, [cut, rest])]
-    # Part by part: another split of the same pairs is another measurement.
+    # By split: another split of the same pairs is another measurement.
     hashed = hashlib.sha256(json.dumps([part.content for part in parts]).encode())
     for layer in store.specs:
         for chunk in chunks:

@@ -15,17 +15,15 @@ from afterimage.evaluation.metrics import PSNR_CAP
 from afterimage.runs.controls import PLANES, REGIONS
 
 BANDS = 32
-"""Bands of spatial frequency, equally wide from 0 to 0.5 cycles a pixel; the corners of the spectrum are left
-out.
-"""
+"""Number of equally wide bands from 0 to 0.5 cycles per pixel; the corners of the spectrum are left out."""
 CELLS = 56
-"""Cells a side of the map of the error by position."""
+"""Largest number of cells on each side of the map of the error by position."""
 WINDOW = 7
 """Side in pixels of the neighbourhood that decides a pixel's kind of region."""
 FLAT = 0.02
-"""Standard deviation of luma, in [0, 1], below which a region is flat: 5 of 255."""
+"""Standard deviation of luma in [0, 1] below which a region is flat: 5 of 255 levels."""
 COHERENT = 0.5
-"""Coherence of the structure tensor, in [0, 1], from which a region is an edge."""
+"""Smallest coherence of the structure tensor, in [0, 1], of an edge."""
 MATRIX = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 """RGB to Y, Cb and Cr by ITU-R BT.601."""
 
@@ -41,7 +39,7 @@ def ycbcr(images: Images) -> Images:
 def regions(images: Images) -> Int[Tensor, "batch height width"]:
     """Classify each pixel as an index of `REGIONS`, from the luma in the 7 x 7 pixels around it.
 
-    A region is flat if its standard deviation is below 0.02 (5 of 255). Otherwise it is an edge if the
+    A region is flat if its standard deviation is below 0.02 (5 of 255 levels). Otherwise it is an edge if its
     structure tensor has one clear direction, `(l1 - l2) / (l1 + l2) >= 0.5` (Bigun and Granlund 1987), and
     texture if not.
     """
@@ -60,22 +58,23 @@ def regions(images: Images) -> Int[Tensor, "batch height width"]:
 
 
 def frequencies() -> list[float]:
-    """Return the centre of each band in cycles a pixel."""
+    """Return the centre of each band in cycles per pixel."""
     return [(i + 0.5) * 0.5 / BANDS for i in range(BANDS)]
 
 
 def cross_spectrum(a: Planes, b: Planes) -> Float[Tensor, "batch planes bands"]:
     """Compute the real part of the cross-spectral density of two sets of planes, as the mean over each band.
 
-    The mean is removed and a Hann window applied along both axes, so that borders do not leak. White noise has
-    its variance in every band. With `a` and `b` the same, this is the radially averaged power spectrum.
+    The mean is removed and a Hann window is applied along both axes to prevent leakage from the borders. The
+    spectrum of white noise is its variance in every band. If `a` is `b`, this is the radially averaged power
+    spectrum.
 
     Args:
         a: planes `(B, P, H, W)`
         b: planes of the same shape
 
     Returns:
-        `(B, P, BANDS)`; NaN for bands into which no frequency of such a small image falls
+        `(B, P, BANDS)`, with NaN for bands without any frequency, which small images have
     """
     height, width = a.shape[-2:]
     window = torch.outer(_hann(height), _hann(width)).to(a)
@@ -100,10 +99,10 @@ def _hann(length: int) -> Tensor:
 
 
 class ErrorBreakdown:
-    """Accumulates the error breakdown of reconstructions, batch by batch.
+    """Error breakdown of reconstructions, accumulated batch by batch.
 
     Attributes:
-        rows: for each image its PSNR in each plane, and the share and error of each kind of region
+        rows: PSNR of each image in each plane, and share and mean squared error of each kind of region
     """
 
     def __init__(self) -> None:
@@ -119,7 +118,7 @@ class ErrorBreakdown:
         Args:
             ids: ids of the images
             images: the originals `(B, 3, H, W)` in [0, 1]
-            outputs: their reconstructions, likewise
+            outputs: their reconstructions, of the same shape and range
         """
         images, outputs = images.double(), outputs.double()
         planes, rebuilt = ycbcr(images), ycbcr(outputs)
@@ -145,8 +144,9 @@ class ErrorBreakdown:
     def result(self) -> dict[str, Any]:
         """Return the content of `error_breakdown.json`: means over images, as plain JSON values.
 
-        `spectra` holds, for luma and for chroma (Cb and Cr added), the power in each band of the images, of the
-        reconstructions, of what they share (`shared`, the real part of the cross-spectrum) and of the error.
+        `spectra` holds, for luma and for chroma (the sum of Cb and Cr), the power in each band of the images,
+        the reconstructions and the error, and the real part of the cross-spectrum of images and
+        reconstructions (`shared`).
         """
         count = len(self.rows)
         spectra = self._spectra / count

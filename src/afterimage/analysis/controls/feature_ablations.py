@@ -1,4 +1,4 @@
-"""Replace an image's features by others: what a trained decoder makes of those is its prior."""
+"""Feature ablations: replace an image's features by others, from which a decoder can show only its prior."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from afterimage.data.images import ImageSet
 from afterimage.models.reconstructor import Encoders
 
 SAMPLE_IMAGES = 64
-"""Training images from which the channels' means and ranges are measured."""
+"""Largest number of training images from which the channels' means and ranges are measured."""
 SAMPLE_VALUES = 20_000
-"""Values a channel for the same: 20 of them lie beyond a quantile of 0.1 %."""
+"""Number of values of each channel that are sampled: 20 of them lie beyond a quantile of 0.1 %."""
 
 Maps = Sequence[Float[Tensor, "batch _ _ _"]]
 
 
 def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
-    """Shuffle the locations of every map, differently for each image; the channels of a location stay together.
+    """Shuffle the locations of every map, in another order for each image; the channels of a location stay
+    together.
 
     Args:
         features: maps `(B, C, h, w)`
@@ -36,10 +37,10 @@ def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
 
 
 def level(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[Tensor]:
-    """Set every channel to one value at all locations: the same features for every image.
+    """Set every channel to one value at all locations, the same for every image.
 
     Args:
-        features: maps `(B, C, h, w)`, for their shapes
+        features: maps `(B, C, h, w)`, of which only the shapes are used
         means: a value for each channel of each map, `(C,)`
     """
     return [
@@ -73,11 +74,11 @@ def sample(
     Args:
         encoders: the encoders
         images: the training images
-        device: where the encoders are
-        batch_size: images at a time
+        device: device of the encoders
+        batch_size: number of images in a batch
 
     Returns:
-        a table `(C, n)` for each source
+        a table of values `(C, n)` for each source
     """
     count = min(len(images), SAMPLE_IMAGES)
     generator = torch.Generator().manual_seed(0)

@@ -18,15 +18,15 @@ from afterimage.evaluation.evaluate import to_uint8
 from afterimage.evaluation.metrics import psnr
 
 BITS = (8, 6, 4, 3, 2, 1)
-"""Bits per feature value that are tried."""
+"""Numbers of bits per feature value that are measured."""
 TAIL = 0.001
-"""Share of the training values cut off at either end of the quantiser's range, against outliers."""
+"""Share of training values beyond either end of the quantiser's range, so that outliers do not widen it."""
 JPEG = (1, 5, 10, 20, 30, 50, 70, 80, 90, 95, 100)
-"""Qualities of JPEG that are tried."""
+"""JPEG qualities that are measured."""
 WEBP = (0, 5, 10, 20, 30, 50, 70, 80, 90, 95, 100)
-"""Qualities of WebP that are tried."""
+"""WebP qualities that are measured."""
 CODER = "bzip2"
-"""Entropy coder of the symbols, as the files name it."""
+"""Name of the symbols' entropy coder in the files."""
 
 Maps = Float[Tensor, "batch channels h w"]
 Symbols = UInt8[Tensor, "batch channels h w"]
@@ -34,7 +34,7 @@ Symbols = UInt8[Tensor, "batch channels h w"]
 
 @dataclass(frozen=True)
 class Quantiser:
-    """A uniform quantiser with a range for each channel.
+    """Uniform quantiser with a range for each channel.
 
     The range of a channel, from the 0.1 % to the 99.9 % quantile of training features, is divided into `2 **
     bits` cells of equal width; values outside go to the outermost cells. A symbol decodes to the mean of the
@@ -42,10 +42,10 @@ class Quantiser:
     are none.
 
     Attributes:
-        bits: bits of a symbol
+        bits: number of bits of a symbol
         low: lower end of each channel's range `(C,)`
         width: width of each channel's cells `(C,)`
-        table: value of each channel's symbols `(C, 2 ** bits)`
+        table: decoded value of each channel's symbols `(C, 2 ** bits)`
     """
 
     bits: int
@@ -55,11 +55,11 @@ class Quantiser:
 
     @classmethod
     def fit(cls, values: Float[Tensor, "channels values"], bits: int) -> Quantiser:
-        """Fit the quantiser.
+        """Fit a quantiser to training features.
 
         Args:
             values: training features `(C, n)`
-            bits: bits of a symbol, 1 to 8
+            bits: number of bits of a symbol, 1 to 8
         """
         ends = np.quantile(values.numpy(), (TAIL, 1 - TAIL), axis=1)
         low, high = torch.from_numpy(ends).float()
@@ -85,7 +85,7 @@ class Quantiser:
 
 
 def _symbols(values: Tensor, low: Tensor, width: Tensor, count: int) -> Tensor:
-    """Return the number of each value's cell; a channel that never varies has one cell."""
+    """Return the index of each value's cell; a channel without variation has cell 0 only."""
     steps = torch.where(width > 0, (values - low) / width.clamp_min(1e-30), 0)
     return steps.floor().clamp(0, count - 1).to(torch.uint8)
 
@@ -103,7 +103,7 @@ def histograms(symbols: Symbols, bits: int) -> Float[Tensor, "channels symbols"]
 
     Args:
         symbols: `(B, C, h, w)`
-        bits: bits of a symbol
+        bits: number of bits of a symbol
 
     Returns:
         counts `(C, 2 ** bits)`
@@ -114,10 +114,10 @@ def histograms(symbols: Symbols, bits: int) -> Float[Tensor, "channels symbols"]
 
 
 def entropy(counts: Float[Tensor, "channels symbols"]) -> Float[Tensor, " channels"]:
-    """Compute Shannon's entropy of each channel's symbols, in bits a symbol, from their counts.
+    """Compute Shannon's entropy of each channel's symbols, in bits per symbol, from their counts.
 
-    This is the shortest code length for values that are coded independently with one table a channel; a code
-    that uses the dependence between neighbours can be shorter.
+    This is the shortest mean code length for values that are coded independently with one table per channel;
+    a code that uses the dependence between neighbours can be shorter.
     """
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
     return -torch.xlogy(shares, shares).sum(1) / np.log(2)
@@ -130,8 +130,8 @@ def codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[st
         batches: images `(B, 3, H, W)` in [0, 1]
 
     Returns:
-        for each codec and quality (0 or 1 to 100) the mean bits per pixel of whole files and the mean PSNR in
-            dB; the last row is lossless WebP, whose PSNR is None
+        a row for each codec and quality (JPEG 1 to 100, WebP 0 to 100) with the mean bits per pixel of whole
+            files and the mean PSNR in dB; the last row is lossless WebP, whose PSNR is None
     """
     settings = [("JPEG", {"quality": q, "optimize": True}) for q in JPEG]
     settings += [("WebP", {"quality": q, "method": 4}) for q in WEBP]

@@ -1,13 +1,13 @@
-"""Measure the controls of finished runs: what the decoder guesses, what is lost, and the rate.
+"""Measure the controls of finished runs: the decoder's prior, the breakdown of its error, and the rate.
 
-The results are files of the run folder, written whole and with a format number:
+The results are files of the run folder, written atomically and with a format number:
 
 controls.json, .csv: scores with features of another image, shuffled, mean and zero features, and the distance
 of the re-encoded reconstruction
 
 error_breakdown.json, .csv: the error by frequency, by luma and chroma, by position and by kind of region
 
-rate_distortion.json, .csv: features at 8 to 1 bits and their coded size, beside JPEG and WebP
+rate_distortion.json, .csv: PSNR and coded size with features of 8 to 1 bits, beside JPEG and WebP
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from afterimage.runtime.progress import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
 BATCH = 8
-"""Images at a time, to bound the memory of features."""
+"""Number of images in a batch, which bounds the memory of features."""
 
 
 def run_controls(
@@ -70,20 +70,20 @@ def run_controls(
 ) -> list[AfterimageError]:
     """Measure the controls of finished decoder runs on their own test images, and write them into the run folders.
 
-    Baselines and inversions are skipped, and so are parts that were measured before with the same decoder.
+    Baselines and inversions are skipped, and so are parts that were already measured with the same decoder.
 
     Args:
         runs: the runs
-        parts: which of `PARTS` to measure
-        again: whether to measure parts again that are there already
+        parts: names from `PARTS` to measure
+        again: whether to repeat parts that were already measured
         weights: weights of the encoders; None takes the run's own
         lpips: LPIPS network; None takes the run's own
         cache: folder of decoded images
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with the progress; its exceptions end everything
+        progress: called with the progress; an exception that it raises ends everything
 
     Returns:
-        an error for each run, or part of one, that could not be measured; the traceback is in the run folder
+        an error for each run or part of a run that could not be measured; the traceback is in the run folder
 
     Raises:
         AfterimageError: a part is not one of `PARTS`
@@ -128,7 +128,7 @@ def run_controls(
 
 
 class _Loaded:
-    """The images of one data configuration, and their JPEG and WebP curves, computed once."""
+    """Images of one data configuration, with their JPEG and WebP curves, which are computed once."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -166,7 +166,7 @@ def _measure(
     progress: Progress,
     failed: Callable[[Exception, str], None],
 ) -> None:
-    """Measure parts of the controls in one pass over the test images; `failed` receives the errors of single parts."""
+    """Measure parts of the controls in one pass over the test images; report parts that raise to `failed`."""
     data, image_set = loaded.data, loaded.data.test
     if len(image_set) < 2:
         raise AfterimageError(
@@ -210,9 +210,9 @@ def _measure(
 def _with_next(
     encoders: Callable[[Tensor], list[Tensor]], image_set: ImageSet, indices: Tensor, device: torch.device
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return a batch of images, their features, and the features of each one's next image.
+    """Return a batch of images, their features, and for each image the features of the next one.
 
-    The first follows the last.
+    The first image of the set follows the last.
     """
     following = (indices[-1:] + 1) % len(image_set)
     images = image_set.crops(torch.cat([indices, following]), device=device)
@@ -221,7 +221,7 @@ def _with_next(
 
 
 class _Controls:
-    """Scores of the decoder's output for features other than the image's own."""
+    """Scores of the decoder's images from features other than the original's own."""
 
     def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], metrics: Metrics) -> None:
         self.encoders, self.feature_decoder = reconstructor.encoders, reconstructor.feature_decoder
@@ -272,7 +272,7 @@ class _Controls:
 
 
 class _Losses(ErrorBreakdown):
-    """The error breakdown of the reconstructions."""
+    """Error breakdown of the reconstructions."""
 
     def add(
         self, ids: list[str], images: Tensor, own: list[Tensor], others: list[Tensor], rebuilt: Tensor
@@ -281,7 +281,7 @@ class _Losses(ErrorBreakdown):
 
 
 class _Rates:
-    """Scores of reconstructions from quantised features, by the decoder that was trained on unquantised ones."""
+    """Rate and PSNR of reconstructions from quantised features, which the decoder was not trained on."""
 
     def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], loaded: _Loaded) -> None:
         self.feature_decoder, self.loaded = reconstructor.feature_decoder, loaded

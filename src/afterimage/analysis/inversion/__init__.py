@@ -1,1 +1,1 @@
-"""Feature inversion: find the image by optimisation, from scratch or from a decoder's answer."""
+"""Feature inversion: find the image by optimisation, from grey or from a decoder's reconstruction."""

@@ -1,4 +1,4 @@
-"""L-BFGS for images that are evaluated in one batch and know nothing of each other."""
+"""L-BFGS for images that are evaluated in one batch but searched for independently."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LBFGS:
         self._shorten(loss)
 
     def _search(self) -> None:
-        """A new direction from the point reached."""
+        """Choose a new direction from the point reached."""
         self._direction = self._newton()
         self._slope = float(self._direction.dot(self.gradient))
         if self._slope >= 0:  # rounding has eaten the curvature
@@ -80,10 +80,10 @@ class LBFGS:
 
 
 def search_all(parameters: Tensor, *, first: float) -> list[LBFGS]:
-    """A search for each row of `parameters`, `(B, ...)`."""
+    """Return a search for each row of `parameters`, `(B, ...)`."""
     return [LBFGS(row, first=first) for row in parameters.detach().flatten(1)]
 
 
 def trials(searches: list[LBFGS], like: Tensor) -> Tensor:
-    """Where all of them want to be evaluated next, in the shape of `like`."""
+    """Return the next trial points of all searches, in the shape of `like`."""
     return torch.stack([search.trial for search in searches]).view_as(like)

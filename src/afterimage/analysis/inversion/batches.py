@@ -1,4 +1,4 @@
-"""Finished batches of a search, on disk, so that an interrupted one goes on from there."""
+"""Finished batches of a search on disk, from which an interrupted search resumes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ Curve = list[dict[str, Any]]
 
 
 class Batches:
-    """Files in `folder`, one a batch; `made_for` says of what they are, besides their images.
+    """Files of finished batches in one folder, one file per batch.
 
-    One that was made for anything else, or is damaged, is as if it were not there.
+    A damaged file counts as missing, and so does one that was written for other images or another `made_for`.
+
+    Args:
+        folder: folder of the files
+        made_for: everything but the images that the results depend on, as JSON values
     """
 
     def __init__(self, folder: Path, made_for: Any) -> None:
         self.folder, self.made_for = folder, json.dumps([made_for, torch.__version__], sort_keys=True)
 
     def load(self, images: Tensor) -> tuple[Inversion, Curve] | None:
-        """What the search for `images` came to, and its curve; None where it is not there."""
+        """Return the stored result of the search for `images` and its curve, or None if there is none."""
         key = self._key(images)
         try:
             tensors, metadata = load_tensors(self._path(key))

@@ -1,9 +1,10 @@
-"""The best estimate of an image from features: least expected squared error, learned on images that came the same way.
+"""The best estimate of an image from features: the image of least expected squared error.
 
-A refined image fits the features, and where they leave the image open it shows one of many that fit. Least error
-needs their mean. A small network learns it from refined images whose originals are known: where such images are
-usually right it leaves them alone, and what they usually invent it averages away. It never sees the features, so what
-it shows was read from them by the search or is what images in general are like.
+A refined image fits the features. Where these do not determine the image, it shows only one of many images
+that fit, while the least error needs the mean of all of them. A small network learns this mean from images
+that were refined in the same way and whose originals are known: it leaves alone what is usually right and
+averages out details that are usually wrong. It never sees the features, so everything it shows was either
+recovered from them by the search or is typical of images in general.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from afterimage.runtime.progress import Progress, silent
 
 BATCH = 8
 CROP = 112
-"""Side of the crops that a corrector learns from, at most."""
+"""Largest side in pixels of the crops that a corrector is trained on."""
 PASSES = 75
-"""How often the network sees an image, on average, at most: fewer images are learnt by heart sooner."""
+"""Largest mean number of times that training uses an image: with few images the network soon overfits."""
 GRID = 16
-"""Sides of what the network sees are multiples of this: it halves them four times."""
+"""Divisor in pixels of the sides of the network's inputs, which it halves four times."""
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 1e-3, 30
 
 
 class Corrector(nn.Module):
-    """A U-Net from decoded and refined image to an estimate of the original.
+    """U-Net that estimates the original from the decoded and the refined image.
 
-    The estimate is `decoded + mix * (refined - decoded) + scale * network`. `mix` starts as the best single number,
-    the last layer at 0; `scale` is the remaining error's, so that a layer that is nearly inverted is corrected as
-    finely as one that is not.
+    The estimate is `decoded + mix * (refined - decoded) + scale * network`. Training starts from the given
+    `mix`, the best single number, and from a last layer of zeros. The constant `scale` is the size of the
+    remaining error, so that corrections are as fine for a layer that is nearly inverted as for one that is
+    not.
 
     Args:
-        channels: width at half resolution; twice and four times as much below
+        channels: width at half resolution; lower resolutions have twice and four times as many channels
         mix: share of the step from decoded to refined image
         step: root mean square of that step
         scale: root mean square of the error that the mixture leaves
@@ -83,12 +85,12 @@ def _block(width: int) -> nn.Module:
 
 
 def learning_steps(config: EstimateConfig, images: int) -> int:
-    """Return the number of optimizer steps that so many images are good for."""
+    """Return the number of optimizer steps for a number of images: `config.steps`, fewer for few images."""
     return min(config.steps, -(-PASSES * images // BATCH))
 
 
 def learning_macs(config: EstimateConfig, size: tuple[int, int]) -> int:
-    """Count the multiply-adds of `learn_corrector` on images of a size, forward and backward."""
+    """Count the multiply-adds of `learn_corrector` on images of `(height, width)`, forward and backward."""
     with torch.device("meta"), torch.no_grad():
         network, crops = Corrector(config.channels, 1.0, 1.0, 1.0), torch.empty(BATCH, 3, *_crop(size))
         with FlopCounterMode(display=False) as counter:
@@ -97,7 +99,7 @@ def learning_macs(config: EstimateConfig, size: tuple[int, int]) -> int:
 
 
 def _crop(size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the crops that a corrector learns from."""
+    """Return height and width of the crops that a corrector is trained on."""
     height, width = (min(CROP, max(GRID, length // GRID * GRID)) for length in size)
     return height, width
 
@@ -112,7 +114,7 @@ def _rms(x: Tensor) -> float:
 
 @torch.no_grad()
 def correct(corrector: Corrector, decoded: Images, refined: Images, precision: str) -> Images:
-    """Best estimates in [0, 1], from decoded and refined images in [0, 1]."""
+    """Return best estimates in [0, 1] from decoded and refined images in [0, 1]."""
     with torch.autocast(decoded.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         return corrector(decoded.clamp(0, 1), refined).float().clamp(0, 1)
 
@@ -128,17 +130,20 @@ def learn_corrector(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Corrector:
-    """Train a corrector for the squared error, on crops that are mirrored half of the time.
+    """Train a corrector to minimise the squared error, on random crops that every other step mirrors.
 
     Args:
-        originals: what is to come out, `(N, 3, H, W)` in [0, 1]
-        decoded: the decoder's answers
-        refined: what the search came to from there
-        config: width, and number of steps at most
+        originals: the images to estimate, `(N, 3, H, W)` in [0, 1]
+        decoded: the decoder's reconstructions
+        refined: the images that the search found from there
+        config: width of the network and largest number of steps
         precision: `32-true`, or `bf16-mixed` to train in bfloat16
-        seed: of the initial weights, the crops and their order
-        device: where
-        progress: is told the step and its loss
+        seed: seed of the initial weights, the crops and their order
+        device: device to train on
+        progress: called with each step and its loss
+
+    Returns:
+        the trained corrector, in evaluation mode
     """
     step, wanted = refined - decoded, originals - decoded
     mix = float((step * wanted).sum() / step.square().sum().clamp_min(1e-20))

@@ -1,4 +1,4 @@
-"""What a decoder's images are expected to lack, in colours and frequencies and in features."""
+"""Statistics of a decoder's errors: by colour and frequency in the image, and by channel in the features."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from afterimage.analysis.inversion.parametrizations import Spectrum, radii
 from afterimage.config import AfterimageError
 
 WHITENING_FLOOR = 1e-2
-"""Share of the mean eigenvalue that is added to each: directions in which the decoder errs less than by chance."""
+"""Share of the mean eigenvalue added to each, which bounds the weight of directions with hardly any error."""
 
 Whitening = Float[Tensor, "channels channels"]
 
 
 @dataclass(frozen=True)
 class DecoderErrors:
-    """Statistics of the errors that a decoder makes on images that it was not fitted on.
+    """Statistics of a decoder's errors on images that it was not fitted on.
+
+    A search uses both statistics as in a Gaussian posterior: it first changes what the decoder usually gets
+    wrong, and it weighs the remaining error by how unusual it is. A plain distance would depend on hardly
+    more than the few channels that are much larger than the others, as in the last blocks of vision
+    transformers.
 
     Attributes:
-        spectrum: symmetric roots `(radii, 3, 3)` of the covariance of red, green and blue of original less decoded
-            image at each frequency, averaged over images and over frequencies of one radius
-        whitening: for each feature map the `(C, C)` matrix that turns the difference between the features of the
-            decoded image and of the original into values of unit variance, uncorrelated between channels; None compares
-            features as they are
-
-    The search for an image sees both as a Gaussian posterior does: what is changed first is what the decoder usually
-    gets wrong, and what is compared is how unusual the remaining error is. Where a few channels are much larger
-    than the others, as in the last blocks of vision transformers, the plain distance sees little but these.
+        spectrum: symmetric square roots `(radii, 3, 3)` of the covariance between red, green and blue of the
+            error (original less decoded image) at each frequency, averaged over images and over frequencies
+            of one radius
+        whitening: for each feature map a `(C, C)` matrix after which the differences between the features of
+            decoded image and original have unit variance and no correlation between channels; None compares
+            plain features
     """
 
     spectrum: Spectrum
@@ -40,11 +42,11 @@ class DecoderErrors:
     @classmethod
     @torch.no_grad()
     def learn(cls, errors: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> DecoderErrors:
-        """Learn from batches.
+        """Estimate the statistics from batches of errors.
 
         Args:
-            errors: original less decoded images `(B, 3, H, W)` and, of both, the difference of each of their feature
-                maps `(B, C, h, w)`; batches may differ in size
+            errors: for each batch, the original less the decoded images `(B, 3, H, W)`, and for each feature
+                map the difference between both `(B, C, h, w)`; batches may differ in size
 
         Raises:
             AfterimageError: there are no images
@@ -72,7 +74,7 @@ def _by_radius(bands: Complex[Tensor, "batch 3 height half"], size: tuple[int, i
 
 
 def _covariance(difference: Float[Tensor, "batch channels *grid"]) -> Whitening:
-    """Second moments of channels, averaged over locations and summed over images."""
+    """Return the second moments of channels, averaged over locations and summed over images."""
     rows = difference.flatten(2).float()
     return torch.einsum("bcn,bdn->cd", rows, rows) / rows.shape[-1]
 

@@ -1,4 +1,4 @@
-"""What keeps a measured bound honest: scores that owe nothing to the image's own features, and re-identification."""
+"""Controls of a measured bound: scores without the image's own features, and re-identification."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Images = Float[Tensor, "batch 3 height width"]
 
 @torch.no_grad()
 def mean_features(encoders: Encoders, batches: Iterable[Tensor]) -> list[Tensor]:
-    """Mean feature maps `(1, C, h, w)` over batches of images, location by location: features that tell nothing."""
+    """Return the mean feature maps `(1, C, h, w)` of images, which belong to no image in particular."""
     sums: list[Tensor] | None = None
     count = 0
     for images in batches:
@@ -38,13 +38,19 @@ def bound_controls(
     *,
     device: str = "cpu",
 ) -> BoundControls:
-    """Score what was found where it must fail, and let it look for its own original.
+    """Score the images found where they should fail, against other originals, and identify their own
+    originals.
 
     Args:
-        images: id, original and image found, uint8 `(H, W, 3)`
-        metrics: as the bound itself was measured
-        prior: what the same procedure makes of features that tell nothing, `(1, 3, H, W)` in [0, 1]
-        device: where
+        images: id, original and image found, uint8 `(H, W, 3)`, of each image
+        metrics: the metrics of the measured bound itself
+        prior: image that the same procedure finds for `mean_features`, `(1, 3, H, W)` in [0, 1]; None for
+            none
+        device: device to measure on
+
+    Returns:
+        scores of each image found against another image's original, scores of `prior` against every original,
+            and the share of the images found that are nearest to their own original
     """
     ids = [name for name, _, _ in images]
     originals, found = (

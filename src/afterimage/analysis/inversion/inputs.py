@@ -1,4 +1,4 @@
-"""The images that are to be inverted: test images of a source, or files of one's own."""
+"""Images to invert: the test images of a source, or the user's own files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from afterimage.runtime.progress import Progress, silent
 
 @dataclass(frozen=True)
 class InversionInputs:
-    """Images, what a summary says of them, and those that a decoder's errors may be learnt from (None: no such)."""
+    """Images to invert.
+
+    Attributes:
+        images: the images
+        config: where they come from and how they are prepared
+        facts: facts for the run's summary
+        notes: remarks for the run's notes
+        validation: images from which a decoder's errors may be learned; None if there are none
+    """
 
     images: ImageSet
     config: DataConfig
@@ -33,15 +41,21 @@ class InversionInputs:
 def from_data(
     config: DataConfig, *, cache: Path | None = None, progress: Progress = silent
 ) -> InversionInputs:
-    """The test images of a data configuration; raises as `load_data` does."""
+    """Return the test and validation images of a data configuration; raise the errors of `load_data`."""
     data = load_data(config, cache=cache, progress=progress)
     return InversionInputs(data.test, config, data.describe(), data.notes, data.validation)
 
 
 def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int | str = 224) -> InversionInputs:
-    """Image files, prepared as test images are: resized, then the centre crop; see `DataConfig`.
+    """Read image files and prepare them like test images: resize, then take the centre crop.
 
-    Raises `AfterimageError` that names the file where one is no image, or is given twice.
+    Args:
+        paths: the files
+        resize: see `DataConfig`
+        crop: see `DataConfig`
+
+    Raises:
+        AfterimageError: a file is not an image, or is given twice; the message names it
     """
     names = [shown(path) for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -55,7 +69,7 @@ def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int | str = 22
 
 
 class _Files(ImageSet):
-    """Crops that are held in memory, `(N, 3, height, width)` in [0, 1]."""
+    """Set of crops held in memory, `(N, 3, height, width)` in [0, 1]."""
 
     def __init__(self, ids: Sequence[str], crops: Tensor) -> None:
         self.ids, self._crops, self.size = list(ids), crops, tuple(crops.shape[-2:])

@@ -1,4 +1,4 @@
-"""The loop: images whose features come as near as can be to those asked for."""
+"""Feature inversion itself: optimise images until their features are as near to the targets as possible."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Images = Float[Tensor, "batch 3 height width"]
 Watch = Callable[["Snapshot"], None]
 
 NOISE = 0.01
-"""Standard deviation of what is added to a start, so that starts differ and grey has a gradient."""
+"""Standard deviation of the noise added to a start, so that starts differ and grey has a gradient."""
 FINAL = 0.02
-"""Where Adam's cosine schedule ends, as a share of its learning rate."""
+"""Share of the learning rate at which Adam's cosine schedule ends."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What `callback` sees after `step` passes and `seconds`: the best images so far and their feature distance."""
+    """State of a search after `step` passes and `seconds`: best images so far and their feature distance."""
 
     step: int
     seconds: float
@@ -43,9 +43,12 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Inversion:
-    """Images in [0, 1], the best of each by its objective; `loss` is their relative feature distance.
+    """Result of a search.
 
-    `seconds` is what the whole batch took, all starts included.
+    Attributes:
+        images: the best of each image by its objective, in [0, 1]
+        loss: their relative feature distance
+        seconds: time that the whole batch took, all starts included
     """
 
     images: Images
@@ -69,17 +72,28 @@ def invert(
     """Search for images `(B, 3, *size)` whose features are `targets`, from `start` or from grey.
 
     Args:
-        features_of: images, around [0, 1], to a list of feature maps, differentiable; each image by itself.
-        targets: those feature maps of the images looked for, `(B, ...)` each.
-        start: images in [0, 1]; with several starts the first is taken as it is, the others with noise.
-        method: how; see `InvertConfig`.
-        errors: what the start is expected to lack, where it is a decoder's answer: for `fourier` the colours and
-            frequencies, for every method the features.
-        callback: called before the first pass, and after as many passes as `milestones` name.
+        features_of: differentiable function from images, about in [0, 1], to a list of feature maps; it
+            handles each image independently of the others.
+        targets: the feature maps of the images to find, `(B, ...)` each.
+        size: height and width of the images in pixels.
+        start: images in [0, 1] to start from; of several starts the first is this one, the others add noise
+            to it.
+        method: settings of the search.
+        errors: statistics of the start's errors, if it is a decoder's reconstruction: `fourier` uses those of
+            colours and frequencies, every method those of features.
+        seed: seed of the noise, of the jitter and of `prior`.
+        progress: called with the number of passes and the mean feature distance.
+        callback: called with a `Snapshot` of the start, after each number of passes in `milestones`,
+            and at the end.
+        milestones: numbers of passes.
 
-    Values may leave [0, 1] on the way and are clamped in what is returned and shown; `loss` belongs to the image
-    before the clamp. An image's result does not depend on which others are in the batch, and is a function of
-    `seed`. Raises `AfterimageError` where shapes do not fit or a loss is not finite.
+    Returns:
+        The best images found, or the start where nothing was better. Values may leave [0, 1] during the
+            search and are clamped in the results; `loss` belongs to the images before the clamp. An image's
+            result depends on `seed` but not on the other images of the batch.
+
+    Raises:
+        AfterimageError: shapes do not match, or a loss is not finite.
     """
     config = method or InvertConfig()
     targets = list(targets)
@@ -112,7 +126,7 @@ def invert(
 
 
 def _starts(start: Tensor | None, shape: tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
-    """All starts, `(count * B, 3, H, W)`, start by start; every image gets the same noise."""
+    """Return all starts, `(count * B, 3, H, W)`, start by start; every image gets the same noise."""
     begin = torch.full(shape, GREY) if start is None else start.detach().cpu().float()
     noise = NOISE * torch.randn(count, 1, *shape[1:], generator=generator)
     if start is not None:
@@ -123,7 +137,7 @@ def _starts(start: Tensor | None, shape: tuple[int, ...], count: int, generator:
 def _adam(
     form: Parametrisation, objective: Objective, config: InvertConfig, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The start and then every step's images, losses and feature distances."""
+    """Optimise with Adam; yield images, losses and feature distances of the start and after every step."""
     parameters = form.initial.requires_grad_()
     rate = config.learning_rate or form.learning_rate
     optimizer = torch.optim.Adam([parameters], rate, betas=(0.9, 0.99))
@@ -142,7 +156,7 @@ def _adam(
 def _lbfgs(
     form: Parametrisation, objective: Objective, config: InvertConfig, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The same for L-BFGS: each pass evaluates every image at the place where its own search is."""
+    """Do the same with L-BFGS; each pass evaluates every image at the trial point of its own search."""
     initial = form.initial
     searches = search_all(initial, first=config.learning_rate or form.learning_rate)
     for _ in range(config.steps + 1):
@@ -159,7 +173,7 @@ OPTIMIZERS = {"adam": _adam, "lbfgs": _lbfgs}
 
 
 class _Best:
-    """The best image of every start by the objective, and of every image its best start by the features."""
+    """Best image of every start by the objective, and best start of every image by the feature distance."""
 
     def __init__(self, count: int, starts: int) -> None:
         self.count, self.starts = count, starts
@@ -183,7 +197,7 @@ class _Best:
             )
 
     def chosen(self) -> tuple[Tensor, Tensor]:
-        """`(images, feature distance)` of each image's best start."""
+        """Return `(images, feature distance)` of each image's best start."""
         distance = self.distance.view(self.starts, self.count)
         pick = distance.argmin(0)
         images = self.images.view(self.starts, self.count, *self.images.shape[1:])
@@ -199,9 +213,17 @@ def refine(
     method: InvertConfig | None = None,
     **options: Any,
 ) -> Inversion:
-    """Encode `images`, decode them, and search on from there for images with the same features.
+    """Encode and decode `images`, then search from there for images with the same features.
 
-    `steps` overrides the config's; other options are `invert`'s. The decoder's own time is not in `seconds`.
+    Args:
+        reconstructor: encoders and decoder
+        images: `(B, 3, H, W)` in [0, 1]
+        steps: number of passes; None takes that of `method`
+        method: settings of the search
+        options: further arguments of `invert`
+
+    Returns:
+        the refined images; their `seconds` leave out the decoder's own time
     """
     config = method or InvertConfig()
     config = config if steps is None else replace(config, steps=steps)
@@ -214,7 +236,7 @@ def refine(
 def refine_features(
     reconstructor: Reconstructor, targets: Sequence[Tensor], size: tuple[int, int], **options: Any
 ) -> Inversion:
-    """Decode `targets`, and search on from there for images of `size` with these features; options are `invert`'s."""
+    """Decode `targets` and search from there for images of `size`; the options are those of `invert`."""
     with torch.no_grad():
         start = reconstructor.feature_decoder(targets).clone()
     with differentiable(reconstructor.encoders) as features_of:
@@ -223,13 +245,13 @@ def refine_features(
 
 @torch.no_grad()
 def encode(encoders: nn.Module, images: Images) -> list[Tensor]:
-    """Feature maps of `images` that are nobody else's memory."""
+    """Return copies of the feature maps of `images`, which the encoder's next call does not overwrite."""
     return [target.clone() for target in encoders(images)]
 
 
 @contextlib.contextmanager
 def differentiable(encoders: nn.Module) -> Iterator[Callable[[Images], Sequence[Tensor]]]:
-    """Inside the block, an `Encoder` or `MultiEncoder` whose features can be differentiated by the images."""
+    """Let gradients flow from an encoder's features to its images inside the block; yield the encoder."""
     with contextlib.ExitStack() as stack:
         for encoder in getattr(encoders, "encoders", [encoders]):
             stack.enter_context(encoder.gradients())

@@ -1,4 +1,4 @@
-"""Search for images batch by batch, then score what was found and the way there."""
+"""Search for images batch by batch, then score the images found and the course of the search."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH = 4
 
 
 def curve_steps(steps: int) -> list[int]:
-    """Where a saturation curve is measured: about six times a doubling of the passes, the last included."""
+    """Return the steps of a saturation curve: about three for each doubling of the passes, and the last."""
     return sorted(
         {max(1, round(2 ** (i / 3))) for i in range(3 * steps.bit_length())} & set(range(steps)) | {steps}
     )
@@ -31,7 +31,14 @@ def curve_steps(steps: int) -> list[int]:
 
 @dataclass
 class Measured:
-    """What one way of inverting came to: rows and curve by image, seconds an image without the measuring."""
+    """Measurements of one inversion method.
+
+    Attributes:
+        rows: scores, one row per image
+        images: id, original and image found, uint8 `(H, W, 3)`, of each image
+        seconds: time of the search per image, without measuring
+        curve: scores by image and number of passes
+    """
 
     rows: list[dict[str, Any]]
     images: list[tuple[str, Any, Any]]
@@ -51,18 +58,18 @@ def measure(
     snapshot: Callable[[Images], None] | None = None,
     batches: Batches | None = None,
 ) -> Measured:
-    """Search for every image, then score what was found, and the way there.
+    """Search for every image, then score the images found.
 
     Args:
-        search: is called as `search(images, callback=, milestones=, progress=)`, a batch at a time.
+        search: called for each batch as `search(images, callback=, milestones=, progress=)`.
         image_set: the images whose features are inverted.
-        metrics: what is measured of the images found.
-        steps: how many passes a search takes.
-        batch_size: images at a time.
-        device: where.
-        progress: is told how far each search is, and then how many images have been measured.
-        snapshot: is given the images so far at every milestone.
-        batches: keeps finished batches, and gives back those that it has.
+        metrics: metrics of the images found.
+        steps: number of passes of a search.
+        batch_size: number of images in a batch.
+        device: device to compute on.
+        progress: called during each search, and then with the number of images measured.
+        snapshot: called with the best images so far at every milestone of the curve.
+        batches: store of finished batches, which are not searched again.
     """
     parts = torch.arange(len(image_set)).split(batch_size)
     curve: Curve = []
@@ -77,7 +84,7 @@ def measure(
         curve += own
         seconds += result.seconds
         losses += result.loss.tolist()
-        # In one order of memory, whether it was kept or not: sums depend on it.
+        # One memory layout for loaded and new batches, since sums depend on it.
         found.append(result.images.contiguous().cpu())
 
     def reconstructions() -> Iterator[Reconstructed]:
@@ -102,20 +109,20 @@ def search_batch(
     snapshot: Callable[[Images], None] | None = None,
     batches: Batches | None = None,
 ) -> tuple[Inversion, Curve]:
-    """Search for `images`, unless that is kept in `batches`, and keep what was found.
+    """Search for `images` and store the result, or load it if it is stored already.
 
     Args:
-        search: as `measure` takes it.
+        search: called as in `measure`.
         images: `(B, 3, H, W)` in [0, 1].
-        steps: how many passes a search takes.
+        steps: number of passes of a search.
         ids: names of the images, for the curve.
-        metrics: what the curve measures; without them there is none.
-        progress: is told how far the search is.
-        snapshot: is given the images so far at every milestone of the curve.
-        batches: finished batches.
+        metrics: metrics of the curve; None for no curve.
+        progress: called during the search.
+        snapshot: called with the best images so far at every milestone of the curve.
+        batches: store of finished batches; None to store nothing.
 
     Returns:
-        What was found, and the curve that led there.
+        The images found, and the curve.
     """
     kept = batches.load(images) if batches else None
     if kept is not None and (metrics is None or kept[1]):
@@ -138,7 +145,7 @@ def search_batch(
 
 
 def _curve_rows(ids: Sequence[str], images: Images, look: Snapshot, metrics: Metrics) -> Curve:
-    """A row an image: how near it is after so many passes, in PSNR, in LPIPS and in its features."""
+    """Return the curve's rows for one snapshot, a row per image: PSNR, LPIPS and feature distance."""
     scores = metrics(look.images, images)
     return [
         {
@@ -154,7 +161,7 @@ def _curve_rows(ids: Sequence[str], images: Images, look: Snapshot, metrics: Met
 
 
 def best_step(curve: Curve) -> int:
-    """The number of passes, from 1 on, of the least mean LPIPS, or without LPIPS of the highest mean PSNR."""
+    """Return the number of passes (from 1) of least mean LPIPS or, without LPIPS, of highest mean PSNR."""
     totals: dict[int, float] = {}
     for row in curve:
         loss = -row["psnr"] if row["lpips"] is None else row["lpips"]

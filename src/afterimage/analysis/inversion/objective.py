@@ -1,4 +1,4 @@
-"""What is minimised: how far the image's features are from those asked for, and what images look like."""
+"""The objective of a search: the distance of an image's features to the targets, and the regularisers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ STEP = 0.01
 
 
 def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerImage:
-    """`|f - f0|^2 / |f0|^2` of each image (Mahendran & Vedaldi 2015, section 3), the mean over layers."""
+    """Compute the feature distance `|f - f0|^2 / |f0|^2` of each image, averaged over layers.
+
+    Mahendran & Vedaldi 2015, section 3.
+    """
     distances = [
         (f - t).flatten(1).square().sum(1) / t.flatten(1).square().sum(1).clamp_min(1e-20)
         for f, t in zip(features, targets, strict=True)
@@ -37,7 +40,7 @@ def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> P
 
 
 def alpha_norm(images: Images, alpha: float = 6.0) -> PerImage:
-    """`sum |x / B|^alpha / (H W)` of images around grey: holds values to the range.
+    """Compute `sum |x / B|^alpha / (H W)` of images around grey, which keeps values in range.
 
     Mahendran & Vedaldi 2015, `R_alpha = |x|_alpha^alpha` (section 3) at the weight that the paper proposes,
     `sigma^alpha / (H W B^alpha)`; sigma cancels against the paper's images of unit norm.
@@ -47,7 +50,7 @@ def alpha_norm(images: Images, alpha: float = 6.0) -> PerImage:
 
 
 def total_variation(images: Images, beta: float = 2.0) -> PerImage:
-    """`sum (dx^2 + dy^2)^(beta/2) / (H W (a B)^beta)`, forward differences, none across the border.
+    """Compute `sum (dx^2 + dy^2)^(beta/2) / (H W (a B)^beta)` from forward differences inside the image.
 
     Mahendran & Vedaldi 2015, equation 3 with the weight that goes with it, `sigma^beta / (H W (a B)^beta)`.
     """
@@ -101,7 +104,7 @@ class Objective:
         return loss, distance.detach()
 
     def _features(self, images: Images) -> list[Tensor]:
-        """Feature maps of `images` in float32, computed in bfloat16 for those images that it is exact enough for."""
+        """Return float32 feature maps of `images`, computed in bfloat16 where that is exact enough."""
         if self._mixed and self._rounding is None:
             with torch.no_grad():
                 exact, rounded = self._exact(images), self._rounded(images)
@@ -136,7 +139,7 @@ class Objective:
             return [map_.float() for map_ in self.features_of(images)]
 
     def _whitened(self, features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerImage:
-        """The mean square of the whitened differences, over channels, locations and layers."""
+        """Return the mean square of the whitened differences, over channels, locations and layers."""
         parts = zip(self.whitening, features, targets, strict=True)
         return torch.stack(
             [torch.einsum("dc,bcn->bdn", w, (f - t).flatten(2)).square().mean((1, 2)) for w, f, t in parts]

@@ -1,4 +1,4 @@
-"""What stands for the images while they are searched for: a start, and a correction made of parameters."""
+"""Parametrisations of the images during a search: a start plus a correction computed from parameters."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ Images = Float[Tensor, "batch 3 height width"]
 
 
 class Parametrisation(ABC):
-    """Images as `start + correction(parameters)`; `initial` is one row of parameters an image.
+    """Images as `start + correction(parameters)`, with one row of parameters for each image.
 
-    At `initial` the correction is 0. Values may leave [0, 1] while they are searched for: with a clamp the gradient
-    would be that of another objective, along which L-BFGS goes astray. They are clamped when the search has ended.
+    At `initial` the correction is 0. Values may leave [0, 1] during the search and are clamped at its end: a
+    clamp during the search would give L-BFGS gradients of a different objective, and it would go astray.
+
+    Args:
+        start: the images to start from, `(B, 3, H, W)` in [0, 1]
+        seed: seed of random weights and noise; only `Prior` has any
+        spectrum: expected size of the correction by colour and frequency; only `Fourier` uses it
     """
 
     learning_rate: float
-    """Adam's; and the root mean square of L-BFGS's first step."""
+    """Adam's learning rate, and the root mean square of L-BFGS's first step."""
 
     def __init__(self, start: Images, seed: int, spectrum: Spectrum | None = None) -> None:
         self.start = start
@@ -28,18 +33,18 @@ class Parametrisation(ABC):
     @property
     @abstractmethod
     def initial(self) -> Tensor:
-        """The parameters of the start itself, `(B, ...)`."""
+        """Parameters of the start itself, `(B, ...)`."""
 
     @abstractmethod
     def correction(self, parameters: Tensor) -> Tensor:
-        """What is added to the start, `(B, 3, H, W)`."""
+        """Return the correction that is added to the start, `(B, 3, H, W)`."""
 
     def images(self, parameters: Tensor) -> Images:
         return self.start + self.correction(parameters)
 
 
 class Pixels(Parametrisation):
-    """Every pixel value by itself."""
+    """The pixel values themselves as parameters."""
 
     learning_rate = 0.01
 
@@ -52,12 +57,12 @@ class Pixels(Parametrisation):
 
 
 class Fourier(Parametrisation):
-    """Amplitudes of frequencies, each scaled by the root of what is expected of it, in decorrelated colours.
+    """Amplitudes of frequencies in decorrelated colours, each scaled by the root of its expected power.
 
-    Without a `spectrum` natural images are expected: amplitudes of 1/f, as Olah, Mordvintsev & Schubert (2017),
-    "Feature Visualization", have them. With one (see `DecoderErrors`) it is the error that the start's
-    decoder makes. Then the point that gradient steps or L-BFGS approach from 0 is, as far as the encoder is linear,
-    the mean of a Gaussian posterior: what the features do not determine follows what they do as it usually does.
+    Without a `spectrum` the expectation is that of natural images, amplitudes of 1/f, as in Olah, Mordvintsev
+    & Schubert (2017), "Feature Visualization". With one (see `DecoderErrors`) it is that of the errors of the
+    start's decoder. Gradient steps or L-BFGS from 0 then approach, if the encoder is linear, the mean of a
+    Gaussian posterior: whatever the features do not determine takes the value expected from what they do.
     """
 
     learning_rate = 0.02
@@ -66,7 +71,7 @@ class Fourier(Parametrisation):
         super().__init__(start, seed)
         size = tuple(start.shape[-2:])
         roots = natural_spectrum(size) if spectrum is None else spectrum
-        # A typical parameter of 1 is a typical correction, whatever the spectrum's own scale.
+        # Normalised, so that parameters of size 1 give corrections of size 1 for any scale of the spectrum.
         roots = roots[radii(size)]
         roots = roots / roots.square().sum((-2, -1)).mean().div(3).sqrt()
         self.roots = roots.to(start.device, torch.complex64)
@@ -81,10 +86,10 @@ class Fourier(Parametrisation):
 
 
 class Prior(Parametrisation):
-    """The weights of an untrained hourglass with skips, fed fixed noise: a deep image prior.
+    """Weights of an untrained hourglass network with skips and a fixed noise input: a deep image prior.
 
-    After Ulyanov, Vedaldi & Lempitsky (2018), smaller, and with its last layer at 0, so that it begins as no
-    correction at all. Every image has weights of its own, all begin alike.
+    After Ulyanov, Vedaldi & Lempitsky (2018), but smaller, and with its last layer at 0, so that the first
+    correction is 0. Every image has its own weights; all start from the same values.
     """
 
     learning_rate = 0.003
@@ -144,17 +149,18 @@ PARAMETRISATIONS = {"pixels": Pixels, "fourier": Fourier, "prior": Prior}
 Spectrum = Float[Tensor, "radii 3 3"]
 
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.0, -0.05), (0.27, -0.09, 0.03))
-"""Root of the colour covariance of natural images: lightness, red-blue, green-purple (Lucid, Olah et al. 2017)."""
+"""Square root of the colour covariance of natural images (Lucid, Olah et al. 2017): a row for each of red,
+green and blue, a column for each of lightness, red-blue and green-purple."""
 
 
 def radii(size: tuple[int, int]) -> Int[Tensor, "height half"]:
-    """The whole number of cycles along the longer side, for each frequency of `rfft2`."""
+    """Return the number of cycles along the longer side, rounded, for each frequency of `rfft2`."""
     height, width = size
     down, right = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
     return (down.square() + right.square()).sqrt().mul(max(size)).round().long()
 
 
 def natural_spectrum(size: tuple[int, int]) -> Spectrum:
-    """Roots of the covariance of colours by radius, for images in general: amplitudes fall with 1/f."""
+    """Return square roots of the colour covariance of natural images by radius; amplitudes fall with 1/f."""
     amplitude = 1 / torch.arange(int(radii(size).max()) + 1).clamp_min(1)
     return amplitude[:, None, None] * torch.tensor(COLOURS)

@@ -1,4 +1,4 @@
-"""The searches that start from a decoder's answer, and what they learn from validation images before they start."""
+"""Searches that start from a decoder's reconstruction, prepared with the help of validation images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,14 @@ Images = Float[Tensor, "batch 3 height width"]
 
 @dataclass(frozen=True)
 class Refinement:
-    """A search that starts from a decoder's answer, as `measure` takes it."""
+    """Search that starts from a decoder's reconstruction; `measure` calls it.
+
+    Attributes:
+        reconstructor: encoders and decoder
+        method: settings of the search
+        errors: statistics of the decoder's errors; None takes natural images and plain features
+        seed: seed of the search
+    """
 
     reconstructor: Reconstructor
     method: InvertConfig
@@ -48,19 +55,26 @@ class Refinement:
         return self.method.steps
 
     def __call__(self, images: Images, **options: Any) -> Inversion:
-        """Refine what the decoder makes of `images`."""
+        """Refine the decoder's reconstructions of `images`."""
         targets = encode(self.reconstructor.encoders, images)
         return self.of_features(targets, tuple(images.shape[-2:]), **options)
 
     def of_features(self, targets: Sequence[Tensor], size: tuple[int, int], **options: Any) -> Inversion:
-        """Refine what the decoder makes of feature maps; options are `invert`'s."""
+        """Refine the decoder's images of feature maps; the options are those of `invert`."""
         settings = {"method": self.method, "errors": self.errors, "seed": self.seed}
         return refine_features(self.reconstructor, targets, size, **settings, **options)
 
 
 @dataclass(frozen=True)
 class BestEstimate:
-    """A refinement and what was learned to correct in it, as `measure` takes it."""
+    """Search for best estimates, which corrects refined images; `measure` calls it.
+
+    Attributes:
+        refinement: search for the refined images
+        corrector: network that corrects them
+        precision: `32-true`, or `bf16-mixed` to run the corrector in bfloat16
+        batches: refined images that are stored already
+    """
 
     refinement: Refinement
     corrector: Corrector
@@ -74,7 +88,7 @@ class BestEstimate:
     def __call__(
         self, images: Images, *, progress: Progress = silent, callback: Any = None, **_: Any
     ) -> Inversion:
-        """Refine `images`, unless that is kept, and correct."""
+        """Refine `images`, or load them refined from `batches`, and correct them."""
         found, _ = search_batch(self.refinement, images, self.steps, progress=progress, batches=self.batches)
         result = self._corrected(encode(self.refinement.reconstructor.encoders, images), found)
         if callback is not None:
@@ -82,7 +96,7 @@ class BestEstimate:
         return result
 
     def of_features(self, targets: Sequence[Tensor], size: tuple[int, int], **options: Any) -> Inversion:
-        """Refine and correct what the decoder makes of feature maps."""
+        """Refine and correct the decoder's images of feature maps."""
         return self._corrected(targets, self.refinement.of_features(targets, size, **options))
 
     @torch.no_grad()
@@ -97,7 +111,11 @@ class BestEstimate:
 def decoder_errors(
     reconstructor: Reconstructor, image_set: ImageSet | None, count: int, device: str
 ) -> tuple[DecoderErrors | None, list[str]]:
-    """Learn a decoder's errors on the first `count` of some images; None without, and what a reader has to know."""
+    """Estimate the statistics of a decoder's errors from the first `count` images of a set.
+
+    Returns:
+        the statistics, None without images, and remarks for the run's notes
+    """
     if image_set is None or not count:
         few = "no validation images" if image_set is None else "too few validation images"
         return None, [f"the decoder's errors are not known, natural images stand for them: {few}"]
@@ -123,7 +141,19 @@ def choose_passes(
     device: str,
     progress: Progress,
 ) -> tuple[Refinement, str]:
-    """The refinement with as many passes as are best for held-out images, and what a reader has to know of it."""
+    """Choose the number of passes that is best for held-out images.
+
+    Args:
+        refinement: the search, with its largest number of passes
+        image_set: the validation images; the first ones are left to `decoder_errors`
+        batches: store of finished batches
+        metrics: metrics of the choice: LPIPS, or PSNR where LPIPS is unavailable
+        device: device to compute on
+        progress: called during the search
+
+    Returns:
+        the search with that number of passes, and a remark for the run's notes
+    """
     tried, most = _others(image_set, refinement.method.held_out), refinement.method.steps
     curve: Curve = []
     for indices in tried.split(BATCH):
@@ -146,7 +176,20 @@ def learn_from(
     device: str,
     progress: Progress,
 ) -> tuple[Corrector, int]:
-    """Refine validation images, and learn what to correct in them; the corrector and how many there were."""
+    """Refine validation images and train a corrector on them.
+
+    Args:
+        refinement: the search
+        image_set: the validation images; the first ones are left to `decoder_errors`
+        config: settings of the corrector
+        batches: store of finished batches
+        seed: seed of the training
+        device: device to compute on
+        progress: called during the search and the training
+
+    Returns:
+        the corrector, and the number of images that it was trained on
+    """
     tried = _others(image_set, config.images)
     groups: list[tuple[Tensor, Tensor, Tensor]] = []
     for indices in tried.split(BATCH):
@@ -154,7 +197,7 @@ def learn_from(
         with torch.no_grad():
             decoded = refinement.reconstructor(originals).clamp(0, 1)
         found, _ = search_batch(refinement, originals, refinement.steps, progress=progress, batches=batches)
-        # In one order of memory, whether it was kept or not: sums depend on it.
+        # One memory layout for loaded and new batches, since sums depend on it.
         groups.append(tuple(part.contiguous().cpu() for part in (originals, decoded, found.images)))
         done = int(indices[-1] - tried[0]) + 1
         progress("refining images to learn the best estimate from", done, len(tried))
@@ -170,7 +213,7 @@ def _others(image_set: ImageSet, count: int) -> Tensor:
 
 
 def plain_search(encoders: MultiEncoder, method: InvertConfig, seed: int) -> Callable[..., Inversion]:
-    """Inversion from grey, as `measure` takes it."""
+    """Return a search from grey that `measure` can call."""
 
     def search(images: Images, **options: Any) -> Inversion:
         targets = encode(encoders, images)

@@ -69,30 +69,32 @@ def invert_run(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> list[Run]:
-    """Refine what a finished run's decoder makes of images until its features are those of the originals.
+    """Refine the reconstructions of a finished run until their features are those of the originals.
 
-    Each answer becomes a run folder below `root`; one that is done is not made again. What the decoder usually gets
-    wrong is learned from up to `HELD_OUT` validation images, half of them at most; the others choose the number of
-    passes and teach the best estimates.
+    Each kind of answer becomes a run folder below `root`; folders that are done are left alone. The decoder's
+    errors are learned from the first half of the validation images, at most `HELD_OUT`; the others serve to
+    choose the number of passes and to learn the best estimates.
 
     Args:
         run: a finished run of a decoder
         root: folder for the run folders
         method: settings of the search
         given: the images
-        plain: also invert the same features from grey, without the decoder or any image
-        estimate: also find the best estimates; they are learned from validation images, so there must be some
-        weights: other weights than the run's
-        seed: of the searches
-        lpips: LPIPS network of the scores; by default the one that the run was measured with
-        device: where
-        progress: is told what is being done, and how far
+        plain: also invert the same features from grey, without the decoder or any other image
+        estimate: also find the best estimates, for which there must be validation images; None to leave them
+            out
+        weights: weights of the encoders; None takes the run's own
+        seed: seed of the searches
+        lpips: LPIPS network of the scores; None takes the run's own
+        device: device to compute on
+        progress: called during searches and measurements
 
     Returns:
-        The run folders: the refined images, the best estimates, the images from grey, as far as they were asked for.
+        The run folders: of the refined images, and of best estimates and images from grey where asked for.
 
     Raises:
-        AfterimageError: the decoder cannot be loaded, or a search went astray
+        AfterimageError: the encoder is not known, the decoder cannot be loaded, there are no validation
+            images for best estimates, or a search diverged
     """
     sources, where = run.config.sources, weights or run.config.weights
     if not where:
@@ -154,7 +156,7 @@ def invert_run(
         images = counted(count, "other validation image")
         steps = learning_steps(estimate, count)
         learned = f"learned from {images}, refined alike, in {counted(steps, 'step')}"
-        # No batches: the estimates take what the refinement has kept.
+        # No batches of its own: the estimates start from those of the refinement.
         _make(
             folder, reconstructor.encoders, best, best.steps, given, [*note, learned], start, None, **options
         )
@@ -175,7 +177,7 @@ def invert_sources(
     seed: int,
     **options: Any,
 ) -> None:
-    """Invert images from grey through all sources of `encoders` at once, into a run folder."""
+    """Invert images from grey through all sources of `encoders` together, into a run folder."""
     batches = Batches(folder.path, [_made_for(encoders, "", "", given), method.steps])
     _make(
         folder,
@@ -196,7 +198,7 @@ def _decoder_alone(
 ) -> DecoderAlone:
     started = time.monotonic()
     scores = summarise(evaluate(reconstructor, image_set, metrics, batch_size=BATCH, device=device).rows)
-    # Measuring the scores is in it: an upper bound, and small beside what inversion takes.
+    # An upper bound, since it includes measuring the scores; small beside the time of an inversion.
     seconds = (time.monotonic() - started) / len(image_set)
     losses = []
     for images in image_set.batches(torch.arange(len(image_set)).split(BATCH), device=device):
@@ -209,13 +211,13 @@ def _decoder_alone(
 
 @dataclass(frozen=True)
 class _Start:
-    """The run whose decoder made the start, with what its answers have in common.
+    """The run whose decoder gives the starting images, and facts that its answers share.
 
     Attributes:
         run: the decoder's run
         digest: SHA-256 of the decoder's file
-        alone: what that decoder alone came to on the same images
-        prior: features that tell nothing; None where there are no validation images
+        alone: scores of the decoder alone on the same images
+        prior: mean feature maps of validation images; None if there are none
     """
 
     run: Run
@@ -236,7 +238,7 @@ def _start(
 
 
 def _made_for(encoders: Encoders, start: str, digest: str, given: InversionInputs) -> list[Any]:
-    """What finished batches depend on, besides their images: weights, the run and the file of the decoder, data."""
+    """Return what finished batches depend on besides their images: weights, decoder's run and file, data."""
     return [*map(asdict, encoders.weights_of(encoders.sources)), start, digest, asdict(given.facts)]
 
 
@@ -254,7 +256,7 @@ def _make(
     device: str,
     progress: Progress,
 ) -> None:
-    """Search, measure, and write the folder as any run's, and curve.csv, PSNR and feature loss by image and pass."""
+    """Search, measure and write the run folder, and `curve.csv` with the scores by image and step."""
     config = load_toml(InversionConfig, folder.file("config.toml"))
     weights = encoders.weights_of(encoders.sources)
 

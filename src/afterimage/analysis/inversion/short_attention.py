@@ -1,7 +1,8 @@
-"""Attention over the few hundred tokens of an image, in bfloat16 on a CPU, with the whole matrix of weights at hand.
+"""Attention over the few hundred tokens of an image, in bfloat16 on a CPU, which stores the attention matrix.
 
-PyTorch's kernel for CPUs never holds that matrix, which long sequences need. For short ones plain matrix products take
-a third of its time, most of it saved in the backward pass: a third of a vision transformer's pass (docs/LOG.md).
+PyTorch's kernel for CPUs never stores that matrix, which only long sequences need. It takes a third of a
+vision transformer's pass; for short sequences, plain matrix products need a third of its time and save most
+of it in the backward pass (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 MATRIX = 2**25
-"""Weights of a batch that are held at most; more are left to PyTorch's kernel."""
+"""Largest number of attention weights of a batch; larger ones are left to PyTorch's kernel."""
 
 
 class ShortAttention(TorchFunctionMode):
-    """Inside the block, `scaled_dot_product_attention` of short sequences computes in bfloat16 by matrix products.
+    """Context in which `scaled_dot_product_attention` of short sequences uses matrix products in bfloat16.
 
-    Calls with a mask, with dropout or with fewer heads of keys than of queries go where they went before.
+    Calls that are causal, or have a mask, dropout or fewer heads of keys than of queries, are left to
+    PyTorch.
     """
 
     def __torch_function__(
