@@ -28,7 +28,7 @@ from afterimage.training.trainer import Trainer
 
 @dataclass(kw_only=True)
 class AttackContext(RunContext):
-    """Run context of attackers that are trained together: one that fails is recorded, and the others go on."""
+    """Run context of attackers trained together: a failed one is recorded, and the others go on."""
 
     session: AuditSession
     conditions: dict[Run, AuditCondition] = field(default_factory=dict)

@@ -29,7 +29,7 @@ from afterimage.training.feature_loader import FeatureLoader
 CALIBRATION_BYTES = 1 << 29
 CALIBRATION_IMAGES = 128
 VALIDATION_SHARE = 5
-"""Divisor of the number of an attacker's own images that gives the number of validation images."""
+"""Number of an attacker's own images for each one that is kept for validation."""
 
 
 class DefendedFeatures(nn.Module):

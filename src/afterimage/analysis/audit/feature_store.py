@@ -1,4 +1,4 @@
-"""A leaked store of features and their images, split into pairs that an attacker may own and pairs to attack."""
+"""Leaked store of images and features, split into pairs that an attacker may own and pairs to attack."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Store:
         data: the images: those of an attacker for training and validation, and the test images to attack
         specs: shapes of the features by layer
         image_size: `(height, width)` in pixels
-        digest: SHA-256 of the split and the features
+        digest: SHA-256 of the images of each split and of all features
         notes: remarks for the audit's notes, such as how the features were understood
     """
 

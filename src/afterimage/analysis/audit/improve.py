@@ -1,4 +1,4 @@
-"""Attack beyond the decoder: refine its answers with the encoder's weights, and learn a last step from own images."""
+"""Improve a decoder's answers: refine them with the encoder's weights, and correct them to best estimates."""
 
 from __future__ import annotations
 
@@ -33,12 +33,18 @@ from afterimage.training.decoder_trainer import DecoderTrainer
 
 BATCH = 4
 Search = Callable[[list[Tensor], Tensor], Tensor]
-"""From the features that were sent, and what a decoder made of them, to images."""
+"""Function from the features that were sent, and a decoder's images of them, to refined images."""
 
 
 @dataclass
 class Answer:
-    """What one way of attacking came to: rows as of `evaluate`, images to keep, all images as they are compared."""
+    """Measurements of one kind of answer.
+
+    Attributes:
+        rows: scores from `evaluate`, one row for each image
+        images: id, original and reconstruction of the images to keep
+        small: batches of all reconstructions, reduced for re-identification
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     images: list[tuple[str, Any, Any]] = field(default_factory=list)
@@ -46,7 +52,7 @@ class Answer:
 
     @property
     def measured(self) -> tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Compared]:
-        """What `AuditSession.save` takes."""
+        """Rows, images and reconstructions as arguments of `AuditSession.save`."""
         return self.rows, self.images, joined(self.small)
 
 
@@ -62,26 +68,28 @@ def improve(
     box: Box | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Answer], float]:
-    """Improve on the answers of a trained decoder.
+    """Improve a trained decoder's reconstructions of test images, and measure the results.
 
-    With the encoder's weights each is refined until its features are those that were sent; what the decoder lacks is
-    learned from up to `HELD_OUT` images that the attacker validates on, half of them at most, and the objective sees
-    the defence without its noise, which the attacker does not know. The best estimate is learned from the others,
-    decoded and refined alike.
+    With the encoder's weights, each image is refined until its features match those that were sent. The
+    decoder's errors are learned from the first half of the attacker's validation images, at most `HELD_OUT`.
+    The objective applies the defence without its noise, which the attacker does not know. The best estimate
+    is learned from the other validation images, decoded and refined in the same way, or from all of them
+    without the encoder's weights.
 
     Args:
-        loader: gives the features as they are sent
+        loader: loader of the features that are sent
         decoder: the trained decoder
-        metrics: what is measured
+        metrics: the metrics
         refine_steps: optimisation steps for each image; 0 for an attacker without the encoder's weights
-        estimate: how the best estimate is learned; None for none
-        count: how many of the first test images are attacked
-        keep: how many images are kept with their reconstructions
-        box: part of the images that is measured by itself too; None for no part
+        estimate: settings of the best estimate; None for none
+        count: number of test images to attack, the first ones
+        keep: number of images to keep with their reconstructions
+        box: part of the images to be scored by itself too; None for no part
         progress: called with the progress
 
     Returns:
-        the answers, `refined` with `refine_steps`, `best estimate` with `estimate`, and the seconds taken
+        the answers, `refined` if there are `refine_steps` and `best estimate` if there is `estimate`, and the
+            seconds taken
     """
     started, test = time.monotonic(), loader.data.test
     precision, search = search_precision(loader.recipe.precision), None
@@ -116,7 +124,7 @@ def _learn(
     progress: Progress,
 ) -> Corrector:
     own = loader.data.validation
-    # Without a search nothing is known of the errors, so that all images serve.
+    # Without a search no images are needed for the decoder's errors, so all are available here.
     chosen = other_images(len(own), config.images) if search else range(min(config.images, len(own)))
     groups, count = [], len(chosen)
     for group in _decoded(loader, decoder, own, count, search, chosen.start):
@@ -141,10 +149,10 @@ def _decoded(
     search: Search | None,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield `count` images from the `first` on, what the decoder makes of their features, and the search of that."""
+    """Yield batches of `count` images from index `first` on, decoded images and refined images."""
     left = min(count, len(image_set) - first)
     for _, images, sent in loader.batches(image_set, torch.arange(first, len(image_set))):
-        # Whole batches are sent, since noise depends on them; fewer images of the last may be attacked.
+        # Whole batches are sent, since the noise depends on them; the last may be attacked only in part.
         attacked = torch.arange(min(left, len(images)))
         for part in attacked.split(BATCH if search else len(images)):
             targets = [maps[part].clone() for maps in sent]
@@ -157,7 +165,7 @@ def _decoded(
 
 
 def _refinement(loader: DefendedFeatureLoader, decoder: DecoderTrainer, method: InvertConfig) -> Search:
-    """The search of an attacker who has the weights."""
+    """Build the search of an attacker who has the encoder's weights."""
     defence: Defence = loader.encoders.defences[decoder.feature_indices[0]]
     encoder = loader.encoders.encoder
 
@@ -182,7 +190,7 @@ def _refinement(loader: DefendedFeatureLoader, decoder: DecoderTrainer, method: 
 def _errors(
     loader: DefendedFeatureLoader, decoder: DecoderTrainer, features_of: FeaturesOf, count: int
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Yield the decoder's errors, in images and in features, on images of the attacker's own it was not fitted on."""
+    """Yield the decoder's errors, in images and features, on the first `count` of the validation images."""
     for _, images, sent in loader.batches(loader.data.validation, torch.arange(count)):
         decoded, wanted = decoder.reconstruct(sent), decoder.select_features(sent)
         yield images - decoded, [a - b for a, b in zip(features_of(decoded), wanted, strict=True)]

@@ -1,4 +1,4 @@
-"""Run an audit: layer by layer, every defence and attacker. What is finished is not done again."""
+"""Run an audit: every defence and attacker, layer by layer. Finished conditions are not measured again."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def run_audit(
 ) -> Results:
     """Measure every condition that is not done yet, each into a folder below `root`.
 
-    A layer, a defence or an attacker that fails, whatever is raised, is noted in the results' `failures`, its folders
-    hold the traceback, and the others go on.
+    If a layer, a defence or an attacker fails with any error, it is listed in `failures` of the results, its
+    folders get the traceback, and the others go on.
 
     Args:
-        config: what is audited
+        config: the audit
         root: folder of the audit
         cache: folder of decoded images
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with the progress; its exceptions end everything
+        progress: called with the progress; an exception that it raises ends everything
 
     Returns:
-        the results of all conditions, of earlier calls too
+        the results of all conditions, including those of earlier calls
 
     Raises:
         AfterimageError: the network, its weights, the images or the text of a defence cannot be used
@@ -79,7 +79,7 @@ def run_audit(
 
 
 def _check_defences(session: AuditSession) -> None:
-    """Raise for a text that no layer allows, before anything is trained."""
+    """Raise an error for a defence that no layer allows, before anything is trained."""
     for text in session.config.defences:
         errors: list[Exception] = []
         for spec in session.target.specs.values():
@@ -96,7 +96,7 @@ def _defence(session: AuditSession, text: str, spec: FeatureSpec) -> Defence:
 
 
 def _attackers(session: AuditSession) -> Iterator[tuple[int, Data]]:
-    """Yield what each attacker owns, by the number of images; numbers that the pool does not have are left out."""
+    """Yield each attacker's number of images and the images; leave out numbers that exceed the pool."""
     pool = session.target.pool
     for count in session.config.attackers.images:
         data = attacker_data(session.target.data, pool, count, session.config.seed)
@@ -108,7 +108,7 @@ def _attackers(session: AuditSession) -> Iterator[tuple[int, Data]]:
 
 
 def _guess_blindly(session: AuditSession, condition: AuditCondition, data: Data) -> None:
-    """Measure the attacker without features, who answers with the mean of their own images."""
+    """Measure the attacker without features, who answers with the mean of their own training images."""
     if not session.is_done(condition):
         session.begin(condition)
         started = time.monotonic()
@@ -126,7 +126,7 @@ def _guess_blindly(session: AuditSession, condition: AuditCondition, data: Data)
 
 
 def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data]) -> None:
-    """Measure what every defence of one layer costs and what every attacker gets, and collect both."""
+    """Measure the cost of every defence of one layer and the attack of every attacker, and collect both."""
     config = session.config
     wanted = {
         count: [
@@ -166,7 +166,7 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
 def _fitted(
     session: AuditSession, layer: str, encoder: nn.Module | None, conditions: Sequence[AuditCondition]
 ) -> dict[str, Defence]:
-    """Fit every defence that can be on the first training images of the defender."""
+    """Fit every defence on the first training images of the audited data; leave out those that fail."""
     spec, device = session.target.specs[layer], session.fabric.device
     images, batch_size = session.target.data.train, session.config.recipe.batch_size
     maps = calibration(DefendedFeatures(spec.source, [], encoder), images, device, batch_size)
@@ -191,7 +191,7 @@ def _measure_costs(
     defences: Mapping[str, Defence],
     files: Mapping[str, Path],
 ) -> None:
-    """Measure what defences cost, and write each into its file."""
+    """Measure the costs of defences, and write each into its file."""
 
     def measure(texts: list[str]) -> None:
         chosen = [defences[text] for text in texts]

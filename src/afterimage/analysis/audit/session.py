@@ -1,4 +1,4 @@
-"""What an audit is made with and what it has found: images, networks, metrics, results, notes and failures."""
+"""State of a running audit: its images, networks and metrics, and its results, notes and failures so far."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ KEEP = 4
 
 
 class AuditSession:
-    """The surroundings of an audit, shared by everything that measures a part of it.
+    """State of a running audit, shared by everything that measures a part of it.
 
     Args:
-        config: what is audited
+        config: the audit
         root: folder of the audit
         cache: folder of decoded images
         accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with the progress; its exceptions end everything
+        progress: called with the progress; an exception that it raises ends everything
 
     Attributes:
         target: the network or store, and all images
         fabric: device and precision
-        metrics: what reconstructions are scored by
-        results: everything found so far
+        metrics: metrics of the reconstructions
+        results: all results so far
 
     Raises:
         AfterimageError: the network, its weights or the images cannot be read, or there are fewer than 2 test images
@@ -115,7 +115,7 @@ class AuditSession:
         return AuditCondition(layer, defence, decoder, images, threat_model, answer, settings)
 
     def galleries(self, layer: str) -> dict[str, Gallery]:
-        """Return the test images, and what a layer's locations see of them where that is not all, as galleries."""
+        """Return galleries of the whole test images and, if a layer sees only a part, of that part."""
         box = self.target.box(layer) if layer else None
         for one in {None, box} - self._galleries.keys():
             test = self.target.data.test
@@ -125,17 +125,24 @@ class AuditSession:
         return galleries if box is None else galleries | {SEEN: self._galleries[box]}
 
     def begin(self, condition: AuditCondition) -> Run:
-        """Return the folder of a condition that is about to be measured, without an earlier attempt's failure."""
+        """Create the folder of a condition without the failure of an earlier attempt, and return it."""
         run = condition.begin(self.root)
         forget(run)
         return run
 
     def is_done(self, condition: AuditCondition) -> bool:
-        """Whether a condition was measured, by this audit or an earlier one."""
+        """Return whether a condition has been measured, by this call or an earlier one."""
         return is_done(condition.run(self.root))
 
     def save(self, condition: AuditCondition, *measured: Any, seconds: float, notes: Sequence[str]) -> None:
-        """Write what an attacker got: `measured` are rows, images and reconstructions, see `AuditCondition.save`."""
+        """Write the result of a condition.
+
+        Args:
+            condition: the condition
+            measured: the rows, images and reconstructions of `AuditCondition.save`
+            seconds: time that the attack took
+            notes: remarks for the run's notes
+        """
         layer = condition.layer
         condition.save(
             self.root,
@@ -149,29 +156,34 @@ class AuditSession:
         )
 
     def collect(self, condition: AuditCondition, into: list[Attack]) -> None:
-        """Add the result of a condition, if it has one."""
+        """Append the result of a condition to `into`, if it is done."""
         run = condition.run(self.root)
         if run.state == "done":
             into.append(Attack.of(run, self.root))
 
     def note(self, text: str) -> None:
-        """Add a note to the results, and say it."""
+        """Add a note to the results and report it as progress."""
         self.results.notes.append(text)
         self.progress(text, 1, 1)
 
     @contextlib.contextmanager
     def ending(self, what: str, conditions: Sequence[AuditCondition] = ()) -> Iterator[None]:
-        """Inside the block an error ends `what`, with these conditions, and leaves the others alone."""
+        """Catch errors of the block and record them as the failure of `what` and of these conditions."""
         try:
             yield
         except Exception as error:
             self.failed(what, error, conditions)
 
     def failed(self, what: str, error: Exception, conditions: Sequence[AuditCondition] = ()) -> None:
-        """Note what could not be measured, in the folders of its conditions too.
+        """Record a failure in the results and in the folders of its conditions that are not done.
+
+        Args:
+            what: name of the part that failed, for the message
+            error: the error
+            conditions: the conditions that it leaves unmeasured
 
         Raises:
-            Exception: `error`, where it concerns everything
+            Exception: `error` itself if it concerns everything, see `runtime.failures.concerns`
         """
         if concerns(error) == EVERYTHING:
             raise error
@@ -193,15 +205,15 @@ class AuditSession:
 def together(
     work: Callable[[list[Item]], None], items: Sequence[Item], failed: Callable[[Item, Exception], None]
 ) -> None:
-    """Do `work` for all items at once or, where that raises, for each by itself.
+    """Do `work` for all items at once or, if that raises, for each item alone.
 
     Args:
-        work: does the work for some of the items
+        work: called with all items, or with one
         items: the items
-        failed: takes the error of a single item
+        failed: called with an item that fails alone, and its error
 
     Raises:
-        Exception: one that concerns everything, see `runtime.failures.concerns`
+        Exception: an error that concerns everything, see `runtime.failures.concerns`
     """
     if not items:
         return

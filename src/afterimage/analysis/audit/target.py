@@ -1,4 +1,4 @@
-"""Open what is audited, a timm model, an own network or a store, with its images and the attacker's."""
+"""Open the target of an audit, a network or a store of features, with its images and the attacker's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_AUGMENTATION = (
 
 @dataclass
 class AuditTarget:
-    """What is audited, with its images.
+    """Target of an audit: a network or a store of features, with all images.
 
     Attributes:
         config: the audit
@@ -33,10 +33,10 @@ class AuditTarget:
         specs: shapes of the features by layer
         weights: the network's weights; None for a store, which has no network
         image_size: `(height, width)` in pixels
-        data: test images, and the images that a defence is fitted on
+        data: test images, and training images, on which defences are fitted
         pool: images that an attacker may own
-        notes: what a reader has to know
-        normalised: mean and std of a network of one's own, which says itself what they are; None for any other
+        notes: remarks for the audit's notes
+        normalised: mean and std of a user's own network, which states them itself; None for any other
     """
 
     config: AuditConfig
@@ -49,7 +49,7 @@ class AuditTarget:
     notes: list[str] = field(default_factory=list)
     normalised: list[tuple[float, ...]] | None = None
     failures: dict[str, Exception] = field(default_factory=dict)
-    """Layers that were asked for and cannot be read, and why."""
+    """Errors of the requested layers that cannot be read, by layer."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ class AuditTarget:
 
     @property
     def is_stored(self) -> bool:
-        """Whether features come from a store."""
+        """True if the features come from a store."""
         return self.weights is None
 
     def encoder(self, layer: str) -> Encoder:
@@ -66,11 +66,11 @@ class AuditTarget:
         return _encoder(self.config, [layer])
 
     def box(self, layer: str) -> Box | None:
-        """Return the part of images that a layer's locations see; None where that is all of them."""
+        """Return the part of the images that a layer's locations see; None if they see all."""
         return seen_box([self.specs[layer]], self.image_size)
 
     def seen(self, layer: str) -> SeenPart | None:
-        """Return the same with its share of all pixels, and in words what is not seen."""
+        """Return that part with its share of all pixels and a description of the pixels that are not seen."""
         box = self.box(layer)
         if box is None:
             return None
@@ -84,7 +84,7 @@ class AuditTarget:
 def open_subject(
     config: AuditConfig, *, cache: Path | None = None, progress: Progress = silent
 ) -> AuditTarget:
-    """Find the network and its weights, or the store, and all images.
+    """Open the network and its weights, or the store, and all images.
 
     Args:
         config: the audit
@@ -92,16 +92,16 @@ def open_subject(
         progress: called with the progress
 
     Returns:
-        the target; a layer that cannot be read is left out, and is among its `failures`
+        the target; layers that cannot be read are left out and listed in its `failures`
 
     Raises:
-        AfterimageError: the network, its weights, the store or the images cannot be read, or no layer can
+        AfterimageError: the network, its weights, the store, the images or all layers cannot be read
     """
     if config.pairs:
         return _store(config)
     layers, failures = list(config.layers), {}
     try:
-        # All layers at once, so that a wrong one is told before the first is trained on.
+        # All layers at once, so that a wrong one is reported before anything is trained.
         encoder = _encoder(config, layers)
     except Exception as error:
         for layer in layers:

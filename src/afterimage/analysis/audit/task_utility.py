@@ -1,7 +1,7 @@
-"""Measure what a defence costs: how often the network still comes to its own conclusion, and the bytes sent.
+"""Measure the cost of a defence: how well the network's output is preserved, and the bytes that are sent.
 
-The whole network runs on the image; a hook puts the defended features in the place of the layer's output, so that
-any network goes on from any layer.
+The whole network runs on the image, and a hook replaces the layer's output by the defended features. So any
+network can be continued from any layer.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Change = Callable[[Tensor], Tensor]
 
 
 class Unavailable(Exception):
-    """The cost cannot be measured; the message says why."""
+    """Error of a cost that cannot be measured; the message says why."""
 
 
 @dataclass
 class Network:
-    """A whole network, and the layer in it whose features are sent.
+    """Whole network, and the layer in it whose features are sent.
 
     Attributes:
-        run: takes images `(B, 3, H, W)` in [0, 1] to the network's output
+        run: function from images `(B, 3, H, W)` in [0, 1] to the network's output
         module: module whose output holds the features
-        layout: how they lie in it
-        kind: what the network returns, `classes` or `embedding`
+        layout: layout of the features in that output
+        kind: kind of the network's output, `classes` or `embedding`
     """
 
     run: Callable[[Tensor], Any]
@@ -51,12 +51,12 @@ class Network:
 
     @property
     def prefix(self) -> int:
-        """Number of tokens that go on beside the map, undefended, before its locations or after."""
+        """Number of tokens before and after the map's locations, which are passed on undefended."""
         return self.layout.prefix + self.layout.suffix
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, change: Change | None = None, *, whole: Any = None) -> Tensor:
-        """Return final outputs `(B, K)`, with `change` applied to the layer's map, or its output replaced."""
+        """Return final outputs `(B, K)`, with `change` applied to the map or the layer's output set to `whole`."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if whole is not None:
@@ -70,7 +70,10 @@ class Network:
             handle.remove()
 
     def bypassed(self, images: Tensor) -> bool:
-        """Whether something of the image reaches the end around the layer: other images, same layer output."""
+        """Return whether the network's output depends on the image beyond the layer's output.
+
+        The output is compared with that of other images whose layer output is replaced by the original one.
+        """
         kept: list[Any] = []
         handle = self.module.register_forward_hook(
             lambda module, args, output: kept.append(tree_map_only(Tensor, torch.clone, output))
@@ -82,14 +85,15 @@ class Network:
 
 
 def whole_network(encoder: Encoder, prediction: str = "auto") -> Network:
-    """Build the network behind an encoder, with everything after the layer too.
+    """Build the whole network of an encoder, including everything after the layer.
 
     Args:
         encoder: the encoder of one layer
-        prediction: what the network returns: `classes`, `embedding` or `auto`
+        prediction: kind of the network's output: `classes`, `embedding` or `auto`
 
     Raises:
-        Unavailable: its weights hold no later layers, or its tokens lie in an order that cannot be put back
+        Unavailable: the weights lack the later layers, or the network's own order of tokens cannot be
+            restored
     """
     (layer,) = encoder._layers
     model, kind = _whole(encoder, prediction)
@@ -147,21 +151,22 @@ def measure_cost(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """Measure what defences cost.
+    """Measure the costs of defences.
 
     Args:
         network: the whole network
         defences: the fitted defences
         image_set: the test images
-        batch_size: images at a time
+        batch_size: number of images in a batch
         seed: seed of the defences' noise
-        device: where the network is
+        device: device of the network
         progress: called with the progress
 
     Returns:
-        for each defence `kind`; `score`, the share of images with the same top-1 class, or the mean cosine of
-            embeddings, with its interval; `cosine`; `bytes` of one image's features and prefix tokens, without
-            entropy coding; `plain_bytes` without the defence; `prefix_bytes`; `notes`
+        for each defence `kind`; `score`, the share of images with the same top-1 class or the mean cosine
+            similarity of embeddings, with its interval; `cosine`, that mean for either kind; `bytes` of one
+            image's features and prefix tokens, without entropy coding; `plain_bytes` without the defence;
+            `prefix_bytes`; `notes`
 
     Raises:
         Unavailable: the network does not return one vector for each image
@@ -208,13 +213,13 @@ def measure_cost(
 
 
 def no_cost(defence: Defence, reason: str) -> dict[str, Any]:
-    """Return the same where the rest of the network cannot be had: bytes alone, and why."""
+    """Return the cost of a defence without the rest of the network: bytes only, with the reason as a note."""
     sizes = {"bytes": defence.sent_bytes, "plain_bytes": defence.plain_bytes, "prefix_bytes": 0}
     return {"kind": None, "score": None, "cosine": None, **sizes, "notes": [f"cost unavailable: {reason}"]}
 
 
 def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
-    """Replace the feature map in a module's output: `Layout` backwards."""
+    """Return a module's output with its feature map replaced: the inverse of `Layout`."""
     if depth < len(layout.key):
         step = layout.key[depth]
         inner = _replaced(step_into(output, step), layout, maps, depth + 1)
@@ -224,7 +229,7 @@ def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
             return changed
         if has_fields(output):
             changed = copy.copy(output)
-            object.__setattr__(changed, step, inner)  # also where it is frozen
+            object.__setattr__(changed, step, inner)  # works for frozen dataclasses too
             return changed
         items = list(output)
         items[step] = inner
@@ -241,7 +246,7 @@ def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
 
 
 def _final(output: Any) -> Tensor:
-    """Return the one vector for each image that a network returns, `(B, K)`."""
+    """Find the vector of each image in a network's output, and return them as `(B, K)`."""
     while isinstance(output, Mapping | list | tuple) or has_fields(output):
         if has_fields(output) and not isinstance(output, Mapping):
             values = [getattr(output, name) for name in field_names(output)]

@@ -1,4 +1,4 @@
-"""The base class of a defence's parts, and the cost of sending features."""
+"""Base class of a defence's parts, and the cost of sending features."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Map = Float[Tensor, "batch _ _ _"]
 
 @dataclass(frozen=True)
 class Wire:
-    """The cost of sending one image's features.
+    """Cost of sending one image's features.
 
     Attributes:
-        values: numbers that are sent
-        bits: bits of each number
-        index_bits: bits in all that say which numbers they are
+        values: number of values that are sent
+        bits: bits of each value
+        index_bits: total bits of the values' indices
     """
 
     values: int
@@ -36,24 +36,24 @@ class Wire:
 
 
 class Part(nn.Module):
-    """One step of a defence on one feature map.
+    """Part of a defence: one step on one feature map.
 
     Attributes:
-        spec: shape of the features that go in
+        spec: shape of the input features
         sent: shape of the features that `encode` returns
-        usage: how the part is written, for messages
+        usage: syntax of the part, for messages
         generator: source of random numbers for experiments; None draws from the global generator
     """
 
     usage = ""
     learns = False
-    """Whether the part needs `fit` before it can run."""
+    """True if the part needs `fit` before it can run."""
     is_random = False
-    """Whether `encode` draws random numbers on every call, which the receiver of the features cannot repeat."""
+    """True if `encode` draws random numbers on every call, which the receiver cannot repeat."""
     preserves_positions = True
-    """Whether sent features stay at their locations in the map."""
+    """True if sent features stay at their locations in the map."""
     context: ClassVar[tuple[str, ...]] = ()
-    """Which of `seed` and `image_size` the constructor takes besides its argument."""
+    """Names of further arguments of the constructor, out of `seed` and `image_size`."""
 
     def __init__(self, spec: FeatureSpec) -> None:
         super().__init__()
@@ -62,16 +62,16 @@ class Part(nn.Module):
         self.register_buffer("fitted", torch.tensor(not self.learns))
 
     def fit(self, maps: Map) -> None:
-        """Measure what the part needs on features `(N, C, h, w)`, if anything."""
+        """Call `learn` on features `(N, C, h, w)` if the part learns, and mark it as fitted."""
         if self.learns:
             self.learn(maps)
             self.fitted.fill_(True)
 
     def learn(self, maps: Map) -> None:
-        """Measure what `encode` needs on features `(N, C, h, w)`."""
+        """Measure the statistics that `encode` and `decode` need on features `(N, C, h, w)`."""
 
     def encode(self, maps: Map) -> Map:
-        """Return the features that are sent for features `(B, C, h, w)`."""
+        """Return the features to send for features `(B, C, h, w)`."""
         return maps
 
     def decode(self, sent: Map) -> Map:
@@ -84,7 +84,7 @@ class Part(nn.Module):
 
 
 def number(part: Part, value: int | float, low: float, high: float) -> float:
-    """Return an argument as a float.
+    """Check that an argument is in range, and return it as a float.
 
     Args:
         part: the part, for the message
@@ -101,10 +101,10 @@ def number(part: Part, value: int | float, low: float, high: float) -> float:
 
 
 def by_channel(values: Tensor, maps: Tensor) -> Tensor:
-    """Reshape values of channels for broadcasting.
+    """Reshape one value per channel for broadcasting over maps.
 
     Args:
-        values: a value for each channel `(C,)`
-        maps: the maps `(B, C, h, w)` to broadcast over, which decide the device
+        values: the values `(C,)`
+        maps: the maps `(B, C, h, w)`, whose device is used
     """
     return values.to(maps.device)[:, None, None]

@@ -22,19 +22,19 @@ DEFENCES: dict[str, type[Part]] = {
     "noise": Noise, "int": Quantise, "1bit": OneBit, "topk": TopK, "pca": PCA, "drop": Drop, "pool": Pool,
     "shuffle": Shuffle,
 }  # fmt: skip
-"""The parts by name. `int` is written with its bits, as in `int8`."""
+"""Parts of defences by name; `int` is written with its bits, as in `int8`."""
 
 
 class Defence(nn.Module):
     """A chain of parts for each of several feature maps.
 
     Attributes:
-        name: text that it was built from
+        name: text from which it was built
         specs: shapes of the features
         sent_specs: shapes of the features that are sent
         plain_bytes: size in bytes of one image's features as float32
-        sent_bytes: size in bytes of what is sent for one image, without entropy coding
-        chains: the parts for each map
+        sent_bytes: size in bytes of the features sent for one image, without entropy coding
+        chains: parts for each map
     """
 
     def __init__(self, name: str, specs: Sequence[FeatureSpec], chains: Sequence[Sequence[Part]]) -> None:
@@ -53,20 +53,20 @@ class Defence(nn.Module):
 
     @property
     def preserves_positions(self) -> bool:
-        """Whether sent features stay at their locations in the map."""
+        """True if sent features stay at their locations in the map."""
         return all(part.preserves_positions for chain in self.chains for part in chain)
 
     def reseed(self, seed: int) -> None:
-        """Draw noise and orders from a seed from now on.
+        """Draw noise and random orders from generators with a fixed seed from now on.
 
-        Only for experiments: whoever knows the seed can undo the defence.
+        Only for experiments, since anyone with the seed can undo the defence.
         """
         for i, part in enumerate(part for chain in self.chains for part in chain):
             part.generator = torch.Generator().manual_seed(seed + i)
 
     @torch.no_grad()
     def fit(self, features: Maps) -> Defence:
-        """Measure scales and directions on maps `(N, C, h, w)`, each part on the output of the parts before it."""
+        """Fit each part on maps `(N, C, h, w)` after the parts before it, and return the defence."""
         for chain, maps in zip(self.chains, features, strict=True):
             for part in chain:
                 part.fit(maps)
@@ -74,11 +74,11 @@ class Defence(nn.Module):
         return self
 
     def encode(self, features: Maps, *, random: bool = True) -> list[Tensor]:
-        """Return the features that are sent.
+        """Return the features to send.
 
         Args:
             features: maps `(B, C, h, w)`
-            random: whether noise and shuffling take part
+            random: whether to apply random parts: noise and shuffling
 
         Raises:
             AfterimageError: a part has not been fitted
@@ -116,14 +116,14 @@ def create_defence(
     seed: int = 0,
     image_size: tuple[int, int] | None = None,
 ) -> Defence:
-    """Build a defence from text such as `noise:0.5+int8`, or `none`. Its parts run from left to right.
+    """Build a defence from a text such as `noise:0.5+int8`, or `none`. The parts run from left to right.
 
     Args:
         text: the parts, joined by `+`
         specs: shapes of the features
-        seed: decides which channels `drop` keeps
-        image_size: `(height, width)` of the images in pixels; needed to place what `pool` sends, if its size
-            does not divide the map
+        seed: seed of the channels that `drop` keeps
+        image_size: `(height, width)` of the images in pixels; needed to place the map that `pool` sends if
+            its size does not divide that of the features
 
     Raises:
         AfterimageError: a part is unknown or its argument is out of range; the message lists what is valid

@@ -13,8 +13,7 @@ from afterimage.config import FeatureSpec
 class Noise(Part):
     """Gaussian noise of `scale` times each channel's standard deviation over images and locations.
 
-    Noise is drawn anew on every call, so that a sender who repeats an image lets the receiver average the noise
-    away.
+    Noise is drawn anew on every call, so a receiver can average it away if an image is sent several times.
     """
 
     usage = "noise:SCALE (of each channel's standard deviation, for example noise:0.5)"
@@ -39,9 +38,10 @@ class Noise(Part):
 
 
 class Shuffle(Part):
-    """A new random order of the locations of each image; the channels of a location stay together.
+    """Random order of the locations, new for each image; the channels of a location stay together.
 
-    `decode` does not undo it, as nobody stores the order. Networks that ignore positions are hardly affected.
+    `decode` does not undo it, since the order is not stored. Networks that ignore positions are hardly
+    affected.
     """
 
     usage = "shuffle"

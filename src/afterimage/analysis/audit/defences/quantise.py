@@ -1,4 +1,4 @@
-"""Defences that send values of few bits."""
+"""Defences that send values with few bits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from afterimage.config import AfterimageError, FeatureSpec
 
 
 class Quantise(Part):
-    """Uniform quantisation to `bits` bits, between each channel's smallest and largest value in `fit`.
+    """Uniform quantisation to `bits` bits between each channel's smallest and largest value in `fit`.
 
-    Inside that range the error is at most half a step, `(max - min) / (2^bits - 1) / 2`; values outside are
-    clipped. Gradients pass straight through (Bengio et al. 2013).
+    Inside that range the error is at most half a step, `(max - min) / (2^bits - 1) / 2`; values outside it
+    are clipped. Gradients pass straight through (Bengio et al. 2013).
     """
 
     usage = "intBITS (int2 to int16, for example int8)"
@@ -36,7 +36,7 @@ class Quantise(Part):
         self.step.copy_(torch.where(step > 0, step, torch.ones_like(step)))  # constant channels have step 0
 
     def codes(self, maps: Map) -> Tensor:
-        """Return the integers that are sent, from 0 to 2^bits - 1, `(B, C, h, w)`."""
+        """Return the integers to send, from 0 to 2^bits - 1, `(B, C, h, w)`."""
         scaled = (maps - by_channel(self.low, maps)) / by_channel(self.step, maps)
         return scaled.round().clamp(0, 2**self.bits - 1).to(torch.int32)
 
@@ -52,7 +52,7 @@ class Quantise(Part):
 
 
 class OneBit(Part):
-    """One bit per value: whether it lies above its channel's mean; it decodes to the mean of that side.
+    """One bit per value, set above its channel's mean; it decodes to the mean of all values on that side.
 
     This is the two-level quantiser with the means of the two sides as levels (Lloyd 1982, eq. 5, with the
     threshold at the mean). Gradients pass straight through.
@@ -86,7 +86,7 @@ class OneBit(Part):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Replace values, and pass the gradient on unchanged."""
+    """Function that replaces values and passes the gradient on unchanged."""
 
     @staticmethod
     def forward(ctx, maps, replaced):

@@ -13,9 +13,9 @@ from afterimage.config import AfterimageError, Axis, FeatureSpec
 
 
 class TopK(Part):
-    """The `k` values of each image with the largest magnitude; the others become 0.
+    """The `k` values of largest magnitude of each image; the others become 0.
 
-    Values are sent with their indices: as numbers, or as one bit for every value of the map if that is shorter.
+    Indices are sent along: as numbers, or as one bit for each value of the map if that is shorter.
     """
 
     usage = "topk:FRACTION or topk:COUNT (values kept an image, for example topk:0.1)"
@@ -40,7 +40,7 @@ class TopK(Part):
 
 
 class PCA(Part):
-    """The first `dimensions` principal components over channels; each location of each image is a sample.
+    """The first `dimensions` principal components of the channels; each location of each image is a sample.
 
     `decode` returns the best linear approximation of that rank to the features in `fit` (Pearson 1901).
     """
@@ -78,7 +78,7 @@ class PCA(Part):
 
 
 class Drop(Part):
-    """A fixed random share of the channels is not sent; `decode` replaces these channels by their means."""
+    """All channels but a fixed random share of them; `decode` replaces the others by their means."""
 
     usage = "drop:FRACTION (of the channels, for example drop:0.5)"
     learns = True
@@ -111,10 +111,10 @@ class Drop(Part):
 
 
 class Pool(Part):
-    """Means over squares of `size` x `size` locations; `decode` enlarges them bilinearly.
+    """Means over squares of `size` x `size` locations, which `decode` upsamples bilinearly.
 
-    If the size does not divide the map, the last squares hold fewer locations. The sent map then reaches beyond
-    the image, and its position is known only if `image_size` is given.
+    If the size does not divide the map, the last squares hold fewer locations. The sent map then extends
+    beyond the image, and its position is known only if `image_size` is given.
     """
 
     usage = "pool:SIZE (places a side, for example pool:2)"
@@ -140,7 +140,7 @@ class Pool(Part):
         )
 
     def _axis(self, axis: Axis | None, count: int, pixels: int | None) -> Axis | None:
-        """Return the positions of the squares along one axis, from those of the locations."""
+        """Return the positions of the squares along one axis, computed from those of the locations."""
         if axis is None and (count % self.size == 0 or pixels is None):
             return None
         axis = axis or Axis(0.0, pixels / count, 0, pixels)
