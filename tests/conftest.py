@@ -7,30 +7,31 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
-# The same examples each time, so that a failure is one of the change that is tested; AFTERIMAGE_FUZZ=N draws new ones,
-# N times as many where input is damaged.
+# The same examples in each run, so that a failure comes from the tested change. AFTERIMAGE_FUZZ=N draws new
+# examples, and N times as many in tests that damage input.
 settings.register_profile("same examples", derandomize="AFTERIMAGE_FUZZ" not in os.environ)
 settings.load_profile("same examples")
 
 
 def pytest_configure(config) -> None:
-    """Prepare the processes that run tests; the one that only hands them out needs no torch and would be waited for."""
+    """Import torch in the processes that run tests, but not in the one that only distributes them."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
-    # Before the package: what an instrumented module imports first is compiled anew in every process.
+    # Before the package: modules first imported by an instrumented module are compiled anew in every process.
     import lightning_fabric  # noqa: F401
     import timm  # noqa: F401
     import torch
 
-    # Tests run side by side, one process a core: threads of their own would only wait for each other.
+    # Tests run in parallel, one process per core: more threads would only wait for each other.
     torch.set_num_threads(1)
 
 
 def _jaxtyped(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
-    """Check annotations, but not those of functions inside functions, whose checks are compiled anew in each call.
+    """Return a decorator that checks annotations, except of nested functions, which would be compiled in each
+    call.
 
-    What a call's arrays must have in common is followed only where a function names arrays, or a type that is not known
-    yet: it takes far longer than all other checks.
+    Shapes of arrays are compared with each other only in functions whose annotations name arrays, or a type
+    that is not yet defined, since this takes far longer than all other checks.
     """
 
     def check(found):
@@ -40,7 +41,7 @@ def _jaxtyped(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
             return jaxtyped(typechecker=typechecker)(found)
         written = dict(found.__annotations__)
         checked = typechecker(found)
-        # As they stand in the source: the reference shows them.
+        # As written in the source, for the reference.
         found.__annotations__ = checked.__annotations__ = written
         return checked
 
@@ -55,7 +56,7 @@ def _names_arrays(found) -> bool:
     return any(n not in known or getattr(known[n], "__module__", "").startswith("jaxtyping") for n in names)
 
 
-jaxtyping.jaxtyped = _jaxtyped  # what `--jaxtyping-packages` decorates every function of the package with
+jaxtyping.jaxtyped = _jaxtyped  # `--jaxtyping-packages` decorates every function of the package with it
 
 SHARED = Path(os.environ.get("AFTERIMAGE_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -69,19 +70,19 @@ def _folder(name: str, *contents: str) -> Path:
 
 @pytest.fixture(scope="session")
 def weights_folder() -> Path:
-    """A folder of real pretrained weights; the test skips where it is missing."""
+    """Return the folder of real pretrained weights; skip the test if it is missing."""
     return _folder("weights")
 
 
 @pytest.fixture(scope="session")
 def photos_folder() -> Path:
-    """A folder with `train` and `test` photographs; the test skips where it is missing."""
+    """Return the folder of `train` and `test` photographs; skip the test if it is missing."""
     return _folder("photos", "train", "test")
 
 
 @pytest.fixture(scope="session")
 def sample_images(tmp_path_factory) -> Path:
-    """A folder of twenty small images."""
+    """Return a folder of twenty small images."""
     from children import small_images
 
     return small_images(tmp_path_factory.mktemp("images"))
@@ -89,7 +90,7 @@ def sample_images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(sample_images, tmp_path_factory) -> list[dict]:
-    """The results of `small_configs`, trained by one process that nothing happened to."""
+    """Return the results of `small_configs`, trained in one process without interruption."""
     from afterimage import train_runs
     from children import result, small_configs
 
@@ -100,11 +101,11 @@ def whole(sample_images, tmp_path_factory) -> list[dict]:
 
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
-    """Reports without figures, which take most of the time that a small report takes."""
+    """Write reports without figures, which take most of the time of a small report."""
     monkeypatch.setattr("afterimage.report.figures.draw", lambda *_: iter(()))
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """A folder for decoded images."""
+    """Return a folder for decoded images."""
     return tmp_path_factory.mktemp("cache")

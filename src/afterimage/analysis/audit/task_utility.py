@@ -56,7 +56,7 @@ class Network:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, change: Change | None = None, *, whole: Any = None) -> Tensor:
-        """Return final outputs `(B, K)`, with `change` applied to the map or the layer's output set to `whole`."""
+        """Return final outputs `(B, K)`; `change` changes the map, `whole` replaces the layer's output."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if whole is not None:
