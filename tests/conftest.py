@@ -27,11 +27,11 @@ def pytest_configure(config) -> None:
 
 
 def _jaxtyped(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
-    """Return a decorator that checks annotations, except of nested functions, which would be compiled in each
-    call.
+    """Return a decorator that checks annotations, except those of nested functions.
 
-    Shapes of arrays are compared with each other only in functions whose annotations name arrays, or a type
-    that is not yet defined, since this takes far longer than all other checks.
+    The checks of a nested function would be compiled anew in each call of the outer one. Shapes of arrays are
+    compared with each other only in functions whose annotations name arrays, or a type that is not yet
+    defined, since this takes far longer than all other checks.
     """
 
     def check(found):

@@ -88,8 +88,7 @@ def improve(
         progress: called with the progress
 
     Returns:
-        the answers, `refined` if there are `refine_steps` and `best estimate` if there is `estimate`, and the
-            seconds taken
+        the answers (`refined` given `refine_steps`, `best estimate` given `estimate`), and the seconds taken
     """
     started, test = time.monotonic(), loader.data.test
     precision, search = search_precision(loader.recipe.precision), None

@@ -27,7 +27,7 @@ from afterimage.runtime.progress import Progress
 
 Item = TypeVar("Item")
 KEEP = 4
-"""Test images of each condition that are stored."""
+"""Number of test images of each condition that are stored with their reconstructions."""
 
 
 class AuditSession:

@@ -92,8 +92,7 @@ def whole_network(encoder: Encoder, prediction: str = "auto") -> Network:
         prediction: kind of the network's output: `classes`, `embedding` or `auto`
 
     Raises:
-        Unavailable: the weights lack the later layers, or the network's own order of tokens cannot be
-            restored
+        Unavailable: the weights lack later layers, or the network's own order of tokens cannot be restored
     """
     (layer,) = encoder._layers
     model, kind = _whole(encoder, prediction)

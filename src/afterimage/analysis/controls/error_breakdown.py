@@ -15,7 +15,7 @@ from afterimage.evaluation.metrics import PSNR_CAP
 from afterimage.runs.controls import PLANES, REGIONS
 
 BANDS = 32
-"""Number of equally wide bands from 0 to 0.5 cycles per pixel; the corners of the spectrum are left out."""
+"""Number of equally wide frequency bands from 0 to 0.5 cycles per pixel, without the spectrum's corners."""
 CELLS = 56
 """Largest number of cells on each side of the map of the error by position."""
 WINDOW = 7
@@ -25,7 +25,7 @@ FLAT = 0.02
 COHERENT = 0.5
 """Smallest coherence of the structure tensor, in [0, 1], of an edge."""
 MATRIX = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
-"""RGB to Y, Cb and Cr by ITU-R BT.601."""
+"""Matrix from RGB to Y, Cb and Cr by ITU-R BT.601."""
 
 Images = Float[Tensor, "batch 3 height width"]
 Planes = Float[Tensor, "batch planes height width"]

@@ -20,8 +20,7 @@ Maps = Sequence[Float[Tensor, "batch _ _ _"]]
 
 
 def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
-    """Shuffle the locations of every map, in another order for each image; the channels of a location stay
-    together.
+    """Shuffle the locations of every map, differently for each image; channels of a location stay together.
 
     Args:
         features: maps `(B, C, h, w)`

@@ -35,8 +35,7 @@ class Corrector(nn.Module):
 
     The estimate is `decoded + mix * (refined - decoded) + scale * network`. Training starts from the given
     `mix`, the best single number, and from a last layer of zeros. The constant `scale` is the size of the
-    remaining error, so that corrections are as fine for a layer that is nearly inverted as for one that is
-    not.
+    remaining error, so that corrections are fine enough for a layer that is nearly inverted, too.
 
     Args:
         channels: width at half resolution; lower resolutions have twice and four times as many channels

@@ -38,14 +38,12 @@ def bound_controls(
     *,
     device: str = "cpu",
 ) -> BoundControls:
-    """Score the images found where they should fail, against other originals, and identify their own
-    originals.
+    """Score images found against other originals, where they should fail, and identify their own originals.
 
     Args:
         images: id, original and image found, uint8 `(H, W, 3)`, of each image
         metrics: the metrics of the measured bound itself
-        prior: image that the same procedure finds for `mean_features`, `(1, 3, H, W)` in [0, 1]; None for
-            none
+        prior: image that the same procedure finds for `mean_features`, `(1, 3, H, W)` in [0, 1], or None
         device: device to measure on
 
     Returns:

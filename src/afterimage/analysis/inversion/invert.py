@@ -76,15 +76,14 @@ def invert(
             handles each image independently of the others.
         targets: the feature maps of the images to find, `(B, ...)` each.
         size: height and width of the images in pixels.
-        start: images in [0, 1] to start from; of several starts the first is this one, the others add noise
-            to it.
+        start: images in [0, 1] to start from; with several starts, all but the first add noise to them.
         method: settings of the search.
         errors: statistics of the start's errors, if it is a decoder's reconstruction: `fourier` uses those of
             colours and frequencies, every method those of features.
         seed: seed of the noise, of the jitter and of `prior`.
         progress: called with the number of passes and the mean feature distance.
-        callback: called with a `Snapshot` of the start, after each number of passes in `milestones`,
-            and at the end.
+        callback: called with a `Snapshot` of the start, of each number of passes in `milestones` and of the
+            end.
         milestones: numbers of passes.
 
     Returns:

@@ -149,8 +149,10 @@ PARAMETRISATIONS = {"pixels": Pixels, "fourier": Fourier, "prior": Prior}
 Spectrum = Float[Tensor, "radii 3 3"]
 
 COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.0, -0.05), (0.27, -0.09, 0.03))
-"""Square root of the colour covariance of natural images (Lucid, Olah et al. 2017): a row for each of red,
-green and blue, a column for each of lightness, red-blue and green-purple."""
+"""Square root of the colour covariance of natural images (Lucid, Olah et al. 2017).
+
+Rows are red, green and blue; columns are lightness, red-blue and green-purple.
+"""
 
 
 def radii(size: tuple[int, int]) -> Int[Tensor, "height half"]:

@@ -1,4 +1,4 @@
-"""Invert what a finished run's decoder, or grey, starts from: each answer becomes a run folder."""
+"""Invert features from a finished run's reconstructions or from grey; each answer becomes a run folder."""
 
 from __future__ import annotations
 
@@ -81,8 +81,7 @@ def invert_run(
         method: settings of the search
         given: the images
         plain: also invert the same features from grey, without the decoder or any other image
-        estimate: also find the best estimates, for which there must be validation images; None to leave them
-            out
+        estimate: also find the best estimates, which need validation images; None to leave them out
         weights: weights of the encoders; None takes the run's own
         seed: seed of the searches
         lpips: LPIPS network of the scores; None takes the run's own

@@ -1,8 +1,8 @@
 """Attention over the few hundred tokens of an image, in bfloat16 on a CPU, which stores the attention matrix.
 
 PyTorch's kernel for CPUs never stores that matrix, which only long sequences need. It takes a third of a
-vision transformer's pass; for short sequences, plain matrix products need a third of its time and save most
-of it in the backward pass (docs/LOG.md).
+vision transformer's pass. For short sequences plain matrix products need a third of its time; most of the
+saving is in the backward pass (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MATRIX = 2**25
 class ShortAttention(TorchFunctionMode):
     """Context in which `scaled_dot_product_attention` of short sequences uses matrix products in bfloat16.
 
-    Calls that are causal, or have a mask, dropout or fewer heads of keys than of queries, are left to
-    PyTorch.
+    PyTorch still handles calls that are causal or have a mask, dropout or fewer heads of keys than of
+    queries.
     """
 
     def __torch_function__(

@@ -40,8 +40,8 @@ class Noise(Part):
 class Shuffle(Part):
     """Random order of the locations, new for each image; the channels of a location stay together.
 
-    `decode` does not undo it, since the order is not stored. Networks that ignore positions are hardly
-    affected.
+    `decode` does not undo it, since the order is not stored. It hardly affects networks that ignore
+    positions.
     """
 
     usage = "shuffle"
