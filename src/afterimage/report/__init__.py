@@ -1,3 +1,6 @@
-"""Reports from run folders alone: tables, figures, report.md, the page. No torch; matplotlib only once it draws."""
+"""Reports made from run folders: tables, figures, report.md and the HTML page.
+
+Never imports torch; imports matplotlib only to draw.
+"""
 
 from afterimage.report.write import write_report

@@ -1,4 +1,4 @@
-"""Answers of a report beyond its rows: the findings, and the published figures beside ours."""
+"""Answers of a report beyond its rows: the findings and the comparison with the published figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from afterimage.report.sides import BothSides
 from afterimage.report.statistics.analysis import analyse
 from afterimage.runs.results import METRICS
 
-LONG = 12  # rows; longer tables are folded, but for those of a wide finding
+LONG = 12  # rows; longer tables are folded, except those of a wide finding
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Answers:
     """Everything that a report says beyond its rows.
 
     Attributes:
-        lead: sentence before the findings
-        findings: the findings, none where they could not be computed
-        beside: the published figures beside ours; None where no row repeats a published one
+        lead: text before the findings
+        findings: the findings; empty where they could not be computed
+        beside: comparison with the published figures; None where no row repeats a published one
         json: content of findings.json
-        problems: what could not be computed, and why
+        problems: sentences on what could not be computed, and why
     """
 
     lead: str
@@ -39,14 +39,14 @@ class Answers:
 
 
 def answer(rows: Sequence[Row], bounds: Sequence[Bound] = ()) -> Answers:
-    """Compute everything that the scores of these rows and bounds answer.
+    """Compute the findings and the comparison with the published figures.
 
     Args:
         rows: finished runs
         bounds: their measured bounds
 
     Returns:
-        the answers; what these rows cannot answer, as an `AfterimageError` says, is among the problems
+        the answers; where a part raises an `AfterimageError`, its message is among the problems
     """
     problems, lead, findings, beside = [], "", (), None
     try:
@@ -109,7 +109,7 @@ def _pair(theirs: tuple[float, float | None] | None, ours: float | None, metric:
 
 
 def markdown_findings(answers: Answers) -> list[str]:
-    """Write the section of findings as blocks: verdicts at a glance, then each finding with its tables."""
+    """Write the section of findings as blocks: a table of the verdicts, then each finding with its tables."""
     blocks = [f"> **{markdown(problem)}**" for problem in answers.problems]
     if not answers.findings:
         return blocks

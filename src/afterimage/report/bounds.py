@@ -1,4 +1,4 @@
-"""The measured bound: decoders paired with the images that were searched for from their answers."""
+"""Measured bounds: decoders paired with the images that inversions found from their reconstructions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from afterimage.runs.run import Run
 
 @dataclass(frozen=True)
 class Bound:
-    """The answers to the same test images from the same features: a decoder's, and the measured bound.
+    """Measured bound of some features, beside the decoder that it started from, on the same test images.
 
-    `estimate` is the best estimate, the images of least expected error; `refined` the most consistent images, whose
-    features fit best. Both started from the decoder. `decoder` holds its scores on these images alone, without those
-    of each image where its run is not among the rows; it is None where `refined` started from grey. In all three
-    `inversion.feature_loss` is how far the features of the images are from those of the originals.
+    In all three rows `inversion.feature_loss` is the distance of the images' features from the originals'.
+
+    Attributes:
+        decoder: the decoder, scored on these images alone; without scores by image where its run is not among
+            the rows; None where `refined` started from grey
+        estimate: the best estimate: the images of least expected error
+        refined: the most consistent images: those whose features fit best
     """
 
     decoder: Row | None
@@ -33,23 +36,23 @@ class Bound:
 
     @property
     def found(self) -> Row:
-        """A row that a search brought back: it has the features, the weights and the images of them all."""
+        """The row `refined`, else `estimate`: its features, weights and images are those of all three."""
         return next(row for row in (self.refined, self.estimate) if row)
 
     @property
     def count(self) -> int:
-        """How many test images."""
+        """Number of test images."""
         return len(self.found.per_image)
 
     @property
     def decoder_label(self) -> str:
-        """The decoder's name with what tells it from others; that of grey is empty."""
+        """Name of the decoder with its variant; empty where the search started from grey."""
         known = self.decoder and isinstance(self.decoder.config, RunConfig)
         return self.decoder.decoder_label if known else self.found.inversion.start_decoder
 
     @property
     def answers(self) -> dict[str, Row]:
-        """The rows that there are, by what their images are."""
+        """Existing rows by the name of their answer, such as `best estimate`."""
         consistent = "most consistent" if self.decoder else "most consistent, from grey"
         rows = {f"decoder {self.decoder_label}": self.decoder}
         return {
@@ -57,21 +60,21 @@ class Bound:
         }
 
     def best(self, metric: str) -> Row:
-        """The row that bounds this metric: the most consistent image bounds LPIPS, the best estimate the others.
+        """Return the row that bounds a metric: for LPIPS the most consistent image, else the best estimate.
 
-        Where there is only one of them, it stands for both.
+        Where only one of the two exists, it bounds every metric.
         """
         first, second = (self.refined, self.estimate) if metric == "lpips" else (self.estimate, self.refined)
         return first or second or self.found
 
     def missed(self, metric: str) -> dict[str, float]:
-        """How much higher the bound's score is than the decoder's, by image; empty where one of them has none."""
+        """Return the bound's score minus the decoder's by image; empty where either is unknown by image."""
         decoder, bound = self.decoder.values(metric) if self.decoder else {}, self.best(metric).values(metric)
         return {name: bound[name] - value for name, value in decoder.items() if name in bound}
 
 
 def bounds_of(rows: Rows) -> tuple[Bound, ...]:
-    """Every decoder with what was found from it, by test images, in the order of the rows."""
+    """Group inversions of equal features, start, test images and LPIPS network into bounds, in row order."""
     decoders = {row.run.name: row for row in rows.decoders}
     groups: dict[tuple[Any, ...], dict[bool, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows.inversions:
@@ -90,7 +93,7 @@ def bounds_of(rows: Rows) -> tuple[Bound, ...]:
 
 
 def main_bounds(bounds: Sequence[Bound]) -> tuple[Bound, ...]:
-    """Of the bounds that started from a decoder each decoder's on the most images: what figures and verdicts show."""
+    """Return each decoder's bound on the most images, which figures and verdicts show; none from grey."""
     widest: dict[tuple[str, str], Bound] = {}
     for bound in bounds:
         key = (bound.found.inversion.start, bound.found.origin)
@@ -100,7 +103,7 @@ def main_bounds(bounds: Sequence[Bound]) -> tuple[Bound, ...]:
 
 
 def by_decoder(bounds: Sequence[Bound]) -> dict[str, list[Bound]]:
-    """The main bounds by their decoder's name; first that of the most layers, among equals of the highest PSNR."""
+    """Group the main bounds by decoder: that of the most layers first, then that of the highest mean PSNR."""
     groups: dict[str, list[Bound]] = defaultdict(list)
     for bound in main_bounds(bounds):
         groups[bound.decoder_label].append(bound)
@@ -112,7 +115,7 @@ def by_decoder(bounds: Sequence[Bound]) -> dict[str, list[Bound]]:
 
 
 def to_compare(bounds: Sequence[Bound]) -> tuple[list[Row], list[Row]]:
-    """The decoders on the images of their bounds, and the same rows with the bounds' scores: what verdicts compare."""
+    """Return decoders on the images of their bounds, and the same rows with the bounds' scores."""
     decoders = [bound for bound in main_bounds(bounds) if bound.decoder.per_image]
     answers = []
     for bound in decoders:
@@ -127,18 +130,16 @@ def to_compare(bounds: Sequence[Bound]) -> tuple[list[Row], list[Row]]:
 
 
 SAME = 0.05
-"""dB by which the mean PSNR over the same images may differ from one measurement to the next, in bfloat16 too."""
+"""Largest difference in dB between two measurements of one mean PSNR, also in bfloat16."""
 
 
 def _alone(found: Row, run: Row | None) -> Row:
-    """The decoder that an inversion started from, measured on the inversion's images.
+    """Return the decoder that an inversion started from, measured on the inversion's images.
 
-    Where `run`, the decoder's row, has scored other images, or none, there are no scores by image.
+    Scores by image are left out where `run`, the decoder's row, lacks images or has another mean PSNR.
     """
     alone, facts, rows = found.inversion.decoder_alone, found.inversion, ()
-    run = (
-        run if run and run.origin == found.origin else None
-    )  # a search through other weights has another decoder
+    run = run if run and run.origin == found.origin else None  # not the same encoder weights
     ids = [image["id"] for image in found.per_image]
     if run and set(ids) <= (known := {image["id"]: image for image in run.per_image}).keys():
         rows = tuple(known[i] for i in ids)
@@ -153,11 +154,11 @@ def _alone(found: Row, run: Row | None) -> Row:
 
 
 PAST = 0.1
-"""From so many dB below its peak on, an inversion has gone on for too long."""
+"""Fall in dB below its peak PSNR from which an inversion counts as run for too long."""
 
 
 def features_of(row: Row) -> str:
-    """What an inversion was made of: its sources, and whether an encoder was an untrained control."""
+    """Return an inversion's sources, with the label of its weights where they are not pretrained."""
     return named_features(" + ".join(row.sources), row.origin)
 
 
@@ -166,18 +167,18 @@ def named_features(sources: str, weights: str) -> str:
 
 
 def searched(inversions: Sequence[Row]) -> list[Row]:
-    """Those of the inversions that one search made, pass by pass: all but the best estimates."""
+    """Return the inversions that come from a search pass by pass: all but the best estimates."""
     return [row for row in inversions if row.config.estimate is None]
 
 
 def curve(folder: Run) -> list[dict[str, Any]]:
-    """A row an image and pass of a search, from its start, `step` 0, on; empty where the run kept none."""
+    """Return a row for each image and pass of a search, `step` 0 being the start; empty if none was kept."""
     path = folder.file("curve.csv")
     return read_csv(path) if path.exists() else []
 
 
 def mean_curve(folder: Run) -> list[tuple[int, float]]:
-    """Passes, and the mean PSNR over an inversion's images after so many."""
+    """Return pairs of a number of passes and the mean PSNR over an inversion's images after them."""
     values = defaultdict(list)
     for row in read_csv(folder.file("curve.csv")):
         values[row["step"]].append(row["psnr"])
@@ -185,5 +186,5 @@ def mean_curve(folder: Run) -> list[tuple[int, float]]:
 
 
 def highest(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
-    """The point of a curve with the highest PSNR."""
+    """Return the point of a curve with the highest PSNR."""
     return max(curve, key=lambda point: point[1])

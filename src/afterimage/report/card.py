@@ -1,4 +1,4 @@
-"""The model card of a repository of decoders: what it is, how good, on what, and what it does not show."""
+"""Model card of a repository of decoders: description, scores, data and limitations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from afterimage.runs.repository import CARD_KEY, DECODER, IMAGE_GRID, LIBRARY, P
 from afterimage.runs.results import METRICS
 
 TASK = "image-to-image"
-"""The hub's name of the task that is nearest: features of an image to the image."""
+"""The hub's closest task to rebuilding an image from its features."""
 BIBTEX = """```bibtex
 @software{afterimage,
   title = {afterimage: how much of an image is left in the features of a frozen vision encoder?},
@@ -42,15 +42,15 @@ def model_card(
     license: str,
     version: str,
 ) -> str:
-    """Write a card, metadata first, that the hub's client reads back.
+    """Write a card that starts with metadata in the form that the hub's client reads.
 
     Args:
         rows: the published decoders, and the baselines and inversions of the same test images
         name: `USER/NAME`
         published: the decoders by the names of their runs
-        shown_images: whose images the image grid shows
-        license: identifier of the licence of the decoders, as the hub has it
-        version: of afterimage
+        shown_images: description of the images in the image grid
+        license: the hub's identifier of the decoders' licence
+        version: version of afterimage
     """
     bounds = bound_findings(bounds_of(rows))
     controls = control_findings(rows.decoders)
@@ -96,7 +96,7 @@ def model_card(
 
 
 def _metadata(rows: Rows, name: str, published: Mapping[str, PublishedDecoder], license: str) -> str:
-    """The card's YAML, with the results as the hub's `model-index`."""
+    """Return the card's YAML metadata, with the results as the hub's `model-index`."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = []
@@ -160,7 +160,7 @@ def _decoders(published: Mapping[str, PublishedDecoder]) -> Iterable[str]:
 
 
 def _data(rows: Sequence[Row]) -> Iterable[str]:
-    """The images of each distinct set of them, and how the decoders learned from them."""
+    """Describe each distinct set of images, and the training of each decoder."""
     lines = ["| images | training | validation | test | side | digest | test digest |", "|" + " --- |" * 7]
     for row in rows:
         data = row.data

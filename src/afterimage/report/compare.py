@@ -1,6 +1,7 @@
-"""Where encoders stand among those of an atlas: rows that were measured alike, of about as many feature values.
+"""Ranks of encoders among rows of an atlas that were measured alike and have about as many feature values.
 
-An atlas is a table of rows, the `table.csv` of a report, by anybody; one's own run folders come to the same rows.
+An atlas is a table in the format of a report's `table.csv`, published by anyone. The user's own run folders
+are converted to the same rows.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ COLUMNS = (
     "sources", "decoder", "weights", "values_per_pixel", "data_digest", "crop", "passes", "lpips_net",
     *(f"{metric}_mean" for metric in METRICS),
 )  # fmt: skip
-"""The columns of an atlas that are read."""
+"""Columns of an atlas that are read."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What must be the same before scores of two rows compare.
+    """Conditions that must be equal before scores of two rows compare.
 
     Attributes:
-        answer: what made the images: the decoder's name, `linear + refined` and the like for a measured bound
-        passes: at most so many passes of a bound's search; 0 for a decoder
+        answer: method that made the images: a decoder's name, or `linear + refined` and the like for a bound
+        passes: largest number of passes of a bound's search; 0 for a decoder
         images: digest of the images, their split and size
         crop: size of the crops in pixels, as text
     """
@@ -52,12 +53,12 @@ class Entry:
     """One row of an atlas.
 
     Attributes:
-        features: its layers, `model:layer` joined by ` + `
+        features: the layers as `model:layer`, joined by ` + `
         weights: label of the encoder's weights
-        values: feature values for each value of the image
-        measured: how it was measured
+        values: number of feature values for each value of the image
+        measured: conditions of the measurement
         scores: mean of each metric over the test images; without LPIPS where that is unavailable
-        net: LPIPS network
+        net: name of the LPIPS network
     """
 
     features: str
@@ -69,7 +70,7 @@ class Entry:
 
     @property
     def encoder(self) -> str:
-        """The encoder's name; of several sources all of them."""
+        """Name of the encoder; for several sources all layers."""
         return self.features if " + " in self.features else self.features.rpartition(":")[0]
 
     @property
@@ -81,17 +82,17 @@ class Entry:
         return f"{self.features} ({weights_text(self.weights)})" if self.is_random else self.features
 
     def has(self, metric: str, net: str) -> bool:
-        """Whether it was measured by this metric, LPIPS by this network."""
+        """Return True if the row was measured by this metric, LPIPS by this network."""
         return metric in self.scores and (metric != "lpips" or self.net == net)
 
     def compares(self, other: Entry, metric: str) -> bool:
-        """Whether both were measured alike by this metric, LPIPS by one network."""
+        """Return True if both rows were measured alike by this metric, LPIPS by the same network."""
         return metric in self.scores and self.measured == other.measured and other.has(metric, self.net)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One row of one's own, and the rows of the atlas that it is ranked with."""
+    """One of the user's rows, `mine`, and the rows of the atlas that it may be ranked with."""
 
     mine: Entry
     others: tuple[Entry, ...]
@@ -100,7 +101,7 @@ class Standing:
         return [other for other in self.others if self.mine.compares(other, metric)]
 
     def place(self, metric: str) -> tuple[int, int] | None:
-        """Rank from 1 on and how many are ranked, equals first; None where there is nothing to rank."""
+        """Return the rank, from 1 on, ties first, and the number of ranked rows; None without rivals."""
         rivals = self.rivals(metric)
         if not rivals:
             return None
@@ -109,19 +110,19 @@ class Standing:
         return 1 + len(ahead), 1 + len(rivals)
 
     def first(self, metric: str) -> Entry | None:
-        """The best of them all, one's own row among equals."""
+        """Return the best row, the user's own among equals; None where it lacks the metric."""
         every = [self.mine, *self.rivals(metric)] if metric in self.mine.scores else []
         return max(every, key=lambda entry: METRICS[metric].sign * entry.scores[metric], default=None)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows among those of an atlas.
+    """The user's rows ranked among those of an atlas.
 
     Attributes:
-        standings: each of one's own rows that something was measured like
-        atlas: the rows of the atlas that were measured like one of them, of any number of values
-        within: factor that the numbers of values of ranked rows lie within
+        standings: each of the user's rows for which the atlas has rows measured alike
+        atlas: rows of the atlas that were measured like one of the user's, of any number of values
+        within: largest ratio of the numbers of values of ranked rows
         remarks: sentences on what was left out, and why
     """
 
@@ -132,13 +133,13 @@ class Comparison:
 
     @property
     def columns(self) -> list[tuple[str, str]]:
-        """What one's own rows were measured by, see `score_columns`."""
+        """Metrics and LPIPS networks of the user's rows, see `score_columns`."""
         mine = [standing.mine for standing in self.standings]
         return score_columns(sorted({entry.net for entry in mine if "lpips" in entry.scores}))
 
 
 def read_atlas(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of an atlas, a report's table as CSV, or as Parquet of the same columns.
+    """Read the rows of an atlas: a report's table as CSV, or Parquet with the same columns.
 
     Raises:
         AfterimageError: the file cannot be read
@@ -164,7 +165,7 @@ def entries(records: Iterable[Mapping[str, Any]], where: str) -> tuple[Entry, ..
         where: name of the table, for errors
 
     Raises:
-        AfterimageError: a column is missing, or a number is none
+        AfterimageError: a column is missing, a value is not a finite number, or no row is left
     """
     found = []
     for count, record in enumerate(records, 1):
@@ -196,17 +197,17 @@ def entries(records: Iterable[Mapping[str, Any]], where: str) -> tuple[Entry, ..
 
 
 def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.5) -> Comparison:
-    """Rank rows among those of an atlas that were measured alike and have about as many feature values.
+    """Rank the user's rows among atlas rows that were measured alike and have about as many feature values.
 
-    Rows of the atlas with random weights are not ranked, nor its own copies of one's rows.
+    Rows of the atlas with random weights are not ranked, nor its copies of the user's rows.
 
     Args:
-        mine: one's own rows
+        mine: the user's rows
         atlas: rows of the atlas
         within: largest ratio of the numbers of feature values
 
     Raises:
-        AfterimageError: nothing in the atlas was measured as one's own rows, or `within` is below 1
+        AfterimageError: nothing in the atlas was measured like the user's rows, or `within` is below 1
     """
     if not 1 <= within < math.inf:
         raise AfterimageError(f"within must be a factor of 1 or more, got {within:g}")
@@ -234,7 +235,7 @@ def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.
 
 
 def standings_table(comparison: Comparison) -> Numbers:
-    """Return the ranks as a table: a line for each of one's own rows, a column for each metric, and the first."""
+    """Return a table of ranks: a line for each of the user's rows, a column for each metric and the best row."""
     columns, lines = comparison.columns, []
     for standing in comparison.standings:
         mine, cells = standing.mine, []

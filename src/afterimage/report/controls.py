@@ -1,4 +1,4 @@
-"""Set the controls that run folders hold in words and tables. See `afterimage.analysis.controls.run`."""
+"""Controls of run folders in words and tables. See `afterimage.analysis.controls.run`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from afterimage.runs.controls import PLANES, REGIONS, STAND_INS, CodecPoint, Pla
 from afterimage.runs.results import Interval
 
 DETAIL = 0.125
-"""Cycles a pixel, periods of 8 pixels: above it the gap of a perceptual loss is told."""
+"""Frequency in cycles a pixel (periods of 8 pixels) above which luma counts as detail."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_parts(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
     """Read one part of every row that has it.
 
     Returns:
-        the parts, and what is wrong with files that do not read
+        the parts, and messages on files that cannot be read
     """
     found, problems = [], []
     for row in rows:
@@ -53,7 +53,7 @@ def read_parts(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
 
 
 def control_findings(rows: Sequence[Row]) -> list[Finding]:
-    """Make findings of the controls of these rows; none where no run folder holds any."""
+    """Return findings on the controls of these rows; none where no run folder contains any."""
     findings = []
     for part, (title, make) in MAKERS.items():
         found, problems = read_parts(rows, part)
@@ -71,19 +71,19 @@ def name(row: Row) -> str:
 
 
 def decoder(row: Row) -> str:
-    """Write the decoder of a row, with the random control that it is, if it is one."""
+    """Write the decoder of a row, with the name of its random control if it is one."""
     return row.decoder_label + (f" ({row.control})" if row.is_random else "")
 
 
 def share_lost(part: Part, plane: str) -> list[tuple[float, float]]:
-    """Return `(cycles a pixel, power of the error over power of the image)` for each band that has any."""
+    """Return `(cycles a pixel, error power over image power)` for each band that has image power."""
     spectrum = part.facts.spectra[plane]
     triples = zip(part.facts.frequencies, spectrum.error, spectrum.image, strict=True)
     return [(f, e / p) for f, e, p in triples if e is not None and p]
 
 
 def at_size(curve: Sequence[CodecPoint], bits: float) -> float | None:
-    """Interpolate a codec's mean PSNR at a mean size, along the logarithm of the size; None outside its curve."""
+    """Interpolate a codec's mean PSNR at a mean size in bits a pixel (log scale); None outside its curve."""
     return _between([(math.log(c.bits_per_pixel), c.psnr) for c in curve], math.log(bits))
 
 
@@ -94,7 +94,7 @@ def at_psnr(curve: Sequence[CodecPoint], psnr: float) -> float | None:
 
 
 def curve_of(part: Part, codec: str) -> list[CodecPoint]:
-    """Return the points of one codec by size."""
+    """Return the points of one codec, sorted by size."""
     curve = [c for c in part.facts.codecs if c.codec == codec]
     return sorted(curve, key=lambda c: c.bits_per_pixel)
 
@@ -128,7 +128,7 @@ def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
 
 
 def _against_random(rows: Sequence[Row]) -> Iterable[Numbers]:
-    """Pretrained rows beside the same rows with random weights, a table for each random control."""
+    """Compare pretrained rows with the same rows on random weights, in a table for each random control."""
     lines = defaultdict(list)
     for trained, random in product(rows, rows):
         if not trained.is_random and random.is_random and _differ_only_in(trained, random, "weights"):
@@ -142,7 +142,7 @@ def _against_random(rows: Sequence[Row]) -> Iterable[Numbers]:
 
 
 def _differ_only_in(a: Row, b: Row, *but: str) -> bool:
-    """Whether two rows were asked for alike but for these settings (and how they were measured)."""
+    """Return True if two rows have the same settings except for these and those of LPIPS."""
 
     def rest(row: Row) -> dict[str, Any]:
         settings = {k: v for k, v in row.settings.items() if k not in (*but, "lpips")}
@@ -154,7 +154,7 @@ def _differ_only_in(a: Row, b: Row, *but: str) -> bool:
 
 
 def _difference(a: Row, b: Row, metric: str) -> str:
-    """Write the mean difference by image, `a` less `b`, with its interval."""
+    """Write the mean over images of `a` minus `b`, with its interval."""
     one, other = a.values(metric), b.values(metric)
     gaps = [one[key] - other[key] for key in sorted(one) if key in other]
     return interval_text(mean_over_images(gaps), metric, signed=True)
@@ -197,7 +197,7 @@ def _decibels(error: float | None) -> str:
 
 
 def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
-    """Decoders trained for MSE beside the same ones trained with LPIPS, and the detail that each puts out."""
+    """Compare decoders trained for MSE with the same ones trained with LPIPS, also in detail."""
     lines = []
     for mse, other in product(parts, parts):
         losses = [str(p.row.settings.get("recipe", {}).get("loss", "mse")) for p in (mse, other)]
@@ -219,10 +219,10 @@ def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
 
 
 def _detail(part: Part) -> tuple[str, str]:
-    """Above `DETAIL`: luma power over the image's, and its correlation with the image."""
+    """Write luma power above `DETAIL` over the image's, and its correlation with the image."""
     spectrum = part.facts.spectra["luma"]
     high = [i for i, f in enumerate(part.facts.frequencies) if f > DETAIL]
-    # A band's share of the spectrum grows with its circumference.
+    # Spectra are radial averages: a band's share grows with its circumference.
     own, rebuilt, shared = (
         sum((power[i] or 0) * part.facts.frequencies[i] for i in high)
         for power in (spectrum.image, spectrum.reconstruction, spectrum.shared)

@@ -1,4 +1,4 @@
-"""A study as a data set of the hub: a row an image and run, the table of the runs, and a card."""
+"""A study as a Hugging Face data set: a row for each run and image, the table of the runs, and a card."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from afterimage.runs.results import METRICS
 from afterimage.runs.run import Run
 
 IMAGES = ("original", "reconstruction")
-"""Columns that hold images as PNG, where they may be passed on and a run keeps them."""
+"""Columns with PNG images; empty where an image may not be shared or the run kept none."""
 
 
 def dataset_files(runs: Iterable[Run], name: str, *, license: str, own_images: bool) -> dict[str, bytes]:
-    """Make the files of a data set, by path.
+    """Build the files of a data set.
 
-    Paths of this machine are in none of them, and images that are not free are numbers.
+    No file contains paths of this machine. Names of images that are not free are replaced by numbers.
 
     Args:
-        runs: the runs; those that are not finished are left out
+        runs: the runs; unfinished ones are left out
         name: `USER/NAME`
-        license: identifier of the licence, as the hub has it
-        own_images: whether images that are not free are in it all the same, with their names
+        license: the hub's identifier of the licence
+        own_images: include images that are not free as well, with their names
+
+    Returns:
+        contents of the files, by path
 
     Raises:
         AfterimageError: no run is finished, a run folder is damaged, or pyarrow is missing
@@ -47,7 +50,7 @@ def dataset_files(runs: Iterable[Run], name: str, *, license: str, own_images: b
 
 
 def _lines(row: Row, told: Row, own_images: bool) -> Iterable[dict[str, Any]]:
-    """A line for each test image of a run, with the images that it keeps if they may be passed on."""
+    """Yield a line for each test image of a run, with the images that it kept if they may be shared."""
     kept = {}
     if own_images or is_free(row.data.test or row.data.source):
         kept = {identity: pair for identity, *pair in row.run.images}
@@ -64,14 +67,14 @@ def _lines(row: Row, told: Row, own_images: bool) -> Iterable[dict[str, Any]]:
 
 
 def _png(path) -> dict[str, Any]:
-    """An image as the hub's data sets hold it, once it is known to be one."""
+    """Return an image in the format of the hub's data sets, after checking that it can be read."""
     content = path.read_bytes()
     read_image(path, content)
     return {"bytes": content, "path": None}
 
 
 def _parquet(lines: Sequence[dict[str, Any]], images: Sequence[str] = ()) -> bytes:
-    """A Parquet file; its metadata tell the hub which columns are images."""
+    """Write lines as a Parquet file whose metadata mark the image columns for the hub."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -81,7 +84,7 @@ def _parquet(lines: Sequence[dict[str, Any]], images: Sequence[str] = ()) -> byt
         ) from None
     table = pyarrow.Table.from_pylist(list(lines))
     if images:
-        # What is nowhere measured is a column of text without any, not one of no type, which the hub does not show.
+        # A column without any value becomes one of strings: the hub does not show columns of type null.
         image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
         types = {f.name: pyarrow.string() if f.type == pyarrow.null() else f.type for f in table.schema}
         types |= dict.fromkeys(images, image)

@@ -1,4 +1,4 @@
-"""The answers of a study as a report shows them: a verdict, the rule it follows, sentences, tables of numbers."""
+"""Findings of a study as a report shows them: a verdict, its rule, sentences and tables of numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Numbers:
-    """A table of text cells. Names come from run folders: escape what you set."""
+    """A table of text cells. They contain names from run folders: escape them for output."""
 
     title: str
     header: tuple[str, ...]
@@ -43,21 +43,21 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer. `verdict` and `rule` are empty where nothing is decided, only measured."""
+    """One finding. `verdict` and `rule` are empty where something is measured but nothing decided."""
 
     title: str
     verdict: str = ""
     rule: str = ""
     paragraphs: tuple[str, ...] = ()
     tables: tuple[Numbers, ...] = ()
-    wide: bool = False  # a page gives it a row of its own; its tables are open, however long
+    wide: bool = False  # takes the full width of the page; its tables are never folded
 
 
 def find(analysis: Analysis, both: BothSides | None = None) -> list[Finding]:
-    """H1, H2 and H3, degradation, costs, decoders and fusions; the ones that the rows cannot fill are left out.
+    """Return findings on H1, H2, H3, degradation, costs, decoders and fusions; those without data are left out.
 
-    The three hypotheses are always there: one that cannot be tested says what it lacks. Where there are measured
-    bounds, `both`, each is judged for them too.
+    Wherever single layers were decoded, all three hypotheses are included: one that cannot be tested says what is
+    missing. With `both`, each is judged for the measured bounds too.
     """
     if not any(row.sources for row in analysis.rows):
         return [Finding("No decoder to judge", paragraphs=(_overview(analysis),)), *_left_out(analysis)]
@@ -95,7 +95,7 @@ def _left_out(analysis: Analysis) -> list[Finding]:
 
 
 def how_to_read(analysis: Analysis) -> str:
-    """The sentence that goes before the findings."""
+    """Return the sentences before the findings."""
     text = _overview(analysis)
     if marks := dict.fromkeys(filter(None, (row.setting.control for row in analysis.rows))):
         text += f" Settings marked {' or '.join(marks)} are controls on untrained encoders: no verdict rests on them."
@@ -128,7 +128,7 @@ def _hypothesis(
 
 
 def _overall(results: Sequence[Hypothesis]) -> str:
-    """One verdict, or each with its decoders; random controls count only where there is nothing else."""
+    """Return one verdict, or each with its decoders. Random controls count only if there is nothing else."""
     counted = without_random_controls(results)
     settings: dict[str, list[str]] = {}
     for result in counted or results:
@@ -267,7 +267,7 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
         return
     rows = []
     for ranking in rankings:
-        # The first pairs are the best's with each other one, in this order.
+        # The first pairs compare the best with each other setting, in this order.
         best, *others = (
             f"{name} ({score(mean, metric)})"
             for name, mean in zip(ranking.settings, ranking.means, strict=True)
@@ -291,7 +291,7 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
 
 
 def _correlation(result: Resolution) -> list[str]:
-    """How quality goes with the number of locations, and how much of it resolution accounts for."""
+    """Describe how quality depends on the number of locations, and the share of variance by resolution."""
     if result.correlation is None:
         return []
     text = (
@@ -315,7 +315,7 @@ def _correlation(result: Resolution) -> list[str]:
 
 
 def _against(c: Comparison) -> str:
-    """A comparison in a sentence."""
+    """Describe a comparison in one sentence."""
     outcome = {"a": "better than", "b": "worse than"}.get(c.better) or ahead(c)
     return (
         f"{c.a} is {outcome} {c.b} in {METRICS[c.metric].title}: {difference(c)} "
@@ -324,7 +324,7 @@ def _against(c: Comparison) -> str:
 
 
 def _overview(analysis: Analysis) -> str:
-    """What was compared, on how many images, and how to read the numbers."""
+    """Describe what was compared, on how many images, and how to read the numbers."""
     decoded = [row for row in analysis.rows if row.sources]
     if not decoded:
         return "No finished decoder with scores of 2 images or more: nothing to compare."
@@ -340,7 +340,7 @@ def _overview(analysis: Analysis) -> str:
 
 
 def _by_other_metrics(results: Sequence[Depth | Resolution | Architectures]) -> list[str]:
-    """The verdicts by SSIM and LPIPS, in a sentence."""
+    """Return the verdicts by SSIM and LPIPS in one sentence."""
     verdicts: dict[str, dict[str, list[str]]] = {}
     for r in results:
         if r.verdict != UNTESTABLE and r.metric != results[0].metric:
@@ -353,7 +353,7 @@ def _by_other_metrics(results: Sequence[Depth | Resolution | Architectures]) -> 
 
 
 def _not_testable(results: Sequence[Depth | Resolution | Architectures]) -> list[str]:
-    """The settings that cannot answer, by what they lack."""
+    """Return a sentence for each reason why settings are not testable."""
     reasons: dict[str, list[str]] = {}
     for result in results:
         if result.verdict == UNTESTABLE and result.metric == results[0].metric:
@@ -365,7 +365,7 @@ def _not_testable(results: Sequence[Depth | Resolution | Architectures]) -> list
 
 
 def _disagreements(results: Sequence[Architectures]) -> list[str]:
-    """Pairs where one metric prefers one side and another the other: neither simply keeps more."""
+    """Describe pairs of which one metric prefers one side and another metric the other."""
     sides: dict[tuple[str, str, str], dict[str, str]] = {}
     for result in results:
         for pair in result.pairs:

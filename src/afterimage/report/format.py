@@ -1,4 +1,4 @@
-"""Format numbers, intervals and names of strangers for people."""
+"""Formatting of numbers and intervals, and escaping of names that come from run folders."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 def number(value: float, metric: str, *, signed: bool = False) -> str:
-    """Write a score with the digits and the minus sign of print; the unit is left to the caller."""
+    """Write a score with its metric's number of digits and a typographic minus sign, without the unit."""
     digits = METRICS[metric].digits
     return minus(f"{value:{'+' if signed else ''}.{digits}f}", digits)
 
 
 def minus(text: str, digits: int) -> str:
-    """Replace the hyphen of a number by a minus sign; zero has no sign."""
+    """Replace a number's hyphen by a minus sign; a number that is zero to `digits` digits has no sign."""
     zero = f"{0:.{digits}f}"
     return zero if text.lstrip("+-") == zero else text.replace("-", "−")
 
 
 def ratio(value: float) -> str:
-    """Write a number with three digits and no power of ten."""
+    """Write a number with three significant digits, from 100 on as an integer with thousands separators."""
     return minus(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", 3)
 
 
@@ -65,14 +65,14 @@ def difference(c: Comparison) -> str:
 
 
 def ahead(c: Comparison) -> str:
-    """Say how `a`, which has the better mean, stands to `b`, for example `ahead of`."""
+    """Describe how `a`, the side with the better mean, compares with `b`, for example `ahead of`."""
     if c.better == "a":
         return "ahead of"
     return "negligibly different from" if c.certain else "not told apart from"
 
 
 def told_apart(c: Comparison) -> str:
-    """Say why a comparison has no better side; empty where it has one."""
+    """Return a clause that says why neither side is better; empty where one is."""
     if c.better:
         return ""
     if c.certain:
@@ -90,14 +90,14 @@ _LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "'": r"\textquotesingle{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}",
     "±": r"$\pm$", "×": r"$\times$", "·": r"$\cdot$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
-    "[": "{[}", "*": "{*}",  # after a line's end they would be taken for its options
+    "[": "{[}", "*": "{*}",  # after a line break they would be read as its options
     "–": "--", "—": "---", "…": r"\dots{}",
 }  # fmt: skip
 _CODE = re.compile(r"[\w.:/+ @=,()\-]+")
 
 
 def plain(text: object, limit: int = 0) -> str:
-    """Make one line without control characters, cut in the middle to `limit` characters where that is given."""
+    """Return text as one line without control characters, cut in the middle to `limit` characters if set."""
     spaced = " ".join(str(text).split())
     clean = "".join(c for c in spaced if unicodedata.category(c)[0] != "C")
     if limit and len(clean) > limit:
@@ -107,12 +107,12 @@ def plain(text: object, limit: int = 0) -> str:
 
 
 def markdown(text: object) -> str:
-    """Escape text that is to show as itself in GitHub's Markdown, inside a table too."""
+    """Escape text so that GitHub's Markdown shows it literally, inside a table too."""
     return "".join(_MARKDOWN.get(c, c) for c in plain(text))
 
 
 def markdown_code(text: object) -> str:
-    """Write a code span, or escaped text where the name holds what a code span cannot."""
+    """Write a code span, or escaped text where a code span cannot hold its characters."""
     clean = plain(text)
     return f"`{clean}`" if _CODE.fullmatch(clean) else markdown(clean)
 
@@ -120,7 +120,7 @@ def markdown_code(text: object) -> str:
 def markdown_grid(
     header: Sequence[str], rows: Iterable[Iterable[str]], *, right: Collection[str] = ()
 ) -> str:
-    """Write a table of GitHub's Markdown from escaped cells; `right` are the headers of columns set flush right."""
+    """Write a GitHub Markdown table of escaped cells; `right` holds the headers of right-aligned columns."""
     rule = ["---:" if name in right else "---" for name in header]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
@@ -134,11 +134,11 @@ def markdown_block(text: str, language: str = "text") -> str:
 
 
 def latex(text: object) -> str:
-    """Escape text that is to show as itself in LaTeX (UTF-8 input, `textcomp` symbols)."""
+    """Escape text so that LaTeX shows it literally (UTF-8 input, `textcomp` symbols)."""
     return "".join(_LATEX.get(c, c) for c in plain(text))
 
 
 def spreadsheet(text: object) -> str:
-    """Escape a text cell that no spreadsheet is to take for a formula."""
+    """Escape a text cell so that no spreadsheet reads it as a formula."""
     clean = plain(text)
     return f"'{clean}" if clean[:1] in ("=", "+", "-", "@") else clean

@@ -1,4 +1,4 @@
-"""What inversions came to, in words and tables: what a layer keeps beside what its decoder shows, and the curves."""
+"""Results of inversions in words and tables: measured bounds beside decoders' scores, and the curves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from afterimage.runtime.terminal import console
 
 
 def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows for decoders, best estimates, inversions from grey and refinements, in this order for each sources."""
+    """Return rows by features: decoders, best estimates, inversions from grey and refinements, in this order."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for found in inversions:
         facts, rows = found.inversion, groups.setdefault(features_of(found), [])
@@ -55,7 +55,7 @@ def _row(
 
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """The same decoder on the same images: several refinements may start from it."""
+    """Return True for the same decoder on the same images: several refinements may start from it."""
     measured = ("way", "how", "psnr", "ssim", "lpips", "images")
     return all(row[name] == other[name] for name in measured)
 
@@ -65,9 +65,9 @@ BEYOND = "bound − decoder"
 
 
 def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
-    """Set what decoders made of images beside what was found from there, if anything was.
+    """Compare decoders with the images that inversions found from them; empty without bounds.
 
-    Scores are means over the same images with their intervals, and so are differences, paired by image.
+    Scores and differences are means over the same images with intervals; differences are paired by image.
     """
     if not bounds:
         return []
@@ -99,7 +99,7 @@ def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
 
 
 def _controls(bounds: Sequence[Bound], names: Mapping[str, str], metrics: Sequence[str]) -> Iterable[Numbers]:
-    """The scores that owe nothing to an image's own features, beside those that the bound rests on."""
+    """Tabulate scores that do not depend on an image's own features, beside those of the bound."""
     lines = []
     for bound in bounds:
         for answer, row in bound.answers.items():
@@ -174,7 +174,7 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
 
 
 def _worse(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
-    """Each metric with the layers whose bound is behind its decoder, by as much as the table's digits show."""
+    """Yield each metric with the layers whose bound is worse than its decoder in the digits of the table."""
     names = short_encoders([bound.found for bound in bounds])
     for metric in metrics:
         facts, behind = METRICS[metric], []
@@ -188,13 +188,13 @@ def _worse(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
 
 
 def feature_name(row: Row, names: Mapping[str, str]) -> str:
-    """The encoder by its short name, the layer, and whether the weights are random."""
+    """Return the encoder's short name and the layer, with the label of weights that are not pretrained."""
     what = row.label.partition(" · ")[0] if row.is_fused else f"{names[row.encoder]} {row.layer}"
     return named_features(what, row.origin)
 
 
 def mean_text(row: Row, metric: str) -> str:
-    """A mean and, where the scores of two images or more are known, its interval."""
+    """Write a mean and, where the scores of two images or more are known, its interval."""
     if (score := row.scores[metric]) is None:
         return "unavailable"
     text, interval = number(score.mean, metric), row.intervals[metric]
@@ -202,19 +202,19 @@ def mean_text(row: Row, metric: str) -> str:
 
 
 def _missed_text(bound: Bound, metric: str) -> str:
-    """The mean difference of bound and decoder with its interval, empty where it is not known by image."""
+    """Write the mean of bound − decoder with its interval; empty where it is not known by image."""
     if not (gaps := bound.missed(metric)):
         return ""
     return interval_text(mean_over_images(list(gaps.values())), metric, signed=True)
 
 
 def distance_text(distance: float) -> str:
-    """A feature distance with two digits and no power of ten."""
+    """Write a feature distance with two significant digits; below 0.0001 as `< 0.0001`."""
     return f"{distance:.2g}" if distance >= 1e-4 else "< 0.0001"
 
 
 def print_bounds(inversions: Sequence[Row]) -> None:
-    """The table of these inversions on the terminal, and of each whether it went on past its peak."""
+    """Print a table of these inversions, and a remark on each that ran past its peak."""
     from rich.table import Table
 
     table = Table(caption="measured lower bounds on what the features hold", caption_justify="left")
@@ -237,7 +237,7 @@ def print_bounds(inversions: Sequence[Row]) -> None:
             hint = ""
             if not row["peak_passes"]:
                 hint = "; the start is the best there is"
-            elif row["optimizer"] == "lbfgs":  # Adam's learning rate depends on how many steps there will be
+            elif row["optimizer"] == "lbfgs":  # Adam's learning rate depends on the number of steps
                 hint = f". --steps {row['peak_passes']} ends there"
             screen.print(
                 f"{named_features(row['sources'], row['weights'])}, {row['how']}: highest after "
@@ -249,7 +249,7 @@ def print_bounds(inversions: Sequence[Row]) -> None:
 
 
 def write_bounds(inversions: Sequence[Row], output: Path) -> list[Path]:
-    """bounds.csv, bounds.json and saturation.png and .svg below `output`; returns their paths."""
+    """Write bounds.csv, bounds.json and, for searches, saturation.png and .svg below `output`; return paths."""
     from afterimage.report.figures.inversion import draw_saturation
     from afterimage.report.figures.style import render
 

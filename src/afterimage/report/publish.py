@@ -1,4 +1,4 @@
-"""The files of a repository of decoders: run folders without what is private, manifest, grid of images, model card."""
+"""Files of a repository of decoders: run folders without private facts, manifest, image grid, model card."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ FREE = {
     "photographs": "photographs that scikit-image carries, in the public domain or free to pass on",
     "procedural": "images of dead leaves that afterimage draws",
 }
-"""Sources of images that anybody may pass on, and what they are."""
+"""Sources of images that anyone may share, and what they contain."""
 SHOWN_IMAGES = 4
-"""Images in the grid of a repository."""
+"""Number of images in a repository's image grid."""
 _IMAGE_FILE = re.compile(r"\.(avif|bmp|gif|jfif|jpe?g|jp2|mpo|p[bgnp]m|png|tiff?|webp)\b", re.IGNORECASE)
 _PATH = re.compile(r"(?<![\w.:/])(?:file:/|~)?/(?:[^\s,;:'\"()]+/)*([^\s,;:'\"()/]*)")
 
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """Images and what decoders made of them.
+    """Images and their reconstructions by several decoders.
 
     Attributes:
-        what: whose images they are, for the caption
-        originals: uint8 `(H, W, 3)` each
-        reconstructions: the same of each decoder, by the name of its run
+        what: description of the images, for the caption
+        originals: the images, uint8 `(H, W, 3)` each
+        reconstructions: the same images rebuilt by each decoder, by the name of its run
     """
 
     what: str
@@ -64,7 +64,7 @@ class ImageGrid:
 
     @property
     def png(self) -> bytes:
-        """One row of originals, below it a row a decoder."""
+        """PNG file with a row of originals, and below it a row for each decoder."""
         gap = 6
         rows = [self.originals, *self.reconstructions.values()]
         height, width = self.originals[0].shape[:2]
@@ -81,7 +81,7 @@ class ImageGrid:
 
 
 def kept_images(runs: Sequence[Run]) -> ImageGrid | None:
-    """The test images that all runs keep with their reconstructions; None where they keep none in common."""
+    """Return the first test images that all runs kept, with reconstructions; None if there are none."""
     kept = [{identity: pair for identity, *pair in run.images} for run in runs]
     ids = [i for i in kept[0] if all(i in images for images in kept)][:SHOWN_IMAGES]
     if not ids:
@@ -95,7 +95,7 @@ def kept_images(runs: Sequence[Run]) -> ImageGrid | None:
 
 
 def are_free(config: DataConfig) -> bool:
-    """Whether anybody may pass on the test images."""
+    """Return True if anyone may share the test images."""
     return is_free(config.test or config.source)
 
 
@@ -104,10 +104,10 @@ def is_free(source: str) -> bool:
 
 
 def decoders_of(runs: Sequence[Run]) -> list[Run]:
-    """The finished runs among these that have a decoder to share.
+    """Return the finished runs among these that have a decoder to share.
 
     Raises:
-        AfterimageError: there is none, or a stranger could not use one of them; the message names it
+        AfterimageError: there is none, or one cannot be used elsewhere; the message names it
     """
     found = [run for run in runs if run.has_result and run.result.kind == "decoder"]
     if not found:
@@ -126,19 +126,21 @@ def decoders_of(runs: Sequence[Run]) -> list[Run]:
 def repository_files(
     runs: Sequence[Run], beside: Sequence[Run], name: str, grid: ImageGrid, *, license: str, with_names: bool
 ) -> dict[str, bytes]:
-    """Make the files of a repository, by path.
+    """Build the files of a repository.
 
-    Paths of this machine are in none of them: of a folder its last name stays, of weights their digest. Images that
-    are not free lose their names too.
+    No file contains paths of this machine: a folder keeps its last name, weights keep their digest.
 
     Args:
         runs: runs with a decoder, see `decoders_of`
-        beside: other runs, of which those that tell of these decoders or their test images enter the card, as do
-            those in the same folders
+        beside: other runs; baselines on the same test images and bounds of these decoders enter the card,
+            as do those in the folders of `runs`
         name: `USER/NAME`
-        grid: the images it shows; they must be free to pass on
-        license: identifier of the licence of the decoders, as the hub has it
-        with_names: whether test images keep their names where they are not free
+        grid: images to show; they must be free to share
+        license: the hub's identifier of the decoders' licence
+        with_names: keep the names of test images that are not free
+
+    Returns:
+        contents of the files, by path
 
     Raises:
         AfterimageError: a run folder is damaged
@@ -176,9 +178,9 @@ def _run_files(run: Run, result: Result) -> dict[str, bytes]:
 
 
 def _public_settings(run: Run) -> dict[str, Any]:
-    """A run's configuration without paths; not a `RunConfig`, which would make them absolute again."""
+    """Return a run's configuration without paths; a `RunConfig` would make them absolute again."""
     settings = to_dict(run.config)
-    settings.pop("features", None)  # a store lies here alone; who loads the decoder has the encoder
+    settings.pop("features", None)  # a store exists only here; users of the decoder have the encoder
     for key in ("source", "test"):
         settings["data"][key] = public_source(settings["data"][key])
     if not run.result.is_random:
@@ -192,7 +194,7 @@ def _public_config(run: Run) -> RunConfig:
 
 
 def public_source(source: str) -> str:
-    """A source of images without the way to its folder: `folder:/home/me/birds` is `folder:birds`."""
+    """Return a source of images without the path of its folder: `folder:/me/birds` becomes `folder:birds`."""
     kind, colon, path = source.partition(":")
     return f"{kind}{colon}{_last(path)}" if kind in ("folder", "div2k", "webdataset", "parquet") else source
 
@@ -202,13 +204,13 @@ def _last(path: str) -> str:
 
 
 def public(results: Sequence[R], *, with_names: bool) -> list[R]:
-    """Results, or rows, without paths of this machine and without names of images that are not free.
+    """Return results, or rows, without paths of this machine and without names of images that are not free.
 
-    Images without names are numbers, the same in all of them.
+    Numbers replace the names, the same in all results.
 
     Args:
-        results: results
-        with_names: whether images keep their names where they are not free
+        results: results or rows
+        with_names: keep the names of images that are not free
     """
     private = [
         result for result in results if not (with_names or is_free(result.data.test or result.data.source))
@@ -245,7 +247,7 @@ def _public_weights(weights: UsedWeights) -> UsedWeights:
 
 
 def _card_rows(runs: Sequence[Run], beside: Sequence[Run], with_names: bool) -> Rows:
-    """The rows of a card: the decoders, and of what lies beside them the baselines and bounds on the same images."""
+    """Return the rows of a card: decoders, baselines on the same test images, and the decoders' bounds."""
     names, tests = {run.name for run in runs}, {run.result.data.test_digest for run in runs}
     folders = dict.fromkeys(run.path.resolve().parent for run in runs)
     others = {
@@ -256,7 +258,7 @@ def _card_rows(runs: Sequence[Run], beside: Sequence[Run], with_names: bool) -> 
         try:
             result = other.result if other.has_result else None
         except AfterimageError:
-            continue  # a damaged run beside those that are shared is none of theirs
+            continue  # a damaged run beside the shared ones does not concern them
         if result and (
             (result.is_baseline and result.data.test_digest in tests)
             or (result.inversion and result.inversion.start in names)
@@ -266,7 +268,7 @@ def _card_rows(runs: Sequence[Run], beside: Sequence[Run], with_names: bool) -> 
 
 
 def public_rows(rows: Rows, *, with_names: bool) -> Rows:
-    """Rows as `public` makes results, without the runs that are not finished, whose errors may name anything."""
+    """Apply `public` to rows and drop unfinished runs, whose errors may contain private names."""
     groups = (rows.decoders, rows.baselines, rows.inversions)
     shown = iter(public([row for group in groups for row in group], with_names=with_names))
     decoders, baselines, inversions = (tuple(next(shown) for _ in group) for group in groups)

@@ -1,6 +1,6 @@
-"""The published study's figures, set beside ours with the reason for the difference.
+"""Figures of the published study beside ours, with the reasons for the difference.
 
-They are Blazanovic and Khan's (2025), "Input Image Reconstruction from CNN Features", measured on DIV2K.
+The study is Blazanovic and Khan (2025), "Input Image Reconstruction from CNN Features", measured on DIV2K.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Published:
 
     Attributes:
         sources: the layers, as `model:layer`
-        decoder: our name of its decoder
+        decoder: this package's name of its decoder
         psnr: mean and deviation in dB as printed; deviations are over batch means, not over images
         ssim: the same of SSIM
         lpips: the same of LPIPS (alex)
-        parameters: exact count of the decoder's parameters; the table prints rounded ones, which for VGG16 differ
+        parameters: exact number of the decoder's parameters; the printed, rounded ones differ for VGG16
     """
 
     sources: tuple[str, ...]
@@ -94,8 +94,8 @@ class Beside:
     Attributes:
         published: the published row
         ours: mean scores; LPIPS is None where it was measured with another network than the published AlexNet
-        ceiling: best score of the published pipeline on the test images that are kept; None where none are
-        why: why the two may differ, in sentences
+        ceiling: best score of the published pipeline on the kept test images; None where none are kept
+        why: sentences on why the two may differ
     """
 
     published: Published
@@ -105,13 +105,13 @@ class Beside:
 
 
 def beside_published(rows: Iterable[Row]) -> list[Beside]:
-    """Set every row that repeats a published row beside it.
+    """Pair every row that repeats a published row with that row.
 
-    A row does when sources, decoder and its parameters agree (for the fusion: its name and size) and its weights are
-    pretrained. The data need not be DIV2K.
+    A row repeats another if sources, decoder and number of parameters agree (for the fusion: its name and
+    size) and its weights are pretrained. The data need not be DIV2K.
 
     Raises:
-        AfterimageError: an image that is kept cannot be read
+        AfterimageError: a kept image cannot be read
     """
     by_data: dict[str, list[Row]] = {}
     for row in rows:
@@ -129,7 +129,7 @@ def beside_published(rows: Iterable[Row]) -> list[Beside]:
 
 
 def _mean_psnr(row: Row, images: Collection[str]) -> float | None:
-    """Return the row's mean over these images alone, with whose ceiling it is compared."""
+    """Return the row's mean PSNR over these images alone, to compare it with their ceiling."""
     scores = [value for identity, value in row.values("psnr").items() if identity in images]
     return statistics.fmean(scores) if scores else None
 
@@ -149,12 +149,12 @@ def _counterpart(row: Row) -> Published | None:
 
 
 def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None) -> str:
-    """Say why a published score and ours differ: what is documented, what was computed here, what is inferred.
+    """Explain why a published score and ours differ: documented facts, numbers computed here, inferences.
 
     Args:
         row: the published row
-        kept: our mean PSNR over the images that are kept; None where they have no scores
-        ceiling: of these images; None where there are none
+        kept: our mean PSNR over the kept images; None where they have no scores
+        ceiling: ceiling of the kept images; None where none are kept
     """
     if ceiling is None:
         return "No test images are kept, so what the published range allows on them is not known."
@@ -187,10 +187,10 @@ STD = np.array([0.229, 0.224, 0.225])
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The best score under the published pipeline.
+    """Best score under the published pipeline.
 
     Attributes:
-        count: how many images it was computed on
+        count: number of images
         psnr: mean over images, in dB
         unreachable: share of values outside the decoder's range
     """
@@ -201,21 +201,21 @@ class Ceiling:
 
 
 def published_ceiling(images: Iterable[np.ndarray]) -> Ceiling:
-    """Compute what a perfect decoder would have scored under the published pipeline on these very images.
+    """Compute the score of a perfect decoder under the published pipeline on these images.
 
     Documented: decoders end in a sigmoid, their targets are images normalised with ImageNet's mean and std,
     and metrics are computed on denormalised images clamped to [0, 1]. Taken together, an image x in [0, 1]
     becomes the target n = (x - mean) / std per channel, of about -2.1 to 2.6; the decoder answers y in (0, 1);
     as an image (v * std + mean) its answer lies between mean and mean + std: red 0.485 to 0.714, green 0.456
-    to 0.680, blue 0.406 to 0.631. Nearest to x in there, value by value, is x clipped to that range, hence
-    no decoder's PSNR exceeds
+    to 0.680, blue 0.406 to 0.631. The nearest image in that range is x clipped to it, hence no decoder's
+    PSNR exceeds
 
         10 log10(1 / mean((clip(x, mean, mean + std) - x)^2)).
 
     Computed here on photographs, three quarters to four fifths of the values lie outside, and the bound is 14
     to 15 dB as a mean over images, about 14 dB as the PSNR of the squared error averaged over all of them;
-    the best published single rows score 14.3 to 14.5 dB. The published fusion (17.57 dB) lies above; that it
-    was scored in another way is an inference.
+    the best published rows of one layer score 14.3 to 14.5 dB. The published fusion (17.57 dB) lies above;
+    that it was scored in another way is an inference.
 
     Args:
         images: arrays `(3, height, width)` in [0, 1], at least one
@@ -225,7 +225,7 @@ def published_ceiling(images: Iterable[np.ndarray]) -> Ceiling:
     for x in images:
         errors.append(float(((x.clip(low, high) - x) ** 2).mean()))
         outside.append(float(((x < low) | (x > high)).mean()))
-    # An image wholly within reach would be perfect; one grey level in one value keeps its PSNR finite.
+    # An image within the range has no error; an error of one grey level in one value keeps its PSNR finite.
     psnr = -10 * np.log10(np.maximum(errors, 1e-10))
     return Ceiling(len(errors), float(psnr.mean()), float(np.mean(outside)))
 

@@ -1,6 +1,6 @@
 """The rows of a report: finished runs with the names under which tables and figures show them.
 
-A run that cannot be read is listed with its error, never guessed; an error in this reader is a traceback.
+A run that cannot be read is listed with its error. A bug in this reader shows as a traceback.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from afterimage.runs.results import METRICS, Interval, Result
 from afterimage.runs.run import Run
 
 DECODERS = ("linear", "transposed", "attention", "wavelet", "frequency", "residual")
-"""The order of decoders in tables; others come after them, by name."""
+"""Order of decoders in tables; other decoders follow, by name."""
 SHOWN = ("sources", "seed", "lpips", "decoder.name", "fusion.")
-"""Settings that have a column or a figure's axis of their own, or do not change the result."""
+"""Prefixes of settings that have a column or an axis of their own, or do not change the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Result):
-    """One finished run as it enters tables and figures.
+    """One finished run as tables and figures show it.
 
-    `variant` names the settings that set it apart from rows of the same encoder and decoder, `fusion_letter` its way of
-    fusing several sources.
+    Attributes:
+        run: the run
+        variant: settings in which the row differs from others of the same encoder and decoder, as text
+        fusion_letter: letter that stands for the way of fusing several sources; empty for one source
     """
 
     run: Run
@@ -42,7 +44,7 @@ class Row(Result):
 
     @classmethod
     def of(cls, run: Run) -> Row:
-        """Read a finished run; raises `AfterimageError` as `Run.result` does."""
+        """Read a finished run. Raises `AfterimageError` as `Run.result` does."""
         result = run.result
         return cls(run=run, **{f.name: getattr(result, f.name) for f in dataclasses.fields(Result)})
 
@@ -52,7 +54,7 @@ class Row(Result):
 
     @property
     def encoder(self) -> str:
-        """What the row is grouped by: the encoder's name, or `fusion` for several sources; empty for a baseline."""
+        """Name to group rows by: the encoder's, `fusion` for several sources, empty for a baseline."""
         return "fusion" if self.is_fused else self.models[0] if self.models else ""
 
     @property
@@ -65,13 +67,13 @@ class Row(Result):
 
     @property
     def weights_label(self) -> str:
-        """`pretrained`, `random`, `random-init`, or `partly random` where a fusion mixes them."""
+        """Label of the weights: `pretrained`, `random`, `random-init`; `partly random` for mixed ones."""
         labels = {weights.label for weights in self.weights}
         return labels.pop() if len(labels) == 1 else "partly random" if self.is_random else "unknown"
 
     @property
     def control(self) -> str:
-        """Which random control it is, loud, as `RANDOM weights`; empty for trained weights."""
+        """Name of the random control in capitals, such as `RANDOM weights`; empty for trained weights."""
         return f"{self.weights_label.upper()} weights" if self.is_random else ""
 
     @property
@@ -84,12 +86,12 @@ class Row(Result):
 
     @property
     def reductions(self) -> tuple[str, ...]:
-        """Image height over feature height, as text."""
+        """Image height over feature height of each source, as text."""
         return tuple(f"{f.reduction:g}" for f in self.features)
 
     @property
     def grid(self) -> str:
-        """The locations as `56×56`, after fusion where there is one."""
+        """Size of the finest feature map, such as `56×56`; that of the fused features if it is fixed."""
         if self.is_fused and self.fusion and self.fusion.size:
             return f"{self.fusion.size}×{self.fusion.size}"
         finest = max(self.features, key=lambda f: f.locations, default=None)
@@ -97,14 +99,14 @@ class Row(Result):
 
     @property
     def locations(self) -> int | None:
-        """Feature locations that the decoder sees: `height * width`, after fusion where there is one."""
+        """Number of feature locations that the decoder sees; after fusion where it has a size of its own."""
         if self.is_fused and self.fusion and self.fusion.size:
             return self.fusion.size**2
         return max((f.locations for f in self.features), default=None)
 
     @property
     def values_per_pixel(self) -> float | None:
-        """How many values the features have for each of the image's three values a pixel; None without features."""
+        """Number of feature values for each value of the image (three a pixel); None without features."""
         if not self.features or self.config is None:
             return None
         height, width = self.config.data.size
@@ -125,7 +127,7 @@ class Row(Result):
 
     @property
     def fusion_text(self) -> str:
-        """How the sources were fused, for example `attention fusion, 256 channels at 28×28`."""
+        """Description of the fusion, for example `attention fusion, 256 channels at 28×28`."""
         fusion = self.fusion
         if fusion is None:
             return "unknown fusion"
@@ -136,19 +138,19 @@ class Row(Result):
 
     @cached_property
     def intervals(self) -> dict[str, Interval | None]:
-        """Each metric's mean with its interval; None where it was not measured."""
+        """Mean of each metric with its interval; None where it was not measured."""
         columns = {metric: [value for _, value in sorted(self.values(metric).items())] for metric in METRICS}
         return {metric: mean_over_images(values) if values else None for metric, values in columns.items()}
 
     @cached_property
     def distinguishing(self) -> dict[str, Any]:
-        """The settings that nothing else in a table shows, by their dotted names."""
+        """Settings that nothing else in a table shows, by their dotted names."""
         return {key: value for key, value in flatten(self.settings).items() if not key.startswith(SHOWN)}
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A run that has no result: `state` is new, running, stopped, failed or damaged."""
+    """A run without a result; its `state` is new, running, stopped, failed or damaged."""
 
     run: Run
     state: str
@@ -160,10 +162,15 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Rows:
-    """Decoder rows by encoder, depth of the layer and decoder; baselines; what has no result; inversions.
+    """All runs of a report.
 
-    Inversions are measured on a few test images, so they are no rows beside decoders and baselines. Where there is
-    nothing else, they are the decoder rows too.
+    Attributes:
+        decoders: decoder rows by encoder, depth of the layer and decoder; the inversions where there are
+            neither decoders nor baselines
+        baselines: baselines by their mean PSNR
+        unfinished: runs without a result
+        warnings: sentences on rows whose scores do not compare or need care
+        inversions: inversions; a few test images were inverted, so they do not stand beside decoders
     """
 
     decoders: tuple[Row, ...]
@@ -183,15 +190,15 @@ class Rows:
 
     @property
     def nets(self) -> tuple[str, ...]:
-        """As `lpips_nets`, of all rows; distances of different networks do not compare."""
+        """LPIPS networks of all rows, see `lpips_nets`; distances of different networks do not compare."""
         return lpips_nets(self.all)
 
     @property
     def protocol(self) -> str:
-        """The protocol of all rows; empty where they follow none but the study's.
+        """Protocol that all rows follow; empty for the study's own.
 
         Raises:
-            AfterimageError: there are several, whose figures do not belong in one column
+            AfterimageError: the rows follow several protocols, whose figures must not share a column
         """
         found: dict[str, list[str]] = {}
         for row in self.every:
@@ -205,7 +212,7 @@ class Rows:
 
 
 def lpips_nets(rows: Iterable[Row]) -> tuple[str, ...]:
-    """The LPIPS networks that measured at least one row, by name."""
+    """Return the LPIPS networks that measured at least one row, sorted by name."""
     return tuple(sorted({row.lpips.net for row in rows if row.scores["lpips"] is not None}))
 
 
@@ -214,7 +221,7 @@ def _protocol(row: Row) -> str:
 
 
 def read_rows(runs: Iterable[Run]) -> Rows:
-    """Read every run, once. Raises `AfterimageError` where none is finished, with what is wrong with each."""
+    """Read every run once. Raises `AfterimageError`, with the state of each run, where none is finished."""
     finished: list[Row] = []
     unfinished = []
     for run in runs:
@@ -249,7 +256,7 @@ def _nothing(unfinished: Sequence[Unfinished]) -> str:
 
 
 def _with_letters(rows: Sequence[Row]) -> list[Row]:
-    """Letter the distinct fusions A, B, … so that figures need not spell out their sources."""
+    """Assign letters A, B, … to the distinct fusions, so that figures need not spell out their sources."""
     distinct = sorted({(row.sources, row.fusion_text) for row in rows if row.is_fused})
     letters = {key: _letter(i) for i, key in enumerate(distinct)}
     return [
@@ -273,7 +280,7 @@ def _with_variants(rows: Sequence[Row]) -> list[Row]:
     for members in groups.values():
         keys = sorted({key for row in members for key in row.distinguishing})
         differing = [k for k in keys if len({str(row.distinguishing.get(k)) for row in members}) > 1]
-        # Every layer's refinements start from that layer's decoder; only several starts of one layer are told apart.
+        # Refinements start from a decoder of their layer; `start` is named only where a layer has several.
         starts = {(row.sources, row.distinguishing.get("start")) for row in members}
         if len(starts) == len({sources for sources, _ in starts}):
             differing = [k for k in differing if k != "start"]
@@ -311,7 +318,7 @@ def _warnings(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _changed(rows: Sequence[Row]) -> int:
-    """How many sets of images the same settings came to, at most; 0 where always to one."""
+    """Return the largest number of image sets that the same settings gave; 0 if it was one each."""
     digests = defaultdict(set)
     for row in rows:
         digests[json.dumps(row.settings.get("data"), sort_keys=True, default=str)].add(row.data.digest)
@@ -320,7 +327,7 @@ def _changed(rows: Sequence[Row]) -> int:
 
 
 def _uninformed(rows: Sequence[Row]) -> Iterable[str]:
-    """Decoders whose images are no nearer than those of one who knows nothing but each image's mean colour."""
+    """Yield a warning of decoders whose mean PSNR does not exceed that of the mean-colour baseline."""
     lines = {
         row.data.test_digest: row.scores["psnr"].mean
         for row in rows
@@ -340,7 +347,7 @@ def _uninformed(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _mixed_settings(rows: Sequence[Row]) -> list[str]:
-    """Settings of data and recipe in which the rows differ, with their values: `recipe.epochs (10, 30)`."""
+    """Return settings of data and recipe in which decoders differ: `recipe.epochs (10, 30)`."""
     every = [row.distinguishing for row in rows if row.kind == "decoder"]
     keys = sorted({key for settings in every for key in settings if key.startswith(("data.", "recipe."))})
     found = ((key, sorted({_short(settings.get(key, "unset")) for settings in every})) for key in keys)
@@ -348,13 +355,13 @@ def _mixed_settings(rows: Sequence[Row]) -> list[str]:
 
 
 def fusion_legend(rows: Iterable[Row]) -> list[str]:
-    """What each letter stands for: `fusion A: attention fusion, … of resnet34:layer1 + vgg16:block1`."""
+    """Explain the fusion letters: `fusion A: attention fusion, … of resnet34:layer1 + vgg16:block1`."""
     fused = [row for row in rows if row.is_fused]
     return list(dict.fromkeys(f"{r.layer}: {r.fusion_text} of {' + '.join(r.sources)}" for r in fused))
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Return nested settings by their dotted names."""
     flat = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -371,14 +378,16 @@ def _short(value: Any) -> str:
 
 
 def mean_over_images(values: Sequence[float]) -> Interval:
-    """Compute the mean with its interval; of a single image a point."""
+    """Compute the mean with its interval, which is a point for a single image."""
     if len(values) == 1:
         return Interval(values[0], values[0], values[0], 1)
     return mean_interval(np.array(values))
 
 
 def pool(rows: Sequence[Row], metric: str) -> Interval | None:
-    """Compute the mean over images, of each its mean over runs that differ only in their seed, with its interval."""
+    """Average runs that differ only in their seed, then compute the mean over images with its interval.
+
+    Only images that all runs scored count; None where there are none."""
     if len(rows) == 1:
         return rows[0].intervals[metric]
     values = [row.values(metric) for row in rows]
@@ -388,6 +397,6 @@ def pool(rows: Sequence[Row], metric: str) -> Interval | None:
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts `blocks.2` before `blocks.11`."""
+    """Return a sort key that puts `blocks.2` before `blocks.11`."""
     pieces = re.split(r"(\d+)", name)
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in pieces if p]

@@ -1,4 +1,4 @@
-"""The hypotheses judged twice: for decoders, and for the measured bound of the same layers."""
+"""Verdicts on the hypotheses for decoders, beside those for the measured bound of the same layers."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ Hypothesis = Depth | Resolution | Architectures
 
 @dataclass(frozen=True)
 class BothSides:
-    """What decoders say on the images that have a measured bound, and what the bound says of the same layers."""
+    """Analyses of decoders and of their measured bounds, for the same layers and images."""
 
     decoders: Analysis
     bound: Analysis
 
     def as_dict(self) -> dict[str, Any]:
-        """Both as JSON values, for findings.json."""
+        """Return both analyses as JSON values for findings.json."""
         return {"decoders_beside_bound": self.decoders.as_dict(), "measured_bound": self.bound.as_dict()}
 
 
 @dataclass(frozen=True)
 class Sides:
-    """One hypothesis: its answers for decoders, on all images and on the bound's, and those for the bound.
+    """Answers to one hypothesis; those that are not testable are left out.
 
-    Those for decoders are by metric and setting; what cannot be tested is left out.
+    Attributes:
+        decoders: answers for decoders on all images, by metric and setting
+        same: answers for decoders on the images of their bounds, by metric and setting
+        bound: answers for the measured bound
     """
 
     decoders: dict[tuple[str, str], Hypothesis]
@@ -43,7 +46,7 @@ class Sides:
 
     @classmethod
     def of(cls, name: str, analysis: Analysis, both: BothSides | None) -> Sides:
-        """The answers of the analyses' field `name`."""
+        """Collect the answers in the field `name` of each analysis."""
         analyses = (analysis, both.decoders, both.bound) if both else (analysis,)
         tested = [[r for r in getattr(each, name) if r.verdict != UNTESTABLE] for each in analyses]
         decoders, same, bound = [*tested, [], []][:3]
@@ -52,7 +55,10 @@ class Sides:
 
     @property
     def sentences(self) -> list[str]:
-        """Whether the bound says what decoders say: of the first metric always, of the others where it does not."""
+        """Sentences that compare the verdicts for the bound with those for decoders.
+
+        Agreement is stated for the first metric only, except where quality falls with depth for decoders.
+        """
         told = []
         for found in self.bound:
             key = found.metric, found.setting
@@ -89,7 +95,7 @@ class Sides:
 
     @property
     def tables(self) -> Iterable[tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]]:
-        """Title, header and rows: the verdicts side by side, and of depth each step of decoder and bound."""
+        """Title, header and rows of each table: the verdicts, and for H1 each step of decoder and bound."""
         rows, steps = [], []
         for found in self.bound:
             key = found.metric, found.setting

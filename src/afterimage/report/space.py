@@ -1,4 +1,4 @@
-"""A Space of the Hugging Face hub that shows a repository of decoders as a live page, with the wheel it installs."""
+"""Files of a Hugging Face Space that serves a repository's decoders as a live page, and its wheel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from afterimage.runs.run import Run
 
 APP, REQUIREMENTS = "app.py", "requirements.txt"
 SDK = "gradio"
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can hold: the same code is the same wheel
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest in a zip file; a fixed time makes wheels reproducible
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Wheel:
     """A wheel of this package.
 
     Attributes:
-        name: of the file
-        content: the file
+        name: file name
+        content: content of the file
     """
 
     name: str
@@ -40,10 +40,10 @@ class Wheel:
 
 
 def build_wheel() -> Wheel:
-    """Pack the package that runs here into a wheel, however it is installed: what a Space runs is what made it.
+    """Pack the running package, however it is installed, into a wheel: a Space runs the code that made it.
 
     Raises:
-        AfterimageError: the package is not installed, so that nothing tells what it needs
+        AfterimageError: the package is not installed, so that its requirements are unknown
     """
     try:
         installed = metadata.distribution(LIBRARY)
@@ -81,10 +81,10 @@ def _digest(content: bytes) -> str:
 
 
 def sdk_version() -> str:
-    """The version of Gradio that is installed here.
+    """Return the installed version of Gradio.
 
     Raises:
-        AfterimageError: there is none
+        AfterimageError: Gradio is not installed
     """
     try:
         return metadata.version(SDK)
@@ -97,15 +97,18 @@ def sdk_version() -> str:
 def space_files(
     runs: Sequence[Run], name: str, commit: str, wheel: Wheel, url: str, *, license: str
 ) -> dict[str, bytes]:
-    """Make the files of a Space, by path.
+    """Build the files of a Space.
 
     Args:
-        runs: the decoders that it shows
+        runs: decoders to show
         name: `USER/NAME` of their repository, and of the Space
-        commit: of their repository
-        wheel: what the Space installs
-        url: where it downloads the wheel
-        license: identifier of the licence, as the hub has it
+        commit: commit of their repository
+        wheel: wheel that the Space installs
+        url: address from which it downloads the wheel
+        license: the hub's identifier of the licence
+
+    Returns:
+        contents of the files, by path
     """
     from huggingface_hub import SpaceCardData
 
@@ -121,7 +124,7 @@ def space_files(
         f"It is `afterimage app {address}`, run by the afterimage that pushed it: `{REQUIREMENTS}` installs "
         f"`{wheel.name}`, which lies here.",
     ]
-    # The hub asks for port 7860, from outside the Space's container.
+    # The hub connects to port 7860 from outside the Space's container.
     app = (
         "import os\n\nfrom afterimage.cli import main\n\n"
         f'port = os.environ.get("GRADIO_SERVER_PORT", "7860")\n'
@@ -136,7 +139,7 @@ def space_files(
 
 
 def _extras(runs: Sequence[Run]) -> list[str]:
-    """The extras of this package that the page and the libraries of these runs need."""
+    """Return the extras of this package that the live page and the models of these runs need."""
     models = [split_source(source)[0] for run in runs for source in run.config.sources]
     decoders = [run.config.decoder.name for run in runs if "/" in run.config.decoder.name]
     libraries = {split_provider(model)[0] for model in (*models, *decoders)}

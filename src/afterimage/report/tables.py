@@ -1,4 +1,4 @@
-"""One table in four forms: terminal, Markdown, CSV, LaTeX."""
+"""The table of results in four forms: terminal, Markdown, CSV, LaTeX."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """What one cell shows: lines of text, footnote numbers, bold for the best, loud for a warning."""
+    """Content of one cell: lines of text and footnote numbers; `bold` marks the best, `loud` a warning."""
 
     lines: tuple[str, ...]
     marks: tuple[int, ...] = ()
@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: its sources (or a baseline's label) as `names`, then one cell a column."""
+    """One row of the table: its sources (or a baseline's label) as `names`, and cells of the other columns."""
 
     row: Row
     names: Cell
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """The whole table; `groups` are the lines by encoder and label of its weights, both empty for baselines."""
+    """The whole table; `groups` holds lines by encoder and label of its weights, both empty for baselines."""
 
     header: tuple[str, ...]
     groups: Mapping[tuple[str, str], Sequence[Line]]
@@ -55,7 +55,7 @@ class Table:
 
 
 def lay_out(rows: Rows, *, spread: str = "std") -> Table:
-    """Lay out the whole table. `spread` chooses what follows means: their standard deviation or their interval."""
+    """Lay out the whole table. `spread` selects what follows a mean: `std` (deviation) or `interval`."""
     if spread not in SPREADS:
         raise unknown("spread", spread, SPREADS)
     protocol = rows.protocol
@@ -81,17 +81,17 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
 
 
 def _number(notes: dict[str, int], text: str) -> int:
-    """The number of a footnote, in the order of their first use."""
+    """Return the number of a footnote; footnotes are numbered in the order of their first use."""
     return notes.setdefault(text, len(notes) + 1)
 
 
 def score_columns(nets: Iterable[str]) -> list[tuple[str, str]]:
-    """Return metrics with their LPIPS networks, a column of a table or a panel of a figure each."""
+    """Return metrics with their LPIPS networks: one pair for each column of a table or panel of a figure."""
     return [("psnr", ""), ("ssim", ""), *(("lpips", net) for net in nets)]
 
 
 def heading(metric: str, net: str = "", protocol: str = "") -> str:
-    """`PSNR (dB) ↑`, `SSIM ↑` or `LPIPS (alex) ↓`; under a protocol `PSNR (dB), rae ↑`."""
+    """Return a column heading: `PSNR (dB) ↑`, `LPIPS (alex) ↓`; under a protocol `PSNR (dB), rae ↑`."""
     known = METRICS[metric]
     aside, by = net or known.unit.strip(), f", {protocol}" if protocol else ""
     return f"{known.title}{f' ({aside})' if aside else ''}{by} {'↑' if known.higher_is_better else '↓'}"
@@ -136,7 +136,7 @@ def _what(row: Row, seeds: bool) -> Iterable[Cell]:
 
 
 def weights_text(label: str) -> str:
-    """The label of an encoder's weights, loud where they are random."""
+    """Return the label of an encoder's weights, in capitals where they are random."""
     return label.upper() if "random" in label else label
 
 
@@ -161,7 +161,7 @@ def _rounded(score: Score, metric: str) -> str:
 
 
 def _best(rows: Sequence[Row], metric: str, net: str) -> str | None:
-    """The best mean as printed, so that rows which print the same are all the best."""
+    """Return the best mean as printed, so that all rows that print the same count as best."""
     rows = [r for r in rows if not r.is_random] or rows
     scores = [r.scores[metric] for r in rows if not net or r.lpips.net == net]
     means = [s for s in scores if s is not None]
@@ -180,7 +180,7 @@ _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def markdown_table(rows: Rows, *, spread: str = "std") -> str:
-    """A GitHub table with its footnotes. One row a run; baselines last."""
+    """Write a GitHub Markdown table with its footnotes, a row for each run, baselines last."""
     table = lay_out(rows, spread=spread)
     every = itertools.chain(*table.groups.values())
     cells = ([_markdown_names(line), *map(_markdown_cell, line.cells)] for line in every)
@@ -192,7 +192,7 @@ def markdown_table(rows: Rows, *, spread: str = "std") -> str:
 
 
 def latex_table(rows: Rows, *, spread: str = "std") -> str:
-    r"""A booktabs table: needs `\usepackage{booktabs,textcomp}`. One group of rows an encoder."""
+    r"""Write a booktabs table, a group of rows for each encoder. Needs `\usepackage{booktabs,textcomp}`."""
     table = lay_out(rows, spread=spread)
     drop = table.header.index("weights")
     header = [name for i, name in enumerate(table.header) if i != drop]
@@ -214,7 +214,7 @@ def latex_table(rows: Rows, *, spread: str = "std") -> str:
 
 
 def csv_table(rows: Rows) -> str:
-    """Every number unrounded, one line a run, inversions too, unfinished runs with their state and error."""
+    """Write every number unrounded, a line for each run; inversions and unfinished runs are included."""
     lines = records(rows)
     lines += [
         {"run": spreadsheet(u.run.name), "state": u.state, "error": spreadsheet(u.error)}
@@ -228,7 +228,7 @@ def csv_table(rows: Rows) -> str:
 
 
 def records(rows: Rows) -> list[dict[str, Any]]:
-    """The lines of the CSV that are finished runs, several sources joined by ` + `."""
+    """Return the CSV lines of the finished runs; several sources are joined by ` + `."""
     return [_record(row) for row in rows.every]
 
 
@@ -264,7 +264,7 @@ def _latex_heading(encoder: str, weights: str) -> str:
 
 
 def _latex_row(names: Cell, cells: list[Cell]) -> Iterable[str]:
-    """Cells of several lines continue in rows of their own."""
+    """Yield a row in LaTeX; cells with several lines continue in further rows."""
     every = [names, *cells]
     for i in range(max(len(cell.lines) for cell in every)):
         yield _latex_line(_latex_cell(cell, i) for cell in every)
@@ -301,7 +301,7 @@ def _record(row: Row) -> dict[str, Any]:
         record[f"{metric}_low95"] = interval and interval.low
         record[f"{metric}_high95"] = interval and interval.high
         record[f"{metric}_count"] = score and score.count
-    # What must agree before scores compare.
+    # Conditions that must agree before scores compare.
     record |= {"data_digest": row.data.digest, "crop": str(row.data.crop)}
     record["passes"] = row.config.inversion.steps if row.inversion else None
     record["lpips_net"] = row.lpips.net if row.scores["lpips"] else ""
@@ -310,13 +310,13 @@ def _record(row: Row) -> dict[str, Any]:
     return {key: spreadsheet(value) if isinstance(value, str) else value for key, value in record.items()}
 
 
-# Left out one after the other until the table fits; "±" is the spread behind each score.
+# Columns dropped in this order until the table fits; "±" is the spread after each score.
 EXPENDABLE = ("reduction", "±", "shape", "parameters", "training", "seed")
 HEADING = 24
 
 
 def console_table(rows: Rows, *, width: int | None = None) -> RichTable:
-    """A rich `Table` of at most `width` columns (default: the terminal's), its footnotes as caption."""
+    """Build a rich `Table` of at most `width` columns (default: the terminal's); footnotes are its caption."""
     screen = console(width)
     for count in range(len(EXPENDABLE) + 1):
         table = _build(rows, EXPENDABLE[:count])
@@ -354,7 +354,7 @@ def _build(rows: Rows, dropped: tuple[str, ...]) -> RichTable:
 
 
 def _heading(encoder: str, weights: str) -> list[str]:
-    """Rich has no cells across columns, so a long name goes on in a second line."""
+    """Return the lines of a group's heading. Rich has no cells across columns, so long names are broken."""
     if not encoder:
         return ["baselines"]
     weights = f"{weights.upper()} WEIGHTS" if "random" in weights else weights
@@ -371,7 +371,7 @@ def _console_names(line: Line) -> Text:
 
 
 def _text(cell: Cell, has_spread: bool, indent: str = "") -> Text:
-    """The cell's first line: what a fusion's further lines say stands in the caption."""
+    """Style the first line of a cell; the caption contains the further lines of a fusion."""
     from rich.text import Text
 
     text = plain(cell.lines[0], 44)

@@ -1,4 +1,4 @@
-"""A report as files: report.md, the table in three formats, the figures, the findings and the page."""
+"""Files of a report: report.md, the table in three formats, the figures, the findings and the page."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from afterimage.report.figures import Drawing
 
 
-# The page draws the other figures itself.
 FRONT = ("kept", "kept-by-depth")
-"""The figures that stand with the measured bound, before everything else."""
+"""Figures shown with the measured bound, before everything else."""
 ON_PAGE = ("kept-by-depth", "training-curves", "distributions", "controls", "lost-by", "rate")
+"""Beginnings of the names of figures that the page embeds; it draws the others itself."""
 ABANDONED = 3600.0
-"""Seconds after which a half-written file was left by a process that was killed: another may be reporting now."""
+"""Age in seconds from which a half-written file counts as left by a killed process."""
 TITLE = "How much of an image is left in the features?"
 
 
@@ -38,13 +38,24 @@ def write_report(
     runs: Iterable[Run], out: str | Path, *, title: str = TITLE, sections: Sequence[tuple[str, str]] = (),
     spread: str = "std", progress: Progress = silent,
 ) -> dict[str, Path]:  # fmt: skip
-    """Write the report of these runs below `out` and return the files written, by their path below `out`.
+    """Write the report of these runs.
 
-    report.md and index.html tell all of it; table.md, .csv and .tex, figures/ and findings.json are its parts.
-    `sections` are `(heading, Markdown)` pairs that come after the figures. `spread` is what follows means
-    in the tables: `std` or `interval`. Where the findings or the page cannot be made, report.md says why; then
-    index.html is not among the files returned. Raises `AfterimageError` where no run is finished or a file
-    cannot be written.
+    report.md and index.html contain all of it; table.md, .csv and .tex, figures/ and findings.json are parts.
+    Where the findings, a figure or the page cannot be made, report.md says why.
+
+    Args:
+        runs: the runs
+        out: folder of the report
+        title: title of the report
+        sections: `(heading, Markdown)` pairs to add after the figures
+        spread: what follows means in the tables, `std` or `interval`
+        progress: called with the progress
+
+    Returns:
+        the files written, by their path below `out`; without index.html where it could not be made
+
+    Raises:
+        AfterimageError: no run is finished, or a file cannot be written
     """
     from afterimage.report.answers import answer, markdown_finding, markdown_findings
     from afterimage.report.bounds import bounds_of
@@ -62,7 +73,7 @@ def write_report(
     write("table.md", markdown_table(rows, spread=spread))
     write("table.csv", csv_table(rows))
     write("table.tex", latex_table(rows, spread=spread))
-    # The statistics compare decoders; inversions alone have none.
+    # The statistics compare decoders, not inversions.
     found = bounds_of(rows)
     answers = answer([row for row in rows.all if row.kind != "inversion"], found)
     write("findings.json", answers.json)
@@ -97,7 +108,7 @@ def write_report(
         )
     except AfterimageError as error:
         problems.append(f"The page index.html could not be written: {error}")
-        (out / "index.html").unlink(missing_ok=True)  # an earlier report's page would pass for this one's
+        (out / "index.html").unlink(missing_ok=True)  # an earlier report's page must not pass for this one's
     parts = [
         f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problems),
         *(["Also as [a page](index.html) with every image and chart."] if "index.html" in written else []),
@@ -136,7 +147,7 @@ def _sentence(rows: Rows) -> str:
 
 
 def _alarms(rows: Rows, problems: Sequence[str]) -> Iterable[str]:
-    """What a reader must know before the first number."""
+    """Yield a block of warnings to show before the first number, if there are any."""
     loud = [f"> **{markdown(warning)}**" for warning in rows.warnings]
     loud += [f"> **{markdown(problem)}**" for problem in problems]
     if rows.unfinished:
@@ -175,7 +186,7 @@ def _weights(rows: Rows) -> Iterable[str]:
 
 
 def _origins(rows: Rows, out: Path) -> Iterable[str]:
-    """What all rows share once, then where each row's own settings stand."""
+    """Yield the settings that all rows share, the environments, and each row's configuration and command."""
     settings = [flatten(row.settings) for row in rows.decoders or rows.baselines]
     keys = sorted(set().union(*settings))
     shared = [k for k in keys if all(k in each and each[k] == settings[0][k] for each in settings)]
@@ -203,7 +214,7 @@ def _link(run: Run, out: Path) -> str:
 
 
 def _facts(run: Run) -> Mapping[str, Any]:
-    """The run's environment.json; empty where it is missing or damaged, which the report then says."""
+    """Return the run's environment.json; empty where it is missing or damaged, which the report says."""
     try:
         facts = read_json(run.file("environment.json"))
     except AfterimageError:
