@@ -235,7 +235,7 @@ def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.
 
 
 def standings_table(comparison: Comparison) -> Numbers:
-    """Return a table of ranks: a line for each of the user's rows, a column for each metric and the best row."""
+    """Return the ranks as a table: a line for each of the user's rows, columns for metrics and the best."""
     columns, lines = comparison.columns, []
     for standing in comparison.standings:
         mine, cells = standing.mine, []

@@ -54,10 +54,10 @@ class Finding:
 
 
 def find(analysis: Analysis, both: BothSides | None = None) -> list[Finding]:
-    """Return findings on H1, H2, H3, degradation, costs, decoders and fusions; those without data are left out.
+    """Return findings on H1, H2, H3, degradation, costs, decoders and fusions, as far as there are data.
 
-    Wherever single layers were decoded, all three hypotheses are included: one that cannot be tested says what is
-    missing. With `both`, each is judged for the measured bounds too.
+    Wherever single layers were decoded, all three hypotheses are included: one that cannot be tested says
+    why. With `both`, each is judged for the measured bounds too.
     """
     if not any(row.sources for row in analysis.rows):
         return [Finding("No decoder to judge", paragraphs=(_overview(analysis),)), *_left_out(analysis)]

@@ -21,7 +21,7 @@ from afterimage.runtime.terminal import console
 
 
 def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return rows by features: decoders, best estimates, inversions from grey and refinements, in this order."""
+    """Return rows by features: decoders, best estimates, inversions from grey, refinements, in this order."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for found in inversions:
         facts, rows = found.inversion, groups.setdefault(features_of(found), [])
@@ -249,7 +249,7 @@ def print_bounds(inversions: Sequence[Row]) -> None:
 
 
 def write_bounds(inversions: Sequence[Row], output: Path) -> list[Path]:
-    """Write bounds.csv, bounds.json and, for searches, saturation.png and .svg below `output`; return paths."""
+    """Write bounds.csv, bounds.json and, for searches, saturation.png and .svg; return their paths."""
     from afterimage.report.figures.inversion import draw_saturation
     from afterimage.report.figures.style import render
 

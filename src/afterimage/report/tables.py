@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: its sources (or a baseline's label) as `names`, and cells of the other columns."""
+    """One row of the table: sources (or a baseline's label) as `names`, and cells of the other columns."""
 
     row: Row
     names: Cell
@@ -316,7 +316,7 @@ HEADING = 24
 
 
 def console_table(rows: Rows, *, width: int | None = None) -> RichTable:
-    """Build a rich `Table` of at most `width` columns (default: the terminal's); footnotes are its caption."""
+    """Build a rich `Table` of at most `width` columns (default: the terminal's), captioned by footnotes."""
     screen = console(width)
     for count in range(len(EXPENDABLE) + 1):
         table = _build(rows, EXPENDABLE[:count])

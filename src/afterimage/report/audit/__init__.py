@@ -1,1 +1,1 @@
-"""What an audit found: verdict, page, figures."""
+"""Report of an audit: verdict, page, figures."""

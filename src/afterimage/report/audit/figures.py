@@ -1,4 +1,4 @@
-"""Draw the privacy-utility curve: what the strongest attacker gets against what the network keeps."""
+"""Privacy-utility curve: scores of the strongest attacker against what the network keeps."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MEASURES = {"identification": "images identified", "ssim": "SSIM of the reconstr
 def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: str) -> Drawing | None:
     """Draw a panel for each measure of leakage, with a point for each layer and defence.
 
-    Across lies what the network keeps; where that is known of no option, the bytes that are sent.
+    The x axis shows what the network keeps, or the bytes sent where that is known for no option.
 
     Args:
         options: layers behind defences
-        limits: limits that are drawn as lines
-        subject: name of what was audited
+        limits: limits to draw as lines
+        subject: name of the audited network
 
     Returns:
         the figure; None where there is nothing to draw

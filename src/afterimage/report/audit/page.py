@@ -1,4 +1,4 @@
-"""Write the verdict as one self-contained page for someone who decides, and as files for programs."""
+"""Files of an audit's report: the verdict as one self-contained page for people who decide, and as JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 SHOWN = 3
 MARKS = {WITHIN: "good", OPEN: "open", LEAKS: "bad"}
 IMAGE = 168
-"""Pixels on the longer side of images on the page."""
+"""Longer side of images on the page, in pixels."""
 
 
 def write_audit(
@@ -48,7 +48,7 @@ def write_audit(
 
     Args:
         results: everything measured
-        verdict: what `judge` made of it
+        verdict: the verdict of `judge`
         limits: the limits of the verdict
         root: folder of the audit
         command: command line to show
@@ -57,7 +57,7 @@ def write_audit(
         paths of the files by their names
 
     Raises:
-        AfterimageError: a file cannot be written, or an image that is kept cannot be read
+        AfterimageError: a file cannot be written, or a kept image cannot be read
     """
     root = Path(root)
     written = {name: root / name for name in ("audit.json", "index.html")}
@@ -114,7 +114,7 @@ DOES_NOT_SHOW = (
 
 
 def _table(results: Results, limits: LimitsConfig) -> list[dict[str, Any]]:
-    """Make one row for each attacker, with what its layer and defence cost."""
+    """Make one row for each attacker, with the costs of its layer and defence."""
     rows = []
     for row in results.rows:
         distance, found = strongest(row)
@@ -126,7 +126,7 @@ def _table(results: Results, limits: LimitsConfig) -> list[dict[str, Any]]:
 
 
 def _albums(results: Results, root: Path) -> list[dict[str, Any]]:
-    """Show of each layer the first test images and what the attacker with the best mean SSIM made of each defence."""
+    """Return for each layer the first test images and, by defence, the answers of best mean SSIM."""
     albums = []
     for layer in dict.fromkeys(row.layer for row in results.rows):
         best: dict[str, Attack] = {}

@@ -1,4 +1,4 @@
-"""Judge an audit: which layers and defences stay within the limits, and which split to recommend."""
+"""Verdict of an audit: the layers and defences within the limits, and the split to recommend."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from afterimage.runs.results import Attacker, AttackFacts, Interval
 WITHIN, OPEN, LEAKS = "within limits", "not shown to be safe", "leaks"
 SEVERITY = (WITHIN, OPEN, LEAKS)
 UTILITY = {"classes": "same top-1 prediction", "embedding": "cosine of the embedding"}
-"""What is compared between the network with and without the defence, by the kind of its final output."""
+"""Measures that compare the network with and without the defence, by the kind of its final output."""
 SCOPE = (
     "measured were pixels (how alike a reconstruction and its original look) and own originals (whether a "
     "reconstruction finds its own among the test images), and not which labels, captions or persons can be read from "
     "the same features"
 )
-"""What every verdict says of itself, whether it passed, failed or had no limits."""
+"""Scope of every verdict, which it states whether it passed, failed or had no limits."""
 SSIM, SSIM_SEEN = "SSIM", "SSIM of what is seen"
-"""The two ways in which SSIM is measured where a layer's locations do not see the whole image: the higher counts."""
+"""Names of the two SSIMs of a layer whose locations do not see the whole image; the higher one counts."""
 ENOUGH = 0.9
-"""Without limits, what keeps this much of the network's own answers may be recommended."""
+"""Share of the network's own answers to keep for a recommendation where no limits are set."""
 
 
 def interval_status(interval: Interval | Leak, limit: float | None) -> str:
-    """Say how an interval stands to a limit: `WITHIN`, also where there is none, `OPEN` or `LEAKS`."""
+    """Compare an interval with a limit: return `WITHIN` (also without a limit), `OPEN` or `LEAKS`."""
     if limit is None or interval.high <= limit:
         return WITHIN
     return LEAKS if interval.low > limit else OPEN
@@ -37,7 +37,7 @@ def interval_status(interval: Interval | Leak, limit: float | None) -> str:
 
 @dataclass(frozen=True)
 class Leak:
-    """Amount that an attacker got by one measure, as an interval, with who got it."""
+    """Score of an attacker by one measure, as an interval; `by` is the measure, `attacker` the attacker."""
 
     estimate: float
     low: float
@@ -47,7 +47,7 @@ class Leak:
     attacker: str
 
     def text(self, limit: float) -> str:
-        """Write the estimate with the end of its interval that decides."""
+        """Write the estimate with the decisive end of its interval."""
         share = self.by not in (SSIM, SSIM_SEEN)
         estimate = f"{self.estimate:.0%}" if share else f"{self.estimate:.3f}"
         end, value = ("at least", self.low) if interval_status(self, limit) == LEAKS else ("up to", self.high)
@@ -61,12 +61,12 @@ class Option:
     Attributes:
         layer: name of the layer
         defence: text of the defence
-        ssim: the strongest attacker by SSIM
-        identification: the strongest attacker by re-identification
-        chance: share that guessing would identify
-        cost: what `measure_cost` found
-        status: how it stands to the limits: `WITHIN`, `OPEN` or `LEAKS`
-        reasons: what is not within the limits, in words
+        ssim: score of the strongest attacker by SSIM
+        identification: score of the strongest attacker by re-identification
+        chance: share of images that guessing would identify
+        cost: result of `measure_cost`
+        status: comparison with the limits: `WITHIN`, `OPEN` or `LEAKS`
+        reasons: sentences on what is not within the limits
     """
 
     layer: str
@@ -80,7 +80,7 @@ class Option:
 
     @property
     def utility(self) -> float | None:
-        """What the network keeps of its own answers, in [0, 1]; None where that is not known."""
+        """Share of its own answers that the network keeps, in [0, 1]; None where it is not known."""
         return None if self.cost["score"] is None else self.cost["score"]["estimate"]
 
 
@@ -90,11 +90,11 @@ class Verdict:
 
     Attributes:
         options: every layer behind every defence
-        passed: whether all are within the limits, None without limits; an audit with failures never passes
+        passed: True if all options are within the limits and nothing failed; None without limits
         recommended: the option to deploy; None where there is none
-        reason: why it is recommended, or why none is
-        remarks: what a reader has to know beside
-        scope: what was measured and what not
+        reason: reason for the recommendation, or for none
+        remarks: further remarks for readers
+        scope: statement of what was measured and what was not
     """
 
     options: tuple[Option, ...]
@@ -106,7 +106,7 @@ class Verdict:
 
 
 def attacker_text(attacker: Attacker) -> str:
-    """Describe an attacker and their answer as `linear, 640 images, white-box, refined`."""
+    """Describe an attacker and the kind of its answer: `linear, 640 images, white-box, refined`."""
     source = f" from {attacker.data}" if attacker.data else ""
     return (
         f"{attacker.decoder}, {attacker.images:,} images{source}, {attacker.threat_model}, {attacker.answer}"
@@ -114,12 +114,12 @@ def attacker_text(attacker: Attacker) -> str:
 
 
 def strongest(row: AttackFacts) -> tuple[str, Interval]:
-    """Return the distance by which most reconstructions found their original, and their share."""
+    """Return the distance by which most reconstructions found their original, and the share that did."""
     return max(row.identification.items(), key=lambda item: item[1].high)
 
 
 def likeness(row: AttackFacts) -> dict[str, Interval]:
-    """Return the intervals of the mean SSIM: of whole images and, where not all of them is seen, of what is."""
+    """Return intervals of the mean SSIM: of whole images, and of the part that is seen if that is not all."""
     part = row.scores_seen["ssim"] if row.scores_seen else None
     return {SSIM: row.scores["ssim"]} | ({} if part is None else {SSIM_SEEN: part})
 
@@ -132,19 +132,20 @@ def judge(
     failures: Sequence[str] = (),
     unmeasured: Collection[tuple[str, str]] = (),
 ) -> Verdict:
-    """Weigh everything measured.
+    """Judge everything measured.
 
-    Of several attackers and distances the worst counts: one that is shown to leak, else one that is not shown to be
-    safe, and of these the interval's end that decides. Where a layer's locations do not see the whole image, the worse
-    of two measurements counts: of whole images, and of the part that is seen alone.
+    Of several attackers and distances the worst counts: one that is shown to leak, else one that is not shown
+    to be safe, and among equals the one with the highest decisive end of its interval. Where a layer's
+    locations do not see the whole image, the worse of two measurements counts: of whole images, and of the
+    seen part alone.
 
     Args:
-        rows: what each attacker got
-        blind: what attackers without features got
-        costs: what each layer and defence costs
+        rows: results of each attacker
+        blind: results of attackers without features
+        costs: costs by layer and defence
         limits: limits to hold
-        failures: what could not be measured, in words
-        unmeasured: layers and defences of which an attacker could not be measured, never within limits
+        failures: descriptions of what could not be measured
+        unmeasured: layers and defences for which an attacker could not be measured; never within limits
     """
     options = []
     for (layer, defence), cost in costs.items():
@@ -189,7 +190,7 @@ def _option(
 
 
 def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
-    """Choose a shown leak before a possible one: few images have wide intervals, which reach far and show little."""
+    """Choose the worst, a shown leak before a possible one: wide intervals reach far but show little."""
 
     def weight(leak: Leak) -> tuple[int, float]:
         status = interval_status(leak, limit)

@@ -1,4 +1,4 @@
-"""Draw the figures of a report from plain rows. Importing this imports matplotlib."""
+"""Figures of a report, drawn from plain rows. Importing this package imports matplotlib."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from afterimage.runtime.progress import Progress, silent
 __all__ = ["UNDRAWABLE", "Drawing", "draw", "own_images", "render", "style"]
 
 UNDRAWABLE = (AfterimageError, ArithmeticError, ValueError)
-"""Raised by images that cannot be read, and by matplotlib for numbers that no axis can show."""
+"""Errors of images that cannot be read, and of matplotlib for numbers that no axis can show."""
 BEFORE_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
     "kept": kept,
     "kept by depth": kept_by_depth,
@@ -42,15 +42,15 @@ AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
 
 
 def draw(rows: Rows, progress: Progress = silent, problems: list[str] | None = None) -> Iterator[Drawing]:
-    """Draw every figure that the rows can fill, one at a time, as they are large.
+    """Draw every figure for which the rows have data, one at a time, as figures are large.
 
     Args:
         rows: rows of the report
         progress: called with the progress
-        problems: takes what is wrong with figures that cannot be drawn; None raises that
+        problems: list to which messages on figures that cannot be drawn are added; None raises the error
 
     Yields:
-        figures
+        the figures
     """
     jobs = [(name, partial(make, rows)) for name, make in BEFORE_GRIDS.items()]
     jobs += [(page.title, partial(grid, page)) for page in pages(rows)]

@@ -1,4 +1,4 @@
-"""Draw controls: what each decoder makes of features that are not the image's, and where its error lies."""
+"""Figures of controls and of error breakdowns: by frequency, kind of region and place."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CONTROL_LOOKS = {
     "own": ("#000000", "o"), "another": ("#D55E00", "s"), "shuffled": ("#56B4E9", "D"),
     "mean": ("#009E73", "^"), "zero": ("#CC79A7", "v"), "colour": (MUTED, "|"),
 }  # fmt: skip
-LINE = 0.24  # inches a row
+LINE = 0.24  # inches for each row
 
 
 def controls(rows: Rows) -> list[Drawing]:
-    """Draw a line for each row, a marker for each control; nothing where no run folder holds controls."""
+    """Draw a line for each row, a marker for each control; return nothing if no run has controls."""
     parts, _ = read_parts(rows.decoders, "controls")
     if not parts:
         return []
@@ -87,13 +87,13 @@ ERROR_LOOKS = {
 
 
 def lost(rows: Rows) -> list[Drawing]:
-    """Draw the error by frequency, kind of region and place; nothing where no run folder holds it."""
+    """Draw the error by frequency, kind of region and place; return nothing if no run has a breakdown."""
     parts, _ = read_parts(rows.decoders, "error_breakdown")
     return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
 
 
 def shades(parts: Sequence[Part]) -> dict[tuple[str, ...], tuple]:
-    """Return colours from light to dark through the layers of each encoder, by sources."""
+    """Return colours by sources, from light to dark through the layers of each encoder."""
     layers: dict[str, dict[tuple[str, ...], None]] = {}
     for part in parts:
         layers.setdefault(part.row.encoder, {})[part.row.sources] = None
@@ -114,7 +114,7 @@ def dashes(parts: Sequence[Part]) -> dict[str, Any]:
 def name_layers(
     axes: Axes, parts: Sequence[Part], colors: Mapping[tuple[str, ...], tuple], *, loc: str
 ) -> None:
-    """Name the layers of one encoder's lines in their panel, by the colours of `shades`."""
+    """Add a legend of one encoder's layers to its panel, in the colours of `shades`."""
     layers = dict.fromkeys((p.row.sources, drawable(p.row.layer, 16)) for p in parts)
     handles = [Line2D([], [], color=colors[sources], label=text) for sources, text in layers]
     axes.legend(handles=handles, loc=loc, fontsize=6.5, handlelength=1.2, labelspacing=0.2)

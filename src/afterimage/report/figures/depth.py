@@ -1,4 +1,4 @@
-"""Quality by depth: every encoder's layers in execution order, a line a decoder; and what the decoders missed."""
+"""Quality by depth: a line for each decoder over layers in execution order, and beside the measured bound."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from afterimage.report.rows import Row, Rows, mean_over_images, pool
 from afterimage.runs.results import METRICS, Interval
 
 LAYER_INCHES = 0.55
-LETTER_INCHES = 0.06  # of a tick label
+LETTER_INCHES = 0.06  # for each character of a tick label
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One encoder's stretch of the x axis: its layers' places and names."""
+    """Part of the x axis for one encoder, with places and names of its layers."""
 
     title: str
     places: dict[tuple[str, ...], float]
@@ -52,7 +52,7 @@ class Segment:
 
 
 def quality_by_depth(rows: Rows) -> list[Drawing]:
-    """Empty where there are not two decoder rows to compare."""
+    """Draw quality by depth, a panel for each metric; return nothing for fewer than two decoder rows."""
     if len(rows.decoders) < 2:
         return []
     metrics, styles = metrics_of(rows.decoders), decoder_styles(rows.decoders)
@@ -74,12 +74,12 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
 
 
 ANSWERS = {"best estimate": ("#117733", "D"), "most consistent image": ("#882255", "^")}
-"""Colours and markers of the two answers that bound what a layer keeps."""
+"""Colours and markers of the two answers that form the measured bound."""
 BAND = "#F3DFA2"
 
 
 def kept_by_depth(rows: Rows) -> list[Drawing]:
-    """What layers keep at least, over depth, beside what a decoder shows of it; a figure a decoder."""
+    """Draw measured bound and decoder by depth, a figure for each decoder with bounds of several layers."""
     groups = by_decoder(bounds_of(rows)).items()
     found = [
         (label, bounds) for label, bounds in groups if len({bound.found.sources for bound in bounds}) > 1
@@ -136,13 +136,13 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
 
 
 def _mean(rows: Sequence[Row], metric: str) -> float:
-    """The mean over images, of the first row where scores by image are not known."""
+    """Return the mean over images of pooled rows; that of the first row if scores by image are unknown."""
     found = pool(rows, metric)
     return found.estimate if found else rows[0].scores[metric].mean
 
 
 def _apart(bounds: Sequence[Bound], metric: str, mean: float) -> Interval:
-    """The bound's mean with the interval of its difference to the decoder, of no width where that is not known."""
+    """Return the bound's mean with the interval of its difference to the decoder; of no width if unknown."""
     gaps = [bound.missed(metric) for bound in bounds]
     common = [name for name in gaps[0] if all(name in gap for gap in gaps)]
     if len(common) < 2:
@@ -154,7 +154,7 @@ def _apart(bounds: Sequence[Bound], metric: str, mean: float) -> Interval:
 def _band(
     axes: Axes, x: np.ndarray, decoder: Sequence[float], answer: Sequence[float], sign: int, *, joined: bool
 ) -> None:
-    """Fill what the answer is better by; between layers as far as it is, at single ones as a bar."""
+    """Fill from decoder to answer where the answer is better: as an area over joined layers, else as bars."""
     low, high = np.array(decoder), np.array(answer)
     ahead = sign * (high - low) > 0
     if joined and len(x) > 1:
@@ -166,7 +166,7 @@ def _band(
 def _curve(
     axes: Axes, x: np.ndarray, means: Sequence[Interval], look: Style, control: str, label: str, *, joined: bool
 ) -> None:  # fmt: skip
-    """Means at their places, with intervals."""
+    """Draw means with intervals at their places."""
     axes.errorbar(
         x, [mean.estimate for mean in means], error_bars(means), color=look.color, marker=look.marker,
         mfc="white" if control else look.color, elinewidth=0.9, capsize=1.5,
@@ -175,7 +175,7 @@ def _curve(
 
 
 def _keep_in_view(axes: Axes, estimates: Sequence[float]) -> None:
-    """Limit a panel to the estimates and as much again on either side: intervals of few images reach any distance."""
+    """Limit a panel to the span of the estimates and as much on either side, whatever the intervals."""
     if estimates:
         low, high = axes.get_ylim()
         span = max(estimates) - min(estimates) or high - low
@@ -183,7 +183,7 @@ def _keep_in_view(axes: Axes, estimates: Sequence[float]) -> None:
 
 
 def _panels(segments: Sequence[Segment], metrics: Sequence[tuple[str, str]]) -> tuple[Figure, np.ndarray]:
-    """A panel a metric over one axis of layers, with the encoders' names above it."""
+    """Make a panel for each metric over a shared axis of layers, with the encoders' names above."""
     names = [name for segment in segments for name in segment.names.values()]
     inches = _layer_inches(segments[-1].right)
     is_rotated = max(columns(line) for name in names for line in name.split("\n")) * LETTER_INCHES > inches
@@ -230,7 +230,7 @@ def _segments(rows: Sequence[Row]) -> list[Segment]:
 
 
 def _layer_inches(total: float) -> float:
-    """What a layer gets of the figure's width, which is 6.5 to 20 inches."""
+    """Return the width of a layer in inches, for figures that are about 6.5 to 20 inches wide."""
     return min(max(LAYER_INCHES, 4.3 / total), 18 / total)
 
 

@@ -1,4 +1,4 @@
-"""Draw every test image's score in every row, not only the mean."""
+"""Distributions of scores: every test image in every row, not only the means."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOLDEN = 0.618034
 
 
 def distributions(rows: Rows) -> list[Drawing]:
-    """Draw box and dots for each row; a figure for every 36 rows, split between encoders."""
+    """Draw a box and dots for each row, up to 36 rows in a figure, split between encoders if possible."""
     pages = _pages([row for row in rows.all if len(row.per_image) > 1])
     looks = decoder_styles(rows.decoders)
     colors = {name: look.color for name, look in looks.items()}
@@ -52,7 +52,7 @@ def _pages(rows: Sequence[Row]) -> list[list[Row]]:
 def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) -> Drawing:
     metrics, names = metrics_of(page), short_encoders(rows.decoders)
     groups = list(dict.fromkeys((r.encoder, r.control) for r in page))
-    # A group's heading takes a place of its own above its rows.
+    # A group's heading has a line of its own above its rows.
     places, headings, place = [], [], 0.0
     for encoder, control in groups:
         headings.append((place, _heading(names, encoder, control), control))
@@ -98,7 +98,7 @@ def _label(row: Row, has_seeds: bool) -> str:
 
 
 def _box(axes: Axes, y: float, values: Sequence[float], color: str, control: str) -> None:
-    # Dots are moved up and down by the golden ratio: even, without chance, the same in every report.
+    # Multiples of the golden ratio spread dots up and down: evenly, and the same in every report.
     shift = (np.arange(len(values)) * GOLDEN % 1 - 0.5) * 0.62
     axes.scatter(values, y + shift, s=3.5, color=color, alpha=0.35, lw=0, zorder=2, rasterized=True)
     line = {"color": color, "lw": 1.0}

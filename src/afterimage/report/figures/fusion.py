@@ -1,4 +1,4 @@
-"""Draw fusion weights as maps: which of its sources a fusion listens to, and where in an image."""
+"""Maps of fusion weights: the share of each source in the fused features over an image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from afterimage.report.format import plain
 from afterimage.report.rows import Row, Rows
 
 COLORS = "cividis"
-FEW = 3  # figures that are shown open
+FEW = 3  # number of figures that are shown unfolded
 BAR = 0.62  # inches for the colour bar and its labels
 
 Map = UInt8[np.ndarray, "h w"]
@@ -51,7 +51,7 @@ class Line:
 
 
 def fusion_weights(rows: Rows) -> list[Drawing]:
-    """Draw a figure for each fused row that stored weight maps."""
+    """Draw a figure for each fused row with stored weight maps."""
     has_seeds = len({row.seed for row in rows.decoders}) > 1
     found = [(row, lines) for row in rows.decoders if row.fusion_weights and (lines := _lines(row))]
     drawings = []
@@ -64,7 +64,7 @@ def fusion_weights(rows: Rows) -> list[Drawing]:
 
 
 def _lines(row: Row) -> list[Line]:
-    """The first images of which everything can be read."""
+    """Return the first images whose original, reconstruction and maps can all be read."""
     try:
         saved, maps = row.run.images, row.run.fusion_maps
     except AfterimageError:
@@ -113,7 +113,7 @@ def _figure(row: Row, lines: list[Line]) -> Figure:
 
 
 def _names(sources: tuple[str, ...]) -> list[str]:
-    """Two lines a source, model and layer; without the weights' tag where that loses nothing."""
+    """Return two lines for each source, model and layer, without the weights' tag if names stay distinct."""
     split = [split_source(source) for source in sources]
     bare = [(model.partition(".")[0], layer) for model, layer in split]
     chosen = bare if len(set(bare)) == len(bare) else split

@@ -1,4 +1,4 @@
-"""Originals beside their reconstructions, whole and in a detail; and beside what their layers keep at least."""
+"""Originals beside reconstructions, with an enlarged detail, and beside the measured bound of layers."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from afterimage.runs.run import Run
 Pixels = UInt8[np.ndarray, "height width 3"]
 Column = TypeVar("Column")
 COLUMNS = 8
-IMAGES, FEW_IMAGES, MANY_PAGES = 3, 2, 4  # a page shows fewer images where there are many pages
-DETAIL = 4  # a detail is this part of the shorter side
+IMAGES, FEW_IMAGES, MANY_PAGES = 3, 2, 4  # IMAGES on a page, FEW_IMAGES if there are more than MANY_PAGES
+DETAIL = 4  # the shorter side of an image, in sides of its detail
 CELL = 1.12  # inches: at 200 dpi the 224 pixels of a usual image are printed one to one
-LINE = 0.13  # inches a line of text takes
+LINE = 0.13  # inches for each line of text
 GAP, EDGE, FOOT = 0.06, 0.05, 0.18
-BLOCK = 2 * CELL + FOOT + 0.14  # an image, its PSNR, its detail, and the way to the next image
+BLOCK = 2 * CELL + FOOT + 0.14  # an image, its PSNR, its detail, and the gap to the next image
 HEAD = 17  # characters that fit above a column
 BOX = "#D55E00"
 
 
 @dataclass(frozen=True)
 class Album:
-    """The images of a figure: `cells[id][i]` is the reconstruction by row `i`, None where there is none, and
-    `psnr[id][i]` its score."""
+    """Images of a figure: `cells[id][i]` is the reconstruction by row `i`, None where there is none, and
+    `psnr[id][i]` its score in dB."""
 
     ids: list[str]
     originals: dict[str, Pixels]
@@ -50,7 +50,7 @@ class Album:
 
 @dataclass(frozen=True)
 class Page:
-    """The runs that share a figure."""
+    """Runs that share a figure."""
 
     stem: str
     title: str
@@ -61,13 +61,13 @@ class Page:
 
 
 def pages(rows: Rows) -> list[Page]:
-    """Few runs share a page; more are split by encoder, decoder and seed. Baselines stand apart."""
+    """Split rows into pages: by encoder, decoder and seed where they are many; baselines always apart."""
     names, found = short_encoders(rows.decoders), []
     split = list(_split(rows, names))
     many = len(split) > MANY_PAGES
     for title, members in split:
         stem = _slug(title)
-        # Names that differ only in what a file's name cannot hold must not share a file.
+        # Titles that differ only in characters that file names cannot hold must not share a file.
         taken = sum(page.stem == stem or page.stem.startswith(f"{stem}~") for page in found)
         stem = f"{stem}~{taken + 1}" if taken else stem
         found.append(Page(stem, title, members, names, FEW_IMAGES if many else IMAGES, many and bool(found)))
@@ -75,14 +75,14 @@ def pages(rows: Rows) -> list[Page]:
 
 
 def grid(page: Page) -> list[Drawing]:
-    """Whole images and a detail of each in one figure. Empty where the runs saved none."""
+    """Draw whole images and a detail of each in one figure; return nothing where the runs saved no images."""
     album = _album(page.rows, page.images)
     return [_drawing(page, album)] if album.ids else []
 
 
 @runtime_checkable
 class Shown(Protocol):
-    """What a run made of an image: uint8 `(H, W, 3)`, scores by name."""
+    """An image and its reconstruction by a run, uint8 `(H, W, 3)`, with scores by metric."""
 
     original: Pixels
     image: Pixels
@@ -90,7 +90,12 @@ class Shown(Protocol):
 
 
 def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Drawing]:
-    """The same figures of images that are not the runs' own test images; `shown` has all of them for each run."""
+    """Draw the figures of `grid` for other images than the runs' test images.
+
+    Args:
+        rows: rows of the report
+        shown: original and reconstruction of every image, by run and name of the image
+    """
     drawings = []
     for page in pages(rows):
         columns = [shown[row.run] for row in page.rows]
@@ -107,9 +112,9 @@ def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Dra
 
 
 def kept(rows: Rows) -> list[Drawing]:
-    """What each layer keeps of the same photographs: a column a layer, a row an answer, a figure a decoder.
+    """Draw decoder and measured bound on the same images: columns are layers, rows are answers.
 
-    Empty where nothing was found from a decoder, or no image was saved.
+    Each decoder has one figure or more; those without a bound or saved images have none.
     """
     drawings: list[Drawing] = []
     for label, bounds in by_decoder(bounds_of(rows)).items():
@@ -120,8 +125,8 @@ def kept(rows: Rows) -> list[Drawing]:
     return drawings
 
 
-LABEL = 0.22  # inches of a row's name, set upright
-LARGE = 8.5  # points of what must still be read where the figure is 900 pixels wide
+LABEL = 0.22  # inches for a row's name, which is rotated
+LARGE = 8.5  # points of text that must be legible where the figure is 900 pixels wide
 
 
 def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[Drawing]:
@@ -184,7 +189,7 @@ def _column_head(row: Row, names: Mapping[str, str]) -> str:
 
 
 def _answer_pixels(answer: Row | None, identity: str, original: Pixels) -> Pixels | None:
-    """What a row made of an image; None where it saved none, or its original is another one."""
+    """Return a row's reconstruction of an image; None where it saved none, or its original differs."""
     paths = _saved(answer).get(identity) if answer else None
     own, pixels = map(read_pixels, paths) if paths else (None, None)
     if own is None or pixels is None or pixels.shape != original.shape or not np.array_equal(own, original):
@@ -220,7 +225,7 @@ def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]
 
 
 def _chunks(title: str, columns: list[Column]) -> Iterable[tuple[str, list[Column]]]:
-    """The columns of as many figures as they need, alike in number."""
+    """Yield titles and columns of as few figures as possible, with about as many columns each."""
     count = -(-len(columns) // (COLUMNS - 1))
     size = -(-len(columns) // count)
     for i in range(count):
@@ -228,7 +233,7 @@ def _chunks(title: str, columns: list[Column]) -> Iterable[tuple[str, list[Colum
 
 
 def _album(rows: Sequence[Row], limit: int) -> Album:
-    """The first images that most rows saved; a row whose original differs under the same id has no cell."""
+    """Collect the images that most rows saved, up to `limit`; a row with another original has no cell."""
     saved = [_saved(row) for row in rows]
     counts = {i: sum(i in s for s in saved) for i in dict.fromkeys(itertools.chain(*saved))}
     ids = sorted(counts, key=lambda i: -counts[i])
@@ -291,7 +296,7 @@ def _drawing(page: Page, album: Album) -> Drawing:
 def _show(
     axes: Axes, pixels: Pixels, x: float, y: float, foot: str, detail: tuple[int, int, int], *, boxed: bool
 ) -> None:
-    """An image in the square cell at `(x, y)`, `foot` below it, its detail in the cell under that."""
+    """Draw an image in the square cell at `(x, y)`, `foot` below it, and its detail in the cell below."""
     left, above, scale = place_image(axes, pixels, x, y, foot)
     top, side, size = detail
     corner, length = (left + side * scale, above + top * scale), size * scale
@@ -306,7 +311,7 @@ def _show(
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """Make a figure whose one axes counts inches from the top left: an axes a cell would take most of the time."""
+    """Make a figure with one axes in inches from the top left: an axes for each cell would be slow."""
     figure = Figure((width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(figure.get_figheight(), 0))
@@ -315,7 +320,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def write_heads(axes: Axes, left: Sequence[float], top: float, heads: Sequence[str], **text: Any) -> None:
-    """Write what stands above columns, whose cells begin at `left` and below `top`."""
+    """Write the headings of columns whose cells begin at `left` and below `top`."""
     look = {"ha": "center", "va": "bottom", "fontsize": 7.5, "linespacing": 1.25, **text}
     for x, head in zip(left, heads, strict=True):
         axes.text(x + CELL / 2, top - 0.05, head, **look)
@@ -327,7 +332,7 @@ def place_image(
     """Place an image, or a map, in the square cell at `(x, y)` with `foot` of `size` points below it.
 
     Returns:
-        its left and its top, and the inches of a pixel
+        left and top of the image, and the size of its pixels, in inches
     """
     rows, columns = pixels.shape[:2]
     scale = CELL / max(rows, columns)
@@ -345,7 +350,7 @@ def _absent(axes: Axes, x: float, y: float, *, has_detail: bool = True) -> None:
 
 
 def busiest(pixels: Pixels) -> tuple[int, int, int]:
-    """Top, left and size of the square with the highest luma variance; a quarter of the shorter side wide."""
+    """Return top, left and size of the square (1/4 of the shorter side) with the highest luma variance."""
     luma: Float[np.ndarray, "height width"] = pixels @ np.array([0.299, 0.587, 0.114])
     size = max(1, min(luma.shape) // DETAIL)
 
@@ -359,7 +364,7 @@ def busiest(pixels: Pixels) -> tuple[int, int, int]:
 
 
 def _head(row: Row, page: Page) -> str:
-    """What tells this column from the others, and its mean PSNR."""
+    """Return the heading of a column: in what its row differs from others, and its mean PSNR."""
     parts = []
     if row.is_baseline:
         parts.append(wrap(drawable(row.label, 44), HEAD))

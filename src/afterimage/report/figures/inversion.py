@@ -1,4 +1,4 @@
-"""Where inversions saturate: PSNR against passes through the encoder and back."""
+"""Saturation of inversions: PSNR against passes through the encoder and back."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from afterimage.report.rows import Row, Rows
 
 
 def saturation(rows: Rows) -> list[Drawing]:
-    """The curves of all searches among the rows; empty where there are none."""
+    """Draw the curves of all searches among the rows; return nothing where there are none."""
     found = searched(rows.inversions)
     return [draw_saturation(found)] if found else []
 
 
 def draw_saturation(inversions: Sequence[Row]) -> Drawing:
-    """The mean PSNR of each inversion over its passes; a line a run, dashed where it began from grey."""
+    """Draw the mean PSNR of inversions over passes: a line for each run, dashed if it started from grey."""
     with style():
         figure = Figure((6.2, 3.8), layout="constrained")
         axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Set labels that do not overlap: spread along a margin, or beside their point where there is room."""
+"""Labels that do not overlap: spread along a margin, or beside their point where there is room."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
         return []
     gap = min(gap, (high - low) / max(1, len(positions) - 1))
     offsets = gap * np.arange(len(positions))
-    # Positions lie `gap` apart where, less these offsets, none lies below the one before it.
+    # Positions are at least `gap` apart exactly if they do not decrease after these offsets are subtracted.
     starts = isotonic_regression(np.array(positions) - offsets).x
     return (starts.clip(low, high - offsets[-1]) + offsets).tolist()
 
 
 def margin_labels(axes: Axes, values: Sequence[tuple[float, str, str]], *, size: float = 6.5) -> None:
-    """Name heights in the right margin as `(value, name, colour)`, each joined to where it belongs.
+    """Label heights, `(value, name, colour)`, in the right margin, each joined to its height by a line.
 
-    The figure must have been laid out: the labels' distance depends on the panel's height.
+    The figure must have been laid out, as the distance of labels depends on the panel's height.
     """
     values = sorted(values)
     height = axes.get_window_extent().height
@@ -47,9 +47,9 @@ def margin_labels(axes: Axes, values: Sequence[tuple[float, str, str]], *, size:
 
 
 def point_labels(axes: Axes, points: Sequence[tuple[float, float, str]], *, size: float = 6.5) -> None:
-    """Name points at the first of eight places that is free of labels and lines and inside the axes.
+    """Label points, `(x, y, name)`, at the first of eight places in the axes without labels and lines.
 
-    The figure must have been laid out. A name that fits nowhere is left out: its neighbours on the line tell
+    The figure must have been laid out. A name that fits nowhere is left out: its neighbours on the line show
     where it belongs.
     """
     inside = axes.get_window_extent()
@@ -73,7 +73,7 @@ def point_labels(axes: Axes, points: Sequence[tuple[float, float, str]], *, size
 
 
 def _boxes(corners: Float[np.ndarray, "points 2"]) -> Iterator[Bbox]:
-    """Small boxes along a polyline in pixels, close enough that no label slips between them."""
+    """Yield small boxes along a polyline in pixels, close enough that no label fits between them."""
     for (x, y), (next_x, next_y) in itertools.pairwise(corners):
         steps = max(1, int(max(abs(next_x - x), abs(next_y - y)) / 6))
         for t in np.linspace(0, 1, steps + 1):
@@ -95,7 +95,7 @@ def wrap(name: str, width: int) -> str:
 
 
 def _chopped(piece: str, width: int) -> Iterator[str]:
-    """A piece in parts of `width` columns."""
+    """Yield parts of a piece that are at most `width` columns wide."""
     while piece:
         part = head(piece, width) or piece[0]
         yield part

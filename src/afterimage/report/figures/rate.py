@@ -1,4 +1,4 @@
-"""Draw the size of features that are quantised and coded, beside JPEG and WebP."""
+"""Rate-distortion of features that are quantised and coded, beside JPEG and WebP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CODECS = {"JPEG": "--", "WebP": ":"}
 
 
 def rate(rows: Rows) -> list[Drawing]:
-    """Draw a panel for each encoder, a line for each layer; nothing where no run folder holds the rate."""
+    """Draw a panel for each encoder, a line for each layer; return nothing if no run has these data."""
     parts, _ = read_parts(rows.decoders, "rate_distortion")
     if not parts:
         return []

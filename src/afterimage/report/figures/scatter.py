@@ -1,4 +1,4 @@
-"""Draw quality against what the decoder is given, feature locations or values, and against its parameters."""
+"""Quality against the decoder's input, in feature locations or values, and against its parameters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Point = tuple[float, Interval, Row]
 
 @dataclass(frozen=True)
 class Look:
-    """Place of a row on the x axis, the line that it is on, and how that line is drawn."""
+    """Functions for a row's place on the x axis and the name of its line, and styles of the lines."""
 
     x: Callable[[Row], float]
     line: Callable[[Row], str]
@@ -50,14 +50,14 @@ class Look:
 
 
 def quality_by_locations(rows: Rows) -> list[Drawing]:
-    """Draw a column for each decoder, a line for each encoder; nothing for a single number of locations."""
+    """Draw a column for each decoder, a line for each encoder; return nothing for one number of locations."""
     shown = [row for row in rows.decoders if row.locations]
     counts = sorted({row.locations for row in shown})
     if len(counts) < 2:
         return []
     names = short_encoders(shown)
     looks = encoder_styles(list(names))
-    # Encoders stand side by side where they share a number of locations.
+    # Encoders with the same number of locations stand side by side.
     beside = {name: 1.09 ** (i - (len(names) - 1) / 2) for i, name in enumerate(names)}
     columns = list(dict.fromkeys(r.decoder_label for r in sorted(shown, key=lambda r: r.decoder_order)))
     figure, panels = _panels(shown, columns)
@@ -79,7 +79,7 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
 
 
 def quality_by_parameters(rows: Rows) -> list[Drawing]:
-    """Draw a column for each encoder, a line for each decoder; nothing where all have as many parameters."""
+    """Draw a column for each encoder, a line for each decoder; return nothing for one parameter count."""
     shown = [row for row in rows.decoders if row.parameters]
     if len({row.parameters for row in shown}) < 2:
         return []
@@ -103,7 +103,7 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
     figure.draw_without_rendering()
     for axes, points in named.items():
         point_labels(axes, points)
-    figure.set_layout_engine("none")  # labels lie inside the axes: the layout stays, and costs as much again
+    figure.set_layout_engine("none")  # labels lie inside the axes: another layout would change nothing
     caption = (
         "Every row by the size of its decoder, a column an encoder, a line a decoder through the layers in "
         f"execution order (named where there is room); mean over test images with its {NAME}."
@@ -113,11 +113,11 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
 
 
 OTHERS = "#b5b5b5"
-"""Colour of the encoders of an atlas."""
+"""Colour of an atlas's encoders."""
 
 
 def standing(comparison: Comparison) -> Drawing:
-    """Draw one's own rows among those of an atlas by their feature values: answers down, metrics across."""
+    """Draw the user's rows among those of an atlas by feature values: answers down, metrics across."""
     mine = [standing.mine for standing in comparison.standings]
     answers = list(dict.fromkeys(e.measured for e in mine))
     metrics = comparison.columns
@@ -169,7 +169,7 @@ def _by_encoder(rows: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def _bare(name: str, names: Iterable[str]) -> str:
-    """An encoder's name without the weights' tag where that loses nothing."""
+    """Return an encoder's name, without the weights' tag where names stay distinct."""
     bare = name.partition(".")[0]
     return drawable(bare if [n.partition(".")[0] for n in names].count(bare) == 1 else name, 32)
 
@@ -187,7 +187,7 @@ def _through(axes: Axes, rows: Sequence[Entry], metric: str, look: Style, *, zor
 
 
 def _panels(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Figure, np.ndarray]:
-    """The axes `(metrics, columns)`: metrics down and columns across, but those of a single column side by side."""
+    """Make axes `(metrics, columns)`: metrics down, columns across; a single column is laid out in a row."""
     metrics = metrics_of(rows)
     down, across = (1, len(metrics)) if len(columns) == 1 else (len(metrics), len(columns))
     size = max(4.4, 0.8 + PANEL[0] * across), 1.1 + PANEL[1] * down
@@ -201,14 +201,14 @@ def _panels(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Figure, np.nda
 def _members(
     rows: Sequence[Row], columns: Sequence[str], panels: np.ndarray, column: Callable[[Row], str]
 ) -> Iterator[tuple[Axes, str, list[Row]]]:
-    """Each panel with its metric and rows."""
+    """Yield each panel with its metric and rows."""
     for line, (metric, net) in zip(panels, metrics_of(rows), strict=True):
         for axes, name in zip(line, columns, strict=True):
             yield axes, metric, [r for r in rows if column(r) == name and has(r, metric, net)]
 
 
 def _draw(axes: Axes, rows: Sequence[Row], metric: str, look: Look) -> list[Point]:
-    """One line for each of the look's names and its weights; returns the points drawn."""
+    """Draw a line for each of the look's names and random controls; return the points drawn."""
     drawn: list[Point] = []
     cells: dict[tuple[str, str], dict[tuple[object, ...], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -247,7 +247,7 @@ def _handles(looks: dict[str, Style], names: Callable[[str], str], rows: Sequenc
 
 
 def _apart(counts: Sequence[int]) -> list[int]:
-    """The counts that can be printed without touching on a logarithmic axis, the smallest first."""
+    """Return the counts whose labels do not touch on a logarithmic axis, from the smallest on."""
     kept = [counts[0]]
     span = counts[-1] / counts[0]
     for count in counts[1:]:

@@ -1,4 +1,4 @@
-"""Give every figure one look: print sizes, colour-blind safe colours, output that repeats byte for byte."""
+"""Style of all figures: print sizes, colour-blind safe colours, output that repeats byte for byte."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from afterimage.runs.results import Interval
 
 DPI = 200
 INK, MUTED = "#222222", "#6b6b6b"
-# Names are set as they are: a `$` in one must not start a formula. Text in SVG becomes outlines, so that it
-# looks the same without the font.
+# Names are printed literally: a `$` must not start a formula. Text in SVG becomes outlines, so that it looks
+# the same without the font.
 RC = {
     "font.size": 8, "text.parse_math": False, "text.color": INK,
     "axes.labelsize": 8, "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.labelcolor": INK,
@@ -38,7 +38,7 @@ RC = {
     "image.composite_image": False,  # an SVG would merge a grid's images at screen resolution
     "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
 }  # fmt: skip
-# Okabe and Ito's colours (2008) for decoders, Tol's (2021) for encoders, so that the two are not confused.
+# Colours of Okabe and Ito (2008) for decoders and of Tol (2021) for encoders keep the two apart.
 DECODER_STYLES = {
     "linear": ("#000000", "o"), "transposed": ("#56B4E9", "s"), "attention": ("#0072B2", "^"),
     "wavelet": ("#009E73", "D"), "frequency": ("#CC79A7", "v"), "residual": ("#D55E00", "P"),
@@ -63,10 +63,10 @@ class Drawing:
 
     Attributes:
         name: stem of its files
-        title: its heading
-        caption: what is shown and how
+        title: heading of the figure
+        caption: description of what is shown and how
         figure: the figure
-        folded: whether it is one of many alike, which a report shows folded
+        folded: show the figure folded, as one of many alike
     """
 
     name: str
@@ -77,7 +77,7 @@ class Drawing:
 
 
 def error_bars(intervals: Sequence[Interval]) -> list[list[float]]:
-    """Return how far intervals reach below and above their estimates, as matplotlib's `errorbar` takes it."""
+    """Return distances from estimates to the ends of intervals, in the form of matplotlib's `errorbar`."""
     below = [max(0.0, i.estimate - i.low) for i in intervals]
     return [below, [max(0.0, i.high - i.estimate) for i in intervals]]
 
@@ -94,8 +94,8 @@ def _at_level(logger: logging.Logger, level: int) -> Iterator[None]:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Set matplotlib's own defaults and ours inside the block, whatever the user's matplotlibrc says."""
-    # What it warns of is a bold that a font for some script lacks.
+    """Apply matplotlib's defaults and ours inside the block, ignoring the user's matplotlibrc."""
+    # The font manager warns of fonts for some scripts that have no bold.
     quiet = _at_level(logging.getLogger("matplotlib.font_manager"), logging.ERROR)
     with matplotlib.rc_context(), warnings.catch_warnings(), quiet:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -111,13 +111,13 @@ def render(figure: Figure) -> tuple[bytes, bytes]:
         figure.savefig(
             png, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"compress_level": 4}
         )
-        figure.set_layout_engine("none")  # the SVG keeps the PNG's layout, and half the time
+        figure.set_layout_engine("none")  # the SVG reuses the PNG's layout, which halves the time
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return png.getvalue(), svg.getvalue()
 
 
 def decoder_styles(rows: Iterable[Row]) -> dict[str, Style]:
-    """Return a colour and marker for each decoder label; the project's decoders keep theirs in every report."""
+    """Return a style for each decoder label; that of the project's decoders is the same in every report."""
     decoders = {row.decoder_label: row.decoder for row in sorted(rows, key=lambda r: r.decoder_order)}
     styles: dict[str, Style] = {}
     for label, decoder in decoders.items():
@@ -137,18 +137,18 @@ def encoder_styles(names: Sequence[str]) -> dict[str, Style]:
 
 
 def short_encoders(rows: Iterable[Row]) -> dict[str, str]:
-    """Return encoder names as figures print them: without the weights' tag where that loses nothing."""
+    """Return encoder names for figures: without the weights' tag where they stay distinct."""
     names = short_names(row.encoder for row in rows if row.sources)
     return {name: plain(short, 40) for name, short in names.items()}
 
 
 def metrics_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """List the panels that these rows can fill, `(metric, LPIPS network)`."""
+    """Return the panels for which these rows have scores, as `(metric, LPIPS network)`."""
     return score_columns(lpips_nets(rows))
 
 
 def has(row: Row, metric: str, net: str) -> bool:
-    """Whether a row was measured by a metric, LPIPS with this network."""
+    """Return True if a row was measured by a metric, LPIPS with this network."""
     return row.scores[metric] is not None and (metric != "lpips" or row.lpips.net == net)
 
 
@@ -158,7 +158,7 @@ def metric_label(metric: str, net: str) -> str:
 
 
 def lpips_note(rows: Sequence[Row]) -> str:
-    """Write what a caption must say about LPIPS that is missing."""
+    """Write a caption's note on rows without LPIPS; empty if there are none."""
     missing = sum(r.scores["lpips"] is None for r in rows)
     if not missing:
         return ""
@@ -167,12 +167,12 @@ def lpips_note(rows: Sequence[Row]) -> str:
 
 
 def dashes(control: str) -> str:
-    """Return the line style of `Row.control`: whole for trained weights, broken or dotted for the random controls."""
+    """Return the line style of `Row.control`: solid for trained weights, dashed or dotted for controls."""
     return ":" if control.startswith("RANDOM-INIT") else "--" if control else "-"
 
 
 def controls_note(rows: Sequence[Row]) -> str:
-    """Write what a caption must say of random controls, where there are any."""
+    """Write a caption's note on random controls; empty if there are none."""
     lines = {"--": "broken", ":": "dotted"}
     controls = sorted({row.control for row in rows if row.is_random})
     told = ", ".join(f"{control} ({lines[dashes(control)]} lines)" for control in controls)
@@ -180,12 +180,12 @@ def controls_note(rows: Sequence[Row]) -> str:
 
 
 def fusion_note(rows: Sequence[Row]) -> str:
-    """Write what a caption must say of the letters that stand for fusions, where there are any."""
+    """Write a caption's note on the letters that stand for fusions; empty if there are none."""
     return "".join(f" {line[0].upper()}{line[1:]}." for line in fusion_legend(rows))
 
 
 def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
-    """Set one legend below the whole figure, in as many columns up to `columns` as its width has room for."""
+    """Set one legend below the whole figure, in up to `columns` columns, as many as fit its width."""
     for count in range(columns, 0, -1):
         made = figure.legend(handles=handles, loc="outside lower center", ncols=count)
         if count == 1 or made.get_window_extent().width <= figure.bbox.width:

@@ -1,4 +1,4 @@
-"""Draw training curves: the loss on validation images, epoch by epoch."""
+"""Training curves: the loss on validation images by epoch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from afterimage.report.figures.style import MUTED, Drawing, grid_y, legend, shor
 from afterimage.report.rows import Row, Rows
 
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
-PANELS = 12  # on one figure
-TITLE = 26  # characters above a panel
+PANELS = 12  # per figure
+TITLE = 26  # characters per line of a panel's title
 Epochs = list[dict[str, Any]]
 Panel = tuple[str, str, str, str]
-# A step that leaves less than this part of the learning rate is a drop; smooth schedules have none.
+# Ratio of successive learning rates below which there is a drop; smooth schedules have none.
 DROP = 0.9
 
 
 def training_curves(rows: Rows) -> list[Drawing]:
-    """Draw a panel for each encoder and decoder, a line for each layer; where panels are many, a figure an encoder.
+    """Draw a panel for each encoder and decoder, with a line for each layer.
 
-    Nothing is drawn where no row was trained by epochs.
+    Many panels are split into a figure for each encoder. There is none if no row was trained by epochs.
     """
     found = [(row, _history(row)) for row in rows.decoders]
     trained = [(row, epochs) for row, epochs in found if len(epochs) > 1]
@@ -75,7 +75,7 @@ def _figure(groups: dict[Panel, list[tuple[Row, Epochs]]], names: dict[str, str]
 
 
 def _places(groups: Sequence[Panel]) -> tuple[list[int], int, int]:
-    """Where each panel goes, counted from 1 by row, and the rows and columns: every encoder begins a row."""
+    """Return each panel's number from 1, row by row, and the grid's size; each encoder begins a new row."""
     counts = Counter((encoder, control) for encoder, control, *_ in groups)
     most = max(counts.values())
     across = most if most <= 4 else 3
@@ -87,7 +87,7 @@ def _places(groups: Sequence[Panel]) -> tuple[list[int], int, int]:
 
 
 def _history(row: Row) -> Epochs:
-    """The epochs whose loss is a number above 0; none where the file is damaged, which the caption counts."""
+    """Return the epochs with finite numbers and a loss above 0; none where the file is damaged."""
 
     def usable(epoch: dict[str, Any]) -> bool:
         cells = [epoch.get(name) for name in ("epoch", "learning_rate", "validation_loss")]
@@ -104,7 +104,7 @@ def _loss(row: Row) -> str:
 
 
 def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> list[tuple[float, str, str]]:
-    """Draw the lines; return what to write at their ends."""
+    """Draw the lines; return height, text and colour of the labels at their ends."""
     layers: dict[str, list[tuple[Row, Epochs]]] = defaultdict(list)
     for row, epochs in members:
         layers[row.layer].append((row, epochs))
@@ -115,14 +115,14 @@ def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> li
         for row, epochs in histories:
             points = [(float(e["epoch"]), float(e["validation_loss"])) for e in epochs]
             kept = _kept(row, points)
-            if kept not in points:  # the closed form that training began with
+            if kept not in points:  # training began with this closed form
                 points.insert(0, kept)
             if is_mse:
                 points, (kept,) = ([(x, -10 * math.log10(loss)) for x, loss in p] for p in (points, [kept]))
             axes.plot(*zip(*points, strict=True), color=color, ls=DASHES[i % len(DASHES)], lw=1.2)
             drops = [
                 points[d - len(epochs)] for d in _drops(epochs)
-            ]  # from the end: the start may stand before
+            ]  # from the end: a start may precede them
             axes.plot(
                 [x for x, _ in drops], [y for _, y in drops], "v", color=color, ms=4.5, mec="white", mew=0.5
             )
@@ -133,7 +133,7 @@ def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> li
 
 
 def _kept(row: Row, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Epoch and validation loss of the weights that are kept, by the result; epoch 0 has no history of its own."""
+    """Return epoch and validation loss of the kept weights; the history has no entry for epoch 0."""
     known = row.training
     if known and known.best_epoch == 0 and known.best_validation_loss and known.best_validation_loss > 0:
         return 0.0, known.best_validation_loss
@@ -142,7 +142,7 @@ def _kept(row: Row, points: Sequence[tuple[float, float]]) -> tuple[float, float
 
 
 def _drops(epochs: Epochs) -> list[int]:
-    """The epochs that began with a clearly lower learning rate than the one before."""
+    """Return indices of epochs with a clearly lower learning rate than the one before; none if many."""
     pairs = enumerate(itertools.pairwise(e["learning_rate"] for e in epochs), 1)
     drops = [i for i, (before, after) in pairs if after < DROP * before]
     return drops if len(drops) <= max(1, len(epochs) // 3) else []

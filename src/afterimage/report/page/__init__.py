@@ -1,1 +1,1 @@
-"""The page to walk through."""
+"""HTML page of a report."""

@@ -1,4 +1,4 @@
-"""The saved test images of many runs, gathered once each and re-encoded so that they travel in one file."""
+"""Saved test images of many runs, gathered once each and re-encoded to fit into one file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from afterimage.runtime.progress import Progress, silent
 QUALITIES = (90, 80)
 EXACT_BYTES = 12_000_000
 THUMBNAIL = 96
-OVERHEAD = 5_000  # bytes of a thumbnail and of what else a page says about an image
+OVERHEAD = 5_000  # bytes of an image's thumbnail and other facts on the page
 
 
 @dataclass(frozen=True)
 class PageImage:
-    """One test image: its original, and its reconstruction by the position of the run that made it.
+    """One test image: its original, and its reconstructions by the position of their run.
 
-    `maps` holds the weight maps of runs whose fusion has such, one a source.
+    `maps` holds weight maps of fusions by the position of their run, one for each source.
     """
 
     id: str
@@ -46,7 +46,7 @@ class PageImage:
 
 @dataclass(frozen=True)
 class Album:
-    """What a page embeds.
+    """Images that a page embeds.
 
     `blocks[i]` holds the data URIs of `images[i]`: `original`, and `runs` and `maps` by position. `quality` is
     WebP's, or None where the files are embedded as they are. `total` counts the images before any was left out.
@@ -59,10 +59,10 @@ class Album:
 
 
 def gather(rows: Sequence[Row]) -> list[PageImage]:
-    """The images that the rows' runs saved, in the order of their first appearance.
+    """Return the images that the rows' runs saved, in the order of their first appearance.
 
-    Rows share an image where both its id and the content of its original agree: the same id from another
-    crop or data set is another image.
+    Rows share an image if both its id and the content of its original agree: the same id from another crop
+    or data set is another image.
     """
     images: dict[tuple[str, str], PageImage] = {}
     hashes: dict[tuple[str, str], str] = {}
@@ -83,8 +83,8 @@ def gather(rows: Sequence[Row]) -> list[PageImage]:
 def embed(images: Sequence[PageImage], limit: int, progress: Progress = silent) -> Album:
     """Encode images into at most `limit` bytes of JSON.
 
-    Small sets are embedded as they are, larger ones as WebP at the first of `QUALITIES` that fits. Where not
-    even the last one does, images are left out from the end, each with all its reconstructions.
+    Small sets are embedded unchanged, larger ones as WebP at the first of `QUALITIES` that fits. If none
+    fits, images are left out from the end, each with all its reconstructions.
     """
     if not images:
         return Album(0)
@@ -127,7 +127,7 @@ def _encode_image(page_image: PageImage, quality: int | None, pool: Executor) ->
 
 
 def _length(value: dict[str, Any]) -> int:
-    """The bytes this adds to a page: as JSON, and the element around it."""
+    """Return the bytes that a value adds to a page: its JSON and the element around it."""
     return len(htmlsafe_json_dumps(value)) + 100
 
 

@@ -1,7 +1,7 @@
-"""One self-contained HTML page that shows a study: its images first, then charts, findings and the table.
+"""Self-contained HTML page of a study: its images first, then charts, findings and the table.
 
-The page opens from disk and asks the network for nothing: scripts, styles and images are inlined, and its
-content security policy allows those scripts alone, so that no name out of a run folder can become code.
+The page opens from disk and makes no network requests: scripts, styles and images are inlined, and its
+content security policy allows only those scripts, so that no name from a run folder can become code.
 """
 
 from __future__ import annotations
@@ -49,13 +49,26 @@ def write_page(
     limit: int = PAGE_BYTES,
     progress: Progress = silent,
 ) -> Path:
-    """Write the page of these rows to the file `out` and return its path.
+    """Write the page of these rows.
 
-    `bounds` and `findings` hold `title`, `verdict`, `rule`, `paragraphs` and `tables` (each with `title`, `header` and
-    `rows` of text); `bounds` come first, with `bound_figures`. `lead` goes before the findings, and `problems` say what
-    could not be computed. `figures` are PNG files, each after its caption. The page stays below `limit` bytes: images
-    are re-encoded, then left out, and the page says so. Raises `AfterimageError` where an image cannot be read, or the
-    limit is too small for the page without images.
+    Args:
+        rows: rows of the report
+        out: file to write
+        title: title of the page
+        bounds: findings on measured bounds, shown first, as dicts of the fields of `Finding`
+        bound_figures: `(caption, PNG file)` pairs to show with the bounds
+        findings: other findings, in the same form
+        lead: text before the findings
+        problems: sentences on what could not be computed
+        figures: `(caption, PNG file)` pairs
+        limit: largest size of the page in bytes; images are re-encoded, then left out, and the page says so
+        progress: called with the progress
+
+    Returns:
+        path of the page
+
+    Raises:
+        AfterimageError: an image cannot be read, or the limit is too small for the page without images
     """
     images = gather(rows.every)
     entries = describe_rows(rows, images)
@@ -64,7 +77,7 @@ def write_page(
         context[name] = [
             {"caption": text, "uri": data_uri(read_bytes(path), "image/png")} for text, path in shown
         ]
-    # Rendered once without images, to learn how much room is left for them.
+    # A first rendering without images shows how much room is left for them.
     room = limit - len(_render(rows, entries, Album(total=len(images)), **context).encode())
     if room < 0:
         raise AfterimageError(
@@ -120,7 +133,7 @@ def _render(
 
 
 def page_environment(templates: Path) -> Environment:
-    """Templates of a folder, escaping everything they show; an undefined name is an error."""
+    """Return an environment for a folder's templates; it escapes all values and rejects undefined names."""
     return Environment(
         loader=FileSystemLoader(templates),
         autoescape=True,
@@ -150,12 +163,12 @@ def _hash(text: str) -> str:
 
 
 def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any]]:
-    """An entry for each of `rows.every`, in that order. Numbers are None where they are unavailable.
+    """Return an entry for each of `rows.every`, in that order. Numbers are None where they are unavailable.
 
-    `series` and `decoder` place a row in a walk over layers; per-image scores follow `image_ids(rows)`;
-    rows compare image by image only where their `testSet` agrees. `answers` holds where the entries of the images
-    stand that were found from a decoder's: `estimate` and `refined`. `missed` has the means of decoder and measured
-    bound over the bound's images, of each metric that both have.
+    `series` and `decoder` place a row in a walk over layers; per-image scores follow `image_ids(rows)`; rows
+    compare image by image only where their `testSet` agrees. For a decoder with a measured bound, `answers`
+    holds the positions of the bound's entries, `estimate` and `refined`, and `missed` the means of decoder and
+    bound over the bound's images, for each metric that both have.
     """
     ids = image_ids(rows)
     seeds = len({row.seed for row in rows.decoders}) > 1
@@ -194,7 +207,7 @@ def _missed(bound: Bound) -> dict[str, dict[str, float]]:
 
 
 def _distances(row: Row, bound: Bound | None, ids: Sequence[str]) -> list[float | None]:
-    """How far the features of each image are from the original's: a decoder's are where the search from it began."""
+    """Return each image's feature distance from its original; a decoder's is that at a search's start."""
     values = row.values("feature_loss")
     if bound and bound.refined:
         values = {
@@ -204,14 +217,14 @@ def _distances(row: Row, bound: Bound | None, ids: Sequence[str]) -> list[float 
 
 
 def image_ids(rows: Rows) -> list[str]:
-    """The test images of all rows, in the order of their first appearance."""
+    """Return the ids of the test images of all rows, in the order of their first appearance."""
     return list(dict.fromkeys(image["id"] for row in rows.every for image in row.per_image))
 
 
 def best_scores(rows: Rows) -> dict[str, str]:
-    """The best mean of each metric, as it is printed, among decoders on pretrained weights.
+    """Return the best mean of each metric, as printed, among decoders on pretrained weights.
 
-    LPIPS has none where several networks measured it: their distances do not compare.
+    LPIPS is left out where several networks measured it: their distances do not compare.
     """
     best = {}
     for name, metric in METRICS.items():
@@ -222,13 +235,13 @@ def best_scores(rows: Rows) -> dict[str, str]:
 
 
 def main_net(rows: Rows) -> str:
-    """The LPIPS network that measured the most rows; empty where LPIPS is unavailable throughout."""
+    """Return the LPIPS network that measured the most rows; empty where LPIPS is unavailable throughout."""
     nets = Counter(row.lpips.net for row in rows.all if row.scores["lpips"])
     return nets.most_common(1)[0][0] if nets else ""
 
 
 def grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """Texts with the names of the rows that share them."""
+    """Return each text with the names of the rows that share it."""
     groups: dict[str, list[str]] = {}
     for text, name in pairs:
         groups.setdefault(text, []).append(name)
@@ -267,7 +280,7 @@ def _numbers(row: Row, ids: Sequence[str]) -> dict[str, Any]:
 
 
 def _fusion(row: Row) -> list[dict[str, Any]]:
-    """Each source's mean weight; empty where the row has no fusion that weighs its sources."""
+    """Return the mean weight of each source; empty where the row has no fusion with weights."""
     pairs = zip(row.sources, row.fusion_weights, strict=True) if row.fusion_weights else ()
     return [{"source": source, "weight": weight} for source, weight in pairs]
 
@@ -276,14 +289,14 @@ def _score(row: Row, metric: str) -> dict[str, Any] | None:
     score = row.scores[metric]
     if score is None:
         return None
-    # A folder from elsewhere may have a mean without the scores of each image: then there is no interval to draw.
+    # A folder from elsewhere may have a mean without scores by image: then there is no interval to draw.
     interval = row.intervals[metric]
     low, high = (interval.low, interval.high) if interval else (score.mean, score.mean)
     return {"mean": score.mean, "std": score.std, "count": score.count, "low": low, "high": high}
 
 
 def _test_sets(rows: Sequence[Row], images: Sequence[PageImage]) -> list[str]:
-    # The first image a row saved tells its test set, also where not every row has a digest of its own.
+    # Rows whose first saved image is the same share a test set, even where their digests differ.
     first: dict[int, str] = {}
     for number, image in enumerate(images):
         for position in image.reconstructions:

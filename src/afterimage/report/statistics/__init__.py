@@ -1,1 +1,1 @@
-"""Paired comparisons and hypotheses, from scores per image."""
+"""Paired comparisons and tests of hypotheses, from scores per image."""

@@ -1,4 +1,4 @@
-"""Answer the hypotheses of a study from its rows."""
+"""Analysis of a study's rows: answers to its hypotheses, rankings and costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from afterimage.runs.results import METRICS
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that the scores of a study say, each list with one entry for each metric, some for each setting.
+    """All results of a study; each list has one entry or more for each metric, some for each setting.
 
     Attributes:
         rows: the rows, seeds merged
@@ -57,13 +57,13 @@ class Analysis:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything but the rows as JSON values, and the name of the intervals; properties are among them."""
+        """Return all fields but the rows as JSON values with their properties, and the intervals' name."""
         fields = (f.name for f in dataclasses.fields(self) if f.name != "rows")
         return {"intervals": NAME} | {name: as_json(getattr(self, name)) for name in fields}
 
 
 def as_json(value: Any) -> Any:
-    """Convert a result to JSON values: its fields, and its properties beside them."""
+    """Convert a result to JSON values: its fields and its properties."""
     if dataclasses.is_dataclass(value):
         names = [f.name for f in dataclasses.fields(value)]
         names += [n for n, member in vars(type(value)).items() if isinstance(member, property)]
@@ -77,8 +77,8 @@ def analyse(finished: Iterable[report.Row]) -> Analysis:
     """Answer H1, H2 and H3 from finished runs, for every metric and every setting that they hold.
 
     A setting is a way of decoding (decoder, its size, weights, loss); only rows of one setting, on the same
-    images, are compared across layers. Every verdict is a family of tests of its own: Holm's correction
-    keeps the chance of any false step in it at 5 %. Seeds are averaged per image before anything else.
+    images, are compared across layers. Each verdict has its own family of tests, in which Holm's correction
+    limits the chance of any false positive to 5 %. Seeds are averaged per image before anything else.
 
     Args:
         finished: finished runs

@@ -1,4 +1,4 @@
-"""Test H3: different architectures keep different things."""
+"""Test of H3: different architectures keep different things."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Architectures(Answer):
     """Answer to H3 for one metric and one setting.
 
     Attributes:
-        pairs: comparisons of the first layer that each encoder has at a resolution, chosen without looking at scores,
-            so that no encoder gains from having many layers of one size
+        pairs: comparisons of encoders by their first layer at each resolution; the choice ignores scores, so that
+            no encoder gains from having many layers of one size
     """
 
     pairs: tuple[MatchedPair, ...] = ()
@@ -36,7 +36,7 @@ class Architectures(Answer):
 
 
 def architectures_differ(rows: list[Row], metric: str, setting: str) -> Architectures:
-    """Test H3. The family of tests is every pair of encoders at every resolution.
+    """Test H3 on every pair of encoders at every resolution, as one family of tests.
 
     Args:
         rows: rows of one setting with one source each

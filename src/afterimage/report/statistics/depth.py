@@ -1,4 +1,4 @@
-"""Test H1: quality falls monotonically with depth."""
+"""Test of H1: quality falls monotonically with depth."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer to one hypothesis, its `hypothesis`, which says `claim`.
+    """Answer to one hypothesis; subclasses define its name `hypothesis` and its `claim`.
 
     Attributes:
         metric: name of the metric
@@ -48,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class DepthOfEncoder:
-    """One encoder's layers in execution order.
+    """Answer to H1 for one encoder, its layers in execution order.
 
     Attributes:
         encoder: name of the encoder
@@ -56,7 +56,7 @@ class DepthOfEncoder:
         means: mean score of each layer
         steps: comparisons of layer i + 1 with layer i
         tau: Kendall's tau between depth and the layers' mean quality
-        tau_p: its exact p-value, which of few layers cannot be small: 1/12 at best for four
+        tau_p: its exact p-value, which cannot be small for few layers: 1/12 at best for four
         tau_within: mean over images of tau within an image
         monotone: number of images whose quality falls at every step
         verdict: the verdict on this encoder
@@ -78,7 +78,7 @@ class Depth(Answer):
     """Answer to H1 for one metric and one setting.
 
     Attributes:
-        encoders: what was found of each encoder with two or more layers
+        encoders: answers for each encoder with two or more layers
     """
 
     encoders: tuple[DepthOfEncoder, ...]
@@ -87,7 +87,7 @@ class Depth(Answer):
 
 
 def falls_with_depth(rows: list[Row], metric: str, setting: str) -> Depth:
-    """Test H1. The family of tests is every step from layer to layer of every encoder.
+    """Test H1 on every step from layer to layer of every encoder, as one family of tests.
 
     Args:
         rows: rows of one setting with one source each

@@ -1,4 +1,4 @@
-"""Rank layers, decoders and fusions by quality, and set quality against its cost."""
+"""Rankings of layers, decoders and fusions by quality, and quality in relation to its cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from afterimage.runs.results import METRICS
 
 @dataclass(frozen=True)
 class Score:
-    """Mean score of a row over images; `seed_spread` is the deviation between seeds, None for a single one."""
+    """Mean score of a row over images; `seed_spread` is the deviation between seeds, None for one seed."""
 
     name: str
     setting: str
@@ -31,9 +31,17 @@ class Score:
 class Degradation:
     """One encoder's best and worst layers under one setting.
 
-    `drop` compares worst with best; `percent` is the change of the mean relative to the best. `runner_up` compares
-    the best layer with the second best, corrected over the encoders of the setting. Best and worst are picked on the
-    same images, which flatters `drop` slightly.
+    Best and worst are chosen on the same images, which slightly overstates `drop`.
+
+    Attributes:
+        metric: name of the metric
+        setting: way of decoding
+        encoder: name of the encoder
+        best: name of the best layer
+        worst: name of the worst layer
+        drop: comparison of the worst layer with the best
+        percent: change of the mean from best to worst, in per cent of the best
+        runner_up: comparison of the best layer with the second best, corrected over the setting's encoders
     """
 
     metric: str
@@ -66,9 +74,9 @@ class Efficiency:
         name: name of the row
         setting: way of decoding
         gain: mean score beyond `baseline`; None without one
-        baseline: the mean-colour baseline of the row's test images where the study has any such line, else 0; None
-            for LPIPS without one, which has no zero to count from, and where only other rows have a line
-        per_minute: gain for each minute of training; None where the cost is unknown or zero, as below
+        baseline: score of the mean-colour baseline on the row's test images; 0 where the study has no such
+            baseline (None for LPIPS, whose 0 is the best); None where only other test images have one
+        per_minute: gain for each minute of training; like the next two None where gain or cost is unknown
         per_million_parameters: gain for each million decoder parameters
         per_thousand_values: gain for each thousand feature values
     """
@@ -84,7 +92,7 @@ class Efficiency:
 
 
 def scores(rows: list[Row], metric: str) -> list[Score]:
-    """Compute every row's mean with its interval, in the order given."""
+    """Compute the mean of every row with its interval, in the order given."""
     results = []
     for row in rows:
         _, values = matrix([row], metric)
@@ -103,7 +111,7 @@ def _best_first(rows: list[Row], metric: str) -> list[Row]:
 
 
 def degradation(rows: list[Row], metric: str, setting: str) -> list[Degradation]:
-    """Compare best and worst layer of each encoder that has two or more, among rows of one setting and one source."""
+    """Compare the best and worst of an encoder's two or more layers, among rows of one setting and source."""
     encoders: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         encoders[row.encoder].append(row)
@@ -134,9 +142,9 @@ def efficiency(rows: list[Row], baselines: list[Row], metric: str) -> list[Effic
 
 
 def decoders(rows: list[Row], metric: str) -> list[DecoderRanking]:
-    """Rank the settings that decode the same features; every pair of every ranking is one family of tests.
+    """Rank the settings that decode the same features; all pairs of all rankings are one family of tests.
 
-    Features of an untrained encoder are others, and controls: they are left out unless there is nothing else.
+    Random controls are left out unless there is nothing else.
     """
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in without_random_controls(rows) or rows:
@@ -161,7 +169,7 @@ def decoders(rows: list[Row], metric: str) -> list[DecoderRanking]:
 
 
 def fusions(rows: list[Row], metric: str) -> list[Comparison]:
-    """Compare each fusion with its best single member, decoded alike where the study has that, else anyhow."""
+    """Compare each fusion with its best single member, among those decoded alike where there are any."""
     family = []
     for fused in (row for row in rows if row.fused):
         same = [r for r in rows if (r.data, r.setting.control) == (fused.data, fused.setting.control)]

@@ -1,4 +1,4 @@
-"""Test H2: spatial resolution dominates."""
+"""Test of H2: spatial resolution dominates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class MatchedPair:
-    """Two layers of the same resolution; `same_encoder` where they differ in depth alone."""
+    """Two layers of the same resolution; with `same_encoder` they differ in depth alone."""
 
     height: int
     width: int
@@ -46,18 +46,19 @@ class MatchedPair:
 class Resolution(Answer):
     """Answer to H2 for one metric and one setting.
 
-    Intervals resample images, the layers given. P-values permute layers, and are a guide only, since layers of one
-    encoder are not independent.
+    Intervals resample images with the layers fixed. P-values permute layers; they are only a guide, since
+    layers of one encoder are not independent.
 
     Attributes:
         layers: number of layers
-        correlation: rank correlation over layers of quality (the metric turned so that more is better) with locations
+        correlation: rank correlation over layers of quality (more is better for every metric) and locations
         correlation_p: its p-value
-        partial: the same given channels; None where channels and locations rank the layers alike
+        partial: the same given channels; None for four layers or where channels and locations rank layers
+            alike
         partial_p: its p-value
         share: share of the variance between layers that resolution accounts for (epsilon squared); None where no two
             layers share a resolution
-        pairs: every two layers of one resolution, compared
+        pairs: comparisons of every two layers of one resolution
     """
 
     layers: int = 0
@@ -119,7 +120,7 @@ def resolution_dominates(rows: list[Row], metric: str, setting: str) -> Resoluti
 
 
 def _pairs(rows: list[Row], metric: str) -> tuple[MatchedPair, ...]:
-    """Compare every two layers of one resolution, finest first; the family of tests is all of them."""
+    """Compare every two layers of one resolution, finest first, as one family of tests."""
     matched = [(a, b) for a, b in combinations(rows, 2) if (a.height, a.width) == (b.height, b.width)]
     matched.sort(key=lambda pair: -pair[0].locations)
     family = corrected([compare(a, b, metric) for a, b in matched])

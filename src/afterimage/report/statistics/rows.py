@@ -1,4 +1,4 @@
-"""Make rows that can be compared: seeds merged, names shortened, settings distinguished."""
+"""Rows that can be compared: seeds merged, names shortened, settings distinguished."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Scores = dict[str, float]  # image id -> score
 
 
 class Setting(str):
-    """Label of a way of decoding, which knows which random control it is, if it is one."""
+    """Label of a way of decoding, with the name of its random control if it is one."""
 
     control: str
-    """`RANDOM weights` where an encoder was untrained, on which no verdict rests; empty for trained weights."""
+    """`RANDOM weights` and the like of untrained encoders, on which no verdict rests; else empty."""
 
     def __new__(cls, label: str = "", control: str = "") -> Setting:
         setting = super().__new__(cls, label)
@@ -33,10 +33,10 @@ class Setting(str):
 class Row:
     """One line of a study's table: the runs that differ in nothing but the seed.
 
-    `scores[metric][image]` is the mean over seeds. Everything computed from it speaks of images, given
-    the seeds that were trained; `seed_means[metric]` holds each seed's mean, for the spread between seeds.
-    `setting` says how the features were decoded (decoder, its size, weights, loss, data where they differ);
-    only rows of one setting are compared across layers. `data` tells test sets apart.
+    `scores[metric][image]` is the mean over seeds, so statistics on it generalise over images for the seeds
+    that were trained; `seed_means[metric]` holds the mean of each seed, for the spread between seeds.
+    `setting` labels how the features were decoded (decoder, its size, weights, loss, data where they differ);
+    only rows of one setting are compared across layers. `data` is the digest of the test images.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def fused(self) -> bool:
-        """Whether the row fuses several sources."""
+        """True if the row fuses several sources."""
         return len(self.sources) > 1
 
     def mean(self, metric: str) -> float:
@@ -78,7 +78,7 @@ class Row:
 
 
 def matrix(rows: list[Row], metric: str) -> tuple[list[str], np.ndarray]:
-    """Return the ids, sorted, of the images that every row has, and their scores `(images, rows)`."""
+    """Return the sorted ids of the images that every row has, and their scores `(images, rows)`."""
     common = set.intersection(*(set(row.scores[metric]) for row in rows))
     ids = sorted(common)
     return ids, np.array([[row.scores[metric][i] for row in rows] for i in ids]).reshape(len(ids), len(rows))
@@ -88,7 +88,7 @@ def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
     """Merge runs that differ in nothing but the seed.
 
     Returns:
-        the rows, and what was left out and why
+        the rows, and notes on what was left out and why
     """
     notes: list[str] = []
     groups: dict[str, list[report.Row]] = defaultdict(list)
@@ -112,7 +112,7 @@ def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
 
 
 def _asked(row: report.Row) -> dict[str, Any]:
-    """Return what was asked for and of which images, but for the seed and the way of measuring."""
+    """Return the settings of a run and facts of its data, without the seed and the settings of LPIPS."""
     if row.is_baseline:
         return {"baseline": row.settings["baseline"]}
     settings = {key: value for key, value in row.settings.items() if key not in ("seed", "lpips")}
@@ -152,12 +152,12 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
 
 
 def without_random_controls(results: Iterable[Any]) -> list[Any]:
-    """Leave out controls on untrained encoders from rows or results that have a `setting`."""
+    """Return the rows or results whose `setting` is no random control."""
     return [result for result in results if not result.setting.control]
 
 
 def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
-    """Give rows short names, and settings that differ a label that says in what."""
+    """Give rows short names and labels of their settings, in which different settings differ."""
     short = short_names(split_source(source)[0] for row in rows for source in row.sources)
     coarse: dict[str, list[int]] = defaultdict(list)
     for i, (row, config) in enumerate(zip(rows, configs, strict=True)):
@@ -168,7 +168,7 @@ def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
         sources = [rows[i].sources for i in members if not rows[i].fused]
         fine: dict[str, list[int]] = defaultdict(list)
         for i in members:
-            # A recipe splits a setting only where one layer was trained with several.
+            # Recipes split a setting only where one layer was trained with several.
             detail = _flat(configs[i]) if len(set(sources)) < len(sources) else _setting(configs[i])
             fine[json.dumps(detail, sort_keys=True)].append(i)
         settings += [(json.loads(detail), indices) for detail, indices in fine.items()]
@@ -188,7 +188,7 @@ def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
 
 
 def _fused(fusion: dict[str, Any], configs: list[dict[str, Any]]) -> str:
-    """Write `attention fusion at 28x28`, with its channels where another one of this name and size has others."""
+    """Write `attention fusion at 28x28`, with channels where fusions of this name and size differ in them."""
     alike = [f for config in configs if (f := config.get("fusion")) and f["name"] == fusion["name"]]
     alike = [f.get("channels") for f in alike if f.get("size") == fusion.get("size")]
     side = fusion.get("size")
@@ -212,7 +212,7 @@ def _setting(config: dict[str, Any]) -> dict[str, Any]:
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     recipe = {k: v for k, v in config["recipe"].items() if k != "loss"}
-    # Not the fusion: a fused row is compared with single ones that are decoded alike.
+    # Without the fusion: a fused row is compared with single rows that are decoded alike.
     images = {f"data.{key}": value for key, value in config["data"].items() if key != "limit_train"}
     return _setting(config) | recipe | {"weights from": config["weights"]} | images
 
@@ -232,13 +232,13 @@ def _control(setting: dict[str, Any]) -> str:
 
 
 def _distinct(labels: list[str], details: list[dict[str, Any]]) -> list[str]:
-    """Add to labels that coincide what tells them apart."""
+    """Append to equal labels the details in which they differ."""
     distinct = []
     for label, detail in zip(labels, details, strict=True):
         rivals = [d for other, d in zip(labels, details, strict=True) if other == label]
         keys = [k for k in detail if any(d.get(k) != detail[k] for d in rivals)]
         if any(k == "training images" or k.startswith("data.") for k in keys):
-            keys = [k for k in keys if k != "data"]  # a digest, which says less
+            keys = [k for k in keys if k != "data"]  # a digest, which is less readable
         told = [f"{k.removeprefix('data.')} {detail[k][:8] if k == 'data' else detail[k]}" for k in keys]
         distinct.append(f"{label} ({', '.join(told)})" if told else label)
     return distinct

@@ -18,7 +18,7 @@ _PERMUTATIONS = 10_000
 
 
 def holm(p_values: np.ndarray | list[float]) -> np.ndarray:
-    """Adjust p-values so that the chance of any false positive in the family stays below the level.
+    """Adjust p-values to limit the chance of any false positive in the family to the chosen level.
 
     This is the step-down of Holm (1979), "A simple sequentially rejective multiple test procedure".
     """
@@ -44,10 +44,10 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:
-    """Compute Spearman's rank correlation (1904) along the last axis; the partial one where `given` is a covariate.
+    """Compute Spearman's rank correlation (1904) along the last axis, partial where `given` is a covariate.
 
-    The partial correlation is that of the ranks (Kendall 1942): of what is left of both after their ranks are
-    regressed on the covariate's ranks. Constant input, or nothing left of it, gives 0.
+    The partial correlation (Kendall 1942) is that of the residuals after the ranks of both are regressed on
+    the covariate's ranks. Constant input or residuals give 0.
 
     Args:
         x: values `(layers,)`
@@ -71,15 +71,15 @@ def residual_maker(covariate: np.ndarray) -> np.ndarray:
 
 
 def separable(x: np.ndarray, given: np.ndarray) -> bool:
-    """Whether the ranks of `x` hold anything that the ranks of `given` do not."""
+    """Return True if the ranks of `x` are not a linear function of the ranks of `given`."""
     return bool(abs(spearman(x, given)) < 1 - 1e-9)
 
 
 def spearman_p(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) -> float:
     """Compute the two-sided permutation p-value of `spearman(x, y, given)` over layers.
 
-    Exact up to seven layers; beyond, 10,000 random permutations and the observed one (Phipson and Smyth
-    2010). With a covariate, residual ranks are permuted and regressed again (Freedman and Lane 1983).
+    It is exact up to seven layers, else from 10,000 random permutations and the observed one (Phipson and
+    Smyth 2010). With a covariate, residual ranks are permuted and regressed again (Freedman and Lane 1983).
     """
     observed = abs(spearman(x, y, given))
     ranks_x, ranks_y = stats.rankdata(x), stats.rankdata(y)
@@ -97,8 +97,9 @@ def spearman_p(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None) ->
 def epsilon_squared(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Compute the share of the variance between layers that their group accounts for, corrected for chance.
 
-    1 - (mean square within groups) / (total mean square): Kelley (1935), the adjusted R squared of a one-way
-    layout. 1: layers of one group are equal; 0 (or below): no more alike than layers of different groups.
+    The share is 1 - (mean square within groups) / (total mean square), the adjusted R squared of a one-way
+    layout (Kelley 1935). At 1, layers of one group are equal; at 0 or below, no more alike than layers of
+    different groups.
 
     Args:
         values: values `(..., layers)`
@@ -116,7 +117,7 @@ def epsilon_squared(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 ALPHA = 1 - CONFIDENCE
-CAPACITY = 0.05  # decoders within 5 % of each other's parameters count as equally large
+CAPACITY = 0.05  # relative difference of parameters up to which decoders count as equally large
 _LISTED = 10
 
 
@@ -126,16 +127,16 @@ class Comparison:
 
     Attributes:
         metric: name of the metric
-        a: name of the one
-        b: name of the other
-        difference: mean of a - b in the metric's own unit, so that below zero is better for LPIPS
+        a: name of the first row
+        b: name of the second row
+        difference: mean of a - b in the metric's own unit; for LPIPS below zero means that a is better
         mean_a: mean score of a
         mean_b: mean score of b
         p: p-value of the paired t test (Student 1908)
         p_holm: p-value corrected over the comparison's family
         wins_a: number of images on which a is better
         wins_b: number of images on which b is better
-        agreement: rank correlation of the two over images: near 1, they find the same images hard
+        agreement: rank correlation of the two over images; near 1, the same images are hard for both
         won_a: ids of the images that a wins by the widest margins, at most ten, widest first
         won_b: the same of b
         parameters_a: parameters of the decoder of a
@@ -160,17 +161,17 @@ class Comparison:
 
     @property
     def negligible(self) -> bool:
-        """Whether the whole interval lies within the margin that the study calls negligible."""
+        """True if the whole interval lies within the margin that the study calls negligible."""
         return self.difference.within(METRICS[self.metric].negligible)
 
     @property
     def certain(self) -> bool:
-        """Whether there is a difference at all, by the corrected test and by the interval."""
+        """True if both the corrected test and the interval show a difference."""
         return self.p_holm < ALPHA and self.difference.excludes_zero
 
     @property
     def better(self) -> str | None:
-        """`a` or `b`, whichever is better by test and interval and by more than a negligible difference; else None."""
+        """The side, `a` or `b`, that is better by test and interval and not negligibly; else None."""
         d = self.difference.estimate
         if not self.certain or abs(d) <= METRICS[self.metric].negligible:
             return None
@@ -178,13 +179,13 @@ class Comparison:
 
     @property
     def matched_capacity(self) -> bool:
-        """Whether the decoders' parameters differ by 5 % at most."""
+        """True if the decoders' parameters differ by at most 5 %."""
         large = max(self.parameters_a, self.parameters_b)
         return large > 0 and abs(self.parameters_a - self.parameters_b) <= CAPACITY * large
 
     @property
     def explained_by_capacity(self) -> bool:
-        """Whether the better side (if any) has the larger decoder, so that its size may be what helps."""
+        """True if the better side has the larger decoder, whose size may explain the difference."""
         if self.better is None:
             return False
         gap = self.parameters_a - self.parameters_b
@@ -201,16 +202,16 @@ def compare(
     """Compare two rows over the images that both have scores for.
 
     Args:
-        a: the one
-        b: the other
+        a: first row
+        b: second row
         metric: name of the metric
-        names: what to call them; by default their own names
+        names: names to use instead of the rows' own
 
     Returns:
         the comparison, whose `p_holm` is `p` until `corrected` sets it once the family is known
 
     Raises:
-        AfterimageError: they share fewer than two images
+        AfterimageError: the rows share fewer than two images
     """
     ids, scores = matrix([a, b], metric)
     if len(ids) < 2:
@@ -246,6 +247,6 @@ def compare(
 
 
 def corrected(family: list[Comparison]) -> list[Comparison]:
-    """Correct the p-values of comparisons over all of them (Holm 1979)."""
+    """Correct the p-values of a family of comparisons (Holm 1979)."""
     adjusted = holm([c.p for c in family])
     return [replace(c, p_holm=float(p)) for c, p in zip(family, adjusted, strict=True)]
