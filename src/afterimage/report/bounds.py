@@ -93,7 +93,7 @@ def bounds_of(rows: Rows) -> tuple[Bound, ...]:
 
 
 def main_bounds(bounds: Sequence[Bound]) -> tuple[Bound, ...]:
-    """Return each decoder's bound on the most images, which figures and verdicts show; none from grey."""
+    """Return each decoder's bound on the most images, for figures and verdicts; not bounds from grey."""
     widest: dict[tuple[str, str], Bound] = {}
     for bound in bounds:
         key = (bound.found.inversion.start, bound.found.origin)
@@ -103,7 +103,7 @@ def main_bounds(bounds: Sequence[Bound]) -> tuple[Bound, ...]:
 
 
 def by_decoder(bounds: Sequence[Bound]) -> dict[str, list[Bound]]:
-    """Group the main bounds by decoder: that of the most layers first, then that of the highest mean PSNR."""
+    """Group the main bounds by decoder: most bounds first, among equals the highest mean PSNR first."""
     groups: dict[str, list[Bound]] = defaultdict(list)
     for bound in main_bounds(bounds):
         groups[bound.decoder_label].append(bound)
@@ -130,7 +130,7 @@ def to_compare(bounds: Sequence[Bound]) -> tuple[list[Row], list[Row]]:
 
 
 SAME = 0.05
-"""Largest difference in dB between two measurements of one mean PSNR, also in bfloat16."""
+"""Tolerance in dB between two measurements of the same mean PSNR, wide enough for bfloat16."""
 
 
 def _alone(found: Row, run: Row | None) -> Row:
@@ -139,7 +139,7 @@ def _alone(found: Row, run: Row | None) -> Row:
     Scores by image are left out where `run`, the decoder's row, lacks images or has another mean PSNR.
     """
     alone, facts, rows = found.inversion.decoder_alone, found.inversion, ()
-    run = run if run and run.origin == found.origin else None  # not the same encoder weights
+    run = run if run and run.origin == found.origin else None  # other weights: not the decoder that was used
     ids = [image["id"] for image in found.per_image]
     if run and set(ids) <= (known := {image["id"]: image for image in run.per_image}).keys():
         rows = tuple(known[i] for i in ids)

@@ -101,7 +101,7 @@ class Standing:
         return [other for other in self.others if self.mine.compares(other, metric)]
 
     def place(self, metric: str) -> tuple[int, int] | None:
-        """Return the rank, from 1 on, ties first, and the number of ranked rows; None without rivals."""
+        """Return the rank (from 1, shared by equals) and the number of ranked rows; None without rivals."""
         rivals = self.rivals(metric)
         if not rivals:
             return None
@@ -235,7 +235,7 @@ def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.
 
 
 def standings_table(comparison: Comparison) -> Numbers:
-    """Return the ranks as a table: a line for each of the user's rows, columns for metrics and the best."""
+    """Return the ranks as a table: a line for each of the user's rows; the last column has the best row."""
     columns, lines = comparison.columns, []
     for standing in comparison.standings:
         mine, cells = standing.mine, []

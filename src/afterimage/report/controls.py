@@ -197,7 +197,7 @@ def _decibels(error: float | None) -> str:
 
 
 def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
-    """Compare decoders trained for MSE with the same ones trained with LPIPS, also in detail."""
+    """Compare decoders trained for MSE with the same ones trained with LPIPS, by scores and detail."""
     lines = []
     for mse, other in product(parts, parts):
         losses = [str(p.row.settings.get("recipe", {}).get("loss", "mse")) for p in (mse, other)]

@@ -291,7 +291,7 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
 
 
 def _correlation(result: Resolution) -> list[str]:
-    """Describe how quality depends on the number of locations, and the share of variance by resolution."""
+    """Describe how quality depends on the number of locations, and how much resolution accounts for."""
     if result.correlation is None:
         return []
     text = (

@@ -42,7 +42,7 @@ def span(interval: Interval, metric: str, *, signed: bool = True) -> str:
 
 
 def interval_text(interval: Interval, metric: str, *, signed: bool = False) -> str:
-    """Write an interval of a metric as `21.30 [20.11, 22.40]`; of a single image the estimate alone."""
+    """Write an interval of a metric as `21.30 [20.11, 22.40]`; for a single image the estimate alone."""
     estimate = number(interval.estimate, metric, signed=signed)
     return estimate if interval.count < 2 else f"{estimate} {span(interval, metric, signed=signed)}"
 

@@ -79,7 +79,7 @@ PUBLISHED = (
 
 
 def published(sources: Iterable[str], decoder: str) -> Published | None:
-    """Return the published row for these sources (tags pinned, layers by alias) and this decoder."""
+    """Return the published row for these sources (pinned tags, aliases of layers) and this decoder."""
     key = frozenset(sources)
     for row in PUBLISHED:
         if row.decoder == decoder and frozenset(row.sources) == key:

@@ -67,7 +67,7 @@ class Row(Result):
 
     @property
     def weights_label(self) -> str:
-        """Label of the weights: `pretrained`, `random`, `random-init`; `partly random` for mixed ones."""
+        """Label of the weights, such as `pretrained` or `random`; of several `partly random` or `unknown`."""
         labels = {weights.label for weights in self.weights}
         return labels.pop() if len(labels) == 1 else "partly random" if self.is_random else "unknown"
 

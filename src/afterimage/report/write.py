@@ -30,7 +30,7 @@ FRONT = ("kept", "kept-by-depth")
 ON_PAGE = ("kept-by-depth", "training-curves", "distributions", "controls", "lost-by", "rate")
 """Beginnings of the names of figures that the page embeds; it draws the others itself."""
 ABANDONED = 3600.0
-"""Age in seconds from which a half-written file counts as left by a killed process."""
+"""Age in seconds from which a half-written file is a killed process's; others may be in use."""
 TITLE = "How much of an image is left in the features?"
 
 

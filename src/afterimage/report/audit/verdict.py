@@ -21,7 +21,7 @@ SCOPE = (
     "reconstruction finds its own among the test images), and not which labels, captions or persons can be read from "
     "the same features"
 )
-"""Scope of every verdict, which it states whether it passed, failed or had no limits."""
+"""Statement of scope in every verdict, whether it passed, failed or had no limits."""
 SSIM, SSIM_SEEN = "SSIM", "SSIM of what is seen"
 """Names of the two SSIMs of a layer whose locations do not see the whole image; the higher one counts."""
 ENOUGH = 0.9

@@ -28,7 +28,7 @@ LINE = 0.24  # inches for each row
 
 
 def controls(rows: Rows) -> list[Drawing]:
-    """Draw a line for each row, a marker for each control; return nothing if no run has controls."""
+    """Draw a line for each row, a marker for each control; an empty list if no run has controls."""
     parts, _ = read_parts(rows.decoders, "controls")
     if not parts:
         return []
@@ -87,7 +87,7 @@ ERROR_LOOKS = {
 
 
 def lost(rows: Rows) -> list[Drawing]:
-    """Draw the error by frequency, kind of region and place; return nothing if no run has a breakdown."""
+    """Draw the error by frequency, kind of region and place; an empty list if no run has a breakdown."""
     parts, _ = read_parts(rows.decoders, "error_breakdown")
     return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
 

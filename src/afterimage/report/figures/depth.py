@@ -52,7 +52,7 @@ class Segment:
 
 
 def quality_by_depth(rows: Rows) -> list[Drawing]:
-    """Draw quality by depth, a panel for each metric; return nothing for fewer than two decoder rows."""
+    """Draw quality by depth, a panel for each metric; an empty list for fewer than two decoder rows."""
     if len(rows.decoders) < 2:
         return []
     metrics, styles = metrics_of(rows.decoders), decoder_styles(rows.decoders)

@@ -28,7 +28,7 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 Column = TypeVar("Column")
 COLUMNS = 8
 IMAGES, FEW_IMAGES, MANY_PAGES = 3, 2, 4  # IMAGES on a page, FEW_IMAGES if there are more than MANY_PAGES
-DETAIL = 4  # the shorter side of an image, in sides of its detail
+DETAIL = 4  # ratio of an image's shorter side to the side of its detail
 CELL = 1.12  # inches: at 200 dpi the 224 pixels of a usual image are printed one to one
 LINE = 0.13  # inches for each line of text
 GAP, EDGE, FOOT = 0.06, 0.05, 0.18
@@ -75,7 +75,7 @@ def pages(rows: Rows) -> list[Page]:
 
 
 def grid(page: Page) -> list[Drawing]:
-    """Draw whole images and a detail of each in one figure; return nothing where the runs saved no images."""
+    """Draw whole images and a detail of each in one figure; an empty list where the runs saved none."""
     album = _album(page.rows, page.images)
     return [_drawing(page, album)] if album.ids else []
 
@@ -126,7 +126,7 @@ def kept(rows: Rows) -> list[Drawing]:
 
 
 LABEL = 0.22  # inches for a row's name, which is rotated
-LARGE = 8.5  # points of text that must be legible where the figure is 900 pixels wide
+LARGE = 8.5  # font size in points that is legible where the figure is 900 pixels wide
 
 
 def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[Drawing]:
@@ -364,7 +364,7 @@ def busiest(pixels: Pixels) -> tuple[int, int, int]:
 
 
 def _head(row: Row, page: Page) -> str:
-    """Return the heading of a column: in what its row differs from others, and its mean PSNR."""
+    """Return the heading of a column: names that set its row apart, and its mean PSNR."""
     parts = []
     if row.is_baseline:
         parts.append(wrap(drawable(row.label, 44), HEAD))

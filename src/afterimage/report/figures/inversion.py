@@ -15,7 +15,7 @@ from afterimage.report.rows import Row, Rows
 
 
 def saturation(rows: Rows) -> list[Drawing]:
-    """Draw the curves of all searches among the rows; return nothing where there are none."""
+    """Draw the curves of all searches among the rows; an empty list where there are none."""
     found = searched(rows.inversions)
     return [draw_saturation(found)] if found else []
 

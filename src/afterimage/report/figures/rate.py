@@ -17,7 +17,7 @@ CODECS = {"JPEG": "--", "WebP": ":"}
 
 
 def rate(rows: Rows) -> list[Drawing]:
-    """Draw a panel for each encoder, a line for each layer; return nothing if no run has these data."""
+    """Draw a panel for each encoder, a line for each layer; an empty list if no run has these data."""
     parts, _ = read_parts(rows.decoders, "rate_distortion")
     if not parts:
         return []

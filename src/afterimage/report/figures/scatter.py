@@ -50,7 +50,7 @@ class Look:
 
 
 def quality_by_locations(rows: Rows) -> list[Drawing]:
-    """Draw a column for each decoder, a line for each encoder; return nothing for one number of locations."""
+    """Draw a column for each decoder, a line for each encoder; an empty list for one number of locations."""
     shown = [row for row in rows.decoders if row.locations]
     counts = sorted({row.locations for row in shown})
     if len(counts) < 2:
@@ -79,7 +79,7 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
 
 
 def quality_by_parameters(rows: Rows) -> list[Drawing]:
-    """Draw a column for each encoder, a line for each decoder; return nothing for one parameter count."""
+    """Draw a column for each encoder, a line for each decoder; an empty list for one parameter count."""
     shown = [row for row in rows.decoders if row.parameters]
     if len({row.parameters for row in shown}) < 2:
         return []

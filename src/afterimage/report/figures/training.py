@@ -32,7 +32,7 @@ DROP = 0.9
 def training_curves(rows: Rows) -> list[Drawing]:
     """Draw a panel for each encoder and decoder, with a line for each layer.
 
-    Many panels are split into a figure for each encoder. There is none if no row was trained by epochs.
+    More than `PANELS` are split into a figure for each encoder. Empty if no row was trained by epochs.
     """
     found = [(row, _history(row)) for row in rows.decoders]
     trained = [(row, epochs) for row, epochs in found if len(epochs) > 1]
@@ -87,7 +87,7 @@ def _places(groups: Sequence[Panel]) -> tuple[list[int], int, int]:
 
 
 def _history(row: Row) -> Epochs:
-    """Return the epochs with finite numbers and a loss above 0; none where the file is damaged."""
+    """Return epochs with finite numbers and a loss above 0; none if damaged, which the caption counts."""
 
     def usable(epoch: dict[str, Any]) -> bool:
         cells = [epoch.get(name) for name in ("epoch", "learning_rate", "validation_loss")]

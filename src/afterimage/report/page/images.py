@@ -49,7 +49,7 @@ class Album:
     """Images that a page embeds.
 
     `blocks[i]` holds the data URIs of `images[i]`: `original`, and `runs` and `maps` by position. `quality` is
-    WebP's, or None where the files are embedded as they are. `total` counts the images before any was left out.
+    WebP's, or None where the files are embedded unchanged. `total` counts the images before any was left out.
     """
 
     total: int

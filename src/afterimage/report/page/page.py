@@ -167,8 +167,8 @@ def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any
 
     `series` and `decoder` place a row in a walk over layers; per-image scores follow `image_ids(rows)`; rows
     compare image by image only where their `testSet` agrees. For a decoder with a measured bound, `answers`
-    holds the positions of the bound's entries, `estimate` and `refined`, and `missed` the means of decoder and
-    bound over the bound's images, for each metric that both have.
+    holds the positions of the bound's entries, `estimate` and `refined`, and `missed` the means of decoder
+    and bound over the bound's images, for each metric that both have.
     """
     ids = image_ids(rows)
     seeds = len({row.seed for row in rows.decoders}) > 1

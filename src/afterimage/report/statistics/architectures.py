@@ -26,8 +26,8 @@ class Architectures(Answer):
     """Answer to H3 for one metric and one setting.
 
     Attributes:
-        pairs: comparisons of encoders by their first layer at each resolution; the choice ignores scores, so that
-            no encoder gains from having many layers of one size
+        pairs: comparisons of encoders by their first layer at each resolution; the choice ignores scores, so
+            that no encoder gains from having many layers of one size
     """
 
     pairs: tuple[MatchedPair, ...] = ()

@@ -76,7 +76,7 @@ class Efficiency:
         gain: mean score beyond `baseline`; None without one
         baseline: score of the mean-colour baseline on the row's test images; 0 where the study has no such
             baseline (None for LPIPS, whose 0 is the best); None where only other test images have one
-        per_minute: gain for each minute of training; like the next two None where gain or cost is unknown
+        per_minute: gain for each minute of training; like the next two None without gain or a cost above 0
         per_million_parameters: gain for each million decoder parameters
         per_thousand_values: gain for each thousand feature values
     """
@@ -111,7 +111,7 @@ def _best_first(rows: list[Row], metric: str) -> list[Row]:
 
 
 def degradation(rows: list[Row], metric: str, setting: str) -> list[Degradation]:
-    """Compare the best and worst of an encoder's two or more layers, among rows of one setting and source."""
+    """Compare best and worst layer of every encoder with two or more; rows have one setting and source."""
     encoders: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         encoders[row.encoder].append(row)

@@ -157,7 +157,7 @@ def without_random_controls(results: Iterable[Any]) -> list[Any]:
 
 
 def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
-    """Give rows short names and labels of their settings, in which different settings differ."""
+    """Give rows short names, and settings labels in which different ones differ."""
     short = short_names(split_source(source)[0] for row in rows for source in row.sources)
     coarse: dict[str, list[int]] = defaultdict(list)
     for i, (row, config) in enumerate(zip(rows, configs, strict=True)):

@@ -1,6 +1,6 @@
-// What the page knows, and its one state. Everything that shows something subscribes to changes of the state.
+// The data of the page and its single state. All views subscribe to changes of the state.
 const DATA = JSON.parse(byId("data").textContent);
-// The rows of the table, and after them what was found from decoders' answers, to which a row's `answers` point.
+// The rows of the table, then the inversions that started from decoders; a row's `answers` are their positions.
 const EVERY = DATA.runs;
 const RUNS = EVERY.slice(0, DATA.rows);
 const ANSWERS = ["estimate", "refined"].filter((kind) => RUNS.some((run) => kind in run.answers));
@@ -26,17 +26,17 @@ IMAGES.forEach((image, index) => {
   IMAGE_OF_ID.set(image.id, index);
 });
 
-/** The run's score on one image, or null: unavailable, or its image of that id is another one. */
+/** Return the run's score on one image; null where it is unavailable or the run's image of that id differs. */
 function scoreOf(index, imageIndex, metric) {
   const image = IMAGES[imageIndex];
   if (AMBIGUOUS.has(image.id) && !image.runs.includes(index)) return null;
   return EVERY[index].perImage[metric][ROW_OF_ID.get(image.id)] ?? null;
 }
 
-/** Whether two runs' scores compare: LPIPS distances of different networks do not. */
+/** Return true if two runs' scores compare: LPIPS distances of different networks do not. */
 const sameScale = (one, other, metric) => metric !== "lpips" || EVERY[one].net === EVERY[other].net;
 
-/** The run's score over all images, or null where a chart cannot show it beside the others. */
+/** Return the run's score over all images; null where it does not compare with the others in a chart. */
 const meanOf = (run, metric) => (metric === "lpips" && run.net !== DATA.net ? null : run.scores[metric]);
 
 function firstChoice() {
@@ -84,7 +84,7 @@ function update(changes) {
 
 const showsB = () => state.view === "runs" || (state.view === "wipe" && state.wipeLeft === "b");
 
-/** Put a run into slot "a" or "b". B follows A's place in depth where the two are linked. */
+/** Put a run into slot "a" or "b". B follows the depth of A where the two are linked. */
 function choose(slot, index) {
   const changes = { [slot]: index };
   if (slot === "a" && state.linked && showsB()) {

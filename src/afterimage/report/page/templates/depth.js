@@ -1,4 +1,4 @@
-// Quality by depth: encoders side by side on one axis of quality, their layers from shallow to deep, a line a decoder.
+// Quality by depth: encoders side by side on one axis of quality, layers from shallow to deep, a line for each decoder.
 const GAP = 26;
 
 function setUpDepth() {
@@ -84,7 +84,7 @@ function setUpDepth() {
     if (group.random) chart.append(svg("text", { class: "group-name warning", ...at, y: at.y + 16 }, group.random));
   }
 
-  /** Means of a run's decoder and of its measured bound over the bound's images; empty where it has none. */
+  /** Return the means of a run's decoder and its measured bound over the bound's images; empty without a bound. */
   function missedOf(index) {
     return (meanOf(RUNS[index], state.metric) && RUNS[index].missed[state.metric]) || {};
   }

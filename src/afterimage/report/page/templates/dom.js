@@ -1,4 +1,4 @@
-// Building elements. Text only ever arrives through textContent, so that a name can never become markup.
+// Creation of elements. Text is only set through textContent, so that a name can never become markup.
 const SVG = "http://www.w3.org/2000/svg";
 const byId = (id) => document.getElementById(id);
 
@@ -23,7 +23,7 @@ const METRICS = {
   lpips: { name: "LPIPS", unit: "", digits: 3, better: -1 },
 };
 
-/** How far the features of an image are from those of the original, with two digits and no power of ten. */
+/** Write the distance of an image's features from the original's, with two digits and no power of ten. */
 const distance = (value) => (value < 1e-4 ? "< 0.0001" : String(Number(value.toPrecision(2))));
 
 const MINUS = "−";

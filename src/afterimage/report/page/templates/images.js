@@ -1,5 +1,5 @@
-// Images are decoded when they are first shown. The data of each image lies in a script element of its own, so
-// that opening the page parses none of it.
+// Images are decoded when they are first shown. Each image's data is in a script element of its own, so that
+// opening the page parses none of it.
 const BLOCKS_KEPT = 4;
 const BITMAPS_KEPT = 240;
 const blocks = new Map();
@@ -20,7 +20,7 @@ function remember(cache, key, value, most) {
 async function blockOf(image) {
   if (blocks.has(image)) return remember(blocks, image, blocks.get(image), BLOCKS_KEPT);
   let script = byId(`image-${image}`);
-  // While the page loads, an element that already has a successor is whole; any other may still be growing.
+  // While the page loads, only an element that already has a successor is known to be complete.
   if (image > 0 && !byId(`image-${image + 1}`)) {
     await loaded;
     script = byId(`image-${image}`);
@@ -42,13 +42,13 @@ async function decode(image, run) {
   return uri ? createImageBitmap(blobOf(uri)) : null;
 }
 
-/** The image's original, or its reconstruction by a run; null where the run saved none. */
+/** Return the image's original, or its reconstruction by a run; null where the run saved none. */
 function bitmapOf(image, run) {
   const key = `${image}/${run}`;
   return remember(bitmaps, key, bitmaps.get(key) ?? decode(image, run), BITMAPS_KEPT);
 }
 
-/** The weight maps of a fused run on an image, one a source, each location's weight in grey; none where it saved none. */
+/** Return the weight maps of a fused run on an image, one for each source, with weights as grey values; else none. */
 async function mapsOf(image, run) {
   const block = await blockOf(image);
   return Promise.all((block.maps?.[run] ?? []).map((uri) => createImageBitmap(blobOf(uri))));
@@ -67,7 +67,7 @@ function pixels(bitmap, width, height) {
   return context.getImageData(0, 0, width, height);
 }
 
-// Perceptually even from black over violet and orange to pale yellow (after matplotlib's inferno).
+// Perceptually uniform colours from black over violet and orange to pale yellow (after matplotlib's inferno).
 const HEAT = [[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]];
 
 function heat(value) {

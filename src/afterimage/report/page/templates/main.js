@@ -1,4 +1,4 @@
-// Wiring: the theme, the toolbar, the keys, and the first drawing.
+// Set-up of the theme, the toolbar, the keys and the first drawing.
 function setUpTheme() {
   const root = document.documentElement;
   const show = () => byId("theme").setAttribute("aria-pressed", String(root.dataset.theme === "dark"));
@@ -45,7 +45,7 @@ function setUpToolbar() {
 function setUpKeys() {
   const view = (name) => () => update({ view: name });
   const anywhere = { ArrowLeft: () => stepLayer("a", -1), ArrowRight: () => stepLayer("a", 1) };
-  // Single characters act only inside the viewer, so that they never surprise speech input or a form.
+  // Single-character keys act only inside the viewer, so that they do not disturb speech input or forms.
   const inViewer = {
     ArrowUp: () => stepImage(-1), ArrowDown: () => stepImage(1), 1: view("layers"), 2: view("wipe"), 3: view("runs"),
     ...(ANSWERS.length > 0 && { 4: view("bound") }),

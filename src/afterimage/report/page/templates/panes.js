@@ -9,7 +9,7 @@ const VIEWS = {
   bound: () => ["original", "a", ...ANSWERS],
 };
 
-// What was found from a decoder's answer, in words: its name, what it shows, and what is said where there is none.
+// Texts on the answers of the measured bound: name, content, and the message where there is none.
 const KINDS = {
   estimate: ["Best estimate", "what is known", "There is no best estimate of this image."],
   refined: ["Most consistent", "what is known, and filled in", "There is no most consistent image of this one."],
@@ -164,7 +164,7 @@ async function renderPanes() {
       if (!panes.has(key)) panes.set(key, makePane(key));
       return panes.get(key).root;
     }));
-    // The keys go on working in the next view.
+    // Keep the focus, so that keys work in the next view too.
     if (held) (host.contains(held) ? held : panes.get(shown[0]).stage).focus({ preventScroll: true });
     host.dataset.shown = shown.join();
     host.dataset.count = shown.length;

@@ -1,4 +1,4 @@
-// What the charts share: scales, axes, markers, points that one can hover, focus and choose, and the tooltip.
+// Shared parts of the charts: scales, axes, markers, points to hover, focus and choose, and the tooltip.
 const MARKERS = [
   "M4.5 0A4.5 4.5 0 1 1-4.5 0A4.5 4.5 0 1 1 4.5 0Z", "M-4-4H4V4H-4Z", "M0-5.4L5 3.6H-5Z", "M0-5.8L5 0L0 5.8L-5 0Z",
   "M0 5.4L5-3.6H-5Z", "M-1.6-5H1.6V-1.6H5V1.6H1.6V5H-1.6V1.6H-5V-1.6H-1.6Z", "M0-5.2L4.9-1.6L3.1 4.2H-3.1L-4.9-1.6Z",
@@ -54,7 +54,7 @@ function xAxis(chart, ticks, x, top, bottom, text) {
 
 const tickText = (value) => String(Number(value.toPrecision(6))).replace("-", MINUS);
 
-/** Text cut to a width in pixels, at a font of about 12 pixels. */
+/** Cut text to a width in pixels, in a font of about 12 pixels. */
 function cut(text, width) {
   const most = Math.max(3, Math.floor(width / 6.4));
   return text.length <= most ? text : `${text.slice(0, most - 1)}…`;

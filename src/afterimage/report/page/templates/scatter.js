@@ -1,4 +1,4 @@
-// Two charts of points: every image under run A against run B, and every run's quality against what it takes.
+// Two scatter charts: the score of every image by run A against run B, and every run's quality against its cost.
 function setUpScatter() {
   const host = byId("scatter-chart");
   keepDrawn(host, ["metric", "a", "b", "image"], (width) => {

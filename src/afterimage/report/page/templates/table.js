@@ -18,7 +18,7 @@ function setUpTable() {
     for (const other of byId("table").querySelectorAll("th[aria-sort]")) other.setAttribute("aria-sort", "none");
     heading.setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
     const value = (row) => keys[key](runOf(row), Number(row.dataset.run));
-    // What is unavailable goes last in either direction.
+    // Unavailable values come last in either direction.
     body.append(...[...rows].sort((one, other) => {
       const [x, y] = [value(one), value(other)];
       if (x === null || y === null) return (x === null) - (y === null);

@@ -1,4 +1,4 @@
-// Choosing runs: for A and for B an encoder, a decoder, and a slider that walks from the shallowest layer to the deepest.
+// Choice of runs A and B: an encoder, a decoder, and a slider from the shallowest layer to the deepest for each.
 const choosers = {};
 
 function setOptions(select, names, chosen, titles = {}) {
@@ -34,7 +34,7 @@ function makeChooser(slot) {
   return { root, encoder, decoder, slider, track, cells: [], turn: 0 };
 }
 
-/** Many names without what they all begin with: blocks.0 to blocks.11 become 0 to 11. */
+/** Shorten names by their common beginning if there are many: blocks.0 to blocks.11 become 0 to 11. */
 function brief(names) {
   if (names.length <= 6) return names;
   let prefix = names[0];

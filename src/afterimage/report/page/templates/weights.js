@@ -1,4 +1,4 @@
-// Fusion weights: under the scores of a fused run one small map a source, all on one scale.
+// Fusion weights: below the scores of a fused run a small map for each source, all on one scale.
 function weightStrip(slot) {
   const index = state[slot];
   const { fusion } = RUNS[index];

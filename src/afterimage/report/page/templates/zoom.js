@@ -1,4 +1,4 @@
-// One zoom for all images: buttons, keys, double click, pinch, Ctrl and wheel; dragging pans. The wipe line is dragged too.
+// Shared zoom of all images by buttons, keys, double click, pinch, Ctrl and wheel; dragging pans, or moves the wipe line.
 const MOST = 16;
 
 function applyZoom() {
@@ -15,7 +15,7 @@ function applyZoom() {
   byId("zoom-in").disabled = scale === MOST;
 }
 
-/** Zoom so that the point (px, py), in shares of the stage, stays where it is. */
+/** Zoom about the fixed point (px, py), in shares of the stage. */
 function zoomTo(scale, px = 0.5, py = 0.5) {
   const old = state.zoom;
   const next = clamp(scale, 1, MOST);
