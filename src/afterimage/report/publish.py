@@ -206,7 +206,7 @@ def _last(path: str) -> str:
 def public(results: Sequence[R], *, with_names: bool) -> list[R]:
     """Return results, or rows, without paths of this machine and without names of images that are not free.
 
-    Numbers replace the names, the same in all results.
+    A number replaces each name, the same one in all results.
 
     Args:
         results: results or rows
