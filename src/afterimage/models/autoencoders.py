@@ -1,4 +1,4 @@
-"""Published autoencoders of diffusers, read by safetensors: an encoder and a decoder, with latents in between."""
+"""Published autoencoders of diffusers, read from safetensors: encoders to latents and decoders from them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from afterimage.models.hub_files import CONFIG, named_config
 from afterimage.models.weights import Weights, search_weights
 
 NORMALISES = ("AutoencoderRAE",)
-"""Autoencoders that take and return images in [0, 1], and normalise latents by themselves; the images of others lie in
-[-1, 1], and pipelines scale their latents."""
+"""Classes of autoencoders that take and return images in [0, 1] and normalise latents themselves. All others
+use images in [-1, 1], and pipelines scale their latents."""
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """What is known of an autoencoder before its weights are read.
+    """Description of an autoencoder, before its weights are read.
 
     Attributes:
         name: `diffusers/OWNER/NAME[/SUBFOLDER][@REVISION]`, or `diffusers/FOLDER` with an absolute path
@@ -38,11 +38,11 @@ class Autoencoder:
 
     @classmethod
     def open(cls, name: str) -> Autoencoder:
-        """Describe an autoencoder by its name.
+        """Return the description of the autoencoder with the given name.
 
         Raises:
-            AfterimageError: diffusers is not installed, the repository or folder is not there, or describes no
-                autoencoder of images
+            AfterimageError: diffusers is not installed, or the repository or folder does not exist or does
+                not hold an autoencoder of images
         """
         diffusers = library("diffusers")
         repository, revision, folder = _place(name)
@@ -59,17 +59,17 @@ class Autoencoder:
 
     @property
     def normalises(self) -> bool:
-        """Whether it normalises images and latents by itself."""
+        """True if the autoencoder normalises images and latents itself."""
         return self.kind.__name__ in NORMALISES
 
     @property
     def black(self) -> float:
-        """The value of black in its images; white is 1."""
+        """Value of black in its images; white is 1."""
         return 0.0 if self.normalises else -1.0
 
     @property
     def image_size(self) -> int:
-        """The side of the images that it was made for, in pixels."""
+        """Side in pixels of the images that the autoencoder was made for."""
         get = self.config.get
         if self.normalises:
             return get("patch_size", 16) * (get("encoder_input_size", 224) // get("encoder_patch_size", 14))
@@ -77,7 +77,7 @@ class Autoencoder:
         return size if isinstance(size, int) and size > 0 else 256
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
-        """Find its file of weights."""
+        """Find the autoencoder's weight file."""
         repository, revision, folder = _place(self.name)
         files = [f"{folder}diffusion_pytorch_model.safetensors{end}" for end in ("", ".index.json")]
         if Path(repository).is_absolute():
@@ -85,7 +85,7 @@ class Autoencoder:
         return search_weights(self.name, weights, files, (repository, revision, files))
 
     def create(self) -> nn.Module:
-        """Build it as diffusers initialises it."""
+        """Build the autoencoder with diffusers' initial weights."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -94,7 +94,7 @@ class Autoencoder:
             raise AfterimageError(f"cannot use the {CONFIG} of {self.name}: {first_line(error)}") from None
 
     def load(self, weights: Weights) -> nn.Module:
-        """Build it with the weights of a file.
+        """Build the autoencoder with the weights of a file.
 
         Raises:
             AfterimageError: a tensor is missing or does not fit
@@ -121,10 +121,10 @@ class Autoencoder:
 
 
 class ToLatents(nn.Module):
-    """Images to latents, as a diffusion model sees them.
+    """The encoder of an autoencoder: images to latents, normalised as a diffusion model expects them.
 
     Args:
-        autoencoder: of which the decoder is not kept
+        autoencoder: the autoencoder; its decoder is removed
     """
 
     def __init__(self, autoencoder: nn.Module) -> None:
@@ -142,9 +142,10 @@ class ToLatents(nn.Module):
         return self.latents(normalised(self.autoencoder, encoded.latent_dist.mode()))
 
     def _of_tower(self, images: Tensor) -> Tensor:
-        """Do what a representation autoencoder's `encode` does, on images of any size and shape.
+        """Encode images of any size and shape with a representation autoencoder.
 
-        It resizes all images to one size; here the factor is the same for all, so that a map grows with its image.
+        The autoencoder's own `encode` resizes all images to one size. Here every image is resized by the same
+        factor, so a larger image gives a larger map.
         """
         own, config = self.autoencoder, self.autoencoder.config
         factor = own.encoder_input_size / own.decoder_image_size
@@ -158,12 +159,12 @@ class ToLatents(nn.Module):
 
 
 class FromLatents(nn.Module):
-    """Latents to images.
+    """The decoder of an autoencoder: latents to images.
 
     Args:
-        autoencoder: of which the encoder is not kept
-        raw: whether it is given features that are not normalised yet, and normalises them first
-        black: the value of black in the autoencoder's images
+        autoencoder: the autoencoder; its encoder is removed
+        raw: whether the inputs are not normalised yet and must be normalised first
+        black: value of black in the autoencoder's images
     """
 
     def __init__(self, autoencoder: nn.Module, raw: bool, black: float) -> None:
@@ -183,7 +184,7 @@ class FromLatents(nn.Module):
 
 
 def normalised(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    """Return latents as a diffusion model sees them, of those that `encode` returns."""
+    """Return latents of `encode`, normalised as a diffusion model expects them."""
     if type(autoencoder).__name__ in NORMALISES:
         return latents
     mean, std = _statistics(autoencoder)
@@ -191,7 +192,7 @@ def normalised(autoencoder: nn.Module, latents: Tensor) -> Tensor:
 
 
 def _statistics(autoencoder: nn.Module) -> tuple[Any, Any]:
-    """Return the mean and the standard deviation by which pipelines normalise latents."""
+    """Return the mean and the standard deviation with which pipelines normalise latents."""
     config = autoencoder.config
     scale = config.get("scaling_factor") or 1.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -210,7 +211,7 @@ def _without(autoencoder: nn.Module, *parts: str) -> nn.Module:
 
 
 def _place(name: str) -> tuple[str, str | None, str]:
-    """Return the repository or the folder, the revision, and the folder in the repository, which ends in a slash."""
+    """Return the repository (or a folder), the revision, and the subfolder with a slash at its end."""
     where = split_provider(name)[1]
     if Path(where).is_absolute():
         return where, None, ""

@@ -1,4 +1,4 @@
-"""A trained decoder on disk: its parameters and buffers as one safetensors file, which says what it was made for."""
+"""A trained decoder on disk: one safetensors file of its parameters and buffers, and what it was made for."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[st
     """Write a decoder to a safetensors file; equal arguments give equal bytes.
 
     Args:
-        path: the file
-        tensors: its parameters and buffers by name
-        made_for: sources, digests of the encoders' weights, that it was trained on, and of a decoder of one's own the
-            digest of its code
+            tensors: its parameters and buffers by name
+            made_for: its sources, the digests of the encoders' weights that it was trained on, and for a
+                decoder from outside this package the digest of its code
 
     Raises:
         AfterimageError: the file cannot be written
@@ -35,9 +34,8 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Args:
         path: the file
-        made_for: sources, digests of the encoders' weights, that it is used on, and of a decoder of one's own the
-            digest of its code
-
+        made_for: sources and digests of the encoders' weights that it will be used with, and for a decoder
+            from outside this package the digest of its code
     Raises:
         AfterimageError: the file is damaged, or was made for other features or by other code
     """
@@ -67,7 +65,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         AfterimageError: the file is missing or damaged; the message names it
     """
     try:
-        if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a named pipe would block forever
             raise OSError("it is not a regular file")
         with utf8_path(path) as name, safe_open(name, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -77,5 +75,5 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as safetensors can store them: on the CPU and contiguous."""
+    """Return tensors in the form that safetensors can store: on the CPU and contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Import what others wrote: `python/package.module:factory`, `python/path/to/file.py:factory`, or a library."""
+"""Import optional libraries, and users' factories such as `python/package.module:factory`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from afterimage.runs.files import sha256
 
 
 def library(name: str) -> ModuleType:
-    """Import a library that is an extra.
+    """Import an optional library, which an extra of this package installs.
 
     Raises:
-        AfterimageError: it is not installed
+            AfterimageError: the library is not installed
     """
     try:
         return importlib.import_module(name)
@@ -32,16 +32,17 @@ def library(name: str) -> ModuleType:
 
 
 def call_factory(text: str, arguments: Mapping[str, Any] = {}, **options: Any) -> nn.Module:
-    """Import a factory, a function or a class, and return what it makes.
+    """Import a factory (a function or a class), call it and return the module that it makes.
 
     Args:
-        text: `python/package.module:factory` or `python/path/to/file.py:factory`; the working folder is searched too
-        arguments: its positional arguments, by what they are
-        options: its keyword arguments
+        text: `python/package.module:factory` or `python/path/to/file.py:factory`; the working folder is
+            searched too
+        arguments: positional arguments in order; the keys name them in error messages
+        options: keyword arguments
 
     Raises:
-        AfterimageError: the factory cannot be imported, does not exist, takes other arguments, raises an error, or
-            returns no `nn.Module`
+        AfterimageError: the factory cannot be imported, does not exist, does not accept these arguments,
+            raises an error, or does not return an `nn.Module`
     """
     where, name = _parts(text)
     try:
@@ -62,7 +63,7 @@ def call_factory(text: str, arguments: Mapping[str, Any] = {}, **options: Any) -
 
 
 def source_digest(text: str) -> str:
-    """Return the SHA-256 of the file that a factory is written in.
+    """Return the SHA-256 of a factory's source file.
 
     Raises:
         AfterimageError: there is no such file
@@ -90,7 +91,7 @@ def _import(where: str) -> ModuleType:
         file = Path(local_path(where))
         spec = importlib.util.spec_from_file_location(str(file), file)
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where dataclasses look for the names in annotations
+        sys.modules[spec.name] = module  # dataclasses look up the names in annotations here
         spec.loader.exec_module(module)
         return module
     _search_here()
@@ -98,7 +99,7 @@ def _import(where: str) -> ModuleType:
 
 
 def _search_here() -> None:
-    """Search the working folder for modules, as an installed command does not."""
+    """Add the working folder to the module search path, which lacks it in an installed command."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
 
@@ -108,7 +109,7 @@ def _check_arguments(
 ) -> None:
     try:
         signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # written in C, and not described
+    except (TypeError, ValueError):  # implemented in C, without a signature
         return
     try:
         signature.bind(*arguments.values(), **options)

@@ -1,4 +1,4 @@
-"""Several feature maps become one: attention, concat, weighted, aligned, stacked or sum."""
+"""Fusions, which make one feature map of several: attention, concat, weighted, aligned, stacked and sum."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 def fused_spec(
     specs: Sequence[FeatureSpec], channels: int, size: tuple[int, int], image_size: tuple[int, int]
 ) -> FeatureSpec:
-    """The spec of a fused map of `size` locations: it lies where the finest map does, and sees what any of them sees.
+    """Return the spec of a fused map of `size` locations.
 
-    Of several finest maps the first counts.
+    The fused map has the position of the finest input map (the first, if several are equally fine) and sees
+    all pixels that any input map sees.
     """
     finest = max(specs, key=lambda spec: spec.locations)
     seen = seen_box(specs, image_size) or tuple((0, length) for length in image_size)
@@ -39,9 +40,9 @@ def fused_spec(
 
 
 def align(maps: Tensor, source: Canvas, target: Canvas, *, smooth: bool = True) -> Tensor:
-    """Feature maps `(B, C, h, w)` of one canvas's cells, interpolated bilinearly at the middles of another's.
+    """Interpolate feature maps `(B, C, h, w)` bilinearly from the cells of one canvas to those of another.
 
-    With `smooth` they are antialiased where cells become larger.
+    With `smooth` they are antialiased along axes on which cells become larger.
     """
     cells = (target.rows.count, target.columns.count)
     if source.even and target.even:
@@ -59,7 +60,7 @@ def align(maps: Tensor, source: Canvas, target: Canvas, *, smooth: bool = True) 
 
 @functools.lru_cache(maxsize=64)
 def _weights(source: Span, target: Span, smooth: bool) -> Float[Tensor, "target source"]:
-    """How much of each cell of one span is in each of another, along one axis: triangles of the wider cell's width."""
+    """Return the interpolation weights along one axis: triangles as wide as the larger of the two cells."""
     middles = (
         target.start + (torch.arange(target.count, dtype=torch.float64, device="cpu") + 0.5) * target.stride
     )
@@ -71,17 +72,20 @@ def _weights(source: Span, target: Span, smooth: bool) -> Float[Tensor, "target 
 
 
 class Fusion(nn.Module, ABC):
-    """Makes one feature map `(B, C, h, w)` of several, with `size` locations; `spec` says which shape it has.
+    """Base class of fusions, which make one feature map `(B, C, h, w)` of several; `spec` describes it.
 
-    What lies at one place of the image meets: every map is resampled to where the fused cells lie.
+    Every map is resampled to the positions of the fused cells, so that features of the same part of the image
+    meet.
     """
 
     closed_form = False
-    """Whether it is fitted in closed form, as a decoder can be (see `Decoder`)."""
+    """True if the fusion is fitted in closed form (see `Decoder`)."""
     trainable = True
-    """Whether it is trained by gradient descent; if so it projects every map to the configured channels first."""
+    """True if the fusion is trained by gradient descent; it then projects every map to the configured
+    channels first."""
     has_weights = False
-    """Whether `weights(features)` says how much each source counts, as `(B, sources, h, w)` that sum to 1."""
+    """True if `weights(features)` returns the weight of each source, `(B, sources, h, w)` with sum 1 over
+    sources."""
 
     def __init__(
         self,
@@ -100,13 +104,13 @@ class Fusion(nn.Module, ABC):
     def forward(
         self, features: Sequence[Float[Tensor, "batch _ _ _"]]
     ) -> Float[Tensor, "batch channels h w"]:
-        """One feature map `(B, C, h, w)` from several."""
+        """Fuse several feature maps into one, `(B, C, h, w)`."""
 
 
 class ProjectedFusion(Fusion):
-    """Brings every map to one number of channels by a 1x1 convolution and batch norm, then makes one of them.
+    """Base class of fusions that first project all maps to one number of channels (1x1 convolution, batch norm).
 
-    Maps are resampled bilinearly, antialiased where they shrink.
+    Maps are resampled bilinearly, with antialiasing if they shrink.
     """
 
     def __init__(self, specs: Sequence[FeatureSpec], channels: int, *sizes: tuple[int, int]) -> None:
@@ -119,7 +123,7 @@ class ProjectedFusion(Fusion):
         )
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Every source as `(B, channels, h, w)`; smaller maps are projected before they are enlarged."""
+        """Return every source as `(B, channels, h, w)`. Maps that grow are projected first, others resampled first."""
         if len(features) != len(self.specs):
             raise AfterimageError(f"this fusion takes {len(self.specs)} feature maps, got {len(features)}")
         projected = []
@@ -134,9 +138,9 @@ class ProjectedFusion(Fusion):
 
 
 class AttentionFusion(ProjectedFusion):
-    """A softmax weight for each source and location, from the projected maps themselves.
+    """Weighted sum with a softmax weight for each source and location, computed from the projected maps.
 
-    `weights` gives them as `(B, sources, h, w)`, summing to 1 over sources.
+    `weights` returns these weights as `(B, sources, h, w)`, with sum 1 over sources.
     """
 
     has_weights = True
@@ -162,7 +166,7 @@ class AttentionFusion(ProjectedFusion):
 
 
 class ConcatFusion(ProjectedFusion):
-    """All projected maps side by side, brought back to `channels` by a 1x1 convolution."""
+    """Concatenation of all projected maps, reduced to `channels` by a 1x1 convolution."""
 
     def __init__(self, specs: Sequence[FeatureSpec], channels: int, *sizes: tuple[int, int]) -> None:
         super().__init__(specs, channels, *sizes)
@@ -173,7 +177,7 @@ class ConcatFusion(ProjectedFusion):
 
 
 class WeightedFusion(ProjectedFusion):
-    """One learned weight a source, the same everywhere; a softmax holds their sum at 1."""
+    """Weighted sum with one learned weight per source, the same everywhere; a softmax keeps their sum at 1."""
 
     has_weights = True
 
@@ -191,7 +195,7 @@ class WeightedFusion(ProjectedFusion):
 
 
 class AlignedFusion(Fusion):
-    """Maps side by side at one size, with nothing to learn: what a closed-form decoder can be fitted on."""
+    """Concatenation of all maps at one size, without parameters, for decoders that are fitted in closed form."""
 
     trainable = False
 
@@ -204,11 +208,11 @@ class AlignedFusion(Fusion):
 
 
 class StackedFusion(Fusion):
-    """The finest maps as they are, beside what each coarser map says of the image there (stacking, Wolpert 1992).
+    """Concatenation of the finest maps and of images decoded from each coarser map (stacking, Wolpert 1992).
 
-    A coarse location knows what lies where within its block of pixels, which enlarging its channels would blur. So
-    every coarser map first has a `LinearDecoder` of its own, fitted in closed form; each location of the fused map
-    gets the pixels that belong to it. Nothing here is trained by gradient descent.
+    A location of a coarse map encodes the layout within its block of pixels, which enlarging its channels
+    would blur. So each coarser map first gets its own `LinearDecoder`, fitted in closed form, and each
+    location of the fused map gets the decoded pixels in its cell. Nothing is trained by gradient descent.
     """
 
     closed_form = True
@@ -266,17 +270,16 @@ class StackedFusion(Fusion):
         return torch.cat(parts, dim=1)
 
     def _read(self, reader: LinearDecoder, maps: Tensor) -> Tensor:
-        """What a reader says of the image, given to the locations of the fused map in whose cells it lies."""
+        """Decode a coarse map, and return the pixels of each fused cell as channels, `(B, 3 block^2, h, w)`."""
         pixels = (self.size[0] * self.block, self.size[1] * self.block)
         images = reader.canvas.place(reader.decode(maps))
         return pixel_unshuffle(resize(self.canvas.cut(images), pixels), (self.block, self.block))
 
 
 class SumFusion(Fusion):
-    """The sum of all maps at one size, with nothing to learn, as representation autoencoders sum layers.
+    """Sum of all maps at one size, without parameters, as representation autoencoders sum layers.
 
-    A vector counts at every location.
-
+    A vector is added at every location.
     Raises:
         AfterimageError: the maps have different numbers of channels
     """
@@ -310,9 +313,18 @@ FUSIONS: dict[str, type[Fusion]] = {
 def create_fusion(
     config: FusionConfig, specs: Sequence[FeatureSpec], image_size: int | tuple[int, int] = 224
 ) -> Fusion | None:
-    """Build a fusion for features of the given shapes; None for a single source, which is its own fusion.
+    """Build a fusion for features of the given shapes.
 
-    Without a size the maps meet at the finest resolution present. Raises `AfterimageError` for an unknown name.
+    Args:
+        config: name and options of the fusion; without a size the maps meet at the finest resolution present
+        specs: measured shapes of the features
+        image_size: side of the images in pixels, or `(height, width)`
+
+    Returns:
+        the fusion; None for a single source, which needs none
+
+    Raises:
+        AfterimageError: the name is unknown, or the maps do not suit the fusion
     """
     if config.name not in FUSIONS:
         raise unknown("fusion", config.name, FUSIONS)
@@ -325,7 +337,12 @@ def create_fusion(
 
 
 class WeightMaps:
-    """How much a fusion with `weights` gave each source, summed up batch by batch over the images of `add`."""
+    """Weights that a fusion with `weights` gave each source, collected batch by batch.
+
+    Args:
+        fusion: the fusion
+        keep: number of images whose weight maps are kept
+    """
 
     def __init__(self, fusion: AttentionFusion | WeightedFusion, keep: int) -> None:
         self.fusion, self.keep = fusion, keep
@@ -340,22 +357,22 @@ class WeightMaps:
         self._sums.append(weights.mean((2, 3)).cpu().double())
 
     def _in_image(self, weights: Tensor) -> Tensor:
-        """Maps that lie as the image does: of its size, where the fused cells do not divide it evenly."""
+        """Return weight maps in the image's frame, at the image's size if the fused cells do not divide it evenly."""
         canvas = self.fusion.canvas
         return weights if canvas.even else canvas.place(F.interpolate(weights, canvas.size)).clamp(0, 1)
 
     def gather(self, ranks: ProcessGroup) -> None:
-        """Take in what other ranks have added, each for its part of the same batches, in the order of one process."""
+        """Add the batches of other ranks, each of which saw a part of every batch, in the order of one process."""
         self._sums = ranks.gather_batches(self._sums)
         kept = torch.cat(ranks.gather_batches(self._kept))
         self._kept = [kept[: self.keep]]
 
     @property
     def means(self) -> list[float]:
-        """Each source's weight, the mean over images and locations."""
+        """Weight of each source, averaged over images and locations."""
         return torch.cat(self._sums).mean(0).tolist()
 
     @property
     def images(self) -> list[UInt8[np.ndarray, "sources h w"]]:
-        """The maps of the first `keep` images; 255 is a weight of 1."""
+        """Weight maps of the first `keep` images; 255 is a weight of 1."""
         return list(torch.cat(self._kept).numpy())

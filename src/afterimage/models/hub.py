@@ -1,4 +1,4 @@
-"""Decoders on the Hugging Face hub: fetch one, pinned to a commit and compared with its digests, or upload some."""
+"""Download decoders from the Hugging Face hub, pinned and checked against their digests, and upload them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from afterimage.runs.run import Run
 from afterimage.runtime.hub import ask_soon, busy
 
 PREFIX = "hub:"
-"""How an address of a decoder on the hub may begin, where it could be taken for a folder."""
+"""Optional prefix of a decoder's address on the hub, which distinguishes it from a folder."""
 SPELLING = (
     "hub:USER/NAME, of a repository with several decoders hub:USER/NAME/DECODER, with @REVISION if need be"
 )
@@ -37,10 +37,10 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class PulledRun(Run):
-    """A decoder of the hub: a run folder in its cache.
+    """A decoder from the hub: a run folder in the hub's cache.
 
     Attributes:
-        address: where it is from, the revision as a commit: `hub:USER/NAME@COMMIT`
+        address: origin, with the revision as a commit: `hub:USER/NAME@COMMIT`
     """
 
     address: str
@@ -55,18 +55,18 @@ class PulledRun(Run):
 
 
 def pull(address: str, *, revision: str | None = None) -> PulledRun:
-    """Fetch a decoder, or find it in the hub's cache, and compare it with the digests of its manifest and card.
+    """Download a decoder, or find it in the hub's cache, and check the digests in its manifest and card.
 
-    A branch or tag is looked up on the hub, a commit that the cache has is not. Where HF_HUB_OFFLINE is set, the cache
-    answers alone. Nothing of a repository is unpickled or run.
+    A branch or tag is looked up on the hub; a commit that is in the cache is not. With HF_HUB_OFFLINE only
+    the cache is read. Nothing in a repository is unpickled or run.
 
     Args:
         address: `[hub:]USER/NAME[/DECODER][@REVISION]`
-        revision: branch, tag or commit, if the address names none; None for `main`
+        revision: branch, tag or commit if the address names none; None for `main`
 
     Raises:
-        AfterimageError: the repository is not available or holds no such decoder, or the decoder is not the one that
-            its manifest and card tell of
+        AfterimageError: the repository is not available or holds no such decoder, or the decoder is not the
+            one that its manifest and card describe
     """
     repository, wanted, named = _parsed(address, "decoder", SPELLING)
     with _refusals(repository):
@@ -75,7 +75,7 @@ def pull(address: str, *, revision: str | None = None) -> PulledRun:
 
 
 def pull_all(address: str) -> list[PulledRun]:
-    """Fetch every decoder of a repository as `pull` does, or the one that the address names.
+    """Download every decoder of a repository as `pull` does, or only the one that the address names.
 
     Args:
         address: `[hub:]USER/NAME[/DECODER][@REVISION]`
@@ -92,7 +92,7 @@ def pull_all(address: str) -> list[PulledRun]:
 
 @contextlib.contextmanager
 def _refusals(repository: str) -> Iterator[None]:
-    """Name the repository in what is wrong with it."""
+    """Turn errors into ones that name the repository."""
     try:
         yield
     except Unavailable as reason:
@@ -102,7 +102,7 @@ def _refusals(repository: str) -> Iterator[None]:
 
 
 def _manifest(repository: str, revision: str | None) -> tuple[str, Manifest]:
-    """The commit that a revision is, and what it holds."""
+    """Return the commit of a revision, and its manifest."""
     file = _fetch(repository, revision, MANIFEST)
     try:
         return file.parent.name, Manifest.parse(file.read_bytes())
@@ -111,7 +111,7 @@ def _manifest(repository: str, revision: str | None) -> tuple[str, Manifest]:
 
 
 def _pulled(repository: str, commit: str, manifest: Manifest, name: str) -> PulledRun:
-    """Fetch and check one decoder; `name` is empty for the only one."""
+    """Download and check one decoder; an empty `name` means the only one."""
     decoder = manifest.choose(name)
     _check_card(_fetch(repository, commit, CARD), decoder)
     for part in FILES:
@@ -127,7 +127,7 @@ def _pulled(repository: str, commit: str, manifest: Manifest, name: str) -> Pull
 
 
 def pull_table(address: str) -> tuple[Path, str]:
-    """Fetch the table of a study that `afterimage push --dataset` shared, or find it in the hub's cache.
+    """Download the table of a study that `afterimage push --dataset` shared, or find it in the hub's cache.
 
     Args:
         address: `hub:USER/NAME[@REVISION]`
@@ -147,7 +147,7 @@ def pull_table(address: str) -> tuple[Path, str]:
 
 
 def _parsed(address: str, what: str, spelling: str) -> tuple[str, str, str | None]:
-    """Repository, decoder and revision of an address; only a decoder's may have the second."""
+    """Split an address into repository, decoder (empty if not named) and revision (None if not named)."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -167,7 +167,7 @@ def _parsed(address: str, what: str, spelling: str) -> tuple[str, str, str | Non
 
 
 def _fetch(repository: str, revision: str | None, name: str, kind: str = "model") -> Path:
-    """The file at a revision, which a commit and HF_HUB_OFFLINE let the cache answer; its folder is the commit's."""
+    """Return a file at a revision, in the commit's folder; for a commit or offline, try the cache first."""
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
@@ -184,12 +184,12 @@ def _fetch(repository: str, revision: str | None, name: str, kind: str = "model"
 
 
 def _check_card(file: Path, decoder: PublishedDecoder) -> None:
-    """Check that the card is about this decoder."""
+    """Check that a card describes this decoder."""
     from huggingface_hub import ModelCard
 
     try:
         data = ModelCard(file.read_text(encoding="utf-8")).data.to_dict()
-    except Exception as error:  # the client's parsers of YAML and of the results raise many kinds
+    except Exception as error:  # the client's parsers of YAML and of results raise many types
         raise AfterimageError(f"its card {CARD} cannot be read: {first_line(error)}") from None
     if data.get("library_name") != LIBRARY:
         raise AfterimageError(
@@ -202,12 +202,12 @@ def _check_card(file: Path, decoder: PublishedDecoder) -> None:
 
 
 def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False, kind: str = "model") -> str:
-    """Make a repository if it is not there, and put files into it as one commit.
+    """Create a repository if it does not exist, and upload files to it as one commit.
 
     Args:
         files: contents by path
         repository: `USER/NAME`
-        private: whether a repository that is made now is private
+        private: whether a new repository is private
         kind: `model`, `dataset` or `space`
 
     Returns:
@@ -236,16 +236,16 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
 
 
 def collect(title: str, repository: str, kinds: Sequence[str], *, private: bool = False) -> str:
-    """Put repositories of one name into a collection of their owner's, made if it is not there.
+    """Add repositories of one name to a collection of their owner, which is created if it does not exist.
 
     Args:
-        title: of the collection
+        title: title of the collection
         repository: `USER/NAME`
-        kinds: of the repositories: `model`, `dataset` or `space`
-        private: whether a collection that is made now is private
+        kinds: kinds of the repositories: `model`, `dataset` or `space`
+        private: whether a new collection is private
 
     Returns:
-        its address
+        the collection's address
 
     Raises:
         AfterimageError: the hub does not answer or refuses
@@ -264,7 +264,7 @@ def collect(title: str, repository: str, kinds: Sequence[str], *, private: bool 
 
 
 def _check_empty(names: set[str], repository: str, kind: str) -> None:
-    """Check that nothing is overwritten that did not come from here."""
+    """Check that a repository is empty or came from this package, so that no other files are overwritten."""
     try:
         if kind == "dataset" and {SCORES_TABLE, TABLE} <= names:
             return
@@ -289,7 +289,7 @@ def _refused(error: Exception) -> str:
         return "HF_HUB_OFFLINE is set"
     response = getattr(error, "response", None)
     if response is None:
-        return " ".join(str(error).split())  # the hub's objections to a card are lines of their own
+        return " ".join(str(error).split())  # the hub's objections to a card span several lines
     status = int(response.status_code)
     if status in (401, 403):
         have = "your token may not write there" if get_token() else "you are not logged in"

@@ -1,4 +1,4 @@
-"""Get files of the Hugging Face hub and of torch.hub from the local caches, or download them, or explain why not."""
+"""Find files of the Hugging Face hub and torch.hub in local caches, download them, or explain a failure."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from afterimage.runtime.hub import CONNECT_SECONDS, ask_for_file, ask_soon, busy
 STALL_SECONDS = 30.0
 """Seconds without data after which a download counts as failed."""
 CONFIG = "config.json"
-"""The file in which a repository of the hub describes its network."""
+"""File that describes the network of a hub repository."""
 
 INDEX = ".index.json"
-"""Ending of an index of weights that lie in several files."""
+"""Ending of an index of weights that are split into several files."""
 
 
 class Unavailable(Exception):
-    """A file is not available; the message names the place, the reason and the remedy."""
+    """Error for a file that is not available; the message names the place, the reason and the remedy."""
 
 
 def cached(repository: str, revision: str | None, names: Sequence[str], kind: str = "model") -> Path | None:
-    """Return the first of several files of a repository that the hub's client has downloaded before, or None.
+    """Return the first of several files of a hub repository that is in the local cache, or None.
 
     Args:
         repository: `OWNER/NAME`
         revision: branch, tag or commit; None for `main`
-        names: names of the files, the preferred one first
+        names: file names, the preferred one first
         kind: `model` or `dataset`
     """
     from huggingface_hub import try_to_load_from_cache
@@ -50,7 +50,7 @@ def cached(repository: str, revision: str | None, names: Sequence[str], kind: st
 
 
 def _has_shards(file: Path) -> bool:
-    """Return whether all files are there that an index of shards lists; any other file lists none."""
+    """Return whether all files that an index of shards lists exist; always true for any other file."""
     try:
         return not file.name.endswith(INDEX) or bool(shards(file))
     except AfterimageError:
@@ -58,12 +58,12 @@ def _has_shards(file: Path) -> bool:
 
 
 def download(repository: str, revision: str | None, names: Sequence[str], kind: str = "model") -> Path:
-    """Download the first of several files that a repository of the hub has.
+    """Download the first of several files that exists in a hub repository; for an index, also its shards.
 
     Args:
         repository: `OWNER/NAME`
         revision: branch, tag or commit; None for `main`
-        names: names of the files, the preferred one first
+        names: file names, the preferred one first
         kind: `model` or `dataset`
 
     Raises:
@@ -84,7 +84,7 @@ def download(repository: str, revision: str | None, names: Sequence[str], kind: 
                 for shard in sorted(set(json.loads(file.read_bytes())["weight_map"].values())):
                     get(shard)
             return file
-        except LocalEntryNotFoundError as error:  # stands for any failure of the client
+        except LocalEntryNotFoundError as error:  # raised for any failure of the client
             raise Unavailable(told(error.__cause__ or error)) from None
         except EntryNotFoundError:
             continue
@@ -99,7 +99,7 @@ def torch_hub_file(url: str) -> Path:
 
 
 def download_url(url: str) -> Path:
-    """Download a file into torch.hub's cache, completely or not at all, and verify the digest in its name.
+    """Download a file into torch.hub's cache, completely or not at all, and check the digest in its name.
 
     Raises:
         Unavailable: the download failed
@@ -126,10 +126,10 @@ def download_url(url: str) -> Path:
 
 
 def named_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any]:
-    """Read the first of some JSON files of a folder, an absolute path, or of a repository of the hub.
+    """Read the first existing one of several JSON files in a folder (an absolute path) or a hub repository.
 
     Raises:
-        AfterimageError: it is not available or not valid
+        AfterimageError: no file is available, or it is not valid
     """
     if not Path(name).is_absolute():
         return repository_config(name, files)
@@ -147,16 +147,14 @@ def named_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any
 
 @functools.cache
 def repository_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any]:
-    """Read the config.json of a repository of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.
-
-    It comes from the hub's cache if it is there.
+    """Read a JSON file of a hub repository, from the local cache if it is there.
 
     Args:
-        name: the repository
-        files: the file to read, or several of which the first that is there is read
+        name: the repository, `OWNER/NAME` or `OWNER/NAME@REVISION`
+        files: file names; the first one that exists is read
 
     Raises:
-        AfterimageError: it is not available or not valid; the message says where it was searched
+        AfterimageError: no file is available, or it is not valid; the message lists where it was searched
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError

@@ -37,13 +37,13 @@ BACKBONES = {
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity (Zhang et al. 2018), version 0.1: 0 for equal images.
 
-    The network is frozen, always in evaluation mode, and runs in float32 also under autocast. Its linear heads
+    The network is frozen, stays in evaluation mode, and runs in float32 even under autocast. Its linear heads
     come from the authors' package `lpips`.
 
     Args:
         net: `alex`, `vgg` or `squeeze`
-        weights: torchvision's file for that network (the part `features` is enough), a folder, `pretrained` to
-            search for it, or the result of `find_lpips_weights`
+        weights: torchvision's file for that network (the part `features` is enough), a folder, `pretrained`
+            to search for the file, or the result of `find_lpips_weights`
 
     Raises:
         AfterimageError: the network is unknown, or its weights are not found or lack a tensor
@@ -59,7 +59,7 @@ class LPIPS(nn.Module):
         self.slices = nn.ModuleList(layers[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
         for index, head in enumerate(_heads(net, len(ends))):
             self.register_buffer(f"head{index}", head)
-        # The reference's constants are for images in [-1, 1]; these are for [0, 1].
+        # The reference implementation's constants are for images in [-1, 1]; these are for [0, 1].
         shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
         self.register_buffer("mean", ((shift + 1) / 2).view(1, 3, 1, 1))
         self.register_buffer("std", (scale / 2).view(1, 3, 1, 1))
@@ -86,7 +86,7 @@ class LPIPS(nn.Module):
             values = (images.float() - self.mean) / self.std
             for part in self.slices:
                 values = part(values)
-                # A plain square root has the gradient NaN where no feature is active.
+                # The gradient of a plain square root is NaN where no feature is active.
                 maps.append(F.normalize(values, dim=1, eps=1e-10))
         return maps
 
@@ -127,7 +127,7 @@ def find_lpips_weights(net: str, weights: str | Path = "pretrained") -> Weights:
 
     Args:
         net: `alex`, `vgg` or `squeeze`
-        weights: a file, a folder, or `pretrained` to search for it
+            weights: a file, a folder, or `pretrained` to search for the file
 
     Raises:
         AfterimageError: nothing was found; the message lists what was tried
@@ -165,9 +165,9 @@ def _layers(backbone: Backbone, weights: Weights) -> nn.Sequential:
 
 
 def _heads(net: str, count: int) -> list[Tensor]:
-    """Read the published linear heads from the authors' package: a weight for each channel of each map.
+    """Read the published linear heads from the authors' package: one weight per channel of each map.
 
-    The package itself is not imported, because its network would load ImageNet weights of its own.
+    The package itself is not imported, because its network would load its own ImageNet weights.
     """
     package = importlib.util.find_spec("lpips")
     if package is None or package.origin is None:

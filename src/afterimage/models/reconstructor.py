@@ -1,4 +1,4 @@
-"""Reconstructors: encoders, fusion and decoder as one module, which takes images and gives them back."""
+"""Reconstructors: frozen encoders, fusion and decoder as one module that rebuilds images from features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 class Encoders(nn.Module, ABC):
-    """What gives decoders the features of images: frozen networks, or features that were stored.
+    """Source of features for decoders: frozen networks, or stored features.
 
     Attributes:
         sources: `model:layer` of each feature map
@@ -38,40 +38,41 @@ class Encoders(nn.Module, ABC):
     @property
     @abstractmethod
     def specs(self) -> tuple[FeatureSpec, ...]:
-        """The shape of each source's features and where they lie in the image, in the order of `sources`."""
+        """Shape of each source's features and their position in the image, in the order of `sources`."""
 
     @abstractmethod
     def describe(self) -> list[FeatureMap]:
-        """`Encoder.describe` for every source, in order."""
+        """Return `Encoder.describe` for every source, in order."""
 
     @abstractmethod
     def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
-        """Where the weights behind `sources` come from, one entry a network."""
+        """Return the origin of the weights behind `sources`, one entry per network."""
 
     @abstractmethod
     def remarks_of(self, sources: Sequence[str]) -> list[str]:
-        """What a reader has to know of how images reach what is behind `sources`, or of where features come from."""
+        """Return remarks for the run's notes on how images reach the networks, or where features come from."""
 
     def weight_digests(self, sources: Sequence[str]) -> dict[str, str]:
-        """What tells the weights behind `sources` apart, by model: a SHA-256, or which random draw they are."""
+        """Return the identity of the weights behind `sources` by model: a SHA-256, or the random draw."""
         return {weights.model: weights.identity for weights in self.weights_of(sources)}
 
     def index(self, source: str) -> int:
-        """The place of a source among `sources`."""
+        """Return the index of a source in `sources`."""
         return self.sources.index(source)
 
 
 class MultiEncoder(Encoders):
-    """Frozen encoders for any number of sources; each network runs once, as deep as its deepest layer.
+    """Frozen encoders for any number of sources; each network runs once, up to its deepest layer in use.
 
     Args:
-        sources: `model:layer` each, for example `resnet34:layer2`.
-        weights: `pretrained`, a file or folder of weights, or a kind of random weights (`random`, `random-init`).
+        sources: names `model:layer`, for example `resnet34:layer2`.
+        weights: `pretrained`, a file or folder of weights, or a kind of random weights (`random`,
+            `random-init`).
         image_size: side of the images in pixels, or `(height, width)`; the features' shapes depend on it.
-        seed: of random weights.
+        seed: seed of random weights.
 
     Raises:
-        AfterimageError: for an unknown model or layer, and for weights that cannot be had.
+        AfterimageError: for an unknown model or layer, and for weights that are not available.
     """
 
     def __init__(
@@ -98,33 +99,33 @@ class MultiEncoder(Encoders):
         self._order = [position[source] for source in sources]
 
     def index(self, source: str) -> int:
-        """The place of a source among `sources`; its tag may be left out."""
+        """Return the index of a source in `sources`; the model's tag may be left out."""
         return self.sources.index(resolve(source))
 
     @property
     def specs(self) -> tuple[FeatureSpec, ...]:
-        """The shape of each source's features and where they lie in the image, in the order of `sources`."""
+        """Shape of each source's features and their position in the image, in the order of `sources`."""
         specs = [spec for encoder in self.encoders for spec in encoder.specs]
         return tuple(specs[i] for i in self._order)
 
     def describe(self) -> list[FeatureMap]:
-        """`Encoder.describe` for every source, in order."""
+        """Return `Encoder.describe` for every source, in order."""
         entries = [entry for encoder in self.encoders for entry in encoder.describe()]
         return [entries[i] for i in self._order]
 
     def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
-        """Where the weights behind `sources` come from, one entry a network."""
+        """Return the origin of the weights behind `sources`, one entry per network."""
         used = set(sources)
         return [e.weights.used for e in self.encoders if used.intersection(e.sources)]
 
     def remarks_of(self, sources: Sequence[str]) -> list[str]:
-        """What a reader has to know of how images reach the networks behind `sources`."""
+        """Return remarks for the run's notes on how images reach the networks behind `sources`."""
         used = set(sources)
         found = [e.network.remarks for e in self.encoders if used.intersection(e.sources)]
         return [remark for remarks in found for remark in remarks]
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
-        """Encode images `(B, 3, H, W)` in [0, 1].
+        """Return the features of images `(B, 3, H, W)` in [0, 1].
 
         Returns:
             The feature map `(B, C, h, w)` of each source, in the order of `sources`.
@@ -134,13 +135,13 @@ class MultiEncoder(Encoders):
 
 
 def no_maps(specs: Sequence[FeatureSpec], device: torch.device) -> list[Tensor]:
-    """Feature maps `(0, C, h, w)` of no images, which some networks cannot make themselves."""
+    """Return empty feature maps `(0, C, h, w)`, which some networks cannot make from an empty batch."""
     return [torch.zeros(0, *spec.shape, device=device) for spec in specs]
 
 
 @runtime_checkable
 class ClosedForm(Protocol):
-    """A decoder or fusion that is fitted in closed form (see `Decoder` for what each method does)."""
+    """A decoder or fusion that is fitted in closed form (see `Decoder` for its methods)."""
 
     @property
     def fit_bytes(self) -> int: ...
@@ -157,13 +158,13 @@ class ClosedForm(Protocol):
 
 
 class FeatureDecoder(nn.Module):
-    """Rebuilds images from feature maps: all that is trained of a reconstructor.
+    """The trained part of a reconstructor, which rebuilds images from feature maps.
 
     `feature maps -> [fusion -> one feature map ->] decoder -> images`
 
     Args:
-        decoder: takes one feature map.
-        fusion: makes one feature map of several; None where there is one already.
+        decoder: decoder of one feature map.
+        fusion: fusion of several feature maps into one; None if there is only one.
     """
 
     def __init__(self, decoder: Decoder, fusion: Fusion | None = None) -> None:
@@ -184,31 +185,31 @@ class FeatureDecoder(nn.Module):
         return self.decoder(self.fuse(features), crop)
 
     def fuse(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The one feature map that the decoder reads, in a list."""
+        """Return the one feature map that the decoder reads, in a list."""
         return list(features) if self.fusion is None else [self.fusion(features)]
 
     @property
     def trainable(self) -> bool:
-        """Whether anything in it is trained by gradient descent."""
+        """True if any parameter is trained by gradient descent."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def closed_forms(self) -> list[ClosedForm]:
-        """The parts with a closed form, in the order in which they are fitted."""
+        """Parts that are fitted in closed form, in the order of fitting."""
         return [part for part in (self.fusion, self.decoder) if part is not None and part.closed_form]
 
     def partial_fit(
         self, part: ClosedForm, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
     ) -> None:
-        """Show a batch to one of the `closed_forms`: to a fusion the features, to the decoder the fused ones."""
+        """Show a batch to one of `closed_forms`: the features to a fusion, the fused features to the decoder."""
         given = features
         if part is not self.fusion:
             given = self.fuse(features) if len(images) else no_maps([self.decoder.spec], images.device)
         part.partial_fit(given, images, validation=validation)
 
     def macs(self, specs: Sequence[FeatureSpec]) -> int:
-        """Count the multiply-adds of decoding one image whose features have these shapes."""
-        # On tensors without values: the counter sees nothing of the kernel that computes attention on a CPU.
+        """Count the multiply-adds of decoding one image with features of the given shapes."""
+        # Meta tensors have no values; on a CPU the counter would miss the kernel that computes attention.
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         training = self.training
@@ -218,7 +219,7 @@ class FeatureDecoder(nn.Module):
         except Exception:
             if not isinstance(self.decoder, OwnDecoder):
                 raise
-            return self._count(tensors, specs)  # it holds values that are neither parameters nor buffers
+            return self._count(tensors, specs)  # it also holds tensors that are not registered
         finally:
             self.train(training)
 
@@ -234,10 +235,10 @@ class FeatureDecoder(nn.Module):
 def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> FeatureDecoder:
     """Build a run's fusion and decoder for features of the given shapes.
 
-    Initial weights depend on the run's seed alone.
+    Initial weights depend only on the run's seed.
 
     Raises:
-        AfterimageError: for an unknown name or option, and for a closed form behind a fusion that is trained.
+        AfterimageError: for an unknown name or option, and for a closed-form decoder behind a trained fusion.
     """
     fusion = None
     if config.fusion is not None:
@@ -263,14 +264,14 @@ def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> Fe
 
 
 class Reconstructor(nn.Module):
-    """Encodes images and rebuilds them: `images -> frozen encoders -> [fusion ->] decoder -> images`.
+    """Encode images and rebuild them: `images -> frozen encoders -> [fusion ->] decoder -> images`.
 
     Args:
         encoders: maps images to a list of feature maps; stays frozen and in evaluation mode.
         decoder: maps the feature maps back to images.
 
     Attributes:
-        origin: where the decoder was loaded from: a run folder, or `hub:USER/NAME@COMMIT`; empty for a new one
+        origin: origin of the decoder: a run folder, or `hub:USER/NAME@COMMIT`; empty for a new one
     """
 
     def __init__(self, encoders: Encoder | Encoders, decoder: Decoder | FeatureDecoder) -> None:
@@ -280,7 +281,7 @@ class Reconstructor(nn.Module):
         self.feature_decoder = decoder if isinstance(decoder, FeatureDecoder) else FeatureDecoder(decoder)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-        """Rebuild images `(B, 3, H, W)` in [0, 1] from their features; returns images likewise."""
+        """Rebuild images `(B, 3, H, W)` in [0, 1] from their features, at the same size and range."""
         features = self.encoders(images)
         return self.feature_decoder(features)
 
@@ -295,19 +296,19 @@ class Reconstructor(nn.Module):
     def from_pretrained(
         cls, name: str | Path, *, revision: str | None = None, weights: str | None = None
     ) -> Reconstructor:
-        """Load a decoder that `afterimage push` put on the Hugging Face hub, or a run folder, with its encoder.
+        """Load a decoder, with its encoder, from a run folder or from the hub, where `afterimage push` put it.
 
-        Files of the hub are pinned to a commit, which `origin` names, and compared with their digests. The encoder's
-        weights are found as for any encoder, and must be those that the decoder was trained on.
+        Files of the hub are pinned to a commit, which `origin` names, and their digests are checked. The
+        encoder's weights are found as for any encoder, and must be those that the decoder was trained on.
 
         Args:
             name: `[hub:]USER/NAME[/DECODER][@REVISION]`, or a run folder
-            revision: branch, tag or commit, if the name has none; None for `main`
-            weights: file or folder of the encoder's weights; None for where they are searched
+            revision: branch, tag or commit if `name` has none; None for `main`
+            weights: file or folder of the encoder's weights; None to search for them
 
         Raises:
-            AfterimageError: the decoder is not available, is not the one that its repository tells of, or was trained
-                on other weights
+            AfterimageError: the decoder is not available, is not the one that its repository describes, or
+                was trained on other weights
         """
         is_folder = not str(name).startswith(PREFIX) and Path(name).is_dir()
         run = Run.open(name) if is_folder else pull(str(name), revision=revision)
@@ -317,15 +318,15 @@ class Reconstructor(nn.Module):
 
 
 def restore(run: Run, encoders: Encoders) -> Reconstructor:
-    """Put a finished run's decoder behind encoders, in evaluation mode.
+    """Combine a finished run's decoder with encoders, in evaluation mode.
 
     Args:
         run: the run
-        encoders: what gives the run's sources their features
+        encoders: encoders of the run's sources
 
     Raises:
-        AfterimageError: the run has no decoder, the decoder was made for other features, or the encoders' weights are
-            not those it was trained on
+        AfterimageError: the run has no decoder, the decoder was made for other features, or it was trained on
+            other weights of the encoders
     """
     config, path = run.config, run.file("decoder.safetensors")
     if not path.exists():

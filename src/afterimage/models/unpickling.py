@@ -1,12 +1,13 @@
 """Read tensors from files of torch.save or pickle as data: nothing that a file names is imported or called.
 
-A pickle is a list of instructions. This module follows those that build containers, numbers, text, tensors and
-arrays. Any other class or call in a file becomes an `Inert` placeholder that does nothing. A checkpoint may
-thus hold settings and optimizer states of any type beside its tensors.
+A pickle is a list of instructions. This module executes those that build containers, numbers, text, tensors
+and arrays. Any other class or call in a file becomes an `Inert` placeholder that does nothing. A checkpoint
+may thus hold settings and optimizer states of any type beside its tensors.
 
-`torch.load(weights_only=True)` would refuse the whole file for one of these, such as the `argparse.Namespace` or
-NumPy number of most training scripts. Its list of permitted classes does not help: it fills no dictionary or list of
-another class, as settings often are, and knows only pickle's protocol 2, thus no pickled arrays.
+`torch.load(weights_only=True)` refuses a whole file because of one such object, for example the
+`argparse.Namespace` or NumPy number that most training scripts store. Its list of permitted classes does not
+help: it cannot fill dictionaries or lists of other classes, which settings often are, and it reads only
+pickle's protocol 2, thus no pickled arrays.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from torch import Tensor
 from afterimage.config import utf8_path
 
 MAGIC = 0x1950A86A20F9469CFC6C
-"""The number that begins each file of torch.save before torch 1.6."""
+"""Number at the start of each file that torch.save wrote before torch 1.6."""
 CODE = frozenset(
     ["os", "posix", "nt", "sys", "subprocess", "importlib", "runpy", "pty", "ctypes", "socket", "shutil", "code"]
     + [f"{module}.{name}" for module in ("builtins", "__builtin__")
        for name in ("eval", "exec", "execfile", "compile", "open", "input", "breakpoint", "__import__", "apply")]
 )  # fmt: skip
-"""Modules and functions that run commands. No training run stores them, so a file that names one is refused."""
+"""Modules and functions that run commands; training never stores them, so files that name one are refused."""
 MAX_RATIO = 500
-"""Largest factor by which a compressed record may grow, against archives made to fill memory; torch.save
-compresses none.
+"""Largest factor by which a compressed record may grow when it is unpacked, against archives made to fill the
+memory. torch.save does not compress records.
 """
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-"""torch's data types by the name that a pickle has for them."""
+"""torch's data types by their names in pickles."""
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8, "_UntypedStorage": torch.uint8,
-    # Quantised tensors, which are skipped like all other special tensors.
+    # Quantised tensors are skipped, like all other special tensors.
     "QInt8Storage": torch.int8, "QUInt8Storage": torch.uint8, "QInt32Storage": torch.int32,
     "QUInt4x2Storage": torch.uint8, "QUInt2x4Storage": torch.uint8,
 }  # fmt: skip
@@ -55,15 +56,15 @@ STORAGES = {
 
 
 class Damaged(Exception):
-    """The file is not what its beginning claims; the message says how."""
+    """Error for a file whose content does not match its beginning; the message says how."""
 
 
 class HoldsCode(Exception):
-    """The file names something that runs commands; the message is its name."""
+    """Error for a file that names something that runs commands; the message is that name."""
 
 
 class Global(NamedTuple):
-    """A class or function that a pickle names. It is never looked up."""
+    """A class or function that a pickle names; it is never imported."""
 
     name: str
 
@@ -92,7 +93,7 @@ class Inert(dict):
 
 
 class Storage(NamedTuple):
-    """The bytes that tensors share, and the type of their values."""
+    """Bytes that several tensors may share, and the type of their values."""
 
     untyped: torch.UntypedStorage
     dtype: torch.dtype
@@ -114,7 +115,7 @@ class _Dtype:
 
 
 class _Array:
-    """A NumPy array whose content follows later in the pickle."""
+    """A NumPy array; its content follows later in the pickle."""
 
     def __init__(self, *_: Any) -> None:
         self.tensor: Tensor | None = None
@@ -135,11 +136,11 @@ def _from_bytes(content: Any, dtype: Any, shape: Any, order: Any = "C") -> Tenso
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    """Rebuild a tensor. `rest` may end with a mark for lazily negated or conjugated values, which no weights have."""
+    """Rebuild a tensor. Lazily negated or conjugated ones, marked at the end of `rest`, become an `Inert`."""
     if not isinstance(storage, Storage) or (len(rest) > 2 and rest[2]):
         return Inert("a tensor of another kind")
     shape, steps, start = tuple(map(int, size)), tuple(map(int, stride)), int(offset)
-    # torch would enlarge some storages silently if a tensor asks for more than they have.
+    # torch would silently enlarge some storages if a tensor needs more values than they have.
     end = start + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + 1
     if min((start, *shape, *steps)) < 0 or (
         0 not in shape and end * storage.dtype.itemsize > storage.untyped.nbytes()
@@ -194,7 +195,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray._reconstruct": _Array,
     "numpy.core.numeric._frombuffer": _from_bytes,
 }
-"""The only functions that are ever called, by the names that pickles use."""
+"""Functions that may be called, by their names in pickles; no other function ever is."""
 
 
 def _named(module: Any, name: Any) -> Any:
@@ -215,7 +216,7 @@ def _call(target: Any, arguments: Any) -> Any:
 
 
 class _Machine:
-    """Executes the instructions of one pickle, with a stack of values and a memo of values that are used again."""
+    """Interpreter of the instructions of one pickle, with a stack and a memo of values for later use."""
 
     def __init__(self, persistent: Callable[[Any], Any] | None) -> None:
         self.stack: list[Any] = []
@@ -250,7 +251,7 @@ class _Machine:
             target.update(items)
 
     def persist(self, key: Any) -> Any:
-        """Return the object that the pickle refers to outside itself."""
+        """Return an object that is stored outside the pickle."""
         if self.persistent is None:
             raise Damaged("it refers to tensors that another file holds")
         return self.persistent(key)
@@ -329,15 +330,15 @@ class _Machine:
 
 
 def read_pickle(stream: io.BufferedIOBase, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """Read the pickle at the stream's position and return its value; the stream is left behind its end.
+    """Read the pickle at the stream's position and return its value; the position is then behind the pickle.
 
     Args:
         stream: the stream
-        persistent: returns an object that the pickle refers to outside itself, by its key
+        persistent: function that returns an object stored outside the pickle, by its key
 
     Raises:
         HoldsCode: the pickle names something that runs commands
-        Exception: the pickle is damaged; any type
+        Exception: the pickle is damaged; the type varies
     """
     machine = _Machine(persistent)
     for opcode, value, _ in pickletools.genops(stream):
@@ -362,7 +363,7 @@ def _bytes_of(dtype: torch.dtype, count: Any, limit: int) -> int:
 
 
 def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
-    """Read a file of torch.save before torch 1.6, whose tensors' bytes follow the pickle, or a plain pickle.
+    """Read a plain pickle, or a file of torch.save before torch 1.6, whose tensors' bytes follow the pickle.
 
     Args:
         stream: the file
@@ -370,12 +371,12 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
 
     Raises:
         HoldsCode: the file names something that runs commands
-        Exception: the file is damaged; any type
+            Exception: the file is damaged; the type varies
     """
     first = read_pickle(stream)
     if first != MAGIC:
         return first
-    read_pickle(stream), read_pickle(stream)  # the version, and facts about the machine
+    read_pickle(stream), read_pickle(stream)  # the version, and properties of the machine
     found: dict[Any, tuple[Tensor, torch.dtype]] = {}
     views: dict[Any, Storage] = {}
     left = size
@@ -411,18 +412,18 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
 
 
 def read_archive(path: Path, archive: zipfile.ZipFile, folder: str) -> Any:
-    """Read a file of torch.save since torch 1.6: a zip file with a pickle and a record for the bytes of each tensor.
+    """Read a file of torch.save since torch 1.6, a zip file with a pickle and a record of bytes per storage.
 
     Uncompressed records are mapped from the file, so their bytes are read only when they are used.
 
     Args:
         path: path of the file
-        archive: the same, opened
+        archive: the same file, opened
         folder: the archive's only folder, with a slash at its end
 
     Raises:
         HoldsCode: the file names something that runs commands
-        Exception: the file is damaged; any type
+        Exception: the file is damaged; the type varies
     """
     records = {info.filename: info for info in archive.infolist()}
     order = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in records else b"little"

@@ -60,8 +60,8 @@ def read_named_tensors(file: str | Path) -> NamedTensors:
     Tensors of safetensors and of torch.save since torch 1.6 are mapped from the file when they are used.
 
     Raises:
-        AfterimageError: the file has another format, is damaged, or holds no named tensors; the message says
-            what it is
+            AfterimageError: the file has another format, is damaged, or holds no named tensors; the message
+                describes its content
     """
     path = Path(file)
     try:
@@ -185,7 +185,7 @@ def _kind_of(path: Path, head: bytes, size: int) -> str:
 
 
 def _named(path: Path, content: Any) -> NamedTensors:
-    """Flatten the content of a file. A container that occurs in several places counts at the first one."""
+    """Flatten the content of a file. A container that occurs in several places is listed at the first one."""
     tensors: dict[str, Tensor] = {}
     containers: dict[str, str] = {}
     unread: dict[str, None] = {}

@@ -45,12 +45,12 @@ class Weights:
 
     Attributes:
         model: name of the model, with its tag
-        origin: `path`, `folder` (named by AFTERIMAGE_WEIGHTS), `cache`, `hub`, `own` (a network of
-            one's own brought them), or one of `RANDOM_WEIGHTS`
-        location: a path, a repository, an address, or `seed N`
-        sha256: digest of the file; empty for random weights
-        file: the file; None for random weights
-        note: where in the file the weights are, known once they are read; empty if that is obvious
+            origin: `path`, `folder` (named by AFTERIMAGE_WEIGHTS), `cache`, `hub`, `own` (a user's network
+                that brings its own weights), or one of `RANDOM_WEIGHTS`
+            location: a path, a repository, an address, or `seed N`
+            sha256: digest of the file; empty for random weights
+            file: the file; None for random weights
+            note: position of the weights in the file, known once they are read; empty if it is obvious
     """
 
     model: str
@@ -62,7 +62,7 @@ class Weights:
 
     @property
     def is_random(self) -> bool:
-        """Whether the network is a random control."""
+        """True if the network is a random control."""
         return self.origin in RANDOM_WEIGHTS
 
     @property
@@ -78,12 +78,12 @@ class Weights:
 
 
 def weight_notes(used: Iterable[UsedWeights]) -> list[str]:
-    """Return the notes on weights, for a run's notes."""
+    """Return remarks on weights, for a run's notes."""
     return [f"weights of {weights.model}: {weights.note}" for weights in used if weights.note]
 
 
 def random_weights(model: str, kind: str, seed: int) -> Weights:
-    """Describe the weights of a random control.
+    """Return the description of a random control's weights.
 
     Args:
         model: name of the model
@@ -94,17 +94,17 @@ def random_weights(model: str, kind: str, seed: int) -> Weights:
 
 
 def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
-    """Find the file of weights of a timm model or of a repository of the hub.
+    """Find the weight file of a timm model or of a repository of the hub.
 
-    For `pretrained` the search order is: the folder that AFTERIMAGE_WEIGHTS names, the local caches of the hub
-    and of torch.hub, the hub.
+    For `pretrained` the search order is: the folder that AFTERIMAGE_WEIGHTS names, the local caches of the
+    hub and of torch.hub, the hub.
 
     Args:
         model: timm's name with its tag, or `OWNER/NAME`
         weights: `pretrained`, or the path of a file or folder
 
     Raises:
-        AfterimageError: nothing was found; the message lists what was tried and how to go on
+        AfterimageError: nothing was found; the message lists what was tried and what to do next
     """
     from timm.models import get_pretrained_cfg
 
@@ -126,11 +126,11 @@ def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> W
 
     Args:
         name: torchvision's name of the network
-        weights: `pretrained` (searched as in `find_weights`, with torch.hub's cache), or the path of a file or
-            of a folder with `NAME.torchvision.safetensors` or `.pth`
+        weights: `pretrained` (searched as in `find_weights`, including torch.hub's cache), or the path of a
+            file or of a folder with `NAME.torchvision.safetensors` or `.pth`
 
     Raises:
-        AfterimageError: nothing was found; the message lists what was tried and how to go on
+        AfterimageError: nothing was found; the message lists what was tried and what to do next
     """
     from torchvision.models import get_model_weights, list_models
 
@@ -138,7 +138,7 @@ def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> W
         raise unknown("torchvision model", name, list_models())
     names = [f"{name}.torchvision{suffix}" for suffix in SUFFIXES]
     url = get_model_weights(name).IMAGENET1K_V1.url
-    # No command has an option for these weights: --weights names the encoder's.
+    # No command has an option for these weights: --weights is for the encoder's.
     advice = (
         f"set {FOLDER} to a folder with {' or '.join(names[:2])}, or take another LPIPS network with --lpips"
     )
@@ -153,18 +153,18 @@ def search_weights(
     url: str | None = None,
     advice: str = "",
 ) -> Weights:
-    """Find the file of a network's weights: at the path given, else in AFTERIMAGE_WEIGHTS, the caches, the hub.
+    """Find a network's weight file: at the given path, or in AFTERIMAGE_WEIGHTS, the caches and the hub.
 
     Args:
         model: name of the model
         weights: `pretrained`, or the path of a file or folder
-        names: names of the file in a folder, the preferred one first
-        hub: repository, revision and the names of files to try there; empty if it is on no hub
-        url: where torch.hub has it; None if nowhere
-        advice: how to go on where nothing is found; by default, to give --weights
+        names: file names to try in a folder, the preferred one first
+        hub: repository, revision and file names to try there; empty if it is on no hub
+        url: address at torch.hub; None if it has none
+        advice: what to do if nothing is found; by default, to give --weights
 
     Raises:
-        AfterimageError: nothing was found; the message lists what was tried and how to go on
+        AfterimageError: nothing was found; the message lists what was tried and what to do next
     """
     if str(weights) != "pretrained":
         return _from_path(model, Path(local_path(str(weights))), names)
@@ -208,9 +208,9 @@ def _in_folder(folder: Path, names: list[str]) -> Path | None:
 
 
 def _in_snapshot(model: str, folder: Path) -> Path | None:
-    """Find the weights in a copy of a repository of the hub, whose config.json must not name another network.
+    """Find the weights in a copy of a hub repository, whose config.json must not name another network.
 
-    The folder may also be a repository in the hub's cache, which keeps a snapshot for each commit.
+    The folder may also be a repository in the hub's cache, which keeps one snapshot per commit.
     """
     commit = folder / "refs" / "main"
     if commit.is_file() and (folder / "snapshots").is_dir():
@@ -232,7 +232,7 @@ def _in_snapshot(model: str, folder: Path) -> Path | None:
 
 
 def _architecture(name: str) -> str:
-    """Return a model's name without its tag, with timm's old names replaced by today's."""
+    """Return a model's name without its tag, with timm's old names replaced by current ones."""
     from timm.models._registry import _deprecated_models
 
     name = name.partition(".")[0]
@@ -244,7 +244,7 @@ def _weights(model: str, origin: str, location: str, file: Path) -> Weights:
 
 
 def _hub_files(repository: str, filename: str | None) -> tuple[str, str | None, list[str]]:
-    """Return repository, revision, and the file names to try, safetensors first."""
+    """Return the repository, the revision, and the file names to try, safetensors first."""
     repository, _, revision = repository.partition("@")
     names = [filename] if filename else ["model.safetensors", "pytorch_model.bin"]
     if filename and not filename.endswith(".safetensors"):
@@ -285,7 +285,7 @@ def _from_hub(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weig
 
 
 def file_digest(file: str | Path) -> str:
-    """Return the SHA-256 of a file, computed again only if its size or modification time changed.
+    """Return the SHA-256 of a file; it is computed again only if the size or modification time has changed.
 
     The digest of an index of shards covers the shards' names and digests.
 
@@ -311,11 +311,11 @@ def _digest(path: Path, size: int, changed: int) -> str:
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """Read a file's state dict without comparing it with a model; no code in the file runs.
 
-    Of a checkpoint with several state dicts the averaged weights are preferred, then `state_dict`, then
-    `model`, then the container with most tensors.
+    From a checkpoint with several state dicts the averaged weights are preferred, then `state_dict`, then
+    `model`, then the container with the most tensors.
 
     Raises:
-        AfterimageError: as `read_named_tensors`
+        AfterimageError: as for `read_named_tensors`
     """
     found = read_named_tensors(file)
     sizes = Counter(found.containers.values())

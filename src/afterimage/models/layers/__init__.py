@@ -1,1 +1,1 @@
-"""Layers that decoders and fusions are built from."""
+"""Layers of decoders and fusions."""

@@ -1,6 +1,6 @@
 """Exact attention whose memory grows linearly with the number of tokens.
 
-PyTorch's kernel is used except for narrow heads on a CPU, for which one compiled by numba is faster.
+PyTorch's kernel is used, except for narrow heads on a CPU: there a kernel compiled by numba is faster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from afterimage.models.layers.blocks import log2_scale
 
 NARROW = 8
-"""Channels of a head up to which PyTorch's CPU kernel is slower than the compiled one."""
+"""Largest number of channels of a head for which the compiled kernel is faster than PyTorch's on a CPU."""
 FEW = 512
 """Number of keys below which the compiled kernel saves no time."""
 LARGEST = 60.0
@@ -29,7 +29,7 @@ def attend(
     k: Float[Tensor, "batch heads m d"],
     v: Float[Tensor, "batch heads m d"],
 ) -> Float[Tensor, "batch heads n d"]:
-    """Compute `softmax(q k' / sqrt(d)) v` without holding the matrix of all pairs.
+    """Compute `softmax(q k' / sqrt(d)) v` without storing the matrix of all pairs.
 
     Args:
         q: queries `(B, heads, n, d)`
@@ -50,12 +50,12 @@ def attend(
 
 @functools.cache
 def compiled_attention() -> tuple[type[torch.autograd.Function] | None, str]:
-    """Compile the attention of narrow heads on a CPU, exact to float32's rounding, if numba is usable.
+    """Return the compiled attention of narrow heads on a CPU, exact to float32's rounding, or None without numba.
 
-    The first call of an installation compiles for some seconds; numba stores the result.
+    The first call after an installation compiles for some seconds; numba caches the result.
 
     Returns:
-        the autograd function or None, and a description of what attends
+        the autograd function or None, and a description of the kernel in use
     """
     if importlib.util.find_spec("numba") is None:
         return None, "by PyTorch (numba is not installed)"
@@ -68,7 +68,7 @@ def compiled_attention() -> tuple[type[torch.autograd.Function] | None, str]:
 
 @torch.no_grad()
 def _bound(q: Tensor, k: Tensor) -> Tensor:
-    """Bound the scores of each query, as powers of two, by the inequality of Cauchy and Schwarz: `(B, heads, n)`."""
+    """Bound each query's scores, in powers of two, by the Cauchy-Schwarz inequality: `(B, heads, n)`."""
     return q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True) * log2_scale(q.shape[-1])
 
 

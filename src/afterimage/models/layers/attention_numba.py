@@ -1,7 +1,7 @@
 """Exact attention of narrow heads on a CPU, compiled by numba for the processor at hand.
 
-Scores stay in registers and the L1 cache and are computed again for the gradient (Dao et al. 2022,
-FlashAttention, algorithms 1 and 4; instead of a running maximum, a bound of the scores is subtracted). Only
+The scores stay in registers and the L1 cache, and are computed again for the gradient (Dao et al. 2022,
+FlashAttention, algorithms 1 and 4; a bound of the scores is subtracted instead of a running maximum). Only
 `attention` imports this module, and only if numba is installed.
 """
 
@@ -24,18 +24,19 @@ from afterimage.models.layers.blocks import log2_scale
 WIDTH = 8
 """Channels of a head; narrower heads are padded with zeros."""
 ROWS, KEYS = 8, 256
-"""Queries and keys of a tile of the backward pass, chosen so that all of its arrays fit into the L1 cache."""
+"""Queries and keys of a tile of the backward pass, chosen so that all its arrays fit into the L1 cache."""
 
-# Reordering sums lets loops over keys become vector instructions. NaN and infinity keep their meaning.
+# Reordering sums allows vector instructions in loops over keys. NaN and infinity keep their meaning.
 SUMS = {"contract", "nsz", "arcp", "reassoc"}
 ROUNDING = {"contract", "nsz", "arcp"}
 ZERO, ONE = np.float32(0), np.float32(1)
 NOTHING = (ZERO,) * WIDTH
 ROUND = np.float32(3 << 22)
-"""Adding 1.5 * 2^23 rounds a float32 between -2^22 and 2^22; the integer is then in the lowest bits."""
+"""Number 1.5 * 2^23: adding it rounds a float32 between -2^22 and 2^22; the integer is then in the lowest
+bits."""
 
 
-# `no_type_check` keeps runtime type checkers from putting their wrapper where numba expects the function.
+# `no_type_check` stops runtime type checkers from wrapping functions that numba compiles.
 @njit(fastmath=ROUNDING, cache=True)
 @no_type_check
 def _power(x):
@@ -97,7 +98,7 @@ def _add(t, x, m, j):
 )  # fmt: skip
 @no_type_check
 def _forward(q, k, v, shift, out, normaliser):
-    """Attend from some queries `(n, 8)` of a head to all its keys and values `(8, m)`, with scores as powers of two."""
+    """Attend from some queries `(n, 8)` of a head to its keys and values `(8, m)`; scores are powers of two."""
     for r in range(q.shape[0]):
         a, s = _row(q, r), shift[r]
         weighted, total = NOTHING, ZERO
@@ -116,10 +117,10 @@ def _forward(q, k, v, shift, out, normaliser):
 )  # fmt: skip
 @no_type_check
 def _backward(q, powers, k, v, g, delta, normaliser, dq, dk, dv, m):
-    """Compute the gradient for some queries of a head; adds to `dk` and `dv`.
+    """Compute the gradient for some queries of a head; add to `dk` and `dv` in place.
 
     Queries, queries scaled to powers of two, the gradient `g` and `dq` are `(n, 8)`, with n a multiple of
-    `ROWS`. The m keys and values are in blocks `(blocks, 8, KEYS)`.
+    `ROWS`. The m keys and values are stored in blocks `(blocks, 8, KEYS)`.
     """
     p, s = np.empty((ROWS, KEYS), np.float32), np.empty((ROWS, KEYS), np.float32)
     for first in range(0, q.shape[0], ROWS):
@@ -149,10 +150,11 @@ def _backward(q, powers, k, v, g, delta, normaliser, dq, dk, dv, m):
 
 
 class CompiledAttention(torch.autograd.Function):
-    """Attention in compiled loops, in float32. A second derivative raises an error.
+    """Attention in compiled loops, in float32; a second derivative raises an error.
 
-    Inputs are q, k and v `(B, heads, n, d)` with d up to 8, and the bound of the scores `(B, heads, n)`. Heads
-    are divided among as many threads as PyTorch uses, and rows too if there are fewer heads than threads.
+    The inputs are q, k and v `(B, heads, n, d)` with d up to 8, and the bound of the scores `(B, heads, n)`.
+    The heads are divided among PyTorch's number of threads; if there are fewer heads than threads, so are
+    their rows.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Building blocks that decoders share."""
+"""Building blocks shared by decoders."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ class _Clamp(torch.autograd.Function):
 
 
 def clamp(images: Tensor) -> Tensor:
-    """Clamp images to [0, 1]; gradients pass, except those that would move a value further beyond the range.
+    """Clamp images to [0, 1]; gradients pass, except those that would move a value further out of the range.
 
-    A sigmoid saturates at black and white, which are common in photographs. A plain clamp has no gradient that
-    could bring a value back. Here a value beyond the range is drawn back unless its target is the bound itself.
-    Pixel losses never push outward there, but LPIPS may push without end, as the clamped image does not change.
+    A sigmoid saturates at black and white, which are common in photographs, and a plain clamp has no gradient
+    that could bring a value back. Here a value outside the range is drawn back unless its target is the bound
+    itself. Pixel losses never push outwards there, but LPIPS could push without end, as the clamped image
+    does not change.
     """
     return _Clamp.apply(images)
 
 
 def for_sums(tensor: Tensor) -> Tensor:
-    """Move a tensor to a device with float64: from an Apple GPU, which has none, to the CPU."""
+    """Move a tensor to a device that has float64: from an Apple GPU, which lacks it, to the CPU."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
@@ -118,7 +119,7 @@ def stages_between(size: tuple[int, int], target: tuple[int, int]) -> int:
 
 
 def resize(images: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Float[Tensor, "batch c _ _"]:
-    """Resize images bilinearly, with antialiasing if they shrink; images of the right size are returned unchanged.
+    """Resize images bilinearly, with antialiasing if they shrink; return images of the right size unchanged.
 
     Args:
         images: `(B, C, H, W)`
@@ -127,12 +128,12 @@ def resize(images: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Float
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     shrinks = size[0] < images.shape[-2] or size[1] < images.shape[-1]
-    # PyTorch antialiases in float32 and wider only.
+    # PyTorch antialiases only in float32 and wider types.
     exact = images.float() if shrinks and images.dtype in (torch.bfloat16, torch.float16) else images
     resized = F.interpolate(exact, size=tuple(size), mode="bilinear", antialias=shrinks, align_corners=False)
     return resized.to(images.dtype)
 
 
 def log2_scale(d: int) -> float:
-    """Return the factor on `q k'` that lets the softmax use powers of two, for heads of `d` channels."""
+    """Return the factor on `q k'` with which the softmax can use powers of two, for heads of `d` channels."""
     return d**-0.5 / math.log(2)
