@@ -108,7 +108,7 @@ class Fusion(nn.Module, ABC):
 
 
 class ProjectedFusion(Fusion):
-    """Base class of fusions that first project all maps to one number of channels (1x1 convolution, batch norm).
+    """Base class of fusions that first project all maps to one number of channels (1x1 conv, batch norm).
 
     Maps are resampled bilinearly, with antialiasing if they shrink.
     """
@@ -123,7 +123,7 @@ class ProjectedFusion(Fusion):
         )
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return every source as `(B, channels, h, w)`. Maps that grow are projected first, others resampled first."""
+        """Return every source as `(B, channels, h, w)`; maps that shrink are resampled before projection."""
         if len(features) != len(self.specs):
             raise AfterimageError(f"this fusion takes {len(self.specs)} feature maps, got {len(features)}")
         projected = []
@@ -177,7 +177,7 @@ class ConcatFusion(ProjectedFusion):
 
 
 class WeightedFusion(ProjectedFusion):
-    """Weighted sum with one learned weight per source, the same everywhere; a softmax keeps their sum at 1."""
+    """Weighted sum with one learned weight per source, the same everywhere; a softmax makes their sum 1."""
 
     has_weights = True
 
@@ -195,7 +195,7 @@ class WeightedFusion(ProjectedFusion):
 
 
 class AlignedFusion(Fusion):
-    """Concatenation of all maps at one size, without parameters, for decoders that are fitted in closed form."""
+    """Concatenation of all maps at one size, without parameters, for decoders fitted in closed form."""
 
     trainable = False
 
@@ -270,7 +270,7 @@ class StackedFusion(Fusion):
         return torch.cat(parts, dim=1)
 
     def _read(self, reader: LinearDecoder, maps: Tensor) -> Tensor:
-        """Decode a coarse map, and return the pixels of each fused cell as channels, `(B, 3 block^2, h, w)`."""
+        """Decode a coarse map; return the pixels of each fused cell as channels `(B, 3 block^2, h, w)`."""
         pixels = (self.size[0] * self.block, self.size[1] * self.block)
         images = reader.canvas.place(reader.decode(maps))
         return pixel_unshuffle(resize(self.canvas.cut(images), pixels), (self.block, self.block))
@@ -357,12 +357,12 @@ class WeightMaps:
         self._sums.append(weights.mean((2, 3)).cpu().double())
 
     def _in_image(self, weights: Tensor) -> Tensor:
-        """Return weight maps in the image's frame, at the image's size if the fused cells do not divide it evenly."""
+        """Return weight maps in the image's frame, at the image's size if fused cells divide it unevenly."""
         canvas = self.fusion.canvas
         return weights if canvas.even else canvas.place(F.interpolate(weights, canvas.size)).clamp(0, 1)
 
     def gather(self, ranks: ProcessGroup) -> None:
-        """Add the batches of other ranks, each of which saw a part of every batch, in the order of one process."""
+        """Add the batches of other ranks, each of which saw a part of each, in the order of one process."""
         self._sums = ranks.gather_batches(self._sums)
         kept = torch.cat(ranks.gather_batches(self._kept))
         self._kept = [kept[: self.keep]]

@@ -50,7 +50,7 @@ class Encoders(nn.Module, ABC):
 
     @abstractmethod
     def remarks_of(self, sources: Sequence[str]) -> list[str]:
-        """Return remarks for the run's notes on how images reach the networks, or where features come from."""
+        """Return remarks for the run's notes on how images reach the networks, or on the features' origin."""
 
     def weight_digests(self, sources: Sequence[str]) -> dict[str, str]:
         """Return the identity of the weights behind `sources` by model: a SHA-256, or the random draw."""
@@ -201,7 +201,7 @@ class FeatureDecoder(nn.Module):
     def partial_fit(
         self, part: ClosedForm, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
     ) -> None:
-        """Show a batch to one of `closed_forms`: the features to a fusion, the fused features to the decoder."""
+        """Show a batch to one of `closed_forms`: the features to a fusion, fused features to a decoder."""
         given = features
         if part is not self.fusion:
             given = self.fuse(features) if len(images) else no_maps([self.decoder.spec], images.device)
@@ -296,7 +296,7 @@ class Reconstructor(nn.Module):
     def from_pretrained(
         cls, name: str | Path, *, revision: str | None = None, weights: str | None = None
     ) -> Reconstructor:
-        """Load a decoder, with its encoder, from a run folder or from the hub, where `afterimage push` put it.
+        """Load a decoder and its encoder from a run folder, or from the hub, where `afterimage push` put it.
 
         Files of the hub are pinned to a commit, which `origin` names, and their digests are checked. The
         encoder's weights are found as for any encoder, and must be those that the decoder was trained on.

@@ -1,4 +1,4 @@
-"""Decoders, one family in each file; `DECODERS` lists them all."""
+"""Decoders, one family per file; `DECODERS` lists them all."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from afterimage.models.decoders.transposed import TransposedDecoder
 from afterimage.models.decoders.wavelet import WaveletDecoder
 
 MAX_OPTION = 2**24
-"""Largest magnitude of an option: no useful width, depth or kernel is larger, and configurations may come from
-strangers.
+"""Largest magnitude of a numeric option, since configurations may come from strangers. No useful width, depth
+or kernel is larger.
 """
 
 DECODERS: dict[str, type[Decoder]] = {
@@ -33,21 +33,21 @@ DECODERS: dict[str, type[Decoder]] = {
     "frequency": FrequencyDecoder,
     "residual": ResidualDecoder,
 }
-"""The decoder families by name."""
+"""Decoder families by name."""
 
 FOREIGN: dict[str, type[OwnDecoder]] = {"python": OwnDecoder, "diffusers": DiffusersDecoder}
-"""The families of decoders that are named as `PROVIDER/NAME`."""
+"""Families of decoders from outside this package, which are named `PROVIDER/NAME`."""
 
 
 SPELLINGS = ("python/package.module:factory", "python/FILE.py:factory", "diffusers/ID_OR_FOLDER")
-"""How those are written, for messages."""
+"""Forms of such names, for error messages."""
 
 
 def decoder_family(name: str) -> type[Decoder]:
     """Return the class of a decoder.
 
     Args:
-        name: a key of `DECODERS`, or as one of `SPELLINGS`
+        name: a key of `DECODERS`, or a name in one of the forms of `SPELLINGS`
 
     Raises:
         AfterimageError: there is no such decoder; the message lists the valid ones
@@ -59,10 +59,10 @@ def decoder_family(name: str) -> type[Decoder]:
 
 
 def decoder_digest(name: str) -> str:
-    """Return the SHA-256 of a foreign decoder's file, of its code or its weights; empty for one of `DECODERS`.
+    """Return the SHA-256 of a foreign decoder's code or weight file; empty for one of `DECODERS`.
 
     Raises:
-        AfterimageError: the file is not there
+        AfterimageError: the file does not exist
     """
     family = decoder_family(name)
     return family.digest(name) if issubclass(family, OwnDecoder) else ""
@@ -77,23 +77,25 @@ def create_decoder(
     parameters: int | None = None,
     **options: Any,
 ) -> Decoder:
-    """Create a decoder for features of given shapes.
+    """Create a decoder for features of the given shapes.
 
     Args:
-        name: a key of `DECODERS`, or as one of `SPELLINGS`
+        name: a key of `DECODERS`, or a name in one of the forms of `SPELLINGS`
         specs: measured shapes of the features
         image_size: side of the images in pixels, or `(height, width)`
         seed: seed of the initial weights, which then depend on nothing else; None draws from torch's global
             generator
-        parameters: number of parameters to build it at, within 5 %; None for the family's default size
-        options: options of the family, or of the factory
+        parameters: number of parameters to build the decoder with, within 5 %; None for the family's default
+            size
+        options: options of the family, or of the user's factory
 
     Returns:
         the decoder, from feature maps `(B, C, h, w)` to images `(B, 3, H, W)` in [0, 1]
 
     Raises:
-        AfterimageError: the family or an option is unknown, with the valid ones, or the options do not fit the
-            features; a module of one's own cannot be made, or does not turn such features into such images
+        AfterimageError: the family or an option is unknown (the message lists the valid ones), the options do
+            not fit the features, or a user's module cannot be built or does not turn such features into such
+            images
     """
     cls = decoder_family(name)
     is_own = issubclass(cls, OwnDecoder)

@@ -19,10 +19,10 @@ class AttentionDecoder(TransposedDecoder):
         specs: measured shapes of the features
         image_size: `(height, width)` of the images in pixels
         depth: number of transformer blocks
-        heads: attention heads; fewer if the channels are not divisible by this number
-        mlp_ratio: hidden channels of the MLP over channels
+        heads: number of attention heads; reduced to their greatest common divisor with the number of channels
+        mlp_ratio: ratio of the MLP's hidden channels to the channels
         channels: channels to which a 1x1 convolution first brings the features; None keeps theirs
-        minimum_channels: channels below which upsampling no longer halves them
+        minimum_channels: smallest number of channels of an upsampling stage
     """
 
     size_option = "channels"

@@ -1,4 +1,4 @@
-"""The base class of decoders: built from measured shapes alone, they return images in [0, 1]."""
+"""The base class of decoders, which are built from measured shapes alone and return images in [0, 1]."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 class Decoder(nn.Module, ABC):
-    """Rebuilds images from one feature map; a subclass says how in `decode`.
+    """Base class of decoders, which rebuild images from one feature map; subclasses implement `decode`.
 
-    A feature map may not cover the image evenly: `decode` fills the decoder's `canvas`, the pixels of the map's cells,
-    and the canvas then puts them where they lie in the image.
+    A feature map may not cover the image evenly. So `decode` fills the decoder's `canvas`, the pixels of the
+    map's cells, and the canvas then places them at their position in the image.
 
     Args:
-        specs: the features' shapes, and where they lie in the image; one, since several are fused first.
+        specs: shape of the features and their position in the image; exactly one, since several are fused
+            first.
         image_size: height and width of the images in pixels.
     """
 
     closed_form = False
-    """Whether it is fitted in closed form, before any training: it is shown the data once, between `begin_fit` and
-    `finalize_fit`."""
+    """True if the decoder is fitted in closed form before any training: it is shown the data once, between
+    `begin_fit` and `finalize_fit`."""
     trainable = True
-    """Whether it is trained by gradient descent, after a closed form where it has one."""
+    """True if the decoder is trained by gradient descent, after its closed form if it has one."""
     decays = True
-    """Whether the recipe's weight decay applies to it."""
+    """True if the recipe's weight decay applies to the decoder."""
     size_option: str | None = None
-    """The option that makes the decoder larger or smaller, in steps of `size_step`."""
+    """Option that sets the decoder's size, in steps of `size_step`."""
     size_step = 1
     fine_option: str | None = None
-    """A second option, between half and twice its default, that evens out what a step leaves."""
+    """Second option for the size, varied between half and twice its default to correct what `size_step`
+    leaves over."""
     smaller: ClassVar[dict[str, Any]] = {}
-    """Options with which the decoder can be smaller still, for sizes that are out of reach without them."""
+    """Options that make the decoder smaller still, for sizes that cannot be reached without them."""
     channels_last = True
-    """Whether it runs faster with its weights' channels as the last axis in memory, and is right either way."""
+    """True if the decoder runs faster with channels-last weights; the results are right in either memory
+    order."""
     single_location: ClassVar[dict[str, Any]] = {}
-    """Options for a vector, a map with a single location, around which there are no neighbours to read."""
+    """Options for a vector, that is a map with a single location, which has no neighbours."""
 
     def __init__(self, specs: Sequence[FeatureSpec], image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ class Decoder(nn.Module, ABC):
 
         Args:
             features: a list with one feature map `(B, C, h, w)`.
-            crop: the part of the map to decode, one of its `feature_crops`; None for all of it.
+            crop: the part of the map to decode, one of `feature_crops`; None for the whole map.
 
         Returns:
             Images `(B, 3, H, W)` in [0, 1], or the part of them that the crop covers (see `cut`).
@@ -87,57 +90,57 @@ class Decoder(nn.Module, ABC):
     def decode(self, features: Tensor) -> Tensor:
         """Decode a feature map `(B, C, h, w)`.
 
-        A decoder with `feature_crops` takes one as a second argument.
+        A decoder with `feature_crops` takes a crop as second argument.
 
         Returns:
-            The canvas, `(B, 3, *canvas.size)`, whose values need not lie in [0, 1].
+            The canvas, `(B, 3, *canvas.size)`; its values need not lie in [0, 1].
         """
 
     def feature_crops(self, generator: torch.Generator) -> list[FeatureCrop | None]:
-        """Choose the parts of a batch's feature maps to train on, an optimizer step each; None is the whole map."""
+        """Choose the parts of a batch's feature maps to train on, one optimizer step each; None means all."""
         return [None]
 
     def cut(self, images: Tensor, crop: FeatureCrop | None) -> Tensor:
-        """Cut the part that belongs to a crop of the features out of images `(B, 3, H, W)`."""
+        """Cut the part of images `(B, 3, H, W)` that belongs to a crop of the features."""
         if crop is None:
             return images
         rows, columns = self.canvas.crop(crop)[1]
         return images[..., rows, columns]
 
     def after_optimizer_step(self) -> None:
-        """Called after every optimizer step."""
+        """Update state that depends on the weights; called after every optimizer step."""
 
     def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
-        """Begin the closed form; what an earlier one has left is forgotten.
+        """Begin the closed form and discard the state of an earlier one.
 
         Args:
-            images: how many training images there are.
-            seed: of what is sampled at random.
-            ranks: the processes that fit together; each is shown its part of every batch, which may be empty.
+            images: number of training images.
+            seed: seed of random sampling.
+            ranks: processes that fit together; each is shown its part of every batch, which may be empty.
 
         Returns:
-            How many times each training image is to be shown: first its centre crop, then random crops.
+            Number of times that each training image must be shown: first its centre crop, then random crops.
         """
         return 1
 
     def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
-        """Take in a batch: feature maps `(B, C, h, w)` and the images `(B, 3, H, W)` they were made of.
+        """Add a batch of feature maps `(B, C, h, w)` and their images `(B, 3, H, W)` to the closed form.
 
-        After the training images come the `validation` images, which may choose between solutions.
+        After the training images come the `validation` images, on which solutions may be compared.
         """
 
     def finalize_fit(self) -> list[str]:
-        """Solve, and return notes for whoever reads the results."""
+        """Solve the closed form, and return remarks for the run's notes."""
         return []
 
     @property
     def fit_bytes(self) -> int:
-        """Bytes of memory that the closed form takes beside the decoder itself."""
+        """Memory in bytes that the closed form needs in addition to the decoder itself."""
         return 0
 
     def fit_macs(self, images: int) -> int:
-        """Count the multiply-adds of the closed form on so many training images, those in float64 twice.
+        """Count the multiply-adds of the closed form on a number of images; those in float64 count twice.
 
-        A fit that is under way is left alone.
+        A fit in progress is not affected.
         """
         return 0

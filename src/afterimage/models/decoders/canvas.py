@@ -1,4 +1,4 @@
-"""The canvas of a feature map: the part of the plane that its cells cover, and its position in the image."""
+"""The canvas of a feature map: the area that its cells cover, and its position in the image."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FeatureCrop = tuple[int, int, int, int]
 """Top, left, height and width of a part of a feature map, in locations."""
 
 ROUNDED = 0.5
-"""Pixels by which a cell may be moved to make the stride a whole number, and again for the start: decoders
-learn to compensate for that.
+"""Pixels by which cells may be moved to make the stride a whole number, and again for the start; decoders
+learn to compensate for it.
 """
 
 
@@ -27,8 +27,7 @@ learn to compensate for that.
 class Span:
     """The cells of a map along one axis of an image.
 
-    Stride and start are whole numbers of pixels wherever this moves no cell by more than `ROUNDED` for the
-    stride.
+    Stride and start are rounded to whole pixels if rounding the stride moves no cell by more than `ROUNDED`.
 
     Attributes:
         count: number of cells
@@ -46,11 +45,11 @@ class Span:
 
     @classmethod
     def of(cls, axis: Axis | None, count: int, size: int) -> Span:
-        """Create the span that an axis of a feature spec describes.
+        """Create the span for an axis of a feature spec.
 
-        Cells that begin before the image or end behind it are moved inwards, as long as each location's middle
-        stays in its cell. Padded convolutions put the first location at the first pixel, while what it sees
-        lies behind that pixel (docs/LOG.md).
+        Cells that begin before the image or end behind it are moved inwards, as long as each location's
+        middle stays in its cell: padded convolutions put the first location at the first pixel, although the
+        pixels that it depends on lie behind it (docs/LOG.md).
 
         Args:
             axis: positions of the locations; None if their cells divide the image evenly
@@ -93,31 +92,31 @@ class Span:
 
     @property
     def whole(self) -> bool:
-        """Whether each pixel of the canvas is a pixel of the image."""
+        """True if each pixel of the canvas is a pixel of the image."""
         return self.even or self.stride == int(self.stride)
 
     @property
     def pixels(self) -> int:
-        """Length of the canvas in pixels: the image's, or a whole number for each cell that is not below its stride."""
+        """Length of the canvas in pixels: the image's if even, else the stride, rounded up, for each cell."""
         return self.size if self.even else self.count * math.ceil(self.stride)
 
     @property
     def inside(self) -> tuple[int, int]:
-        """The range of the image's pixels whose middle lies in a cell; the end is excluded."""
+        """Range of the image's pixels whose middle lies in a cell; the end is excluded."""
         if self.even:
             return 0, self.size
         return max(0, math.ceil(self.start - 0.5)), min(self.size, math.ceil(self.end - 0.5))
 
     @property
     def cells(self) -> tuple[int, int]:
-        """The range of the cells that hold a pixel of the image; the end is excluded."""
+        """Range of the cells that contain a pixel of the image; the end is excluded."""
         if self.even:
             return 0, self.count
         first, last = ((pixel - self.start) / self.stride for pixel in self.inside)
         return math.floor(first), math.ceil(last)
 
     def present(self, block: int) -> Bool[Tensor, "count block"]:
-        """Return which of the `block` equal parts of each cell have their middle inside the image."""
+        """Return a mask of the `block` equal parts of each cell whose middle lies inside the image."""
         if self.even:
             return torch.ones(self.count, block, dtype=torch.bool, device="cpu")
         parts = torch.arange(self.count * block, dtype=torch.float64, device="cpu") + 0.5
@@ -125,11 +124,11 @@ class Span:
         return ((middles > 0) & (middles < self.size)).view(self.count, block)
 
     def to_image(self, canvas: Tensor, dim: int) -> Tensor:
-        """Sample the canvas at the pixels of the image that lie `inside`.
+        """Sample the canvas at the image's pixels in the range `inside`.
 
         Args:
             canvas: values on the canvas
-            dim: the axis of the span
+            dim: the span's axis in `canvas`
         """
         first, last = self.inside
         if self.whole:
@@ -138,11 +137,11 @@ class Span:
         return sample(canvas, [(x + 0.5 - self.start) * scale - 0.5 for x in range(first, last)], dim)
 
     def from_image(self, images: Tensor, dim: int) -> Tensor:
-        """Sample the image at the pixels of the canvas; beyond the image's border its outermost pixels repeat.
+        """Sample the image at the pixels of the canvas; outside the image its outermost pixels are repeated.
 
         Args:
             images: values on the image
-            dim: the axis of the span
+            dim: the span's axis in `images`
         """
         if self.even:
             return images
@@ -151,11 +150,11 @@ class Span:
 
 
 class Canvas:
-    """The position of a feature map's cells in images, and the transfer of pixels between cells and images.
+    """The position of a feature map's cells in images; transfers pixels between cells and images.
 
-    A decoder fills the cells, and only them: `size` pixels in all. `place` puts them into the image and
-    extrapolates to pixels without a cell; `cut` does the reverse for a given image. If the cells divide the
-    image evenly, the canvas is the image.
+    A decoder fills only the cells, `size` pixels in all. `place` puts them into the image and extrapolates to
+    pixels outside all cells; `cut` does the reverse for a given image. If the cells divide the image evenly,
+    the canvas is the image.
 
     Args:
         spec: shape of the features
@@ -174,24 +173,24 @@ class Canvas:
 
     @property
     def even(self) -> bool:
-        """Whether the cells divide the image evenly, so that the canvas is the image."""
+        """True if the cells divide the image evenly, so that the canvas is the image."""
         return self.rows.even and self.columns.even
 
     @property
     def whole(self) -> bool:
-        """Whether each pixel of the canvas is a pixel of the image's plane, and all cells have equally many."""
+        """True if canvas pixels are pixels of the image's grid, with the same number in every cell."""
         spans = (self.rows, self.columns)
         return all(span.whole and span.pixels % span.count == 0 for span in spans)
 
     def place(self, canvas: Float[Tensor, "batch c _ _"]) -> Float[Tensor, "batch c height width"]:
-        """Return the images of canvases `(B, C, h, w)`; `carry_on` extrapolates to pixels without a cell."""
+        """Return the images of canvases `(B, C, h, w)`; `carry_on` fills in pixels outside all cells."""
         if self.even:
             return canvas
         images = self.columns.to_image(self.rows.to_image(canvas, -2), -1)
         return carry_on(images, (self.rows.inside, self.columns.inside), self.image_size)
 
     def cut(self, images: Float[Tensor, "batch c height width"]) -> Float[Tensor, "batch c _ _"]:
-        """Return the canvases of images; parts of cells beyond the border repeat the outermost pixels."""
+        """Return the canvases of images; parts of cells outside the image repeat its outermost pixels."""
         if self.even:
             return images
         return self.columns.from_image(self.rows.from_image(images, -2), -1)
@@ -200,7 +199,7 @@ class Canvas:
         """Find the part of a crop of a `whole` canvas that lies in the image.
 
         Returns:
-            its rows and columns in the crop, and its rows and columns in the image
+            the part's rows and columns in the crop, and its rows and columns in the image
         """
         top, left, height, width = crop
         within, pixels = [], []
@@ -216,14 +215,14 @@ class Canvas:
 def seen_box(
     specs: Sequence[FeatureSpec], image_size: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Find the rows and the columns of images that any of several maps sees.
+    """Find the rows and the columns of images that at least one of several maps sees.
 
     Args:
         specs: shapes of the features
         image_size: `(height, width)` of the images in pixels
 
     Returns:
-        `((top, bottom), (left, right))` with the ends excluded; None if that is the whole image
+        `((top, bottom), (left, right))` with the ends excluded; None for the whole image
     """
     rows, columns = (
         (
@@ -266,13 +265,13 @@ def carry_on(
     """Extrapolate images smoothly to the pixels outside a box.
 
     The extrapolation is the harmonic function with the box's outermost pixels as border values and zero slope
-    at the image's border. For images whose power falls with the square of frequency, as that of photographs
-    does (Field 1987), this is the mean of all continuations; fine detail along the border fades first. Right
-    and left come first, then above and below.
+    at the image's border. If an image's power falls with the square of the frequency, as in photographs
+    (Field 1987), this is the mean of all continuations; fine detail along the border fades first. Right and
+    left are extrapolated first, then above and below.
 
     Args:
         images: the pixels of the box `(B, C, h, w)`
-        inside: its rows and its columns in the full images, ends excluded
+        inside: rows and columns of the box in the full images, ends excluded
         size: height and width of the full images
 
     Returns:
@@ -301,13 +300,14 @@ def _continued(images: Tensor, missing: int, dim: int, after: bool) -> Tensor:
 def _harmonic(length: int, missing: int) -> Float[Tensor, "missing length length"]:
     """Return the matrices that map a border of `length` pixels to the pixels at distance 1 to `missing`."""
     index = torch.arange(length, dtype=torch.float64, device="cpu")
-    # Cosines are the waves along the border whose slope is zero at its ends.
+    # Cosines are the waves along the border with zero slope at its ends.
     waves = torch.cos(math.pi / length * index[:, None] * (index + 0.5))
     waves *= math.sqrt(2 / length)
     waves[0] *= math.sqrt(0.5)
     steps = torch.arange(1, missing + 1, dtype=torch.float64, device="cpu")[:, None]
     pitch = math.pi / length * index
-    # cosh(pitch * (missing + 1/2 - step)) / cosh(pitch * (missing + 1/2)), written so that it cannot overflow.
+    # cosh(pitch * (missing + 1/2 - step)) / cosh(pitch * (missing + 1/2)), written so that it cannot
+    # overflow.
     depth = missing + 0.5
     fading = torch.exp(-pitch * steps) * (1 + torch.exp(-2 * pitch * (depth - steps)))
     fading /= 1 + torch.exp(-2 * pitch * depth)

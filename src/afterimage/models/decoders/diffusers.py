@@ -1,4 +1,4 @@
-"""The decoders of published autoencoders: `diffusers/FOLDER`, or a repository of the hub."""
+"""Decoders of published autoencoders: `diffusers/FOLDER`, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from afterimage.models.decoders.own import OwnDecoder
 
 
 class DiffusersDecoder(OwnDecoder):
-    """The decoder of an autoencoder of diffusers, which is not trained.
+    """The decoder of an autoencoder of diffusers, used without training.
 
-    Options: `raw` says that features are not normalised as the autoencoder's latents are, and are normalised first;
-    without it that is so of every layer but `latents` of an encoder of diffusers.
+    Its one option is `raw`: true if the features are not normalised like the autoencoder's latents, so that
+    they are normalised first. The default is false for the layer `latents` of an encoder of diffusers, and
+    true for all others.
     """
 
     trainable = False

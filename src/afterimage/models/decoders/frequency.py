@@ -1,4 +1,4 @@
-"""A decoder that adds a low-pass and a high-pass branch."""
+"""Decoder that adds a low-pass and a high-pass branch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_b
 
 
 class FrequencyDecoder(Decoder):
-    """Adds a smooth image from one branch and its detail from another.
+    """Decoder that adds a smooth image from one branch and details from another.
 
     The low-pass branch convolves at the features' own size, predicts RGB and enlarges it bilinearly. The
     high-pass branch upsamples by transposed convolutions (4x4, stride 2, halving the channels), each followed
-    by channel and spatial attention (CBAM, Woo et al. 2018); the part of its output that survives a reduction
-    to the features' size is subtracted.
+    by channel and spatial attention (CBAM, Woo et al. 2018). Its low frequencies, which survive a reduction
+    to the features' size, are subtracted from its output.
 
     Args:
         specs: measured shapes of the features
         image_size: `(height, width)` of the images in pixels
         channels: channels to which a 1x1 convolution first brings the features; None keeps theirs
-        minimum_channels: channels below which they are no longer halved
+        minimum_channels: smallest number of channels after a halving
     """
 
     size_option = "channels"
@@ -64,13 +64,13 @@ class FrequencyDecoder(Decoder):
 
 
 def _blur(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Reduce images to the features' size and enlarge them again, which keeps everything coarser than a cell."""
+    """Reduce images to the features' size and enlarge them again: structure coarser than a cell remains."""
     small = F.adaptive_avg_pool2d(images, size)
     return F.interpolate(small, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class ChannelAttention(nn.Module):
-    """Weigh each channel by a factor in (0, 1) computed from its mean and its maximum (CBAM, equation 2)."""
+    """Channel attention: a factor in (0, 1) per channel, from its mean and its maximum (CBAM, eq. 2)."""
 
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Weigh each location by a factor in (0, 1) computed from the mean and maximum over channels (CBAM, equation 3)."""
+    """Spatial attention: a factor in (0, 1) per location, from mean and maximum over channels (CBAM, eq. 3)."""
 
     def __init__(self, kernel: int = 7) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Decode by ridge regression, solved in closed form: from a neighbourhood of features to a block of pixels."""
+"""Decoder by ridge regression in closed form: from a neighbourhood of features to a block of pixels."""
 
 from __future__ import annotations
 
@@ -17,33 +17,37 @@ from afterimage.models.layers.blocks import for_sums, pixel_shuffle, resize
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 FEW_ROWS = 200
-"""Below so many rows an input a second view of each image still lowers the error."""
+"""Training rows per input below which a second view of each image still lowers the error."""
 
 PANELS = 6
+"""Number of panels in which the upper half of X'X is summed."""
 JUDGED = 96
+"""Approximate number of outputs on which a ridge is judged."""
 
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Larger ones lower the error of a few images of a deep layer, by blurring away what tells images apart."""
+"""Candidates for lambda. Larger ones do lower the error on few images of a deep layer, but only by blurring
+away the differences between images."""
 
 
 class LinearDecoder(Decoder):
-    """Maps each 3x3 neighbourhood of features to the block of pixels at its centre, by the best linear map.
+    """Best linear map from each 3x3 neighbourhood of features to the block of pixels at its centre.
 
-    Ridge regression (Hoerl & Kennard 1970): `W = (X'X + lambda D)^-1 X'Y` with D the diagonal of X'X, so that
-    channels of different scale are held back alike. A row of X is the neighbourhood of one location of one image, the
-    same row of Y its block of pixels; X'X and X'Y are summed over one pass, or over two crops of each image where rows
-    are few. Lambda is the best on the validation images of every other one of `RIDGES` and of the two beside it. At
-    the border the outermost features are repeated. Where the image is not a whole multiple of the features, blocks
-    are rounded up and the result resampled.
+    Ridge regression (Hoerl & Kennard 1970): `W = (X'X + lambda D)^-1 X'Y`, where D is the diagonal of X'X, so
+    that the penalty is the same for channels of different scale. A row of X is the neighbourhood of one
+    location of one image, and the same row of Y is its block of pixels. X'X and X'Y are summed over one pass,
+    or over two crops of each image if there are few rows. Lambda is the best on the validation images, among
+    every second of `RIDGES` and the two neighbours of the best of these. At the border the outermost features
+    are repeated. If the image is not a whole multiple of the features, blocks are rounded up and the result
+    is resampled.
 
-    Parameters are counted as any convolution's: `9 C (3 b^2) + 3 b^2` for blocks of b x b pixels.
+    Parameters are counted as for any convolution: `9 C (3 b^2) + 3 b^2` for blocks of b x b pixels.
 
     Args:
-        specs: the shape of the features; one.
+        specs: shape of the features; exactly one.
         image_size: height and width of the images in pixels.
         kernel: side of the neighbourhood in locations, odd.
-        rows_per_input: above so many rows for each value of a neighbourhood, locations are sampled at random, which
-            `finalize_fit` notes.
+        rows_per_input: number of rows for each value of a neighbourhood above which locations are sampled at
+            random; `finalize_fit` then returns a note.
     """
 
     closed_form = True
@@ -75,10 +79,11 @@ class LinearDecoder(Decoder):
         self._sums: dict[bool, list[_Sums]] = {}
 
     def _cells(self) -> tuple[Tensor, Tensor]:
-        """Each location's kind, `(h w,)`, and which outputs a cell of each kind has, `(kinds, 3 bh bw)`.
+        """Return the kind of each location's cell `(h w,)`, and the outputs of each kind `(kinds, 3 bh bw)`.
 
-        Cells within the image are of one kind and have all. What reaches beyond it has no target; -1 where that is all
-        of a cell.
+        Pixels outside the image have no target, so a kind is a set of outputs that lie in the image. All
+        cells inside the image are of one kind, with all outputs. Cells entirely outside the image have kind
+        -1.
         """
         spans = (self.canvas.rows, self.canvas.columns)
         (rows, row), (columns, column) = (
@@ -98,8 +103,8 @@ class LinearDecoder(Decoder):
     @property
     def fit_bytes(self) -> int:
         inputs = self.weight.shape[1] + 1
-        # The sums of training and validation images by kind of cell; while it solves, those of some kinds together,
-        # and a penalised copy, its diagonal and its factor.
+        # Sums of training and validation images for each kind of cell. While solving: sums over several
+        # kinds, and a penalised copy of X'X with its diagonal and its factor.
         sums = 2 * len(self._present) * inputs * (inputs + self.outputs)
         several = 2 * inputs * (inputs + self.outputs) if len(self._present) > 1 else 0
         return 8 * (sums + several + 3 * inputs**2)
@@ -109,7 +114,8 @@ class LinearDecoder(Decoder):
         rows = views * images * locations
         inputs = self.weight.shape[1] + 1
         searched = len(RIDGES[::2]) + 2
-        # Half of the symmetric X'X and all of X'Y; then factorisations of n^3 / 6 in float64, the last to solve.
+        # Half of the symmetric X'X and all of X'Y; then n^3 / 6 in float64 for each factorisation of the
+        # search and of the solutions.
         solved = len(torch.unique(self._present, dim=1).T)
         return rows * inputs * (inputs // 2 + self.outputs) + 2 * (searched + solved) * inputs**3 // 6
 
@@ -117,20 +123,20 @@ class LinearDecoder(Decoder):
         return resize(self.unblock(self.blocks(pad(features, self.kernel // 2))), self.canvas.size)
 
     def blocks(self, padded: Tensor) -> Tensor:
-        """Blocks of pixels `(B, 3 bh bw, h, w)` of features that are padded by half a kernel."""
+        """Return the blocks of pixels `(B, 3 bh bw, h, w)` for features that are padded by half a kernel."""
         c, k = self.spec.channels, self.kernel
         kernel = self.weight.view(self.outputs, k, k, c).permute(0, 3, 1, 2)
-        # Exact under autocast too: large coefficients of correlated channels cancel each other.
+        # Exact even under autocast: large coefficients of correlated channels cancel each other.
         exact = nullcontext() if padded.is_meta else torch.autocast(padded.device.type, enabled=False)
         with exact:
             return F.conv2d(padded.to(self.weight.dtype), kernel, self.bias)
 
     def unblock(self, blocks: Tensor) -> Tensor:
-        """`(B, 3 bh bw, h, w)` to `(B, 3, h bh, w bw)`."""
+        """Arrange blocks `(B, 3 bh bw, h, w)` as images `(B, 3, h bh, w bw)`."""
         return pixel_shuffle(blocks, self.block)
 
     def blocks_of(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)` to one row of pixels a location: `(B, h w, 3 bh bw)`."""
+        """Return the pixels of each location of images `(B, 3, H, W)`, as rows `(B, h w, 3 bh bw)`."""
         h, w = self.spec.height, self.spec.width
         images = resize(self.canvas.cut(images), (h * self.block[0], w * self.block[1]))
         parts = images.view(images.shape[0], 3, h, self.block[0], w, self.block[1])
@@ -144,7 +150,7 @@ class LinearDecoder(Decoder):
         return views
 
     def _sampling(self, images: int) -> tuple[int, int]:
-        """How many views of each of so many training images are fitted on, and how many locations of a view."""
+        """Return the numbers of views of each training image, and of locations of each view, to fit on."""
         inputs = self.weight.shape[1] + 1
         budget = max(self.rows_per_input * inputs, 100_000)
         locations = min(len(self._inside), math.ceil(budget / max(1, images)))
@@ -175,7 +181,7 @@ class LinearDecoder(Decoder):
             sums.add(inputs[own], targets[own] * present.to(targets))
 
     def _frame(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and scale that keep the sums well conditioned. The penalty is measured in them."""
+        """Return a shift and a scale that keep the sums well conditioned; the penalty is measured in them."""
         count, mean, variance = self._ranks.moments(inputs)
         variance = variance * count / (count - 1).clamp(min=1)
         overall = (variance + (mean - mean.mean()).square()).mean().sqrt()
@@ -186,7 +192,7 @@ class LinearDecoder(Decoder):
         if self._quota >= n:
             location = self._inside.repeat(images)
         else:
-            # Drawn for the whole batch, so that an image's do not depend on how many ranks there are.
+            # Drawn for the whole batch, so that an image's locations do not depend on the number of ranks.
             before, total = self._ranks.place(images)
             draws = torch.rand(total, n, generator=self._generator)[before : before + images]
             location = self._inside[draws.topk(self._quota).indices.flatten()]
@@ -204,7 +210,7 @@ class LinearDecoder(Decoder):
         ridge = None
         for outputs, kinds in self._groups():
             fitted, judged = (_Sums.of([sums[kind] for kind in kinds], outputs) for sums in (train, judge))
-            # What most cells have chooses for what all but those at the border have.
+            # The ridge is chosen once, on the outputs that most kinds of cells have.
             ridge = self._ridge(fitted, judged) if ridge is None else ridge
             solution = fitted.solve(ridge)
             if solution is None:
@@ -220,7 +226,7 @@ class LinearDecoder(Decoder):
         return notes
 
     def _groups(self) -> list[tuple[slice | Tensor, list[int]]]:
-        """Outputs that the same kinds of cells have, and these kinds; those that most have come first."""
+        """Return groups of outputs that the same kinds of cells have, with these kinds; most kinds first."""
         if len(self._present) == 1:
             return [(slice(None), [0])]
         found, group = torch.unique(self._present.T, dim=0, return_inverse=True)
@@ -231,7 +237,7 @@ class LinearDecoder(Decoder):
         return sorted((g for g in groups if g[1]), key=lambda g: -len(g[1]))
 
     def _ridge(self, train: _Sums, judge: _Sums) -> float:
-        # A ridge is judged on every n-th output, which is as good and much less work than on all.
+        # A ridge is judged on every n-th output, which is as good as all outputs and much less work.
         some = slice(None, None, max(1, train.xy.shape[1] // JUDGED))
         errors: dict[float, float] = {}
 
@@ -241,7 +247,8 @@ class LinearDecoder(Decoder):
                 errors[ridge] = math.inf if solution is None else judge.error(solution, some)
             return min(errors, key=errors.__getitem__)
 
-        # Each costs a factorisation. Not downhill from the middle: there may be two valleys.
+        # Each ridge costs a factorisation. The error may have two minima, so a descent from the middle could
+        # fail.
         coarse = RIDGES.index(best(RIDGES[::2]))
         ridge = best([RIDGES[i] for i in (coarse - 1, coarse + 1) if 0 <= i < len(RIDGES)])
         if not math.isfinite(errors[ridge]):
@@ -255,9 +262,9 @@ def pad(maps: Tensor, margin: int) -> Tensor:
 
 
 class _Sums:
-    """The upper half of `X'X`, `X'Y` and the diagonal of `Y'Y`, with a column of ones for the bias.
+    """The upper half of `X'X`, `X'Y` and the diagonal of `Y'Y`, with a column of ones in X for the bias.
 
-    Summed in float64, batch by batch.
+    They are summed in float64, batch by batch.
     """
 
     def __init__(self, shift: Tensor, scale: Tensor, outputs: int) -> None:
@@ -270,7 +277,7 @@ class _Sums:
 
     @classmethod
     def of(cls, parts: Sequence[_Sums], outputs: slice | Tensor) -> _Sums:
-        """The sums of several kinds of cells, for some outputs; of one kind and all outputs, these sums themselves."""
+        """Sum over kinds of cells for some outputs; for a slice (one kind), return that kind's sums."""
         if isinstance(outputs, slice):
             return parts[0]
         first, outputs = parts[0], outputs.to(parts[0].xy.device)
@@ -302,19 +309,19 @@ class _Sums:
         self.rows += len(x)
 
     def whole(self) -> _Sums:
-        """Fill in the lower half of `X'X`; call it once, when everything is added."""
+        """Fill in the lower half of `X'X` and return the sums; call it once, after the last batch."""
         self.xx = self.xx.triu() + self.xx.triu(1).T
         return self
 
     def solve(self, ridge: float, outputs: slice = slice(None)) -> Tensor | None:
-        """The solution for some outputs, `(inputs + 1, outputs)`; None where it is numerically out of reach."""
+        """Return the solution `(inputs + 1, outputs)` for some outputs; None if it cannot be computed."""
         diagonal = self.xx.diagonal()
-        penalty = ridge * torch.where(diagonal > 0, diagonal, self.rows)  # a channel that never varies
-        penalty[-1] = 0  # the bias is free
+        penalty = ridge * torch.where(diagonal > 0, diagonal, self.rows)  # for channels that never vary
+        penalty[-1] = 0  # the bias is not penalised
         factor, failed = torch.linalg.cholesky_ex(self.xx + penalty.diag())
         return None if failed else torch.cholesky_solve(self.xy[:, outputs], factor)
 
     def error(self, solution: Tensor, outputs: slice = slice(None)) -> float:
-        """The mean squared error of a solution on the summed rows."""
+        """Return the mean squared error of a solution on the summed rows."""
         explained = (solution * (self.xx @ solution - 2 * self.xy[:, outputs])).sum()
         return float((self.yy[outputs].sum() + explained) / (self.rows * solution.shape[1]))

@@ -1,4 +1,4 @@
-"""Decoders that somebody else wrote: any module that turns a feature map into images."""
+"""Decoders from outside this package: any module that turns a feature map into images."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from afterimage.models.factories import call_factory, source_digest
 
 
 class OwnDecoder(Decoder):
-    """A module as a decoder: it is given a feature map `(B, C, h, w)` and returns images `(B, 3, H, W)`.
+    """A user's module as a decoder, from a feature map `(B, C, h, w)` to images `(B, 3, H, W)`.
 
-    Their values lie in [0, 1], or in what its attribute `image_range` says, `(-1, 1)` for example. H and W are those
-    of the image, or of the part of it that the map's cells cover where that is another one (see `Canvas`). A module
-    without a parameter that wants a gradient is not trained: it is measured as it is, and stays in evaluation mode.
+    The module's images have values in [0, 1], or in the range that its attribute `image_range` gives, for
+    example `(-1, 1)`. H and W are those of the canvas: of the image, or of the part that the map's cells
+    cover (see `Canvas`). A module without trainable parameters is not trained: it is measured as given, and
+    stays in evaluation mode.
 
     Args:
-        specs: the shape of the features; one.
+        specs: shape of the features; exactly one.
         image_size: height and width of the images in pixels.
-        name: its name, for messages.
+        name: name for messages.
         options: keyword arguments of its factory.
     """
 
-    channels_last = False  # others' code may ask for views that this order does not have
+    channels_last = False  # foreign code may use views that this memory order does not allow
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class OwnDecoder(Decoder):
         self.name = name
         self._seed = 0
         where = torch.empty(0).device
-        with torch.device("cpu"):  # it may load weights, and is tried
+        with torch.device("cpu"):  # it may load weights, and is tried on the CPU
             self.module = self.build(options)
             self.trainable = any(parameter.requires_grad for parameter in self.module.parameters())
             self.low, self.high = _image_range(self.module, name)
@@ -51,20 +52,20 @@ class OwnDecoder(Decoder):
 
     @staticmethod
     def digest(name: str) -> str:
-        """Return the SHA-256 that tells its code apart."""
+        """Return the SHA-256 that identifies the decoder's code."""
         return source_digest(name)
 
     def build(self, options: Mapping[str, Any]) -> nn.Module:
-        """Call the factory with the features' shapes, the size of the images it is to return, and its options."""
+        """Call the factory with the features' shapes, the size of the images to return, and its options."""
         arguments = {"specs": [self.spec], "image_size": self.canvas.size}
         return call_factory(self.name, arguments, **options)
 
     def train(self, mode: bool = True) -> OwnDecoder:
-        """Switch to training, unless nothing of it is trained."""
+        """Switch to training mode, unless the module has no trainable parameters."""
         return super().train(mode and self.trainable)
 
     def feature_crops(self, generator: torch.Generator) -> list[None]:
-        """Choose the whole map, and the seed of what the module draws in this step: a resumed run draws the same."""
+        """Choose the whole map, and draw a seed for the module's step: a resumed run draws the same one."""
         self._seed = int(torch.randint(2**62, (1,), generator=generator))
         return [None]
 
@@ -89,7 +90,7 @@ class OwnDecoder(Decoder):
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Run it on the features of two images, to say now what would come up within the training."""
+        """Run the module on the features of two images, to report errors now rather than during training."""
         features = torch.randn(2, *self.spec.shape, generator=torch.Generator().manual_seed(0))
         try:
             images = self.decode(features)

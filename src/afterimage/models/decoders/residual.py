@@ -1,4 +1,4 @@
-"""A decoder that adds a learned correction to the closed-form linear solution."""
+"""Decoder that adds a learned correction to the closed-form linear solution."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from afterimage.models.layers.blocks import for_sums, pixel_shuffle, pixel_unshu
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 GAIN = 0.03
-"""Factor of the correction. Adam's first steps have the size of the learning rate whatever the gradient, and
-would otherwise undo more of the linear solution than they mend.
+"""Factor of the correction. Adam's first steps have the size of the learning rate whatever the gradient is,
+and without this factor would damage the linear solution more than they improve it.
 """
 
 MOST_INPUTS = 1728
 """Largest number of feature values from which the linear part predicts a location: 192 channels in 3x3."""
 
 ROWS_PER_INPUT = 200
-"""Training locations for each input of the linear part. A fifth of `LinearDecoder`'s takes a fifth of the time
-and costs 0.03 dB before training.
+"""Training locations for each input of the linear part. A fifth of `LinearDecoder`'s default takes a fifth of
+the time and costs 0.03 dB before training.
 """
 
 WINDOW = 64
@@ -37,44 +37,44 @@ CELL = 2
 """Side in pixels of a cell of the grid on which most of the correction is computed."""
 
 TRUNK, TRUNK_PIXELS, TRUNK_MARGIN = 2, 64, 2
-"""Number of residual blocks on the features' own grid, the pixels of a location (8x8) for which they are used,
-and the locations around a window that they see. At 8x8 they bring more than they cost, at 4x4 and 16x16 they
-do not (docs/LOG.md).
+"""Number of residual blocks on the features' own grid, number of pixels of a location (8x8) for which they
+are used, and number of locations around a window that they see. At 8x8 their gain is worth their cost, at 4x4
+and 16x16 it is not (docs/LOG.md).
 """
 
 RECENCY = 8
-"""Exponent of the weight average: after n steps it weighs step i by about (i / n) ** RECENCY."""
+"""Exponent of the weight average: after n steps, step i has a weight of about (i / n) ** RECENCY."""
 
 CONTRAST = 4
 """Factor that brings pixels in [0, 1] to about the scale of standardised features."""
 
 
 class ResidualDecoder(Decoder):
-    """Starts as a linear decoder fitted in closed form, and adds a learned correction that starts at zero.
+    """Linear decoder fitted in closed form, plus a learned correction that starts at zero.
 
     The linear part is `LinearDecoder` on the largest neighbourhood, up to 7x7, that `MOST_INPUTS` allows. The
-    correction reads the linear part's image and the features, standardised by channel means and deviations from
-    the closed-form pass. It works on a grid of 2x2 pixels a cell: where one location yields many pixels, the
-    linear image lacks edges, and these show in the neighbouring pixels across the borders of blocks. A
+    correction reads the linear part's image and the features, standardised by channel means and deviations
+    from the closed-form pass. It works on a grid with cells of 2x2 pixels: where one location yields many
+    pixels, the linear image lacks edges, which the neighbouring pixels across the borders of blocks reveal. A
     convolution and a sub-pixel shuffle (Shi et al. 2016) bring the features to that grid; residual blocks
     without normalisation (EDSR, Lim et al. 2017) follow. With `trunk`, such blocks on the features' own grid
     come first.
 
-    The decoder trains window by window, with an optimizer step for each: neighbouring pixels carry nearly the
-    same information, so many steps on small parts gain much more than one step on everything in the same time.
-    Decoding uses an average of the weights over the last steps, which spans a longer time the longer training
-    has lasted (the power-function average of Karras et al. 2024, section 3.1); it is ready at any time, without
-    waiting for the learning rate to fall.
+    The decoder trains window by window, with one optimizer step each: neighbouring pixels carry nearly the
+    same information, so many steps on small parts improve the decoder much more than one step on everything
+    in the same time. Decoding uses an average of the weights over the last steps, which covers more steps the
+    longer training lasts (the power-function average of Karras et al. 2024, section 3.1). It can be used at
+    any time, without waiting for the learning rate to fall.
 
     Args:
         specs: measured shapes of the features
         image_size: `(height, width)` of the images in pixels
         width: channels of the correction
-        blocks: residual blocks on the grid of pixels
-        trunk: residual blocks on the features' own grid; None takes `TRUNK` where a location yields 8x8 pixels,
-            else 0
-        kernel: side in locations of the linear part's neighbourhood; None takes the largest that `MOST_INPUTS`
-            allows
+        blocks: number of residual blocks on the grid of pixels
+        trunk: number of residual blocks on the features' own grid; None takes `TRUNK` if a location yields
+            8x8 pixels, else 0
+        kernel: side in locations of the linear part's neighbourhood; None takes the largest that
+            `MOST_INPUTS` allows
         window: side in pixels of the training windows
     """
 
@@ -82,7 +82,7 @@ class ResidualDecoder(Decoder):
     # `GAIN` makes the gradients small: a weight decay of 1e-5, which is added to them, would dominate.
     decays = False
     size_option = "width"
-    # On deep layers the linear part alone, from 3x3 neighbourhoods, exceeds most requested sizes.
+    # On deep layers the linear part alone exceeds most requested sizes if it reads 3x3 neighbourhoods.
     smaller: ClassVar = {"kernel": 1}
 
     def __init__(
@@ -111,7 +111,7 @@ class ResidualDecoder(Decoder):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def decode(self, features: Tensor, window: FeatureCrop | None = None) -> Tensor:
-        # The margin gives the border of a window the same neighbours as in the whole map.
+        # The margin gives locations at a window's border the same neighbours as in the whole map.
         maps = pad(features, self.margin)
         if window is not None:
             top, left, height, width = window
@@ -122,7 +122,7 @@ class ResidualDecoder(Decoder):
         return images if window is not None else resize(images, self.canvas.size)
 
     def _correct(self, maps: Tensor, linear: Tensor) -> Tensor:
-        """Compute the correction, with the averaged weights outside training."""
+        """Compute the correction; outside training, with the averaged weights."""
         if self.training:
             return self.correction(maps, linear)
         named = dict(self.correction.named_parameters())
@@ -141,9 +141,10 @@ class ResidualDecoder(Decoder):
         self.average.lerp_(self._flat(), 1 - (1 - 1 / self.steps) ** (RECENCY + 1))
 
     def feature_crops(self, generator: torch.Generator) -> list[FeatureCrop | None]:
-        """Draw random windows, enough to cover the map's area once.
+        """Draw random windows that cover the map's area about once.
 
-        Return `[None]`, the whole map, if windows do not fit.
+        Returns:
+            the windows, or `[None]` for the whole map if windows do not fit
         """
         (top, bottom), (left, right) = self.canvas.rows.cells, self.canvas.columns.cells
         h, w = bottom - top, right - left
@@ -169,7 +170,8 @@ class ResidualDecoder(Decoder):
     def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
         self.base.partial_fit(features, images, validation=validation)
         if not validation:
-            # In float64 from the first sum on: far from zero the variance is a difference of large numbers.
+            # Sum in float64 from the start: far from zero the variance is a small difference of large
+            # numbers.
             maps = for_sums(features[0]).double()
             self._sums[0] += maps.numel() // maps.shape[1]
             self._sums[1:] += torch.cat([maps.sum((0, 2, 3)), maps.square().sum((0, 2, 3))])
@@ -193,7 +195,7 @@ class ResidualDecoder(Decoder):
 
 
 class RefinementCNN(nn.Module):
-    """Predicts what a linear decoder's images lack, from the features and these images."""
+    """Network that predicts the missing part of a linear decoder's images from them and the features."""
 
     def __init__(
         self, channels: int, width: int, blocks: int, trunk: int, block: tuple[int, int], margin: int
@@ -219,11 +221,11 @@ class RefinementCNN(nn.Module):
         """Predict the correction, before scaling by `GAIN`.
 
         Args:
-            maps: standardised features `(B, C, h, w)` with `margin` locations around
+            maps: standardised features `(B, C, h, w)`, including a border of `margin` locations
             images: the linear decoder's images, without a margin
 
         Returns:
-            a correction of the images, of their shape
+            a correction with the shape of the images
         """
         inner, missing = _inner(maps, self.margin), torch.zeros_like(images)
         if self.trunk is not None:

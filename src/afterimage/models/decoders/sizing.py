@@ -1,4 +1,4 @@
-"""Build decoders at a given number of parameters, so that layers are compared at equal capacity."""
+"""Build decoders with a given number of parameters, so that layers are compared at equal capacity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from afterimage.config import AfterimageError, FeatureSpec
 from afterimage.models.decoders.base import Decoder
 
 TOLERANCE = 0.05
-"""Relative deviation from the requested number of parameters that is accepted."""
+"""Accepted relative deviation from the requested number of parameters."""
 
 
 def options_for(
@@ -28,15 +28,15 @@ def options_for(
         cls: the decoder family
         specs: shapes of the features
         image_size: `(height, width)` of the images in pixels
-        parameters: the number of parameters
+        parameters: requested number of parameters
         options: options that are already given
 
     Returns:
         `options` and the chosen ones
 
     Raises:
-        AfterimageError: the family has one size only, its size is among `options`, or no size fits; the message
-            names the nearest size
+        AfterimageError: the family has a fixed size, its size option is given in `options`, or no size fits;
+            the message names the nearest size
     """
     if cls.size_option is None:
         raise AfterimageError(f"{cls.__name__} has one size only; leave out parameters")
@@ -68,7 +68,7 @@ def _nearest(
     options: dict[str, Any],
     fixed: dict[str, Any],
 ) -> tuple[dict[str, Any], int]:
-    """Find the options, `fixed` among them, whose size is nearest to `parameters`; return them with that size."""
+    """Find the options, including `fixed`, whose size is nearest to `parameters`; return both."""
 
     def at(units: int) -> dict[str, Any]:
         return fixed | {cls.size_option: units * cls.size_step}

@@ -1,4 +1,4 @@
-"""Decode by transposed convolutions, as the published study's decoder does after its attention."""
+"""Decoder of transposed convolutions, as the published study's decoder has after its attention."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_b
 
 
 class TransposedDecoder(Decoder):
-    """Doubles the feature map's size stage by stage, then turns it into RGB by a 3x3 convolution.
+    """Decoder that doubles the feature map's size stage by stage, then a 3x3 convolution to RGB.
 
-    A stage is a 4x4 transposed convolution of stride 2, batch norm and ReLU, and halves the channels. There are as
-    many stages as doublings come nearest to the image's size; where that is not exact, the last map is resampled
-    bilinearly before the convolution to RGB.
+    A stage is a 4x4 transposed convolution of stride 2, batch norm and ReLU, and halves the channels. The
+    number of stages is the number of doublings that comes nearest to the image's size; if the sizes differ,
+    the last map is resampled bilinearly before the convolution to RGB.
 
     Args:
-        specs: the shape of the features; one.
+        specs: shape of the features; exactly one.
         image_size: height and width of the images in pixels.
-        channels: channels to begin with, brought about by a 1x1 convolution; by default the features' own.
-        minimum_channels: below so many they are not halved.
+        channels: channels to which a 1x1 convolution first brings the features; None keeps theirs.
+        minimum_channels: smallest number of channels of a stage.
     """
 
     size_option = "channels"
@@ -51,5 +51,5 @@ class TransposedDecoder(Decoder):
         return self.upsample(self.channel_projection(features))
 
     def upsample(self, features: Tensor) -> Tensor:
-        """`(B, channels, h, w)` to the canvas `(B, 3, H, W)`."""
+        """Turn `(B, channels, h, w)` into the canvas `(B, 3, H, W)`."""
         return self.to_rgb(resize(self.stages(features), self.canvas.size))

@@ -1,4 +1,4 @@
-"""A decoder that predicts wavelet sub-bands."""
+"""Decoder that predicts wavelet sub-bands."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_b
 
 
 class WaveletDecoder(Decoder):
-    """Predicts a small image and, level by level, the Haar detail bands that double its size.
+    """Decoder that predicts a small image and, level by level, the Haar detail bands that double its size.
 
-    One orthonormal Haar level (Mallat 1989) turns an approximation `(B, 3, h, w)` and its horizontal, vertical
-    and diagonal details `(B, 9, h, w)` into `(B, 3, 2h, 2w)`. Between levels a transposed convolution (4x4,
-    stride 2), batch norm and ReLU refine the maps from which details are read, and halve the channels. Only the
-    inverse transform runs at the image's own size.
+    One orthonormal Haar level (Mallat 1989) turns an approximation `(B, 3, h, w)` and its horizontal,
+    vertical and diagonal details `(B, 9, h, w)` into `(B, 3, 2h, 2w)`. Between levels a transposed
+    convolution (4x4, stride 2), batch norm and ReLU refine the maps that details are predicted from, and
+    halve their channels. Only the inverse transform runs at the image's own size.
 
     Args:
         specs: measured shapes of the features
         image_size: `(height, width)` of the images in pixels
         channels: channels to which a 1x1 convolution first brings the features; None keeps theirs
-        minimum_channels: channels below which they are no longer halved
+        minimum_channels: smallest number of channels after a halving
     """
 
     size_option = "channels"

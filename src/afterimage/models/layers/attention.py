@@ -50,7 +50,7 @@ def attend(
 
 @functools.cache
 def compiled_attention() -> tuple[type[torch.autograd.Function] | None, str]:
-    """Return the compiled attention of narrow heads on a CPU, exact to float32's rounding, or None without numba.
+    """Return the compiled attention for narrow heads on a CPU, if numba is usable; exact to float32 rounding.
 
     The first call after an installation compiles for some seconds; numba caches the result.
 

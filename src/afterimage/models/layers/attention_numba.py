@@ -98,7 +98,7 @@ def _add(t, x, m, j):
 )  # fmt: skip
 @no_type_check
 def _forward(q, k, v, shift, out, normaliser):
-    """Attend from some queries `(n, 8)` of a head to its keys and values `(8, m)`; scores are powers of two."""
+    """Attend from some queries `(n, 8)` of a head to its keys and values `(8, m)`; scores are in base 2."""
     for r in range(q.shape[0]):
         a, s = _row(q, r), shift[r]
         weighted, total = NOTHING, ZERO
