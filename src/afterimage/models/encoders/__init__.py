@@ -1,4 +1,4 @@
-"""Frozen encoders that normalise images themselves and run only as deep as needed, and the list of their layers."""
+"""Frozen encoders, which normalise images themselves and run no deeper than needed, and their layers."""
 
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.layers import early_end, layer_info, list_layers

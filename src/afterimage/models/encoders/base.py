@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 LUMINANCE = (0.299, 0.587, 0.114)
-"""Shares of red, green and blue in the luminance of ITU-R BT.601, which Pillow too makes grey images of."""
+"""Weights of red, green and blue in the luminance of ITU-R BT.601, as in Pillow's conversion to grey."""
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -17,8 +17,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     Args:
         images: `(B, 3, H, W)` in [0, 1]
-        mean: means `(1, C, 1, 1)`; with one channel an image is turned to its luminance first
-        std: standard deviations, likewise
+        mean: means `(1, C, 1, 1)`; if C is 1, images are first converted to their luminance
+        std: standard deviations of the same shape
     """
     if mean.shape[1] == 1:
         shares = torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
@@ -27,16 +27,16 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class Frozen(nn.Module):
-    """A module that stays in evaluation mode, batch statistics included.
+    """A module that stays in evaluation mode, including its batch norms.
 
-    `_gradients` says whether features may have gradients with respect to the images.
+    `_gradients` is true while features may have gradients with respect to the images.
     """
 
     _gradients = False
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
-        """Let features have gradients with respect to the images inside this block."""
+        """Enable gradients of the features with respect to the images in this block."""
         before, self._gradients = self._gradients, True
         try:
             yield

@@ -1,4 +1,4 @@
-"""The encoder: a frozen network that normalises images itself, and runs only as deep as its deepest layer."""
+"""The encoder: a frozen network that normalises images itself and runs only as deep as its deepest layer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from afterimage.runs.results import FeatureMap
 
 
 class _Done(Exception):
-    """Ends a forward pass once the deepest layer has run."""
+    """Exception that ends a forward pass once the deepest layer has run."""
 
 
 class _Hook:
-    """Stores one layer's feature map; the hook of the deepest layer ends the pass."""
+    """Hook that stores one layer's feature map; the hook of the deepest layer also ends the pass."""
 
     def __init__(
         self, features: list, index: int, layer: TracedLayer, roll: Callable | None, *, last: bool
@@ -49,29 +49,30 @@ class _Hook:
 
 
 class Encoder(Frozen):
-    """The features of one or more layers of a frozen network, for images in [0, 1].
+    """Features of one or more layers of a frozen network, for images in [0, 1].
 
     `Encoder("resnet34.tv_in1k:layer1")` has one layer, `Encoder("resnet34", layers=["layer1", "layer2"])` has
-    two in one pass. The network normalises images by its own mean and std, stays in evaluation mode and never
-    requires gradients. Parameters and buffers that the layers do not read are dropped.
+    two in one pass. The network normalises images with its own mean and std, stays in evaluation mode and
+    never requires gradients. Parameters and buffers that the layers do not read are dropped.
 
-    A layer is a module's path or a short name of it, or `output` for what the network returns. Where that is
-    several tensors, brackets select one: `output[features]`, `neck[0]`. Shapes, the order of axes (NCHW, NHWC,
-    tokens, vectors), prefix tokens and the positions of locations are measured.
+    A layer is named by a module's path or its short name, or by `output` for the output of the network. If
+    that output has several tensors, brackets select one: `output[features]`, `neck[0]`. Shapes, the order of
+    axes (NCHW, NHWC, tokens, vectors), prefix tokens and the positions of locations are measured.
 
     Args:
-        source: `[provider/]model:layer`, or the model's name if `layers` is given, or a network at hand, whose
-            attributes `mean`, `std` and `prefix_tokens` count (see `OwnNetwork`)
+        source: `[provider/]model:layer`, or the model's name if `layers` is given, or an `nn.Module`, whose
+            attributes `mean`, `std` and `prefix_tokens` are used (see `OwnNetwork`)
         layers: names of the layers
         weights: `pretrained` (see `search_weights`), `random` (drawn from `seed`, with acting blocks, see
-            `open_branches`), `random-init` (the same draw as its library leaves it), or the path of a file or folder
+            `open_branches`), `random-init` (the same draw without opening branches), or the path of a file or
+            folder
         image_size: side of the images in pixels, or `(height, width)`
         seed: seed of random weights
 
     Attributes:
         network: the network as its provider describes it
-        model_name: its name, with the tag of the weights
-        sources: `model:layer` for each layer, as written, with the tag pinned
+        model_name: name of the network, with the tag of the weights
+        sources: `model:layer` for each layer as given, with the tag pinned
         specs: measured shape of each layer's features
         weights: origin of the weights
         notes: remarks for a run's notes
@@ -99,7 +100,7 @@ class Encoder(Frozen):
         self.network = open_network(source) if isinstance(source, str) else OwnNetwork.of(source)
         self.model_name = self.network.name
         self.image_size = size_pair(image_size)
-        # A network at hand is not kept by the cache.
+        # The trace of an `nn.Module` object is not cached, so that the cache does not keep the module alive.
         traced = (trace if isinstance(source, str) else trace.__wrapped__)(self.network, self.image_size)
         self._layers = [traced.layer(layer) for layer in layers]
         self.sources = tuple(f"{self.model_name}:{layer}" for layer in layers)
@@ -143,7 +144,7 @@ class Encoder(Frozen):
         Features have no gradients outside `gradients()`.
 
         Raises:
-            AfterimageError: the images have another size or are not floats, or a network of one's own returns
+            AfterimageError: the images have another size or are not floats, or a user's network returns
                 features of another shape than before or that are not finite
         """
         if images.ndim != 4 or images.shape[1:] != (3, *self.image_size) or not images.is_floating_point():
@@ -157,7 +158,7 @@ class Encoder(Frozen):
                 torch.set_grad_enabled(self._gradients and torch.is_grad_enabled()),
                 contextlib.suppress(_Done),
             ):
-                # Out of place, so that a network that writes into its input cannot change the images.
+                # Not in place, so that a network that writes into its input cannot change the images.
                 inputs = normalise(images, self.mean, self.std)
                 if self.network.channels_last:
                     inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -174,7 +175,7 @@ class Encoder(Frozen):
 
     @torch.no_grad()
     def _try(self) -> list[str]:
-        """Run a network that nobody vouches for on two images, and return what is remarkable."""
+        """Run a user's network on two images, and note if its features vary between passes or batches."""
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, 3, *self.image_size, generator=generator)
         once, again, alone = self(images), self(images), self(images[:1])
@@ -188,7 +189,7 @@ class Encoder(Frozen):
         )
 
     def describe(self) -> list[FeatureMap]:
-        """Describe each layer: module, shape, reduction, cost up to there, and the positions of its locations."""
+        """Describe each layer: module, shape, reduction, cost up to there, and positions of its locations."""
         return list(self._maps)
 
     def extra_repr(self) -> str:
@@ -206,7 +207,7 @@ def _check(spec: FeatureSpec, feature: Tensor, count: int) -> None:
 
 
 def _drop(model: nn.Module, used: set[str]) -> None:
-    """Drop every parameter and buffer that is not in `used`, so that none is moved, stored or counted."""
+    """Drop every parameter and buffer that is not in `used`, so that it is not moved, stored or counted."""
     for key in model.state_dict().keys() - used:
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)

@@ -1,8 +1,8 @@
 """Follow positions through a network: the effect of each operation on the positions of its values.
 
 Operations are observed as they run, also on the meta device. Convolutions and pools average centres as they
-average values, views and rolls move them, and sums bring several together. An unknown operation leaves no
-centre and is named in `doubts`.
+average values, views and rolls move them, and sums combine several. The result of an unknown operation has no
+centre, and the operation is named in `doubts`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from afterimage.models.encoders.sliding import Given, adapted, nth, padded, pool
 
 
 class PositionFlow:
-    """Keeps the positions of every tensor that depends on `images`.
+    """Positions of every tensor that depends on `images`, updated operation by operation.
 
-    `needs_values` tells that elements moved to indices that are values of a tensor, which the meta device does
-    not have.
+    `needs_values` becomes true if elements were moved to indices that are values of a tensor: the meta device
+    has no values.
     """
 
     SWEEP = 64
@@ -64,7 +64,7 @@ class PositionFlow:
         return entry[place]
 
     def restrided(self, tensor: Tensor) -> Positions:
-        """Return the positions of a tensor whose strides were changed in place, as convolutions do to their results."""
+        """Return the positions of a tensor whose strides were changed in place, as after a convolution."""
         (positions,) = self._table[storage(tensor)].values()
         if positions.shape != tuple(tensor.shape):
             raise NotImplementedError("as_strided_ to another shape")
@@ -78,7 +78,7 @@ class PositionFlow:
             func: the dispatcher's operation
             args: its positional arguments
             kwargs: its keyword arguments
-            result: what it returned
+            result: its result
         """
         self._steps += 1
         if self._steps % self.SWEEP == 0:
@@ -114,7 +114,7 @@ class PositionFlow:
             self._alive[key] = StorageWeakRef(tensor.untyped_storage())
 
     def _write(self, tensor: Tensor, positions: Positions | None) -> None:
-        """Record a change in place, which also changes every tensor that shares the memory."""
+        """Record a change in place, which also changes all tensors that share the memory."""
         entry, place = self._table.get(storage(tensor), {}), _place(tensor)
         if not entry or set(entry) == {place}:
             self._set(tensor, positions)
@@ -128,7 +128,7 @@ class PositionFlow:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the identity of a tensor's memory, which its views share, so that reading a view counts as reading it."""
+    """Return the identity of a tensor's memory, shared by its views: reading a view reads the tensor."""
     return tensor.untyped_storage()._cdata
 
 
@@ -173,7 +173,7 @@ PRODUCTS = {
     "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
     "mv": ("self", "vec"), "addmv": ("mat", "vec"), "dot": ("self", "tensor"),
 }  # fmt: skip
-"""Matrix products, and the names of their factors."""
+"""Matrix products, with the names of their factors."""
 ALONG: dict[str, Callable[[Given, Tensor], Sequence[int]]] = {
     "native_layer_norm": _normal_dims,
     "_fused_rms_norm": _normal_dims,
@@ -184,7 +184,7 @@ ALONG: dict[str, Callable[[Given, Tensor], Sequence[int]]] = {
         ("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"), _dims
     ),
 }
-"""Operations that keep elements in place but make each depend on all others along some axes."""
+"""Operations that leave elements in place but make each one depend on all others along some axes."""
 RECURRENT = {"mkldnn_rnn_layer", "lstm", "gru", "rnn_tanh", "rnn_relu"}
 """Recurrent networks."""
 POOLS = {
@@ -273,7 +273,7 @@ def _multiplied(flow: PositionFlow, name: str, given: Given, shape: Sequence[int
 
 
 def _reaching(source: Positions, dims: Sequence[int]) -> Positions:
-    """Keep every element's centre, and let it depend on all others along `dims`."""
+    """Return positions with the same centres whose elements depend on all others along `dims`."""
     return replace(source, reach=united([*source.reach, *collapse(source.reach, dims)])) if dims else source
 
 
@@ -338,6 +338,6 @@ def _moved(source: Positions, func: Any, given: Given, results: list[Tensor]) ->
 
 
 def _move(func: Any, given: Given, array: Tensor) -> list[Tensor]:
-    """Move the elements of an array of positions as an operation moves a tensor's."""
+    """Apply an operation that moves elements to an array of positions."""
     moved = _call(func, given, array)
     return [compress(one) for one in ([moved] if isinstance(moved, Tensor) else moved)]

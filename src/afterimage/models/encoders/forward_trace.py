@@ -23,12 +23,12 @@ class ModuleCall:
     """One finished call of a module.
 
     Attributes:
-        order: number of modules that finished before
+        order: number of modules that finished before this one
         clock: number of operations until then
         macs: multiply-adds until then
         shapes: shapes of the returned tensors that depend on the images
         runs: number of calls of this module so far
-        refused: why its output cannot be used; empty if it can
+        refused: reason why the output cannot be used; empty if it can
         returned: the returned tensors with their versions, which count changes in place
         positions: positions in the image of the returned tensors, if they were followed
     """
@@ -44,15 +44,15 @@ class ModuleCall:
 
     @property
     def overwritten(self) -> bool:
-        """Whether a returned tensor has been changed in place since."""
+        """True if a returned tensor has been changed in place since."""
         return any(tensor._version != version for tensor, version in self.returned)
 
 
 class ForwardTrace(TorchDispatchMode):
-    """Runs a model once on `images`, and records every module that finishes and when each tensor is first read.
+    """Record of one forward pass of a model: each finished module, and each tensor's first read.
 
-    On the meta device this takes neither weights nor memory. A pass that fails keeps the modules that finished,
-    and gives the reason in `failure`.
+    On the meta device this takes neither weights nor memory. A pass that fails keeps the modules that
+    finished, and stores the reason in `failure`.
 
     Args:
         model: the model
@@ -61,8 +61,8 @@ class ForwardTrace(TorchDispatchMode):
 
     Attributes:
         events: the last call of each module, by module path, which is empty for the model itself
-        first_read: the operation that first reads a tensor, by its storage
-        failure: why the pass failed; empty if it did not
+        first_read: number of the operation that first reads a tensor, by the tensor's storage
+        failure: reason why the pass failed; empty if it did not
         flow: the positions of values, or None
     """
 
@@ -82,7 +82,7 @@ class ForwardTrace(TorchDispatchMode):
             if not isinstance(module, torch.jit.ScriptModule)  # these accept no hooks
         ]
         try:
-            # Attention as plain matrix products, which can be counted and followed on every device.
+            # Attention as plain matrix products can be counted and followed on every device.
             torch.backends.mha.set_fastpath_enabled(False)
             with torch.no_grad(), torch.device(images.device), sdpa_kernel(SDPBackend.MATH), self:
                 model(images)

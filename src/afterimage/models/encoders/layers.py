@@ -1,4 +1,4 @@
-"""List the layers of a model that can be inverted, measured on images of one size."""
+"""List the layers of a model that can be inverted, as measured on images of one size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def list_layers(
 
 
 def list_named(model: str, image_size: int | Sequence[int] | None = None) -> list[FeatureMap]:
-    """List the layers that a model has by role (`ROLES`): the final norm, and the vectors.
+    """List the layers that a model has by role (`ROLES`), except roles that are also module paths.
 
     Args:
         model: `[provider/]model`
@@ -46,13 +46,14 @@ def list_named(model: str, image_size: int | Sequence[int] | None = None) -> lis
 
 
 def early_end(model: str, image_size: int | Sequence[int] | None = None) -> str:
-    """Explain why a model stopped before all of its layers could be listed, and which size works.
-
-    Empty if it did not stop.
+    """Explain why a model stopped before all its layers could be listed, and which image size works.
 
     Args:
         model: `[provider/]model`
         image_size: side of the images in pixels, or `(height, width)`; 224 by default
+
+    Returns:
+        the explanation; empty if the model did not stop
     """
     return trace(open_network(model), size_pair(224 if image_size is None else image_size)).early_end
 
@@ -65,7 +66,7 @@ def layer_info(source: str, image_size: int | Sequence[int] = 224) -> FeatureMap
         image_size: side of the images in pixels, or `(height, width)`
 
     Raises:
-        AfterimageError: the model or layer is unknown, or is not a feature map
+        AfterimageError: the model or layer is unknown, or the layer's output is not a feature map
     """
     model, layer = split_source(source)
     size = size_pair(image_size)

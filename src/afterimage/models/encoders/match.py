@@ -1,4 +1,4 @@
-"""Find a model's tensors in a file: those under the name prefix that fits the model's own names best."""
+"""Find a model's tensors in a file: those under the name prefix that best fits the model's own names."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ State = Mapping[str, Tensor]
 AVERAGED = {"ema", "swa", "averaged"}
 """Words in a prefix that mark averaged weights, which are preferred."""
 FIRST = ("state_dict", "model")
-"""Containers that are preferred next, in this order."""
+"""Containers that come next in preference, in this order."""
 LAST = {"student", "momentum", "optimizer", "optim", "grad", "grads"}
-"""Words in a prefix that mark tensors to take last."""
+"""Words in a prefix that mark tensors to be taken only as a last resort."""
 RULE = (
     "of several that fit, averaged weights (ema) come first, then state_dict, then model, then the order of the file; "
     "student, momentum and optimizer come last"
@@ -28,18 +28,19 @@ RULE = (
 CANDIDATES = 12
 """Number of prefixes that are tried with a model's filter, which may be slow."""
 FOREIGN = 0.1
-"""Share of names that the model lacks, from which on another network is the more likely owner."""
+"""Largest share of names unknown to the model; above it, another network is the more likely owner of the
+tensors."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """The tensors of a file under a prefix, and how well they fit a model.
+    """The tensors of a file under a prefix, and the quality of their fit to a model.
 
     Attributes:
         prefix: the prefix
         state: the tensors, as the model's filter returned them
         score: measures of the fit, the most important one first; larger is better
-        missing: required tensors that are not there
+        missing: required tensors that the file lacks
     """
 
     prefix: str
@@ -56,21 +57,21 @@ def best_match(
 ) -> tuple[Match, str]:
     """Find the tensors of a file that belong to a model.
 
-    The prefix, a container of the file or a part of the names, is the one under which most required tensors lie
-    with the model's shapes. If no names fit directly, `convert`, which brings a publisher's names and shapes
-    into the model's, is tried on each prefix.
+    The chosen prefix, a container of the file or a part of the names, is the one under which most required
+    tensors have the model's shapes. If no names fit directly, `convert`, which turns a publisher's names and
+    shapes into the model's, is tried on each prefix.
 
     Args:
         file: the tensors of the file
         own: the model's state dict
-        required: the tensors that the file must hold, each by all of its names
-        convert: brings tensors into the model's names and shapes
+        required: the tensors that the file must hold, each as a tuple of all its names
+        convert: function that turns tensors into the model's names and shapes
 
     Returns:
-        the match, and a note on where in the file it is, empty if that is obvious
+        the match, and a note on its place in the file, empty if that is obvious
 
     Raises:
-        AfterimageError: `convert` refuses everything in the file
+        AfterimageError: `convert` fails on everything in the file
     """
     found = {prefix: _match(file, prefix, own, required) for prefix in _by_names(file, own)}
     fits = [match for match in found.values() if not match.missing]
@@ -91,7 +92,7 @@ def best_match(
 
 
 def nearest(file: NamedTensors, missing: str) -> str:
-    """Find the name in a file, among its first 2,000, that is most similar to a missing one; empty if none is."""
+    """Return the name, of a file's first 2,000, that is most similar to a missing one; empty if none is."""
     names = list(file.tensors)[:2000]
     ends = [name for name in names if name.endswith(f".{missing}")]
     return next(iter(ends or difflib.get_close_matches(missing, names, n=1, cutoff=0.75)), "")
@@ -108,7 +109,7 @@ def _by_names(file: NamedTensors, own: State) -> list[str]:
 
 
 def _by_count(file: NamedTensors, required: int) -> list[str]:
-    """List the prefixes under which there are at least half as many tensors as the model needs, and the empty one."""
+    """List the prefixes with at least half as many tensors as the model needs, and the empty prefix."""
     counts: Counter[str] = Counter([""])
     for name in file.tensors:
         counts.update(name[: len(name) - len(rest)] for rest in _ends(name))
@@ -117,7 +118,7 @@ def _by_count(file: NamedTensors, required: int) -> list[str]:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """Yield a name, and what remains of it as its parts are removed from the front one by one."""
+    """Yield a name, then the same name with one more leading part removed each time."""
     while name:
         yield name
         name = name.partition(".")[2]
@@ -130,7 +131,7 @@ def _match(
     required: Sequence[tuple[str, ...]],
     convert: Callable[[dict[str, Tensor]], State] | None = None,
 ) -> Match:
-    """Score the tensors under a prefix: required ones of the right shape, required ones, all of the model's."""
+    """Score the tensors under a prefix: required ones of right shape, then required ones, then all fits."""
     container = _container(file, prefix)
     under = {name: name[len(prefix) :] for name in file.tensors if name.startswith(prefix)}
     # A tensor of another container belongs to this state dict only if the model has its name.
@@ -157,7 +158,7 @@ def _container(file: NamedTensors, prefix: str) -> str:
 
 
 def _order(prefix: str) -> tuple[int, int]:
-    """Return the rank of a prefix by `RULE`."""
+    """Return the rank of a prefix according to `RULE`."""
     words = set(re.split(r"[._]", prefix.lower()))
     containers = prefix.split(".")
     first = min((FIRST.index(word) for word in containers if word in FIRST), default=len(FIRST))
@@ -165,7 +166,7 @@ def _order(prefix: str) -> tuple[int, int]:
 
 
 def _chosen(file: NamedTensors, fits: list[Match]) -> tuple[Match, str]:
-    """Choose among matches that fit equally well by `RULE`, and write the note."""
+    """Choose by `RULE` among matches that fit equally well, and write the note."""
     places = {name: place for place, name in enumerate(file.tensors)}
     begins = {m.prefix: min(p for n, p in places.items() if n.startswith(m.prefix)) for m in fits}
     best, *others = sorted(fits, key=lambda match: (*_order(match.prefix), begins[match.prefix]))

@@ -1,4 +1,4 @@
-"""Find the positions of a layer's locations in the image, and the pixels that none of them sees."""
+"""Find the positions of a layer's locations in the image, and the pixels that no location sees."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from afterimage.models.encoders.positions import Positions, averaged, compress
 from afterimage.models.encoders.tensor_layout import Layout, Refused, Size
 
 SHIFT = 0.5
-"""Locations by which a map may be shifted as a whole and still count as even. Padded convolutions of stride s
-put location i at pixel i s, half a location (less half a pixel) from its position in an even grid, and
-decoders learn that.
+"""Locations by which a whole map may be shifted and still count as even. Padded convolutions of stride s put
+location i at pixel i s, half a location (less half a pixel) from its position in an even grid, which decoders
+learn to compensate.
 """
 DRIFT = 0.125
-"""Locations by which the shifts at the two ends of a map may differ and the map still count as even."""
+"""Locations by which the shifts at the two ends of a map may differ while the map still counts as even."""
 GRAIN = 1024
-"""Starts and strides are multiples of 1/1024 pixel, so that every machine finds the same ones."""
+"""Starts and strides are multiples of 1/1024 pixel, so that they are the same on every machine."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Placement:
     Attributes:
         rows: vertical positions; None if the rows divide the image evenly and every pixel is seen
         columns: horizontal positions, likewise
-        unseen: the pixels that no location sees, or why positions are unknown; empty if neither applies
+        unseen: description of the pixels that no location sees, or the reason why positions are unknown;
+            empty if neither applies
     """
 
     rows: Axis | None = None
@@ -42,7 +43,7 @@ def find_placement(positions: Positions | None, layout: Layout, size: Size) -> P
 
     Args:
         positions: positions of the values that the module returned, or None
-        layout: how they become a feature map
+        layout: conversion of these values into a feature map
         size: `(height, width)` of the images in pixels
     """
     try:
@@ -68,12 +69,12 @@ def _map(array: Tensor, positions: Positions, layout: Layout) -> Tensor:
 
 
 def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return the centres `(y, x)` of a map's locations, `(h, w)` each, of size 1 along axes on which they are constant.
+    """Return the centres `(y, x)` of a map's locations, each `(h, w)` with size 1 along axes of equal values.
 
-    Of several centres of a location the least mixed count.
+    If a location has several centres, the least mixed ones count.
 
     Raises:
-        Refused: these lie far apart
+        Refused: these centres lie far apart
     """
     parts = [averaged(tuple(_map(array, positions, layout) for array in part), 1) for part in positions.parts]
     least = min(part[2].min().item() for part in parts)
@@ -93,11 +94,11 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
     """Fit an axis to the centres of its locations.
 
     Args:
-        centres: centres in pixels `(count, others)`, of size 1 where they are all the same
+        centres: centres in pixels `(count, others)`, of size 1 along axes of equal values
         count: number of locations
         size: length of the image in pixels
         first: first pixel that any location sees
-        last: first pixel behind those
+        last: end (excluded) of the pixels that any location sees
 
     Raises:
         Refused: the centres are not on a line
@@ -115,7 +116,8 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
         raise Refused("its rows or columns are not in the image's order")
     index = torch.arange(count, dtype=torch.float64, device="cpu")
     mean = index.mean()
-    # Most steps equal the stride, except at the border of an interpolation; if steps repeat, only their mean equals it.
+    # Most steps equal the stride except at the border of an interpolation; if steps alternate, only their
+    # mean does.
     typical, middle = steps.median(), (count - 1) // 2
     fits = [
         (typical, line[middle] - middle * typical),
@@ -135,12 +137,15 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
 
 
 def describe_unseen(rows: Axis | None, columns: Axis | None, size: Size) -> str:
-    """Describe the unseen pixels: `the last 8 rows and columns of 104x104 images are not seen`; empty if all are seen.
+    """Describe the pixels that no location sees.
 
     Args:
         rows: vertical positions of the locations, or None
         columns: horizontal positions, or None
         size: `(height, width)` of the images in pixels
+
+    Returns:
+        for example `the last 8 rows and columns of 104x104 images are not seen`; empty if all are seen
     """
     named = [
         [(end, count) for end, count in (("first", axis.first), ("last", length - axis.last)) if count]

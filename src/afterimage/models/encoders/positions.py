@@ -1,11 +1,11 @@
-"""Positions in the image of each element of a tensor, and how several positions become one.
+"""Positions in the image of each element of a tensor, and rules to combine several positions.
 
-Every tensor that depends on the image is accompanied by the centre, for each element, of the pixels that it is
-computed from; `follow` carries these centres through a network's operations. Weights take no part, so the
+Every tensor that depends on the image is accompanied by the centre, for each element, of the pixels that it
+is computed from; `follow` carries these centres through a network's operations. Weights take no part, so the
 result is exact and the same for every seed.
 
-Attention and global pools reach over the whole image and carry no position; the position of an element comes
-from what it was before them. Of several centres, one that differs between elements is preferred, and then the
+Attention and global pools reach over the whole image and have no position of their own; an element keeps the
+position that it had before them. Of several centres, one that differs between elements is preferred, then the
 one that was mixed with its neighbours less often.
 """
 
@@ -24,13 +24,14 @@ Arrays = tuple[Tensor, ...]
 GRAIN = 2.0**16
 """Centres are multiples of 1/65536 pixel, so that rounding never makes equal centres differ."""
 WIDE = 2.0**20
-"""Count of mixing along a whole axis, where mixing in a window counts 1; larger than any number of windows."""
+"""Amount by which mixing along a whole axis counts, where mixing in a window counts 1; larger than any number
+of windows."""
 VIRTUAL = 2.0**40
-"""Count of lying in padding: such an element has a position among its neighbours, but depends on no pixel yet."""
+"""Amount by which lying in padding counts: the element has a position, but depends on no pixel yet."""
 MOST_PARTS = 4
 """Number of alternative centres of one kind that are kept; beyond it, two are averaged."""
 BLANKS = {"parts": (0.0, 0.0, math.inf), "reach": (math.inf,) * 4}
-"""Values for elements that have no centre (`parts`) or depend on no pixel (`reach`)."""
+"""Values for elements without a centre (`parts`) or that depend on no pixel (`reach`)."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Positions:
 
     Attributes:
         shape: shape of the tensor
-        parts: alternatives `(y, x, mixed)`: the centre in pixels, and how often it was mixed with its
-            neighbours, which is infinite for elements without a centre
+        parts: alternatives `(y, x, mixed)`: the centre in pixels, and the number of times that it was mixed
+            with its neighbours, which is infinite for elements without a centre
         reach: `(top, left, -bottom, -right)` in pixels of the region that an element depends on, infinite if
-            there is none; several count together
+            there is none; several reaches count together
         doubts: operations that could not be followed
     """
 
@@ -52,11 +53,11 @@ class Positions:
     doubts: frozenset[str] = frozenset()
 
     def map(self, shape: Sequence[int], change: Callable[[Tensor], Tensor]) -> Positions:
-        """Change every array.
+        """Apply a change to every array.
 
         Args:
             shape: shape of the tensor that the result describes
-            change: the change of an array
+            change: function of an array
         """
         parts, reach = (
             tuple(tuple(change(array) for array in arrays) for arrays in group)
@@ -65,7 +66,7 @@ class Positions:
         return Positions(tuple(shape), parts, reach, self.doubts)
 
     def like(self, shape: Sequence[int]) -> Positions:
-        """Return the same positions for a tensor that differs only in the length of axes on which they are constant."""
+        """Return these positions for a tensor with other lengths along axes on which they are constant."""
         return replace(self, shape=tuple(shape))
 
 
@@ -91,7 +92,7 @@ def absent(shape: Sequence[int]) -> Positions:
 def doubtful(sources: Sequence[Positions], shape: Sequence[int], operation: str) -> Positions:
     """Return the positions of the result of an operation that could not be followed.
 
-    It has no centres and depends on everything that its sources depend on.
+    The result has no centres and depends on everything that its sources depend on.
 
     Args:
         sources: positions of the operands
@@ -160,7 +161,7 @@ def reshape(array: Tensor, old: Shape, new: Shape) -> Tensor:
 
 
 def _groups(old: Shape, new: Shape) -> list[tuple[range, range]]:
-    """Group the axes of two shapes of a tensor into the smallest groups with equally many elements."""
+    """Group the axes of two shapes of a tensor into the smallest groups with the same number of elements."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         start, left, right = (i, j), 1, 1
@@ -177,9 +178,9 @@ def averaged(part: Arrays, dim: int, step: float = 1.0) -> Arrays:
     """Average centres along an axis.
 
     Args:
-        part: the centres `(y, x, mixed)`, of which the least mixed are averaged
+        part: the centres `(y, x, mixed)`; only the least mixed ones are averaged
         dim: the axis
-        step: what is added to `mixed` if the centres differ
+        step: amount added to `mixed` if the centres differ
     """
     y, x, mixed = part
     if all(array.shape[dim] == 1 for array in part):
@@ -192,7 +193,8 @@ def averaged(part: Arrays, dim: int, step: float = 1.0) -> Arrays:
             centres.append(array)
             continue
         wide, mask = torch.broadcast_tensors(array, counted)
-        # Average the differences from the smallest centre, so that equal centres have exactly themselves as mean.
+        # Average the differences from the smallest centre, so that the mean of equal centres is exactly that
+        # centre.
         base = torch.where(mask, wide, math.inf).amin(dim, keepdim=True)
         offset = torch.where(mask, wide - base, 0.0)
         centres.append(rounded(base + offset.sum(dim, keepdim=True) / mask.sum(dim, keepdim=True)))
@@ -206,8 +208,8 @@ def reduced(source: Positions, dims: Sequence[int], *, keepdim: bool, step: floa
     Args:
         source: positions of the operand
         dims: the reduced axes
-        keepdim: whether these stay, with size 1
-        step: what is added to `mixed` if centres differ
+        keepdim: whether these axes stay, with size 1
+        step: amount added to `mixed` if centres differ
     """
     parts = list(source.parts)
     for dim in dims:
@@ -221,7 +223,7 @@ def reduced(source: Positions, dims: Sequence[int], *, keepdim: bool, step: floa
 
 
 def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
-    """Return the positions of a tensor each of whose elements depends on one element of every operand.
+    """Return the positions of a tensor whose elements each depend on one element of every operand.
 
     Args:
         operands: positions of the operands, which are broadcast
@@ -309,7 +311,7 @@ def aliased(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> Positio
 
 
 def united(reach: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """Combine reaches that count together, one for each set of axes along which they vary."""
+    """Combine reaches that count together: one for each set of axes along which they vary."""
     found: dict[frozenset[int], Arrays] = {}
     for arrays in reach:
         key = _pattern(arrays)
@@ -320,7 +322,7 @@ def united(reach: Sequence[Arrays]) -> tuple[Arrays, ...]:
 
 
 def chosen(parts: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """Reduce alternative centres to those that vary along more axes, and among alike ones to the less mixed."""
+    """Reduce alternative centres to those that vary along most axes, and of equal ones to the less mixed."""
     found: dict[frozenset[int], list[Arrays]] = {}
     for arrays in parts:
         group = found.setdefault(_pattern(arrays), [])
@@ -356,7 +358,7 @@ def _between(first: Arrays, second: Arrays) -> list[Tensor]:
 
 
 def _less_mixed(first: Arrays, second: Arrays) -> list[Arrays]:
-    """Return the less mixed of two centres, element by element; where neither is, their mean or both."""
+    """Return the less mixed of two centres, element by element; their mean or both if equally mixed."""
     if first is second:
         return [first]
     a, b = first[2], second[2]
@@ -385,7 +387,7 @@ def _are_close(one: Tensor, two: Tensor) -> bool:
 
 
 def _filled(arrays: Arrays, other: Arrays) -> Arrays:
-    """Return centres, with those of `other` for elements that have none."""
+    """Return centres in which elements without one take it from `other`."""
     empty = arrays[2].isinf()
     if not bool(empty.any()):
         return arrays

@@ -1,10 +1,11 @@
 """Random controls: untrained networks whose blocks act.
 
-timm starts many residual branches closed, so that training begins near the identity. The last norm of a branch
-has weight zero (ResNet, RegNet, Swin v2, LeViT), a gain multiplies it by zero (NFNet) or by 1e-6 to 0.1
-(LayerScale), or its convolutions have a standard deviation of 0.02 whatever their number of inputs. Such a
-network passes on little more than the output of its stem and its downsampling. `open_branches` opens the
-branches.
+
+In timm many residual branches start closed, so that training begins near the identity. The last norm of a
+branch has weight zero (ResNet, RegNet, Swin v2, LeViT), or a gain multiplies the branch by zero (NFNet) or by
+1e-6 to 0.1 (LayerScale), or its convolutions have a standard deviation of 0.02 whatever their number of
+inputs. Such a network passes on little more than the output of its stem and its downsampling. `open_branches`
+opens the branches.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 from afterimage.models.encoders.forward_trace import storage
 
 CLOSED = 0.2
-"""Factor or gain below which a branch is closed. LayerScale starts at 0.1 at most, and weights with a standard
-deviation of 0.02 have a smaller gain for up to 99 inputs; the next larger gain in timm's networks is 0.28
-(192 inputs at 0.02).
+"""Factor or gain below which a branch is closed. LayerScale starts at 0.1 at most, and weights with a
+standard deviation of 0.02 have a smaller gain for up to 99 inputs; the next larger gain in timm's networks is
+0.28 (192 inputs at 0.02).
 """
 
 _ATEN = torch.ops.aten
@@ -45,10 +46,10 @@ _MATRICES = frozenset([_ATEN.convolution, _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATE
 
 
 class _Uses(TorchDispatchMode):
-    """Records which parameters multiply something (`factors`) and which are matrices on features (`matrices`).
+    """Record of parameters that multiply something (`factors`) or are matrices on features (`matrices`).
 
-    A view of a parameter counts as the parameter; a result computed from it does not. `images` are followed to
-    distinguish features from what depends on parameters only.
+    A view of a parameter counts as the parameter; a result computed from it does not. The tensors computed
+    from `images` are followed, to distinguish features from tensors that depend on parameters only.
     """
 
     def __init__(self, parameters: dict[str, Tensor], images: Tensor) -> None:
@@ -79,7 +80,7 @@ class _Uses(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class ParameterUses:
-    """What a network does with its parameters, by name; it depends on the architecture alone.
+    """Uses of a network's parameters, by name; they depend on the architecture alone.
 
     Attributes:
         factors: parameters that multiply features, elementwise or as a norm's weight
@@ -93,15 +94,15 @@ class ParameterUses:
 def open_branches(model: nn.Module, uses: ParameterUses) -> None:
     """Scale the weights of an untrained network in place so that every block acts.
 
-    A parameter that multiplies features, elementwise or as a norm's weight, and starts as one value below
-    `CLOSED` becomes 1. A matrix or convolution whose gain is below `CLOSED` is scaled to gain 1, where the gain
-    is the root mean square times the square root of the number of inputs. Parameters that are added (biases,
-    position embeddings, class tokens) close nothing and stay unchanged. The result depends on the parameters
-    alone.
+    A parameter that multiplies features, elementwise or as a norm's weight, and has the same value below
+    `CLOSED` everywhere is set to 1. A matrix or convolution whose gain is below `CLOSED` is scaled to gain 1,
+    where the gain is the root mean square times the square root of the number of inputs. Parameters that are
+    added (biases, position embeddings, class tokens) close nothing and stay unchanged. The result depends
+    only on the parameters.
 
     Args:
         model: the network
-        uses: what it does with its parameters, from `parameter_uses`
+        uses: uses of its parameters, from `parameter_uses`
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -115,15 +116,15 @@ def open_branches(model: nn.Module, uses: ParameterUses) -> None:
 
 
 def parameter_uses(model: nn.Module, image_size: tuple[int, int], channels: int = 3) -> ParameterUses:
-    """Find what a network does with its parameters, so that no names of them need to be known.
+    """Find the uses of a network's parameters without relying on their names.
 
-    One pass shows it, on the meta device, which computes nothing, or on the CPU if the network cannot run there.
-    If the network fails on images of this size, the uses before the failure count.
+    One forward pass is observed, on the meta device, where nothing is computed, or on the CPU if the network
+    cannot run on meta. If the network fails on images of this size, the uses before the failure count.
 
     Args:
         model: the network; the values of its parameters do not matter
         image_size: `(height, width)` of the images of the pass, in pixels
-        channels: number of channels that the model takes
+        channels: number of image channels that the model takes
     """
     tensors = (*model.parameters(), *model.buffers())
     with contextlib.suppress(Exception):
@@ -151,7 +152,7 @@ def _pass(model: nn.Module, shape: tuple[int, int, int], device: str) -> tuple[P
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw random numbers on the CPU from a seed in this block; torch's global generator is restored afterwards."""
+    """Seed the CPU's random numbers inside this block; torch's global generator is restored afterwards."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -161,7 +162,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Blank(TorchFunctionMode):
-    """Skip the random initialisation of parameters inside this context.
+    """Context that skips the random initialisation of parameters.
 
     Their values are loaded later, and drawing them would take far longer than the rest of the construction.
     """

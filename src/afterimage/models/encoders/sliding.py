@@ -1,4 +1,4 @@
-"""Follow positions through what slides along an axis: convolutions, pools, interpolation and padding."""
+"""Follow positions through operations along an axis: convolutions, pools, interpolation and padding."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def nth(values: Sequence[int], axis: int) -> int:
 def slid(
     source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int = 1
 ) -> Positions:
-    """Follow windows along one axis, as of a convolution or a pool.
+    """Follow windows along one axis, as in a convolution or a pool.
 
-    Padding continues the line of centres, so that a window at the border is centred at its own position rather
-    than at that of the pixels it sees.
+    Padding continues the line of centres, so that a window at the border is centred at its own position and
+    not at that of the pixels it sees.
     """
     size = source.shape[dim]
     if (kernel, stride, padding, out) == (1, 1, 0, size):
@@ -70,8 +70,8 @@ def _real_if_any(mixed: Tensor) -> Tensor:
 def _windows(array: Tensor, dim: int, indices: Tensor, size: int, outside: str) -> Tensor:
     """Take windows of an array along an axis, which becomes `(out, ..., window)`.
 
-    `outside` decides the values at `indices` beyond the ends: `line` continues the line of values, `edge`
-    repeats the last one, and `none` is infinite.
+    `outside` decides the values at `indices` beyond the ends: `line` extrapolates the values linearly, `edge`
+    repeats the last one, and `none` gives infinity.
     """
     if array.shape[dim] == 1 and (size > 1 or outside != "none"):
         return array.unsqueeze(-1)
@@ -90,13 +90,13 @@ def _windows(array: Tensor, dim: int, indices: Tensor, size: int, outside: str) 
 def spread(
     source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> Positions:
-    """Follow a transposed convolution along one axis: each output is centred between the inputs that reach it."""
+    """Follow a transposed convolution along one axis: outputs are centred between their inputs."""
     index = torch.arange(out, dtype=torch.float64, device="cpu")
     return _resampled(source, dim, (index + padding - (kernel - 1) * dilation / 2) / stride)
 
 
 def _resampled(source: Positions, dim: int, where: Tensor) -> Positions:
-    """Interpolate positions along an axis at the indices `where`; each then sees all pixels along that axis."""
+    """Interpolate positions along an axis at the indices `where`; each then sees all pixels along it."""
     low = where.floor().clamp(0, max(source.shape[dim] - 2, 0)).long()
     share = (where - low).reshape([-1 if axis == dim else 1 for axis in range(len(source.shape))])
 
@@ -127,7 +127,7 @@ def pooled(source: Positions, name: str, given: Given, shape: Sequence[int]) -> 
 
 
 def adapted(source: Positions, shape: Sequence[int], axes: int) -> Positions:
-    """Follow an adaptive pool: windows that cover an axis as evenly as whole numbers allow."""
+    """Follow an adaptive pool, whose windows cover an axis as evenly as whole numbers allow."""
     for dim in range(len(shape) - axes, len(shape)):
         before, after = source.shape[dim], shape[dim]
         starts = [index * before // after for index in range(after)]
@@ -157,7 +157,7 @@ def upsampled(source: Positions, given: Given, shape: Sequence[int]) -> Position
 
 
 def padded(source: Positions, pad: Sequence[int]) -> Positions:
-    """Follow padding: it continues a line of centres, and has no centre where there is no line."""
+    """Follow padding, which continues a line of centres, and has no centres if they are not on a line."""
     for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         dim = len(source.shape) - 1 - number
         size = source.shape[dim]
@@ -169,7 +169,7 @@ def padded(source: Positions, pad: Sequence[int]) -> Positions:
             parts = []
             for y, x, mixed in source.parts:
                 if not y.shape[dim] == x.shape[dim] == 1:
-                    # Mixed as if the elements were in padding, where they are not already.
+                    # Count elements in padding as mixed by `VIRTUAL`, unless they already are.
                     virtual = torch.where(mixed < VIRTUAL, mixed + VIRTUAL, mixed)
                     mixed = compress(torch.where(outside, virtual, mixed))
                 parts.append((y, x, mixed))

@@ -1,4 +1,4 @@
-"""Layouts: how the output of a module becomes a feature map `(B, C, h, w)`.
+"""Layouts: conversions of a module's output into a feature map `(B, C, h, w)`.
 
 Spatial axes and prefix tokens are measured, not declared. The network runs on two image sizes and two batch
 sizes: the axes that grow with the image are its height and width. Prefix tokens are recognised by their
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from afterimage.models.encoders.positions import WIDE, Positions
 
 COARSEST = 128
-"""Largest reduction of a feature map: a single location for an image of ordinary size is the result of pooling."""
+"""Largest reduction of a feature map; a single location for an image of ordinary size is the result of
+pooling."""
 ROUND = 64
-"""Fractions of a pixel, 1/64, to which positions of tokens are rounded before rows of a grid are compared."""
+"""Positions of tokens are rounded to 1/64 pixel before the rows of a grid are compared."""
 Size = tuple[int, int]
 Shape = tuple[int, ...]
 Key = tuple[int | str, ...]
@@ -30,7 +31,7 @@ Shapes = list[tuple[Key, Shape]]
 
 
 class Refused(Exception):
-    """The output of a module is not a feature map; the message gives the reason."""
+    """Error for a module output that is not a feature map; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
     """List every tensor in an output.
 
     Args:
-        output: what a module returned
+        output: output of a module
         key: indices, keys and field names that led to `output`
 
     Returns:
@@ -107,7 +108,7 @@ def step_into(output: Any, step: int | str) -> Any:
     """Return an item of an output.
 
     Args:
-        output: what a module returned
+        output: output of a module
         step: index, key or field name of the item
     """
     by_name = isinstance(step, str) and not isinstance(output, Mapping) and has_fields(output)
@@ -115,10 +116,10 @@ def step_into(output: Any, step: int | str) -> Any:
 
 
 def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
-    """Return a function that puts a module's tokens into raster order, for models that keep them in another order.
+    """Return a function that puts a module's tokens into raster order if the model uses another order.
 
-    Hiera unrolls its tokens so that pooling is a maximum over contiguous ones (Ryali et al. 2023). Only at the end of a
-    block does it tell how to roll them back, into (B, h, w, C).
+    Hiera unrolls its tokens so that pooling is a maximum over contiguous tokens (Ryali et al. 2023). Only
+    after a whole block can they be rolled back, into (B, h, w, C).
 
     Args:
         model: the model
@@ -139,11 +140,11 @@ def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
 
 
 def find_vector(first: Shapes, second: Shapes) -> Layout | None:
-    """Find the layout of one vector an image `(B, C)`, or of one location `(B, C, 1, 1)`; None if it is neither.
+    """Return the layout of one vector per image, `(B, C)` or `(B, C, 1, 1)`; None for any other output.
 
     Args:
         first: keys and shapes of the tensors in the first pass
-        second: the same in the second pass, on another size
+        second: the same in the second pass, on another image size
     """
     if len(first) != 1 or len(second) != 1:
         return None
@@ -168,7 +169,8 @@ def find_layout(
         second: the same in the second pass
         sizes: `(height, width)` of the images of both passes
         prefix: number of prefix tokens that the model declares, or None
-        prefers_nhwc: whether NHWC wins if both passes had the same size and shapes leave it open
+        prefers_nhwc: whether NHWC is preferred if both passes had the same size and the shapes fit both
+            orders
         positions: positions in the image of the first pass's tensors; they take precedence over shapes
 
     Raises:
@@ -264,7 +266,7 @@ def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
     indices = own.nonzero().flatten()
     first, count = int(indices[0]), len(indices)
     if (len(rows), len(columns)) == (1, 1) and count > 1:
-        return None  # all tokens depend on the whole image alike
+        return None  # all tokens depend on the whole image in the same way
     grid = torch.cartesian_prod(rows, columns) if count == len(rows) * len(columns) else None
     if (
         int(indices[-1]) != first + count - 1
@@ -284,7 +286,7 @@ def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
 
 
 def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
-    """Return how many tokens do not grow in number with the image's area, if these are 1 to 16."""
+    """Return the number of tokens that does not grow with the image's area, if it is 1 to 16; else 0."""
     small, large = (math.prod(size) for size in sizes)
     if large == small:
         return 0
@@ -295,7 +297,7 @@ def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
 def _is_grid(grid: Size, size: Size) -> bool:
     """Return whether a grid has the image's aspect ratio, up to the effects of padding.
 
-    A grid beyond the reduction `COARSEST` is the result of pooling.
+    A grid with a reduction above `COARSEST` is the result of pooling and is rejected.
     """
     if not all(grid) or (size[0] == size[1] and grid[0] != grid[1]):
         return False
@@ -308,7 +310,8 @@ def _is_grid(grid: Size, size: Size) -> bool:
 def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
     """Return whether a grid grows along each axis about as much as the image.
 
-    The aspect ratio alone cannot exclude attention maps of square images, which grow with the image's area.
+    The aspect ratio alone cannot exclude the attention maps of square images, which grow with the image's
+    area.
     """
     (before, after), (small, large) = grids, sizes
     return all(
@@ -325,7 +328,7 @@ def find_grid(count: int, size: Size) -> Size | None:
         size: `(height, width)` of the image in pixels
 
     Returns:
-        the grid, or None if none is within one location of the aspect ratio
+        the grid, or None if no grid is within one location of the aspect ratio
     """
     if count < 1:
         return None

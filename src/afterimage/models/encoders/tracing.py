@@ -1,4 +1,4 @@
-"""Measure which modules of a model return feature maps, their shapes, and the network's cost up to each.
+"""Measure which modules of a model return feature maps, their shapes, and the network's cost up to each one.
 
 Nothing is declared. The model is observed on images of two sizes, before any weights are loaded.
 """
@@ -26,14 +26,14 @@ from afterimage.models.encoders.tensor_layout import Layout, Refused, Size, find
 from afterimage.runs.results import FeatureMap
 
 OUTPUT = "output"
-"""The layer's name for what the whole network returns."""
+"""Name of the layer that is the output of the whole network."""
 ROLES = {
     "norm": "the final norm over a map's locations, behind all blocks",
     "cls": "the class token behind the last block and the final norm",
     "pooled": "the vector that the classifier reads, as one module returns it",
     "head": "the vector that the whole network returns: classes or an embedding",
 }
-"""Layers that have a name by what they are, and what that is."""
+"""Names of layers by their role, with a description of each."""
 Found = tuple["TracedLayer", Positions | None]
 
 
@@ -43,14 +43,14 @@ class TracedLayer:
 
     Attributes:
         module: path of the module; empty for the whole network
-        layout: how its output becomes a feature map
+        layout: conversion of its output into a feature map
         order: number of modules that finish before it
         clock: number of operations until it finishes
-        parameters: parameters of the network up to there
+        parameters: number of parameters of the network up to there
         macs: multiply-adds of the network up to there, for one image
         overwritten: whether the network later changes the module's output in place
         placement: positions of its locations in the image
-        is_vector: whether it is one vector for the whole image
+        is_vector: whether the output is one vector for the whole image
     """
 
     module: str
@@ -64,7 +64,7 @@ class TracedLayer:
     is_vector: bool = False
 
     def feature_map(self, source: str, image_size: Size) -> FeatureMap:
-        """Describe the layer's features on images of a size, `(height, width)`, under the name `model:layer`."""
+        """Describe the layer, named `model:layer`, on images of a size `(height, width)`."""
         return FeatureMap(
             source,
             self.layout.channels,
@@ -83,21 +83,22 @@ class TracedLayer:
 
 @dataclass(frozen=True)
 class Trace:
-    """A network on images of one size: its layers, and why other modules are not layers.
+    """A network on images of one size: its layers, and the reasons why other modules are not layers.
 
     Attributes:
         network: the network
         image_size: `(height, width)` of the images in pixels
-        modules: paths of all modules, the whole network's being empty
+        modules: paths of all modules; the path of the whole network is empty
         layers: the modules whose output is a feature map, by path
-        refused: the reason for each other module that ran
+        refused: for each other module that ran, the reason why it is not a layer
         reads: saved tensors in the order in which they are first read: clock, names, number of parameters
-        aliases: module path of each short name
+        aliases: module paths by short name
         stages: paths of the layers worth listing
-        failure: why the network stopped before its end; empty if it did not
-        find: finds what a module returns under some keys, and its values' positions in the image
-        named: layers that a network has by role, see `_named`
-        placements: placements computed so far, by layer's name
+        failure: reason why the network stopped before its end; empty if it did not
+        find: function that finds what a module returns under some keys, and the positions of its values in
+            the image
+        named: layers that the network has by role, see `_named`
+        placements: placements computed so far, by layer name
     """
 
     network: Network
@@ -114,10 +115,10 @@ class Trace:
     placements: dict[str, Placement] = field(default_factory=dict)
 
     def layer(self, name: str) -> TracedLayer:
-        """Return a layer by its module path or alias, with keys in brackets where it returns several tensors.
+        """Return a layer by module path or alias, followed by keys in brackets if it has several tensors.
 
         Raises:
-            AfterimageError: it is not a layer; the message gives the reason and the valid names
+            AfterimageError: there is no such layer; the message gives the reason and the valid names
         """
         model = self.network.name
         match = re.fullmatch(r"([^\[\]]+)((?:\[[^\[\]]+\])*)", name)
@@ -154,9 +155,9 @@ class Trace:
 
     @property
     def early_end(self) -> str:
-        """Explain where and why the network stopped before its end, and on which size it does not.
+        """Explanation of where and why the network stopped before its end, and which image size works.
 
-        Empty if it did not stop.
+        Empty if the network did not stop.
         """
         if not self.failure:
             return ""
@@ -170,7 +171,7 @@ class Trace:
 
     @property
     def by_order(self) -> list[str]:
-        """Names of all layers in order of execution, by alias if there is one."""
+        """Names of all layers in order of execution; aliases are preferred."""
         short = {path: alias for alias, path in self.aliases.items()}
         return [
             short.get(path, path) for path in sorted(self.layers, key=lambda path: self.layers[path].order)
@@ -182,13 +183,13 @@ class Trace:
         return [name for name in self.by_order if self.aliases.get(name, name) in self.stages]
 
     def used(self, layers: Sequence[TracedLayer]) -> list[tuple[str, ...]]:
-        """Return the saved tensors that the given layers read, each by all of its names."""
+        """Return the saved tensors that the given layers read, each as a tuple of all its names."""
         last = max(layer.clock for layer in layers)
         return [names for clock, names, _ in self.reads if clock <= last]
 
 
 class _Unbuildable(Exception):
-    """A model cannot be built for a size; the message gives the reason."""
+    """Error for a model that cannot be built for an image size; the message gives the reason."""
 
 
 def cannot_run(network: Network, size: Size, reason: str) -> AfterimageError:
@@ -197,7 +198,7 @@ def cannot_run(network: Network, size: Size, reason: str) -> AfterimageError:
     Args:
         network: the network
         size: `(height, width)` of the images in pixels
-        reason: why it cannot run
+        reason: reason why it cannot run
     """
     works = _size_that_works(network, size)
     return AfterimageError(
@@ -207,9 +208,9 @@ def cannot_run(network: Network, size: Size, reason: str) -> AfterimageError:
 
 
 def _size_that_works(network: Network, size: Size) -> str:
-    """Describe the size that a network's weights are for if it runs to its end there.
+    """Describe the native size of a network's weights, if it differs and the network runs to its end there.
 
-    Otherwise return the empty string.
+    Otherwise return an empty string.
     """
     native = network.native_size
     with contextlib.suppress(AfterimageError):
@@ -264,13 +265,13 @@ def _named(
 ) -> dict[str, Found]:
     """Find the layers of `ROLES` that a network has.
 
-    The final norm lies outside the blocks, whose paths have a number, and runs after them. The class token is the
-    first of the tokens beside the map, in a network with a parameter for it. The classifier is the last matrix or
-    convolution that returns a vector of the network's own length.
+    The final norm lies outside the blocks, whose paths contain a number, and runs after them. The class token
+    is the first of the tokens outside the map, in a network with a parameter for it. The classifier is the
+    last matrix or convolution that returns a vector as long as the network's own output.
     """
     modules = dict(model.named_modules())
     inner = {path: layer for path, layer in layers.items() if path}
-    # Not what has one channel: the weights of an attention that pools locations, as in SigLIP's head.
+    # Without maps of one channel, such as the weights of an attention that pools locations (SigLIP's head).
     blocks = [
         layer
         for path, layer in inner.items()
@@ -319,7 +320,7 @@ def _named(
 def _finder(
     network: Network, model: nn.Module, first: ForwardTrace, second: ForwardTrace, sizes: tuple[Size, Size]
 ) -> Callable[[str, Sequence[str]], Found]:
-    """Return `find` of a `Trace`, which keeps no tensors of the passes."""
+    """Return `find` of a `Trace`; the function keeps no tensors of the passes."""
     reads = _reads(model, first)
     clocks = [clock for clock, _, _ in reads]
     totals = [0, *itertools.accumulate(count for _, _, count in reads)]
@@ -374,8 +375,8 @@ def _bracketed(keys: Sequence[int | str]) -> str:
 def _blank(network: Network, image_size: Size, device: str = "meta") -> nn.Module:
     """Build the model without weights, and without storage if that is possible and fast.
 
-    Some models, and some versions of timm, cannot be built on the meta device, which also unrolls recurrent
-    networks far too slowly.
+    Some models, and some versions of timm, cannot be built on the meta device. Recurrent networks are not run
+    on it either, because it unrolls them far too slowly.
     """
     with seeded(0), Blank():
         if device == "meta":
@@ -400,9 +401,9 @@ def _images(network: Network, model: nn.Module, count: int, size: Size) -> torch
 def _observe_again(
     network: Network, model: nn.Module, size: Size, first: ForwardTrace
 ) -> tuple[ForwardTrace, Size]:
-    """Observe two images that are wider, larger, or of the same size.
+    """Observe the model on two images that are wider, larger, or of the same size.
 
-    The first of these sizes counts at which the model runs as far as it did on one image.
+    The first of these sizes is used on which the model runs as far as it did on one image.
     """
     height, width = size
     for other in ((height, 2 * width), (2 * height, 2 * width), size):
@@ -419,7 +420,7 @@ def _observe_again(
 
 
 def _reads(model: nn.Module, seen: ForwardTrace) -> list[tuple[int, tuple[str, ...], int]]:
-    """List the saved tensors in the order in which they are first read: clock, names, number of parameters."""
+    """List saved tensors in the order in which they are first read: clock, names, number of parameters."""
     names: dict[int, list[str]] = {}
     counts: dict[int, int] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -433,9 +434,9 @@ def _stages(
 ) -> list[str]:
     """Choose the layers worth listing.
 
-    These are the layers in `named`, which the published study names, those that timm declares, and the
-    outermost composite modules that are less than half of the network. Where the study names layers, single
-    operations are left out.
+    These are the layers in `named`, which have names in the published study, those that timm declares, and
+    the outermost composite modules that contain less than half of the network's layers. If the study names
+    layers, single operations are left out.
     """
     infos = getattr(model, "feature_info", None) or ()
     declared = {info["module"] for info in infos if isinstance(info, dict)}

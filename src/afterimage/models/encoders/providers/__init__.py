@@ -1,4 +1,4 @@
-"""Where encoders come from: one library of networks a file, and one function that opens a network by its name."""
+"""Sources of networks: one library per file, and a function that opens a network by its name."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ NETWORKS: dict[str, type[Network]] = {
     "diffusers": DiffusersNetwork,
     "python": OwnNetwork,
 }
-"""The networks of each provider; `config.PROVIDERS` names them, without torch."""
+"""Network class of each provider; `config.PROVIDERS` lists the providers without importing torch."""
 
 
 @functools.lru_cache(maxsize=32)
 def open_network(model: str) -> Network:
-    """Find a network by its name.
+    """Open a network by its name.
 
     Args:
-        model: `[provider/]model`; timm's where no provider is named
+        model: `[provider/]model`; without a provider, a model of timm
 
     Raises:
-        AfterimageError: the provider does not know the model, or is not installed
+        AfterimageError: the provider does not have the model, or is not installed
     """
     provider, name = split_provider(model.strip())
     if not name:
@@ -44,24 +44,24 @@ def open_network(model: str) -> Network:
 def resolve(source: str) -> str:
     """Pin the tag of the weights in `[provider/]model:layer`: `vgg16:block1` becomes `vgg16.tv_in1k:block1`.
 
-    The layer is not checked; that happens when it is measured.
+    The layer is not checked until it is measured.
 
     Raises:
-        AfterimageError: the provider does not know the model or the tag
+        AfterimageError: the provider does not have the model or the tag
     """
     model, layer = split_source(source.strip())
     return f"{open_network(model).name}:{layer}"
 
 
 def at_native_size(data: DataConfig, sources: Sequence[str]) -> DataConfig:
-    """Return settings of images whose crops, where `native` is asked for, have the size that networks are for.
+    """Return data settings with the networks' native image size if the crop is `native`.
 
     Args:
         data: the settings
-        sources: `[provider/]model:layer` each
+        sources: names `[provider/]model:layer`
 
     Raises:
-        AfterimageError: the networks are for images of different sizes
+        AfterimageError: the networks have different native sizes
     """
     if data.crop != NATIVE:
         return data

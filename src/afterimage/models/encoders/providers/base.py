@@ -1,4 +1,4 @@
-"""What a provider says of a network: how to build it, how it normalises images, and where its weights are."""
+"""Base class of networks: how to build them, how they normalise images, and where their weights are."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ class Network(abc.ABC):
     """One network of one provider.
 
     Attributes:
-        name: provider, model and tag of the weights, as a source calls it; timm's names have no provider
-        mean: channel means by which it normalises images in [0, 1]: three, or one if it takes the luminance of images
-        std: channel standard deviations for the same
-        native_size: size of the images that its weights are for, `(height, width)` in pixels
-        has_fixed_size: whether it is built for one image size; others take any
-        classifiers: beginnings of the names of its classifier's tensors; empty if it has none
-        channels_last: whether it runs on images whose channels are the last axis in memory, which is faster
-        is_own: whether it comes with its weights, and is tried on images, since nobody vouches for it
+        name: provider, model and tag of the weights, as in a source's name; timm's names have no provider
+        mean: channel means with which it normalises images in [0, 1]: three, or one if it takes the luminance
+            of images
+        std: channel standard deviations, likewise
+        native_size: `(height, width)` in pixels of the images that its weights are for
+        has_fixed_size: whether it is built for one image size; other networks take any size
+        classifiers: prefixes of the names of its classifier's tensors; empty if it has none
+        channels_last: whether it runs in channels-last memory order, which is faster
+        is_own: whether it is a user's network: it brings its own weights and is first tried on images
     """
 
     channels_last: ClassVar[bool] = False
@@ -51,12 +52,12 @@ class Network(abc.ABC):
 
     @property
     def channels(self) -> int:
-        """Number of channels that it takes: 3, or 1 for the luminance of images."""
+        """Number of image channels that the network takes: 3, or 1 for the luminance."""
         return len(self.mean)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader has to know of how images reach it."""
+        """Remarks for the run's notes on how images reach the network."""
         if self.channels == 3:
             return ()
         return (f"{self.name} takes one channel: images reach it as their luminance (ITU-R BT.601)",)
@@ -67,35 +68,35 @@ class Network(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def open(cls, name: str) -> Network:
-        """Describe a network by its provider's name of it.
+        """Return the description of a network by its provider's name.
 
         Raises:
-            AfterimageError: the provider does not know it, or is not installed
+            AfterimageError: the provider does not have the network, or is not installed
         """
 
     @abc.abstractmethod
     def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
-        """Build the network in evaluation mode, as its library initialises it.
+        """Build the network in evaluation mode, with its library's own initialisation.
 
         Args:
             image_size: `(height, width)` of the images in pixels
-            device: where the parameters are
+            device: device of the parameters
         """
 
     @abc.abstractmethod
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
-        """Find its weights: `pretrained`, or the path of a file or folder; see `search_weights`."""
+        """Find the network's weights: `pretrained`, or the path of a file or folder; see `search_weights`."""
 
     def aliases(self, module: nn.Module) -> dict[str, str]:
-        """Return short names for layers, `{alias: module path}`; real module paths take precedence."""
+        """Return short names of layers, `{alias: module path}`; real module paths take precedence."""
         return {}
 
     def prefix_tokens(self, module: nn.Module) -> int | None:
-        """Return how many tokens it declares before those of the map; None if only measurement tells."""
+        """Return the declared number of tokens before the map's; None if it must be measured."""
         return None
 
     def convert(self, module: nn.Module, image_size: Size) -> Convert | None:
-        """Return what brings a publisher's names and shapes into the module's own; None if nothing does."""
+        """Return a function from a publisher's names and shapes to the module's own, or None."""
         return None
 
     def create_random(self, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
@@ -119,14 +120,16 @@ class Network(abc.ABC):
 
         Args:
             image_size: `(height, width)` of the images in pixels
-            weights: as `find_weights` found them
-            used: the tensors that the file must hold, each by all of its names
+            weights: the weights, from `find_weights`
+            used: the tensors that the file must hold, each as a tuple of all its names
 
         Returns:
-            the network, and a note on where in the file the weights are (see `best_match`), empty if that is obvious
+            the network, and a note on the place of the weights in the file (see `best_match`), empty if that
+                is obvious
 
         Raises:
-            AfterimageError: a used tensor is missing, does not fit or is not finite; the message names the file
+            AfterimageError: a used tensor is missing, does not fit or is not finite; the message names the
+                file
         """
         file = read_named_tensors(weights.file)
         with seeded(0), Blank():
@@ -135,7 +138,7 @@ class Network(abc.ABC):
         return module, load_tensors(module, self, file, used, convert, image_size)
 
     def without_classifier(self, module: nn.Module) -> nn.Module:
-        """Put nothing in the place of the classifier, so that the network returns an embedding."""
+        """Replace the classifier by an identity, so that the network returns an embedding."""
         for name in {*self.classifiers} & dict(module.named_children()).keys():
             setattr(module, name, nn.Identity())
         return module
@@ -143,7 +146,7 @@ class Network(abc.ABC):
 
 @functools.lru_cache(maxsize=32)
 def _parameter_uses(network: Network, image_size: Size) -> ParameterUses:
-    """Observe a network once for all of its seeds and layers: a pass takes several times as long as the weights."""
+    """Observe a network once for all its seeds and layers, since a pass takes longer than drawing weights."""
     with seeded(0), Blank():
         return parameter_uses(network.create(image_size), image_size, network.channels)
 
@@ -156,20 +159,20 @@ def load_tensors(
     convert: Convert | None,
     image_size: Size,
 ) -> str:
-    """Load a file's tensors into a network, named as the network or as their publisher names them.
+    """Load a file's tensors into a network, named as in the network or by their publisher.
 
-    The file may hold a part of the network only.
+    The file may hold only a part of the network.
 
     Args:
         module: the network
-        network: what its provider says of it
+        network: its provider's description
         file: the tensors of the file
-        used: the tensors that the file must hold, each by all of its names
-        convert: brings a publisher's names and shapes into the network's own, or None
+        used: the tensors that the file must hold, each as a tuple of all its names
+        convert: function from a publisher's names and shapes to the network's own, or None
         image_size: `(height, width)` of the images in pixels
 
     Returns:
-        a note on where in the file the weights are, empty if that is obvious
+        a note on the place of the weights in the file, empty if that is obvious
 
     Raises:
         AfterimageError: a used tensor is missing, does not fit or is not finite; the message names the file
@@ -208,19 +211,19 @@ def load_tensors(
 
 
 def pools_of(module: nn.Module) -> dict[str, str]:
-    """Return the published study's names for a VGG's pooled outputs: `block1` to `block5`."""
+    """Return the published study's names of a VGG's pooled outputs, `block1` to `block5`."""
     pools = [f"features.{i}" for i, m in module.features.named_children() if isinstance(m, nn.MaxPool2d)]
     return {f"block{n}": path for n, path in enumerate(pools, start=1)}
 
 
 def one_for_each(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Return means or standard deviations for a network's channels: the mean of three for a network that takes one."""
+    """Return a network's means or standard deviations per channel; a single channel gets their mean."""
     values = tuple(map(float, values))
     return (sum(values) / len(values),) if channels == 1 else values
 
 
 def blocks_of(module: nn.Module, *paths: str) -> dict[str, str]:
-    """Return `block0` and so on for the children of the first of some paths that a network has."""
+    """Return names `block0` and on for the children of the first of some paths that exists in a network."""
     for path in paths:
         with contextlib.suppress(AttributeError):
             children = module.get_submodule(path).named_children()
@@ -231,10 +234,10 @@ def blocks_of(module: nn.Module, *paths: str) -> dict[str, str]:
 def _fit(
     name: str, convert: Convert | None, state: dict[str, Tensor], own: dict[str, Tensor], file: str
 ) -> State:
-    """Bring a state dict into the network's names and shapes.
+    """Convert a state dict to the network's names and shapes.
 
-    Some filters tell formats apart by the classifier's key, so they must not see a part of a network. If the
-    names are the network's own already, missing tensors are filled in from it and removed afterwards.
+    Some filters distinguish formats by the classifier's key, so they need a complete network. If the names
+    are already the network's own, missing tensors are filled in from it and removed afterwards.
     """
     if convert is None or all(key in own and value.shape == own[key].shape for key, value in state.items()):
         return state

@@ -1,4 +1,4 @@
-"""The encoders of published autoencoders: `diffusers/FOLDER:latents`, or a repository of the hub."""
+"""Encoders of published autoencoders: `diffusers/FOLDER:latents`, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ BLOCKS = tuple(
     f"autoencoder.encoder.{path}"
     for path in ("encoder.layer", "encoder.layers", "vision_model.encoder.layers")
 )
-"""Where the towers of representation autoencoders keep their blocks."""
+"""Paths of the blocks in the towers of representation autoencoders, the first existing one counts."""
 
 
 @dataclass(frozen=True)
 class DiffusersNetwork(Network):
-    """The encoder of an autoencoder of diffusers; its layer `latents` is what a diffusion model sees of an image.
+    """The encoder of an autoencoder of diffusers; its layer `latents` is the input of a diffusion model.
 
     Attributes:
-        autoencoder: the whole of it
+        autoencoder: description of the whole autoencoder
     """
 
     autoencoder: Autoencoder | None = field(default=None, repr=False)

@@ -1,4 +1,4 @@
-"""Vision towers of open_clip: `open_clip/ViT-B-32::laion2b_s34b_b79k`, an architecture and a tag of weights."""
+"""Vision towers of open_clip: `open_clip/ViT-B-32::laion2b_s34b_b79k`, an architecture and a weight tag."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from afterimage.models.hub_files import repository_config
 from afterimage.models.weights import SUFFIXES, Weights, search_weights
 
 CONFIG = "open_clip_config.json"
-"""The file in which a repository of the hub describes its network and how images are prepared."""
+"""File in a hub repository that describes the network and the preparation of its images."""
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Names of the weights in a repository of the hub."""
+"""Names of the weights in a hub repository."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class OpenClipNetwork(Network):
     """The vision tower of a network of open_clip.
 
     Attributes:
-        architecture: open_clip's name of it, or a repository of the hub, `OWNER/NAME[@REVISION]`
+        architecture: open_clip's name of the network, or a hub repository, `OWNER/NAME[@REVISION]`
         tag: open_clip's name of the weights; empty for random weights and those of a file or a repository
-        settings: its configuration
+        settings: configuration of the network
     """
 
     architecture: str = ""
@@ -42,10 +42,10 @@ class OpenClipNetwork(Network):
 
     @classmethod
     def open(cls, name: str) -> OpenClipNetwork:
-        """Describe a vision tower by open_clip's name of it, with or without a tag of weights, or by a repository.
+        """Return the description of a vision tower by open_clip's name, with or without tag, or a repository.
 
         Raises:
-            AfterimageError: open_clip is not installed, or does not know the network or the weights
+            AfterimageError: open_clip is not installed, or does not have the network or the weights
         """
         open_clip = library("open_clip")
         name = re.sub(HUB_PREFIX, "", name)
@@ -63,7 +63,7 @@ class OpenClipNetwork(Network):
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         if tag and tag not in tags:
             raise unknown(f"weights' tag of open_clip/{architecture}", tag, tags)
-        # Without a tag the towers of open_clip's own training are meant.
+        # Without a tag, the normalisation of the architecture's first published weights is used.
         weights = open_clip.get_pretrained_cfg(architecture, tag or next(iter(tags), "")) or {}
         settings = open_clip.get_model_config(architecture)
         size = weights.get("size") or settings["vision_cfg"].get("image_size", 224)
@@ -105,7 +105,7 @@ class OpenClipNetwork(Network):
         weights = open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}
         # The activation is the one that the weights were trained with.
         quick = weights.get("quick_gelu", settings.get("quick_gelu", False))
-        # Its ResNets take one side alone.
+        # open_clip's ResNets accept only a single number, the side.
         size = image_size[0] if image_size[0] == image_size[1] else image_size
         tower = replace(CLIPVisionCfg(**settings["vision_cfg"]), image_size=size, timm_model_pretrained=False)
         with warnings.catch_warnings(), torch.device(device):

@@ -1,4 +1,4 @@
-"""Networks of one's own: `python/package.module:factory`, `python/path/to/file.py:factory`, or a module at hand."""
+"""Users' networks: `python/package.module:factory`, `python/path/to/file.py:factory`, or an `nn.Module`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ AS_IT_IS = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class OwnNetwork(Network):
-    """A network of one's own, which comes with its weights.
+    """A user's network, which brings its own weights.
 
-    What the provider of a published network says, it says itself, by attributes that are numbers: `mean` and `std`
-    (otherwise images reach it in [0, 1]), `image_size`, and `prefix_tokens`, where measurement cannot tell how many
-    tokens come before those of the map.
+    It describes itself by attributes that are numbers: `mean` and `std` (without them images reach it in [0,
+    1]), `image_size`, and `prefix_tokens`, the number of tokens before those of the map, for networks in
+    which it cannot be measured.
 
     Attributes:
         module: the network
@@ -57,14 +57,14 @@ class OwnNetwork(Network):
 
     @classmethod
     def of(cls, module: nn.Module, name: str = "own") -> OwnNetwork:
-        """Describe a network by its attributes.
+        """Return the description of a network by its attributes.
 
         Args:
             module: the network
             name: name of the encoder
         """
         given = {key: getattr(module, key, None) for key in ("mean", "std", "image_size", "prefix_tokens")}
-        # A tensor of that name is a part of the network, which normalises with it by itself.
+        # A tensor of that name is a part of the network, with which it normalises images itself.
         given = {key: value for key, value in given.items() if not isinstance(value, Tensor)}
         size = size_pair(given.get("image_size") or 224)
         channels = _channels(module, size)
@@ -99,7 +99,7 @@ class OwnNetwork(Network):
 
     @property
     def notes(self) -> list[str]:
-        """What a run's notes say of it."""
+        """Remarks for the run's notes."""
         if (self.mean, self.std) != tuple(values[: self.channels] for values in AS_IT_IS):
             return []
         return [
@@ -107,7 +107,7 @@ class OwnNetwork(Network):
         ]
 
     def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
-        with torch.no_grad():  # or a scripted part's copy would come with a history
+        with torch.no_grad():  # otherwise a scripted part's copy would have an autograd history
             return copy.deepcopy(self.module).eval()
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
@@ -127,9 +127,10 @@ class OwnNetwork(Network):
         return self.prefix
 
     def create_random(self, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
-        """Build a random control: every module is drawn again as torch initialises it.
+        """Build a random control: torch's own initialisation draws every module again.
 
-        The values of a parameter that no module of torch's holds are permuted, which keeps their distribution.
+        The values of parameters in modules without such an initialisation are permuted, which keeps their
+        distribution.
         """
         model = self.create(image_size)
         with seeded(seed), torch.no_grad():
@@ -158,7 +159,7 @@ def _digest(network: nn.Module) -> str:
 
 
 def _channels(network: nn.Module, size: Size) -> int:
-    """Return how many channels a network takes: one if a convolution of it does and three are too many, else three."""
+    """Return a network's number of image channels: 1 if a convolution takes 1 and 3 fail, else 3."""
     if not any(isinstance(module, nn.Conv2d) and module.in_channels == 1 for module in network.modules()):
         return 3
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))

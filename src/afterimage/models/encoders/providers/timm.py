@@ -1,4 +1,4 @@
-"""Name timm's models, build them, and load weights into them."""
+"""Networks of timm: resolve their names, build them, and load weights into them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from afterimage.models.weights import Weights, find_weights
 def resolve_model(name: str) -> str:
     """Return a timm model's name with the tag of its weights: the given one, or timm's default.
 
-    A model without published weights has no tag and keeps its name. A repository of the hub, `OWNER/NAME` with
-    or without `hf-hub:`, becomes the timm model whose weights it holds, or stays `OWNER/NAME`; its config.json
+    A model without published weights has no tag and keeps its name. A hub repository, `OWNER/NAME` with or
+    without `hf-hub:`, becomes the timm model whose weights it holds, or stays `OWNER/NAME`; its config.json
     then names the architecture.
 
     Raises:
@@ -83,7 +83,7 @@ def _resolve_repository(name: str) -> str:
 def architecture(name: str) -> str:
     """Return timm's name of a model's architecture.
 
-    That is the name without the tag, or for a repository the entry in its config.json.
+    This is the name without the tag, or for a repository the entry in its config.json.
 
     Raises:
         AfterimageError: the repository cannot be read, or its network is not one of timm's
@@ -103,7 +103,7 @@ def architecture(name: str) -> str:
 
 
 def _renamed(architecture: str) -> str | None:
-    """Return timm's current name of a model with an old name; None for any other."""
+    """Return timm's current name for a model's old name; None for any other name."""
     from timm.models._registry import _deprecated_models
 
     if architecture not in _deprecated_models:
@@ -119,7 +119,7 @@ def _tags(architecture: str) -> list[str]:
 
 
 def _unknown_model(name: str) -> AfterimageError:
-    """Create the error for an unknown model, with near matches only: timm has too many models to list."""
+    """Create the error for an unknown model; it lists only near matches, because timm has too many models."""
     known = timm.list_models(pretrained=True)
     architectures = dict.fromkeys(known_name.partition(".")[0] for known_name in known)
     near = difflib.get_close_matches(name, [*known, *architectures], n=5, cutoff=0.6)
@@ -145,9 +145,9 @@ def pretrained_config(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read from a repository's config.json the description of its weights, and timm's arguments for its network.
+    """Read a repository's config.json: the description of its weights, and timm's arguments for its network.
 
-    Old files have no separate table for the weights. Arguments that set the image's size are left out, because
+    Old files have no separate table for the weights. Arguments that set the image size are left out, because
     `create_model` sets it. Missing entries take timm's defaults.
     """
     config, known = repository_config(name), {field.name for field in fields(PretrainedCfg)}
@@ -171,13 +171,13 @@ def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class TimmNetwork(Network):
-    """A network of timm's, or of a repository of the hub whose architecture timm has."""
+    """A network of timm, or of a hub repository with an architecture of timm."""
 
     channels_last = True
 
     @classmethod
     def open(cls, name: str) -> TimmNetwork:
-        """Describe a network by timm's name of it, with or without a tag, or by a repository of the hub."""
+        """Return the description of a network by timm's name, with or without a tag, or by a repository."""
         name = resolve_model(name)
         config = pretrained_config(name)
         classifiers = config.get("classifier") or ()
@@ -208,7 +208,7 @@ class TimmNetwork(Network):
     def load(
         self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
     ) -> tuple[nn.Module, str]:
-        # Position embeddings and the like are resampled to `image_size` by the model's own filter.
+        # The model's own filter resamples position embeddings and the like to `image_size`.
         notes: list[str] = []
         file = read_named_tensors(weights.file)
 
@@ -233,10 +233,11 @@ class TimmNetwork(Network):
         return module
 
     def aliases(self, module: nn.Module) -> dict[str, str]:
-        """Return the published study's names for layers.
+        """Return the published study's names of layers.
 
-        VGG's `block1` to `block5` are the pooled outputs. `block0` and so on of models with `blocks` are these blocks
-        in order. PVT-v2's `stage1` to `stage4` are its stages. ResNet's `layer1` to `layer4` are module paths already.
+        VGG's `block1` to `block5` are the pooled outputs. In models with `blocks`, `block0` and on are these
+        blocks in order. PVT-v2's `stage1` to `stage4` are its stages. ResNet's `layer1` to `layer4` are
+        module paths already.
         """
         name = architecture(self.name)
         if name.startswith("vgg"):
@@ -252,8 +253,8 @@ class TimmNetwork(Network):
 def _intercept(load: Callable[[nn.Module, Callable | None], None]) -> Iterator[None]:
     """Make timm call `load(model, filter)` instead of loading weights itself.
 
-    The filter brings weights into a model's own names and shapes. It is an argument of that one internal call,
-    and timm has no public access to it.
+    The filter converts weights to the model's own names and shapes. It is an argument of that one internal
+    call; timm has no public access to it.
     """
 
     def replacement(model: nn.Module, *_: Any, filter_fn: Callable | None = None, **__: Any) -> None:

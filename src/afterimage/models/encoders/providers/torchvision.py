@@ -1,4 +1,4 @@
-"""Networks of torchvision: `torchvision/resnet50.IMAGENET1K_V2`, or without a tag its default weights."""
+"""Networks of torchvision: `torchvision/resnet50.IMAGENET1K_V2`, or without a tag for the default weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TorchvisionNetwork(Network):
 
     Attributes:
         builder: torchvision's name of the network
-        entry: its entry of the weights; None if none are published
+        entry: torchvision's entry of the weights; None if none are published
     """
 
     channels_last = True
@@ -34,10 +34,10 @@ class TorchvisionNetwork(Network):
 
     @classmethod
     def open(cls, name: str) -> TorchvisionNetwork:
-        """Describe a network by torchvision's name of it, with or without the name of its weights.
+        """Return the description of a network by torchvision's name, with or without the name of its weights.
 
         Raises:
-            AfterimageError: torchvision does not know the network or the weights
+            AfterimageError: torchvision does not have the network or the weights
         """
         builder, _, tag = name.partition(".")
         known = [*models.list_models(module=models), *models.list_models(module=models.segmentation)]
@@ -69,7 +69,8 @@ class TorchvisionNetwork(Network):
         elif self.builder.startswith("maxvit_"):
             options = {"input_size": image_size}
         elif self.builder in ("googlenet", "inception_v3"):
-            # Its published weights expect images normalised to [-1, 1], which it then computes itself.
+            # The published weights expect images normalised to [-1, 1], which the network then computes
+            # itself.
             options = {"transform_input": True, "init_weights": True}
         elif self.builder in models.list_models(module=models.segmentation):
             options = {"weights_backbone": None}
@@ -90,7 +91,7 @@ class TorchvisionNetwork(Network):
         return functools.partial(interpolate_embeddings, image_size[0], module.patch_size)
 
     def aliases(self, module: nn.Module) -> dict[str, str]:
-        """Return `block1` and so on for VGG's pooled outputs, `block0` and so on for the blocks of a ViT."""
+        """Return names `block1` and on for VGG's pooled outputs, or `block0` and on for a ViT's blocks."""
         if self.builder.startswith("vgg"):
             return pools_of(module)
         return blocks_of(module, "encoder.layers")

@@ -1,4 +1,4 @@
-"""Vision towers of transformers: `transformers/facebook/dinov2-base`, a repository of the hub or a local folder."""
+"""Vision towers of transformers: `transformers/facebook/dinov2-base`, a hub repository or a local folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from afterimage.models.hub_files import CONFIG, named_config
 from afterimage.models.weights import SNAPSHOT, SUFFIXES, Weights, search_weights
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""The files in which a repository says how images are prepared."""
+"""Files in a repository that describe the preparation of images."""
 ENCODERS = {"vit_mae": ("vit", {"add_pooling_layer": False})}
-"""Networks that are built as another one, by `model_type`: a masked autoencoder drops and shuffles its patches, and its
-encoder is a ViT."""
+"""Networks that are built as another type, by `model_type`: a masked autoencoder drops and shuffles its
+patches, but its encoder is a ViT."""
 BLOCKS = (
     "encoder.layer",
     "encoder.layers",
@@ -36,7 +36,7 @@ BLOCKS = (
     "encoder.blocks",
     "blocks",
 )
-"""Where a vision transformer of the library keeps its blocks."""
+"""Paths of the blocks in the library's vision transformers, the first existing one counts."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class TransformersNetwork(Network):
 
     @classmethod
     def open(cls, name: str) -> TransformersNetwork:
-        """Describe a vision tower by its repository, `OWNER/NAME[@REVISION]`, or by a local folder.
+        """Return the description of a vision tower by repository, `OWNER/NAME[@REVISION]`, or local folder.
 
         Raises:
-            AfterimageError: transformers is not installed, the repository or folder does not describe a network that
-                transformers has, it needs code of its own, or nothing says how it normalises images
+            AfterimageError: transformers is not installed, the repository or folder does not describe a
+                network that transformers has, it needs its own code, or its normalisation of images is not
+                given
         """
         transformers = library("transformers")
         name = split_provider(absolute_model(f"transformers/{name}"))[1]
@@ -133,12 +134,12 @@ class TransformersNetwork(Network):
 
 
 def _interpolate(module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Let a vision transformer take images of any size."""
+    """Enable images of any size in a vision transformer."""
     return args, {**options, "interpolate_pos_encoding": True}
 
 
 def _as_patches(module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Cut images into the patches that a tower for any shape takes (NaFlex), row by row and without padding."""
+    """Cut images into patches, row by row and without padding, for a tower that takes any shape (NaFlex)."""
     images, patch = args[0], module.config.patch_size
     batch, channels, height, width = images.shape
     if height % patch or width % patch:
@@ -155,7 +156,7 @@ def _as_patches(module: nn.Module, args: tuple, options: dict[str, Any]) -> tupl
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library's report on a checkpoint off the terminal: what is missing is told in our own words."""
+    """Silence the library's report on a checkpoint, because missing tensors are reported by this package."""
     logging = library("transformers").utils.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
@@ -169,7 +170,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _preparation(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float, ...], Size]:
-    """Return mean, standard deviation and image size of a repository's images."""
+    """Return the mean, the standard deviation and the image size of a repository's preparation of images."""
     settings = named_config(name, PROCESSORS)
     settings = settings.get("image_processor", settings)
     try:
@@ -183,7 +184,7 @@ def _preparation(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float
             many = "three numbers" if channels == 3 else "one number"
             raise ValueError(f"image_mean and image_std must be {many}, got {mean} and {std}")
         size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", None)
-        if size is None:  # a tower for any shape says how many patches its square of positions has
+        if size is None:  # a tower for any shape gives the number of patches in its square of positions
             size = math.isqrt(getattr(config, "num_patches", 0)) * getattr(config, "patch_size", 0) or 224
         if isinstance(size, Mapping):
             size = (size["height"], size["width"]) if "height" in size else next(iter(size.values()))
