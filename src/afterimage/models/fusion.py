@@ -362,7 +362,7 @@ class WeightMaps:
         return weights if canvas.even else canvas.place(F.interpolate(weights, canvas.size)).clamp(0, 1)
 
     def gather(self, ranks: ProcessGroup) -> None:
-        """Add the batches of other ranks, each of which saw a part of each, in the order of one process."""
+        """Add the other ranks' parts of every batch, in the order of a single process."""
         self._sums = ranks.gather_batches(self._sums)
         kept = torch.cat(ranks.gather_batches(self._kept))
         self._kept = [kept[: self.keep]]

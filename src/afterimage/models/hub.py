@@ -92,7 +92,7 @@ def pull_all(address: str) -> list[PulledRun]:
 
 @contextlib.contextmanager
 def _refusals(repository: str) -> Iterator[None]:
-    """Turn errors into ones that name the repository."""
+    """Raise errors again with the name of the repository."""
     try:
         yield
     except Unavailable as reason:

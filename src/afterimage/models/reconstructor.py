@@ -238,7 +238,7 @@ def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> Fe
     Initial weights depend only on the run's seed.
 
     Raises:
-        AfterimageError: for an unknown name or option, and for a closed-form decoder behind a trained fusion.
+        AfterimageError: for an unknown name or option, and for a closed-form decoder after a trained fusion.
     """
     fusion = None
     if config.fusion is not None:
@@ -281,7 +281,7 @@ class Reconstructor(nn.Module):
         self.feature_decoder = decoder if isinstance(decoder, FeatureDecoder) else FeatureDecoder(decoder)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-        """Rebuild images `(B, 3, H, W)` in [0, 1] from their features, at the same size and range."""
+        """Rebuild images `(B, 3, H, W)` in [0, 1] from their features, with the same size and range."""
         features = self.encoders(images)
         return self.feature_decoder(features)
 

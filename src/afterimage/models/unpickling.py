@@ -330,7 +330,7 @@ class _Machine:
 
 
 def read_pickle(stream: io.BufferedIOBase, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """Read the pickle at the stream's position and return its value; the position is then behind the pickle.
+    """Read the pickle at the stream's position and return its value; the position moves to the pickle's end.
 
     Args:
         stream: the stream

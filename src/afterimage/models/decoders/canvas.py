@@ -47,9 +47,9 @@ class Span:
     def of(cls, axis: Axis | None, count: int, size: int) -> Span:
         """Create the span for an axis of a feature spec.
 
-        Cells that begin before the image or end behind it are moved inwards, as long as each location's
+        Cells that begin before the image or end after it are moved inwards, as long as each location's
         middle stays in its cell: padded convolutions put the first location at the first pixel, although the
-        pixels that it depends on lie behind it (docs/LOG.md).
+        pixels that it depends on lie further inside (docs/LOG.md).
 
         Args:
             axis: positions of the locations; None if their cells divide the image evenly
@@ -285,7 +285,7 @@ def carry_on(
 
 
 def _continued(images: Tensor, missing: int, dim: int, after: bool) -> Tensor:
-    """Extrapolate by `missing` pixels along one axis, behind the last pixels or before the first ones."""
+    """Extrapolate by `missing` pixels along one axis, after the last pixels or before the first."""
     edge = images.select(dim, -1 if after else 0)
     steps = _harmonic(edge.shape[-1], missing).to(edge.device, torch.float32)
     exact = nullcontext() if edge.is_meta else torch.autocast(edge.device.type, enabled=False)

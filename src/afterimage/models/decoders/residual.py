@@ -61,10 +61,10 @@ class ResidualDecoder(Decoder):
     come first.
 
     The decoder trains window by window, with one optimizer step each: neighbouring pixels carry nearly the
-    same information, so many steps on small parts improve the decoder much more than one step on everything
-    in the same time. Decoding uses an average of the weights over the last steps, which covers more steps the
-    longer training lasts (the power-function average of Karras et al. 2024, section 3.1). It can be used at
-    any time, without waiting for the learning rate to fall.
+    same information, so a large number of steps on small parts improves the decoder much more than one step
+    on everything in the same time. Decoding uses an average of the weights over the last steps, which covers
+    more steps the longer training lasts (the power-function average of Karras et al. 2024, section 3.1). It
+    can be used at any time, without waiting for the learning rate to fall.
 
     Args:
         specs: measured shapes of the features

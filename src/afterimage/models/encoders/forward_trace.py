@@ -79,7 +79,7 @@ class ForwardTrace(TorchDispatchMode):
         hooks = [
             module.register_forward_hook(functools.partial(self._finish, path))
             for path, module in model.named_modules()
-            if not isinstance(module, torch.jit.ScriptModule)  # these accept no hooks
+            if not isinstance(module, torch.jit.ScriptModule)  # scripted modules accept no hooks
         ]
         try:
             # Attention as plain matrix products can be counted and followed on every device.

@@ -131,7 +131,7 @@ def _match(
     required: Sequence[tuple[str, ...]],
     convert: Callable[[dict[str, Tensor]], State] | None = None,
 ) -> Match:
-    """Score the tensors under a prefix: required ones of right shape, then required ones, then all fits."""
+    """Score the tensors under a prefix: required ones of right shape, required ones, then all that fit."""
     container = _container(file, prefix)
     under = {name: name[len(prefix) :] for name in file.tensors if name.startswith(prefix)}
     # A tensor of another container belongs to this state dict only if the model has its name.

@@ -13,13 +13,13 @@ from afterimage.models.encoders.tensor_layout import Layout, Refused, Size
 
 SHIFT = 0.5
 """Locations by which a whole map may be shifted and still count as even. Padded convolutions of stride s put
-location i at pixel i s, half a location (less half a pixel) from its position in an even grid, which decoders
-learn to compensate.
+location i at pixel i s, half a location (less half a pixel) from its position in an even grid; decoders learn
+to compensate for this.
 """
 DRIFT = 0.125
 """Locations by which the shifts at the two ends of a map may differ while the map still counts as even."""
 GRAIN = 1024
-"""Starts and strides are multiples of 1/1024 pixel, so that they are the same on every machine."""
+"""Steps per pixel to which starts and strides are rounded, so that they are the same on every machine."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def _map(array: Tensor, positions: Positions, layout: Layout) -> Tensor:
 def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor]:
     """Return the centres `(y, x)` of a map's locations, each `(h, w)` with size 1 along axes of equal values.
 
-    If a location has several centres, the least mixed ones count.
+    If a location has several centres, the least mixed ones are used.
 
     Raises:
-        Refused: these centres lie far apart
+        Refused: the centres of a location lie far apart
     """
     parts = [averaged(tuple(_map(array, positions, layout) for array in part), 1) for part in positions.parts]
     least = min(part[2].min().item() for part in parts)

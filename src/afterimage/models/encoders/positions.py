@@ -22,12 +22,11 @@ Shape = tuple[int, ...]
 Arrays = tuple[Tensor, ...]
 
 GRAIN = 2.0**16
-"""Centres are multiples of 1/65536 pixel, so that rounding never makes equal centres differ."""
+"""Steps per pixel to which centres are rounded, so that rounding errors never make equal centres differ."""
 WIDE = 2.0**20
-"""Amount by which mixing along a whole axis counts, where mixing in a window counts 1; larger than any number
-of windows."""
+"""Count added to `mixed` for mixing along a whole axis (a window adds 1); above any number of windows."""
 VIRTUAL = 2.0**40
-"""Amount by which lying in padding counts: the element has a position, but depends on no pixel yet."""
+"""Count added to `mixed` for elements in padding, which have a position but depend on no pixel yet."""
 MOST_PARTS = 4
 """Number of alternative centres of one kind that are kept; beyond it, two are averaged."""
 BLANKS = {"parts": (0.0, 0.0, math.inf), "reach": (math.inf,) * 4}

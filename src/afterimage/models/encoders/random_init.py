@@ -119,7 +119,8 @@ def parameter_uses(model: nn.Module, image_size: tuple[int, int], channels: int 
     """Find the uses of a network's parameters without relying on their names.
 
     One forward pass is observed, on the meta device, where nothing is computed, or on the CPU if the network
-    cannot run on meta. If the network fails on images of this size, the uses before the failure count.
+    cannot run on meta. If the network fails on images of this size, the uses seen before the failure are
+    returned.
 
     Args:
         model: the network; the values of its parameters do not matter

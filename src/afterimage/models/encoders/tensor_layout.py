@@ -23,7 +23,7 @@ COARSEST = 128
 """Largest reduction of a feature map; a single location for an image of ordinary size is the result of
 pooling."""
 ROUND = 64
-"""Positions of tokens are rounded to 1/64 pixel before the rows of a grid are compared."""
+"""Steps per pixel to which positions of tokens are rounded before the rows of a grid are compared."""
 Size = tuple[int, int]
 Shape = tuple[int, ...]
 Key = tuple[int | str, ...]

@@ -108,7 +108,7 @@ def conv_bn_relu(convolution: nn.Module) -> nn.Sequential:
 
 
 def stages_between(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """Return the number of doublings that brings a size nearest to another.
+    """Return the number of doublings after which a size is nearest to another.
 
     Args:
         size: `(height, width)` to start from

@@ -19,7 +19,7 @@ BLOCKS = tuple(
     f"autoencoder.encoder.{path}"
     for path in ("encoder.layer", "encoder.layers", "vision_model.encoder.layers")
 )
-"""Paths of the blocks in the towers of representation autoencoders, the first existing one counts."""
+"""Paths of the blocks in the towers of representation autoencoders; the first that exists is used."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ BLOCKS = (
     "encoder.blocks",
     "blocks",
 )
-"""Paths of the blocks in the library's vision transformers, the first existing one counts."""
+"""Paths of the blocks in the library's vision transformers; the first that exists is used."""
 
 
 @dataclass(frozen=True)
