@@ -19,9 +19,10 @@ def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[st
     """Write a decoder to a safetensors file; equal arguments give equal bytes.
 
     Args:
-            tensors: its parameters and buffers by name
-            made_for: its sources, the digests of the encoders' weights that it was trained on, and for a
-                decoder from outside this package the digest of its code
+        path: the file
+        tensors: its parameters and buffers by name
+        made_for: its sources, the digests of the encoders' weights that it was trained on, and for a decoder
+            from outside this package the digest of its code
 
     Raises:
         AfterimageError: the file cannot be written
@@ -36,6 +37,7 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         path: the file
         made_for: sources and digests of the encoders' weights that it will be used with, and for a decoder
             from outside this package the digest of its code
+
     Raises:
         AfterimageError: the file is damaged, or was made for other features or by other code
     """

@@ -21,7 +21,7 @@ def library(name: str) -> ModuleType:
     """Import an optional library, which an extra of this package installs.
 
     Raises:
-            AfterimageError: the library is not installed
+        AfterimageError: the library is not installed
     """
     try:
         return importlib.import_module(name)

@@ -280,6 +280,7 @@ class SumFusion(Fusion):
     """Sum of all maps at one size, without parameters, as representation autoencoders sum layers.
 
     A vector is added at every location.
+
     Raises:
         AfterimageError: the maps have different numbers of channels
     """

@@ -127,7 +127,7 @@ def find_lpips_weights(net: str, weights: str | Path = "pretrained") -> Weights:
 
     Args:
         net: `alex`, `vgg` or `squeeze`
-            weights: a file, a folder, or `pretrained` to search for the file
+        weights: a file, a folder, or `pretrained` to search for the file
 
     Raises:
         AfterimageError: nothing was found; the message lists what was tried

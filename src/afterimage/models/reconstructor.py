@@ -42,7 +42,7 @@ class Encoders(nn.Module, ABC):
 
     @abstractmethod
     def describe(self) -> list[FeatureMap]:
-        """Return `Encoder.describe` for every source, in order."""
+        """Return the description of every source's features, in order (see `Encoder.describe`)."""
 
     @abstractmethod
     def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
@@ -109,7 +109,7 @@ class MultiEncoder(Encoders):
         return tuple(specs[i] for i in self._order)
 
     def describe(self) -> list[FeatureMap]:
-        """Return `Encoder.describe` for every source, in order."""
+        """Return the description of every source's features, in order (see `Encoder.describe`)."""
         entries = [entry for encoder in self.encoders for entry in encoder.describe()]
         return [entries[i] for i in self._order]
 
@@ -264,7 +264,7 @@ def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> Fe
 
 
 class Reconstructor(nn.Module):
-    """Encode images and rebuild them: `images -> frozen encoders -> [fusion ->] decoder -> images`.
+    """Encoders and decoder as one module: `images -> frozen encoders -> [fusion ->] decoder -> images`.
 
     Args:
         encoders: maps images to a list of feature maps; stays frozen and in evaluation mode.

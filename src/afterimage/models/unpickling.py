@@ -371,7 +371,7 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
 
     Raises:
         HoldsCode: the file names something that runs commands
-            Exception: the file is damaged; the type varies
+        Exception: the file is damaged; the type varies
     """
     first = read_pickle(stream)
     if first != MAGIC:

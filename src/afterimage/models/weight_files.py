@@ -60,8 +60,8 @@ def read_named_tensors(file: str | Path) -> NamedTensors:
     Tensors of safetensors and of torch.save since torch 1.6 are mapped from the file when they are used.
 
     Raises:
-            AfterimageError: the file has another format, is damaged, or holds no named tensors; the message
-                describes its content
+        AfterimageError: the file has another format, is damaged, or holds no named tensors; the message
+            describes its content
     """
     path = Path(file)
     try:

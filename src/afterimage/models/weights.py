@@ -45,12 +45,12 @@ class Weights:
 
     Attributes:
         model: name of the model, with its tag
-            origin: `path`, `folder` (named by AFTERIMAGE_WEIGHTS), `cache`, `hub`, `own` (a user's network
-                that brings its own weights), or one of `RANDOM_WEIGHTS`
-            location: a path, a repository, an address, or `seed N`
-            sha256: digest of the file; empty for random weights
-            file: the file; None for random weights
-            note: position of the weights in the file, known once they are read; empty if it is obvious
+        origin: `path`, `folder` (named by AFTERIMAGE_WEIGHTS), `cache`, `hub`, `own` (a user's network that
+            brings its own weights), or one of `RANDOM_WEIGHTS`
+        location: a path, a repository, an address, or `seed N`
+        sha256: digest of the file; empty for random weights
+        file: the file; None for random weights
+        note: position of the weights in the file, known once they are read; empty if it is obvious
     """
 
     model: str

@@ -85,7 +85,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Spatial attention: a factor in (0, 1) per location, from its mean and its maximum (CBAM, eq. 3)."""
+    """Spatial attention: a factor in (0, 1) per location, from the mean and maximum there (CBAM, eq. 3)."""
 
     def __init__(self, kernel: int = 7) -> None:
         super().__init__()

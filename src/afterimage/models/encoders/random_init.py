@@ -1,6 +1,5 @@
 """Random controls: untrained networks whose blocks act.
 
-
 In timm many residual branches start closed, so that training begins near the identity. The last norm of a
 branch has weight zero (ResNet, RegNet, Swin v2, LeViT), or a gain multiplies the branch by zero (NFNet) or by
 1e-6 to 0.1 (LayerScale), or its convolutions have a standard deviation of 0.02 whatever their number of

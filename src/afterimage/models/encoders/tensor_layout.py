@@ -118,8 +118,8 @@ def step_into(output: Any, step: int | str) -> Any:
 def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
     """Return a function that puts a module's tokens into raster order if the model uses another order.
 
-    Hiera unrolls its tokens so that pooling is a maximum over contiguous tokens (Ryali et al. 2023). Only
-    after a whole block can they be rolled back, into (B, h, w, C).
+    Hiera unrolls its tokens so that pooling is a maximum over contiguous tokens (Ryali et al. 2023). They
+    can be rolled back, into (B, h, w, C), only after a whole block.
 
     Args:
         model: the model
