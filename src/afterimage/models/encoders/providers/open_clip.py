@@ -63,7 +63,7 @@ class OpenClipNetwork(Network):
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         if tag and tag not in tags:
             raise unknown(f"weights' tag of open_clip/{architecture}", tag, tags)
-        # Without a tag, the normalisation of the architecture's first published weights is used.
+        # Without a tag, normalisation and size are those of the architecture's first published weights.
         weights = open_clip.get_pretrained_cfg(architecture, tag or next(iter(tags), "")) or {}
         settings = open_clip.get_model_config(architecture)
         size = weights.get("size") or settings["vision_cfg"].get("image_size", 224)
