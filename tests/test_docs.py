@@ -1,3 +1,4 @@
+import ast
 import importlib.util
 import json
 import re
@@ -54,6 +55,19 @@ def test_what_is_generated_is_what_its_sources_say(capsys):
     spec.loader.exec_module(update)
     assert update.main(["--check"]) == 0, capsys.readouterr().out
     assert "<!-- table:" in README
+
+
+def test_docstrings_open_with_a_verb_or_a_noun():
+    """None opens with a relative clause, as in "What a layer keeps": those must be read twice."""
+    asks = re.compile(r"(what|how|where|whether|which|who|whose|why|that|as)\b", re.IGNORECASE)
+    found = []
+    for path in sorted(file for room in ("src", "benchmarks") for file in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for line in getattr(node, "body", None) if isinstance(getattr(node, "body", None), list) else ():
+                value = line.value if isinstance(line, ast.Expr) else None
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    found += [f"{path}:{line.lineno}"] if asks.match(value.value) else []
+    assert not found
 
 
 def test_links_and_images_exist():

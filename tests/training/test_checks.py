@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from afterimage import AfterimageError, load_data, train_runs
 from afterimage.data import duplicates
 from afterimage.data.duplicates import check_split, near_duplicates
 from afterimage.data.images import ImageSet
+from afterimage.models.decoder_files import load_tensors
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.training.checkpoint import load_reconstructor
 from afterimage.training.checks import FeatureWatch, check_frozen, check_images
@@ -172,3 +174,7 @@ def test_a_decoder_of_another_encoder_is_refused(sample_images, cache, tmp_path)
     shutil.copy(runs[1].file("decoder.safetensors"), runs[0].file("decoder.safetensors"))
     with pytest.raises(AfterimageError, match=r"was made for other features: its sources are .*act1"):
         load_reconstructor(runs[0])
+    path = runs[1].file("decoder.safetensors")
+    path.write_bytes(save(load_tensors(path)[0]))
+    with pytest.raises(AfterimageError, match="does not say which features it was made for"):
+        load_reconstructor(runs[1])

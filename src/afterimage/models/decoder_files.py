@@ -43,8 +43,10 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     tensors, metadata = load_tensors(path)
     try:
-        stored = json.loads(metadata.get("made_for", "{}"))
-        differing = {key: stored[key] for key in made_for if key in stored and stored[key] != made_for[key]}
+        stored = json.loads(metadata.get("made_for", "null"))
+        if not isinstance(stored, dict):
+            raise ValueError("it does not say which features it was made for")
+        differing = {key: stored.get(key) for key in made_for if stored.get(key) != made_for[key]}
     except (ValueError, TypeError, RecursionError) as error:
         raise AfterimageError(f"cannot read {path}: {error}") from None
     for key, value in differing.items():

@@ -113,9 +113,15 @@ def _rms(x: Tensor) -> float:
 
 @torch.no_grad()
 def correct(corrector: Corrector, decoded: Images, refined: Images, precision: str) -> Images:
-    """Return best estimates in [0, 1] from decoded and refined images in [0, 1]."""
+    """Return best estimates in [0, 1] from decoded and refined images in [0, 1].
+
+    Each is the mean of two: of the images, and of their mirror images (self-ensemble, Lim et al. 2017, section 3.4).
+    """
+    decoded = decoded.clamp(0, 1)
     with torch.autocast(decoded.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        return corrector(decoded.clamp(0, 1), refined).float().clamp(0, 1)
+        straight = corrector(decoded, refined).float()
+        mirrored = corrector(decoded.flip(-1), refined.flip(-1)).float().flip(-1)
+    return ((straight + mirrored) / 2).clamp(0, 1)
 
 
 def learn_corrector(
