@@ -10,7 +10,7 @@ from PIL import Image
 
 from afterimage.config import AfterimageError, Axis, RunConfig
 from afterimage.runs.environment import environment
-from afterimage.runs.files import read_csv, write_atomic, write_csv, write_json
+from afterimage.runs.files import read_csv, remove_leftovers, write_atomic, write_csv, write_json
 from afterimage.runs.results import (
     DataFacts,
     FeatureMap,
@@ -90,6 +90,24 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
         write_json(path, {"new": True})
     assert path.read_text() == '{\n  "old": true\n}\n'
     assert os.listdir(tmp_path) == ["summary.json"]
+
+
+def test_leftovers_of_a_file_are_removed_and_those_of_others_kept(tmp_path):
+    others = (
+        ".a.npz.index.json.x.part",
+        ".ab.npz.x.part",
+        ".[a].npz.x.part",
+        "below/.a.npz.x.part",
+        "a.npz.x.part",
+    )
+    left = [tmp_path / name for name in (".a.npz.x.part", ".?.npz.x.part", *others)]
+    (tmp_path / "below").mkdir()
+    for path in left:
+        path.touch()
+    remove_leftovers(tmp_path, ["a.npz", "?.npz"])
+    assert [path.exists() for path in left] == [False] * 2 + [True] * len(others)
+    remove_leftovers(tmp_path)
+    assert [path for path in left if path.exists()] == [tmp_path / "a.npz.x.part"]
 
 
 def test_a_really_full_disk(tmp_path):

@@ -68,7 +68,7 @@ def cached(
             blob = _open(path, wanted.keys())
             if blob is not None:
                 return blob
-            remove_leftovers(path.parent, path.name)
+            remove_leftovers(path.parent, [path.name])
             images = _decoded(wanted, box, transform, path.parent, broken, progress)
             with atomic_file(path) as file:
                 write_blob(file, images, transform)

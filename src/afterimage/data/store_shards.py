@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig, from_dict, shown, to_dict
 from afterimage.data.store_files import IMAGES, METADATA, write_file
-from afterimage.runs.files import LEFTOVER, read_json, sha256, write_json
+from afterimage.runs.files import read_json, remove_leftovers, sha256, write_json
 from afterimage.runs.results import FeatureMap, UsedWeights
 
 INDEX = ".index.json"
@@ -144,9 +143,7 @@ class StoreWriter:
             raise AfterimageError(
                 f"{shown(path)} exists, and no extraction has written it: choose another file"
             )
-        for left in path.parent.glob(f".{path.stem}*{LEFTOVER}"):
-            with contextlib.suppress(OSError):
-                left.unlink()
+        remove_leftovers(path.parent, [index_path(path).name, *self._starts])
         self._save()
 
     def _is_whole(self, shard: Shard) -> bool:

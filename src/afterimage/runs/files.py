@@ -62,12 +62,20 @@ def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = 
         raise AfterimageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
 
 
-def remove_leftovers(folder: Path, name: str = "*", *, older: float = 0.0) -> None:
-    """Remove partly written files below a folder, those of `name`, if unchanged for `older` seconds."""
-    for path in folder.rglob(f".{name}.*{LEFTOVER}"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime >= older:
-                path.unlink()
+def remove_leftovers(folder: Path, names: Iterable[str] | None = None, *, older: float = 0.0) -> None:
+    """Remove partly written files, if unchanged for `older` seconds.
+
+    Args:
+        folder: the folder
+        names: names of files in the folder, for those of these files alone; None for all at any depth
+        older: smallest age in seconds
+    """
+    own = None if names is None else frozenset(names)
+    for path in folder.glob(f"{'**/' if own is None else ''}.*.*{LEFTOVER}"):
+        if own is None or path.name[1:].removesuffix(LEFTOVER).rpartition(".")[0] in own:
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime >= older:
+                    path.unlink()
 
 
 def _sync_folder(path: Path) -> None:
