@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +17,21 @@ from afterimage.data.images import Data, ImageSet, _digest
 from afterimage.data.records import Original
 from afterimage.runs.files import read_json, write_json
 
+logger = logging.getLogger("afterimage")
+
 NAMES = ("training", "validation", "test")
 SHOWN_COPIES = 20
+BITS = 6
+"""Largest number of different bits between the 64-bit hashes of two images whose thumbnails are compared."""
+DIFFERENCE = 0.04
+"""Largest root mean square difference between thumbnails of near-duplicates, values in [0, 1]."""
+THUMBNAIL = 16
+"""Side of those thumbnails, in pixels."""
+MOST = 100_000
+"""Largest number of images among which near-duplicates are looked for: each is compared with every test image."""
+SHOWN_NEAR = 5
+
+_ONES = np.array([number.bit_count() for number in range(2**16)], np.uint8)
 
 
 def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]) -> list[str]:
@@ -98,17 +113,6 @@ def _pixels(images: ImageSet, index: int | np.integer) -> np.ndarray:
     return images.blob.image(images.content[index])
 
 
-BITS = 6
-"""Largest number of different bits between the 64-bit hashes of two images whose thumbnails are compared."""
-DIFFERENCE = 0.04
-"""Largest root mean square difference between thumbnails of near-duplicates, values in [0, 1]."""
-THUMBNAIL = 16
-MOST = 100_000
-SHOWN_NEAR = 5
-
-_ONES = np.array([number.bit_count() for number in range(2**16)], np.uint8)
-
-
 def check_split(data: Data) -> None:
     """Check that no image is both a test image and a training or validation image, by the digests of their contents.
 
@@ -146,20 +150,32 @@ def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
     parts = (data.train, data.validation, data.test)
     named = f"{_digest(data.config, parts)}-{BITS}-{DIFFERENCE:g}.json"
     path = None if cache is None else cache / "near-duplicates" / named
-    if path is not None and path.exists():
-        pairs = read_json(path)["pairs"]
-    else:
+    pairs = None if path is None or not path.exists() else _stored(path, data)
+    if pairs is None:
         pairs = _near_pairs(data.test, parts[:2])
         if path is not None:
-            with contextlib.suppress(
-                AfterimageError
-            ):  # if the cache cannot be written, the pairs are searched for again next time
+            with contextlib.suppress(AfterimageError):  # without the file, the next run searches again
                 write_json(path, {"pairs": pairs})
     if not pairs:
         return []
     shown = [f"{data.test.ids[i]} and {NAMES[p]} image {parts[p].ids[j]}" for p, i, j in pairs[:SHOWN_NEAR]]
     more = f"; and {len(pairs) - SHOWN_NEAR} more" if len(pairs) > SHOWN_NEAR else ""
-    return [f"near-duplicates between test and training images: {'; '.join(shown)}{more}"]
+    return [f"near-duplicates of test images: {'; '.join(shown)}{more}"]
+
+
+def _stored(path: Path, data: Data) -> list[tuple[int, int, int]] | None:
+    """Read the pairs that an earlier search stored; None, with a warning, if the file is damaged."""
+    try:
+        pairs = [tuple(map(operator.index, pair)) for pair in read_json(path)["pairs"]]
+        sizes = (len(data.train), len(data.validation))
+        if not all(p in (0, 1) and i in range(len(data.test)) and j in range(sizes[p]) for p, i, j in pairs):
+            raise ValueError("a pair is of images that there are not")
+        return pairs
+    except (AfterimageError, LookupError, TypeError, ValueError) as error:
+        logger.warning(
+            "the near-duplicates in %s cannot be read (%s) and are searched for again", path, error
+        )
+        return None
 
 
 def _near_pairs(test: ImageSet, others: Sequence[ImageSet]) -> list[tuple[int, int, int]]:

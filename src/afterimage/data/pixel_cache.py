@@ -29,8 +29,14 @@ from afterimage.runtime.threads import in_parallel
 logger = logging.getLogger("afterimage")
 
 MEMORY_LIMIT = 4 * 2**30
+"""Largest size in bytes of the images that are kept in memory if the cache cannot be written."""
+RESIDENT_LIMIT = 4 * 2**30
+"""Number of bytes that are taken to be free on a device other than a GPU; images may fill half of them."""
 FACTS = 1
 """Version of the stored `Facts`: increase it whenever their fields or meaning change."""
+MAGIC = b"aftimg01"
+"""Last bytes of a cache file."""
+_FOOTER = struct.Struct("<QQI8s")  # start, length and CRC-32 of the index, and MAGIC
 
 
 def cached(
@@ -157,11 +163,6 @@ def _in_memory(images: Iterator[tuple[str, np.ndarray, Facts]], transform: str, 
             )
         file.write(pixels)
     return Blob(np.frombuffer(file.getbuffer(), np.uint8), slots, transform, facts)
-
-
-MAGIC = b"aftimg01"
-RESIDENT_LIMIT = 4 * 2**30
-_FOOTER = struct.Struct("<QQI8s")
 
 
 class Damaged(Exception):
