@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
-from afterimage.data.records import Original
+from afterimage.data.decode import BadImage
+from afterimage.data.file_digests import FileDigests
+from afterimage.data.records import FileOriginal, Original, PartOriginal
 from afterimage.data.sources import dead_leaves as procedural
 from afterimage.data.sources import read_source
 from afterimage.data.sources.dead_leaves import DeadLeaves, dead_leaves
@@ -330,6 +332,16 @@ def test_parts_never_leave_their_photograph(tmp_path):
     parts = (data.train, data.validation, data.test)
     of = [{name.split("-part-")[0] for name in part.ids} for part in parts]
     assert not (of[0] & of[1] or of[0] & of[2] or of[1] & of[2])
+
+
+def test_a_part_of_a_file_that_has_changed_is_refused(tmp_path):
+    some_image(0).save(tmp_path / "a.png")
+    part = PartOriginal("a-part-1", FileOriginal("a", tmp_path, "a.png"), (0, 0, 2, 1))
+    content = part.content(FileDigests(tmp_path, tmp_path), 32).sha256
+    part.decoded(32, content)
+    some_image(1).save(tmp_path / "a.png")
+    with pytest.raises(BadImage, match=r"a\.png: changed since it was first read"):
+        part.decoded(32, content)
 
 
 # Procedural images

@@ -15,6 +15,8 @@ from afterimage.data.decode import BadImage, cover, decode, read_bytes, reason, 
 from afterimage.data.examine import Facts, examine
 from afterimage.data.file_digests import Content, FileDigests
 
+CHANGED = "changed since it was first read"
+
 
 class Original(ABC):
     """One image of a source.
@@ -99,7 +101,7 @@ class EncodedOriginal(Original):
     def decoded(self, size: int, content: str) -> Image.Image:
         file = self.read()
         if hashlib.sha256(file).hexdigest() != content:
-            raise BadImage(self.name, "changed since it was first read")
+            raise BadImage(self.name, CHANGED)
         return decode(file, self.name)
 
 
@@ -160,12 +162,18 @@ class PartOriginal(Original):
 
     def content(self, digests: FileDigests, size: int) -> Content:
         file, width, height = self.whole.content(digests, size)
-        digest = hashlib.sha256(f"{file} cell {self.cell}".encode()).hexdigest()
-        return Content(digest, width // self.cell[2], height // self.cell[3])
+        return Content(self._digest(file), width // self.cell[2], height // self.cell[3])
+
+    def _digest(self, file: str) -> str:
+        """Return the digest of this cell of a file with the digest `file`."""
+        return hashlib.sha256(f"{file} cell {self.cell}".encode()).hexdigest()
 
     def decoded(self, size: int, content: str) -> Image.Image:
         column, row, columns, rows = self.cell
-        image = decode(self.whole.read(), self.whole.name)
+        file = self.whole.read()
+        if self._digest(hashlib.sha256(file).hexdigest()) != content:
+            raise BadImage(self.whole.name, CHANGED)
+        image = decode(file, self.whole.name)
         width, height = image.width // columns, image.height // rows
         left, top = column * width, row * height
         return image.crop((left, top, left + width, top + height))
