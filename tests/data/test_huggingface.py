@@ -182,7 +182,7 @@ def test_a_shard_that_was_replaced_is_read_anew(tmp_path):
 
 
 def parquet_refused(tmp_path, table, message):
-    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), tmp_path / "x.parquet")
     with pytest.raises(AfterimageError, match=message) as error:
         load(f"parquet:{tmp_path}/x.parquet", tmp_path / "cache")
     assert "x.parquet" in str(error.value)
@@ -200,6 +200,10 @@ def test_parquet_that_cannot_be_read(tmp_path):
     # A path is no image's bytes: what it names lies on another machine, or is none of the file's business.
     elsewhere = [{"bytes": image, "path": None}, {"bytes": None, "path": "x.png"}] * 2
     parquet_refused(tmp_path, {"image": elsewhere}, "has no bytes")
+    for kind in ("'_type': 'Hologram'", "'_type': 'Value', 'dtype': 'qubit'"):  # of a library of another version
+        features = f"{{'info': {{'features': {{'image': {{{kind}}}}}}}}}".replace("'", '"')
+        table = pa.table({"image": [image]}).replace_schema_metadata({"huggingface": features})
+        parquet_refused(tmp_path, table, "cannot read .*x.parquet: .*(Hologram|qubit)")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 not really PAR1")
     with pytest.raises(AfterimageError, match=r"cannot read .*x.parquet: .*[Pp]arquet"):
         load(f"parquet:{tmp_path}/x.parquet", tmp_path / "cache")

@@ -214,7 +214,9 @@ def read_parquet(pattern: str, cache: Path, progress: Progress = silent) -> Sour
             ends.append(ends[-1] + facts.num_rows)
         if not ends[-1]:
             raise AfterimageError(f"{what}: no rows")
-        column = _column(library.Features.from_arrow_schema(facts.schema.to_arrow_schema()), what)
+        with _prepared(what):
+            features = library.Features.from_arrow_schema(facts.schema.to_arrow_schema())
+        column = _column(features, what)
         with _prepared(what, progress):
             table = library.load_dataset(
                 "parquet",
