@@ -125,6 +125,28 @@ def test_from_images_to_a_report(command, photographs, tmp_path, monkeypatch):
         ),
         (["train", f"{MODEL}:layer1", "--devices", "999", "--device", "cpu"], "--devices 999 on a CPU"),
         (["invert", f"{MODEL}:layer1", "--refine-only"], "--refine-only needs a RUN"),
+        (
+            ["reconstruct", __file__, "--from", "hub:a/b", "--data", "photographs"],
+            "--data goes with MODEL:LAYER",
+        ),
+        (["study", "quickstart", "--layers", "layer1"], "--layers goes with --models"),
+        (["study", "published", "--estimate-images", "8"], "--estimate-images goes with --invert"),
+        (["study", "quickstart", "--dry-run", "--list-groups"], "--dry-run or --list-groups, not both"),
+        (
+            ["train", f"{MODEL}:layer1", "--scheduler", "cosine", "--plateau-factor", "0.1"],
+            "--plateau-factor goes with --scheduler plateau",
+        ),
+        (
+            ["audit", MODEL, "--layers", "layer1", "--refine-steps", "9"],
+            "--refine-steps goes with --threat-model",
+        ),
+        (["audit", "--feature-store", "f.npz", "--limit-test", "9"], "--limit-test goes with a MODEL"),
+        (["audit", "--feature-store", "f.npz", "--data", "photographs"], "--data goes with a MODEL"),
+        (
+            ["push", ".", "--to", "a/b", "--output-dir", "x", "--private"],
+            "--private does not go with --output-dir",
+        ),
+        (["push", ".", "--to", "a/b", "--dataset", "--weights", "x"], "--weights does not go with --dataset"),
         (["study", "missing.toml"], r"missing.toml"),
         (["study", "published", "--models", "resnet18"], "not both"),
     ],

@@ -300,6 +300,11 @@ def test_ones_own_image_from_a_decoder(command, run, place):
         ((SOURCE, "."), "a run's layers are its own; leave out"),
         ((__file__, SOURCE, "--data", "photographs"), "image files or --data, not both"),
         ((SOURCE, "--data", "photographs", "--method", "waves"), "unknown inversion method"),
+        ((SOURCE, "--data", "photographs", "--held-out", 4), "--held-out needs a RUN"),
+        ((SOURCE, __file__, "--estimate-images", 4), "--estimate-images needs a RUN"),
+        ((".", __file__, "--held-out", 4), "--held-out needs a RUN without image files"),
+        ((".", "--held-out", 4, "--optimizer", "adam"), "--held-out goes with --optimizer lbfgs"),
+        ((SOURCE, __file__, "--max-images", 4), "--max-images limits"),
         (("nowhere",), "nowhere is no image file, no run folder and no MODEL:LAYER"),
     ],
 )

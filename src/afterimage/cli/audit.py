@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from afterimage.config import load_toml, shown
+from afterimage.config import AfterimageError, load_toml, shown
 from afterimage.runs.run import check_folder
 from afterimage.runtime.terminal import console, say
 
@@ -150,7 +150,22 @@ class Audit:
             values = {key: value for key, value in values.items() if _is_given(value)}
             given[name] = replace(cls() if base is None else getattr(base, name), **values)
         given["data"] = given["data"].asked(self.size, self.resize)
-        return AuditConfig(**given) if base is None else replace(base, **given)
+        config = AuditConfig(**given) if base is None else replace(base, **given)
+        self._check_used(config)
+        return config
+
+    def _check_used(self, config: AuditConfig) -> None:
+        """Check that every given option has an effect on this audit."""
+        from afterimage.config.audit import WHITE_BOX
+
+        of_network = ("data", "test", "size", "resize", "limit_test", "weights", "prediction")
+        for name in self._of(*of_network) if config.pairs else ():
+            raise AfterimageError(
+                f"--{name.replace('_', '-')} goes with a MODEL: stored features have their images and no network"
+            )
+        for name in self._of("refine_steps", "refine_images"):
+            if WHITE_BOX not in config.attackers.threat_models:
+                raise AfterimageError(f"--{name.replace('_', '-')} goes with --threat-model {WHITE_BOX}")
 
     def _of(self, *names: str, **fields: str) -> dict[str, Any]:
         """Return the given options by their names in the file; `fields` maps settings to options of another name."""

@@ -40,15 +40,15 @@ class Invert:
     size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
     """With MODEL:LAYER: crop size, 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
     max_images: int | None = None
-    """Limit the number of test images; the first are taken."""
+    """With RUN or --data: limit the number of test images; the first are taken."""
     method: str = "fourier"
     """Parametrisation of the image: pixels, fourier or prior (a deep image prior)."""
     optimizer: str = "lbfgs"
     """Optimizer: lbfgs or adam."""
     steps: int = 200
     """Number of forward and backward passes through the encoder; the maximum when starting from a run's decoder."""
-    held_out: int = 8
-    """Number of validation images to choose the number of passes from a run's decoder on; 0 takes --steps."""
+    held_out: int | None = None
+    """With RUN: number of validation images to choose the number of passes on (default: 8); 0 takes --steps."""
     learning_rate: float | None = None
     """Learning rate of Adam, or size of L-BFGS's first step (default: the method's own)."""
     starts: int = 1
@@ -61,8 +61,8 @@ class Invert:
     """Weight of the alpha-norm; 1 is the weight that Mahendran and Vedaldi propose."""
     precision: str = "32-true"
     """Number format: 32-true, or bf16-mixed to run the encoder in bfloat16 until its rounding matters."""
-    estimate_images: int = EstimateConfig.images
-    """Number of validation images to learn the best estimates of a run's test images from; 0 for no estimates."""
+    estimate_images: int | None = None
+    """With RUN: number of validation images to learn the best estimates from (default: 64); 0 for no estimates."""
     refine_only: bool = False
     """With RUN: leave out the inversion from grey."""
     output_dir: Path = Path("runs/inversion")
@@ -90,7 +90,6 @@ class Invert:
             "method",
             "optimizer",
             "steps",
-            "held_out",
             "learning_rate",
             "starts",
             "jitter",
@@ -98,7 +97,8 @@ class Invert:
             "alpha_norm",
             "precision",
         )
-        method = InvertConfig(**{name: getattr(self, name) for name in names})
+        held_out = {} if self.held_out is None else {"held_out": self.held_out}
+        method = InvertConfig(**{name: getattr(self, name) for name in names}, **held_out)
         folders, files, sources = self._sort()
         device = device_name(self.device)
         with Display() as display:
@@ -119,6 +119,17 @@ class Invert:
             raise AfterimageError("a run's images have their size; leave out --size")
         if files and self.data:
             raise AfterimageError("give image files or --data, not both")
+        for name in ("held_out", "estimate_images"):
+            if getattr(self, name) and (files or not folders):  # 0 asks for what is done anyway
+                raise AfterimageError(
+                    f"--{name.replace('_', '-')} needs a RUN without image files: it takes the run's validation images"
+                )
+        if self.held_out and self.optimizer != "lbfgs":
+            raise AfterimageError("--held-out goes with --optimizer lbfgs; adam takes --steps")
+        if files and self.max_images is not None:
+            raise AfterimageError(
+                "--max-images limits the images of a RUN or of --data; name fewer image files"
+            )
         if not folders and not (sources and (files or self.data)):
             raise AfterimageError(
                 "give images and layers, `afterimage invert IMAGE MODEL:LAYER`, or a run whose decoder to start "
@@ -140,7 +151,8 @@ class Invert:
         from afterimage.runs.run import Run
 
         folders = []
-        estimate = None if files else EstimateConfig(self.estimate_images)
+        learned = {} if self.estimate_images is None else {"images": self.estimate_images}
+        estimate = None if files else EstimateConfig(**learned)
         for path in paths:
             run = Run.open(path)
             data = replace(

@@ -57,6 +57,10 @@ class Push:
             raise AfterimageError(f"--to {self.to!r:.200} is no name of a repository: write USER/NAME")
         if self.collection is not None and self.output_dir is not None:
             raise AfterimageError("--collection does not go with --output-dir: nothing is uploaded")
+        if self.private and self.output_dir is not None:
+            raise AfterimageError("--private does not go with --output-dir: nothing is uploaded")
+        if self.weights is not None and self.dataset:
+            raise AfterimageError("--weights does not go with --dataset: scores need no encoder")
         given = find_runs(self.folders)
         wheel = self._wheel() if self.space else None
 

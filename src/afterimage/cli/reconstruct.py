@@ -36,8 +36,8 @@ class Reconstruct:
     ] = ()
     """Decoder of the Hugging Face hub: hub:USER/NAME, or hub:USER/NAME/DECODER in a repository of several, each with an
     optional @REVISION. May be given more than once, and together with runs."""
-    data: str = "procedural:100"
-    """With MODEL:LAYER: source of the images to fit its decoder on, such as folder:PATH.
+    data: str = ""
+    """With MODEL:LAYER: source of the images to fit its decoder on, such as folder:PATH (default: procedural:100).
     Your own photographs make a better decoder than the default, drawn images."""
     output: Path | None = None
     """PNG file for the figure; several figures become FILE-1.png, FILE-2.png and so on (default:
@@ -56,6 +56,8 @@ class Reconstruct:
         runs = find_runs(tuple(folders)) if folders or not (layers or self.from_) else []
         if not images:
             raise AfterimageError("name at least one image file")
+        if self.data and not layers:
+            raise AfterimageError("--data goes with MODEL:LAYER: a finished decoder is not fitted again")
         if len(set(images)) < len(images):
             raise AfterimageError("an image file is named twice")
         if self.output is not None and self.output.suffix.lower() != ".png":
@@ -85,7 +87,7 @@ class Reconstruct:
         with Display() as display:
             for layer in layers:
                 options = {"weights": self.weights or "pretrained", "lpips": lpips, "device": self.device}
-                runs.append(fit_run(layer, self.data, progress=display, **options))
+                runs.append(fit_run(layer, self.data or "procedural:100", progress=display, **options))
         say(*(f"decoder: {_told(run)}; kept in {shown(run.path)}" for run in runs))
         return runs
 

@@ -38,8 +38,8 @@ class Study:
     """Name of a shipped study, or a file. Without it, and without --models, the shipped studies are listed."""
     models: Annotated[str, tyro.conf.arg(metavar="MODEL,MODEL")] = ""
     """Models to study without a file: [PROVIDER/]MODEL each."""
-    layers: str = "*"
-    """With --models: layers, as comma-separated globs over the names that `afterimage layers` lists."""
+    layers: str = ""
+    """With --models: layers, as comma-separated globs over the names that `afterimage layers` lists (default: all)."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ()
     """Decoders to train, instead of the study's own (default with --models: linear)."""
     parameters: Annotated[str, tyro.conf.arg(metavar="COUNT")] = ""
@@ -116,12 +116,18 @@ class Study:
 
         if self.study and self.models:
             raise AfterimageError("give a study or --models, not both")
+        if self.layers and not self.models:
+            raise AfterimageError("--layers goes with --models: a study names its own layers")
+        if self.dry_run and self.list_groups:
+            raise AfterimageError("give --dry-run or --list-groups, not both")
         if self.models:
-            split = [[part.strip() for part in text.split(",")] for text in (self.models, self.layers)]
+            split = [[part.strip() for part in text.split(",")] for text in (self.models, self.layers or "*")]
             study, name = from_models(*split), "-".join(split[0])
         else:
             study, name = load_study(self.study), Path(self.study).stem
         study = self._changed(study)
+        if self.estimate_images and not study.invert:
+            raise AfterimageError("--estimate-images goes with --invert: this study finds no measured bounds")
         part = Part.parse(self.shard) if self.shard else Part()
         root = self.output_dir or Path("runs") / name
         check_folder(root, "--output-dir", writable=not (self.dry_run or self.list_groups))

@@ -140,6 +140,11 @@ class Train:
         ]
         if not configs:
             raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
+        for name in ("plateau_factor", "plateau_patience"):
+            if self.recipe.scheduler != "plateau" and getattr(self.recipe, name) != getattr(
+                RecipeConfig, name
+            ):
+                raise AfterimageError(f"--{name.replace('_', '-')} goes with --scheduler plateau")
         check_range("--profile", self.profile, 0, MAX_STEPS)
         if self.profile and self.devices > 1:
             raise AfterimageError("--profile measures one process: leave out --devices")
