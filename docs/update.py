@@ -7,14 +7,11 @@ A table comes from a CSV file in docs/results, the `table.csv` of a report; the 
 The reference comes from the public docstrings, the options of the commands and the keys of a study's file.
 """
 
-import ast
 import csv
 import dataclasses
 import inspect
-import itertools
 import re
 import sys
-import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +19,7 @@ from pathlib import Path
 import tyro
 
 import afterimage
-from afterimage.cli import COMMANDS
+from afterimage.cli import COMMANDS, option_texts
 from afterimage.config.study import RowConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,14 +172,7 @@ def docstring(thing: typing.Any) -> str:
 
 def options(command: type) -> Iterator[list[str]]:
     """An option, its default and what it does, for each field of a command's dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(command))).body[0].body
-    texts = {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
+    texts = option_texts(command)
     hints = typing.get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
         given = getattr(hints[field.name], "__metadata__", ())
@@ -195,7 +185,7 @@ def options(command: type) -> Iterator[list[str]]:
         name = names.get("name", field.name).replace("_", "-")
         value = f" {names['metavar']}" if "metavar" in names else ""
         shown = names.get("metavar", name.upper()) if tyro.conf.Positional in given else f"--{name}{value}"
-        text = " ".join(texts.get(field.name, "").split()).replace("|", "\\|")
+        text = texts.get(field.name, "").replace("|", "\\|")
         yield [code(shown), code(default(field)), text]
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import command_line
+from afterimage.cli import COMMANDS, option_texts
 from afterimage.report import figures
 from afterimage.runs.files import read_csv
 from afterimage.runs.run import scan
@@ -278,6 +279,13 @@ def test_a_study_of_any_model_without_a_file(command, tmp_path, no_figures):
     )
     assert code == 0, err
     assert "report.md" in out and len([r for r in scan(tmp_path / "runs" / MODEL) if "linear" in r.name]) == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_an_option_is_not_broken_in_the_middle(command, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "3000")
+    code, out, _ = command(name, "--help")
+    assert code == 0 and not [text for text in option_texts(COMMANDS[name]).values() if text not in out]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["train", "--help"], ["study"]])

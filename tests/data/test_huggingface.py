@@ -200,7 +200,10 @@ def test_parquet_that_cannot_be_read(tmp_path):
     # A path is no image's bytes: what it names lies on another machine, or is none of the file's business.
     elsewhere = [{"bytes": image, "path": None}, {"bytes": None, "path": "x.png"}] * 2
     parquet_refused(tmp_path, {"image": elsewhere}, "has no bytes")
-    for kind in ("'_type': 'Hologram'", "'_type': 'Value', 'dtype': 'qubit'"):  # of a library of another version
+    for kind in (
+        "'_type': 'Hologram'",
+        "'_type': 'Value', 'dtype': 'qubit'",
+    ):  # of a library of another version
         features = f"{{'info': {{'features': {{'image': {{{kind}}}}}}}}}".replace("'", '"')
         table = pa.table({"image": [image]}).replace_schema_metadata({"huggingface": features})
         parquet_refused(tmp_path, table, "cannot read .*x.parquet: .*(Hologram|qubit)")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import io
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
-from typing import Annotated, Any, Union
+from itertools import pairwise
+from typing import Annotated, Any, Union, get_type_hints
 
 import tyro
 
@@ -101,12 +105,35 @@ def _parsed(arguments: list[str]) -> Any:
             stack.callback(lambda: say(*said.getvalue().splitlines(), error=True))
             stack.enter_context(contextlib.redirect_stdout(said))
             stack.enter_context(contextlib.redirect_stderr(said))
+        if arguments and arguments[0] in COMMANDS:
+            _help_in_one_line(COMMANDS[arguments[0]])
         return tyro.cli(
             _union(),
             prog="afterimage",
             description="How much of an image is left in the features of a frozen vision encoder?",
             args=arguments,
         )
+
+
+def option_texts(command: type) -> dict[str, str]:
+    """Return the docstring of each option of a command in one line, by the name of its field."""
+    body = ast.parse(inspect.getsource(command)).body[0].body
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+
+
+@cache
+def _help_in_one_line(command: type) -> None:
+    """Give tyro the options' docstrings without line breaks: it would print each further line as a new one."""
+    hints = get_type_hints(command, include_extras=True)
+    with contextlib.suppress(OSError):  # without the source there are no docstrings of options
+        for name, text in option_texts(command).items():
+            command.__annotations__[name] = Annotated[hints[name], tyro.conf.arg(help=text)]
 
 
 def _run(chosen, arguments: list[str]) -> None:
