@@ -172,6 +172,8 @@ def test_images_that_may_be_shown_are_shown(runs, tmp_path, capsys):
     own = sheets["--own-images"]
     assert np.array_equal(own[:32, :32], first[0]) and np.array_equal(own[38:70, :32], first[1])
     assert not np.array_equal(sheets["--no-own-images"][:32, :32], first[0])
+    code, _, err = command(capsys, *arguments[:4], "--device", "abacus", "--output-dir", tmp_path / "abacus")
+    assert code == 1 and "abacus" in err and not (tmp_path / "abacus").exists()
     assert b"test images" in (tmp_path / "--own-images" / CARD).read_bytes()
     assert runs[0].result.per_image[0]["id"] in (tmp_path / "--own-images" / "scores.csv").read_text()
 

@@ -51,6 +51,8 @@ class Push:
     """Write the repository's files into this folder, and upload nothing."""
     weights: str | None = None
     """File or folder of the encoders' weights, if they have moved since training."""
+    device: str = "auto"
+    """Device to compute on: cpu, cuda, mps or auto."""
 
     def run(self) -> None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.to):
@@ -148,13 +150,14 @@ class Push:
         from afterimage.data.sources.sample_images import whole_photographs
         from afterimage.evaluation.evaluate import to_uint8
         from afterimage.report.publish import FREE, SHOWN_IMAGES, ImageGrid
+        from afterimage.runtime.device import device_name
         from afterimage.training.checkpoint import load_reconstructor
 
-        originals, rebuilt = [], {}
+        device, originals, rebuilt = device_name(self.device), [], {}
         for run in runs:
-            data, reconstructor = run.config.data, load_reconstructor(run, weights=self.weights)
+            data, reconstructor = run.config.data, load_reconstructor(run, weights=self.weights).to(device)
             images = [prepare_image(path, data) for path in whole_photographs()[:SHOWN_IMAGES]]
-            rebuilt[run.name] = [to_uint8(reconstructor.reconstruct(image))[0] for image in images]
+            rebuilt[run.name] = [to_uint8(reconstructor.reconstruct(image.to(device)))[0] for image in images]
             originals = originals or [to_uint8(image)[0] for image in images]
         learned = any(run.config.data.source == "photographs" for run in runs)
         what = FREE["photographs"] + (", and some decoders learned from" if learned else "")
