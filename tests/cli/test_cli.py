@@ -10,8 +10,12 @@ from PIL import Image
 
 import command_line
 from afterimage.cli import COMMANDS, option_texts
+from afterimage.cli.report import find_runs
+from afterimage.config import AfterimageError
 from afterimage.report import figures
+from afterimage.report.page.images import read_bytes
 from afterimage.runs.files import read_csv
+from afterimage.runs.lock import Lock
 from afterimage.runs.run import scan
 
 MODEL = "test_resnet.r160_in1k"
@@ -279,6 +283,19 @@ def test_a_study_of_any_model_without_a_file(command, tmp_path, no_figures):
     )
     assert code == 0, err
     assert "report.md" in out and len([r for r in scan(tmp_path / "runs" / MODEL) if "linear" in r.name]) == 2
+
+
+def test_an_error_names_a_path_in_one_line(tmp_path):
+    folder = tmp_path / "a\nb"
+    with pytest.raises(AfterimageError, match=r"no folder .*/a\\nb$"):
+        list(scan(folder))
+    with pytest.raises(AfterimageError, match=r"cannot read the image .*/a\\nb: "):
+        read_bytes(folder)
+    with pytest.raises(AfterimageError, match=r"cannot write .*/a\\nb/lock.1: "):
+        Lock(folder).acquire()
+    folder.mkdir()
+    with pytest.raises(AfterimageError, match=r"no run in .*/a\\nb$"):
+        find_runs((folder,))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

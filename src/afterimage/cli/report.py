@@ -63,7 +63,7 @@ def find_runs(folders: tuple[Path, ...]) -> list[Run]:
         for run in ([Run(folder)] if (folder / "config.toml").exists() else scan(folder))
     ]
     if not runs:
-        raise AfterimageError(f"there is no run in {', '.join(map(str, folders))}")
+        raise AfterimageError(f"there is no run in {', '.join(map(shown, folders))}")
     return runs
 
 

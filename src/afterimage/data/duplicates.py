@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt16
 from PIL import Image
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, shown
 from afterimage.data.images import Data, ImageSet, _digest
 from afterimage.data.records import Original
 from afterimage.runs.files import read_json, write_json
@@ -158,9 +158,9 @@ def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
                 write_json(path, {"pairs": pairs})
     if not pairs:
         return []
-    shown = [f"{data.test.ids[i]} and {NAMES[p]} image {parts[p].ids[j]}" for p, i, j in pairs[:SHOWN_NEAR]]
+    first = [f"{data.test.ids[i]} and {NAMES[p]} image {parts[p].ids[j]}" for p, i, j in pairs[:SHOWN_NEAR]]
     more = f"; and {len(pairs) - SHOWN_NEAR} more" if len(pairs) > SHOWN_NEAR else ""
-    return [f"near-duplicates of test images: {'; '.join(shown)}{more}"]
+    return [f"near-duplicates of test images: {'; '.join(first)}{more}"]
 
 
 def _stored(path: Path, data: Data) -> list[tuple[int, int, int]] | None:
@@ -173,7 +173,7 @@ def _stored(path: Path, data: Data) -> list[tuple[int, int, int]] | None:
         return pairs
     except (AfterimageError, LookupError, TypeError, ValueError) as error:
         logger.warning(
-            "the near-duplicates in %s cannot be read (%s) and are searched for again", path, error
+            "the near-duplicates in %s cannot be read (%s) and are searched for again", shown(path), error
         )
         return None
 

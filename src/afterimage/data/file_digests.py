@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from afterimage.config import shown
 from afterimage.data.decode import check_header
 from afterimage.runs.files import atomic_file
 
@@ -82,7 +83,7 @@ class FileDigests:
             with atomic_file(self._file) as file:
                 np.savez(file, table=table)
         except OSError as error:
-            logger.debug("cannot remember digests in %s: %s", self._file, error)
+            logger.debug("cannot remember digests in %s: %s", shown(self._file), error)
 
     def _load(self) -> np.ndarray:
         try:
@@ -94,5 +95,7 @@ class FileDigests:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            logger.warning("the digests in %s cannot be read (%s) and are taken anew", self._file, error)
+            logger.warning(
+                "the digests in %s cannot be read (%s) and are taken anew", shown(self._file), error
+            )
         return np.empty(0, _ROW)

@@ -17,7 +17,7 @@ import numpy as np
 import PIL
 import torch
 
-from afterimage.config import AfterimageError, size_text
+from afterimage.config import AfterimageError, shown, size_text
 from afterimage.data import decode
 from afterimage.data.examine import Facts
 from afterimage.data.records import Original
@@ -83,7 +83,7 @@ def cached(
         problem = decode.reason(error.__cause__ or error)
         logger.warning(
             "cannot write the image cache in %s (%s): the images are kept in memory, for this run only",
-            path.parent,
+            shown(path.parent),
             problem,
         )
     images = _decoded(wanted, box, transform, path.parent, broken, progress)
@@ -104,7 +104,7 @@ def _open(path: Path, wanted: Set[str]) -> Blob | None:
     except FileNotFoundError:
         return None
     except (Damaged, OSError) as error:
-        logger.warning("the image cache %s is damaged (%s) and is built again", path, error)
+        logger.warning("the image cache %s is damaged (%s) and is built again", shown(path), error)
         return None
 
 
@@ -158,7 +158,7 @@ def _in_memory(images: Iterator[tuple[str, np.ndarray, Facts]], transform: str, 
         slots[content] = Slot(file.tell(), *pixels.shape[1:], zlib.crc32(pixels))
         if file.tell() + pixels.size > MEMORY_LIMIT:
             raise AfterimageError(
-                f"the image cache in {folder} cannot be written, and the images are too many for memory "
+                f"the image cache in {shown(folder)} cannot be written, and the images are too many for memory "
                 f"(over {MEMORY_LIMIT / 2**30:.0f} GiB); set AFTERIMAGE_CACHE to a folder with more room"
             )
         file.write(pixels)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, shown
 from afterimage.runtime.process import Holder, LockLost, _machine, _started, this_process
 
 BEAT = 10.0
@@ -117,7 +117,7 @@ class Lock:
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink()
-            raise CannotLock(f"cannot write {path}: {error.strerror}") from error
+            raise CannotLock(f"cannot write {shown(path)}: {error.strerror}") from error
         return True
 
     def _alive(self, path: Path) -> bool:

@@ -237,7 +237,7 @@ def scan(root: str | Path) -> Iterator[Run]:
     """Yield every run folder directly below `root`, sorted by name."""
     root = Path(root)
     if not root.is_dir():
-        raise AfterimageError(f"there is no folder {root}")
+        raise AfterimageError(f"there is no folder {shown(root)}")
     for path in sorted(root.iterdir()):
         if path.is_dir() and (path / "config.toml").exists():
             yield Run(path)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, shown
 from afterimage.models.decoder_files import load_tensors, plain
 from afterimage.models.reconstructor import Reconstructor, restore
 from afterimage.runs.files import write_atomic
@@ -54,13 +54,13 @@ def load_checkpoints(run: Run, log: Callable[[str], None]) -> Iterator[tuple[dic
             tensors, metadata = load_tensors(path)
             text = metadata.get("facts", "")
             if _digest(tensors, text) != metadata.get("sha256"):
-                raise AfterimageError(f"{path} is damaged: its contents do not have its digest")
+                raise AfterimageError(f"{shown(path)} is damaged: its contents do not have its digest")
             try:
                 facts = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise AfterimageError(f"{path} is damaged: {error}") from None
+                raise AfterimageError(f"{shown(path)} is damaged: {error}") from None
             if not (isinstance(facts, dict) and isinstance(facts.get("identity"), dict)):
-                raise AfterimageError(f"{path} is damaged: it does not say which run it belongs to")
+                raise AfterimageError(f"{shown(path)} is damaged: it does not say which run it belongs to")
         except AfterimageError as error:
             log(f"{error}; it is not used")
         else:

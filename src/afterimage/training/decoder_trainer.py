@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
-from afterimage.config import AfterimageError, RecipeConfig
+from afterimage.config import AfterimageError, RecipeConfig, shown
 from afterimage.models.decoder_files import save_decoder
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
@@ -264,7 +264,7 @@ class DecoderTrainer:
             except (RuntimeError, KeyError, ValueError) as error:
                 raise AfterimageError(
                     f"{self.name}: its checkpoint does not fit ({error!s:.200}); delete the folder "
-                    f"{self.run.path} to start over"
+                    f"{shown(self.run.path)} to start over"
                 ) from None
             return True
         return False

@@ -16,7 +16,7 @@ from afterimage.analysis.audit.condition import VERSION, AuditCondition
 from afterimage.analysis.audit.defences.chain import Defence, create_defence
 from afterimage.analysis.audit.session import AuditSession, together
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, no_cost, whole_network
-from afterimage.config import FeatureSpec, dump_toml
+from afterimage.config import FeatureSpec, dump_toml, shown
 from afterimage.config.audit import BLACK_BOX, DECODED, AuditConfig, digest
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import evaluate
@@ -62,7 +62,7 @@ def run_audit(
     path, text = session.root / "audit.toml", dump_toml(config)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         session.note(
-            f"{root} held another audit: its cells are kept, its page, audit.json and audit.toml replaced"
+            f"{shown(root)} held another audit: its cells are kept, its page, audit.json and audit.toml replaced"
         )
     write_atomic(path, text)
     write_json(session.root / "environment.json", environment() | {"device": str(session.fabric.device)})

@@ -19,7 +19,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from afterimage.config import AfterimageError, local_path
+from afterimage.config import AfterimageError, local_path, shown
 from afterimage.data.decode import reason
 from afterimage.data.records import FileOriginal
 from afterimage.data.splits import Source
@@ -107,7 +107,7 @@ def verify(archive: Archive, path: Path, progress: Progress = silent) -> None:
             progress(f"verifying {archive.name}", done, max(archive.bytes, done))
     if (done, digest.hexdigest()) != (archive.bytes, archive.sha256):
         raise AfterimageError(
-            f"{path} is damaged or not the published {archive.name}.zip: it has {done:,} bytes and SHA-256 "
+            f"{shown(path)} is damaged or not the published {archive.name}.zip: it has {done:,} bytes and SHA-256 "
             f"{digest.hexdigest()}; expected {archive.bytes:,} bytes and {archive.sha256}"
         )
 
@@ -121,7 +121,7 @@ def need_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise AfterimageError(
-            f"not enough room in {folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
+            f"not enough room in {shown(folder)}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
             "set AFTERIMAGE_CACHE to a folder with more"
         )
 
@@ -220,7 +220,7 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
     """
     given = Path(local_path(path)) if path else None
     if given is not None and not given.is_dir():
-        raise AfterimageError(f"there is no folder {given}")
+        raise AfterimageError(f"there is no folder {shown(given)}")
     found: dict[str, list[FileOriginal]] = {}
     for part, archive in ARCHIVES.items():
         if part not in parts:
@@ -230,11 +230,11 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
             files = sorted(f.name for f in folder.iterdir() if _IMAGE.fullmatch(f.name))
         except OSError as error:
             where = error.filename or cache / "div2k"
-            raise AfterimageError(f"cannot get {archive.name}: {where}: {reason(error)}") from None
+            raise AfterimageError(f"cannot get {archive.name}: {shown(where)}: {reason(error)}") from None
         if len(files) != archive.images:
             raise AfterimageError(
-                f"{folder} holds {len(files)} images, {archive.name} has {archive.images}; "
-                f"complete or remove it, or use it as it is with folder:{folder}"
+                f"{shown(folder)} holds {len(files)} images, {archive.name} has {archive.images}; "
+                f"complete or remove it, or use it as it is with folder:{shown(folder)}"
             )
         found[part] = [FileOriginal(Path(file).stem, folder, file) for file in files]
     return Source(found.get("train", ()), None, found.get("test"), root=given or cache / "div2k")

@@ -182,7 +182,7 @@ def _from_hub(
             raise AfterimageError(f"cannot read hf:{repository}: {why}") from None
     elif not folder.is_dir():
         raise AfterimageError(
-            f"cannot read hf:{repository}: {folder.parent} has nothing of it at this revision, and nothing is "
+            f"cannot read hf:{repository}: {shown(folder.parent)} has nothing of it at this revision, and nothing is "
             "downloaded, as HF_HUB_OFFLINE is set"
         )
     with _prepared(f"hf:{repository}", progress):

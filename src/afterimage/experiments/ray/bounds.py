@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, shown
 from afterimage.config.study import StudyConfig
 from afterimage.experiments.ray import worker
 from afterimage.experiments.ray.cluster import (
@@ -102,7 +102,7 @@ def find_bounds_on_ray(
                     )
             else:
                 if answer is None:
-                    log(f"{run.name}: the worker does not see {root}: its bound is found here")
+                    log(f"{run.name}: the worker does not see {shown(root)}: its bound is found here")
                     found[number] = find_bounds([run], study, root, failures, progress=progress, **options)
                 else:
                     names, own = answer

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afterimage.config import AfterimageError, DataConfig, RunConfig
+from afterimage.config import AfterimageError, DataConfig, RunConfig, shown
 from afterimage.experiments.queue import RunQueue, groups, report_failures
 from afterimage.experiments.ray import worker
 from afterimage.experiments.ray.cluster import (
@@ -251,7 +251,9 @@ class Driver:
     def _accept(self, job: Job, answer: Answer | None) -> None:
         if answer is None:
             job.shared = False
-            self._log(job, f"the worker does not see {self.root}: runs are sent back when they have ended")
+            self._log(
+                job, f"the worker does not see {shown(self.root)}: runs are sent back when they have ended"
+            )
             return
         for run in job.runs:
             if run.name in answer.folders:

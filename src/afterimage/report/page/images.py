@@ -16,7 +16,7 @@ from typing import Any
 from jinja2.utils import htmlsafe_json_dumps
 from PIL import Image
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, shown
 from afterimage.report.rows import Row
 from afterimage.runs.files import read_image
 from afterimage.runtime.progress import Progress, silent
@@ -161,11 +161,11 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise AfterimageError(f"cannot read the image {path}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read the image {shown(path)}: {error.strerror}") from None
 
 
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise AfterimageError(f"cannot read the image {path}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read the image {shown(path)}: {error.strerror}") from None

@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from afterimage.config import AfterimageError, read_text, short_names
+from afterimage.config import AfterimageError, read_text, short_names, shown
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import Bound, bounds_of, curve, main_bounds
 from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather, read_bytes
@@ -73,15 +73,15 @@ def write_page(
     images = gather(rows.every)
     entries = describe_rows(rows, images)
     context = {"title": title, "findings": findings, "lead": lead, "problems": problems, "bounds": bounds}
-    for name, shown in {"figures": figures, "bound_figures": bound_figures}.items():
+    for name, drawn in {"figures": figures, "bound_figures": bound_figures}.items():
         context[name] = [
-            {"caption": text, "uri": data_uri(read_bytes(path), "image/png")} for text, path in shown
+            {"caption": text, "uri": data_uri(read_bytes(path), "image/png")} for text, path in drawn
         ]
     # A first rendering without images shows how much room is left for them.
     room = limit - len(_render(rows, entries, Album(total=len(images)), **context).encode())
     if room < 0:
         raise AfterimageError(
-            f"{out}: tables, charts and figures alone take more than the limit of {limit:,} bytes"
+            f"{shown(out)}: tables, charts and figures alone take more than the limit of {limit:,} bytes"
         )
     album = embed(images, room, progress)
     write_atomic(out, _render(rows, entries, album, **context))
