@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from afterimage.config import AfterimageError, shown
-from afterimage.runtime.process import Holder, LockLost, _machine, _started, this_process
+from afterimage.runtime.process import Holder, LockLost, ended, is_local, this_process
 
 BEAT = 10.0
 """Seconds between two signs of life."""
@@ -122,8 +122,8 @@ class Lock:
 
     def _alive(self, path: Path) -> bool:
         holder = _read(path)
-        if holder is not None and holder.machine == _machine() and os.name == "posix":
-            return _started(holder.pid) == holder.started
+        if holder is not None and is_local(holder):
+            return not ended(holder)
         try:
             with open(path, "rb") as file:  # opening makes a network file system refresh its attributes
                 state = os.fstat(file.fileno())

@@ -37,9 +37,14 @@ def this_process() -> Holder:
     return Holder(os.getpid(), _started(os.getpid()) or "", _machine())
 
 
+def is_local(process: Holder) -> bool:
+    """Return whether a process is of this machine, and this system can say whether it has ended."""
+    return process.machine == _machine() and os.name == "posix"
+
+
 def ended(process: Holder) -> bool:
     """Return whether a process of this machine has ended; False for other machines, where this is unknown."""
-    return process.machine == _machine() and os.name == "posix" and _started(process.pid) != process.started
+    return is_local(process) and _started(process.pid) != process.started
 
 
 def _machine() -> str:
