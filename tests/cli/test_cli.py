@@ -174,6 +174,7 @@ def test_bad_input_is_one_message(command, arguments, message):
         (["train", f"{MODEL}:layer1", "--loss", "lpips", "--crop", "20"], "crop of 31 pixels or more"),
         (["train", f"{MODEL}:layer1", "--profile", "-1"], "--profile must lie between 0"),
         (["train", f"{MODEL}:layer1", "--devices", "9" * 20], "--devices must lie between 1"),
+        (["train", f"{MODEL}:layer1", "--devices", "0"], "--devices must lie between 1"),
         (["train", f"{MODEL}:layer1", "--output-dir", "/dev/null/x"], "--output-dir /dev/null/x: /dev/null is a file"),
         (["train", f"{MODEL}:layer1", "--cache", "/dev/null"], "--cache /dev/null: /dev/null is a file"),
         (["study", "quickstart", "--seeds", "-1", "--dry-run"], "seeds[0] must lie between 0"),
@@ -182,6 +183,10 @@ def test_bad_input_is_one_message(command, arguments, message):
         (["layers", MODEL, "--image-size", "0"], "--size must be the side of a square in pixels"),
         (["audit", MODEL, "--layers", "layer1", "--max-ssim", "nan"], "max_ssim must lie between 0 and 1"),
         (["audit", MODEL, "--layers", "layer1", "--attacker-images", "²"], "a number from 5 on"),
+        (
+            ["audit", MODEL, "--layers", "layer1", "--threat-model", "white-box", "--refine-images", "1"],
+            "refine_images must lie between 2",
+        ),
         (["audit", MODEL, "--layers", "layer1", "--output-dir", "/dev/null"], "--output-dir /dev/null: "),
         (["invert", "a.png", f"{MODEL}:layer1", "--seed", "-1"], "seed must lie between 0"),
         (["invert", "a.png", f"{MODEL}:layer1", "--steps", "0"], "steps must be greater than 0"),

@@ -143,8 +143,6 @@ def _run(chosen, arguments: list[str]) -> None:
             # A complete cache of decoded images may be read-only.
             check_folder(folder, f"--{name.replace('_', '-')}", writable=name == "output_dir")
     devices = getattr(chosen, "devices", 1)
-    if devices < 1:
-        raise AfterimageError(f"--devices must be 1 or more, got {devices}")
     check_range("--devices", devices, 1, MAX_PROCESSES)
     if devices > 1:
         from afterimage.runtime.launch import launch, ranks_here

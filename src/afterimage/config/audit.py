@@ -85,10 +85,8 @@ class AttackersConfig:
         for model in self.threat_models:
             if model not in THREAT_MODELS:
                 raise unknown("threat model", model, THREAT_MODELS)
-        if self.refine_steps < 1 or self.refine_images < 2:
-            raise AfterimageError("refine_steps must be 1 or more, refine_images 2 or more, for an interval")
         check_range("refine_steps", self.refine_steps, 1, MAX_STEPS)
-        check_range("refine_images", self.refine_images, 2, MAX_IMAGES)
+        check_range("refine_images", self.refine_images, 2, MAX_IMAGES)  # an interval needs two
         object.__setattr__(self, "data", absolute_source(self.data))
         object.__setattr__(self, "decoders", tuple(map(absolute_model, self.decoders)))
 
