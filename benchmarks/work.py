@@ -28,10 +28,6 @@ from benchmarks import reference as plain
 from benchmarks.gpu import quickest_precision
 
 
-def imports() -> None:
-    """Do nothing: the memory of a child that calls this is that of this module's imports."""
-
-
 def here(accelerator: str, precision: str) -> dict[str, str]:
     """Return the precision of our side, for `auto` the faster one, and a description of the attention of narrow heads.
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# One task of submit.sh's array: group SLURM_ARRAY_TASK_ID of a study in so many groups.
+# One task of submit.sh's array: group SLURM_ARRAY_TASK_ID of the study's groups.
 #SBATCH --job-name=afterimage
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8

@@ -36,7 +36,7 @@ def read_file(path: Path) -> Arrays:
         AfterimageError: the file is missing, damaged or of another kind
     """
     if path.suffix not in READERS:
-        raise unknown("kind of pairs file", path.suffix or path.name, READERS)
+        raise unknown("kind of store", path.suffix or path.name, READERS)
     if path.exists() and not path.is_file():  # opening a named pipe would block for ever
         raise AfterimageError(f"cannot read {shown(path)}: it is not a regular file")
     try:

@@ -197,7 +197,7 @@ def test_a_store_that_cannot_be_used_is_named(change, message, arrays, tmp_path)
         ("store.npz", b"not an archive", "cannot read"),
         ("store.safetensors", b"\xff" * 40, "cannot read"),
         ("store.parquet", b"PAR1 but not really", "cannot read|needs pyarrow"),
-        ("store.pkl", b"", "unknown kind of pairs file '.pkl'.*safetensors, .npz, .parquet"),
+        ("store.pkl", b"", "unknown kind of store '.pkl'.*safetensors, .npz, .parquet"),
     ],
 )
 def test_a_damaged_file_is_named(name, content, message, tmp_path):
