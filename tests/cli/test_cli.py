@@ -135,6 +135,10 @@ def test_from_images_to_a_report(command, photographs, tmp_path, monkeypatch):
             "--data goes with MODEL:LAYER",
         ),
         (["study", "quickstart", "--layers", "layer1"], "--layers goes with --models"),
+        (
+            ["study", "quickstart", "--executor", "ray", "--devices", "2"],
+            "--devices goes with --executor local",
+        ),
         (["study", "published", "--estimate-images", "8"], "--estimate-images goes with --invert"),
         (["study", "quickstart", "--dry-run", "--list-groups"], "--dry-run or --list-groups, not both"),
         (

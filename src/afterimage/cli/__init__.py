@@ -145,6 +145,8 @@ def _run(chosen, arguments: list[str]) -> None:
     devices = getattr(chosen, "devices", 1)
     check_range("--devices", devices, 1, MAX_PROCESSES)
     if devices > 1:
+        if getattr(chosen, "executor", "local") == "ray":
+            raise AfterimageError("--devices goes with --executor local: on Ray a group has one device")
         from afterimage.runtime.launch import launch, ranks_here
 
         if not ranks_here(devices):
