@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from afterimage.config import AfterimageError, utf8_path
+from afterimage.config import AfterimageError, shown, utf8_path
 from afterimage.runs.files import write_atomic
 
 
@@ -48,15 +48,15 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
             raise ValueError("it does not say which features it was made for")
         differing = {key: stored.get(key) for key in made_for if stored.get(key) != made_for[key]}
     except (ValueError, TypeError, RecursionError) as error:
-        raise AfterimageError(f"cannot read {path}: {error}") from None
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
     for key, value in differing.items():
         if key == "code":
             raise AfterimageError(
-                f"{path} was made by other code: its decoder's file had the SHA-256 {value!s:.64}, and now has "
+                f"{shown(path)} was made by other code: its decoder's file had the SHA-256 {value!s:.64}, and now has "
                 f"{made_for[key]!s:.64}; bring that file back, or train again in another --output-dir"
             )
         raise AfterimageError(
-            f"{path} was made for other features: its {key} are {value!s:.300}, but these are "
+            f"{shown(path)} was made for other features: its {key} are {value!s:.300}, but these are "
             f"{made_for[key]!s:.300}"
         )
     return tensors
@@ -75,7 +75,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise AfterimageError(f"cannot read {path}: {error}") from None
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

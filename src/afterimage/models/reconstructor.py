@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from afterimage.config import AfterimageError, FeatureSpec, RunConfig, split_source
+from afterimage.config import AfterimageError, FeatureSpec, RunConfig, shown, split_source
 from afterimage.models.decoder_files import load_decoder
 from afterimage.models.decoders import Decoder, create_decoder, decoder_digest
 from afterimage.models.decoders.base import FeatureCrop
@@ -341,7 +341,7 @@ def restore(run: Run, encoders: Encoders) -> Reconstructor:
         model = build_feature_decoder(config, encoders.specs)
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise AfterimageError(f"cannot load {path}: {error}") from None
+        raise AfterimageError(f"cannot load {shown(path)}: {error}") from None
     loaded = Reconstructor(encoders, model).eval()
     loaded.origin = run.origin
     return loaded

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afterimage.config import AfterimageError, first_line, listed, utf8_path
+from afterimage.config import AfterimageError, first_line, listed, shown, utf8_path
 from afterimage.models.unpickling import Damaged, HoldsCode, Inert, _Array, read_archive, read_stream
 
 VALID = "valid are safetensors, and state dicts that torch.save wrote"
@@ -69,19 +69,20 @@ def read_named_tensors(file: str | Path) -> NamedTensors:
             head = stream.read(HEAD)
         size = path.stat().st_size
     except OSError as error:
-        raise AfterimageError(f"cannot read weights from {path}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read weights from {shown(path)}: {error.strerror}") from None
     try:
         content = _read(path, head, size)
     except AfterimageError:
         raise
     except HoldsCode as found:
         raise AfterimageError(
-            f"{path} is no checkpoint of plain tensors: it names {found}, which runs commands; nothing in it was run"
+            f"{shown(path)} is no checkpoint of plain tensors: it names {found}, which runs commands; "
+            "nothing in it was run"
         ) from None
     except Exception as error:
         reason = str(error) if isinstance(error, Damaged) else f"{type(error).__name__}: {first_line(error)}"
         raise AfterimageError(
-            f"cannot read weights from {path}: it begins as a checkpoint does, and is damaged or cut short at "
+            f"cannot read weights from {shown(path)}: it begins as a checkpoint does, and is damaged or cut short at "
             f"{size:,} bytes ({reason}); download or save it again"
         ) from None
     return _named(path, content)
@@ -97,7 +98,7 @@ def _read(path: Path, head: bytes, size: int) -> Any:
             return read_stream(stream, size)
     if path.name.endswith(".index.json") and head.lstrip()[:1] == b"{":
         return _read_shards(path)
-    raise AfterimageError(f"{path} holds no weights: {_kind_of(path, head, size)}; {VALID}")
+    raise AfterimageError(f"{shown(path)} holds no weights: {_kind_of(path, head, size)}; {VALID}")
 
 
 def _read_safetensors(path: Path, length: int, size: int) -> Mapping[str, Tensor]:
@@ -125,14 +126,14 @@ def _read_zip(path: Path) -> Any:
         pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if not pickles:
             raise AfterimageError(
-                f"{path} holds no weights: it is a zip file of {len(names)} files ({listed(names)}); if weights are "
-                f"inside, unpack it; {VALID}"
+                f"{shown(path)} holds no weights: it is a zip file of {len(names)} files ({listed(names)}); "
+                f"if weights are inside, unpack it; {VALID}"
             )
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}constants.pkl" in names:
             raise AfterimageError(
-                f"{path} is a TorchScript archive, a program with its weights, which is not run; save its tensors with "
-                f"safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), FILE); {VALID}"
+                f"{shown(path)} is a TorchScript archive, a program with its weights, which is not run; save its "
+                f"tensors with safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), FILE); {VALID}"
             )
         return read_archive(path, archive, folder)
 
@@ -149,12 +150,12 @@ def shards(index: str | Path) -> list[Path]:
         names = sorted({str(name) for name in files})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"it has no table weight_map ({first_line(error)})"
-        raise AfterimageError(f"{path} is no index of shards: {reason}") from None
+        raise AfterimageError(f"{shown(path)} is no index of shards: {reason}") from None
     found = [path.parent / name for name in names]
     if outside := [name for name in names if Path(name).name != name]:
-        raise AfterimageError(f"{path} lists {outside[0]!r}, which is not beside it")
+        raise AfterimageError(f"{shown(path)} lists {outside[0]!r}, which is not beside it")
     if missing := [file.name for file in found if not file.is_file()]:
-        raise AfterimageError(f"{path} lists {listed(missing)}, which {path.parent} lacks")
+        raise AfterimageError(f"{shown(path)} lists {listed(missing)}, which {shown(path.parent)} lacks")
     return found
 
 
@@ -210,7 +211,7 @@ def _named(path: Path, content: Any) -> NamedTensors:
                 visit(found, f"{name}.", container if inside else f"{name}.", depth + 1)
             elif isinstance(value, dict) and isinstance(key, str):
                 if name in tensors:
-                    raise AfterimageError(f"{path} holds two tensors that are called {name}")
+                    raise AfterimageError(f"{shown(path)} holds two tensors that are called {name}")
                 tensors[name], containers[name] = found, container
 
     visit(content, "", "", 0)
@@ -220,5 +221,5 @@ def _named(path: Path, content: Any) -> NamedTensors:
         )
         others = f"; not read, as they are no tensors: {listed(list(unread))}" if unread else ""
         kind = content.kind if isinstance(content, Inert) else type(content).__name__
-        raise AfterimageError(f"{path} holds no named tensors: it is a {kind}{keys}{others}; {VALID}")
+        raise AfterimageError(f"{shown(path)} holds no named tensors: it is a {kind}{keys}{others}; {VALID}")
     return NamedTensors(str(path), tensors, containers, tuple(unread), tuple(wrappers))

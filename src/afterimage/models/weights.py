@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, first_line, local_path, unknown
+from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, first_line, local_path, shown, unknown
 from afterimage.models.hub_files import (
     CONFIG,
     Unavailable,
@@ -194,12 +194,12 @@ def _from_path(model: str, path: Path, names: list[str]) -> Weights:
         inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         more = ", ..." if len(inside) > 5 else ""
         raise AfterimageError(
-            f"the folder {path} holds no weights for {model}: none of {', '.join(names)}, nor a snapshot of the hub "
-            f"({' or '.join(SNAPSHOT)}). It holds {', '.join(inside[:5]) or 'nothing'}{more}; "
+            f"the folder {shown(path)} holds no weights for {model}: none of {', '.join(names)}, nor a snapshot "
+            f"of the hub ({' or '.join(SNAPSHOT)}). It holds {', '.join(inside[:5]) or 'nothing'}{more}; "
             "name a file to read just that"
         )
     if not file.is_file():
-        raise AfterimageError(f"there are no weights at {path}; write {WEIGHTS}")
+        raise AfterimageError(f"there are no weights at {shown(path)}; write {WEIGHTS}")
     return _weights(model, "path", str(file), file)
 
 
