@@ -1,6 +1,7 @@
 import contextlib
 import csv
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -258,6 +259,14 @@ def test_the_number_of_passes_is_chosen_on_held_out_images(command, run, place, 
     assert f"the number of passes, {steps} of" in note and "for 6 other validation images" in note
     assert estimate.result.inversion.steps == steps
     assert max(int(row["step"]) for row in read_csv(refined.file("curve.csv"))) == steps
+
+    # Asked for later, the best estimates are those of the same number of passes, and their notes say so too.
+    before = estimate.result
+    shutil.rmtree(estimate.path)
+    code, _, err = command(*arguments, "--estimate-images", 4, "--output-dir", place / "chosen")
+    assert code == 0, err
+    assert estimate.result.notes[1:] == before.notes[1:]  # the first note holds seconds
+    assert estimate.result.per_image == before.per_image
 
     # Searched for so many steps, whatever is best, the same images have the same curve up to there.
     code, _, err = command(*arguments[:-2], "--output-dir", place / "all")

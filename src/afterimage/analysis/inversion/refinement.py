@@ -29,6 +29,7 @@ from afterimage.config.inversion import EstimateConfig, InvertConfig, other_imag
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
+from afterimage.runs.results import LpipsStatus
 from afterimage.runtime.progress import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -140,7 +141,7 @@ def choose_passes(
     metrics: Metrics,
     device: str,
     progress: Progress,
-) -> tuple[Refinement, str]:
+) -> int:
     """Choose the number of passes that is best for held-out images.
 
     Args:
@@ -152,7 +153,7 @@ def choose_passes(
         progress: called during the search
 
     Returns:
-        the search with that number of passes, and a remark for the run's notes
+        the number of passes
     """
     tried, most = _others(image_set, refinement.method.held_out), refinement.method.steps
     curve: Curve = []
@@ -160,11 +161,24 @@ def choose_passes(
         images, ids = image_set.crops(indices, device=device), [image_set.ids[i] for i in indices.tolist()]
         curve += search_batch(refinement, images, most, ids, metrics, progress=progress, batches=batches)[1]
         progress("choosing the number of passes", int(indices[-1] - tried[0]) + 1, len(tried))
-    steps = best_step(curve)
-    what = "LPIPS" if metrics.lpips_status.available else "PSNR"
-    images = counted(len(tried), "other validation image")
-    note = f"the number of passes, {steps} of at most {most}, is the best in {what} for {images}"
-    return replace(refinement, method=replace(refinement.method, steps=steps)), note
+    return best_step(curve)
+
+
+def with_passes(
+    refinement: Refinement, steps: int, image_set: ImageSet, lpips: LpipsStatus
+) -> tuple[Refinement, str]:
+    """Return the search with the number of passes that was chosen, and a remark for the run's notes.
+
+    Args:
+        refinement: the search, with its largest number of passes
+        steps: the number that `choose_passes` returned
+        image_set: the validation images
+        lpips: LPIPS of the choice
+    """
+    method, what = refinement.method, "LPIPS" if lpips.available else "PSNR"
+    images = counted(len(_others(image_set, method.held_out)), "other validation image")
+    note = f"the number of passes, {steps} of at most {method.steps}, is the best in {what} for {images}"
+    return replace(refinement, method=replace(method, steps=steps)), note
 
 
 def learn_from(

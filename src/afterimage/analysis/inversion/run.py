@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from afterimage.analysis.inversion.refinement import (
     decoder_errors,
     learn_from,
     plain_search,
+    with_passes,
 )
 from afterimage.config import AfterimageError, counted, load_toml
 from afterimage.config.inversion import (
@@ -122,19 +123,14 @@ def invert_run(
         refinement = Refinement(reconstructor, method, errors, seed)
         made_for = _made_for(reconstructor.encoders, start.run.name, start.digest, given)
         aside = folders["refined"].path / "validation"
-        if "refined" not in missing:
-            refinement = replace(
-                refinement, method=replace(method, steps=folders["refined"].result.inversion.steps)
-            )
-        elif method.held_out and given.validation is not None and method.optimizer == "lbfgs":
-            refinement, chosen = choose_passes(
-                refinement,
-                given.validation,
-                Batches(aside, [made_for, method.steps]),
-                metrics,
-                device,
-                progress,
-            )
+        if method.held_out and given.validation is not None and method.optimizer == "lbfgs":
+            if "refined" in missing:
+                batches, lpips_used = Batches(aside, [made_for, method.steps]), metrics.lpips_status
+                steps = choose_passes(refinement, given.validation, batches, metrics, device, progress)
+            else:
+                finished = folders["refined"].result
+                steps, lpips_used = finished.inversion.steps, finished.lpips
+            refinement, chosen = with_passes(refinement, steps, given.validation, lpips_used)
             note = [*note, chosen]
         kept, learning = (
             Batches(path, [made_for, refinement.steps]) for path in (folders["refined"].path, aside)
