@@ -121,7 +121,7 @@ def invert_run(
         known = error_images(len(given.validation or ()))
         errors, note = decoder_errors(reconstructor, given.validation, known, device)
         refinement = Refinement(reconstructor, method, errors, seed)
-        made_for = _made_for(reconstructor.encoders, start.run.name, start.digest, given)
+        made_for = _made_for(reconstructor.encoders, start.run.name, start.digest, given, metrics)
         aside = folders["refined"].path / "validation"
         if method.held_out and given.validation is not None and method.optimizer == "lbfgs":
             if "refined" in missing:
@@ -173,7 +173,8 @@ def invert_sources(
     **options: Any,
 ) -> None:
     """Invert images from grey through all sources of `encoders` together, into a run folder."""
-    batches = Batches(folder.path, [_made_for(encoders, "", "", given), method.steps])
+    made_for = _made_for(encoders, "", "", given, options["metrics"])
+    batches = Batches(folder.path, [made_for, method.steps])
     _make(
         folder,
         encoders,
@@ -232,9 +233,12 @@ def _start(
     return _Start(run, sha256(run.file("decoder.safetensors")), alone, prior)
 
 
-def _made_for(encoders: Encoders, start: str, digest: str, given: InversionInputs) -> list[Any]:
-    """Return what finished batches depend on besides their images: weights, decoder's run and file, data."""
-    return [*map(asdict, encoders.weights_of(encoders.sources)), start, digest, asdict(given.facts)]
+def _made_for(
+    encoders: Encoders, start: str, digest: str, given: InversionInputs, metrics: Metrics
+) -> list[Any]:
+    """Return what finished batches depend on besides their images: weights, decoder's run and file, data, LPIPS."""
+    weights = map(asdict, encoders.weights_of(encoders.sources))
+    return [*weights, start, digest, asdict(given.facts), asdict(metrics.lpips_status)]
 
 
 def _make(
