@@ -321,6 +321,8 @@ def test_the_best_of_an_attackers_answers_counts_and_is_named(cache, tmp_path):
     assert option.ssim.attacker == attacker_text(most.attacker)
     assert any(attacker_text(most.attacker) in reason for reason in option.reasons)
     assert "30 images of the attacker's own" in results.rows[1].notes[0]
+    # The search knows the errors on the first half.
+    assert "15 images of the attacker's own" in results.rows[3].notes[0]
     again, _ = audited(config, tmp_path, cache)
     assert again.rows == results.rows
     fewer, _ = audited(

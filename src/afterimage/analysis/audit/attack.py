@@ -16,6 +16,7 @@ from afterimage.analysis.audit.attackers import (
 from afterimage.analysis.audit.condition import AuditCondition
 from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.analysis.audit.session import KEEP, AuditSession, together
+from afterimage.config import counted
 from afterimage.config.audit import BLACK_BOX, DECODED, ESTIMATE, WHITE_BOX
 from afterimage.data.images import Data
 from afterimage.runs.failures import is_done
@@ -166,7 +167,7 @@ def _improve(
             "features with place by place; an attacker may find a way"
         )
         return
-    from afterimage.analysis.audit.improve import improve
+    from afterimage.analysis.audit.improve import estimate_images, improve
 
     with session.ending(first.label, conditions):
         for condition in conditions:
@@ -183,7 +184,8 @@ def _improve(
         for condition in conditions:
             learned = ""
             if condition.answer == ESTIMATE:
-                count = min(attackers.estimate.images, len(loader.data.validation))
-                learned = f", then corrected by what {count} images of the attacker's own taught"
+                own = len(loader.data.validation)
+                count = len(estimate_images(own, attackers.estimate, refined=white_box))
+                learned = f", then corrected by what {counted(count, 'image')} of the attacker's own taught"
             notes = [f"decoded by {condition.decoder}{steps}{learned}"]
             session.save(condition, *answers[condition.answer].measured, seconds=seconds, notes=notes)

@@ -114,6 +114,14 @@ def improve(
     return answers, time.monotonic() - started
 
 
+def estimate_images(count: int, config: EstimateConfig, *, refined: bool) -> range:
+    """Return the indices of the validation images, of `count`, that best estimates are learned from.
+
+    Without a search no images are needed for the decoder's errors, so all are available.
+    """
+    return other_images(count, config.images) if refined else range(min(config.images, count))
+
+
 def _learn(
     loader: DefendedFeatureLoader,
     decoder: DecoderTrainer,
@@ -123,8 +131,7 @@ def _learn(
     progress: Progress,
 ) -> Corrector:
     own = loader.data.validation
-    # Without a search no images are needed for the decoder's errors, so all are available here.
-    chosen = other_images(len(own), config.images) if search else range(min(config.images, len(own)))
+    chosen = estimate_images(len(own), config, refined=search is not None)
     groups, count = [], len(chosen)
     for group in _decoded(loader, decoder, own, count, search, chosen.start):
         groups.append([part.cpu() for part in group])
