@@ -209,6 +209,22 @@ def test_the_best_image_is_kept_and_watched():
     assert (looks[0].images - 0.5).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_the_last_pass_has_no_way_back(optimizer):
+    passed = []
+
+    def features_of(images):
+        passed.append(images)
+        if images.requires_grad:
+            images.register_hook(lambda _: passed.pop())
+        return nonlinear(images)
+
+    invert(
+        features_of, nonlinear(sample_images(1)), SIZE, method=InvertConfig("pixels", optimizer, steps=3)
+    )
+    assert len(passed) == 1
+
+
 def test_lbfgs_finds_rosenbrocks_minimum():
     def rosenbrock(x):
         return (100 * (x[1::2] - x[::2] ** 2) ** 2 + (1 - x[::2]) ** 2).sum()

@@ -158,14 +158,15 @@ def _lbfgs(
     """Do the same with L-BFGS; each pass evaluates every image at the trial point of its own search."""
     initial = form.initial
     searches = search_all(initial, first=config.learning_rate or form.learning_rate)
-    for _ in range(config.steps + 1):
+    for step in range(config.steps + 1):
         parameters = trials(searches, initial).requires_grad_()
         images = form.images(parameters)
         loss, distance = objective(images)
         yield images.detach(), loss.detach(), distance
-        (gradient,) = torch.autograd.grad(loss.sum(), parameters)
-        for search, value, row in zip(searches, loss.tolist(), gradient.flatten(1), strict=True):
-            search.tell(value, row)
+        if step < config.steps:
+            (gradient,) = torch.autograd.grad(loss.sum(), parameters)
+            for search, value, row in zip(searches, loss.tolist(), gradient.flatten(1), strict=True):
+                search.tell(value, row)
 
 
 OPTIMIZERS = {"adam": _adam, "lbfgs": _lbfgs}
