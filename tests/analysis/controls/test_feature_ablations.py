@@ -156,6 +156,15 @@ def test_what_is_there_for_the_same_decoder_is_kept(finished, tmp_path):
     assert changed == {"error_breakdown"} and read(run, "error_breakdown")["format"] == 1
 
 
+def test_scores_of_another_lpips_network_are_measured_when_it_is_named(finished):
+    run, cache = finished
+    for lpips, expected in (("squeeze", set()), ("vgg", {"controls"}), (None, set()), ("vgg", set())):
+        stamps = {part: run.file(f"{part}.json").stat().st_mtime_ns for part in PARTS}
+        assert run_controls([run], lpips=lpips, cache=cache, accelerator="cpu") == []
+        assert {p for p in PARTS if run.file(f"{p}.json").stat().st_mtime_ns != stamps[p]} == expected
+    assert read(run, "controls")["lpips"]["net"] == "vgg"
+
+
 def test_a_run_that_cannot_be_measured_leaves_the_others_alone(finished, tmp_path):
     run, cache = finished
     unfinished = Run.create(tmp_path, replace(CONFIG, seed=7))

@@ -70,7 +70,8 @@ def run_controls(
 ) -> list[AfterimageError]:
     """Measure the controls of finished decoder runs on their own test images, and write them into the run folders.
 
-    Baselines and inversions are skipped, and so are parts that were already measured with the same decoder.
+    Baselines and inversions are skipped, and so are parts that were already measured with the same decoder and, if
+    `lpips` names one, the same LPIPS network.
 
     Args:
         runs: the runs
@@ -113,14 +114,14 @@ def run_controls(
                 )
             if run.result.kind != "decoder":
                 continue
-            missing = [part for part in parts if again or not _is_fresh(run, part)]
+            missing = [part for part in parts if again or not _is_fresh(run, part, lpips)]
             for part in {"controls", *missing}:
                 forget(run, f"{part}.{TRACEBACK}")
             if missing:
                 data = run.config.data
                 if data not in loaded:
                     loaded = {data: _Loaded(load_data(data, cache=cache, progress=progress))}
-                options = (weights, lpips or run.config.lpips, device, progress, failed)
+                options = (weights, lpips or run.lpips_net, device, progress, failed)
                 _measure(run, missing, loaded[data], *options)
         except Exception as error:
             failed(error)
@@ -139,13 +140,16 @@ class _Loaded:
         return codecs(test.crops(i) for i in torch.arange(len(test)).split(BATCH))
 
 
-def _is_fresh(run: Run, part: str) -> bool:
+def _is_fresh(run: Run, part: str, lpips: str | None) -> bool:
     path = run.file(f"{part}.json")
     if not path.exists():
         return False
     content = read_json(path)
     known = isinstance(content, dict) and content.get("format") == FORMAT
-    return known and content.get("decoder") == _digest(run)
+    if not known or content.get("decoder") != _digest(run):
+        return False
+    scored = content.get("lpips", {"net": lpips})  # parts without LPIPS hold no network
+    return lpips is None or (isinstance(scored, dict) and scored.get("net") == lpips)
 
 
 def _digest(run: Run) -> str:
