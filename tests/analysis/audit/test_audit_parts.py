@@ -1,14 +1,18 @@
 """The audit's parts: identification, what a defence costs, the verdict, its figure."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from afterimage.analysis.audit.attackers import attacker_data
 from afterimage.analysis.audit.defences.chain import create_defence
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, whole_network
+from afterimage.config import DataConfig
 from afterimage.config.audit import LimitsConfig
+from afterimage.data.dataset import load_data
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import interval_dict, share_interval
 from afterimage.evaluation.metrics import Metrics
@@ -23,6 +27,14 @@ from afterimage.runs.results import Attacker, AttackFacts, Interval, Worst
 
 def sample_images(count, seed=0, size=24):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_no_attacker_trains_on_a_smaller_ones_validation_images(tmp_path):
+    data = load_data(DataConfig("procedural:80", resize=24, crop=24), cache=tmp_path)
+    owned = {count: attacker_data(data, data, count, 0) for count in range(5, 61)}
+    for small, large in itertools.combinations(owned, 2):
+        assert not {*owned[small].validation.ids} & {*owned[large].train.ids}
+        assert {*owned[small].validation.ids} <= {*owned[large].validation.ids}
 
 
 def test_copies_find_themselves_and_noise_does_not():

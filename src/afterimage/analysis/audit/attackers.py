@@ -172,8 +172,8 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
     total = len(own) if count == "all" else int(count)
     order = np.random.default_rng(seed).permutation(len(own))[:total]
     held = max(1, total // VALIDATION_SHARE)
-    # Every fifth (from 25 images on), so that smaller validation sets are subsets of larger ones too.
-    validation = order[:: total // held][:held]
+    # Every fifth, so that smaller validation sets are subsets of larger ones too.
+    validation = order[::VALIDATION_SHARE][:held]
     train = np.array([i for i in order if i not in set(validation.tolist())])
     return Data(data.config, own.subset(train), own.subset(validation), data.test, pool.digest, data.notes)
 
