@@ -192,7 +192,8 @@ def _same_images(stored: Sequence[Mapping[str, Any]], test: ImageSet) -> None:
     before, now = [row["id"] for row in stored], list(test.ids)
     if before == now:
         return
-    lost = [identity for identity in before if identity not in set(now)]
+    here = set(now)
+    lost = [identity for identity in before if identity not in here]
     named = (
         f"; missing: {', '.join(lost[:SHOWN])}" + (" and more" if len(lost) > SHOWN else "") if lost else ""
     )
