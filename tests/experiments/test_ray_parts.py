@@ -1,13 +1,18 @@
 """What the Ray executor is made of, without a cluster: shares of machines, folders, progress, refusals."""
 
+import contextlib
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import afterimage.runtime.progress
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
+from afterimage.config.study import StudyConfig
+from afterimage.experiments.ray import bounds
+from afterimage.experiments.ray.bounds import find_bounds_on_ray
 from afterimage.experiments.ray.cluster import BASE_BYTES, describe, group_bytes, share_machines
 from afterimage.experiments.ray.worker import identify, pack, unpack
 from afterimage.runs.run import Run
@@ -15,6 +20,7 @@ from afterimage.runtime.progress import Display, silent
 
 MODEL = "test_resnet.r160_in1k"
 GIB = 2**30
+STUDY = StudyConfig(sources=(f"{MODEL}:layer1",))
 
 
 def node(cpus, memory=8 * GIB, gpus=0, alive=True):
@@ -62,6 +68,35 @@ def test_a_group_larger_than_any_machine_is_said():
     assert need["memory"] == 8 * GIB and "20.0 GiB" in said[0] and "may run out" in said[0]
     assert describe(need) == "4 CPUs, 8.0 GiB"
     assert describe({"num_cpus": 1, "num_gpus": 1, "memory": GIB}) == "1 CPU, 1 GPU, 1.0 GiB"
+
+
+def test_no_runs_need_no_cluster(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounds, "connect", None)
+    assert find_bounds_on_ray([], STUDY, tmp_path, []) == []
+
+
+def test_a_bound_whose_worker_sees_no_folder_is_found_here_after_the_others(tmp_path, monkeypatch):
+    runs = [Run.create(tmp_path, RunConfig((f"{MODEL}:layer{number}",))) for number in (1, 2)]
+    answers, order = [None, ([], [])], []
+
+    def get(what):
+        if what == "messages":
+            return []
+        order.append(what)
+        return answers[what]
+
+    task = SimpleNamespace(remote=lambda number, *_, **__: number)
+    ray = SimpleNamespace(
+        nodes=lambda: [node(4)], remote=lambda _: SimpleNamespace(options=lambda **_: task), get=get,
+        wait=lambda tasks, **_: (tasks[:1], tasks[1:]), kill=print,
+        exceptions=SimpleNamespace(RayTaskError=OSError, RayError=OSError),
+    )  # fmt: skip
+    messages = SimpleNamespace(take=SimpleNamespace(remote=lambda: "messages"))
+    monkeypatch.setattr(bounds, "connect", lambda *_: contextlib.nullcontext(ray))
+    monkeypatch.setattr(bounds, "messages_here", lambda _: messages)
+    monkeypatch.setattr(bounds, "find_bounds", lambda *_, **__: order.append("here") or runs[:1])
+    assert find_bounds_on_ray(runs, STUDY, tmp_path, []) == runs[:1]
+    assert order == [0, 1, "here"]
 
 
 def test_memory_grows_with_the_runs_of_a_group():

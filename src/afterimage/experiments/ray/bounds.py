@@ -43,7 +43,7 @@ def find_bounds_on_ray(
     """Find the measured bound of each run on a Ray cluster, as `study.find_bounds` does.
 
     A search whose worker is lost is given to another worker and resumes after the last finished batch in `root`. If a
-    run's worker does not see `root`, the search runs in this process, and a message says so.
+    run's worker does not see `root`, the search runs in this process after the others, and a message says so.
 
     Args:
         runs, study, root, failures, cache, accelerator, progress: as for `study.find_bounds`
@@ -56,13 +56,16 @@ def find_bounds_on_ray(
 
     Raises:
         AfterimageError: the cluster cannot be reached, or lacks the requested resources
-        Stopped: SIGTERM or Ctrl-C; finished batches are kept
+        Stopped: SIGTERM or Ctrl-C while workers search; finished batches are kept
     """
+    if not runs:
+        return []
     progress, root = of_caller(progress), Path(root).resolve()
     options = {"cache": cache and Path(cache).resolve(), "accelerator": accelerator}
     log = partial(progress, done=1, total=1)
     found: dict[int, list[Run]] = {}
     lost = dict.fromkeys(range(len(runs)), 0)
+    unseen: list[int] = []
     with connect(address, log) as ray, graceful_shutdown() as stop:
         sizes = [group_bytes([run.config]) for run in runs]
         needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=log)
@@ -102,8 +105,11 @@ def find_bounds_on_ray(
                     )
             else:
                 if answer is None:
-                    log(f"{run.name}: the worker does not see {shown(root)}: its bound is found here")
-                    found[number] = find_bounds([run], study, root, failures, progress=progress, **options)
+                    log(
+                        f"{run.name}: the worker does not see {shown(root)}: its bound is found here, after the "
+                        "others"
+                    )
+                    unseen.append(number)
                 else:
                     names, own = answer
                     failures.extend(own)
@@ -124,6 +130,8 @@ def find_bounds_on_ray(
             for task in tasks:
                 ray.cancel(task, recursive=False)
             ray.kill(messages)
+    for number in unseen:
+        found[number] = find_bounds([runs[number]], study, root, failures, progress=progress, **options)
     return [run for number in sorted(found) for run in found[number]]
 
 
