@@ -219,9 +219,7 @@ def test_the_last_pass_has_no_way_back(optimizer):
             images.register_hook(lambda _: passed.pop())
         return nonlinear(images)
 
-    invert(
-        features_of, nonlinear(sample_images(1)), SIZE, method=InvertConfig("pixels", optimizer, steps=3)
-    )
+    invert(features_of, nonlinear(sample_images(1)), SIZE, method=InvertConfig("pixels", optimizer, steps=3))
     assert len(passed) == 1
 
 
