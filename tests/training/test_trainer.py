@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import stand_ins
 from afterimage import (
     AfterimageError,
     DataConfig,
@@ -19,10 +20,12 @@ from afterimage import (
 )
 from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.metrics import Metrics
+from afterimage.models.decoders import DECODERS
 from afterimage.runs.files import read_json
 from afterimage.runs.run import Run
 from afterimage.training import trainer
 from afterimage.training.checkpoint import load_reconstructor, load_tensors
+from afterimage.training.feature_loader import FeatureLoader
 from simulated_runs import edit
 
 MODEL = "test_resnet.r160_in1k"
@@ -178,6 +181,28 @@ def test_a_loss_that_is_not_finite_ends_one_run_and_no_other(config, go):
     (error,) = failures
     assert bad.name in str(error) and "step" in str(error) and "learning_rate" in str(error)
     assert not bad.file("decoder.safetensors").exists() or weights(bad)
+
+
+@pytest.mark.parametrize(
+    ("broken", "split", "batches"),
+    [
+        (stand_ins.decoder("step 1", ValueError()), "validation", 0),
+        (stand_ins.decoder("validation", ValueError()), "validation", 1),
+        (stand_ins.closed_form("partial_fit", ValueError()), "train", 1),
+    ],
+)
+def test_once_every_decoder_has_failed_nothing_is_encoded(config, go, monkeypatch, broken, split, batches):
+    encode_batch, seen = FeatureLoader.encode_batch, []
+
+    def watched(self, image_set, *arguments, **crop):
+        seen.append(image_set is getattr(self.data, split))
+        return encode_batch(self, image_set, *arguments, **crop)
+
+    monkeypatch.setattr(FeatureLoader, "encode_batch", watched)
+    monkeypatch.setitem(DECODERS, "transposed", broken)
+    failures = []
+    go(config(batch_size=1, epochs=1), failures=failures)
+    assert len(failures) == 1 and sum(seen) == batches
 
 
 def test_the_best_checkpoint_survives_a_late_failure(config, go, monkeypatch):

@@ -161,6 +161,8 @@ class Trainer:
 
         # Validate, and keep each decoder that has improved.
         decoders = [decoder for decoder in decoders if not decoder.failed]
+        if not decoders:
+            return
         losses = self.validation_losses(decoders)
         _share_time(lap, decoders)
         for decoder, loss in zip(decoders, losses, strict=True):
@@ -181,6 +183,8 @@ class Trainer:
                 with self.context.isolate(decoder.run):
                     sums[i] += decoder.validate(features, images)
             self.context.check_shutdown()
+            if all(decoder.failed for decoder in decoders):
+                return [math.nan] * len(decoders)
         gathered = self.context.ranks.gather(sums)
         return [sum(parts) / len(self.data.validation) for parts in zip(*gathered, strict=True)]
 
@@ -239,6 +243,8 @@ class Trainer:
                 done += self.context.ranks.place(len(images))[1]
                 self.context.progress("fitting in closed form", done, total)
                 self.context.check_shutdown()
+                if all(decoder.failed for decoder in parts):
+                    return
 
         shared = (time.monotonic() - started) / max(1, len(parts))
         for decoder, part in parts.items():
