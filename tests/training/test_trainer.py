@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -21,10 +22,14 @@ from afterimage import (
 from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import DECODERS
+from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.files import read_json
 from afterimage.runs.run import Run
-from afterimage.training import trainer
+from afterimage.runtime.device import one_device
+from afterimage.runtime.distributed import ProcessGroup
+from afterimage.training import feature_loader, trainer
 from afterimage.training.checkpoint import load_reconstructor, load_tensors
+from afterimage.training.context import RunContext
 from afterimage.training.feature_loader import FeatureLoader
 from simulated_runs import edit
 
@@ -203,6 +208,41 @@ def test_once_every_decoder_has_failed_nothing_is_encoded(config, go, monkeypatc
     failures = []
     go(config(batch_size=1, epochs=1), failures=failures)
     assert len(failures) == 1 and sum(seen) == batches
+
+
+@pytest.fixture
+def loader(sample_images, tmp_path):
+    data = load_data(DataConfig(f"folder:{sample_images}", resize=48, crop=32), cache=tmp_path)
+    encoders = MultiEncoder(SOURCES[:1], weights="random-init", image_size=32)
+    options = {"fabric": one_device("cpu", "32-true"), "seed": 0}
+
+    def make(**context):
+        return FeatureLoader(
+            encoders, data, RecipeConfig(batch_size=1), context=RunContext(**context), **options
+        )
+
+    return make
+
+
+def test_validation_features_that_do_not_fit_are_let_go(loader, monkeypatch):
+    (_, images, features), *others = loader().validation_batches()
+    assert others
+    monkeypatch.setattr(feature_loader, "VALIDATION_BYTES", images.nbytes + features[0].nbytes)
+    large = loader()
+    for _ in range(2):
+        batches = large.validation_batches()
+        first = weakref.ref(next(batches)[1])
+        next(batches)
+        assert first() is None and len(list(batches)) == len(others) - 1
+
+
+def test_ranks_keep_validation_features_together_or_not_at_all(loader):
+    """The first parts are larger: a rank whose part fits encodes again if another rank's does not."""
+    ranks = ProcessGroup()
+    ranks.gather = lambda fits: [fits, False]
+    one = loader(ranks=ranks)
+    (first, *_), (again, *_) = (list(one.validation_batches()) for _ in range(2))
+    assert first[1] is not again[1]
 
 
 def test_the_best_checkpoint_survives_a_late_failure(config, go, monkeypatch):

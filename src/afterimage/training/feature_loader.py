@@ -58,6 +58,7 @@ class FeatureLoader:
         self.watch = FeatureWatch(encoders.sources)
         self._encoder_batch = recipe.batch_size
         self._validation: list[Batch] | None = None
+        self._validation_fits = True
 
     def training_batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
         """Yield the training batches of an epoch, a pure function of seed and epoch.
@@ -83,10 +84,15 @@ class FeatureLoader:
         kept, size = [], 0
         for indices, images, features in self.batches(self.data.validation):
             size += sum(tensor.nbytes for tensor in (*features, images))
-            if size <= VALIDATION_BYTES:
+            self._validation_fits = self._validation_fits and size <= VALIDATION_BYTES
+            if self._validation_fits:
                 kept.append((indices, images, features))
+            else:
+                kept.clear()
             yield indices, images, features
-        if size <= VALIDATION_BYTES:
+        # Parts differ in size. Ranks that kept theirs would leave out the messages of those that encode again.
+        self._validation_fits = all(self.context.ranks.gather(self._validation_fits))
+        if self._validation_fits:
             self._validation = kept
 
     @torch.no_grad()
