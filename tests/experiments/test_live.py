@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from afterimage import train_runs
-from afterimage.config import AfterimageError, Axis, DataConfig, FeatureSpec
+from afterimage.config import AfterimageError, Axis, DataConfig, FeatureSpec, FusionConfig
 from afterimage.evaluation.metrics import psnr
+from afterimage.experiments import live
 from afterimage.experiments.live import LiveDecoder
 from afterimage.experiments.live_state import CHANGES, LiveState, examples
 from children import small_configs
@@ -90,6 +91,23 @@ def test_sending_less_costs_and_can_be_repeated(decoder, setting):
     view, again = show(decoder, **setting), show(decoder, **setting)
     assert view.scores["psnr"] < show(decoder).scores["psnr"]
     assert view.held.any() and np.array_equal(view.image, again.image)
+
+
+def test_fitted_defences_of_all_sources_of_a_fusion_are_kept(tmp_path, monkeypatch):
+    config = small_configs(tmp_path, weights="random-init")[1]
+    (model, _) = config.sources[0].split(":")
+    data, sources = DataConfig("photographs", resize=48, crop=32), (f"{model}:layer1", f"{model}:layer2")
+    config = dataclasses.replace(config, data=data, sources=sources, fusion=FusionConfig("aligned"))
+    (run,) = train_runs([config], tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
+    monkeypatch.setattr(live, "KEPT", 1)
+    create, created = live.create_defence, []
+    monkeypatch.setattr(
+        live, "create_defence", lambda text, *a, **o: created.append(text) or create(text, *a, **o)
+    )
+    fused = LiveDecoder(run)
+    for _ in range(2):
+        show(fused, bits=2)
+    assert len(created) == 2
 
 
 def test_swapping_everything_shows_the_second_image(decoder):

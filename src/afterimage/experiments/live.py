@@ -36,7 +36,7 @@ from afterimage.training.checkpoint import load_reconstructor
 HEAT = 0.25
 """Mean absolute colour difference of a pixel, in [0, 1], at which a heat map reaches its brightest colour."""
 KEPT = 4
-"""Number of recent images, fitted defences and learned errors that stay in memory, for each decoder."""
+"""Number of recent images, fitted defences of each source and learned errors that stay in memory, for each decoder."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class LiveDecoder:
         )
         self.metrics = Metrics(lpips or run.lpips_net, size=min(self.data.size)).to(device)
         self._encoded = lru_cache(KEPT)(self._encode)
-        self._defence = lru_cache(KEPT)(self._fit_defence)
+        self._defence = lru_cache(KEPT * len(self.specs))(self._fit_defence)
         self._errors = lru_cache(KEPT)(self._learn_errors)
         self._turns = _Turns()
 
