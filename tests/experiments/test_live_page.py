@@ -8,6 +8,7 @@ from PIL import Image
 
 from afterimage import train_runs
 from afterimage.config import DataConfig
+from afterimage.experiments.live_state import LiveState
 from children import small_configs
 from command_line import free_port
 
@@ -126,6 +127,16 @@ def test_a_refinement_is_watched(visit):
     tab.wait_for_selector("#refined figcaption:has-text('pass 16 of 16')")
     decoded, refined = scores(tab, "#refined")
     assert decoded == scores(tab)[0] and refined > decoded
+
+
+def test_a_card_names_the_passes_that_are_searched(live, monkeypatch):
+    import afterimage.experiments.live_page as page
+
+    monkeypatch.setattr(page, "refined_html", lambda *given: f"pass {given[2]} of {given[3]}")
+    monkeypatch.setattr(live.decoders[0], "refine", lambda *_, steps: iter([(steps, None)]))
+    settings = [getattr(LiveState(), name) for name in live.fields]
+    for asked, searched in ((1000, 200), (-3, 1), (16, 16)):
+        assert list(live._refine(0, asked, None, None, *settings)) == [f"pass {searched} of {searched}"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -245,10 +245,10 @@ class LivePage:
             state = self._state(values)
             files = _file(state.image, first), _file(state.second, second)
             decoder = self.decoders[int(which)]
-            before = None
-            for step, view in decoder.refine(state, *files, steps=int(min(max(steps, 1), STEPS[-1]))):
+            before, steps = None, int(min(max(steps, 1), STEPS[-1]))
+            for step, view in decoder.refine(state, *files, steps=steps):
                 before = before or view
-                yield refined_html(before, view, step, int(steps))
+                yield refined_html(before, view, step, steps)
         except AfterimageError as error:
             yield _message(str(error))
 
