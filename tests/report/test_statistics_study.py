@@ -157,6 +157,17 @@ def test_efficiency_counts_from_the_mean_colour(study):
     assert lpips.gain > 0
 
 
+def test_a_training_time_that_one_seed_lacks_is_unknown(tmp_path):
+    """A decoder that was trained elsewhere took 0 s here, which says nothing of its training."""
+    own, elsewhere = (write_run(tmp_path, LAYERS[0], scores(20), seed=seed) for seed in (1, 2))
+    known = analyse([own, elsewhere]).efficiency[0]
+    edit(elsewhere, training__images_seen=0, training__seconds=0.0)
+    unknown = analyse([own, elsewhere]).efficiency[0]
+    assert known.per_minute == pytest.approx(known.gain / 2)
+    assert unknown.per_minute is None and unknown.per_thousand_values == known.per_thousand_values
+    assert report.Row.of(own).train_seconds == 120 and report.Row.of(elsewhere).train_seconds is None
+
+
 def test_everything_is_json_and_has_words(study):
     answers = json.loads(json.dumps(study.as_dict(), allow_nan=False))
     assert answers["depth"][0]["encoders"][0]["steps"][0]["better"] == "b"

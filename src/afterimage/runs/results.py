@@ -401,6 +401,9 @@ class Result:
 
     @property
     def train_seconds(self) -> float | None:
+        """Seconds of training; 0 for a baseline, None for an inversion, an attack or what was trained elsewhere."""
+        if self.trained_elsewhere:
+            return None
         return self.training.seconds if self.training else 0.0 if self.is_baseline else None
 
     @property

@@ -76,7 +76,7 @@ class Efficiency:
         gain: mean score beyond `baseline`; None without one
         baseline: score of the mean-colour baseline on the row's test images; 0 where the study has no such
             baseline (None for LPIPS, whose 0 is the best); None where only other test images have one
-        per_minute: gain for each minute of training; like the next two None without gain or a cost above 0
+        per_minute: gain for each minute of training; like the next two None without gain or a known cost above 0
         per_million_parameters: gain for each million decoder parameters
         per_thousand_values: gain for each thousand feature values
     """
@@ -135,7 +135,7 @@ def efficiency(rows: list[Row], baselines: list[Row], metric: str) -> list[Effic
     for row in rows:
         baseline = floors.get(row.data, nothing)
         gain = None if baseline is None else METRICS[metric].sign * (row.mean(metric) - baseline)
-        costs = (row.seconds / 60, row.parameters / 1e6, row.values / 1e3)
+        costs = ((row.seconds or 0) / 60, row.parameters / 1e6, row.values / 1e3)
         ratios = [gain / cost if gain is not None and cost > 0 else None for cost in costs]
         results.append(Efficiency(metric, row.name, row.setting, gain, baseline, *ratios))
     return results

@@ -36,7 +36,8 @@ class Row:
     `scores[metric][image]` is the mean over seeds, so statistics on it generalise over images for the seeds
     that were trained; `seed_means[metric]` holds the mean of each seed, for the spread between seeds.
     `setting` labels how the features were decoded (decoder, its size, weights, loss, data where they differ);
-    only rows of one setting are compared across layers. `data` is the digest of the test images.
+    only rows of one setting are compared across layers. `data` is the digest of the test images. `seconds` is the
+    mean time of training over seeds; None where that of any seed is unknown.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Row:
     width: int
     values: int
     parameters: int
-    seconds: float
+    seconds: float | None
     runs: tuple[str, ...]
     scores: Mapping[str, Scores] = field(repr=False)
     seed_means: Mapping[str, tuple[float, ...]] = field(repr=False)
@@ -130,6 +131,7 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
             seed_means[metric] = tuple(float(np.mean([table[i] for i in ids])) for table in tables)
     features = first.features
     model, layer = split_source(first.sources[0]) if first.sources else ("", "")
+    seconds = [row.train_seconds for row in group]
     return Row(
         name=first.label,
         encoder=model,
@@ -144,7 +146,7 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
         width=features[0].width if features else 0,
         values=sum(f.values for f in features),
         parameters=first.parameters or 0,
-        seconds=float(np.mean([row.train_seconds or 0 for row in group])),
+        seconds=None if None in seconds else float(np.mean(seconds)),
         runs=tuple(row.run.name for row in group),
         scores=scores,
         seed_means=seed_means,
