@@ -269,6 +269,9 @@ def test_resolution_needs_matched_layers_and_channels_that_vary():
     result = resolution_dominates(rows, "psnr", "linear")
     assert result.verdict == "undecided" and result.partial is None and result.share is None
     assert "cannot be told apart" in result.reason and "no two layers" in result.reason
+    four = resolution_dominates([replace(r, channels=64) for r in rows[:4]], "psnr", "linear")
+    assert four.partial is None and "four layers are too few" in four.reason
+    assert "told apart" not in four.reason
     short = resolution_dominates(rows[:3], "psnr", "linear")
     assert short.verdict == "not testable" and "four or more" in short.reason
 

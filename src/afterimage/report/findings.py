@@ -24,7 +24,7 @@ from afterimage.report.statistics.analysis import Analysis
 from afterimage.report.statistics.architectures import Architectures
 from afterimage.report.statistics.depth import UNTESTABLE, Depth
 from afterimage.report.statistics.rankings import Efficiency
-from afterimage.report.statistics.resolution import Resolution
+from afterimage.report.statistics.resolution import Resolution, no_partial
 from afterimage.report.statistics.rows import without_random_controls
 from afterimage.report.statistics.tests import Comparison
 from afterimage.runs.results import METRICS
@@ -302,8 +302,8 @@ def _correlation(result: Resolution) -> list[str]:
         text += (
             f", and of {estimate_text(result.partial)} given channels ({p_value(result.partial_p or 0.0)})"
         )
-    else:
-        text += "; what channels add cannot be told apart over these layers"
+    elif (why := no_partial(result.layers)) not in result.reason:
+        text += f"; {why}"
     if result.share is not None:
         values = (result.share.estimate, result.share.low, result.share.high)
         share = [minus(f"{100 * max(v, 0):.0f}", 0) for v in values]

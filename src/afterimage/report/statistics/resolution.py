@@ -72,6 +72,13 @@ class Resolution(Answer):
     claim: str = "spatial resolution dominates"
 
 
+def no_partial(layers: int) -> str:
+    """Return why there is no correlation given channels over this number of layers."""
+    if layers == 4:
+        return "four layers are too few for a correlation given channels"
+    return "channels and locations cannot be told apart over these layers"
+
+
 def resolution_dominates(rows: list[Row], metric: str, setting: str) -> Resolution:
     """Test H2.
 
@@ -102,7 +109,7 @@ def resolution_dominates(rows: list[Row], metric: str, setting: str) -> Resoluti
     if len(set(sizes)) < len(sizes):
         share = interval(lambda means: epsilon_squared(means, sizes), quality)
         pairs = _pairs(rows, metric)
-    verdict, reason = _judge(correlation, p, partial, share)
+    verdict, reason = _judge(correlation, p, partial, share, len(rows))
     return Resolution(
         metric=metric,
         setting=setting,
@@ -131,7 +138,7 @@ def _pairs(rows: list[Row], metric: str) -> tuple[MatchedPair, ...]:
 
 
 def _judge(
-    correlation: Interval, p: list[float], partial: Interval | None, share: Interval | None
+    correlation: Interval, p: list[float], partial: Interval | None, share: Interval | None, layers: int
 ) -> tuple[str, str]:
     if correlation.estimate < 0 and p[0] < ALPHA:
         return CONTRADICTED, "quality falls as locations grow"
@@ -141,7 +148,7 @@ def _judge(
     if not (correlation.estimate > 0 and p[0] < ALPHA):
         missing.append("the rank correlation with locations is not established over these layers")
     if partial is None:
-        missing.append("channels and locations cannot be told apart over these layers")
+        missing.append(no_partial(layers))
     elif not (partial.estimate > 0 and p[1] < ALPHA):
         missing.append("the correlation given channels is not established over these layers")
     if share is None:
