@@ -181,11 +181,22 @@ def test_the_same_id_from_another_data_set_is_another_image(tmp_path, originals)
     others = [
         write_run(tmp_path / "b", "m", "layer3", originals=[sample_image(seed) for seed in range(90, 93)])
     ]
-    edit(others[0], data__digest="d2")
+    edit(others[0], data__digest="d2", data__test_digest="d2")
     data = Parsed(write_page([*runs, *others], tmp_path / "page.html", title="t")).data["data"]
     assert [p["runs"] for p in data["images"]] == [[0, 1]] * 6 + [[2]] * 3
     first, second, other = (entry["testSet"] for entry in data["runs"])
     assert first == second != other
+
+
+def test_runs_on_the_same_images_compare_whether_they_saved_images_or_not(tmp_path, originals):
+    runs = [
+        write_run(tmp_path, "m", f"layer{i}", order=i, originals=originals[:n])
+        for i, n in enumerate((6, 0, 2))
+    ]
+    edit(runs[2], data__digest="d1, first 2", data__test_digest="d1, first 2")
+    edit(runs[1], data__digest="d1, other training images")
+    data = Parsed(write_page(runs, tmp_path / "page.html", title="t")).data["data"]
+    assert len({entry["testSet"] for entry in data["runs"]}) == 1
 
 
 def test_unavailable_lpips_is_never_a_number(tmp_path, originals):

@@ -296,9 +296,9 @@ def _score(row: Row, metric: str) -> dict[str, Any] | None:
 
 
 def _test_sets(rows: Sequence[Row], images: Sequence[PageImage]) -> list[str]:
-    # Rows whose first saved image is the same share a test set, even where their digests differ.
-    first: dict[int, str] = {}
-    for number, image in enumerate(images):
-        for position in image.reconstructions:
-            first.setdefault(position, f"image {number}")
-    return [first.get(i, row.data.digest) for i, row in enumerate(rows)]
+    """Return a name of each row's test images, equal where rows were tested on the same or share a saved image."""
+    names = [row.data.test_digest for row in rows]
+    for image in images:  # the first images of a test set have a digest of their own
+        same = {names[i] for i in image.reconstructions}
+        names = [min(same) if name in same else name for name in names]
+    return names
