@@ -9,7 +9,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FusionConfig
-from afterimage.report.format import latex, markdown, markdown_code, plain
+from afterimage.report.format import latex, markdown, markdown_code, plain, ratio
+from afterimage.report.inversion import distance_text
 from afterimage.report.rows import pool, read_rows
 from afterimage.report.tables import csv_table, duration, latex_table, lay_out, markdown_table
 from afterimage.report.write import write_report
@@ -228,3 +229,18 @@ def test_markup_in_a_name_is_not_markup(tmp_path):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(3e-5, "0.00003"), (-1.234e-4, "−0.000123"), (12.0, "12"), (1234.5, "1,234"), (-0.0, "0")],
+)
+def test_ratios_have_no_power_of_ten(value, text):
+    assert ratio(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(150.0, "150"), (0.0123, "0.012"), (1e-4, "0.0001"), (9e-5, "< 0.0001")]
+)
+def test_feature_distances_have_no_power_of_ten(value, text):
+    assert distance_text(value) == text

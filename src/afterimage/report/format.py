@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from afterimage.runs.results import METRICS, Interval
@@ -27,7 +28,12 @@ def minus(text: str, digits: int) -> str:
 
 def ratio(value: float) -> str:
     """Write a number with three significant digits, from 100 on as an integer with thousands separators."""
-    return minus(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", 3)
+    return minus(f"{value:,.0f}" if abs(value) >= 100 else significant(value, 3), 0)
+
+
+def significant(value: float, digits: int) -> str:
+    """Write a number with this many significant digits at most and without a power of ten."""
+    return f"{Decimal(f'{value:.{digits}g}'):f}"
 
 
 def score(value: float, metric: str) -> str:

@@ -12,7 +12,7 @@ from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import PAST, Bound, features_of, highest, mean_curve, named_features, searched
 from afterimage.report.figures.style import short_encoders
 from afterimage.report.findings import Finding, Numbers
-from afterimage.report.format import interval_text, number, span
+from afterimage.report.format import interval_text, number, significant, span
 from afterimage.report.rows import Row, lpips_nets, mean_over_images
 from afterimage.report.tables import heading
 from afterimage.runs.files import write_atomic, write_csv, write_json
@@ -209,8 +209,8 @@ def _missed_text(bound: Bound, metric: str) -> str:
 
 
 def distance_text(distance: float) -> str:
-    """Write a feature distance with two significant digits; below 0.0001 as `< 0.0001`."""
-    return f"{distance:.2g}" if distance >= 1e-4 else "< 0.0001"
+    """Write a feature distance with two significant digits, as the page's `distance`; below 0.0001 as `< 0.0001`."""
+    return significant(distance, 2) if distance >= 1e-4 else "< 0.0001"
 
 
 def print_bounds(inversions: Sequence[Row]) -> None:
@@ -225,7 +225,7 @@ def print_bounds(inversions: Sequence[Row]) -> None:
     rows = bound_rows(inversions)
     for row in rows:
         lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
-        loss = "–" if row["feature_loss"] is None else f"{row['feature_loss']:.2g}"
+        loss = "–" if row["feature_loss"] is None else distance_text(row["feature_loss"])
         table.add_row(
             named_features(row["sources"], row["weights"]), row["how"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}",
             lpips, loss, str(row["passes"]), f"{row['seconds_per_image']:.2f}", str(row["images"]),

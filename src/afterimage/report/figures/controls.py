@@ -17,6 +17,7 @@ from afterimage.evaluation.intervals import NAME
 from afterimage.report.controls import Part, decoder, read_parts, share_lost
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import INK, MUTED, Drawing, error_bars, grid_y, legend, short_encoders
+from afterimage.report.format import significant
 from afterimage.report.rows import Row, Rows
 from afterimage.runs.controls import PLANES, REGIONS, STAND_INS
 
@@ -141,7 +142,7 @@ def _by_frequency(parts: Sequence[Part]) -> Drawing:
             axes.set_yscale("log")
             axes.set_xticks([1 / 64, 1 / 16, 1 / 4], ["1/64", "1/16", "1/4"])
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 4)))
             grid_y(axes)
             panels[i][0].set_ylabel(f"{plane}: error / image")
         panels[0][j].set_title(drawable(names[encoder], 28))
