@@ -13,6 +13,7 @@ from afterimage.report.answers import answer, markdown_finding
 from afterimage.report.bounds import bounds_of, main_bounds, to_compare
 from afterimage.report.figures.depth import kept_by_depth
 from afterimage.report.figures.image_grid import LARGE, kept
+from afterimage.report.figures.inversion import saturation
 from afterimage.report.findings import Finding
 from afterimage.report.inversion import bound_findings, bound_rows
 from afterimage.report.rows import read_rows
@@ -218,6 +219,16 @@ def test_bounds_of_the_command_line_have_estimates_without_a_curve(decoder):
     assert [row["way"] for row in rows] == ["decoder", "estimate", "inversion", "refined"]
     assert [row["peak_passes"] for row in rows] == [None, None, 200, 200]
     assert [row["feature_loss"] for row in rows][:2] == [0.5, 0.01]
+
+
+def test_a_search_whose_curve_was_not_kept_has_no_peak_and_no_line(decoder):
+    whole, lost = search(decoder, "refined", {}), search(decoder, "inversion", {})
+    lost.file("curve.csv").unlink()
+    rows = read_rows([decoder, whole, lost])
+    assert [row["peak_passes"] for row in bound_rows(rows.inversions)] == [None, None, 200]
+    (drawing,) = saturation(rows)
+    assert drawing.caption.endswith("1 search without curve.csv left out.")
+    assert saturation(read_rows([decoder, lost])) == []
 
 
 def layers(tmp_path, gains, *, ways=("refined",), decoders=("linear",), originals=()):

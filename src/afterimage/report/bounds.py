@@ -155,6 +155,8 @@ def _alone(found: Row, run: Row | None) -> Row:
 
 PAST = 0.1
 """Fall in dB below its peak PSNR from which an inversion counts as run for too long."""
+CURVE = "curve.csv"
+"""File of a search's scores by image and pass."""
 
 
 def features_of(row: Row) -> str:
@@ -167,20 +169,20 @@ def named_features(sources: str, weights: str) -> str:
 
 
 def searched(inversions: Sequence[Row]) -> list[Row]:
-    """Return the inversions that come from a search pass by pass: all but the best estimates."""
-    return [row for row in inversions if row.config.estimate is None]
+    """Return the inversions that come from a search pass by pass and kept its curve: no best estimates."""
+    return [row for row in inversions if row.config.estimate is None and row.run.file(CURVE).exists()]
 
 
 def curve(folder: Run) -> list[dict[str, Any]]:
     """Return a row for each image and pass of a search, `step` 0 being the start; empty if none was kept."""
-    path = folder.file("curve.csv")
+    path = folder.file(CURVE)
     return read_csv(path) if path.exists() else []
 
 
 def mean_curve(folder: Run) -> list[tuple[int, float]]:
-    """Return pairs of a number of passes and the mean PSNR over an inversion's images after them."""
+    """Return pairs of a number of passes and the mean PSNR over an inversion's images after them; see `curve`."""
     values = defaultdict(list)
-    for row in read_csv(folder.file("curve.csv")):
+    for row in curve(folder):
         values[row["step"]].append(row["psnr"])
     return [(step, statistics.fmean(values[step])) for step in sorted(values)]
 

@@ -255,8 +255,8 @@ def write_bounds(inversions: Sequence[Row], output: Path) -> list[Path]:
 
     rows = bound_rows(inversions)
     contents = {"bounds.csv": rows, "bounds.json": rows}
-    if curves := searched(inversions):
-        png, svg = render(draw_saturation(curves).figure)
+    if drawing := draw_saturation(inversions):
+        png, svg = render(drawing.figure)
         contents |= {"saturation.png": png, "saturation.svg": svg}
     for name, content in contents.items():
         write = {"csv": write_csv, "json": write_json}.get(name.rpartition(".")[2], write_atomic)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from afterimage.report.bounds import PAST, features_of, highest, mean_curve, searched
+from afterimage.config import counted
+from afterimage.report.bounds import CURVE, PAST, features_of, highest, mean_curve, searched
 from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import margin_labels
 from afterimage.report.figures.style import ENCODER_COLORS, MUTED, Drawing, grid_y, legend, style
@@ -15,13 +16,21 @@ from afterimage.report.rows import Row, Rows
 
 
 def saturation(rows: Rows) -> list[Drawing]:
-    """Draw the curves of all searches among the rows; an empty list where there are none."""
-    found = searched(rows.inversions)
-    return [draw_saturation(found)] if found else []
+    """Draw the curves of all searches among the rows; an empty list where none is kept."""
+    drawing = draw_saturation(rows.inversions)
+    return [drawing] if drawing else []
 
 
-def draw_saturation(inversions: Sequence[Row]) -> Drawing:
-    """Draw the mean PSNR of inversions over passes: a line for each run, dashed if it started from grey."""
+def draw_saturation(inversions: Sequence[Row]) -> Drawing | None:
+    """Draw the mean PSNR of inversions over passes: a line for each run, dashed if it started from grey.
+
+    None where no inversion kept the curve of a search; the caption counts searches without one.
+    """
+    lost = sum(row.config.estimate is None for row in inversions)
+    inversions = searched(inversions)
+    lost -= len(inversions)
+    if not inversions:
+        return None
     with style():
         figure = Figure((6.2, 3.8), layout="constrained")
         axes = figure.add_subplot()
@@ -59,4 +68,6 @@ def draw_saturation(inversions: Sequence[Row]) -> Drawing:
     caption = (
         "The mean PSNR over images of the best image so far by its features, against passes; a lower bound."
     )
+    if lost:
+        caption += f" {counted(lost, 'search', 'searches')} without {CURVE} left out."
     return Drawing("saturation", "Where inversion saturates", caption, figure)
