@@ -200,7 +200,7 @@ def test_no_step_is_found_in_95_of_100_studies_without_steps():
         rows = layered([20] * 5, random, count=30, metric="ssim") + layered(
             [20] * 4, random, count=30, encoder="other", metric="ssim"
         )
-        result = falls_with_depth(rows, "ssim", "linear")
+        result = falls_with_depth(rows, "ssim")
         wrong += any(step.better for e in result.encoders for step in e.steps)
     assert 0.01 <= wrong / studies <= 0.095
 
@@ -215,7 +215,7 @@ def test_no_step_is_found_in_95_of_100_studies_without_steps():
 )
 def test_depth_finds_what_is_there(means, verdict):
     rows = layered(means, np.random.default_rng(2), noise=0.2)
-    assert falls_with_depth(rows, "psnr", "linear").verdict == verdict
+    assert falls_with_depth(rows, "psnr").verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -223,13 +223,13 @@ def test_depth_finds_what_is_there(means, verdict):
 )
 def test_rising_lpips_is_falling_quality(means, verdict):
     rows = layered(means, np.random.default_rng(2), noise=0.01, metric="lpips")
-    result = falls_with_depth(rows, "lpips", "linear")
+    result = falls_with_depth(rows, "lpips")
     assert result.verdict == verdict and result.encoders[0].tau == (-1 if verdict == "supported" else 1)
 
 
 def test_a_negligible_rise_contradicts_nothing():
     rows = layered([24, 23, 23.05, 21], np.random.default_rng(2), noise=0.02)
-    result = falls_with_depth(rows, "psnr", "linear")
+    result = falls_with_depth(rows, "psnr")
     rise = result.encoders[0].steps[1]
     assert rise.p_holm < 0.001 and rise.negligible and rise.better is None
     assert result.verdict == "undecided"
@@ -250,29 +250,29 @@ def resolution_study(random, quality, *, per_size=3):
 
 def test_resolution_dominates_where_it_alone_matters():
     rows = resolution_study(np.random.default_rng(1), lambda i, e: 25 - 2 * i)
-    result = resolution_dominates(rows, "psnr", "linear")
+    result = resolution_dominates(rows, "psnr")
     assert result.verdict == "supported" and result.share.estimate > 0.95
     assert len(result.pairs) == 4 * 3 and not any(p.comparison.better for p in result.pairs)
 
 
 def test_resolution_does_not_dominate_where_the_encoder_matters():
     rows = resolution_study(np.random.default_rng(1), lambda i, e: 25 - 0.3 * i - 4 * e)
-    result = resolution_dominates(rows, "psnr", "linear")
+    result = resolution_dominates(rows, "psnr")
     assert result.verdict == "contradicted" and result.share.high < 0.5
     inverse = resolution_study(np.random.default_rng(1), lambda i, e: 20 + 2 * i)
-    assert "quality falls" in resolution_dominates(inverse, "psnr", "linear").reason
+    assert "quality falls" in resolution_dominates(inverse, "psnr").reason
 
 
 def test_resolution_needs_matched_layers_and_channels_that_vary():
     rows = layered([25, 23, 21, 19, 17], np.random.default_rng(0))
     rows = [replace(r, height=56 >> i, width=56 >> i, channels=64 << i) for i, r in enumerate(rows)]
-    result = resolution_dominates(rows, "psnr", "linear")
+    result = resolution_dominates(rows, "psnr")
     assert result.verdict == "undecided" and result.partial is None and result.share is None
     assert "cannot be told apart" in result.reason and "no two layers" in result.reason
-    four = resolution_dominates([replace(r, channels=64) for r in rows[:4]], "psnr", "linear")
+    four = resolution_dominates([replace(r, channels=64) for r in rows[:4]], "psnr")
     assert four.partial is None and "four layers are too few" in four.reason
     assert "told apart" not in four.reason
-    short = resolution_dominates(rows[:3], "psnr", "linear")
+    short = resolution_dominates(rows[:3], "psnr")
     assert short.verdict == "not testable" and "four or more" in short.reason
 
 
@@ -296,7 +296,7 @@ def two_encoders(gap, *, parameters=(1000, 1000), noise=0.1):
     ],
 )
 def test_architectures_differ_where_decoder_size_cannot_explain_it(gap, parameters, verdict):
-    result = architectures_differ(two_encoders(gap, parameters=parameters), "psnr", "linear")
+    result = architectures_differ(two_encoders(gap, parameters=parameters), "psnr")
     assert result.verdict == verdict
 
 
@@ -309,7 +309,7 @@ def test_only_the_first_layer_of_a_size_speaks_for_its_encoder():
         order=9,
         scores={"psnr": {k: 99.0 for k in sample_images(60)}},
     )
-    result = architectures_differ([late, *rows], "psnr", "linear")
+    result = architectures_differ([late, *rows], "psnr")
     assert [p.comparison.b for p in result.pairs] == ["second layer1"]
 
 

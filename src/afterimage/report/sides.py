@@ -13,6 +13,7 @@ from afterimage.report.statistics.analysis import Analysis
 from afterimage.report.statistics.architectures import Architectures
 from afterimage.report.statistics.depth import SUPPORTED, UNDECIDED, UNTESTABLE, Depth
 from afterimage.report.statistics.resolution import Resolution
+from afterimage.report.statistics.rows import Setting
 from afterimage.runs.results import METRICS
 
 Hypothesis = Depth | Resolution | Architectures
@@ -40,8 +41,8 @@ class Sides:
         bound: answers for the measured bound
     """
 
-    decoders: dict[tuple[str, str], Hypothesis]
-    same: dict[tuple[str, str], Hypothesis]
+    decoders: dict[tuple[str, Setting], Hypothesis]
+    same: dict[tuple[str, Setting], Hypothesis]
     bound: tuple[Hypothesis, ...]
 
     @classmethod

@@ -104,9 +104,9 @@ def analyse(finished: Iterable[report.Row]) -> Analysis:
             single = [row for row in measured if row.setting == setting and not row.fused]
             if not single:
                 continue
-            results["depth"].append(falls_with_depth(single, metric, setting))
-            results["resolution"].append(resolution_dominates(single, metric, setting))
-            results["architectures"].append(architectures_differ(single, metric, setting))
-            results["degradation"] += degradation(single, metric, setting)
+            results["depth"].append(falls_with_depth(single, metric))
+            results["resolution"].append(resolution_dominates(single, metric))
+            results["architectures"].append(architectures_differ(single, metric))
+            results["degradation"] += degradation(single, metric)
     results |= {"rows": rows, "notes": notes}
     return Analysis(**{name: tuple(found) for name, found in results.items()})

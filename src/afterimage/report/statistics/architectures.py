@@ -35,13 +35,12 @@ class Architectures(Answer):
     claim: str = "different architectures keep different things"
 
 
-def architectures_differ(rows: list[Row], metric: str, setting: str) -> Architectures:
+def architectures_differ(rows: list[Row], metric: str) -> Architectures:
     """Test H3 on every pair of encoders at every resolution, as one family of tests.
 
     Args:
-        rows: rows of one setting with one source each
+        rows: one or more rows of one setting with one source each
         metric: name of the metric
-        setting: the setting
     """
     first: dict[tuple[int, int], dict[str, Row]] = {}
     for row in sorted(rows, key=lambda r: r.order):
@@ -53,7 +52,7 @@ def architectures_differ(rows: list[Row], metric: str, setting: str) -> Architec
     ]
     if not matched:
         reason = "needs layers of one resolution from two or more encoders, decoded alike"
-        return Architectures(metric, setting, UNTESTABLE, RULE, reason)
+        return Architectures(metric, rows[0].setting, UNTESTABLE, RULE, reason)
 
     family = corrected([compare(a, b, metric) for _, a, b in matched])
     apart = [c for c in family if c.better]
@@ -70,4 +69,4 @@ def architectures_differ(rows: list[Row], metric: str, setting: str) -> Architec
     else:
         verdict = UNDECIDED
     pairs = tuple(MatchedPair(*size, False, c) for (size, _, _), c in zip(matched, family, strict=True))
-    return Architectures(metric, setting, verdict, RULE, reason, pairs)
+    return Architectures(metric, rows[0].setting, verdict, RULE, reason, pairs)

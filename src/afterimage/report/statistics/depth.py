@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from afterimage.evaluation.intervals import Interval, mean_interval
-from afterimage.report.statistics.rows import Row, matrix
+from afterimage.report.statistics.rows import Row, Setting, matrix
 from afterimage.report.statistics.tests import Comparison, compare, corrected, kendall_within
 from afterimage.runs.results import METRICS
 
@@ -40,7 +40,7 @@ class Answer:
     """
 
     metric: str
-    setting: str
+    setting: Setting
     verdict: str
     rule: str
     reason: str
@@ -86,13 +86,12 @@ class Depth(Answer):
     claim: str = "quality falls monotonically with depth"
 
 
-def falls_with_depth(rows: list[Row], metric: str, setting: str) -> Depth:
+def falls_with_depth(rows: list[Row], metric: str) -> Depth:
     """Test H1 on every step from layer to layer of every encoder, as one family of tests.
 
     Args:
-        rows: rows of one setting with one source each
+        rows: one or more rows of one setting with one source each
         metric: name of the metric
-        setting: the setting
     """
     encoders: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda r: r.order):
@@ -100,7 +99,7 @@ def falls_with_depth(rows: list[Row], metric: str, setting: str) -> Depth:
     encoders = {name: layers for name, layers in encoders.items() if len(layers) > 1}
     if not encoders:
         reason = "needs two or more layers of one encoder, decoded alike"
-        return Depth(metric, setting, UNTESTABLE, RULE, reason, ())
+        return Depth(metric, rows[0].setting, UNTESTABLE, RULE, reason, ())
 
     steps = corrected(
         [compare(deep, shallow, metric) for layers in encoders.values() for shallow, deep in pairwise(layers)]
@@ -115,7 +114,7 @@ def falls_with_depth(rows: list[Row], metric: str, setting: str) -> Depth:
     reason = "; ".join(parts)
     if len(verdicts) == 1:
         reason = f"for {', '.join(r.encoder for r in results)}" + (" alike" if len(results) > 1 else "")
-    return Depth(metric, setting, verdict, RULE, reason, tuple(results))
+    return Depth(metric, rows[0].setting, verdict, RULE, reason, tuple(results))
 
 
 def _encoder(name: str, layers: list[Row], steps: list[Comparison], metric: str) -> DepthOfEncoder:

@@ -19,7 +19,7 @@ class Score:
     """Mean score of a row over images; `seed_spread` is the deviation between seeds, None for one seed."""
 
     name: str
-    setting: str
+    setting: Setting
     metric: str
     mean: Interval
     seeds: int
@@ -45,7 +45,7 @@ class Degradation:
     """
 
     metric: str
-    setting: str
+    setting: Setting
     encoder: str
     best: str
     worst: str
@@ -60,7 +60,7 @@ class DecoderRanking:
 
     metric: str
     name: str
-    settings: tuple[str, ...]
+    settings: tuple[Setting, ...]
     means: tuple[float, ...]
     pairs: tuple[Comparison, ...]
 
@@ -83,7 +83,7 @@ class Efficiency:
 
     metric: str
     name: str
-    setting: str
+    setting: Setting
     gain: float | None
     baseline: float | None
     per_minute: float | None
@@ -110,7 +110,7 @@ def _best_first(rows: list[Row], metric: str) -> list[Row]:
     return [rows[i] for i in order]
 
 
-def degradation(rows: list[Row], metric: str, setting: str) -> list[Degradation]:
+def degradation(rows: list[Row], metric: str) -> list[Degradation]:
     """Compare best and worst layer of every encoder with two or more; rows have one setting and source."""
     encoders: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -123,7 +123,9 @@ def degradation(rows: list[Row], metric: str, setting: str) -> list[Degradation]
         _, values = matrix([best, worst], metric)
         percent = interval(lambda means: 100 * (means[..., 1] / means[..., 0] - 1), values)
         drop = compare(worst, best, metric)
-        results.append(Degradation(metric, setting, name, best.layer, worst.layer, drop, percent, runner_up))
+        results.append(
+            Degradation(metric, rows[0].setting, name, best.layer, worst.layer, drop, percent, runner_up)
+        )
     return results
 
 

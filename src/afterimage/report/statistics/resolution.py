@@ -79,18 +79,17 @@ def no_partial(layers: int) -> str:
     return "channels and locations cannot be told apart over these layers"
 
 
-def resolution_dominates(rows: list[Row], metric: str, setting: str) -> Resolution:
+def resolution_dominates(rows: list[Row], metric: str) -> Resolution:
     """Test H2.
 
     Args:
-        rows: rows of one setting with one source each
+        rows: one or more rows of one setting with one source each
         metric: name of the metric
-        setting: the setting
     """
     locations = np.array([row.locations for row in rows], dtype=float)
     if len(rows) < 4 or len(set(locations)) < 2:
         reason = "needs four or more layers of two or more resolutions, decoded alike"
-        return Resolution(metric, setting, UNTESTABLE, RULE, reason, len(rows))
+        return Resolution(metric, rows[0].setting, UNTESTABLE, RULE, reason, len(rows))
 
     channels = np.array([row.channels for row in rows], dtype=float)
     _, scores = matrix(rows, metric)
@@ -112,7 +111,7 @@ def resolution_dominates(rows: list[Row], metric: str, setting: str) -> Resoluti
     verdict, reason = _judge(correlation, p, partial, share, len(rows))
     return Resolution(
         metric=metric,
-        setting=setting,
+        setting=rows[0].setting,
         verdict=verdict,
         rule=RULE,
         reason=reason,
