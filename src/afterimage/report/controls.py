@@ -134,7 +134,7 @@ def _against_random(rows: Sequence[Row]) -> Iterable[Numbers]:
         if not trained.is_random and random.is_random and _differ_only_in(trained, random, "weights"):
             gap = _difference(trained, random, "psnr")
             means = [number(row.scores["psnr"].mean, "psnr") for row in (trained, random)]
-            lines[random.weights_label].append((name(trained), trained.decoder_label, *means, gap))
+            lines[random.origin].append((name(trained), trained.decoder_label, *means, gap))
     for label, found in sorted(lines.items()):
         random = f"{label.upper()} weights (dB)"
         header = ("features", "decoder", "pretrained (dB)", random, "what training added (dB)")

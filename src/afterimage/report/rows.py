@@ -66,15 +66,9 @@ class Row(Result):
         return len(self.sources) > 1
 
     @property
-    def weights_label(self) -> str:
-        """Label of the weights, such as `pretrained` or `random`; of several `partly random` or `unknown`."""
-        labels = {weights.label for weights in self.weights}
-        return labels.pop() if len(labels) == 1 else "partly random" if self.is_random else "unknown"
-
-    @property
     def control(self) -> str:
         """Name of the random control in capitals, such as `RANDOM weights`; empty for trained weights."""
-        return f"{self.weights_label.upper()} weights" if self.is_random else ""
+        return f"{self.origin.upper()} weights" if self.is_random else ""
 
     @property
     def decoder_label(self) -> str:
@@ -275,7 +269,7 @@ def _with_variants(rows: Sequence[Row]) -> list[Row]:
     groups = defaultdict(list)
     for row in rows:
         answer = getattr(row.config, "answer", "")
-        groups[row.encoder, row.fusion_letter, row.weights_label, row.decoder, answer].append(row)
+        groups[row.encoder, row.fusion_letter, row.origin, row.decoder, answer].append(row)
     named = []
     for members in groups.values():
         keys = sorted({key for row in members for key in row.distinguishing})

@@ -73,7 +73,7 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
             Cell(("not measured",), (_number(notes, f"{m} is not measured: {missing[m]}"),)) for m in missing
         ]
         line = Line(row, Cell(_names(row), marks), tuple(cells))
-        groups.setdefault((row.encoder, "" if row.is_baseline else row.weights_label), []).append(line)
+        groups.setdefault((row.encoder, "" if row.is_baseline else row.origin), []).append(line)
     header = ["features", "shape", "reduction", "decoder", *(["seed"] if seeds else [])]
     header += ["weights", "parameters", "training", *(heading(*column, protocol) for column in columns)]
     header += [f"{metric}, {protocol} ↓" for metric in missing]
@@ -129,7 +129,7 @@ def _what(row: Row, seeds: bool) -> Iterable[Cell]:
     yield text(row.decoder_label or NONE)
     if seeds:
         yield text(NONE if row.seed is None else str(row.seed))
-    yield text(NONE if row.is_baseline else weights_text(row.weights_label), row.is_random)
+    yield text(NONE if row.is_baseline else weights_text(row.origin), row.is_random)
     yield text(NONE if row.is_baseline or row.parameters is None else f"{row.parameters:,}")
     seconds = "elsewhere" if row.trained_elsewhere else duration(row.train_seconds)
     yield text(NONE if row.is_baseline else seconds)
@@ -290,7 +290,7 @@ def _record(row: Row) -> dict[str, Any]:
         "locations": row.locations, "values_per_pixel": row.values_per_pixel,
         "fusion": row.fusion_text if len(row.sources) > 1 else "",
         "decoder": row.decoder, "variant": row.variant,
-        "weights": "" if row.is_baseline else row.weights_label, "seed": row.seed,
+        "weights": "" if row.is_baseline else row.origin, "seed": row.seed,
         "parameters": row.parameters, "train_seconds": row.train_seconds,
     }  # fmt: skip
     for metric in METRICS:

@@ -256,7 +256,7 @@ def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
             "layer": row.label, "short": short, "decoder": "", "shape": "",
         }  # fmt: skip
     encoder = names[row.encoder]
-    series = f"{encoder} ({row.weights_label} weights)" if row.is_random else encoder
+    series = f"{encoder} ({row.origin} weights)" if row.is_random else encoder
     decoder = row.decoder_label + (f", seed {row.seed}" if seeds else "")
     return {
         "name": f"{series} · {row.layer} · {decoder}", "baseline": False, "random": row.control,
