@@ -123,7 +123,7 @@ def name_layers(
 
 def _by_frequency(parts: Sequence[Part]) -> Drawing:
     encoders = list(dict.fromkeys(p.row.encoder for p in parts))
-    names = {"fusion": "fusion", **short_encoders([p.row for p in parts])}
+    names = short_encoders([p.row for p in parts])
     figure = Figure((max(4.4, 0.8 + PANEL[0] * len(encoders)), 1.1 + PANEL[1] * 2), layout="constrained")
     panels = figure.subplots(2, len(encoders), sharex=True, sharey=True, squeeze=False)
     colors, patterns = shades(parts), dashes(parts)

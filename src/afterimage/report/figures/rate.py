@@ -22,7 +22,7 @@ def rate(rows: Rows) -> list[Drawing]:
     if not parts:
         return []
     encoders = list(dict.fromkeys(p.row.encoder for p in parts))
-    names = {"fusion": "fusion", **short_encoders([p.row for p in parts])}
+    names = short_encoders([p.row for p in parts])
     figure = Figure((max(4.4, 0.8 + PANEL[0] * len(encoders)), 3.4), layout="constrained")
     panels = figure.subplots(1, len(encoders), sharex=True, sharey=True, squeeze=False)[0]
     colors, patterns = shades(parts), dashes(parts)
