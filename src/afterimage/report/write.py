@@ -7,7 +7,7 @@ import html
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from afterimage.report.figures import Drawing
 
 
+Figures = dict[str, list[Any]]
+"""Figures by their place: `bound`, with the measured bound and before everything else, or `rest`."""
 FRONT = ("kept", "kept-by-depth")
-"""Figures shown with the measured bound, before everything else."""
+"""Names of the figures in the place `bound`."""
 ON_PAGE = ("kept-by-depth", "training-curves", "distributions", "controls", "lost-by", "rate")
 """Beginnings of the names of figures that the page embeds; it draws the others itself."""
 ABANDONED = 3600.0
@@ -60,15 +62,15 @@ def write_report(
     from afterimage.report.answers import answer, markdown_finding, markdown_findings
     from afterimage.report.bounds import bounds_of
     from afterimage.report.controls import control_findings
-    from afterimage.report.figures import UNDRAWABLE, draw, render
     from afterimage.report.inversion import bound_findings
 
     rows, out, written = read_rows(runs), Path(out), {}
     remove_leftovers(out, older=ABANDONED)
 
-    def write(name: str, content: str | bytes) -> None:
+    def write(name: str, content: str | bytes) -> Path:
         written[name] = out / name
         write_atomic(written[name], content)
+        return written[name]
 
     write("table.md", markdown_table(rows, spread=spread))
     write("table.csv", csv_table(rows))
@@ -80,51 +82,58 @@ def write_report(
     bounds = bound_findings(found)
     more = [*([answers.beside] if answers.beside else []), *control_findings(rows.decoders)]
     progress("statistics", 1, 1)
-    figures, shown, front, front_shown, problems = [], [], [], [], []
-    for drawing in draw(rows, progress, problems):
-        try:
-            png, svg = render(drawing.figure)
-        except UNDRAWABLE as error:
-            problems.append(f"The figure {drawing.name} could not be drawn: {error}")
-            continue
-        write(f"figures/{drawing.name}.png", png)
-        write(f"figures/{drawing.name}.svg", svg)
-        entry = drawing.title, written[f"figures/{drawing.name}.png"]
-        is_first = drawing.name in FRONT
-        (front if is_first else figures).append(_figure(drawing))
-        if drawing.name == "kept-by-depth":
-            front_shown.append((drawing.caption, entry[1]))
-        elif drawing.name.startswith(ON_PAGE):
-            shown.append(entry)
+    problems: list[str] = []
+    figures, on_page = _draw(rows, write, progress, problems)
     try:
         findings, first = (
             [*map(dataclasses.asdict, group)] for group in ([*answers.findings, *more], bounds)
         )
-        options = {"findings": findings, "figures": shown, "lead": answers.lead}
-        options |= {"bounds": first, "bound_figures": front_shown}
-        options |= {"problems": [*answers.problems, *problems]}
         written["index.html"] = write_page(
-            rows, out / "index.html", title=title, progress=progress, **options
-        )
+            rows, out / "index.html", title=title, bounds=first, bound_figures=on_page["bound"], findings=findings,
+            lead=answers.lead, problems=[*answers.problems, *problems], figures=on_page["rest"], progress=progress,
+        )  # fmt: skip
     except AfterimageError as error:
         problems.append(f"The page index.html could not be written: {error}")
         (out / "index.html").unlink(missing_ok=True)  # an earlier report's page must not pass for this one's
     parts = [
         f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problems),
         *(["Also as [a page](index.html) with every image and chart."] if "index.html" in written else []),
-        *(part for f in bounds for part in (f"## {markdown(f.title)}", *markdown_finding(f))), *front,
+        *(part for f in bounds for part in (f"## {markdown(f.title)}", *markdown_finding(f))), *figures["bound"],
         "## Results",
         markdown_table(rows, spread=spread).rstrip(),
         "Also as [CSV](table.csv) and [LaTeX](table.tex).",
         "## Findings", *markdown_findings(answers),
         *(["All numbers as [JSON](findings.json)."] if answers.findings else []),
         *(part for f in more for part in (f"## {markdown(f.title)}", *markdown_finding(f))),
-        "## Figures", *figures,
+        "## Figures", *figures["rest"],
         *(part for heading, text in sections for part in (f"## {markdown(heading)}", text.strip())),
         *_unfinished(rows), "## Weights", *_weights(rows), "## How each row was made", *_origins(rows, out),
     ]  # fmt: skip
     write("report.md", "\n\n".join(parts) + "\n")
     return written
+
+
+def _draw(
+    rows: Rows, write: Callable[[str, bytes], Path], progress: Progress, problems: list[str]
+) -> tuple[Figures, Figures]:
+    """Draw and write the figures; return those of report.md as Markdown, and text and file of those on the page."""
+    from afterimage.report.figures import UNDRAWABLE, draw, render
+
+    figures: Figures = {"bound": [], "rest": []}
+    on_page: Figures = {"bound": [], "rest": []}
+    for drawing in draw(rows, progress, problems):
+        try:
+            png, svg = render(drawing.figure)
+        except UNDRAWABLE as error:
+            problems.append(f"The figure {drawing.name} could not be drawn: {error}")
+            continue
+        file = write(f"figures/{drawing.name}.png", png)
+        write(f"figures/{drawing.name}.svg", svg)
+        place = "bound" if drawing.name in FRONT else "rest"
+        figures[place].append(_figure(drawing))
+        if drawing.name.startswith(ON_PAGE):
+            on_page[place].append((drawing.caption if place == "bound" else drawing.title, file))
+    return figures, on_page
 
 
 def _sentence(rows: Rows) -> str:
