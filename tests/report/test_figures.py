@@ -114,6 +114,17 @@ def test_training_is_in_decibels_for_mse_alone_and_marks_lower_rates(drawings):
     assert "8 of 16 rows have no epochs" in drawings["training-curves"].caption
 
 
+def test_training_of_one_encoder_shares_a_range_that_fits_its_own_lines(tmp_path):
+    for model, quality in (("high", 1.6), ("low", 0.2)):
+        for decoder in ("attention", "residual"):
+            write_run(tmp_path, model, "l", decoder, features=(64, 56, quality), count=4)
+    (drawing,) = [d for d in draw(read_rows(scan(tmp_path))) if d.name == "training-curves"]
+    first, second, third, fourth = (axes.get_ylim() for axes in drawing.figure.axes)
+    assert first == second and third == fourth and first[0] > third[1]
+    words = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+    assert words[0] == "epoch that is kept", "none of them is the closed form"
+
+
 def test_what_is_missing_is_left_out_and_said(tmp_path):
     runs = [write_run(tmp_path, "m", f"l{i}", lpips=None, features=(8, 7 * i, 0.5)) for i in (1, 2)]
     found = {drawing.name: drawing for drawing in draw(read_rows(runs))}
@@ -284,6 +295,7 @@ def test_the_kept_epoch_is_marked_though_another_has_a_lower_loss(tmp_path):
     edit(run, training__best_epoch=0, training__best_validation_loss=0.001)
     edit(other, training__best_epoch=2)
     (drawing,) = [d for d in draw(read_rows(scan(tmp_path))) if d.name == "training-curves"]
+    assert "(0: the closed form" in drawing.figure.legends[0].get_texts()[0].get_text()
     rings = [line for line in drawing.figure.axes[0].lines if line.get_marker() == "o"]
     first, second = (tuple(line.get_xydata()[0]) for line in rings)
     assert first == (0, pytest.approx(30))

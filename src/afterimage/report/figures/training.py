@@ -27,6 +27,7 @@ Epochs = list[dict[str, Any]]
 Panel = tuple[str, str, str, str]
 # Ratio of successive learning rates below which there is a drop; smooth schedules have none.
 DROP = 0.9
+LEAST = 1.0  # dB from bottom to top of a panel
 
 
 def training_curves(rows: Rows) -> list[Drawing]:
@@ -66,8 +67,13 @@ def _figure(groups: dict[Panel, list[tuple[Row, Epochs]]], names: dict[str, str]
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.set_ylabel("validation PSNR (dB) ↑" if loss == "mse" else "validation loss ↓")
-    _share_heights([axes for axes, panel in zip(panels.values(), groups, strict=True) if panel[-1] == "mse"])
-    legend(figure, _handles(any(_drops(e) for members in groups.values() for _, e in members)), columns=2)
+    alike: dict[str, list[Axes]] = defaultdict(list)
+    for axes, (encoder, _, _, loss) in zip(panels.values(), groups, strict=True):
+        if loss == "mse":
+            alike[encoder].append(axes)
+    for own in alike.values():
+        _share_heights(own)
+    legend(figure, _handles([member for members in groups.values() for member in members]), columns=2)
     figure.draw_without_rendering()
     for axes, labels in ends.items():
         margin_labels(axes, labels)
@@ -149,27 +155,19 @@ def _drops(epochs: Epochs) -> list[int]:
 
 
 def _share_heights(panels: Sequence[Axes]) -> None:
-    if not panels:
-        return
+    """Give panels one range, of `LEAST` or more so that a flat line is not magnified to its noise."""
     limits = [axes.get_ylim() for axes in panels]
     low, high = min(limit[0] for limit in limits), max(limit[1] for limit in limits)
+    margin = max(0.03 * (high - low), (LEAST - (high - low)) / 2)
     for axes in panels:
-        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+        axes.set_ylim(low - margin, high + margin)
 
 
-def _handles(has_drops: bool) -> list[Line2D]:
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=MUTED,
-            marker="o",
-            mfc="white",
-            ls="none",
-            label="epoch that is kept (0: the closed form)",
-        )
-    ]
-    if has_drops:
+def _handles(members: Sequence[tuple[Row, Epochs]]) -> list[Line2D]:
+    starts = any(row.training and row.training.best_epoch == 0 for row, _ in members)
+    kept = f"epoch that is kept{' (0: the closed form, before the first)' if starts else ''}"
+    handles = [Line2D([], [], color=MUTED, marker="o", mfc="white", ls="none", label=kept)]
+    if any(_drops(epochs) for _, epochs in members):
         handles.append(Line2D([], [], color=MUTED, marker="v", ls="none", label="learning rate lowered"))
     return handles
 
@@ -181,7 +179,8 @@ def _caption(trained: Sequence[tuple[Row, Epochs]], count: int) -> str:
     )
     if any(_loss(row) == "mse" for row, _ in trained):
         text += (
-            " As PSNR of the mean squared error, which is lower than the table's mean of the images' PSNR."
+            " As PSNR of the mean squared error, which is lower than the table's mean of the images' PSNR; panels of "
+            "one encoder share their range."
         )
     missing = count - len(trained)
     return text + (
