@@ -210,7 +210,9 @@ def test_the_table_is_open_in_markdown_however_many_layers_there_are(tmp_path):
         runs.append(write_run(tmp_path, "m", f"layer{i}", order=i))
         runs.append(search(runs[-1], "refined", REFINED))
     (finding,) = bound_findings(bounds_of(read_rows(runs)))
-    assert "<details>" not in "".join(markdown_finding(finding)) and len(finding.tables[0].rows) == 24
+    text = "".join(markdown_finding(finding))
+    assert "<details>" not in text and len(finding.tables[0].rows) == 24
+    assert "The answers to the same test images, mean \\[95 % BCa interval\\]:\n\n| features" in text
 
 
 def test_bounds_of_the_command_line_have_estimates_without_a_curve(decoder):

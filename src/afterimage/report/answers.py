@@ -138,7 +138,8 @@ def markdown_finding(finding: Finding) -> list[str]:
 
 def _table(table: Numbers, *, is_open: bool) -> str:
     text = markdown_grid([*map(markdown, table.header)], (map(markdown, row) for row in table.rows))
+    title = markdown(table.title)
     if is_open or len(table.rows) <= LONG:
-        return text
-    summary = f"{markdown(table.title)} ({len(table.rows)} rows)"
+        return f"{title}:\n\n{text}"
+    summary = f"{title} ({len(table.rows)} rows)"
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
