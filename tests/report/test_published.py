@@ -122,7 +122,10 @@ def test_rows_stand_beside_their_published_counterparts(tmp_path):
     (found,) = beside([ours, random, resized, linear])
     assert found.published.psnr == (14.45, 2.27) and found.ours["psnr"] == 29
     assert found.ceiling.count == 2
-    assert f"would have scored {found.ceiling.psnr:.2f} dB" in found.why and "above that" in found.why
+    assert (
+        f"would have scored {found.ceiling.psnr:.2f} dB" in found.why
+        and "Ours scores more on them" in found.why
+    )
 
 
 def test_explanation_without_images_or_below_the_ceiling():
@@ -139,7 +142,7 @@ def test_the_ceiling_is_compared_with_our_scores_of_the_same_images(tmp_path):
     ]
     (found,) = beside([keep(with_mean(write_run(tmp_path, SOURCE, rows), 29.5), 3, 1)])
     assert 5 < found.ceiling.psnr < 29.5
-    assert "not above that on them" in found.why
+    assert "does not score more on them" in found.why
 
 
 @pytest.mark.parametrize(("size", "found"), [(28, 1), (None, 0)])

@@ -401,7 +401,7 @@ def test_decoders_and_fusion_are_ranked(tmp_path):
     assert ranking.settings == ("residual", "attention", "linear") and ranking.name == "resnet34 layer1"
     assert len(ranking.pairs) == 3 and all(c.better == "a" for c in ranking.pairs)
     best = next(c for c in analysis.fusions if c.metric == "psnr")
-    assert best.a.startswith("concat fusion at 56x56") and best.b == "resnet34 layer1, residual"
+    assert best.a.startswith("concat fusion at 56x56") and best.b == "resnet34 layer1 with residual"
     assert best.better == "a" and best.difference.estimate == pytest.approx(1, abs=0.2)
     assert all("fusion" not in e.encoder for d in analysis.depth for e in d.encoders)
 
@@ -486,7 +486,7 @@ def test_untrained_controls_are_in_no_ranking(tmp_path):
     assert len(analysis.decoders) == 6 and all(
         d.settings == ("residual", "linear") for d in analysis.decoders
     )
-    assert all(c.b == "resnet34 layer1, residual" for c in analysis.fusions)
+    assert all(c.b == "resnet34 layer1 with residual" for c in analysis.fusions)
     (costs,) = [f for f in find(analysis) if f.title == "What quality costs"]
     assert "Most PSNR" in costs.paragraphs[0] and "RANDOM" not in costs.paragraphs[0]
     for kind in RANDOM_WEIGHTS:
@@ -519,7 +519,7 @@ def test_a_fusion_is_compared_with_what_is_decoded_alike_also_beside_other_recip
     write_run(tmp_path, fused, scores(21), recipe=short, fusion=FusionConfig("concat", size=28))
     write_run(tmp_path, LAYERS[1], scores(23), recipe=long)
     (comparison,) = [c for c in analyse(scan(tmp_path)).fusions if c.metric == "psnr"]
-    assert comparison.b == "resnet34 layer1, attention (epochs 10)" and comparison.better == "a"
+    assert comparison.b == "resnet34 layer1 with attention (epochs 10)" and comparison.better == "a"
 
 
 def test_a_certain_but_negligible_difference_is_not_called_undecided(tmp_path):

@@ -156,8 +156,8 @@ def _depth(results: Sequence[Depth]) -> Iterable[Numbers]:
         "encoder",
         "verdict",
         "Kendall's tau (exact p)",
-        "tau within an image",
-        "fall at every step",
+        "tau within an image, mean",
+        "images that fall at every step",
     )
     yield Numbers("Each encoder", header, tuple(encoders))
     yield Numbers(
@@ -223,7 +223,7 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
         "worst layer",
         "difference",
         "per cent",
-        "the best is",
+        "the best layer is",
     )
     sentences = []
     counted = without_random_controls(results)
@@ -285,7 +285,7 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
     )
     yield Finding(
         "Decoders on the same features",
-        paragraphs=(f"Best by mean {METRICS[metric].title} over {len(rankings)} features: {told}.",),
+        paragraphs=(f"Best mean {METRICS[metric].title} on {len(rankings)} layers or fusions: {told}.",),
         tables=(Numbers("The best against each other", header, tuple(rows)),),
     )
 
@@ -318,7 +318,7 @@ def _against(c: Comparison) -> str:
     """Describe a comparison in one sentence."""
     outcome = {"a": "better than", "b": "worse than"}.get(c.better) or ahead(c)
     return (
-        f"{c.a} is {outcome} {c.b} in {METRICS[c.metric].title}: {difference(c)} "
+        f"{c.a[0].upper()}{c.a[1:]} is {outcome} {c.b} in {METRICS[c.metric].title}: {difference(c)} "
         f"({p_value(c.p_holm)}, better on {c.wins_a} of {c.difference.count} images)."
     )
 
@@ -331,11 +331,11 @@ def _overview(analysis: Analysis) -> str:
     counts = sorted({score.mean.count for score in analysis.scores})
     images = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     seeds = max(len(row.runs) for row in decoded)
-    averaged = "scores are averaged over seeds first" if seeds > 1 else "each row has one"
+    averaged = "scores are averaged over seeds first" if seeds > 1 else "each row has one seed"
     return (
         f"{counted(len(decoded), 'row')} on {images} test images. All intervals are {NAME}s (bias-corrected and "
         f"accelerated bootstrap over images, {RESAMPLES:,} resamples); differences are paired by image. "
-        f"They speak of other images, not of other seeds: {averaged}."
+        f"They say what other test images would change, not what other seeds would: {averaged}."
     )
 
 
@@ -393,8 +393,8 @@ def _best_buys(rows: list[Efficiency]) -> list[str]:
         if len(known) > 1:
             best = max(known, key=lambda row: getattr(row, field))
             value = f"{ratio(getattr(best, field))}{METRICS[best.metric].unit}"
-            told.append(f"per {cost} from {best.name} ({best.setting}), {value}")
+            told.append(f"per {cost} {value} from {best.name} ({best.setting})")
     if not told:
         return []
     above = " above the mean colour" if any(row.baseline for row in rows) else ""
-    return [f"Most {METRICS[rows[0].metric].title}{above} {'; '.join(told)}."]
+    return [f"Most {METRICS[rows[0].metric].title}{above}: {'; '.join(told)}."]

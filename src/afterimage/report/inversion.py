@@ -120,8 +120,9 @@ def _controls(bounds: Sequence[Bound], names: Mapping[str, str], metrics: Sequen
         for what in ("", ", other original", ", prior alone")
     ]
     yield Numbers(
-        "What owes nothing to the image's own features: against another image's original, and what the same search "
-        "makes of features that tell nothing; and how many find their own original, of which guessing finds one",
+        "Scores that owe nothing to the image's own features: those of an answer against another image's original, and "
+        "of the same search on features that tell nothing (prior alone). Last, how many answers are nearest to their "
+        "own original; guessing finds one",
         ("features", "answer", *heads, "own original found"),
         tuple(lines),
     )
@@ -131,8 +132,8 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
     refined = [bound.refined for bound in bounds if bound.refined]
     estimates = [bound.estimate for bound in bounds if bound.estimate]
     yield (
-        "A decoder's score at depth is the decoder's weakness as much as the layer's loss. What is set beside it was "
-        "read from the same features, so it is a lower bound on what they keep: the measured bound."
+        "A decoder's low score may be the decoder's weakness as much as the layer's loss. The other images were found "
+        "from the same features, so their scores are a lower bound on what the features keep: the measured bound."
     )
     if refined:
         passes = " or ".join(str(steps) for steps in sorted({row.inversion.steps for row in refined}))
@@ -158,7 +159,10 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
     if gaps:
         yield f"From the decoders to the measured bound: {', '.join(gaps.values())}."
     if refined and estimates:
-        yield f"For LPIPS the bound is the most consistent image, for the other scores the best estimate ({BEYOND})."
+        yield (
+            f"In the rows “{BEYOND}” the bound is the most consistent image for LPIPS and the best estimate for the "
+            "other scores."
+        )
     if worse := "; ".join(_worse(bounds, metrics)):
         taught = (other_images(row.data.validation, row.config.estimate.images) for row in estimates)
         learned = sorted({len(images) for images in taught} - {0})

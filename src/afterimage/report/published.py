@@ -175,10 +175,8 @@ def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None)
     if kept is None:
         return text
     if kept > ceiling.psnr:
-        return (
-            f"{text} Ours is above that on them, where no training could have taken the published decoders."
-        )
-    return f"{text} Ours is not above that on them, so their range alone does not explain the difference."
+        return f"{text} Ours scores more on them, which no training of the published decoders could have reached."
+    return f"{text} Ours does not score more on them, so their range alone does not explain the difference."
 
 
 MEAN = np.array([0.485, 0.456, 0.406])

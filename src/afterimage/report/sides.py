@@ -72,8 +72,8 @@ class Sides:
                 told.append(
                     f"Quality falls with depth ({what}): the measured bound does too."
                     if alike
-                    else f"The decoder's score falls with depth; whether the measured bound does, its images are too "
-                    f"few to tell ({what}): they leave it undecided for the decoder too."
+                    else "The decoder's score falls with depth over all test images; the images of the measured bound "
+                    f"are too few to tell ({what}): on them it is undecided for the decoder too."
                     if few
                     else f"The decoder's score falls with depth, the measured bound does not ({what}): "
                     f"{found.verdict}, {found.reason}."

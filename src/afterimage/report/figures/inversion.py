@@ -66,7 +66,8 @@ def draw_saturation(inversions: Sequence[Row]) -> Drawing | None:
         axes.set_ylim(axes.get_ylim())
         margin_labels(axes, ends, size=8.0)
     caption = (
-        "The mean PSNR over images of the best image so far by its features, against passes; a lower bound."
+        "PSNR of the image whose features fit best so far, mean over test images, against passes through the encoder: "
+        "a lower bound on what the features keep."
     )
     if lost:
         caption += f" {counted(lost, 'search', 'searches')} without {CURVE} left out."

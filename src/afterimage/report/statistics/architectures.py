@@ -13,10 +13,10 @@ from afterimage.runs.results import METRICS
 
 RULE = (
     "At each resolution, the first layer of every encoder is compared with every other's. A pair differs "
-    "where its paired difference does from zero: t test, Holm-corrected over all pairs, p < 0.05, and a "
+    "where its paired difference is not zero: t test, Holm-corrected over all pairs, p < 0.05, and a "
     f"95 % interval without zero {MARGIN}. Supported: some pair differs and decoder size cannot explain it "
     "(sizes within 5 %, or the "
-    "better side's decoder is the smaller). Contradicted, which only PSNR can be for want of other margins: "
+    "better side's decoder is the smaller). Contradicted (by PSNR only, for want of a margin for the others): "
     f"every pair's 95 % interval lies within {METRICS['psnr'].negligible:g} dB of zero. Undecided: otherwise."
 )
 

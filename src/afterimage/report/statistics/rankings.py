@@ -179,6 +179,6 @@ def fusions(rows: list[Row], metric: str) -> list[Comparison]:
         alike = [r for r in members if r.setting == fused.setting]
         if members:
             best = _best_first(alike or members, metric)[0]
-            names = (f"{fused.name}, {fused.setting}", f"{best.name}, {best.setting}")
+            names = (f"{fused.name} with {fused.setting}", f"{best.name} with {best.setting}")
             family.append(compare(fused, best, metric, names=names))
     return corrected(family)
