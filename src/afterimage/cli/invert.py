@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class Invert:
     """Rebuild images from features alone by optimising them until their own features are the same.
 
-    `invert IMAGE... MODEL:LAYER...` starts from grey and uses all layers at once. `invert RUN` refines the answer of
-    that run's decoder. Without image files it takes the run's own test images, learns their best estimates from
-    validation images, and inverts them from grey as well. It compares decoder, best estimate, refinement and inversion
-    for all runs in the output folder: a table (bounds.csv, bounds.json) and the curve of PSNR against passes
-    (saturation.png). The result is a lower bound on what the features hold; decoders approximate it much faster.
+    With image files and MODEL:LAYER it starts from grey and uses all layers at once. With RUN it refines the answers of
+    that run's decoder, on image files or on the run's own test images. For the latter it also learns best estimates
+    from validation images, inverts from grey for comparison, and writes a table (bounds.csv, bounds.json) and the curve
+    of PSNR against passes (saturation.png) of all runs in the output folder. The result is a lower bound on what the
+    features hold; decoders approximate it much faster.
     """
 
     what: Annotated[
