@@ -12,7 +12,6 @@ import torch
 
 from afterimage.analysis.inversion.inputs import InversionInputs, from_data
 from afterimage.analysis.inversion.invert import Snapshot
-from afterimage.analysis.inversion.measure import curve_steps
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.config.inversion import InvertConfig, error_images
@@ -29,6 +28,8 @@ SOURCES = (
     "vit_tiny_patch16_224.augreg_in21k_ft_in1k:block11",
 )
 PASSES = 200
+LOOK = 10
+"""Passes from one look at the images to the next."""
 GOAL = 2.0
 TOLERANCE = 0.05
 """Largest deficit of our PSNR in dB, at an LPIPS that is no higher: one image's PSNR varies as much between runs."""
@@ -115,5 +116,5 @@ def _curve(refinement: Refinement, given: InversionInputs, metrics: Metrics, dev
         points.append(Point(snapshot.step, (now - started - watched) / len(images), *means))
         watched += time.process_time() - now
 
-    refinement(images, callback=look, milestones=curve_steps(refinement.steps))
+    refinement(images, callback=look, milestones=range(0, refinement.steps, LOOK))
     return points
