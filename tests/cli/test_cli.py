@@ -204,7 +204,8 @@ def test_limits_are_checked_before_anything_is_done(command, tmp_path, arguments
 
 
 def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, monkeypatch):
-    import afterimage.training.checkpoint
+    # Where it is used: a module that was first imported now would keep the stand-in for the tests after this one.
+    from afterimage.experiments import inference
 
     def computed(*_, **__):
         raise AssertionError("it should have ended before")
@@ -213,7 +214,7 @@ def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, mo
     assert command(*arguments)[0] == 0
     (run,) = scan(tmp_path / "runs")
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
-    monkeypatch.setattr(afterimage.training.checkpoint, "load_reconstructor", computed)
+    monkeypatch.setattr(inference, "load_reconstructor", computed)
     for arguments, message in (
         (["evaluate", run.path, "--output", tmp_path], f"--output {tmp_path} is a folder"),
         (["evaluate", run.path, "--output", tmp_path / "a.png" / "x"], "a.png is a file, not a folder"),
