@@ -63,7 +63,8 @@ def test_docstrings_open_with_a_verb_or_a_noun():
     found = []
     for path in sorted(file for room in ("src", "benchmarks") for file in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            for line in getattr(node, "body", None) if isinstance(getattr(node, "body", None), list) else ():
+            body = getattr(node, "body", None)
+            for line in body if isinstance(body, list) else ():
                 value = line.value if isinstance(line, ast.Expr) else None
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):
                     found += [f"{path}:{line.lineno}"] if asks.match(value.value) else []

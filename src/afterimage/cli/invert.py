@@ -90,6 +90,7 @@ class Invert:
             "method",
             "optimizer",
             "steps",
+            "held_out",
             "learning_rate",
             "starts",
             "jitter",
@@ -97,8 +98,8 @@ class Invert:
             "alpha_norm",
             "precision",
         )
-        held_out = {} if self.held_out is None else {"held_out": self.held_out}
-        method = InvertConfig(**{name: getattr(self, name) for name in names}, **held_out)
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        method = InvertConfig(**given)
         folders, files, sources = self._sort()
         device = device_name(self.device)
         with Display() as display:
@@ -151,8 +152,8 @@ class Invert:
         from afterimage.runs.run import Run
 
         folders = []
-        learned = {} if self.estimate_images is None else {"images": self.estimate_images}
-        estimate = None if files else EstimateConfig(**learned)
+        count = EstimateConfig.images if self.estimate_images is None else self.estimate_images
+        estimate = None if files else EstimateConfig(count)
         for path in paths:
             run = Run.open(path)
             data = replace(
