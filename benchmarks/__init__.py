@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from afterimage.config import AfterimageError, unknown
-from afterimage.runs.environment import environment
 from afterimage.runs.files import write_json
-from afterimage.runtime.threads import cores
+from afterimage.runs.run import environment
+from afterimage.runtime.process import cores
 from benchmarks import equal_time, gpu, growth, memory, quality, scoring, search, startup, stream, training
 from benchmarks.child import in_child
 from benchmarks.rows import Row, print_rows, row_line

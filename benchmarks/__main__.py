@@ -44,7 +44,7 @@ class Bench:
     def run(self) -> None:
         import tempfile
 
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
         from benchmarks import MEASUREMENTS, QUICK_SECONDS, Settings, print_rows, row_line, run_bench
 
         if self.list:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from afterimage.runtime.progress import Progress
+from afterimage.runtime.terminal import Progress
 
 TURNS = (
     Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,7 +33,7 @@ def write_originals(folder: Path, counts: Mapping[str, int], width: int, height:
         name of the data source, `folder:PATH`
     """
     from afterimage.data.sources.dead_leaves import dead_leaves
-    from afterimage.runtime.threads import in_parallel
+    from afterimage.runtime.process import in_parallel
 
     jobs = []
     for series, (part, count) in enumerate(counts.items()):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 T = TypeVar("T")
 

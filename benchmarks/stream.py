@@ -18,8 +18,8 @@ from afterimage.config import DataConfig
 from afterimage.config.errors import MAX_IMAGES
 from afterimage.data import dataset
 from afterimage.data.sampling import order
-from afterimage.runtime.progress import Progress
-from afterimage.runtime.threads import in_parallel
+from afterimage.runtime.process import in_parallel
+from afterimage.runtime.terminal import Progress
 from benchmarks.child import in_child
 from benchmarks.rows import Goal, Row
 from benchmarks.settings import Settings

@@ -29,7 +29,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "runs.run": ["Run", "scan"],
         "config.study": ["StudyConfig", "load_study"],
         "experiments.study": ["run_study"],
-        "runtime.threads": ["let_idle_threads_sleep"],
+        "runtime.process": ["let_idle_threads_sleep"],
         "training.checkpoint": ["load_reconstructor"],
         "training.trainer": ["train"],
     },

@@ -18,7 +18,7 @@ from afterimage.config import (
 )
 from afterimage.data.dataset import load_data
 from afterimage.models.decoders import create_decoder
-from afterimage.runtime.progress import silent
+from afterimage.runtime.terminal import silent
 from benchmarks import MEASUREMENTS, Settings, gpu, run_bench, scoring, training, work
 from benchmarks.__main__ import main
 from benchmarks.child import Outcome, in_child, peak_bytes

@@ -17,8 +17,7 @@ from afterimage.config import shown
 from afterimage.config.audit import AuditConfig
 from afterimage.runs.files import read_json, write_atomic, write_csv, write_json
 from afterimage.runs.run import Run, scan
-from afterimage.runtime.progress import Display
-from afterimage.runtime.terminal import Writer, always_writable, complain, console, printable, say
+from afterimage.runtime.terminal import Display, Writer, always_writable, complain, console, printable, say
 
 SOURCE = Path(afterimage.__file__).parent
 MODEL = "test_resnet.r160_in1k"

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data import file_digests
 from afterimage.data import pixel_cache as cache_module
+from afterimage.data import records
 from afterimage.data.dataset import cache_folder, load_data
 from afterimage.data.examine import Facts
-from afterimage.data.file_digests import FileDigests
 from afterimage.data.images import Data
 from afterimage.data.pixel_cache import MAGIC, Damaged, map_blob
-from afterimage.data.records import FileOriginal
+from afterimage.data.records import FileDigests, FileOriginal
 from some_images import some_image, write_images
 
 COUNT = 12
@@ -45,7 +44,7 @@ def cache(tmp_path) -> Path:
 def work(monkeypatch) -> dict[str, list]:
     """What is decoded and what is read through, by file name."""
     done = {"decoded": [], "read": []}
-    decode, header = FileOriginal.decoded, file_digests.check_header
+    decode, header = FileOriginal.decoded, records.check_header
 
     def decoded(self, size, content):
         done["decoded"].append(self.path.name)
@@ -56,7 +55,7 @@ def work(monkeypatch) -> dict[str, list]:
         return header(content, name)
 
     monkeypatch.setattr(FileOriginal, "decoded", decoded)
-    monkeypatch.setattr(file_digests, "check_header", looked_at)
+    monkeypatch.setattr(records, "check_header", looked_at)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # one thread, so that the counts are exact
     return done
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.decode import BadImage
-from afterimage.data.file_digests import FileDigests
-from afterimage.data.records import FileOriginal, Original, PartOriginal
+from afterimage.data.records import FileDigests, FileOriginal, Original, PartOriginal
 from afterimage.data.sources import dead_leaves as procedural
 from afterimage.data.sources import read_source
 from afterimage.data.sources.dead_leaves import DeadLeaves, dead_leaves

@@ -11,8 +11,8 @@ from afterimage.data import dataset
 from afterimage.data.sources.huggingface import Images
 from afterimage.experiments.queue import train_runs
 from afterimage.runs.run import scan
-from afterimage.runtime.progress import silent
-from afterimage.runtime.signals import Stopped
+from afterimage.runtime.process import Stopped
+from afterimage.runtime.terminal import silent
 from benchmarks.child import in_child
 from benchmarks.stream import write_small
 from children import result, small_configs

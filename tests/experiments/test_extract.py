@@ -15,7 +15,7 @@ from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.feature_store import open_store
-from afterimage.data.store_shards import index_path, read_index
+from afterimage.data.store_files import index_path, read_index
 from afterimage.experiments.extract import Extraction, extract, plan_extraction
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.files import read_json, sha256, write_json

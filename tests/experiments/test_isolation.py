@@ -11,8 +11,7 @@ from afterimage.config import DecoderConfig, FusionConfig
 from afterimage.experiments import queue as jobs
 from afterimage.models.decoders import DECODERS
 from afterimage.models.fusion import FUSIONS
-from afterimage.runs.failures import TRACEBACK
-from afterimage.runs.run import Run
+from afterimage.runs.run import TRACEBACK, Run
 from afterimage.runtime.failures import Unexpected, as_error, let_go, one_line
 from afterimage.training.losses import LOSSES
 from children import MODEL, result, small_configs

@@ -15,8 +15,7 @@ from afterimage.evaluation import baselines
 from afterimage.evaluation.baselines import run_baselines
 from afterimage.experiments.study import FAILURES, expand, run_study
 from afterimage.models.decoders import DECODERS
-from afterimage.runs.failures import TRACEBACK
-from afterimage.runs.run import Run, scan
+from afterimage.runs.run import TRACEBACK, Run, scan
 from afterimage.runtime.failures import Unexpected
 from children import MODEL, result
 from stand_ins import decoder

@@ -22,9 +22,8 @@ from afterimage.experiments.ray.bounds import find_bounds_on_ray
 from afterimage.experiments.ray.cluster import SETTINGS
 from afterimage.experiments.ray.driver import train_on_ray
 from afterimage.experiments.study import run_study
-from afterimage.runs.failures import TRACEBACK
-from afterimage.runs.run import Run, scan
-from afterimage.runtime.signals import Stopped
+from afterimage.runs.run import TRACEBACK, Run, scan
+from afterimage.runtime.process import Stopped
 from afterimage.training.checkpoint import CHECKPOINT
 from children import context, hold, result, small_images, study_child
 

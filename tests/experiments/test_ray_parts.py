@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import afterimage.runtime.progress
+import afterimage.runtime.terminal
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
 from afterimage.config.study import StudyConfig
@@ -16,7 +16,7 @@ from afterimage.experiments.ray.bounds import find_bounds_on_ray
 from afterimage.experiments.ray.cluster import BASE_BYTES, describe, group_bytes, share_machines
 from afterimage.experiments.ray.worker import identify, pack, unpack
 from afterimage.runs.run import Run
-from afterimage.runtime.progress import Display, silent
+from afterimage.runtime.terminal import Display, silent
 
 MODEL = "test_resnet.r160_in1k"
 GIB = 2**30
@@ -159,7 +159,7 @@ def display(monkeypatch, *, terminal):
 
     text = io.StringIO()
     own = rich.console.Console(file=text, force_terminal=terminal, width=60, highlight=False, markup=False)
-    monkeypatch.setattr(afterimage.runtime.progress, "console", lambda **_: own)
+    monkeypatch.setattr(afterimage.runtime.terminal, "console", lambda **_: own)
     return Display(interval=0.0), text
 
 

@@ -22,7 +22,7 @@ from afterimage.config import (
 )
 from afterimage.data.dataset import load_data
 from afterimage.data.feature_store import open_store
-from afterimage.data.store_shards import index_path
+from afterimage.data.store_files import index_path
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.extract import Extraction, extract
 from afterimage.experiments.inference import evaluate_run, rebuild

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from afterimage.config import AfterimageError, Axis, RunConfig
-from afterimage.runs.environment import environment
 from afterimage.runs.files import read_csv, remove_leftovers, write_atomic, write_csv, write_json
 from afterimage.runs.results import (
     DataFacts,
@@ -20,7 +19,7 @@ from afterimage.runs.results import (
     TrainingFacts,
     UsedWeights,
 )
-from afterimage.runs.run import Run, scan
+from afterimage.runs.run import Run, environment, scan
 
 CONFIG = RunConfig(("resnet34.tv_in1k:layer1",))
 cells = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53)

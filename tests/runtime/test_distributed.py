@@ -23,8 +23,7 @@ from afterimage.runs.run import Run, scan
 from afterimage.runtime.device import create_fabric
 from afterimage.runtime.distributed import SINGLE_PROCESS, RankLost, distributed_context
 from afterimage.runtime.failures import ENCODERS, Unexpected, concerning, concerns, story
-from afterimage.runtime.process import LockLost
-from afterimage.runtime.signals import Stopped
+from afterimage.runtime.process import LockLost, Stopped
 from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import CHECKPOINT
 from children import MODEL, small_configs

@@ -15,8 +15,8 @@ from lightning_fabric import Fabric
 from afterimage import AfterimageError, FeatureSpec, RecipeConfig, create_decoder, train_runs
 from afterimage.models.reconstructor import FeatureDecoder, MultiEncoder
 from afterimage.runs.run import Run
+from afterimage.runtime.device import retry_with_smaller_batch
 from afterimage.runtime.failures import out_of_memory
-from afterimage.runtime.memory import retry_with_smaller_batch
 from afterimage.training import trainer
 from afterimage.training.checkpoint import CHECKPOINT, load_tensors
 from afterimage.training.decoder_trainer import DecoderTrainer

@@ -217,7 +217,7 @@ def command_line(arguments, output, ready, moment):
     import torch
 
     from afterimage.cli import main
-    from afterimage.runtime.progress import Display
+    from afterimage.runtime.terminal import Display
 
     handle = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)

@@ -31,9 +31,8 @@ from afterimage.cli.train import Train
 from afterimage.cli.verify import Verify
 from afterimage.config import MAX_PROCESSES, AfterimageError, check_range
 from afterimage.runs.run import check_folder
-from afterimage.runtime.signals import interruptible
+from afterimage.runtime.process import interruptible, let_idle_threads_sleep
 from afterimage.runtime.terminal import always_writable, complain, printable, say
-from afterimage.runtime.threads import let_idle_threads_sleep
 
 COMMANDS = {
     "layers": Layers,

@@ -97,7 +97,7 @@ class Audit:
         from afterimage.analysis.audit.run import run_audit
         from afterimage.report.audit.page import write_audit
         from afterimage.report.audit.verdict import judge
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         config = self.resolved()
         root = self.output_dir or Path("runs") / f"audit-{Path(config.subject.replace(':', '-')).name}"

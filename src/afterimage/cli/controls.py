@@ -44,7 +44,7 @@ class Controls:
         from afterimage.cli.report import find_runs
         from afterimage.runs.controls import PARTS
         from afterimage.runs.run import check_folder
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         runs = find_runs(self.folders)
         for run in runs:
@@ -73,7 +73,7 @@ def print_controls(runs: list[Run]) -> None:
 
     from afterimage.report.controls import control_findings
     from afterimage.report.rows import read_rows
-    from afterimage.runs.failures import is_done
+    from afterimage.runs.run import is_done
 
     done = [run for run in runs if is_done(run)]
     screen = console(180)

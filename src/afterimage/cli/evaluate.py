@@ -39,7 +39,7 @@ class Evaluate:
         from afterimage.runs.files import write_csv
         from afterimage.runs.run import Run, check_file
         from afterimage.runtime.device import device_name
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         run = Run.open(self.run_folder)
         if self.output is not None:

@@ -63,7 +63,7 @@ class Extract:
     def run(self) -> None:
         from afterimage.experiments.extract import Extraction, extract, plan_extraction
         from afterimage.runs.run import check_file
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         data = DataConfig(
             source=self.data,

@@ -82,7 +82,7 @@ class Invert:
         from afterimage.config.inversion import InvertConfig
         from afterimage.runs.run import check_folder
         from afterimage.runtime.device import device_name
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         check_folder(self.output_dir, "--output-dir")
         check_range("seed", self.seed, 0, MAX_SEED)

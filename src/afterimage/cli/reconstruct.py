@@ -79,7 +79,7 @@ class Reconstruct:
         """Fit a decoder for each layer, after checking that all image files can be read."""
         from afterimage.data.decode import load_image
         from afterimage.experiments.inference import fit_run
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         for image in images:
             load_image(image)
@@ -112,7 +112,7 @@ class Reconstruct:
         from afterimage.report.rows import read_rows
         from afterimage.runs.files import write_atomic
         from afterimage.runtime.device import device_name
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         read = read_rows(runs)
         rows = replace(read, decoders=tuple(r for r in read.decoders if r.kind == "decoder"), baselines=())

@@ -34,7 +34,7 @@ class Report:
 
         from afterimage.report.write import write_report
         from afterimage.runs.run import check_folder
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         output = self.output_dir or self.folders[0] / "report"
         check_folder(output, "--output-dir")

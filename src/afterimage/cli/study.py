@@ -21,8 +21,7 @@ from afterimage.config import (
     parse_count,
     shown,
 )
-from afterimage.runs.failures import is_done
-from afterimage.runs.run import check_folder
+from afterimage.runs.run import check_folder, is_done
 from afterimage.runtime.failures import as_error, let_go
 from afterimage.runtime.terminal import complain, console, say
 
@@ -112,7 +111,7 @@ class Study:
             return
         from afterimage.experiments.study import Part, expand, run_study
         from afterimage.runtime.distributed import on_main_process
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         if self.study and self.models:
             raise AfterimageError("give a study or --models, not both")
@@ -249,7 +248,7 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
     from afterimage.experiments.cost import macs_per_second, plan
     from afterimage.experiments.study import study_groups
     from afterimage.models.fusion import FUSIONS
-    from afterimage.runtime.progress import clock
+    from afterimage.runtime.terminal import clock
 
     plans, problems = [], []
     for config in configs:

@@ -23,7 +23,7 @@ from afterimage.config import (
     shown,
     unknown,
 )
-from afterimage.runs.failures import is_done
+from afterimage.runs.run import is_done
 from afterimage.runtime.terminal import complain, say
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL:LAYER [...]")]
@@ -93,7 +93,7 @@ class Train:
         from afterimage.models.encoders.providers import at_native_size, resolve
         from afterimage.models.fusion import FUSIONS
         from afterimage.runtime.distributed import on_main_process
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         data = DataConfig(
             source=self.data,
@@ -168,7 +168,7 @@ class Train:
     def _stored(self) -> tuple[FeaturesConfig, str, tuple[str, ...]]:
         """Return the store to train on, the `weights` setting of its encoder, and the chosen layers."""
         from afterimage.data.feature_store import open_store
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         if self.weights != Train.weights:
             raise AfterimageError("stored features have their encoder's weights: leave out --weights")
@@ -184,7 +184,7 @@ class Train:
         return FeaturesConfig(str(store.path), store.digest), weights, tuple(dict.fromkeys(sources))
 
     def _profile(self, configs: list[RunConfig]) -> None:
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
         from afterimage.training.profiler import print_profile, profile_run
 
         for config in configs:

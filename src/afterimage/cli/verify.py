@@ -38,7 +38,7 @@ class Verify:
     def run(self) -> None:
         runs = find_runs(self.folders)
         from afterimage.experiments.reproduce import verify_runs
-        from afterimage.runtime.progress import Display
+        from afterimage.runtime.terminal import Display
 
         with Display() as display:
             verdicts = verify_runs(

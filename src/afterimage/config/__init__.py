@@ -27,12 +27,15 @@ from afterimage.config.names import (
     RANDOM_WEIGHTS,
     WEIGHTS,
     absolute_model,
+    absolute_path,
+    absolute_source,
     absolute_weights,
+    local_path,
     short_names,
     split_provider,
     split_source,
+    utf8_path,
 )
-from afterimage.config.paths import absolute_path, absolute_source, local_path, utf8_path
 from afterimage.config.schema import (
     LOSS_NAMES,
     LPIPS_NETS,

@@ -12,8 +12,7 @@ from typing import Any
 from afterimage.config.errors import MAX_IMAGES, MAX_SEED, MAX_STEPS, AfterimageError, check_range, unknown
 from afterimage.config.images import DataConfig
 from afterimage.config.inversion import EstimateConfig
-from afterimage.config.names import absolute_model, absolute_weights
-from afterimage.config.paths import absolute_path, absolute_source
+from afterimage.config.names import absolute_model, absolute_path, absolute_source, absolute_weights
 from afterimage.config.schema import LPIPS_NETS, RecipeConfig
 from afterimage.config.toml import to_dict
 

@@ -15,7 +15,7 @@ from afterimage.config.errors import (
     check_range,
     unknown,
 )
-from afterimage.config.paths import absolute_source
+from afterimage.config.names import absolute_source
 
 NATIVE = "native"
 """Value of `crop` that stands for the image size that an encoder's weights are made for."""

@@ -25,10 +25,10 @@ from afterimage.config.images import PROTOCOLS, DataConfig
 from afterimage.config.names import (
     RANDOM_WEIGHTS,
     absolute_model,
+    absolute_path,
     absolute_weights,
     split_source,
 )
-from afterimage.config.paths import absolute_path
 from afterimage.config.toml import MAX_PARAMETERS, Count, to_dict
 
 LPIPS_NETS = ("alex", "vgg", "squeeze")

@@ -22,19 +22,24 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from afterimage.config import MAX_SIDE, SSIM_WINDOW, AfterimageError, FeatureSpec, local_path, shown
-from afterimage.data.store_files import BATCH, IDS, IMAGES, METADATA, Arrays, read_file
-from afterimage.data.store_shards import (
+from afterimage.data.store_files import (
+    BATCH,
+    IDS,
+    IMAGES,
     INDEX,
+    METADATA,
+    Arrays,
     StoreFacts,
     check_whole,
     index_path,
     layer_key,
     read_facts,
+    read_file,
     read_index,
 )
 from afterimage.runs.files import sha256
 from afterimage.runs.results import FeatureMap
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 MAX_PREFIX = 5
 """Largest number of prefix tokens (class token and registers) before a square grid of tokens."""

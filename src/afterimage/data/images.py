@@ -21,7 +21,7 @@ from afterimage.data.pixel_cache import Blob
 from afterimage.data.records import Original
 from afterimage.data.sampling import centre_places, crop_places, fitting_sides
 from afterimage.runs.results import DataFacts
-from afterimage.runtime.threads import cores
+from afterimage.runtime.process import cores
 
 Indices = Sequence[int] | np.ndarray | Tensor
 

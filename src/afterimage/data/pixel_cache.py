@@ -23,8 +23,8 @@ from afterimage.data.examine import Facts
 from afterimage.data.records import Original
 from afterimage.runs.files import atomic_file, remove_leftovers
 from afterimage.runs.lock import CannotLock, held
-from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.threads import in_parallel
+from afterimage.runtime.process import in_parallel
+from afterimage.runtime.terminal import Progress, silent
 
 logger = logging.getLogger("afterimage")
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, listed, shown
 from afterimage.data.records import Original
 
 
@@ -98,3 +101,145 @@ def split(
             f"at least {len(parts)} are needed"
         )
     return shuffled(train, seed), shuffled(validation, seed), shuffled(test, seed)
+
+
+TRAINING, VALIDATION, TEST = "training", "validation", "test"
+SPLIT_WORDS = {
+    TRAINING: ("train", "training", "trn", "trainset", "trainval"),
+    VALIDATION: (
+        "validation", "validate", "val", "valid", "dev", "devel", "development", "valset", "validset", "devset",
+    ),
+    TEST: ("test", "testing", "tst", "testset", "eval", "evaluation", "holdout"),
+}  # fmt: skip
+"""Words that name a split, alone or as a word of a longer name (`DIV2K_train_HR`, `val2017`)."""
+PLAIN = frozenset(("train", "test", "validation", "val", "valid"))
+"""Self-explanatory names of splits, for which no note is needed."""
+BESIDE = frozenset((
+    "data", "dataset", "files", "folder", "image", "images", "img", "imgs", "jpeg", "jpg", "of", "photo", "photos",
+    "picture", "pictures", "png", "set", "split",
+))  # fmt: skip
+"""Words that are ignored when names are matched: `train` and `test_images` belong to one data set."""
+OTHER_KINDS = "of other kinds"
+NO_EXTENSION = "without extension"
+MOST_KINDS = 1000
+"""Largest number of kinds of other files that are counted separately, in case every file has its own extension."""
+# Extensions of images in formats that are not read; notes name these first.
+_IMAGES = frozenset((
+    ".arw", ".bpg", ".cr2", ".cr3", ".dds", ".dng", ".exr", ".hdr", ".heic", ".heif", ".hif", ".ico", ".j2k", ".jxl",
+    ".jxr", ".nef", ".orf", ".pcx", ".pef", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".sgi", ".svg", ".tga", ".xcf",
+))  # fmt: skip
+_PART = {word: part for part, words in SPLIT_WORDS.items() for word in words}
+_TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
+
+
+def read_name(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """Find the split that a name contains.
+
+    Returns:
+        `training`, `validation` or `test`, and the name's other words; None if it names no split, or several
+    """
+    tokens = [token.lower() for token in _TOKEN.findall(name)]
+    parts = {_PART[token] for token in tokens if token in _PART}
+    if parts == {TRAINING, VALIDATION}:  # train_val means all images that are not test images
+        parts = {TRAINING}
+    if len(parts) != 1:
+        return None
+    rest = (token for token in tokens if token not in _PART and token not in BESIDE and not token.isdigit())
+    return parts.pop(), tuple(rest)
+
+
+def split_names(names: Iterable[str]) -> dict[str, str]:
+    """Find the names that belong to a split.
+
+    Names belong together if their other words are the same: `DIV2K_train_HR` and `DIV2K_valid_HR`, but not
+    `train_station` and `test_tube`. If the names without other words give a split, only they are used: for each part
+    the name that is its first word in `SPLIT_WORDS`, or all of them if none is just a word.
+
+    Returns:
+        the split of each name that belongs to one; empty unless there are training images and another split
+    """
+    families: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for name in sorted(names):
+        if (read := read_name(name)) is not None:
+            families.setdefault(read[1], {}).setdefault(read[0], []).append(name)
+    whole = {rest: parts for rest, parts in families.items() if TRAINING in parts and len(parts) > 1}
+    if () in whole:
+        whole = {(): {part: _plainest(part, own) for part, own in whole[()].items()}}
+    return {name: part for parts in whole.values() for part, own in parts.items() for name in own}
+
+
+def _plainest(part: str, names: Sequence[str]) -> list[str]:
+    for word in SPLIT_WORDS[part]:
+        if own := [name for name in names if name.lower() == word]:
+            return own
+    return list(names)
+
+
+def nested_split(paths: Collection[tuple[str, ...]]) -> tuple[int, dict[str, str]] | None:
+    """Find the first level of folders whose names give a split.
+
+    A level counts if every folder one level up has a folder of the split in it: `bottle/train`, `bottle/test` and
+    `cable/train` give a split, but no longer if images lie in a folder `other` beside `bottle` and `cable`.
+
+    Args:
+        paths: the folders that hold images, each as its names from the top
+
+    Returns:
+        the level, 0 for the uppermost, and the split of each name there; None if there is no such level
+    """
+    for depth in range(max(map(len, paths), default=0)):
+        parts = split_names({path[depth] for path in paths if len(path) > depth})
+        named = {path[:depth] for path in paths if len(path) > depth and path[depth] in parts}
+        if parts and named == {path[:depth] for path in paths}:
+            return depth, parts
+    return None
+
+
+def pooled_names(paths: Collection[tuple[str, ...]]) -> list[str]:
+    """List the folders whose images are pooled because their names give no split.
+
+    These are the folders at the first level that has several. Folders at or below this level whose names contain a
+    split are listed first, in place of the folder of this level that holds them.
+
+    Args:
+        paths: the folders that hold images, each as its names from the top
+
+    Returns:
+        paths of the pooled folders; empty if there is only one folder at every level
+    """
+    deepest = max(map(len, paths), default=0)
+    level = next((n for n in range(1, deepest + 1) if len({path[:n] for path in paths}) > 1), None)
+    if level is None:
+        return []
+    upper = {
+        (path[:n], path[:level])
+        for path in paths
+        for n in range(level, len(path) + 1)
+        if read_name(path[n - 1])
+    }
+    spoken = {path for path, _ in upper}
+    others = {path[:level] for path in paths} - {top for _, top in upper}
+    return ["/".join(path) or "." for path in (*sorted(spoken), *sorted(others))]
+
+
+def kind_of(name: str) -> str:
+    """Return a file's extension in lower case, or `NO_EXTENSION`."""
+    extension = os.path.splitext(name)[1].lower()
+    return extension if len(extension) > 1 else NO_EXTENSION
+
+
+def count_kind(others: Counter[str], name: str) -> None:
+    """Count a file that is not read, by its extension."""
+    kind = kind_of(name)
+    others[kind if kind in others or len(others) < MOST_KINDS else OTHER_KINDS] += 1
+
+
+def left_out(others: Mapping[str, int]) -> list[str]:
+    """Return a note on files that are not read, by extension; empty if there are none."""
+    if not (total := sum(others.values())):
+        return []
+    kinds = sorted(others, key=lambda kind: (kind == OTHER_KINDS, kind not in _IMAGES, -others[kind], kind))
+    told = listed([f"{others[kind]:,} {shown(kind)}" for kind in kinds])
+    return [
+        f"left out: {total:,} {'file' if total == 1 else 'files'} that {'is' if total == 1 else 'are'} not read: {told}"
+    ]

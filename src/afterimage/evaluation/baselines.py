@@ -26,13 +26,11 @@ from afterimage.evaluation.evaluate import (
     summarise,
 )
 from afterimage.evaluation.metrics import Metrics
-from afterimage.runs.environment import environment
-from afterimage.runs.failures import TRACEBACK, forget, record
 from afterimage.runs.lock import held
 from afterimage.runs.results import Result
-from afterimage.runs.run import Run
+from afterimage.runs.run import TRACEBACK, Run, environment, forget, record
 from afterimage.runtime.failures import as_error, concerns, let_go, of_caller
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 BASELINES = (
     "mean",

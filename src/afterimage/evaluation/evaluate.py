@@ -16,7 +16,7 @@ from afterimage.data.images import ImageSet
 from afterimage.evaluation.metrics import PSNR_CAP, Metrics, problem
 from afterimage.runs.results import METRICS, FeatureMap, Score
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 SEEN = "_seen"
 """Suffix of scores over only those pixels that some location of the features sees."""

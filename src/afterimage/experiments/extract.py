@@ -27,14 +27,13 @@ from afterimage.config import (
 )
 from afterimage.data.dataset import SPLITS, count_images, load_data
 from afterimage.data.images import ImageSet
-from afterimage.data.store_files import DTYPES, IMAGES, WRITERS
-from afterimage.data.store_shards import StoreFacts, StoreWriter
+from afterimage.data.store_files import DTYPES, IMAGES, WRITERS, StoreFacts, StoreWriter
 from afterimage.models.encoders.layers import layer_info
 from afterimage.models.encoders.providers import at_native_size, resolve
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.results import FeatureMap
 from afterimage.runtime.device import one_device
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.context import RunContext
 from afterimage.training.feature_loader import FeatureLoader
 

@@ -21,7 +21,7 @@ from afterimage.models.encoders.providers import at_native_size, resolve
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.files import write_image
 from afterimage.runs.run import Run
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
 FITTED = "linear"

@@ -26,12 +26,10 @@ from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.fusion import WeightMaps
 from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.models.weights import weight_notes
-from afterimage.runs.environment import environment
-from afterimage.runs.failures import TRACEBACK, forget, record
 from afterimage.runs.files import sha256
 from afterimage.runs.lock import Lock
 from afterimage.runs.results import Result, TrainingFacts
-from afterimage.runs.run import Run
+from afterimage.runs.run import TRACEBACK, Run, environment, forget, record
 from afterimage.runtime.distributed import ProcessGroup
 from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go
 from afterimage.runtime.process import LockLost

@@ -15,9 +15,8 @@ from afterimage.data.images import Data
 from afterimage.experiments.joint_run import JointRun, StudyContext, try_encoders
 from afterimage.models.encoders.layers import layer_info
 from afterimage.models.encoders.providers import open_network
-from afterimage.runs.failures import TRACEBACK, record, recorded_error
 from afterimage.runs.lock import POLL, Lock
-from afterimage.runs.run import Run
+from afterimage.runs.run import TRACEBACK, Run, record, recorded_error
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup, distributed_context
 from afterimage.runtime.failures import (
     ENCODERS,
@@ -28,8 +27,8 @@ from afterimage.runtime.failures import (
     of_caller,
     one_line,
 )
-from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.signals import GracefulShutdown, graceful_shutdown
+from afterimage.runtime.process import GracefulShutdown, graceful_shutdown
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import remove_checkpoints
 from afterimage.training.context import CHECKPOINT_SECONDS
 

@@ -25,12 +25,11 @@ from afterimage.evaluation.baselines import baseline
 from afterimage.evaluation.evaluate import evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.encoders.providers import open_network
-from afterimage.runs.environment import environment
 from afterimage.runs.files import read_json, sha256
 from afterimage.runs.results import METRICS, Result
-from afterimage.runs.run import Run
+from afterimage.runs.run import Run, environment
 from afterimage.runtime.device import one_device
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 from afterimage.training.stored_features import open_features
 

@@ -26,12 +26,10 @@ from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import Decoder, decoder_family
 from afterimage.models.encoders.providers import at_native_size
-from afterimage.runs.failures import is_done
 from afterimage.runs.files import write_atomic
-from afterimage.runs.run import Run
+from afterimage.runs.run import Run, is_done
 from afterimage.runtime.failures import as_error, collected, concerns, foreseen, of_caller, story
-from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.terminal import printable
+from afterimage.runtime.terminal import Progress, printable, silent
 
 FAILURES = "failures.txt"
 """Name of the file in a study's folder that lists the rows that gave no runs, with the errors."""

@@ -19,7 +19,7 @@ from afterimage.report.rows import Row, Rows, flatten, read_rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.runs.files import read_json, remove_leftovers, write_atomic
 from afterimage.runs.run import Run
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 if TYPE_CHECKING:
     from afterimage.report.figures import Drawing

@@ -1,11 +1,18 @@
-"""Run folders: creation, state, files, and search."""
+"""Run folders: creation, state, failure, files, and search; and the environment of a run."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import platform
 import stat
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +36,8 @@ from afterimage.runs.files import (
     write_json,
 )
 from afterimage.runs.results import SUMMARY, Result, read_result, write_result
+from afterimage.runtime.failures import Unexpected, as_error, foreseen, story, words
+from afterimage.runtime.terminal import printable
 
 
 def check_folder(path: str | Path, setting: str, *, writable: bool = True) -> None:
@@ -241,3 +250,91 @@ def scan(root: str | Path) -> Iterator[Run]:
     for path in sorted(root.iterdir()):
         if path.is_dir() and (path / "config.toml").exists():
             yield Run(path)
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, commit, platform, command and time, to explain a result that cannot be reproduced."""
+    return _software() | {"command": sys.argv, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+@functools.cache
+def _software() -> dict[str, Any]:
+    """Return versions, commit and platform, cached so that later edits of the source files do not change them."""
+    packages = (
+        "afterimage",
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "open_clip_torch",
+        "lightning-fabric",
+        "numpy",
+        "pillow",
+        "safetensors",
+        "numba",
+    )
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree that this package runs from, with `+changes` if it was edited since."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    git = ["git", "-C", str(folder)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+TRACEBACK = "traceback.txt"
+"""File in a failed run's folder that holds the traceback."""
+
+
+def record(run: Run, error: Exception) -> None:
+    """Set a run's state to `failed`, with the error, and write the traceback, if its folder can be written."""
+    write_story(run, error)
+    details = {} if foreseen(error) else {"traceback": TRACEBACK}
+    with contextlib.suppress(Exception):
+        run.set_state("failed", error=printable(words(error)), **details)
+
+
+def recorded_error(run: Run) -> AfterimageError:
+    """Return the error of a failed run, as recorded in its folder."""
+    status = run.status
+    error = Unexpected if "traceback" in status else AfterimageError
+    return as_error(error(str(status.get("error"))), run.name, run.file(TRACEBACK))
+
+
+def is_done(run: Run) -> bool:
+    """Return whether a run is done; False if its folder cannot be read."""
+    try:
+        return run.state == "done"
+    except AfterimageError:
+        return False
+
+
+def write_story(run: Run, error: Exception, file: str = TRACEBACK) -> None:
+    """Write an exception's traceback into a run's folder, if it can be written."""
+    with contextlib.suppress(Exception):
+        write_atomic(run.file(file), story(error))
+
+
+def forget(run: Run, file: str = TRACEBACK) -> None:
+    """Remove the traceback that an earlier attempt at a run left."""
+    with contextlib.suppress(OSError):
+        run.file(file).unlink(missing_ok=True)

@@ -1,14 +1,18 @@
-"""Choice of the device and of the numerical precision."""
+"""Choice of the device and of the numerical precision, and work that runs out of memory."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from afterimage.config import AfterimageError
+from afterimage.runtime.failures import out_of_memory
 
 if TYPE_CHECKING:  # importing it takes seconds, and building a decoder does not need it
     from lightning_fabric import Fabric
@@ -76,3 +80,36 @@ def create_fabric(accelerator: str, devices: int, nodes: int = 1) -> Fabric:
     with _refused(f"{asked}, which the accelerator {accelerator!r} does not have"):
         strategy = DDPStrategy(timeout=TIMEOUT)
         return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
+
+
+Result = TypeVar("Result")
+
+
+def retry_with_smaller_batch(work: Callable[[int], Result], size: int, what: str) -> tuple[Result, int]:
+    """Call `work(size)`, and halve the size until the work fits into memory.
+
+    Args:
+        work: function of the batch size
+        size: first batch size
+        what: name of the work, for the message
+
+    Returns:
+        the result, and the batch size that fitted
+
+    Raises:
+        AfterimageError: a single image does not fit
+    """
+    while True:
+        try:
+            return work(size), size
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error) or type(error).__name__
+        if size <= 1:
+            raise AfterimageError(f"{what}: out of memory even with one image at a time ({reason:.200})")
+        size = (size + 1) // 2
+        # The failed frames are gone now, so their tensors can be freed.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -23,8 +23,7 @@ from torch import Tensor
 from afterimage.config import AfterimageError
 from afterimage.runtime.device import TIMEOUT, create_fabric, one_device
 from afterimage.runtime.failures import EVERYTHING, Unexpected, concerns, one_line, out_of_memory, story
-from afterimage.runtime.process import Holder, LockLost, ended, this_process
-from afterimage.runtime.signals import Stopped
+from afterimage.runtime.process import Holder, LockLost, Stopped, ended, this_process
 from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:  # importing it takes seconds, and building a decoder does not need it

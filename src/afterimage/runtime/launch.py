@@ -16,7 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from afterimage.config import AfterimageError
 from afterimage.runtime.device import create_fabric
 from afterimage.runtime.distributed import GO_ON, started_together
-from afterimage.runtime.threads import cores
+from afterimage.runtime.process import cores
 
 
 def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:

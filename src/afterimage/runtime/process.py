@@ -1,14 +1,22 @@
-"""Identity of a process on any machine, to recognise locks whose holder has ended."""
+"""This process: its identity, by which locks recognise a holder that has ended; its signals; its threads."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import NamedTuple, TypeVar
 
 from afterimage.config import AfterimageError
+from afterimage.runtime.terminal import Progress
 
 
 class LockLost(AfterimageError):
@@ -72,3 +80,134 @@ def _started(pid: int) -> str | None:
     except OSError:
         pass
     return ""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal's request to end the process. `code` is the exit code that shells expect."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+class Stopped(Interrupted):
+    """A stop between two steps, after a signal's request to end the process."""
+
+
+class GracefulShutdown:
+    """A record of whether a signal asked this process to stop.
+
+    Attributes:
+        number: number of the signal, or None
+        ignore_second_signal: whether a second signal is ignored instead of ending the process at once; needed below
+            a launcher, which passes on signals that its process group has already received
+    """
+
+    def __init__(self, ignore_second_signal: bool = False) -> None:
+        self.number: int | None = None
+        self.ignore_second_signal = ignore_second_signal
+
+    def check(self) -> None:
+        """Raise `Stopped` if the process was asked to stop."""
+        if self.number is not None:
+            raise Stopped(self.number)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and not self.ignore_second_signal:  # asked twice: end at once
+            raise Interrupted(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def graceful_shutdown(ignore_second_signal: bool = False) -> Iterator[GracefulShutdown]:
+    """Record SIGTERM and Ctrl-C inside this block in the `GracefulShutdown` that it yields.
+
+    A second signal ends the block at once, unless `ignore_second_signal` is set. Outside the main thread
+    nothing changes, because Python delivers signals to the main thread only.
+    """
+    stop = GracefulShutdown(ignore_second_signal)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop._asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    stop.check()  # the signal may have come after the last check
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Make SIGTERM end this block at once, as Ctrl-C does, except inside `graceful_shutdown`."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_parallel(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    total: int,
+    what: str,
+    progress: Progress,
+) -> Iterator[Result]:
+    """Map `work` over `items` in threads on all cores, and yield the results in order.
+
+    Threads suffice, because Pillow, NumPy and hashlib release the interpreter lock while they work. Unlike processes,
+    they need no `if __name__ == "__main__"` in the caller's script.
+
+    Args:
+        work: the function
+        items: its arguments
+        total: number of items, for the progress
+        what: name of the work, for the progress
+        progress: called as `progress(what, done, total)` after each item
+    """
+    workers = cores()
+    items = iter(items)
+    pending: deque[Future[Result]] = deque()
+    done = 0
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            pending.extend(pool.submit(work, item) for item in islice(items, 4 * workers))
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(work, item) for item in islice(items, 1))
+                done += 1
+                progress(what, done, total)
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def let_idle_threads_sleep() -> None:
+    """Make OpenMP's threads sleep while they wait for each other. Must be called before torch is imported.
+
+    The command line calls it. By default a waiting thread keeps its core busy, which slows down other programs and
+    the other hardware thread of that core. Threads still wait busily for some microseconds, because going to sleep
+    after every small step is slow. Sets `OMP_WAIT_POLICY` and `GOMP_SPINCOUNT`, unless the first is already set.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from afterimage.runs.run import Run
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.signals import GracefulShutdown
+from afterimage.runtime.process import GracefulShutdown
+from afterimage.runtime.terminal import Progress, silent
 
 CHECKPOINT_SECONDS = 45.0
 """Seconds between checkpoints: with the current step added, at most about a minute of work is lost."""

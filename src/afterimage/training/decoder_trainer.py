@@ -15,7 +15,7 @@ from afterimage.config import AfterimageError, RecipeConfig, shown
 from afterimage.models.decoder_files import save_decoder
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.runs.run import Run
-from afterimage.runtime.memory import Result, retry_with_smaller_batch
+from afterimage.runtime.device import Result, retry_with_smaller_batch
 from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import (
     load_checkpoints,

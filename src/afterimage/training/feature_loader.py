@@ -16,8 +16,8 @@ from afterimage.config import RecipeConfig
 from afterimage.data.images import Data, ImageSet
 from afterimage.data.sampling import order
 from afterimage.models.reconstructor import no_maps
+from afterimage.runtime.device import retry_with_smaller_batch
 from afterimage.runtime.failures import ENCODERS, concerning
-from afterimage.runtime.memory import retry_with_smaller_batch
 from afterimage.training.checks import FeatureWatch, check_frozen, check_images
 from afterimage.training.context import RunContext
 

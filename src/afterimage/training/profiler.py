@@ -22,8 +22,7 @@ from afterimage.data.dataset import load_data
 from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.runs.files import write_json
 from afterimage.runtime.device import one_device
-from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.terminal import console
+from afterimage.runtime.terminal import Progress, console, silent
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.feature_loader import FeatureLoader

@@ -26,7 +26,7 @@ from afterimage.data.feature_store import FeatureStore, open_store
 from afterimage.data.images import Data
 from afterimage.models.reconstructor import Encoders, MultiEncoder
 from afterimage.runs.results import FeatureMap, UsedWeights
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 BATCH = 64
 

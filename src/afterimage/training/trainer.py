@@ -20,10 +20,10 @@ from afterimage.data.duplicates import check_split
 from afterimage.data.images import Data
 from afterimage.models.decoders.base import FeatureCrop
 from afterimage.models.reconstructor import ClosedForm, Reconstructor
+from afterimage.runtime.device import retry_with_smaller_batch
 from afterimage.runtime.distributed import RankLost, distributed_context
-from afterimage.runtime.memory import retry_with_smaller_batch
-from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.signals import Stopped
+from afterimage.runtime.process import Stopped
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer, split_batch
 from afterimage.training.feature_loader import FeatureLoader

@@ -17,7 +17,7 @@ from afterimage.config.audit import AuditConfig, LimitsConfig
 from afterimage.models.decoders import DECODERS
 from afterimage.report.audit.page import write_audit
 from afterimage.report.audit.verdict import OPEN, WITHIN, judge
-from afterimage.runs.failures import TRACEBACK
+from afterimage.runs.run import TRACEBACK
 from stand_ins import decoder
 from test_audit import HERE, Decoded, no_lpips  # noqa: F401
 

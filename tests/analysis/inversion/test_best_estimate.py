@@ -16,7 +16,7 @@ from afterimage.evaluation.evaluate import to_uint8
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.decoders import create_decoder
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
-from afterimage.runtime.progress import silent
+from afterimage.runtime.terminal import silent
 from afterimage.training.trainer import train
 
 FEW = EstimateConfig(images=16, steps=60, channels=8)

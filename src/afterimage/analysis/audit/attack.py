@@ -19,8 +19,7 @@ from afterimage.analysis.audit.session import KEEP, AuditSession, together
 from afterimage.config import counted
 from afterimage.config.audit import BLACK_BOX, DECODED, ESTIMATE, WHITE_BOX
 from afterimage.data.images import Data
-from afterimage.runs.failures import is_done
-from afterimage.runs.run import Run
+from afterimage.runs.run import Run, is_done
 from afterimage.training.checkpoint import load_tensors, remove_checkpoints
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer

@@ -17,7 +17,7 @@ from afterimage.config import AfterimageError, DataConfig, FeatureSpec, shown, s
 from afterimage.data.examine import examine, value_notes
 from afterimage.data.feature_store import FeatureStore, open_store
 from afterimage.data.images import Data, ImageSet, Indices
-from afterimage.data.store_shards import layer_key
+from afterimage.data.store_files import layer_key
 
 BATCH = 256
 

@@ -28,7 +28,7 @@ from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import Box, score_rows, to_uint8
 from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Compared, compared, joined
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.decoder_trainer import DecoderTrainer
 
 BATCH = 4

@@ -23,10 +23,10 @@ from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.reidentification import reduced
 from afterimage.models.encoders.providers import at_native_size
 from afterimage.runs.audit import BLIND, Results
-from afterimage.runs.environment import environment
 from afterimage.runs.files import read_json, write_atomic, write_json
+from afterimage.runs.run import environment
 from afterimage.runtime.failures import foreseen, one_line
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 
 def run_audit(

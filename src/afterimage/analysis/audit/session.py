@@ -19,11 +19,10 @@ from afterimage.evaluation.evaluate import SEEN, Box, cropped
 from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Gallery, reduced
 from afterimage.runs.audit import Attack, Results
-from afterimage.runs.failures import TRACEBACK, forget, is_done, record
-from afterimage.runs.run import Run
+from afterimage.runs.run import TRACEBACK, Run, forget, is_done, record
 from afterimage.runtime.device import one_device
 from afterimage.runtime.failures import EVERYTHING, as_error, concerns, let_go, of_caller
-from afterimage.runtime.progress import Progress
+from afterimage.runtime.terminal import Progress
 
 Item = TypeVar("Item")
 KEEP = 4

@@ -16,7 +16,7 @@ from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.placement import describe_unseen
 from afterimage.runs.results import SeenPart, UsedWeights
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 NO_AUGMENTATION = (
     "attackers train without random crops and flips, since stored features belong to whole images"

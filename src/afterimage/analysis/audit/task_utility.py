@@ -24,7 +24,7 @@ from afterimage.models.encoders.base import normalise
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.tensor_layout import Layout, field_names, has_fields, reorder, step_into
 from afterimage.models.encoders.tracing import trace
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 Change = Callable[[Tensor], Tensor]
 

@@ -44,13 +44,12 @@ from afterimage.evaluation.evaluate import summarise
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.reconstructor import Reconstructor
 from afterimage.runs.controls import FORMAT, PARTS, STAND_INS, write_part
-from afterimage.runs.failures import TRACEBACK, forget, write_story
 from afterimage.runs.files import read_json, sha256
 from afterimage.runs.results import METRICS
-from afterimage.runs.run import Run
+from afterimage.runs.run import TRACEBACK, Run, forget, write_story
 from afterimage.runtime.device import one_device
 from afterimage.runtime.failures import as_error, concerns, foreseen, let_go, of_caller
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
 BATCH = 8

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.analysis.inversion.invert import Images
 from afterimage.config.inversion import EstimateConfig
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 BATCH = 8
 CROP = 112

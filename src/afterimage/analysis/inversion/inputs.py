@@ -16,7 +16,7 @@ from afterimage.data.dataset import file_notes, load_data, prepare_image
 from afterimage.data.images import ImageSet
 from afterimage.runs.files import sha256
 from afterimage.runs.results import DataFacts
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 
 @dataclass(frozen=True)

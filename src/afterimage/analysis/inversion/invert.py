@@ -20,7 +20,7 @@ from afterimage.analysis.inversion.parametrizations import PARAMETRISATIONS, Par
 from afterimage.config import AfterimageError
 from afterimage.config.inversion import InvertConfig
 from afterimage.models.reconstructor import Reconstructor
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
 Watch = Callable[["Snapshot"], None]

@@ -15,7 +15,7 @@ from afterimage.analysis.inversion.invert import Inversion, Snapshot
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import Reconstructed, evaluate_together
 from afterimage.evaluation.metrics import Metrics
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
 

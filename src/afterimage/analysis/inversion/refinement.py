@@ -30,7 +30,7 @@ from afterimage.data.images import ImageSet
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
 from afterimage.runs.results import LpipsStatus
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
 

@@ -46,11 +46,10 @@ from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import Encoders, Reconstructor
 from afterimage.models.weights import weight_notes
-from afterimage.runs.environment import environment
 from afterimage.runs.files import sha256, write_csv, write_image
 from afterimage.runs.results import DecoderAlone, InversionFacts, Result
-from afterimage.runs.run import Run
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runs.run import Run, environment
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
 Images = Float[Tensor, "batch 3 height width"]

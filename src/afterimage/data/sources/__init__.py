@@ -13,7 +13,7 @@ from afterimage.data.sources.folder import read_folder
 from afterimage.data.sources.huggingface import read_hub, read_parquet, read_webdataset
 from afterimage.data.sources.sample_images import read_photographs
 from afterimage.data.splits import Source
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 SOURCES: dict[str, Callable[[str, Collection[str], Path, Progress], Source]] = {
     "folder": lambda path, *_: read_folder(path),

@@ -17,8 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from afterimage.config import AfterimageError
-from afterimage.data.file_digests import Content, FileDigests
-from afterimage.data.records import Original
+from afterimage.data.records import Content, FileDigests, Original
 from afterimage.data.splits import Source
 
 VERSION = 1

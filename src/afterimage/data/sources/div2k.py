@@ -24,7 +24,7 @@ from afterimage.data.decode import reason
 from afterimage.data.records import FileOriginal
 from afterimage.data.splits import Source
 from afterimage.runs.lock import held
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 TIMEOUT = 30.0
 ATTEMPTS = 4  # consecutive attempts without any progress

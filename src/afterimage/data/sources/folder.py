@@ -10,12 +10,14 @@ from pathlib import Path
 
 from afterimage.config import AfterimageError, listed, local_path
 from afterimage.data.decode import EXTENSIONS, reason, shown
-from afterimage.data.names import (
+from afterimage.data.records import FileOriginal
+from afterimage.data.splits import (
     PLAIN,
     SPLIT_WORDS,
     TEST,
     TRAINING,
     VALIDATION,
+    Source,
     count_kind,
     kind_of,
     left_out,
@@ -23,8 +25,6 @@ from afterimage.data.names import (
     pooled_names,
     split_names,
 )
-from afterimage.data.records import FileOriginal
-from afterimage.data.splits import Source
 
 WORDS = frozenset(word for words in SPLIT_WORDS.values() for word in words)
 Place = tuple[str, ...]

@@ -27,11 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 from afterimage.config import AfterimageError, first_line, listed, local_path, unknown
 from afterimage.data.decode import EXTENSIONS, MAX_BYTES, BadImage, read_bytes, shown
-from afterimage.data.names import (
+from afterimage.data.records import EncodedOriginal, FileOriginal
+from afterimage.data.splits import (
     PLAIN,
     TEST,
     TRAINING,
     VALIDATION,
+    Source,
     count_kind,
     kind_of,
     left_out,
@@ -39,10 +41,8 @@ from afterimage.data.names import (
     pooled_names,
     split_names,
 )
-from afterimage.data.records import EncodedOriginal, FileOriginal
-from afterimage.data.splits import Source
 from afterimage.runtime.hub import ask_for_file, refusal
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 if TYPE_CHECKING:
     import datasets

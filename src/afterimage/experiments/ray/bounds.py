@@ -23,8 +23,8 @@ from afterimage.experiments.ray.worker import identify
 from afterimage.experiments.study import find_bounds
 from afterimage.runs.run import Run
 from afterimage.runtime.failures import as_error, concerns, of_caller
-from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.signals import graceful_shutdown
+from afterimage.runtime.process import graceful_shutdown
+from afterimage.runtime.terminal import Progress, silent
 
 
 def find_bounds_on_ray(

@@ -21,12 +21,11 @@ from afterimage.experiments.ray.cluster import (
     share_machines,
 )
 from afterimage.experiments.ray.worker import Answer, identify, unpack
-from afterimage.runs.failures import forget, is_done, recorded_error
 from afterimage.runs.lock import POLL
-from afterimage.runs.run import Run
+from afterimage.runs.run import Run, forget, is_done, recorded_error
 from afterimage.runtime.failures import Unexpected, concerns, of_caller, one_line
-from afterimage.runtime.progress import Progress, silent
-from afterimage.runtime.signals import GracefulShutdown, graceful_shutdown
+from afterimage.runtime.process import GracefulShutdown, graceful_shutdown
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS, remove_checkpoints
 from afterimage.training.context import CHECKPOINT_SECONDS
 

@@ -17,7 +17,7 @@ from afterimage.config import AfterimageError, RunConfig
 from afterimage.config.study import StudyConfig
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
-from afterimage.runtime.progress import Progress
+from afterimage.runtime.terminal import Progress
 
 MESSAGE_SECONDS = 0.5
 """Minimum seconds between two progress messages of a group; more frequent ones could not be read."""
@@ -126,7 +126,7 @@ def train_group(
     import torch
 
     from afterimage.experiments.queue import train_runs
-    from afterimage.runtime.signals import Stopped
+    from afterimage.runtime.process import Stopped
 
     torch.set_num_threads(threads)
     progress = _send_to(messages, number)

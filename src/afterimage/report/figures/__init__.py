@@ -17,7 +17,7 @@ from afterimage.report.figures.scatter import quality_by_locations, quality_by_p
 from afterimage.report.figures.style import Drawing, render, style
 from afterimage.report.figures.training import training_curves
 from afterimage.report.rows import Rows
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 __all__ = ["UNDRAWABLE", "Drawing", "draw", "own_images", "render", "style"]
 

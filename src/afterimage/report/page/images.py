@@ -19,7 +19,7 @@ from PIL import Image
 from afterimage.config import AfterimageError, shown
 from afterimage.report.rows import Row
 from afterimage.runs.files import read_image
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 QUALITIES = (90, 80)
 EXACT_BYTES = 12_000_000

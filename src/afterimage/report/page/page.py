@@ -24,7 +24,7 @@ from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import NONE, duration, lpips_reason
 from afterimage.runs.files import write_atomic
 from afterimage.runs.results import METRICS
-from afterimage.runtime.progress import Progress, silent
+from afterimage.runtime.terminal import Progress, silent
 
 PAGE_BYTES = 58_000_000
 TEMPLATES = Path(__file__).with_name("templates")
