@@ -18,9 +18,8 @@ from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.experiments.queue import train_runs
 from afterimage.experiments.ray import worker
-from afterimage.experiments.ray.bounds import find_bounds_on_ray
 from afterimage.experiments.ray.cluster import SETTINGS
-from afterimage.experiments.ray.driver import train_on_ray
+from afterimage.experiments.ray.driver import find_bounds_on_ray, train_on_ray
 from afterimage.experiments.study import run_study
 from afterimage.runs.run import TRACEBACK, Run, scan
 from afterimage.runtime.process import Stopped
@@ -368,7 +367,7 @@ def test_bounds_are_the_local_ones_and_a_killed_worker_goes_on_from_its_batches(
     for one, other in zip(there, here, strict=True):
         assert one.result.scores == other.result.scores
 
-    monkeypatch.setattr("afterimage.experiments.ray.bounds.identify", lambda *_: (0, 0))
+    monkeypatch.setattr("afterimage.experiments.ray.driver.identify", lambda *_: (0, 0))
     shutil.rmtree(bounds[0].path)
     watcher = Watcher()
     again = find_bounds_on_ray(trained, study, tmp_path / "ray", [], progress=watcher, **options)

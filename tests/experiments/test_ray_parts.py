@@ -11,9 +11,9 @@ import afterimage.runtime.terminal
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
 from afterimage.config.study import StudyConfig
-from afterimage.experiments.ray import bounds
-from afterimage.experiments.ray.bounds import find_bounds_on_ray
+from afterimage.experiments.ray import cluster, driver
 from afterimage.experiments.ray.cluster import BASE_BYTES, describe, group_bytes, share_machines
+from afterimage.experiments.ray.driver import find_bounds_on_ray
 from afterimage.experiments.ray.worker import identify, pack, unpack
 from afterimage.runs.run import Run
 from afterimage.runtime.terminal import Display, silent
@@ -71,7 +71,7 @@ def test_a_group_larger_than_any_machine_is_said():
 
 
 def test_no_runs_need_no_cluster(tmp_path, monkeypatch):
-    monkeypatch.setattr(bounds, "connect", None)
+    monkeypatch.setattr(driver, "connect", None)
     assert find_bounds_on_ray([], STUDY, tmp_path, []) == []
 
 
@@ -85,16 +85,16 @@ def test_a_bound_whose_worker_sees_no_folder_is_found_here_after_the_others(tmp_
         order.append(what)
         return answers[what]
 
-    task = SimpleNamespace(remote=lambda number, *_, **__: number)
+    task = SimpleNamespace(remote=lambda *_, number, **__: number)
     ray = SimpleNamespace(
         nodes=lambda: [node(4)], remote=lambda _: SimpleNamespace(options=lambda **_: task), get=get,
         wait=lambda tasks, **_: (tasks[:1], tasks[1:]), kill=print,
-        exceptions=SimpleNamespace(RayTaskError=OSError, RayError=OSError),
+        exceptions=SimpleNamespace(RayTaskError=OSError, TaskCancelledError=OSError, RayError=OSError),
     )  # fmt: skip
     messages = SimpleNamespace(take=SimpleNamespace(remote=lambda: "messages"))
-    monkeypatch.setattr(bounds, "connect", lambda *_: contextlib.nullcontext(ray))
-    monkeypatch.setattr(bounds, "messages_here", lambda _: messages)
-    monkeypatch.setattr(bounds, "find_bounds", lambda *_, **__: order.append("here") or runs[:1])
+    monkeypatch.setattr(driver, "connect", lambda *_: contextlib.nullcontext(ray))
+    monkeypatch.setattr(cluster, "messages_here", lambda _: messages)
+    monkeypatch.setattr(driver, "find_bounds", lambda *_, **__: order.append("here") or runs[:1])
     assert find_bounds_on_ray(runs, STUDY, tmp_path, []) == runs[:1]
     assert order == [0, 1, "here"]
 

@@ -51,7 +51,7 @@ def test_the_published_study_is_the_published_one():
     assert len(configs) == 15
     rows = {config.sources[0]: config for config in configs if config.decoder.name == "attention"}
     assert len(rows) == 14
-    sizes = {one.config.sources[0]: one.parameters for one in plan(configs[:14])}
+    sizes = {one.config.sources[0]: one.parameters for one in map(plan, configs[:14])}
     for source, _, parameters in PUBLISHED:
         assert sizes[source] == parameters
     fusion = configs[-1]
@@ -213,7 +213,7 @@ def test_a_study_without_a_file():
 
 def test_a_plan_starts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plans = plan(expand(SMALL))
+    plans = list(map(plan, expand(SMALL)))
     assert [one.parameters > 0 and one.seconds > 0 and one.bytes > 0 for one in plans] == [True] * 4
     assert [one.epochs for one in plans] == [1, 2, 1, 2]  # `linear` is solved in closed form
     assert not list(tmp_path.iterdir())
@@ -224,17 +224,17 @@ def test_a_plan_counts_attention_and_the_sums_of_a_closed_form():
     sources = ("test_resnet.r160_in1k:layer1",)
     data = DataConfig("procedural:20", resize=128, crop=128)
     config = RunConfig(sources, "random", decoder=DecoderConfig("attention", options={"depth": 1}), data=data)
-    spec = plan([config])[0].specs[0]
+    spec = plan(config).specs[0]
     n = spec.height * spec.width
     assert n >= 512  # where other code than the built-in kernel may attend
     whole, none = (
-        plan([replace(config, decoder=DecoderConfig("attention", options={"depth": depth}))])[0].decoder_macs
+        plan(replace(config, decoder=DecoderConfig("attention", options={"depth": depth}))).decoder_macs
         for depth in (1, 0)
     )
     assert whole - none > 2 * n * n * spec.channels
     head = build_feature_decoder(config, [spec])
     assert head.macs([spec]) == whole and head.training
-    linear = plan([replace(config, decoder=DecoderConfig("linear"))])[0]
+    linear = plan(replace(config, decoder=DecoderConfig("linear")))
     assert linear.bytes > 2 * 8 * (9 * spec.channels + 1) ** 2
     decoder = build_feature_decoder(replace(config, decoder=DecoderConfig("linear")), [spec]).decoder
     rows, inputs = 16 * n, 9 * spec.channels + 1  # every location of 16 images, seen once or twice

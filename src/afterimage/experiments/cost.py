@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -46,24 +46,16 @@ class Plan:
     unseen: Mapping[str, str]
 
 
-def plan(configs: Sequence[RunConfig]) -> list[Plan]:
-    """Estimate the cost of runs without decoding images or loading weights.
+def plan(config: RunConfig) -> Plan:
+    """Estimate the cost of a run, trained alone, without decoding images or loading weights.
 
     Time is the number of multiply-adds of all epochs (encoder pass, decoder pass, and twice the latter for the backward
-    pass) and of closed-form fits, divided by the rate of a convolution measured on this machine. Each run counts as if
-    it were trained alone. Memory is the decoder's parameters with gradients and Adam's moments, a batch's activations,
-    and the sums of a closed form.
-
-    Args:
-        configs: the runs
+    pass) and of closed-form fits, divided by the rate of a convolution measured on this machine. Memory is the
+    decoder's parameters with gradients and Adam's moments, a batch's activations, and the sums of a closed form.
 
     Raises:
         AfterimageError: a network or layer is unknown, or cannot be built
     """
-    return [_plan(config) for config in configs]
-
-
-def _plan(config: RunConfig) -> Plan:
     infos = {source: layer_info(source, config.data.size) for source in config.sources}
     specs = tuple(info.spec for info in infos.values())
     deepest: dict[str, int] = {}
@@ -76,12 +68,9 @@ def _plan(config: RunConfig) -> Plan:
         activations = _activations(model, features)
     decoder_macs = model.macs(specs)
     parameters = sum(p.numel() for p in model.parameters())
-    recipe = config.recipe
-    trained = model.trainable
-    images = training_images(config.data)
-    macs = sum(deepest.values()) + (3 if trained else 1) * decoder_macs
-    epochs = recipe.epochs if trained else 1
-    macs *= images * epochs
+    recipe, trained, encoder_macs = config.recipe, model.trainable, sum(deepest.values())
+    images, epochs = training_images(config.data), recipe.epochs if trained else 1
+    macs = images * epochs * (encoder_macs + (3 if trained else 1) * decoder_macs)
     macs += sum(part.fit_macs(images) for part in model.closed_forms)
     memory = 4 * (4 * parameters + 2 * recipe.batch_size * (activations + sum(s.values for s in specs)))
     memory += sum(part.fit_bytes for part in model.closed_forms)
@@ -89,7 +78,7 @@ def _plan(config: RunConfig) -> Plan:
         config,
         specs,
         parameters,
-        sum(deepest.values()),
+        encoder_macs,
         decoder_macs,
         epochs,
         macs / macs_per_second(),

@@ -1,4 +1,4 @@
-"""Connection to a Ray cluster, or start of one on this machine, and division of its machines among groups of runs."""
+"""Connection to a Ray cluster, or start of one on this machine, division of its machines among tasks, and the tasks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import logging
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from afterimage.config import AfterimageError, RunConfig, split_source
 from afterimage.experiments.cost import plan
+from afterimage.experiments.ray import worker
 from afterimage.experiments.ray.worker import Messages
 from afterimage.models.encoders.layers import layer_info
-from afterimage.runtime.failures import let_go
+from afterimage.runtime.failures import Unexpected, let_go, one_line
+from afterimage.runtime.terminal import Progress
 from afterimage.training.feature_loader import VALIDATION_BYTES
 
 TICK = 0.2
@@ -99,14 +102,6 @@ def _connect(ray: Any, address: str, log: Callable[[str], None]) -> None:
         log(f"connected to Ray at {address}")
 
 
-def messages_here(ray: Any) -> Any:
-    """Start the `Messages` actor on the driver's machine."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Messages).options(num_cpus=0, scheduling_strategy=here).remote()
-
-
 def group_bytes(configs: Iterable[RunConfig]) -> int:
     """Estimate the memory in bytes of runs that are trained together: base, runs, encoders and validation features.
 
@@ -115,7 +110,7 @@ def group_bytes(configs: Iterable[RunConfig]) -> int:
     total, encoders = BASE_BYTES + VALIDATION_BYTES, {}
     for config in configs:
         try:
-            (one,) = plan([config])
+            memory = plan(config).bytes
             for source in config.sources:
                 model = split_source(source)[0]
                 parameters = layer_info(source, config.data.size).encoder_parameters
@@ -123,7 +118,7 @@ def group_bytes(configs: Iterable[RunConfig]) -> int:
         except Exception as error:
             let_go(error)
             continue
-        total += one.bytes
+        total += memory
     return total + sum(encoders.values())
 
 
@@ -184,3 +179,90 @@ def describe(need: Mapping[str, int]) -> str:
     """Describe the resources of a group, such as `2 CPUs, 1 GPU, 3.1 GiB`."""
     cpus, gpus = need["num_cpus"], need["num_gpus"]
     return f"{cpus} CPU{'s' * (cpus > 1)}, {'1 GPU, ' * gpus}{need['memory'] / 2**30:.1f} GiB"
+
+
+def messages_here(ray: Any) -> Any:
+    """Start the `Messages` actor on the driver's machine."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Messages).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+class Lost(AfterimageError):
+    """Error that a task's worker was lost or stopped, so that the task may be submitted again; the text says how."""
+
+
+class Tasks:
+    """Numbered tasks on a cluster, whose messages are shown as they arrive.
+
+    Args:
+        ray: the ray package
+        progress: callback for the progress and messages of each task
+        count: number of tasks
+    """
+
+    def __init__(self, ray: Any, progress: Progress, count: int) -> None:
+        self.ray, self.progress, self.count = ray, progress, count
+        self.messages, self.run_task = messages_here(ray), ray.remote(worker.run_task)
+        self.running: dict[Any, int] = {}
+        """Numbers of the tasks that have not ended, by Ray's reference to the task."""
+
+    def show(self, number: int, what: str, done: int = 1, total: int = 1, **figures: Any) -> None:
+        """Show the progress or a message of a task."""
+        self.progress(what, done, total, group=f"[{number + 1}/{self.count}]", **figures)
+
+    def submit(
+        self, number: int, work: Callable[..., Any], need: Mapping[str, int], names: str, **arguments: Any
+    ) -> None:
+        """Submit a task.
+
+        Args:
+            number: number of the task, from 0
+            work: function of `worker` that the task calls
+            need: resources to request, see `share_machines`
+            names: what the task does, for a message
+            arguments: arguments of `work`
+        """
+        # No retries by Ray: they would ignore checkpoints and the limit `retries`.
+        task = self.run_task.options(max_retries=0, **need).remote(
+            work, arguments, number=number, threads=need["num_cpus"], messages=self.messages, **worker.driver_context()
+        )  # fmt: skip
+        self.running[task] = number
+        self.show(number, f"waits for {describe(need)}: {names}", 0, 1)
+
+    def ended(self) -> list[tuple[int, Any]]:
+        """Wait a moment, show new messages, and return the tasks that have ended since the last call.
+
+        Returns:
+            the number of each task with its answer, or with the error that ended it: `Lost`, or one of the task
+        """
+        time.sleep(TICK)
+        running = list(self.running)
+        ended = self.ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
+        for number, what, done, total, figures in self.ray.get(self.messages.take.remote()):
+            self.show(number, what, done, total, **figures)
+        return [(self.running.pop(task), self._outcome(task)) for task in ended]
+
+    def _outcome(self, task: Any) -> Any:
+        exceptions = self.ray.exceptions
+        try:
+            return self.ray.get(task)
+        except exceptions.RayTaskError as error:  # raised by the task, so a retry would raise it again
+            cause = error.cause or error
+            return cause if isinstance(cause, AfterimageError) else Unexpected(one_line(cause), str(error))
+        except exceptions.TaskCancelledError:
+            return Lost("it was stopped")
+        except exceptions.RayError as error:
+            why = str(error).strip().partition("\n")[0]
+            return Lost(f"{type(error).__name__}: {why:.500}")
+
+    def cancel(self) -> None:
+        """Cancel all tasks; a task that has begun is interrupted with the effect of Ctrl-C."""
+        for task in self.running:
+            self.ray.cancel(task, recursive=False)
+
+    def close(self) -> None:
+        """Cancel all tasks and take no more messages."""
+        self.cancel()
+        self.ray.kill(self.messages)

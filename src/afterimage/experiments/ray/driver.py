@@ -1,29 +1,24 @@
-"""Training of runs on a Ray cluster: groups are given to workers, progress is shown, lost workers are replaced."""
+"""Training of runs, and search for their measured bounds, on a Ray cluster; lost workers are replaced."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from afterimage.config import AfterimageError, DataConfig, RunConfig, shown
+from afterimage.config import AfterimageError, RunConfig, shown
+from afterimage.config.study import StudyConfig
 from afterimage.experiments.queue import RunQueue, groups, report_failures
 from afterimage.experiments.ray import worker
-from afterimage.experiments.ray.cluster import (
-    TICK,
-    connect,
-    describe,
-    group_bytes,
-    messages_here,
-    share_machines,
-)
+from afterimage.experiments.ray.cluster import Lost, Tasks, connect, group_bytes, share_machines
 from afterimage.experiments.ray.worker import Answer, identify, unpack
+from afterimage.experiments.study import find_bounds
 from afterimage.runs.lock import POLL
-from afterimage.runs.run import Run, forget, is_done, recorded_error
-from afterimage.runtime.failures import Unexpected, concerns, of_caller, one_line
+from afterimage.runs.run import Run, forget, recorded_error
+from afterimage.runtime.failures import as_error, concerns, of_caller, one_line
 from afterimage.runtime.process import GracefulShutdown, graceful_shutdown
 from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS, remove_checkpoints
@@ -44,7 +39,7 @@ def train_on_ray(
     cpus: int | None = None,
     retries: int = 3,
 ) -> list[Run]:
-    """Train every run that is not done yet on a Ray cluster.
+    """Train every run that is not done yet on a Ray cluster, as `queue.train_runs` does in this process.
 
     Runs that are trained together are one task. It reserves CPUs (with as many threads), its estimated memory, and a
     GPU if the cluster has one and `accelerator` allows it. Workers that see `root` train there; others train in a
@@ -56,9 +51,6 @@ def train_on_ray(
         cpus: CPUs of each task; None for an even share of a machine
         retries: number of times that a group whose worker or machine is lost is given to another one; it resumes from
             its last checkpoint in `root`, while a temporary folder is lost with its worker
-
-    Returns:
-        all runs, in the order of `configs`
 
     Raises:
         AfterimageError: Ray is not installed, the cluster cannot be reached or lacks the requested resources, or a run
@@ -82,12 +74,8 @@ def train_on_ray(
             every = groups(zip(runs, configs, strict=True))
             sizes = [group_bytes(group.values()) for group in every]
             needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=queue.log)
-            jobs = [
-                Job(f"[{number}/{len(every)}]", group, need)
-                for number, (group, need) in enumerate(zip(every, needs, strict=True), 1)
-            ]
-            Driver(ray, queue, jobs, root, options, progress, retries).work(stop)
-        queue.failures += _different_images(runs)
+            jobs = [Job(*job) for job in zip(range(len(every)), every, needs, strict=True)]
+            Driver(Tasks(ray, progress, len(jobs)), queue, jobs, root, options, retries).work(stop)
     report_failures(queue.failures, failures)
     return runs
 
@@ -97,22 +85,22 @@ class Job:
     """A group of runs on the cluster, trained in one or more attempts.
 
     Attributes:
-        title: name of the job in messages
+        number: number of the job
         group: all runs of the group
         need: resources that are requested from Ray
         shared: whether the next or current attempt trains in the driver's folder
         lost: number of workers that were lost
         runs: runs of the current attempt
-        task: Ray's reference to the current attempt; None between attempts
+        running: whether an attempt is under way
     """
 
-    title: str
+    number: int
     group: dict[Run, RunConfig]
     need: dict[str, int]
     shared: bool = True
     lost: int = 0
     runs: dict[Run, RunConfig] = field(default_factory=dict)
-    task: Any = None
+    running: bool = False
 
 
 @dataclass
@@ -120,28 +108,22 @@ class Driver:
     """Driver of jobs on the cluster: submits them and follows them until they end.
 
     Args:
-        ray: the ray package
+        tasks: the tasks of the jobs' attempts
         queue: the runs that are not done
         jobs: the groups of runs
         root: folder of the run folders
         options: options of `queue.train_runs`
-        progress: callback for the progress and messages of each job
         retries: number of times that a job whose worker is lost is given to another one
         stopping: whether workers were asked to stop
     """
 
-    ray: Any
+    tasks: Tasks
     queue: RunQueue
     jobs: Sequence[Job]
     root: Path
     options: dict[str, Any]
-    progress: Progress
     retries: int
     stopping: bool = False
-
-    def __post_init__(self) -> None:
-        self.messages = messages_here(self.ray)
-        self.train_group = self.ray.remote(worker.train_group)
 
     def work(self, stop: GracefulShutdown) -> None:
         """Train until every run is done or failed, here or in another process; wait for workers if asked to stop.
@@ -151,36 +133,27 @@ class Driver:
         """
         look_at = 0.0
         try:
-            while any(job.task is not None or self._waiting(job.group) for job in self.jobs):
+            while any(job.running or self._waiting(job.group) for job in self.jobs):
                 stop.check()
                 if time.monotonic() >= look_at:
                     look_at = time.monotonic() + POLL
                     for job in self.jobs:
-                        if job.task is None and self._waiting(job.group):
+                        if not job.running and self._waiting(job.group):
                             self._submit(job)
                 self._collect()
         finally:
             if stop.number is not None:
                 self._stop()
+            self.tasks.close()
             for job in self.jobs:
-                self._cancel(job)
                 self._release(job)
-            self.ray.kill(self.messages)
 
     def _waiting(self, runs: dict[Run, RunConfig]) -> dict[Run, RunConfig]:
         return {run: config for run, config in runs.items() if run in self.queue.waiting}
 
-    def _log(self, job: Job, what: str) -> None:
-        self.progress(what, 1, 1, group=job.title)
-
     def _release(self, job: Job) -> None:
         for run in job.runs:
             self.queue.locks[run].release()
-
-    def _cancel(self, job: Job) -> None:
-        """Cancel the job's task; a task that has begun is interrupted with the effect of Ctrl-C."""
-        if job.task is not None:
-            self.ray.cancel(job.task, recursive=False)
 
     def _submit(self, job: Job) -> None:
         """Submit a task for the job's runs, except those that another process is training."""
@@ -194,65 +167,44 @@ class Driver:
                     forget(run)
             configs = list(job.runs.values())
             attempt = {
-                "number": self.jobs.index(job),
                 "configs": {config.digest: config for config in configs},
                 "root": str(self.root),
                 "folder": identify(str(self.root), configs[0]) if job.shared else None,
                 "sent": {} if job.shared else {run.name: _checkpoints(run) for run in job.runs},
-                "threads": job.need["num_cpus"],
                 "options": self.options,
-                "messages": self.messages,
-                **worker.driver_context(),
             }
             # The worker locks shared folders; otherwise this process keeps the locks until the answer arrives.
             if job.shared:
                 self._release(job)
             else:
                 self.queue.mark(job.runs, "running")
-            # No retries by Ray: they would ignore checkpoints and the limit `retries`.
-            job.task = self.train_group.options(max_retries=0, **job.need).remote(**attempt)
+            names = ", ".join(config.name for config in configs)
+            self.tasks.submit(job.number, worker.train_group, job.need, names, **attempt)
+            job.running = True
         except Exception as error:
             self._fail(job, error)
-            return
-        names = ", ".join(config.name for config in configs)
-        self.progress(f"waits for {describe(job.need)}: {names}", 0, 1, group=job.title)
 
     def _collect(self) -> None:
-        """Show new messages of workers, and handle the attempts that have ended since the last call."""
-        time.sleep(TICK)
-        running = [job.task for job in self.jobs if job.task is not None]
-        ended = self.ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
-        for number, what, done, total, figures in self.ray.get(self.messages.take.remote()):
-            self.progress(what, done, total, group=self.jobs[number].title, **figures)
-        for job in self.jobs:
-            if job.task in ended:
-                self._end(job)
-                job.task = None
-                self._release(job)
-
-    def _end(self, job: Job) -> None:
-        """Handle an attempt's answer or Ray's error in its place; any other error ends this job alone."""
-        exceptions = self.ray.exceptions
-        try:
-            self._accept(job, self.ray.get(job.task))
-        except exceptions.RayTaskError as error:  # raised by the task, so a retry would raise it again
-            cause = error.cause or error
-            known = isinstance(cause, AfterimageError)
-            self._fail(job, cause if known else Unexpected(one_line(cause), str(error)))
-        except exceptions.TaskCancelledError:
-            self._lost(job, "it was stopped")
-        except exceptions.RayError as error:
-            why = str(error).strip().partition("\n")[0]
-            self._lost(job, f"{type(error).__name__}: {why:.500}")
-        except Exception as error:
-            self._fail(job, error)
+        """Handle the attempts that have ended since the last call; an error in that ends this job alone."""
+        for number, outcome in self.tasks.ended():
+            job = self.jobs[number]
+            try:
+                if isinstance(outcome, Lost):
+                    self._lost(job, str(outcome))
+                elif isinstance(outcome, Exception):
+                    self._fail(job, outcome)
+                else:
+                    self._accept(job, outcome)
+            except Exception as error:
+                self._fail(job, error)
+            job.running = False
+            self._release(job)
 
     def _accept(self, job: Job, answer: Answer | None) -> None:
         if answer is None:
             job.shared = False
-            self._log(
-                job, f"the worker does not see {shown(self.root)}: runs are sent back when they have ended"
-            )
+            where = f"the worker does not see {shown(self.root)}: runs are sent back when they have ended"
+            self.tasks.show(job.number, where)
             return
         for run in job.runs:
             if run.name in answer.folders:
@@ -270,7 +222,7 @@ class Driver:
             raise AfterimageError("; ".join(map(str, answer.failures)) or "a worker ended without a result")
         else:
             states = ", ".join(f"{run.name} {run.state}" for run in ended)
-            self._log(job, states or "is left to another process")
+            self.tasks.show(job.number, states or "is left to another process")
 
     def _settle(self, runs: Iterable[Run]) -> None:
         """Remove the runs that a worker has ended from the queue, and record their failures."""
@@ -284,7 +236,7 @@ class Driver:
         """Leave the runs of a lost worker waiting for another one, or end them if the retries are used up."""
         self._settle(job.runs)
         if self.stopping:
-            self._log(job, "stopped after the step under way")
+            self.tasks.show(job.number, "stopped after the step under way")
         elif self._waiting(job.runs):
             job.lost += 1
             if job.lost > self.retries:
@@ -293,16 +245,17 @@ class Driver:
                 self._fail(job, AfterimageError(f"{names}: the worker was lost {times}"))
                 return
             start = "from the last checkpoint" if job.shared else "anew, since its folder is lost with it"
-            self._log(job, f"the worker was lost: retry {job.lost} of {self.retries}, {start} ({why:.200})")
+            retry = f"retry {job.lost} of {self.retries}, {start} ({why:.200})"
+            self.tasks.show(job.number, f"the worker was lost: {retry}")
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End the job's unfinished runs with an error, also in their folders unless another process holds the lock.
 
         An error of the cluster or of the caller ends everything: it is raised.
         """
-        if concerns(error) or isinstance(error, self.ray.exceptions.RayError):
+        if concerns(error) or isinstance(error, self.tasks.ray.exceptions.RayError):
             raise error
-        self._log(job, one_line(error))
+        self.tasks.show(job.number, one_line(error))
         self._release(job)
         waiting = self._waiting(job.runs)
         self.queue.fail(self.queue.take(waiting), error)
@@ -313,9 +266,8 @@ class Driver:
     def _stop(self) -> None:
         """Cancel tasks that have not begun, and wait until every worker has stopped with a checkpoint."""
         self.stopping = True
-        for job in self.jobs:
-            self._cancel(job)
-        while any(job.task is not None for job in self.jobs):
+        self.tasks.cancel()
+        while self.tasks.running:
             self._collect()
         for job in self.jobs:  # workers set this state themselves, unless they were lost
             running = {run: config for run, config in job.runs.items() if run.state == "running"}
@@ -328,18 +280,82 @@ def _checkpoints(run: Run) -> dict[str, bytes]:
     return {name: run.file(name).read_bytes() for name in (PREVIOUS, CHECKPOINT) if run.file(name).exists()}
 
 
-def _different_images(runs: Sequence[Run]) -> list[AfterimageError]:
-    """Return an error for each data configuration whose runs were trained on different images."""
-    found: dict[DataConfig, dict[str, str]] = {}
-    for run in filter(is_done, runs):
-        with contextlib.suppress(AfterimageError):  # a folder that cannot be read is reported elsewhere
-            digest = run.result.data.digest
-            found.setdefault(run.config.data, {}).setdefault(digest, run.name)
-    return [
-        AfterimageError(
-            f"{' and '.join(digests.values())} were trained on different images, although both ask for {data.source}: "
-            "two machines hold different ones. Their scores cannot be compared."
-        )
-        for data, digests in found.items()
-        if len(digests) > 1
-    ]
+def find_bounds_on_ray(
+    runs: Sequence[Run],
+    study: StudyConfig,
+    root: str | Path,
+    failures: list[AfterimageError],
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+    address: str = "",
+    cpus: int | None = None,
+    retries: int = 3,
+) -> list[Run]:
+    """Find the measured bound of each run on a Ray cluster, as `study.find_bounds` does.
+
+    A search whose worker is lost is given to another worker and resumes after the last finished batch in `root`. If a
+    run's worker does not see `root`, the search runs in this process after the others, and a message says so.
+
+    Args:
+        runs, study, root, failures, cache, accelerator, progress: as for `study.find_bounds`
+        address, cpus, retries: as for `train_on_ray`
+
+    Returns:
+        the finished inversions, in the order of `runs`
+
+    Raises:
+        AfterimageError: the cluster cannot be reached, or lacks the requested resources
+        Stopped: SIGTERM or Ctrl-C while workers search; finished batches are kept
+    """
+    if not runs:
+        return []
+    progress, root = of_caller(progress), Path(root).resolve()
+    options = {"cache": cache and Path(cache).resolve(), "accelerator": accelerator}
+    log = partial(progress, done=1, total=1)
+    found: dict[int, list[Run]] = {}
+    lost = dict.fromkeys(range(len(runs)), 0)
+    unseen: list[int] = []
+    with connect(address, log) as ray, graceful_shutdown() as stop:
+        sizes = [group_bytes([run.config]) for run in runs]
+        needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=log)
+        tasks = Tasks(ray, progress, len(runs))
+
+        def submit(number: int) -> None:
+            run = runs[number]
+            search = {"name": run.name, "study": study, "root": str(root), "options": options}
+            folder = identify(str(root), run.config)
+            names = f"the bound of {run.name}"
+            tasks.submit(number, worker.find_bound, needs[number], names, folder=folder, **search)
+
+        try:
+            for number in range(len(runs)):
+                submit(number)
+            while tasks.running:
+                stop.check()
+                for number, outcome in tasks.ended():
+                    name = runs[number].name
+                    if outcome is None:
+                        where = f"does not see {shown(root)}: its bound is found here, after the others"
+                        log(f"{name}: the worker {where}")
+                        unseen.append(number)
+                    elif isinstance(outcome, Lost) and lost[number] < retries:
+                        lost[number] += 1
+                        retry = f"retry {lost[number]} of {retries}, from the last batch ({outcome})"
+                        log(f"{name}: the worker was lost: {retry}")
+                        submit(number)
+                    elif isinstance(outcome, Lost):
+                        times = f"the worker was lost {lost[number] + 1} times, the last time by {outcome}"
+                        failures.append(AfterimageError(f"the measured bound of {name}: {times}"))
+                    elif isinstance(outcome, Exception):
+                        failures.append(as_error(outcome, f"the measured bound of {name}"))
+                    else:
+                        names, own = outcome
+                        failures += own
+                        found[number] = [Run(root / name) for name in names]
+        finally:
+            tasks.close()
+    for number in unseen:
+        found[number] = find_bounds([runs[number]], study, root, failures, progress=progress, **options)
+    return [run for number in sorted(found) for run in found[number]]

@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,35 +78,62 @@ def identify(root: str, config: RunConfig) -> tuple[int, int] | None:
     return state.st_ino, state.st_mtime_ns
 
 
-def train_group(
+def run_task(
+    work: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    *,
     number: int,
+    threads: int,
+    messages: Any,
+    cwd: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+) -> Any:
+    """Do a piece of work as the driver would: this is the Ray task.
+
+    Args:
+        work: `train_group` or `find_bound`
+        arguments: arguments of `work`, which also gets `progress`
+        number: number of the task, sent with every message
+        threads: number of PyTorch threads
+        messages: the `Messages` actor, which passes messages on to the driver
+        cwd, command, environment: those of the driver, see `driver_context`
+    """
+    import ray
+    import torch
+
+    if os.path.isdir(cwd):
+        os.chdir(cwd)
+    sys.argv[:] = command
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)  # variables that are set on this machine take precedence
+    torch.set_num_threads(threads)
+    answer = work(progress=_send_to(messages, number), **arguments)
+    ray.get(messages.arrived.remote())  # all messages arrive before the answer does
+    return answer
+
+
+def train_group(
     configs: Mapping[str, RunConfig],
     root: str,
     *,
     folder: tuple[int, int] | None,
     sent: Folders,
-    threads: int,
     options: Mapping[str, Any],
-    cwd: str,
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    messages: Any,
+    progress: Progress,
 ) -> Answer | None:
-    """Train a group of runs, as `queue.train_runs` does locally; this is the Ray task.
+    """Train a group of runs on a worker, as `queue.train_runs` does locally.
 
     A failed run is recorded in its folder. Ray cancels a task with the effect of Ctrl-C: training then stops after the
     current step, with a checkpoint.
 
     Args:
-        number: number of the group, sent with every message
         configs: the runs, by the digest of their settings as the driver computes it
         root: the driver's folder of run folders
         folder: identity of `root` on the driver (see `identify`); None trains in a temporary folder of this machine
         sent: initial files of the run folders, if they are temporary
-        threads: number of PyTorch threads
         options: options of `queue.train_runs`
-        cwd, command, environment: those of the driver, so that relative paths, settings and records agree
-        messages: the `Messages` actor, which passes messages on to the driver
+        progress: callback for progress and messages
 
     Returns:
         the outcome; None if this machine does not see the driver's folder, in which case nothing was done
@@ -114,7 +141,6 @@ def train_group(
     Raises:
         AfterimageError: this machine computes other digests, since its version of afterimage differs
     """
-    _take_after(cwd, command, environment)
     runs = list(configs.values())
     if folder is not None and identify(root, runs[0]) != folder:
         return None
@@ -122,14 +148,9 @@ def train_group(
         raise AfterimageError(
             f"{socket.gethostname()} has another version of afterimage: it reads the runs' settings differently"
         )
-    import ray
-    import torch
-
     from afterimage.experiments.queue import train_runs
     from afterimage.runtime.process import Stopped
 
-    torch.set_num_threads(threads)
-    progress = _send_to(messages, number)
     answer = Answer()
     left: list[Run] = []
     with contextlib.ExitStack() as stack:
@@ -148,69 +169,44 @@ def train_group(
         answer.left = [run.name for run in left]
         if folder is None:
             answer.folders = {config.name: pack(Run(Path(root, config.name))) for config in runs}
-    ray.get(messages.arrived.remote())  # all messages arrive before the answer does
     return answer
 
 
 def find_bound(
-    number: int,
     name: str,
     study: StudyConfig,
     root: str,
     *,
     folder: tuple[int, int] | None,
-    threads: int,
     options: Mapping[str, Any],
-    cwd: str,
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    messages: Any,
+    progress: Progress,
 ) -> tuple[list[str], list[AfterimageError]] | None:
-    """Find the measured bound of one run, as `study.find_bounds` does locally; this is the Ray task.
+    """Find the measured bound of one run on a worker, as `study.find_bounds` does locally.
 
     Args:
-        number: number of the run, sent with every message
         name: name of the run's folder in `root`
         study: number of test images to invert, and settings of the inversion
-        root: the driver's folder of run folders
-        folder: identity of `root` on the driver (see `identify`)
-        threads: number of PyTorch threads
+        root, folder, progress: as for `train_group`
         options: options of `study.find_bounds`
-        cwd, command, environment, messages: as for `train_group`
 
     Returns:
         names of the finished inversions, and the failures; None if this machine does not see the driver's folder
     """
-    _take_after(cwd, command, environment)
     run = Run(Path(root, name))
     if folder is None or not run.file("config.toml").exists() or identify(root, run.config) != folder:
         return None
-    import ray
-    import torch
-
     from afterimage.experiments.study import find_bounds
 
-    torch.set_num_threads(threads)
-    progress, failures = _send_to(messages, number), []
+    failures: list[AfterimageError] = []
     progress(f"is searched on {socket.gethostname()}: the bound of {name}", 1, 1)
     found = find_bounds([run], study, root, failures, progress=progress, **options)
-    ray.get(messages.arrived.remote())
     return [run.name for run in found], failures
 
 
 def driver_context() -> dict[str, Any]:
-    """Return the arguments `cwd`, `command` and `environment` of a task, which workers take over from the driver."""
+    """Return `cwd`, `command` and `environment` of the driver, so that relative paths, settings and records agree."""
     own = {key: value for key, value in os.environ.items() if key.startswith("AFTERIMAGE_")}
     return {"cwd": os.getcwd(), "command": sys.argv, "environment": own}
-
-
-def _take_after(cwd: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Take over the driver's working directory, command and `AFTERIMAGE_` environment variables."""
-    if os.path.isdir(cwd):
-        os.chdir(cwd)
-    sys.argv[:] = command
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)  # variables that are set on this machine take precedence
 
 
 def _send_to(messages: Any, number: int) -> Progress:
