@@ -30,7 +30,6 @@ from afterimage.runs.files import sha256
 from afterimage.runs.lock import Lock
 from afterimage.runs.results import Result, TrainingFacts
 from afterimage.runs.run import TRACEBACK, Run, environment, forget, record
-from afterimage.runtime.distributed import ProcessGroup
 from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go
 from afterimage.runtime.process import LockLost
 from afterimage.training.checkpoint import remove_checkpoints
@@ -246,7 +245,11 @@ class JointRun:
         sources = [self.encoders.sources[i] for i in decoder.feature_indices]
         weights = self.encoders.weights_of(sources)
         size, box = self.first.data.size, self._seen(decoder)
-        unseen = seen_notes(features, box, size, () if box is None else result.rows)
+        notes = [*decoder.notes]
+        if code := decoder.identity.get("code"):
+            notes.append(f"{config.decoder.name} has the SHA-256 {code}")
+        notes += seen_notes(features, box, size, () if box is None else result.rows)
+        notes += [*weight_notes(weights), *self.encoders.remarks_of(sources), *self.data.notes]
         found = Result(
             kind="decoder",
             label=f"{' + '.join(config.sources)} · {config.decoder.name}",
@@ -260,27 +263,13 @@ class JointRun:
             fusion_weights=() if maps is None else tuple(maps.means),
             training=self._training(decoder),
             scores_seen=None if box is None else summarise(result.rows, SEEN),
-            notes=(
-                *(
-                    *decoder.notes,
-                    *self._code_notes(decoder),
-                    *unseen,
-                    *weight_notes(weights),
-                    *self.encoders.remarks_of(sources),
-                    *self.data.notes,
-                ),
-                *score_notes(result.rows),
-            ),
+            notes=(*notes, *score_notes(result.rows)),
         )
         self.context.check_lock(decoder.run)
         decoder.run.save_result(found, result.images, () if maps is None else maps.images)
         if not decoder.failed:
             decoder.run.set_state("done")
             remove_checkpoints(decoder.run)
-
-    def _code_notes(self, decoder: DecoderTrainer) -> list[str]:
-        code = decoder.identity.get("code")
-        return [f"{self.runs[decoder.run].decoder.name} has the SHA-256 {code}"] if code else []
 
     def _training(self, decoder: DecoderTrainer) -> TrainingFacts:
         return TrainingFacts(
@@ -295,11 +284,3 @@ class JointRun:
             decoder_sha256=sha256(decoder.run.file("decoder.safetensors")),
             settings_sha256=self.runs[decoder.run].digest,
         )
-
-
-def try_encoders(config: RunConfig, data: Data, accelerator: str, ranks: ProcessGroup) -> None:
-    """Build the encoders of one run and run them on one training image; an error of the encoders is raised."""
-    fabric = ranks.local_fabric(accelerator, config.recipe.precision)
-    encoders = build_encoders(config, config.sources).to(fabric.device)
-    with torch.no_grad(), fabric.autocast():
-        encoders(data.train.crops(torch.arange(1), device=fabric.device))

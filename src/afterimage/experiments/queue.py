@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afterimage.config import AfterimageError, DataConfig, RunConfig, listed, split_source
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, DataConfig, RunConfig, listed, split_source
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
-from afterimage.experiments.joint_run import JointRun, StudyContext, try_encoders
-from afterimage.models.encoders.layers import layer_info
+from afterimage.experiments.joint_run import JointRun, StudyContext
 from afterimage.models.encoders.providers import open_network
 from afterimage.runs.lock import POLL, Lock
 from afterimage.runs.run import TRACEBACK, Run, record, recorded_error
@@ -25,7 +24,6 @@ from afterimage.runtime.failures import (
     concerns,
     let_go,
     of_caller,
-    one_line,
 )
 from afterimage.runtime.process import GracefulShutdown, graceful_shutdown
 from afterimage.runtime.terminal import Progress, silent
@@ -297,7 +295,10 @@ class _Worker:
         self.claims.heard(None)
 
     def _together(self, mine: dict[Run, RunConfig], data: Data, context: StudyContext) -> None:
-        """Train runs on one pass through their encoders, or in smaller groups if the encoders fail together."""
+        """Train runs on one pass through their encoders, or in smaller groups if the encoders fail together.
+
+        The rows, which read different layers, are halved until those that fail are alone.
+        """
         parts = [mine]
         while parts:
             part = parts.pop(0)
@@ -311,57 +312,31 @@ class _Worker:
                 error = caught
             let_go(error)
             left = {run: config for run, config in part.items() if run not in context.ended}
-            parts = self._apart(left, error, data) + parts
-
-    def _apart(self, runs: dict[Run, RunConfig], error: Exception, data: Data) -> list[dict[Run, RunConfig]]:
-        """Split runs whose encoders failed together into parts that can continue, and record those that fail.
-
-        The encoders of each combination of sources are built and run alone. The combinations that succeed stay
-        together; if all succeed, they are split into two halves.
-        """
-        rows: dict[tuple[str, ...], dict[Run, RunConfig]] = {}
-        for run, config in runs.items():
-            rows.setdefault(config.sources, {})[run] = config
-        if len(rows) == 1:
-            self.claims.fail(runs, error)
-            return []
-        self.claims.log("the encoders failed for what is trained together: each row's are tried alone")
-        missing = self._error(lambda: _find_weights(next(iter(runs.values()))))
-        sound: list[dict[Run, RunConfig]] = []
-        failed: dict[str, tuple[Exception, list[Run]]] = {}
-        for own in rows.values():
-            config = next(iter(own.values()))
-            found = self._error(lambda config=config: self._try(config, data, missing))
-            if found is None:
-                sound.append(own)
+            rows = list(dict.fromkeys(config.sources for config in left.values()))
+            if len(rows) > 1 and self._has_weights(next(iter(left.values()))):
+                self.claims.log(
+                    f"the encoders of {len(rows)} rows failed together: half of the rows are tried"
+                )
+                first = rows[: len(rows) // 2]
+                halves = [
+                    {r: c for r, c in left.items() if (c.sources in first) is own} for own in (True, False)
+                ]
+                parts = halves + parts
             else:
-                failed.setdefault(one_line(found), (found, []))[1].extend(own)
-        for found, own in failed.values():
-            self.claims.fail(own, found)
-        half = len(sound) if failed else len(sound) // 2
-        parts = (sound[:half], sound[half:])
-        return [{run: config for own in part for run, config in own.items()} for part in parts if part]
+                self.claims.fail(left, error)
 
-    def _error(self, work: Callable[[], None]) -> Exception | None:
-        """Return the error that `work` raises on any rank, or None; raise an error that affects everything."""
+    def _has_weights(self, config: RunConfig) -> bool:
+        """Return whether the weights of a run's encoders are found: without them all rows fail, after a slow look."""
+        stored = config.features is not None or config.weights in RANDOM_WEIGHTS
         try:
             with self.claims.ranks.raise_on_all_ranks():
-                work()
-            return None
+                for source in () if stored else config.sources:
+                    open_network(split_source(source)[0]).find_weights(config.weights)
+            return True
         except Exception as error:
             if concerns(error) == EVERYTHING:
                 raise
-            let_go(error)
-            return error
-
-    def _try(self, config: RunConfig, data: Data, missing: Exception | None) -> None:
-        """Raise the error of a run's encoders; if `missing` weights are the cause, report an unknown layer first."""
-        if missing is None:
-            try_encoders(config, data, self.accelerator, self.claims.ranks)
-            return
-        for source in config.sources:
-            layer_info(source, config.data.size)
-        raise missing
+            return False
 
     def _data(self, config: DataConfig, stop: GracefulShutdown) -> Data:
         """Load and check the images of a data configuration once; groups of runs mostly share them.
@@ -380,9 +355,3 @@ class _Worker:
                 lambda: load_data(config, cache=self.cache, progress=progress)
             )
         return self._loaded[config]
-
-
-def _find_weights(config: RunConfig) -> None:
-    """Raise if a run's pretrained weights are not available; asked once, since it is slow without a network."""
-    for source in config.sources if config.weights == "pretrained" else ():
-        open_network(split_source(source)[0]).find_weights()
