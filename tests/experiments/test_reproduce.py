@@ -69,7 +69,7 @@ def test_another_decoder_does_not_hold_and_is_named(study, done):
     save_file(tensors, path, made_for)
     found = verdict(study, done)
     assert not found.holds and "psnr differs by up to" in found.problems[0]
-    assert found.changes == ("the decoder: decoder.safetensors is not the one that was measured",)
+    assert found.changes == ["the decoder: decoder.safetensors is not the one that was measured"]
 
 
 def test_the_same_decoder_saved_anew_is_a_change_whose_scores_hold(study, done):
@@ -96,7 +96,7 @@ def test_a_score_that_was_touched_up_does_not_hold(study, done, kind):
 
 def test_a_summary_that_was_touched_up_does_not_hold(study, done):
     edit(run_of(study, "linear"), "summary.json", lambda s: s["scores"]["ssim"].update(mean=0.99))
-    assert verdict(study, done).problems == ("summary.json and scores.csv do not agree about ssim",)
+    assert verdict(study, done).problems == ["summary.json and scores.csv do not agree about ssim"]
 
 
 def test_other_weights_do_not_hold(study, done):
@@ -111,9 +111,7 @@ def test_other_settings_and_versions_are_named(study, done):
     run.file("config.toml").write_text(text.replace("epochs = 1", "epochs = 2"))
     edit(run, "environment.json", lambda e: e["versions"].update(torch="1.0") or e.update(threads=99))
     found = verdict(study, done)
-    assert found.holds and found.changes == (
-        "the settings: config.toml is not the one that named the folder",
-    )
+    assert found.holds and found.changes == ["the settings: config.toml is not the one that named the folder"]
     edit(run, "summary.json", lambda s: s["scores"]["psnr"].update(mean=1.0))
     found = verdict(study, done)
     assert not found.holds and f"torch: 1.0 then, {torch.__version__.split('+')[0]}" in str(found.changes)
@@ -134,7 +132,7 @@ def test_what_is_not_finished_is_not_measured(study, done, state):
     run_of(study, "linear").set_state(state)
     found = verdict(study, done)
     assert not found.holds and not found.problems
-    assert found.missing == (f"it is not finished (state: {state})",)
+    assert found.missing == [f"it is not finished (state: {state})"]
 
 
 def test_other_kinds_of_rows_are_skipped_and_said(study, done):
@@ -206,7 +204,7 @@ def test_a_decoder_that_is_missing_is_not_measured(study, done):
     run_of(study, "linear").file("decoder.safetensors").unlink()
     found = verdict(study, done)
     assert not found.holds and not found.problems
-    assert found.missing == ("decoder.safetensors is missing from the run's folder",)
+    assert found.missing == ["decoder.safetensors is missing from the run's folder"]
 
 
 def test_weights_that_are_missing_are_not_measured(study, done, monkeypatch, tmp_path):
@@ -222,9 +220,7 @@ def test_a_score_that_cannot_be_measured_is_not_measured(study, done):
     write_csv(run.file("scores.csv"), [row | {"lpips": 0.5} for row in run.result.per_image])
     edit(run, "summary.json", lambda s: s["scores"].update(lpips={"mean": 0.5, "std": 0.0, "count": 2}))
     found = verdict(study, done)
-    assert (
-        found.missing == ("lpips cannot be measured here",) and not found.problems and "psnr" in found.worst
-    )
+    assert found.missing == ["lpips cannot be measured here"] and not found.problems and "psnr" in found.worst
 
 
 def test_evaluating_on_other_images_needs_no_training_images_and_keeps_the_network(

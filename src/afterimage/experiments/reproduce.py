@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,13 +18,14 @@ from afterimage.config import (
     BaselineConfig,
     DataConfig,
     absolute_weights,
+    listed,
     shown,
     split_source,
 )
 from afterimage.data.dataset import load_data, load_test
-from afterimage.data.images import ImageSet
+from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.baselines import baseline
-from afterimage.evaluation.evaluate import evaluate, summarise
+from afterimage.evaluation.evaluate import Evaluation, evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.encoders.providers import open_network
 from afterimage.runs.files import read_json, sha256
@@ -41,7 +44,7 @@ SHOWN = 5
 """Number of missing images that a message names."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verdict:
     """The outcome of measuring one run again.
 
@@ -57,10 +60,10 @@ class Verdict:
 
     run: Run
     images: int = 0
-    worst: Mapping[str, float] = field(default_factory=dict)
-    changes: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
+    worst: dict[str, float] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     skipped: str = ""
 
     @property
@@ -96,59 +99,64 @@ def verify_runs(
     Returns:
         one verdict for each run, in order
     """
-    loaded: dict[DataConfig, _Loaded] = {}
-    verdicts = []
-    for run in runs:
-        progress(f"verifying {run.name}", 1, 1)
-        problems: list[str] = []
-        missing: list[str] = []
-        changes: list[str] = []
-        worst: dict[str, float] = {}
-        images = 0
+    load = functools.cache(functools.partial(_load, cache=cache, progress=progress))
+    verdicts = [Verdict(run) for run in runs]
+    for verdict in verdicts:
+        progress(f"verifying {verdict.run.name}", 1, 1)
         try:
-            if run.state != "done":
-                raise _Missing(f"it is not finished (state: {run.state})")
-            result = run.result
-            if result.kind not in ("decoder", "baseline"):
-                verdicts.append(Verdict(run, skipped=f"rows of kind {result.kind} are not measured again"))
-                continue
-            data, images = result.config.data, len(result.per_image)
-            problems += _within(result)
-            changes += _folder_changes(run, result)
-            if data not in loaded:
-                loaded[data] = _load(data, cache, progress)
-            changes += _image_changes(result, loaded[data])
-            _same_images(result.per_image, loaded[data].test)
-            rows = _measured(run, result, loaded[data], weights, accelerator, progress, changes)
-            worst = _compare(result.per_image, rows, problems, missing)
+            _verify(verdict, load, weights, accelerator, progress)
         except _Missing as error:
-            missing.append(str(error))
+            verdict.missing.append(str(error))
         except AfterimageError as error:
-            problems.append(str(error))
-        if problems:
-            changes += _versions(run)
-        verdicts.append(
-            Verdict(run, images if worst else 0, worst, tuple(changes), tuple(problems), tuple(missing))
-        )
+            verdict.problems.append(str(error))
+        if verdict.problems:
+            verdict.changes += _versions(verdict.run)
     return verdicts
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """Images of a run: the test images; digest and counts of all images only if the training images are here too."""
+def _verify(
+    verdict: Verdict,
+    load: Callable[[DataConfig], _Loaded],
+    weights: str | None,
+    accelerator: str,
+    progress: Progress,
+) -> None:
+    run = verdict.run
+    if run.state != "done":
+        raise _Missing(f"it is not finished (state: {run.state})")
+    result = run.result
+    if result.kind not in ("decoder", "baseline"):
+        verdict.skipped = f"rows of kind {result.kind} are not measured again"
+        return
+    verdict.problems += _within(result)
+    verdict.changes += _folder_changes(run, result)
+    images = load(result.config.data)
+    verdict.changes += _image_changes(result, images)
+    _same_images(result.per_image, images.test)
+    metrics = Metrics(result.lpips.net, size=min(result.config.data.size))
+    before, now = (s.weights and s.weights.sha256 for s in (result.lpips, metrics.lpips_status))
+    if before != now:
+        verdict.changes.append(f"LPIPS: weights {before and before[:12]} then, {now and now[:12]} now")
+    if isinstance(result.config, BaselineConfig):
+        found = evaluate(baseline(result.config.baseline), images.test, metrics, progress=progress)
+    else:
+        found = _decoded(run, images.test, metrics, weights, accelerator, progress)
+    _compare(verdict, result.per_image, found.rows)
+
+
+class _Loaded(NamedTuple):
+    """Images of a run: the test images, and all of them if the training images are here too."""
 
     test: ImageSet
-    digest: str | None
-    counts: str
-    notes: tuple[str, ...] = ()
+    data: Data | None = None
+    notes: Sequence[str] = ()
 
 
 def _load(config: DataConfig, cache: Path | None, progress: Progress) -> _Loaded:
     """Load a run's images; training images may be missing if the test images come from another source."""
     try:
         data = load_data(config, cache=cache, progress=progress)
-        counts = f"{len(data.train)}/{len(data.validation)}/{len(data.test)}"
-        return _Loaded(data.test, data.digest, counts)
+        return _Loaded(data.test, data)
     except AfterimageError as error:
         if not config.test:
             raise _Missing(str(error)) from None
@@ -156,7 +164,7 @@ def _load(config: DataConfig, cache: Path | None, progress: Progress) -> _Loaded
         test, notes = load_test(config, cache=cache, progress=progress)
     except AfterimageError as error:
         raise _Missing(str(error)) from None
-    return _Loaded(test, None, "", tuple(notes))
+    return _Loaded(test, notes=notes)
 
 
 def _folder_changes(run: Run, result: Result) -> list[str]:
@@ -172,17 +180,17 @@ def _folder_changes(run: Run, result: Result) -> list[str]:
     return changes
 
 
-def _image_changes(result: Result, data: _Loaded) -> list[str]:
+def _image_changes(result: Result, images: _Loaded) -> list[str]:
     """Return differences between the run's images and those that were loaded now."""
-    before = result.data
-    if data.digest is None:
-        return [f"the images: {note}" for note in data.notes]
-    if before.digest == data.digest:
+    before, now = result.data, images.data
+    if now is None:
+        return [f"the images: {note}" for note in images.notes]
+    if before.digest == now.digest:
         return []
-    counts = f"{before.train}/{before.validation}/{before.test_images}"
     return [
-        f"the images: digest {before.digest[:12]} then, {data.digest[:12]} now; training/validation/test "
-        f"{counts} then, {data.counts} now"
+        f"the images: digest {before.digest[:12]} then, {now.digest[:12]} now; training/validation/test "
+        f"{before.train}/{before.validation}/{before.test_images} then, "
+        f"{len(now.train)}/{len(now.validation)}/{len(now.test)} now"
     ]
 
 
@@ -193,9 +201,7 @@ def _same_images(stored: Sequence[Mapping[str, Any]], test: ImageSet) -> None:
         return
     here = set(now)
     lost = [identity for identity in before if identity not in here]
-    named = (
-        f"; missing: {', '.join(lost[:SHOWN])}" + (" and more" if len(lost) > SHOWN else "") if lost else ""
-    )
+    named = f"; missing: {listed(lost, SHOWN)}" if lost else ""
     raise _Missing(
         f"other test images: {len(before)} were measured then, {len(now)} are here, or other ids{named}"
     )
@@ -212,26 +218,14 @@ def _within(result: Result) -> list[str]:
     return []
 
 
-def _measured(
-    run: Run,
-    result: Result,
-    data: _Loaded,
-    weights: str | None,
-    accelerator: str,
-    progress: Progress,
-    changes: list[str],
-) -> list[dict[str, Any]]:
-    config = result.config
-    metrics = Metrics(result.lpips.net, size=min(config.data.size))
-    before, now = (s.weights and s.weights.sha256 for s in (result.lpips, metrics.lpips_status))
-    if before != now:
-        changes.append(f"LPIPS: weights {before and before[:12]} then, {now and now[:12]} now")
-    if isinstance(config, BaselineConfig):
-        return evaluate(baseline(config.baseline), data.test, metrics, progress=progress).rows
-    recipe = config.recipe
+def _decoded(
+    run: Run, test: ImageSet, metrics: Metrics, weights: str | None, accelerator: str, progress: Progress
+) -> Evaluation:
+    """Measure a run's decoder as its training did."""
+    config = run.config
     where = absolute_weights(weights or config.weights)
     try:
-        fabric = one_device(accelerator, recipe.precision)
+        fabric = one_device(accelerator, config.recipe.precision)
         if config.features is not None and not weights:
             open_features(config.features, progress)
         else:
@@ -245,52 +239,36 @@ def _measured(
         with fabric.autocast():
             return reconstructor.reconstruct(images).float()
 
-    return evaluate(
-        reconstruct,
-        data.test,
-        metrics,
-        batch_size=recipe.batch_size,
-        device=fabric.device,
-        progress=progress,
-    ).rows
+    options = {"batch_size": config.recipe.batch_size, "device": fabric.device, "progress": progress}
+    return evaluate(reconstruct, test, metrics, **options)
 
 
-def _compare(
-    stored: Sequence[Mapping[str, Any]], rows: list[dict], problems: list[str], missing: list[str]
-) -> dict[str, float]:
-    """Return the largest difference of each metric; add metrics beyond the tolerance to `problems`, and metrics that
-    cannot be measured to `missing`."""
-    worst = {}
+def _compare(verdict: Verdict, stored: Sequence[Mapping[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Add the largest difference of each metric to a verdict, and metrics that do not agree or are not available."""
+    verdict.images = len(rows)
     for name in METRICS:
         pairs = [(before.get(name), now[name], now["id"]) for before, now in zip(stored, rows, strict=True)]
         if all(before is None for before, _, _ in pairs):
             continue
         if any(now is None for _, now, _ in pairs):
-            missing.append(f"{name} cannot be measured here")
+            verdict.missing.append(f"{name} cannot be measured here")
             continue
         difference, image = max((abs(now - before), identity) for before, now, identity in pairs)
-        worst[name] = difference
+        verdict.worst[name] = difference
         if not difference <= TOLERANCE[name]:
-            problems.append(
-                f"{name} differs by up to {difference:.3g} (image {image}), over {TOLERANCE[name]:g}"
-            )
-    return worst
+            limit = f"{TOLERANCE[name]:g}"
+            verdict.problems.append(f"{name} differs by up to {difference:.3g} (image {image}), over {limit}")
 
 
 def _versions(run: Run) -> list[str]:
     """Return the versions, the commit and the number of threads that differ from those of the run."""
-    path = run.file("environment.json")
-    if not path.exists():
-        return ["the environment: none was kept"]
-    try:
-        before = read_json(path)
-    except AfterimageError as error:
-        return [f"the environment: {error}"]
+    before: Any = None
+    with contextlib.suppress(AfterimageError):  # the file may be missing or damaged
+        before = read_json(run.file("environment.json"))
     versions = before.get("versions") if isinstance(before, dict) else None
     if not isinstance(versions, dict):
-        return [f"the environment: {shown(path)} holds no versions"]
-    now = environment()
-    now["threads"] = torch.get_num_threads()
+        return [f"the environment: {shown(run.file('environment.json'))} holds no versions"]
+    now = environment() | {"threads": torch.get_num_threads()}
     pairs = {name: (before.get(name), now[name]) for name in ("python", "commit", "threads")}
     pairs |= {name: (versions.get(name), version) for name, version in now["versions"].items()}
     return [f"{name}: {old} then, {new} now" for name, (old, new) in pairs.items() if old != new]
