@@ -58,16 +58,16 @@ def check_rest(root, whole, *, without=()):
 
 def test_rows_that_cannot_be_resolved_end_no_others(whole, cache, tmp_path, monkeypatch):
     """Nor does one whose model makes timm raise, which has no message of ours."""
-    import afterimage.models.encoders.layers
+    import afterimage.experiments.study
 
-    listed = afterimage.models.encoders.layers.list_layers
+    listed = afterimage.experiments.study.list_layers
 
     def listing(model, *arguments):
         if model == "resnet34":
             raise BUG
         return listed(model, *arguments)
 
-    monkeypatch.setattr(afterimage.models.encoders.layers, "list_layers", listing)
+    monkeypatch.setattr(afterimage.experiments.study, "list_layers", listing)
     rows = (RowConfig(("resnet34:layer*",)), RowConfig((f"{MODEL}:layer1", "resnt18:layer1"), fusion=FUSION))
     study = replace(STUDY, sources=(*UNRESOLVED, *STUDY.sources), rows=rows)
     runs, failures = run_study(study, tmp_path, cache=cache, accelerator="cpu")

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
@@ -211,12 +211,9 @@ class LivePage:
             state, problem = LiveState(), f"The link could not be read: {error}"
         if OWN in (state.image, state.second):
             problem = "The link was made with an image of its maker's own, which it does not hold: bring one yourself."
-        defaults = LiveState()
-        values = {name: getattr(state, name) for name in self.fields}
-        for name in ("image", "second"):
-            if values[name] == OWN:
-                values[name] = getattr(defaults, name)
-        return [problem, *values.values()]
+            own = [name for name in ("image", "second") if getattr(state, name) == OWN]
+            state = dataclasses.replace(state, **{name: getattr(LiveState, name) for name in own})
+        return [problem, *dataclasses.asdict(state).values()]
 
     def _choose(self, event: gr.SelectData) -> tuple[str, None]:
         return self.names[event.index], None
@@ -224,37 +221,31 @@ class LivePage:
     def _bring(self, upload: str | None) -> str:
         return OWN if upload else LiveState.image
 
-    def _state(self, values: Sequence[Any]) -> LiveState:
-        return LiveState(**dict(zip(self.fields, values, strict=True)))
-
-    def _show(
-        self, message: str, first: str | None, second: str | None, *values: Any
-    ) -> tuple[Any, Any, str]:
+    def _show(self, message: str, *given: Any) -> tuple[Any, Any, str]:
         try:
-            state = self._state(values)
-            files = _file(state.image, first), _file(state.second, second)
-            views = [decoder.show(state, *files) for decoder in self.decoders]
+            asked = self._asked(*given)
+            views = [decoder.show(*asked) for decoder in self.decoders]
         except AfterimageError as error:
             return _message(str(error)), gr.skip(), ""
-        return _message(message) + cards_html(views, state), state.query(), ""
+        return _message(message) + cards_html(views, asked[0]), asked[0].query(), ""
 
-    def _refine(
-        self, which: int, steps: int, first: str | None, second: str | None, *values: Any
-    ) -> Iterator[str]:
+    def _refine(self, which: int, steps: int, *given: Any) -> Iterator[str]:
         try:
-            state = self._state(values)
-            files = _file(state.image, first), _file(state.second, second)
-            decoder = self.decoders[int(which)]
+            decoder, asked = self.decoders[int(which)], self._asked(*given)
             before, steps = None, int(min(max(steps, 1), STEPS[-1]))
-            for step, view in decoder.refine(state, *files, steps=steps):
+            for step, view in decoder.refine(*asked, steps=steps):
                 before = before or view
                 yield refined_html(before, view, step, steps)
         except AfterimageError as error:
             yield _message(str(error))
 
+    def _asked(self, first: str | None, second: str | None, *values: Any) -> tuple[LiveState, Path, Path]:
+        """Return the visitor's settings and the files of both images, from the uploads and the controls' values."""
+        state = LiveState(**dict(zip(self.fields, values, strict=True)))
+        return state, _file(state.image, first), _file(state.second, second)
 
-@dataclasses.dataclass(frozen=True)
-class _Pick:
+
+class _Pick(NamedTuple):
     """Components to choose an image: an upload area, a gallery of examples, and the name of the chosen image."""
 
     upload: gr.Image
@@ -288,17 +279,11 @@ def _pick(label: str, name: str) -> _Pick:
 
 
 def _slider(name: str, *, maximum: int | None = None) -> gr.Slider:
-    (field,) = (field for field in dataclasses.fields(LiveState) if field.name == name)
+    field = LiveState.__dataclass_fields__[name]
     low, high = field.metadata["range"]
     step = 0.05 if isinstance(field.default, float) else 1
-    return gr.Slider(
-        low,
-        high if maximum is None else maximum,
-        field.default,
-        step=step,
-        label=field.metadata["what"],
-        elem_id=name,
-    )
+    high = high if maximum is None else maximum
+    return gr.Slider(low, high, field.default, step=step, label=field.metadata["what"], elem_id=name)
 
 
 def _file(name: str, upload: str | None) -> Path:
@@ -357,23 +342,18 @@ def cards_html(views: Sequence[LiveView], state: LiveState) -> str:
 
 
 def _box(state: LiveState) -> str:
-    place = {"left": state.left, "top": state.top_edge}
-    size = {"width": max(0, state.right - state.left), "height": max(0, state.bottom - state.top_edge)}
-    style = ";".join(f"{name}:{value}%" for name, value in {**place, **size}.items())
-    return f'<div style="position:absolute;{style};outline:2px solid #fff;box-shadow:0 0 0 4px #000"></div>'
+    width, height = max(0, state.right - state.left), max(0, state.bottom - state.top_edge)
+    place = f"left:{state.left}%;top:{state.top_edge}%;width:{width}%;height:{height}%"
+    return f'<div style="position:absolute;{place};outline:2px solid #fff;box-shadow:0 0 0 4px #000"></div>'
 
 
 def refined_html(decoded: LiveView, refined: LiveView, step: int, steps: int) -> str:
     """Return HTML with cards for the decoder's reconstruction, the refined image so far, and the original."""
+    before = _img(decoded.image, "The decoder's answer") + _scores(decoded)
+    after = _img(refined.image, f"After pass {step}") + _scores(refined)
     parts = [
-        _card(
-            decoded.title,
-            "the decoder's answer",
-            _img(decoded.image, "The decoder's answer") + _scores(decoded),
-        ),
-        _card(
-            "Refined", f"pass {step} of {steps}", _img(refined.image, f"After pass {step}") + _scores(refined)
-        ),
+        _card(decoded.title, "the decoder's answer", before),
+        _card("Refined", f"pass {step} of {steps}", after),
         _card("Original", "as the encoder sees it", _img(refined.original, "The original")),
     ]
     return f'<div class="cards">{"".join(parts)}</div>'

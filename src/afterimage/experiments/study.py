@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
+import functools
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+from afterimage.analysis.controls.run import run_controls
+from afterimage.analysis.inversion.inputs import InversionInputs, from_data
+from afterimage.analysis.inversion.run import invert_run
 from afterimage.config import (
     LPIPS_NETS,
     RANDOM_WEIGHTS,
     AfterimageError,
-    Count,
     DataConfig,
     DecoderConfig,
     RecipeConfig,
@@ -22,12 +26,18 @@ from afterimage.config import (
     split_source,
     to_dict,
 )
+from afterimage.config.inversion import search_precision
 from afterimage.config.study import RowConfig, StudyConfig
+from afterimage.evaluation.baselines import run_baselines
 from afterimage.evaluation.metrics import Metrics
+from afterimage.experiments import queue
 from afterimage.models.decoders import Decoder, decoder_family
-from afterimage.models.encoders.providers import at_native_size
+from afterimage.models.encoders.layers import early_end, layer_info, list_layers
+from afterimage.models.encoders.providers import at_native_size, open_network, resolve
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run, is_done
+from afterimage.runtime.device import device_name
+from afterimage.runtime.distributed import distributed_context
 from afterimage.runtime.failures import as_error, collected, concerns, foreseen, of_caller, story
 from afterimage.runtime.terminal import Progress, printable, silent
 
@@ -64,37 +74,43 @@ def expand(
         for i, row in enumerate(rows, -len(study.sources))
     ]
     lpips = _first_lpips() if study.lpips == "any" else study.lpips
-    sized = _sizer(study.parameters, progress)
+    for name in dict.fromkeys(decoder.name for row in rows for decoder in row.decoders or study.decoders):
+        if study.parameters is not None and not _in_sizes(name):
+            text = f"the {name} decoder has one size only, which it keeps beside {study.parameters:,}"
+            progress(text, 1, 1)
+
+    def sized(decoder: DecoderConfig) -> DecoderConfig:
+        if study.parameters is None or not _in_sizes(decoder.name):
+            return decoder
+        return replace(decoder, parameters=study.parameters)
+
+    @functools.cache
+    def weights_of(models: tuple[str, ...], weights: str) -> str:
+        if study.missing_weights not in RANDOM_WEIGHTS or weights in RANDOM_WEIGHTS:
+            return weights
+        return _weights_or_random(models, weights, study.missing_weights, progress)
+
     configs: list[RunConfig] = []
-    decided: dict[tuple, str] = {}
     for row, recipe in zip(rows, recipes, strict=True):
         # With a fusion all sources form one row; without, each source is a row of its own.
         for sources in [row.sources] if row.fusion else [(source,) for source in row.sources]:
             try:
                 data = at_native_size(study.data, sources)
                 matches = [match for source in sources for match in _matches(source, data.size, progress)]
-                groups = [tuple(matches)] if row.fusion else [(match,) for match in matches]
-                for group in groups:
-                    weights = row.weights or study.weights
-                    if study.missing_weights in RANDOM_WEIGHTS and weights not in RANDOM_WEIGHTS:
-                        models = tuple(dict.fromkeys(split_source(source)[0] for source in group))
-                        if (models, weights) not in decided:
-                            decided[models, weights] = _weights_or_random(
-                                models, weights, study.missing_weights, progress
-                            )
-                        weights = decided[models, weights]
+                for group in [tuple(matches)] if row.fusion else [(match,) for match in matches]:
+                    models = tuple(dict.fromkeys(split_source(source)[0] for source in group))
                     configs += [
                         RunConfig(
                             sources=group,
-                            weights=weights,
+                            weights=weights_of(models, row.weights or study.weights),
                             fusion=row.fusion,
-                            decoder=decoder,
+                            decoder=sized(decoder),
                             data=data,
                             recipe=recipe,
                             seed=seed,
                             lpips=lpips,
                         )
-                        for decoder in map(sized, row.decoders or study.decoders)
+                        for decoder in row.decoders or study.decoders
                         for seed in study.seeds
                     ]
             except Exception as error:
@@ -103,27 +119,17 @@ def expand(
                 failures.append(as_error(error, f"the row {' + '.join(sources)}"))
     if study.controls:
         configs = with_matched_controls(configs, progress)
+    return _unique(configs)
+
+
+def _unique(configs: Sequence[RunConfig]) -> list[RunConfig]:
     return list({config.digest: config for config in configs}.values())
 
 
-def _sizer(parameters: Count | None, progress: Progress) -> Callable[[DecoderConfig], DecoderConfig]:
-    """Return a function that sets the study's number of parameters; decoders of fixed size are logged once each."""
-    if parameters is None:
-        return lambda decoder: decoder
-    said = set()
-
-    def sized(decoder: DecoderConfig) -> DecoderConfig:
-        family = _family(decoder.name)
-        if family is None or family.size_option is not None:
-            return dataclasses.replace(decoder, parameters=parameters)
-        if decoder.name not in said:
-            said.add(decoder.name)
-            progress(
-                f"the {decoder.name} decoder has one size only, which it keeps beside {parameters:,}", 1, 1
-            )
-        return decoder
-
-    return sized
+def _in_sizes(name: str) -> bool:
+    """Return whether a decoder comes in sizes; True if it does not exist, which its run reports later."""
+    family = _family(name)
+    return family is None or family.size_option is not None
 
 
 def _family(name: str) -> type[Decoder] | None:
@@ -135,9 +141,6 @@ def _family(name: str) -> type[Decoder] | None:
 
 
 def _matches(source: str, size: tuple[int, int], progress: Progress) -> list[str]:
-    from afterimage.models.encoders.layers import early_end, layer_info, list_layers
-    from afterimage.models.encoders.providers import resolve
-
     model, layer = split_source(source)
     if not any(sign in layer for sign in "*?["):
         return [resolve(source)]
@@ -154,8 +157,6 @@ def _matches(source: str, size: tuple[int, int], progress: Progress) -> list[str
 
 
 def _weights_or_random(models: Sequence[str], weights: str, otherwise: str, progress: Progress) -> str:
-    from afterimage.models.encoders.providers import open_network
-
     for model in models:
         try:
             open_network(model).find_weights(weights)
@@ -167,13 +168,10 @@ def _weights_or_random(models: Sequence[str], weights: str, otherwise: str, prog
 
 
 def _first_lpips() -> str:
-    from afterimage.evaluation.metrics import Metrics
-
     return next((net for net in LPIPS_NETS if Metrics(net).lpips_status.available), LPIPS_NETS[0])
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One part of a study: every `count`-th group of runs that are trained together. Baselines belong to part 1.
 
     Attributes:
@@ -184,12 +182,6 @@ class Part:
     number: int = 1
     count: int = 1
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.count:
-            raise AfterimageError(
-                f"a part of a study is K/N with K from 1 to N, such as 2/5, got {self.number}/{self.count}"
-            )
-
     @classmethod
     def parse(cls, text: str) -> Part:
         """Parse `2/5`, the second part of five.
@@ -197,10 +189,10 @@ class Part:
         Raises:
             AfterimageError: the text is not of the form K/N with K from 1 to N
         """
-        number, slash, count = text.partition("/")
-        if not (slash and number.isdecimal() and count.isdecimal()):
-            raise AfterimageError(f"a part of a study is written K/N, such as 2/5, got {text!r}")
-        return cls(int(number), int(count))
+        found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise AfterimageError(f"a part of a study is K/N with K from 1 to N, such as 2/5, got {text!r}")
+        return cls(int(found[1]), int(found[2]))
 
     def of(self, configs: Sequence[RunConfig]) -> list[RunConfig]:
         """Return the runs of this part; every run belongs to exactly one of the parts 1 to `count`."""
@@ -211,9 +203,7 @@ class Part:
 
 def study_groups(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
     """Group the runs that are trained together (see `queue.groups`), in the study's order."""
-    from afterimage.experiments.queue import groups
-
-    return [list(group.values()) for group in groups((config.digest, config) for config in configs)]
+    return [list(group.values()) for group in queue.groups((config.digest, config) for config in configs)]
 
 
 def run_study(
@@ -246,11 +236,6 @@ def run_study(
     Returns:
         the runs, and the failures
     """
-    from afterimage.analysis.controls.run import run_controls
-    from afterimage.evaluation.baselines import run_baselines
-    from afterimage.experiments.queue import train_runs
-    from afterimage.runtime.distributed import distributed_context
-
     failures: list[AfterimageError] = []
     runs: list[Run] = []
 
@@ -272,7 +257,7 @@ def run_study(
                     for data in dict.fromkeys(config.data for config in configs):
                         runs += run_baselines(data, root, keep=study.keep, failures=failures, **options)
         settings = {"cache": cache, "accelerator": accelerator, "progress": progress}
-        trained = (train or train_runs)(
+        trained = (train or queue.train_runs)(
             part.of(configs), root, keep=study.keep, failures=failures, **settings
         )
         with ranks.raise_on_all_ranks():
@@ -308,18 +293,11 @@ def find_bounds(
         study: number of test images to invert per run, and settings of the inversion
         root: folder of the inversions' run folders
         failures: list to which the error of each run that cannot be refined is added; the others continue
-        cache: folder of decoded images; None for the default
-        accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: callback for progress and messages, see `Progress`
+        cache, accelerator, progress: as for `run_study`
 
     Returns:
         the finished inversions
     """
-    from afterimage.analysis.inversion.inputs import InversionInputs, from_data
-    from afterimage.analysis.inversion.run import invert_run
-    from afterimage.config.inversion import search_precision
-    from afterimage.runtime.device import device_name
-
     device, found = device_name(accelerator), []
     inputs: dict[DataConfig, InversionInputs] = {}
     for run in runs:
@@ -358,24 +336,26 @@ def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = sil
     network are not available, which `progress` reports. A closed form minimises the squared error only, so it has no
     control of the second kind.
     """
+
+    @functools.cache
+    def has_lpips(net: str) -> bool:
+        status = Metrics(net).lpips_status
+        if not status.available:
+            text = f"no controls with a perceptual loss: LPIPS is unavailable: {status.reason}"
+            progress(f"WARNING: {text}", 1, 1)
+        return status.available
+
     found: list[RunConfig] = []
-    available: dict[str, bool] = {}
     for config in configs:
         found.append(config)
         if config.weights not in RANDOM_WEIGHTS:
             found.append(replace(config, weights="random"))
         family = _family(config.decoder.name)
-        if config.recipe.loss != "mse" or family is None or not family.trainable:
-            continue
-        if config.lpips not in available:
-            status = Metrics(config.lpips).lpips_status
-            available[config.lpips] = status.available
-            if not status.available:
-                progress(
-                    f"WARNING: no controls with a perceptual loss: LPIPS is unavailable: {status.reason}",
-                    1,
-                    1,
-                )
-        if available[config.lpips]:
+        if (
+            config.recipe.loss == "mse"
+            and family is not None
+            and family.trainable
+            and has_lpips(config.lpips)
+        ):
             found.append(replace(config, recipe=replace(config.recipe, loss=perceptual(config.lpips))))
-    return list({config.digest: config for config in found}.values())
+    return _unique(found)
