@@ -26,32 +26,22 @@ class Outcome:
     peak_bytes: int
 
 
-def in_child(work: str, /, *, timeout: float | None = None, **arguments: Any) -> Outcome:
+def in_child(work: str, /, **arguments: Any) -> Outcome:
     """Call a function in a child process.
 
     Args:
         work: `module:function` below `benchmarks`
-        timeout: seconds after which the child is stopped; None for no limit
         arguments: the function's arguments; they and its result must be plain JSON values
 
     Raises:
-        AfterimageError: the child fails, with the last line of its errors, is killed, or takes longer than `timeout`
+        AfterimageError: the child fails, with the last line of its errors, or is killed
     """
     with tempfile.TemporaryDirectory(prefix="afterimage-bench-") as folder:
         result = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.child", work, json.dumps(arguments), str(result)]
         started = time.perf_counter()
-        try:
-            done = subprocess.run(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="backslashreplace",
-                timeout=timeout,
-            )
-        except subprocess.TimeoutExpired:
-            raise AfterimageError(f"{work} took longer than {timeout:g} s and was stopped") from None
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        done = subprocess.run(command, text=True, errors="backslashreplace", **streams)
         seconds = time.perf_counter() - started
         if done.returncode or not result.exists():
             killed = " (killed, for lack of memory perhaps)" if done.returncode == -signal.SIGKILL else ""

@@ -21,25 +21,17 @@ DECODERS = ("residual", "transposed", "attention", "wavelet", "frequency", "line
 
 def decoders(settings: Settings) -> Iterator[Row]:
     """Measure test errors after equal training time: `residual` against the best of the other decoders."""
+    data = settings.photographs()
     for source in SOURCES:
         what = f"{source}: test error after {settings.seconds:g} s of training a decoder"
-        if not settings.data:
-            unavailable = "needs photographs: --data folder:PATH with train and test"
-            yield Row("decoders", what, goal=Goal("ratio", 1.0), unavailable=unavailable)
-            continue
-        settings.say(what, 0, 1)
-        runs = [settings.run(source, name, settings.data, weights="pretrained") for name in DECODERS]
+        runs = [to_dict(settings.run(source, name, data, weights="pretrained")) for name in DECODERS]
         try:
-            outcome = in_child(
-                "contest:compare",
-                configs=[to_dict(run) for run in runs],
-                seconds=settings.seconds,
-                accelerator=settings.accelerator,
-            ).value
+            with settings.doing(what):
+                limits = {"seconds": settings.seconds, "accelerator": settings.accelerator}
+                outcome = in_child("contest:compare", configs=runs, **limits).value
         except AfterimageError as error:
             yield Row("decoders", what, goal=Goal("ratio", 1.0), unavailable=str(error))
             continue
-        settings.say(what, 1, 1)
         yield _row(what, outcome)
 
 

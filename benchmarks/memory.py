@@ -29,15 +29,13 @@ def memory(settings: Settings) -> list[Row]:
     crop = 80 if settings.quick else 224
     run = settings.run(SOURCE, "attention", data)
     run = replace(run, data=replace(run.data, resize=crop, crop=crop))
-    settings.say(f"memory: ours, one step at batch 8 on {(crop // 2) ** 2:,} tokens", 0, 1)
-    ours = train_ours(settings, [run])
-    settings.say(f"memory: ours, one step at batch 8 on {(crop // 2) ** 2:,} tokens", 1, 1)
+    with settings.doing(f"memory: ours, one step at batch 8 on {(crop // 2) ** 2:,} tokens"):
+        ours = train_ours(settings, [run])
     tokens, peaks, counted = [], [], []
     for side in SIDES[1:] if settings.quick else SIDES:
         small = _one_image(run, data, side)
-        settings.say(f"memory: reference, one image, {(side // 2) ** 2:,} tokens", 0, 1)
-        peaks.append(in_child("work:reference", configs=[to_dict(small)], accelerator="cpu").peak_bytes)
-        settings.say(f"memory: reference, one image, {(side // 2) ** 2:,} tokens", 1, 1)
+        with settings.doing(f"memory: reference, one image, {(side // 2) ** 2:,} tokens"):
+            peaks.append(in_child("work:reference", configs=[to_dict(small)], accelerator="cpu").peak_bytes)
         tokens.append((side // 2) ** 2)
         counted.append(attention_bytes(small, CHANNELS, tokens[-1], 1))
     # Memory for anything but N x N matrices does not depend on the implementation: take it from the smallest size.

@@ -21,6 +21,7 @@ GOAL = 10.0
 
 def time_to_quality(settings: Settings) -> Iterator[Row]:
     """Measure seconds to a given PSNR with pretrained weights on photographs, at full size even with `--quick`."""
+    settings.photographs()
     for target in TARGETS:
         yield _row(settings, *target)
 
@@ -29,29 +30,18 @@ def _row(settings: Settings, source: str, target: float, decoder: str, images: i
     name = f"time-to-{target:g}dB"
     what = f"{source}: seconds to {target:g} dB on the test photographs"
     goal = Goal("ratio", GOAL)
-    if not settings.data:
-        return Row(
-            name, what, goal=goal, unavailable="needs photographs: --data folder:PATH with train and test"
-        )
     full = replace(settings, quick=False)
     run = full.run(source, decoder, settings.data, epochs=30, weights="pretrained")
     run = replace(run, data=replace(run.data, limit_train=images, limit_validation=images))
     # The study's decoder without attention: its steps on a CPU are many times as fast, and it reaches a higher PSNR.
     plain = full.run(source, "transposed", settings.data, epochs=30, weights="pretrained")
     try:
-        settings.say(f"{name}: ours", 0, 1)
-        ours = train_ours(settings, [run], target=target).value
-        settings.say(f"{name}: ours, {ours['seconds']:.0f} s to {ours['test_db']:.2f} dB", 1, 1)
+        with settings.doing(f"{name}: ours"):
+            ours = train_ours(settings, [run], target=target).value
         patience = (2 if settings.quick else GOAL) * ours["seconds"]
-        settings.say(f"{name}: reference, for {patience:.0f} s at most", 0, 1)
-        reference = in_child(
-            "work:reference",
-            configs=[to_dict(plain)],
-            target=target,
-            limit=patience,
-            accelerator=settings.accelerator,
-        ).value
-        settings.say(f"{name}: reference", 1, 1)
+        with settings.doing(f"{name}: reference, for {patience:.0f} s at most"):
+            ends = {"target": target, "limit": patience, "accelerator": settings.accelerator}
+            reference = in_child("work:reference", configs=[to_dict(plain)], **ends).value
     except AfterimageError as error:
         return Row(name, what, goal=goal, unavailable=str(error))
     count = "all" if images is None else str(images)

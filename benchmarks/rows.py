@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from afterimage.cli.output import table
 from afterimage.runtime.terminal import console
 
 _MET = {None: "not decided", True: "yes", False: "NO"}
@@ -125,22 +126,17 @@ def row_line(row: Row) -> str:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """Print all rows as a table, and below it their qualities and notes."""
-    from rich.table import Table
-
-    table = Table(title="ours against the plain reference", title_justify="left")
-    for column in ("measurement", "what"):
-        table.add_column(column, overflow="fold")
-    for column in ("ours", "reference", "ratio (min to max)", "goal", "met"):
-        table.add_column(column, justify="right")
+    figures = ("ours", "reference", "ratio (min to max)", "goal", "met")
+    found = table("ours against the plain reference", ("measurement", "what"), figures)
     for row in rows:
         if row.unavailable:
-            table.add_row(row.name, row.what, "unavailable", "", "", str(row.goal or ""), "")
+            found.add_row(row.name, row.what, "unavailable", "", "", str(row.goal or ""), "")
             continue
         met = _MET[row.met] if row.goal else ""
         figures = [_figure(values, row.unit) for values in (row.ours, row.reference)]
-        table.add_row(row.name, row.what, *figures, _ratio(row), str(row.goal or ""), met)
+        found.add_row(row.name, row.what, *figures, _ratio(row), str(row.goal or ""), met)
     screen = console(150)
-    screen.print(table)
+    screen.print(found)
     for row in rows:
         lines = [f"unavailable: {row.unavailable}"] if row.unavailable else []
         lines += [str(row.quality)] if row.quality else []

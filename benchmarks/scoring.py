@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.child import in_child
 from benchmarks.rows import Goal, Quality, Row
-from benchmarks.settings import Settings, in_turns
+from benchmarks.settings import Settings
 
 NET, SCORES = "alex", ("psnr", "ssim", "lpips")
 THUMBNAILS = (56, 28, 14, 7)
@@ -38,12 +38,11 @@ def _row(settings: Settings, name: str, runs: int, missing: list[str]) -> Row:
     if not weights.exists():
         in_child("scoring:write_weights", net=NET, path=str(weights))
     arguments = {"count": count, "size": settings.crop, "net": NET, "weights": str(weights), "runs": runs}
-    ours, reference = in_turns(
+    ours, reference = settings.in_turns(
         1 if settings.quick else 3,
         name,
         lambda: in_child("scoring:ours", accelerator=settings.accelerator, **arguments).value,
         lambda: in_child("scoring:reference", **arguments).value,
-        settings.say,
     )
     apart = {
         score: max(abs(a - b) for a, b in zip(ours[-1][score], reference[-1][score], strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,16 +50,13 @@ class Point:
 
 def search(settings: Settings) -> Iterator[Row]:
     """Measure processor seconds per image until a search from `linear` matches the plain search after 200 passes."""
+    data = settings.photographs()
     for source in SOURCES:
         what = f"{source}: seconds an image to the PSNR and LPIPS of the plain search"
         goal = Goal("ratio", GOAL)
-        if not settings.data:
-            unavailable = "needs photographs: --data folder:PATH with train and test"
-            yield Row("search", what, goal=goal, unavailable=unavailable)
-            continue
         full = replace(settings, quick=False)
         try:
-            run = full.run(source, "linear", settings.data, weights="pretrained")
+            run = full.run(source, "linear", data, weights="pretrained")
             yield _row(settings, what, goal, replace(run, lpips="squeeze"))
         except AfterimageError as error:
             yield Row("search", what, goal=goal, unavailable=str(error))
@@ -84,9 +81,9 @@ def _row(settings: Settings, what: str, goal: Goal, config: RunConfig) -> Row:
     # Half as many again: each of ours costs less, so more of them may still be quicker.
     method = InvertConfig(steps=3 * PASSES // 2, precision=config.recipe.precision)
     ours = Refinement(reconstructor, method, errors, 0)
-    *_, reference = _curve(plain, given, metrics, device)
+    reference = _curve(plain, given, metrics, device)[-1]
     settings.say(f"the plain search: {reference}", 1, 1)
-    points = _curve(ours, given, metrics, device)
+    points = _curve(ours, given, metrics, device, range(0, ours.steps, LOOK))
     near = (p for p in points if p.psnr >= reference.psnr - TOLERANCE and p.lpips <= reference.lpips)
     reached = next(near, None)
     settings.say(f"ours: {reached}", 1, 1)
@@ -102,8 +99,10 @@ def _row(settings: Settings, what: str, goal: Goal, config: RunConfig) -> Row:
     return Row("search", what, "s", [reached.seconds], [reference.seconds], goal=goal, notes=notes)
 
 
-def _curve(refinement: Refinement, given: InversionInputs, metrics: Metrics, device: str) -> list[Point]:
-    """Run a search on all images at once, and return its state at each milestone; scoring is off the clock."""
+def _curve(
+    refinement: Refinement, given: InversionInputs, metrics: Metrics, device: str, looks: Sequence[int] = ()
+) -> list[Point]:
+    """Run a search on all images at once, and return its state at each look and the end; scoring is off the clock."""
     images = given.images.crops(torch.arange(len(given.images)), device=device)
     points: list[Point] = []
     watched, started = 0.0, time.process_time()
@@ -116,5 +115,5 @@ def _curve(refinement: Refinement, given: InversionInputs, metrics: Metrics, dev
         points.append(Point(snapshot.step, (now - started - watched) / len(images), *means))
         watched += time.process_time() - now
 
-    refinement(images, callback=look, milestones=range(0, refinement.steps, LOOK))
+    refinement(images, callback=look, milestones=looks)
     return points

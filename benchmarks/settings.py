@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
+from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig
 from afterimage.runtime.terminal import Progress, silent
 
 T = TypeVar("T")
@@ -48,6 +49,19 @@ class Settings:
     def repeats(self) -> int:
         return 1 if self.quick else 2
 
+    def photographs(self) -> str:
+        """Return the source of photographs; raise if there is none."""
+        if not self.data:
+            raise AfterimageError("needs photographs: --data folder:PATH with train and test")
+        return self.data
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Show what the block does when it begins and when it has ended."""
+        self.say(what, 0, 1)
+        yield
+        self.say(what, 1, 1)
+
     def run(
         self, source: str, decoder: str, data: str, *, epochs: int = 1, weights: str = "random"
     ) -> RunConfig:
@@ -66,15 +80,13 @@ class Settings:
         (self.folder / f"{name}-{number}").mkdir()
         return str(self.folder / f"{name}-{number}")
 
-
-def in_turns(
-    repeats: int, name: str, ours: Callable[[], T], reference: Callable[[], T], say: Progress
-) -> tuple[list[T], list[T]]:
-    """Run ours and the reference in turns, so that other load on the machine affects both; return their results."""
-    results: tuple[list[T], list[T]] = ([], [])
-    for repeat in range(repeats):
-        for side, (who, work) in enumerate((("ours", ours), ("reference", reference))):
-            say(f"{name}: {who}, {repeat + 1} of {repeats}; load {os.getloadavg()[0]:.1f}", 0, 1)
-            results[side].append(work())
-            say(f"{name}: {who}, {repeat + 1} of {repeats}; load {os.getloadavg()[0]:.1f}", 1, 1)
-    return results
+    def in_turns(
+        self, repeats: int, name: str, ours: Callable[[], T], reference: Callable[[], T]
+    ) -> tuple[list[T], list[T]]:
+        """Run ours and the reference in turns, so that other load on the machine affects both; return their results."""
+        results: tuple[list[T], list[T]] = ([], [])
+        for repeat in range(1, repeats + 1):
+            for side, (who, work) in enumerate((("ours", ours), ("reference", reference))):
+                with self.doing(f"{name}: {who}, {repeat} of {repeats}; load {os.getloadavg()[0]:.1f}"):
+                    results[side].append(work())
+        return results

@@ -44,15 +44,10 @@ def _row(settings: Settings, kind: str, counts: Sequence[int]) -> Row:
     for count in counts:
         source = write_small(Path(settings.fresh("stream")), kind, count, settings.say)
         found = {}
-        for name, streamed, cache in (
-            ("streamed", True, settings.fresh("cache")),
-            ("kept", False, settings.fresh("cache")),
-        ):
-            settings.say(f"{kind}: {count:,} images, {name}", 0, 1)
-            found[name] = in_child(
-                "stream:passes", sources=[source], cache=cache, streamed=streamed, most=MOST
-            )
-            settings.say(f"{kind}: {count:,} images, {name}", 1, 1)
+        for name in ("streamed", "kept"):
+            with settings.doing(f"{kind}: {count:,} images, {name}"):
+                options = {"cache": settings.fresh("cache"), "streamed": name == "streamed", "most": MOST}
+                found[name] = in_child("stream:passes", sources=[source], **options)
         (ours,), (kept,) = found["streamed"].value, found["kept"].value
         points.append(
             {

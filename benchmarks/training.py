@@ -13,7 +13,7 @@ from afterimage.config import RunConfig, to_dict
 from benchmarks.child import Outcome, available_bytes, in_child
 from benchmarks.originals import write_originals
 from benchmarks.rows import Goal, Quality, Row
-from benchmarks.settings import Settings, in_turns
+from benchmarks.settings import Settings
 
 MODEL = "resnet34.tv_in1k"
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
@@ -39,14 +39,13 @@ def _epoch(settings: Settings, name: str, size: tuple[int, int], goal: Goal) -> 
     runs = [settings.run(f"{MODEL}:{layer}", "attention", data) for layer in LAYERS]
     micro, note = micro_batch(runs[0], 64, (settings.crop // 4) ** 2)
     tolerance = 0.2 if micro == runs[0].recipe.batch_size else 1.0
-    ours, reference = in_turns(
+    ours, reference = settings.in_turns(
         settings.repeats,
         name,
         lambda: train_ours(settings, runs),
         lambda: in_child(
             "work:reference", configs=_plain(runs), micro_batch=micro, accelerator=settings.accelerator
         ),
-        settings.say,
     )
     return Row(
         name,
@@ -74,12 +73,11 @@ def together(settings: Settings) -> Iterator[Row]:
     data = write_originals(folder, counts, settings.resize * 3 // 2, settings.resize, settings.say)
     for decoder in ("linear", "wavelet", "transposed"):
         runs = [settings.run(f"{MODEL}:{layer}", decoder, data) for layer in LAYERS]
-        one, other = in_turns(
+        one, other = settings.in_turns(
             settings.repeats,
             f"together, {decoder}",
             partial(_train, settings, [runs]),
             partial(_train, settings, [[run] for run in runs]),
-            settings.say,
         )
         yield Row(
             f"together-{decoder}",
