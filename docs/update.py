@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 import afterimage
-from afterimage.cli import COMMANDS, option_texts
+from afterimage.cli import COMMANDS, command, option_texts
 from afterimage.config.study import RowConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,9 +87,9 @@ def reference() -> str:
         if thing not in KEYS.values():
             parts += [f"### {name}\n", mapping(thing) if isinstance(thing, dict) else described(name, thing)]
     parts.append("## Command line\n")
-    for name, command in COMMANDS.items():
-        lines = [["option", "default", "what"], ["---"] * 3, *options(command)]
-        parts += [f"### afterimage {name}\n", docstring(command), markdown(lines)]
+    for name in COMMANDS:
+        lines = [["option", "default", "what"], ["---"] * 3, *options(command(name))]
+        parts += [f"### afterimage {name}\n", docstring(command(name)), markdown(lines)]
     parts.append("## Keys of a study's file\n\nThe same dataclasses serve in Python.\n")
     for where, config in KEYS.items():
         lines = [["key", "type", "default"], ["---"] * 3]

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import command_line
+from afterimage import cli
 from afterimage.cli import COMMANDS, option_texts
 from afterimage.cli.report import find_runs
 from afterimage.config import AfterimageError
@@ -312,7 +313,7 @@ def test_an_error_names_a_path_in_one_line(tmp_path):
 def test_the_help_of_an_option_is_not_broken_in_the_middle(command, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "3000")
     code, out, _ = command(name, "--help")
-    assert code == 0 and not [text for text in option_texts(COMMANDS[name]).values() if text not in out]
+    assert code == 0 and not [text for text in option_texts(cli.command(name)).values() if text not in out]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["train", "--help"], ["study"]])

@@ -39,7 +39,7 @@ def test_a_study_at_one_size():
     said = []
     configs = expand(Study(parameters="200k")._changed(study), lambda what, *_: said.append(what))
     assert said == ["the linear decoder has one size only, which it keeps beside 200,000"]
-    for one in plan(configs):
+    for one in map(plan, configs):
         if one.config.decoder.name == "linear":
             assert one.config in expand(study)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import inspect
 import io
 import sys
@@ -15,41 +16,22 @@ from typing import Annotated, Any, Union, get_type_hints
 
 import tyro
 
-from afterimage.cli.app import App
-from afterimage.cli.audit import Audit
-from afterimage.cli.compare import Compare
-from afterimage.cli.controls import Controls
-from afterimage.cli.evaluate import Evaluate
-from afterimage.cli.extract import Extract
-from afterimage.cli.invert import Invert
-from afterimage.cli.layers import Layers
-from afterimage.cli.push import Push
-from afterimage.cli.reconstruct import Reconstruct
-from afterimage.cli.report import Report
-from afterimage.cli.study import Study
-from afterimage.cli.train import Train
-from afterimage.cli.verify import Verify
+from afterimage.cli.options import flag
 from afterimage.config import MAX_PROCESSES, AfterimageError, check_range
 from afterimage.runs.run import check_folder
 from afterimage.runtime.process import interruptible, let_idle_threads_sleep
 from afterimage.runtime.terminal import always_writable, complain, printable, say
 
-COMMANDS = {
-    "layers": Layers,
-    "train": Train,
-    "evaluate": Evaluate,
-    "reconstruct": Reconstruct,
-    "invert": Invert,
-    "study": Study,
-    "extract": Extract,
-    "controls": Controls,
-    "audit": Audit,
-    "report": Report,
-    "app": App,
-    "compare": Compare,
-    "push": Push,
-    "verify": Verify,
-}
+COMMANDS = (
+    *("layers", "train", "evaluate", "reconstruct", "invert", "study", "extract", "controls"),
+    *("audit", "report", "app", "compare", "push", "verify"),
+)
+"""Names of the commands. Each has its file and a class of its name in it."""
+
+
+def command(name: str) -> type:
+    """Import the class of a command."""
+    return getattr(importlib.import_module(f"afterimage.cli.{name}"), name.capitalize())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,24 +58,18 @@ def main(arguments: list[str] | None = None) -> None:
 def command_line() -> Iterator[None]:
     """Set up threads and output for a program, and turn errors for the user into one message and an exit code."""
     let_idle_threads_sleep()
-    with always_writable(), _ended_in_words():
-        yield
-
-
-@contextlib.contextmanager
-def _ended_in_words() -> Iterator[None]:
-    try:
-        yield
-    except AfterimageError as error:
-        if not getattr(error, "elsewhere", False):
-            complain("afterimage", error)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt as stopped:
-        if not getattr(stopped, "elsewhere", False):
-            say(
-                "\nafterimage: stopped; what is done is kept, the same command goes on from there", error=True
-            )
-        raise SystemExit(getattr(stopped, "code", 130)) from None
+    with always_writable():
+        try:
+            yield
+        except AfterimageError as error:
+            if not getattr(error, "elsewhere", False):
+                complain("afterimage", error)
+            raise SystemExit(1) from None
+        except KeyboardInterrupt as stopped:
+            if not getattr(stopped, "elsewhere", False):
+                told = "stopped; what is done is kept, the same command goes on from there"
+                say(f"\nafterimage: {told}", error=True)
+            raise SystemExit(getattr(stopped, "code", 130)) from None
 
 
 def _parsed(arguments: list[str]) -> Any:
@@ -104,26 +80,30 @@ def _parsed(arguments: list[str]) -> Any:
             stack.callback(lambda: say(*said.getvalue().splitlines(), error=True))
             stack.enter_context(contextlib.redirect_stdout(said))
             stack.enter_context(contextlib.redirect_stderr(said))
+        about = "How much of an image is left in the features of a frozen vision encoder?"
         if arguments and arguments[0] in COMMANDS:
-            _help_in_one_line(COMMANDS[arguments[0]])
-        return tyro.cli(
-            _union(),
-            prog="afterimage",
-            description="How much of an image is left in the features of a frozen vision encoder?",
-            args=arguments,
-        )
+            chosen = command(arguments[0])
+            _help_in_one_line(chosen)
+            return tyro.cli(chosen, prog=f"afterimage {arguments[0]}", args=arguments[1:])
+        each = tuple(Annotated[command(name), tyro.conf.subcommand(name)] for name in COMMANDS)
+        return tyro.cli(Union[each], prog="afterimage", description=about, args=arguments)  # noqa: UP007
 
 
 def option_texts(command: type) -> dict[str, str]:
-    """Return the docstring of each option of a command in one line, by the name of its field."""
+    """Return the help text of each option of a command, by the name of its field: its docstring, in one line."""
     body = ast.parse(inspect.getsource(command)).body[0].body
-    return {
+    texts = {
         field.target.id: " ".join(text.value.value.split())
         for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(text, ast.Expr)
         and isinstance(text.value, ast.Constant)
     }
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        for shared in getattr(hint, "__metadata__", ()):
+            if getattr(shared, "help", None):
+                texts[name] = shared.help
+    return texts
 
 
 @cache
@@ -140,7 +120,7 @@ def _run(chosen, arguments: list[str]) -> None:
     for name in ("output_dir", "cache"):
         if (folder := getattr(chosen, name, None)) is not None:
             # A complete cache of decoded images may be read-only.
-            check_folder(folder, f"--{name.replace('_', '-')}", writable=name == "output_dir")
+            check_folder(folder, flag(name), writable=name == "output_dir")
     devices = getattr(chosen, "devices", 1)
     check_range("--devices", devices, 1, MAX_PROCESSES)
     if devices > 1:
@@ -154,7 +134,3 @@ def _run(chosen, arguments: list[str]) -> None:
     chosen.run()
     if ranks := sys.modules.get("afterimage.runtime.distributed"):  # importing it takes seconds
         ranks.leave()
-
-
-def _union():
-    return Union[tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items())]  # noqa: UP007

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
+from afterimage.cli import options
+from afterimage.cli.options import flag
 from afterimage.cli.report import find_named
 from afterimage.config import AfterimageError, check_range, counted
+from afterimage.runs.run import Run
 from afterimage.runtime.terminal import say
-
-if TYPE_CHECKING:
-    from afterimage.runs.run import Run
 
 MEGABYTES_A_MEGAPIXEL = 4
 """Largest accepted file size in MB per megapixel: that of a barely compressed 8-bit PNG with transparency."""
@@ -40,16 +40,13 @@ class App:
     """Size of the largest accepted image, in megapixels."""
     max_waiting: int = 20
     """Number of requests that may wait; further visitors get the message that the queue is full."""
-    weights: str | None = None
-    """File or folder of the encoders' weights, if they have moved since training."""
-    lpips: str | None = None
-    """LPIPS network: alex, vgg or squeeze (default: the network that each run was measured with)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
+    weights: options.MovedWeights = None
+    lpips: options.OwnLpips = None
+    device: options.Device = "auto"
 
     def run(self) -> None:
         for name, most in (("port", 65_535), ("max_megapixels", 150), ("max_waiting", 10_000)):
-            check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1, most)
+            check_range(flag(name), getattr(self, name), 1, most)
         runs = self._find()
         try:
             from afterimage.experiments.live_page import LivePage
@@ -60,19 +57,14 @@ class App:
         from afterimage.experiments.live import LiveDecoder
         from afterimage.runtime.device import device_name
 
-        options = {
-            "weights": self.weights,
-            "lpips": self.lpips,
-            "max_pixels": self.max_megapixels * 10**6,
-            "device": device_name(self.device),
+        pixels, device = self.max_megapixels * 10**6, device_name(self.device)
+        use = {"weights": self.weights, "lpips": self.lpips, "max_pixels": pixels, "device": device}
+        live = LivePage([LiveDecoder(run, **use) for run in runs])
+        limits = {
+            "max_waiting": self.max_waiting,
+            "max_megabytes": self.max_megapixels * MEGABYTES_A_MEGAPIXEL,
         }
-        live = LivePage([LiveDecoder(run, **options) for run in runs])
-        page, address = live.serve(
-            host=self.host,
-            port=self.port,
-            max_waiting=self.max_waiting,
-            max_megabytes=self.max_megapixels * MEGABYTES_A_MEGAPIXEL,
-        )
+        page, address = live.serve(host=self.host, port=self.port, **limits)
         say(f"{counted(len(runs), 'decoder')} at {address} (Ctrl-C ends it)")
         try:
             threading.Event().wait()

@@ -6,18 +6,21 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from afterimage.cli import options
+from afterimage.cli.options import flag, given
+from afterimage.cli.output import table
 from afterimage.config import AfterimageError, load_toml, shown
+from afterimage.config.audit import WHITE_BOX, AuditConfig
+from afterimage.runs.audit import Results
 from afterimage.runs.run import check_folder
-from afterimage.runtime.terminal import console, say
+from afterimage.runtime.terminal import Display, console, say
 
 if TYPE_CHECKING:
-    from afterimage.config.audit import AuditConfig
     from afterimage.report.audit.verdict import Verdict
-    from afterimage.runs.audit import Results
 
 
 FAILED = 3
@@ -42,11 +45,8 @@ class Audit:
     file (.safetensors, .npz or .parquet) that holds `features` and `images`."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
     """File of settings, such as the audit.toml that each audit writes; options given here take precedence."""
-    data: str = ""
-    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT]
-    or photographs."""
-    test: str = ""
-    """Source of the test images (default: the test split of --data)."""
+    data: options.Images = ""
+    test: options.TestImages = ""
     defences: tuple[str, ...] = ()
     """Defences to try: none, noise:SCALE, int8, int4, 1bit, topk:FRACTION, pca:D, drop:FRACTION, pool:SIZE, shuffle, or
     several joined by +."""
@@ -63,17 +63,13 @@ class Audit:
     """Fail if the mean SSIM of any attacker's reconstructions may exceed this."""
     max_identification: float | None = None
     """Fail if the share of any attacker's reconstructions that identify their own original may exceed this."""
-    weights: str = ""
-    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a file or folder,
-    random (a random control whose blocks act) or random-init (one as its library initialises it)."""
+    weights: options.Weights = ""
     prediction: str = ""
     """Output of the network: classes, embedding, or auto."""
-    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
+    size: options.Size = ""
     """Crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
-    resize: int | None = None
-    """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
-    limit_test: int | None = None
-    """Limit the number of test images."""
+    resize: options.Resize = None
+    limit_test: options.LimitTest = None
     epochs: int | None = None
     """Number of epochs, for decoders that are trained in epochs (default: 30)."""
     refine_steps: int | None = None
@@ -88,16 +84,13 @@ class Audit:
     """LPIPS network: alex, vgg or squeeze."""
     output_dir: Path | None = None
     """Folder for the audit (default: runs/audit-NAME)."""
-    cache: Path | None = None
-    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
+    cache: options.Cache = None
+    device: options.Device = "auto"
 
     def run(self) -> None:
         from afterimage.analysis.audit.run import run_audit
         from afterimage.report.audit.page import write_audit
         from afterimage.report.audit.verdict import judge
-        from afterimage.runtime.terminal import Display
 
         config = self.resolved()
         root = self.output_dir or Path("runs") / f"audit-{Path(config.subject.replace(':', '-')).name}"
@@ -119,90 +112,64 @@ class Audit:
 
     def resolved(self) -> AuditConfig:
         """Return the settings of the file, or the defaults, overridden by the options of the command line."""
-        from afterimage.config import DataConfig, RecipeConfig
-        from afterimage.config.audit import AttackersConfig, AuditConfig, LimitsConfig
-        from afterimage.config.inversion import EstimateConfig
 
-        base = None if self.config is None else load_toml(AuditConfig, self.config)
-        data = {"source": self.data, "test": self.test, **self._of("limit_test")}
-        attackers = self._of(
-            "decoders",
-            "refine_steps",
-            "refine_images",
+        # Without a file the class stands for its own defaults.
+        base = AuditConfig if self.config is None else load_toml(AuditConfig, self.config)
+        attackers = given(
+            self,
+            *("decoders", "refine_steps", "refine_images"),
+            data="attacker_data",
             images="attacker_images",
             threat_models="threat_model",
         )
         if self.estimate_images is not None:
-            learned = EstimateConfig() if base is None else base.attackers.estimate
-            attackers["estimate"] = replace(learned, images=self.estimate_images)
-        nested = {
-            "data": (DataConfig, data),
-            "attackers": (AttackersConfig, {"data": self.attacker_data, **attackers}),
-            "limits": (LimitsConfig, self._of("max_ssim", "max_identification")),
-            "recipe": (RecipeConfig, self._of("epochs")),
+            attackers["estimate"] = replace(base.attackers.estimate, images=self.estimate_images)
+        data = replace(base.data, **given(self, "test", "limit_test", source="data"))
+        settings = given(self, "layers", "defences", "weights", "prediction", "seed", "lpips") | {
+            "data": data.asked(self.size, self.resize),
+            "attackers": replace(base.attackers, **attackers),
+            "limits": replace(base.limits, **given(self, "max_ssim", "max_identification")),
+            "recipe": replace(base.recipe, **given(self, "epochs")),
         }
-        given = self._of("layers", "defences", "weights", "prediction")
-        given |= self._of("seed", "lpips")
-        subject = self._of("model", pairs="feature_store")
-        if subject:
-            given |= {"model": "", "pairs": "", **subject}
-        for name, (cls, values) in nested.items():
-            values = {key: value for key, value in values.items() if _is_given(value)}
-            given[name] = replace(cls() if base is None else getattr(base, name), **values)
-        given["data"] = given["data"].asked(self.size, self.resize)
-        config = AuditConfig(**given) if base is None else replace(base, **given)
+        if subject := given(self, "model", pairs="feature_store"):
+            settings |= {"model": "", "pairs": ""} | subject
+        config = AuditConfig(**settings) if base is AuditConfig else replace(base, **settings)
         self._check_used(config)
         return config
 
     def _check_used(self, config: AuditConfig) -> None:
         """Check that every given option has an effect on this audit."""
-        from afterimage.config.audit import WHITE_BOX
 
         of_network = ("data", "test", "size", "resize", "limit_test", "weights", "prediction")
-        for name in self._of(*of_network) if config.pairs else ():
-            raise AfterimageError(
-                f"--{name.replace('_', '-')} goes with a MODEL: stored features have their images and no network"
-            )
-        for name in self._of("refine_steps", "refine_images"):
+        for name in given(self, *of_network) if config.pairs else ():
+            why = "stored features have their images and no network"
+            raise AfterimageError(f"{flag(name)} goes with a MODEL: {why}")
+        for name in given(self, "refine_steps", "refine_images"):
             if WHITE_BOX not in config.attackers.threat_models:
-                raise AfterimageError(f"--{name.replace('_', '-')} goes with --threat-model {WHITE_BOX}")
-
-    def _of(self, *names: str, **fields: str) -> dict[str, Any]:
-        """Return the given options by their names in the file; `fields` maps settings to options of another name."""
-        fields = dict(zip(names, names, strict=True)) | fields
-        return {name: value for name, field in fields.items() if _is_given(value := getattr(self, field))}
-
-
-def _is_given(value: Any) -> bool:
-    return value is not None and value != "" and value != ()
+                raise AfterimageError(f"{flag(name)} goes with --threat-model {WHITE_BOX}")
 
 
 def print_verdict(results: Results, verdict: Verdict) -> None:
     """Print the table of attacks, all notes and the verdict."""
-    from rich.table import Table
     from rich.text import Text
 
     from afterimage.report.audit.verdict import SSIM, likeness, strongest
 
-    table = Table(title=f"audit of {results.subject['name']}", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("defence", overflow="fold")
-    table.add_column("attacker", overflow="fold")
-    for column in ("identified (95 %)", "by", "SSIM (95 %)", "PSNR", "LPIPS", "network keeps", "bytes"):
-        table.add_column(column, justify="right")
+    numbers = ("identified (95 %)", "by", "SSIM (95 %)", "PSNR", "LPIPS", "network keeps", "bytes")
+    found = table(f"audit of {results.subject['name']}", ("layer", "defence", "attacker"), numbers)
     for row in [*results.rows, *results.blind]:
-        by, found = strongest(row)
+        by, share = strongest(row)
         lpips = row.scores["lpips"]
         who = row.attacker
         cost = results.costs.get((row.layer, row.defence))
         keeps = (
             "" if cost is None else "unknown" if cost["score"] is None else f"{cost['score']['estimate']:.3f}"
         )
-        table.add_row(
+        found.add_row(
             Text(row.layer or "–"),
             Text(row.defence or "–"),
             Text(f"{who.decoder} {who.images}, {who.threat_model}, {who.answer}"),
-            f"{found.estimate:.1%} ({found.low:.1%}–{found.high:.1%})",
+            f"{share.estimate:.1%} ({share.low:.1%}–{share.high:.1%})",
             by,
             "\n".join(
                 f"{value.estimate:.3f} ({value.low:.3f}–{value.high:.3f})"
@@ -215,7 +182,7 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
             "0" if cost is None else f"{cost['bytes']:,}",
         )
     screen = console(160)
-    screen.print(table)
+    screen.print(found)
     of_costs = dict.fromkeys(note for cost in results.costs.values() for note in cost["notes"])
     for text in (*of_costs, *results.notes, *verdict.remarks):
         screen.print(text, soft_wrap=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
+from afterimage.cli.output import check_png, print_numbers, table
 from afterimage.cli.report import find_named
-from afterimage.config import AfterimageError, shown
-from afterimage.runtime.terminal import console, printable, say
-
-if TYPE_CHECKING:
-    from afterimage.report.findings import Numbers
+from afterimage.config import shown
+from afterimage.runs.files import write_atomic
+from afterimage.runtime.terminal import say
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,8 @@ class Compare:
         from afterimage.report.compare import compare, entries, read_atlas, standings_table
         from afterimage.report.rows import read_rows
         from afterimage.report.tables import records
-        from afterimage.runs.run import check_file
 
-        if self.output.suffix.lower() != ".png":
-            raise AfterimageError(f"--output {shown(self.output)}: the figure is a PNG file, name it .png")
-        check_file(self.output, "--output")
+        check_png(self.output)
 
         def of(*names: str) -> list:
             return records(read_rows(find_named(names)))
@@ -57,27 +53,15 @@ class Compare:
         atlas = of(str(file)) if file.is_dir() else read_atlas(file)
         mine = entries(of(*self.runs), ", ".join(map(shown, self.runs)))
         comparison = compare(mine, entries(atlas, name), within=self.within)
-        _print(standings_table(comparison))
+        standings = standings_table(comparison)
+        first, second, *between, last = standings.header
+        print_numbers(standings, table(standings.title, (first, second), between, (last,)), 160)
         say(*comparison.remarks)
 
         from afterimage.report.figures import render, style
         from afterimage.report.figures.scatter import standing
-        from afterimage.runs.files import write_atomic
 
         with style():
             drawing = standing(comparison)
         write_atomic(self.output, render(drawing.figure)[0])
         say(f"saved: {shown(self.output)} ({drawing.caption})")
-
-
-def _print(numbers: Numbers) -> None:
-    from rich.table import Table
-
-    table = Table(title=numbers.title, title_justify="left")
-    for i, name in enumerate(numbers.header):
-        table.add_column(
-            name, overflow="fold", justify="left" if i in (0, 1, len(numbers.header) - 1) else "right"
-        )
-    for line in numbers.rows:
-        table.add_row(*map(printable, line))
-    console(160).print(table)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
-from afterimage.runtime.terminal import complain, console
-
-if TYPE_CHECKING:
-    from afterimage.runs.run import Run
+from afterimage.cli import options
+from afterimage.cli.output import print_failures, print_numbers, table
+from afterimage.runs.controls import PARTS
+from afterimage.runs.run import Run, check_folder, is_done
+from afterimage.runtime.terminal import Display, console
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,14 @@ class Controls:
     """Parts to measure: controls, error_breakdown, rate_distortion (default: all)."""
     force: bool = False
     """Measure again even if there are results."""
-    weights: str | None = None
-    """File or folder of the encoders' weights, if they have moved since training."""
-    lpips: str | None = None
-    """LPIPS network: alex, vgg or squeeze (default: the network that each run was measured with)."""
-    cache: Path | None = None
-    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
+    weights: options.MovedWeights = None
+    lpips: options.OwnLpips = None
+    cache: options.Cache = None
+    device: options.Device = "auto"
 
     def run(self) -> None:
         from afterimage.analysis.controls.run import run_controls
         from afterimage.cli.report import find_runs
-        from afterimage.runs.controls import PARTS
-        from afterimage.runs.run import check_folder
-        from afterimage.runtime.terminal import Display
 
         runs = find_runs(self.folders)
         for run in runs:
@@ -61,19 +55,15 @@ class Controls:
                 progress=display,
             )
         print_controls(runs)
-        for error in failures:
-            complain("failed", error)
+        print_failures(failures)
         if failures:
             raise SystemExit(1)
 
 
 def print_controls(runs: list[Run]) -> None:
     """Print the tables of the controls."""
-    from rich.table import Table
-
     from afterimage.report.controls import control_findings
     from afterimage.report.rows import read_rows
-    from afterimage.runs.run import is_done
 
     done = [run for run in runs if is_done(run)]
     screen = console(180)
@@ -82,9 +72,4 @@ def print_controls(runs: list[Run]) -> None:
         for paragraph in finding.paragraphs:
             screen.print(paragraph)
         for numbers in finding.tables:
-            table = Table(title=numbers.title, title_justify="left")
-            for column in numbers.header:
-                table.add_column(column, overflow="fold")
-            for row in numbers.rows:
-                table.add_row(*row)
-            screen.print(table)
+            print_numbers(numbers, table(numbers.title, numbers.header), 180)

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import tyro
 
+from afterimage.cli import options
 from afterimage.cli.output import score_line
 from afterimage.config import counted, shown
-from afterimage.runtime.terminal import say
+from afterimage.runs.files import write_csv
+from afterimage.runs.run import Run, check_file
+from afterimage.runtime.terminal import Display, say
 
 
 @dataclass(frozen=True)
@@ -21,25 +24,18 @@ class Evaluate:
     """Run folder."""
     data: str | None = None
     """Source of the images to measure on, such as folder:PATH (default: the run's own test images)."""
-    weights: str | None = None
-    """File or folder of the encoders' weights, if they have moved since training."""
-    lpips: str | None = None
-    """LPIPS network: alex, vgg or squeeze (default: the network that each run was measured with)."""
+    weights: options.MovedWeights = None
+    lpips: options.OwnLpips = None
     output: Path | None = None
     """CSV file for the scores of each image."""
-    cache: Path | None = None
-    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
+    cache: options.Cache = None
+    device: options.Device = "auto"
 
     def run(self) -> None:
         from afterimage.evaluation.evaluate import summarise
         from afterimage.evaluation.metrics import Metrics
         from afterimage.experiments.inference import evaluate_run
-        from afterimage.runs.files import write_csv
-        from afterimage.runs.run import Run, check_file
         from afterimage.runtime.device import device_name
-        from afterimage.runtime.terminal import Display
 
         run = Run.open(self.run_folder)
         if self.output is not None:

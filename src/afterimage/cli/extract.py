@@ -8,9 +8,11 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli.train import Sources
+from afterimage.cli import options
+from afterimage.cli.options import given
 from afterimage.config import DataConfig, counted, shown
-from afterimage.runtime.terminal import say
+from afterimage.runs.run import check_file
+from afterimage.runtime.terminal import Display, say
 
 
 @dataclass(frozen=True)
@@ -21,30 +23,21 @@ class Extract:
     an interrupted extraction with the missing shards.
     """
 
-    sources: Sources
+    sources: options.Sources
     """Layers to extract, all of one encoder, for example resnet34.tv_in1k:layer1 resnet34.tv_in1k:layer2."""
     out: Annotated[Path, tyro.conf.arg(aliases=("--output",), metavar="FILE")]
     """File for the features: .safetensors, .parquet or .npz. FILE.index.json lists its shards if there are several."""
-    data: str = "div2k"
-    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT]
-    or photographs."""
-    test: str = ""
-    """Source of the test images (default: the test split of --data)."""
+    data: options.Images = "div2k"
+    test: options.TestImages = ""
     split: str = "all"
     """Images to encode: train, validation, test or all."""
-    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = "224"
+    size: options.Size = "224"
     """Crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
-    resize: int | None = None
-    """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
-    limit_train: int | None = None
-    """Limit the number of training images."""
-    limit_validation: int | None = None
-    """Limit the number of validation images."""
-    limit_test: int | None = None
-    """Limit the number of test images."""
-    weights: str = "pretrained"
-    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a file or folder,
-    random (a random control whose blocks act) or random-init (one as its library initialises it)."""
+    resize: options.Resize = None
+    limit_train: options.LimitTrain = None
+    limit_validation: options.LimitValidation = None
+    limit_test: options.LimitTest = None
+    weights: options.Weights = "pretrained"
     seed: int = 42
     """Seed of random weights."""
     dtype: str = "float32"
@@ -55,23 +48,14 @@ class Extract:
     """Number of images in each pass through the encoder."""
     dry_run: bool = False
     """Print the number of bytes that would be written, and write nothing."""
-    cache: Path | None = None
-    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
+    cache: options.Cache = None
+    device: options.Device = "auto"
 
     def run(self) -> None:
         from afterimage.experiments.extract import Extraction, extract, plan_extraction
-        from afterimage.runs.run import check_file
-        from afterimage.runtime.terminal import Display
 
-        data = DataConfig(
-            source=self.data,
-            test=self.test,
-            limit_train=self.limit_train,
-            limit_validation=self.limit_validation,
-            limit_test=self.limit_test,
-        ).sized(self.size, self.resize)
+        images = given(self, "test", "limit_train", "limit_validation", "limit_test", source="data")
+        data = DataConfig(**images).sized(self.size, self.resize)
         wanted = Extraction(
             self.sources, data, self.split, self.weights, self.seed, self.dtype, self.shard_images,
             self.batch_size,

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from afterimage.cli import options
+from afterimage.cli.options import flag, given
 from afterimage.cli.output import image_lines
 from afterimage.cli.report import sort_arguments
 from afterimage.config import LPIPS_NETS, MAX_SEED, AfterimageError, DataConfig, check_range, shown
-from afterimage.config.inversion import EstimateConfig
-from afterimage.runtime.terminal import say
+from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
+from afterimage.runs.results import METRICS
+from afterimage.runs.run import Run, check_folder, scan
+from afterimage.runtime.terminal import Display, say
 
 if TYPE_CHECKING:
     from afterimage.analysis.inversion.inputs import InversionInputs
-    from afterimage.config.inversion import InvertConfig
-    from afterimage.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Invert:
     """Run folders, to start from their decoders, or layers (MODEL:LAYER), to start from grey; and image files."""
     data: str = ""
     """Source of images, such as folder:PATH, instead of image files (default: the run's own test images)."""
-    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
+    size: options.Size = ""
     """With MODEL:LAYER: crop size, 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
     max_images: int | None = None
     """With RUN or --data: limit the number of test images; the first are taken."""
@@ -73,33 +75,16 @@ class Invert:
     """Seed of the searches."""
     lpips: str | None = None
     """LPIPS network: alex, vgg or squeeze (default: the network that the run was measured with, or alex)."""
-    cache: Path | None = None
-    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
+    cache: options.Cache = None
+    device: options.Device = "auto"
 
     def run(self) -> None:
-        from afterimage.config.inversion import InvertConfig
-        from afterimage.runs.run import check_folder
         from afterimage.runtime.device import device_name
-        from afterimage.runtime.terminal import Display
 
         check_folder(self.output_dir, "--output-dir")
         check_range("seed", self.seed, 0, MAX_SEED)
-        names = (
-            "method",
-            "optimizer",
-            "steps",
-            "held_out",
-            "learning_rate",
-            "starts",
-            "jitter",
-            "tv",
-            "alpha_norm",
-            "precision",
-        )
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        method = InvertConfig(**given)
+        names = [field.name for field in fields(InvertConfig) if hasattr(self, field.name)]
+        method = InvertConfig(**given(self, *names))
         folders, files, sources = self._sort()
         device = device_name(self.device)
         with Display() as display:
@@ -123,7 +108,7 @@ class Invert:
         for name in ("held_out", "estimate_images"):
             if getattr(self, name) and (files or not folders):  # 0 asks for what is done anyway
                 raise AfterimageError(
-                    f"--{name.replace('_', '-')} needs a RUN without image files: it takes the run's validation images"
+                    f"{flag(name)} needs a RUN without image files: it takes the run's validation images"
                 )
         if self.held_out and self.optimizer != "lbfgs":
             raise AfterimageError("--held-out goes with --optimizer lbfgs; adam takes --steps")
@@ -138,7 +123,7 @@ class Invert:
             )
         return folders, files, sources
 
-    def _given(self, files: list[Path], data: DataConfig, progress: object) -> InversionInputs:
+    def _inputs(self, files: list[Path], data: DataConfig, progress: object) -> InversionInputs:
         from afterimage.analysis.inversion.inputs import from_data, from_files
 
         if files:
@@ -149,20 +134,15 @@ class Invert:
         self, paths: list[Path], method: InvertConfig, files: list[Path], device: str, progress: object
     ) -> list[Run]:
         from afterimage.analysis.inversion.run import invert_run
-        from afterimage.runs.run import Run
 
         folders = []
-        count = EstimateConfig.images if self.estimate_images is None else self.estimate_images
-        estimate = None if files else EstimateConfig(count)
+        estimate = None if files else EstimateConfig(**given(self, images="estimate_images"))
         for path in paths:
             run = Run.open(path)
-            data = replace(
-                run.config.data,
-                limit_test=run.config.data.limit_test if self.max_images is None else self.max_images,
-            )
-            given = self._given(files, replace(data, test=self.data or data.test), progress)
+            data = replace(run.config.data, **given(self, test="data", limit_test="max_images"))
+            inputs = self._inputs(files, data, progress)
             folders += invert_run(
-                run, self.output_dir, method, given, plain=not self.refine_only, estimate=estimate,
+                run, self.output_dir, method, inputs, plain=not self.refine_only, estimate=estimate,
                 weights=self.weights, seed=self.seed, lpips=self.lpips, device=device, progress=progress,
             )  # fmt: skip
         return folders
@@ -171,32 +151,28 @@ class Invert:
         self, method: InvertConfig, files: list[Path], sources: list[str], device: str, progress: object
     ) -> Run:
         from afterimage.analysis.inversion.run import invert_sources
-        from afterimage.config.inversion import InversionConfig
         from afterimage.evaluation.metrics import Metrics
         from afterimage.models.encoders.providers import at_native_size
         from afterimage.models.reconstructor import MultiEncoder
-        from afterimage.runs.run import Run
 
-        data = DataConfig(source=self.data or "photographs", limit_test=self.max_images)
-        data = at_native_size(data.sized(self.size) if self.size else data, sources)
-        given = self._given(files, data, progress)
+        data = DataConfig(source=self.data or "photographs", limit_test=self.max_images).asked(self.size)
+        data = at_native_size(data, sources)
+        inputs = self._inputs(files, data, progress)
         lpips = self.lpips or LPIPS_NETS[0]
-        where, size = self.weights or "pretrained", given.config.size
+        where, size = self.weights or "pretrained", inputs.config.size
         encoders = MultiEncoder(sources, weights=where, image_size=size, seed=self.seed).to(device)
-        config = InversionConfig(encoders.sources, where, "", method, given.config, self.seed, lpips)
+        config = InversionConfig(encoders.sources, where, "", method, inputs.config, self.seed, lpips)
         folder = Run.create(self.output_dir, config)
         if folder.state != "done":
             metrics = Metrics(lpips, size=min(size))
-            options = {"metrics": metrics, "seed": self.seed, "device": device, "progress": progress}
-            invert_sources(folder, encoders, method, given, **options)
+            search = {"metrics": metrics, "seed": self.seed, "device": device, "progress": progress}
+            invert_sources(folder, encoders, method, inputs, **search)
         return folder
 
     def _show(self, folders: list[Run], each: bool) -> None:
         """Print the table of all inversions and, with `each`, the scores of every image; write the bounds' files."""
         from afterimage.report.inversion import print_bounds, write_bounds
         from afterimage.report.rows import Row
-        from afterimage.runs.results import METRICS
-        from afterimage.runs.run import scan
 
         # Decoders of the same layer share one inversion from grey.
         made = [Row.of(folder) for folder in {folder.path: folder for folder in folders}.values()]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from afterimage.cli.output import table
 from afterimage.config import MAX_SIDE, NATIVE, Axis, check_range, size_pair
 from afterimage.runs.results import FeatureMap
 from afterimage.runtime.terminal import console, say
@@ -40,25 +41,11 @@ class Layers:
 
 def print_layers(asked: Layers, size: tuple[int, int], layers: Sequence[FeatureMap]) -> None:
     """Print the table of layers, and the pixels that they do not see."""
-    from rich.table import Table
-
-    table = Table(title=asked.model, title_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("kind")
-    for column in (
-        "shape",
-        "reduction",
-        "locations",
-        "values per pixel value",
-        "parameters",
-        "multiply-adds",
-    ):
-        table.add_column(column, justify="right")
+    numbers = ("shape", "reduction", "locations", "values per pixel value", "parameters", "multiply-adds")
     placed = any(layer.rows or layer.columns for layer in layers)
-    if placed:
-        table.add_column("locations lie", overflow="fold")
+    found = table(asked.model, ("layer", "kind"), numbers, ("locations lie",) if placed else ())
     for layer in layers:
-        table.add_row(
+        found.add_row(
             layer.layer,
             "vector" if layer.height * layer.width == 1 else "map",
             f"{layer.channels}×{layer.height}×{layer.width}",
@@ -69,7 +56,7 @@ def print_layers(asked: Layers, size: tuple[int, int], layers: Sequence[FeatureM
             f"{layer.encoder_macs / 1e6:,.1f} M",
             *([_placement(layer.rows, layer.columns)] if placed else []),
         )
-    console(140).print(table)
+    console(140).print(found)
     print_unseen({layer.layer: layer.unseen for layer in layers})
 
 

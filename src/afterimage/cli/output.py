@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from afterimage.config import counted
+from afterimage.config import AfterimageError, counted, shown
 from afterimage.runs.results import METRICS, LpipsStatus, Score
-from afterimage.runtime.terminal import console
+from afterimage.runs.run import check_file
+from afterimage.runtime.terminal import complain, console, printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from afterimage.report.findings import Numbers
+
+
+def check_png(path: Path) -> None:
+    """Raise unless the file of --output is a PNG file that can be written."""
+    if path.suffix.lower() != ".png":
+        raise AfterimageError(f"--output {shown(path)}: the figure is a PNG file, name it .png")
+    check_file(path, "--output")
+
+
+def print_failures(failures: Iterable[AfterimageError]) -> None:
+    """Print each failure on standard error."""
+    for error in failures:
+        complain("failed", error)
+
+
+def table(title: str, left: Sequence[str], right: Sequence[str] = (), last: Sequence[str] = ()) -> Table:
+    """Create a table with columns of text on the left, of numbers beside them, and of text again at the end."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for names, side in ((left, "left"), (right, "right"), (last, "left")):
+        for name in names:
+            table.add_column(name, overflow="fold", justify=side)
+    return table
+
+
+def print_numbers(numbers: Numbers, columns: Table, width: int) -> None:
+    """Print the rows of a table of numbers under the given columns."""
+    for row in numbers.rows:
+        columns.add_row(*map(printable, row))
+    console(width).print(columns)
 
 
 def score_line(name: str, score: Score | None, lpips: LpipsStatus) -> str:

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from afterimage.cli import options
+from afterimage.cli.options import flag
 from afterimage.cli.report import find_runs
 from afterimage.config import AfterimageError, counted, shown
+from afterimage.runs.files import write_atomic
+from afterimage.runs.run import Run
 from afterimage.runtime.terminal import say
 
 if TYPE_CHECKING:
     from afterimage.report.publish import ImageGrid
     from afterimage.report.space import Wheel
-    from afterimage.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -49,31 +52,40 @@ class Push:
     """Make a newly created repository private."""
     output_dir: Path | None = None
     """Write the repository's files into this folder, and upload nothing."""
-    weights: str | None = None
-    """File or folder of the encoders' weights, if they have moved since training."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
+    weights: options.MovedWeights = None
+    device: options.Device = "auto"
 
     def run(self) -> None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.to):
             raise AfterimageError(f"--to {self.to!r:.200} is no name of a repository: write USER/NAME")
-        if self.collection is not None and self.output_dir is not None:
-            raise AfterimageError("--collection does not go with --output-dir: nothing is uploaded")
-        if self.private and self.output_dir is not None:
-            raise AfterimageError("--private does not go with --output-dir: nothing is uploaded")
-        if self.weights is not None and self.dataset:
-            raise AfterimageError("--weights does not go with --dataset: scores need no encoder")
+        for one, other, why in (
+            ("collection", "output_dir", "nothing is uploaded"),
+            ("private", "output_dir", "nothing is uploaded"),
+            ("weights", "dataset", "scores need no encoder"),
+            ("space", "dataset", "a data set has no decoders to show"),
+            ("space", "output_dir", "a Space shows a commit, and nothing is uploaded"),
+            ("space", "private", "a Space reads the decoders and its wheel without a token"),
+        ):
+            if getattr(self, one) and getattr(self, other):
+                raise AfterimageError(f"{flag(one)} does not go with {flag(other)}: {why}")
         given = find_runs(self.folders)
-        wheel = self._wheel() if self.space else None
+        wheel = None
+        if self.space:  # before anything is uploaded
+            from afterimage.report.space import build_wheel, sdk_version
 
-        kind = "dataset" if self.dataset else "model"
-        decoders, files = ([], self._scores(given)) if self.dataset else self._decoders(given)
+            sdk_version()
+            wheel = build_wheel()
+        if self.dataset:
+            from afterimage.report.dataset import dataset_files
+
+            kind, decoders = "dataset", []
+            files = dataset_files(given, self.to, license=self.license, own_images=self.own_images)
+        else:
+            kind, (decoders, files) = "model", self._decoders(given)
         for run in given:
             if not run.has_result:
                 say(f"left out: {run.name} ({run.state})")
         if self.output_dir is not None:
-            from afterimage.runs.files import write_atomic
-
             for name, content in files.items():
                 write_atomic(self.output_dir / name, content)
             say(f"{counted(len(files), 'file')} of {self.to}: {shown(self.output_dir)}; nothing was uploaded")
@@ -81,41 +93,20 @@ class Push:
 
         from huggingface_hub.constants import ENDPOINT
 
-        from afterimage.models.hub import collect, upload
+        from afterimage.models.hub import PREFIX, collect, upload
 
         commit = upload(files, self.to, private=self.private, kind=kind)
         if self.dataset:
             say(f"scores at {ENDPOINT}/datasets/{self.to}, commit {commit}")
         else:
-            self._say_decoders(decoders, commit)
+            what = self.to if len(decoders) == 1 else f"{self.to}/{decoders[0].name}"
+            say(f"{counted(len(decoders), 'decoder')} at {ENDPOINT}/{self.to}")
+            say(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
         if wheel is not None:
             self._push_space(decoders, commit, wheel)
         if self.collection is not None:
             kinds = [kind, "space"] if wheel is not None else [kind]
             say(f"collection at {collect(self.collection, self.to, kinds, private=self.private)}")
-
-    def _say_decoders(self, decoders: list[Run], commit: str) -> None:
-        from huggingface_hub.constants import ENDPOINT
-
-        from afterimage.models.hub import PREFIX
-
-        say(f"{counted(len(decoders), 'decoder')} at {ENDPOINT}/{self.to}")
-        what = self.to if len(decoders) == 1 else f"{self.to}/{decoders[0].name}"
-        say(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
-
-    def _wheel(self) -> Wheel:
-        """Build the wheel that the Space installs, before anything is uploaded."""
-        from afterimage.report.space import build_wheel, sdk_version
-
-        for is_set, why in (
-            (self.dataset, "--dataset: a data set has no decoders to show"),
-            (self.output_dir, "--output-dir: a Space shows a commit, and nothing is uploaded"),
-            (self.private, "--private: a Space reads the decoders and its wheel without a token"),
-        ):
-            if is_set:
-                raise AfterimageError(f"--space does not go with {why}")
-        sdk_version()
-        return build_wheel()
 
     def _push_space(self, runs: list[Run], commit: str, wheel: Wheel) -> None:
         """Upload the wheel first, then the Space's files: the hub installs requirements before it copies files."""
@@ -129,11 +120,6 @@ class Push:
         url = hf_hub_url(self.to, wheel.name, repo_type="space", revision=revision)
         upload(space_files(runs, self.to, commit, wheel, url, license=self.license), self.to, kind="space")
         say(f"live page at {ENDPOINT}/spaces/{self.to}, when the hub has built it")
-
-    def _scores(self, given: list[Run]) -> dict[str, bytes]:
-        from afterimage.report.dataset import dataset_files
-
-        return dataset_files(given, self.to, license=self.license, own_images=self.own_images)
 
     def _decoders(self, given: list[Run]) -> tuple[list[Run], dict[str, bytes]]:
         from afterimage.report.publish import are_free, decoders_of, kept_images, repository_files

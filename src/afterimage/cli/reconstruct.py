@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli.output import image_lines
+from afterimage.cli import options
+from afterimage.cli.output import check_png, image_lines
 from afterimage.cli.report import find_runs, sort_arguments
 from afterimage.config import LPIPS_NETS, AfterimageError, shown
-from afterimage.runtime.terminal import say
+from afterimage.runs.files import write_atomic
+from afterimage.runs.run import Run
+from afterimage.runtime.terminal import Display, say
 
 if TYPE_CHECKING:
     from afterimage.experiments.inference import Rebuilt
-    from afterimage.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,11 @@ class Reconstruct:
     output: Path | None = None
     """PNG file for the figure; several figures become FILE-1.png, FILE-2.png and so on (default:
     IMAGE.reconstruction.png in the working folder, named after the first image)."""
-    weights: str | None = None
-    """File or folder of the encoders' weights, if they have moved since training."""
-    lpips: str | None = None
-    """LPIPS network: alex, vgg or squeeze (default: the network that each run was measured with)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
+    weights: options.MovedWeights = None
+    lpips: options.OwnLpips = None
+    device: options.Device = "auto"
 
     def run(self) -> None:
-        from afterimage.runs.run import check_file
-
         folders, images, layers = sort_arguments(self.what)
         runs = find_runs(tuple(folders)) if folders or not (layers or self.from_) else []
         if not images:
@@ -60,10 +57,8 @@ class Reconstruct:
             raise AfterimageError("--data goes with MODEL:LAYER: a finished decoder is not fitted again")
         if len(set(images)) < len(images):
             raise AfterimageError("an image file is named twice")
-        if self.output is not None and self.output.suffix.lower() != ".png":
-            raise AfterimageError(f"--output {shown(self.output)}: the figure is a PNG file, name it .png")
         output = self.output or Path(f"{images[0].stem}.reconstruction.png")
-        check_file(output, "--output")
+        check_png(output)
         if self.from_:
             from afterimage.models.hub import pull
 
@@ -79,7 +74,6 @@ class Reconstruct:
         """Fit a decoder for each layer, after checking that all image files can be read."""
         from afterimage.data.decode import load_image
         from afterimage.experiments.inference import fit_run
-        from afterimage.runtime.terminal import Display
 
         for image in images:
             load_image(image)
@@ -110,9 +104,7 @@ class Reconstruct:
         from afterimage.experiments.inference import rebuild
         from afterimage.report.figures import own_images, render
         from afterimage.report.rows import read_rows
-        from afterimage.runs.files import write_atomic
         from afterimage.runtime.device import device_name
-        from afterimage.runtime.terminal import Display
 
         read = read_rows(runs)
         rows = replace(read, decoders=tuple(r for r in read.decoders if r.kind == "decoder"), baselines=())
@@ -127,7 +119,7 @@ class Reconstruct:
         names, device = _names(images), device_name(self.device)
         data = rows.decoders[0].config.data
         nets = {row.run: self.lpips or row.lpips.net for row in rows.decoders}
-        metrics = {net: Metrics(net, size=min(data.size)) for net in nets.values()}
+        metrics = {net: Metrics(net, size=min(data.size)) for net in set(nets.values())}
         found: dict[Run, dict[str, Rebuilt]] = {}
         with Display() as display:
             for number, row in enumerate(rows.decoders):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from afterimage.config import AfterimageError, shown
-from afterimage.runtime.terminal import say
-
-if TYPE_CHECKING:
-    from afterimage.runs.run import Run
+from afterimage.runs.run import Run, check_folder, scan
+from afterimage.runtime.terminal import Display, say
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,6 @@ class Report:
         runs = find_runs(self.folders)
 
         from afterimage.report.write import write_report
-        from afterimage.runs.run import check_folder
-        from afterimage.runtime.terminal import Display
 
         output = self.output_dir or self.folders[0] / "report"
         check_folder(output, "--output-dir")
@@ -53,8 +49,6 @@ def find_runs(folders: tuple[Path, ...]) -> list[Run]:
     Raises:
         AfterimageError: no folder is given, one does not exist, or there is no run in any
     """
-    from afterimage.runs.run import Run, scan
-
     if not folders:
         raise AfterimageError("name at least one run folder, or a folder that holds some")
     runs = [

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from afterimage.cli.output import print_table
+from afterimage.cli import options
+from afterimage.cli.options import given
+from afterimage.cli.output import print_failures, print_table, table
 from afterimage.cli.report import Report
 from afterimage.config import (
     MAX_PROCESSES,
@@ -21,12 +23,10 @@ from afterimage.config import (
     parse_count,
     shown,
 )
+from afterimage.config.study import StudyConfig, from_models, load_study, shipped
 from afterimage.runs.run import check_folder, is_done
 from afterimage.runtime.failures import as_error, let_go
-from afterimage.runtime.terminal import complain, console, say
-
-if TYPE_CHECKING:
-    from afterimage.config.study import StudyConfig
+from afterimage.runtime.terminal import Display, clock, console, say
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,15 @@ class Study:
     div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""
     """Source of the test images, instead of the study's own (default with --data: its test split)."""
-    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
+    size: options.Size = ""
     """Crop size in pixels, instead of the study's own: 256, 256x384 (height x width), or native, each encoder's own."""
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop, instead of the study's own."""
     protocol: str = ""
     """Protocol, instead of the study's own: study (resize 256, crop 224) or rae (resize and crop 256, final norm)."""
-    limit_train: int | None = None
-    """Limit the number of training images."""
-    limit_validation: int | None = None
-    """Limit the number of validation images."""
-    limit_test: int | None = None
-    """Limit the number of test images."""
+    limit_train: options.LimitTrain = None
+    limit_validation: options.LimitValidation = None
+    limit_test: options.LimitTest = None
     weights: str = ""
     """Encoder weights, instead of the study's own: pretrained, random, random-init, or a file or folder."""
     epochs: int | None = None
@@ -96,22 +93,17 @@ class Study:
     """With --executor ray: number of CPUs, and of threads, for each group (default: an even share of a machine)."""
     retries: int | None = None
     """With --executor ray: number of times that a group is restarted after its worker is lost (default: 3)."""
-    cache: Path | None = None
-    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
-    devices: int = 1
-    """Number of GPUs, or of processes on a CPU, that train each run; the result is the same as with one."""
+    cache: options.Cache = None
+    device: options.Device = "auto"
+    devices: options.Devices = 1
 
     def run(self) -> None:
-        from afterimage.config.study import from_models, load_study, shipped
 
         if not self.study and not self.models:
             say("shipped studies: " + ", ".join(shipped()))
             return
         from afterimage.experiments.study import Part, expand, run_study
         from afterimage.runtime.distributed import on_main_process
-        from afterimage.runtime.terminal import Display
 
         if self.study and self.models:
             raise AfterimageError("give a study or --models, not both")
@@ -168,66 +160,45 @@ class Study:
 
     def _executor(self) -> dict[str, Any]:
         """Return the functions of Ray that train runs and find bounds, with their options; empty for this process."""
-        options = self._given("cpus", "retries")
+        asked = given(self, "address", "cpus", "retries")
         for name, least in (("cpus", 1), ("retries", 0)):
-            check_range(f"--{name}", options.get(name, least), least, MAX_PROCESSES)
-        options |= {"address": self.address} if self.address else {}
+            check_range(f"--{name}", asked.get(name, least), least, MAX_PROCESSES)
         if self.executor == "ray":
-            from afterimage.experiments.ray.bounds import find_bounds_on_ray
             from afterimage.experiments.ray.cluster import import_ray
-            from afterimage.experiments.ray.driver import train_on_ray
+            from afterimage.experiments.ray.driver import find_bounds_on_ray, train_on_ray
 
             import_ray()  # report a missing Ray before any work
-            ray = {"train": train_on_ray, "bounds": find_bounds_on_ray}
-            return {name: partial(function, **options) for name, function in ray.items()}
-        for name in options:
+            return {"train": partial(train_on_ray, **asked), "bounds": partial(find_bounds_on_ray, **asked)}
+        for name in asked:
             raise AfterimageError(f"--{name} goes with --executor ray")
         return {}
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
         """Return the study with the options of the command line in place of its own settings."""
-        data = self._given("limit_train", "limit_validation", "limit_test")
-        images = study.data.asked(self.size, self.resize, self.protocol)
-        data |= {"source": self.data} if self.data else {}
-        data |= {"test": self.test} if self.data or self.test else {}
-        recipe = self._given("epochs", "batch_size")
-        estimate = {"images": self.estimate_images} if self.estimate_images is not None else {}
-        recipe |= {name: text for name in ("loss", "precision") if (text := getattr(self, name))}
-        changed = {
-            "data": replace(images, **data),
-            "recipe": replace(study.recipe, **recipe),
-            "rows": tuple(
-                replace(row, recipe={key: row.recipe[key] for key in row.recipe if key not in recipe})
-                for row in self._rows(study)
-            ),
-            "decoders": tuple(map(DecoderConfig, self.decoders)) or study.decoders,
-            "seeds": self.seeds or study.seeds,
-            "weights": self.weights or study.weights,
-            "lpips": self.lpips or study.lpips,
-            "controls": self.controls or study.controls,
-            "invert": study.invert if self.invert is None else self.invert,
-            "estimate": replace(study.estimate, **estimate),
-        }
+        data = given(self, "test", "limit_train", "limit_validation", "limit_test", source="data")
+        if self.data:
+            data["test"] = self.test
+        recipe = given(self, "epochs", "batch_size", "loss", "precision")
+        rows = []
+        for row in study.rows:
+            own = tuple(d for d in row.decoders if not self.decoders or d.name in self.decoders)
+            if own or not row.decoders:  # a row without any wanted decoder is left out
+                kept = {key: value for key, value in row.recipe.items() if key not in recipe}
+                rows.append(replace(row, decoders=own, recipe=kept))
+        changed = given(self, "seeds", "weights", "lpips", "invert")
+        if self.decoders:
+            changed["decoders"] = tuple(map(DecoderConfig, self.decoders))
         if self.parameters:
             changed["parameters"] = parse_count(self.parameters, "--parameters")
-        return replace(study, **changed)
-
-    def _given(self, *names: str) -> dict[str, int]:
-        """Return the values of the options that were given, by name."""
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-    def _rows(self, study: StudyConfig) -> tuple:
-        """Return the study's extra rows, without rows whose own decoders are not among --decoders."""
-        if not self.decoders:
-            return study.rows
-        wanted = [(row, tuple(d for d in row.decoders if d.name in self.decoders)) for row in study.rows]
-        return tuple(replace(row, decoders=own) for row, own in wanted if own or not row.decoders)
-
-
-def print_failures(failures: list[AfterimageError]) -> None:
-    """Print each failure on standard error."""
-    for error in failures:
-        complain("failed", error)
+        return replace(
+            study,
+            data=replace(study.data.asked(self.size, self.resize, self.protocol), **data),
+            recipe=replace(study.recipe, **recipe),
+            rows=tuple(rows),
+            controls=self.controls or study.controls,
+            estimate=replace(study.estimate, **given(self, images="estimate_images")),
+            **changed,
+        )
 
 
 def print_groups(configs: list[RunConfig]) -> None:
@@ -241,27 +212,21 @@ def print_groups(configs: list[RunConfig]) -> None:
 
 def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
     """Print a table of a study's runs with their estimated cost, and the estimated cost of its measured bounds."""
-    from rich.table import Table
-
     from afterimage.analysis.inversion.best_estimate import learning_macs
     from afterimage.cli.layers import print_unseen
     from afterimage.experiments.cost import macs_per_second, plan
     from afterimage.experiments.study import study_groups
     from afterimage.models.fusion import FUSIONS
-    from afterimage.runtime.terminal import clock
 
     plans, problems = [], []
     for config in configs:
         try:
-            plans += plan([config])
+            plans.append(plan(config))
         except Exception as error:
             problems.append(f"cannot be built: {as_error(error, config.name)}")
             let_go(error)
-    table = Table(title=f"{counted(len(configs), 'run')}, none started", title_justify="left")
-    for column in ("features", "shape", "decoder"):
-        table.add_column(column, overflow="fold")
-    for column in ("parameters", "encoder MACs", "decoder MACs", "epochs", "time", "memory"):
-        table.add_column(column, justify="right")
+    numbers = ("parameters", "encoder MACs", "decoder MACs", "epochs", "time", "memory")
+    found = table(f"{counted(len(configs), 'run')}, none started", ("features", "shape", "decoder"), numbers)
     for one in plans:
         config = one.config
         sources = list(config.sources)
@@ -270,7 +235,7 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
             sources.append(f"fused: {config.fusion.name}{channels} at {config.fusion.size or 'finest'}")
         if config.weights != "pretrained":
             sources.append(f"weights: {config.weights}")
-        table.add_row(
+        found.add_row(
             "\n".join(sources),
             "\n".join(f"{s.channels}×{s.height}×{s.width}" for s in one.specs),
             config.decoder.name + ("" if config.recipe.loss == "mse" else f"\nloss: {config.recipe.loss}"),
@@ -281,7 +246,7 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
             f"~{clock(one.seconds)}",
             f"~{one.bytes / 2**30:.1f} GiB",
         )
-    console(180).print(table)
+    console(180).print(found)
     print_unseen({source: text for one in plans for source, text in one.unseen.items()})
     say(*problems)
     if study.invert and plans:

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli.output import print_table
+from afterimage.cli import options
+from afterimage.cli.options import flag, given
+from afterimage.cli.output import print_failures, print_table
 from afterimage.config import (
     MAX_STEPS,
     AfterimageError,
@@ -24,9 +26,8 @@ from afterimage.config import (
     unknown,
 )
 from afterimage.runs.run import is_done
-from afterimage.runtime.terminal import complain, say
+from afterimage.runtime.terminal import Display, say
 
-Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL:LAYER [...]")]
 Flat = tyro.conf.OmitArgPrefixes
 
 
@@ -38,7 +39,7 @@ class Train:
     is needed: the features come from a store, and MODEL:LAYER, or LAYER alone, picks some of its layers.
     """
 
-    sources: Sources = ()
+    sources: options.Sources = ()
     """Layers to rebuild images from, for example resnet34.tv_in1k:layer1."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ("attention",)
     """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, your own module as
@@ -50,26 +51,17 @@ class Train:
     features: Annotated[Path | None, tyro.conf.arg(metavar="STORE")] = None
     """Stored features to train on, from `afterimage extract` or any file that `audit --feature-store` reads.
     Their images are taken from --data, by their ids."""
-    weights: str = "pretrained"
-    """Encoder weights: pretrained (from the folder AFTERIMAGE_WEIGHTS, the hub's cache or the hub), a file or folder,
-    random (a random control whose blocks act) or random-init (one as its library initialises it)."""
-    data: str = "div2k"
-    """Source of images: folder:PATH, hf:NAME, webdataset:SHARDS, parquet:SHARDS, div2k[:PATH], procedural[:COUNT]
-    or photographs."""
-    test: str = ""
-    """Source of the test images (default: the test split of --data)."""
-    size: Annotated[str, tyro.conf.arg(metavar="SIDE|HxW|native", aliases=("--crop",))] = ""
+    weights: options.Weights = "pretrained"
+    data: options.Images = "div2k"
+    test: options.TestImages = ""
+    size: options.Size = ""
     """Crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
-    resize: int | None = None
-    """Shorter side in pixels after resizing, before the crop (default: 256, or as much as the crop needs)."""
+    resize: options.Resize = None
     protocol: str = ""
     """Protocol of figures to compare with: study (resize 256, crop 224) or rae (resize and crop 256, final norm)."""
-    limit_train: int | None = None
-    """Limit the number of training images."""
-    limit_validation: int | None = None
-    """Limit the number of validation images."""
-    limit_test: int | None = None
-    """Limit the number of test images."""
+    limit_train: options.LimitTrain = None
+    limit_validation: options.LimitValidation = None
+    limit_test: options.LimitTest = None
     recipe: Flat[RecipeConfig] = RecipeConfig()
     """Training recipe; the defaults are the published study's."""
     seed: int = 42
@@ -78,73 +70,23 @@ class Train:
     """LPIPS network: alex, vgg or squeeze."""
     output_dir: Path = Path("runs")
     """Folder for the run folders."""
-    cache: Path | None = None
-    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
-    devices: int = 1
-    """Number of GPUs, or of processes on a CPU, that train each run; the result is the same as with one."""
+    cache: options.Cache = None
+    device: options.Device = "auto"
+    devices: options.Devices = 1
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
     """Number of steps to profile instead of training; prints their times, and traces them in OUTPUT_DIR/profiles."""
 
     def run(self) -> None:
         from afterimage.experiments.queue import train_runs
-        from afterimage.models.decoders import DECODERS, decoder_family
-        from afterimage.models.encoders.providers import at_native_size, resolve
-        from afterimage.models.fusion import FUSIONS
         from afterimage.runtime.distributed import on_main_process
-        from afterimage.runtime.terminal import Display
 
-        data = DataConfig(
-            source=self.data,
-            test=self.test,
-            limit_train=self.limit_train,
-            limit_validation=self.limit_validation,
-            limit_test=self.limit_test,
-        ).asked(self.size, self.resize, self.protocol)
-        for name in self.decoders:  # before any image is read
-            decoder_family(name)
-        if self.fusion and self.fusion not in FUSIONS:
-            raise unknown("fusion", self.fusion, FUSIONS)
-        size = parse_count(self.parameters, "--parameters") if self.parameters else None
-        if size is not None:
-            fixed = [name for name in self.decoders if not decoder_family(name).size_option]
-            if fixed:
-                raise AfterimageError(
-                    f"--parameters: {', '.join(fixed)} has one size only; decoders that "
-                    f"come in sizes: {', '.join(name for name, cls in DECODERS.items() if cls.size_option)}"
-                )
-        if self.features is None:
-            features, weights, resolved = None, self.weights, tuple(map(resolve, self.sources))
-        else:
-            features, weights, resolved = self._stored()
-        if self.fusion and len(resolved) < 2:
-            raise AfterimageError(
-                f"--fusion {self.fusion} makes one of several MODEL:LAYER; name two or more"
-            )
-        rows = [resolved] if self.fusion else [(source,) for source in resolved]
-        configs = [
-            RunConfig(
-                sources=sources,
-                weights=weights,
-                fusion=FusionConfig(self.fusion) if self.fusion else None,
-                decoder=DecoderConfig(decoder, size),
-                data=at_native_size(data, sources),
-                recipe=self.recipe,
-                seed=self.seed,
-                lpips=self.lpips,
-                features=features,
-            )
-            for sources in rows
-            for decoder in self.decoders
-        ]
+        configs = self._configs()
         if not configs:
             raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
         for name in ("plateau_factor", "plateau_patience"):
-            if self.recipe.scheduler != "plateau" and getattr(self.recipe, name) != getattr(
-                RecipeConfig, name
-            ):
-                raise AfterimageError(f"--{name.replace('_', '-')} goes with --scheduler plateau")
+            changed = getattr(self.recipe, name) != getattr(RecipeConfig, name)
+            if changed and self.recipe.scheduler != "plateau":
+                raise AfterimageError(f"{flag(name)} goes with --scheduler plateau")
         check_range("--profile", self.profile, 0, MAX_STEPS)
         if self.profile and self.devices > 1:
             raise AfterimageError("--profile measures one process: leave out --devices")
@@ -153,22 +95,60 @@ class Train:
             return
         failures: list[AfterimageError] = []
         with Display() as display:
-            options = {"cache": self.cache, "accelerator": self.device, "progress": display}
-            runs = train_runs(configs, self.output_dir, failures=failures, **options)
+            where = {"cache": self.cache, "accelerator": self.device}
+            runs = train_runs(configs, self.output_dir, failures=failures, progress=display, **where)
         if on_main_process() and any(is_done(run) for run in runs):
             print_table(runs)
             say(*(f"run: {shown(run.path)}" for run in runs))
         if failures and not on_main_process():
             raise SystemExit(1)
-        for error in failures[1:]:
-            complain("failed", error)
+        print_failures(failures[1:])
         if failures:
             raise failures[0]
+
+    def _configs(self) -> list[RunConfig]:
+        from afterimage.models.decoders import DECODERS, decoder_family
+        from afterimage.models.encoders.providers import at_native_size, resolve
+        from afterimage.models.fusion import FUSIONS
+
+        images = given(self, "test", "limit_train", "limit_validation", "limit_test", source="data")
+        data = DataConfig(**images).asked(self.size, self.resize, self.protocol)
+        families = {name: decoder_family(name) for name in self.decoders}  # before any image is read
+        if self.fusion and self.fusion not in FUSIONS:
+            raise unknown("fusion", self.fusion, FUSIONS)
+        count = parse_count(self.parameters, "--parameters") if self.parameters else None
+        fixed = [name for name, family in families.items() if not family.size_option]
+        if count is not None and fixed:
+            sized = ", ".join(name for name, family in DECODERS.items() if family.size_option)
+            only = f"{', '.join(fixed)} has one size only"
+            raise AfterimageError(f"--parameters: {only}; decoders that come in sizes: {sized}")
+        if self.features is None:
+            features, weights, resolved = None, self.weights, tuple(map(resolve, self.sources))
+        else:
+            features, weights, resolved = self._stored()
+        if self.fusion and len(resolved) < 2:
+            raise AfterimageError(
+                f"--fusion {self.fusion} makes one of several MODEL:LAYER; name two or more"
+            )
+        return [
+            RunConfig(
+                sources=sources,
+                weights=weights,
+                fusion=FusionConfig(self.fusion) if self.fusion else None,
+                decoder=DecoderConfig(decoder, count),
+                data=at_native_size(data, sources),
+                recipe=self.recipe,
+                seed=self.seed,
+                lpips=self.lpips,
+                features=features,
+            )
+            for sources in ([resolved] if self.fusion else [(source,) for source in resolved])
+            for decoder in self.decoders
+        ]
 
     def _stored(self) -> tuple[FeaturesConfig, str, tuple[str, ...]]:
         """Return the store to train on, the `weights` setting of its encoder, and the chosen layers."""
         from afterimage.data.feature_store import open_store
-        from afterimage.runtime.terminal import Display
 
         if self.weights != Train.weights:
             raise AfterimageError("stored features have their encoder's weights: leave out --weights")
@@ -184,17 +164,10 @@ class Train:
         return FeaturesConfig(str(store.path), store.digest), weights, tuple(dict.fromkeys(sources))
 
     def _profile(self, configs: list[RunConfig]) -> None:
-        from afterimage.runtime.terminal import Display
         from afterimage.training.profiler import print_profile, profile_run
 
         for config in configs:
             with Display() as display:
-                result = profile_run(
-                    config,
-                    self.output_dir,
-                    steps=self.profile,
-                    cache=self.cache,
-                    accelerator=self.device,
-                    progress=display,
-                )
+                where = {"cache": self.cache, "accelerator": self.device, "progress": display}
+                result = profile_run(config, self.output_dir, steps=self.profile, **where)
             print_profile(result)

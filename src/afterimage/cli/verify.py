@@ -8,9 +8,10 @@ from typing import Annotated
 
 import tyro
 
+from afterimage.cli import options
 from afterimage.cli.report import find_runs
 from afterimage.config import counted
-from afterimage.runtime.terminal import say
+from afterimage.runtime.terminal import Display, say
 
 NOT_MEASURED = 4
 """Exit code if no run fails but some could not be measured; 1 means a run that does not hold, or an error."""
@@ -28,17 +29,13 @@ class Verify:
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STUDY|RUN [...]")]
     """Run folders, or folders that hold run folders."""
-    weights: str | None = None
-    """File or folder of the encoders' weights, if they have moved since training."""
-    cache: Path | None = None
-    """Folder for decoded images (default: AFTERIMAGE_CACHE, else ~/.cache/afterimage)."""
-    device: str = "auto"
-    """Device to compute on: cpu, cuda, mps or auto."""
+    weights: options.MovedWeights = None
+    cache: options.Cache = None
+    device: options.Device = "auto"
 
     def run(self) -> None:
         runs = find_runs(self.folders)
         from afterimage.experiments.reproduce import verify_runs
-        from afterimage.runtime.terminal import Display
 
         with Display() as display:
             verdicts = verify_runs(
