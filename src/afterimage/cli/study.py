@@ -98,7 +98,6 @@ class Study:
     devices: options.Devices = 1
 
     def run(self) -> None:
-
         if not self.study and not self.models:
             say("shipped studies: " + ", ".join(shipped()))
             return

@@ -148,9 +148,7 @@ def extract(
     Args:
         wanted: settings of the extraction
         path: path of the store, a `.safetensors`, `.npz` or `.parquet` file; several shards are named after it
-        cache: folder of decoded images; None for the default
-        accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: callback for progress and messages, see `Progress`
+        cache, accelerator, progress: as for `queue.train_runs`
 
     Returns:
         description of the store's contents

@@ -92,9 +92,8 @@ def evaluate_run(
         metrics: the metrics
         test: source of the test images; None for the run's own
         weights: file or folder of the encoders' weights; None for the run's own setting
-        cache: folder of decoded images; None for the default
+        cache, progress: as for `queue.train_runs`
         device: device of the computations
-        progress: callback for progress and messages, see `Progress`
 
     Raises:
         AfterimageError: images are missing, the run has no decoder, or the encoders' weights differ from those of the

@@ -85,6 +85,12 @@ def train_runs(
     return runs
 
 
+def check_weights(models: Iterable[str], weights: str) -> None:
+    """Raise an `AfterimageError` if a model's weights are not available; random ones always are."""
+    for model in () if weights in RANDOM_WEIGHTS else models:
+        open_network(model).find_weights(weights)
+
+
 def report_failures(found: Sequence[AfterimageError], failures: list[AfterimageError] | None) -> None:
     """Add errors to the list `failures`, or raise the first one if `failures` is None."""
     if failures is not None:
@@ -327,11 +333,10 @@ class _Worker:
 
     def _has_weights(self, config: RunConfig) -> bool:
         """Return whether the weights of a run's encoders are found: without them all rows fail, after a slow look."""
-        stored = config.features is not None or config.weights in RANDOM_WEIGHTS
+        models = dict.fromkeys(split_source(source)[0] for source in config.sources)
         try:
             with self.claims.ranks.raise_on_all_ranks():
-                for source in () if stored else config.sources:
-                    open_network(split_source(source)[0]).find_weights(config.weights)
+                check_weights(models if config.features is None else (), config.weights)
             return True
         except Exception as error:
             if concerns(error) == EVERYTHING:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from afterimage.config import (
-    RANDOM_WEIGHTS,
     AfterimageError,
     BaselineConfig,
     DataConfig,
@@ -27,7 +26,7 @@ from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.baselines import baseline
 from afterimage.evaluation.evaluate import Evaluation, evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
-from afterimage.models.encoders.providers import open_network
+from afterimage.experiments.queue import check_weights
 from afterimage.runs.files import read_json, sha256
 from afterimage.runs.results import METRICS, Result
 from afterimage.runs.run import Run, environment
@@ -92,9 +91,7 @@ def verify_runs(
     Args:
         runs: the runs
         weights: file or folder of the encoders' weights; None for each run's own setting
-        cache: folder of decoded images; None for the default
-        accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: callback for progress and messages, see `Progress`
+        cache, accelerator, progress: as for `queue.train_runs`
 
     Returns:
         one verdict for each run, in order
@@ -223,14 +220,13 @@ def _decoded(
 ) -> Evaluation:
     """Measure a run's decoder as its training did."""
     config = run.config
-    where = absolute_weights(weights or config.weights)
     try:
         fabric = one_device(accelerator, config.recipe.precision)
         if config.features is not None and not weights:
             open_features(config.features, progress)
         else:
-            for source in config.sources if where not in RANDOM_WEIGHTS else ():
-                open_network(split_source(source)[0]).find_weights(where)
+            models = dict.fromkeys(split_source(source)[0] for source in config.sources)
+            check_weights(models, absolute_weights(weights or config.weights))
     except AfterimageError as error:
         raise _Missing(str(error)) from None
     reconstructor = load_reconstructor(run, weights=weights).to(fabric.device)

@@ -33,7 +33,7 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments import queue
 from afterimage.models.decoders import Decoder, decoder_family
 from afterimage.models.encoders.layers import early_end, layer_info, list_layers
-from afterimage.models.encoders.providers import at_native_size, open_network, resolve
+from afterimage.models.encoders.providers import at_native_size, resolve
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run, is_done
 from afterimage.runtime.device import device_name
@@ -85,10 +85,16 @@ def expand(
         return replace(decoder, parameters=study.parameters)
 
     @functools.cache
-    def weights_of(models: tuple[str, ...], weights: str) -> str:
-        if study.missing_weights not in RANDOM_WEIGHTS or weights in RANDOM_WEIGHTS:
-            return weights
-        return _weights_or_random(models, weights, study.missing_weights, progress)
+    def found_weights(models: tuple[str, ...], weights: str) -> str:
+        """Return the weights, or the study's random ones if those are missing and the study allows it."""
+        if study.missing_weights in RANDOM_WEIGHTS:
+            try:
+                queue.check_weights(models, weights)
+            except AfterimageError as error:
+                told = f"going on with {study.missing_weights.upper()} weights ({error})"
+                progress(f"WARNING: no pretrained weights for {' + '.join(models)}: {told}", 1, 1)
+                return study.missing_weights
+        return weights
 
     configs: list[RunConfig] = []
     for row, recipe in zip(rows, recipes, strict=True):
@@ -102,7 +108,7 @@ def expand(
                     configs += [
                         RunConfig(
                             sources=group,
-                            weights=weights_of(models, row.weights or study.weights),
+                            weights=found_weights(models, row.weights or study.weights),
                             fusion=row.fusion,
                             decoder=sized(decoder),
                             data=data,
@@ -154,17 +160,6 @@ def _matches(source: str, size: tuple[int, int], progress: Progress) -> list[str
     if not matches:
         raise AfterimageError(f"{source!r} matches no layer of {model}. Layers: {', '.join(names)}")
     return matches
-
-
-def _weights_or_random(models: Sequence[str], weights: str, otherwise: str, progress: Progress) -> str:
-    for model in models:
-        try:
-            open_network(model).find_weights(weights)
-        except AfterimageError as error:
-            told = f"no pretrained weights for {model}: going on with {otherwise.upper()} weights ({error})"
-            progress(f"WARNING: {told}", 1, 1)
-            return otherwise
-    return weights
 
 
 def _first_lpips() -> str:
