@@ -132,19 +132,14 @@ class Push:
 
     def _photographs(self, runs: list[Run]) -> ImageGrid:
         """Reconstruct photographs that are free to share with every decoder."""
-        from afterimage.data.dataset import prepare_image
         from afterimage.data.sources.sample_images import whole_photographs
-        from afterimage.evaluation.evaluate import to_uint8
+        from afterimage.experiments.inference import rebuild
         from afterimage.report.publish import FREE, SHOWN_IMAGES, ImageGrid
         from afterimage.runtime.device import device_name
-        from afterimage.training.checkpoint import load_reconstructor
 
-        device, originals, rebuilt = device_name(self.device), [], {}
-        for run in runs:
-            data, reconstructor = run.config.data, load_reconstructor(run, weights=self.weights).to(device)
-            images = [prepare_image(path, data) for path in whole_photographs()[:SHOWN_IMAGES]]
-            rebuilt[run.name] = [to_uint8(reconstructor.reconstruct(image.to(device)))[0] for image in images]
-            originals = originals or [to_uint8(image)[0] for image in images]
+        paths, device = whole_photographs()[:SHOWN_IMAGES], device_name(self.device)
+        found = {run.name: rebuild(paths, run, weights=self.weights, device=device) for run in runs}
+        originals = [one.original for one in found[runs[0].name]]
         learned = any(run.config.data.source == "photographs" for run in runs)
         what = FREE["photographs"] + (", and some decoders learned from" if learned else "")
-        return ImageGrid(what, originals, rebuilt)
+        return ImageGrid(what, originals, {name: [one.image for one in own] for name, own in found.items()})

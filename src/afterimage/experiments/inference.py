@@ -125,14 +125,19 @@ class Rebuilt(NamedTuple):
 
 
 def rebuild(
-    paths: Sequence[Path], run: Run, metrics: Metrics, *, weights: str | None = None, device: str = "cpu"
+    paths: Sequence[Path],
+    run: Run,
+    metrics: Metrics | None = None,
+    *,
+    weights: str | None = None,
+    device: str = "cpu",
 ) -> list[Rebuilt]:
     """Reconstruct image files with a finished run; they are prepared like test images: resized, then centre-cropped.
 
     Args:
         paths: the image files
         run: the run
-        metrics: the metrics
+        metrics: the metrics; None for no scores
         weights: file or folder of the encoders' weights; None for the run's own setting
         device: device of the computations
 
@@ -144,7 +149,8 @@ def rebuild(
     for path in paths:
         original = prepare_image(path, run.config.data)
         rebuilt = reconstructor.reconstruct(original.to(device)).to(original.device)
-        scores = {name: values and values[0] for name, values in metrics(rebuilt, original).items()}
+        measured = metrics(rebuilt, original) if metrics is not None else {}
+        scores = {name: values and values[0] for name, values in measured.items()}
         results.append(Rebuilt(to_uint8(original)[0], to_uint8(rebuilt)[0], scores))
     return results
 
