@@ -171,14 +171,14 @@ def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_
 
 
 def test_a_bound_that_cannot_be_found_ends_itself_alone(tmp_path, monkeypatch):
-    from afterimage.analysis.inversion import run as inversion
+    from afterimage.experiments import study as room
 
     study = replace(SMALL, baselines=False, invert=1, decoders=(DecoderConfig("linear"),))
 
     def failing(run, *_, **__):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(inversion, "invert_run", failing)
+    monkeypatch.setattr(room, "invert_run", failing)
     runs, failures = run_study(study, tmp_path, cache=tmp_path / "cache", accelerator="cpu")
     assert {run.state for run in runs} == {"done"} and len(failures) == len(runs)
     assert all(
