@@ -6,9 +6,8 @@ import fnmatch
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from afterimage.analysis.controls.run import run_controls
 from afterimage.analysis.inversion.inputs import InversionInputs, from_data
@@ -166,7 +165,8 @@ def _first_lpips() -> str:
     return next((net for net in LPIPS_NETS if Metrics(net).lpips_status.available), LPIPS_NETS[0])
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """One part of a study: every `count`-th group of runs that are trained together. Baselines belong to part 1.
 
     Attributes:
