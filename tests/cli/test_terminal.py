@@ -267,7 +267,7 @@ def test_files_of_tensors_are_read_whatever_their_path(odd):
     from safetensors.torch import save as save_torch
 
     from afterimage.analysis.audit.feature_store import load_pairs
-    from afterimage.models.weights import read_weights
+    from afterimage.models.weight_files import read_named_tensors
     from afterimage.training.checkpoint import load_tensors
 
     folder = odd.parent / os.fsdecode(b"tensors \xff")
@@ -281,7 +281,7 @@ def test_files_of_tensors_are_read_whatever_their_path(odd):
                 torch.save(tensors, file)
         else:
             assert torch.equal(load_tensors(path)[0]["conv.weight"], tensors["conv.weight"])
-        assert torch.equal(dict(read_weights(path))["conv.weight"], tensors["conv.weight"])
+        assert torch.equal(read_named_tensors(path).tensors["conv.weight"], tensors["conv.weight"])
     sample_images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
     arrays = {"images": sample_images, "features": np.zeros((10, 4), np.float32)}
     (folder / "pairs.safetensors").write_bytes(save(arrays))

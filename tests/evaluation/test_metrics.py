@@ -223,7 +223,7 @@ def random_features(net: str) -> dict[str, torch.Tensor]:
 
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
-        network = getattr(torchvision.models, BACKBONES[net].model)(weights=None)
+        network = getattr(torchvision.models, BACKBONES[net][0])(weights=None)
     tensors = {}
     for name, tensor in network.features.state_dict().items():
         inputs = tensor[0].numel() if tensor.ndim > 1 else 100

@@ -11,7 +11,7 @@ from afterimage.config import dump_toml
 from afterimage.config.inversion import InversionConfig, InvertConfig
 from afterimage.evaluation.baselines import run_baselines
 from afterimage.experiments.reproduce import verify_runs
-from afterimage.models.decoder_files import load_tensors
+from afterimage.models.weight_files import load_tensors
 from afterimage.runs.files import read_csv, write_csv, write_json
 from afterimage.runs.run import Run, scan
 from children import MODEL, small_configs, small_images

@@ -273,13 +273,12 @@ def weights(data: bytes) -> None:
     """An encoder's weights, a decoder and a checkpoint from safetensors or from what torch.save wrote."""
     import torch
 
-    from afterimage.models.decoder_files import load_decoder, load_tensors
-    from afterimage.models.weights import read_weights
+    from afterimage.models.weight_files import load_decoder, load_tensors, read_named_tensors
     from afterimage.training.checkpoint import CHECKPOINT, load_checkpoints
 
     with file("weights" + (".pth" if data[:2] in (b"PK", b"\x80\x02") else ".safetensors"), data) as path:
-        state = refused(read_weights, path) or {}
-        assert all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+        if found := refused(read_named_tensors, path):
+            assert all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.tensors.items())
         refused(load_tensors, path)
         refused(load_decoder, path, {"sources": ["a:b"], "weights": {}})
     folder = Run(scratch() / "checkpoint")

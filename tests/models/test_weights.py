@@ -18,20 +18,21 @@ from safetensors.torch import save, save_file
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.models import hub_files
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.layers import list_layers
-from afterimage.models.encoders.providers import resolve
+from afterimage.models.encoders.providers import open_network, resolve
 from afterimage.models.encoders.providers.timm import pretrained_config, resolve_model
-from afterimage.models.weights import (
-    file_digest,
-    find_torchvision_weights,
-    find_weights,
-    random_weights,
-    read_weights,
-)
+from afterimage.models.encoders.tracing import list_layers
+from afterimage.models.lpips import find_lpips_weights
+from afterimage.models.match import best_match
+from afterimage.models.weight_files import read_named_tensors
+from afterimage.models.weights import Weights, file_digest
 
 MODEL = "resnet18.tv_in1k"
 MISSING = 404, {"X-Error-Code": "EntryNotFound"}
 STATE = {"conv1.weight": torch.arange(4.0).view(2, 2)}
+
+
+def find_weights(model, weights="pretrained"):
+    return open_network(model).find_weights(weights)
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +173,7 @@ def test_the_hub_is_asked_last_and_its_answer_cached(monkeypatch, serve, tmp_pat
     found = find_weights(MODEL)
     assert (found.origin, found.location) == ("hub", f"timm/{MODEL}")
     assert found.sha256 == hashlib.sha256(content).hexdigest()
-    assert torch.equal(read_weights(found.file)["conv1.weight"], STATE["conv1.weight"])
+    assert torch.equal(read_named_tensors(found.file).tensors["conv1.weight"], STATE["conv1.weight"])
     count = len(requests)
     assert find_weights(MODEL).origin == "cache"
     assert len(requests) == count
@@ -220,24 +221,24 @@ def test_offline_asks_nobody(monkeypatch, serve):
 
 def test_torchvisions_weights(folder, serve, monkeypatch, tmp_path):
     with pytest.raises(AfterimageError, match=r"no squeezenet1_1.torchvision.safetensors"):
-        find_torchvision_weights("squeezenet1_1")
+        find_lpips_weights("squeeze")
     start, _ = serve
     content = b"weights"
     name = f"squeezenet1_1-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     url = f"{start({f'/{name}': content, '/other-00000000.pth': content})}/{name}"
     torchvision_weights = type("W", (), {"IMAGENET1K_V1": type("V", (), {"url": url})})
     monkeypatch.setattr("torchvision.models.get_model_weights", lambda _: torchvision_weights)
-    found = find_torchvision_weights("squeezenet1_1")
+    found = find_lpips_weights("squeeze")
     assert (found.origin, found.location, found.file.read_bytes()) == ("hub", url, content)
-    assert find_torchvision_weights("squeezenet1_1").origin == "cache"
+    assert find_lpips_weights("squeeze").origin == "cache"
     torchvision_weights.IMAGENET1K_V1.url = url.replace(name, "other-00000000.pth")
     with pytest.raises(AfterimageError, match="invalid hash value"):
-        find_torchvision_weights("squeezenet1_1")
+        find_lpips_weights("squeeze")
     assert sorted(os.listdir(found.file.parent)) == [name]
     (folder / "squeezenet1_1.torchvision.safetensors").write_bytes(b"mine")
-    assert find_torchvision_weights("squeezenet1_1").origin == "folder"
-    with pytest.raises(AfterimageError, match="unknown torchvision model 'squeezenet'"):
-        find_torchvision_weights("squeezenet")
+    assert find_lpips_weights("squeeze").origin == "folder"
+    with pytest.raises(AfterimageError, match="unknown LPIPS network 'squeezenet'"):
+        find_lpips_weights("squeezenet")
 
 
 def test_a_digest_is_computed_once_for_a_file_that_stays_the_same(tmp_path, monkeypatch):
@@ -253,7 +254,7 @@ def test_a_digest_is_computed_once_for_a_file_that_stays_the_same(tmp_path, monk
 
 @pytest.mark.parametrize("kind", RANDOM_WEIGHTS)
 def test_random_weights_say_so(kind):
-    assert asdict(random_weights(MODEL, kind, 7).used) == {
+    assert asdict(Weights(MODEL, kind, "seed 7").used) == {
         "model": MODEL,
         "origin": kind,
         "location": "seed 7",
@@ -262,7 +263,9 @@ def test_random_weights_say_so(kind):
         "is_random": True,
         "note": "",
     }
-    assert len({random_weights(MODEL, k, seed).used.identity for k in RANDOM_WEIGHTS for seed in (1, 2)}) == 4
+    assert (
+        len({Weights(MODEL, k, f"seed {seed}").used.identity for k in RANDOM_WEIGHTS for seed in (1, 2)}) == 4
+    )
 
 
 def test_an_unknown_kind_of_weights_is_told_what_there_is():
@@ -279,7 +282,8 @@ def test_an_unknown_kind_of_weights_is_told_what_there_is():
 def test_checkpoints_of_any_shape_are_read(tmp_path, nest, legacy):
     state = {f"module.{key}": value for key, value in STATE.items()}
     torch.save(nest(state), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-    assert read_weights(tmp_path / "x.pth").keys() == STATE.keys()
+    match, _ = best_match(read_named_tensors(tmp_path / "x.pth"), STATE, [("conv1.weight",)], dict)
+    assert match.state.keys() == STATE.keys()
 
 
 class Hostile:
@@ -325,7 +329,7 @@ def test_a_bad_file_is_one_clear_error_and_runs_no_code(tmp_path, monkeypatch, n
     monkeypatch.chdir(tmp_path)
     write(tmp_path / name)
     with pytest.raises(AfterimageError, match=name.replace(".", r"\.")) as error:
-        read_weights(tmp_path / name)
+        read_named_tensors(tmp_path / name)
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
     assert not (tmp_path / "hostile-was-here").exists()
 
@@ -394,7 +398,7 @@ def test_other_servers_that_are_busy_are_told_too(monkeypatch, serve):
     with pytest.raises(
         AfterimageError, match=rf"{url} is not available for now \(503\): try again in 9 s, as it asks"
     ):
-        find_torchvision_weights("squeezenet1_1")
+        find_lpips_weights("squeeze")
 
 
 @pytest.mark.parametrize("form", ["hf-hub:timm/{}", "hf_hub:timm/{}", "HF-hub:timm/{}", "timm/{}", "{}"])

@@ -12,8 +12,8 @@ from afterimage import AfterimageError, load_data, train_runs
 from afterimage.data import duplicates
 from afterimage.data.duplicates import check_split, near_duplicates
 from afterimage.data.images import ImageSet
-from afterimage.models.decoder_files import load_tensors
 from afterimage.models.reconstructor import MultiEncoder
+from afterimage.models.weight_files import load_tensors
 from afterimage.training.checkpoint import load_reconstructor
 from afterimage.training.checks import FeatureWatch, check_frozen, check_images
 from children import MODEL, result, small_configs

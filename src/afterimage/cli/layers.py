@@ -28,14 +28,15 @@ class Layers:
     def run(self) -> None:
         size = None if self.size == NATIVE else size_pair(self.size, "--size")
         check_range("--size", max(size or (1,)), 1, MAX_SIDE)
-        from afterimage.models.encoders.layers import early_end, list_layers, list_named
         from afterimage.models.encoders.providers import open_network
+        from afterimage.models.encoders.tracing import trace
 
-        size = size or open_network(self.model).native_size
-        layers = list_layers(self.model, size, every=self.all_modules)
-        print_layers(self, size, layers + list_named(self.model, size))
-        say(*open_network(self.model).remarks)
-        if ended := early_end(self.model, size):
+        network = open_network(self.model)
+        size = size or network.native_size
+        traced = trace(network, size)
+        print_layers(self, size, traced.list_layers(every=self.all_modules) + traced.list_named())
+        say(*network.remarks)
+        if ended := traced.early_end:
             say(f"WARNING: {ended}")
 
 

@@ -28,8 +28,8 @@ from afterimage.config import (
 from afterimage.data.dataset import SPLITS, count_images, load_data
 from afterimage.data.images import ImageSet
 from afterimage.data.store_files import DTYPES, IMAGES, WRITERS, StoreFacts, StoreWriter
-from afterimage.models.encoders.layers import layer_info
 from afterimage.models.encoders.providers import at_native_size, resolve
+from afterimage.models.encoders.tracing import layer_info
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.results import FeatureMap
 from afterimage.runtime.device import one_device

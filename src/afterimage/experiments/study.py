@@ -31,8 +31,8 @@ from afterimage.evaluation.baselines import run_baselines
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments import queue
 from afterimage.models.decoders import Decoder, decoder_family
-from afterimage.models.encoders.layers import early_end, layer_info, list_layers
-from afterimage.models.encoders.providers import at_native_size, resolve
+from afterimage.models.encoders.providers import at_native_size, open_network, resolve
+from afterimage.models.encoders.tracing import trace
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run, is_done
 from afterimage.runtime.device import device_name
@@ -149,12 +149,13 @@ def _matches(source: str, size: tuple[int, int], progress: Progress) -> list[str
     model, layer = split_source(source)
     if not any(sign in layer for sign in "*?["):
         return [resolve(source)]
-    names = [found.layer for found in list_layers(model, size)]
-    if ended := early_end(model, size):
+    traced = trace(open_network(model), size)
+    names = [found.layer for found in traced.list_layers()]
+    if ended := traced.early_end:
         progress(f"WARNING: {ended}", 1, 1)
     matches = [resolve(f"{model}:{name}") for name in names if fnmatch.fnmatchcase(name, layer)]
     if not matches and not any(sign in layer for sign in "*?"):
-        layer_info(source, size)  # brackets may select one of several tensors: output[features]
+        traced.layer(layer)  # brackets may select one of several tensors: output[features]
         return [resolve(source)]
     if not matches:
         raise AfterimageError(f"{source!r} matches no layer of {model}. Layers: {', '.join(names)}")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, first_line, listed, split_provider
-from afterimage.models.factories import library
+from afterimage.models.factories import library, quiet
 from afterimage.models.hub_files import CONFIG, named_config
 from afterimage.models.weights import Weights, search_weights
 
@@ -45,9 +45,8 @@ class Autoencoder:
                 not hold an autoencoder of images
         """
         diffusers = library("diffusers")
-        repository, revision, folder = _place(name)
-        at = f"@{revision}" if revision else ""
-        config = named_config(f"{repository}{at}", (f"{folder}{CONFIG}",))
+        repository, folder = _place(name)
+        config = named_config(repository, (f"{folder}{CONFIG}",))
         asked = str(config.get("_class_name"))
         kind = getattr(diffusers, asked, None) if asked.startswith(("Autoencoder", "VQModel")) else None
         if kind is None:
@@ -78,11 +77,10 @@ class Autoencoder:
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         """Find the autoencoder's weight file."""
-        repository, revision, folder = _place(self.name)
-        files = [f"{folder}diffusion_pytorch_model.safetensors{end}" for end in ("", ".index.json")]
-        if Path(repository).is_absolute():
-            return search_weights(self.name, repository if str(weights) == "pretrained" else weights, files)
-        return search_weights(self.name, weights, files, (repository, revision, files))
+        repository, folder = _place(self.name)
+        stem = f"{folder}diffusion_pytorch_model"
+        files = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+        return search_weights(self.name, weights, [stem], repository, files)
 
     def create(self) -> nn.Module:
         """Build the autoencoder with diffusers' initial weights."""
@@ -99,22 +97,18 @@ class Autoencoder:
         Raises:
             AfterimageError: a tensor is missing or does not fit
         """
-        diffusers = library("diffusers")
-        verbosity = diffusers.utils.logging.get_verbosity()
-        diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
         try:
-            module, told = self.kind.from_pretrained(
-                weights.file.parent,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
+            with quiet("diffusers"):
+                module, told = self.kind.from_pretrained(
+                    weights.file.parent,
+                    torch_dtype=torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    low_cpu_mem_usage=False,
+                    output_loading_info=True,
+                )
         except Exception as error:
             raise AfterimageError(f"{weights.file} does not fit {self.name}: {first_line(error)}") from None
-        finally:
-            diffusers.utils.logging.set_verbosity(verbosity)
         if missing := sorted(told["missing_keys"]):
             raise AfterimageError(f"{weights.file} lacks {listed(missing)} of {self.name}")
         return module.eval()
@@ -133,13 +127,12 @@ class ToLatents(nn.Module):
         self.latents = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        if type(self.autoencoder).__name__ in NORMALISES:
+        if _normalises(self.autoencoder):
             return self.latents(self._of_tower(images))
         encoded = self.autoencoder.encode(images)
-        for name in ("latent", "latents"):
-            if hasattr(encoded, name):
-                return self.latents(normalised(self.autoencoder, getattr(encoded, name)))
-        return self.latents(normalised(self.autoencoder, encoded.latent_dist.mode()))
+        found = [getattr(encoded, name) for name in ("latent", "latents") if hasattr(encoded, name)]
+        mean, std = _statistics(self.autoencoder)
+        return self.latents(((found[0] if found else encoded.latent_dist.mode()) - mean) / std)
 
     def _of_tower(self, images: Tensor) -> Tensor:
         """Encode images of any size and shape with a representation autoencoder.
@@ -174,7 +167,7 @@ class FromLatents(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        own = type(self.autoencoder).__name__ in NORMALISES
+        own = _normalises(self.autoencoder)
         if self.raw and own:
             latents = self.autoencoder._normalize_latents(latents) * self.autoencoder.config.scaling_factor
         if not self.raw and not own:
@@ -183,12 +176,8 @@ class FromLatents(nn.Module):
         return self.autoencoder.decode(latents).sample
 
 
-def normalised(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    """Return latents of `encode`, normalised as a diffusion model expects them."""
-    if type(autoencoder).__name__ in NORMALISES:
-        return latents
-    mean, std = _statistics(autoencoder)
-    return (latents - mean) / std
+def _normalises(autoencoder: nn.Module) -> bool:
+    return type(autoencoder).__name__ in NORMALISES
 
 
 def _statistics(autoencoder: nn.Module) -> tuple[Any, Any]:
@@ -210,11 +199,11 @@ def _without(autoencoder: nn.Module, *parts: str) -> nn.Module:
     return autoencoder
 
 
-def _place(name: str) -> tuple[str, str | None, str]:
-    """Return the repository (or a folder), the revision, and the subfolder with a slash at its end."""
+def _place(name: str) -> tuple[str, str]:
+    """Return the repository with its revision (or a folder), and the subfolder with a slash at its end."""
     where = split_provider(name)[1]
     if Path(where).is_absolute():
-        return where, None, ""
-    where, _, revision = where.partition("@")
+        return where, ""
+    where, at, revision = where.partition("@")
     owner, *rest = where.split("/")
-    return "/".join([owner, *rest[:1]]), revision or None, "".join(f"{part}/" for part in rest[1:])
+    return f"{'/'.join([owner, *rest[:1]])}{at}{revision}", "".join(f"{part}/" for part in rest[1:])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,22 @@ def library(name: str) -> ModuleType:
         raise AfterimageError(
             f"{name}/... needs the library {name} ({first_line(error)}): pip install 'afterimage[{name}]'"
         ) from None
+
+
+@contextlib.contextmanager
+def quiet(name: str) -> Iterator[ModuleType]:
+    """Import transformers or diffusers and silence its reports and progress bars in this block."""
+    module = library(name)
+    logging = module.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield module
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def call_factory(text: str, arguments: Mapping[str, Any] = {}, **options: Any) -> nn.Module:

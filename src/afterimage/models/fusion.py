@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, listed, unknown
+from afterimage.models.decoders.base import ClosedForm
 from afterimage.models.decoders.canvas import Canvas, Span, seen_box
 from afterimage.models.decoders.linear import LinearDecoder
 from afterimage.models.layers.blocks import pixel_unshuffle, resize
@@ -71,18 +72,13 @@ def _weights(source: Span, target: Span, smooth: bool) -> Float[Tensor, "target 
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
-class Fusion(nn.Module, ABC):
+class Fusion(ClosedForm, nn.Module, ABC):
     """Base class of fusions, which make one feature map `(B, C, h, w)` of several; `spec` describes it.
 
     Every map is resampled to the positions of the fused cells, so that features of the same part of the image
-    meet.
+    meet. One that is trained by gradient descent projects every map to the configured channels first.
     """
 
-    closed_form = False
-    """True if the fusion is fitted in closed form (see `Decoder`)."""
-    trainable = True
-    """True if the fusion is trained by gradient descent; it then projects every map to the configured
-    channels first."""
     has_weights = False
     """True if `weights(features)` returns the weight of each source, `(B, sources, h, w)` with sum 1 over
     sources."""
@@ -124,8 +120,6 @@ class ProjectedFusion(Fusion):
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return every source as `(B, channels, h, w)`; maps that shrink are resampled before projection."""
-        if len(features) != len(self.specs):
-            raise AfterimageError(f"this fusion takes {len(self.specs)} feature maps, got {len(features)}")
         projected = []
         for feature, canvas, projection in zip(features, self.canvases, self.projections, strict=True):
             shrinks = feature.shape[-2] > self.size[0] or feature.shape[-1] > self.size[1]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,10 +67,7 @@ def pull(address: str, *, revision: str | None = None) -> PulledRun:
         AfterimageError: the repository is not available or holds no such decoder, or the decoder is not the
             one that its manifest and card describe
     """
-    repository, wanted, named = _parsed(address, "decoder", SPELLING)
-    with _refusals(repository):
-        commit, manifest = _manifest(repository, named or revision)
-        return _pulled(repository, commit, manifest, wanted)
+    return _pull(address, revision, every=False)[0]
 
 
 def pull_all(address: str) -> list[PulledRun]:
@@ -83,31 +79,24 @@ def pull_all(address: str) -> list[PulledRun]:
     Raises:
         AfterimageError: as for `pull`
     """
+    return _pull(address, None, every=True)
+
+
+def _pull(address: str, revision: str | None, *, every: bool) -> list[PulledRun]:
     repository, wanted, named = _parsed(address, "decoder", SPELLING)
-    with _refusals(repository):
-        commit, manifest = _manifest(repository, named)
-        names = [wanted] if wanted or len(manifest.decoders) == 1 else manifest.decoders
-        return [_pulled(repository, commit, manifest, name) for name in names]
-
-
-@contextlib.contextmanager
-def _refusals(repository: str) -> Iterator[None]:
-    """Raise errors again with the name of the repository."""
     try:
-        yield
+        file = _fetch(repository, named or revision, MANIFEST)
+        try:
+            manifest = Manifest.parse(file.read_bytes())
+        except AfterimageError as error:
+            raise AfterimageError(f"{MANIFEST}: {error}") from None
+        several = every and not wanted and len(manifest.decoders) > 1
+        names = manifest.decoders if several else [wanted]
+        return [_pulled(repository, file.parent.name, manifest, name) for name in names]
     except Unavailable as reason:
         raise AfterimageError(f"cannot get {PREFIX}{repository}: {reason}") from None
     except AfterimageError as error:
         raise AfterimageError(f"{PREFIX}{repository} is refused: {error}") from None
-
-
-def _manifest(repository: str, revision: str | None) -> tuple[str, Manifest]:
-    """Return the commit of a revision, and its manifest."""
-    file = _fetch(repository, revision, MANIFEST)
-    try:
-        return file.parent.name, Manifest.parse(file.read_bytes())
-    except AfterimageError as error:
-        raise AfterimageError(f"{MANIFEST}: {error}") from None
 
 
 def _pulled(repository: str, commit: str, manifest: Manifest, name: str) -> PulledRun:

@@ -128,53 +128,49 @@ def download_url(url: str) -> Path:
 def named_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any]:
     """Read the first existing one of several JSON files in a folder (an absolute path) or a hub repository.
 
+    Args:
+        name: the folder, or `OWNER/NAME[@REVISION]`, which is read from the local cache if it is there
+        files: file names
+
     Raises:
-        AfterimageError: no file is available, or it is not valid
+        AfterimageError: no file is available, or it is not valid; the message says where it was searched
     """
     if not Path(name).is_absolute():
         return repository_config(name, files)
     found = next((Path(name) / file for file in files if (Path(name) / file).is_file()), None)
-    try:
-        if found is None:
-            raise OSError(f"the folder has no {' and no '.join(files)}")
-        settings = json.loads(found.read_bytes())
-        if not isinstance(settings, dict):
-            raise ValueError("it is no table of settings")
-    except (OSError, ValueError) as error:
-        raise AfterimageError(f"cannot read the {files[0]} of {name}: {first_line(error)}") from None
-    return settings
+    if found is None:
+        raise AfterimageError(
+            f"cannot read the {files[0]} of {name}: the folder has no {' and no '.join(files)}"
+        )
+    return _settings(found, name, files)
 
 
 @functools.cache
-def repository_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any]:
-    """Read a JSON file of a hub repository, from the local cache if it is there.
-
-    Args:
-        name: the repository, `OWNER/NAME` or `OWNER/NAME@REVISION`
-        files: file names; the first one that exists is read
-
-    Raises:
-        AfterimageError: no file is available, or it is not valid; the message lists where it was searched
-    """
+def repository_config(name: str, files: tuple[str, ...]) -> dict[str, Any]:
+    """Read a JSON file of a hub repository for `named_config`."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 
     repository, _, revision = name.partition("@")
     try:
-        file = cached(repository, revision or None, list(files))
+        file = cached(repository, revision or None, files)
         if file is None and constants.HF_HUB_OFFLINE:
             where = f"the hub's cache {constants.HF_HUB_CACHE} has none"
             raise Unavailable(f"{where}, and nothing is downloaded, as HF_HUB_OFFLINE is set")
-        file = file or download(repository, revision or None, list(files))
-        config = json.loads(file.read_bytes())
+        return _settings(file or download(repository, revision or None, files), name, files)
     except Unavailable as reason:
         raise AfterimageError(
             f"cannot read the {files[0]} of {name}, a repository of the hub: {reason}"
         ) from None
+    except HFValidationError:
+        raise AfterimageError(f"{name!r} is no name of a repository: write OWNER/NAME") from None
+
+
+def _settings(file: Path, name: str, files: Sequence[str]) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it is no table of settings")
     except (OSError, ValueError) as error:
-        if isinstance(error, HFValidationError):
-            raise AfterimageError(f"{name!r} is no name of a repository: write OWNER/NAME") from None
         raise AfterimageError(f"cannot read the {files[0]} of {name}: {first_line(error)}") from None
-    if not isinstance(config, dict):
-        raise AfterimageError(f"cannot read the {files[0]} of {name}: it is no table of settings")
-    return config
+    return settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,26 +11,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import LPIPS_SMALLEST, AfterimageError, unknown
-from afterimage.models.weights import Weights, find_torchvision_weights, read_weights
+from afterimage.config import LPIPS_SMALLEST, AfterimageError, listed, unknown
+from afterimage.models.match import best_match
+from afterimage.models.weight_files import read_named_tensors
+from afterimage.models.weights import FOLDER, Weights, search_weights
 
 Images = Float[Tensor, "batch 3 height width"]
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A network of torchvision, and the indices in its `features` of the layers that LPIPS compares."""
-
-    model: str
-    layers: tuple[int, ...]
-
-
 BACKBONES = {
-    "alex": Backbone("alexnet", (1, 4, 7, 9, 11)),
-    "vgg": Backbone("vgg16", (3, 8, 15, 22, 29)),
-    "squeeze": Backbone("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
+    "alex": ("alexnet", (1, 4, 7, 9, 11)),
+    "vgg": ("vgg16", (3, 8, 15, 22, 29)),
+    "squeeze": ("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
 }
-"""The backbones of Zhang et al. (2018): the outputs of the ReLU layers at these indices are compared."""
+"""The backbones of Zhang et al. (2018): torchvision's name of the network, and the indices in its `features` of the
+ReLU layers whose outputs are compared."""
 
 
 class LPIPS(nn.Module):
@@ -52,10 +46,9 @@ class LPIPS(nn.Module):
     def __init__(self, net: str = "alex", weights: Weights | str | Path = "pretrained") -> None:
         super().__init__()
         self.net = net
-        self.backbone = _backbone(net)
         self.weights = weights if isinstance(weights, Weights) else find_lpips_weights(net, weights)
-        layers = _layers(self.backbone, self.weights)
-        ends = [index + 1 for index in self.backbone.layers]
+        ends = [index + 1 for index in BACKBONES[net][1]]
+        layers = _layers(net, ends[-1], self.weights.file)
         self.slices = nn.ModuleList(layers[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
         for index, head in enumerate(_heads(net, len(ends))):
             self.register_buffer(f"head{index}", head)
@@ -123,43 +116,44 @@ class LPIPS(nn.Module):
 
 
 def find_lpips_weights(net: str, weights: str | Path = "pretrained") -> Weights:
-    """Find the weights of an LPIPS network; see `find_torchvision_weights`.
+    """Find torchvision's ImageNet weights of an LPIPS network; see `search_weights`.
 
     Args:
         net: `alex`, `vgg` or `squeeze`
-        weights: a file, a folder, or `pretrained` to search for the file
+        weights: a file, a folder with `NAME.torchvision.safetensors` or `.pth`, or `pretrained` to search for the file
 
     Raises:
-        AfterimageError: nothing was found; the message lists what was tried
+        AfterimageError: the network is unknown, or nothing was found; the message lists what was tried
     """
-    return find_torchvision_weights(_backbone(net).model, weights)
+    from torchvision.models import get_model_weights
 
-
-def _backbone(net: str) -> Backbone:
     if net not in BACKBONES:
         raise unknown("LPIPS network", net, BACKBONES)
-    return BACKBONES[net]
+    name = BACKBONES[net][0]
+    stem, url = f"{name}.torchvision", get_model_weights(name).IMAGENET1K_V1.url
+    # No command has an option for these weights: --weights is for the encoder's.
+    advice = (
+        f"set {FOLDER} to a folder with {stem}.safetensors or {stem}.pth, or another network with --lpips"
+    )
+    return search_weights(f"torchvision/{name}", weights, [stem], url=url, advice=advice)
 
 
-def _layers(backbone: Backbone, weights: Weights) -> nn.Sequential:
+def _layers(net: str, count: int, file: Path) -> nn.Sequential:
+    """Return the first layers of a backbone with the weights of a file."""
     import torchvision
 
+    name = BACKBONES[net][0]
     with torch.device("meta"):
-        network = getattr(torchvision.models, backbone.model)(weights=None)
-    layers = network.features[: backbone.layers[-1] + 1]
-    if weights.file is None:
-        raise AfterimageError(
-            f"LPIPS needs pretrained weights of {backbone.model}; these are {weights.label}"
-        )
-    tensors, state = read_weights(weights.file), {}
-    for name, parameter in layers.state_dict().items():
-        key = f"features.{name}"
-        if key not in tensors:
-            raise AfterimageError(f"{weights.file} lacks {key}, which LPIPS needs of {backbone.model}")
-        if tensors[key].shape != parameter.shape:
-            shapes = f"{tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}"
-            raise AfterimageError(f"{weights.file}: {key} of {backbone.model} has shape {shapes}")
-        state[name] = tensors[key].float()
+        layers = getattr(torchvision.models, name)(weights=None).features[:count]
+    own = {f"features.{key}": value for key, value in layers.state_dict().items()}
+    match, _ = best_match(read_named_tensors(file), own, [(key,) for key in own], dict)
+    if match.missing:
+        raise AfterimageError(f"{file} lacks {listed(match.missing)}, which LPIPS needs of {name}")
+    for key, value in own.items():
+        if match.state[key].shape != value.shape:
+            shapes = f"{tuple(match.state[key].shape)}, expected {tuple(value.shape)}"
+            raise AfterimageError(f"{file}: {key} of {name} has shape {shapes}")
+    state = {key.removeprefix("features."): match.state[key].float() for key in own}
     layers.load_state_dict(state, assign=True)
     return layers
 
@@ -172,5 +166,5 @@ def _heads(net: str, count: int) -> list[Tensor]:
     package = importlib.util.find_spec("lpips")
     if package is None or package.origin is None:
         raise AfterimageError("LPIPS' linear heads come with the package lpips, which is not installed")
-    tensors = read_weights(Path(package.origin).parent / "weights" / "v0.1" / f"{net}.pth")
+    tensors = read_named_tensors(Path(package.origin).parent / "weights" / "v0.1" / f"{net}.pth").tensors
     return [tensors[f"lin{index}.model.1.weight"].float().flatten() for index in range(count)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,17 +12,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, shown, split_source
-from afterimage.models.decoder_files import load_decoder
 from afterimage.models.decoders import Decoder, create_decoder, decoder_digest
-from afterimage.models.decoders.base import FeatureCrop
+from afterimage.models.decoders.base import ClosedForm, FeatureCrop
 from afterimage.models.decoders.own import OwnDecoder
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import resolve
 from afterimage.models.fusion import FUSIONS, Fusion, create_fusion
 from afterimage.models.hub import PREFIX, pull
+from afterimage.models.weight_files import load_decoder
 from afterimage.runs.results import FeatureMap, UsedWeights
 from afterimage.runs.run import Run
-from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 class Encoders(nn.Module, ABC):
@@ -36,9 +34,9 @@ class Encoders(nn.Module, ABC):
     sources: tuple[str, ...]
 
     @property
-    @abstractmethod
     def specs(self) -> tuple[FeatureSpec, ...]:
         """Shape of each source's features and their position in the image, in the order of `sources`."""
+        return tuple(entry.spec for entry in self.describe())
 
     @abstractmethod
     def describe(self) -> list[FeatureMap]:
@@ -102,27 +100,17 @@ class MultiEncoder(Encoders):
         """Return the index of a source in `sources`; the model's tag may be left out."""
         return self.sources.index(resolve(source))
 
-    @property
-    def specs(self) -> tuple[FeatureSpec, ...]:
-        """Shape of each source's features and their position in the image, in the order of `sources`."""
-        specs = [spec for encoder in self.encoders for spec in encoder.specs]
-        return tuple(specs[i] for i in self._order)
-
     def describe(self) -> list[FeatureMap]:
-        """Return the description of every source's features, in order (see `Encoder.describe`)."""
         entries = [entry for encoder in self.encoders for entry in encoder.describe()]
         return [entries[i] for i in self._order]
 
     def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
-        """Return the origin of the weights behind `sources`, one entry per network."""
         used = set(sources)
         return [e.weights.used for e in self.encoders if used.intersection(e.sources)]
 
     def remarks_of(self, sources: Sequence[str]) -> list[str]:
-        """Return remarks for the run's notes on how images reach the networks behind `sources`."""
         used = set(sources)
-        found = [e.network.remarks for e in self.encoders if used.intersection(e.sources)]
-        return [remark for remarks in found for remark in remarks]
+        return [note for e in self.encoders if used.intersection(e.sources) for note in e.network.remarks]
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
         """Return the features of images `(B, 3, H, W)` in [0, 1].
@@ -137,24 +125,6 @@ class MultiEncoder(Encoders):
 def no_maps(specs: Sequence[FeatureSpec], device: torch.device) -> list[Tensor]:
     """Return empty feature maps `(0, C, h, w)`, which some networks cannot make from an empty batch."""
     return [torch.zeros(0, *spec.shape, device=device) for spec in specs]
-
-
-@runtime_checkable
-class ClosedForm(Protocol):
-    """A decoder or fusion that is fitted in closed form (see `Decoder` for its methods)."""
-
-    @property
-    def fit_bytes(self) -> int: ...
-
-    def fit_macs(self, images: int) -> int: ...
-
-    def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int: ...
-
-    def partial_fit(
-        self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
-    ) -> None: ...
-
-    def finalize_fit(self) -> list[str]: ...
 
 
 class FeatureDecoder(nn.Module):

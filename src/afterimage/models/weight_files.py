@@ -1,4 +1,4 @@
-"""Read files of weights as named tensors, by their content rather than their name. Nothing is unpickled."""
+"""Read files of weights by their content rather than their name, and write and read trained decoders."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from afterimage.config import AfterimageError, first_line, listed, shown, utf8_path
-from afterimage.models.unpickling import Damaged, HoldsCode, Inert, _Array, read_archive, read_stream
+from afterimage.models.unpickling import Damaged, HoldsCode, Inert, Stored, read_archive, read_stream
+from afterimage.runs.files import write_atomic
 
 VALID = "valid are safetensors, and state dicts that torch.save wrote"
 """The valid formats, for error messages."""
@@ -200,7 +201,7 @@ def _named(path: Path, content: Any) -> NamedTensors:
             return
         seen.add(id(value))
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            found = item.tensor if isinstance(item, _Array) else item
+            found = item.tensor if isinstance(item, Stored) else item
             name = f"{prefix}{key}"
             for wrapper in WRAPPERS:
                 if wrapper in name:
@@ -220,6 +221,75 @@ def _named(path: Path, content: Any) -> NamedTensors:
             f" with {listed([str(key) for key in content])}" if isinstance(content, dict) and content else ""
         )
         others = f"; not read, as they are no tensors: {listed(list(unread))}" if unread else ""
-        kind = content.kind if isinstance(content, Inert) else type(content).__name__
+        kind = getattr(content, "kind", type(content).__name__)
         raise AfterimageError(f"{shown(path)} holds no named tensors: it is a {kind}{keys}{others}; {VALID}")
     return NamedTensors(str(path), tensors, containers, tuple(unread), tuple(wrappers))
+
+
+def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[str, Any]) -> None:
+    """Write a decoder to a safetensors file; equal arguments give equal bytes.
+
+    Args:
+        path: the file
+        tensors: its parameters and buffers by name
+        made_for: its sources, the digests of the encoders' weights that it was trained on, and for a decoder
+            from outside this package the digest of its code
+
+    Raises:
+        AfterimageError: the file cannot be written
+    """
+    write_atomic(path, save(plain(tensors), {"made_for": json.dumps(made_for, sort_keys=True)}))
+
+
+def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read a decoder's parameters and buffers.
+
+    Args:
+        path: the file
+        made_for: sources and digests of the encoders' weights that it will be used with, and for a decoder
+            from outside this package the digest of its code
+
+    Raises:
+        AfterimageError: the file is damaged, or was made for other features or by other code
+    """
+    tensors, metadata = load_tensors(path)
+    try:
+        stored = json.loads(metadata.get("made_for", "null"))
+        if not isinstance(stored, dict):
+            raise ValueError("it does not say which features it was made for")
+    except (ValueError, RecursionError) as error:
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+    for key, value in made_for.items():
+        if stored.get(key) == value:
+            continue
+        if key == "code":
+            raise AfterimageError(
+                f"{shown(path)} was made by other code: its file had the SHA-256 {stored.get(key)!s:.64}, and "
+                f"now has {value!s:.64}; bring that file back, or train again in another --output-dir"
+            )
+        raise AfterimageError(
+            f"{shown(path)} was made for other features: its {key} are {stored.get(key)!s:.300}, but these are "
+            f"{value!s:.300}"
+        )
+    return tensors
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file.
+
+    Raises:
+        AfterimageError: the file is missing or damaged; the message names it
+    """
+    try:
+        if path.exists() and not path.is_file():  # opening a named pipe would block forever
+            raise OSError("it is not a regular file")
+        with utf8_path(path) as name, safe_open(name, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in the form that safetensors can store: on the CPU and contiguous."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
-from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, first_line, local_path, shown, unknown
+from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, listed, local_path, shown
 from afterimage.models.hub_files import (
     CONFIG,
     Unavailable,
     cached,
     download,
     download_url,
-    repository_config,
+    named_config,
     torch_hub_file,
 )
-from afterimage.models.weight_files import read_named_tensors, shards
+from afterimage.models.weight_files import shards
 from afterimage.runs.files import sha256
 from afterimage.runs.results import UsedWeights
 
@@ -35,8 +31,6 @@ SNAPSHOT = tuple(
     f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
 """Names of the weights in a repository of the hub: one file, or an index of several files."""
-NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Keys under which checkpoints nest a state dict, the preferred one first."""
 
 
 @dataclass(frozen=True)
@@ -82,92 +76,39 @@ def weight_notes(used: Iterable[UsedWeights]) -> list[str]:
     return [f"weights of {weights.model}: {weights.note}" for weights in used if weights.note]
 
 
-def random_weights(model: str, kind: str, seed: int) -> Weights:
-    """Return the description of a random control's weights.
-
-    Args:
-        model: name of the model
-        kind: one of `RANDOM_WEIGHTS`
-        seed: seed of the random numbers
-    """
-    return Weights(model, kind, f"seed {seed}")
-
-
-def find_weights(model: str, weights: str | Path = "pretrained") -> Weights:
-    """Find the weight file of a timm model or of a repository of the hub.
-
-    For `pretrained` the search order is: the folder that AFTERIMAGE_WEIGHTS names, the local caches of the
-    hub and of torch.hub, the hub.
-
-    Args:
-        model: timm's name with its tag, or `OWNER/NAME`
-        weights: `pretrained`, or the path of a file or folder
-
-    Raises:
-        AfterimageError: nothing was found; the message lists what was tried and what to do next
-    """
-    from timm.models import get_pretrained_cfg
-
-    if "/" in model:
-        stem = model.partition("@")[0].rpartition("/")[2]
-        return search_weights(
-            model, weights, [f"{stem}{suffix}" for suffix in SUFFIXES], _hub_files(model, None), None
-        )
-    architecture = model.partition(".")[0]
-    names = [f"{stem}{suffix}" for stem in dict.fromkeys([model, architecture]) for suffix in SUFFIXES]
-    config = get_pretrained_cfg(model, allow_unregistered=True)
-    hub = _hub_files(config.hf_hub_id, config.hf_hub_filename) if config and config.hf_hub_id else ()
-    url = config.url if config and isinstance(config.url, str) and not config.url.endswith(".npz") else None
-    return search_weights(model, weights, names, hub, url)
-
-
-def find_torchvision_weights(name: str, weights: str | Path = "pretrained") -> Weights:
-    """Find torchvision's ImageNet weights of a network, which LPIPS needs.
-
-    Args:
-        name: torchvision's name of the network
-        weights: `pretrained` (searched as in `find_weights`, including torch.hub's cache), or the path of a
-            file or of a folder with `NAME.torchvision.safetensors` or `.pth`
-
-    Raises:
-        AfterimageError: nothing was found; the message lists what was tried and what to do next
-    """
-    from torchvision.models import get_model_weights, list_models
-
-    if name not in list_models():
-        raise unknown("torchvision model", name, list_models())
-    names = [f"{name}.torchvision{suffix}" for suffix in SUFFIXES]
-    url = get_model_weights(name).IMAGENET1K_V1.url
-    # No command has an option for these weights: --weights is for the encoder's.
-    advice = (
-        f"set {FOLDER} to a folder with {' or '.join(names[:2])}, or take another LPIPS network with --lpips"
-    )
-    return search_weights(f"torchvision/{name}", weights, names, (), url, advice)
-
-
 def search_weights(
     model: str,
     weights: str | Path,
-    names: list[str],
-    hub: tuple = (),
+    stems: Sequence[str] = (),
+    repository: str = "",
+    files: Sequence[str] = (),
     url: str | None = None,
     advice: str = "",
 ) -> Weights:
-    """Find a network's weight file: at the given path, or in AFTERIMAGE_WEIGHTS, the caches and the hub.
+    """Find a network's weight file.
+
+    For `pretrained` the search order is: the folder that AFTERIMAGE_WEIGHTS names, the local caches of the hub and
+    of torch.hub, the hub.
 
     Args:
         model: name of the model
         weights: `pretrained`, or the path of a file or folder
-        names: file names to try in a folder, the preferred one first
-        hub: repository, revision and file names to try there; empty if it is on no hub
+        stems: file names to try in a folder, without their endings; by default, the repository's name
+        repository: `OWNER/NAME[@REVISION]` on the hub, or the absolute path of a copy of one; empty if there is none
+        files: file names to try in the repository, the preferred one first
         url: address at torch.hub; None if it has none
         advice: what to do if nothing is found; by default, to give --weights
 
     Raises:
         AfterimageError: nothing was found; the message lists what was tried and what to do next
     """
+    is_folder = Path(repository).is_absolute()
+    name, _, revision = (repository, "", "") if is_folder else repository.partition("@")
+    names = [f"{stem}{suffix}" for stem in stems or [name.rpartition("/")[2]] for suffix in SUFFIXES]
     if str(weights) != "pretrained":
-        return _from_path(model, Path(local_path(str(weights))), names)
+        return _from_path(model, Path(local_path(str(weights))), names, [*dict.fromkeys((*SNAPSHOT, *files))])
+    if is_folder:
+        return _from_path(model, Path(name), files, files)
     tried = []
     folder = os.environ.get(FOLDER)
     if folder:
@@ -179,6 +120,7 @@ def search_weights(
         tried.append(f"the folder {folder} that {FOLDER} names (no {', '.join(names)})")
     else:
         tried.append(f"no folder, as {FOLDER} is not set")
+    hub = (name, revision or None, files) if name else ()
     if found := _in_cache(model, hub, url, tried) or _from_hub(model, hub, url, tried):
         return found
     advice = advice or (
@@ -188,14 +130,13 @@ def search_weights(
     raise AfterimageError(f"no weights for {model}. Tried: {'; '.join(tried)}. To go on, {advice}")
 
 
-def _from_path(model: str, path: Path, names: list[str]) -> Weights:
-    file = (_in_folder(path, names) or _in_snapshot(model, path)) if path.is_dir() else path
+def _from_path(model: str, path: Path, names: Sequence[str], snapshot: Sequence[str]) -> Weights:
+    file = (_in_folder(path, names) or _in_snapshot(model, path, snapshot)) if path.is_dir() else path
     if file is None:
         inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-        more = ", ..." if len(inside) > 5 else ""
         raise AfterimageError(
             f"the folder {shown(path)} holds no weights for {model}: none of {', '.join(names)}, nor a snapshot "
-            f"of the hub ({' or '.join(SNAPSHOT)}). It holds {', '.join(inside[:5]) or 'nothing'}{more}; "
+            f"of the hub ({' or '.join(snapshot)}). It holds {listed(inside, 5) or 'nothing'}; "
             "name a file to read just that"
         )
     if not file.is_file():
@@ -203,11 +144,11 @@ def _from_path(model: str, path: Path, names: list[str]) -> Weights:
     return _weights(model, "path", str(file), file)
 
 
-def _in_folder(folder: Path, names: list[str]) -> Path | None:
+def _in_folder(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _in_snapshot(model: str, folder: Path) -> Path | None:
+def _in_snapshot(model: str, folder: Path, names: Sequence[str]) -> Path | None:
     """Find the weights in a copy of a hub repository, whose config.json must not name another network.
 
     The folder may also be a repository in the hub's cache, which keeps one snapshot per commit.
@@ -215,19 +156,16 @@ def _in_snapshot(model: str, folder: Path) -> Path | None:
     commit = folder / "refs" / "main"
     if commit.is_file() and (folder / "snapshots").is_dir():
         folder = folder / "snapshots" / commit.read_text().strip()
-    file = _in_folder(folder, list(SNAPSHOT))
+    file = _in_folder(folder, names)
     if file is None or not (folder / CONFIG).is_file():
         return file
-    try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise AfterimageError(f"cannot read {folder / CONFIG}: {first_line(error)}") from None
-    found = config.get("architecture") if isinstance(config, dict) else None
-    own = repository_config(model).get("architecture") if "/" in model else model
-    if isinstance(found, str) and _architecture(found) != _architecture(str(own)):
-        raise AfterimageError(
-            f"the folder {folder} holds weights of {found}, by its {CONFIG}, and not of {model}"
-        )
+    found = named_config(str(folder.absolute())).get("architecture")
+    if isinstance(found, str):
+        own = named_config(model).get("architecture") if "/" in model else model
+        if _architecture(found) != _architecture(str(own)):
+            raise AfterimageError(
+                f"the folder {folder} holds weights of {found}, by its {CONFIG}, and not of {model}"
+            )
     return file
 
 
@@ -241,15 +179,6 @@ def _architecture(name: str) -> str:
 
 def _weights(model: str, origin: str, location: str, file: Path) -> Weights:
     return Weights(model, origin, location, file_digest(file), file)
-
-
-def _hub_files(repository: str, filename: str | None) -> tuple[str, str | None, list[str]]:
-    """Return the repository, the revision, and the file names to try, safetensors first."""
-    repository, _, revision = repository.partition("@")
-    names = [filename] if filename else ["model.safetensors", "pytorch_model.bin"]
-    if filename and not filename.endswith(".safetensors"):
-        names.insert(0, f"{Path(filename).stem}.safetensors")
-    return repository, revision or None, names
 
 
 def _in_cache(model: str, hub: tuple, url: str | None, tried: list[str]) -> Weights | None:
@@ -306,28 +235,3 @@ def file_digest(file: str | Path) -> str:
 @functools.cache
 def _digest(path: Path, size: int, changed: int) -> str:
     return sha256(path)
-
-
-def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """Read a file's state dict without comparing it with a model; no code in the file runs.
-
-    From a checkpoint with several state dicts the averaged weights are preferred, then `state_dict`, then
-    `model`, then the container with the most tensors.
-
-    Raises:
-        AfterimageError: as for `read_named_tensors`
-    """
-    found = read_named_tensors(file)
-    sizes = Counter(found.containers.values())
-    nested = next((f"{key}." for key in NESTS if f"{key}." in sizes), "")
-    container = nested if nested or "" in sizes else sizes.most_common(1)[0][0]
-    return {
-        _strip(name.removeprefix(container)): tensor
-        for name, tensor in found.tensors.items()
-        if found.containers[name] == container
-    }
-
-
-def _strip(key: str) -> str:
-    """Remove the prefix that data-parallel training adds to names."""
-    return key.removeprefix("module.")

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from afterimage.config import AfterimageError, shown
-from afterimage.models.decoder_files import load_tensors, plain
 from afterimage.models.reconstructor import Reconstructor, restore
+from afterimage.models.weight_files import load_tensors, plain
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
 from afterimage.training.stored_features import build_encoders

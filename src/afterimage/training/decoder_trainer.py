@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
 from afterimage.config import AfterimageError, RecipeConfig, shown
-from afterimage.models.decoder_files import save_decoder
 from afterimage.models.reconstructor import FeatureDecoder
+from afterimage.models.weight_files import save_decoder
 from afterimage.runs.run import Run
 from afterimage.runtime.device import Result, retry_with_smaller_batch
 from afterimage.runtime.sync_batchnorm import adapt

@@ -18,8 +18,8 @@ from torch import Tensor
 from afterimage.config import AfterimageError, RecipeConfig
 from afterimage.data.duplicates import check_split
 from afterimage.data.images import Data
-from afterimage.models.decoders.base import FeatureCrop
-from afterimage.models.reconstructor import ClosedForm, Reconstructor
+from afterimage.models.decoders.base import ClosedForm, FeatureCrop
+from afterimage.models.reconstructor import Reconstructor
 from afterimage.runtime.device import retry_with_smaller_batch
 from afterimage.runtime.distributed import RankLost, distributed_context
 from afterimage.runtime.process import Stopped

@@ -11,9 +11,9 @@ from torch import nn
 
 from afterimage.config import AfterimageError
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.layers import list_layers
 from afterimage.models.encoders.providers import open_network, resolve
 from afterimage.models.encoders.random_init import seeded
+from afterimage.models.encoders.tracing import list_layers, trace
 from encoder_checks import assert_same, randomise_statistics
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
@@ -87,7 +87,7 @@ def test_vit_tokens_equal_timms_own_block_outputs(name):
     size = 56 if "patch14" in name else 64
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     encoder = Encoder(name, layers=["block0", "block5", "block11"], weights="random", image_size=size)
-    reference = encoder.network.create_random((size, size), 0)
+    reference = trace(encoder.network, (size, size)).create_random(0)
     with torch.no_grad():
         expected = reference.forward_intermediates(
             (images - encoder.mean) / encoder.std, indices=[0, 5, 11], norm=False, intermediates_only=True
@@ -177,8 +177,8 @@ def test_every_block_of_a_random_resnet_acts(images):
 def test_random_init_is_timms_own_and_random_the_same_draw_with_open_branches():
     with seeded(3):
         timms = timm.create_model("convnext_atto").state_dict()
-    left = open_network("convnext_atto").create_random((64, 64), 3, "random-init").state_dict()
-    opened = open_network("convnext_atto").create_random((64, 64), 3).state_dict()
+    left = trace(open_network("convnext_atto"), (64, 64)).create_random(3, "random-init").state_dict()
+    opened = trace(open_network("convnext_atto"), (64, 64)).create_random(3).state_dict()
     assert all(torch.equal(left[key], timms[key]) for key in timms)
     for key, value in timms.items():
         if key.endswith(".gamma"):  # LayerScale

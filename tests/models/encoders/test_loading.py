@@ -16,7 +16,6 @@ from afterimage.config import AfterimageError
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.tracing import trace
-from afterimage.models.weights import find_weights
 
 TINY = "test_resnet.r160_in1k"
 
@@ -305,21 +304,21 @@ def test_a_snapshot_of_the_hub_is_a_folder_of_weights(whole, tmp_path):
     with pytest.raises(
         AfterimageError, match=r"wrong holds weights of resnet18, by its config.json, and not of test_"
     ):
-        find_weights(TINY, tmp_path / "wrong")
+        open_network(TINY).find_weights(tmp_path / "wrong")
     (tmp_path / "wrong" / "config.json").write_text("{")
     with pytest.raises(AfterimageError, match=r"cannot read .*config.json"):
-        find_weights(TINY, tmp_path / "wrong")
+        open_network(TINY).find_weights(tmp_path / "wrong")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         AfterimageError, match=r"empty holds no weights for .*, nor a snapshot of .* It holds nothing"
     ):
-        find_weights(TINY, tmp_path / "empty")
+        open_network(TINY).find_weights(tmp_path / "empty")
     (tmp_path / "empty" / "model_best.pth.tar").write_bytes(b"")
     with pytest.raises(AfterimageError, match=r"It holds model_best.pth.tar; name a file to read just that"):
-        find_weights(TINY, tmp_path / "empty")
+        open_network(TINY).find_weights(tmp_path / "empty")
     cached = tmp_path / "models--timm--net"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("abc")
     (cached / "snapshots").mkdir()
     snapshot(cached / "snapshots" / "abc", whole, config)
-    assert find_weights(TINY, cached).file == cached / "snapshots" / "abc" / "model.safetensors"
+    assert open_network(TINY).find_weights(cached).file == cached / "snapshots" / "abc" / "model.safetensors"

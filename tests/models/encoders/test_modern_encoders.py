@@ -11,6 +11,7 @@ from afterimage.config.study import load_study
 from afterimage.experiments.study import expand
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import open_network
+from afterimage.models.encoders.tracing import trace
 from encoder_checks import assert_same
 
 STUDIES = ("modern", "modern_256", "modern_518")
@@ -92,7 +93,7 @@ def test_features_are_timms_own(model):
     (spec,) = encoder.specs
     assert (spec.height, spec.width) == (size // reduction,) * 2
 
-    whole = open_network(model).create_random((size, size), 3)
+    whole = trace(open_network(model), (size, size)).create_random(3)
     prefix = getattr(whole, "num_prefix_tokens", 0)
     expected = [count for family, count in PREFIX.items() if family in model]
     if expected:

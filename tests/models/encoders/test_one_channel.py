@@ -10,8 +10,8 @@ from PIL import Image
 
 from afterimage.config import AfterimageError
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.layers import list_layers
 from afterimage.models.encoders.providers import open_network
+from afterimage.models.encoders.tracing import list_layers
 from encoder_checks import assert_same
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

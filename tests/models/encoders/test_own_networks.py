@@ -12,8 +12,8 @@ from torch import nn
 from afterimage.analysis.audit.task_utility import Unavailable, whole_network
 from afterimage.config import AfterimageError
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.layers import list_layers
 from afterimage.models.encoders.providers import open_network
+from afterimage.models.encoders.tracing import list_layers
 
 SIZE = 32
 
@@ -334,6 +334,24 @@ def test_a_factory_is_found_in_the_working_folder_and_is_built_from_a_seed(facto
     assert first.weights.sha256 == second.find_weights().sha256 != ""
     (listed,) = list_layers(f"python/{where}", SIZE)
     assert (listed.layer, listed.shape) == ("output", (4, 16, 16))
+
+
+@pytest.mark.parametrize("where", ["edited:factory", "edited.py:factory"])
+def test_code_that_was_edited_makes_another_network(factories, where):
+    """Its parameters alone would not tell."""
+    code = """
+from torch import nn
+class Net(nn.Conv2d):
+    def forward(self, images): return super().forward(images)
+def factory(): return Net(3, 4, 2, 2)
+"""
+    digests = []
+    for text in (code, code, code.replace("(images)", "(1 - images)")):
+        (factories / "edited.py").write_text(text)
+        sys.modules.pop("edited", None)
+        digests.append(open_network.__wrapped__(f"python/{where}").find_weights().sha256)
+    sys.modules.pop("edited", None)
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize(

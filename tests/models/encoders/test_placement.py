@@ -14,9 +14,10 @@ from afterimage.config import Axis
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.follow import PositionFlow
 from afterimage.models.encoders.forward_trace import ForwardTrace
-from afterimage.models.encoders.layers import early_end, layer_info, list_layers
 from afterimage.models.encoders.placement import Placement, describe_unseen, find_placement
+from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.tensor_layout import Layout
+from afterimage.models.encoders.tracing import layer_info, list_layers, trace
 
 
 @pytest.mark.parametrize(
@@ -362,7 +363,8 @@ def _peaks(encoder, index, axis, lines, draws=3):
 def test_a_trace_that_ended_early_is_said_with_the_size_that_works(capsys):
     from afterimage.cli.layers import Layers
 
-    assert early_end("crossvit_9_240", 240) == "" == early_end("resnet18", 64)
+    assert trace(open_network("crossvit_9_240"), (240, 240)).early_end == ""
+    assert trace(open_network("resnet18"), (64, 64)).early_end == ""
     Layers("crossvit_9_240").run()
     out = capsys.readouterr().out
     assert "WARNING: crossvit_9_240.in1k ended early on 224x224 images (The size of tensor a" in out

@@ -12,8 +12,8 @@ from torchvision import models
 from afterimage.config import PROVIDERS, AfterimageError
 from afterimage.models.decoders import DECODERS, create_decoder
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.layers import list_layers, list_named
 from afterimage.models.encoders.providers import NETWORKS, open_network, resolve
+from afterimage.models.encoders.tracing import list_layers, trace
 from encoder_checks import assert_same, randomise_statistics
 from encoder_contract import assert_locations_in_order, quadrants
 
@@ -416,7 +416,7 @@ ROLES = {
 
 @pytest.mark.parametrize("model", ROLES)
 def test_layers_by_role(model):
-    listed = {layer.layer: layer for layer in list_named(model, 64)}
+    listed = {layer.layer: layer for layer in trace(open_network(model), (64, 64)).list_named()}
     assert {name: layer.channels for name, layer in listed.items()} == ROLES[model]
     assert all(layer.height == (2 if name == "norm" else 1) for name, layer in listed.items())
 
@@ -424,7 +424,7 @@ def test_layers_by_role(model):
 def test_the_class_token_is_the_first_of_the_final_norm():
     encoder = Encoder("vit_tiny_patch16_224", ["cls", "norm", "head"], weights="random", image_size=64)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    whole = encoder.network.create_random(encoder.image_size, 0)
+    whole = trace(encoder.network, encoder.image_size).create_random(0)
     with torch.no_grad():
         inputs = (images - encoder.mean) / encoder.std
         tokens, classes = whole.forward_features(inputs), whole(inputs)

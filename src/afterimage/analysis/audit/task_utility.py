@@ -7,7 +7,7 @@ network can be continued from any layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,8 @@ from afterimage.analysis.audit.defences.chain import Defence
 from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import interval_dict, mean_interval, share_interval
-from afterimage.models.encoders.base import normalise
-from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.tensor_layout import Layout, field_names, has_fields, reorder, step_into
+from afterimage.models.encoders.encoder import Encoder, normalise
+from afterimage.models.encoders.tensor_layout import Layout, items, reorder
 from afterimage.models.encoders.tracing import trace
 from afterimage.runtime.terminal import Progress, silent
 
@@ -117,7 +116,7 @@ def _whole(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
     device, classifiers = encoder.mean.device, network.classifiers
     if weights.is_random:
         seed = int(weights.location.split()[-1])
-        model = network.create_random(size, seed, weights.origin)
+        model = trace(network, size).create_random(seed, weights.origin)
         kind = "classes" if classifiers else "embedding"
         return model.to(device), kind if prediction == "auto" else prediction
     reads = [names for _, names, _ in trace(network, size).reads]
@@ -221,18 +220,18 @@ def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
     """Return a module's output with its feature map replaced: the inverse of `Layout`."""
     if depth < len(layout.key):
         step = layout.key[depth]
-        inner = _replaced(step_into(output, step), layout, maps, depth + 1)
+        inner = _replaced(items(output)[step], layout, maps, depth + 1)
         if isinstance(output, MutableMapping):
             changed = copy.copy(output)
             changed[step] = inner
             return changed
-        if has_fields(output):
+        if not isinstance(output, list | tuple):
             changed = copy.copy(output)
             object.__setattr__(changed, step, inner)  # works for frozen dataclasses too
             return changed
-        items = list(output)
-        items[step] = inner
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+        values = list(output)
+        values[step] = inner
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
     if layout.axes == "NHWC":
         return maps.permute(0, 2, 3, 1).contiguous()
     if layout.axes == "NLC":
@@ -246,17 +245,14 @@ def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
 
 def _final(output: Any) -> Tensor:
     """Find the vector of each image in a network's output, and return them as `(B, K)`."""
-    while isinstance(output, Mapping | list | tuple) or has_fields(output):
-        if has_fields(output) and not isinstance(output, Mapping):
-            values = [getattr(output, name) for name in field_names(output)]
-        else:
-            values = list(output.values()) if isinstance(output, Mapping) else list(output)
+    while not isinstance(output, Tensor):
+        values = list(items(output).values())
         vectors = [v for v in values if isinstance(v, Tensor) and v.ndim == 2]
         if len(vectors) == 1:
             return vectors[0].float()
         if not values:
-            raise Unavailable("the network returns nothing")
+            raise Unavailable(f"the network returns nothing that is a tensor, but a {type(output).__name__}")
         output = values[0]
-    if not isinstance(output, Tensor) or output.ndim < 2:
-        raise Unavailable(f"the network returns {type(output).__name__}, not a vector an image")
+    if output.ndim < 2:
+        raise Unavailable("the network returns a tensor that is not a vector for each image")
     return output.flatten(1).float()

@@ -15,7 +15,7 @@ from afterimage.config import AfterimageError, RunConfig, split_source
 from afterimage.experiments.cost import plan
 from afterimage.experiments.ray import worker
 from afterimage.experiments.ray.worker import Messages
-from afterimage.models.encoders.layers import layer_info
+from afterimage.models.encoders.tracing import layer_info
 from afterimage.runtime.failures import Unexpected, let_go, one_line
 from afterimage.runtime.terminal import Progress
 from afterimage.training.feature_loader import VALIDATION_BYTES

@@ -11,10 +11,9 @@ import torch
 from afterimage.config import AfterimageError, FeatureSpec, absolute_model, unknown
 from afterimage.models.decoders.attention import AttentionDecoder
 from afterimage.models.decoders.base import Decoder
-from afterimage.models.decoders.diffusers import DiffusersDecoder
 from afterimage.models.decoders.frequency import FrequencyDecoder
 from afterimage.models.decoders.linear import LinearDecoder
-from afterimage.models.decoders.own import OwnDecoder
+from afterimage.models.decoders.own import DiffusersDecoder, OwnDecoder
 from afterimage.models.decoders.residual import ResidualDecoder
 from afterimage.models.decoders.sizing import options_for
 from afterimage.models.decoders.transposed import TransposedDecoder

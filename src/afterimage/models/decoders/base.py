@@ -16,7 +16,52 @@ from afterimage.models.layers.blocks import clamp
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
-class Decoder(nn.Module, ABC):
+class ClosedForm:
+    """Base of decoders and fusions: what those that are fitted in closed form override."""
+
+    closed_form = False
+    """True if the part is fitted in closed form before any training: it is shown the data once, between
+    `begin_fit` and `finalize_fit`."""
+    trainable = True
+    """True if the part is trained by gradient descent, after its closed form if it has one."""
+
+    def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
+        """Begin the closed form and discard the state of an earlier one.
+
+        Args:
+            images: number of training images.
+            seed: seed of random sampling.
+            ranks: processes that fit together; each is shown its part of every batch, which may be empty.
+
+        Returns:
+            Number of times that each training image must be shown: first its centre crop, then random crops.
+        """
+        return 1
+
+    def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
+        """Add a batch of feature maps `(B, C, h, w)` and their images `(B, 3, H, W)` to the closed form.
+
+        After the training images come the `validation` images, on which solutions may be compared.
+        """
+
+    def finalize_fit(self) -> list[str]:
+        """Solve the closed form, and return remarks for the run's notes."""
+        return []
+
+    @property
+    def fit_bytes(self) -> int:
+        """Memory in bytes that the closed form needs in addition to the part itself."""
+        return 0
+
+    def fit_macs(self, images: int) -> int:
+        """Count the multiply-adds of the closed form on a number of images; those in float64 count twice.
+
+        A fit in progress is not affected.
+        """
+        return 0
+
+
+class Decoder(ClosedForm, nn.Module, ABC):
     """Base class of decoders, which rebuild images from one feature map; subclasses implement `decode`.
 
     A feature map may not cover the image evenly. So `decode` fills the decoder's `canvas`, the pixels of the
@@ -28,11 +73,6 @@ class Decoder(nn.Module, ABC):
         image_size: height and width of the images in pixels.
     """
 
-    closed_form = False
-    """True if the decoder is fitted in closed form before any training: it is shown the data once, between
-    `begin_fit` and `finalize_fit`."""
-    trainable = True
-    """True if the decoder is trained by gradient descent, after its closed form if it has one."""
     decays = True
     """True if the recipe's weight decay applies to the decoder."""
     size_option: str | None = None
@@ -109,38 +149,3 @@ class Decoder(nn.Module, ABC):
 
     def after_optimizer_step(self) -> None:
         """Update state that depends on the weights; called after every optimizer step."""
-
-    def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
-        """Begin the closed form and discard the state of an earlier one.
-
-        Args:
-            images: number of training images.
-            seed: seed of random sampling.
-            ranks: processes that fit together; each is shown its part of every batch, which may be empty.
-
-        Returns:
-            Number of times that each training image must be shown: first its centre crop, then random crops.
-        """
-        return 1
-
-    def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
-        """Add a batch of feature maps `(B, C, h, w)` and their images `(B, 3, H, W)` to the closed form.
-
-        After the training images come the `validation` images, on which solutions may be compared.
-        """
-
-    def finalize_fit(self) -> list[str]:
-        """Solve the closed form, and return remarks for the run's notes."""
-        return []
-
-    @property
-    def fit_bytes(self) -> int:
-        """Memory in bytes that the closed form needs in addition to the decoder itself."""
-        return 0
-
-    def fit_macs(self, images: int) -> int:
-        """Count the multiply-adds of the closed form on a number of images; those in float64 count twice.
-
-        A fit in progress is not affected.
-        """
-        return 0

@@ -124,12 +124,7 @@ class Span:
         return ((middles > 0) & (middles < self.size)).view(self.count, block)
 
     def to_image(self, canvas: Tensor, dim: int) -> Tensor:
-        """Sample the canvas at the image's pixels in the range `inside`.
-
-        Args:
-            canvas: values on the canvas
-            dim: the span's axis in `canvas`
-        """
+        """Sample the canvas at the image's pixels in the range `inside`, along its axis `dim`."""
         first, last = self.inside
         if self.whole:
             return canvas.narrow(dim, first - int(self.start), last - first)
@@ -137,12 +132,7 @@ class Span:
         return sample(canvas, [(x + 0.5 - self.start) * scale - 0.5 for x in range(first, last)], dim)
 
     def from_image(self, images: Tensor, dim: int) -> Tensor:
-        """Sample the image at the pixels of the canvas; outside the image its outermost pixels are repeated.
-
-        Args:
-            images: values on the image
-            dim: the span's axis in `images`
-        """
+        """Sample the image along its axis `dim` at the canvas' pixels; outside, the outermost pixels are repeated."""
         if self.even:
             return images
         scale = (self.end - self.start) / self.pixels
@@ -224,26 +214,19 @@ def seen_box(
     Returns:
         `((top, bottom), (left, right))` with the ends excluded; None for the whole image
     """
-    rows, columns = (
-        (
-            min(0 if axis is None else axis.first for axis in axes),
-            max(length if axis is None else axis.last for axis in axes),
-        )
-        for axes, length in zip(
-            ([spec.rows for spec in specs], [spec.columns for spec in specs]), image_size, strict=True
-        )
-    )
-    return None if (rows, columns) == ((0, image_size[0]), (0, image_size[1])) else (rows, columns)
+
+    def seen(axes: list[Axis | None], length: int) -> tuple[int, int]:
+        if None in axes:
+            return 0, length
+        return min(axis.first for axis in axes), max(axis.last for axis in axes)
+
+    rows = seen([spec.rows for spec in specs], image_size[0])
+    columns = seen([spec.columns for spec in specs], image_size[1])
+    return None if (rows[1] - rows[0], columns[1] - columns[0]) == tuple(image_size) else (rows, columns)
 
 
 def sample(maps: Tensor, at: list[float], dim: int) -> Tensor:
-    """Interpolate maps linearly along one axis.
-
-    Args:
-        maps: the values
-        at: positions between the values, in indices; positions beyond the ends get the outermost values
-        dim: the axis
-    """
+    """Interpolate maps linearly at positions along an axis, in indices; beyond the ends lie the outermost values."""
     last = maps.shape[dim] - 1
     places = torch.tensor(at, dtype=torch.float64, device="cpu").clamp(0, last)
     low = places.floor().long()

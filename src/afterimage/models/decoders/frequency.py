@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afterimage.config import FeatureSpec
-from afterimage.models.decoders.base import Decoder
-from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_bn_relu, resize, stages_between
+from afterimage.models.decoders.transposed import UpsamplingDecoder
+from afterimage.models.layers.blocks import UpConv2x, conv_bn_relu, resize
 
 
-class FrequencyDecoder(Decoder):
+class FrequencyDecoder(UpsamplingDecoder):
     """Decoder that adds a smooth image from one branch and details from another.
 
     The low-pass branch convolves at the features' own size, predicts RGB and enlarges it bilinearly. The
@@ -21,40 +21,18 @@ class FrequencyDecoder(Decoder):
     by channel and spatial attention (CBAM, Woo et al. 2018). Its low frequencies, which survive a reduction
     to the features' size, are subtracted from its output.
 
-    Args:
-        specs: measured shapes of the features
-        image_size: `(height, width)` of the images in pixels
-        channels: channels to which a 1x1 convolution first brings the features; None keeps theirs
-        minimum_channels: smallest number of channels after a halving
+    The arguments are those of `UpsamplingDecoder`.
     """
 
-    size_option = "channels"
-
-    def __init__(
-        self,
-        specs: Sequence[FeatureSpec],
-        image_size: tuple[int, int],
-        *,
-        channels: int | None = None,
-        minimum_channels: int = 32,
-    ) -> None:
-        super().__init__(specs, image_size)
-        self.channel_projection = channel_projection(self.spec.channels, channels)
-        width = channels or self.spec.channels
+    def build(self, widths: Sequence[int]) -> None:
         self.low = nn.Sequential(
-            *conv_bn_relu(nn.Conv2d(width, width, kernel_size=3, padding=1)),
-            nn.Conv2d(width, 3, kernel_size=3, padding=1),
+            *conv_bn_relu(nn.Conv2d(widths[0], widths[0], kernel_size=3, padding=1)),
+            nn.Conv2d(widths[0], 3, kernel_size=3, padding=1),
         )
         stages: list[nn.Module] = []
-        for _ in range(stages_between((self.spec.height, self.spec.width), self.canvas.size)):
-            narrower = max(minimum_channels, width // 2)
-            stages += [
-                *conv_bn_relu(UpConv2x(width, narrower)),
-                ChannelAttention(narrower),
-                SpatialAttention(),
-            ]
-            width = narrower
-        self.high = nn.Sequential(*stages, nn.Conv2d(width, 3, kernel_size=3, padding=1))
+        for wide, narrow in itertools.pairwise(widths):
+            stages += [*conv_bn_relu(UpConv2x(wide, narrow)), ChannelAttention(narrow), SpatialAttention()]
+        self.high = nn.Sequential(*stages, nn.Conv2d(widths[-1], 3, kernel_size=3, padding=1))
 
     def decode(self, features: Tensor) -> Tensor:
         features = self.channel_projection(features)

@@ -1,4 +1,4 @@
-"""Decoders from outside this package: any module that turns a feature map into images."""
+"""Decoders from outside this package: any module that turns a feature map into images, and published ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, FeatureSpec, first_line
+from afterimage.config import AfterimageError, FeatureSpec, first_line, split_provider, split_source, unknown
+from afterimage.models.autoencoders import Autoencoder, FromLatents
 from afterimage.models.decoders.base import Decoder
 from afterimage.models.factories import call_factory, source_digest
 
@@ -106,6 +107,32 @@ class OwnDecoder(Decoder):
                 f"{self.name} returns values that are not finite for features {tuple(features.shape)} of "
                 f"{self.spec.source}"
             )
+
+
+class DiffusersDecoder(OwnDecoder):
+    """The decoder of an autoencoder of diffusers, a folder or a repository of the hub, used without training.
+
+    Its one option is `raw`: true if the features are not normalised like the autoencoder's latents, so that
+    they are normalised first. The default is false for the layer `latents` of an encoder of diffusers, and
+    true for all others.
+    """
+
+    trainable = False
+
+    @staticmethod
+    def digest(name: str) -> str:
+        return Autoencoder.open(name).find_weights().sha256
+
+    def build(self, options: Mapping[str, Any]) -> nn.Module:
+        for option in options:
+            if option != "raw":
+                raise unknown(f"option of {self.name}", option, ("raw",))
+        model, layer = split_source(self.spec.source)
+        raw = options.get("raw", (split_provider(model)[0], layer) != ("diffusers", "latents"))
+        if not isinstance(raw, bool):
+            raise AfterimageError(f"raw of {self.name} must be true or false, got {raw!r}")
+        found = Autoencoder.open(self.name)
+        return FromLatents(found.load(found.find_weights()), raw, found.black)
 
 
 def _image_range(module: nn.Module, name: str) -> tuple[float, float]:

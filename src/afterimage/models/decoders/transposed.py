@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -11,12 +13,11 @@ from afterimage.models.decoders.base import Decoder
 from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_bn_relu, resize, stages_between
 
 
-class TransposedDecoder(Decoder):
-    """Decoder that doubles the feature map's size stage by stage, then a 3x3 convolution to RGB.
+class UpsamplingDecoder(Decoder):
+    """Base of decoders that double the feature map's size stage by stage; subclasses implement `build`.
 
-    A stage is a 4x4 transposed convolution of stride 2, batch norm and ReLU, and halves the channels. The
-    number of stages is the number of doublings that comes nearest to the image's size; if the sizes differ,
-    the last map is resampled bilinearly before the convolution to RGB.
+    Each stage halves the channels. The number of stages is the number of doublings that comes nearest to the
+    image's size.
 
     Args:
         specs: shape of the features; exactly one.
@@ -37,15 +38,28 @@ class TransposedDecoder(Decoder):
     ) -> None:
         super().__init__(specs, image_size)
         self.channel_projection = channel_projection(self.spec.channels, channels)
-        channels = channels or self.spec.channels
-        self.channels = channels
-        stages = []
+        self.channels = channels or self.spec.channels
+        widths = [self.channels]
         for _ in range(stages_between((self.spec.height, self.spec.width), self.canvas.size)):
-            narrower = max(minimum_channels, channels // 2)
-            stages.append(conv_bn_relu(UpConv2x(channels, narrower)))
-            channels = narrower
-        self.stages = nn.Sequential(*stages)
-        self.to_rgb = nn.Conv2d(channels, 3, kernel_size=3, padding=1)
+            widths.append(max(minimum_channels, widths[-1] // 2))
+        self.build(widths)
+
+    @abstractmethod
+    def build(self, widths: Sequence[int]) -> None:
+        """Create the layers, for maps of `widths[i]` channels after i stages."""
+
+
+class TransposedDecoder(UpsamplingDecoder):
+    """Decoder that upsamples by transposed convolutions, then a 3x3 convolution to RGB.
+
+    A stage is a 4x4 transposed convolution of stride 2, batch norm and ReLU. If the sizes differ, the last map
+    is resampled bilinearly before the convolution to RGB. The arguments are those of `UpsamplingDecoder`.
+    """
+
+    def build(self, widths: Sequence[int]) -> None:
+        pairs = itertools.pairwise(widths)
+        self.stages = nn.Sequential(*(conv_bn_relu(UpConv2x(wide, narrow)) for wide, narrow in pairs))
+        self.to_rgb = nn.Conv2d(widths[-1], 3, kernel_size=3, padding=1)
 
     def decode(self, features: Tensor) -> Tensor:
         return self.upsample(self.channel_projection(features))

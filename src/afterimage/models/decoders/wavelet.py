@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import FeatureSpec
-from afterimage.models.decoders.base import Decoder
-from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_bn_relu, resize, stages_between
+from afterimage.models.decoders.transposed import UpsamplingDecoder
+from afterimage.models.layers.blocks import UpConv2x, conv_bn_relu, resize
 
 
-class WaveletDecoder(Decoder):
+class WaveletDecoder(UpsamplingDecoder):
     """Decoder that predicts a small image and, level by level, the Haar detail bands that double its size.
 
     One orthonormal Haar level (Mallat 1989) turns an approximation `(B, 3, h, w)` and its horizontal,
@@ -21,37 +20,18 @@ class WaveletDecoder(Decoder):
     convolution (4x4, stride 2), batch norm and ReLU refine the maps that details are predicted from, and
     halve their channels. Only the inverse transform runs at the image's own size.
 
-    Args:
-        specs: measured shapes of the features
-        image_size: `(height, width)` of the images in pixels
-        channels: channels to which a 1x1 convolution first brings the features; None keeps theirs
-        minimum_channels: smallest number of channels after a halving
+    The arguments are those of `UpsamplingDecoder`.
     """
 
-    size_option = "channels"
-
-    def __init__(
-        self,
-        specs: Sequence[FeatureSpec],
-        image_size: tuple[int, int],
-        *,
-        channels: int | None = None,
-        minimum_channels: int = 32,
-    ) -> None:
-        super().__init__(specs, image_size)
-        self.channel_projection = channel_projection(self.spec.channels, channels)
-        width = channels or self.spec.channels
-        levels = stages_between((self.spec.height, self.spec.width), self.canvas.size)
-        self.trunk = conv_bn_relu(nn.Conv2d(width, width, kernel_size=3, padding=1))
-        self.approximation = nn.Conv2d(width, 3, kernel_size=3, padding=1)
+    def build(self, widths: Sequence[int]) -> None:
+        self.trunk = conv_bn_relu(nn.Conv2d(widths[0], widths[0], kernel_size=3, padding=1))
+        self.approximation = nn.Conv2d(widths[0], 3, kernel_size=3, padding=1)
         self.refine, self.details = nn.ModuleList(), nn.ModuleList()
-        for level in range(levels):
+        self.levels = len(widths) - 1
+        for level in range(self.levels):
             if level:
-                narrower = max(minimum_channels, width // 2)
-                self.refine.append(conv_bn_relu(UpConv2x(width, narrower)))
-                width = narrower
-            self.details.append(nn.Conv2d(width, 9, kernel_size=3, padding=1))
-        self.levels = levels
+                self.refine.append(conv_bn_relu(UpConv2x(widths[level - 1], widths[level])))
+            self.details.append(nn.Conv2d(widths[level], 9, kernel_size=3, padding=1))
 
     def decode(self, features: Tensor) -> Tensor:
         maps = self.trunk(self.channel_projection(features))

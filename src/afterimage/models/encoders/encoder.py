@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FeatureSpec, size_pair, split_source
-from afterimage.models.encoders.base import Frozen, normalise
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, size_pair, split_source
+from afterimage.models.encoders.layers import TracedLayer
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.providers.python import OwnNetwork
 from afterimage.models.encoders.tensor_layout import reorder
-from afterimage.models.encoders.tracing import TracedLayer, trace
-from afterimage.models.weights import random_weights, weight_notes
+from afterimage.models.encoders.tracing import Trace, trace
+from afterimage.models.weights import Weights, weight_notes
 from afterimage.runs.results import FeatureMap
+
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in the luminance of ITU-R BT.601, as in Pillow's conversion to grey."""
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalise images for a network.
+
+    Args:
+        images: `(B, 3, H, W)` in [0, 1]
+        mean: means `(1, C, 1, 1)`; if C is 1, images are first converted to their luminance
+        std: standard deviations of the same shape
+    """
+    if mean.shape[1] == 1:
+        shares = torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+        images = (images * shares).sum(1, keepdim=True)
+    return (images - mean) / std
 
 
 class _Done(Exception):
@@ -27,20 +44,21 @@ class _Done(Exception):
 
 
 class _Hook:
-    """Hook that stores one layer's feature map; the hook of the deepest layer also ends the pass."""
+    """Hook that stores one layer's feature map; that of the deepest layer also ends the pass."""
 
-    def __init__(
-        self, features: list, index: int, layer: TracedLayer, roll: Callable | None, *, last: bool
-    ) -> None:
-        self.features, self.index, self.layout, self.roll = features, index, layer.layout, roll
+    def __init__(self, features: list, index: int, layer: TracedLayer, roll: Callable | None, *, last: bool):
+        self.features, self.index, self.layout, self.roll, self.last = (
+            features,
+            index,
+            layer.layout,
+            roll,
+            last,
+        )
         self.copy = layer.overwritten and not last
-        self.last = last
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.roll is not None:
-            output = self.roll(output)
         try:
-            feature = self.layout(output)
+            feature = self.layout(output if self.roll is None else self.roll(output))
         except (KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
             raise AfterimageError(f"the network returned something else than before: {error}") from error
         self.features[self.index] = feature.clone() if self.copy else feature
@@ -48,7 +66,7 @@ class _Hook:
             raise _Done
 
 
-class Encoder(Frozen):
+class Encoder(nn.Module):
     """Features of one or more layers of a frozen network, for images in [0, 1].
 
     `Encoder("resnet34.tv_in1k:layer1")` has one layer, `Encoder("resnet34", layers=["layer1", "layer2"])` has
@@ -92,6 +110,7 @@ class Encoder(Frozen):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self._gradients = False  # features have gradients with respect to the images inside `gradients()`
         if layers is None and isinstance(source, str):
             source, layer = split_source(source)
             layers = [layer]
@@ -101,7 +120,7 @@ class Encoder(Frozen):
         self.model_name = self.network.name
         self.image_size = size_pair(image_size)
         # The trace of an `nn.Module` object is not cached, so that the cache does not keep the module alive.
-        traced = (trace if isinstance(source, str) else trace.__wrapped__)(self.network, self.image_size)
+        traced = (trace if isinstance(source, str) else Trace)(self.network, self.image_size)
         self._layers = [traced.layer(layer) for layer in layers]
         self.sources = tuple(f"{self.model_name}:{layer}" for layer in layers)
         pairs = zip(self.sources, self._layers, strict=True)
@@ -109,8 +128,8 @@ class Encoder(Frozen):
         self.specs = tuple(found.spec for found in self._maps)
         used = traced.used(self._layers)
         if str(weights) in RANDOM_WEIGHTS:
-            self.weights = random_weights(self.model_name, str(weights), seed)
-            self.model = self.network.create_random(self.image_size, seed, str(weights))
+            self.weights = Weights(self.model_name, str(weights), f"seed {seed}")
+            self.model = traced.create_random(seed, str(weights))
         else:
             found = self.network.find_weights(weights)
             self.model, note = self.network.load(self.image_size, found, used)
@@ -129,12 +148,24 @@ class Encoder(Frozen):
         self._features: list[Tensor | None] = [None] * len(layers)
         deepest = max(range(len(layers)), key=lambda i: (self._layers[i].order, i))
         for index, layer in enumerate(self._layers):
-            hook = _Hook(
-                self._features, index, layer, reorder(self.model, layer.module), last=index == deepest
-            )
+            roll = reorder(self.model, layer.module)
+            hook = _Hook(self._features, index, layer, roll, last=index == deepest)
             self.model.get_submodule(layer.module).register_forward_hook(hook)
         if isinstance(self.network, OwnNetwork):
             self.notes += (*self.network.notes, *self._try())
+
+    @contextlib.contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Enable gradients of the features with respect to the images in this block."""
+        before, self._gradients = self._gradients, True
+        try:
+            yield
+        finally:
+            self._gradients = before
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stay in evaluation mode, including the batch norms."""
+        return super().train(False)
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
@@ -170,7 +201,13 @@ class Encoder(Frozen):
             if feature is None:
                 raise RuntimeError(f"{spec.source} did not run")
             if self.network.is_own:
-                _check(spec, feature, len(images))
+                expected = (len(images), *spec.shape)
+                if tuple(feature.shape) != expected:
+                    raise AfterimageError(
+                        f"{spec.source} returned {tuple(feature.shape)} where {expected} was measured before"
+                    )
+                if not feature.isfinite().all():
+                    raise AfterimageError(f"{spec.source} returns values that are not finite")
         return features
 
     @torch.no_grad()
@@ -181,12 +218,9 @@ class Encoder(Frozen):
         once, again, alone = self(images), self(images), self(images[:1])
         if any(not torch.equal(a, b) for a, b in zip(once, again, strict=True)):
             return [f"the features of {self.model_name} differ from one pass to the next on equal images"]
-        near = (torch.allclose(a[:1], b, rtol=1e-3, atol=1e-4) for a, b in zip(once, alone, strict=True))
-        return (
-            []
-            if all(near)
-            else [f"an image's features in {self.model_name} depend on the others in its batch"]
-        )
+        if all(torch.allclose(a[:1], b, rtol=1e-3, atol=1e-4) for a, b in zip(once, alone, strict=True)):
+            return []
+        return [f"an image's features in {self.model_name} depend on the others in its batch"]
 
     def describe(self) -> list[FeatureMap]:
         """Describe each layer: module, shape, reduction, cost up to there, and positions of its locations."""
@@ -194,16 +228,6 @@ class Encoder(Frozen):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{s.source} {s.channels}x{s.height}x{s.width}" for s in self.specs)
-
-
-def _check(spec: FeatureSpec, feature: Tensor, count: int) -> None:
-    expected = (count, spec.channels, spec.height, spec.width)
-    if tuple(feature.shape) != expected:
-        raise AfterimageError(
-            f"{spec.source} returned {tuple(feature.shape)} where {expected} was measured before"
-        )
-    if not feature.isfinite().all():
-        raise AfterimageError(f"{spec.source} returns values that are not finite")
 
 
 def _drop(model: nn.Module, used: set[str]) -> None:

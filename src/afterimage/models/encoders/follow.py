@@ -72,14 +72,7 @@ class PositionFlow:
         return positions
 
     def step(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Follow an operation that has run.
-
-        Args:
-            func: the dispatcher's operation
-            args: its positional arguments
-            kwargs: its keyword arguments
-            result: its result
-        """
+        """Follow an operation of the dispatcher that has run, with its arguments and its result."""
         self._steps += 1
         if self._steps % self.SWEEP == 0:
             for key in [key for key, reference in self._alive.items() if reference.expired()]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,19 @@ from afterimage.models.encoders.follow import PositionFlow, storage
 from afterimage.models.encoders.positions import Positions
 from afterimage.models.encoders.tensor_layout import Key, Refused, Shapes, reorder, tensors
 
+_ATEN = torch.ops.aten
+_FACTORS = {  # indices of the arguments that multiply features
+    _ATEN.mul: (0, 1),
+    _ATEN.mul_: (0, 1),
+    _ATEN.addcmul: (1, 2),
+    _ATEN.native_batch_norm: (1,),
+    _ATEN._native_batch_norm_legit_no_training: (1,),
+    _ATEN.native_layer_norm: (2,),
+    _ATEN.native_group_norm: (1,),
+    _ATEN._fused_rms_norm: (2,),
+}
+_MATRICES = frozenset([_ATEN.convolution, _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm])
+
 
 @dataclass
 class ModuleCall:
@@ -29,8 +43,8 @@ class ModuleCall:
         shapes: shapes of the returned tensors that depend on the images
         runs: number of calls of this module so far
         refused: reason why the output cannot be used; empty if it can
-        returned: the returned tensors with their versions, which count changes in place
         positions: positions in the image of the returned tensors, if they were followed
+        overwritten: whether a returned tensor was later changed in place
     """
 
     order: int
@@ -39,13 +53,8 @@ class ModuleCall:
     shapes: Shapes
     runs: int
     refused: str
-    returned: list[tuple[Tensor, int]]
     positions: dict[Key, Positions | None]
-
-    @property
-    def overwritten(self) -> bool:
-        """True if a returned tensor has been changed in place since."""
-        return any(tensor._version != version for tensor, version in self.returned)
+    overwritten: bool = False
 
 
 class ForwardTrace(TorchDispatchMode):
@@ -62,6 +71,8 @@ class ForwardTrace(TorchDispatchMode):
     Attributes:
         events: the last call of each module, by module path, which is empty for the model itself
         first_read: number of the operation that first reads a tensor, by the tensor's storage
+        factors: names of the parameters that multiply features, elementwise or as a norm's weight
+        matrices: names of the matrices and convolutions that act on features
         failure: reason why the pass failed; empty if it did not
         flow: the positions of values, or None
     """
@@ -72,7 +83,15 @@ class ForwardTrace(TorchDispatchMode):
         self.flow = PositionFlow(images) if follow else None
         self.events: dict[str, ModuleCall] = {}
         self.first_read: dict[int, int] = {}
+        self.factors: set[str] = set()
+        self.matrices: set[str] = set()
         self.failure = ""
+        # A view of a parameter counts as the parameter; a result computed from it does not.
+        self._names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names[storage(parameter)].append(name)
+        # The returned tensors with their versions, which count changes in place.
+        self._returned: dict[str, list[tuple[Tensor, int]]] = {}
         self._clock = self._flops = self._finished = 0
         self._seen = {storage(images)}
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -92,6 +111,9 @@ class ForwardTrace(TorchDispatchMode):
             torch.backends.mha.set_fastpath_enabled(fast)
             for hook in hooks:
                 hook.remove()
+        for path, returned in self._returned.items():
+            self.events[path].overwritten = any(tensor._version != version for tensor, version in returned)
+        self._returned.clear()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -99,12 +121,18 @@ class ForwardTrace(TorchDispatchMode):
         read = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for key in read:
             self.first_read.setdefault(key, self._clock)
+        packet, on_features = func._overloadpacket, not self._seen.isdisjoint(read)
+        for index, argument in enumerate(args):
+            if isinstance(argument, Tensor) and (names := self._names.get(storage(argument))):
+                if index in _FACTORS.get(packet, ()):
+                    self.factors.update(names)
+                elif packet in _MATRICES and on_features:
+                    self.matrices.update(names)
         result = func(*args, **kwargs)
         made = {storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
-        (self._seen.difference_update if self._seen.isdisjoint(read) else self._seen.update)(made)
+        (self._seen.update if on_features else self._seen.difference_update)(made)
         if self.flow is not None:
             self.flow.step(func, args, kwargs, result)
-        packet = func._overloadpacket
         if packet in flop_registry:
             self._flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif packet is torch.ops.aten.mkldnn_rnn_layer:
@@ -134,7 +162,7 @@ class ForwardTrace(TorchDispatchMode):
             shapes=[(key, tuple(tensor.shape)) for key, tensor in found],
             runs=self.events[path].runs + 1 if path in self.events else 1,
             refused=refused,
-            returned=[(tensor, tensor._version) for _, tensor in found],
             positions={key: self.flow.of(tensor) for key, tensor in found} if self.flow is not None else {},
         )
+        self._returned[path] = [(tensor, tensor._version) for _, tensor in found]
         self._finished += 1

@@ -39,12 +39,12 @@ class Placement:
 
 
 def find_placement(positions: Positions | None, layout: Layout, size: Size) -> Placement:
-    """Find the placement of a feature map.
+    """Find the placement of a feature map on images of a size `(height, width)`.
 
     Args:
         positions: positions of the values that the module returned, or None
         layout: conversion of these values into a feature map
-        size: `(height, width)` of the images in pixels
+        size: size of the images in pixels
     """
     try:
         if positions is None or not positions.parts or all(part[2].isinf().all() for part in positions.parts):
@@ -91,14 +91,7 @@ def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor
 
 
 def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis | None:
-    """Fit an axis to the centres of its locations.
-
-    Args:
-        centres: centres in pixels `(count, others)`, of size 1 along axes of equal values
-        count: number of locations
-        size: length of the image in pixels
-        first: first pixel that any location sees
-        last: end (excluded) of the pixels that any location sees
+    """Fit an axis to the centres `(count, others)` of its locations, which see the pixels `first` to `last`.
 
     Raises:
         Refused: the centres are not on a line
@@ -137,15 +130,9 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
 
 
 def describe_unseen(rows: Axis | None, columns: Axis | None, size: Size) -> str:
-    """Describe the pixels that no location sees.
+    """Describe the pixels that no location sees: `the last 8 rows and columns of 104x104 images are not seen`.
 
-    Args:
-        rows: vertical positions of the locations, or None
-        columns: horizontal positions, or None
-        size: `(height, width)` of the images in pixels
-
-    Returns:
-        for example `the last 8 rows and columns of 104x104 images are not seen`; empty if all are seen
+    Empty if all are seen.
     """
     named = [
         [(end, count) for end, count in (("first", axis.first), ("last", length - axis.last)) if count]

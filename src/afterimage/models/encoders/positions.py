@@ -52,12 +52,7 @@ class Positions:
     doubts: frozenset[str] = frozenset()
 
     def map(self, shape: Sequence[int], change: Callable[[Tensor], Tensor]) -> Positions:
-        """Apply a change to every array.
-
-        Args:
-            shape: shape of the tensor that the result describes
-            change: function of an array
-        """
+        """Apply a change to every array; the result describes a tensor of `shape`."""
         parts, reach = (
             tuple(tuple(change(array) for array in arrays) for arrays in group)
             for group in (self.parts, self.reach)
@@ -70,13 +65,7 @@ class Positions:
 
 
 def of_image(channels: int, height: int, width: int) -> Positions:
-    """Return the positions of an image's pixels `(1, channels, height, width)`, each at its own centre.
-
-    Args:
-        channels: number of channels
-        height: height of the image in pixels
-        width: width of the image in pixels
-    """
+    """Return the positions of an image's pixels `(1, channels, height, width)`, each at its own centre."""
     y = torch.arange(height, dtype=torch.float64, device="cpu").reshape(1, 1, -1, 1)
     x = torch.arange(width, dtype=torch.float64, device="cpu").reshape(1, 1, 1, -1)
     never = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device="cpu")
@@ -92,23 +81,13 @@ def doubtful(sources: Sequence[Positions], shape: Sequence[int], operation: str)
     """Return the positions of the result of an operation that could not be followed.
 
     The result has no centres and depends on everything that its sources depend on.
-
-    Args:
-        sources: positions of the operands
-        shape: shape of the result
-        operation: name of the operation
     """
     doubts = frozenset({operation}).union(*(source.doubts for source in sources))
     return Positions(tuple(shape), (), united([anywhere(r, shape) for s in sources for r in s.reach]), doubts)
 
 
 def anywhere(reach: Arrays, shape: Sequence[int]) -> Arrays:
-    """Return one reach for all elements of a tensor.
-
-    Args:
-        reach: reach of each element of some tensor
-        shape: shape of the tensor that the result describes
-    """
+    """Return one reach for all elements of a tensor of `shape`, from the reach of each element of another."""
     return tuple(array.amin().reshape((1,) * len(shape)) for array in reach)
 
 
@@ -128,12 +107,7 @@ def compress(array: Tensor) -> Tensor:
 
 
 def collapse(reach: Sequence[Arrays], dims: Sequence[int]) -> list[Arrays]:
-    """Return the reaches of elements that depend on everything along some axes.
-
-    Args:
-        reach: reach of each element
-        dims: the axes
-    """
+    """Return the reaches of elements that depend on everything along some axes."""
     for dim in dims:
         reach = [
             tuple(a.amin(dim, keepdim=True) if a.shape[dim] > 1 else a for a in arrays) for arrays in reach
@@ -142,13 +116,7 @@ def collapse(reach: Sequence[Arrays], dims: Sequence[int]) -> list[Arrays]:
 
 
 def reshape(array: Tensor, old: Shape, new: Shape) -> Tensor:
-    """Reshape an array of positions; axes on which it is constant keep size 1.
-
-    Args:
-        array: the array
-        old: shape of the tensor that it describes
-        new: the tensor's new shape
-    """
+    """Reshape an array of positions as its tensor is, from `old` to `new`; constant axes keep size 1."""
     if array.numel() == 1:
         return array.reshape((1,) * len(new))
     before, after = [], []
@@ -208,7 +176,7 @@ def reduced(source: Positions, dims: Sequence[int], *, keepdim: bool, step: floa
         source: positions of the operand
         dims: the reduced axes
         keepdim: whether these axes stay, with size 1
-        step: amount added to `mixed` if centres differ
+        step: see `averaged`
     """
     parts = list(source.parts)
     for dim in dims:
@@ -222,12 +190,7 @@ def reduced(source: Positions, dims: Sequence[int], *, keepdim: bool, step: floa
 
 
 def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
-    """Return the positions of a tensor whose elements each depend on one element of every operand.
-
-    Args:
-        operands: positions of the operands, which are broadcast
-        shape: shape of the result
-    """
+    """Return the positions of a tensor whose elements depend on one element of every operand, as broadcast."""
     lifted = [
         operand.map(shape, lambda array: array.reshape((1,) * (len(shape) - array.ndim) + tuple(array.shape)))
         for operand in operands
@@ -243,39 +206,20 @@ def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
 
 
 def joined(found: Sequence[Positions], dim: int) -> Positions:
-    """Return the positions of concatenated tensors.
+    """Return the positions of tensors that are concatenated along an axis."""
 
-    Args:
-        found: positions of the tensors
-        dim: the axis along which they are concatenated
-    """
-    ndim = len(found[0].shape)
+    def join(arrays: Sequence[Tensor], blank: float) -> Tensor:
+        common = torch.broadcast_shapes(*((*a.shape[:dim], 1, *a.shape[dim + 1 :]) for a in arrays))
+        lengths = [positions.shape[dim] for positions in found]
+        wide = [
+            array.expand([*common[:dim], length, *common[dim + 1 :]])
+            for array, length in zip(arrays, lengths, strict=True)
+        ]
+        return torch.cat(wide, dim)
 
-    def join(name: str, number: int) -> Arrays:
-        arrays = []
-        for index, blank in enumerate(BLANKS[name]):
-            pieces = []
-            for positions in found:
-                group = getattr(positions, name)
-                piece = torch.full((1,) * ndim, blank, dtype=torch.float64, device="cpu")
-                piece = group[number][index] if number < len(group) else piece
-                pieces.append(_stretched(piece, dim, positions.shape[dim]))
-            common = torch.broadcast_shapes(*((*p.shape[:dim], 1, *p.shape[dim + 1 :]) for p in pieces))
-            wide = [
-                p.expand([p.shape[dim] if axis == dim else n for axis, n in enumerate(common)])
-                for p in pieces
-            ]
-            arrays.append(compress(torch.cat(wide, dim)))
-        return tuple(arrays)
-
-    counts = {name: max(len(getattr(positions, name)) for positions in found) for name in BLANKS}
+    first = found[0].shape
     length = sum(positions.shape[dim] for positions in found)
-    return Positions(
-        tuple(length if axis == dim else size for axis, size in enumerate(found[0].shape)),
-        chosen([join("parts", number) for number in range(counts["parts"])]),
-        united([join("reach", number) for number in range(counts["reach"])]),
-        frozenset().union(*(positions.doubts for positions in found)),
-    )
+    return _combined(found, (*first[:dim], length, *first[dim + 1 :]), join)
 
 
 def aliased(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> Positions:
@@ -287,26 +231,37 @@ def aliased(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> Positio
     """
     size = view.untyped_storage().nbytes() // view.element_size()
 
-    def read(name: str, number: int) -> Arrays:
-        arrays = []
-        for index, blank in enumerate(BLANKS[name]):
-            memory = torch.full((size,), blank, dtype=torch.float64, device="cpu")
-            for place, positions in sources:
-                group, target = getattr(positions, name), memory.as_strided(*place)
-                target.copy_(group[number][index].expand(place[0])) if number < len(group) else target.fill_(
-                    blank
-                )
-            seen = memory.as_strided(view.shape, view.stride(), view.storage_offset())
-            arrays.append(compress(seen.contiguous()))
-        return tuple(arrays)
+    def read(arrays: Sequence[Tensor], blank: float) -> Tensor:
+        memory = torch.full((size,), blank, dtype=torch.float64, device="cpu")
+        for (place, _), array in zip(sources, arrays, strict=True):
+            memory.as_strided(*place).copy_(array.expand(place[0]))
+        return memory.as_strided(view.shape, view.stride(), view.storage_offset()).contiguous()
 
-    counts = {name: max(len(getattr(positions, name)) for _, positions in sources) for name in BLANKS}
-    return Positions(
-        tuple(view.shape),
-        chosen([read("parts", number) for number in range(counts["parts"])]),
-        united([read("reach", number) for number in range(counts["reach"])]),
-        frozenset().union(*(positions.doubts for _, positions in sources)),
+    return _combined([positions for _, positions in sources], tuple(view.shape), read)
+
+
+def _combined(
+    sources: Sequence[Positions], shape: Shape, combine: Callable[[Sequence[Tensor], float], Tensor]
+) -> Positions:
+    """Combine positions array by array; where a source has no array, a blank one takes its place."""
+
+    def arrays(name: str, number: int) -> Arrays:
+        result = []
+        for index, blank in enumerate(BLANKS[name]):
+            own = []
+            for positions in sources:
+                group = getattr(positions, name)
+                empty = torch.full((1,) * len(positions.shape), blank, dtype=torch.float64, device="cpu")
+                own.append(group[number][index] if number < len(group) else empty)
+            result.append(compress(combine(own, blank)))
+        return tuple(result)
+
+    parts, reach = (
+        [arrays(name, number) for number in range(max(len(getattr(source, name)) for source in sources))]
+        for name in BLANKS
     )
+    doubts = frozenset().union(*(source.doubts for source in sources))
+    return Positions(shape, chosen(parts), united(reach), doubts)
 
 
 def united(reach: Sequence[Arrays]) -> tuple[Arrays, ...]:
@@ -346,10 +301,6 @@ def chosen(parts: Sequence[Arrays]) -> tuple[Arrays, ...]:
 
 def _pattern(arrays: Arrays) -> frozenset[int]:
     return frozenset(dim for array in arrays for dim, size in enumerate(array.shape) if size > 1)
-
-
-def _stretched(array: Tensor, dim: int, size: int) -> Tensor:
-    return array.expand([size if axis == dim else length for axis, length in enumerate(array.shape)])
 
 
 def _between(first: Arrays, second: Arrays) -> list[Tensor]:

@@ -59,7 +59,7 @@ class Layout:
     def __call__(self, output: Any) -> Tensor:
         """Return the feature map `(B, C, h, w)` of a module's output, as a view if possible."""
         for step in self.key:
-            output = step_into(output, step)
+            output = items(output)[step]
         if self.axes == "NC":
             return output[:, :, None, None]
         if self.axes == "NHWC":
@@ -73,46 +73,26 @@ class Layout:
 
 
 def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
-    """List every tensor in an output.
+    """List every tensor in a module's output, with the keys, indices and field names that lead to it.
 
-    Args:
-        output: output of a module
-        key: indices, keys and field names that led to `output`
-
-    Returns:
-        each tensor, with the indices, keys and field names that lead to it
+    `key` are those that led to the output itself.
     """
     if isinstance(output, Tensor):
         return [(key, output)]
-    items: Any = ()
+    return [found for step, item in items(output).items() for found in tensors(item, (*key, step))]
+
+
+def items(output: Any) -> dict[int | str, Any]:
+    """Return the items of an output by key, index or field name; empty if it has none."""
     if isinstance(output, Mapping):
-        items = output.items()
-    elif isinstance(output, list | tuple):
-        items = enumerate(output)
-    elif has_fields(output):
-        items = ((name, getattr(output, name)) for name in field_names(output))
-    return [found for step, item in items for found in tensors(item, (*key, step))]
-
-
-def has_fields(output: Any) -> bool:
-    """Return whether an output has named fields: a dataclass or a namespace."""
-    return (is_dataclass(output) and not isinstance(output, type)) or isinstance(output, SimpleNamespace)
-
-
-def field_names(output: Any) -> list[str]:
-    """Return the names of an output's fields."""
-    return [field.name for field in fields(output)] if is_dataclass(output) else list(vars(output))
-
-
-def step_into(output: Any, step: int | str) -> Any:
-    """Return an item of an output.
-
-    Args:
-        output: output of a module
-        step: index, key or field name of the item
-    """
-    by_name = isinstance(step, str) and not isinstance(output, Mapping) and has_fields(output)
-    return getattr(output, step) if by_name else output[step]
+        return dict(output)
+    if isinstance(output, list | tuple):
+        return dict(enumerate(output))
+    if isinstance(output, SimpleNamespace):
+        return dict(vars(output))
+    if is_dataclass(output) and not isinstance(output, type):
+        return {field.name: getattr(output, field.name) for field in fields(output)}
+    return {}
 
 
 def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
@@ -142,9 +122,7 @@ def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
 def find_vector(first: Shapes, second: Shapes) -> Layout | None:
     """Return the layout of one vector per image, `(B, C)` or `(B, C, 1, 1)`; None for any other output.
 
-    Args:
-        first: keys and shapes of the tensors in the first pass
-        second: the same in the second pass, on another image size
+    The arguments are the first two of `find_layout`.
     """
     if len(first) != 1 or len(second) != 1:
         return None
@@ -226,7 +204,7 @@ def _layout(
             ("NLC", 2, 1, measured),
             ("NCL", 1, 2, 0),
         ):
-            grids = [find_grid(s[token] - skipped, size) for s, size in zip(both, sizes, strict=True)]
+            grids = [_grid(s[token] - skipped, size) for s, size in zip(both, sizes, strict=True)]
             if shape[channel] == later[channel] and all(grids) and _grows(grids, sizes):
                 found.append(Layout(axes, shape[channel], *grids[0], prefix=skipped, key=key))
     if not found:
@@ -320,15 +298,10 @@ def _grows(grids: list[Size], sizes: tuple[Size, Size]) -> bool:
     )
 
 
-def find_grid(count: int, size: Size) -> Size | None:
-    """Find the grid `(h, w)` of `count` locations that is closest to an image's aspect ratio.
+def _grid(count: int, size: Size) -> Size | None:
+    """Find the grid `(h, w)` of `count` locations that is closest to the aspect ratio of an image `(height, width)`.
 
-    Args:
-        count: number of locations
-        size: `(height, width)` of the image in pixels
-
-    Returns:
-        the grid, or None if no grid is within one location of the aspect ratio
+    None if no grid is within one location of it.
     """
     if count < 1:
         return None

@@ -10,109 +10,119 @@ import functools
 import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from afterimage.config import AfterimageError, unknown
+from afterimage.config import AfterimageError, size_pair, split_source, unknown
 from afterimage.models.encoders.forward_trace import ForwardTrace, storage
+from afterimage.models.encoders.layers import OUTPUT, ROLES, TracedLayer, layers_by_role, stages
 from afterimage.models.encoders.placement import Placement, find_placement
-from afterimage.models.encoders.positions import Positions
-from afterimage.models.encoders.providers.base import Network
-from afterimage.models.encoders.random_init import Blank, seeded
-from afterimage.models.encoders.tensor_layout import Layout, Refused, Size, find_layout, find_vector
+from afterimage.models.encoders.providers import Network, open_network
+from afterimage.models.encoders.random_init import Blank, open_branches, seeded
+from afterimage.models.encoders.tensor_layout import Refused, Shapes, Size, find_layout, find_vector
 from afterimage.runs.results import FeatureMap
 
-OUTPUT = "output"
-"""Name of the layer that is the output of the whole network."""
-ROLES = {
-    "norm": "the final norm over a map's locations, behind all blocks",
-    "cls": "the class token behind the last block and the final norm",
-    "pooled": "the vector that the classifier reads, as one module returns it",
-    "head": "the vector that the whole network returns: classes or an embedding",
-}
-"""Names of layers by their role, with a description of each."""
-Found = tuple["TracedLayer", Positions | None]
 
-
-@dataclass(frozen=True)
-class TracedLayer:
-    """A module whose output is a feature map, or a vector.
-
-    Attributes:
-        module: path of the module; empty for the whole network
-        layout: conversion of its output into a feature map
-        order: number of modules that finish before it
-        clock: number of operations until it finishes
-        parameters: number of parameters of the network up to there
-        macs: multiply-adds of the network up to there, for one image
-        overwritten: whether the network later changes the module's output in place
-        placement: positions of its locations in the image
-        is_vector: whether the output is one vector for the whole image
-    """
-
-    module: str
-    layout: Layout
-    order: int
-    clock: int
-    parameters: int
-    macs: int
-    overwritten: bool
-    placement: Placement = Placement()
-    is_vector: bool = False
-
-    def feature_map(self, source: str, image_size: Size) -> FeatureMap:
-        """Describe the layer, named `model:layer`, on images of a size `(height, width)`."""
-        return FeatureMap(
-            source,
-            self.layout.channels,
-            self.layout.height,
-            self.layout.width,
-            self.placement.rows,
-            self.placement.columns,
-            module=self.module,
-            order=self.order,
-            reduction=image_size[0] / self.layout.height,
-            encoder_parameters=self.parameters,
-            encoder_macs=self.macs,
-            unseen=self.placement.unseen,
-        )
-
-
-@dataclass(frozen=True)
 class Trace:
     """A network on images of one size: its layers, and the reasons why other modules are not layers.
 
-    Attributes:
+    Args:
         network: the network
         image_size: `(height, width)` of the images in pixels
+
+    Attributes:
         modules: paths of all modules; the path of the whole network is empty
         layers: the modules whose output is a feature map, by path
-        refused: for each other module that ran, the reason why it is not a layer
-        reads: saved tensors in the order in which they are first read: clock, names, number of parameters
+        vectors: the modules whose output is one vector, by path
         aliases: module paths by short name
-        stages: paths of the layers worth listing
+        named: layers that the network has by role, a key of `ROLES`
+        reads: saved tensors in the order in which they are first read: clock, names, number of parameters
         failure: reason why the network stopped before its end; empty if it did not
-        find: function that finds what a module returns under some keys, and the positions of its values in
-            the image
-        named: layers that the network has by role, see `_named`
-        placements: placements computed so far, by layer name
+
+    Raises:
+        AfterimageError: the network cannot be built for images of this size
     """
 
-    network: Network
-    image_size: Size
-    modules: Collection[str]
-    layers: Mapping[str, TracedLayer]
-    refused: Mapping[str, str]
-    reads: Sequence[tuple[int, tuple[str, ...], int]]
-    aliases: Mapping[str, str]
-    stages: Sequence[str]
-    failure: str
-    find: Callable[[str, Sequence[str]], Found]
-    named: Mapping[str, Found]
-    placements: dict[str, Placement] = field(default_factory=dict)
+    def __init__(self, network: Network, image_size: Size) -> None:
+        self.network, self.image_size = network, image_size
+        try:
+            model = _blank(network, image_size)
+        except _Unbuildable as reason:
+            raise cannot_run(network, image_size, str(reason)) from reason
+        first = ForwardTrace(model, _images(network, model, 1, image_size), follow=True)
+        if (first.failure or first.flow.needs_values) and _device(model) == "meta":
+            model = _blank(network, image_size, "cpu")
+            first = ForwardTrace(model, _images(network, model, 1, image_size), follow=True)
+        second, later_size = _observe_again(network, model, image_size, first)
+        self._later = {path: event.shapes for path, event in second.events.items()}
+        self._sizes = image_size, later_size
+        self._events, self.failure = first.events, first.failure
+        self._prefix, self._nhwc = network.prefix_tokens(model), getattr(model, "output_fmt", "") == "NHWC"
+        self._uses = first.factors, first.matrices
+        self.reads = _reads(model, first)
+        self._clocks = [clock for clock, _, _ in self.reads]
+        self._totals = [0, *itertools.accumulate(count for _, _, count in self.reads)]
+        self.modules = dict.fromkeys(path for path, _ in model.named_modules())
+        self.aliases = network.aliases(model) | ({} if OUTPUT in self.modules else {OUTPUT: ""})
+        self.layers: dict[str, TracedLayer] = {}
+        self.vectors: dict[str, TracedLayer] = {}
+        for path in self._events:
+            with contextlib.suppress(Refused):
+                found = self._find(path)
+                (self.vectors if found.is_vector else self.layers)[path] = found
+        self._stages = stages(model, self.layers, set(self.aliases.values()) - {""})
+        self.named: dict[str, TracedLayer] = {}
+        if not self.failure:
+            pooler = None
+            with contextlib.suppress(Refused):
+                pooler = self._find("", ("pooler_output",))
+            self.named = layers_by_role(model, self.layers, self.vectors, pooler)
+        self._placements: dict[str, Placement] = {}
+
+    def _find(self, path: str, keys: Sequence[str] = ()) -> TracedLayer:
+        """Find what a module returns under some keys.
+
+        Raises:
+            Refused: it is neither a feature map nor a vector
+        """
+        if path not in self._events:
+            raise Refused("it does not run as a module of its own")
+        event = self._events[path]
+        if event.refused:
+            raise Refused(event.refused)
+        if event.runs > 1:
+            raise Refused(f"it runs {event.runs} times in one pass, so that its output is not one thing")
+        if path not in self._later:
+            raise Refused("it does not run on images of every size")
+        shapes, later = (
+            [(key, shape) for key, shape in found if [str(step) for step in key[: len(keys)]] == list(keys)]
+            for found in (event.shapes, self._later[path])
+        )
+        if keys and not shapes:
+            raise Refused(f"nothing it returns is called {_bracketed(keys)}")
+        positions, is_vector = None, False
+        try:
+            layout = find_layout(shapes, later, self._sizes, self._prefix, self._nhwc, event.positions)
+            positions = event.positions[layout.key]
+        except Refused as reason:
+            layout, is_vector = find_vector(shapes, later), True
+            if layout is None:
+                raise Refused(f"{reason}{self._hint(path, shapes)}") from None
+        total = self._totals[bisect_right(self._clocks, event.clock)]
+        counted = event.order, event.clock, total, event.macs, event.overwritten
+        return TracedLayer(path, layout, *counted, is_vector, positions)
+
+    def _hint(self, path: str, shapes: Shapes) -> str:
+        hint = ""
+        if len(shapes) > 1:
+            listed = ", ".join(f"{_bracketed(key)} {'x'.join(map(str, shape))}" for key, shape in shapes)
+            hint = f"; it returns {listed}: name one as {path or OUTPUT}[KEY]"
+        if self.network.is_own and self._prefix is None and any(len(shape) == 3 for _, shape in shapes):
+            hint += "; the network's attribute prefix_tokens may say how many tokens come before the map's"
+        return hint
 
     def layer(self, name: str) -> TracedLayer:
         """Return a layer by module path or alias, followed by keys in brackets if it has several tensors.
@@ -139,19 +149,40 @@ class Trace:
             valid = dict.fromkeys([*self.names, *self.by_order, *self.named, OUTPUT])
             raise unknown(f"layer of {model}", name, valid, limit=min(40, max(12, len(self.names))))
         try:
-            found, positions = self.find(path, keys) if path in self.modules else self.named[path]
+            found = self._find(path, keys) if path in self.modules else self.named[path]
         except Refused as reason:
-            if path not in self.refused and path not in self.layers and self.failure:
+            if path not in self._events and self.failure:
                 raise cannot_run(self.network, self.image_size, self.failure) from None
             raise AfterimageError(
                 f"{model}:{name} cannot be inverted: {reason}. Valid: {', '.join(self.names or self.by_order)}; "
                 f"`afterimage layers {model} --all-modules` lists every module"
             ) from None
-        if name not in self.placements:
-            self.placements[name] = (
-                Placement() if found.is_vector else find_placement(positions, found.layout, self.image_size)
+        if name not in self._placements:
+            self._placements[name] = (
+                Placement()
+                if found.is_vector
+                else find_placement(found.positions, found.layout, self.image_size)
             )
-        return replace(found, placement=self.placements[name])
+        return replace(found, placement=self._placements[name], positions=None)
+
+    def describe(self, name: str) -> FeatureMap:
+        """Describe a layer by its name, see `layer`."""
+        return self.layer(name).feature_map(f"{self.network.name}:{name}", self.image_size)
+
+    def list_layers(self, *, every: bool = False) -> list[FeatureMap]:
+        """List the layers worth listing, or every module that returns a feature map, in order of execution.
+
+        Raises:
+            AfterimageError: there are none
+        """
+        if not self.layers:
+            reason = self.failure or "no module returns a feature map"
+            raise cannot_run(self.network, self.image_size, reason)
+        return [self.describe(name) for name in (self.by_order if every else self.names or self.by_order)]
+
+    def list_named(self) -> list[FeatureMap]:
+        """List the layers that the network has by role, except roles that are also module paths."""
+        return [self.describe(name) for name in self.named if name not in self.modules]
 
     @property
     def early_end(self) -> str:
@@ -180,12 +211,24 @@ class Trace:
     @property
     def names(self) -> list[str]:
         """Names of the layers worth listing, in order of execution."""
-        return [name for name in self.by_order if self.aliases.get(name, name) in self.stages]
+        return [name for name in self.by_order if self.aliases.get(name, name) in self._stages]
 
     def used(self, layers: Sequence[TracedLayer]) -> list[tuple[str, ...]]:
         """Return the saved tensors that the given layers read, each as a tuple of all its names."""
         last = max(layer.clock for layer in layers)
         return [names for clock, names, _ in self.reads if clock <= last]
+
+    def create_random(self, seed: int, kind: str = "random") -> nn.Module:
+        """Build a random control.
+
+        Args:
+            seed: seed of the weights
+            kind: `random` (every block acts) or `random-init` (its library's own initialisation)
+        """
+        model = self.network.create_untrained(self.image_size, seed)
+        if kind == "random":
+            open_branches(model, *self._uses)
+        return model
 
 
 class _Unbuildable(Exception):
@@ -193,13 +236,7 @@ class _Unbuildable(Exception):
 
 
 def cannot_run(network: Network, size: Size, reason: str) -> AfterimageError:
-    """Create the error for a network that cannot run on images of a size.
-
-    Args:
-        network: the network
-        size: `(height, width)` of the images in pixels
-        reason: reason why it cannot run
-    """
+    """Create the error for a network that cannot run on images `(height, width)`, with the reason."""
     works = _size_that_works(network, size)
     return AfterimageError(
         f"{network.name} cannot run on {size[0]}x{size[1]} images ({reason})"
@@ -217,155 +254,6 @@ def _size_that_works(network: Network, size: Size) -> str:
         if native != size and not trace(network, native).failure:
             return f"{native[0]}x{native[1]}, the size of its pretraining"
     return ""
-
-
-@functools.lru_cache(maxsize=32)
-def trace(network: Network, image_size: Size) -> Trace:
-    """Trace a network.
-
-    Args:
-        network: the network
-        image_size: `(height, width)` of the images in pixels
-
-    Raises:
-        AfterimageError: the network cannot be built for images of this size
-    """
-    try:
-        model = _blank(network, image_size)
-    except _Unbuildable as reason:
-        raise cannot_run(network, image_size, str(reason)) from reason
-    first = ForwardTrace(model, _images(network, model, 1, image_size), follow=True)
-    if (first.failure or first.flow.needs_values) and _device(model) == "meta":
-        model = _blank(network, image_size, "cpu")
-        first = ForwardTrace(model, _images(network, model, 1, image_size), follow=True)
-    second, size = _observe_again(network, model, image_size, first)
-    modules = dict.fromkeys(path for path, _ in model.named_modules())
-    aliases = network.aliases(model) | ({} if OUTPUT in modules else {OUTPUT: ""})
-    find = _finder(network, model, first, second, (image_size, size))
-    layers, vectors, refused = {}, {}, {}
-    for path in first.events:
-        try:
-            found, _ = find(path, ())
-            (vectors if found.is_vector else layers)[path] = found
-        except Refused as reason:
-            refused[path] = str(reason)
-    stages = _stages(model, layers, set(aliases.values()) - {""})
-    named = {} if first.failure else _named(model, layers, vectors, find)
-    reads = _reads(model, first)
-    return Trace(
-        network, image_size, modules, layers, refused, reads, aliases, stages, first.failure, find, named
-    )
-
-
-def _named(
-    model: nn.Module,
-    layers: Mapping[str, TracedLayer],
-    vectors: Mapping[str, TracedLayer],
-    find: Callable[[str, Sequence[str]], Found],
-) -> dict[str, Found]:
-    """Find the layers of `ROLES` that a network has.
-
-    The final norm lies outside the blocks, whose paths contain a number, and runs after them. The class token
-    is the first of the tokens outside the map, in a network with a parameter for it. The classifier is the
-    last matrix or convolution that returns a vector as long as the network's own output.
-    """
-    modules = dict(model.named_modules())
-    inner = {path: layer for path, layer in layers.items() if path}
-    # Without maps of one channel, such as the weights of an attention that pools locations (SigLIP's head).
-    blocks = [
-        layer
-        for path, layer in inner.items()
-        if layer.layout.channels > 1 and any(True for _ in modules[path].children())
-    ]
-    found: dict[str, Found] = {}
-    for path, layer in inner.items():
-        is_norm = "norm" in type(modules[path]).__name__.lower()
-        if is_norm and not any(part.isdigit() for part in path.split(".")):
-            others = [block for block in blocks if not path.startswith(f"{block.module}.")]
-            if all(layer.order > block.order for block in others):
-                found["norm"] = find(path, ())
-    tokens = [
-        layer for layer in inner.values() if layer.layout.axes in ("NLC", "NCL") and layer.layout.prefix
-    ]
-    has_class = any(
-        word in name.rpartition(".")[2] for name, _ in model.named_parameters() for word in ("cls", "class_")
-    )
-    if tokens and has_class:
-        layer = found["norm"][0] if "norm" in found else max(tokens, key=lambda layer: layer.order)
-        layout = layer.layout
-        if layout.prefix:
-            beside = layout.prefix + layout.height * layout.width + layout.suffix - 1
-            one = replace(layout, prefix=0, height=1, width=1, suffix=beside)
-            found["cls"] = replace(layer, layout=one, is_vector=True), None
-    with contextlib.suppress(Refused):
-        found["pooled"] = find("", ("pooler_output",))
-    channels = vectors[""].layout.channels if "" in vectors else 0
-    last = max((layer.order for layer in inner.values()), default=-1)
-    late = sorted((v for path, v in vectors.items() if path and v.order > last), key=lambda v: v.order)
-    heads = [
-        v.order
-        for v in late
-        if v.layout.channels == channels
-        and not any(modules[v.module].children())
-        and any(p.ndim > 1 for p in modules[v.module].parameters())
-    ]
-    before = [v for v in late if not heads or v.order < heads[-1]]
-    if before and "" in vectors and "pooled" not in found:
-        found["pooled"] = before[-1], None
-    if "" in vectors:
-        found["head"] = vectors[""], None
-    return found
-
-
-def _finder(
-    network: Network, model: nn.Module, first: ForwardTrace, second: ForwardTrace, sizes: tuple[Size, Size]
-) -> Callable[[str, Sequence[str]], Found]:
-    """Return `find` of a `Trace`; the function keeps no tensors of the passes."""
-    reads = _reads(model, first)
-    clocks = [clock for clock, _, _ in reads]
-    totals = [0, *itertools.accumulate(count for _, _, count in reads)]
-    prefix, nhwc = network.prefix_tokens(model), getattr(model, "output_fmt", "NCHW") == "NHWC"
-    overwritten = {path: event.overwritten for path, event in first.events.items()}
-    events = {path: replace(event, returned=[]) for path, event in first.events.items()}
-    later_shapes = {path: event.shapes for path, event in second.events.items()}
-
-    def find(path: str, keys: Sequence[str]) -> Found:
-        if path not in events:
-            raise Refused("it does not run as a module of its own")
-        event = events[path]
-        if event.refused:
-            raise Refused(event.refused)
-        if event.runs > 1:
-            raise Refused(f"it runs {event.runs} times in one pass, so that its output is not one thing")
-        if path not in later_shapes:
-            raise Refused("it does not run on images of every size")
-        shapes, later = (
-            [(key, shape) for key, shape in found if [str(step) for step in key[: len(keys)]] == list(keys)]
-            for found in (event.shapes, later_shapes[path])
-        )
-        if keys and not shapes:
-            raise Refused(f"nothing it returns is called {_bracketed(keys)}")
-        try:
-            layout = find_layout(shapes, later, sizes, prefix, nhwc, event.positions)
-            positions, vector = event.positions[layout.key], None
-        except Refused as reason:
-            layout = vector = find_vector(shapes, later)
-            positions = None
-            if vector is None:
-                hint = ""
-                if len(shapes) > 1:
-                    listed = ", ".join(
-                        f"{_bracketed(key)} {'x'.join(map(str, shape))}" for key, shape in shapes
-                    )
-                    hint = f"; it returns {listed}: name one as {path or OUTPUT}[KEY]"
-                if network.is_own and prefix is None and any(len(shape) == 3 for _, shape in shapes):
-                    hint += "; the network's attribute prefix_tokens may say how many tokens come before the map's"
-                raise Refused(f"{reason}{hint}") from None
-        total = totals[bisect_right(clocks, event.clock)]
-        counted = event.order, event.clock, total, event.macs, overwritten[path]
-        return TracedLayer(path, layout, *counted, is_vector=vector is not None), positions
-
-    return find
 
 
 def _bracketed(keys: Sequence[int | str]) -> str:
@@ -429,29 +317,35 @@ def _reads(model: nn.Module, seen: ForwardTrace) -> list[tuple[int, tuple[str, .
     return sorted((seen.first_read[s], tuple(names[s]), counts[s]) for s in names if s in seen.first_read)
 
 
-def _stages(
-    model: nn.Module, layers: Mapping[str, TracedLayer], named: Collection[str], depth: int = 4
-) -> list[str]:
-    """Choose the layers worth listing.
+trace = functools.lru_cache(maxsize=32)(Trace)
+"""Function from a network and the size of its images to its `Trace`, which is kept."""
 
-    These are the layers in `named`, which have names in the published study, those that timm declares, and
-    the outermost composite modules that contain less than half of the network's layers. If the study names
-    layers, single operations are left out.
+
+def list_layers(
+    model: str, image_size: int | Sequence[int] = 224, *, every: bool = False
+) -> list[FeatureMap]:
+    """List the layers of a model that can be inverted, in order of execution. No weights are needed.
+
+    Args:
+        model: `[provider/]model`
+        image_size: side of the images in pixels, or `(height, width)`
+        every: whether to list every module that returns a feature map, not only stages and blocks
+
+    Raises:
+        AfterimageError: the model is unknown or cannot run on images of that size
     """
-    infos = getattr(model, "feature_info", None) or ()
-    declared = {info["module"] for info in infos if isinstance(info, dict)}
-    found: list[str] = []
+    return trace(open_network(model), size_pair(image_size)).list_layers(every=every)
 
-    def visit(parent: nn.Module, prefix: str, level: int) -> None:
-        for name, module in parent.named_children():
-            path = f"{prefix}{name}"
-            composite = any(True for _ in module.children())
-            inside = [other for other in layers if other.startswith(f"{path}.")]
-            whole = composite and len(inside) < len(layers) / 2 and set(named).isdisjoint(inside)
-            if path in layers and (path in named or whole or (path in declared and (composite or not named))):
-                found.append(path)
-            elif level < depth:
-                visit(module, f"{path}.", level + 1)
 
-    visit(model, "", 1)
-    return found
+def layer_info(source: str, image_size: int | Sequence[int] = 224) -> FeatureMap:
+    """Describe one layer, `model:layer`, which may be any module that returns a feature map.
+
+    Args:
+        source: `[provider/]model:layer`
+        image_size: side of the images in pixels, or `(height, width)`
+
+    Raises:
+        AfterimageError: the model or layer is unknown, or the layer's output is not a feature map
+    """
+    model, layer = split_source(source)
+    return trace(open_network(model), size_pair(image_size)).describe(layer)

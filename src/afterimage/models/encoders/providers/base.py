@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, listed
-from afterimage.models.encoders.match import best_match, nearest
-from afterimage.models.encoders.random_init import Blank, ParameterUses, open_branches, parameter_uses, seeded
+from afterimage.models.encoders.random_init import Blank, seeded
 from afterimage.models.encoders.tensor_layout import Size
+from afterimage.models.match import best_match, nearest
 from afterimage.models.weight_files import NamedTensors, read_named_tensors
 from afterimage.models.weights import Weights
 
@@ -99,19 +98,10 @@ class Network(abc.ABC):
         """Return a function from a publisher's names and shapes to the module's own, or None."""
         return None
 
-    def create_random(self, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
-        """Build a random control.
-
-        Args:
-            image_size: `(height, width)` of the images in pixels
-            seed: seed of the weights
-            kind: `random` (every block acts) or `random-init` (its library's own initialisation)
-        """
+    def create_untrained(self, image_size: Size, seed: int) -> nn.Module:
+        """Build the network with its library's own initialisation, drawn from a seed."""
         with seeded(seed):
-            model = self.create(image_size)
-        if kind == "random":
-            open_branches(model, _parameter_uses(self, image_size))
-        return model
+            return self.create(image_size)
 
     def load(
         self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
@@ -134,80 +124,62 @@ class Network(abc.ABC):
         file = read_named_tensors(weights.file)
         with seeded(0), Blank():
             module = self.create(image_size)
-        convert = self.convert(module, image_size)
-        return module, load_tensors(module, self, file, used, convert, image_size)
+        return module, self.load_tensors(module, image_size, file, used, self.convert(module, image_size))
+
+    def load_tensors(
+        self,
+        module: nn.Module,
+        image_size: Size,
+        file: NamedTensors,
+        used: Sequence[tuple[str, ...]],
+        convert: Convert | None,
+    ) -> str:
+        """Load a file's tensors into the network as `load` does.
+
+        The file may hold only a part of the network. `convert` turns a publisher's names and shapes into the
+        network's own; it may be None.
+        """
+        name, own = self.name, module.state_dict()
+        required = [names for names in used if own[names[0]].is_floating_point()]
+        match, note = best_match(
+            file, own, required, lambda state: _fit(name, convert, state, own, file.file)
+        )
+        if match.missing:
+            like = nearest(file, match.missing[0])
+            hint = f"; most like {match.missing[0]} is {like}" if like else ""
+            raise AfterimageError(
+                f"{file.file} lacks {listed(match.missing)}, which the layers in use of {name} read; "
+                f"{file.holds()}{hint}"
+            )
+        read = {key for names in used for key in names}
+        known = {key: value for key, value in match.state.items() if key in own}
+        misfits = {key: value for key, value in known.items() if value.shape != own[key].shape}
+        wrong = [
+            f"{key} is {_shape(value)} there and {_shape(own[key])} in the model"
+            for key, value in misfits.items()
+            if key in read or not key.startswith(self.classifiers)
+        ]
+        if wrong:
+            native = self.native_size
+            resized = (
+                f" (built for {image_size[0]}x{image_size[1]} images; its weights are for {native[0]}x{native[1]})"
+                if self.has_fixed_size and native != image_size
+                else ""
+            )
+            raise AfterimageError(f"{file.file} does not fit {name}: {listed(wrong)}{resized}")
+        broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
+        if broken:
+            raise AfterimageError(f"{file.file} holds values that are not finite, in {listed(broken)}")
+        module.load_state_dict(
+            {key: value for key, value in known.items() if key not in misfits}, strict=False
+        )
+        return note
 
     def without_classifier(self, module: nn.Module) -> nn.Module:
         """Replace the classifier by an identity, so that the network returns an embedding."""
         for name in {*self.classifiers} & dict(module.named_children()).keys():
             setattr(module, name, nn.Identity())
         return module
-
-
-@functools.lru_cache(maxsize=32)
-def _parameter_uses(network: Network, image_size: Size) -> ParameterUses:
-    """Observe a network once for all its seeds and layers, since a pass takes longer than drawing weights."""
-    with seeded(0), Blank():
-        return parameter_uses(network.create(image_size), image_size, network.channels)
-
-
-def load_tensors(
-    module: nn.Module,
-    network: Network,
-    file: NamedTensors,
-    used: Sequence[tuple[str, ...]],
-    convert: Convert | None,
-    image_size: Size,
-) -> str:
-    """Load a file's tensors into a network, named as in the network or by their publisher.
-
-    The file may hold only a part of the network.
-
-    Args:
-        module: the network
-        network: its provider's description
-        file: the tensors of the file
-        used: the tensors that the file must hold, each as a tuple of all its names
-        convert: function from a publisher's names and shapes to the network's own, or None
-        image_size: `(height, width)` of the images in pixels
-
-    Returns:
-        a note on the place of the weights in the file, empty if that is obvious
-
-    Raises:
-        AfterimageError: a used tensor is missing, does not fit or is not finite; the message names the file
-    """
-    name, own = network.name, module.state_dict()
-    required = [names for names in used if own[names[0]].is_floating_point()]
-    match, note = best_match(file, own, required, lambda state: _fit(name, convert, state, own, file.file))
-    if match.missing:
-        like = nearest(file, match.missing[0])
-        hint = f"; most like {match.missing[0]} is {like}" if like else ""
-        raise AfterimageError(
-            f"{file.file} lacks {listed(match.missing)}, which the layers in use of {name} read; "
-            f"{file.holds()}{hint}"
-        )
-    read = {key for names in used for key in names}
-    known = {key: value for key, value in match.state.items() if key in own}
-    misfits = {key: value for key, value in known.items() if value.shape != own[key].shape}
-    wrong = [
-        f"{key} is {_shape(value)} there and {_shape(own[key])} in the model"
-        for key, value in misfits.items()
-        if key in read or not key.startswith(network.classifiers)
-    ]
-    if wrong:
-        native = network.native_size
-        resized = (
-            f" (built for {image_size[0]}x{image_size[1]} images; its weights are for {native[0]}x{native[1]})"
-            if network.has_fixed_size and native != image_size
-            else ""
-        )
-        raise AfterimageError(f"{file.file} does not fit {name}: {listed(wrong)}{resized}")
-    broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
-    if broken:
-        raise AfterimageError(f"{file.file} holds values that are not finite, in {listed(broken)}")
-    module.load_state_dict({key: value for key, value in known.items() if key not in misfits}, strict=False)
-    return note
 
 
 def pools_of(module: nn.Module) -> dict[str, str]:

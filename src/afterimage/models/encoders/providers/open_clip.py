@@ -17,8 +17,8 @@ from afterimage.config import HUB_PREFIX, AfterimageError, first_line, size_pair
 from afterimage.models.encoders.providers.base import Convert, Network, blocks_of
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library
-from afterimage.models.hub_files import repository_config
-from afterimage.models.weights import SUFFIXES, Weights, search_weights
+from afterimage.models.hub_files import named_config
+from afterimage.models.weights import Weights, search_weights
 
 CONFIG = "open_clip_config.json"
 """File in a hub repository that describes the network and the preparation of its images."""
@@ -49,47 +49,34 @@ class OpenClipNetwork(Network):
         """
         open_clip = library("open_clip")
         name = re.sub(HUB_PREFIX, "", name)
+        architecture, _, tag = (name, "", "") if "/" in name else name.partition("::")
         if "/" in name:
-            return cls._of_repository(name)
-        architecture, _, tag = name.partition("::")
-        if ":" in architecture:
-            raise AfterimageError(
-                f"open_clip/{name}: write ARCHITECTURE::TAG:LAYER, for example ViT-B-32::openai:ln_post"
-            )
-        if architecture not in open_clip.list_models():
-            raise unknown(
-                "open_clip model", architecture, ["OWNER/NAME of the hub", *open_clip.list_models()]
-            )
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        if tag and tag not in tags:
-            raise unknown(f"weights' tag of open_clip/{architecture}", tag, tags)
-        # Without a tag, normalisation and size are those of the architecture's first published weights.
-        weights = open_clip.get_pretrained_cfg(architecture, tag or next(iter(tags), "")) or {}
-        settings = open_clip.get_model_config(architecture)
-        size = weights.get("size") or settings["vision_cfg"].get("image_size", 224)
-        return cls(
-            f"open_clip/{name}",
-            tuple(weights.get("mean") or open_clip.OPENAI_DATASET_MEAN),
-            tuple(weights.get("std") or open_clip.OPENAI_DATASET_STD),
-            size_pair(size),
-            has_fixed_size=True,
-            architecture=architecture,
-            tag=tag,
-            settings=settings,
-        )
-
-    @classmethod
-    def _of_repository(cls, name: str) -> OpenClipNetwork:
-        open_clip, config = library("open_clip"), repository_config(name, (CONFIG,))
+            config = named_config(name, (CONFIG,))
+            settings, prepared = config.get("model_cfg"), config.get("preprocess_cfg") or {}
+        else:
+            if ":" in architecture:
+                raise AfterimageError(
+                    f"open_clip/{name}: write ARCHITECTURE::TAG:LAYER, for example ViT-B-32::openai:ln_post"
+                )
+            if architecture not in open_clip.list_models():
+                raise unknown(
+                    "open_clip model", architecture, ["OWNER/NAME of the hub", *open_clip.list_models()]
+                )
+            tags = open_clip.list_pretrained_tags_by_model(architecture)
+            if tag and tag not in tags:
+                raise unknown(f"weights' tag of open_clip/{architecture}", tag, tags)
+            # Without a tag, normalisation and size are those of the architecture's first published weights.
+            prepared = open_clip.get_pretrained_cfg(architecture, tag or next(iter(tags), "")) or {}
+            settings = open_clip.get_model_config(architecture)
         try:
-            settings, prepared = config["model_cfg"], config.get("preprocess_cfg") or {}
             return cls(
                 f"open_clip/{name}",
                 tuple(map(float, prepared.get("mean") or open_clip.OPENAI_DATASET_MEAN)),
                 tuple(map(float, prepared.get("std") or open_clip.OPENAI_DATASET_STD)),
                 size_pair(prepared.get("size") or settings["vision_cfg"].get("image_size", 224)),
                 has_fixed_size=True,
-                architecture=name,
+                architecture=architecture,
+                tag=tag,
                 settings=settings,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -115,9 +102,7 @@ class OpenClipNetwork(Network):
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         open_clip = library("open_clip")
         if "/" in self.architecture:
-            repository, _, revision = self.architecture.partition("@")
-            names = [f"{repository.rpartition('/')[2]}{suffix}" for suffix in SUFFIXES]
-            return search_weights(self.name, weights, names, (repository, revision or None, list(FILES)))
+            return search_weights(self.name, weights, repository=self.architecture, files=FILES)
         if str(weights) == "pretrained" and not self.tag:
             tags = open_clip.list_pretrained_tags_by_model(self.architecture)
             raise AfterimageError(
@@ -126,13 +111,8 @@ class OpenClipNetwork(Network):
         published = open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}
         repository, _, file = published.get("hf_hub", "").rpartition("/")
         stem = f"{self.architecture}.{self.tag}" if self.tag else self.architecture
-        return search_weights(
-            self.name,
-            weights,
-            [f"{stem}{suffix}" for suffix in SUFFIXES],
-            (repository, None, [file] if file else list(FILES)) if repository else (),
-            published.get("url") or None,
-        )
+        url = published.get("url") or None
+        return search_weights(self.name, weights, [stem], repository, [file] if file else FILES, url)
 
     def convert(self, module: nn.Module, image_size: Size) -> Convert | None:
         from open_clip.model import resize_pos_embed

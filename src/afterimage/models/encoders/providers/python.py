@@ -9,19 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, absolute_model, size_pair, split_provider
 from afterimage.models.encoders.providers.base import Network
-from afterimage.models.encoders.random_init import open_branches, parameter_uses, seeded
+from afterimage.models.encoders.random_init import seeded
 from afterimage.models.encoders.tensor_layout import Size
-from afterimage.models.factories import call_factory
-from afterimage.models.weights import SUFFIXES, Weights, search_weights
-
-AS_IT_IS = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-"""Mean and standard deviation that leave images in [0, 1]."""
+from afterimage.models.factories import call_factory, source_digest
+from afterimage.models.weights import Weights, search_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,34 +61,32 @@ class OwnNetwork(Network):
             module: the network
             name: name of the encoder
         """
-        given = {key: getattr(module, key, None) for key in ("mean", "std", "image_size", "prefix_tokens")}
-        # A tensor of that name is a part of the network, with which it normalises images itself.
-        given = {key: value for key, value in given.items() if not isinstance(value, Tensor)}
-        size = size_pair(given.get("image_size") or 224)
+
+        def given(attribute: str) -> Any:
+            # A tensor of that name is a part of the network, with which it normalises images itself.
+            value = getattr(module, attribute, None)
+            return None if isinstance(value, Tensor) else value
+
+        size = size_pair(given("image_size") or 224)
         channels = _channels(module, size)
-        mean, std = (
-            default if given.get(key) is None else given[key]
-            for key, default in zip(("mean", "std"), (part[:channels] for part in AS_IT_IS), strict=True)
-        )
-        asked = f"got {mean!r} and {std!r}"
+        asked = [
+            0.0 if given("mean") is None else given("mean"),
+            1.0 if given("std") is None else given("std"),
+        ]
         try:
             mean, std = (
                 (float(value),) * channels if isinstance(value, Real) else tuple(map(float, value))
-                for value in (mean, std)
+                for value in asked
             )
-            if (
-                len(mean) != channels
-                or len(std) != channels
-                or min(std) <= 0
-                or not torch.tensor([*mean, *std]).isfinite().all()
-            ):
+            finite = torch.tensor([*mean, *std]).isfinite().all()
+            if not len(mean) == len(std) == channels or min(std) <= 0 or not finite:
                 raise ValueError
         except (TypeError, ValueError):
             raise AfterimageError(
                 f"the attributes mean and std of {name} must be one number{' or three' if channels == 3 else ''} each, "
-                f"std greater than 0, {asked}"
+                f"std greater than 0, got {asked[0]!r} and {asked[1]!r}"
             ) from None
-        prefix = given.get("prefix_tokens")
+        prefix = given("prefix_tokens")
         if prefix is not None and not (isinstance(prefix, int) and prefix >= 0):
             raise AfterimageError(
                 f"the attribute prefix_tokens of {name} must be a whole number from 0 on, got {prefix!r}"
@@ -100,7 +96,7 @@ class OwnNetwork(Network):
     @property
     def notes(self) -> list[str]:
         """Remarks for the run's notes."""
-        if (self.mean, self.std) != tuple(values[: self.channels] for values in AS_IT_IS):
+        if {*self.mean} != {0.0} or {*self.std} != {1.0}:
             return []
         return [
             f"images reach {self.name} as they are, in [0, 1]: it has no mean and std in numbers, but 0 and 1"
@@ -112,9 +108,9 @@ class OwnNetwork(Network):
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         if str(weights) == "pretrained":
-            return Weights(self.name, "own", self.name, _digest(self.module))
+            return Weights(self.name, "own", self.name, _digest(self.module, self.name))
         stem = split_provider(self.name)[1].rpartition(":")[2]
-        return search_weights(self.name, weights, [f"{stem}{suffix}" for suffix in SUFFIXES])
+        return search_weights(self.name, weights, [stem])
 
     def load(
         self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
@@ -126,8 +122,8 @@ class OwnNetwork(Network):
     def prefix_tokens(self, module: nn.Module) -> int | None:
         return self.prefix
 
-    def create_random(self, image_size: Size, seed: int, kind: str = "random") -> nn.Module:
-        """Build a random control: torch's own initialisation draws every module again.
+    def create_untrained(self, image_size: Size, seed: int) -> nn.Module:
+        """Build the network and let torch's own initialisation draw every module again.
 
         The values of parameters in modules without such an initialisation are permuted, which keeps their
         distribution.
@@ -144,13 +140,14 @@ class OwnNetwork(Network):
                 for parameter in module.parameters(recurse=False):
                     order = torch.randperm(parameter.numel()).reshape(parameter.shape)
                     parameter.copy_(parameter.flatten()[order])
-        if kind == "random":
-            open_branches(model, parameter_uses(model, image_size, self.channels))
         return model
 
 
-def _digest(network: nn.Module) -> str:
+def _digest(network: nn.Module, name: str) -> str:
+    """Return the SHA-256 of a network's parameters and buffers, and of the factory's file."""
     digest = hashlib.sha256()
+    with contextlib.suppress(AfterimageError):  # a module that was given as an object has no file
+        digest.update(source_digest(name).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         if isinstance(tensor, Tensor):

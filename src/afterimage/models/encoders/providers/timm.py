@@ -25,15 +25,17 @@ from afterimage.models.encoders.providers.base import (
     IMAGENET_STD,
     Network,
     blocks_of,
-    load_tensors,
     one_for_each,
     pools_of,
 )
 from afterimage.models.encoders.random_init import Blank, seeded
 from afterimage.models.encoders.tensor_layout import Size
-from afterimage.models.hub_files import repository_config
+from afterimage.models.hub_files import named_config
 from afterimage.models.weight_files import read_named_tensors
-from afterimage.models.weights import Weights, find_weights
+from afterimage.models.weights import Weights, search_weights
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weights in a hub repository."""
 
 
 @functools.cache
@@ -90,7 +92,7 @@ def architecture(name: str) -> str:
     """
     if "/" not in name:
         return name.partition(".")[0]
-    config = repository_config(name)
+    config = named_config(name)
     found = str(config.get("architecture", "")).partition(".")[0]
     if timm.is_model(found):
         return found
@@ -150,7 +152,7 @@ def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Old files have no separate table for the weights. Arguments that set the image size are left out, because
     `create_model` sets it. Missing entries take timm's defaults.
     """
-    config, known = repository_config(name), {field.name for field in fields(PretrainedCfg)}
+    config, known = named_config(name), {field.name for field in fields(PretrainedCfg)}
     entries, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
     try:
         default = get_pretrained_cfg(architecture(name)) or PretrainedCfg()
@@ -203,7 +205,18 @@ class TimmNetwork(Network):
             return timm.create_model(name, **options).eval()
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
-        return find_weights(self.name, weights)
+        if "/" in self.name:
+            return search_weights(self.name, weights, repository=self.name, files=FILES)
+        config = get_pretrained_cfg(self.name, allow_unregistered=True)
+        repository, file, url = (
+            (config.hf_hub_id, config.hf_hub_filename, config.url) if config else ("", "", "")
+        )
+        files = [file] if file else [*FILES]
+        if file and not file.endswith(".safetensors"):
+            files.insert(0, f"{Path(file).stem}.safetensors")
+        stems = dict.fromkeys([self.name, self.name.partition(".")[0]])
+        url = url if isinstance(url, str) and not url.endswith(".npz") else None
+        return search_weights(self.name, weights, [*stems], repository or "", files, url)
 
     def load(
         self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
@@ -220,7 +233,7 @@ class TimmNetwork(Network):
                 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
                     return filter_fn(*(state, module)[:count])
 
-            notes.append(load_tensors(module, self, file, used, convert, image_size))
+            notes.append(self.load_tensors(module, image_size, file, used, convert))
 
         with seeded(0), _intercept(load), Blank():
             return self.create(image_size, pretrained=True), notes[0]

@@ -16,7 +16,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from afterimage.config import unknown
 from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, pools_of
 from afterimage.models.encoders.tensor_layout import Size
-from afterimage.models.weights import SUFFIXES, Weights, search_weights
+from afterimage.models.weights import Weights, search_weights
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class TorchvisionNetwork(Network):
         stems = [f"{self.builder}.{self.entry.name}"]
         if self.entry.name == "IMAGENET1K_V1":
             stems.append(f"{self.builder}.torchvision")
-        names = [f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-        return search_weights(self.name, weights, names, url=self.entry.url)
+        return search_weights(self.name, weights, stems, url=self.entry.url)
 
     def convert(self, module: nn.Module, image_size: Size) -> Convert | None:
         if not self.builder.startswith("vit_"):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from afterimage.config import AfterimageError, absolute_model, first_line, size_pair, split_provider
 from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, one_for_each
 from afterimage.models.encoders.tensor_layout import Size
-from afterimage.models.factories import library
+from afterimage.models.factories import library, quiet
 from afterimage.models.hub_files import CONFIG, named_config
-from afterimage.models.weights import SNAPSHOT, SUFFIXES, Weights, search_weights
+from afterimage.models.weights import SNAPSHOT, Weights, search_weights
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files in a repository that describe the preparation of images."""
@@ -100,23 +99,11 @@ class TransformersNetwork(Network):
         return module
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
-        name = split_provider(self.name)[1]
-        if Path(name).is_absolute():
-            return search_weights(
-                self.name, name if str(weights) == "pretrained" else weights, list(SNAPSHOT)
-            )
-        repository, _, revision = name.partition("@")
-        stem = repository.rpartition("/")[2]
-        return search_weights(
-            self.name,
-            weights,
-            [f"{stem}{suffix}" for suffix in SUFFIXES],
-            (repository, revision or None, list(SNAPSHOT)),
-        )
+        return search_weights(self.name, weights, repository=split_provider(self.name)[1], files=SNAPSHOT)
 
     def convert(self, module: nn.Module, image_size: Size) -> Convert | None:
         def convert(state: dict[str, Tensor]) -> Mapping[str, Tensor]:
-            with _quiet():
+            with quiet("transformers"):
                 loaded, told = self.tower.from_pretrained(
                     None,
                     config=type(self.config).from_dict(self.config.to_dict()),
@@ -152,21 +139,6 @@ def _as_patches(module: nn.Module, args: tuple, options: dict[str, Any]) -> tupl
         "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.long, device=images.device),
         "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=images.device).reshape(batch, 2),
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the library's report on a checkpoint, because missing tensors are reported by this package."""
-    logging = library("transformers").utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _preparation(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float, ...], Size]:

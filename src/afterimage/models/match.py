@@ -73,22 +73,20 @@ def best_match(
     Raises:
         AfterimageError: `convert` fails on everything in the file
     """
-    found = {prefix: _match(file, prefix, own, required) for prefix in _by_names(file, own)}
-    fits = [match for match in found.values() if not match.missing]
-    refused: AfterimageError | None = None
+    prefixes = _by_names(file, own)
+    found = [_match(file, prefix, own, required) for prefix in prefixes]
+    if fits := [match for match in found if not match.missing]:
+        best, note = _chosen(file, fits)
+        return _match(file, best.prefix, own, required, convert), note
+    refused: list[AfterimageError] = []
+    for prefix in dict.fromkeys([*prefixes[:CANDIDATES], *_by_count(file, len(required))]):
+        try:
+            fits.append(_match(file, prefix, own, required, convert))
+        except AfterimageError as error:
+            refused.append(error)
     if not fits:
-        for prefix in dict.fromkeys([*list(found)[:CANDIDATES], *_by_count(file, len(required))]):
-            try:
-                fits.append(_match(file, prefix, own, required, convert))
-            except AfterimageError as error:
-                refused = refused or error
-        if not fits:
-            raise refused or AssertionError("every file has a beginning of names")
-        best = max(fits, key=lambda match: match.score)
-        return _chosen(file, [match for match in fits if match.score == best.score])
-    top = max(match.score for match in fits)
-    best, note = _chosen(file, [match for match in fits if match.score == top])
-    return _match(file, best.prefix, own, required, convert), note
+        raise refused[0]
+    return _chosen(file, fits)
 
 
 def nearest(file: NamedTensors, missing: str) -> str:
@@ -100,19 +98,13 @@ def nearest(file: NamedTensors, missing: str) -> str:
 
 def _by_names(file: NamedTensors, own: State) -> list[str]:
     """List the prefixes under which the model's names occur, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for name in file.tensors:
-        for rest in _ends(name):
-            if rest in own:
-                counts[name[: len(name) - len(rest)]] += 1
+    counts = Counter(name.removesuffix(rest) for name in file.tensors for rest in _ends(name) if rest in own)
     return [prefix for prefix, _ in counts.most_common(4 * CANDIDATES)]
 
 
 def _by_count(file: NamedTensors, required: int) -> list[str]:
     """List the prefixes with at least half as many tensors as the model needs, and the empty prefix."""
-    counts: Counter[str] = Counter([""])
-    for name in file.tensors:
-        counts.update(name[: len(name) - len(rest)] for rest in _ends(name))
+    counts = Counter(name.removesuffix(rest) for name in file.tensors for rest in _ends(name))
     enough = [prefix for prefix, count in counts.items() if 2 * count >= required]
     return sorted(dict.fromkeys(["", *enough]), key=lambda prefix: prefix.count("."))[:CANDIDATES]
 
@@ -166,7 +158,9 @@ def _order(prefix: str) -> tuple[int, int]:
 
 
 def _chosen(file: NamedTensors, fits: list[Match]) -> tuple[Match, str]:
-    """Choose by `RULE` among matches that fit equally well, and write the note."""
+    """Choose the best match, by `RULE` among those that fit equally well, and write the note."""
+    top = max(match.score for match in fits)
+    fits = [match for match in fits if match.score == top]
     places = {name: place for place, name in enumerate(file.tensors)}
     begins = {m.prefix: min(p for n, p in places.items() if n.startswith(m.prefix)) for m in fits}
     best, *others = sorted(fits, key=lambda match: (*_order(match.prefix), begins[match.prefix]))
