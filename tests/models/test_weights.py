@@ -22,9 +22,8 @@ from afterimage.models.encoders.providers import open_network, resolve
 from afterimage.models.encoders.providers.timm import pretrained_config, resolve_model
 from afterimage.models.encoders.tracing import list_layers
 from afterimage.models.lpips import find_lpips_weights
-from afterimage.models.match import best_match
 from afterimage.models.weight_files import read_named_tensors
-from afterimage.models.weights import Weights, file_digest
+from afterimage.models.weights import Weights, best_match, file_digest
 
 MODEL = "resnet18.tv_in1k"
 MISSING = 404, {"X-Error-Code": "EntryNotFound"}

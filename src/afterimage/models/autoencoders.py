@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,9 +84,7 @@ class Autoencoder:
     def create(self) -> nn.Module:
         """Build the autoencoder with diffusers' initial weights."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return self.kind.from_config(dict(self.config)).float().eval()
+            return self.kind.from_config(dict(self.config)).float().eval()
         except Exception as error:
             raise AfterimageError(f"cannot use the {CONFIG} of {self.name}: {first_line(error)}") from None
 

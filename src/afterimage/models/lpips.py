@@ -12,9 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import LPIPS_SMALLEST, AfterimageError, listed, unknown
-from afterimage.models.match import best_match
 from afterimage.models.weight_files import read_named_tensors
-from afterimage.models.weights import FOLDER, Weights, search_weights
+from afterimage.models.weights import FOLDER, Weights, best_match, search_weights
 
 Images = Float[Tensor, "batch 3 height width"]
 

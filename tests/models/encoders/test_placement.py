@@ -14,7 +14,7 @@ from afterimage.config import Axis
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.follow import PositionFlow
 from afterimage.models.encoders.forward_trace import ForwardTrace
-from afterimage.models.encoders.placement import Placement, describe_unseen, find_placement
+from afterimage.models.encoders.layers import Placement, describe_unseen, find_placement
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.tensor_layout import Layout
 from afterimage.models.encoders.tracing import layer_info, list_layers, trace

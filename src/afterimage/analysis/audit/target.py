@@ -14,7 +14,7 @@ from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import Box
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.placement import describe_unseen
+from afterimage.models.encoders.layers import describe_unseen
 from afterimage.runs.results import SeenPart, UsedWeights
 from afterimage.runtime.terminal import Progress, silent
 

@@ -1,15 +1,16 @@
-"""Layers of a network: what is measured of each, which are worth listing, and which have a role."""
+"""Layers of a network: what is measured of each, where its locations lie, which are listed and have a role."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from afterimage.models.encoders.placement import Placement
-from afterimage.models.encoders.positions import Positions
-from afterimage.models.encoders.tensor_layout import Layout, Size
+from afterimage.config import Axis
+from afterimage.models.encoders.positions import Positions, averaged, compress
+from afterimage.models.encoders.tensor_layout import Layout, Refused, Size
 from afterimage.runs.results import FeatureMap
 
 OUTPUT = "output"
@@ -21,6 +22,31 @@ ROLES = {
     "head": "the vector that the whole network returns: classes or an embedding",
 }
 """Names of layers by their role, with a description of each."""
+SHIFT = 0.5
+"""Locations by which a whole map may be shifted and still count as even. Padded convolutions of stride s put
+location i at pixel i s, half a location (less half a pixel) from its position in an even grid; decoders learn
+to compensate for this.
+"""
+DRIFT = 0.125
+"""Locations by which the shifts at the two ends of a map may differ while the map still counts as even."""
+GRAIN = 1024
+"""Steps per pixel to which starts and strides are rounded, so that they are the same on every machine."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The positions of a map's rows and columns.
+
+    Attributes:
+        rows: vertical positions; None if the rows divide the image evenly and every pixel is seen
+        columns: horizontal positions, likewise
+        unseen: description of the pixels that no location sees, or the reason why positions are unknown;
+            empty if neither applies
+    """
+
+    rows: Axis | None = None
+    columns: Axis | None = None
+    unseen: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,121 @@ class TracedLayer:
             encoder_macs=self.macs,
             unseen=self.placement.unseen,
         )
+
+
+def find_placement(positions: Positions | None, layout: Layout, size: Size) -> Placement:
+    """Find the placement of a feature map on images of a size `(height, width)`.
+
+    Args:
+        positions: positions of the values that the module returned, or None
+        layout: conversion of these values into a feature map
+        size: size of the images in pixels
+    """
+    try:
+        if positions is None or not positions.parts or all(part[2].isinf().all() for part in positions.parts):
+            doubts = sorted(positions.doubts) if positions is not None else []
+            raise Refused(
+                f"what {', '.join(doubts)} does to places is not known" if doubts else "it has no place"
+            )
+        centres = _over_channels(positions, layout)
+        reach = [[_map(array, positions, layout).amin() for array in arrays] for arrays in positions.reach]
+        top, left, bottom, right = (int(min(values).item()) for values in zip(*reach, strict=True))
+        rows = _axis(centres[0], layout.height, size[0], top, -bottom)
+        columns = _axis(centres[1].T, layout.width, size[1], left, -right)
+    except Refused as reason:
+        return Placement(
+            unseen=f"where its locations lie in the image is not known ({reason}); it is taken to be divided evenly"
+        )
+    return Placement(rows, columns, describe_unseen(rows, columns, size))
+
+
+def _map(array: Tensor, positions: Positions, layout: Layout) -> Tensor:
+    return compress(replace(layout, key=())(array.expand(positions.shape)))
+
+
+def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return the centres `(y, x)` of a map's locations, each `(h, w)` with size 1 along axes of equal values.
+
+    If a location has several centres, the least mixed ones are used.
+
+    Raises:
+        Refused: the centres of a location lie far apart
+    """
+    parts = [averaged(tuple(_map(array, positions, layout) for array in part), 1) for part in positions.parts]
+    least = min(part[2].min().item() for part in parts)
+    parts = [part for part in parts if part[2].min().item() == least]
+    cells = (layout.height, layout.width)
+    centres = []
+    for axis in range(2):
+        several = torch.stack([part[axis][0, 0].expand(cells) for part in parts])
+        spread, steps = several.amax(0) - several.amin(0), several[0].diff(dim=axis)
+        if len(parts) > 1 and (spread > steps.median() if steps.numel() else spread > 0).any():
+            raise Refused("each of its locations brings several places together")
+        centres.append(compress(several.mean(0)))
+    return centres[0], centres[1]
+
+
+def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis | None:
+    """Fit an axis to the centres `(count, others)` of its locations, which see the pixels `first` to `last`.
+
+    Raises:
+        Refused: the centres are not on a line
+    """
+    sees_all = (first, last) == (0, size)
+    if count == 1:
+        return None if sees_all else Axis(float(first), float(last - first), first, last)
+    if (centres.amax(1) - centres.amin(1)).max() > SHIFT * size / count:
+        raise Refused("its rows or columns are not straight")
+    line = centres.expand(count, -1)[:, centres.shape[1] // 2]
+    steps = line.diff()
+    if line[0] == line[-1]:
+        raise Refused("each of its locations is made of the whole image alike")
+    if (steps < 0).any():
+        raise Refused("its rows or columns are not in the image's order")
+    index = torch.arange(count, dtype=torch.float64, device="cpu")
+    mean = index.mean()
+    # Most steps equal the stride except at the border of an interpolation; if steps alternate, only their
+    # mean does.
+    typical, middle = steps.median(), (count - 1) // 2
+    fits = [
+        (typical, line[middle] - middle * typical),
+        (slope := (index - mean) @ line / (index - mean).square().sum(), line.mean() - slope * mean),
+    ]
+    errors = [(line - origin - index * stride).abs() for stride, origin in fits]
+    best = min(range(2), key=lambda number: errors[number].median().item())
+    if errors[best].quantile(0.75) > SHIFT * max(fits[best][0], steps.max()):
+        raise Refused("its locations are not evenly spaced")
+    stride, origin = (round(value.item() * GRAIN) / GRAIN for value in fits[best])
+    start = origin - stride / 2
+    drift = (count * stride - size) / stride
+    shift = abs(start + count * stride / 2 - size / 2) / stride
+    if sees_all and abs(drift) <= DRIFT and shift <= SHIFT:
+        return None
+    return Axis(start, stride, first, last)
+
+
+def describe_unseen(rows: Axis | None, columns: Axis | None, size: Size) -> str:
+    """Describe the pixels that no location sees: `the last 8 rows and columns of 104x104 images are not seen`.
+
+    Empty if all are seen.
+    """
+    named = [
+        [(end, count) for end, count in (("first", axis.first), ("last", length - axis.last)) if count]
+        if axis
+        else []
+        for axis, length in zip((rows, columns), size, strict=True)
+    ]
+    if named[0] == named[1]:
+        parts = [f"the {end} {_counted(count, 'row', 'column')}" for end, count in named[0]]
+    else:
+        words = zip(named, ("row", "column"), strict=True)
+        parts = [f"the {end} {_counted(count, word)}" for ends, word in words for end, count in ends]
+    return f"{' and '.join(parts)} of {size[0]}x{size[1]} images are not seen" if parts else ""
+
+
+def _counted(count: int, *words: str) -> str:
+    text = " and ".join(words if count == 1 else [f"{word}s" for word in words])
+    return text if count == 1 else f"{count} {text}"
 
 
 def layers_by_role(

@@ -18,8 +18,15 @@ from torch import nn
 
 from afterimage.config import AfterimageError, size_pair, split_source, unknown
 from afterimage.models.encoders.forward_trace import ForwardTrace, storage
-from afterimage.models.encoders.layers import OUTPUT, ROLES, TracedLayer, layers_by_role, stages
-from afterimage.models.encoders.placement import Placement, find_placement
+from afterimage.models.encoders.layers import (
+    OUTPUT,
+    ROLES,
+    Placement,
+    TracedLayer,
+    find_placement,
+    layers_by_role,
+    stages,
+)
 from afterimage.models.encoders.providers import Network, open_network
 from afterimage.models.encoders.random_init import Blank, open_branches, seeded
 from afterimage.models.encoders.tensor_layout import Refused, Shapes, Size, find_layout, find_vector

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 from afterimage.config import AfterimageError, listed
 from afterimage.models.encoders.random_init import Blank, seeded
 from afterimage.models.encoders.tensor_layout import Size
-from afterimage.models.match import best_match, nearest
 from afterimage.models.weight_files import NamedTensors, read_named_tensors
-from afterimage.models.weights import Weights
+from afterimage.models.weights import Weights, best_match, nearest
 
 State = Mapping[str, Tensor]
 Convert = Callable[[dict[str, Tensor]], State]
@@ -37,10 +37,12 @@ class Network(abc.ABC):
         has_fixed_size: whether it is built for one image size; other networks take any size
         classifiers: prefixes of the names of its classifier's tensors; empty if it has none
         channels_last: whether it runs in channels-last memory order, which is faster
+        blocks: paths at which its provider's networks have their blocks
         is_own: whether it is a user's network: it brings its own weights and is first tried on images
     """
 
     channels_last: ClassVar[bool] = False
+    blocks: ClassVar[Sequence[str]] = ()
     is_own: ClassVar[bool] = False
     name: str
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -74,20 +76,34 @@ class Network(abc.ABC):
         """
 
     @abc.abstractmethod
-    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
-        """Build the network in evaluation mode, with its library's own initialisation.
+    def build(self, image_size: Size) -> nn.Module:
+        """Build the network with its library's own initialisation, for images `(height, width)`."""
+
+    def create(self, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
+        """Build the network in evaluation mode on a device, without its library's warnings.
 
         Args:
             image_size: `(height, width)` of the images in pixels
             device: device of the parameters
+            options: further arguments of `build`
         """
+        with warnings.catch_warnings(), torch.device(device):
+            warnings.simplefilter("ignore")
+            return self.build(image_size, **options).eval()
 
     @abc.abstractmethod
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         """Find the network's weights: `pretrained`, or the path of a file or folder; see `search_weights`."""
 
     def aliases(self, module: nn.Module) -> dict[str, str]:
-        """Return short names of layers, `{alias: module path}`; real module paths take precedence."""
+        """Return short names of layers, `{alias: module path}`; real module paths take precedence.
+
+        These are `block0` and on for the children of the first of the paths `blocks` that exists.
+        """
+        for path in self.blocks:
+            with contextlib.suppress(AttributeError):
+                children = module.get_submodule(path).named_children()
+                return {f"block{i}": f"{path}.{name}" for i, (name, _) in enumerate(children)}
         return {}
 
     def prefix_tokens(self, module: nn.Module) -> int | None:
@@ -188,19 +204,18 @@ def pools_of(module: nn.Module) -> dict[str, str]:
     return {f"block{n}": path for n, path in enumerate(pools, start=1)}
 
 
-def one_for_each(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Return a network's means or standard deviations per channel; a single channel gets their mean."""
+def one_for_each(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
+    """Return a network's means or standard deviations (`name` says which) per channel; one channel gets their mean.
+
+    Raises:
+        ValueError: there are not as many values, or a network that takes neither 3 channels nor 1
+    """
     values = tuple(map(float, values))
+    if channels not in (1, 3):
+        raise ValueError(f"it takes {channels} channels; encoders of images take 3, or 1 for luminance")
+    if len(values) not in (3, channels):
+        raise ValueError(f"{name} must be three numbers, got {values}")
     return (sum(values) / len(values),) if channels == 1 else values
-
-
-def blocks_of(module: nn.Module, *paths: str) -> dict[str, str]:
-    """Return names `block0` and on for the children of the first of some paths that exists in a network."""
-    for path in paths:
-        with contextlib.suppress(AttributeError):
-            children = module.get_submodule(path).named_children()
-            return {f"block{i}": f"{path}.{name}" for i, (name, _) in enumerate(children)}
-    return {}
 
 
 def _fit(

@@ -6,20 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from afterimage.config import AfterimageError, absolute_model, listed
 from afterimage.models.autoencoders import Autoencoder, ToLatents
-from afterimage.models.encoders.providers.base import Network, blocks_of
+from afterimage.models.encoders.providers.base import Network
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.weights import Weights
-
-BLOCKS = tuple(
-    f"autoencoder.encoder.{path}"
-    for path in ("encoder.layer", "encoder.layers", "vision_model.encoder.layers")
-)
-"""Paths of the blocks in the towers of representation autoencoders; the first that exists is used."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +23,12 @@ class DiffusersNetwork(Network):
         autoencoder: description of the whole autoencoder
     """
 
+    # Those in the towers of representation autoencoders.
+    blocks = (
+        "autoencoder.encoder.encoder.layer",
+        "autoencoder.encoder.encoder.layers",
+        "autoencoder.encoder.vision_model.encoder.layers",
+    )
     autoencoder: Autoencoder | None = field(default=None, repr=False)
 
     @classmethod
@@ -40,9 +39,8 @@ class DiffusersNetwork(Network):
         size = (found.image_size, found.image_size)
         return cls(name, (mean,) * 3, (std,) * 3, size, autoencoder=found)
 
-    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
-        with torch.device(device):
-            return ToLatents(self.autoencoder.create()).eval()
+    def build(self, image_size: Size) -> nn.Module:
+        return ToLatents(self.autoencoder.create())
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         return self.autoencoder.find_weights(weights)
@@ -58,4 +56,4 @@ class DiffusersNetwork(Network):
         return module, ""
 
     def aliases(self, module: nn.Module) -> dict[str, str]:
-        return blocks_of(module, *BLOCKS) | {"latents": "latents"}
+        return super().aliases(module) | {"latents": "latents"}

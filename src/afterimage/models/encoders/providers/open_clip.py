@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from afterimage.config import HUB_PREFIX, AfterimageError, first_line, size_pair, unknown
-from afterimage.models.encoders.providers.base import Convert, Network, blocks_of
+from afterimage.models.encoders.providers.base import Convert, Network
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library
 from afterimage.models.hub_files import named_config
@@ -36,6 +34,7 @@ class OpenClipNetwork(Network):
         settings: configuration of the network
     """
 
+    blocks = ("transformer.resblocks", "trunk.blocks")
     architecture: str = ""
     tag: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -84,7 +83,7 @@ class OpenClipNetwork(Network):
                 f"cannot use the {CONFIG} of {name}: {type(error).__name__}: {first_line(error)}"
             ) from None
 
-    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
+    def build(self, image_size: Size) -> nn.Module:
         from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
         open_clip = library("open_clip")
@@ -95,9 +94,7 @@ class OpenClipNetwork(Network):
         # open_clip's ResNets accept only a single number, the side.
         size = image_size[0] if image_size[0] == image_size[1] else image_size
         tower = replace(CLIPVisionCfg(**settings["vision_cfg"]), image_size=size, timm_model_pretrained=False)
-        with warnings.catch_warnings(), torch.device(device):
-            warnings.simplefilter("ignore")
-            return _build_vision_tower(settings["embed_dim"], tower, quick).eval()
+        return _build_vision_tower(settings["embed_dim"], tower, quick)
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         open_clip = library("open_clip")
@@ -123,6 +120,3 @@ class OpenClipNetwork(Network):
             return {key.removeprefix("visual."): value for key, value in whole.items()}
 
         return convert
-
-    def aliases(self, module: nn.Module) -> dict[str, str]:
-        return blocks_of(module, "transformer.resblocks", "trunk.blocks")

@@ -102,9 +102,12 @@ class OwnNetwork(Network):
             f"images reach {self.name} as they are, in [0, 1]: it has no mean and std in numbers, but 0 and 1"
         ]
 
-    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
+    def create(self, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
+        return self.build(image_size).eval()
+
+    def build(self, image_size: Size) -> nn.Module:
         with torch.no_grad():  # otherwise a scripted part's copy would have an autograd history
-            return copy.deepcopy(self.module).eval()
+            return copy.deepcopy(self.module)
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         if str(weights) == "pretrained":

@@ -8,14 +8,12 @@ import functools
 import inspect
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.models import PretrainedCfg, _builder, get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -24,7 +22,6 @@ from afterimage.models.encoders.providers.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Network,
-    blocks_of,
     one_for_each,
     pools_of,
 )
@@ -162,11 +159,10 @@ def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         weights = PretrainedCfg(**{**shapes, **entries}).to_dict()
         channels = arguments.get("in_chans", weights["input_size"][0])
         weights["input_size"] = (channels, *weights["input_size"][1:])
-        for key in ("mean", "std", "input_size"):
-            if len([float(value) for value in weights[key]]) not in (3, channels):
-                raise ValueError(f"{key} must be three numbers, got {weights[key]}")
-        if channels not in (1, 3):
-            raise ValueError(f"it takes {channels} channels; encoders of images take 3, or 1 for luminance")
+        for key in ("mean", "std"):
+            weights[key] = one_for_each(weights[key], channels, key)
+        if len([float(value) for value in weights["input_size"]]) != 3:
+            raise ValueError(f"input_size must be three numbers, got {weights['input_size']}")
         return weights, {key: value for key, value in arguments.items() if key != "img_size"}
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise AfterimageError(f"cannot use the config.json of {name}: {error}") from None
@@ -176,6 +172,7 @@ class TimmNetwork(Network):
     """A network of timm, or of a hub repository with an architecture of timm."""
 
     channels_last = True
+    blocks = ("blocks", "encoder.blocks")
 
     @classmethod
     def open(cls, name: str) -> TimmNetwork:
@@ -186,23 +183,21 @@ class TimmNetwork(Network):
         channels = config.get("input_size", (3,))[0]
         return cls(
             name,
-            one_for_each(config.get("mean", IMAGENET_MEAN), channels),
-            one_for_each(config.get("std", IMAGENET_STD), channels),
+            one_for_each(config.get("mean", IMAGENET_MEAN), channels, "mean"),
+            one_for_each(config.get("std", IMAGENET_STD), channels, "std"),
             tuple(config.get("input_size", (3, 224, 224))[-2:]),
             bool(config.get("fixed_input_size")),
             (classifiers,) if isinstance(classifiers, str) else tuple(classifiers),
         )
 
-    def create(self, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
+    def build(self, image_size: Size, **options: Any) -> nn.Module:
         name = self.name
         if self.has_fixed_size:
             options["img_size"] = image_size
         if "/" in name:
             config, arguments = _repository(name)
             options, name = {**arguments, **options, "pretrained_cfg": config}, architecture(name)
-        with warnings.catch_warnings(), torch.device(device):
-            warnings.simplefilter("ignore")
-            return timm.create_model(name, **options).eval()
+        return timm.create_model(name, **options)
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         if "/" in self.name:
@@ -259,7 +254,7 @@ class TimmNetwork(Network):
             return {
                 f"stage{n}": f"stages.{i}" for n, (i, _) in enumerate(module.stages.named_children(), start=1)
             }
-        return blocks_of(module, "blocks", "encoder.blocks")
+        return super().aliases(module)
 
 
 @contextlib.contextmanager

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from afterimage.config import unknown
-from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, pools_of
+from afterimage.models.encoders.providers.base import Convert, Network, pools_of
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.weights import Weights, search_weights
 
@@ -29,6 +27,7 @@ class TorchvisionNetwork(Network):
     """
 
     channels_last = True
+    blocks = ("encoder.layers",)
     builder: str = ""
     entry: Any = None
 
@@ -60,7 +59,7 @@ class TorchvisionNetwork(Network):
             entry=entry,
         )
 
-    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
+    def build(self, image_size: Size) -> nn.Module:
         options: dict[str, Any] = {}
         if self.builder.startswith("vit_"):
             if image_size[0] != image_size[1]:
@@ -74,9 +73,7 @@ class TorchvisionNetwork(Network):
             options = {"transform_input": True, "init_weights": True}
         elif self.builder in models.list_models(module=models.segmentation):
             options = {"weights_backbone": None}
-        with warnings.catch_warnings(), torch.device(device):
-            warnings.simplefilter("ignore")
-            return models.get_model(self.builder, weights=None, **options).eval()
+        return models.get_model(self.builder, weights=None, **options)
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         stems = [f"{self.builder}.{self.entry.name}"]
@@ -93,4 +90,4 @@ class TorchvisionNetwork(Network):
         """Return names `block1` and on for VGG's pooled outputs, or `block0` and on for a ViT's blocks."""
         if self.builder.startswith("vgg"):
             return pools_of(module)
-        return blocks_of(module, "encoder.layers")
+        return super().aliases(module)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, absolute_model, first_line, size_pair, split_provider
-from afterimage.models.encoders.providers.base import Convert, Network, blocks_of, one_for_each
+from afterimage.models.encoders.providers.base import Convert, Network, one_for_each
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library, quiet
 from afterimage.models.hub_files import CONFIG, named_config
@@ -25,17 +24,6 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 ENCODERS = {"vit_mae": ("vit", {"add_pooling_layer": False})}
 """Networks that are built as another type, by `model_type`: a masked autoencoder drops and shuffles its
 patches, but its encoder is a ViT."""
-BLOCKS = (
-    "encoder.layer",
-    "encoder.layers",
-    "layers",
-    "layer",
-    "model.layer",
-    "model.layers",
-    "encoder.blocks",
-    "blocks",
-)
-"""Paths of the blocks in the library's vision transformers; the first that exists is used."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +35,16 @@ class TransformersNetwork(Network):
         tower: the tower's class
     """
 
+    blocks = (
+        "encoder.layer",
+        "encoder.layers",
+        "layers",
+        "layer",
+        "model.layer",
+        "model.layers",
+        "encoder.blocks",
+        "blocks",
+    )
     config: Any = field(default=None, compare=False, repr=False)
     tower: Any = field(default=None, compare=False, repr=False)
 
@@ -87,11 +85,9 @@ class TransformersNetwork(Network):
         mean, std, size = _preparation(name, config)
         return cls(f"transformers/{name}", mean, std, size, config=config, tower=tower)
 
-    def create(self, image_size: Size, *, device: str = "cpu") -> nn.Module:
+    def build(self, image_size: Size) -> nn.Module:
         _, options = ENCODERS.get(self.config.model_type, (None, {}))
-        with warnings.catch_warnings(), torch.device(device):
-            warnings.simplefilter("ignore")
-            module = self.tower(type(self.config).from_dict(self.config.to_dict()), **options).float().eval()
+        module = self.tower(type(self.config).from_dict(self.config.to_dict()), **options).float()
         if "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters:
             module.register_forward_pre_hook(_interpolate, with_kwargs=True)
         if "spatial_shapes" in inspect.signature(self.tower.forward).parameters:
@@ -115,9 +111,6 @@ class TransformersNetwork(Network):
             return {key: value for key, value in loaded.state_dict().items() if key not in missing}
 
         return convert
-
-    def aliases(self, module: nn.Module) -> dict[str, str]:
-        return blocks_of(module, *BLOCKS)
 
 
 def _interpolate(module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -147,14 +140,11 @@ def _preparation(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float
     settings = settings.get("image_processor", settings)
     try:
         channels = getattr(config, "num_channels", 3)
-        mean, std = ((0.0,) * channels, (1.0,) * channels)
-        if settings.get("do_normalize", True):
-            mean, std = (one_for_each(settings[key], channels) for key in ("image_mean", "image_std"))
-        if channels not in (1, 3):
-            raise ValueError(f"it takes {channels} channels; encoders of images take 3, or 1 for luminance")
-        if len(mean) != channels or len(std) != channels or min(std) <= 0:
-            many = "three numbers" if channels == 3 else "one number"
-            raise ValueError(f"image_mean and image_std must be {many}, got {mean} and {std}")
+        if not settings.get("do_normalize", True):
+            settings = {**settings, "image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
+        mean, std = (one_for_each(settings[key], channels, key) for key in ("image_mean", "image_std"))
+        if min(std) <= 0:
+            raise ValueError(f"image_std must be greater than 0, got {std}")
         size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", None)
         if size is None:  # a tower for any shape gives the number of patches in its square of positions
             size = math.isqrt(getattr(config, "num_patches", 0)) * getattr(config, "patch_size", 0) or 224
