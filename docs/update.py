@@ -109,10 +109,14 @@ def first_paragraph(text: str) -> str:
 
 
 def described(name: str, thing: typing.Any) -> str:
-    """A signature, the docstring, and of a class its own public members, a line each."""
+    """A signature, the docstring, and of a class its public members and those of its bases here, a line each."""
     text = docstring(thing)
     if inspect.isclass(thing):
-        for member, value in vars(thing).items():
+        members: dict[str, typing.Any] = {}
+        for kind in reversed(inspect.getmro(thing)):
+            if kind.__module__.partition(".")[0] == "afterimage":
+                members |= {m: v for m, v in vars(kind).items() if m not in members or v.__doc__}
+        for member, value in members.items():
             value = getattr(value, "__func__", value)
             if (
                 (inspect.isfunction(value) or isinstance(value, property))

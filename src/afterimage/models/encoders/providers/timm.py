@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import inspect
 import re
@@ -118,17 +117,9 @@ def _tags(architecture: str) -> list[str]:
 
 
 def _unknown_model(name: str) -> AfterimageError:
-    """Create the error for an unknown model; it lists only near matches, because timm has too many models."""
-    known = timm.list_models(pretrained=True)
-    architectures = dict.fromkeys(known_name.partition(".")[0] for known_name in known)
-    near = difflib.get_close_matches(name, [*known, *architectures], n=5, cutoff=0.6)
-    near = near or [architecture for architecture in architectures if name.lower() in architecture][:5]
-    hint = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else "."
-    return AfterimageError(
-        f"unknown model {name!r}{hint} Valid: any of timm's {len(architectures)} pretrained models, "
-        "for example resnet34, vgg16, vit_base_patch16_224, convnext_tiny "
-        '(python -c "import timm; print(timm.list_models(pretrained=True))")'
-    )
+    """Create the error for an unknown model, with the models whose names contain it, or else with similar ones."""
+    known = dict.fromkeys(model.partition(".")[0] for model in timm.list_models(pretrained=True))
+    return unknown("model", name, [model for model in known if name.lower() in model] or known, limit=8)
 
 
 _LOCK = threading.Lock()
