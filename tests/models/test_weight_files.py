@@ -233,17 +233,17 @@ def a_program():
 
 LARGE = {"a": torch.zeros(1000)}
 REFUSED = {
-    "a Git LFS pointer to a file of 46,807,446 bytes; fetch that with `git lfs pull`": (
+    "a Git LFS pointer to the file; fetch that with `git lfs pull`": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46807446\n"
     ),
-    "a web page ('Sign in'), saved in place of the file": b"\n<!DOCTYPE html><head><title>Sign in</title></head>",
+    "a web page, saved in place of the file": b"\n<!DOCTYPE html><head><title>Sign in</title></head>",
     "it is empty": b"",
     "a zip file of 1 files (resnet18.pth)": a_zip(**{"resnet18.pth": saved(LARGE)}),
     "a TorchScript archive": a_program(),
-    'text of 33 bytes that begins \'{"error": "Repository not found"}\'': b'{"error": "Repository not found"}',
-    "begin with 00 00 00 00 00 00 00 00, which no known format does": bytes(2000),
+    'its 33 bytes begin with b\'{"error": "Repository not found"}\', which no': b'{"error": "Repository not found"}',
+    r"its 2,000 bytes begin with b'\x00\x00": bytes(2000),
     "damaged or cut short at 2,000 bytes (the list at the end of a zip file is missing)": saved(LARGE)[:2000],
-    "damaged or cut short at 2,000 bytes (its header promises": save(LARGE)[:2000],
+    "damaged or cut short at 2,000 bytes (SafetensorError": save(LARGE)[:2000],
     "damaged or cut short at 300 bytes": saved(LARGE, _use_new_zipfile_serialization=False)[:300],
     "no named tensors: it is a dict with epoch": saved({"epoch": 3}),
     "no named tensors: it is a list": saved([torch.zeros(1)]),
