@@ -13,7 +13,8 @@ from afterimage.analysis.audit.task_utility import Unavailable, whole_network
 from afterimage.config import AfterimageError
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import open_network
-from afterimage.models.encoders.tracing import list_layers
+from afterimage.models.encoders.providers.python import OwnNetwork
+from afterimage.models.encoders.tracing import Trace, list_layers
 
 SIZE = 32
 
@@ -102,6 +103,24 @@ def test_a_layers_output_can_be_replaced_whatever_it_is(case):
 def test_a_vector_is_a_map_of_one_place():
     encoder = Encoder(Net(lambda m: m.mean((2, 3))), ["output"], image_size=SIZE)
     assert encoder(images())[0].shape == (3, 8, 1, 1)
+
+
+def test_the_weights_of_an_attention_that_pools_are_not_listed():
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU())
+            self.second = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+            self.probe = nn.Parameter(torch.zeros(1, 1, 8))
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, sample_images):
+            tokens = self.second(self.first(sample_images)).flatten(2).transpose(1, 2)
+            return self.attention(self.probe.expand(len(tokens), -1, -1), tokens, tokens)[0][:, 0]
+
+    traced = Trace(OwnNetwork.of(Pooling()), (SIZE, SIZE))
+    assert traced.names == ["first", "second"]
+    assert traced.layer("attention").layout.channels == 1  # who names it gets it
 
 
 def test_images_are_normalised_only_when_asked():
