@@ -244,7 +244,8 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         if key == "code":
             raise AfterimageError(
                 f"{shown(path)} was made by other code: its decoder's file had the SHA-256 "
-                f"{stored.get(key)!s:.64}, and now has {value!s:.64}; bring that file back, or train again in another --output-dir"
+                f"{stored.get(key)!s:.64}, and now has {value!s:.64}; bring that file back, or train again in "
+                "another --output-dir"
             )
         raise AfterimageError(
             f"{shown(path)} was made for other features: its {key} are {stored.get(key)!s:.300}, but these are "

@@ -204,7 +204,7 @@ def pools_of(module: nn.Module) -> dict[str, str]:
     return {f"block{n}": path for n, path in enumerate(pools, start=1)}
 
 
-def one_for_each(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
+def one_for_each(values: Sequence[float | int], channels: int, name: str) -> tuple[float, ...]:
     """Return a network's means or standard deviations (`name` says which) per channel; one channel gets their mean.
 
     Raises:

@@ -51,7 +51,7 @@ class OpenClipNetwork(Network):
         architecture, _, tag = (name, "", "") if "/" in name else name.partition("::")
         if "/" in name:
             config = named_config(name, (CONFIG,))
-            settings, prepared = config.get("model_cfg"), config.get("preprocess_cfg") or {}
+            prepared = config.get("preprocess_cfg") or {}
         else:
             if ":" in architecture:
                 raise AfterimageError(
@@ -66,8 +66,9 @@ class OpenClipNetwork(Network):
                 raise unknown(f"weights' tag of open_clip/{architecture}", tag, tags)
             # Without a tag, normalisation and size are those of the architecture's first published weights.
             prepared = open_clip.get_pretrained_cfg(architecture, tag or next(iter(tags), "")) or {}
-            settings = open_clip.get_model_config(architecture)
+            config = {"model_cfg": open_clip.get_model_config(architecture)}
         try:
+            settings = config["model_cfg"]
             return cls(
                 f"open_clip/{name}",
                 tuple(map(float, prepared.get("mean") or open_clip.OPENAI_DATASET_MEAN)),
