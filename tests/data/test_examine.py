@@ -106,9 +106,7 @@ def test_some_of_many_are_counted_and_test_images_apart(tmp_path):
     write(tmp_path / "a" / "test", lambda n: smooth(50 + n) if n else smooth(50) // 9, 4)
     Image.new("L", (60, 50), 0).save(tmp_path / "a" / "train" / "black.png")
     notes = load(f"folder:{tmp_path / 'a'}", tmp_path).notes
-    assert notes[0] == (
-        "of one colour each, with nothing to bring back: 1 of 15 images (0 of 4 test images), 1 of them black"
-    )
+    assert notes[0] == "of one colour each, with nothing to bring back: 1 of 15 images (0 of 4 test images)"
     assert "1 of 15 images (1 of 4 test images) use only values from 0 to 28" in notes[1]
     assert f"{20 * math.log10(255 / 28):.0f} dB higher" in notes[1]
 
@@ -151,7 +149,7 @@ def test_streamed_images_say_what_was_not_examined(tmp_path, monkeypatch):
             assert load(source, tmp_path, resize=60).notes == first.notes
             # Test images of another source may be kept though the others are streamed.
             mixed = load(source, tmp_path, resize=60, test="procedural:3").notes
-        assert "the range of values of streamed images was not examined" in first.notes
+        assert any("was not examined" in note for note in first.notes)
         (enlarged,) = [note for note in first.notes if "enlarged" in note]
         assert enlarged.startswith("enlarged: 20 of 20 images (2 of 2 test images), the side 2")
         assert [note for note in kept if "enlarged" in note] == [enlarged]

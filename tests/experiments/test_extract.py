@@ -210,8 +210,8 @@ def flipped(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: shards(p)[1].unlink(), "the shard f-00002-of-00003.safetensors is missing"),
-        (lambda p: shards(p)[1].write_bytes(b"x"), r"f-00002.* was cut short: it has 1 of [\d,]+ bytes"),
+        (lambda p: shards(p)[1].unlink(), "cannot read .*f-00002-of-00003.safetensors: No such file"),
+        (lambda p: shards(p)[1].write_bytes(b"x"), "cannot read .*f-00002-of-00003.safetensors"),
         (flipped, "f-00002.* is damaged: its digest is not"),
         (lambda p: index_path(p).write_text("{}"), r"f.safetensors.index.json: it must be an object"),
         (

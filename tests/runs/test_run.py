@@ -1,6 +1,8 @@
 import errno
 import os
+import re
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,3 +164,5 @@ def test_result_round_trip(tmp_path):
 def test_environment_says_what_explains_a_number():
     facts = environment()
     assert {"torch", "timm", "numpy"} <= facts["versions"].keys() and facts["python"] and facts["platform"]
+    if (Path(__file__).parents[2] / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", facts["commit"])

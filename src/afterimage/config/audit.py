@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from afterimage.config.errors import MAX_IMAGES, MAX_SEED, MAX_STEPS, AfterimageError, check_range, unknown
+from afterimage.config.errors import (
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_STEPS,
+    AfterimageError,
+    check_choice,
+    check_range,
+    check_share,
+)
 from afterimage.config.images import DataConfig
 from afterimage.config.inversion import EstimateConfig
 from afterimage.config.names import absolute_model, absolute_path, absolute_source, absolute_weights
-from afterimage.config.schema import LPIPS_NETS, RecipeConfig
+from afterimage.config.schema import LPIPS_NETS, RecipeConfig, sha256_of
 from afterimage.config.toml import to_dict
 
 BLACK_BOX, WHITE_BOX = THREAT_MODELS = ("black-box", "white-box")
@@ -82,8 +88,7 @@ class AttackersConfig:
                     f"an attacker's images must be a number from 5 on, or 'all', got {count!r:.80}"
                 )
         for model in self.threat_models:
-            if model not in THREAT_MODELS:
-                raise unknown("threat model", model, THREAT_MODELS)
+            check_choice("threat model", model, THREAT_MODELS)
         check_range("refine_steps", self.refine_steps, 1, MAX_STEPS)
         check_range("refine_images", self.refine_images, 2, MAX_IMAGES)  # an interval needs two
         object.__setattr__(self, "data", absolute_source(self.data))
@@ -141,10 +146,8 @@ class AuditConfig:
             raise AfterimageError("name at least one layer to audit, for example --layers layer1 layer2")
         if not self.defences:
             raise AfterimageError("name at least one defence, or none")
-        if self.prediction not in ("auto", "classes", "embedding"):
-            raise unknown("prediction", self.prediction, ("auto", "classes", "embedding"))
-        if self.lpips not in LPIPS_NETS:
-            raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
+        check_choice("prediction", self.prediction, ("auto", "classes", "embedding"))
+        check_choice("LPIPS network", self.lpips, LPIPS_NETS)
         if self.pairs and self.attackers.threat_models != (BLACK_BOX,):
             raise AfterimageError(
                 "stored pairs hold no weights: attackers.threat_models can only be black-box"
@@ -156,8 +159,7 @@ class AuditConfig:
         if self.pairs and self.recipe.augment:  # features are of unaugmented images
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
         check_range("seed", self.seed, 0, MAX_SEED)
-        if not 0 < self.test_fraction < 1:
-            raise AfterimageError(f"test_fraction must lie between 0 and 1, got {self.test_fraction}")
+        check_share(self, "test_fraction")
         object.__setattr__(self, "weights", absolute_weights(self.weights))
         if self.pairs:
             object.__setattr__(self, "pairs", absolute_path(self.pairs))
@@ -171,5 +173,4 @@ class AuditConfig:
 
 def digest(settings: Mapping[str, Any]) -> str:
     """Return the first eight hexadecimal digits of the settings' SHA-256, as a name for them."""
-    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return sha256_of(settings, (",", ":"))[:8]

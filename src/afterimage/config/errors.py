@@ -30,14 +30,7 @@ class AfterimageError(Exception):
 
 
 def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> AfterimageError:
-    """Create the error for a name that does not exist, with near matches and the valid names.
-
-    Args:
-        kind: what the name stands for, for example `decoder`
-        name: the unknown name
-        valid: all valid names
-        limit: largest number of valid names that the message lists
-    """
+    """Create the error for an unknown name of a `kind`, with near matches and up to `limit` valid names."""
     valid, name = list(valid), name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
@@ -45,10 +38,10 @@ def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> A
     return AfterimageError(f"unknown {kind} {name!r}{hint} Valid: {listed}")
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """Join at most `most` names with commas: `a, b, c and 5 more`."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+def listed(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
+    """Join at most `most` names: `a, b, c and 5 more`."""
+    more, end = len(names) - most, " " if between == ", " else between
+    return between.join(names[:most]) + (f"{end}and {more:,} more" if more > 0 else "")
 
 
 def counted(number: int, noun: str, several: str = "") -> str:
@@ -68,12 +61,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_positive(owner: object, *names: str, most: int | float = math.inf) -> None:
-    """Check that attributes of a config are finite and greater than 0; None passes.
-
-    Args:
-        owner: the config
-        names: names of its attributes
-        most: largest allowed value
+    """Check that attributes of a config are greater than 0 and at most `most`; None passes.
 
     Raises:
         AfterimageError: an attribute is out of range; the message names it
@@ -89,17 +77,20 @@ def check_positive(owner: object, *names: str, most: int | float = math.inf) -> 
             raise AfterimageError(f"{name} must be at most {most:,}, got {value}")
 
 
+def check_choice(kind: str, value: str, valid: Iterable[str]) -> None:
+    """Check that a value is one of the valid ones; raise the error of `unknown` if not."""
+    if value not in (valid := list(valid)):
+        raise unknown(kind, value, valid)
+
+
+def check_share(config: object, *names: str) -> None:
+    """Check that attributes of a config lie between 0 and 1, both excluded."""
+    for name in names:
+        if not 0 < getattr(config, name) < 1:
+            raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(config, name)}")
+
+
 def check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:
-    """Check that a setting lies in `[low, high]`.
-
-    Args:
-        name: name of the setting, for the message
-        value: its value
-        low: smallest allowed value
-        high: largest allowed value
-
-    Raises:
-        AfterimageError: the value lies outside
-    """
+    """Check that a setting lies in `[low, high]`; raise an `AfterimageError` that names it if not."""
     if not low <= value <= high:  # true for NaN too
         raise AfterimageError(f"{name} must lie between {low:,} and {high:,}, got {value}")

@@ -11,9 +11,10 @@ from afterimage.config.errors import (
     MAX_SEED,
     MAX_SIDE,
     AfterimageError,
+    check_choice,
     check_positive,
     check_range,
-    unknown,
+    check_share,
 )
 from afterimage.config.names import absolute_source
 
@@ -141,9 +142,7 @@ class DataConfig:
                 raise AfterimageError(f"crop ({text}) must not be larger than resize ({self.resize})")
         if self.protocol is not None:
             self._follow(self.protocol)
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        check_share(self, "validation_fraction", "test_fraction")
         check_range("split_seed", self.split_seed, 0, MAX_SEED)
         check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_IMAGES)
         for name in ("source", "test"):
@@ -170,9 +169,7 @@ class DataConfig:
     def sized(self, crop: int | str, resize: int | None = None) -> DataConfig:
         """Return these settings with crops of another size.
 
-        Args:
-            crop: see the attribute
-            resize: see the attribute; None for these settings' own, or as much as the crop needs if that is more
+        Without `resize`, that is these settings' own, or as much as the crop needs if that is more.
         """
         if resize is None:
             resize = self.resize if crop == NATIVE else max(self.resize, min(size_pair(crop, "size")))
@@ -201,8 +198,7 @@ class DataConfig:
         return data
 
     def _follow(self, name: str) -> None:
-        if name not in PROTOCOLS:
-            raise unknown("protocol", name, PROTOCOLS)
+        check_choice("protocol", name, PROTOCOLS)
         for key in ("resize", "crop"):
             value, default = getattr(PROTOCOLS[name], key), getattr(PROTOCOLS["study"], key)
             if getattr(self, key) not in (value, default):

@@ -12,13 +12,13 @@ from afterimage.config.errors import (
     MAX_SIDE,
     MAX_STEPS,
     AfterimageError,
+    check_choice,
     check_positive,
     check_range,
-    unknown,
 )
 from afterimage.config.images import DataConfig
 from afterimage.config.names import absolute_weights
-from afterimage.config.schema import folder_name, settings_digest
+from afterimage.config.schema import HashedConfig, folder_name
 
 METHODS = ("pixels", "fourier", "prior")
 """Parametrisations of the image: its pixels, its Fourier coefficients, or an untrained network's weights."""
@@ -37,14 +37,10 @@ def error_images(count: int) -> int:
 
 
 def other_images(count: int, wanted: int) -> range:
-    """Return the indices, below `count`, of the validation images for the number of passes and for best estimates.
+    """Return indices, below `count`, of up to `wanted` validation images for the number of passes and best estimates.
 
     They follow the `error_images`, which are left out: a search that was fitted to an image's own errors does better on
     it than on test images.
-
-    Args:
-        count: number of validation images
-        wanted: largest number of images to return
     """
     first = error_images(count)
     return range(first, min(first + wanted, count))
@@ -92,12 +88,9 @@ class InvertConfig:
     alpha: float = 6.0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise unknown("inversion method", self.method, METHODS)
-        if self.optimizer not in OPTIMIZERS:
-            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
-        if self.precision not in INVERSION_PRECISIONS:
-            raise unknown("precision of an inversion", self.precision, INVERSION_PRECISIONS)
+        check_choice("inversion method", self.method, METHODS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("precision of an inversion", self.precision, INVERSION_PRECISIONS)
         check_positive(self, "steps", most=MAX_STEPS)
         check_positive(self, "starts", most=MAX_BATCH)
         check_positive(self, "beta", "alpha", "learning_rate")
@@ -137,7 +130,7 @@ class EstimateConfig:
 
 
 @dataclass(frozen=True)
-class InversionConfig:
+class InversionConfig(HashedConfig):
     """One inversion of test images, as its run folder stores it.
 
     Attributes:
@@ -170,11 +163,6 @@ class InversionConfig:
         if self.estimate:
             return "estimate"
         return "refined" if self.start else "inversion"
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all settings except `lpips`."""
-        return settings_digest(self)
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from afterimage.config.errors import (
     MAX_BATCH,
@@ -17,6 +17,7 @@ from afterimage.config.errors import (
     MAX_SEED,
     MAX_SIDE,
     AfterimageError,
+    check_choice,
     check_positive,
     check_range,
     unknown,
@@ -151,10 +152,8 @@ class RecipeConfig:
         if self.weight_decay < 0 or not math.isfinite(self.weight_decay):
             raise AfterimageError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         check_range("plateau_patience", self.plateau_patience, 0, MAX_EPOCHS)
-        if self.scheduler not in ("plateau", "cosine", "constant"):
-            raise unknown("scheduler", self.scheduler, ("plateau", "cosine", "constant"))
-        if self.precision not in PRECISIONS:
-            raise unknown("precision", self.precision, PRECISIONS)
+        check_choice("scheduler", self.scheduler, ("plateau", "cosine", "constant"))
+        check_choice("precision", self.precision, PRECISIONS)
         parse_loss(self.loss)
 
 
@@ -174,8 +173,21 @@ class FeaturesConfig:
         object.__setattr__(self, "path", absolute_path(self.path))
 
 
+class HashedConfig:
+    """A config whose hash names its run folder."""
+
+    separators: ClassVar[tuple[str, str] | None] = None
+    """Separators of the hashed JSON, as for `json.dumps`."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the JSON of all settings but `lpips`, which only chooses how the result is scored."""
+        settings = {name: value for name, value in to_dict(self).items() if name != "lpips"}
+        return sha256_of(settings, self.separators)
+
+
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(HashedConfig):
     """One run: features, decoder, images and recipe.
 
     Attributes:
@@ -190,6 +202,8 @@ class RunConfig:
         lpips: LPIPS network of the scores; not part of the hash, because it does not change the decoder
         features: stored features that hold the sources; training then has no random crops and flips
     """
+
+    separators = (",", ":")
 
     sources: tuple[str, ...]
     weights: str = "pretrained"
@@ -216,8 +230,7 @@ class RunConfig:
             object.__setattr__(self, "fusion", FusionConfig())
         if self.features is not None and self.recipe.augment:  # features are of unaugmented images
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
-        if self.lpips not in LPIPS_NETS:
-            raise unknown("LPIPS network", self.lpips, LPIPS_NETS)
+        check_choice("LPIPS network", self.lpips, LPIPS_NETS)
         check_range("seed", self.seed, 0, MAX_SEED)
         object.__setattr__(self, "weights", absolute_weights(self.weights))
         for term in parse_loss(self.recipe.loss):
@@ -227,14 +240,6 @@ class RunConfig:
                 raise AfterimageError(
                     f"the loss {term} needs a crop of {smallest} pixels or more, got {self.data.crop}"
                 )
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON of all settings that change the result."""
-        settings = to_dict(self)
-        settings.pop("lpips")
-        text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def name(self) -> str:
@@ -248,7 +253,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class BaselineConfig:
+class BaselineConfig(HashedConfig):
     """A baseline: images reduced by other means than an encoder, and scored like a decoder's reconstructions.
 
     Attributes:
@@ -262,29 +267,18 @@ class BaselineConfig:
     lpips: str = "alex"
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of all settings except `lpips`."""
-        return settings_digest(self)
-
-    @property
     def name(self) -> str:
         """Name of the run folder."""
         return folder_name(("baseline", self.baseline), self.digest)
 
 
-def settings_digest(config: Any) -> str:
-    """Return the SHA-256 of the JSON of a config without `lpips`, which only chooses how the result is scored."""
-    settings = to_dict(config)
-    settings.pop("lpips")
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+def sha256_of(settings: Mapping[str, Any], separators: tuple[str, str] | None) -> str:
+    """Return the SHA-256 of settings as JSON with sorted keys; `separators` as for `json.dumps`."""
+    text = json.dumps(settings, sort_keys=True, separators=separators, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def folder_name(parts: Sequence[str], digest: str) -> str:
-    """Return the name of a run folder.
-
-    Args:
-        parts: names of the run's parts, joined to a readable slug of at most 100 characters
-        digest: hash of the settings; its first eight digits are appended
-    """
+    """Return the name of a run folder: a slug of its parts, at most 100 characters, and 8 digits of a hash."""
     slug = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(parts)).strip("-.")
     return f"{slug[:100]}-{digest[:8]}"

@@ -12,6 +12,7 @@ from afterimage.config.errors import (
     MAX_IMAGES,
     MAX_SEED,
     AfterimageError,
+    check_choice,
     check_positive,
     check_range,
     unknown,
@@ -98,10 +99,8 @@ class StudyConfig:
             )
         if not self.seeds:
             raise AfterimageError("a study needs at least one seed, for example seeds = [42]")
-        if self.missing_weights not in ("error", *RANDOM_WEIGHTS):
-            raise unknown("missing_weights", self.missing_weights, ("error", *RANDOM_WEIGHTS))
-        if self.lpips not in (*LPIPS_NETS, "any"):
-            raise unknown("LPIPS network", self.lpips, (*LPIPS_NETS, "any"))
+        check_choice("missing_weights", self.missing_weights, ("error", *RANDOM_WEIGHTS))
+        check_choice("LPIPS network", self.lpips, (*LPIPS_NETS, "any"))
         for i, seed in enumerate(self.seeds):
             check_range(f"seeds[{i}]", seed, 0, MAX_SEED)
         check_range("keep", self.keep, 0, MAX_IMAGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 import types
@@ -47,15 +48,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_count(value: Any, where: str) -> Count:
-    """Parse a whole number from 1 to 10^10, given as an integer or as text such as `4M`.
-
-    Args:
-        value: the number or its text
-        where: name of the setting, for the message
-
-    Raises:
-        AfterimageError: the value is anything else
-    """
+    """Parse a whole number from 1 to 10^10, an integer or text such as `4M`; an `AfterimageError` names `where`."""
     number = value if isinstance(value, int) and not isinstance(value, bool) else None
     if isinstance(value, str) and (match := re.fullmatch(r"(\d(?:_?\d)*(?:\.\d+)?)([kKmM]?)", value.strip())):
         exact = Decimal(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]
@@ -79,15 +72,10 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
-    """Build a config from plain values.
-
-    Args:
-        cls: the dataclass
-        settings: settings by name; a nested dataclass is a table, or just the text of its `name`
-        where: prefix of the settings' names in messages
+    """Build a config from plain values; a nested dataclass is a table, or just the text of its `name`.
 
     Raises:
-        AfterimageError: a setting is unknown, missing or of the wrong type; the message names it
+        AfterimageError: a setting is unknown, missing or of the wrong type; the message names it, after `where`
     """
     hints = typing.get_type_hints(cls)
     for key in settings:
@@ -138,6 +126,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise AfterimageError(f"{where} must lie between -2^63 and 2^63")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise AfterimageError(f"{where} is not finite")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise AfterimageError(f"{where} must be {hint.__name__}, got {_short(value)}")
     return value

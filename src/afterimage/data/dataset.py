@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from afterimage.data.pixel_cache import cached
 from afterimage.data.records import Content, FileDigests, Original, broken_images
 from afterimage.data.sampling import centre_places, fitting_sides
 from afterimage.data.sources import read_source
-from afterimage.data.splits import Source, shuffled, split
+from afterimage.data.splits import shuffled, split
 from afterimage.runtime.distributed import on_main_process
 from afterimage.runtime.process import in_parallel
 from afterimage.runtime.terminal import Progress, silent
@@ -58,22 +59,15 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
             image; the message names the files
     """
     folder = cache_folder(cache)
-    parts, source = _source(config, folder, progress)
-    found = _of_source(source, not config.test)
-    if config.test:
-        # List the test images before decoding anything, so that a wrong name is reported at once.
-        part, other = _other(config, folder, progress)
-        found += _of_test(other)
-        images = _images(parts, source.root, config, folder, progress)
-        parts.append(part)
-        images += _images([part], other.root, config, folder, progress)
-    else:
-        images = _images(parts, source.root, config, folder, progress)
+    # List the test images before decoding anything, so that a wrong name is reported at once.
+    listings = _listings(config, folder, progress)
+    images = [part for listing in listings for part in _images(listing, config, folder, progress)]
+    found = [note for listing in listings for note in listing.notes]
     found += _examined(dict(zip(NAMES, images, strict=True)), config.resize)
     _warn(found)
-    notes = check_copies(parts, images) + _notes(images) + found
+    notes = check_copies([part for listing in listings for part in listing.parts], images) + found
     data = Data(config, *images, _digest(config, images))
-    near = near_duplicates(data, folder)
+    near = near_duplicates(data)
     _warn(near)
     return replace(data, notes=(*notes, *near))
 
@@ -81,33 +75,26 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
 def load_test(
     config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent
 ) -> tuple[ImageSet, list[str]]:
-    """Load the test images of a config whose `test` names a separate source.
+    """Load the test images of a config whose `test` names a separate source, and notes on them.
 
-    The training images may be missing: a note then says that they could not be searched for copies of test images.
-
-    Args:
-        config: the sources and how they are split
-        cache: folder of decoded images and digests; None for the one of `cache_folder`
-        progress: called with the name of the current task, the amount done, and the total
-
-    Returns:
-        the test images, and notes on them
+    The training images may be missing: a note then says that they could not be searched for copies of test images. The
+    arguments are those of `load_data`.
 
     Raises:
         AfterimageError: test images are missing or broken, or one is also a training or validation image
     """
     folder = cache_folder(cache)
-    part, other = _other(config, folder, progress)
-    (test,) = _images([part], other.root, config, folder, progress)
-    notes = _of_test(other) + _examined({NAMES[2]: test}, config.resize)
+    own = _test_listing(config, folder, progress)
+    (test,) = _images(own, config, folder, progress)
+    notes = own.notes + _examined({NAMES[2]: test}, config.resize)
     try:
-        parts, source = _source(config, folder, progress)
-        images = _images(parts, source.root, config, folder, progress)
+        others = _training_listing(config, folder, progress)
+        images = _images(others, config, folder, progress)
     except AfterimageError as error:
         notes.append(f"whether a test image was also trained on could not be looked at: {error}")
     else:
-        notes += check_copies([*parts, part], [*images, test])
-        notes += near_duplicates(Data(config, *images, test, digest=""), folder)
+        notes += check_copies([*others.parts, *own.parts], [*images, test])
+        notes += near_duplicates(Data(config, *images, test, digest=""))
     _warn(notes)
     return test, notes
 
@@ -118,28 +105,48 @@ def count_images(config: DataConfig, *, cache: str | Path | None = None) -> dict
     Raises:
         AfterimageError: images are missing or too few
     """
-    folder = cache_folder(cache)
-    parts, _ = _source(config, folder, silent)
-    if config.test:
-        parts.append(_other(config, folder, silent)[0])
+    parts = [part for listing in _listings(config, cache_folder(cache), silent) for part in listing.parts]
     return {name: len(part) for name, part in zip(SPLITS, parts, strict=True)}
 
 
-def _source(config: DataConfig, folder: Path, progress: Progress) -> tuple[list[Sequence[Original]], Source]:
-    """Return the source's training, validation and, unless `config.test` is set, test images, and the source."""
-    seed, own = config.split_seed, not config.test
-    limits = [config.limit_train, config.limit_validation, config.limit_test][: 2 + own]
+class _Listing(NamedTuple):
+    """Images of one source by split, its root, and notes on the files that it leaves out and on its split."""
+
+    parts: list[Sequence[Original]]
+    root: Path
+    notes: list[str]
+
+
+def _listings(config: DataConfig, folder: Path, progress: Progress) -> list[_Listing]:
+    """List the training, validation and test images, in one listing or two."""
+    first = _training_listing(config, folder, progress)
+    return [first, _test_listing(config, folder, progress)] if config.test else [first]
+
+
+def _training_listing(config: DataConfig, folder: Path, progress: Progress) -> _Listing:
+    """List the training, validation and, unless `config.test` is set, test images."""
+    own = not config.test
     source = read_source(config.source, {"train", "test"} if own else {"train"}, folder, progress)
+    notes = list(source.notes)
+    if source.pooled:
+        folders = f"{len(source.pooled):,} folders, {listed(source.pooled)},"
+        notes.append(f"the images of {folders} are pooled and split at random")
+    if own and source.test is None and source.validation is not None:
+        notes.append("nothing is named as test images: they are drawn at random from the training images")
     fractions = config.validation_fraction, config.test_fraction if own else None
-    parts = split(config.source, source, *fractions, seed)
-    return [part[:limit] for part, limit in zip(parts, limits, strict=False)], source
+    parts = split(config.source, source, *fractions, config.split_seed)[: 2 + own]
+    limits = config.limit_train, config.limit_validation, config.limit_test
+    return _Listing([part[:limit] for part, limit in zip(parts, limits, strict=False)], source.root, notes)
 
 
-def _other(config: DataConfig, folder: Path, progress: Progress) -> tuple[Sequence[Original], Source]:
-    """Return the test images of the source that `config.test` names, and that source."""
-    other = read_source(config.test, {"test"}, folder, progress)
-    test = shuffled(other.train if other.test is None else other.test, config.split_seed)
-    return test[: config.limit_test], other
+def _test_listing(config: DataConfig, folder: Path, progress: Progress) -> _Listing:
+    """List the test images of the source that `config.test` names."""
+    source = read_source(config.test, {"test"}, folder, progress)
+    notes = list(source.notes)
+    if source.test is None and source.validation is not None:
+        notes.append("nothing in their source is named so; those that are named as training images are taken")
+    test = shuffled(source.train if source.test is None else source.test, config.split_seed)
+    return _Listing([test[: config.limit_test]], source.root, [f"test images: {note}" for note in notes])
 
 
 def _warn(notes: Sequence[str]) -> None:
@@ -148,59 +155,25 @@ def _warn(notes: Sequence[str]) -> None:
             logger.warning("%s", note)
 
 
-def _notes(images: Sequence[ImageSet]) -> list[str]:
-    """Return a note on streamed images, if there are any."""
-    streamed = sum(len(part) for part in images if part.streamed)
-    notes = []
-    if streamed:
-        notes.append(
-            f"{streamed:,} images were streamed: decoded each time they were used, found to be images by their "
-            "first bytes before; one that could not be decoded would have stopped the run"
-        )
-    return notes
-
-
-def _of_source(source: Source, own_test: bool) -> list[str]:
-    """Return notes on the files that a source leaves out and on how it is split."""
-    notes = list(source.notes)
-    if source.pooled:
-        folders = f"{len(source.pooled):,} folders, {listed(source.pooled)},"
-        notes.append(f"the images of {folders} are pooled and split at random")
-    if own_test and source.test is None and source.validation is not None:
-        notes.append("nothing is named as test images: they are drawn at random from the training images")
-    return notes
-
-
-def _of_test(source: Source) -> list[str]:
-    """Return notes on a source that is used only for test images: the files that it leaves out, and its split."""
-    notes = [f"test images: {note}" for note in source.notes]
-    if source.test is None and source.validation is not None:
-        notes.append(
-            "test images: nothing in their source is named so; those that are named as training images are taken"
-        )
-    return notes
-
-
 def _examined(named: Mapping[str, ImageSet], size: int) -> list[str]:
-    """Return notes on the range of values and the sizes of images; the values of streamed images are not examined."""
+    """Return notes on the range of values and the sizes of images, and on those that are streamed."""
     kept = {name: part.facts for name, part in named.items() if not part.streamed}
     sides = {name: part.sides for name, part in named.items()}
     notes = (value_notes(kept) if kept else []) + size_notes(sides, size)
-    if len(kept) < len(named):
-        notes.append("the range of values of streamed images was not examined")
+    if streamed := sum(len(part) for part in named.values() if part.streamed):
+        notes.append(
+            f"{streamed:,} images were streamed: decoded each time they were used, found to be images by their "
+            "first bytes before; one that could not be decoded would have stopped the run. The range of their values "
+            "was not examined"
+        )
     return notes
 
 
-def _images(
-    parts: Sequence[Sequence[Original]],
-    root: Path,
-    config: DataConfig,
-    cache: Path,
-    progress: Progress,
-) -> list[ImageSet]:
-    """Return the image sets of one source's parts: decoded and kept, or streamed above `STREAM_ABOVE` images."""
+def _images(listing: _Listing, config: DataConfig, cache: Path, progress: Progress) -> list[ImageSet]:
+    """Return the image sets of a listing's parts: decoded and kept, or streamed above `STREAM_ABOVE` images."""
+    parts = listing.parts
     originals = [original for part in parts for original in part]
-    digests, sides, unreadable = _looked_at(originals, root, config, cache, progress)
+    digests, sides, unreadable = _looked_at(originals, listing.root, config, cache, progress)
     ends = np.cumsum([len(part) for part in parts])
     if len(originals) > STREAM_ABOVE:
         if unreadable:
@@ -208,9 +181,8 @@ def _images(
         each = zip(parts, np.split(digests, ends[:-1]), np.split(sides, ends[:-1]), strict=True)
         return [StreamedImages(*own, config.box, config.size) for own in each]
     contents = [digest.tobytes().hex() for digest in digests]
-    readable = [
-        (c, o) for i, (c, o) in enumerate(zip(contents, originals, strict=True)) if i not in unreadable
-    ]
+    pairs = zip(contents, originals, strict=True)
+    readable = [pair for place, pair in enumerate(pairs) if place not in unreadable]
     broken: dict[str, BadImage] = {}
     blob = cached(dict(readable), config.box, cache, broken, progress)
     # Two files may hold the same broken content.
@@ -249,14 +221,7 @@ def _looked_at(
 
 
 def prepare_image(path: Path, config: DataConfig) -> Tensor:
-    """Read an image file, resize it and cut out its centre.
-
-    Args:
-        path: the file
-        config: sizes of the resized image and of the crop
-
-    Returns:
-        `(1, 3, height, width)` in [0, 1]
+    """Read an image file, resize it and cut out its centre: `(1, 3, height, width)` in [0, 1].
 
     Raises:
         BadImage: the file cannot be read as an image
@@ -270,10 +235,6 @@ def prepare_image(path: Path, config: DataConfig) -> Tensor:
 
 def file_notes(paths: Sequence[Path], config: DataConfig) -> list[str]:
     """Return notes on image files for readers of their scores, like `Data.notes`.
-
-    Args:
-        paths: the files
-        config: sizes of the resized images and of the crops
 
     Raises:
         BadImage: a file cannot be read as an image

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -49,12 +48,7 @@ _filtering = Lock()  # all threads share one warnings filter
 
 
 class BadImage(AfterimageError):
-    """A file that cannot be read as an image.
-
-    Args:
-        name: name of the file
-        reason: why it cannot be read
-    """
+    """A file that cannot be read as an image: its `name`, and the `reason`."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -82,47 +76,29 @@ def reason(error: OSError | ValueError) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
-@contextlib.contextmanager
-def open_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open an image file for reading inside the block.
-
-    Raises:
-        BadImage: it is not a regular file of 1 byte to 1 GiB, or reading it fails inside the block
-    """
-    path = Path(path)
-    try:
-        # Check the kind of file first: opening a named pipe would block for ever.
-        path.stat()
-        if not path.is_file():
-            raise BadImage(shown(path), f"is {'a folder' if path.is_dir() else 'not a regular file'}")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if not 0 < size <= MAX_BYTES:
-                raise BadImage(shown(path), f"is {'larger than 1 GiB' if size else 'empty (0 bytes)'}")
-            yield file
-    except (OSError, ValueError) as error:
-        raise BadImage(shown(path), reason(error)) from None
-
-
 def read_bytes(path: str | Path) -> bytes:
     """Read an image file's bytes.
 
     Raises:
-        BadImage: as `open_file`
+        BadImage: it is not a regular file of 1 byte to 1 GiB, or cannot be read
     """
-    with open_file(path) as file:
-        return file.read(MAX_BYTES)
+    path = Path(path)
+    try:
+        size = path.stat().st_size  # look first: opening a named pipe would block for ever
+        if not path.is_file():
+            raise BadImage(shown(path), f"is {'a folder' if path.is_dir() else 'not a regular file'}")
+        if not 0 < size <= MAX_BYTES:
+            raise BadImage(shown(path), f"is {'larger than 1 GiB' if size else 'empty (0 bytes)'}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadImage(shown(path), reason(error)) from None
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Decode the content of an image file as `load_image` does.
-
-    Args:
-        content: bytes of the file
-        name: name of the file, for the error
+    """Decode the bytes of an image file as `load_image` does.
 
     Raises:
-        BadImage: the content cannot be decoded
+        BadImage: the content cannot be decoded; the message begins with `name`
     """
     with _named(name):
         image = _open(content)
@@ -134,17 +110,12 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 def check_header(content: bytes, name: str) -> tuple[int, int]:
-    """Read an image's sides from its header. Damage after the header shows only when the image is decoded.
+    """Return width and height in pixels as an image's header has them, before the EXIF orientation is applied.
 
-    Args:
-        content: bytes of the file
-        name: name of the file, for the error
-
-    Returns:
-        width and height in pixels as stored, before the EXIF orientation is applied
+    Damage after the header shows only when the image is decoded.
 
     Raises:
-        BadImage: the content is not an image, or the image is too large
+        BadImage: the content is not an image, or the image is too large; the message begins with `name`
     """
     with _named(name):
         return _open(content).size

@@ -21,12 +21,10 @@ class Facts(NamedTuple):
     """Facts about a decoded image before it is resized.
 
     Attributes:
-        low: least value of its channels, 0 to 255
-        high: greatest value of its channels, 0 to 255
+        low, high: least and greatest value of its channels, 0 to 255
         levels: number of different values
         flat: 1 if all its pixels are equal, otherwise 0
-        width: width in pixels
-        height: height in pixels
+        width, height: sides in pixels
     """
 
     low: int
@@ -45,33 +43,21 @@ def examine(image: Image.Image) -> Facts:
 
 
 def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
-    """Return notes on images whose range of values changes the meaning of their scores.
-
-    Args:
-        parts: the `Facts` of each image, by split
-    """
+    """Return notes on images, `Facts` of each by split, whose range of values changes the meaning of their scores."""
     low, high, levels, flat, width, height = np.concatenate(list(parts.values())).T
     span, flat = high - low, flat == 1
     narrow = ~flat & (span <= NARROW)
     few = ~flat & ~narrow & (levels <= FEW) & (width * height > 256)  # smaller images have few values anyway
     notes = []
     if flat.any():
-        black = int((flat & (high == 0)).sum())
-        notes.append(
-            f"of one colour each, with nothing to bring back: {_share(flat, parts)}"
-            + (f", {black:,} of them black" if black else "")
-        )
+        notes.append(f"of one colour each, with nothing to bring back: {_share(flat, parts)}")
     if narrow.any():
         gain = 20 * math.log10(255 / np.median(span[narrow]))
         notes.append(
             f"narrow range of values: {_share(narrow, parts)} use only values from {low[narrow].min()} to "
-            f"{high[narrow].max()} of 0 to 255, {levels[narrow].max()} different ones an image at most"
-            + (
-                ", as 12-bit values in 16-bit files and masks that count from 0 do"
-                * bool(high[narrow].max() <= NARROW)
-            )
-            + ". PSNR and SSIM measure against the whole range: an error that is the same share of an image's contrast "
-            f"scores {gain:.0f} dB higher here, so do not compare these scores with those of other images"
+            f"{high[narrow].max()} of 0 to 255, {levels[narrow].max()} different ones an image at most. PSNR and SSIM "
+            "measure against the whole range: an error that is the same share of an image's contrast scores "
+            f"{gain:.0f} dB higher here, so do not compare these scores with those of other images"
         )
     if few.any():
         notes.append(
@@ -81,12 +67,7 @@ def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
 
 
 def size_notes(parts: Mapping[str, Int[np.ndarray, " _"]], size: int) -> list[str]:
-    """Return a note on images that are enlarged, if there are any.
-
-    Args:
-        parts: length of each image's shorter side in pixels, by split
-        size: length of the shorter side after resizing
-    """
+    """Return a note on images, given by shorter side in pixels and split, that are enlarged to `size`, if any are."""
     sides = np.concatenate(list(parts.values()))
     small = sides < size
     if not small.any():

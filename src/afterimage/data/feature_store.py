@@ -30,7 +30,6 @@ from afterimage.data.store_files import (
     METADATA,
     Arrays,
     StoreFacts,
-    check_whole,
     index_path,
     layer_key,
     read_facts,
@@ -147,17 +146,21 @@ def open_store(path: str | Path, progress: Progress = silent) -> FeatureStore:
     """
     path = Path(local_path(str(path)).removesuffix(INDEX))
     index = read_index(path)
-    if index is None:
-        files, facts = [path], None
-    else:
+    files, facts, known = [path], None, [""]
+    if index is not None:
         files, facts = [path.with_name(shard.file) for shard in index.shards], index.facts
-        check_whole(path, index)
+        known = [shard.sha256 for shard in index.shards]
+        if (done := sum(shard.images for shard in index.shards)) != facts.images:
+            raise AfterimageError(
+                f"{shown(path)} is not finished: it holds {done:,} of {facts.images:,} images; the same extract "
+                "command goes on from there"
+            )
     parts, digests = [], []
-    for number, file in enumerate(files):
+    for number, (file, expected) in enumerate(zip(files, known, strict=True)):
         progress("checking stored features", number, len(files))
         arrays = read_file(file)
         digests.append(sha256(file))
-        if index is not None and digests[-1] != index.shards[number].sha256:
+        if expected and digests[-1] != expected:
             raise AfterimageError(
                 f"{shown(file)} is damaged: its digest is not the one in {shown(index_path(path).name)}; delete it and "
                 "run the same extract command again"
@@ -244,14 +247,12 @@ def _float32(values: np.ndarray | Tensor, rows: Any) -> Tensor:
 
 def _check_alike(parts: Sequence[_Part]) -> None:
     """Check that all shards hold the same layers and shapes as the first."""
-
-    def shapes(part: _Part) -> dict[str, tuple[int, ...]]:
-        found = {layer_key(layer): tuple(values.shape[1:]) for layer, values in part.features.items()}
-        return found | {IMAGES: part.images.shape[1:]}
-
-    first = shapes(parts[0])
-    for part in parts[1:]:
-        own = shapes(part)
+    first, *others = (
+        {IMAGES: part.images.shape[1:]}
+        | {layer_key(layer): tuple(values.shape[1:]) for layer, values in part.features.items()}
+        for part in parts
+    )
+    for part, own in zip(parts[1:], others, strict=True):
         for name in first.keys() | own.keys():
             if first.get(name) != own.get(name):
                 raise AfterimageError(

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig, size_pair, size_text
-from afterimage.data.decode import DIGEST_VERSION
+from afterimage.data.decode import DIGEST_VERSION, cover
 from afterimage.data.pixel_cache import Blob
 from afterimage.data.records import Original
 from afterimage.data.sampling import centre_places, crop_places, fitting_sides
@@ -47,12 +47,10 @@ class ImageSet:
     def __init__(
         self, ids: Sequence[str], content: Sequence[str], blob: Blob, size: int | tuple[int, int]
     ) -> None:
-        self.ids = list(ids)
-        self.content = list(content)
-        self.blob = blob
-        self.size = size_pair(size)
-        slots = np.array([blob.slots[c] for c in self.content], np.int64).reshape(-1, 4)
-        self._offsets, self._heights, self._widths, _ = slots.T
+        self.ids, self.content = list(ids), list(content)
+        self.blob, self.size = blob, size_pair(size)
+        sides = [blob.slots[c][1:3] for c in self.content]
+        self._heights, self._widths = np.array(sides, np.int64).reshape(-1, 2).T
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,7 +63,7 @@ class ImageSet:
     @property
     def facts(self) -> Int64[np.ndarray, "n 6"]:
         """`Facts` of each image before it was resized."""
-        return np.array([self.blob.facts[c] for c in self.content], np.int64).reshape(-1, 6)
+        return np.array([self.blob.slots[c].facts for c in self.content], np.int64).reshape(-1, 6)
 
     @property
     def sides(self) -> Int64[np.ndarray, " n"]:
@@ -83,7 +81,11 @@ class ImageSet:
 
     def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """Return the whole image at `index`, values 0 to 255."""
-        return torch.from_numpy(self.blob.image(self.content[index]).copy())
+        return torch.from_numpy(self._pixels(index).copy())
+
+    def _pixels(self, index: int) -> np.ndarray:
+        """Return image `index` after resizing, `(3, height, width)` uint8."""
+        return self.blob.image(self.content[index])
 
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
@@ -107,15 +109,11 @@ class ImageSet:
         """
         indices = self._checked(indices)
         heights, widths = self._heights[indices], self._widths[indices]
-        top, left, flip = self._places(indices, heights, widths, seed, epoch)
-        device = torch.device(device)
-        if device.type == "cpu":
-            return torch.from_numpy(self._copy(indices, top, left, flip, np.float32))
-        pixels = self.blob.on(device)
-        if pixels is None:
-            return placed(self._copy(indices, top, left, flip, np.uint8), device)
-        starts = self._offsets[indices] + top * widths + left
-        return gather_crops(pixels, starts, heights, widths, flip, self.size).to(torch.float32).div_(255)
+        places = zip(*self._places(indices, heights, widths, seed, epoch), strict=True)
+        crops = [
+            self._cut(self._pixels(i), *place) for i, place in zip(indices.tolist(), places, strict=True)
+        ]
+        return self._placed(crops, device)
 
     def batches(
         self,
@@ -142,60 +140,20 @@ class ImageSet:
             return *centre_places(heights, widths, self.size), np.zeros(len(indices), bool)
         return crop_places(heights, widths, self.size, indices, seed, epoch)
 
-    def _copy(
-        self, indices: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray, dtype: type
-    ) -> np.ndarray:
-        """Return crops `(batch, 3, height, width)`: uint8, or float32 in [0, 1].
-
-        They are copied by NumPy image by image: each stays in the processor's cache, and no thread pool is needed.
-        """
+    def _cut(self, image: np.ndarray, top: np.integer, left: np.integer, flip: np.bool_) -> np.ndarray:
         height, width = self.size
-        crops = np.empty((len(indices), 3, height, width), dtype)
-        for i, (index, y, x) in enumerate(zip(indices, top, left, strict=True)):
-            image = self.blob.image(self.content[index])[:, y : y + height, x : x + width]
-            if flip[i]:
-                image = np.ascontiguousarray(image[:, :, ::-1])
-            if dtype is np.float32:
-                np.divide(image, np.float32(255), out=crops[i], dtype=np.float32)
-            else:
-                crops[i] = image
-        return crops
+        crop = image[:, top : top + height, left : left + width]
+        return crop[:, :, ::-1] if flip else crop
 
-
-def placed(crops: UInt8[np.ndarray, "batch 3 height width"], device: str | torch.device) -> Tensor:
-    """Return uint8 crops as float32 in [0, 1] on a device."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.from_numpy(np.divide(crops, np.float32(255), dtype=np.float32))
-    pixels = torch.from_numpy(crops)
-    pixels = (pixels.pin_memory() if device.type == "cuda" else pixels).to(device, non_blocking=True)
-    return pixels.to(torch.float32).div_(255)
-
-
-def gather_crops(
-    pixels: UInt8[Tensor, " size"],
-    starts: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    flip: np.ndarray,
-    size: int | tuple[int, int],
-) -> UInt8[Tensor, "batch 3 height width"]:
-    """Cut all crops out of the pixels of many images in one operation, on the pixels' device.
-
-    Args:
-        pixels: pixels of all images, one after the other
-        starts: index of each crop's top left pixel in the first channel
-        heights: height of each crop's image in pixels
-        widths: width of each crop's image in pixels
-        flip: whether to flip each crop
-        size: height and width of the crops in pixels, or the side of square crops
-    """
-    numbers = torch.from_numpy(np.stack([starts, heights * widths, widths, flip.astype(np.int64)]))
-    start, plane, row, flipped = numbers.to(pixels.device, non_blocking=True)[..., None, None, None]
-    down, along = (torch.arange(side, device=pixels.device) for side in size_pair(size))
-    channel = torch.arange(3, device=pixels.device)[:, None, None]
-    across = torch.where(flipped == 1, len(along) - 1 - along, along)
-    return pixels[start + channel * plane + down[:, None] * row + across]
+    def _placed(self, crops: Sequence[np.ndarray], device: str | torch.device) -> Tensor:
+        """Return uint8 crops as float32 in [0, 1] on a device."""
+        pixels = np.stack(crops) if crops else np.empty((0, 3, *self.size), np.uint8)
+        device = torch.device(device)
+        if device.type == "cpu":
+            return torch.from_numpy(np.divide(pixels, np.float32(255), dtype=np.float32))
+        found = torch.from_numpy(pixels)
+        found = (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+        return found.to(torch.float32).div_(255)
 
 
 AHEAD = 2
@@ -255,9 +213,6 @@ class StreamedImages(ImageSet):
             [*self.originals, *other.originals], *map(np.concatenate, both), self.box, self.size
         )
 
-    def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        return torch.from_numpy(np.ascontiguousarray(self._decoded(index)))
-
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 height width"]:
@@ -277,19 +232,14 @@ class StreamedImages(ImageSet):
         The threads end with the iterator.
         """
 
-        own_height, own_width = self.size
-
         def one(index: int) -> np.ndarray:
-            image = self._decoded(index)
-            height, width = image.shape[1:]
-            places = np.array([index]), np.array([height]), np.array([width])
-            (top,), (left,), (flip,) = self._places(*places, seed, epoch)
-            cut = image[:, top : top + own_height, left : left + own_width]
-            return np.ascontiguousarray(cut[:, :, ::-1] if flip else cut)
+            image = self._pixels(index)
+            sides = np.array(image.shape[1:]).reshape(2, 1)
+            top, left, flip = self._places(np.array([index]), *sides, seed, epoch)
+            return np.ascontiguousarray(self._cut(image, top[0], left[0], flip[0]))
 
         def stacked(crops: list[Future[np.ndarray]]) -> Tensor:
-            empty = np.empty((0, 3, *self.size), np.uint8)
-            return placed(np.stack([crop.result() for crop in crops]) if crops else empty, device)
+            return self._placed([crop.result() for crop in crops], device)
 
         waiting: deque[list[Future[np.ndarray]]] = deque()
         with ThreadPoolExecutor(cores()) as pool:
@@ -304,11 +254,11 @@ class StreamedImages(ImageSet):
                 for crop in chain.from_iterable(waiting):
                     crop.cancel()
 
-    def _decoded(self, index: int) -> np.ndarray:
-        """Return image `index` after resizing, `(3, height, width)` uint8."""
+    def _pixels(self, index: int) -> np.ndarray:
         original, content = self.originals[index], self._digests[index].tobytes().hex()
         try:
-            return np.asarray(original.image(self.box, content)).transpose(2, 0, 1)
+            image = cover(original.decoded(max(self.box), content), self.box)
+            return np.asarray(image).transpose(2, 0, 1)
         except AfterimageError:
             raise
         except Exception as error:  # a traceback would not name the image

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,201 +14,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from afterimage.config import AfterimageError, shown
-from afterimage.data.decode import BadImage, check_header, cover, decode, read_bytes, reason
-from afterimage.data.examine import Facts, examine
+from afterimage.config import AfterimageError, listed, shown
+from afterimage.data.decode import BadImage, check_header, decode, read_bytes, reason
 from afterimage.runs.files import atomic_file
-
-CHANGED = "changed since it was first read"
-
-
-class Original(ABC):
-    """One image of a source.
-
-    Attributes:
-        id: stable name, unique in the source
-        rank: images of a lower rank come first in a split
-    """
-
-    __slots__ = ()
-    id: str
-    rank: int = 0
-
-    @property
-    def name(self) -> str:
-        """Name of the image in messages."""
-        return self.id
-
-    @property
-    def group(self) -> str:
-        """Name of the group of images that a split must not divide, such as a photograph and its parts."""
-        return self.id
-
-    @abstractmethod
-    def content(self, digests: FileDigests, size: int) -> Content:
-        """Return the digest of the file's bytes or of the recipe that the image is made from, and its sides.
-
-        Args:
-            digests: stored digests of the source
-            size: shorter side in pixels of an image without a size of its own, such as a procedural one
-
-        Raises:
-            BadImage: the image cannot be read
-        """
-
-    @abstractmethod
-    def decoded(self, size: int, content: str) -> Image.Image:
-        """Return the image as RGB, not resized.
-
-        Args:
-            size: shorter side in pixels of an image without a size of its own, such as a procedural one
-            content: digest that the image must still have
-
-        Raises:
-            BadImage: the image cannot be decoded or has changed
-        """
-
-    def image(self, box: tuple[int, int], content: str) -> Image.Image:
-        """Return the image as RGB, resized to cover a box `(height, width)`; raises as `decoded` does."""
-        return cover(self.decoded(max(box), content), box)
-
-    def examined(self, box: tuple[int, int], content: str) -> tuple[Image.Image, Facts]:
-        """Return the resized image as `image` does, and the facts about it before resizing."""
-        whole = self.decoded(max(box), content)
-        return cover(whole, box), examine(whole)
-
-
-class EncodedOriginal(Original):
-    """Image that is stored as the bytes of an image file."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def state(self) -> str:
-        """Return a text that names where the bytes are and changes when they do, such as path, size and times.
-
-        Raises:
-            BadImage: there is no such file
-        """
-
-    @abstractmethod
-    def read(self) -> bytes:
-        """Return the bytes. This is safe to call from any thread.
-
-        Raises:
-            BadImage: they cannot be read
-        """
-
-    def content(self, digests: FileDigests, size: int) -> Content:
-        return digests.of(self.state(), self.read, self.name)
-
-    def decoded(self, size: int, content: str) -> Image.Image:
-        file = self.read()
-        if hashlib.sha256(file).hexdigest() != content:
-            raise BadImage(self.name, CHANGED)
-        return decode(file, self.name)
-
-
-@dataclass(frozen=True, slots=True)
-class FileOriginal(EncodedOriginal):
-    """Image file. `id` and `file` may be the same string object, which saves memory for millions of images.
-
-    Attributes:
-        id: name of the image
-        root: folder of the source
-        file: path of the file below `root`
-    """
-
-    id: str
-    root: Path
-    file: str
-
-    @property
-    def path(self) -> Path:
-        return self.root / self.file
-
-    @property
-    def name(self) -> str:
-        return shown(self.path)
-
-    def state(self) -> str:
-        """Return path, size and times; the change time reveals a file replaced by one of equal size and age."""
-        path = self.path
-        try:
-            now = path.stat()
-        except (OSError, ValueError) as error:
-            raise BadImage(self.name, reason(error)) from None
-        return f"{shown(path.absolute())} {now.st_size} {now.st_mtime_ns} {now.st_ctime_ns}"
-
-    def read(self) -> bytes:
-        return read_bytes(self.path)
-
-
-@dataclass(frozen=True, slots=True)
-class PartOriginal(Original):
-    """Image that is one cell of a grid over an image file.
-
-    Attributes:
-        id: name of the image
-        whole: the image file
-        cell: column and row of the cell, and numbers of columns and rows of the grid
-        rank: parts come after whole images in a split
-    """
-
-    id: str
-    whole: FileOriginal
-    cell: tuple[int, int, int, int]
-    rank: int = 1
-
-    @property
-    def group(self) -> str:
-        return self.whole.id
-
-    def content(self, digests: FileDigests, size: int) -> Content:
-        file, width, height = self.whole.content(digests, size)
-        return Content(self._digest(file), width // self.cell[2], height // self.cell[3])
-
-    def _digest(self, file: str) -> str:
-        """Return the digest of this cell of a file with the digest `file`."""
-        return hashlib.sha256(f"{file} cell {self.cell}".encode()).hexdigest()
-
-    def decoded(self, size: int, content: str) -> Image.Image:
-        column, row, columns, rows = self.cell
-        file = self.whole.read()
-        if self._digest(hashlib.sha256(file).hexdigest()) != content:
-            raise BadImage(self.whole.name, CHANGED)
-        image = decode(file, self.whole.name)
-        width, height = image.width // columns, image.height // rows
-        left, top = column * width, row * height
-        return image.crop((left, top, left + width, top + height))
-
-
-def broken_images(broken: Sequence[BadImage]) -> AfterimageError:
-    """Return one error for all unreadable images: the first 20 with their reasons, and the number of others."""
-    lines = sorted(set(map(str, broken)))
-    if len(lines) == 1:
-        return AfterimageError(f"{lines[0]}. Mend the file or take it out")
-    more = f"\n  … and {len(lines) - 20} more" if len(lines) > 20 else ""
-    return AfterimageError(
-        f"{len(lines)} images cannot be read; mend the files or take them out:\n  "
-        + "\n  ".join(lines[:20])
-        + more
-    )
-
 
 logger = logging.getLogger("afterimage")
 
+CHANGED = "changed since it was first read"
 _ROW = np.dtype([("key", "<u8"), ("sha256", "u1", (32,)), ("sides", "<i4", (2,))])
 
 
 class Content(NamedTuple):
-    """Digest and size of an image before it is decoded.
-
-    Attributes:
-        sha256: digest of the bytes or of the recipe that the image is made from, in hexadecimal
-        width: width in pixels
-        height: height in pixels
-    """
+    """SHA-256 of the file or of the recipe that an image is made from, in hexadecimal, and its sides in pixels."""
 
     sha256: str
     width: int
@@ -218,11 +33,9 @@ class Content(NamedTuple):
 
 
 class FileDigests:
-    """Stored digests of one source, 48 bytes an image.
+    """Cache of one source's digests and sides, 48 bytes an image, which spares a second run reading the files.
 
-    Args:
-        cache: folder of the cache
-        root: folder or name of the source, from which the name of the file of digests is derived
+    The source's folder or name, `root`, decides the file's name in the folder `cache`.
     """
 
     def __init__(self, cache: Path, root: Path) -> None:
@@ -233,7 +46,7 @@ class FileDigests:
         self._new = bytearray()
 
     def of(self, state: str, read: Callable[[], bytes], name: str) -> Content:
-        """Return the digest and size of an image, as stored for its `state` or from its bytes.
+        """Return the digest and size of an image, as stored for its `state` or from the bytes that `read` returns.
 
         Args:
             state: text that changes with the image's bytes, such as path, size and times
@@ -275,8 +88,156 @@ class FileDigests:
             return table
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # a damaged archive raises anything
             logger.warning(
                 "the digests in %s cannot be read (%s) and are taken anew", shown(self._file), error
             )
         return np.empty(0, _ROW)
+
+
+class Original(ABC):
+    """One image of a source.
+
+    Attributes:
+        id: stable name, unique in the source
+        rank: images of a lower rank come first in a split
+    """
+
+    __slots__ = ()
+    id: str
+    rank: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the image in messages."""
+        return self.id
+
+    @property
+    def group(self) -> str:
+        """Name of the group of images that a split must not divide, such as a photograph and its parts."""
+        return self.id
+
+    @abstractmethod
+    def content(self, digests: FileDigests, size: int) -> Content:
+        """Return the digest of the file's bytes or of the recipe that the image is made from, and its sides.
+
+        `size` is the shorter side in pixels of an image without a size of its own, such as a procedural one.
+
+        Raises:
+            BadImage: the image cannot be read
+        """
+
+    @abstractmethod
+    def decoded(self, size: int, content: str) -> Image.Image:
+        """Return the image as RGB, not resized; `size` as for `content`, the digest that the image must still have.
+
+        Raises:
+            BadImage: the image cannot be decoded or has changed
+        """
+
+
+class EncodedOriginal(Original):
+    """Image that is stored as the bytes of an image file."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def state(self) -> str:
+        """Return a text that names where the bytes are and changes when they do, such as path, size and times.
+
+        Raises:
+            BadImage: there is no such file
+        """
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """Return the bytes. This is safe to call from any thread.
+
+        Raises:
+            BadImage: they cannot be read
+        """
+
+    def content(self, digests: FileDigests, size: int) -> Content:
+        return digests.of(self.state(), self.read, self.name)
+
+    def decoded(self, size: int, content: str) -> Image.Image:
+        file = self.read()
+        if hashlib.sha256(file).hexdigest() != content:
+            raise BadImage(self.name, CHANGED)
+        return decode(file, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class FileOriginal(EncodedOriginal):
+    """Image in the file `root / file`.
+
+    `id` and `file` may be the same string object, which saves memory for millions of images.
+    """
+
+    id: str
+    root: Path
+    file: str
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.file
+
+    @property
+    def name(self) -> str:
+        return shown(self.path)
+
+    def state(self) -> str:
+        """Return path, size and times; the change time reveals a file replaced by one of equal size and age."""
+        path = self.path
+        try:
+            now = path.stat()
+        except (OSError, ValueError) as error:
+            raise BadImage(self.name, reason(error)) from None
+        return f"{shown(path.absolute())} {now.st_size} {now.st_mtime_ns} {now.st_ctime_ns}"
+
+    def read(self) -> bytes:
+        return read_bytes(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class PartOriginal(Original):
+    """Image that is one cell of a grid over an image file; parts come after whole images in a split.
+
+    `cell` has column and row of the cell, and numbers of columns and rows of the grid.
+    """
+
+    id: str
+    whole: FileOriginal
+    cell: tuple[int, int, int, int]
+    rank: int = 1
+
+    @property
+    def group(self) -> str:
+        return self.whole.id
+
+    def content(self, digests: FileDigests, size: int) -> Content:
+        file, width, height = self.whole.content(digests, size)
+        return Content(self._digest(file), width // self.cell[2], height // self.cell[3])
+
+    def _digest(self, file: str) -> str:
+        """Return the digest of this cell of a file with the digest `file`."""
+        return hashlib.sha256(f"{file} cell {self.cell}".encode()).hexdigest()
+
+    def decoded(self, size: int, content: str) -> Image.Image:
+        column, row, columns, rows = self.cell
+        file = self.whole.read()
+        if self._digest(hashlib.sha256(file).hexdigest()) != content:
+            raise BadImage(self.whole.name, CHANGED)
+        image = decode(file, self.whole.name)
+        width, height = image.width // columns, image.height // rows
+        left, top = column * width, row * height
+        return image.crop((left, top, left + width, top + height))
+
+
+def broken_images(broken: Sequence[BadImage]) -> AfterimageError:
+    """Return one error for all unreadable images: the first 20 with their reasons, and the number of others."""
+    lines = sorted(set(map(str, broken)))
+    if len(lines) == 1:
+        return AfterimageError(f"{lines[0]}. Mend the file or take it out")
+    told = listed(lines, 20, "\n  ")
+    return AfterimageError(f"{len(lines)} images cannot be read; mend the files or take them out:\n  {told}")

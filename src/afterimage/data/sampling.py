@@ -33,12 +33,10 @@ def crop_places(
     """Draw random crops, uniformly over all places where they fit.
 
     Args:
-        heights: height of each image in pixels
-        widths: width of each image in pixels
+        heights, widths: sides of each image in pixels
         crop: height and width of the crops in pixels, or the side of square crops
         indices: indices of the images
-        seed: seed of the draws
-        epoch: number of the epoch
+        seed, epoch: seed of the draws, and number of the epoch
 
     Returns:
         top and left in pixels, and whether to flip, for each image

@@ -6,12 +6,12 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from afterimage.config import AfterimageError, listed, shown
+from afterimage.config import AfterimageError, counted, listed, shown
 from afterimage.data.records import Original
 
 
@@ -70,7 +70,7 @@ def draw(seed: int, name: str) -> bytes:
 def split(
     name: str, source: Source, validation_fraction: float, test_fraction: float | None, seed: int
 ) -> tuple[list[Original], list[Original], list[Original]]:
-    """Divide the images of a source.
+    """Divide the images of a source into training, validation and test images.
 
     Args:
         name: name of the source, for the error
@@ -78,9 +78,6 @@ def split(
         validation_fraction: share of validation images among the non-test images, if the source has no such split
         test_fraction: share of test images, if the source has no test split; None for no test images
         seed: seed of the split
-
-    Returns:
-        training, validation and test images
 
     Raises:
         AfterimageError: there are too few images, or two have the same id
@@ -119,15 +116,6 @@ BESIDE = frozenset((
     "picture", "pictures", "png", "set", "split",
 ))  # fmt: skip
 """Words that are ignored when names are matched: `train` and `test_images` belong to one data set."""
-OTHER_KINDS = "of other kinds"
-NO_EXTENSION = "without extension"
-MOST_KINDS = 1000
-"""Largest number of kinds of other files that are counted separately, in case every file has its own extension."""
-# Extensions of images in formats that are not read; notes name these first.
-_IMAGES = frozenset((
-    ".arw", ".bpg", ".cr2", ".cr3", ".dds", ".dng", ".exr", ".hdr", ".heic", ".heif", ".hif", ".ico", ".j2k", ".jxl",
-    ".jxr", ".nef", ".orf", ".pcx", ".pef", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".sgi", ".svg", ".tga", ".xcf",
-))  # fmt: skip
 _PART = {word: part for part, words in SPLIT_WORDS.items() for word in words}
 _TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
 
@@ -149,14 +137,11 @@ def read_name(name: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def split_names(names: Iterable[str]) -> dict[str, str]:
-    """Find the names that belong to a split.
+    """Find the names that belong to a split, and the split of each; none without training images and another split.
 
     Names belong together if their other words are the same: `DIV2K_train_HR` and `DIV2K_valid_HR`, but not
     `train_station` and `test_tube`. If the names without other words give a split, only they are used: for each part
     the name that is its first word in `SPLIT_WORDS`, or all of them if none is just a word.
-
-    Returns:
-        the split of each name that belongs to one; empty unless there are training images and another split
     """
     families: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name in sorted(names):
@@ -176,16 +161,11 @@ def _plainest(part: str, names: Sequence[str]) -> list[str]:
 
 
 def nested_split(paths: Collection[tuple[str, ...]]) -> tuple[int, dict[str, str]] | None:
-    """Find the first level of folders whose names give a split.
+    """Find the first level of folders whose names give a split, and the split of each name there; None without one.
 
     A level counts if every folder one level up has a folder of the split in it: `bottle/train`, `bottle/test` and
-    `cable/train` give a split, but no longer if images lie in a folder `other` beside `bottle` and `cable`.
-
-    Args:
-        paths: the folders that hold images, each as its names from the top
-
-    Returns:
-        the level, 0 for the uppermost, and the split of each name there; None if there is no such level
+    `cable/train` give a split, but no longer if images lie in a folder `other` beside `bottle` and `cable`. `paths` are
+    the folders that hold images, each as its names from the top; level 0 is the uppermost.
     """
     for depth in range(max(map(len, paths), default=0)):
         parts = split_names({path[depth] for path in paths if len(path) > depth})
@@ -198,48 +178,25 @@ def nested_split(paths: Collection[tuple[str, ...]]) -> tuple[int, dict[str, str
 def pooled_names(paths: Collection[tuple[str, ...]]) -> list[str]:
     """List the folders whose images are pooled because their names give no split.
 
-    These are the folders at the first level that has several. Folders at or below this level whose names contain a
-    split are listed first, in place of the folder of this level that holds them.
-
-    Args:
-        paths: the folders that hold images, each as its names from the top
-
-    Returns:
-        paths of the pooled folders; empty if there is only one folder at every level
+    These are the folders at the first level that has several; those whose names contain a split come first. `paths` are
+    the folders that hold images, each as its names from the top.
     """
-    deepest = max(map(len, paths), default=0)
-    level = next((n for n in range(1, deepest + 1) if len({path[:n] for path in paths}) > 1), None)
-    if level is None:
-        return []
-    upper = {
-        (path[:n], path[:level])
-        for path in paths
-        for n in range(level, len(path) + 1)
-        if read_name(path[n - 1])
-    }
-    spoken = {path for path, _ in upper}
-    others = {path[:level] for path in paths} - {top for _, top in upper}
-    return ["/".join(path) or "." for path in (*sorted(spoken), *sorted(others))]
+    for level in range(1, max(map(len, paths), default=0) + 1):
+        folders = {path[:level] for path in paths}
+        if len(folders) > 1:
+            ordered = sorted(folders, key=lambda path: (not path or read_name(path[-1]) is None, path))
+            return ["/".join(path) or "." for path in ordered]
+    return []
 
 
 def kind_of(name: str) -> str:
-    """Return a file's extension in lower case, or `NO_EXTENSION`."""
+    """Return a file's extension in lower case, or `without extension`."""
     extension = os.path.splitext(name)[1].lower()
-    return extension if len(extension) > 1 else NO_EXTENSION
+    return extension if len(extension) > 1 else "without extension"
 
 
-def count_kind(others: Counter[str], name: str) -> None:
-    """Count a file that is not read, by its extension."""
-    kind = kind_of(name)
-    others[kind if kind in others or len(others) < MOST_KINDS else OTHER_KINDS] += 1
-
-
-def left_out(others: Mapping[str, int]) -> list[str]:
+def left_out(others: Counter[str]) -> list[str]:
     """Return a note on files that are not read, by extension; empty if there are none."""
-    if not (total := sum(others.values())):
-        return []
-    kinds = sorted(others, key=lambda kind: (kind == OTHER_KINDS, kind not in _IMAGES, -others[kind], kind))
+    kinds = sorted(others, key=lambda kind: (-others[kind], kind))
     told = listed([f"{others[kind]:,} {shown(kind)}" for kind in kinds])
-    return [
-        f"left out: {total:,} {'file' if total == 1 else 'files'} that {'is' if total == 1 else 'are'} not read: {told}"
-    ]
+    return [f"left out: {counted(others.total(), 'file')} not read: {told}"] if others else []

@@ -11,13 +11,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig, from_dict, shown, to_dict, unknown, utf8_path
 from afterimage.data.decode import decode
-from afterimage.runs.files import atomic_file, read_json, remove_leftovers, sha256, write_json
+from afterimage.runs.files import atomic_file, read_object, remove_leftovers, sha256, write_json
 from afterimage.runs.results import FeatureMap, UsedWeights
 
 IMAGES, IDS, METADATA = "images", "ids", "afterimage"
@@ -43,8 +43,12 @@ def read_file(path: Path) -> Arrays:
         raise AfterimageError(f"cannot read {shown(path)}: it is not a regular file")
     try:
         return READERS[path.suffix](path)
+    except AfterimageError:
+        raise
     except OSError as error:
         raise AfterimageError(f"cannot read {shown(path)}: {error.strerror or error}") from None
+    except Exception as error:  # a damaged file may raise anything; a pickled array is a ValueError
+        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
 
 
 def write_file(
@@ -69,20 +73,15 @@ def write_file(
 
 
 def _read_safetensors(path: Path) -> Arrays:
-    try:
-        # The tensors are memory-mapped: their values are read on access.
-        with utf8_path(path) as name, safe_open(name, "pt") as file:
-            found: Arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        if METADATA in metadata:
-            found[METADATA] = _parsed(metadata[METADATA])
-            if IDS in found[METADATA]:
-                found[IDS] = found[METADATA].pop(IDS)
-        return found
-    except OSError:
-        raise
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+    # The tensors are memory-mapped: their values are read on access.
+    with utf8_path(path) as name, safe_open(name, "pt") as file:
+        found: Arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    if METADATA in metadata:
+        found[METADATA] = _parsed(metadata[METADATA])
+        if IDS in found[METADATA]:
+            found[IDS] = found[METADATA].pop(IDS)
+    return found
 
 
 def _write_safetensors(
@@ -100,17 +99,12 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _read_npz(path: Path) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            _fits(path, sum(member.file_size for member in file.zip.infolist()))
-            found = {name: np.asarray(file[name]) for name in file.files}  # bytes if a member is no array
-        if METADATA in found:
-            found[METADATA] = _parsed(str(found[METADATA]))
-        return found
-    except OSError:
-        raise
-    except Exception as error:  # a damaged archive raises anything; a pickled array is a ValueError
-        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+    with np.load(path, allow_pickle=False) as file:
+        _fits(path, sum(member.file_size for member in file.zip.infolist()))
+        found = {name: np.asarray(file[name]) for name in file.files}  # bytes if a member is no array
+    if METADATA in found:
+        found[METADATA] = _parsed(str(found[METADATA]))
+    return found
 
 
 def _write_npz(
@@ -134,30 +128,31 @@ def _arrow() -> tuple[Any, Any]:
 
 def _read_parquet(path: Path) -> Arrays:
     pa, parquet = _arrow()
-    try:
-        batches, size = [], 0
-        with parquet.ParquetFile(path) as file:
-            # Read in batches, so that a small file cannot unpack into all memory. The sizes in the columns' metadata
-            # are not used, because Arrow aborts the process if they are damaged.
-            for batch in file.iter_batches(BATCH):
-                size += sum(c.nbytes * (OBJECT // 4 if "list" in str(c.type) else 1) for c in batch.columns)
-                _fits(path, size)
-                batches.append(batch)
-            table = pa.Table.from_batches(batches, file.schema_arrow)
-        arrays = {}
-        for name in table.column_names:
-            column = table.column(name).combine_chunks()
-            shaped = isinstance(column.type, pa.FixedShapeTensorType)
-            arrays[name] = column.to_numpy_ndarray() if shaped else column.to_pylist()
-            if name == IMAGES and not shaped and arrays[name] and isinstance(arrays[name][0], bytes | dict):
-                arrays[name] = _decoded(path, arrays[name])
-        text = (table.schema.metadata or {}).get(METADATA.encode())
-        metadata = {} if text is None else {METADATA: _parsed(text.decode())}
-    except (AfterimageError, OSError):
-        raise
-    except Exception as error:  # Arrow may raise anything on a damaged file, and rows may be of any type
-        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
-    return {name: _stack(f"{shown(path)}: {name}", values) for name, values in arrays.items()} | metadata
+    batches, size = [], 0
+    with parquet.ParquetFile(path) as file:
+        # Read in batches, so that a small file cannot unpack into all memory. The sizes in the columns' metadata
+        # are not used, because Arrow aborts the process if they are damaged.
+        for batch in file.iter_batches(BATCH):
+            size += sum(c.nbytes * (OBJECT // 4 if "list" in str(c.type) else 1) for c in batch.columns)
+            _fits(path, size)
+            batches.append(batch)
+        table = pa.Table.from_batches(batches, file.schema_arrow)
+    found: Arrays = {}
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        if isinstance(column.type, pa.FixedShapeTensorType):
+            found[name] = column.to_numpy_ndarray()
+            continue
+        rows = column.to_pylist()
+        if name == IMAGES and rows and isinstance(rows[0], bytes | dict):
+            rows = _decoded(path, rows)
+        try:
+            found[name] = np.asarray(rows)
+        except ValueError:
+            raise AfterimageError(f"{shown(path)}: {name} holds rows of different shapes") from None
+    if (text := (table.schema.metadata or {}).get(METADATA.encode())) is not None:
+        found[METADATA] = _parsed(text.decode())
+    return found
 
 
 def _write_parquet(
@@ -191,13 +186,6 @@ def _fits(path: Path, size: int) -> None:
             f"{shown(path)} takes {size / 2**30:.1f} GiB of memory, over half of this machine's "
             f"{memory / 2**30:.1f} GiB"
         )
-
-
-def _stack(name: str, values: Any) -> np.ndarray:
-    try:
-        return np.asarray(values)
-    except ValueError:
-        raise AfterimageError(f"{name} holds rows of different shapes") from None
 
 
 READERS: dict[str, Callable[[Path], Arrays]] = {
@@ -270,7 +258,6 @@ class Shard:
 class StoreIndex:
     """Index of a store: the shards written so far, in order. `facts.images` counts the images of all shards."""
 
-    version: int
     shard_images: int
     facts: StoreFacts
     shards: tuple[Shard, ...] = ()
@@ -290,32 +277,14 @@ def read_index(path: Path) -> StoreIndex | None:
     file = index_path(path)
     if not file.exists():
         return None
-    values = read_json(file)
+    values = read_object(file, "version", VERSION)
     try:
-        if not isinstance(values, dict) or values.get("version") != VERSION:
-            raise AfterimageError(f"it must be an object of version {VERSION}")
         index = from_dict(StoreIndex, values)
         if outside := [shard.file for shard in index.shards if Path(shard.file).name != shard.file]:
             raise AfterimageError(f"{outside[0]!r:.200} is no file beside it")
         return index
     except AfterimageError as error:
         raise AfterimageError(f"{shown(file)}: {error}") from None
-
-
-def check_whole(path: Path, index: StoreIndex) -> None:
-    """Raise `AfterimageError` if a shard is missing or cut short, or not all shards are written yet."""
-    for shard in index.shards:
-        file = path.with_name(shard.file)
-        if not file.exists():
-            raise AfterimageError(f"{shown(path)}: the shard {shown(shard.file)} is missing")
-        if (size := file.stat().st_size) != shard.bytes:
-            raise AfterimageError(f"{shown(file)} was cut short: it has {size:,} of {shard.bytes:,} bytes")
-    done = sum(shard.images for shard in index.shards)
-    if done != index.facts.images:
-        raise AfterimageError(
-            f"{shown(path)} is not finished: it holds {done:,} of {index.facts.images:,} images; the same extract "
-            "command goes on from there"
-        )
 
 
 class StoreWriter:
@@ -332,7 +301,7 @@ class StoreWriter:
 
     def __init__(self, path: Path, facts: StoreFacts, shard_images: int) -> None:
         self.path, self.facts, self.shard_images = path, facts, shard_images
-        self.index = StoreIndex(VERSION, shard_images, facts)
+        self.index = StoreIndex(shard_images, facts)
         self._done: dict[str, Shard] = {}
         if (before := read_index(path)) is not None:
             if changed := _changed(before, self.index):
@@ -345,41 +314,28 @@ class StoreWriter:
             raise AfterimageError(
                 f"{shown(path)} exists, and no extraction has written it: choose another file"
             )
-        remove_leftovers(path.parent, [index_path(path).name, *self._starts])
+        remove_leftovers(path.parent, [index_path(path).name, *self._rows()])
         self._save()
 
     def _is_whole(self, shard: Shard) -> bool:
         file = self.path.with_name(shard.file)
         return file.exists() and file.stat().st_size == shard.bytes and sha256(file) == shard.sha256
 
-    @property
-    def _starts(self) -> dict[str, int]:
-        """First row of each shard, by the shard's name."""
-        count = -(-self.facts.images // self.shard_images)
-        if count == 1:
-            return {self.path.name: 0}
+    def _rows(self) -> dict[str, range]:
+        """Return the rows of each shard, by the shard's name."""
+        total, each = self.facts.images, self.shard_images
+        parts = [range(start, min(total, start + each)) for start in range(0, total, each)]
+        if len(parts) == 1:
+            return {self.path.name: parts[0]}
         stem, suffix = self.path.stem, self.path.suffix
-        names = [f"{stem}-{i:05}-of-{count:05}{suffix}" for i in range(1, count + 1)]
-        return {name: i * self.shard_images for i, name in enumerate(names)}
+        return {f"{stem}-{i:05}-of-{len(parts):05}{suffix}": part for i, part in enumerate(parts, 1)}
 
     def missing(self) -> dict[str, range]:
         """Return the rows of each shard that is still to be written, by the shard's name."""
-        end = self.facts.images
-        starts = self._starts.items()
-        return {
-            name: range(start, min(end, start + self.shard_images))
-            for name, start in starts
-            if name not in self._done
-        }
+        return {name: rows for name, rows in self._rows().items() if name not in self._done}
 
     def write(self, name: str, ids: Sequence[str], arrays: Mapping[str, Tensor]) -> None:
-        """Write one of the missing shards.
-
-        Args:
-            name: name of the shard, from `missing`
-            ids: names of the images
-            arrays: `images`, and features by layer, one row for each image
-        """
+        """Write one of the `missing` shards: `ids` of its images, `images` and features by layer, a row for each."""
         file = self.path.with_name(name)
         named = {key if key == IMAGES else layer_key(key): values for key, values in arrays.items()}
         write_file(file, ids, named, {"version": VERSION, **to_dict(self.facts)})
@@ -387,8 +343,8 @@ class StoreWriter:
         self._save()
 
     def _save(self) -> None:
-        shards = [to_dict(self._done[name]) for name in self._starts if name in self._done]
-        write_json(index_path(self.path), {**to_dict(self.index), "shards": shards})
+        shards = [to_dict(self._done[name]) for name in self._rows() if name in self._done]
+        write_json(index_path(self.path), {"version": VERSION, **to_dict(self.index), "shards": shards})
 
 
 def _changed(before: StoreIndex, now: StoreIndex) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from afterimage.config import AfterimageError, from_dict, shown
-from afterimage.runs.files import read_csv, read_json, write_csv, write_json
-from afterimage.runs.results import LpipsStatus, Score, check_finite
+from afterimage.runs.files import check_number, read_csv, read_object, write_csv, write_json
+from afterimage.runs.results import LpipsStatus, Score
 from afterimage.runs.run import Run
 
 FORMAT = 1
@@ -189,23 +188,15 @@ def write_part(run: Run, part: str, facts: Mapping[str, Any], rows: Rows) -> Non
 
 
 def read_part(run: Run, part: str) -> tuple[Any, Rows]:
-    """Read a part.
-
-    Returns:
-        the facts, of the part's type in `PARTS`, and the rows by image
+    """Read a part: the facts, of its type in `PARTS`, and the rows by image.
 
     Raises:
         AfterimageError: a file is missing, damaged or of another version; the message names the file and the key
     """
     path = run.file(f"{part}.json")
-    values = read_json(path)
+    values = read_object(path, "format", FORMAT)
     try:
-        if not isinstance(values, dict):
-            raise AfterimageError(f"must hold a JSON object, got {values!r:.80}")
-        if (version := values.pop("format", None)) != FORMAT:
-            raise AfterimageError(f"has format {version!r:.80}; this version reads {FORMAT}")
         facts = from_dict(PARTS[part], values)
-        check_finite(values)  # the types have been checked, so nesting is shallow
     except AfterimageError as error:
         raise AfterimageError(f"{shown(path)}: {error}") from None
     path = path.with_suffix(".csv")
@@ -214,11 +205,7 @@ def read_part(run: Run, part: str) -> tuple[Any, Rows]:
         raise AfterimageError(f"{shown(path)} has no rows")
     for row in rows:
         for column in COLUMNS[part]:
-            value = row.get(column)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise AfterimageError(
-                    f"{shown(path)}: {column} of image {row.get('id')!r:.200} is {value!r:.80}, not a finite number"
-                )
+            check_number(path, row, column)
     if part == "rate_distortion" and {p.bits for p in facts.points} != {row["bits"] for row in rows}:
         raise AfterimageError(f"{shown(path)} and {part}.json hold different bits")
     return facts, rows

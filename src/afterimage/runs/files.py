@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tempfile
@@ -63,12 +64,9 @@ def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = 
 
 
 def remove_leftovers(folder: Path, names: Iterable[str] | None = None, *, older: float = 0.0) -> None:
-    """Remove partly written files, if unchanged for `older` seconds.
+    """Remove partly written files that did not change for `older` seconds.
 
-    Args:
-        folder: the folder
-        names: names of files in the folder, for those of these files alone; None for all at any depth
-        older: smallest age in seconds
+    `names` are files in the folder, for those of these files alone; None means all at any depth.
     """
     own = None if names is None else frozenset(names)
     for path in folder.glob(f"{'**/' if own is None else ''}.*.*{LEFTOVER}"):
@@ -121,6 +119,20 @@ def read_json(path: str | Path) -> Any:
         raise AfterimageError(f"{shown(path)} is not valid JSON: {error}") from None
 
 
+def read_object(path: str | Path, version: str = "", expected: int = 0) -> dict[str, Any]:
+    """Read a JSON object; remove its `version`, the key of the layout's version, which must be `expected`.
+
+    Raises:
+        AfterimageError: the file cannot be read, holds no object or has another version; the message names it
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise AfterimageError(f"{shown(path)} must hold a JSON object, got {values!r:.80}")
+    if version and (found := values.pop(version, None)) != expected:
+        raise AfterimageError(f"{shown(path)} has {version} {found!r:.80}; this version reads {expected}")
+    return values
+
+
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows under a header with the first row's keys; None becomes an empty cell, floats keep every digit."""
     rows = list(rows)
@@ -144,11 +156,7 @@ def write_image(path: str | Path, pixels: Any, texts: Mapping[str, str] | None =
 
 
 def read_image(path: str | Path, content: bytes | None = None) -> Any:
-    """Read a PNG image of a run folder as a loaded Pillow image.
-
-    Args:
-        path: the file
-        content: its bytes, if already read
+    """Read a PNG image of a run folder, or its bytes `content` if already read, as a loaded Pillow image.
 
     Raises:
         AfterimageError: the file is missing, damaged, of another format or too large; the message names it
@@ -188,6 +196,15 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
     except csv.Error as error:
         raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
     return rows
+
+
+def check_number(path: Path, row: Mapping[str, Any], column: str) -> None:
+    """Check that a cell of a CSV file holds a finite number; raise an `AfterimageError` that names it otherwise."""
+    value = row.get(column)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise AfterimageError(
+            f"{shown(path)}: {column} of image {row.get('id')!r:.200} is {value!r:.80}, not a finite number"
+        )
 
 
 def _number(cell: str | None) -> Any:

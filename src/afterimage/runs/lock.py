@@ -38,12 +38,7 @@ class CannotLock(AfterimageError):
 
 
 class Lock:
-    """The lock of one folder.
-
-    Args:
-        folder: an existing folder
-        log: called with a message when a dead process's lock is taken over
-    """
+    """The lock of an existing folder; `log` is told when a dead process's lock is taken over."""
 
     def __init__(self, folder: Path, log: Callable[[str], None] = lambda text: None) -> None:
         self.folder, self.log = folder, log
@@ -145,11 +140,9 @@ class Lock:
 
 @contextlib.contextmanager
 def held(folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
-    """Hold the lock of a folder inside the block, after waiting for the process that has it.
+    """Hold the lock of an existing folder inside the block, after waiting for the process that has it.
 
-    Args:
-        folder: an existing folder
-        log: called with a message when this process has to wait, and when a dead process's lock is taken over
+    `log` is told when this process has to wait, and when a dead process's lock is taken over.
 
     Raises:
         CannotLock: the folder does not exist or cannot be written

@@ -73,8 +73,6 @@ class Manifest:
     decoders: Mapping[str, PublishedDecoder]
 
     def __post_init__(self) -> None:
-        if self.library_name != LIBRARY:
-            raise AfterimageError(f"library_name is {self.library_name!r:.80}, not {LIBRARY!r}")
         if self.format != FORMAT:
             raise AfterimageError(f"format is {self.format}; this version reads {FORMAT}")
         if not self.decoders:

@@ -7,9 +7,8 @@ of only one kind (the training, the search, the attack) are parts with types of 
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,7 @@ from afterimage.config import (
     unknown,
 )
 from afterimage.config.inversion import InversionConfig
-from afterimage.runs.files import read_csv, read_json, write_csv, write_json
+from afterimage.runs.files import check_number, read_csv, read_object, write_csv, write_json
 
 VERSION = 1
 """Version of the files' layout, raised whenever a key changes its name or its meaning."""
@@ -441,20 +440,14 @@ def read_result(folder: Path) -> Result:
         AfterimageError: a file is missing, damaged or of another version; the message names the file and the key
     """
     path = folder / SUMMARY
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise AfterimageError(f"{shown(path)} must hold a JSON object, got {values!r:.80}")
-    if (version := values.pop("version", None)) != VERSION:
-        raise AfterimageError(f"{shown(path)} has version {version!r:.80}; this one reads {VERSION}")
+    values = read_object(path, "version", VERSION)
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise AfterimageError(f"{shown(path)}: {unknown('kind of result', str(kind), KINDS)}")
     config = KINDS[kind] and load_toml(KINDS[kind], folder / CONFIG)
     rows = _read_scores(folder / SCORES)
     try:
-        result = from_dict(Result, values | {"config": config, "per_image": rows})
-        check_finite(values)  # the types have been checked, so nesting is shallow
-        return result
+        return from_dict(Result, values | {"config": config, "per_image": rows})
     except AfterimageError as error:
         raise AfterimageError(f"{shown(path)}: {error}") from None
 
@@ -471,29 +464,8 @@ def _read_scores(path: Path) -> list[dict[str, Any]]:
         if missing := METRICS.keys() - row.keys():
             raise AfterimageError(f"{shown(path)} has no column {', '.join(sorted(missing))}")
         for column, value in row.items():
-            number = isinstance(value, int | float) and math.isfinite(value)
-            if column != "id" and value is not None and not number:
-                raise AfterimageError(
-                    f"{shown(path)}: {column} of image {row['id']!r:.200} is {value!r:.80}, not a finite number"
-                )
-            if number and column.startswith(tuple(METRICS)):
-                row[column] = float(value)  # a perfect score is `1` in the file
+            if column != "id" and value is not None:
+                check_number(path, row, column)
+                # A perfect score is `1` in the file.
+                row[column] = float(value) if column.startswith(tuple(METRICS)) else value
     return rows
-
-
-def check_finite(value: Any, where: str = "") -> None:
-    """Check that all numbers in a value are finite, because Python's JSON reader accepts `NaN` and `1e999`.
-
-    Args:
-        value: plain values, nested in dictionaries and lists
-        where: name of the value, for the message
-
-    Raises:
-        AfterimageError: a number is not finite; the message names it
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise AfterimageError(f"{where} is not finite")
-    pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else ()
-    pairs = enumerate(value) if isinstance(value, list) else pairs
-    for key, entry in pairs:
-        check_finite(entry, f"{where}.{key}" if where else str(key))

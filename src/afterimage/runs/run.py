@@ -29,6 +29,7 @@ from afterimage.config.inversion import InversionConfig
 from afterimage.runs.files import (
     read_csv,
     read_json,
+    read_object,
     remove_leftovers,
     write_atomic,
     write_csv,
@@ -41,17 +42,10 @@ from afterimage.runtime.terminal import printable
 
 
 def check_folder(path: str | Path, setting: str, *, writable: bool = True) -> None:
-    """Check that a folder exists or could be created, and could be written, without creating it.
-
-    Called before long work whose result is to be stored there.
-
-    Args:
-        path: the folder
-        setting: name of the setting, for the message
-        writable: whether the folder must be writable
+    """Check, before long work, that a folder exists or could be created, and could be written, without creating it.
 
     Raises:
-        AfterimageError: the folder cannot be used
+        AfterimageError: the folder cannot be used; the message names `setting`, such as `--output-dir`
     """
     path = Path(path)
     for place in (path.absolute(), *path.absolute().parents):
@@ -135,12 +129,7 @@ class Run:
     def status(self) -> dict[str, Any]:
         """The state and its details, such as `error`; empty for a run that was never started."""
         path = self.file("status.json")
-        if not path.exists():
-            return {}
-        status = read_json(path)
-        if not isinstance(status, dict):
-            raise AfterimageError(f"{shown(path)} must hold a JSON object with a state, got {status!r:.80}")
-        return status
+        return read_object(path) if path.exists() else {}
 
     def set_state(self, state: str, **details: Any) -> None:
         write_json(self.file("status.json"), {"state": state, **details})
@@ -287,7 +276,7 @@ def _software() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Return the commit of the source tree that this package runs from, with `+changes` if it was edited since."""
-    folder = Path(__file__).resolve().parents[2]
+    folder = Path(__file__).resolve().parents[3]
     if not (folder / ".git").exists():
         return None
     git = ["git", "-C", str(folder)]

@@ -63,12 +63,7 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def create_fabric(accelerator: str, devices: int, nodes: int = 1) -> Fabric:
-    """Create a Fabric of several ranks, without launching it.
-
-    Args:
-        accelerator: `cpu`, `cuda`, `mps` or `auto`
-        devices: ranks on each node
-        nodes: number of nodes
+    """Create a Fabric of `devices` ranks on each of `nodes` nodes, without launching it.
 
     Raises:
         AfterimageError: this machine has fewer devices
@@ -86,18 +81,10 @@ Result = TypeVar("Result")
 
 
 def retry_with_smaller_batch(work: Callable[[int], Result], size: int, what: str) -> tuple[Result, int]:
-    """Call `work(size)`, and halve the size until the work fits into memory.
-
-    Args:
-        work: function of the batch size
-        size: first batch size
-        what: name of the work, for the message
-
-    Returns:
-        the result, and the batch size that fitted
+    """Call `work(size)`, and halve the size until the work fits into memory; return the result and that size.
 
     Raises:
-        AfterimageError: a single image does not fit
+        AfterimageError: a single image does not fit; the message begins with `what`
     """
     while True:
         try:

@@ -41,9 +41,7 @@ def concerning(what: str) -> Iterator[None]:
 def concerns(error: BaseException) -> str:
     """Return the scope that an exception affects beyond its own part of the work.
 
-    Returns:
-        `EVERYTHING` if it ends all work, as a lost rank does; `ENCODERS` if it ends all rows that share the encoders;
-            otherwise the empty string
+    That is `EVERYTHING` if it ends all work, as a lost rank does, and `ENCODERS` if it ends all rows that share them.
     """
     return getattr(error, "concerns", "") if isinstance(error, Exception) else EVERYTHING
 

@@ -94,14 +94,9 @@ def refusal(repository: str, revision: str | None, error: BaseException, kind: s
 
 
 def busy(status: int, header: Callable[[str, str], str]) -> str:
-    """Return an explanation of an answer by which a server says that it cannot respond for now.
+    """Return an explanation of an answer by which a server says that it cannot respond for now; empty for others.
 
-    Args:
-        status: HTTP status of the answer
-        header: function that returns a header of the answer by its name, or the default in its second argument
-
-    Returns:
-        the explanation; empty for any other answer
+    `header` returns a header of the answer by its name, or the default in its second argument.
     """
     if status not in (408, 429) and status < 500:
         return ""

@@ -20,12 +20,7 @@ from afterimage.runtime.process import cores
 
 
 def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
-    """Run `afterimage ARGUMENTS` as several ranks, and return once all have succeeded.
-
-    Args:
-        arguments: arguments of the command
-        devices: number of ranks
-        accelerator: `cpu`, `cuda`, `mps` or `auto`
+    """Run `afterimage ARGUMENTS` as `devices` ranks, and return once all have succeeded.
 
     Raises:
         AfterimageError: the machine has fewer devices, or a signal killed a rank

@@ -24,12 +24,10 @@ class LockLost(AfterimageError):
 
 
 class Holder(NamedTuple):
-    """The process that holds a lock.
+    """The process that holds a lock: its id, its start time and its machine.
 
-    Attributes:
-        pid: process id
-        started: start time in the operating system's own unit, to tell processes with a reused id apart
-        machine: host name, boot id and process namespace
+    The start time, in the operating system's own unit, tells processes with a reused id apart; the machine is host
+    name, boot id and process namespace.
     """
 
     pid: int
@@ -122,19 +120,11 @@ class GracefulShutdown:
 def graceful_shutdown(ignore_second_signal: bool = False) -> Iterator[GracefulShutdown]:
     """Record SIGTERM and Ctrl-C inside this block in the `GracefulShutdown` that it yields.
 
-    A second signal ends the block at once, unless `ignore_second_signal` is set. Outside the main thread
-    nothing changes, because Python delivers signals to the main thread only.
+    A second signal ends the block at once, unless `ignore_second_signal` is set.
     """
     stop = GracefulShutdown(ignore_second_signal)
-    if threading.current_thread() is not threading.main_thread():
+    with _handled(stop._asked, signal.SIGTERM, signal.SIGINT):
         yield stop
-        return
-    before = {number: signal.signal(number, stop._asked) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     stop.check()  # the signal may have come after the last check
 
 
@@ -145,14 +135,22 @@ def interruptible() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
+    with _handled(end, signal.SIGTERM):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Handle signals inside this block, in the main thread alone: Python delivers signals to no other."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 Item = TypeVar("Item")
@@ -169,14 +167,7 @@ def in_parallel(
     """Map `work` over `items` in threads on all cores, and yield the results in order.
 
     Threads suffice, because Pillow, NumPy and hashlib release the interpreter lock while they work. Unlike processes,
-    they need no `if __name__ == "__main__"` in the caller's script.
-
-    Args:
-        work: the function
-        items: its arguments
-        total: number of items, for the progress
-        what: name of the work, for the progress
-        progress: called as `progress(what, done, total)` after each item
+    they need no `if __name__ == "__main__"` in the caller's script. `progress(what, done, total)` is called after each.
     """
     workers = cores()
     items = iter(items)

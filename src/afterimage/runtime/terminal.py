@@ -46,24 +46,15 @@ def say(*lines: object, error: bool = False) -> None:
 
 
 def complain(what: str, error: object) -> None:
-    """Print `what: error` on standard error; further lines are indented, so that they cannot pass for a message.
-
-    Args:
-        what: label of the message, such as `failed`
-        error: the error or its message
-    """
+    """Print `what: error` on standard error; further lines are indented, so that they cannot pass for a message."""
     text = str(error).replace("\n", "\n  ").replace("\n    ", "\n  ")
     say(f"{what}: {text}", error=True)
 
 
 def console(width: int | None = None, *, error: bool = False) -> Console:
-    """Create a console for tables.
+    """Create a console for tables, `width` columns wide if the output is not a terminal.
 
     Text is shown literally: names cannot contain markup or control sequences.
-
-    Args:
-        width: number of columns if the output is not a terminal
-        error: whether to write to standard error
     """
     writer = Writer.of(sys.stderr if error else sys.stdout)
     return _console_class()(
@@ -97,11 +88,6 @@ class Writer:
         with self._kept():
             self.stream.write(text.encode(encoding, _HANDLER).decode(encoding))
         return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        """Write several texts."""
-        for line in lines:
-            self.write(line)
 
     def flush(self) -> None:
         """Flush the stream."""

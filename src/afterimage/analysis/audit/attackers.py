@@ -161,7 +161,7 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
         AfterimageError: the pool holds a test image
     """
     own = pool.train.joined(pool.validation)
-    _, places = shared(data.test, own)
+    places = shared(own, data.test)
     if len(places):
         raise AfterimageError(
             f"the attacker's own images hold {counted(len(places), 'test image')}, for example "

@@ -28,14 +28,7 @@ MAX_COUNT = 1_000_000
 
 
 def dead_leaves(series: int, index: int, width: int, height: int) -> Image.Image:
-    """Draw a procedural image as a pure function of the arguments.
-
-    Args:
-        series: number of the series
-        index: number of the image in it
-        width: width in pixels
-        height: height in pixels
-    """
+    """Draw image `index` of a series, `width` x `height` pixels, as a pure function of the arguments."""
     random = np.random.Generator(np.random.Philox(key=[series, index]))
     radii = _radii(random, width, height)
     leaves = _paint(random, radii, width, height)
@@ -184,12 +177,7 @@ def _places(near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class DeadLeaves(Original):
-    """Procedural image.
-
-    Attributes:
-        series: number of the series
-        index: number of the image in it
-    """
+    """Procedural image `index` of the series `series`."""
 
     series: int
     index: int
@@ -207,11 +195,7 @@ class DeadLeaves(Original):
 
 
 def read_dead_leaves(text: str, parts: Collection[str]) -> Source:
-    """List procedural images; images for testing alone are a separate series.
-
-    Args:
-        text: number of images; empty for `DEFAULT_COUNT`
-        parts: the splits that are used, `train`, `test` or both
+    """List procedural images; images for testing alone are a separate series. For the arguments see `SOURCES`.
 
     Raises:
         AfterimageError: the text is not a whole number between 1 and `MAX_COUNT`

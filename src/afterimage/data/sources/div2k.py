@@ -5,7 +5,6 @@ pooch is not used because it restarts a download of 3.5 GB if the connection bre
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import re
@@ -23,6 +22,7 @@ from afterimage.config import AfterimageError, local_path, shown
 from afterimage.data.decode import reason
 from afterimage.data.records import FileOriginal
 from afterimage.data.splits import Source
+from afterimage.runs.files import sha256
 from afterimage.runs.lock import held
 from afterimage.runtime.terminal import Progress, silent
 
@@ -34,14 +34,7 @@ _IMAGE = re.compile(r"\d{4}\.png")
 
 @dataclass(frozen=True)
 class Archive:
-    """Published zip file.
-
-    Attributes:
-        name: name of the file without `.zip`, and of the folder in it
-        bytes: size of the file in bytes
-        sha256: digest of the file, in hexadecimal
-        images: number of images in it
-    """
+    """Published zip file: name without `.zip` and of the folder in it, size in bytes, SHA-256, number of images."""
 
     name: str
     bytes: int
@@ -50,15 +43,10 @@ class Archive:
 
 
 def download(archive: Archive, url: str, path: Path, progress: Progress = silent) -> None:
-    """Download an archive and verify it.
+    """Download an archive from `url` to `path` and verify it.
 
-    A lost connection is retried, and the bytes received so far are kept for a later call.
-
-    Args:
-        archive: the archive
-        url: address of the archive
-        path: path of the downloaded file; an incomplete file has the suffix `.part`
-        progress: called with the name of the current task, the amount done, and the total
+    A lost connection is retried, and the bytes received so far are kept for a later call, in a file with the suffix
+    `.part`.
 
     Raises:
         AfterimageError: the server refuses, does not answer, or has another file
@@ -72,9 +60,7 @@ def download(archive: Archive, url: str, path: Path, progress: Progress = silent
             problem = "the connection was closed"
         except urllib.error.HTTPError as error:
             problem = f"the server says {error.code} {error.reason}"
-            if error.code == 416:
-                part.unlink()  # the partial file is longer than the server's file
-            elif error.code < 500 and error.code not in (408, 429):
+            if error.code < 500 and error.code not in (408, 429):
                 raise _failed(url, part, problem) from None
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.filename is not None:
@@ -94,30 +80,19 @@ def download(archive: Archive, url: str, path: Path, progress: Progress = silent
 
 
 def verify(archive: Archive, path: Path, progress: Progress = silent) -> None:
-    """Check that a file has the size and the SHA-256 of an archive.
-
-    Raises:
-        AfterimageError: size or SHA-256 differ
-    """
-    digest, done = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(16 * _CHUNK):
-            digest.update(chunk)
-            done += len(chunk)
-            progress(f"verifying {archive.name}", done, max(archive.bytes, done))
-    if (done, digest.hexdigest()) != (archive.bytes, archive.sha256):
+    """Check that a file has the size and the SHA-256 of an archive; raise an `AfterimageError` if not."""
+    progress(f"verifying {archive.name}", 0, 1)
+    size, digest = path.stat().st_size, sha256(path)
+    progress(f"verifying {archive.name}", 1, 1)
+    if (size, digest) != (archive.bytes, archive.sha256):
         raise AfterimageError(
-            f"{shown(path)} is damaged or not the published {archive.name}.zip: it has {done:,} bytes and SHA-256 "
-            f"{digest.hexdigest()}; expected {archive.bytes:,} bytes and {archive.sha256}"
+            f"{shown(path)} is damaged or not the published {archive.name}.zip: it has {size:,} bytes and SHA-256 "
+            f"{digest}; expected {archive.bytes:,} bytes and {archive.sha256}"
         )
 
 
 def need_room(folder: Path, needed: int) -> None:
-    """Check that a folder's disk has `needed` bytes free.
-
-    Raises:
-        AfterimageError: there are fewer
-    """
+    """Check that a folder's disk has `needed` bytes free; raise an `AfterimageError` if not."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise AfterimageError(
@@ -161,15 +136,9 @@ def _failed(url: str, part: Path, problem: str) -> AfterimageError:
 
 
 def unpack(archive: Archive, path: Path, folder: Path, progress: Progress = silent) -> None:
-    """Unpack the images of a verified archive into a folder, completely or not at all.
+    """Unpack the images of a verified archive into a folder that does not exist yet, completely or not at all.
 
     Members are written under their bare names. No further checks are needed, as the archive's digest is verified.
-
-    Args:
-        archive: the archive
-        path: path of the zip file
-        folder: the folder, which must not exist yet
-        progress: called with the name of the current task, the amount done, and the total
 
     Raises:
         AfterimageError: there is not enough room
@@ -177,23 +146,21 @@ def unpack(archive: Archive, path: Path, folder: Path, progress: Progress = sile
     """
     for leftover in folder.parent.glob(f".{folder.name}.*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
-    with zipfile.ZipFile(path) as file:
+    with (
+        zipfile.ZipFile(path) as file,
+        tempfile.TemporaryDirectory(".part", f".{folder.name}.", folder.parent) as temporary,
+    ):
         images = [member for member in file.infolist() if _IMAGE.fullmatch(Path(member.filename).name)]
         need_room(folder.parent, sum(member.file_size for member in images))
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
-        try:
-            for done, member in enumerate(images, 1):
-                target = temporary / Path(member.filename).name
-                with file.open(member) as source, open(target, "wb") as out:
-                    shutil.copyfileobj(source, out, _CHUNK)
-                    out.flush()
-                    os.fsync(out.fileno())
-                progress(f"unpacking {archive.name}", done, len(images))
-            temporary.chmod(0o755)
-            os.replace(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        whole = Path(temporary, folder.name)
+        whole.mkdir()
+        for done, member in enumerate(images, 1):
+            with file.open(member) as source, open(whole / Path(member.filename).name, "wb") as out:
+                shutil.copyfileobj(source, out, _CHUNK)
+                out.flush()
+                os.fsync(out.fileno())
+            progress(f"unpacking {archive.name}", done, len(images))
+        os.replace(whole, folder)
 
 
 BASE_URL = "https://data.vision.ee.ethz.ch/cvl/DIV2K/"
@@ -211,9 +178,7 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
 
     Args:
         path: folder with the archives or their unpacked folders; empty to download them
-        parts: the splits to get, `train`, `test` or both
-        cache: folder for downloaded and unpacked files
-        progress: called with the name of the current task, the amount done, and the total
+        parts, cache, progress: see `read_source`
 
     Raises:
         AfterimageError: the archives are missing, damaged or incomplete, or cannot be downloaded or unpacked

@@ -18,7 +18,6 @@ from afterimage.data.splits import (
     TRAINING,
     VALIDATION,
     Source,
-    count_kind,
     kind_of,
     left_out,
     nested_split,
@@ -45,9 +44,6 @@ def read_folder(path: str) -> Source:
 
     Folders whose names contain words for splits (`SPLIT_WORDS`), one for training and at least one for validation or
     test, become the splits. They may lie at any level (see `nested_split`). All images outside of them are left out.
-
-    Args:
-        path: the folder
 
     Raises:
         AfterimageError: the folder or one below it cannot be read, or there are no images
@@ -146,7 +142,7 @@ def _look_through(root: Path) -> _Survey:
             if not is_folder and kind_of(name) in EXTENSIONS:
                 survey.images.setdefault(place, []).append(name)
             elif not is_folder:
-                count_kind(survey.others.setdefault(place, Counter()), name)
+                survey.others.setdefault(place, Counter())[kind_of(name)] += 1
         waiting += ((*place, name) for name, is_folder in reversed(names) if is_folder and name != "__MACOSX")
     return survey
 

@@ -7,7 +7,6 @@ the same kinds of file under every key and takes a damaged header for the end of
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import glob
 import hashlib
@@ -19,8 +18,8 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,6 @@ from afterimage.data.splits import (
     TRAINING,
     VALIDATION,
     Source,
-    count_kind,
     kind_of,
     left_out,
     nested_split,
@@ -65,36 +63,20 @@ class Images:
         table: the table
         column: name of the column with images
         state: text that changes when the table does
-        called: returns the name of a row in messages
+        root: text before the images' ids in messages
         below: folders that hold the image files which rows may refer to, as tables of image folders on the hub do
     """
 
     table: datasets.Dataset
     column: str
     state: str
-    called: Callable[[int], str]
+    root: str
     below: tuple[Path, ...] = ()
-
-    def read(self, row: int) -> bytes:
-        """Return the bytes of the image file that a row holds or refers to.
-
-        Raises:
-            BadImage: the row has no bytes or more than 1 GiB, or its file cannot be read
-        """
-        found = self.table[row][self.column] or {}
-        content, path = found.get("bytes"), Path(os.path.normpath(found.get("path") or ""))
-        if not content and any(map(path.is_relative_to, self.below)):
-            content = read_bytes(path)
-        if not content:
-            raise BadImage(self.called(row), f"has no bytes in the column {self.column}")
-        if len(content) > MAX_BYTES:
-            raise BadImage(self.called(row), "is larger than 1 GiB")
-        return content
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowOriginal(EncodedOriginal):
-    """Image in a row of a table."""
+    """Image in a row of a table, as bytes or as the path of a file."""
 
     id: str
     images: Images
@@ -102,13 +84,22 @@ class RowOriginal(EncodedOriginal):
 
     @property
     def name(self) -> str:
-        return self.images.called(self.row)
+        return f"{self.images.root}/{self.id}"
 
     def state(self) -> str:
         return f"{self.images.state} {self.row}"
 
     def read(self) -> bytes:
-        return self.images.read(self.row)
+        images = self.images
+        found = images.table[self.row][images.column] or {}
+        content, path = found.get("bytes"), Path(os.path.normpath(found.get("path") or ""))
+        if not content and any(map(path.is_relative_to, images.below)):
+            content = read_bytes(path)
+        if not content:
+            raise BadImage(self.name, f"has no bytes in the column {images.column}")
+        if len(content) > MAX_BYTES:
+            raise BadImage(self.name, "is larger than 1 GiB")
+        return content
 
 
 # The hub
@@ -120,8 +111,7 @@ def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
     Args:
         name: `NAME[@REVISION][:SPLIT]`. Without a split, the dataset's splits are used by their names, or pooled if
             their names do not include training and another split
-        cache: folder for downloads
-        progress: called with the name of the current task, the amount done, and the total
+        cache, progress: see `read_source`
 
     Raises:
         AfterimageError: the hub does not provide the dataset, or it has no images
@@ -149,8 +139,8 @@ def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
     parts = {chosen: TRAINING} if chosen else split_names(splits) or dict.fromkeys(splits, TRAINING)
     found: dict[str, list[RowOriginal]] = {}
     for split, part in parts.items():
-        what, rows = f"{repository}:{split}", range(len(splits[split]))
-        images = _images(splits[split], what, lambda row, what=what: f"{what}, row {row}", below)
+        images = _images(splits[split], f"{repository}:{split}", f"hf:{repository}", below)
+        rows = range(len(splits[split]))
         found.setdefault(part, []).extend(RowOriginal(f"{split}/{row:07d}", images, row) for row in rows)
     notes = []
     if len(found) > 1 and not PLAIN.issuperset(parts):
@@ -197,47 +187,12 @@ def read_parquet(pattern: str, cache: Path, progress: Progress = silent) -> Sour
 
     Args:
         pattern: the files, see `expand`
-        cache: folder of the copies
-        progress: called with the name of the current task, the amount done, and the total
+        cache, progress: see `read_source`
 
     Raises:
         AfterimageError: a file is missing or damaged, or has no column of images
     """
-    library = _library("parquet")
-    import pyarrow.parquet as parquet
-
-    def read(paths: list[Path], names: list[str], what: str) -> list[RowOriginal]:
-        ends = [0]
-        for path in paths:
-            with _prepared(shown(path)):
-                facts = parquet.read_metadata(path)
-            ends.append(ends[-1] + facts.num_rows)
-        if not ends[-1]:
-            raise AfterimageError(f"{what}: no rows")
-        with _prepared(what):
-            features = library.Features.from_arrow_schema(facts.schema.to_arrow_schema())
-        column = _column(features, what)
-        with _prepared(what, progress):
-            table = library.load_dataset(
-                "parquet",
-                data_files={"shards": [glob.escape(str(path)) for path in paths]},
-                split="shards",
-                columns=[column],
-                batch_size=BATCH,
-                cache_dir=str(cache / "datasets"),
-            )
-        if len(table) != ends[-1]:
-            raise AfterimageError(f"{what}: changed while it was read")
-
-        def named(row: int, names: Sequence[str]) -> str:
-            file = bisect.bisect_right(ends, row) - 1
-            return f"{names[file]}/{row - ends[file]:07d}"
-
-        places = list(map(shown, paths))
-        images = _images(table, what, lambda row: named(row, places))
-        return [RowOriginal(named(row, names), images, row) for row in range(len(table))]
-
-    return _read_shards(pattern, read)
+    return _read_shards(pattern, "parquet", _rows, cache, progress)
 
 
 def read_webdataset(pattern: str, cache: Path, progress: Progress = silent) -> Source:
@@ -245,43 +200,35 @@ def read_webdataset(pattern: str, cache: Path, progress: Progress = silent) -> S
 
     Args:
         pattern: the files, see `expand`
-        cache: folder of the copies
-        progress: called with the name of the current task, the amount done, and the total
+        cache, progress: see `read_source`
 
     Raises:
         AfterimageError: a file is missing, damaged or cut short, or has no images
     """
-    library = _library("webdataset")
-    others: Counter[str] = Counter()
+    return _read_shards(pattern, "webdataset", _members, cache, progress)
 
-    def read(paths: list[Path], names: list[str], what: str) -> list[RowOriginal]:
-        states = [FileOriginal("", path.parent, path.name).state() for path in paths]
-        mark = hashlib.sha256(repr((VERSION, states)).encode()).hexdigest()[:16]
-        kinds = library.Value("int32"), library.Value("string"), library.Image(decode=False)
-        with _prepared(what, progress):
-            table = library.Dataset.from_generator(
-                _members,
-                features=library.Features(zip(("shard", "name", "image"), kinds, strict=True)),
-                gen_kwargs={"paths": tuple(map(os.fsencode, paths))},  # a list would be split into parts
-                cache_dir=str(cache / "datasets"),
-                fingerprint=mark,
-            )
-        shards, members = (table.data.column(name).combine_chunks() for name in ("shard", "name"))
-        images = _images(table, what, lambda row: f"{shown(paths[shards[row].as_py()])}/{members[row]}")
-        found = []
-        for row, (shard, name) in enumerate(zip(shards.to_pylist(), members.to_pylist(), strict=True)):
-            if kind_of(name) in EXTENSIONS:
-                found.append(RowOriginal(f"{names[shard]}/{name}", images, row))
-            else:
-                count_kind(others, name)
-        if not found:
-            raise AfterimageError(
-                f"{what}: no images among {len(table):,} files; looked for {', '.join(EXTENSIONS)}"
-            )
-        return found
 
-    source = _read_shards(pattern, read)
-    return replace(source, notes=(*source.notes, *left_out(others)))
+def _rows(paths: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
+    """Yield every row of Parquet files: number of the file, name, and image."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    total = 0
+    for shard, path in enumerate(map(os.fsdecode, paths)):
+        try:
+            with parquet.ParquetFile(path) as file:
+                column = _column(datasets.Features.from_arrow_schema(file.schema_arrow), shown(path))
+                batches = file.iter_batches(BATCH, columns=[column])
+                images = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+                for row, image in enumerate(images):
+                    content = (image.get("bytes") if isinstance(image, dict) else image) or b""
+                    yield {"shard": shard, "name": f"{row:07d}", "image": {"bytes": content, "path": None}}
+                total += file.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise AfterimageError(f"cannot read {shown(path)}: {first_line(error)}") from None
+    if not total:
+        raise AfterimageError(f"{listed([shown(os.fsdecode(path)) for path in paths], 3)}: no rows")
 
 
 def _members(paths: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
@@ -317,14 +264,18 @@ def _check_end(archive: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"what stands at byte {archive.offset:,} is neither a member nor the end")
 
 
-def _read_shards(pattern: str, read: Callable[[list[Path], list[str], str], list[RowOriginal]]) -> Source:
+def _read_shards(
+    pattern: str,
+    kind: str,
+    rows: Callable[[tuple[bytes, ...]], Iterator[dict]],
+    cache: Path,
+    progress: Progress,
+) -> Source:
     """Return the source of the files that a pattern names, split by the files' names where these give a split.
 
-    Args:
-        pattern: the files, see `expand`
-        read: returns the images of some files, given their paths, their names below the common folder of all files,
-            and one name for all of them in messages
+    `rows` yields the rows of files: number of the file, name, and image, which is None for a file of another kind.
     """
+    library = _library(kind)
     paths = expand(pattern)
     root = Path(os.path.commonpath([path.parent for path in paths]))
     names = {path: shown(path.relative_to(root)).replace(os.sep, "/") for path in paths}
@@ -340,10 +291,34 @@ def _read_shards(pattern: str, read: Callable[[list[Path], list[str], str], list
     if beside := [names[path] for path in paths if not part_of[path]]:
         notes.append(f"left out beside the shards of the split: {listed(beside)}")
     pooled = [] if parts else pooled_names({place[:-1] for place in places.values()})
-    found = {
-        part: read(own, [names[path] for path in own], listed([shown(path) for path in own], 3))
-        for part, own in chosen.items()
-    }
+    kinds = library.Value("int32"), library.Value("string"), library.Image(decode=False)
+    found: dict[str, list[RowOriginal]] = {}
+    others: Counter[str] = Counter()
+    for part, own in chosen.items():
+        what = listed([shown(path) for path in own], 3)
+        states = [FileOriginal("", path.parent, path.name).state() for path in own]
+        with _prepared(what, progress):
+            table = library.Dataset.from_generator(
+                rows,
+                features=library.Features(zip(("shard", "name", "image"), kinds, strict=True)),
+                gen_kwargs={"paths": tuple(map(os.fsencode, own))},  # a list would be split into parts
+                cache_dir=str(cache / "datasets"),
+                fingerprint=hashlib.sha256(repr((VERSION, states)).encode()).hexdigest()[:16],
+            )
+        images = _images(table, what, shown(root))
+        shards, members, are_images = (table.data.column(name) for name in ("shard", "name", "image"))
+        each = zip(shards.to_pylist(), members.to_pylist(), are_images.is_valid().to_pylist(), strict=True)
+        found[part] = []
+        for row, (shard, name, is_image) in enumerate(each):
+            if is_image:
+                found[part].append(RowOriginal(f"{names[own[shard]]}/{name}", images, row))
+            else:
+                others[kind_of(name)] += 1
+        if not found[part]:
+            raise AfterimageError(
+                f"{what}: no images among {len(table):,} files; looked for {', '.join(EXTENSIONS)}"
+            )
+    notes += left_out(others)
     return Source(*map(found.get, (TRAINING, VALIDATION, TEST)), root, tuple(notes), tuple(pooled))
 
 
@@ -432,15 +407,13 @@ def _column(features: Mapping[str, Any], what: str) -> str:
     )
 
 
-def _images(
-    table: datasets.Dataset, what: str, called: Callable[[int], str], below: tuple[Path, ...] = ()
-) -> Images:
+def _images(table: datasets.Dataset, what: str, root: str, below: tuple[Path, ...] = ()) -> Images:
     import datasets
 
     column = _column(table.features, what)
     if not len(table):
-        raise AfterimageError(f"{what} has no rows")
+        raise AfterimageError(f"{what}: no rows")
     files = [(file["filename"], os.stat(file["filename"]).st_mtime_ns) for file in table.cache_files]
     with _prepared(what):
         table = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    return Images(table, column, hashlib.sha256(repr(files).encode()).hexdigest(), called, below)
+    return Images(table, column, hashlib.sha256(repr(files).encode()).hexdigest(), root, below)
