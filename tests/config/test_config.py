@@ -94,7 +94,7 @@ def test_defaults_are_the_published_recipe():
         ({"sources": ["a:b"], "recipe": {"epochs": 0}}, "epochs must be greater than 0"),
         (
             {"sources": ["a:b"], "recipe": {"learning_rate": float("nan")}},
-            "learning_rate must be greater than 0",
+            "learning_rate must be a finite number, got nan",
         ),
         ({"sources": ["a:b"], "recipe": {"plateau_factor": 1.0}}, "plateau_factor must be less than 1"),
         ({"sources": ["a:b"], "recipe": {"scheduler": "platau"}}, "did you mean 'plateau'"),

@@ -99,9 +99,9 @@ def test_a_file_that_was_replaced_is_noticed_when_it_is_used(tmp_path):
 
 def test_decoding_stays_a_few_batches_ahead_and_its_threads_end(tmp_path, monkeypatch):
     train = load(write_shards(tmp_path / "shards", 2, 100), tmp_path).train
-    decoded, decode = [], StreamedImages._decoded
+    decoded, decode = [], StreamedImages._pixels
     monkeypatch.setattr(
-        StreamedImages, "_decoded", lambda self, index: decoded.append(index) or decode(self, index)
+        StreamedImages, "_pixels", lambda self, index: decoded.append(index) or decode(self, index)
     )
     before = set(threading.enumerate())
     batches = train.batches([range(i, i + 20) for i in range(0, 140, 20)])

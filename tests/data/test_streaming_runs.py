@@ -8,7 +8,7 @@ import pytest
 
 from afterimage.config import AfterimageError
 from afterimage.data import dataset
-from afterimage.data.sources.huggingface import Images
+from afterimage.data.sources.huggingface import RowOriginal
 from afterimage.experiments.queue import train_runs
 from afterimage.runs.run import scan
 from afterimage.runtime.process import Stopped
@@ -97,7 +97,9 @@ def test_what_goes_wrong_in_a_worker_ends_the_run_with_the_images_name(
 ):
     data = configs(f"webdataset:{shard}", sample_images)[:1]
     go(data, tmp_path, "whole")
-    monkeypatch.setattr(Images, "read", lambda *_: (_ for _ in ()).throw(MemoryError("no room in a worker")))
+    monkeypatch.setattr(
+        RowOriginal, "read", lambda *_: (_ for _ in ()).throw(MemoryError("no room in a worker"))
+    )
     with pytest.raises(AfterimageError, match=r"images.tar/\d+.png could not be read: MemoryError: no room"):
         go(data, tmp_path, "again")
 

@@ -127,7 +127,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise AfterimageError(f"{where} is not finite")
+        raise AfterimageError(f"{where} must be a finite number, got {value}")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise AfterimageError(f"{where} must be {hint.__name__}, got {_short(value)}")
     return value

@@ -123,7 +123,7 @@ def near_duplicates(data: Data) -> list[str]:
     for name, images in others.items():
         hashes = _hashes(images)
         for i, hash_ in enumerate(own):
-            for j in np.flatnonzero(_ONES[hashes ^ hash_].sum(1) <= BITS):
+            for j in np.flatnonzero(_ONES[hashes ^ hash_].sum(1) <= BITS).tolist():
                 if _difference(data.test, i, images, j) <= DIFFERENCE:
                     pairs.append(f"{data.test.ids[i]} and {name} image {images.ids[j]}")
     if not pairs:

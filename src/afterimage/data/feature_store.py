@@ -48,11 +48,10 @@ NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.ui
 
 @dataclass(frozen=True)
 class _Part:
-    """Arrays of one file: images `(N, 3, H, W)` uint8, features in the file's own layout, and whether it has ids."""
+    """Arrays of one file: ids if it has them, images `(N, 3, H, W)` uint8, and features in the file's own layout."""
 
     name: str
-    ids: list[str]
-    named: bool
+    ids: list[str] | None
     images: np.ndarray
     features: dict[str, np.ndarray | Tensor]
 
@@ -80,10 +79,10 @@ class FeatureStore:
         self.path, self.facts, self.digest = path, facts, digest
         self._parts = list(parts)
         self._ends = np.cumsum([len(part.images) for part in parts])
-        self.named = all(part.named for part in parts)
-        self.ids = [one for part in parts for one in part.ids]
+        self.ids = [one for part in parts for one in part.ids or ()]
+        self.named = bool(self.ids)
         if not self.named:
-            self.ids = [f"{i:06}" for i in range(len(self.ids))]
+            self.ids = [f"{i:06}" for i in range(self._ends[-1])]
         _check_alike(parts)
         height, width = (int(side) for side in parts[0].images.shape[-2:])
         self.image_size = (height, width)
@@ -190,8 +189,8 @@ def _part(file: Path, arrays: Arrays, known: Sequence[FeatureMap]) -> _Part:
     given = arrays.get(IDS)
     if isinstance(given, Tensor):
         given = given.numpy()
-    ids = [] if given is None else [str(i) for i in np.atleast_1d(given)]
-    if given is not None and len(ids) != len(pixels):
+    ids = None if given is None else [str(i) for i in np.atleast_1d(given)]
+    if ids is not None and len(ids) != len(pixels):
         raise _wrong_ids(file, len(pixels))
     found = {}
     for name in layers:
@@ -200,7 +199,7 @@ def _part(file: Path, arrays: Arrays, known: Sequence[FeatureMap]) -> _Part:
             raise AfterimageError(f"{shown(file)}: {name} is none of the layers that its metadata names")
         _check_numbers(f"{shown(file)}: {name}", arrays[name], ids, len(pixels))
         found[layer] = arrays[name]
-    return _Part(shown(file.name), ids or [""] * len(pixels), given is not None, pixels, found)
+    return _Part(shown(file.name), ids, pixels, found)
 
 
 def _pixels(name: str, values: np.ndarray | Tensor) -> np.ndarray:
@@ -220,7 +219,7 @@ def _pixels(name: str, values: np.ndarray | Tensor) -> np.ndarray:
     return np.ascontiguousarray(values)
 
 
-def _check_numbers(name: str, values: np.ndarray | Tensor, ids: Sequence[str], count: int) -> None:
+def _check_numbers(name: str, values: np.ndarray | Tensor, ids: Sequence[str] | None, count: int) -> None:
     """Check that features are finite numbers with one row for each image."""
     # Complex numbers and times are refused.
     real = values.dtype in NUMBERS if isinstance(values, Tensor) else values.dtype.kind in "iuf"
@@ -262,9 +261,9 @@ def _check_alike(parts: Sequence[_Part]) -> None:
 
 
 def _check_ids(path: Path, parts: Sequence[_Part]) -> None:
-    if any(part.named for part in parts) and not all(part.named for part in parts):
+    if len({part.ids is None for part in parts}) > 1:
         raise AfterimageError(f"{shown(path)}: only some of its shards hold {IDS}")
-    counted = Counter(one for part in parts if part.named for one in part.ids)
+    counted = Counter(one for part in parts for one in part.ids or ())
     if doubled := [one for one, count in counted.items() if count > 1]:
         raise AfterimageError(
             f"{_wrong_ids(path, sum(len(part.images) for part in parts))}: {shown(doubled[0])} is there "
