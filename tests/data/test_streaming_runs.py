@@ -117,7 +117,7 @@ def test_a_study_on_shards_from_the_command_line(command, tmp_path, no_figures):
     assert all(run.result.data.source == source for run in runs)
     assert all(row["id"].startswith("shard-00") for run in decoders for row in run.result.per_image)
     report = (tmp_path / "runs" / MODEL / "report" / "report.md").read_text()
-    assert "left out: 30 files that are not read: 30 .cls" in report
+    assert "left out: 30 files not read: 30 .cls" in report
     assert f"preparing {tmp_path}/shards/shard-000.tar" in err
     code, out, _ = command("study", "verify", tmp_path / "runs" / MODEL)
     assert code == 0, out
