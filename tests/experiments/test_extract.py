@@ -213,7 +213,10 @@ def flipped(path):
         (lambda p: shards(p)[1].unlink(), "cannot read .*f-00002-of-00003.safetensors: No such file"),
         (lambda p: shards(p)[1].write_bytes(b"x"), "cannot read .*f-00002-of-00003.safetensors"),
         (flipped, "f-00002.* is damaged: its digest is not"),
-        (lambda p: index_path(p).write_text("{}"), "f.safetensors.index.json has version None; this version reads 1"),
+        (
+            lambda p: index_path(p).write_text("{}"),
+            "f.safetensors.index.json has version None; this version reads 1",
+        ),
         (
             lambda p: rewritten(p, lambda a, m: m.update(ids=open_store(p).ids[:7])),
             r"each differently: \d\d.png is there 2 times",
