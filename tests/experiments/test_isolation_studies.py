@@ -60,14 +60,14 @@ def test_rows_that_cannot_be_resolved_end_no_others(whole, cache, tmp_path, monk
     """Nor does one whose model makes timm raise, which has no message of ours."""
     import afterimage.experiments.study
 
-    listed = afterimage.experiments.study.list_layers
+    traced = afterimage.experiments.study.trace
 
-    def listing(model, *arguments):
-        if model == "resnet34":
+    def tracing(network, size):
+        if network.name.startswith("resnet34."):
             raise BUG
-        return listed(model, *arguments)
+        return traced(network, size)
 
-    monkeypatch.setattr(afterimage.experiments.study, "list_layers", listing)
+    monkeypatch.setattr(afterimage.experiments.study, "trace", tracing)
     rows = (RowConfig(("resnet34:layer*",)), RowConfig((f"{MODEL}:layer1", "resnt18:layer1"), fusion=FUSION))
     study = replace(STUDY, sources=(*UNRESOLVED, *STUDY.sources), rows=rows)
     runs, failures = run_study(study, tmp_path, cache=cache, accelerator="cpu")
@@ -79,7 +79,7 @@ def test_rows_that_cannot_be_resolved_end_no_others(whole, cache, tmp_path, monk
     assert isinstance(failures[3], Unexpected) and f"{MODEL}:layer1 + resnt18:layer1" in str(failures[4])
     written = (tmp_path / FAILURES).read_text()
     assert all(str(error) in written for error in failures)
-    assert written.count("Traceback") == 1 and "in listing" in written
+    assert written.count("Traceback") == 1 and "in tracing" in written
     assert not run_study(STUDY, tmp_path, cache=cache, accelerator="cpu")[1]
     assert not (tmp_path / FAILURES).exists()
 
