@@ -73,7 +73,7 @@ def _row(settings: Settings, what: str, goal: Goal, config: RunConfig) -> Row:
     count = 2 if settings.quick else 8
     given = from_data(replace(config.data, limit_test=count), cache=root / "cache", progress=settings.say)
     known = error_images(len(given.validation))
-    errors, _ = decoder_errors(reconstructor, given.validation, known, device)
+    errors = decoder_errors(reconstructor, given.validation, known, device)
     metrics = Metrics("squeeze", size=config.data.crop)
     if not metrics.lpips_status.available:
         raise AfterimageError(f"LPIPS is part of what is reached: {metrics.lpips_status}")

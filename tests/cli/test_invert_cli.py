@@ -10,7 +10,7 @@ from PIL import Image
 
 import command_line
 from afterimage.analysis.inversion.inputs import from_data, from_files
-from afterimage.analysis.inversion.invert import Inversion, Snapshot, refine
+from afterimage.analysis.inversion.invert import Inversion, Snapshot
 from afterimage.analysis.inversion.measure import best_step, curve_steps, measure
 from afterimage.analysis.inversion.refinement import Refinement
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
@@ -130,11 +130,11 @@ def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place
     assert command(*options, "--output-dir", whole)[0] == 0
     asked, of_features = [], Refinement.of_features
 
-    def stopping(self, targets, size, **more):
+    def stopping(self, targets, **more):
         asked.append(len(targets[0]))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return of_features(self, targets, size, **more)
+        return of_features(self, targets, **more)
 
     monkeypatch.setattr(Refinement, "of_features", stopping)
     code, _, err = command(*options, "--output-dir", cut)
@@ -327,12 +327,13 @@ def test_refining_starts_at_the_decoders_answer(run, place):
     reconstructor = load_reconstructor(run)
     images = from_data(run.config.data, cache=place / "cache").images.crops([0, 1])
     looks = []
-    result = refine(reconstructor, images, steps=8, callback=looks.append)
+    result = Refinement(reconstructor, InvertConfig(steps=8), None, seed=0)(images, callback=looks.append)
     torch.testing.assert_close(looks[0].images, reconstructor.reconstruct(images))
     assert (result.loss < looks[0].loss).all()
     features = reconstructor.encoders(images)[0]
     assert not features.requires_grad  # the encoder is back as it was
-    assert refine(reconstructor, images, method=InvertConfig("prior", steps=1)).images.shape == images.shape
+    prior = Refinement(reconstructor, InvertConfig("prior", steps=1), None, seed=0)
+    assert prior(images).images.shape == images.shape
 
 
 def test_measuring_counts_the_search_alone(place):
@@ -345,7 +346,7 @@ def test_measuring_counts_the_search_alone(place):
         callback(Snapshot(milestones[-1], 2.0, images, loss))
         return Inversion(images, loss, 4.0)
 
-    measured = measure(search, given.images, Metrics(size=32), 6, batch_size=4)
+    measured = measure(search, given.images, Metrics(size=32), 6)
     assert measured.seconds == pytest.approx(8 / 5)  # two batches of 4 seconds
     assert [row["psnr"] for row in measured.rows] == [100.0] * 5
     assert [row["feature_loss"] for row in measured.rows] == [0, 1, 2, 3, 0]

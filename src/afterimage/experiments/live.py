@@ -19,9 +19,9 @@ from torch import Tensor
 from afterimage.analysis.audit.defences import Defence, create_defence
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
 from afterimage.analysis.inversion.inputs import from_files
-from afterimage.analysis.inversion.invert import Snapshot, encode, refine_features
+from afterimage.analysis.inversion.invert import Snapshot, encode
 from afterimage.analysis.inversion.measure import curve_steps
-from afterimage.analysis.inversion.refinement import decoder_errors
+from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
 from afterimage.config import DataConfig, split_source
 from afterimage.config.inversion import InvertConfig
 from afterimage.data.dataset import prepare_image
@@ -144,7 +144,7 @@ class LiveDecoder:
         with self._turns.turn():
             targets = [target.clone() for target in self._features(state, image, second)]
             errors = self._errors(frozenset((state.image, state.second)))
-        options = {"method": InvertConfig(steps=steps), "errors": errors, "milestones": curve_steps(steps)}
+        refinement = Refinement(self.reconstructor, InvertConfig(steps=steps), errors, seed=0)
         found: Queue[Snapshot | Exception | None] = Queue()
         stopped = threading.Event()
 
@@ -154,12 +154,10 @@ class LiveDecoder:
                 raise _Closed
 
         def search() -> None:
-            size = self.data.size
+            watched = {"callback": found.put, "milestones": curve_steps(steps), "progress": progress}
             try:
                 with self._turns.turn():
-                    refine_features(
-                        self.reconstructor, targets, size, callback=found.put, progress=progress, **options
-                    )
+                    refinement.of_features(targets, **watched)
                 found.put(None)
             except Exception as error:
                 found.put(error)
@@ -218,11 +216,11 @@ class LiveDecoder:
             defence.fit([self._example_features[index]])
         return defence
 
-    def _learn_errors(self, without: frozenset[str]) -> DecoderErrors | None:
+    def _learn_errors(self, without: frozenset[str]) -> DecoderErrors:
         """Learn the decoder's typical errors on the example photographs, without those named in `without`."""
         paths = [path for name, path in examples().items() if name not in without]
         images = from_files(paths, resize=self.data.resize, crop=self.data.crop).images
-        return decoder_errors(self.reconstructor, images, len(images), self.device)[0]
+        return decoder_errors(self.reconstructor, images, len(images), self.device)
 
     @torch.inference_mode()
     def _decode(self, features: Sequence[Tensor]) -> Tensor:

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from afterimage.analysis.inversion.batches import Batches
 from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
-from afterimage.analysis.inversion.honesty import bound_controls, mean_features
+from afterimage.analysis.inversion.measure import Batches, bound_controls, mean_features
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors, learn_from
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.config.inversion import EstimateConfig, InvertConfig, error_images
@@ -113,7 +112,7 @@ def test_few_validation_images_do_no_harm(reconstructor, data, tmp_path):
     """Learned from images whose errors the search knows, where it does too well, an estimate is worse than both."""
     config = replace(data.config, limit_validation=8, limit_test=6)
     few = load_data(config, cache=tmp_path / "cache")
-    errors, _ = decoder_errors(reconstructor, few.validation, error_images(8), "cpu")
+    errors = decoder_errors(reconstructor, few.validation, error_images(8), "cpu")
     refinement = Refinement(reconstructor, InvertConfig(steps=30), errors, 0)
     corrector, count = learn_from(
         refinement, few.validation, EstimateConfig(channels=16), Batches(tmp_path, ""), 0, "cpu", silent

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 ARMIJO = 1e-4
 SHORTEST = 1e-6
+MEMORY = 10
 
 
 class LBFGS:
@@ -22,9 +22,9 @@ class LBFGS:
     The first step has a root mean square of `first` a parameter.
     """
 
-    def __init__(self, point: Tensor, *, first: float, memory: int = 10) -> None:
+    def __init__(self, point: Tensor, *, first: float) -> None:
         self.point = self.trial = point
-        self.first, self.memory = first, memory
+        self.first = first
         self.loss = math.inf
         self._pairs: list[tuple[Tensor, Tensor, float]] = []
         self._length = 1.0
@@ -38,7 +38,7 @@ class LBFGS:
             moved, bent = self.trial - self.point, gradient - self.gradient
             curvature = float(moved.dot(bent))
             if curvature > 1e-10 * float(moved.norm() * bent.norm()):
-                self._pairs = [*self._pairs[1 - self.memory :], (moved, bent, curvature)]
+                self._pairs = [*self._pairs[1 - MEMORY :], (moved, bent, curvature)]
             self.point, self.loss, self.gradient = self.trial, loss, gradient
             return self._search()
         self._shorten(loss)
@@ -77,13 +77,3 @@ class LBFGS:
         for (moved, bent, curvature), share in zip(self._pairs, reversed(shares), strict=True):
             direction.add_(moved, alpha=share - float(bent.dot(direction)) / curvature)
         return direction
-
-
-def search_all(parameters: Tensor, *, first: float) -> list[LBFGS]:
-    """Return a search for each row of `parameters`, `(B, ...)`."""
-    return [LBFGS(row, first=first) for row in parameters.detach().flatten(1)]
-
-
-def trials(searches: list[LBFGS], like: Tensor) -> Tensor:
-    """Return the next trial points of all searches, in the shape of `like`."""
-    return torch.stack([search.trial for search in searches]).view_as(like)

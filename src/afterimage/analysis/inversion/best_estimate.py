@@ -146,9 +146,6 @@ def learn_corrector(
         seed: seed of the initial weights, the crops and their order
         device: device to train on
         progress: called with each step and its loss
-
-    Returns:
-        the trained corrector, in evaluation mode
     """
     step, wanted = refined - decoded, originals - decoded
     mix = float((step * wanted).sum() / step.square().sum().clamp_min(1e-20))

@@ -42,14 +42,11 @@ class DecoderErrors:
     @classmethod
     @torch.no_grad()
     def learn(cls, errors: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> DecoderErrors:
-        """Estimate the statistics from batches of errors.
+        """Estimate the statistics from batches of errors; raise an `AfterimageError` if there are none.
 
         Args:
             errors: for each batch, the original less the decoded images `(B, 3, H, W)`, and for each feature
-                map the difference between both `(B, C, h, w)`; batches may differ in size
-
-        Raises:
-            AfterimageError: there are no images
+                map the difference between both `(B, C, h, w)`
         """
         pixels, features, images = 0, None, 0
         for error, differences in errors:

@@ -47,12 +47,7 @@ def from_data(
 
 
 def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int | str = 224) -> InversionInputs:
-    """Read image files and prepare them like test images: resize, then take the centre crop.
-
-    Args:
-        paths: the files
-        resize: see `DataConfig`
-        crop: see `DataConfig`
+    """Read image files and prepare them like test images: resize, then take the centre crop (see `DataConfig`).
 
     Raises:
         AfterimageError: a file is not an image, or is given twice; the message names it

@@ -6,24 +6,21 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.analysis.inversion.batched_lbfgs import search_all, trials
+from afterimage.analysis.inversion.batched_lbfgs import LBFGS
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
 from afterimage.analysis.inversion.objective import GREY, FeaturesOf, Objective
 from afterimage.analysis.inversion.parametrizations import PARAMETRISATIONS, Parametrisation
 from afterimage.config import AfterimageError
 from afterimage.config.inversion import InvertConfig
-from afterimage.models.reconstructor import Reconstructor
 from afterimage.runtime.terminal import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
-Watch = Callable[["Snapshot"], None]
 
 NOISE = 0.01
 """Standard deviation of the noise added to a start, so that starts differ and grey has a gradient."""
@@ -43,13 +40,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Inversion:
-    """Result of a search.
-
-    Attributes:
-        images: the best of each image by its objective, in [0, 1]
-        loss: their relative feature distance
-        seconds: time that the whole batch took, all starts included
-    """
+    """Best images found, in [0, 1], their relative feature distance, and the seconds that the whole batch took."""
 
     images: Images
     loss: Float[Tensor, " batch"]
@@ -66,33 +57,31 @@ def invert(
     errors: DecoderErrors | None = None,
     seed: int = 0,
     progress: Progress = silent,
-    callback: Watch | None = None,
+    callback: Callable[[Snapshot], None] | None = None,
     milestones: Sequence[int] = (),
 ) -> Inversion:
     """Search for images `(B, 3, *size)` whose features are `targets`, from `start` or from grey.
 
     Args:
         features_of: differentiable function from images, about in [0, 1], to a list of feature maps; it
-            handles each image independently of the others.
-        targets: the feature maps of the images to find, `(B, ...)` each.
-        size: height and width of the images in pixels.
-        start: images in [0, 1] to start from; with several starts, all but the first add noise to them.
-        method: settings of the search.
+            handles each image independently of the others
+        targets: the feature maps of the images to find, `(B, ...)` each
+        size: height and width of the images in pixels
+        start: images in [0, 1] to start from; with several starts, all but the first add noise to them
+        method: settings of the search
         errors: statistics of the start's errors, if it is a decoder's reconstruction: `fourier` uses those of
-            colours and frequencies, every method those of features.
-        seed: seed of the noise, of the jitter and of `prior`.
-        progress: called with the number of passes and the mean feature distance.
-        callback: called with a `Snapshot` of the start, of each number of passes in `milestones` and of the
-            end.
-        milestones: numbers of passes.
+            colours and frequencies, every method those of features
+        seed: seed of the noise, of the jitter and of `prior`
+        progress: called with the number of passes and the mean feature distance
+        callback: called with a `Snapshot` of the start, of each number of passes in `milestones` and of the end
+        milestones: numbers of passes
 
     Returns:
-        The best images found, or the start where nothing was better. Values may leave [0, 1] during the
-            search and are clamped in the results; `loss` belongs to the images before the clamp. An image's
-            result depends on `seed` but not on the other images of the batch.
+        the best images found, or the start where nothing was better. They are clamped only here, `loss` belongs to
+            the images before. An image's result depends on `seed` but not on the other images of the batch
 
     Raises:
-        AfterimageError: shapes do not match, or a loss is not finite.
+        AfterimageError: shapes do not match, or a loss is not finite
     """
     config = method or InvertConfig()
     targets = list(targets)
@@ -157,9 +146,10 @@ def _lbfgs(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Do the same with L-BFGS; each pass evaluates every image at the trial point of its own search."""
     initial = form.initial
-    searches = search_all(initial, first=config.learning_rate or form.learning_rate)
+    first = config.learning_rate or form.learning_rate
+    searches = [LBFGS(row, first=first) for row in initial.flatten(1)]
     for step in range(config.steps + 1):
-        parameters = trials(searches, initial).requires_grad_()
+        parameters = torch.stack([search.trial for search in searches]).view_as(initial).requires_grad_()
         images = form.images(parameters)
         loss, distance = objective(images)
         yield images.detach(), loss.detach(), distance
@@ -203,44 +193,6 @@ class _Best:
         images = self.images.view(self.starts, self.count, *self.images.shape[1:])
         rows = torch.arange(self.count, device=pick.device)
         return images[pick, rows].clamp(0, 1), distance[pick, rows].clone()
-
-
-def refine(
-    reconstructor: Reconstructor,
-    images: Images,
-    *,
-    steps: int | None = None,
-    method: InvertConfig | None = None,
-    **options: Any,
-) -> Inversion:
-    """Encode and decode `images`, then search from there for images with the same features.
-
-    Args:
-        reconstructor: encoders and decoder
-        images: `(B, 3, H, W)` in [0, 1]
-        steps: number of passes; None takes that of `method`
-        method: settings of the search
-        options: further arguments of `invert`
-
-    Returns:
-        the refined images; their `seconds` leave out the decoder's own time
-    """
-    config = method or InvertConfig()
-    config = config if steps is None else replace(config, steps=steps)
-    size = tuple(images.shape[-2:])
-    return refine_features(
-        reconstructor, encode(reconstructor.encoders, images), size, method=config, **options
-    )
-
-
-def refine_features(
-    reconstructor: Reconstructor, targets: Sequence[Tensor], size: tuple[int, int], **options: Any
-) -> Inversion:
-    """Decode `targets` and search from there for images of `size`; the options are those of `invert`."""
-    with torch.no_grad():
-        start = reconstructor.feature_decoder(targets).clone()
-    with differentiable(reconstructor.encoders) as features_of:
-        return invert(features_of, targets, size, start=start, **options)
 
 
 @torch.no_grad()

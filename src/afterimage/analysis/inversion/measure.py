@@ -1,25 +1,85 @@
-"""Search for images batch by batch, then score the images found and the course of the search."""
+"""Search for images batch by batch, and measure the images found, the course of the search, and controls of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors.torch import save
 from torch import Tensor
 
-from afterimage.analysis.inversion.batches import Batches, Curve
 from afterimage.analysis.inversion.invert import Inversion, Snapshot
+from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.evaluate import Reconstructed, evaluate_together
+from afterimage.evaluation.evaluate import Reconstructed, evaluate_together, summarise
 from afterimage.evaluation.metrics import Metrics
+from afterimage.evaluation.reidentification import Gallery, reduced
+from afterimage.models.decoder_files import load_tensors, plain
+from afterimage.models.reconstructor import Encoders
+from afterimage.runs.files import write_atomic
+from afterimage.runs.results import BoundControls, Score
 from afterimage.runtime.terminal import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
+Search = Callable[..., Inversion]
+"""Function that searches for a batch: `search(images, progress=)`, or with `callback=` and `milestones=` as well."""
+Curve = list[dict[str, Any]]
+"""Scores by image and number of passes."""
 
 BATCH = 4
+
+
+class Batches:
+    """Files of finished batches in one folder, from which an interrupted search resumes.
+
+    A damaged file counts as missing, and so does one that was written for other images or another `made_for`.
+
+    Args:
+        folder: folder of the files
+        made_for: everything but the images that the results depend on, as JSON values
+    """
+
+    def __init__(self, folder: Path, made_for: Any) -> None:
+        self.folder, self.made_for = folder, json.dumps([made_for, torch.__version__], sort_keys=True)
+
+    def load(self, images: Images) -> tuple[Inversion, Curve] | None:
+        """Return the stored result of the search for `images` and its curve, or None if there is none."""
+        key = self._key(images)
+        try:
+            tensors, metadata = load_tensors(self._path(key))
+            if metadata["key"] != key:
+                return None
+            facts = json.loads(metadata["facts"])
+            found, loss = (tensors[name].to(images.device) for name in ("images", "loss"))
+            return Inversion(found, loss, facts["seconds"]), facts["curve"]
+        except (AfterimageError, KeyError, ValueError):
+            return None
+
+    def save(self, images: Images, result: Inversion, curve: Curve) -> None:
+        """Store the result of the search for `images` and its curve."""
+        tensors = plain({"images": result.images, "loss": result.loss})
+        key, facts = self._key(images), json.dumps({"seconds": result.seconds, "curve": curve})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path(key), save(tensors, {"key": key, "facts": facts}))
+
+    def clear(self) -> None:
+        """Remove the files."""
+        for path in self.folder.glob("batch-*.safetensors"):
+            path.unlink()
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"batch-{key[:16]}.safetensors"
+
+    def _key(self, images: Tensor) -> str:
+        pixels = images.detach().cpu().contiguous().numpy().tobytes()
+        return hashlib.sha256(self.made_for.encode() + pixels).hexdigest()
 
 
 def curve_steps(steps: int) -> list[int]:
@@ -29,58 +89,47 @@ def curve_steps(steps: int) -> list[int]:
     )
 
 
+def best_step(curve: Curve) -> int:
+    """Return the number of passes (from 1) of least mean LPIPS or, without LPIPS, of highest mean PSNR."""
+    totals: dict[int, float] = {}
+    for row in curve:
+        loss = -row["psnr"] if row["lpips"] is None else row["lpips"]
+        if row["step"] > 0:
+            totals[row["step"]] = totals.get(row["step"], 0.0) + loss
+    return min(totals, key=totals.__getitem__)
+
+
 @dataclass
 class Measured:
-    """Measurements of one inversion method.
-
-    Attributes:
-        rows: scores, one row per image
-        images: id, original and image found, uint8 `(H, W, 3)`, of each image
-        seconds: time of the search per image, without measuring
-        curve: scores by image and number of passes
-    """
+    """Scores by image; ids, originals and images found, uint8 `(H, W, 3)`; seconds of search an image; the curve."""
 
     rows: list[dict[str, Any]]
     images: list[tuple[str, Any, Any]]
     seconds: float
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: Curve
 
 
 def measure(
-    search: Callable[..., Inversion],
+    search: Search,
     image_set: ImageSet,
     metrics: Metrics,
     steps: int,
     *,
-    batch_size: int = BATCH,
     device: str = "cpu",
     progress: Progress = silent,
     snapshot: Callable[[Images], None] | None = None,
     batches: Batches | None = None,
 ) -> Measured:
-    """Search for every image, then score the images found.
-
-    Args:
-        search: called for each batch as `search(images, callback=, milestones=, progress=)`.
-        image_set: the images whose features are inverted.
-        metrics: metrics of the images found.
-        steps: number of passes of a search.
-        batch_size: number of images in a batch.
-        device: device to compute on.
-        progress: called during each search, and then with the number of images measured.
-        snapshot: called with the best images so far at every milestone of the curve.
-        batches: store of finished batches, which are not searched again.
-    """
-    parts = torch.arange(len(image_set)).split(batch_size)
+    """Search for every image of a set, then score the images found; arguments as for `search_batch`."""
     curve: Curve = []
     losses: list[float] = []
     found: list[Tensor] = []
-    seconds = 0.0
-    for indices in parts:
+    parts, seconds = torch.arange(len(image_set)).split(BATCH), 0.0
+    for part in parts:
+        images, ids = image_set.crops(part, device=device), [image_set.ids[i] for i in part.tolist()]
         result, own = search_batch(
-            search, image_set.crops(indices, device=device), steps, [image_set.ids[i] for i in indices.tolist()],
-            metrics, progress=progress, snapshot=snapshot, batches=batches,
-        )  # fmt: skip
+            search, images, ids, metrics, steps, progress=progress, snapshot=snapshot, batches=batches
+        )
         curve += own
         seconds += result.seconds
         losses += result.loss.tolist()
@@ -99,11 +148,11 @@ def measure(
 
 
 def search_batch(
-    search: Callable[..., Inversion],
+    search: Search,
     images: Images,
-    steps: int,
     ids: Sequence[str] = (),
     metrics: Metrics | None = None,
+    steps: int = 0,
     *,
     progress: Progress = silent,
     snapshot: Callable[[Images], None] | None = None,
@@ -112,17 +161,14 @@ def search_batch(
     """Search for `images` and store the result, or load it if it is stored already.
 
     Args:
-        search: called as in `measure`.
-        images: `(B, 3, H, W)` in [0, 1].
-        steps: number of passes of a search.
-        ids: names of the images, for the curve.
-        metrics: metrics of the curve; None for no curve.
-        progress: called during the search.
-        snapshot: called with the best images so far at every milestone of the curve.
-        batches: store of finished batches; None to store nothing.
-
-    Returns:
-        The images found, and the curve.
+        search: the search
+        images: the originals, `(B, 3, H, W)` in [0, 1]
+        ids: names of the images, for the curve
+        metrics: metrics of the curve; None for no curve
+        steps: number of passes of the search, for the curve
+        progress: called during the search
+        snapshot: called with the best images so far at every milestone of the curve
+        batches: store of finished batches; None to store nothing
     """
     kept = batches.load(images) if batches else None
     if kept is not None and (metrics is None or kept[1]):
@@ -133,7 +179,14 @@ def search_batch(
         metrics.to(images.device)
 
         def callback(look: Snapshot) -> None:
-            curve.extend(_curve_rows(ids, images, look, metrics))
+            scores = metrics(look.images, images)
+            values = zip(
+                ids, scores["psnr"], scores["lpips"] or [None] * len(ids), look.loss.tolist(), strict=True
+            )
+            seconds = look.seconds / len(images)
+            for name, psnr, lpips, loss in values:
+                row = {"id": name, "step": look.step, "seconds": seconds, "psnr": psnr, "lpips": lpips}
+                curve.append(row | {"feature_loss": loss})
             if snapshot is not None:
                 snapshot(look.images)
 
@@ -144,27 +197,49 @@ def search_batch(
     return result, curve
 
 
-def _curve_rows(ids: Sequence[str], images: Images, look: Snapshot, metrics: Metrics) -> Curve:
-    """Return the curve's rows for one snapshot, a row per image: PSNR, LPIPS and feature distance."""
-    scores = metrics(look.images, images)
-    return [
-        {
-            "id": name,
-            "step": look.step,
-            "seconds": look.seconds / len(images),
-            "psnr": scores["psnr"][i],
-            "lpips": scores["lpips"][i] if scores["lpips"] else None,
-            "feature_loss": float(look.loss[i]),
-        }
-        for i, name in enumerate(ids)
-    ]
+@torch.no_grad()
+def mean_features(encoders: Encoders, batches: Iterable[Tensor]) -> list[Tensor]:
+    """Return the mean feature maps `(1, C, h, w)` of images, which belong to no image in particular."""
+    sums: list[Tensor] | None = None
+    count = 0
+    for images in batches:
+        found = [map_.float().sum(0, keepdim=True) for map_ in encoders(images)]
+        sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+        count += len(images)
+    return [total / count for total in sums or []]
 
 
-def best_step(curve: Curve) -> int:
-    """Return the number of passes (from 1) of least mean LPIPS or, without LPIPS, of highest mean PSNR."""
-    totals: dict[int, float] = {}
-    for row in curve:
-        loss = -row["psnr"] if row["lpips"] is None else row["lpips"]
-        if row["step"] > 0:
-            totals[row["step"]] = totals.get(row["step"], 0.0) + loss
-    return min(totals, key=totals.__getitem__)
+def bound_controls(
+    images: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    metrics: Metrics,
+    prior: Tensor | None = None,
+    *,
+    device: str = "cpu",
+) -> BoundControls:
+    """Score images found against other originals, where they should fail, and identify their own originals.
+
+    Args:
+        images: id, original and image found, uint8 `(H, W, 3)`, of each image
+        metrics: the metrics of the measured bound itself
+        prior: image that the same procedure finds for `mean_features`, `(1, 3, H, W)` in [0, 1], to be scored against
+            every original; None for none
+        device: device to measure on
+    """
+    ids = [name for name, _, _ in images]
+    originals, found = (
+        torch.from_numpy(np.stack([entry[side] for entry in images])).permute(0, 3, 1, 2).float().to(device)
+        / 255
+        for side in (1, 2)
+    )
+
+    def scores(outputs: Tensor) -> dict[str, Score | None]:
+        parts = torch.arange(len(ids)).split(BATCH)
+        batches = ((part, originals[part], [outputs[part]]) for part in parts)
+        return summarise(evaluate_together(batches, ids, metrics)[0].rows)
+
+    other = scores(found.roll(1, 0)) if len(ids) > 1 else None
+    alone = None if prior is None else scores(prior.to(device).expand_as(originals))
+    gallery = Gallery(reduced(originals), metrics.lpips)
+    hits = gallery.find(reduced(found))
+    distance = "lpips" if "lpips" in hits else "correlation"
+    return BoundControls(other, alone, float(hits[distance].mean()), distance, len(ids))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
-from afterimage.analysis.inversion.short_attention import ShortAttention
 from afterimage.config import AfterimageError
 from afterimage.config.inversion import InvertConfig
 
@@ -25,6 +28,8 @@ ROUNDING = 30.0
 More costs seconds and gives no better image in the same time (docs/LOG.md, what searches cost)."""
 STEP = 0.01
 """The paper's a: neighbouring pixels differ by about this share of the range."""
+MATRIX = 2**25
+"""Largest number of attention weights of a batch for `ShortAttention`; larger ones are left to PyTorch's kernel."""
 
 
 def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerImage:
@@ -55,8 +60,8 @@ def total_variation(images: Images, beta: float = 2.0) -> PerImage:
     Mahendran & Vedaldi 2015, equation 3 with the weight that goes with it, `sigma^beta / (H W (a B)^beta)`.
     """
     height, width = images.shape[-2:]
-    down = torch.nn.functional.pad(images.diff(dim=-2), (0, 0, 0, 1))
-    right = torch.nn.functional.pad(images.diff(dim=-1), (0, 1))
+    down = F.pad(images.diff(dim=-2), (0, 0, 0, 1))
+    right = F.pad(images.diff(dim=-1), (0, 1))
     square = down.square() + right.square()
     # The root of 0 has no gradient; at beta = 2 there is no root.
     terms = square if beta == 2 else (square + 1e-12).pow(beta / 2)
@@ -144,3 +149,47 @@ class Objective:
         return torch.stack(
             [torch.einsum("dc,bcn->bdn", w, (f - t).flatten(2)).square().mean((1, 2)) for w, f, t in parts]
         ).mean(0)
+
+
+class ShortAttention(TorchFunctionMode):
+    """Context in which attention over an image's few hundred tokens uses plain matrix products in bfloat16.
+
+    PyTorch's kernel for CPUs never stores the attention matrix, which only long sequences need, and takes a third of
+    a vision transformer's pass. Matrix products need a third of its time; most of the saving is in the backward pass
+    (docs/LOG.md). PyTorch still handles calls that are causal or have a mask, dropout or fewer heads of keys than of
+    queries.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Sequence = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and len(args) == 3:
+            query, key, value = args
+            others = ("dropout_p", "is_causal", "enable_gqa")
+            plain = kwargs.get("attn_mask") is None and not any(map(kwargs.get, others))
+            same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+            if plain and same and query.shape[:-1].numel() * key.shape[-2] <= MATRIX:
+                scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+                return _Attention.apply(query.bfloat16(), key.bfloat16(), value.bfloat16(), scale)
+        return function(*args, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    """`softmax(scale * query @ key^T) @ value` of `(..., tokens, channels)`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        weights = (query * scale @ key.mT).softmax(-1)
+        output = weights @ value
+        ctx.scale = scale
+        ctx.save_for_backward(query, key, value, weights, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, weights, output = ctx.saved_tensors
+        of_logits = gradient @ value.mT
+        of_logits.sub_((gradient * output).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scale)
+        return of_logits @ key, of_logits.mT @ query, weights.mT @ gradient, None

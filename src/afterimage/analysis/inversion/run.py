@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.analysis.inversion.batches import Batches
 from afterimage.analysis.inversion.best_estimate import learning_steps
-from afterimage.analysis.inversion.honesty import bound_controls, mean_features
 from afterimage.analysis.inversion.inputs import InversionInputs
-from afterimage.analysis.inversion.invert import (
-    Inversion,
-    encode,
+from afterimage.analysis.inversion.invert import Images, encode
+from afterimage.analysis.inversion.measure import (
+    BATCH,
+    Batches,
+    Search,
+    bound_controls,
+    mean_features,
+    measure,
 )
-from afterimage.analysis.inversion.measure import BATCH, measure
 from afterimage.analysis.inversion.objective import feature_distance
 from afterimage.analysis.inversion.refinement import (
     BestEstimate,
@@ -31,7 +32,6 @@ from afterimage.analysis.inversion.refinement import (
     decoder_errors,
     learn_from,
     plain_search,
-    with_passes,
 )
 from afterimage.config import AfterimageError, counted, load_toml
 from afterimage.config.inversion import (
@@ -40,6 +40,7 @@ from afterimage.config.inversion import (
     InversionConfig,
     InvertConfig,
     error_images,
+    other_images,
 )
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
@@ -51,8 +52,6 @@ from afterimage.runs.results import DecoderAlone, InversionFacts, Result
 from afterimage.runs.run import Run, environment
 from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
-
-Images = Float[Tensor, "batch 3 height width"]
 
 
 def invert_run(
@@ -89,7 +88,7 @@ def invert_run(
         progress: called during searches and measurements
 
     Returns:
-        The run folders: of the refined images, and of best estimates and images from grey where asked for.
+        the run folders: of the refined images, and of best estimates and images from grey where asked for
 
     Raises:
         AfterimageError: the encoder is not known, the decoder cannot be loaded, there are no validation
@@ -116,50 +115,79 @@ def invert_run(
     metrics = Metrics(lpips, size=min(given.config.size))
     options: dict[str, Any] = {"metrics": metrics, "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
-        start = _start(run, reconstructor, given, metrics, device)
-        known = error_images(len(given.validation or ()))
-        errors, note = decoder_errors(reconstructor, given.validation, known, device)
-        refinement = Refinement(reconstructor, method, errors, seed)
-        made_for = _made_for(reconstructor.encoders, start.run.name, start.digest, given, metrics)
-        aside = folders["refined"].path / "validation"
-        if method.held_out and given.validation is not None and method.optimizer == "lbfgs":
-            if "refined" in missing:
-                batches, lpips_used = Batches(aside, [made_for, method.steps]), metrics.lpips_status
-                steps = choose_passes(refinement, given.validation, batches, metrics, device, progress)
-            else:
-                finished = folders["refined"].result
-                steps, lpips_used = finished.inversion.steps, finished.lpips
-            refinement, chosen = with_passes(refinement, steps, given.validation, lpips_used)
-            note = [*note, chosen]
-        kept, learning = (
-            Batches(path, [made_for, refinement.steps]) for path in (folders["refined"].path, aside)
-        )
-    if folder := missing.get("refined"):
-        _make(
-            folder, reconstructor.encoders, refinement, refinement.steps, given, note, start, kept, **options
-        )
-    if folder := missing.get("estimate"):
-        if given.validation is None:
-            raise AfterimageError(
-                f"{run.name}: a best estimate is learned from validation images, and there are none"
-            )
-        corrector, count = learn_from(
-            refinement, given.validation, estimate, learning, seed, device, progress
-        )
-        best = BestEstimate(refinement, corrector, method.precision, kept)
-        images = counted(count, "other validation image")
-        steps = learning_steps(estimate, count)
-        learned = f"learned from {images}, refined alike, in {counted(steps, 'step')}"
-        # No batches of its own: the estimates start from those of the refinement.
-        _make(
-            folder, reconstructor.encoders, best, best.steps, given, [*note, learned], start, None, **options
-        )
-    if missing.keys() & {"refined", "estimate"}:
-        kept.clear()
-        shutil.rmtree(aside, ignore_errors=True)
+        _from_decoder(run, folders, missing, reconstructor, method, given, estimate, seed, **options)
     if folder := missing.get("inversion"):
         invert_sources(folder, reconstructor.encoders, method, given, seed=seed, **options)
     return list(folders.values())
+
+
+def _from_decoder(
+    run: Run,
+    folders: Mapping[str, Run],
+    missing: Mapping[str, Run],
+    reconstructor: Reconstructor,
+    method: InvertConfig,
+    given: InversionInputs,
+    estimate: EstimateConfig | None,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Refine a decoder's reconstructions and find best estimates, whichever is missing."""
+    metrics, device, progress = (options[name] for name in ("metrics", "device", "progress"))
+    encoders, validation = reconstructor.encoders, given.validation
+    start = {
+        "start": run.name,
+        "start_decoder": run.config.decoder.name,
+        "start_sha256": sha256(run.file("decoder.safetensors")),
+        "decoder_alone": _decoder_alone(reconstructor, given.images, metrics, device),
+    }
+    prior = None
+    if validation is not None:
+        few = torch.arange(min(HELD_OUT, len(validation))).split(BATCH)
+        prior = mean_features(encoders, validation.batches(few, device=device))
+    if known := error_images(len(validation or ())):
+        errors = decoder_errors(reconstructor, validation, known, device)
+        images = counted(known, "validation image")
+        notes = [f"the decoder's errors, in images and in features, are learnt from {images}"]
+    else:
+        few = "no validation images" if validation is None else "too few validation images"
+        errors, notes = None, [f"the decoder's errors are not known, natural images stand for them: {few}"]
+    refinement = Refinement(reconstructor, method, errors, seed)
+    made_for = _made_for(encoders, run.name, start["start_sha256"], given, metrics)
+    aside = folders["refined"].path / "validation"
+    if method.held_out and validation is not None and method.optimizer == "lbfgs":
+        if "refined" in missing:
+            batches, lpips = Batches(aside, [made_for, method.steps]), metrics.lpips_status
+            steps = choose_passes(refinement, validation, batches, metrics, device, progress)
+        else:
+            finished = folders["refined"].result
+            steps, lpips = finished.inversion.steps, finished.lpips
+        refinement = replace(refinement, method=replace(method, steps=steps))
+        what = "LPIPS" if lpips.available else "PSNR"
+        images = counted(len(other_images(len(validation), method.held_out)), "other validation image")
+        notes.append(
+            f"the number of passes, {steps} of at most {method.steps}, is the best in {what} for {images}"
+        )
+    kept, learning = (
+        Batches(path, [made_for, refinement.steps]) for path in (folders["refined"].path, aside)
+    )
+    options |= {"start": start, "prior": prior}
+    if folder := missing.get("refined"):
+        _make(folder, encoders, refinement, refinement.steps, given, notes, kept, **options)
+    if folder := missing.get("estimate"):
+        if validation is None:
+            raise AfterimageError(
+                f"{run.name}: a best estimate is learned from validation images, and there are none"
+            )
+        corrector, count = learn_from(refinement, validation, estimate, learning, seed, device, progress)
+        images = counted(count, "other validation image")
+        steps = counted(learning_steps(estimate, count), "step")
+        notes.append(f"learned from {images}, refined alike, in {steps}")
+        best = BestEstimate(refinement, corrector, kept)
+        # No batches of its own: the estimates start from those of the refinement.
+        _make(folder, encoders, best, best.steps, given, notes, None, **options)
+    kept.clear()
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def invert_sources(
@@ -172,19 +200,9 @@ def invert_sources(
     **options: Any,
 ) -> None:
     """Invert images from grey through all sources of `encoders` together, into a run folder."""
-    made_for = _made_for(encoders, "", "", given, options["metrics"])
-    batches = Batches(folder.path, [made_for, method.steps])
-    _make(
-        folder,
-        encoders,
-        plain_search(encoders, method, seed),
-        method.steps,
-        given,
-        [],
-        None,
-        batches,
-        **options,
-    )
+    batches = Batches(folder.path, [_made_for(encoders, "", "", given, options["metrics"]), method.steps])
+    search = plain_search(encoders, method, seed)
+    _make(folder, encoders, search, method.steps, given, [], batches, **options)
     batches.clear()
 
 
@@ -204,34 +222,6 @@ def _decoder_alone(
     return DecoderAlone(scores, seconds, sum(losses) / len(losses))
 
 
-@dataclass(frozen=True)
-class _Start:
-    """The run whose decoder gives the starting images, and facts that its answers share.
-
-    Attributes:
-        run: the decoder's run
-        digest: SHA-256 of the decoder's file
-        alone: scores of the decoder alone on the same images
-        prior: mean feature maps of validation images; None if there are none
-    """
-
-    run: Run
-    digest: str
-    alone: DecoderAlone
-    prior: list[Tensor] | None
-
-
-def _start(
-    run: Run, reconstructor: Reconstructor, given: InversionInputs, metrics: Metrics, device: str
-) -> _Start:
-    prior = None
-    if given.validation is not None:
-        few = torch.arange(min(HELD_OUT, len(given.validation))).split(BATCH)
-        prior = mean_features(reconstructor.encoders, given.validation.batches(few, device=device))
-    alone = _decoder_alone(reconstructor, given.images, metrics, device)
-    return _Start(run, sha256(run.file("decoder.safetensors")), alone, prior)
-
-
 def _made_for(
     encoders: Encoders, start: str, digest: str, given: InversionInputs, metrics: Metrics
 ) -> list[Any]:
@@ -243,18 +233,24 @@ def _made_for(
 def _make(
     folder: Run,
     encoders: Encoders,
-    search: Refinement | BestEstimate | Callable[..., Inversion],
+    search: Search,
     steps: int,
     given: InversionInputs,
     notes: Sequence[str],
-    start: _Start | None,
     batches: Batches | None,
     *,
     metrics: Metrics,
     device: str,
     progress: Progress,
+    start: Mapping[str, Any] | None = None,
+    prior: Sequence[Tensor] | None = None,
 ) -> None:
-    """Search, measure and write the run folder, and `curve.csv` with the scores by image and step."""
+    """Search, measure and write the run folder, and `curve.csv` with the scores by image and step.
+
+    Args:
+        start: facts of the decoder's run as in `InversionFacts`; None for a search from grey
+        prior: mean feature maps of validation images, for a search from a decoder; None if there are none
+    """
     config = load_toml(InversionConfig, folder.file("config.toml"))
     weights = encoders.weights_of(encoders.sources)
 
@@ -264,19 +260,14 @@ def _make(
     measured = measure(
         search, given.images, metrics, steps, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
-    prior = None
-    if start and start.prior is not None:
-        prior = search.of_features(start.prior, measured.images[0][1].shape[:2]).images
+    alone = None if prior is None else search.of_features(prior).images
     took = f"{counted(steps, 'pass', 'passes')} an inversion, {measured.seconds:.1f} s an image"
     facts = InversionFacts(
         steps=steps,
         seconds_per_image=measured.seconds,
         feature_loss=sum(row["feature_loss"] for row in measured.rows) / len(measured.rows),
-        start=start.run.name if start else "",
-        start_decoder=start.run.config.decoder.name if start else "",
-        start_sha256=start.digest if start else "",
-        decoder_alone=start and start.alone,
-        controls=bound_controls(measured.images, metrics, prior, device=device),
+        controls=bound_controls(measured.images, metrics, alone, device=device),
+        **start or {},
     )
     how = "best estimate" if config.estimate else "refined"
     name = f"{facts.start_decoder} + {how}" if start else "inversion"

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from afterimage.analysis.inversion import short_attention
-from afterimage.analysis.inversion.short_attention import ShortAttention
+from afterimage.analysis.inversion import objective
+from afterimage.analysis.inversion.objective import ShortAttention
 
 
 def attend(dtype, *, seed=0, shape=(2, 3, 37, 16), keys=37, **options):
@@ -19,9 +19,9 @@ def attend(dtype, *, seed=0, shape=(2, 3, 37, 16), keys=37, **options):
 @pytest.fixture
 def calls(monkeypatch):
     """How often attention was computed by matrix products."""
-    found, apply = [], short_attention._Attention.apply
+    found, apply = [], objective._Attention.apply
     monkeypatch.setattr(
-        short_attention._Attention, "apply", lambda *arguments: found.append(1) or apply(*arguments)
+        objective._Attention, "apply", lambda *arguments: found.append(1) or apply(*arguments)
     )
     return found
 
@@ -49,7 +49,7 @@ def test_what_it_cannot_do_is_left_to_pytorch(options, calls):
 
 
 def test_long_sequences_are_left_to_pytorch(monkeypatch, calls):
-    monkeypatch.setattr(short_attention, "MATRIX", 2 * 3 * 37 * 37 - 1)
+    monkeypatch.setattr(objective, "MATRIX", 2 * 3 * 37 * 37 - 1)
     with ShortAttention():
         attend(torch.bfloat16)
     assert not calls
