@@ -266,7 +266,7 @@ def test_files_of_tensors_are_read_whatever_their_path(odd):
     from safetensors.numpy import save
     from safetensors.torch import save as save_torch
 
-    from afterimage.analysis.audit.feature_store import load_pairs
+    from afterimage.analysis.audit.target import load_pairs
     from afterimage.models.weight_files import read_named_tensors
     from afterimage.training.checkpoint import load_tensors
 
@@ -285,5 +285,5 @@ def test_files_of_tensors_are_read_whatever_their_path(odd):
     sample_images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
     arrays = {"images": sample_images, "features": np.zeros((10, 4), np.float32)}
     (folder / "pairs.safetensors").write_bytes(save(arrays))
-    store = load_pairs(AuditConfig(pairs=str(folder / "pairs.safetensors")).pairs)
+    _, store = load_pairs(AuditConfig(pairs=str(folder / "pairs.safetensors")).pairs)
     assert [spec.source for spec in store.specs.values()] == ["pairs.safetensors:features"]

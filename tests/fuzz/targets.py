@@ -257,16 +257,17 @@ def image(data: bytes) -> None:
 
 def pairs(data: bytes) -> None:
     """Stored features and their images, as each kind of file they may be in."""
-    from afterimage.analysis.audit.feature_store import load_pairs
+    from afterimage.analysis.audit.target import load_pairs
 
     ends = {b"PK": ".npz", b"PA": ".parquet"}
     with file(f"pairs{ends.get(data[:2], '.safetensors')}", data) as path:
-        store = refused(load_pairs, path)
-    if store is not None:
-        images = store.data.test.crops(list(range(len(store.data.test))))
+        found = refused(load_pairs, path)
+    if found is not None:
+        data, store = found
+        images = data.test.crops(list(range(len(data.test))))
         assert images.min() >= 0 and images.max() <= 1
         for layer in store.specs:
-            assert store.data.test.features([0], layer).isfinite().all()
+            assert data.test.features([0], layer).isfinite().all()
 
 
 def weights(data: bytes) -> None:

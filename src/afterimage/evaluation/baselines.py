@@ -29,7 +29,7 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.runs.lock import held
 from afterimage.runs.results import Result
 from afterimage.runs.run import TRACEBACK, Run, environment, forget, record
-from afterimage.runtime.failures import as_error, concerns, let_go, of_caller
+from afterimage.runtime.failures import as_error, concerns, let_go, of_caller, together
 from afterimage.runtime.terminal import Progress, silent
 
 BASELINES = (
@@ -48,11 +48,7 @@ Images = Float[Tensor, "batch 3 height width"]
 def baseline(name: str) -> Callable[[Images], Images]:
     """Return the function of a baseline, from images `(B, 3, H, W)` in [0, 1] to reconstructions of the same shape.
 
-    Args:
-        name: `mean`, `thumbnail-N` or `jpeg-Q`
-
-    Raises:
-        AfterimageError: the name is another one; the message lists the valid ones
+    Raises an `AfterimageError` unless the name is `mean`, `thumbnail-N` or `jpeg-Q`.
     """
     kind, number = _parse(name)
     if kind == "mean":
@@ -134,7 +130,7 @@ def run_baselines(
                 metrics = Metrics(lpips, size=min(data.size))
                 loaded = load_data(data, cache=cache, progress=progress)
 
-                def measure(*which: str) -> None:
+                def measure(which: list[str]) -> None:
                     batches = reconstructions(
                         lambda images: [lines[name](images) for name in which], loaded.test
                     )
@@ -145,15 +141,11 @@ def run_baselines(
                         with recorded(name):
                             _save(runs[name], name, result, loaded, metrics)
 
-                try:
-                    measure(*missing)
-                except Exception as error:
-                    if concerns(error):
-                        raise
-                    let_go(error)
-                    for name in missing:  # measure each alone, to find the one that fails
-                        with recorded(name):
-                            measure(name)
+                def alone(name: str, error: Exception) -> None:
+                    with recorded(name):
+                        raise error
+
+                together(measure, missing, alone)
     if failures is not None:
         failures += failed
     elif failed:

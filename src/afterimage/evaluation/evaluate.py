@@ -53,17 +53,14 @@ def evaluate(
     """Measure how well images are reconstructed.
 
     Args:
-        reconstruct: function from images `(B, 3, H, W)` in [0, 1] to reconstructions of the same shape. A module is in
-            evaluation mode meanwhile.
-        image_set: the images.
-        metrics: the metrics to compute.
-        batch_size: number of images in a batch.
-        device: device of the images; by default the module's, else the CPU.
-        progress: called with the name of the task, the number of images measured, and the total.
-        keep: number of images that are returned with their reconstructions, as uint8.
-
-    Returns:
-        One row of scores per image, and the first `keep` images.
+        reconstruct: function from images `(B, 3, H, W)` in [0, 1] to reconstructions of the same shape; a module is in
+            evaluation mode meanwhile
+        image_set: the images
+        metrics: the metrics to compute
+        batch_size: number of images in a batch
+        device: device of the images; by default the module's, else the CPU
+        progress: called with the name of the task, the number of images measured, and the total
+        keep: number of images that are returned with their reconstructions, as uint8
 
     Raises:
         AfterimageError: as `evaluate_together`.
@@ -119,21 +116,18 @@ def evaluate_together(
     Args:
         batches: all images of a set in order, each with the same number of reconstructions (see `reconstructions`).
             The iterator runs without gradients. With several ranks, each passes its part of every batch, which may be
-            empty.
-        ids: the ids of all images of the set.
-        metrics: the metrics to compute; they are moved to the images' device.
-        names: the method of each reconstruction, for messages.
-        progress: called with the name of the task, the number of images measured, and the total.
-        keep: number of images that are returned with their reconstructions, as uint8.
-        seen: for each reconstruction, a part of the images on which it is also measured separately; None for no part.
-        ranks: the processes that measure together.
-
-    Returns:
-        The evaluation of each reconstruction, over all images in order, on every rank.
+            empty
+        ids: the ids of all images of the set
+        metrics: the metrics to compute; they are moved to the images' device
+        names: the method of each reconstruction, for messages
+        progress: called with the name of the task, the number of images measured, and the total
+        keep: number of images that are returned with their reconstructions, as uint8
+        seen: for each reconstruction, a part of the images on which it is also measured separately; None for no part
+        ranks: the processes that measure together; each gets all evaluations
 
     Raises:
         AfterimageError: there are no images, shapes differ, or values are not finite or leave [0, 1]; the message names
-            the method and, for wrong values, the image.
+            the method and, for wrong values, the image
     """
     if len(ids) == 0:
         raise AfterimageError("there are no images to evaluate on")
@@ -149,7 +143,12 @@ def evaluate_together(
             for index, output in enumerate(outputs):
                 _check(output, images, own, names[index] if names else "")
             kept = sum(index < keep for index in indices.tolist())
-            measured.append(_measured(own, images, outputs, kept, metrics, seen or [None] * len(outputs)))
+            originals, parts = to_uint8(images[:kept]), seen or [None] * len(outputs)
+            scores = score_rows(own, images, outputs, metrics, parts) if own else [[] for _ in outputs]
+            measured.append([])
+            for rows, output in zip(scores, outputs, strict=True):
+                pairs = zip(own[:kept], originals, to_uint8(output[:kept]), strict=True)
+                measured[-1].append(Evaluation(rows, list(pairs)))
         done += ranks.place(len(indices))[1]
         progress("evaluating", done, len(ids))
     results = [Evaluation([], []) for _ in measured[0]]
@@ -157,24 +156,6 @@ def evaluate_together(
         for result, part in zip(results, batch, strict=True):
             result.rows.extend(part.rows)
             result.images.extend(part.images)
-    return results
-
-
-def _measured(
-    ids: Sequence[str],
-    images: Tensor,
-    outputs: Sequence[Tensor],
-    keep: int,
-    metrics: Metrics,
-    seen: Sequence[Box | None],
-) -> list[Evaluation]:
-    """Evaluate each of several outputs for one batch, which may be empty."""
-    if not ids:
-        return [Evaluation([], []) for _ in outputs]
-    results = []
-    for rows, output in zip(score_rows(ids, images, outputs, metrics, seen), outputs, strict=True):
-        pairs = zip(ids[:keep], to_uint8(images[:keep]), to_uint8(output[:keep]), strict=True)
-        results.append(Evaluation(rows, list(pairs)))
     return results
 
 
@@ -245,7 +226,14 @@ def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, 
     """
     if not rows:
         raise AfterimageError("there are no scores to summarise")
-    return {name: _score(name, [row[f"{name}{suffix}"] for row in rows]) for name in METRICS}
+    summary: dict[str, Score | None] = {}
+    for name in METRICS:
+        values = [row[f"{name}{suffix}"] for row in rows]
+        missing = values.count(None)
+        if 0 < missing < len(values):
+            raise AfterimageError(f"{name} is missing for {missing} of {len(values)} images")
+        summary[name] = None if missing else Score.of(values)
+    return summary
 
 
 def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -263,10 +251,10 @@ def seen_notes(
     """Return notes on pixels that no location of the features sees.
 
     Args:
-        features: the sources' `Encoder.describe` entries.
-        box: the part of the images that some location of some source sees; None if that is all of them.
-        size: height and width of the images in pixels.
-        rows: scores that include those of the part, if they were measured.
+        features: the sources' `Encoder.describe` entries
+        box: the part of the images that some location of some source sees; None if that is all of them
+        size: height and width of the images in pixels
+        rows: scores that include those of the part, if they were measured
     """
     notes = [f"{layer.source}: {layer.unseen}" for layer in features if layer.unseen]
     if box is not None:
@@ -282,14 +270,6 @@ def seen_notes(
             )
         notes.append(note)
     return notes
-
-
-def _score(name: str, values: list[float | None]) -> Score | None:
-    if all(value is None for value in values):
-        return None
-    if None in values:
-        raise AfterimageError(f"{name} is missing for {values.count(None)} of {len(values)} images")
-    return Score.of(values)
 
 
 def _check(output: Tensor, images: Tensor, ids: Sequence[str], name: str) -> None:

@@ -49,15 +49,7 @@ def problem(images: Images) -> tuple[int, str] | None:
 
 
 def check(prediction: Tensor, target: Tensor) -> None:
-    """Check that two batches of images can be compared.
-
-    Args:
-        prediction: reconstructions, floats `(B, 3, H, W)` in [0, 1]
-        target: originals of the same shape, floats in [0, 1]
-
-    Raises:
-        AfterimageError: shapes differ or are wrong, or values are not floats in [0, 1]
-    """
+    """Raise an `AfterimageError` unless both are batches of images `(B, 3, H, W)` of one shape, floats in [0, 1]."""
     pair = (("prediction", prediction), ("target", target))
     for name, images in pair:
         if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
@@ -207,11 +199,7 @@ class Metrics:
         return self
 
     def __call__(self, prediction: Images, target: Images) -> dict[str, list[float] | None]:
-        """Score reconstructions of a batch.
-
-        Args:
-            prediction: reconstructions `(B, 3, H, W)` in [0, 1]
-            target: originals, likewise
+        """Score reconstructions `(B, 3, H, W)` in [0, 1] against originals of the same shape and range.
 
         Returns:
             `{"psnr": [...], "ssim": [...], "lpips": [...]}` with one number per image; `lpips` is None if unavailable

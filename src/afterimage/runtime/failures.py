@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from afterimage.config import AfterimageError
 from afterimage.runtime.terminal import printable
 
+Item = TypeVar("Item")
 EVERYTHING, ENCODERS = "everything", "encoders"
 """Scopes that an exception may affect beyond its own part of the work; see `concerns`."""
 
@@ -60,6 +61,35 @@ def collected(failures: list[AfterimageError], what: str) -> Iterator[None]:
             raise
         failures.append(as_error(error, what))
         let_go(error)
+
+
+def together(
+    work: Callable[[list[Item]], None], items: Sequence[Item], failed: Callable[[Item, Exception], None]
+) -> None:
+    """Do `work` for all items at once or, if that raises, for each item alone.
+
+    Args:
+        work: called with all items, or with one
+        items: the items
+        failed: called with an item that fails alone, and its error
+
+    Raises:
+        Exception: an error that concerns everything, see `concerns`
+    """
+    if not items:
+        return
+    try:
+        work(list(items))
+        return
+    except Exception as error:
+        if concerns(error) == EVERYTHING:
+            raise
+        if len(items) == 1:
+            failed(items[0], error)
+            return
+        let_go(error)
+    for item in items:
+        together(work, [item], failed)
 
 
 def of_caller(callback: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from afterimage.analysis.audit import attack, run
+from afterimage.analysis.audit import attackers, run
 from afterimage.analysis.audit.defences.chain import DEFENCES
 from afterimage.analysis.audit.defences.reduce import PCA
 from afterimage.analysis.audit.run import run_audit
@@ -225,14 +225,14 @@ def test_costs_that_raise_leave_what_leaks(whole, cache, trained, monkeypatch):
 
 
 def test_test_images_that_one_attacker_cannot_take_end_it_alone(whole, cache, tmp_path, monkeypatch):
-    evaluate = attack.evaluate_attackers
+    evaluate = attackers.evaluate_together
 
-    def raising(loader, decoders, *arguments, **options):
-        if any("wavelet on none of" in decoder.name for decoder in decoders):
+    def raising(*arguments, names, **options):
+        if any("wavelet on none of" in name for name in names):
             raise BUG
-        return evaluate(loader, decoders, *arguments, **options)
+        return evaluate(*arguments, names=names, **options)
 
-    monkeypatch.setattr(attack, "evaluate_attackers", raising)
+    monkeypatch.setattr(attackers, "evaluate_together", raising)
     check(
         CONFIG, tmp_path, cache, whole,
         without=lambda layer, defence, by: (defence, by) == ("none", "wavelet"),

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from afterimage.analysis.audit.feature_store import load_pairs
 from afterimage.analysis.audit.run import run_audit
+from afterimage.analysis.audit.target import load_pairs
 from afterimage.config import AfterimageError, DataConfig, RecipeConfig
 from afterimage.config.audit import AuditConfig, LimitsConfig
 from afterimage.report.audit.verdict import judge
@@ -53,8 +53,8 @@ def write(path, arrays):
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet"])
 def test_every_kind_of_file_holds_the_same(suffix, arrays, tmp_path):
-    store = load_pairs(write(tmp_path / f"store{suffix}", arrays))
-    parts = (store.data.train, store.data.validation, store.data.test)
+    data, _ = load_pairs(write(tmp_path / f"store{suffix}", arrays))
+    parts = (data.train, data.validation, data.test)
     assert [len(part) for part in parts] == [39, 9, 12]
     assert len({i for part in parts for i in part.ids}) == COUNT
     for part in parts:
@@ -68,7 +68,7 @@ def test_every_kind_of_file_holds_the_same(suffix, arrays, tmp_path):
 
 def test_pixels_of_0_and_1_are_said(arrays, tmp_path):
     arrays["images"] = (arrays["images"] > 99).astype(np.uint8)
-    notes = load_pairs(write(tmp_path / "store.npz", arrays)).notes
+    notes = load_pairs(write(tmp_path / "store.npz", arrays))[0].notes
     assert f"narrow range of values: {COUNT} of {COUNT} images use only values from 0 to 1" in notes[-1]
 
 
@@ -118,10 +118,10 @@ def test_another_split_of_a_store_is_another_measurement(arrays, tmp_path):
 )
 def test_how_features_are_understood_is_said(change, shape, said, arrays, tmp_path):
     arrays["features"] = change(arrays["features"])
-    store = load_pairs(write(tmp_path / "store.npz", arrays))
+    data, store = load_pairs(write(tmp_path / "store.npz", arrays))
     spec = store.specs["features"]
     assert (spec.channels, spec.height, spec.width) == shape
-    assert said in store.notes[0]
+    assert said in data.notes[0]
 
 
 def test_vectors_are_attacked_too(arrays, tmp_path):
@@ -139,8 +139,8 @@ def test_several_layers_and_names(arrays, tmp_path):
         "ids": np.array([f"person {i}" for i in range(COUNT)]),
     }
     arrays["images"] = arrays.pop("images").transpose(0, 3, 1, 2).astype(np.float32) / 255
-    store = load_pairs(write(tmp_path / "store.npz", arrays))
-    assert list(store.specs) == ["features", "deep"] and store.data.test.ids[0].startswith("person ")
+    data, store = load_pairs(write(tmp_path / "store.npz", arrays))
+    assert list(store.specs) == ["features", "deep"] and data.test.ids[0].startswith("person ")
     config = AuditConfig(pairs=str(tmp_path / "store.npz"), layers=("depe",))
     with pytest.raises(AfterimageError, match=r"unknown layer of .*'depe'; did you mean 'deep'"):
         run_audit(config, tmp_path / "audit", accelerator="cpu")

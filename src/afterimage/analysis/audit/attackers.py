@@ -1,30 +1,40 @@
-"""Attackers: they know the defence, own some images, and train a decoder on the features that are sent."""
+"""Attackers: they know the defence, own some images, and train a decoder on the features that are sent.
+
+All attackers of one layer who own the same images are trained on one pass through the encoder.
+"""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from afterimage.analysis.audit.defences.chain import Defence
-from afterimage.analysis.audit.feature_store import StoredImages
-from afterimage.config import AfterimageError, RecipeConfig, counted
+from afterimage.analysis.audit.improve import improve
+from afterimage.analysis.audit.session import KEEP, AuditCondition, AuditSession
+from afterimage.analysis.audit.target import StoredImages
+from afterimage.config import AfterimageError, counted
+from afterimage.config.audit import BLACK_BOX, DECODED
 from afterimage.data.duplicates import shared
 from afterimage.data.images import Data, ImageSet
-from afterimage.evaluation.evaluate import Box, Evaluation, Reconstructed, evaluate_together
-from afterimage.evaluation.metrics import Metrics
+from afterimage.evaluation.evaluate import Reconstructed, evaluate_together
 from afterimage.evaluation.reidentification import Compared, compared, joined
+from afterimage.models.decoder_files import load_tensors
 from afterimage.models.decoders import create_decoder, decoder_family
 from afterimage.models.reconstructor import FeatureDecoder
+from afterimage.runs.failures import is_done
 from afterimage.runs.run import Run
+from afterimage.runtime.failures import together
+from afterimage.training.checkpoint import remove_checkpoints
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.feature_loader import FeatureLoader
+from afterimage.training.trainer import Trainer
 
 CALIBRATION_BYTES = 1 << 29
 CALIBRATION_IMAGES = 128
@@ -82,65 +92,148 @@ class DefendedFeatureLoader(FeatureLoader):
         return self.encode(images)
 
 
-def evaluate_attackers(
-    loader: DefendedFeatureLoader,
-    decoders: Sequence[DecoderTrainer],
-    metrics: Metrics,
-    *,
-    keep: int,
-    box: Box | None = None,
-) -> tuple[list[Evaluation], list[Compared]]:
-    """Score attackers on the test images.
+@dataclass(kw_only=True)
+class AttackContext(RunContext):
+    """Run context of attackers trained together: a failed one is recorded, and the others go on."""
+
+    session: AuditSession
+    conditions: dict[Run, AuditCondition] = field(default_factory=dict)
+    """Condition that each attacker's run folder is for."""
+
+    def record_failure(self, run: Run, error: Exception) -> None:
+        condition = self.conditions[run]
+        self.session.failed(condition.label, error, [condition])
+
+
+def attack_layer(
+    session: AuditSession,
+    layer: str,
+    encoder: nn.Module | None,
+    defences: Mapping[str, Defence],
+    data: Data,
+    conditions: Sequence[AuditCondition],
+) -> None:
+    """Measure the conditions of one layer whose attackers own the same images; finished ones are left alone.
 
     Args:
-        loader: loader of the features that are sent
-        decoders: the attackers' trained decoders
-        metrics: the metrics
-        keep: number of images to keep with their reconstructions
-        box: part of the images that the layer's locations see, to be scored by itself too; None for no part
-
-    Returns:
-        for each attacker its scores, and its reconstructions reduced for re-identification
+        session: the audit
+        layer: the layer
+        encoder: the network up to the layer; None for a store
+        defences: the fitted defences by their text
+        data: the attackers' own images and the test images
+        conditions: the conditions
     """
+
+    def own(texts: Sequence[str]) -> list[AuditCondition]:
+        return [condition for condition in conditions if condition.defence in texts]
+
+    def attack(texts: list[str]) -> None:
+        missing = [condition for condition in own(texts) if not session.is_done(condition)]
+        _attack(session, layer, encoder, {text: defences[text] for text in texts}, data, missing)
+
+    together(
+        attack, list(defences), lambda text, error: session.failed(f"{layer}, {text}", error, own([text]))
+    )
+
+
+def _attack(
+    session: AuditSession,
+    layer: str,
+    encoder: nn.Module | None,
+    defences: Mapping[str, Defence],
+    data: Data,
+    missing: Sequence[AuditCondition],
+) -> None:
+    context = AttackContext(progress=session.progress, session=session)
+    decoders: dict[tuple[str, str], DecoderTrainer] = {}
+    sent = DefendedFeatures(session.target.specs[layer].source, list(defences.values()), encoder)
+    for defence, decoder in dict.fromkeys((condition.defence, condition.decoder) for condition in missing):
+        # All attackers start from the decoder of the black-box attacker.
+        condition = session.condition(layer, defence, decoder, data, BLACK_BOX, DECODED)
+        with session.ending(condition.label, [condition]):
+            run = session.begin(condition)
+            context.conditions[run] = condition
+            decoders[defence, decoder] = _decoder(decoder, list(defences).index(defence), sent, run, context)
+    if not decoders:
+        return
+    recipe, seed = session.config.recipe, session.config.seed
+    loader = DefendedFeatureLoader(sent, data, recipe, session.fabric, seed=seed, context=context)
+    _train(loader, list(decoders.values()))
+    for (defence, name), decoder in decoders.items():
+        for model in session.config.attackers.threat_models if decoder.best and not decoder.failed else ():
+            asked = (defence, name, model)
+            own = [
+                c for c in missing if (c.defence, c.decoder, c.threat_model) == asked and c.answer != DECODED
+            ]
+            if own:
+                improve(loader, decoder, own)
+
+
+def _decoder(
+    decoder: str, index: int, sent: DefendedFeatures, run: Run, context: AttackContext
+) -> DecoderTrainer:
+    """Build the decoder of an attacker for the features that the defence at `index` sends."""
+    session, defence = context.session, sent.defences[index]
+    recipe, seed = session.config.recipe, session.config.seed
+    spec = defence.sent_specs[0]
+    options = decoder_family(decoder).single_location if spec.locations == 1 else {}
+    built = create_decoder(decoder, [spec], session.target.image_size, seed=seed, **options)
+    name = f"{decoder} on {defence.name} of {spec.source}"
+    return DecoderTrainer(
+        FeatureDecoder(built), [index], recipe, session.fabric, name=name, run=run, context=context
+    )
+
+
+def _train(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
+    """Train and measure the decoders of black-box attackers, or load finished ones."""
+    context, fresh = loader.context, []
+    for decoder in decoders:
+        path = decoder.run.file("decoder.safetensors")
+        with context.isolate(decoder.run):
+            if is_done(decoder.run) and path.exists():
+                decoder.best, _ = load_tensors(path)
+                decoder.model.load_state_dict(decoder.best)
+            else:
+                decoder.restore()
+                fresh.append(decoder)
+    if fresh:
+        Trainer(loader, fresh).train()
+    for decoder in [d for d in fresh if d.best and not d.failed]:
+        with context.isolate(decoder.run):
+            decoder.model.load_state_dict(decoder.best)
+            decoder.save_best()
+
+    def failed(decoder: DecoderTrainer, error: Exception) -> None:
+        with context.isolate(decoder.run):
+            raise error
+
+    together(lambda sound: _measure(loader, sound), [d for d in fresh if d.best and not d.failed], failed)
+
+
+def _measure(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
+    """Measure trained attackers on one pass over the test images."""
+    context, session, test = loader.context, loader.context.session, loader.data.test
+    box = session.target.box(context.conditions[decoders[0].run].layer)
     small: list[list[Compared]] = [[] for _ in decoders]
 
     def reconstructions() -> Iterator[Reconstructed]:
-        for indices, images, sent in loader.batches(loader.data.test):
+        for indices, images, sent in loader.batches(test):
             outputs = [decoder.reconstruct(sent) for decoder in decoders]
             for kept, output in zip(small, outputs, strict=True):
                 kept.append(compared(output, box))
             yield indices, images, outputs
 
+    names = [decoder.name for decoder in decoders]
     results = evaluate_together(
-        reconstructions(),
-        loader.data.test.ids,
-        metrics,
-        names=[decoder.name for decoder in decoders],
-        progress=loader.context.progress,
-        keep=keep,
+        reconstructions(), test.ids, session.metrics, names=names, progress=context.progress, keep=KEEP,
         seen=[box] * len(decoders),
-    )
-    return results, [joined(parts) for parts in small]
-
-
-def attacker_decoder(
-    decoder: str,
-    index: int,
-    defence: Defence,
-    image_size: tuple[int, int],
-    recipe: RecipeConfig,
-    fabric: Fabric,
-    *,
-    seed: int,
-    run: Run,
-    context: RunContext,
-) -> DecoderTrainer:
-    """Build the decoder of an attacker for the features that `defence`, the one at `index`, sends."""
-    spec = defence.sent_specs[0]
-    options = decoder_family(decoder).single_location if spec.locations == 1 else {}
-    model = FeatureDecoder(create_decoder(decoder, [spec], image_size, seed=seed, **options))
-    name = f"{decoder} on {defence.name} of {spec.source}"
-    return DecoderTrainer(model, [index], recipe, fabric, name=name, run=run, context=context)
+    )  # fmt: skip
+    for decoder, result, parts in zip(decoders, results, small, strict=True):
+        with context.isolate(decoder.run):
+            condition, took = context.conditions[decoder.run], decoder.seconds
+            images, notes = result.images, decoder.notes
+            session.save(condition, result.rows, images, joined(parts), seconds=took, notes=notes)
+            remove_checkpoints(decoder.run)
 
 
 def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data | None:

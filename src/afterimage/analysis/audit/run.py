@@ -6,15 +6,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from afterimage.analysis.audit.attack import attack_layer
-from afterimage.analysis.audit.attackers import DefendedFeatures, attacker_data, calibration, mean_image
-from afterimage.analysis.audit.condition import VERSION, AuditCondition
+from afterimage.analysis.audit.attackers import (
+    DefendedFeatures,
+    attack_layer,
+    attacker_data,
+    calibration,
+    mean_image,
+)
 from afterimage.analysis.audit.defences.chain import Defence, create_defence
-from afterimage.analysis.audit.session import AuditSession, together
+from afterimage.analysis.audit.session import VERSION, AuditCondition, AuditSession
 from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, no_cost, whole_network
 from afterimage.config import FeatureSpec, dump_toml, shown
 from afterimage.config.audit import BLACK_BOX, DECODED, AuditConfig, digest
@@ -25,7 +28,7 @@ from afterimage.models.encoders.providers import at_native_size
 from afterimage.runs.audit import BLIND, Results
 from afterimage.runs.files import read_json, write_atomic, write_json
 from afterimage.runs.run import environment
-from afterimage.runtime.failures import foreseen, one_line
+from afterimage.runtime.failures import foreseen, one_line, together
 from afterimage.runtime.terminal import Progress, silent
 
 
@@ -193,9 +196,25 @@ def _measure_costs(
 ) -> None:
     """Measure the costs of defences, and write each into its file."""
 
+    config = session.config
+
     def measure(texts: list[str]) -> None:
         chosen = [defences[text] for text in texts]
-        for text, cost in zip(texts, _costs(session, layer, encoder, chosen), strict=True):
+        try:
+            if encoder is None:
+                raise Unavailable("a store holds no network to go on with")
+            costs = measure_cost(
+                whole_network(encoder, config.prediction),
+                chosen,
+                session.target.data.test,
+                batch_size=config.recipe.batch_size,
+                seed=config.seed,
+                device=session.fabric.device,
+                progress=session.progress,
+            )
+        except Unavailable as error:
+            costs = [no_cost(defence, str(error)) for defence in chosen]
+        for text, cost in zip(texts, costs, strict=True):
             write_json(files[text], cost)
 
     def failed(text: str, error: Exception) -> None:
@@ -204,22 +223,3 @@ def _measure_costs(
         session.failed(f"{layer}, {text}, what it costs", error)
 
     together(measure, list(defences), failed)
-
-
-def _costs(
-    session: AuditSession, layer: str, encoder: nn.Module | None, defences: Sequence[Defence]
-) -> list[dict[str, Any]]:
-    if encoder is None:
-        return [no_cost(defence, "a store holds no network to go on with") for defence in defences]
-    try:
-        return measure_cost(
-            whole_network(encoder, session.config.prediction),
-            defences,
-            session.target.data.test,
-            batch_size=session.config.recipe.batch_size,
-            seed=session.config.seed,
-            device=session.fabric.device,
-            progress=session.progress,
-        )
-    except Unavailable as error:
-        return [no_cost(defence, str(error)) for defence in defences]

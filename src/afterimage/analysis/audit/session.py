@@ -1,43 +1,82 @@
-"""State of a running audit: its images, networks and metrics, and its results, notes and failures so far."""
+"""State of a running audit: its target and metrics, its conditions with their folders, and all results so far."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 
-from afterimage.analysis.audit.condition import AuditCondition
-from afterimage.analysis.audit.target import open_subject
+from afterimage.analysis.audit.target import open_target
 from afterimage.config import AfterimageError, to_dict
-from afterimage.config.audit import ESTIMATE, WHITE_BOX, AuditConfig
+from afterimage.config.audit import ESTIMATE, WHITE_BOX, AuditConfig, digest
 from afterimage.data.images import Data
-from afterimage.evaluation.evaluate import SEEN, Box, cropped
+from afterimage.evaluation.evaluate import SEEN, Box, cropped, score_notes, summarise
+from afterimage.evaluation.intervals import mean_interval, share_interval
 from afterimage.evaluation.metrics import Metrics
-from afterimage.evaluation.reidentification import Gallery, reduced
+from afterimage.evaluation.reidentification import Compared, Gallery, reduced
 from afterimage.runs.audit import Attack, Results
+from afterimage.runs.files import write_json
+from afterimage.runs.results import METRICS, Attacker, AttackFacts, Interval, Result, Worst
 from afterimage.runs.run import TRACEBACK, Run, forget, is_done, record
 from afterimage.runtime.device import one_device
 from afterimage.runtime.failures import EVERYTHING, as_error, concerns, let_go, of_caller
 from afterimage.runtime.terminal import Progress
 
-Item = TypeVar("Item")
 KEEP = 4
 """Number of test images of each condition that are stored with their reconstructions."""
+VERSION = 2
+"""Version of the measurements, increased whenever the same settings would give other numbers."""
+
+
+@dataclass(frozen=True)
+class AuditCondition:
+    """One attacker on one layer behind one defence.
+
+    Attributes:
+        layer: name of the layer; empty for the attacker without features
+        defence: text of the defence
+        decoder: name of the attacker's decoder
+        images: number of images that the attacker owns
+        threat_model: `black-box` or `white-box`
+        answer: `decoded`, `refined` or `best estimate`
+        settings: everything else that changes the result; the folder's name ends with their digest
+    """
+
+    layer: str
+    defence: str
+    decoder: str
+    images: int
+    threat_model: str
+    answer: str
+    settings: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Name in messages, such as `layer1, int8, linear`."""
+        return f"{self.layer}, {self.defence}, {self.decoder}"
+
+    @property
+    def name(self) -> str:
+        """Name of the condition's folder."""
+        parts = (self.layer, self.defence, self.decoder, str(self.images), self.threat_model, self.answer)
+        slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(parts)).strip("-.")
+        return f"{slug[:100]}-{digest({**self.settings, 'cell': parts, 'version': VERSION})}"
+
+    @property
+    def attacker(self) -> Attacker:
+        """Facts of the attacker."""
+        source = self.settings["attacker_data"]
+        return Attacker(self.decoder, self.images, self.threat_model, source, self.answer)
 
 
 class AuditSession:
     """State of a running audit, shared by everything that measures a part of it.
-
-    Args:
-        config: the audit
-        root: folder of the audit
-        cache: folder of decoded images
-        accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with the progress; an exception that it raises ends everything
 
     Attributes:
         target: the network or store, and all images
@@ -50,16 +89,10 @@ class AuditSession:
     """
 
     def __init__(
-        self,
-        config: AuditConfig,
-        root: Path,
-        *,
-        cache: Path | None,
-        accelerator: str,
-        progress: Progress,
+        self, config: AuditConfig, root: Path, *, cache: Path | None, accelerator: str, progress: Progress
     ) -> None:
         self.config, self.root, self.progress = config, root, of_caller(progress)
-        self.target = open_subject(config, cache=cache, progress=self.progress)
+        self.target = open_target(config, cache=cache, progress=self.progress)
         if len(self.target.data.test) < 2:
             raise AfterimageError(
                 "an audit needs 2 test images or more: a verdict rests on intervals over them"
@@ -92,7 +125,7 @@ class AuditSession:
         settings = {
             "subject": target.name,
             "weights": target.weights.identity if target.weights else "",
-            "normalised": self.target.normalised,
+            "normalised": target.normalised,
             "features": None if spec is None else [spec.channels, spec.height, spec.width],
             "test": target.data.digest,
             "attacker_data": config.attackers.data,
@@ -113,7 +146,82 @@ class AuditSession:
         images = len(data.train) + len(data.validation)
         return AuditCondition(layer, defence, decoder, images, threat_model, answer, settings)
 
-    def galleries(self, layer: str) -> dict[str, Gallery]:
+    def run(self, condition: AuditCondition) -> Run:
+        """Return the run folder of a condition."""
+        return Run(self.root / "cells" / condition.name)
+
+    def is_done(self, condition: AuditCondition) -> bool:
+        """Return whether a condition has been measured, by this call or an earlier one."""
+        return is_done(self.run(condition))
+
+    def begin(self, condition: AuditCondition) -> Run:
+        """Create a condition's folder with its settings, without the failure of an earlier attempt, and return it."""
+        run = self.run(condition)
+        if not run.file("cell.json").exists():
+            asked = {"layer": condition.layer, "defence": condition.defence, **asdict(condition.attacker)}
+            write_json(run.file("cell.json"), asked | {"settings": condition.settings})
+        forget(run)
+        return run
+
+    def save(
+        self,
+        condition: AuditCondition,
+        rows: Sequence[Mapping[str, Any]],
+        images: Sequence[tuple[str, Any, Any]],
+        reconstructions: Compared,
+        *,
+        seconds: float,
+        notes: Sequence[str],
+    ) -> None:
+        """Identify originals, and write the result of an attack into the condition's run folder.
+
+        Args:
+            rows: scores as in `Evaluation.rows`
+            images: id, original and reconstruction of the test images to keep
+            reconstructions: all reconstructions, reduced for re-identification
+        """
+        layer = condition.layer
+        galleries = self._gallery(layer)
+        found = {
+            f"{name}{part}": values
+            for part, small in reconstructions.items()
+            for name, values in galleries[part].find(small).items()
+        }
+        columns = {f"found_by_{name}": values for name, values in found.items()}
+        rows = [row | {k: int(v[i]) for k, v in columns.items()} for i, row in enumerate(rows)]
+        worst, ssim = max(((row["id"], _most(row)) for row in rows), key=lambda pair: pair[1])
+        candidates = len(galleries[""].originals)
+        seen = self.target.seen(layer) if layer else None
+        facts = AttackFacts(
+            layer=layer,
+            defence=condition.defence,
+            attacker=condition.attacker,
+            scores=_intervals(rows),
+            worst=Worst(worst, ssim),
+            identification={name: share_interval(values) for name, values in found.items()},
+            candidates=candidates,
+            chance=1 / candidates,
+            seconds=round(seconds, 2),
+            seen=seen,
+            scores_seen=None if seen is None else _intervals(rows, SEEN),
+        )
+        result = Result(
+            kind="attack",
+            label=" · ".join(filter(None, (layer, condition.defence, condition.decoder))),
+            config=None,
+            data=self.target.data.describe(),
+            lpips=self.metrics.lpips_status,
+            scores=summarise(rows),
+            per_image=tuple(rows),
+            attack=facts,
+            scores_seen=None if seen is None else summarise(rows, SEEN),
+            notes=(*notes, *score_notes(rows)),
+        )
+        run = self.run(condition)
+        run.save_result(result, images)
+        run.set_state("done")
+
+    def _gallery(self, layer: str) -> dict[str, Gallery]:
         """Return galleries of the whole test images and, if a layer sees only a part, of that part."""
         box = self.target.box(layer) if layer else None
         for one in {None, box} - self._galleries.keys():
@@ -123,40 +231,9 @@ class AuditSession:
         galleries = {"": self._galleries[None]}
         return galleries if box is None else galleries | {SEEN: self._galleries[box]}
 
-    def begin(self, condition: AuditCondition) -> Run:
-        """Create the folder of a condition without the failure of an earlier attempt, and return it."""
-        run = condition.begin(self.root)
-        forget(run)
-        return run
-
-    def is_done(self, condition: AuditCondition) -> bool:
-        """Return whether a condition has been measured, by this call or an earlier one."""
-        return is_done(condition.run(self.root))
-
-    def save(self, condition: AuditCondition, *measured: Any, seconds: float, notes: Sequence[str]) -> None:
-        """Write the result of a condition.
-
-        Args:
-            condition: the condition
-            measured: the rows, images and reconstructions of `AuditCondition.save`
-            seconds: time that the attack took
-            notes: remarks for the run's notes
-        """
-        layer = condition.layer
-        condition.save(
-            self.root,
-            *measured,
-            self.galleries(layer),
-            data=self.target.data.describe(),
-            lpips=self.metrics.lpips_status,
-            seconds=seconds,
-            notes=notes,
-            seen=self.target.seen(layer) if layer else None,
-        )
-
     def collect(self, condition: AuditCondition, into: list[Attack]) -> None:
         """Append the result of a condition to `into`, if it is done."""
-        run = condition.run(self.root)
+        run = self.run(condition)
         if run.state == "done":
             into.append(Attack.of(run, self.root))
 
@@ -174,12 +251,7 @@ class AuditSession:
             self.failed(what, error, conditions)
 
     def failed(self, what: str, error: Exception, conditions: Sequence[AuditCondition] = ()) -> None:
-        """Record a failure in the results and in the folders of its conditions that are not done.
-
-        Args:
-            what: name of the part that failed, for the message
-            error: the error
-            conditions: the conditions that it leaves unmeasured
+        """Record the failure of `what` in the results, and in the folders of its conditions that are not done.
 
         Raises:
             Exception: `error` itself if it concerns everything, see `runtime.failures.concerns`
@@ -188,7 +260,7 @@ class AuditSession:
             raise error
         file = None
         for condition in conditions:
-            run = condition.run(self.root)
+            run = self.run(condition)
             if not is_done(run):
                 file = file or run.file(TRACEBACK).relative_to(self.root)
                 record(run, error)
@@ -201,30 +273,14 @@ class AuditSession:
         let_go(error)
 
 
-def together(
-    work: Callable[[list[Item]], None], items: Sequence[Item], failed: Callable[[Item, Exception], None]
-) -> None:
-    """Do `work` for all items at once or, if that raises, for each item alone.
+def _most(row: Mapping[str, Any]) -> float:
+    """Return the SSIM of a whole image or of its seen part, whichever is higher."""
+    part = row.get(f"ssim{SEEN}")
+    return row["ssim"] if part is None else max(row["ssim"], part)
 
-    Args:
-        work: called with all items, or with one
-        items: the items
-        failed: called with an item that fails alone, and its error
 
-    Raises:
-        Exception: an error that concerns everything, see `runtime.failures.concerns`
-    """
-    if not items:
-        return
-    try:
-        work(list(items))
-        return
-    except Exception as error:
-        if concerns(error) == EVERYTHING:
-            raise
-        if len(items) == 1:
-            failed(items[0], error)
-            return
-        let_go(error)
-    for item in items:
-        together(work, [item], failed)
+def _intervals(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, Interval | None]:
+    columns = {name: [row[f"{name}{suffix}"] for row in rows] for name in METRICS}
+    return {
+        name: None if None in values else mean_interval(np.array(values)) for name, values in columns.items()
+    }

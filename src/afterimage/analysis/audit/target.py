@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from afterimage.analysis.audit.feature_store import load_pairs
-from afterimage.config import RANDOM_WEIGHTS, FeatureSpec, local_path, shown, unknown
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from afterimage.config import (
+    RANDOM_WEIGHTS,
+    AfterimageError,
+    DataConfig,
+    FeatureSpec,
+    local_path,
+    shown,
+    size_text,
+    unknown,
+)
 from afterimage.config.audit import AuditConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.duplicates import near_duplicates
-from afterimage.data.images import Data
+from afterimage.data.examine import examine, value_notes
+from afterimage.data.feature_store import FeatureStore, open_store
+from afterimage.data.images import Data, ImageSet, Indices
+from afterimage.data.store_shards import layer_key
 from afterimage.evaluation.evaluate import Box
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.encoder import Encoder
@@ -18,9 +37,8 @@ from afterimage.models.encoders.layers import describe_unseen
 from afterimage.runs.results import SeenPart, UsedWeights
 from afterimage.runtime.terminal import Progress, silent
 
-NO_AUGMENTATION = (
-    "attackers train without random crops and flips, since stored features belong to whole images"
-)
+BATCH = 256
+"""Number of stored images that are read at a time."""
 
 
 @dataclass
@@ -81,18 +99,12 @@ class AuditTarget:
         return SeenPart(*box, (bottom - top) * (right - left) / (height * width), unseen)
 
 
-def open_subject(
+def open_target(
     config: AuditConfig, *, cache: Path | None = None, progress: Progress = silent
 ) -> AuditTarget:
     """Open the network and its weights, or the store, and all images.
 
-    Args:
-        config: the audit
-        cache: folder of decoded images
-        progress: called with the progress
-
-    Returns:
-        the target; layers that cannot be read are left out and listed in its `failures`
+    Layers that cannot be read are left out and listed in the target's `failures`.
 
     Raises:
         AfterimageError: the network, its weights, the store, the images or all layers cannot be read
@@ -137,7 +149,7 @@ def _encoder(config: AuditConfig, layers: list[str]) -> Encoder:
 
 
 def _store(config: AuditConfig) -> AuditTarget:
-    store = load_pairs(config.pairs, test_fraction=config.test_fraction, seed=config.data.split_seed)
+    data, store = load_pairs(config.pairs, test_fraction=config.test_fraction, seed=config.data.split_seed)
     layers = config.layers or tuple(store.specs)
     specs = {layer: store.specs[layer] for layer in layers if layer in store.specs}
     failures: dict[str, Exception] = {
@@ -148,7 +160,80 @@ def _store(config: AuditConfig) -> AuditTarget:
     if not specs:
         raise failures[layers[0]]
     name = shown(Path(local_path(config.pairs)).name)
-    notes = [*store.notes, NO_AUGMENTATION]
-    return AuditTarget(
-        config, name, specs, None, store.image_size, store.data, store.data, notes, failures=failures
-    )
+    augmented = "attackers train without random crops and flips, since stored features belong to whole images"
+    notes = [*data.notes, augmented]
+    return AuditTarget(config, name, specs, None, store.image_size, data, data, notes, failures=failures)
+
+
+class StoredImages(ImageSet):
+    """Images of one split of a store. They cannot be cropped or flipped, since their features are fixed."""
+
+    def __init__(self, store: FeatureStore, rows: np.ndarray) -> None:
+        self.store, self.rows = store, rows
+        self.ids, self.content = ([values[i] for i in rows] for values in (store.ids, store.content))
+
+    def subset(self, indices: np.ndarray) -> StoredImages:
+        return StoredImages(self.store, self.rows[indices])
+
+    def joined(self, other: StoredImages) -> StoredImages:
+        return StoredImages(self.store, np.concatenate([self.rows, other.rows]))
+
+    def crops(
+        self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return the whole images at `indices`, float32 in [0, 1]."""
+        if seed is not None:
+            raise AfterimageError("stored pairs cannot be cropped at random: set recipe.augment = false")
+        chosen = torch.from_numpy(self.store.images(self._rows(indices)))
+        return chosen.to(device).float().div_(255)
+
+    def features(
+        self, indices: Indices, layer: str, device: str | torch.device = "cpu"
+    ) -> Float[Tensor, "batch _ _ _"]:
+        return self.store.features(layer, self._rows(indices)).to(device)
+
+    def _rows(self, indices: Indices) -> np.ndarray:
+        return self.rows[np.asarray(indices, np.int64)]
+
+
+def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) -> tuple[Data, FeatureStore]:
+    """Open a store of features and images, and split it into pairs that an attacker may own and pairs to attack.
+
+    Args:
+        path: the store, see `open_store`
+        test_fraction: share of the pairs that is held out for testing
+        seed: seed of the split
+
+    Returns:
+        the images, with notes on how features were understood and a digest of the splits and all features; and the
+        store
+
+    Raises:
+        AfterimageError: `open_store` raises it, or there are too few pairs
+    """
+    store = open_store(path)
+    notes = [f"{layer_key(layer)}: {kind}" for layer, kind in store.kinds.items()]
+    chunks = np.split(np.arange(len(store)), range(BATCH, len(store), BATCH))
+    facts = [
+        examine(Image.fromarray(image.transpose(1, 2, 0)))
+        for chunk in chunks
+        for image in store.images(chunk)
+    ]
+    notes += value_notes({"all": np.array(facts, np.int64).reshape(-1, 6)})
+    order = np.random.default_rng(seed).permutation(len(store))
+    held = round(test_fraction * len(store))
+    rest = len(store) - held
+    if held < 2 or rest < 5:
+        raise AfterimageError(
+            f"{shown(store.path)} holds {len(store)} pairs, too few to hold out {test_fraction:g} for the test"
+        )
+    cut = rest - max(1, rest // 5)
+    parts = [StoredImages(store, part) for part in np.split(order, [cut, rest])]
+    # By split: another split of the same pairs is another measurement.
+    hashed = hashlib.sha256(json.dumps([part.content for part in parts]).encode())
+    for layer in store.specs:
+        for chunk in chunks:
+            hashed.update(store.features(layer, chunk).numpy().tobytes())
+    size = store.image_size
+    config = DataConfig(source=f"pairs:{store.path}", resize=min(size), crop=size_text(size))
+    return Data(config, *parts, hashed.hexdigest(), tuple(notes)), store

@@ -98,35 +98,28 @@ def whole_network(encoder: Encoder, prediction: str = "auto") -> Network:
     if reorder(model, layer.module) is not None:
         name = encoder.model_name
         raise Unavailable(f"{name} keeps its tokens in an order of its own, which cannot be put back")
-    run = _Normalised(model, encoder.mean, encoder.std)
-    return Network(run, model.get_submodule(layer.module), layer.layout, kind)
-
-
-class _Normalised(nn.Module):
-    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
-        super().__init__()
-        self.model, self.mean, self.std = model, mean, std
-
-    def forward(self, images: Tensor) -> Any:
-        return self.model(normalise(images, self.mean, self.std))
+    mean, std = encoder.mean, encoder.std
+    return Network(
+        lambda images: model(normalise(images, mean, std)),
+        model.get_submodule(layer.module),
+        layer.layout,
+        kind,
+    )
 
 
 def _whole(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
     network, size, weights = encoder.network, encoder.image_size, encoder.weights
     device, classifiers = encoder.mean.device, network.classifiers
+    kinds = [prediction]
+    if prediction == "auto":
+        kinds = ["classes", "embedding"] if classifiers else ["embedding"]
     if weights.is_random:
         seed = int(weights.location.split()[-1])
-        model = trace(network, size).create_random(seed, weights.origin)
-        kind = "classes" if classifiers else "embedding"
-        return model.to(device), kind if prediction == "auto" else prediction
+        return trace(network, size).create_random(seed, weights.origin).to(device), kinds[0]
     reads = [names for _, names, _ in trace(network, size).reads]
     heads = tuple(f"{head}." for head in classifiers)
     reason = ""
-    for kind in ("classes", "embedding"):
-        if prediction not in ("auto", kind) or (
-            prediction == "auto" and kind == "classes" and not classifiers
-        ):
-            continue
+    for kind in kinds:
         used = reads if kind == "classes" else [r for r in reads if not any(n.startswith(heads) for n in r)]
         try:
             model, _ = network.load(size, weights, used)
@@ -149,16 +142,7 @@ def measure_cost(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """Measure the costs of defences.
-
-    Args:
-        network: the whole network
-        defences: the fitted defences
-        image_set: the test images
-        batch_size: number of images in a batch
-        seed: seed of the defences' noise
-        device: device of the network
-        progress: called with the progress
+    """Measure the costs of fitted defences on test images; the noise is drawn from `seed`.
 
     Returns:
         for each defence `kind`; `score`, the share of images with the same top-1 class or the mean cosine
@@ -174,7 +158,7 @@ def measure_cost(
     for defence in defences:
         defence.reseed(seed)
     for start in range(0, len(image_set), batch_size):
-        images = image_set.crops(range(start, min(len(image_set), start + batch_size)), device=device)
+        images = image_set.crops(range(len(image_set))[start : start + batch_size], device=device)
         plain = network(images)
         for i, defence in enumerate(defences):
             defended = network(images, lambda maps, defence=defence: defence([maps])[0])
@@ -193,14 +177,12 @@ def measure_cost(
     found = []
     for defence, agreed, cosine in zip(defences, same, cosines, strict=True):
         extra = 4 * network.prefix * defence.specs[0].channels
-        mean = interval_dict(mean_interval(np.array(cosine)))
+        mean, share = mean_interval(np.array(cosine)), share_interval(np.array(agreed))
         found.append(
             {
                 "kind": network.kind,
-                "score": interval_dict(share_interval(np.array(agreed)))
-                if network.kind == "classes"
-                else mean,
-                "cosine": mean,
+                "score": interval_dict(share if network.kind == "classes" else mean),
+                "cosine": interval_dict(mean),
                 "bytes": defence.sent_bytes + extra,
                 "plain_bytes": defence.plain_bytes + extra,
                 "prefix_bytes": extra,

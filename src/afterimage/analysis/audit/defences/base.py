@@ -17,13 +17,7 @@ Map = Float[Tensor, "batch _ _ _"]
 
 @dataclass(frozen=True)
 class Wire:
-    """Cost of sending one image's features.
-
-    Attributes:
-        values: number of values that are sent
-        bits: bits of each value
-        index_bits: total bits of the values' indices
-    """
+    """Cost of sending one image's features: number of values, bits of each, and total bits of their indices."""
 
     values: int
     bits: int = 32
@@ -62,7 +56,7 @@ class Part(nn.Module):
         self.register_buffer("fitted", torch.tensor(not self.learns))
 
     def fit(self, maps: Map) -> None:
-        """Call `learn` on features `(N, C, h, w)` if the part learns, and mark it as fitted."""
+        """Let the part learn from features `(N, C, h, w)` if it learns at all."""
         if self.learns:
             self.learn(maps)
             self.fitted.fill_(True)
@@ -84,27 +78,12 @@ class Part(nn.Module):
 
 
 def number(part: Part, value: int | float, low: float, high: float) -> float:
-    """Check that an argument is in range, and return it as a float.
-
-    Args:
-        part: the part, for the message
-        value: the argument
-        low: lower bound, excluded
-        high: upper bound, included
-
-    Raises:
-        AfterimageError: the argument lies outside the bounds
-    """
+    """Return a part's argument as a float; raise an `AfterimageError` unless `low < value <= high`."""
     if not (math.isfinite(value) and low < value <= high):
         raise AfterimageError(f"{type(part).__name__.lower()}:{value:g} is out of range; write {part.usage}")
     return float(value)
 
 
 def by_channel(values: Tensor, maps: Tensor) -> Tensor:
-    """Reshape one value per channel for broadcasting over maps.
-
-    Args:
-        values: the values `(C,)`
-        maps: the maps `(B, C, h, w)`, whose device is used
-    """
+    """Reshape one value per channel `(C,)` for broadcasting over maps `(B, C, h, w)`, on their device."""
     return values.to(maps.device)[:, None, None]

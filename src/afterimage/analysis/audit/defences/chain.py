@@ -74,14 +74,11 @@ class Defence(nn.Module):
         return self
 
     def encode(self, features: Maps, *, random: bool = True) -> list[Tensor]:
-        """Return the features to send.
+        """Return the features to send; raise an `AfterimageError` if a part has not been fitted.
 
         Args:
             features: maps `(B, C, h, w)`
             random: whether to apply random parts: noise and shuffling
-
-        Raises:
-            AfterimageError: a part has not been fitted
         """
         sent = []
         for chain, maps in zip(self.chains, features, strict=True):
