@@ -99,7 +99,7 @@ class _Contestant:
         share_left = (1 - self.seconds / self.budget) / COOLDOWN
         for group in self.trained.optimizer.param_groups:
             group["lr"] = self.trained.recipe.learning_rate * min(1.0, share_left)
-        self.trained.begin_epoch()
+        self.trained.model.train()
         with self.timed():
             training_step(self.trained, features, images)
         self.images += len(images)

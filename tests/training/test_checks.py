@@ -14,7 +14,7 @@ from afterimage.data.images import ImageSet
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.models.weight_files import load_tensors
 from afterimage.training.checkpoint import load_reconstructor
-from afterimage.training.checks import FeatureWatch, check_frozen, check_images
+from afterimage.training.feature_loader import FeatureWatch, check_frozen, check_images
 from children import MODEL, result, small_configs
 from some_images import some_image
 

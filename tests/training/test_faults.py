@@ -206,7 +206,7 @@ def test_micro_batches_give_the_same_gradients(monkeypatch):
         monkeypatch.setattr(member.optimizer, "step", note)
         with monkeypatch.context() as patch:
             patch.setattr(MSE, "forward", too_much(limit, MSE.forward, MemoryError()))
-            member.begin_epoch()
+            member.model.train()
             trainer.training_step(member, [features], images)
         assert member.micro_batch == limit and len(gradients) > 4
         found.append((gradients, member.running_loss))

@@ -96,13 +96,14 @@ def test_shapes_that_would_broadcast_are_refused(loss, images):
         loss(prediction, target[:1])
 
 
-def test_lpips_loss_is_lpips_and_gives_gradients_to_the_prediction_alone(weights_folder, images):
+def test_lpips_loss_is_lpips_and_gives_gradients_to_the_prediction_alone(weights_folder, images, monkeypatch):
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS", str(weights_folder))
     prediction, target = (image.requires_grad_() for image in images)
-    loss = create_loss("0.5*mse+0.5*lpips", lpips_net="squeeze", lpips_weights=weights_folder / SQUEEZE)
+    loss = create_loss("0.5*mse+0.5*lpips:squeeze")
     value = loss(prediction, target)
     lpips = LPIPS("squeeze", weights_folder / SQUEEZE)(prediction, target)
     torch.testing.assert_close(value, 0.5 * F.mse_loss(prediction, target) + 0.5 * lpips.mean())
-    only = create_loss("lpips", lpips_net="squeeze", lpips_weights=weights_folder)
+    only = create_loss("lpips:squeeze")
     torch.testing.assert_close(only.per_image(prediction, target), lpips)
     only(prediction, target).backward()
     assert prediction.grad.isfinite().all() and prediction.grad.abs().sum() > 0
@@ -110,9 +111,10 @@ def test_lpips_loss_is_lpips_and_gives_gradients_to_the_prediction_alone(weights
     assert not any(parameter.requires_grad for parameter in loss.parameters())
 
 
-def test_a_step_against_the_gradient_makes_lpips_smaller(weights_folder, images):
+def test_a_step_against_the_gradient_makes_lpips_smaller(weights_folder, images, monkeypatch):
+    monkeypatch.setenv("AFTERIMAGE_WEIGHTS", str(weights_folder))
     prediction, target = images[0].requires_grad_(), images[1]
-    loss = create_loss("lpips", lpips_net="squeeze", lpips_weights=weights_folder)
+    loss = create_loss("lpips:squeeze")
     before = loss(prediction, target)
     before.backward()
     step = 0.01 * prediction.grad / prediction.grad.abs().amax()

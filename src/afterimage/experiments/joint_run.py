@@ -35,8 +35,7 @@ from afterimage.runtime.process import LockLost
 from afterimage.training.checkpoint import remove_checkpoints
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
-from afterimage.training.feature_loader import FeatureLoader
-from afterimage.training.stored_features import StoredEncoders, build_encoders
+from afterimage.training.feature_loader import FeatureLoader, build_encoders
 from afterimage.training.trainer import Trainer
 
 
@@ -110,7 +109,7 @@ class JointRun:
                 lambda: build_encoders(self.first, sources, progress=context.progress)
             )
             self.encoders.to(self.fabric.device)
-        if isinstance(self.encoders, StoredEncoders):
+        if self.first.features is not None:
             self.encoders.check(data)
             for note in self.encoders.remarks_of(sources):
                 context.log(note)

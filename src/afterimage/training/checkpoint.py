@@ -18,22 +18,13 @@ from afterimage.models.reconstructor import Reconstructor, restore
 from afterimage.models.weight_files import load_tensors, plain
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
-from afterimage.training.stored_features import build_encoders
+from afterimage.training.feature_loader import build_encoders
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 
 
 def save_checkpoint(run: Run, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint with its digest; the checkpoint before it is kept as `PREVIOUS`.
-
-    Args:
-        run: the run
-        tensors: tensors of decoder, best decoder and optimizer by name
-        facts: the remaining state, as JSON values
-
-    Raises:
-        AfterimageError: the file cannot be written
-    """
+    """Write a checkpoint of tensors and JSON values with its digest; the one before it is kept as `PREVIOUS`."""
     stored, text = plain(tensors), json.dumps(facts)
     content = save(stored, {"facts": text, "sha256": _digest(stored, text)})
     write_atomic(run.file(CHECKPOINT), content, keep=run.file(PREVIOUS))
@@ -54,15 +45,12 @@ def load_checkpoints(run: Run, log: Callable[[str], None]) -> Iterator[tuple[dic
             tensors, metadata = load_tensors(path)
             text = metadata.get("facts", "")
             if _digest(tensors, text) != metadata.get("sha256"):
-                raise AfterimageError(f"{shown(path)} is damaged: its contents do not have its digest")
-            try:
-                facts = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise AfterimageError(f"{shown(path)} is damaged: {error}") from None
+                raise ValueError("its contents do not have its digest")
+            facts = json.loads(text)
             if not (isinstance(facts, dict) and isinstance(facts.get("identity"), dict)):
-                raise AfterimageError(f"{shown(path)} is damaged: it does not say which run it belongs to")
-        except AfterimageError as error:
-            log(f"{error}; it is not used")
+                raise ValueError("it does not say which run it belongs to")
+        except (AfterimageError, ValueError, RecursionError) as error:
+            log(f"{shown(path)} is damaged and not used: {error}")
         else:
             yield tensors, facts
 

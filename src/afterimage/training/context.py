@@ -19,8 +19,8 @@ CHECKPOINT_SECONDS = 45.0
 class RunContext:
     """Context of a stand-alone training: an error ends it, no folder is locked, nothing is timed.
 
-    Subclasses override methods: a study records the failure of one run, continues with the others, and checks that it
-    still holds a run's lock; an audit records the failures of attackers; the profiler times the sections.
+    Studies, audits and the profiler override its methods: to record the failure of one run and continue with the
+    others, to check that they still hold a run's lock, to time the sections.
 
     Args:
         ranks: processes that train together, each on its part of every batch
@@ -41,20 +41,12 @@ class RunContext:
         self.progress(text, 1, 1)
 
     def check_shutdown(self) -> None:
-        """Check that no rank was asked to stop.
-
-        Raises:
-            Stopped: a rank was asked to stop; raised on all ranks
-        """
+        """Raise `Stopped` on all ranks if any of them was asked to stop."""
         with self.ranks.raise_on_all_ranks():
             self.shutdown.check()
 
     def check_lock(self, run: Run) -> None:
-        """Check that this process still holds a run's lock, before it writes to the run's folder.
-
-        Raises:
-            LockLost: another process has taken over the lock
-        """
+        """Raise `LockLost` if another process has taken over a run's lock, before this one writes to its folder."""
 
     @contextlib.contextmanager
     def isolate(self, run: Run | None) -> Iterator[None]:
@@ -75,9 +67,5 @@ class RunContext:
         raise error
 
     def section(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Return a context for one part of a training step, which a subclass may time.
-
-        Args:
-            name: `data`, `encoder`, `decoder forward`, `backward` or `optimizer`
-        """
+        """Return a context for `data`, `encoder`, `decoder forward`, `backward` or `optimizer`, which may be timed."""
         return contextlib.nullcontext()

@@ -44,8 +44,7 @@ SINGLE = (
 class DecoderTrainer:
     """The training state of one decoder: optimizer and schedule, best weights so far, history and checkpoints.
 
-    Several decoders may train on the same features, each with its own state. If several ranks train together, all have
-    the same state and the main process writes it.
+    If several ranks train together, all have the same state and the main process writes it.
 
     Args:
         model: the decoder, with its fusion if it reads several feature maps
@@ -135,10 +134,6 @@ class DecoderTrainer:
         """Return the feature maps that this decoder reads, out of those of all sources."""
         return [features[i] for i in self.feature_indices]
 
-    def begin_epoch(self) -> None:
-        """Put the model into training mode, at the start of an epoch or `position` images into it."""
-        self.model.train()
-
     def shrink_micro_batch(self, size: int) -> None:
         """Sum gradients over micro-batches of `size` images from now on; add this to the notes."""
         self.micro_batch = size
@@ -156,12 +151,7 @@ class DecoderTrainer:
 
     @torch.no_grad()
     def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
-        """Return the loss summed over the images of a validation batch, which may be empty.
-
-        Args:
-            features: feature maps `(B, C, h, w)` of all sources
-            images: `(B, 3, H, W)` in [0, 1]
-        """
+        """Return the loss summed over the images of a validation batch, which may be empty."""
         self.model.eval()
         if len(images) == 0:
             return 0.0

@@ -1,10 +1,10 @@
-"""Batches of images with their features, for training and for evaluation."""
+"""Batches of images with their features, for training and for evaluation, checked before anything learns from them."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,14 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from afterimage.config import RecipeConfig
+from afterimage.config import AfterimageError, RecipeConfig, RunConfig
 from afterimage.data.images import Data, ImageSet
 from afterimage.data.sampling import order
-from afterimage.models.reconstructor import no_maps
+from afterimage.evaluation.metrics import problem
+from afterimage.models.reconstructor import Encoders, MultiEncoder, no_maps
 from afterimage.runtime.device import retry_with_smaller_batch
 from afterimage.runtime.failures import ENCODERS, concerning
-from afterimage.training.checks import FeatureWatch, check_frozen, check_images
+from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.context import RunContext
 
 VALIDATION_BYTES = 1 << 30
@@ -27,6 +28,30 @@ VALIDATION_BYTES = 1 << 30
 Batch = tuple[Tensor, Tensor, list[Tensor]]
 """`(indices, images, features)`: indices in the image set, `(B,)`; images, `(B, 3, H, W)` in [0, 1]; and one feature
 map `(B, C, h, w)` for each source. Images and features are on the device."""
+
+
+def build_encoders(
+    config: RunConfig, sources: Sequence[str], *, weights: str | None = None, progress: Progress = silent
+) -> Encoders:
+    """Build the encoders of a run, with its weights, image size and seed, or open its feature store.
+
+    Args:
+        config: the run
+        sources: the layers, `model:layer` each
+        weights: file or folder of weights, or another setting, in place of the run's own; if given, a run of stored
+            features gets an encoder too
+        progress: called while a store is checked
+
+    Raises:
+        AfterimageError: a model or layer is unknown, weights are not available, or the store cannot be used
+    """
+    if config.features is not None and not weights:
+        from afterimage.training.stored_features import StoredEncoders, open_features
+
+        return StoredEncoders(open_features(config.features, progress), sources)
+    return MultiEncoder(
+        sources, weights=weights or config.weights, image_size=config.data.size, seed=config.seed
+    )
 
 
 class FeatureLoader:
@@ -118,9 +143,8 @@ class FeatureLoader:
                     with self.context.section("data"):
                         images = next(crops)
                         ids = [image_set.ids[index] for index in chunk.tolist()]
-                        if (
-                            number == 0 or images.device.type == "cpu"
-                        ):  # on other devices the check would make every step wait for the device
+                        # On other devices the check would make every step wait for the device.
+                        if number == 0 or images.device.type == "cpu":
                             check_images(images, ids)
                     with self.context.section("encoder"):
                         features = self.encode_batch(image_set, chunk, images, **crop)
@@ -135,14 +159,7 @@ class FeatureLoader:
             yield batch[self.context.ranks.part(len(batch))]
 
     def encode_batch(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
-        """Return the feature maps that decoders receive for images; a subclass may override this.
-
-        Args:
-            image_set: the split
-            indices: indices of the images
-            images: `(B, 3, H, W)` in [0, 1]
-            crop: `seed` and `epoch` of random crops, as for `batches`
-        """
+        """Return the feature maps that decoders receive for images of a set; a subclass may override this."""
         return self.encode(images)
 
     @torch.no_grad()
@@ -163,3 +180,66 @@ class FeatureLoader:
             self._encoder_batch = size
             self.context.log(f"out of memory: the encoders see {size} images at a time from here on")
         return features
+
+
+def check_frozen(encoders: nn.Module) -> None:
+    """Raise an `AfterimageError` for a module in training mode or a parameter that takes gradients."""
+    for name, module in encoders.named_modules():
+        container = module is encoders or isinstance(module, nn.ModuleList)
+        if module.training and not container:
+            raise AfterimageError(
+                f"the encoder's {name} is in training mode: its batch statistics would change with every "
+                "image, and with them all scores"
+            )
+    for name, parameter in encoders.named_parameters():
+        if parameter.requires_grad:
+            raise AfterimageError(f"the encoder's parameter {name} takes gradients, but encoders stay frozen")
+
+
+def check_images(images: Tensor, ids: Sequence[str]) -> None:
+    """Raise an `AfterimageError` that names the first of the images `(B, 3, H, W)` not finite or not in [0, 1]."""
+    if found := problem(images):
+        raise AfterimageError(f"image {ids[found[0]]} {found[1]}")
+
+
+class FeatureWatch:
+    """Record of feature maps with values that are not finite: for each source, the first image with such values.
+
+    On a CPU feature maps are examined at once, on other devices when `settle` is called, so that steps need not wait.
+
+    Args:
+        sources: names of the feature maps
+    """
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self.sources = sources
+        self._found: dict[int, str] = {}
+        self._pending: list[tuple[Tensor, Sequence[str]]] = []
+
+    def look(self, features: Sequence[Tensor], ids: Sequence[str]) -> None:
+        """Examine the feature maps `(B, C, h, w)` of a batch, one for each source."""
+        finite = [maps.sum((1, 2, 3), dtype=torch.float32).isfinite() for maps in features]
+        self._pending.append((torch.stack(finite), ids))
+        if finite[0].device.type == "cpu":
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the device, and record the findings in all batches since the last call."""
+        for finite, ids in self._pending:
+            for source, image in finite.logical_not().nonzero().tolist():
+                self._found.setdefault(source, ids[image])
+        self._pending.clear()
+
+    def check(self, name: str, feature_indices: Sequence[int]) -> None:
+        """Raise an `AfterimageError` for the first value of some sources that was not finite so far.
+
+        Args:
+            name: name of the run, for the error, which also names source and image
+            feature_indices: indices of the run's sources
+        """
+        for source in feature_indices:
+            if source in self._found:
+                raise AfterimageError(
+                    f"{name}: the features of {self.sources[source]} are not finite for image "
+                    f"{self._found[source]}"
+                )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -28,6 +27,10 @@ class Loss(nn.Module):
         """Return the distance between the two images of each pair, `(B,)`."""
 
     def forward(self, prediction: Images, target: Images) -> Float[Tensor, ""]:
+        if prediction.shape != target.shape:
+            raise AfterimageError(
+                f"prediction and target differ in shape: {tuple(prediction.shape)} and {tuple(target.shape)}"
+            )
         return self.per_image(prediction, target).mean()
 
 
@@ -35,7 +38,6 @@ class MSE(Loss):
     """Mean squared error, on which PSNR is based (Dosovitskiy and Brox, 2016, invert features with it)."""
 
     def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
-        _same_shape(prediction, target)
         return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
@@ -43,31 +45,21 @@ class L1(Loss):
     """Mean absolute error (Zhao et al., 2017, Loss Functions for Image Restoration with Neural Networks)."""
 
     def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
-        _same_shape(prediction, target)
         return (prediction.float() - target.float()).abs().flatten(1).mean(1)
 
 
 class Perceptual(Loss):
-    """LPIPS (Zhang et al., 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric).
+    """LPIPS (Zhang et al., 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric)."""
 
-    Args:
-        net: LPIPS network, one of `LPIPS_NETS`
-        weights: `pretrained`, or a file or folder with the network's weights
-
-    Raises:
-        AfterimageError: the network's weights are not available
-    """
-
-    def __init__(self, net: str = "alex", weights: str | Path = "pretrained") -> None:
+    def __init__(self, net: str = "alex") -> None:
         super().__init__()
         try:
-            self.lpips = LPIPS(net, weights)
+            self.lpips = LPIPS(net)
         except AfterimageError as error:
             others = " or ".join(f"lpips:{other}" for other in LPIPS_NETS if other != net)
             raise AfterimageError(f"the loss lpips:{net} ({others} are others): {error}") from None
 
     def per_image(self, prediction: Images, target: Images) -> Float[Tensor, " batch"]:
-        _same_shape(prediction, target)
         return self.lpips(prediction, target)
 
 
@@ -91,31 +83,20 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def create_loss(text: str, *, lpips_net: str = "alex", lpips_weights: str | Path = "pretrained") -> Loss:
+def create_loss(text: str) -> Loss:
     """Create a loss from its description.
 
     Args:
-        text: weighted sum of terms, such as `0.5*mse + 0.5*lpips`, see `parse_loss`
-        lpips_net: network of the term `lpips`; terms such as `lpips:squeeze` name another
-        lpips_weights: `pretrained`, or a file or folder with the LPIPS network's weights
+        text: weighted sum of terms, such as `0.5*mse + 0.5*lpips:squeeze`, see `parse_loss`
 
     Raises:
         AfterimageError: the description is not valid, or weights are not available
     """
     weights = parse_loss(text)
-    terms = [
-        LOSSES[name](name.partition(":")[2] or lpips_net, lpips_weights)
-        if LOSSES[name] is Perceptual
-        else LOSSES[name]()
-        for name in weights
-    ]
+    terms = []
+    for name in weights:
+        net = name.partition(":")[2]
+        terms.append(LOSSES[name](net) if net else LOSSES[name]())
     if list(weights.values()) == [1.0]:
         return terms[0]
     return WeightedSum(dict(zip(terms, weights.values(), strict=True)))
-
-
-def _same_shape(prediction: Tensor, target: Tensor) -> None:
-    if prediction.shape != target.shape:
-        raise AfterimageError(
-            f"prediction and target differ in shape: {tuple(prediction.shape)} and {tuple(target.shape)}"
-        )

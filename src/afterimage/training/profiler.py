@@ -25,8 +25,7 @@ from afterimage.runtime.device import one_device
 from afterimage.runtime.terminal import Progress, console, silent
 from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
-from afterimage.training.feature_loader import FeatureLoader
-from afterimage.training.stored_features import build_encoders
+from afterimage.training.feature_loader import FeatureLoader, build_encoders
 from afterimage.training.trainer import training_step
 
 PARTS = ("data", "encoder", "decoder forward", "backward", "optimizer")
@@ -35,19 +34,14 @@ WARM_UP, TRACED = 2, 3
 
 @dataclass(kw_only=True)
 class SectionTimer(RunContext):
-    """Context that sums up the seconds of each section of the training step, and names the section in the trace.
-
-    Args:
-        device: device to wait for
-        seconds: seconds so far, by section
-    """
+    """Context that sums up the seconds of each section of the training step, and names the section in the trace."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Time a section of the training step."""
+        """Time a section of the training step, until `device` has finished it."""
         started = time.perf_counter()
         with record_function(name):
             yield
@@ -61,8 +55,6 @@ class Profile:
     """Mean times of the training steps of one run.
 
     Attributes:
-        name: name of the run
-        device: name of the device
         threads: number of PyTorch threads
         steps: number of timed steps
         images: mean number of images per step
@@ -100,14 +92,6 @@ def profile_run(
 
     Writes `NAME.trace.json` and `NAME.profile.json` into `root/profiles`.
 
-    Args:
-        config: the run
-        root: folder of the run folders
-        steps: number of steps to time
-        cache: folder of decoded images; None for the default
-        accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: callback for progress and messages, see `Progress`
-
     Raises:
         AfterimageError: the decoder is not trained by gradient descent, or `steps` is below 1
     """
@@ -125,7 +109,7 @@ def profile_run(
     timer = SectionTimer(device=fabric.device)
     loader = FeatureLoader(encoders, data, config.recipe, fabric, seed=config.seed, context=timer)
     decoder = DecoderTrainer(model, range(len(encoders.sources)), config.recipe, fabric, context=timer)
-    decoder.begin_epoch()
+    model.train()
     batches = itertools.chain.from_iterable(loader.training_batches(epoch) for epoch in itertools.count())
 
     def step() -> int:

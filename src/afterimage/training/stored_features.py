@@ -15,7 +15,6 @@ from afterimage.config import (
     AfterimageError,
     FeaturesConfig,
     FeatureSpec,
-    RunConfig,
     local_path,
     shown,
     size_text,
@@ -24,7 +23,7 @@ from afterimage.config import (
 from afterimage.data.dataset import SPLITS
 from afterimage.data.feature_store import FeatureStore, open_store
 from afterimage.data.images import Data
-from afterimage.models.reconstructor import Encoders, MultiEncoder
+from afterimage.models.reconstructor import Encoders
 from afterimage.runs.results import FeatureMap, UsedWeights
 from afterimage.runtime.terminal import Progress, silent
 
@@ -115,12 +114,9 @@ class StoredEncoders(Encoders):
         return ", which nobody has named" if facts is None else f" {facts.model}: --weights {facts.weights}"
 
     def check(self, data: Data) -> None:
-        """Check that the store has features of exactly the pixels of every image of a run; note unused images.
+        """Raise an `AfterimageError` unless the store has features of every image's pixels; note unused images.
 
         Of a split with streamed images only the first batch is checked here; `forward` checks the others when used.
-
-        Raises:
-            AfterimageError: images were resized or cropped differently, or an image has no features or other pixels
         """
         store, name, config = self.store, shown(self.store.path), data.config
         facts = store.facts
@@ -167,11 +163,7 @@ def _contents(images: Tensor) -> list[str]:
 
 
 def open_features(config: FeaturesConfig, progress: Progress = silent) -> FeatureStore:
-    """Open the feature store of a run.
-
-    Raises:
-        AfterimageError: the store cannot be read, or its digest differs from the one in the run's settings
-    """
+    """Open the feature store of a run; raise an `AfterimageError` if its digest is not that of the run's settings."""
     store = open_store(Path(local_path(config.path)), progress)
     if config.sha256 != store.digest:
         raise AfterimageError(
@@ -179,25 +171,3 @@ def open_features(config: FeaturesConfig, progress: Progress = silent) -> Featur
             f"{store.digest[:12]} now"
         )
     return store
-
-
-def build_encoders(
-    config: RunConfig, sources: Sequence[str], *, weights: str | None = None, progress: Progress = silent
-) -> Encoders:
-    """Build the encoders of a run, with its weights, image size and seed, or open its feature store.
-
-    Args:
-        config: the run
-        sources: the layers, `model:layer` each
-        weights: file or folder of weights, or another setting, in place of the run's own; if given, a run of stored
-            features gets an encoder too
-        progress: callback for progress while a store is checked
-
-    Raises:
-        AfterimageError: a model or layer is unknown, weights are not available, or the store cannot be used
-    """
-    if config.features is not None and not weights:
-        return StoredEncoders(open_features(config.features, progress), sources)
-    return MultiEncoder(
-        sources, weights=weights or config.weights, image_size=config.data.size, seed=config.seed
-    )

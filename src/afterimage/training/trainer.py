@@ -1,7 +1,7 @@
 """The training loop: one pass of images through frozen encoders feeds every decoder that reads their features.
 
-From top to bottom: `train` trains one reconstructor in one call; `Trainer` fits closed forms and then trains epoch
-by epoch; `training_step` trains one decoder on one batch.
+From top to bottom: `train` trains one reconstructor in one call, `Trainer` several decoders by closed forms and then
+epoch by epoch, `training_step` one decoder on one batch.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Trainer:
         done = begun = min(decoder.position for decoder in decoders)
         for decoder in decoders:
             with self.context.isolate(decoder.run):
-                decoder.begin_epoch()
+                decoder.model.train()
         started = lap = time.monotonic()
         for _, images, features in self.loader.training_batches(epoch, done):
             # All decoders at this position take one step on the same features.
@@ -173,18 +173,16 @@ class Trainer:
         self._saved = time.monotonic()
 
     def validation_losses(self, decoders: Sequence[DecoderTrainer]) -> list[float]:
-        """Return the mean validation loss of each decoder; NaN for a decoder that failed."""
+        """Return the mean validation loss of each decoder, which means nothing for a decoder that failed."""
         sums = [0.0] * len(decoders)
         for _, images, features in self.loader.validation_batches():
             for i, decoder in enumerate(decoders):
-                if decoder.failed:
-                    sums[i] = math.nan
-                    continue
-                with self.context.isolate(decoder.run):
-                    sums[i] += decoder.validate(features, images)
+                if not decoder.failed:
+                    with self.context.isolate(decoder.run):
+                        sums[i] += decoder.validate(features, images)
             self.context.check_shutdown()
             if all(decoder.failed for decoder in decoders):
-                return [math.nan] * len(decoders)
+                break
         gathered = self.context.ranks.gather(sums)
         return [sum(parts) / len(self.data.validation) for parts in zip(*gathered, strict=True)]
 
@@ -260,11 +258,7 @@ class Trainer:
     # Failures and checkpoints
 
     def check_features(self, decoder: DecoderTrainer) -> None:
-        """Check that the feature maps of a decoder have had only finite values so far.
-
-        Raises:
-            AfterimageError: a feature map has a value that is not finite; the message names source and image
-        """
+        """Raise an `AfterimageError` if a feature map of a decoder has had a value that is not finite."""
         self.loader.watch.check(decoder.name, decoder.feature_indices)
 
     def save(self, decoders: Sequence[DecoderTrainer]) -> None:
@@ -300,7 +294,7 @@ def training_step(
     """Train one decoder on one batch, with one optimizer step for each feature crop (usually the whole feature map).
 
     Args:
-        decoder: the decoder's training state; its model is in training mode (see `DecoderTrainer.begin_epoch`)
+        decoder: the decoder's training state; its model is in training mode
         features: feature maps of all sources, `(B, C, h, w)` each
         images: the images of these features, `(B, 3, H, W)` in [0, 1]
         batch_size: number of images in the whole batch, if several ranks each have a part of it; None for `B`

@@ -69,10 +69,6 @@ def cross_spectrum(a: Planes, b: Planes) -> Float[Tensor, "batch planes bands"]:
     spectrum of white noise is its variance in every band. If `a` is `b`, this is the radially averaged power
     spectrum.
 
-    Args:
-        a: planes `(B, P, H, W)`
-        b: planes of the same shape
-
     Returns:
         `(B, P, BANDS)`, with NaN for bands without any frequency, which small images have
     """
@@ -113,13 +109,7 @@ class ErrorBreakdown:
         self._place: Tensor | float = 0.0
 
     def add(self, ids: list[str], images: Images, outputs: Images) -> None:
-        """Add a batch of reconstructions.
-
-        Args:
-            ids: ids of the images
-            images: the originals `(B, 3, H, W)` in [0, 1]
-            outputs: their reconstructions, of the same shape and range
-        """
+        """Add a batch of originals `(B, 3, H, W)` in [0, 1] and their reconstructions."""
         images, outputs = images.double(), outputs.double()
         planes, rebuilt = ycbcr(images), ycbcr(outputs)
         error = (rebuilt - planes).square()

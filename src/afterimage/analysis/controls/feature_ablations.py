@@ -20,12 +20,7 @@ Maps = Sequence[Float[Tensor, "batch _ _ _"]]
 
 
 def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
-    """Shuffle the locations of every map, differently for each image; channels of a location stay together.
-
-    Args:
-        features: maps `(B, C, h, w)`
-        generator: source of the random orders
-    """
+    """Shuffle the locations of maps `(B, C, h, w)`, differently for each image; their channels stay together."""
     shuffled = []
     for maps in features:
         rows = maps.flatten(2)
@@ -36,12 +31,7 @@ def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
 
 
 def level(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[Tensor]:
-    """Set every channel to one value at all locations, the same for every image.
-
-    Args:
-        features: maps `(B, C, h, w)`, of which only the shapes are used
-        means: a value for each channel of each map, `(C,)`
-    """
+    """Return maps of the same shapes whose channels have one value each, `(C,)` for each map."""
     return [
         mean.to(maps.device)[None, :, None, None].expand_as(maps).contiguous()
         for maps, mean in zip(features, means, strict=True)
@@ -49,17 +39,11 @@ def level(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[T
 
 
 def distance(features: Maps, others: Maps) -> Float[Tensor, " batch"]:
-    """Compute the relative distance `||others - features|| / ||features||` of each image, as the mean over maps.
-
-    Args:
-        features: maps `(B, C, h, w)`
-        others: maps of the same shapes
-    """
+    """Compute the relative distance `||others - features|| / ||features||` of each image, as the mean over maps."""
     ratios = []
     for own, other in zip(features, others, strict=True):
-        norm = (
-            own.flatten(1).norm(dim=1).clamp_min(1e-12)
-        )  # features that are all zero have distance 0 from themselves
+        # Features that are all zero have distance 0 from themselves.
+        norm = own.flatten(1).norm(dim=1).clamp_min(1e-12)
         ratios.append((other - own).flatten(1).norm(dim=1) / norm)
     return torch.stack(ratios).mean(0)
 
@@ -69,12 +53,6 @@ def sample(
     encoders: Encoders, images: ImageSet, *, device: torch.device | str = "cpu", batch_size: int = 8
 ) -> list[Float[Tensor, "channels values"]]:
     """Sample features at random locations of the first training images, the same ones on every call.
-
-    Args:
-        encoders: the encoders
-        images: the training images
-        device: device of the encoders
-        batch_size: number of images in a batch
 
     Returns:
         a table of values `(C, n)` for each source

@@ -55,12 +55,7 @@ class Quantiser:
 
     @classmethod
     def fit(cls, values: Float[Tensor, "channels values"], bits: int) -> Quantiser:
-        """Fit a quantiser to training features.
-
-        Args:
-            values: training features `(C, n)`
-            bits: number of bits of a symbol, 1 to 8
-        """
+        """Fit a quantiser of 1 to 8 bits to training features `(C, n)`."""
         ends = np.quantile(values.numpy(), (TAIL, 1 - TAIL), axis=1)
         low, high = torch.from_numpy(ends).float()
         count = 2**bits
@@ -99,15 +94,7 @@ def coded_bytes(symbols: Symbols) -> list[int]:
 
 
 def histograms(symbols: Symbols, bits: int) -> Float[Tensor, "channels symbols"]:
-    """Count how often each symbol occurs in each channel.
-
-    Args:
-        symbols: `(B, C, h, w)`
-        bits: number of bits of a symbol
-
-    Returns:
-        counts `(C, 2 ** bits)`
-    """
+    """Count how often each symbol of so many bits occurs in each channel, `(C, 2 ** bits)`."""
     channels, count = symbols.shape[1], 2**bits
     index = symbols.long() + torch.arange(channels, device=symbols.device)[:, None, None] * count
     return torch.bincount(index.flatten(), minlength=channels * count).view(channels, count).double().cpu()

@@ -1,13 +1,6 @@
 """Measure the controls of finished runs: the decoder's prior, the breakdown of its error, and the rate.
 
-The results are files of the run folder, written atomically and with a format number:
-
-controls.json, .csv: scores with features of another image, shuffled, mean and zero features, and the distance
-of the re-encoded reconstruction
-
-error_breakdown.json, .csv: the error by frequency, by luma and chroma, by position and by kind of region
-
-rate_distortion.json, .csv: PSNR and coded size with features of 8 to 1 bits, beside JPEG and WebP
+Each part is a JSON file and a CSV by image in the run folder, see `runs.controls.PARTS`.
 """
 
 from __future__ import annotations
