@@ -7,11 +7,12 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from afterimage.evaluation.evaluate import (
     reconstructions,
     score_notes,
     summarise,
+    to_uint8,
 )
 from afterimage.evaluation.metrics import Metrics
 from afterimage.runs.lock import held
@@ -190,13 +192,21 @@ def thumbnail(images: Images, size: int) -> Images:
 
 def jpeg(images: Images, quality: int) -> Images:
     """Encode images as 8-bit JPEG with a quality of 1 to 100 and chroma at half resolution, and decode them."""
-    arrays = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    decoded = []
-    for array in arrays:
-        file = io.BytesIO()
-        Image.fromarray(array).save(file, "JPEG", quality=quality)
-        decoded.append(np.asarray(Image.open(file)))
-    return torch.from_numpy(np.stack(decoded)).to(images.device).permute(0, 3, 1, 2).float().div(255)
+    files = [encoded(array, "JPEG", quality=quality) for array in to_uint8(images)]
+    return decoded(files).to(images.device)
+
+
+def encoded(pixels: UInt8[np.ndarray, "height width 3"], codec: str, **options: Any) -> bytes:
+    """Return an image as a file of one of Pillow's formats."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, codec, **options)
+    return file.getvalue()
+
+
+def decoded(files: Sequence[bytes]) -> Images:
+    """Return the images of files of one size, `(B, 3, H, W)` in [0, 1]."""
+    arrays = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div(255)
 
 
 def _parse(name: str) -> tuple[str, int]:

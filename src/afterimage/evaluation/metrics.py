@@ -109,8 +109,12 @@ def _by_image(metric: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, ta
 
 
 def _psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    error = (prediction - target).square().flatten(1).mean(1)
-    return -10 * error.clamp_min(10 ** (-PSNR_CAP / 10)).log10()
+    return decibels((prediction - target).square().flatten(1).mean(1))
+
+
+def decibels(errors: Tensor) -> Tensor:
+    """Return the PSNR of mean squared errors, at most `PSNR_CAP`."""
+    return -10 * errors.clamp_min(10 ** (-PSNR_CAP / 10)).log10()
 
 
 def _ssim(prediction: Tensor, target: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from scipy.ndimage import correlate1d, uniform_filter
 from torch import Tensor
 
-from afterimage.evaluation.metrics import PSNR_CAP
+from afterimage.evaluation.metrics import decibels
 from afterimage.runs.controls import PLANES, REGIONS
 
 BANDS = 32
@@ -117,7 +117,9 @@ class ErrorBreakdown:
         kinds = regions(images)
         for i, identity in enumerate(ids):
             row: dict[str, Any] = {"id": identity}
-            row |= dict(zip((f"psnr_{p}" for p in PLANES), _decibels(error[i].mean((1, 2))), strict=True))
+            row |= dict(
+                zip((f"psnr_{p}" for p in PLANES), decibels(error[i].mean((1, 2))).tolist(), strict=True)
+            )
             for kind, name in enumerate(REGIONS):
                 here = kinds[i] == kind
                 row[f"share_{name}"] = float(here.double().mean())
@@ -163,10 +165,6 @@ class ErrorBreakdown:
         total = sum(shares)
         error = sum(s * row[f"mse_{name}"] for s, row in zip(shares, self.rows, strict=True) if s)
         return {"share": total / len(shares), "mse": error / total if total else None}
-
-
-def _decibels(errors: Tensor) -> list[float]:
-    return (-10 * errors.clamp_min(10 ** (-PSNR_CAP / 10)).log10()).tolist()
 
 
 def _numbers(values: Tensor) -> list[float | None]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from afterimage.data.images import ImageSet
 from afterimage.models.reconstructor import Encoders
 
+BATCH = 8
+"""Number of images in a batch, which bounds the memory of features."""
 SAMPLE_IMAGES = 64
 """Largest number of training images from which the channels' means and ranges are measured."""
 SAMPLE_VALUES = 20_000
@@ -50,7 +52,7 @@ def distance(features: Maps, others: Maps) -> Float[Tensor, " batch"]:
 
 @torch.no_grad()
 def sample(
-    encoders: Encoders, images: ImageSet, *, device: torch.device | str = "cpu", batch_size: int = 8
+    encoders: Encoders, images: ImageSet, *, device: torch.device | str = "cpu"
 ) -> list[Float[Tensor, "channels values"]]:
     """Sample features at random locations of the first training images, the same ones on every call.
 
@@ -60,7 +62,7 @@ def sample(
     count = min(len(images), SAMPLE_IMAGES)
     generator = torch.Generator().manual_seed(0)
     parts: list[list[Tensor]] = [[] for _ in encoders.sources]
-    for indices in torch.arange(count).split(batch_size):
+    for indices in torch.arange(count).split(BATCH):
         for part, maps in zip(parts, encoders(images.crops(indices, device=device)), strict=True):
             rows = maps.flatten(2)
             for row in rows:

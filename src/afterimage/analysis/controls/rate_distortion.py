@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 
+from afterimage.evaluation.baselines import decoded, encoded
 from afterimage.evaluation.evaluate import to_uint8
 from afterimage.evaluation.metrics import psnr
 
@@ -126,29 +125,18 @@ def codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[st
     scores: list[list[float]] = [[] for _ in settings]
     exact: list[float] = []
     for images in batches:
-        image_set = [Image.fromarray(array) for array in to_uint8(images)]
+        arrays = to_uint8(images)
         pixels = images.shape[-2] * images.shape[-1]
         for i, (kind, options) in enumerate(settings):
-            files = [_file(image, kind, **options) for image in image_set]
+            files = [encoded(array, kind, **options) for array in arrays]
             sizes[i] += [8 * len(file) / pixels for file in files]
-            scores[i] += psnr(_read(files).to(images.device), images).tolist()
-        exact += [8 * len(_file(image, "WebP", lossless=True)) / pixels for image in image_set]
+            scores[i] += psnr(decoded(files).to(images.device), images).tolist()
+        exact += [8 * len(encoded(array, "WebP", lossless=True)) / pixels for array in arrays]
     rows = [
         {"codec": kind, "quality": o["quality"], "bits_per_pixel": _mean(size), "psnr": _mean(score)}
         for (kind, o), size, score in zip(settings, sizes, scores, strict=True)
     ]
     return [*rows, {"codec": "lossless WebP", "quality": None, "bits_per_pixel": _mean(exact), "psnr": None}]
-
-
-def _file(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def _read(files: Sequence[bytes]) -> Tensor:
-    arrays = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div(255)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from afterimage.analysis.controls.error_breakdown import ErrorBreakdown
-from afterimage.analysis.controls.feature_ablations import SAMPLE_IMAGES, distance, level, sample, shuffle
+from afterimage.analysis.controls.feature_ablations import (
+    BATCH,
+    SAMPLE_IMAGES,
+    distance,
+    level,
+    sample,
+    shuffle,
+)
 from afterimage.analysis.controls.rate_distortion import (
     BITS,
     CODER,
@@ -29,9 +36,9 @@ from afterimage.analysis.controls.rate_distortion import (
     entropy,
     histograms,
 )
-from afterimage.config import AfterimageError, DataConfig, unknown
+from afterimage.config import AfterimageError, unknown
 from afterimage.data.dataset import load_data
-from afterimage.data.images import Data, ImageSet
+from afterimage.data.images import Data
 from afterimage.evaluation.baselines import mean_colour
 from afterimage.evaluation.evaluate import summarise
 from afterimage.evaluation.metrics import Metrics, psnr
@@ -44,9 +51,6 @@ from afterimage.runtime.device import one_device
 from afterimage.runtime.failures import as_error, concerns, foreseen, let_go, of_caller
 from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
-
-BATCH = 8
-"""Number of images in a batch, which bounds the memory of features."""
 
 
 def run_controls(
@@ -86,7 +90,9 @@ def run_controls(
         if part not in PARTS:
             raise unknown("part of the controls", part, PARTS)
     device = one_device(accelerator).device
-    loaded: dict[DataConfig, _Loaded] = {}
+    # Runs of the same images follow each other.
+    load = lru_cache(maxsize=1)(lambda config: load_data(config, cache=cache, progress=progress))
+    curves = lru_cache(maxsize=1)(_codecs)
     failures: list[AfterimageError] = []
     for run in runs:
 
@@ -110,26 +116,16 @@ def run_controls(
             for part in {"controls", *missing}:
                 forget(run, f"{part}.{TRACEBACK}")
             if missing:
-                data = run.config.data
-                if data not in loaded:
-                    loaded = {data: _Loaded(load_data(data, cache=cache, progress=progress))}
                 options = (weights, lpips or run.lpips_net, device, progress, failed)
-                _measure(run, missing, loaded[data], *options)
+                _measure(run, missing, load(run.config.data), curves, *options)
         except Exception as error:
             failed(error)
     return failures
 
 
-class _Loaded:
-    """Images of one data configuration, with their JPEG and WebP curves, which are computed once."""
-
-    def __init__(self, data: Data) -> None:
-        self.data = data
-
-    @cached_property
-    def codecs(self) -> list[dict[str, Any]]:
-        test = self.data.test
-        return codecs(test.crops(i) for i in torch.arange(len(test)).split(BATCH))
+def _codecs(data: Data) -> list[dict[str, Any]]:
+    """Return the JPEG and WebP curves of the test images."""
+    return codecs(data.test.batches(torch.arange(len(data.test)).split(BATCH)))
 
 
 def _is_fresh(run: Run, part: str, lpips: str | None) -> bool:
@@ -155,7 +151,8 @@ def _digest(run: Run) -> str:
 def _measure(
     run: Run,
     parts: Sequence[str],
-    loaded: _Loaded,
+    data: Data,
+    curves: Callable[[Data], list[dict[str, Any]]],
     weights: str | None,
     lpips: str,
     device: torch.device,
@@ -163,18 +160,18 @@ def _measure(
     failed: Callable[[Exception, str], None],
 ) -> None:
     """Measure parts of the controls in one pass over the test images; report parts that raise to `failed`."""
-    data, image_set = loaded.data, loaded.data.test
+    image_set = data.test
     if len(image_set) < 2:
         raise AfterimageError(
             f"run {run.name}: controls need two test images or more, it has {len(image_set)}"
         )
     reconstructor = load_reconstructor(run, weights=weights).to(device)
     encoders, head = reconstructor.encoders, reconstructor.feature_decoder
-    values = sample(encoders, data.train, device=device, batch_size=BATCH)
+    values = sample(encoders, data.train, device=device)
     makers: dict[str, Callable[[], Any]] = {
         "controls": lambda: _Controls(reconstructor, values, Metrics(lpips, size=min(data.config.size))),
         "error_breakdown": _Losses,
-        "rate_distortion": lambda: _Rates(reconstructor, values, loaded),
+        "rate_distortion": lambda: _Rates(reconstructor, values, data, curves),
     }
     measures: dict[str, Any] = {}
 
@@ -190,7 +187,11 @@ def _measure(
         with of_part(part):
             measures[part] = makers[part]()
     for indices in torch.arange(len(image_set)).split(BATCH) if measures else ():
-        images, own, others = _with_next(encoders, image_set, indices, device)
+        # The first image of the set follows the last.
+        following = (indices[-1:] + 1) % len(image_set)
+        images = image_set.crops(torch.cat([indices, following]), device=device)
+        features, images = encoders(images), images[:-1]
+        own, others = [maps[:-1] for maps in features], [maps[1:] for maps in features]
         ids = [image_set.ids[i] for i in indices.tolist()]
         rebuilt = head(own)
         for part, measure in list(measures.items()):
@@ -201,19 +202,6 @@ def _measure(
     for part, measure in list(measures.items()):
         with of_part(part):
             write_part(run, part, {"decoder": digest, **measure.result()}, measure.rows)
-
-
-def _with_next(
-    encoders: Callable[[Tensor], list[Tensor]], image_set: ImageSet, indices: Tensor, device: torch.device
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return a batch of images, their features, and for each image the features of the next one.
-
-    The first image of the set follows the last.
-    """
-    following = (indices[-1:] + 1) % len(image_set)
-    images = image_set.crops(torch.cat([indices, following]), device=device)
-    features = encoders(images)
-    return images[:-1], [f[:-1] for f in features], [f[1:] for f in features]
 
 
 class _Controls:
@@ -279,11 +267,15 @@ class _Losses(ErrorBreakdown):
 class _Rates:
     """Rate and PSNR of reconstructions from quantised features, which the decoder was not trained on."""
 
-    def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], loaded: _Loaded) -> None:
-        self.feature_decoder, self.loaded = reconstructor.feature_decoder, loaded
-        self.pixels = math.prod(loaded.data.config.size)
-        self.specs = reconstructor.encoders.specs
-        self.sampled = min(len(loaded.data.train), SAMPLE_IMAGES)
+    def __init__(
+        self,
+        reconstructor: Reconstructor,
+        values: Sequence[Tensor],
+        data: Data,
+        curves: Callable[[Data], list[dict[str, Any]]],
+    ) -> None:
+        self.feature_decoder, self.data, self.curves = reconstructor.feature_decoder, data, curves
+        self.pixels, self.specs = math.prod(data.config.size), reconstructor.encoders.specs
         self.quantisers = {bits: [Quantiser.fit(table, bits) for table in values] for bits in BITS}
         self.counts: dict[int, list[Tensor | float]] = {bits: [0.0] * len(values) for bits in BITS}
         self.rows: list[dict[str, Any]] = []
@@ -313,9 +305,9 @@ class _Rates:
             "images": len({row["id"] for row in self.rows}),
             "coder": CODER,
             "range": [TAIL, 1 - TAIL],
-            "training_images": self.sampled,
+            "training_images": min(len(self.data.train), SAMPLE_IMAGES),
             "points": [self._point(bits) for bits in (32, *BITS)],
-            "codecs": self.loaded.codecs,
+            "codecs": self.curves(self.data),
         }
 
     def _point(self, bits: int) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class Corrector(nn.Module):
         seen = torch.cat([4 * decoded - 2, (refined - decoded) / self.step], 1)
         height, width = seen.shape[-2:]
         margins = (0, -width % GRID, 0, -height % GRID)
-        x = self.first(_channels_last(F.pixel_unshuffle(F.pad(seen, margins, mode="replicate"), 2)))
+        x = F.pixel_unshuffle(F.pad(seen, margins, mode="replicate"), 2)
+        x = self.first(x.contiguous(memory_format=torch.channels_last))
         skips = []
         for block, down in zip(self.before[:-1], self.down, strict=True):
             skips.append(x + block(x))
@@ -101,10 +102,6 @@ def _crop(size: tuple[int, int]) -> tuple[int, int]:
     """Return height and width of the crops that a corrector is trained on."""
     height, width = (min(CROP, max(GRID, length // GRID * GRID)) for length in size)
     return height, width
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _rms(x: Tensor) -> float:
