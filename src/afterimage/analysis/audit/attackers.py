@@ -27,8 +27,7 @@ from afterimage.evaluation.reidentification import Compared, compared, joined
 from afterimage.models.decoder_files import load_tensors
 from afterimage.models.decoders import create_decoder, decoder_family
 from afterimage.models.reconstructor import FeatureDecoder
-from afterimage.runs.failures import is_done
-from afterimage.runs.run import Run
+from afterimage.runs.run import Run, is_done
 from afterimage.runtime.failures import together
 from afterimage.training.checkpoint import remove_checkpoints
 from afterimage.training.context import RunContext

@@ -29,7 +29,7 @@ from afterimage.data.duplicates import near_duplicates
 from afterimage.data.examine import examine, value_notes
 from afterimage.data.feature_store import FeatureStore, open_store
 from afterimage.data.images import Data, ImageSet, Indices
-from afterimage.data.store_shards import layer_key
+from afterimage.data.store_files import layer_key
 from afterimage.evaluation.evaluate import Box
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.encoders.encoder import Encoder
