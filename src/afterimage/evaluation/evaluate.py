@@ -212,14 +212,11 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, Score | None]:
-    """Compute mean and standard deviation over images for each of `METRICS`.
+    """Compute mean and standard deviation over images for each of `METRICS`; None for a metric that no row has.
 
     Args:
         rows: scores, a row for each image
         suffix: `SEEN` for scores of the part that is seen
-
-    Returns:
-        the scores by metric; None for a metric that no row has
 
     Raises:
         AfterimageError: there are no rows, or only some of them have a metric

@@ -49,13 +49,11 @@ class DecoderTrainer:
     Args:
         model: the decoder, with its fusion if it reads several feature maps
         feature_indices: indices of its feature maps among those of the loader
-        recipe: the training recipe
         fabric: device and precision of its computations
         name: its name in messages
         run: run whose folder receives history and checkpoints; None writes nothing
         identity: facts by name that must match those of a checkpoint to resume it, such as digests of the images and of
             the encoders' weights; the decoder's file records `sources`, `weights` and `code`
-        context: the context of training
     """
 
     def __init__(

@@ -65,7 +65,6 @@ class FeatureLoader:
         recipe: batch size, and whether training images are cropped and flipped at random
         fabric: device and precision of the encoders
         seed: seed of the order of the training images and of their crops
-        context: the context of training
     """
 
     def __init__(

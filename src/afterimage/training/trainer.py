@@ -82,10 +82,6 @@ class Trainer:
     Each decoder ends bit-identical to one that is trained alone. The decoders need not be at the same step: each
     continues from its own, since a batch depends on seed, epoch and position alone. If the context records failures, a
     decoder that fails is skipped from then on.
-
-    Args:
-        loader: the images and their features
-        decoders: training state of each decoder
     """
 
     def __init__(self, loader: FeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:

@@ -36,16 +36,10 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class AuditCondition:
-    """One attacker on one layer behind one defence.
+    """One attacker, with the number of images that it owns, on one layer behind one defence.
 
-    Attributes:
-        layer: name of the layer; empty for the attacker without features
-        defence: text of the defence
-        decoder: name of the attacker's decoder
-        images: number of images that the attacker owns
-        threat_model: `black-box` or `white-box`
-        answer: `decoded`, `refined` or `best estimate`
-        settings: everything else that changes the result; the folder's name ends with their digest
+    The attacker without features has no layer. `settings` is everything else that changes the result; the folder's
+    name ends with their digest.
     """
 
     layer: str

@@ -46,7 +46,6 @@ class AuditTarget:
     """Target of an audit: a network or a store of features, with all images.
 
     Attributes:
-        config: the audit
         name: name of the network or store
         specs: shapes of the features by layer
         weights: the network's weights; None for a store, which has no network
@@ -55,6 +54,7 @@ class AuditTarget:
         pool: images that an attacker may own
         notes: remarks for the audit's notes
         normalised: mean and std of a user's own network, which states them itself; None for any other
+        failures: errors of the requested layers that cannot be read, by layer
     """
 
     config: AuditConfig
@@ -67,7 +67,6 @@ class AuditTarget:
     notes: list[str] = field(default_factory=list)
     normalised: list[tuple[float, ...]] | None = None
     failures: dict[str, Exception] = field(default_factory=dict)
-    """Errors of the requested layers that cannot be read, by layer."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -198,11 +197,6 @@ class StoredImages(ImageSet):
 
 def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) -> tuple[Data, FeatureStore]:
     """Open a store of features and images, and split it into pairs that an attacker may own and pairs to attack.
-
-    Args:
-        path: the store, see `open_store`
-        test_fraction: share of the pairs that is held out for testing
-        seed: seed of the split
 
     Returns:
         the images, with notes on how features were understood and a digest of the splits and all features; and the

@@ -34,13 +34,9 @@ class Unavailable(Exception):
 
 @dataclass
 class Network:
-    """Whole network, and the layer in it whose features are sent.
+    """Function from images in [0, 1] to a network's output, and the module whose output holds the features in `layout`.
 
-    Attributes:
-        run: function from images `(B, 3, H, W)` in [0, 1] to the network's output
-        module: module whose output holds the features
-        layout: layout of the features in that output
-        kind: kind of the network's output, `classes` or `embedding`
+    The `kind` of the network's output is `classes` or `embedding`.
     """
 
     run: Callable[[Tensor], Any]
@@ -84,11 +80,7 @@ class Network:
 
 
 def whole_network(encoder: Encoder, prediction: str = "auto") -> Network:
-    """Build the whole network of an encoder, including everything after the layer.
-
-    Args:
-        encoder: the encoder of one layer
-        prediction: kind of the network's output: `classes`, `embedding` or `auto`
+    """Build the whole network of an encoder of one layer, including everything after the layer.
 
     Raises:
         Unavailable: the weights lack later layers, or the network's own order of tokens cannot be restored

@@ -21,14 +21,9 @@ from afterimage.runtime.terminal import Progress, silent
 
 @dataclass(frozen=True)
 class InversionInputs:
-    """Images to invert.
+    """Images to invert, with what a run records about them.
 
-    Attributes:
-        images: the images
-        config: where they come from and how they are prepared
-        facts: facts for the run's summary
-        notes: remarks for the run's notes
-        validation: images from which a decoder's errors may be learned; None if there are none
+    From the `validation` images a decoder's errors may be learned; None if there are none.
     """
 
     images: ImageSet

@@ -18,10 +18,8 @@ class Parametrisation(ABC):
     At `initial` the correction is 0. Values may leave [0, 1] during the search and are clamped at its end: a
     clamp during the search would give L-BFGS gradients of a different objective, and it would go astray.
 
-    Args:
-        start: the images to start from, `(B, 3, H, W)` in [0, 1]
-        seed: seed of random weights and noise; only `Prior` has any
-        spectrum: expected size of the correction by colour and frequency; only `Fourier` uses it
+    Only `Prior` uses the `seed`, for its weights and noise, and only `Fourier` the `spectrum`, the expected size of
+    the correction by colour and frequency.
     """
 
     learning_rate: float

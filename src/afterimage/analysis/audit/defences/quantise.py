@@ -45,7 +45,7 @@ class Quantise(Part):
         return codes * by_channel(self.step, codes) + by_channel(self.low, codes)
 
     def encode(self, maps: Map) -> Map:
-        return _straight_through(maps, self.values(self.codes(maps)).to(maps.dtype))
+        return _StraightThrough.apply(maps, self.values(self.codes(maps)).to(maps.dtype))
 
     def wire(self, wire: Wire) -> Wire:
         return replace(wire, bits=self.bits)
@@ -79,7 +79,7 @@ class OneBit(Part):
     def encode(self, maps: Map) -> Map:
         high = maps > by_channel(self.threshold, maps)
         levels = torch.where(high, by_channel(self.above, maps), by_channel(self.below, maps))
-        return _straight_through(maps, levels.to(maps.dtype))
+        return _StraightThrough.apply(maps, levels.to(maps.dtype))
 
     def wire(self, wire: Wire) -> Wire:
         return replace(wire, bits=1)
@@ -95,7 +95,3 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient, None
-
-
-def _straight_through(maps: Tensor, replaced: Tensor) -> Tensor:
-    return _StraightThrough.apply(maps, replaced)
