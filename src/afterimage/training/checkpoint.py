@@ -79,10 +79,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
         for index, slot in state["state"].items()
         for key, value in slot.items()
     }
-    groups = [
-        {k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in state["param_groups"]
-    ]
-    return tensors, {"param_groups": groups}
+    return tensors, {"param_groups": state["param_groups"]}
 
 
 def unpack_optimizer(
