@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from afterimage.analysis.inversion.invert import Inversion, Snapshot
 from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.evaluate import Reconstructed, evaluate_together, summarise
+from afterimage.evaluation.evaluate import evaluate_together, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Gallery, reduced
 from afterimage.models.decoder_files import load_tensors, plain
@@ -136,12 +136,12 @@ def measure(
         # One memory layout for loaded and new batches, since sums depend on it.
         found.append(result.images.contiguous().cpu())
 
-    def reconstructions() -> Iterator[Reconstructed]:
-        for indices, images in zip(parts, found, strict=True):
-            yield indices, image_set.crops(indices, device=device), [images.to(device)]
-
+    reconstructed = (
+        (part, image_set.crops(part, device=device), [images.to(device)])
+        for part, images in zip(parts, found, strict=True)
+    )
     (scored,) = evaluate_together(
-        reconstructions(), image_set.ids, metrics, progress=progress, keep=len(image_set)
+        reconstructed, image_set.ids, metrics, progress=progress, keep=len(image_set)
     )
     rows = [row | {"feature_loss": loss} for row, loss in zip(scored.rows, losses, strict=True)]
     return Measured(rows, scored.images, seconds / len(image_set), curve)
