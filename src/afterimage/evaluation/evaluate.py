@@ -89,10 +89,9 @@ def reconstructions(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
 ) -> Iterator[Reconstructed]:
-    """Yield the images of a set with their reconstructions, batch by batch.
+    """Yield the images of a set with their reconstructions by several methods, batch by batch.
 
-    Parts that methods share, such as an encoder, need to run only once per batch. Put the modules that `reconstruct`
-    calls into evaluation mode first (see `evaluating`).
+    Put the modules that `reconstruct` calls into evaluation mode first (see `evaluating`).
     """
     for indices in torch.arange(len(image_set)).split(batch_size):
         images = image_set.crops(indices, device=device)

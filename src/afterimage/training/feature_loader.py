@@ -85,12 +85,7 @@ class FeatureLoader:
         self._validation_fits = True
 
     def training_batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
-        """Yield the training batches of an epoch, a pure function of seed and epoch.
-
-        Args:
-            epoch: number of the epoch, from 0
-            position: number of images to skip, to resume within an epoch
-        """
+        """Yield an epoch's training batches, a pure function of seed and epoch, without the first `position` images."""
         train = self.data.train
         indices = order(len(train), seed=self.seed, epoch=epoch)[position:]
         crop = {"seed": self.seed, "epoch": epoch} if self.recipe.augment else {}
@@ -230,12 +225,7 @@ class FeatureWatch:
         self._pending.clear()
 
     def check(self, name: str, feature_indices: Sequence[int]) -> None:
-        """Raise an `AfterimageError` for the first value of some sources that was not finite so far.
-
-        Args:
-            name: name of the run, for the error, which also names source and image
-            feature_indices: indices of the run's sources
-        """
+        """Raise an `AfterimageError` with run, source and image if a value of these sources was not finite so far."""
         for source in feature_indices:
             if source in self._found:
                 raise AfterimageError(

@@ -1,8 +1,7 @@
-"""Timing of each part of a training step, with a trace.
+"""Timing of each part of `trainer.training_step`, for one decoder, with a trace.
 
-The steps are `trainer.training_step`, for one decoder, without validation and checkpoints. The profiler waits for the
-device after every part, so that times are attributed to the right part; without these waits a step on a GPU is
-somewhat faster than the sum of its parts.
+The profiler waits for the device after every part, so that times are attributed to the right part; without these waits
+a step on a GPU is somewhat faster than the sum of its parts.
 """
 
 from __future__ import annotations
