@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from afterimage.analysis.inversion.inputs import InversionInputs, from_data
 from afterimage.analysis.inversion.invert import Snapshot
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
+from afterimage.analysis.inversion.run import InversionInputs, from_data
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.config.inversion import InvertConfig, error_images
 from afterimage.evaluation.metrics import Metrics

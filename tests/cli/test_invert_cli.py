@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import command_line
-from afterimage.analysis.inversion.inputs import from_data, from_files
 from afterimage.analysis.inversion.invert import Inversion, Snapshot
 from afterimage.analysis.inversion.measure import best_step, curve_steps, measure
 from afterimage.analysis.inversion.refinement import Refinement
+from afterimage.analysis.inversion.run import from_data, from_files
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.evaluation.metrics import Metrics, psnr

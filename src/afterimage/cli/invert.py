@@ -19,7 +19,7 @@ from afterimage.runs.run import Run, check_folder, scan
 from afterimage.runtime.terminal import Display, say
 
 if TYPE_CHECKING:
-    from afterimage.analysis.inversion.inputs import InversionInputs
+    from afterimage.analysis.inversion.run import InversionInputs
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Invert:
         return folders, files, sources
 
     def _inputs(self, files: list[Path], data: DataConfig, progress: object) -> InversionInputs:
-        from afterimage.analysis.inversion.inputs import from_data, from_files
+        from afterimage.analysis.inversion.run import from_data, from_files
 
         if files:
             return from_files(files, resize=data.resize, crop=data.crop)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from afterimage.analysis.audit.defences import Defence, create_defence
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
-from afterimage.analysis.inversion.inputs import from_files
 from afterimage.analysis.inversion.invert import Snapshot, encode
 from afterimage.analysis.inversion.measure import curve_steps
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
+from afterimage.analysis.inversion.run import from_files
 from afterimage.config import DataConfig, split_source
 from afterimage.config.inversion import InvertConfig
 from afterimage.data.dataset import prepare_image

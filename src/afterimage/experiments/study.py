@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from afterimage.analysis.controls.run import run_controls
-from afterimage.analysis.inversion.inputs import InversionInputs, from_data
-from afterimage.analysis.inversion.run import invert_run
+from afterimage.analysis.inversion.run import InversionInputs, from_data, invert_run
 from afterimage.config import (
     LPIPS_NETS,
     RANDOM_WEIGHTS,

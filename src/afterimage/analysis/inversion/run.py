@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from afterimage.analysis.inversion.best_estimate import learning_steps
-from afterimage.analysis.inversion.inputs import InversionInputs
 from afterimage.analysis.inversion.invert import Images, encode
 from afterimage.analysis.inversion.measure import (
     BATCH,
@@ -33,7 +33,7 @@ from afterimage.analysis.inversion.refinement import (
     learn_from,
     plain_search,
 )
-from afterimage.config import AfterimageError, counted, load_toml
+from afterimage.config import AfterimageError, DataConfig, counted, load_toml, shown
 from afterimage.config.inversion import (
     HELD_OUT,
     EstimateConfig,
@@ -42,16 +42,69 @@ from afterimage.config.inversion import (
     error_images,
     other_images,
 )
+from afterimage.data.dataset import file_notes, load_data, prepare_image
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import Encoders, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.files import sha256, write_csv, write_image
-from afterimage.runs.results import DecoderAlone, InversionFacts, Result
+from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result
 from afterimage.runs.run import Run, environment
 from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
+
+
+@dataclass(frozen=True)
+class InversionInputs:
+    """Images to invert, with what a run records about them.
+
+    From the `validation` images a decoder's errors may be learned; None if there are none.
+    """
+
+    images: ImageSet
+    config: DataConfig
+    facts: DataFacts
+    notes: tuple[str, ...] = ()
+    validation: ImageSet | None = None
+
+
+def from_data(
+    config: DataConfig, *, cache: Path | None = None, progress: Progress = silent
+) -> InversionInputs:
+    """Return the test and validation images of a data configuration; raise the errors of `load_data`."""
+    data = load_data(config, cache=cache, progress=progress)
+    return InversionInputs(data.test, config, data.describe(), data.notes, data.validation)
+
+
+def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int | str = 224) -> InversionInputs:
+    """Read image files and prepare them like test images: resize, then take the centre crop (see `DataConfig`).
+
+    Raises:
+        AfterimageError: a file is not an image, or is given twice; the message names it
+    """
+    names = [shown(path) for path in paths]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
+    config = DataConfig(resize=resize, crop=crop)
+    crops = torch.cat([prepare_image(path, config) for path in paths])
+    digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
+    facts = DataFacts("files", "", digest, digest, len(paths), config.resize, config.crop)
+    notes = tuple(file_notes(paths, config))
+    return InversionInputs(_Files(names, crops), replace(config, source="files:" + digest[:16]), facts, notes)
+
+
+class _Files(ImageSet):
+    """Set of crops held in memory, `(N, 3, height, width)` in [0, 1]."""
+
+    def __init__(self, ids: Sequence[str], crops: Tensor) -> None:
+        self.ids, self._crops, self.size = list(ids), crops, tuple(crops.shape[-2:])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def crops(self, indices: Any, *, device: str | torch.device = "cpu", **_: Any) -> Tensor:
+        return self._crops[torch.as_tensor(indices)].to(device)
 
 
 def invert_run(
