@@ -83,12 +83,8 @@ def run_baselines(
     """Measure baselines on the test images, each in a run folder of its own; finished ones are not repeated.
 
     Args:
-        data: the images
-        root: folder of the run folders
         names: names of the baselines; None for all of `BASELINES` but thumbnails that are not smaller than the images
-        lpips: LPIPS network
-        cache: folder of decoded images
-        progress: called with the name of the current task, the amount done, and the total; its exceptions end all work
+        progress: called with the progress; its exceptions end all work
         keep: number of images that are stored with their reconstructions
         failures: receives the errors of failed baselines, while the others continue
 

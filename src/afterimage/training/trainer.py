@@ -60,7 +60,7 @@ def train(
         AfterimageError: the loss is not finite, or a test image is among the training images
     """
     recipe = recipe or RecipeConfig()
-    with distributed_context(accelerator) as ranks, contextlib.ExitStack() as stack:
+    with distributed_context(accelerator) as ranks:
         context = RunContext(ranks=ranks, progress=progress if ranks.is_main_process else silent)
         fabric = ranks.local_fabric(accelerator, recipe.precision)
         reconstructor.to(fabric.device)
@@ -68,10 +68,12 @@ def train(
         decoder = DecoderTrainer(
             reconstructor.feature_decoder, range(len(encoders.sources)), recipe, fabric, context=context
         )
-        # Load the best weights after an error too.
-        stack.callback(lambda: decoder.best and decoder.model.load_state_dict(decoder.best))
         loader = FeatureLoader(encoders, data, recipe, fabric, seed=seed, context=context)
-        Trainer(loader, [decoder]).train()
+        try:
+            Trainer(loader, [decoder]).train()
+        finally:
+            if decoder.best:
+                decoder.model.load_state_dict(decoder.best)
     reconstructor.eval()
     return decoder.history
 

@@ -240,14 +240,9 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
 
     Smaller draws are subsets of larger ones.
 
-    Args:
-        data: the audited images, whose test images are attacked
-        pool: images that an attacker may own
-        count: number of images that the attacker owns, or `all`
-        seed: seed of the draw
-
     Returns:
-        the attacker's training and validation images with the test images; None if the pool is too small
+        `count` or `all` images of the pool for training and validation, with the test images of `data`; None if the
+        pool is too small
 
     Raises:
         AfterimageError: the pool holds a test image

@@ -45,13 +45,6 @@ def run_audit(
     If a layer, a defence or an attacker fails with any error, it is listed in `failures` of the results, its
     folders get the traceback, and the others go on.
 
-    Args:
-        config: the audit
-        root: folder of the audit
-        cache: folder of decoded images
-        accelerator: `cpu`, `cuda`, `mps` or `auto`
-        progress: called with the progress; an exception that it raises ends everything
-
     Returns:
         the results of all conditions, including those of earlier calls
 

@@ -70,13 +70,10 @@ def run_controls(
     `lpips` names one, the same LPIPS network.
 
     Args:
-        runs: the runs
         parts: names from `PARTS` to measure
         again: whether to repeat parts that were already measured
         weights: weights of the encoders; None takes the run's own
         lpips: LPIPS network; None takes the run's own
-        cache: folder of decoded images
-        accelerator: `cpu`, `cuda`, `mps` or `auto`
         progress: called with the progress; an exception that it raises ends everything
 
     Returns:

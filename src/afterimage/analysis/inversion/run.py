@@ -128,17 +128,12 @@ def invert_run(
     choose the number of passes and to learn the best estimates.
 
     Args:
-        run: a finished run of a decoder
-        root: folder for the run folders
         method: settings of the search
-        given: the images
         plain: also invert the same features from grey, without the decoder or any other image
         estimate: also find the best estimates, which need validation images; None to leave them out
         weights: weights of the encoders; None takes the run's own
         seed: seed of the searches
         lpips: LPIPS network of the scores; None takes the run's own
-        device: device to compute on
-        progress: called during searches and measurements
 
     Returns:
         the run folders: of the refined images, and of best estimates and images from grey where asked for
