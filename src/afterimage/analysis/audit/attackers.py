@@ -24,9 +24,9 @@ from afterimage.data.duplicates import shared
 from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.evaluate import Reconstructed, evaluate_together
 from afterimage.evaluation.reidentification import Compared, compared, joined
-from afterimage.models.decoder_files import load_tensors
 from afterimage.models.decoders import create_decoder, decoder_family
 from afterimage.models.reconstructor import FeatureDecoder
+from afterimage.models.weight_files import load_tensors
 from afterimage.runs.run import Run, is_done
 from afterimage.runtime.failures import together
 from afterimage.training.checkpoint import remove_checkpoints

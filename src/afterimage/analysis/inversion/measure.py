@@ -21,8 +21,8 @@ from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import evaluate_together, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Gallery, reduced
-from afterimage.models.decoder_files import load_tensors, plain
 from afterimage.models.reconstructor import Encoders
+from afterimage.models.weight_files import load_tensors, plain
 from afterimage.runs.files import write_atomic
 from afterimage.runs.results import BoundControls, Score
 from afterimage.runtime.terminal import Progress, silent
