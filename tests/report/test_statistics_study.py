@@ -18,9 +18,11 @@ from afterimage.config import (
 from afterimage.report import rows as report
 from afterimage.report.findings import find
 from afterimage.report.format import ahead, told_apart
-from afterimage.report.statistics.architectures import architectures_differ
-from afterimage.report.statistics.depth import falls_with_depth
-from afterimage.report.statistics.resolution import resolution_dominates
+from afterimage.report.statistics.hypotheses import (
+    architectures_differ,
+    falls_with_depth,
+    resolution_dominates,
+)
 from afterimage.report.statistics.rows import Row, Setting, group_rows
 from afterimage.report.statistics.tests import compare, corrected
 from afterimage.runs.files import write_csv

@@ -20,11 +20,8 @@ from afterimage.report.format import (
     told_apart,
 )
 from afterimage.report.sides import BothSides, Hypothesis, Sides
-from afterimage.report.statistics.analysis import Analysis
-from afterimage.report.statistics.architectures import Architectures
-from afterimage.report.statistics.depth import UNTESTABLE, Depth
-from afterimage.report.statistics.rankings import Efficiency
-from afterimage.report.statistics.resolution import Resolution, no_partial
+from afterimage.report.statistics.analysis import Analysis, Efficiency
+from afterimage.report.statistics.hypotheses import UNTESTABLE, Architectures, Depth, Resolution, no_partial
 from afterimage.report.statistics.rows import without_random_controls
 from afterimage.report.statistics.tests import Comparison
 from afterimage.runs.results import METRICS

@@ -9,11 +9,10 @@ import dataclasses
 import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +20,9 @@ from afterimage.config import PROTOCOLS, RANDOM_WEIGHTS, AfterimageError, split_
 from afterimage.evaluation.intervals import mean_interval
 from afterimage.runs.results import METRICS, Interval, Result
 from afterimage.runs.run import Run
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 
 DECODERS = ("linear", "transposed", "attention", "wavelet", "frequency", "residual")
 """Order of decoders in tables; other decoders follow, by name."""
@@ -84,19 +86,21 @@ class Row(Result):
         return tuple(f"{f.reduction:g}" for f in self.features)
 
     @property
-    def grid(self) -> str:
-        """Size of the finest feature map, such as `56×56`; that of the fused features if it is fixed."""
+    def sides(self) -> tuple[int, ...]:
+        """Height and width of the finest feature map; those of the fused features if they have a size of their own."""
         if self.is_fused and self.fusion and self.fusion.size:
-            return f"{self.fusion.size}×{self.fusion.size}"
+            return self.fusion.size, self.fusion.size
         finest = max(self.features, key=lambda f: f.locations, default=None)
-        return f"{finest.height}×{finest.width}" if finest else ""
+        return (finest.height, finest.width) if finest else ()
+
+    @property
+    def grid(self) -> str:
+        return "×".join(map(str, self.sides))
 
     @property
     def locations(self) -> int | None:
-        """Number of feature locations that the decoder sees; after fusion where it has a size of its own."""
-        if self.is_fused and self.fusion and self.fusion.size:
-            return self.fusion.size**2
-        return max((f.locations for f in self.features), default=None)
+        """Number of feature locations that the decoder sees; None without features."""
+        return math.prod(self.sides) if self.sides else None
 
     @property
     def values_per_pixel(self) -> float | None:
@@ -194,11 +198,12 @@ class Rows:
         Raises:
             AfterimageError: the rows follow several protocols, whose figures must not share a column
         """
-        found: dict[str, list[str]] = {}
-        for row in self.every:
-            found.setdefault(_protocol(row), []).append(row.run.name)
+        found = grouped(self.every, _protocol)
         if len(found) > 1:
-            told = (f"{name or 'study'} ({', '.join(runs[:3])})" for name, runs in sorted(found.items()))
+            told = (
+                f"{name or 'study'} ({', '.join(row.run.name for row in rows[:3])})"
+                for name, rows in sorted(found.items())
+            )
             raise AfterimageError(
                 f"these runs were measured by different protocols: {'; '.join(told)}; report on those of one at a time"
             )
@@ -266,12 +271,12 @@ def _letter(index: int) -> str:
 
 def _with_variants(rows: Sequence[Row]) -> list[Row]:
     """Name the settings in which rows of one encoder, weights and decoder differ, such as `parameters=4M`."""
-    groups = defaultdict(list)
-    for row in rows:
-        answer = getattr(row.config, "answer", "")
-        groups[row.encoder, row.fusion_letter, row.origin, row.decoder, answer].append(row)
+
+    def alike(row: Row) -> tuple[str, ...]:
+        return row.encoder, row.fusion_letter, row.origin, row.decoder, getattr(row.config, "answer", "")
+
     named = []
-    for members in groups.values():
+    for members in grouped(rows, alike).values():
         keys = sorted({key for row in members for key in row.distinguishing})
         differing = [k for k in keys if len({str(row.distinguishing.get(k)) for row in members}) > 1]
         # Refinements start from a decoder of their layer; `start` is named only where a layer has several.
@@ -313,10 +318,8 @@ def _warnings(rows: Sequence[Row]) -> Iterable[str]:
 
 def _changed(rows: Sequence[Row]) -> int:
     """Return the largest number of image sets that the same settings gave; 0 if it was one each."""
-    digests = defaultdict(set)
-    for row in rows:
-        digests[json.dumps(row.settings.get("data"), sort_keys=True, default=str)].add(row.data.digest)
-    most = max((len(found) for found in digests.values()), default=0)
+    alike = grouped(rows, lambda row: json.dumps(row.settings.get("data"), sort_keys=True, default=str))
+    most = max(len({row.data.digest for row in found}) for found in alike.values())
     return most if most > 1 else 0
 
 
@@ -369,6 +372,14 @@ def _short(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
         return f"{value / 1e6:g}M" if value >= 1_000_000 else f"{value / 1e3:g}K"
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Group items by a key, keys and items in the order of their first appearance."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def mean_over_images(values: Sequence[float]) -> Interval:

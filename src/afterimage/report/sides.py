@@ -10,9 +10,14 @@ from typing import Any
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.format import difference
 from afterimage.report.statistics.analysis import Analysis
-from afterimage.report.statistics.architectures import Architectures
-from afterimage.report.statistics.depth import SUPPORTED, UNDECIDED, UNTESTABLE, Depth
-from afterimage.report.statistics.resolution import Resolution
+from afterimage.report.statistics.hypotheses import (
+    SUPPORTED,
+    UNDECIDED,
+    UNTESTABLE,
+    Architectures,
+    Depth,
+    Resolution,
+)
 from afterimage.report.statistics.rows import Setting
 from afterimage.runs.results import METRICS
 

@@ -222,7 +222,9 @@ def _segments(rows: Sequence[Row]) -> list[Segment]:
     for (encoder, members), span in zip(layers.items(), spans, strict=True):
         first = start + (span - len(members)) / 2 + 0.5
         places = {key: first + i for i, key in enumerate(members)}
-        names = {key: f"{drawable(row.layer, 22)}\n{row.grid}" for key, row in members.items()}
+        names = {
+            key: f"{drawable(row.layer, 22)}\n{'×'.join(map(str, row.sides))}" for key, row in members.items()
+        }
         title = wrap(drawable(short[encoder]), max(8, int(span * inches / 0.085)))
         segments.append(Segment(title, places, names, start, start + span))
         start += span

@@ -1,31 +1,106 @@
-"""Analysis of a study's rows: answers to its hypotheses, rankings and costs."""
+"""Analysis of a study's rows: answers to its hypotheses, rankings, and quality in relation to its cost."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations, islice
 from typing import Any
 
-from afterimage.evaluation.intervals import NAME
+import numpy as np
+
+from afterimage.evaluation.intervals import NAME, Interval, interval, mean_interval
 from afterimage.report import rows as report
-from afterimage.report.statistics.architectures import Architectures, architectures_differ
-from afterimage.report.statistics.depth import Depth, falls_with_depth
-from afterimage.report.statistics.rankings import (
-    DecoderRanking,
-    Degradation,
-    Efficiency,
-    Score,
-    decoders,
-    degradation,
-    efficiency,
-    fusions,
-    scores,
+from afterimage.report.rows import grouped
+from afterimage.report.statistics.hypotheses import (
+    Architectures,
+    Depth,
+    Resolution,
+    architectures_differ,
+    falls_with_depth,
+    resolution_dominates,
 )
-from afterimage.report.statistics.resolution import Resolution, resolution_dominates
-from afterimage.report.statistics.rows import Row, group_rows
-from afterimage.report.statistics.tests import Comparison
+from afterimage.report.statistics.rows import Row, Setting, group_rows, matrix, without_random_controls
+from afterimage.report.statistics.tests import Comparison, compare, corrected
 from afterimage.runs.results import METRICS
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean score of a row over images; `seed_spread` is the deviation between seeds, None for one seed."""
+
+    name: str
+    setting: Setting
+    metric: str
+    mean: Interval
+    seeds: int
+    seed_spread: float | None
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """One encoder's best and worst layers under one setting.
+
+    Best and worst are chosen on the same images, which slightly overstates `drop`.
+
+    Attributes:
+        metric: name of the metric
+        setting: way of decoding
+        encoder: name of the encoder
+        best: name of the best layer
+        worst: name of the worst layer
+        drop: comparison of the worst layer with the best
+        percent: change of the mean from best to worst, in per cent of the best
+        runner_up: comparison of the best layer with the second best, corrected over the setting's encoders
+    """
+
+    metric: str
+    setting: Setting
+    encoder: str
+    best: str
+    worst: str
+    drop: Comparison
+    percent: Interval
+    runner_up: Comparison
+
+
+@dataclass(frozen=True)
+class DecoderRanking:
+    """Settings that decode the same features, best first, with their means and a comparison of every pair."""
+
+    metric: str
+    name: str
+    settings: tuple[Setting, ...]
+    means: tuple[float, ...]
+    pairs: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Quality of a row against its cost.
+
+    Attributes:
+        metric: name of the metric
+        name: name of the row
+        setting: way of decoding
+        gain: mean score beyond `baseline`; None without one
+        baseline: score of the mean-colour baseline on the row's test images; 0 where the study has no such
+            baseline (None for LPIPS, whose 0 is the best); None where only other test images have one
+        per_minute: gain for each minute of training; like the next two None without gain or a known cost above 0
+        per_million_parameters: gain for each million decoder parameters
+        per_thousand_values: gain for each thousand feature values
+    """
+
+    metric: str
+    name: str
+    setting: Setting
+    gain: float | None
+    baseline: float | None
+    per_minute: float | None
+    per_million_parameters: float | None
+    per_thousand_values: float | None
 
 
 @dataclass(frozen=True)
@@ -80,33 +155,97 @@ def analyse(finished: Iterable[report.Row]) -> Analysis:
     images, are compared across layers. Each verdict has its own family of tests, in which Holm's correction
     limits the chance of any false positive to 5 %. Seeds are averaged per image before anything else.
 
-    Args:
-        finished: finished runs
-
     Raises:
         AfterimageError: two rows that are to be compared share fewer than 2 images
     """
     rows, notes = group_rows(finished)
-    decoded = [row for row in rows if row.sources]
-    baselines = [row for row in rows if not row.sources]
-    settings = sorted({row.setting for row in decoded if not row.fused})
     results: dict[str, list[Any]] = {f.name: [] for f in dataclasses.fields(Analysis)}
     for metric in METRICS:
         scored = [row for row in rows if metric in row.scores]
-        if not scored:
-            continue
-        measured = [row for row in decoded if metric in row.scores]
-        results["scores"] += scores(scored, metric)
-        results["efficiency"] += efficiency(measured, baselines, metric)
-        results["decoders"] += decoders(measured, metric)
-        results["fusions"] += fusions(measured, metric)
-        for setting in settings:
-            single = [row for row in measured if row.setting == setting and not row.fused]
-            if not single:
-                continue
-            results["depth"].append(falls_with_depth(single, metric))
-            results["resolution"].append(resolution_dominates(single, metric))
-            results["architectures"].append(architectures_differ(single, metric))
-            results["degradation"] += degradation(single, metric)
+        measured = [row for row in scored if row.sources]
+        results["scores"] += [_score(row, metric) for row in scored]
+        results["efficiency"] += _efficiency(measured, [row for row in scored if not row.sources], metric)
+        results["decoders"] += _decoders(measured, metric)
+        results["fusions"] += _fusions(measured, metric)
+        single = grouped((row for row in measured if not row.fused), lambda row: row.setting)
+        for _, own in sorted(single.items()):
+            results["depth"].append(falls_with_depth(own, metric))
+            results["resolution"].append(resolution_dominates(own, metric))
+            results["architectures"].append(architectures_differ(own, metric))
+            results["degradation"] += _degradation(own, metric)
     results |= {"rows": rows, "notes": notes}
     return Analysis(**{name: tuple(found) for name, found in results.items()})
+
+
+def _score(row: Row, metric: str) -> Score:
+    _, values = matrix([row], metric)
+    label, spread = row.setting or Setting("baseline"), row.seed_spread(metric)
+    return Score(row.name, label, metric, mean_interval(values[:, 0]), len(row.runs), spread, row.runs)
+
+
+def _best_first(rows: list[Row], metric: str) -> list[Row]:
+    """Sort rows by their mean over the images that all of them have."""
+    _, values = matrix(rows, metric)
+    order = np.argsort(-METRICS[metric].sign * values.mean(axis=0), kind="stable")
+    return [rows[i] for i in order]
+
+
+def _degradation(rows: list[Row], metric: str) -> list[Degradation]:
+    """Compare best and worst layer of every encoder with two or more; rows have one setting and source."""
+    encoders = grouped(rows, lambda row: row.encoder).values()
+    ranked = [_best_first(layers, metric) for layers in encoders if len(layers) > 1]
+    runners = corrected([compare(layers[0], layers[1], metric) for layers in ranked])
+    results = []
+    for (best, *_, worst), runner_up in zip(ranked, runners, strict=True):
+        _, values = matrix([best, worst], metric)
+        percent = interval(lambda means: 100 * (means[..., 1] / means[..., 0] - 1), values)
+        drop = compare(worst, best, metric)
+        results.append(
+            Degradation(metric, best.setting, best.encoder, best.layer, worst.layer, drop, percent, runner_up)
+        )
+    return results
+
+
+def _efficiency(rows: list[Row], baselines: list[Row], metric: str) -> list[Efficiency]:
+    """Compute quality per minute of training, per million decoder parameters and per thousand feature values."""
+    floors = {r.data: r.mean(metric) for r in baselines if r.baseline == "mean"}
+    nothing = 0.0 if METRICS[metric].higher_is_better and not floors else None
+    results = []
+    for row in rows:
+        baseline = floors.get(row.data, nothing)
+        gain = None if baseline is None else METRICS[metric].sign * (row.mean(metric) - baseline)
+        costs = ((row.seconds or 0) / 60, row.parameters / 1e6, row.values / 1e3)
+        ratios = [gain / cost if gain is not None and cost > 0 else None for cost in costs]
+        results.append(Efficiency(metric, row.name, row.setting, gain, baseline, *ratios))
+    return results
+
+
+def _decoders(rows: list[Row], metric: str) -> list[DecoderRanking]:
+    """Rank the settings that decode the same features; all pairs of all rankings are one family of tests.
+
+    Random controls are left out unless there is nothing else.
+    """
+    groups = grouped(without_random_controls(rows) or rows, lambda row: (row.name, row.data)).values()
+    ranked = [_best_first(group, metric) for group in groups if len(group) > 1]
+    pairs = [pair for group in ranked for pair in combinations(group, 2)]
+    family = iter(corrected([compare(a, b, metric, names=(a.setting, b.setting)) for a, b in pairs]))
+    results = []
+    for group in ranked:
+        own = tuple(islice(family, len(group) * (len(group) - 1) // 2))
+        settings, means = (row.setting for row in group), (row.mean(metric) for row in group)
+        results.append(DecoderRanking(metric, group[0].name, tuple(settings), tuple(means), own))
+    return results
+
+
+def _fusions(rows: list[Row], metric: str) -> list[Comparison]:
+    """Compare each fusion with its best single member, among those decoded alike where there are any."""
+    family = []
+    for fused in (row for row in rows if row.fused):
+        same = [r for r in rows if (r.data, r.setting.control) == (fused.data, fused.setting.control)]
+        members = [r for r in same if not r.fused and r.sources[0] in fused.sources]
+        alike = [r for r in members if r.setting == fused.setting]
+        if members:
+            best = _best_first(alike or members, metric)[0]
+            names = (f"{fused.name} with {fused.setting}", f"{best.name} with {best.setting}")
+            family.append(compare(fused, best, metric, names=names))
+    return corrected(family)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from afterimage.config import RANDOM_WEIGHTS, short_names, split_source
 from afterimage.report import rows as report
+from afterimage.report.rows import grouped
 from afterimage.runs.results import METRICS
 
 Scores = dict[str, float]  # image id -> score
@@ -37,7 +37,7 @@ class Row:
     that were trained; `seed_means[metric]` holds the mean of each seed, for the spread between seeds.
     `setting` labels how the features were decoded (decoder, its size, weights, loss, data where they differ);
     only rows of one setting are compared across layers. `data` is the digest of the test images. `seconds` is the
-    mean time of training over seeds; None where that of any seed is unknown.
+    mean time of training over seeds; None where that of any seed is unknown. `config` holds what was asked for.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Row:
     runs: tuple[str, ...]
     scores: Mapping[str, Scores] = field(repr=False)
     seed_means: Mapping[str, tuple[float, ...]] = field(repr=False)
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def locations(self) -> int:
@@ -91,25 +92,24 @@ def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
     Returns:
         the rows, and notes on what was left out and why
     """
+    rows = list(rows)
     notes: list[str] = []
-    groups: dict[str, list[report.Row]] = defaultdict(list)
-    for row in rows:
-        groups[json.dumps(_asked(row) | {"test": row.data.test_digest}, sort_keys=True)].append(row)
-    networks = {row.lpips.net for group in groups.values() for row in group if row.scores["lpips"]}
-    metrics = [metric for metric in METRICS if metric != "lpips" or len(networks) < 2]
+    networks = report.lpips_nets(rows)
     if len(networks) > 1:
         notes.append(
-            f"LPIPS is not compared: it was measured with different networks ({', '.join(sorted(networks))})"
+            f"LPIPS is not compared: it was measured with different networks ({', '.join(networks)})"
         )
-    merged, configs = [], []
-    for group in groups.values():
-        row = _merged(group, metrics)
-        if all(len(scores) < 2 for scores in row.scores.values()):
+    metrics = [metric for metric in METRICS if metric != "lpips" or len(networks) < 2]
+    alike = grouped(
+        rows, lambda row: json.dumps(_asked(row) | {"test": row.data.test_digest}, sort_keys=True)
+    )
+    merged = []
+    for row in (_merged(group, metrics) for group in alike.values()):
+        if row.scores:
+            merged.append(row)
+        else:
             notes.append(f"{row.runs[0]} is left out: it has scores for fewer than 2 images")
-            continue
-        merged.append(row)
-        configs.append(_asked(group[0]) | {"origin": group[0].origin})
-    return named(merged, configs), notes
+    return named(merged), notes
 
 
 def _asked(row: report.Row) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
         if len(ids) > 1:
             scores[metric] = {i: float(np.mean([table[i] for table in tables])) for i in ids}
             seed_means[metric] = tuple(float(np.mean([table[i] for i in ids])) for table in tables)
-    features = first.features
     model, layer = split_source(first.sources[0]) if first.sources else ("", "")
+    shape = ("order", "channels", "height", "width")
     seconds = [row.train_seconds for row in group]
     return Row(
         name=first.label,
@@ -140,16 +140,14 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
         sources=first.sources,
         baseline=first.settings.get("baseline", ""),
         data=first.data.test_digest,
-        order=features[0].order if features else 0,
-        channels=features[0].channels if features else 0,
-        height=features[0].height if features else 0,
-        width=features[0].width if features else 0,
-        values=sum(f.values for f in features),
+        **{name: getattr(first.features[0], name) if first.features else 0 for name in shape},
+        values=sum(f.values for f in first.features),
         parameters=first.parameters or 0,
         seconds=None if None in seconds else float(np.mean(seconds)),
         runs=tuple(row.run.name for row in group),
         scores=scores,
         seed_means=seed_means,
+        config=_asked(first) | {"origin": first.origin},
     )
 
 
@@ -158,48 +156,43 @@ def without_random_controls(results: Iterable[Any]) -> list[Any]:
     return [result for result in results if not result.setting.control]
 
 
-def named(rows: list[Row], configs: list[dict[str, Any]]) -> list[Row]:
+def named(rows: list[Row]) -> list[Row]:
     """Give rows short names, and settings labels in which different ones differ."""
     short = short_names(split_source(source)[0] for row in rows for source in row.sources)
-    coarse: dict[str, list[int]] = defaultdict(list)
-    for i, (row, config) in enumerate(zip(rows, configs, strict=True)):
-        if row.sources:
-            coarse[json.dumps(_setting(config), sort_keys=True)].append(i)
-    settings: list[tuple[dict[str, Any], list[int]]] = []
-    for members in coarse.values():
-        sources = [rows[i].sources for i in members if not rows[i].fused]
-        fine: dict[str, list[int]] = defaultdict(list)
-        for i in members:
-            # Recipes split a setting only where one layer was trained with several.
-            detail = _flat(configs[i]) if len(set(sources)) < len(sources) else _setting(configs[i])
-            fine[json.dumps(detail, sort_keys=True)].append(i)
-        settings += [(json.loads(detail), indices) for detail, indices in fine.items()]
+    decoded = [row for row in rows if row.sources]
+    settings: list[tuple[dict[str, Any], list[Row]]] = []
+    for members in grouped(decoded, lambda row: _key(_setting(row.config))).values():
+        sources = [row.sources for row in members if not row.fused]
+        # Recipes split a setting only where one layer was trained with several.
+        detail = _flat if len(set(sources)) < len(sources) else _setting
+        fine = grouped(members, lambda row, detail=detail: _key(detail(row.config)))
+        settings += [(json.loads(key), own) for key, own in fine.items()]
 
-    labels = _distinct([_label(detail) for detail, _ in settings], [detail for detail, _ in settings])
-    renamed = list(rows)
-    for text, (detail, indices) in zip(labels, settings, strict=True):
+    renamed = [row for row in rows if not row.sources]
+    for text, (detail, own) in zip(_labels([detail for detail, _ in settings]), settings, strict=True):
         label = Setting(text, _control(detail))
-        for i in indices:
-            row = rows[i]
-            names = [f"{short[split_source(s)[0]]} {split_source(s)[1]}" for s in row.sources]
-            name = names[0]
-            if row.fused:
-                name = f"{_fused(configs[i]['fusion'], configs)} of {' + '.join(names)}"
-            renamed[i] = replace(row, name=name, encoder=short.get(row.encoder, row.encoder), setting=label)
+        for row in own:
+            names = [f"{short[model]} {layer}" for model, layer in map(split_source, row.sources)]
+            name = f"{_fused(row, decoded)} of {' + '.join(names)}" if row.fused else names[0]
+            renamed.append(replace(row, name=name, encoder=short[row.encoder], setting=label))
     return sorted(renamed, key=lambda r: (r.setting, r.fused, r.encoder, r.order, r.name))
 
 
-def _fused(fusion: dict[str, Any], configs: list[dict[str, Any]]) -> str:
+def _key(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def _fused(row: Row, rows: Sequence[Row]) -> str:
     """Write `attention fusion at 28x28`, with channels where fusions of this name and size differ in them."""
-    alike = [f for config in configs if (f := config.get("fusion")) and f["name"] == fusion["name"]]
-    alike = [f.get("channels") for f in alike if f.get("size") == fusion.get("size")]
-    side = fusion.get("size")
-    size = f" at {side}x{side}" if side else " at the finest size"
-    wide = f", {fusion.get('channels')} channels," if len(set(alike)) > 1 else ""
-    return f"{fusion['name']} fusion{size}{wide}"
+    fusion = row.config["fusion"]
+    name, size = fusion["name"], fusion.get("size")
+    others = [other.config["fusion"] for other in rows if other.config.get("fusion")]
+    wide = {f.get("channels") for f in others if (f["name"], f.get("size")) == (name, size)}
+    where = f" at {size}x{size}" if size else " at the finest size"
+    return f"{name} fusion{where}" + (f", {fusion.get('channels')} channels," if len(wide) > 1 else "")
 
 
-def _setting(config: dict[str, Any]) -> dict[str, Any]:
+def _setting(config: Mapping[str, Any]) -> dict[str, Any]:
     decoder = config["decoder"]
     return {
         "decoder": decoder["name"],
@@ -212,14 +205,32 @@ def _setting(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {k: v for k, v in config["recipe"].items() if k != "loss"}
     # Without the fusion: a fused row is compared with single rows that are decoded alike.
     images = {f"data.{key}": value for key, value in config["data"].items() if key != "limit_train"}
     return _setting(config) | recipe | {"weights from": config["weights"]} | images
 
 
-def _label(setting: dict[str, Any]) -> str:
+def _control(setting: Mapping[str, Any]) -> str:
+    return f"{setting['weights'].upper()} weights" if setting["weights"] in RANDOM_WEIGHTS else ""
+
+
+def _labels(settings: list[dict[str, Any]]) -> list[str]:
+    """Write a label of each setting; equal ones are followed by the details in which they differ."""
+    labels = [_label(setting) for setting in settings]
+    distinct = []
+    for label, setting in zip(labels, settings, strict=True):
+        rivals = [s for other, s in zip(labels, settings, strict=True) if other == label]
+        keys = [k for k in setting if any(rival.get(k) != setting[k] for rival in rivals)]
+        if any(k == "training images" or k.startswith("data.") for k in keys):
+            keys = [k for k in keys if k != "data"]  # a digest, which is less readable
+        told = [f"{k.removeprefix('data.')} {setting[k][:8] if k == 'data' else setting[k]}" for k in keys]
+        distinct.append(f"{label} ({', '.join(told)})" if told else label)
+    return distinct
+
+
+def _label(setting: Mapping[str, Any]) -> str:
     label = setting["decoder"]
     if setting["parameters"]:
         label += f" at {setting['parameters'] / 1e6:.3g} M parameters"
@@ -227,20 +238,3 @@ def _label(setting: dict[str, Any]) -> str:
         label += f", loss {setting['loss']}"
     control = _control(setting)
     return f"{label}, {control}" if control else label
-
-
-def _control(setting: dict[str, Any]) -> str:
-    return f"{setting['weights'].upper()} weights" if setting["weights"] in RANDOM_WEIGHTS else ""
-
-
-def _distinct(labels: list[str], details: list[dict[str, Any]]) -> list[str]:
-    """Append to equal labels the details in which they differ."""
-    distinct = []
-    for label, detail in zip(labels, details, strict=True):
-        rivals = [d for other, d in zip(labels, details, strict=True) if other == label]
-        keys = [k for k in detail if any(d.get(k) != detail[k] for d in rivals)]
-        if any(k == "training images" or k.startswith("data.") for k in keys):
-            keys = [k for k in keys if k != "data"]  # a digest, which is less readable
-        told = [f"{k.removeprefix('data.')} {detail[k][:8] if k == 'data' else detail[k]}" for k in keys]
-        distinct.append(f"{label} ({', '.join(told)})" if told else label)
-    return distinct
