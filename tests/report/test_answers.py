@@ -109,7 +109,7 @@ def test_what_cannot_be_computed_is_said_with_its_reason(tmp_path, monkeypatch):
 
     run = write_run(tmp_path / "runs", *ATTENTION, originals=[sample_image(0)])
     monkeypatch.setattr("afterimage.report.statistics.analysis.falls_with_depth", refused)
-    monkeypatch.setattr("afterimage.report.answers.beside_published", lambda rows: refused(rows))
+    monkeypatch.setattr("afterimage.report.findings.published_finding", lambda rows: refused(rows))
     written = write_report([run], tmp_path / "out")
     text, page = written["report.md"].read_text(), written["index.html"].read_text()
     for what in ("findings", "comparison with the published figures"):

@@ -9,12 +9,12 @@ from PIL import Image
 from afterimage.cli.output import print_table
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import mean_interval
-from afterimage.report.answers import answer, markdown_finding
 from afterimage.report.bounds import bounds_of, main_bounds, to_compare
+from afterimage.report.figures.curves import saturation
 from afterimage.report.figures.depth import kept_by_depth
 from afterimage.report.figures.image_grid import LARGE, kept
-from afterimage.report.figures.inversion import saturation
-from afterimage.report.findings import Finding
+from afterimage.report.findings import answer
+from afterimage.report.format import Finding, markdown_finding
 from afterimage.report.inversion import bound_findings, bound_rows
 from afterimage.report.rows import read_rows
 from afterimage.report.tables import markdown_table
@@ -382,8 +382,8 @@ def test_the_page_shows_what_there_is(visit, tmp_path):
 
 
 def test_the_bound_comes_first_on_the_page(decoder, tmp_path):
-    finding = {"title": "What is kept", "paragraphs": ["more"], "tables": [], "wide": True}
-    path = write_page([decoder], tmp_path / "p.html", title="t", bounds=[finding], findings=[{"title": "H1"}])
+    finding = Finding("What is kept", paragraphs=("more",), wide=True)
+    path = write_page([decoder], tmp_path / "p.html", title="t", bounds=[finding], findings=[Finding("H1")])
     text = path.read_text()
     assert text.index("<h3>What is kept</h3>") < text.index('id="charts"') < text.index("<h3>H1</h3>")
 

@@ -6,8 +6,7 @@ import pytest
 
 from afterimage.report.controls import at_psnr, at_size, control_findings
 from afterimage.report.figures import AFTER_GRIDS
-from afterimage.report.figures.controls import controls, lost
-from afterimage.report.figures.rate import rate
+from afterimage.report.figures.controls import controls, lost, rate
 from afterimage.report.figures.style import style
 from afterimage.report.rows import read_rows
 from afterimage.report.write import write_report

@@ -11,9 +11,9 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from afterimage.report.figures import draw, fonts, render, style
-from afterimage.report.figures.fonts import BASE, columns, drawable, families
+from afterimage.report.figures import draw, render, style
 from afterimage.report.figures.labels import wrap
+from afterimage.report.figures.style import BASE, _characters, columns, drawable, families
 from afterimage.report.format import plain
 from afterimage.report.rows import read_rows
 from report_study import sample_image, write_run
@@ -27,10 +27,10 @@ def as_installed(monkeypatch):
     """Install only the fonts that come with matplotlib."""
     brought = [f for f in font_manager.fontManager.ttflist if "mpl-data" in f.fname]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", brought)
-    for known in (families, fonts._characters):
+    for known in (families, _characters):
         known.cache_clear()
     yield
-    for known in (families, fonts._characters):
+    for known in (families, _characters):
         known.cache_clear()
 
 
@@ -93,7 +93,7 @@ def test_every_figure_draws_such_names(tmp_path, has_font):
         assert r"\u9f98" not in drawing.caption and r"\u9f98" not in drawing.title
     assert {"quality-by-depth", "distributions", "training-curves"} <= shown.keys() and len(shown) > 4
     for name, text in shown.items():
-        assert set(text) - {"\n"} <= fonts._characters(), name
+        assert set(text) - {"\n"} <= _characters(), name
         assert (LACKING[0] in text, r"\u9f98" in text) == (has_font, not has_font), name
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from afterimage.report.format import Finding
 from afterimage.report.page import images as album
 from afterimage.report.page import page
 from page_in_browser import HOSTILE, choose, find, rename_images, shown, view, write_page
@@ -106,7 +107,7 @@ def test_hostile_names_are_only_text(visit, tmp_path):
     ]
     for run in runs:
         rename_images(run, HOSTILE)
-    finding = {"title": HOSTILE[0], "verdict": HOSTILE[1], "rule": HOSTILE[2], "paragraphs": HOSTILE}
+    finding = Finding(*HOSTILE, HOSTILE)
     tab = visit(write_page(runs, tmp_path / "page.html", title=HOSTILE[2], findings=[finding]))
     view(tab, "runs")
     for number in range(3):

@@ -17,7 +17,7 @@ from afterimage.config import (
 )
 from afterimage.report import rows as report
 from afterimage.report.findings import find
-from afterimage.report.format import ahead, told_apart
+from afterimage.report.format import ahead
 from afterimage.report.statistics.hypotheses import (
     architectures_differ,
     falls_with_depth,
@@ -235,7 +235,7 @@ def test_a_negligible_rise_contradicts_nothing():
     rise = result.encoders[0].steps[1]
     assert rise.p_holm < 0.001 and rise.negligible and rise.better is None
     assert result.verdict == "undecided"
-    assert "negligible" in told_apart(rise)
+    assert ahead(rise) == "negligibly different from"
 
 
 def resolution_study(random, quality, *, per_size=3):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from afterimage.config import RunConfig
-from afterimage.report.answers import markdown_finding
 from afterimage.report.bounds import bounds_of
 from afterimage.report.controls import control_findings
-from afterimage.report.format import markdown, markdown_code
+from afterimage.report.format import markdown, markdown_code, markdown_finding, markdown_grid
 from afterimage.report.inversion import bound_findings
 from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import markdown_table
 from afterimage.runs.repository import CARD_KEY, DECODER, IMAGE_GRID, LIBRARY, PublishedDecoder
 from afterimage.runs.results import METRICS
+
+if TYPE_CHECKING:
+    from huggingface_hub.repocard_data import CardData
 
 TASK = "image-to-image"
 """The hub's closest task to rebuilding an image from its features."""
@@ -73,12 +76,12 @@ def model_card(
         *(["Baselines: not measured beside these decoders."] if not rows.baselines else []),
         "## Measured bound",
         *(
-            [part for finding in bounds for part in markdown_finding(finding)]
+            [block for finding in bounds for block in markdown_finding(finding)]
             or ["Not measured. `afterimage invert RUN` measures what the layer keeps beyond what a decoder shows."]
         ),
         "## Controls",
         *(
-            [part for f in controls for part in (f"### {markdown(f.title)}", *markdown_finding(f))]
+            [block for finding in controls for block in markdown_finding(finding, "###")]
             or ["Not measured. `afterimage controls RUN` tells what is preserved in the features from what is guessed."]
         ),
         "## Training data", *_data(rows.decoders),
@@ -92,11 +95,11 @@ def model_card(
         "test images, at their size, and for the encoder's weights named above alone.",
         "## Licence", _licence(license), "## Citation", BIBTEX.replace("VERSION", version),
     ]  # fmt: skip
-    return f"---\n{_metadata(rows, name, published, license)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return with_metadata(_metadata(rows, name, published, license), parts)
 
 
-def _metadata(rows: Rows, name: str, published: Mapping[str, PublishedDecoder], license: str) -> str:
-    """Return the card's YAML metadata, with the results as the hub's `model-index`."""
+def _metadata(rows: Rows, name: str, published: Mapping[str, PublishedDecoder], license: str) -> CardData:
+    """Return the card's metadata, with the results as the hub's `model-index`."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = []
@@ -122,26 +125,24 @@ def _metadata(rows: Rows, name: str, published: Mapping[str, PublishedDecoder], 
                 )  # fmt: skip
     datasets = {r.data.source.removeprefix("hf:").partition("@")[0].partition(":")[0]
                 for r in rows.decoders if r.data.source.startswith("hf:")}  # fmt: skip
-    data = ModelCardData(
+    return ModelCardData(
         license=license, library_name=LIBRARY, pipeline_tag=TASK, model_name=name.rpartition("/")[2],
         tags=[LIBRARY, "feature-inversion", "image-reconstruction", "interpretability",
               *dict.fromkeys(m.replace("/", "_") for row in rows.decoders for m in row.models)],
         datasets=sorted(datasets) or None, eval_results=results,
         **{CARD_KEY: [decoder.sha256[DECODER] for decoder in published.values()]},
     )  # fmt: skip
-    return data.to_yaml()
 
 
 def _lead(rows: Sequence[Row]) -> str:
     sources = _listed(dict.fromkeys(source for row in rows for source in row.sources))
     what = "A decoder that rebuilds" if len(rows) == 1 else f"{len(rows)} decoders that rebuild"
     one = len({model for row in rows for model in row.models}) == 1
-    encoder = (
-        "a frozen vision encoder whose weights are" if one else "frozen vision encoders whose weights are"
-    )
+    encoder = "a frozen vision encoder" if one else "frozen vision encoders"
     return (
         f"{what} images from the features of {sources}, and from nothing else. What comes back shows what a layer "
-        f"keeps of an image. The features are of {encoder} not in here. Trained and measured with afterimage."
+        f"keeps of an image. The features are of {encoder} whose weights are not in here. Trained and measured with "
+        "afterimage."
     )
 
 
@@ -151,36 +152,31 @@ def _listed(names: Iterable[str]) -> str:
 
 def _decoders(published: Mapping[str, PublishedDecoder]) -> Iterable[str]:
     if len(published) > 1:
-        lines = ["| decoder | layers | family |", "| --- | --- | --- |"]
-        lines += [
-            f"| {markdown_code(name)} | {_listed(one.sources)} | {markdown(one.decoder)} |"
+        lines = [
+            (markdown_code(name), _listed(one.sources), markdown(one.decoder))
             for name, one in published.items()
         ]
-        yield "\n".join(lines)
+        yield markdown_grid(("decoder", "layers", "family"), lines)
 
 
 def _data(rows: Sequence[Row]) -> Iterable[str]:
     """Describe each distinct set of images, and the training of each decoder."""
-    lines = ["| images | training | validation | test | side | digest | test digest |", "|" + " --- |" * 7]
-    for row in rows:
-        data = row.data
+    lines = []
+    for data in (row.data for row in rows):
         images = markdown_code(data.source) + (f", test {markdown_code(data.test)}" if data.test else "")
-        line = (
-            f"| {images} | {data.train:,} | {data.validation:,} | {data.test_images:,} | {data.resize}, cropped to "
-            f"{data.crop} | {markdown_code(data.digest)} | {markdown_code(data.test_digest)} |"
-        )
-        if line not in lines:
-            lines.append(line)
-    yield "\n".join(lines)
+        counts = (f"{count:,}" for count in (data.train, data.validation, data.test_images))
+        digests = map(markdown_code, (data.digest, data.test_digest))
+        lines.append((images, *counts, f"{data.resize}, cropped to {data.crop}", *digests))
+    header = ("images", "training", "validation", "test", "side", "digest", "test digest")
+    yield markdown_grid(header, dict.fromkeys(lines))
     yield "The digests are SHA-256 over all images; none of the images is in this repository but those shown above."
     learned = []
     for row in rows:
         if isinstance(row.config, RunConfig) and row.training:
             recipe, facts = row.config.recipe, row.training
-            how = (
-                f"{facts.epochs} epochs, batches of {recipe.batch_size}, loss {recipe.loss}" if facts.epochs else
-                "trained elsewhere" if row.trained_elsewhere else "closed form"
-            )  # fmt: skip
+            how = "trained elsewhere" if row.trained_elsewhere else "closed form"
+            if facts.epochs:
+                how = f"{facts.epochs} epochs, batches of {recipe.batch_size}, loss {recipe.loss}"
             learned.append(
                 f"- {_listed(row.sources)}, {markdown(row.decoder_label)}: {facts.parameters:,} parameters, {how}, "
                 f"seed {row.seed}"
@@ -189,17 +185,22 @@ def _data(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _encoders(rows: Sequence[Row]) -> Iterable[str]:
-    yield "\n".join(dict.fromkeys(
-        f"- {markdown_code(weights.model)}: {markdown(weights.label)}, "
-        + (f"SHA-256 {markdown_code(weights.sha256)}" if weights.sha256 else markdown(weights.location))
-        for row in rows for weights in row.weights
-    ))  # fmt: skip
+    lines = []
+    for weights in (weights for row in rows for weights in row.weights):
+        digest = f"SHA-256 {markdown_code(weights.sha256)}"
+        where = digest if weights.sha256 else markdown(weights.location)
+        lines.append(f"- {markdown_code(weights.model)}: {markdown(weights.label)}, {where}")
+    yield "\n".join(dict.fromkeys(lines))
     yield "A decoder is refused where its encoder has other weights."
 
 
 def _licence(license: str) -> str:
-    own = (
-        "Who published these decoders named no licence for them." if license == "unknown" else
-        f"The decoders: {markdown_code(license)}."
-    )  # fmt: skip
+    own = f"The decoders: {markdown_code(license)}."
+    if license == "unknown":
+        own = "Who published these decoders named no licence for them."
     return f"{own} The encoder's weights and the training images keep their own licences; neither is in here."
+
+
+def with_metadata(metadata: CardData, parts: Iterable[str]) -> str:
+    """Write a card: its metadata as YAML, then its parts, each a block of Markdown."""
+    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"

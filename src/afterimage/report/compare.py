@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from afterimage.config import AfterimageError, shown
-from afterimage.report.findings import Numbers
-from afterimage.report.format import number, plain, ratio
-from afterimage.report.tables import NONE, heading, score_columns, weights_text
+from afterimage.report.format import NONE, Numbers, number, plain, ratio
+from afterimage.report.rows import grouped
+from afterimage.report.tables import heading, score_columns, weights_text
 from afterimage.runs.files import read_csv
 from afterimage.runs.results import METRICS
 
@@ -85,10 +85,6 @@ class Entry:
         """Return True if the row was measured by this metric, LPIPS by this network."""
         return metric in self.scores and (metric != "lpips" or self.net == net)
 
-    def compares(self, other: Entry, metric: str) -> bool:
-        """Return True if both rows were measured alike by this metric, LPIPS by the same network."""
-        return metric in self.scores and self.measured == other.measured and other.has(metric, self.net)
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -98,21 +94,19 @@ class Standing:
     others: tuple[Entry, ...]
 
     def rivals(self, metric: str) -> list[Entry]:
-        return [other for other in self.others if self.mine.compares(other, metric)]
+        """Return the others that were measured by this metric too, LPIPS by the same network."""
+        has = metric in self.mine.scores
+        return [other for other in self.others if has and other.has(metric, self.mine.net)]
 
     def place(self, metric: str) -> tuple[int, int] | None:
         """Return the rank (from 1, shared by equals) and the number of ranked rows; None without rivals."""
-        rivals = self.rivals(metric)
-        if not rivals:
-            return None
-        sign = METRICS[metric].sign
+        sign, rivals = METRICS[metric].sign, self.rivals(metric)
         ahead = [r for r in rivals if sign * (r.scores[metric] - self.mine.scores[metric]) > 0]
-        return 1 + len(ahead), 1 + len(rivals)
+        return (1 + len(ahead), 1 + len(rivals)) if rivals else None
 
-    def first(self, metric: str) -> Entry | None:
-        """Return the best row, the user's own among equals; None where it lacks the metric."""
-        every = [self.mine, *self.rivals(metric)] if metric in self.mine.scores else []
-        return max(every, key=lambda entry: METRICS[metric].sign * entry.scores[metric], default=None)
+    def first(self, metric: str) -> Entry:
+        """Return the best of the row and its rivals, the row itself among equals."""
+        return max([self.mine, *self.rivals(metric)], key=lambda e: METRICS[metric].sign * e.scores[metric])
 
 
 @dataclass(frozen=True)
@@ -175,22 +169,19 @@ def entries(records: Iterable[Mapping[str, Any]], where: str) -> tuple[Entry, ..
             )
         if record["values_per_pixel"] is None or not record["decoder"]:
             continue
-        wanted = ["values_per_pixel", *(f"{m}_mean" for m in METRICS if record[f"{m}_mean"] is not None)]
-        for column in wanted:
+        scores = {metric: record[f"{metric}_mean"] for metric in METRICS}
+        scores = {metric: value for metric, value in scores.items() if value is not None}
+        for column in ("values_per_pixel", *(f"{metric}_mean" for metric in scores)):
             value = record[column]
             if not (isinstance(value, int | float) and math.isfinite(value)):
                 raise AfterimageError(f"{where}, row {count}: {column} is {value!r:.80}, not a finite number")
-        answer, images, crop = (str(record[name]) for name in ("decoder", "data_digest", "crop"))
-        found.append(
-            Entry(
-                str(record["sources"]),
-                str(record["weights"]),
-                float(record["values_per_pixel"]),
-                Measured(answer, int(record["passes"] or 0), images, crop),
-                {name: float(record[f"{name}_mean"]) for name in METRICS if f"{name}_mean" in wanted},
-                str(record["lpips_net"] or ""),
-            )
+        features, weights, answer, images, crop = (
+            str(record[column]) for column in ("sources", "weights", "decoder", "data_digest", "crop")
         )
+        measured = Measured(answer, int(record["passes"] or 0), images, crop)
+        scores = {metric: float(value) for metric, value in scores.items()}
+        values, net = float(record["values_per_pixel"]), str(record["lpips_net"] or "")
+        found.append(Entry(features, weights, values, measured, scores, net))
     if not found:
         raise AfterimageError(f"{where} has no row of a decoder or a measured bound")
     return tuple(found)
@@ -213,25 +204,19 @@ def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.
         raise AfterimageError(f"within must be a factor of 1 or more, got {within:g}")
     own = {(e.features, e.weights, e.measured) for e in mine}
     others = [e for e in atlas if (e.features, e.weights, e.measured) not in own and not e.is_random]
-    alike = [e for e in others if any(e.measured == m.measured for m in mine)]
+    ways = {e.measured for e in mine}
+    alike = grouped((e for e in others if e.measured in ways), lambda e: e.measured)
     if not alike:
         raise AfterimageError(
             f"no row of the atlas was measured as yours: yours are {_ways(mine)}; "
             f"the atlas has {_ways(others) or 'no other rows'}"
         )
-    measured = {e.measured for e in alike}
-    standings = [
-        Standing(
-            e,
-            tuple(
-                o for o in alike if o.measured == e.measured and 1 / within <= o.values / e.values <= within
-            ),
-        )
-        for e in mine
-        if e.measured in measured
-    ]
-    remarks = tuple(_remarks(mine, atlas, alike))
-    return Comparison(tuple(standings), tuple(alike), within, remarks)
+    standings = []
+    for e in (e for e in mine if e.measured in alike):
+        near = (o for o in alike[e.measured] if 1 / within <= o.values / e.values <= within)
+        standings.append(Standing(e, tuple(near)))
+    shown = tuple(e for e in others if e.measured in alike)
+    return Comparison(tuple(standings), shown, within, tuple(_remarks(mine, atlas, shown)))
 
 
 def standings_table(comparison: Comparison) -> Numbers:
@@ -240,21 +225,18 @@ def standings_table(comparison: Comparison) -> Numbers:
     for standing in comparison.standings:
         mine, cells = standing.mine, []
         for metric, net in columns:
-            has = mine.has(metric, net)
-            place = standing.place(metric) if has else None
-            cells.append(
-                (number(mine.scores[metric], metric) if has else NONE)
-                + (f", {place[0]} of {place[1]}" if place else "")
-            )
-        first = standing.first("psnr") if standing.rivals("psnr") else None
-        best = f"{first.name}, {number(first.scores['psnr'], 'psnr')}" if first else "alone at this size"
+            cell = number(mine.scores[metric], metric) if mine.has(metric, net) else NONE
+            if cell != NONE and (place := standing.place(metric)):
+                cell += f", {place[0]} of {place[1]}"
+            cells.append(cell)
+        first = standing.first("psnr")
+        best = f"{first.name}, {number(first.scores['psnr'], 'psnr')}"
+        best = best if standing.rivals("psnr") else "alone at this size"
         lines.append((mine.name, mine.measured.answer, ratio(mine.values), *cells, best))
     heads = (heading(*column) for column in columns)
     header = ("features", "answer", "values per pixel value", *heads, "first in PSNR")
-    low = ratio(1 / comparison.within)
-    title = (
-        f"Ranks among rows of the atlas with {low} to {ratio(comparison.within)} times as many feature values"
-    )
+    least, most = ratio(1 / comparison.within), ratio(comparison.within)
+    title = f"Ranks among rows of the atlas with {least} to {most} times as many feature values"
     return Numbers(title, header, tuple(lines))
 
 
@@ -264,22 +246,17 @@ def _ways(rows: Iterable[Entry]) -> str:
 
 
 def _remarks(mine: Sequence[Entry], atlas: Sequence[Entry], alike: Sequence[Entry]) -> Iterator[str]:
+    ways, found = grouped(mine, lambda e: e.measured), {e.measured for e in alike}
     if count := sum(e.is_random for e in atlas):
         yield f"Rows of the atlas that have random weights and are not ranked: {count}."
-    answers = {e.measured.answer for e in mine}
-    apart = Counter(
-        str(e.measured)
-        for e in atlas
-        if not e.is_random and e.measured.answer in answers and e.measured not in {m.measured for m in mine}
-    )
-    for way, count in apart.items():
+    answers = {way.answer for way in ways}
+    others = (e for e in atlas if not e.is_random and e.measured.answer in answers and e.measured not in ways)
+    for way, count in Counter(str(e.measured) for e in others).items():
         yield f"Rows of the atlas that are kept apart, since none of yours was measured as {way}: {count}."
-    found = {e.measured for e in alike}
-    for way in dict.fromkeys(e.measured for e in mine if e.measured not in found):
-        names = list(dict.fromkeys(e.features for e in mine if e.measured == way))
+    for way in (way for way in ways if way not in found):
+        names = list(dict.fromkeys(e.features for e in ways[way]))
         told = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         yield f"No row of the atlas was measured as {told}: {way}."
-    nets = {e.measured: {m.net for m in mine if m.measured == e.measured} for e in alike}
-    other = Counter(e.net for e in alike if e.net and e.net not in nets[e.measured])
-    for net, count in other.items():
+    other = (e.net for e in alike if e.net and e.net not in {m.net for m in ways[e.measured]})
+    for net, count in Counter(other).items():
         yield f"Rows of the atlas whose LPIPS is by the network {plain(net)}, which measured none of yours: {count}."

@@ -13,8 +13,7 @@ import numpy as np
 
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import NAME
-from afterimage.report.findings import NONE, Finding, Numbers
-from afterimage.report.format import interval_text, minus, number
+from afterimage.report.format import NONE, Finding, Numbers, interval_text, minus, number
 from afterimage.report.rows import Row, mean_over_images
 from afterimage.runs.controls import PLANES, REGIONS, STAND_INS, CodecPoint, PlaneError, read_part
 from afterimage.runs.results import Interval

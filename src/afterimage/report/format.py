@@ -1,10 +1,11 @@
-"""Formatting of numbers and intervals, and escaping of names that come from run folders."""
+"""Findings as Markdown, numbers and intervals as text, and escaping of names that come from run folders."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,54 @@ from afterimage.runs.results import METRICS, Interval
 
 if TYPE_CHECKING:
     from afterimage.report.statistics.tests import Comparison
+
+
+NONE = "–"
+"""Text of a cell without a value."""
+LONG = 12
+"""Number of rows above which Markdown folds a table, except those of a wide finding."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A table of text cells. They contain names from run folders: escape them for output."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding. `verdict` and `rule` are empty where something is measured but nothing decided."""
+
+    title: str
+    verdict: str = ""
+    rule: str = ""
+    paragraphs: tuple[str, ...] = ()
+    tables: tuple[Numbers, ...] = ()
+    wide: bool = False  # takes the full width of the page; its tables are never folded
+
+
+def markdown_finding(finding: Finding, heading: str = "") -> list[str]:
+    """Write one finding as blocks: its verdict, sentences, tables and rule, below a `heading` such as `##`."""
+    blocks = [f"{heading} {markdown(finding.title)}"] if heading else []
+    blocks += [f"**Verdict: {markdown(finding.verdict)}.**"] if finding.verdict else []
+    blocks += map(markdown, finding.paragraphs)
+    for table in finding.tables:
+        text = markdown_grid([*map(markdown, table.header)], (map(markdown, row) for row in table.rows))
+        title = markdown(table.title)
+        if finding.wide or len(table.rows) <= LONG:
+            blocks.append(f"{title}:\n\n{text}")
+        else:
+            summary = f"{title} ({len(table.rows)} rows)"
+            blocks.append(f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>")
+    return blocks + ([f"*Rule. {markdown(finding.rule)}*"] if finding.rule else [])
+
+
+def capitalised(text: str) -> str:
+    """Return text with its first letter in upper case and all others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def number(value: float, metric: str, *, signed: bool = False) -> str:
@@ -75,15 +124,6 @@ def ahead(c: Comparison) -> str:
     if c.better == "a":
         return "ahead of"
     return "negligibly different from" if c.certain else "not told apart from"
-
-
-def told_apart(c: Comparison) -> str:
-    """Return a clause that says why neither side is better; empty where one is."""
-    if c.better:
-        return ""
-    if c.certain:
-        return f", no more than {METRICS[c.metric].negligible:g}{METRICS[c.metric].unit} and so negligible"
-    return f", not told apart ({p_value(c.p_holm)})"
 
 
 _MARKDOWN = {

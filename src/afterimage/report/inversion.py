@@ -11,8 +11,7 @@ from afterimage.config.inversion import other_images
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import PAST, Bound, features_of, highest, mean_curve, named_features, searched
 from afterimage.report.figures.style import short_encoders
-from afterimage.report.findings import Finding, Numbers
-from afterimage.report.format import interval_text, number, significant, span
+from afterimage.report.format import Finding, Numbers, interval_text, number, significant, span
 from afterimage.report.rows import Row, lpips_nets, mean_over_images
 from afterimage.report.tables import heading
 from afterimage.runs.files import write_atomic, write_csv, write_json
@@ -254,7 +253,7 @@ def print_bounds(inversions: Sequence[Row]) -> None:
 
 def write_bounds(inversions: Sequence[Row], output: Path) -> list[Path]:
     """Write bounds.csv, bounds.json and, for searches, saturation.png and .svg; return their paths."""
-    from afterimage.report.figures.inversion import draw_saturation
+    from afterimage.report.figures.curves import draw_saturation
     from afterimage.report.figures.style import render
 
     rows = bound_rows(inversions)

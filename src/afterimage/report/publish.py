@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from afterimage.runs.repository import (
     PublishedDecoder,
     check_shareable,
 )
-from afterimage.runs.results import CONFIG, Result, UsedWeights, write_result
+from afterimage.runs.results import CONFIG, DataFacts, Result, UsedWeights, write_result
 from afterimage.runs.run import Run, scan
 
 R = TypeVar("R", bound=Result)
@@ -82,24 +83,25 @@ class ImageGrid:
 
 def kept_images(runs: Sequence[Run]) -> ImageGrid | None:
     """Return the first test images that all runs kept, with reconstructions; None if there are none."""
-    kept = [{identity: pair for identity, *pair in run.images} for run in runs]
-    ids = [i for i in kept[0] if all(i in images for images in kept)][:SHOWN_IMAGES]
+    kept = {run.name: {identity: pair for identity, *pair in run.images} for run in runs}
+    first, *others = kept.values()
+    ids = [i for i in first if all(i in images for images in others)][:SHOWN_IMAGES]
     if not ids:
         return None
-    rebuilt = {
-        run.name: [np.array(read_image(images[i][1]).convert("RGB")) for i in ids]
-        for run, images in zip(runs, kept, strict=True)
-    }
-    originals = [np.array(read_image(kept[0][i][0]).convert("RGB")) for i in ids]
-    return ImageGrid("test images", originals, rebuilt)
+
+    def pixels(path: Path) -> np.ndarray:
+        return np.array(read_image(path).convert("RGB"))
+
+    rebuilt = {name: [pixels(images[i][1]) for i in ids] for name, images in kept.items()}
+    return ImageGrid("test images", [pixels(first[i][0]) for i in ids], rebuilt)
 
 
-def are_free(config: DataConfig) -> bool:
+def are_free(data: DataConfig | DataFacts) -> bool:
     """Return True if anyone may share the test images."""
-    return is_free(config.test or config.source)
+    return _is_free(data.test or data.source)
 
 
-def is_free(source: str) -> bool:
+def _is_free(source: str) -> bool:
     return source.partition(":")[0] in FREE
 
 
@@ -212,9 +214,7 @@ def public(results: Sequence[R], *, with_names: bool) -> list[R]:
         results: results or rows
         with_names: keep the names of images that are not free
     """
-    private = [
-        result for result in results if not (with_names or is_free(result.data.test or result.data.source))
-    ]
+    private = [result for result in results if not (with_names or are_free(result.data))]
     ids = sorted({image["id"] for result in private for image in result.per_image})
     numbers = {identity: f"{i:05d}" for i, identity in enumerate(ids)}
     hidden = set(map(id, private))
@@ -223,7 +223,7 @@ def public(results: Sequence[R], *, with_names: bool) -> list[R]:
 
 def _public(result: R, numbers: Mapping[str, str], with_names: bool) -> R:
     data = result.data
-    keep_notes = with_names or (is_free(data.source) and (not data.test or is_free(data.test)))
+    keep_notes = with_names or all(map(_is_free, filter(None, (data.source, data.test))))
     data = replace(data, source=public_source(data.source), test=public_source(data.test))
     notes = [note for note in result.notes if keep_notes or not _IMAGE_FILE.search(note)]
     if left := len(result.notes) - len(notes):
@@ -250,19 +250,15 @@ def _card_rows(runs: Sequence[Run], beside: Sequence[Run], with_names: bool) -> 
     """Return the rows of a card: decoders, baselines on the same test images, and the decoders' bounds."""
     names, tests = {run.name for run in runs}, {run.result.data.test_digest for run in runs}
     folders = dict.fromkeys(run.path.resolve().parent for run in runs)
-    others = {
-        other.path.resolve(): other for other in (*beside, *(run for path in folders for run in scan(path)))
-    }
+    others = {run.path.resolve(): run for run in itertools.chain(beside, *map(scan, folders))}
     found = list(runs)
     for other in others.values():
         try:
             result = other.result if other.has_result else None
         except AfterimageError:
             continue  # a damaged run beside the shared ones does not concern them
-        if result and (
-            (result.is_baseline and result.data.test_digest in tests)
-            or (result.inversion and result.inversion.start in names)
-        ):
+        is_baseline = result and result.is_baseline and result.data.test_digest in tests
+        if is_baseline or (result and result.inversion and result.inversion.start in names):
             found.append(other)
     return public_rows(read_rows(found), with_names=with_names)
 

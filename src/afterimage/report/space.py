@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from afterimage.config import AfterimageError, split_provider, split_source
+from afterimage.report.card import with_metadata
 from afterimage.runs.repository import CARD, LIBRARY
 from afterimage.runs.run import Run
 
@@ -24,12 +25,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest in a zip file; a fixed time makes
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of this package.
-
-    Attributes:
-        name: file name
-        content: content of the file
-    """
+    """A wheel of this package: its file's name and content."""
 
     name: str
     content: bytes
@@ -132,7 +128,7 @@ def space_files(
     )
     requirement = f"{LIBRARY}[{','.join(_extras(runs))}] @ {url}#sha256={wheel.sha256}\n"
     return {
-        CARD: (f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(card) + "\n").encode(),
+        CARD: with_metadata(data, card).encode(),
         APP: app.encode(),
         REQUIREMENTS: requirement.encode(),
     }

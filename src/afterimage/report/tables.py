@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from afterimage.config import PROTOCOLS, unknown
 from afterimage.evaluation.intervals import NAME
-from afterimage.report.format import latex, markdown, markdown_code, markdown_grid, plain, span, spreadsheet
-from afterimage.report.rows import Row, Rows, fusion_legend
+from afterimage.report.format import (
+    NONE,
+    latex,
+    markdown,
+    markdown_code,
+    markdown_grid,
+    plain,
+    span,
+    spreadsheet,
+)
+from afterimage.report.rows import Row, Rows, fusion_legend, grouped
 from afterimage.runs.results import METRICS, Score
 from afterimage.runtime.terminal import console
 
@@ -22,7 +30,6 @@ if TYPE_CHECKING:
 
 
 SPREADS = {"std": "± standard deviation", "interval": f"and its {NAME}"}
-NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -37,21 +44,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: sources (or a baseline's label) as `names`, and cells of the other columns."""
+    """One row of the table, with its cells by the headings of their columns."""
 
     row: Row
-    names: Cell
-    cells: tuple[Cell, ...]
+    cells: dict[str, Cell]
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Encoder and label of its weights, both empty for baselines."""
+        return self.row.encoder, "" if self.row.is_baseline else self.row.origin
 
 
 @dataclass(frozen=True)
 class Table:
-    """The whole table; `groups` holds lines by encoder and label of its weights, both empty for baselines."""
+    """The whole table, with its footnotes and a remark on all of it."""
 
-    header: tuple[str, ...]
-    groups: Mapping[tuple[str, str], Sequence[Line]]
+    lines: tuple[Line, ...]
     footnotes: tuple[str, ...]
     remark: str
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        return tuple(self.lines[0].cells)
 
 
 def lay_out(rows: Rows, *, spread: str = "std") -> Table:
@@ -60,24 +74,19 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
         raise unknown("spread", spread, SPREADS)
     protocol = rows.protocol
     missing = PROTOCOLS[protocol].missing if protocol else {}
-    columns = score_columns(rows.nets or ("",))
-    best = {column: _best(rows.decoders, *column) for column in columns}
+    best = {column: best_mean(rows.decoders, *column) for column in score_columns(rows.nets or ("",))}
     seeds = len({row.seed for row in rows.decoders}) > 1
     notes: dict[str, int] = {}
-    groups: dict[tuple[str, str], list[Line]] = {}
+    lines = []
     for row in rows.all:
-        marks = tuple(_number(notes, note) for note in row.notes)
-        cells = [*_what(row, seeds)]
-        cells += [_score(row, m, net, best[m, net], spread, notes) for m, net in columns]
-        cells += [
-            Cell(("not measured",), (_number(notes, f"{m} is not measured: {missing[m]}"),)) for m in missing
-        ]
-        line = Line(row, Cell(_names(row), marks), tuple(cells))
-        groups.setdefault((row.encoder, "" if row.is_baseline else row.origin), []).append(line)
-    header = ["features", "shape", "reduction", "decoder", *(["seed"] if seeds else [])]
-    header += ["weights", "parameters", "training", *(heading(*column, protocol) for column in columns)]
-    header += [f"{metric}, {protocol} ↓" for metric in missing]
-    return Table(tuple(header), groups, tuple(notes), _remark(rows, spread))
+        cells = _what(row, seeds, notes)
+        for (metric, net), mean in best.items():
+            cells[heading(metric, net, protocol)] = _score(row, metric, net, mean, spread, notes)
+        for metric, why in missing.items():
+            mark = _number(notes, f"{metric} is not measured: {why}")
+            cells[f"{metric}, {protocol} ↓"] = Cell(("not measured",), (mark,))
+        lines.append(Line(row, cells))
+    return Table(tuple(lines), tuple(notes), _remark(rows, spread))
 
 
 def _number(notes: dict[str, int], text: str) -> int:
@@ -109,30 +118,29 @@ def duration(seconds: float | int | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5940 else f"{seconds / 3600:.1f} h"
 
 
-def _names(row: Row) -> tuple[str, ...]:
-    if row.is_baseline:
-        return (row.label,)
-    if len(row.sources) == 1:
-        return row.sources
-    return (f"{row.fusion_letter}: {row.fusion_text}", *row.sources)
+def _what(row: Row, seeds: bool, notes: dict[str, int]) -> dict[str, Cell]:
+    """Return the cells before the scores; those of a fusion have a line for itself and one for each source."""
 
+    def for_each(lines: Iterable[str]) -> tuple[str, ...]:
+        return ("", *lines) if row.is_fused else tuple(lines) or (NONE,)
 
-def _what(row: Row, seeds: bool) -> Iterable[Cell]:
-    def text(value: str, loud: bool = False) -> Cell:
-        return Cell((value,), loud=loud)
-
-    def aligned(lines: Sequence[str]) -> Cell:
-        return Cell(("", *lines) if len(row.sources) > 1 else tuple(lines) or (NONE,))
-
-    yield aligned(row.shapes)
-    yield aligned([f"{reduction}×" if reduction else NONE for reduction in row.reductions])
-    yield text(row.decoder_label or NONE)
-    if seeds:
-        yield text(NONE if row.seed is None else str(row.seed))
-    yield text(NONE if row.is_baseline else weights_text(row.origin), row.is_random)
-    yield text(NONE if row.is_baseline or row.parameters is None else f"{row.parameters:,}")
+    names = row.sources or (row.label,)
+    if row.is_fused:
+        names = (f"{row.fusion_letter}: {row.fusion_text}", *names)
     seconds = "elsewhere" if row.trained_elsewhere else duration(row.train_seconds)
-    yield text(NONE if row.is_baseline else seconds)
+    texts = {
+        "features": names,
+        "shape": for_each(row.shapes),
+        "reduction": for_each(f"{reduction}×" for reduction in row.reductions),
+        "decoder": (row.decoder_label or NONE,),
+        "seed": (NONE if row.seed is None else str(row.seed),),
+        "weights": (NONE if row.is_baseline else weights_text(row.origin),),
+        "parameters": (NONE if row.is_baseline or row.parameters is None else f"{row.parameters:,}",),
+        "training": (NONE if row.is_baseline else seconds,),
+    }
+    cells = {name: Cell(lines, loud=name == "weights" and row.is_random) for name, lines in texts.items()}
+    cells["features"] = Cell(names, tuple(_number(notes, note) for note in row.notes))
+    return cells if seeds else {name: cell for name, cell in cells.items() if name != "seed"}
 
 
 def weights_text(label: str) -> str:
@@ -160,8 +168,11 @@ def _rounded(score: Score, metric: str) -> str:
     return f"{score.mean:.{METRICS[metric].digits}f}"
 
 
-def _best(rows: Sequence[Row], metric: str, net: str) -> str | None:
-    """Return the best mean as printed, so that all rows that print the same count as best."""
+def best_mean(rows: Sequence[Row], metric: str, net: str = "") -> str | None:
+    """Return the best mean as printed, so that all rows that print the same count as best; None without scores.
+
+    Random controls count only if there is nothing else, and rows that another LPIPS network measured do not.
+    """
     rows = [r for r in rows if not r.is_random] or rows
     scores = [r.scores[metric] for r in rows if not net or r.lpips.net == net]
     means = [s for s in scores if s is not None]
@@ -182,8 +193,7 @@ _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 def markdown_table(rows: Rows, *, spread: str = "std") -> str:
     """Write a GitHub Markdown table with its footnotes, a row for each run, baselines last."""
     table = lay_out(rows, spread=spread)
-    every = itertools.chain(*table.groups.values())
-    cells = ([_markdown_names(line), *map(_markdown_cell, line.cells)] for line in every)
+    cells = ([_markdown_cell(cell, line.row) for cell in line.cells.values()] for line in table.lines)
     right = [markdown(name) for name in table.header if _is_right(name)]
     grid = markdown_grid([*map(markdown, table.header)], cells, right=right)
     lines = [grid, "", markdown(table.remark)]
@@ -191,26 +201,63 @@ def markdown_table(rows: Rows, *, spread: str = "std") -> str:
     return "\n".join(lines) + "\n"
 
 
+def _markdown_cell(cell: Cell, row: Row) -> str:
+    lines = (markdown_code(line) if line in row.sources else markdown(line) for line in cell.lines)
+    text = "<br>".join(lines)
+    return (f"**{text}**" if cell.bold or cell.loud else text) + superscript(cell.marks)
+
+
+def superscript(marks: Iterable[int]) -> str:
+    return ",".join(map(str, marks)).translate(_SUPERSCRIPT)
+
+
+def _is_right(name: str) -> bool:
+    return name in _RIGHT or "↑" in name or "↓" in name
+
+
 def latex_table(rows: Rows, *, spread: str = "std") -> str:
     r"""Write a booktabs table, a group of rows for each encoder. Needs `\usepackage{booktabs,textcomp}`."""
     table = lay_out(rows, spread=spread)
-    drop = table.header.index("weights")
-    header = [name for i, name in enumerate(table.header) if i != drop]
+    header = [name for name in table.header if name != "weights"]
     columns = "".join("r" if _is_right(name) else "l" for name in header)
     lines = [
         r"% \usepackage{booktabs,textcomp}", rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}", r"\toprule",
         _latex_line(map(latex, header)), r"\midrule",
     ]  # fmt: skip
-    for i, (group, members) in enumerate(table.groups.items()):
+    for i, (group, members) in enumerate(grouped(table.lines, lambda line: line.group).items()):
         lines += [r"\addlinespace"] if i else []
         lines.append(rf"\multicolumn{{{len(header)}}}{{@{{}}l}}{{{_latex_heading(*group)}}} \\")
         for line in members:
-            cells = [c for i, c in enumerate(line.cells, 1) if i != drop]
-            lines += _latex_row(Cell(_short(line.row, line.names.lines), line.names.marks), cells)
+            cells = [line.cells[name] for name in header]
+            if len(line.row.sources) == 1:  # the heading names the encoder
+                cells[0] = Cell((line.row.layer,), cells[0].marks)
+            # Cells with several lines continue in further rows.
+            for part in range(max(len(cell.lines) for cell in cells)):
+                lines.append(_latex_line(_latex_cell(cell, part) for cell in cells))
     lines += [r"\bottomrule", r"\end{tabular}", "", r"{\smallskip\footnotesize", latex(table.remark)]
     lines += [rf"\par\textsuperscript{{{i}}} {latex(note)}" for i, note in enumerate(table.footnotes, 1)]
     lines.append(r"\par}")
     return "\n".join(lines) + "\n"
+
+
+def _latex_line(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _latex_heading(encoder: str, weights: str) -> str:
+    if not encoder:
+        return r"\emph{baselines}"
+    name = "fusion of several sources" if encoder == "fusion" else rf"\texttt{{{latex(encoder)}}}"
+    loud = rf"\textbf{{{latex(weights.upper())} WEIGHTS}}"
+    return f"{name}, {loud if 'random' in weights else latex(weights) + ' weights'}"
+
+
+def _latex_cell(cell: Cell, i: int) -> str:
+    if i >= len(cell.lines):
+        return ""
+    text = latex(cell.lines[i])
+    text = rf"\textbf{{{text}}}" if cell.bold or cell.loud else text
+    return text + (rf"\textsuperscript{{{','.join(map(str, cell.marks))}}}" if cell.marks and i == 0 else "")
 
 
 def csv_table(rows: Rows) -> str:
@@ -230,56 +277,6 @@ def csv_table(rows: Rows) -> str:
 def records(rows: Rows) -> list[dict[str, Any]]:
     """Return the CSV lines of the finished runs; several sources are joined by ` + `."""
     return [_record(row) for row in rows.every]
-
-
-def superscript(marks: Iterable[int]) -> str:
-    return ",".join(map(str, marks)).translate(_SUPERSCRIPT)
-
-
-def _is_right(name: str) -> bool:
-    return name in _RIGHT or "↑" in name or "↓" in name
-
-
-def _markdown_names(line: Line) -> str:
-    sources = line.row.sources
-    names = [markdown_code(name) if name in sources else markdown(name) for name in line.names.lines]
-    return "<br>".join(names) + superscript(line.names.marks)
-
-
-def _markdown_cell(cell: Cell) -> str:
-    text = "<br>".join(map(markdown, cell.lines))
-    return (f"**{text}**" if cell.bold or cell.loud else text) + superscript(cell.marks)
-
-
-def _latex_line(cells: Iterable[str]) -> str:
-    return " & ".join(cells) + r" \\"
-
-
-def _latex_heading(encoder: str, weights: str) -> str:
-    if not encoder:
-        return r"\emph{baselines}"
-    name = "fusion of several sources" if encoder == "fusion" else rf"\texttt{{{latex(encoder)}}}"
-    loud = rf"\textbf{{{latex(weights.upper())} WEIGHTS}}"
-    return f"{name}, {loud if 'random' in weights else latex(weights) + ' weights'}"
-
-
-def _latex_row(names: Cell, cells: list[Cell]) -> Iterable[str]:
-    """Yield a row in LaTeX; cells with several lines continue in further rows."""
-    every = [names, *cells]
-    for i in range(max(len(cell.lines) for cell in every)):
-        yield _latex_line(_latex_cell(cell, i) for cell in every)
-
-
-def _latex_cell(cell: Cell, i: int) -> str:
-    if i >= len(cell.lines):
-        return ""
-    text = latex(cell.lines[i])
-    text = rf"\textbf{{{text}}}" if cell.bold or cell.loud else text
-    return text + (rf"\textsuperscript{{{','.join(map(str, cell.marks))}}}" if cell.marks and i == 0 else "")
-
-
-def _short(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
-    return (row.layer,) if len(row.sources) == 1 else names
 
 
 def _record(row: Row) -> dict[str, Any]:
@@ -317,38 +314,39 @@ HEADING = 24
 
 def console_table(rows: Rows, *, width: int | None = None) -> RichTable:
     """Build a rich `Table` of at most `width` columns (default: the terminal's), captioned by footnotes."""
-    screen = console(width)
+    screen, layout = console(width), lay_out(rows)
     for count in range(len(EXPENDABLE) + 1):
-        table = _build(rows, EXPENDABLE[:count])
+        table = _build(rows, layout, EXPENDABLE[:count])
         if table.__rich_measure__(screen, screen.options.update(max_width=10_000)).maximum <= screen.width:
             break
     return table
 
 
-def _build(rows: Rows, dropped: tuple[str, ...]) -> RichTable:
+def _build(rows: Rows, layout: Table, dropped: tuple[str, ...]) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    layout = lay_out(rows)
-    keep = [i for i, name in enumerate(layout.header) if name != "weights" and name not in dropped]
+    caption = [layout.remark, *fusion_legend(rows.decoders)]
+    caption += [f"{superscript([i])} {plain(note)}" for i, note in enumerate(layout.footnotes, 1)]
+    caption += [f"! {plain(str(warning))}" for warning in (*rows.warnings, *rows.unfinished)]
     table = RichTable(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-        caption=Text("\n".join(_caption(rows, layout.remark, layout.footnotes))), caption_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=Text("\n".join(caption)), caption_justify="left"
     )  # fmt: skip
-    for i in keep:
-        name = layout.header[i]
+    keep = [name for name in layout.header if name not in ("weights", *dropped)]
+    for name in keep:
         header = Text(name.replace(" (", "\n("))
         if name in ("features", "shape", "decoder"):
             table.add_column(header, overflow="fold")
         else:
             table.add_column(header, justify="right", no_wrap=True)
-    for (encoder, weights), lines in layout.groups.items():
+    for (encoder, weights), lines in grouped(layout.lines, lambda line: line.group).items():
         style = "bold red" if "random" in weights else "bold"
         table.add_row(Text("\n".join(_heading(encoder, weights)), style=style))
         for line in lines:
-            cells = [_console_names(line), *(_text(cell, "±" not in dropped) for cell in line.cells)]
-            table.add_row(*(cells[i] for i in keep))
+            name = line.row.label if line.row.is_baseline else line.row.layer
+            first = _text(Cell((name,), line.cells["features"].marks), True, indent="  ")
+            table.add_row(first, *(_text(line.cells[name], "±" not in dropped) for name in keep[1:]))
         table.add_section()
     return table
 
@@ -365,11 +363,6 @@ def _heading(encoder: str, weights: str) -> list[str]:
     return [name, weights] if len(name) <= HEADING or not dot else [model, dot + tag, weights]
 
 
-def _console_names(line: Line) -> Text:
-    name = line.row.label if line.row.is_baseline else line.row.layer
-    return _text(Cell((plain(name, 44),), line.names.marks), True, indent="  ")
-
-
 def _text(cell: Cell, has_spread: bool, indent: str = "") -> Text:
     """Style the first line of a cell; the caption contains the further lines of a fusion."""
     from rich.text import Text
@@ -378,11 +371,3 @@ def _text(cell: Cell, has_spread: bool, indent: str = "") -> Text:
     text = text if has_spread else text.partition(" ± ")[0]
     style = "bold green" if cell.bold else "dim" if text in (NONE, "unavailable") else ""
     return Text(indent + text, style=style).append(superscript(cell.marks), style="dim")
-
-
-def _caption(rows: Rows, remark: str, footnotes: tuple[str, ...]) -> list[str]:
-    lines = [remark, *fusion_legend(rows.decoders)]
-    lines += [f"{superscript([i])} {plain(note)}" for i, note in enumerate(footnotes, 1)]
-    lines += [f"! {plain(warning)}" for warning in rows.warnings]
-    lines += [f"! {plain(str(u))}" for u in rows.unfinished]
-    return lines

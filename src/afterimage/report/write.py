@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import json
 import os
@@ -13,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, counted
-from afterimage.report.format import markdown, markdown_block, markdown_code, markdown_grid, plain
+from afterimage.report.format import (
+    markdown,
+    markdown_block,
+    markdown_code,
+    markdown_finding,
+    markdown_grid,
+    plain,
+)
 from afterimage.report.page.page import write_page
 from afterimage.report.rows import Row, Rows, flatten, read_rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
@@ -59,9 +65,9 @@ def write_report(
     Raises:
         AfterimageError: no run is finished, or a file cannot be written
     """
-    from afterimage.report.answers import answer, markdown_finding, markdown_findings
     from afterimage.report.bounds import bounds_of
     from afterimage.report.controls import control_findings
+    from afterimage.report.findings import answer, markdown_findings
     from afterimage.report.inversion import bound_findings
 
     rows, out, written = read_rows(runs), Path(out), {}
@@ -85,12 +91,10 @@ def write_report(
     problems: list[str] = []
     figures, on_page = _draw(rows, write, progress, problems)
     try:
-        findings, first = (
-            [*map(dataclasses.asdict, group)] for group in ([*answers.findings, *more], bounds)
-        )
         written["index.html"] = write_page(
-            rows, out / "index.html", title=title, bounds=first, bound_figures=on_page["bound"], findings=findings,
-            lead=answers.lead, problems=[*answers.problems, *problems], figures=on_page["rest"], progress=progress,
+            rows, out / "index.html", title=title, bounds=bounds, bound_figures=on_page["bound"],
+            findings=[*answers.findings, *more], lead=answers.lead, problems=[*answers.problems, *problems],
+            figures=on_page["rest"], progress=progress,
         )  # fmt: skip
     except AfterimageError as error:
         problems.append(f"The page index.html could not be written: {error}")
@@ -98,13 +102,13 @@ def write_report(
     parts = [
         f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problems),
         *(["Also as [a page](index.html) with every image and chart."] if "index.html" in written else []),
-        *(part for f in bounds for part in (f"## {markdown(f.title)}", *markdown_finding(f))), *figures["bound"],
+        *(block for finding in bounds for block in markdown_finding(finding, "##")), *figures["bound"],
         "## Results",
         markdown_table(rows, spread=spread).rstrip(),
         "Also as [CSV](table.csv) and [LaTeX](table.tex).",
         "## Findings", *markdown_findings(answers),
         *(["All numbers as [JSON](findings.json)."] if answers.findings else []),
-        *(part for f in more for part in (f"## {markdown(f.title)}", *markdown_finding(f))),
+        *(block for finding in more for block in markdown_finding(finding, "##")),
         "## Figures", *figures["rest"],
         *(part for heading, text in sections for part in (f"## {markdown(heading)}", text.strip())),
         *_unfinished(rows), "## Weights", *_weights(rows), "## How each row was made", *_origins(rows, out),
@@ -157,12 +161,11 @@ def _sentence(rows: Rows) -> str:
 
 def _alarms(rows: Rows, problems: Sequence[str]) -> Iterable[str]:
     """Yield a block of warnings to show before the first number, if there are any."""
-    loud = [f"> **{markdown(warning)}**" for warning in rows.warnings]
-    loud += [f"> **{markdown(problem)}**" for problem in problems]
+    loud = [*rows.warnings, *problems]
     if rows.unfinished:
-        loud.append(f"> **{counted(len(rows.unfinished), 'run')} not finished: see below.**")
+        loud.append(f"{counted(len(rows.unfinished), 'run')} not finished: see below.")
     if loud:
-        yield "\n>\n".join(["> [!WARNING]", *loud])
+        yield "\n>\n".join(["> [!WARNING]", *(f"> **{markdown(warning)}**" for warning in loud)])
 
 
 def _figure(drawing: Drawing) -> str:
@@ -181,17 +184,17 @@ def _unfinished(rows: Rows) -> Iterable[str]:
 
 
 def _weights(rows: Rows) -> Iterable[str]:
-    lines = {}
+    lines = []
     for weights in (w for row in rows.decoders for w in row.weights):
-        model, where = markdown_code(weights.model), markdown_code(weights.location)
+        where = markdown_code(weights.location)
         if weights.is_random:
             what = f"{RANDOM_WEIGHTS[weights.label]}, a control, not a pretrained network"
-            lines[f"- {model}: **{weights.label.upper()}**, {where}: {what}"] = None
+            text = f"**{weights.label.upper()}**, {where}: {what}"
         else:
             proof = f", SHA-256 {markdown_code(weights.sha256[:12])}…" if weights.sha256 else ""
-            origin = f"{markdown(weights.label)}, from {markdown(weights.origin)} {where}"
-            lines[f"- {model}: {origin}{proof}"] = None
-    yield "\n".join(lines) if lines else "No encoder was used: these are baselines."
+            text = f"{markdown(weights.label)}, from {markdown(weights.origin)} {where}{proof}"
+        lines.append(f"- {markdown_code(weights.model)}: {text}")
+    yield "\n".join(dict.fromkeys(lines)) or "No encoder was used: these are baselines."
 
 
 def _origins(rows: Rows, out: Path) -> Iterable[str]:

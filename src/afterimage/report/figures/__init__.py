@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from afterimage.config import AfterimageError
-from afterimage.report.figures.controls import controls, lost
+from afterimage.report.figures.controls import controls, lost, rate
+from afterimage.report.figures.curves import saturation, training_curves
 from afterimage.report.figures.depth import kept_by_depth, quality_by_depth
 from afterimage.report.figures.distribution import distributions
 from afterimage.report.figures.fusion import fusion_weights
 from afterimage.report.figures.image_grid import grid, kept, own_images, pages
-from afterimage.report.figures.inversion import saturation
-from afterimage.report.figures.rate import rate
 from afterimage.report.figures.scatter import quality_by_locations, quality_by_parameters
 from afterimage.report.figures.style import Drawing, render, style
-from afterimage.report.figures.training import training_curves
 from afterimage.report.rows import Rows
 from afterimage.runtime.terminal import Progress, silent
 

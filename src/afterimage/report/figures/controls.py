@@ -1,31 +1,48 @@
-"""Figures of controls and of error breakdowns: by frequency, kind of region and place."""
+"""Figures of controls: what is guessed, what is lost by frequency, kind of region and place, and rate-distortion."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from afterimage.config import split_source
 from afterimage.evaluation.intervals import NAME
-from afterimage.report.controls import Part, decoder, read_parts, share_lost
-from afterimage.report.figures.fonts import drawable
-from afterimage.report.figures.style import INK, MUTED, Drawing, error_bars, grid_y, legend, short_encoders
+from afterimage.report.controls import Part, curve_of, decoder, read_parts, share_lost
+from afterimage.report.figures.style import (
+    INK,
+    MUTED,
+    Drawing,
+    drawable,
+    error_bars,
+    grid_lines,
+    key,
+    legend,
+    short_encoders,
+)
 from afterimage.report.format import significant
-from afterimage.report.rows import Row, Rows
+from afterimage.report.rows import Row, Rows, grouped, mean_over_images
 from afterimage.runs.controls import PLANES, REGIONS, STAND_INS
 
 CONTROL_LOOKS = {
     "own": ("#000000", "o"), "another": ("#D55E00", "s"), "shuffled": ("#56B4E9", "D"),
     "mean": ("#009E73", "^"), "zero": ("#CC79A7", "v"), "colour": (MUTED, "|"),
 }  # fmt: skip
+ERROR_LOOKS = {
+    "luma": ("#000000", "o"), "cb": ("#0072B2", "s"), "cr": ("#D55E00", "s"),
+    "flat": ("#56B4E9", "D"), "edge": ("#009E73", "^"), "texture": ("#CC79A7", "v"),
+}  # fmt: skip
+CODECS = {"JPEG": "--", "WebP": ":"}
+DASHES = ("-", "--", ":", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (1, 4)))
 LINE = 0.24  # inches for each row
+PANEL, MAP = (2.7, 2.1), 1.15  # inches
 
 
 def controls(rows: Rows) -> list[Drawing]:
@@ -33,8 +50,7 @@ def controls(rows: Rows) -> list[Drawing]:
     parts, _ = read_parts(rows.decoders, "controls")
     if not parts:
         return []
-    figure = Figure((7.4, 1.5 + LINE * len(parts)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    figure, left, right = _row_panels(parts, 1.5, width_ratios=(3, 2))
     for y, part in enumerate(parts):
         for control, (color, marker) in CONTROL_LOOKS.items():
             score = part.mean(f"{control}_psnr")
@@ -46,20 +62,33 @@ def controls(rows: Rows) -> list[Drawing]:
         right.plot([distances.reencoded, distances.random_pair], [y, y], color="#cccccc", lw=1, zorder=0)
         right.plot(distances.reencoded, y, "o", color=INK)
         right.plot(distances.random_pair, y, "s", color="#D55E00")
-    left.set_yticks(range(len(parts)), [label(p.row) for p in parts])
-    left.set_ylim(len(parts) - 0.5, -0.5)
     left.set_xlabel("PSNR (dB) against the image")
     right.set_xlabel("distance of features / their norm")
     right.set_xlim(left=0)
-    for axes in (left, right):
-        axes.grid(axis="x")
-        axes.tick_params(length=2.5)
     names = {"own": "its own features", **STAND_INS}
-    handles = [
-        Line2D([], [], color=c, marker=m, ls="none", label=names[k]) for k, (c, m) in CONTROL_LOOKS.items()
-    ]
-    legend(figure, handles, columns=3)
-    return [Drawing("controls", "Preserved or guessed", _caption(parts), figure)]
+    legend(figure, _markers(CONTROL_LOOKS, names), columns=3)
+    caption = (
+        "Left: features that are not the image's own through the trained decoder, scored against the image; "
+        f"mean over {parts[0].facts.images} test images with its {NAME}. What reaches the first "
+        "marker was guessed. Right: the distance of the re-encoded reconstruction's features from the image's "
+        "(disc) beside that of another image's (square)."
+    )
+    return [Drawing("controls", "Preserved or guessed", caption, figure)]
+
+
+def _row_panels(parts: Sequence[Part], height: float, **options: Any) -> tuple[Figure, Axes, Axes]:
+    """Make two panels whose y axis has a place for each row; `height` is that of all but the rows."""
+    figure = Figure((7.4, height + LINE * len(parts)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, **options)
+    left.set_yticks(range(len(parts)), [label(p.row) for p in parts])
+    left.set_ylim(len(parts) - 0.5, -0.5)
+    for axes in (left, right):
+        grid_lines(axes, "x")
+    return figure, left, right
+
+
+def _markers(looks: Mapping[str, tuple[str, str]], names: Mapping[str, str]) -> list[Any]:
+    return [key(names[name], color=c, marker=m, ls="none") for name, (c, m) in looks.items()]
 
 
 def label(row: Row) -> str:
@@ -69,87 +98,67 @@ def label(row: Row) -> str:
     return f"{drawable(shown, 36)}, {drawable(decoder(row), 30)}"
 
 
-def _caption(parts: list[Part]) -> str:
-    return (
-        "Left: features that are not the image's own through the trained decoder, scored against the image; "
-        f"mean over {parts[0].facts.images} test images with its {NAME}. What reaches the first "
-        "marker was guessed. Right: the distance of the re-encoded reconstruction's features from the image's "
-        "(disc) beside that of another image's (square)."
-    )
-
-
-PANEL = (2.7, 2.1)
-MAP = 1.15
-DASHES = ("-", "--", ":", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (1, 4)))
-ERROR_LOOKS = {
-    "luma": ("#000000", "o"), "cb": ("#0072B2", "s"), "cr": ("#D55E00", "s"),
-    "flat": ("#56B4E9", "D"), "edge": ("#009E73", "^"), "texture": ("#CC79A7", "v"),
-}  # fmt: skip
-
-
 def lost(rows: Rows) -> list[Drawing]:
     """Draw the error by frequency, kind of region and place; an empty list if no run has a breakdown."""
     parts, _ = read_parts(rows.decoders, "error_breakdown")
     return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
 
 
-def shades(parts: Sequence[Part]) -> dict[tuple[str, ...], tuple]:
-    """Return colours by sources, from light to dark through the layers of each encoder."""
-    layers: dict[str, dict[tuple[str, ...], None]] = {}
-    for part in parts:
-        layers.setdefault(part.row.encoder, {})[part.row.sources] = None
-    colors = matplotlib.colormaps["viridis_r"]
-    return {
-        sources: colors(0.15 + 0.8 * i / max(1, len(members) - 1))
-        for members in layers.values()
-        for i, sources in enumerate(members)
-    }
+def _encoder_panels(
+    parts: Sequence[Part], height: float, down: int = 1
+) -> tuple[Figure, np.ndarray, list[list[Part]]]:
+    """Make panels `(down, encoders)`; return the parts of each encoder too."""
+    groups = list(grouped(parts, lambda part: part.row.encoder).values())
+    figure = Figure((max(4.4, 0.8 + PANEL[0] * len(groups)), height), layout="constrained")
+    panels = figure.subplots(down, len(groups), sharex=True, sharey=True, squeeze=False)
+    names = short_encoders([part.row for part in parts])
+    for axes, members in zip(panels[0], groups, strict=True):
+        axes.set_title(drawable(names[members[0].row.encoder], 28))
+    return figure, panels, groups
 
 
-def dashes(parts: Sequence[Part]) -> dict[str, Any]:
+def _shades(parts: Sequence[Part]) -> dict[tuple[str, ...], Any]:
+    """Return colours by sources, from light to dark through the layers of one encoder."""
+    layers = list(dict.fromkeys(part.row.sources for part in parts))
+    scale, last = matplotlib.colormaps["viridis_r"], max(1, len(layers) - 1)
+    return {sources: scale(0.15 + 0.8 * i / last) for i, sources in enumerate(layers)}
+
+
+def _dashes(parts: Sequence[Part]) -> dict[str, Any]:
     """Return a dash pattern for each decoder."""
-    names = dict.fromkeys(decoder(p.row) for p in parts)
-    return {name: DASHES[i % len(DASHES)] for i, name in enumerate(names)}
+    names = dict.fromkeys(decoder(part.row) for part in parts)
+    return dict(zip(names, itertools.cycle(DASHES), strict=False))
 
 
-def name_layers(
-    axes: Axes, parts: Sequence[Part], colors: Mapping[tuple[str, ...], tuple], *, loc: str
-) -> None:
-    """Add a legend of one encoder's layers to its panel, in the colours of `shades`."""
-    layers = dict.fromkeys((p.row.sources, drawable(p.row.layer, 16)) for p in parts)
-    handles = [Line2D([], [], color=colors[sources], label=text) for sources, text in layers]
+def _name_layers(axes: Axes, parts: Sequence[Part], loc: str) -> None:
+    """Add a legend of one encoder's layers to its panel, in the colours of `_shades`."""
+    colors = _shades(parts)
+    layers = dict.fromkeys((part.row.sources, drawable(part.row.layer, 16)) for part in parts)
+    handles = [key(text, color=colors[sources]) for sources, text in layers]
     axes.legend(handles=handles, loc=loc, fontsize=6.5, handlelength=1.2, labelspacing=0.2)
 
 
 def _by_frequency(parts: Sequence[Part]) -> Drawing:
-    encoders = list(dict.fromkeys(p.row.encoder for p in parts))
-    names = short_encoders([p.row for p in parts])
-    figure = Figure((max(4.4, 0.8 + PANEL[0] * len(encoders)), 1.1 + PANEL[1] * 2), layout="constrained")
-    panels = figure.subplots(2, len(encoders), sharex=True, sharey=True, squeeze=False)
-    colors, patterns = shades(parts), dashes(parts)
-    for j, encoder in enumerate(encoders):
-        members = [p for p in parts if p.row.encoder == encoder]
-        for i, plane in enumerate(("luma", "chroma")):
-            axes = panels[i][j]
+    figure, panels, groups = _encoder_panels(parts, 1.1 + PANEL[1] * 2, down=2)
+    patterns = _dashes(parts)
+    for column, members in zip(panels.T, groups, strict=True):
+        colors = _shades(members)
+        for axes, plane in zip(column, ("luma", "chroma"), strict=True):
             axes.axhline(1, color=MUTED, lw=0.7, ls=(0, (4, 3)))
             for part in members:
-                line = share_lost(part, plane)
-                axes.plot(
-                    [f for f, _ in line], [s for _, s in line],
-                    color=colors[part.row.sources], ls=patterns[decoder(part.row)], lw=1.2,
-                )  # fmt: skip
+                line = zip(*share_lost(part, plane), strict=True)
+                axes.plot(*line, color=colors[part.row.sources], ls=patterns[decoder(part.row)], lw=1.2)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xticks([1 / 64, 1 / 16, 1 / 4], ["1/64", "1/16", "1/4"])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 4)))
-            grid_y(axes)
-            panels[i][0].set_ylabel(f"{plane}: error / image")
-        panels[0][j].set_title(drawable(names[encoder], 28))
-        panels[1][j].set_xlabel("cycles a pixel")
-        name_layers(panels[0][j], members, colors, loc="best")
-    handles = [Line2D([], [], color=MUTED, ls=ls, label=name) for name, ls in patterns.items()]
-    legend(figure, handles, columns=4)
+            grid_lines(axes)
+        column[-1].set_xlabel("cycles a pixel")
+        _name_layers(column[0], members, "best")
+    for axes, plane in zip(panels[:, 0], ("luma", "chroma"), strict=True):
+        axes.set_ylabel(f"{plane}: error / image")
+    legend(figure, [key(name, color=MUTED, ls=ls) for name, ls in patterns.items()], columns=4)
     caption = (
         "The error's power over the image's at each spatial frequency (radial averages of Hann-windowed spectra, "
         f"summed over {parts[0].facts.images} test images), luma above and chroma (Cb and Cr) below, darker "
@@ -159,8 +168,7 @@ def _by_frequency(parts: Sequence[Part]) -> Drawing:
 
 
 def _by_kind(parts: Sequence[Part]) -> Drawing:
-    figure = Figure((7.4, 1.4 + LINE * len(parts)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, left, right = _row_panels(parts, 1.4)
     for y, part in enumerate(parts):
         for plane in PLANES:
             score, (color, marker) = part.mean(f"psnr_{plane}"), ERROR_LOOKS[plane]
@@ -171,19 +179,11 @@ def _by_kind(parts: Sequence[Part]) -> Drawing:
             error, (color, marker) = getattr(part.facts.regions, kind).mse, ERROR_LOOKS[kind]
             if error is not None:
                 right.plot(-10 * math.log10(max(error, 1e-10)), y, color=color, marker=marker)
-    left.set_yticks(range(len(parts)), [label(p.row) for p in parts])
-    left.set_ylim(len(parts) - 0.5, -0.5)
-    for axes in (left, right):
+    for axes, title in ((left, "luma and chroma"), (right, "kind of region")):
         axes.set_xlabel("PSNR (dB)")
-        axes.grid(axis="x")
-        axes.tick_params(length=2.5)
-    left.set_title("luma and chroma")
-    right.set_title("kind of region")
+        axes.set_title(title)
     names = {**PLANES, **dict(zip(REGIONS, REGIONS, strict=True))}
-    handles = [
-        Line2D([], [], color=c, marker=m, ls="none", label=names[key]) for key, (c, m) in ERROR_LOOKS.items()
-    ]
-    legend(figure, handles, columns=6)
+    legend(figure, _markers(ERROR_LOOKS, names), columns=6)
     rules = parts[0].facts.regions
     caption = (
         "Left: PSNR of luma, Cb and Cr, each over its own range of 1, mean over test images with its "
@@ -217,3 +217,44 @@ def _by_place(parts: Sequence[Part]) -> Drawing:
         "the grid of locations show where a layer keeps less."
     )
     return Drawing("lost-by-place", "What is lost, by place", caption, figure)
+
+
+def rate(rows: Rows) -> list[Drawing]:
+    """Draw a panel for each encoder, a line for each layer; an empty list if no run has these data."""
+    parts, _ = read_parts(rows.decoders, "rate_distortion")
+    if not parts:
+        return []
+    figure, panels, groups = _encoder_panels(parts, 3.4)
+    patterns = _dashes(parts)
+    for axes, members in zip(panels[0], groups, strict=True):
+        colors = _shades(members)
+        for codec, ls in CODECS.items():
+            curve = curve_of(members[0], codec)
+            axes.plot([c.bits_per_pixel for c in curve], [c.psnr for c in curve], color=MUTED, ls=ls, lw=1)
+        for part in members:
+            points = [p for p in part.facts.points if p.bits < 32]
+            scores = [
+                mean_over_images([float(r["psnr"]) for r in part.images if r["bits"] == p.bits])
+                for p in points
+            ]
+            axes.errorbar(
+                [p.bits_per_pixel for p in points], [s.estimate for s in scores], error_bars(scores),
+                color=colors[part.row.sources], ls=patterns[decoder(part.row)], marker="o", markersize=2.5,
+                lw=1.1, elinewidth=0.7,
+            )  # fmt: skip
+        _name_layers(axes, members, "upper right")
+        axes.set_xscale("log")
+        axes.set_xlabel("bits a pixel (log scale)")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        grid_lines(axes)
+    panels[0][0].set_ylabel("PSNR (dB)")
+    handles = [key(name, color=INK, ls=ls) for name, ls in patterns.items()]
+    legend(figure, handles + [key(codec, color=MUTED, ls=ls) for codec, ls in CODECS.items()], columns=4)
+    caption = (
+        "Features at 1, 2, 3, 4, 6 and 8 bits (left to right) after "
+        f"{parts[0].facts.coder}, rebuilt by decoders that were fitted on unquantised ones; mean over "
+        f"{parts[0].facts.images} test images with its {NAME}. Grey: the same images as JPEG and "
+        "WebP files. Channels are quantised between their 0.1 % and 99.9 % quantiles over training images."
+    )
+    return [Drawing("rate", "Quality against the size of the features", caption, figure)]

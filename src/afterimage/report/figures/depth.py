@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import Bound, bounds_of, by_decoder
-from afterimage.report.figures.fonts import columns, drawable
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import (
     MUTED,
     Drawing,
     Style,
+    columns,
     controls_note,
     dashes,
     decoder_styles,
+    drawable,
     error_bars,
     fusion_note,
-    grid_y,
+    grid_lines,
     has,
+    key,
     legend,
     lpips_note,
     metric_label,
     metrics_of,
     short_encoders,
 )
-from afterimage.report.rows import Row, Rows, mean_over_images, pool
+from afterimage.report.rows import Row, Rows, grouped, mean_over_images, pool
 from afterimage.runs.results import METRICS, Interval
 
 LAYER_INCHES = 0.55
@@ -46,7 +47,7 @@ class Segment:
 
     title: str
     places: dict[tuple[str, ...], float]
-    names: dict[tuple[str, ...], str]
+    names: list[str]
     left: float
     right: float
 
@@ -90,38 +91,33 @@ def kept_by_depth(rows: Rows) -> list[Drawing]:
 def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
     founds = [bound.found for bound in bounds]
     metrics, segments = metrics_of(founds), _segments(founds)
-    place = {key: x for segment in segments for key, x in segment.places.items()}
+    places = _places(segments)
     figure, panels = _panels(segments, metrics)
     looks = list(decoder_styles([bound.decoder for bound in bounds]).values())
     drawn: dict[str, Style] = {f"decoder {label}": looks[0]}
     for axes, (metric, net) in zip(panels, metrics, strict=True):
-        series: dict[tuple[str, str, str], dict[float, list[Bound]]] = defaultdict(lambda: defaultdict(list))
         estimates: list[float] = []
-        for bound in bounds:
-            if has(bound.found, metric, net):
-                kind = "most consistent image" if bound.best(metric) is bound.refined else "best estimate"
-                series[bound.found.encoder, bound.found.control, kind][place[_layer_key(bound.found)]].append(
-                    bound
-                )
-        for (encoder, control, kind), layers in series.items():
-            own = sorted(layers.items())
+        series = grouped(
+            [(bound, _kind(bound, metric)) for bound in bounds if has(bound.found, metric, net)],
+            lambda pair: (pair[0].found.encoder, pair[0].found.control, pair[1]),
+        )
+        for (encoder, control, kind), pairs in series.items():
             drawn[kind] = Style(*ANSWERS[kind])
-            x = np.array([place for place, _ in own])
-            decoder = [_mean([bound.decoder for bound in members], metric) for _, members in own]
-            answer = [_mean([bound.best(metric) for bound in members], metric) for _, members in own]
-            _band(axes, x, decoder, answer, METRICS[metric].sign, joined=encoder != "fusion")
+            own = grouped((bound for bound, _ in pairs), lambda bound: places[_layer_key(bound.found)])
+            layers = sorted(own.items())
+            x = np.array([place for place, _ in layers])
+            decoder = [_mean([bound.decoder for bound in members], metric) for _, members in layers]
+            answer = [_mean([bound.best(metric) for bound in members], metric) for _, members in layers]
+            joined = encoder != "fusion"
+            _band(axes, x, decoder, answer, METRICS[metric].sign, joined=joined)
             still = [Interval(mean, mean, mean, 1) for mean in decoder]
-            apart = [_apart(members, metric, mean) for (_, members), mean in zip(own, answer, strict=True)]
+            apart = [_apart(of, metric, mean) for (_, of), mean in zip(layers, answer, strict=True)]
             for name, means in ((next(iter(drawn)), still), (kind, apart)):
-                _curve(axes, x, means, drawn[name], control, name, joined=encoder != "fusion")
+                _curve(axes, x, means, drawn[name], control, name, joined=joined)
             estimates += decoder + answer
         _keep_in_view(axes, estimates)
-    handles = [
-        Line2D([], [], color=look.color, marker=look.marker, label=drawable(name, 48))
-        for name, look in drawn.items()
-    ]
-    handles.append(Patch(color=BAND, label="what this decoder missed"))
-    legend(figure, handles, columns=4)
+    handles = [key(drawable(name, 48), color=look.color, marker=look.marker) for name, look in drawn.items()]
+    legend(figure, [*handles, Patch(color=BAND, label="what this decoder missed")], columns=4)
     figure.draw_without_rendering()
     counts = " or ".join(str(count) for count in sorted({bound.count for bound in bounds}))
     caption = (
@@ -133,6 +129,10 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
     )
     stem = "kept-by-depth" + (f"-{number + 1}" if number else "")
     return Drawing(stem, f"What layers keep, and what {label} missed", caption, figure, folded=number > 0)
+
+
+def _kind(bound: Bound, metric: str) -> str:
+    return "most consistent image" if bound.best(metric) is bound.refined else "best estimate"
 
 
 def _mean(rows: Sequence[Row], metric: str) -> float:
@@ -184,7 +184,7 @@ def _keep_in_view(axes: Axes, estimates: Sequence[float]) -> None:
 
 def _panels(segments: Sequence[Segment], metrics: Sequence[tuple[str, str]]) -> tuple[Figure, np.ndarray]:
     """Make a panel for each metric over a shared axis of layers, with the encoders' names above."""
-    names = [name for segment in segments for name in segment.names.values()]
+    names = [name for segment in segments for name in segment.names]
     inches = _layer_inches(segments[-1].right)
     is_rotated = max(columns(line) for name in names for line in name.split("\n")) * LETTER_INCHES > inches
     figure = Figure((2.2 + inches * segments[-1].right, 1.3 + 1.9 * len(metrics)), layout="constrained")
@@ -195,11 +195,10 @@ def _panels(segments: Sequence[Segment], metrics: Sequence[tuple[str, str]]) -> 
                 segment.left, segment.right, color="#f6f6f6" if i % 2 == 0 else "white", lw=0, zorder=-2
             )
         axes.set_ylabel(metric_label(metric, net))
-        grid_y(axes)
-    places = [place for segment in segments for place in segment.places.values()]
+        grid_lines(axes)
     rotation = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if is_rotated else {}
     labels = [name.replace("\n", ", ") if is_rotated else name for name in names]
-    panels[-1].set_xticks(places, labels, **rotation)
+    panels[-1].set_xticks(list(_places(segments).values()), labels, **rotation)
     panels[-1].set_xlim(segments[0].left, segments[-1].right)
     panels[-1].set_xlabel("layer, in execution order, and its feature locations")
     for segment in segments:
@@ -213,22 +212,26 @@ def _panels(segments: Sequence[Segment], metrics: Sequence[tuple[str, str]]) -> 
 
 def _segments(rows: Sequence[Row]) -> list[Segment]:
     short = short_encoders(rows)
-    layers: dict[str, dict[tuple[str, ...], Row]] = defaultdict(dict)
-    for row in sorted(rows, key=lambda r: (r.order[0], r.order[1], r.fusion_letter, r.order[4:])):
-        layers[row.encoder].setdefault(_layer_key(row), row)
-    spans = [max(len(members), 2) for members in layers.values()]
+    ordered = sorted(rows, key=lambda r: (r.order[0], r.order[1], r.fusion_letter, r.order[4:]))
+    encoders = [
+        (encoder, [own[0] for own in grouped(members, _layer_key).values()])
+        for encoder, members in grouped(ordered, lambda row: row.encoder).items()
+    ]
+    spans = [max(len(layers), 2) for _, layers in encoders]
     inches = _layer_inches(float(sum(spans)))
     segments, start = [], 0.0
-    for (encoder, members), span in zip(layers.items(), spans, strict=True):
-        first = start + (span - len(members)) / 2 + 0.5
-        places = {key: first + i for i, key in enumerate(members)}
-        names = {
-            key: f"{drawable(row.layer, 22)}\n{'×'.join(map(str, row.sides))}" for key, row in members.items()
-        }
+    for (encoder, layers), span in zip(encoders, spans, strict=True):
+        first = start + (span - len(layers)) / 2 + 0.5
+        places = {_layer_key(row): first + i for i, row in enumerate(layers)}
+        names = [f"{drawable(row.layer, 22)}\n{row.grid}" for row in layers]
         title = wrap(drawable(short[encoder]), max(8, int(span * inches / 0.085)))
         segments.append(Segment(title, places, names, start, start + span))
         start += span
     return segments
+
+
+def _places(segments: Sequence[Segment]) -> dict[tuple[str, ...], float]:
+    return {layer: place for segment in segments for layer, place in segment.places.items()}
 
 
 def _layer_inches(total: float) -> float:
@@ -243,42 +246,34 @@ def _layer_key(row: Row) -> tuple[str, ...]:
 def _lines(
     axes: Axes, rows: Sequence[Row], segments: Sequence[Segment], styles: dict[str, Style], metric: str
 ) -> None:
-    series: dict[tuple[str, str, str], dict[tuple[str, ...], list[Row]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for row in rows:
-        series[row.encoder, row.decoder_label, row.control][_layer_key(row)].append(row)
-    place = {key: x for segment in segments for key, x in segment.places.items()}
-    for (encoder, label, control), layers in series.items():
-        look, beside = styles[label], [key[1:] for key in series if key[0] == encoder]
+    places = _places(segments)
+    series = grouped(rows, lambda row: (row.encoder, row.decoder_label, row.control))
+    for (encoder, label, control), members in series.items():
+        beside = [name[1:] for name in series if name[0] == encoder]
         shift = 0.4 * ((beside.index((label, control)) + 0.5) / len(beside) - 0.5)
-        points = {
-            place[key] + shift: mean for key, members in layers.items() if (mean := pool(members, metric))
-        }
+        layers = grouped(members, _layer_key).items()
+        points = {places[layer] + shift: mean for layer, own in layers if (mean := pool(own, metric))}
         x = np.array(sorted(points))
-        _curve(axes, x, [points[at] for at in x], look, control, label, joined=encoder != "fusion")
+        _curve(axes, x, [points[at] for at in x], styles[label], control, label, joined=encoder != "fusion")
 
 
-def _handles(rows: Sequence[Row], styles: dict[str, Style], has_baselines: bool) -> list[Line2D]:
+def _handles(rows: Sequence[Row], styles: dict[str, Style], has_baselines: bool) -> list[Any]:
     looks = dict.fromkeys((r.decoder_label, r.control) for r in sorted(rows, key=lambda r: r.decoder_order))
-    handles = [
-        Line2D(
-            [], [], color=styles[name].color, marker=styles[name].marker, ls=dashes(control),
-            mfc="white" if control else styles[name].color,
-            label=drawable(name, 48) + (f", {control}" if control else ""),
-        )
-        for name, control in looks
-    ]  # fmt: skip
+    handles = []
+    for name, control in looks:
+        color, marker = styles[name].color, styles[name].marker
+        text, fill = drawable(name, 48) + (f", {control}" if control else ""), "white" if control else color
+        handles.append(key(text, color=color, marker=marker, ls=dashes(control), mfc=fill))
     if has_baselines:
-        handles.append(Line2D([], [], color=MUTED, lw=0.7, ls=(0, (4, 3)), label="baseline"))
+        handles.append(key("baseline", color=MUTED, lw=0.7, ls=(0, (4, 3))))
     return handles
 
 
 def _caption(rows: Rows) -> str:
-    seeds: dict[tuple[object, ...], set[int | None]] = defaultdict(set)
-    for row in rows.decoders:
-        seeds[row.encoder, row.decoder_label, row.control, *_layer_key(row)].add(row.seed)
-    most = max(map(len, seeds.values()))
+    alike = grouped(
+        rows.decoders, lambda row: (row.encoder, row.decoder_label, row.control, *_layer_key(row))
+    )
+    most = max(len({row.seed for row in own}) for own in alike.values())
     text = (
         f"Mean over test images with its {NAME}; decoders of a layer stand side by side. "
         "Intervals of two points may overlap although their difference is certain: the images are the "

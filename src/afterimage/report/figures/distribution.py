@@ -8,13 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.style import (
     INK,
     MUTED,
     Drawing,
     dashes,
     decoder_styles,
+    drawable,
     has,
     lpips_note,
     metric_label,

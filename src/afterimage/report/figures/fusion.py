@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from afterimage.config import AfterimageError, split_source
-from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.image_grid import (
     CELL,
     EDGE,
@@ -21,7 +20,7 @@ from afterimage.report.figures.image_grid import (
     GAP,
     HEAD,
     IMAGES,
-    LINE,
+    TEXT_LINE,
     Pixels,
     canvas,
     place_image,
@@ -29,8 +28,8 @@ from afterimage.report.figures.image_grid import (
     write_heads,
 )
 from afterimage.report.figures.labels import wrap
-from afterimage.report.figures.style import Drawing
-from afterimage.report.format import plain
+from afterimage.report.figures.style import Drawing, drawable
+from afterimage.report.format import capitalised, plain
 from afterimage.report.rows import Row, Rows
 
 COLORS = "cividis"
@@ -87,7 +86,7 @@ def _figure(row: Row, lines: list[Line]) -> Figure:
     ]
     means = zip(_names(row.sources), row.fusion_weights, strict=True)
     heads += [f"{name}\nmean weight {mean:.2f}" for name, mean in means]
-    top = EDGE + LINE * max(head.count("\n") + 1 for head in heads) + 0.08
+    top = EDGE + TEXT_LINE * max(head.count("\n") + 1 for head in heads) + 0.08
     step = CELL + FOOT + EDGE
     width = len(heads) * (CELL + GAP) + EDGE + BAR
     height = top + len(lines) * step
@@ -121,9 +120,8 @@ def _names(sources: tuple[str, ...]) -> list[str]:
 
 
 def _caption(row: Row) -> str:
-    text = row.fusion_text
     return (
-        f"{text[0].upper()}{text[1:]} of {' + '.join(row.sources)}. Each map shows how much of the fused features "
+        f"{capitalised(row.fusion_text)} of {' + '.join(row.sources)}. Each map shows how much of the fused features "
         "comes from one source at each location; at a location the sources' weights add up to 1, and an equal "
         f"share would be {1 / len(row.sources):.2f}. All maps have one colour scale. Above a column: the mean over "
         "all test images; below a map: its own mean."

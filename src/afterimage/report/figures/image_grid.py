@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -16,11 +17,18 @@ from matplotlib.patches import Rectangle
 
 from afterimage.config import AfterimageError
 from afterimage.report.bounds import Bound, bounds_of, by_decoder
-from afterimage.report.figures.fonts import drawable
 from afterimage.report.figures.labels import wrap
-from afterimage.report.figures.style import INK, MUTED, Drawing, fusion_note, short_encoders, style
+from afterimage.report.figures.style import (
+    INK,
+    MUTED,
+    Drawing,
+    drawable,
+    fusion_note,
+    short_encoders,
+    style,
+)
 from afterimage.report.format import plain
-from afterimage.report.rows import Row, Rows, lpips_nets
+from afterimage.report.rows import Row, Rows, grouped, lpips_nets
 from afterimage.runs.files import read_image
 from afterimage.runs.run import Run
 
@@ -30,7 +38,7 @@ COLUMNS = 8
 IMAGES, FEW_IMAGES, MANY_PAGES = 3, 2, 4  # IMAGES on a page, FEW_IMAGES if there are more than MANY_PAGES
 DETAIL = 4  # ratio of an image's shorter side to the side of its detail
 CELL = 1.12  # inches: at 200 dpi the 224 pixels of a usual image are printed one to one
-LINE = 0.13  # inches for each line of text
+TEXT_LINE = 0.13  # inches for each line of text
 GAP, EDGE, FOOT = 0.06, 0.05, 0.18
 BLOCK = 2 * CELL + FOOT + 0.14  # an image, its PSNR, its detail, and the gap to the next image
 HEAD = 17  # characters that fit above a column
@@ -38,26 +46,25 @@ BOX = "#D55E00"
 
 
 @dataclass(frozen=True)
-class Album:
-    """Images of a figure: `cells[id][i]` is the reconstruction by row `i`, None where there is none, and
-    `psnr[id][i]` its score in dB."""
+class Line:
+    """One image of a figure: its original, and each row's reconstruction and PSNR, None where there is none."""
 
-    ids: list[str]
-    originals: dict[str, Pixels]
-    cells: dict[str, list[Pixels | None]]
-    psnr: dict[str, list[float | None]]
+    id: str
+    original: Pixels
+    cells: Sequence[Pixels | None]
+    psnr: Sequence[float | None]
 
 
 @dataclass(frozen=True)
 class Page:
-    """Runs that share a figure."""
+    """Runs that share a figure of up to `images` images; `names` are short names of encoders."""
 
     stem: str
     title: str
     rows: list[Row]
     names: dict[str, str]
-    images: int = IMAGES
-    folded: bool = False
+    images: int
+    folded: bool
 
 
 def pages(rows: Rows) -> list[Page]:
@@ -76,8 +83,8 @@ def pages(rows: Rows) -> list[Page]:
 
 def grid(page: Page) -> list[Drawing]:
     """Draw whole images and a detail of each in one figure; an empty list where the runs saved none."""
-    album = _album(page.rows, page.images)
-    return [_drawing(page, album)] if album.ids else []
+    lines = list(itertools.islice(_lines(page.rows), page.images))
+    return [_drawing(page, lines)] if lines else []
 
 
 @runtime_checkable
@@ -99,15 +106,13 @@ def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Dra
     drawings = []
     for page in pages(rows):
         columns = [shown[row.run] for row in page.rows]
-        ids = list(columns[0])
-        album = Album(
-            ids,
-            {i: columns[0][i].original for i in ids},
-            {i: [column[i].image for column in columns] for i in ids},
-            {i: [column[i].scores["psnr"] for column in columns] for i in ids},
-        )
+        lines = []
+        for name, first in columns[0].items():
+            own = [column[name] for column in columns]
+            scores = [image.scores["psnr"] for image in own]
+            lines.append(Line(name, first.original, [image.image for image in own], scores))
         with style():
-            drawings.append(_drawing(page, album))
+            drawings.append(_drawing(page, lines))
     return drawings
 
 
@@ -118,8 +123,8 @@ def kept(rows: Rows) -> list[Drawing]:
     """
     drawings: list[Drawing] = []
     for label, bounds in by_decoder(bounds_of(rows)).items():
-        first = {(bound.found.sources, bound.found.origin): bound for bound in reversed(bounds)}
-        own = list(first.values())[::-1]
+        layers = grouped(bounds, lambda bound: (bound.found.sources, bound.found.origin)).values()
+        own = [same[0] for same in layers]
         for title, part in _chunks(f"What layers keep, and what {label} shows", own):
             drawings += _kept(part, label, title, len(drawings))
     return drawings
@@ -130,15 +135,12 @@ LARGE = 8.5  # font size in points that is legible where the figure is 900 pixel
 
 
 def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[Drawing]:
-    lines = [
-        (name, answers)
-        for name, answers in (
-            (f"decoder {label}", [bound.decoder for bound in bounds]),
-            ("best estimate", [bound.estimate for bound in bounds]),
-            ("most consistent", [bound.refined for bound in bounds]),
-        )
-        if any(answers)
-    ]
+    lines = {
+        f"decoder {label}": [bound.decoder for bound in bounds],
+        "best estimate": [bound.estimate for bound in bounds],
+        "most consistent": [bound.refined for bound in bounds],
+    }
+    lines = {name: answers for name, answers in lines.items() if any(answers)}
     saved = [_saved(bound.found) for bound in bounds]
     common = [i for i in saved[0] if all(i in images for images in saved)] or list(saved[0])
     originals = {i: pixels for i in common if (pixels := read_pixels(saved[0][i][0])) is not None}
@@ -159,7 +161,7 @@ def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[
     for place, (identity, original) in enumerate(originals.items()):
         y = top + place * block
         place_image(axes, original, EDGE, y, "")
-        for line, (name, answers) in enumerate(lines):
+        for line, (name, answers) in enumerate(lines.items()):
             middle = y + line * step + CELL / 2
             axes.text(start - 0.05, middle, drawable(name, 20), ha="right", va="center", rotation=90, **text)
             for x, answer in zip(left, answers, strict=True):
@@ -190,11 +192,8 @@ def _column_head(row: Row, names: Mapping[str, str]) -> str:
 
 def _answer_pixels(answer: Row | None, identity: str, original: Pixels) -> Pixels | None:
     """Return a row's reconstruction of an image; None where it saved none, or its original differs."""
-    paths = _saved(answer).get(identity) if answer else None
-    own, pixels = map(read_pixels, paths) if paths else (None, None)
-    if own is None or pixels is None or pixels.shape != original.shape or not np.array_equal(own, original):
-        return None
-    return pixels
+    own, pixels = _pair(_saved(answer), identity) if answer else (None, None)
+    return pixels if _fits(own, pixels, original) else None
 
 
 def _scores_of(answer: Row, identity: str) -> str:
@@ -204,22 +203,19 @@ def _scores_of(answer: Row, identity: str) -> str:
 
 
 def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]:
-    room = COLUMNS - 1
-    if rows.decoders and len(rows.decoders) <= room:
+    if rows.decoders and len(rows.decoders) < COLUMNS:
         yield "Reconstructions", list(rows.decoders)
     else:
-        for encoder, control in dict.fromkeys((r.encoder, r.control) for r in rows.decoders):
-            members = [r for r in rows.decoders if (r.encoder, r.control) == (encoder, control)]
-            name = names[encoder] + (f", {control}" if control else "")
-            if len(members) <= room:
-                yield f"Reconstructions: {name}", members
+        for (encoder, control), members in grouped(rows.decoders, lambda r: (r.encoder, r.control)).items():
+            title = f"Reconstructions: {names[encoder]}" + (f", {control}" if control else "")
+            if len(members) < COLUMNS:
+                yield title, members
                 continue
-            seeds = len({r.seed for r in members}) > 1
-            by_decoder = sorted(members, key=lambda r: (r.decoder_order, r.seed or 0, r.order))
-            for _, group in itertools.groupby(by_decoder, key=lambda r: (r.decoder_label, r.seed)):
-                own = list(group)
-                title = f"Reconstructions: {name}, {plain(own[0].decoder_label)}"
-                yield from _chunks(title + (f", seed {own[0].seed}" if seeds else ""), own)
+            has_seeds = len({r.seed for r in members}) > 1
+            members.sort(key=lambda r: (r.decoder_order, r.seed or 0, r.order))
+            for (label, seed), own in grouped(members, lambda r: (r.decoder_label, r.seed)).items():
+                seeded = f", seed {seed}" if has_seeds else ""
+                yield from _chunks(f"{title}, {plain(label)}{seeded}", own)
     if rows.baselines:
         yield from _chunks("Reconstructions: baselines", list(rows.baselines))
 
@@ -232,26 +228,27 @@ def _chunks(title: str, columns: list[Column]) -> Iterable[tuple[str, list[Colum
         yield title + (f" ({i + 1} of {count})" if count > 1 else ""), columns[i * size : (i + 1) * size]
 
 
-def _album(rows: Sequence[Row], limit: int) -> Album:
-    """Collect the images that most rows saved, up to `limit`; a row with another original has no cell."""
+def _lines(rows: Sequence[Row]) -> Iterator[Line]:
+    """Yield the saved images, those that most rows saved first; a row with another original has no cell."""
     saved = [_saved(row) for row in rows]
-    counts = {i: sum(i in s for s in saved) for i in dict.fromkeys(itertools.chain(*saved))}
-    ids = sorted(counts, key=lambda i: -counts[i])
-    album = Album([], {}, {}, {})
-    for identity in ids:
-        pairs = [tuple(map(read_pixels, s[identity])) if identity in s else (None, None) for s in saved]
-        original = next((o for o, _ in pairs if o is not None), None)
+    counts = Counter(itertools.chain(*saved))
+    for identity, _ in counts.most_common():
+        pairs = [_pair(images, identity) for images in saved]
+        original = next((own for own, _ in pairs if own is not None), None)
         if original is not None:
-            album.ids.append(identity)
-            album.originals[identity] = original
-            album.cells[identity] = [
-                r if r is not None and r.shape == original.shape and np.array_equal(o, original) else None
-                for o, r in pairs
-            ]
-            album.psnr[identity] = [row.values("psnr").get(identity) for row in rows]
-        if len(album.ids) == limit:
-            break
-    return album
+            cells = [pixels if _fits(own, pixels, original) else None for own, pixels in pairs]
+            psnr = [row.values("psnr").get(identity) for row in rows]
+            yield Line(identity, original, cells, psnr)
+
+
+def _pair(saved: Mapping[str, tuple[Path, Path]], identity: str) -> tuple[Pixels | None, Pixels | None]:
+    """Read an original and its reconstruction; None for one that is missing or cannot be read."""
+    return tuple(map(read_pixels, saved[identity])) if identity in saved else (None, None)
+
+
+def _fits(own: Pixels | None, pixels: Pixels | None, original: Pixels) -> bool:
+    """Return True for a reconstruction of this original in its size."""
+    return pixels is not None and pixels.shape == original.shape and np.array_equal(own, original)
 
 
 def _saved(row: Row) -> dict[str, tuple[Path, Path]]:
@@ -268,27 +265,29 @@ def read_pixels(path: Path) -> Pixels | None:
         return None
 
 
-def _drawing(page: Page, album: Album) -> Drawing:
+def _drawing(page: Page, lines: Sequence[Line]) -> Drawing:
     heads = ["original", *(_head(row, page) for row in page.rows)]
-    top = EDGE + LINE * max(head.count("\n") + 1 for head in heads) + 0.08
+    top = EDGE + TEXT_LINE * max(head.count("\n") + 1 for head in heads) + 0.08
     width = len(heads) * (CELL + GAP) - GAP + 2 * EDGE
-    height = top + len(album.ids) * BLOCK - BLOCK + 2 * CELL + FOOT + EDGE
+    height = top + len(lines) * BLOCK - BLOCK + 2 * CELL + FOOT + EDGE
     figure, axes = canvas(width, height)
     left = [EDGE + column * (CELL + GAP) for column in range(len(heads))]
     write_heads(axes, left, top, heads)
-    for line, identity in enumerate(album.ids):
-        original, y = album.originals[identity], top + line * BLOCK
-        scores = ("" if psnr is None else f"{psnr:.2f} dB" for psnr in album.psnr[identity])
-        feet = [drawable(identity, HEAD), *scores]
-        for x, pixels, foot in zip(left, [original, *album.cells[identity]], feet, strict=True):
+    for place, line in enumerate(lines):
+        y = top + place * BLOCK
+        scores = ("" if psnr is None else f"{psnr:.2f} dB" for psnr in line.psnr)
+        feet = [drawable(line.id, HEAD), *scores]
+        for x, pixels, foot in zip(left, [line.original, *line.cells], feet, strict=True):
             if pixels is None:
                 _absent(axes, x, y)
             else:
-                _show(axes, pixels, x, y, foot, busiest(original), boxed=x == left[0])
+                _show(axes, pixels, x, y, foot, busiest(line.original), boxed=x == left[0])
+    gaps = sum(pixels is None for line in lines for pixels in line.cells)
+    missing = f" {gaps} images were not saved, cannot be read, or are of another original." if gaps else ""
     caption = (
         "Originals and what each row rebuilt, and under each the boxed detail enlarged pixel by pixel: the "
         "part of the original with the highest contrast (variance of its luma). Above a column: its row and "
-        f"mean PSNR over all test images; below an image: its own PSNR.{_missing(album)}{fusion_note(page.rows)}"
+        f"mean PSNR over all test images; below an image: its own PSNR.{missing}{fusion_note(page.rows)}"
     )
     return Drawing(page.stem, page.title, caption, figure, page.folded)
 
@@ -375,11 +374,6 @@ def _head(row: Row, page: Page) -> str:
         parts += [f"seed {row.seed}"] if len({r.seed for r in page.rows}) > 1 else []
         parts += [row.control] if row.is_random else []
     return "\n".join([*parts, f"mean {row.scores['psnr'].mean:.2f} dB"])
-
-
-def _missing(album: Album) -> str:
-    gaps = sum(pixels is None for cells in album.cells.values() for pixels in cells)
-    return f" {gaps} images were not saved, cannot be read, or are of another original." if gaps else ""
 
 
 def _slug(name: str) -> str:

@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 from scipy.optimize import isotonic_regression
 
-from afterimage.report.figures.fonts import columns, head
-from afterimage.report.figures.style import MUTED
+from afterimage.report.figures.style import MUTED, columns, head
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:

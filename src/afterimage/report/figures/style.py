@@ -1,23 +1,31 @@
-"""Style of all figures: print sizes, colour-blind safe colours, output that repeats byte for byte."""
+r"""Style of all figures: print sizes, colour-blind safe colours, fonts, output that repeats byte for byte.
+
+Text is cut to a width in columns; characters that no font has are written as `\u4e2d`.
+"""
 
 from __future__ import annotations
 
 import io
 import itertools
 import logging
+import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import matplotlib
-from matplotlib.artist import Artist
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from afterimage.config import short_names
-from afterimage.report.figures.fonts import drawable, families
-from afterimage.report.format import plain
+from afterimage.report.format import capitalised, plain
 from afterimage.report.rows import Row, fusion_legend, lpips_nets
 from afterimage.report.tables import heading, score_columns
 from afterimage.runs.results import Interval
@@ -83,25 +91,19 @@ def error_bars(intervals: Sequence[Interval]) -> list[list[float]]:
 
 
 @contextmanager
-def _at_level(logger: logging.Logger, level: int) -> Iterator[None]:
-    before = logger.level
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-@contextmanager
 def style() -> Iterator[None]:
     """Apply matplotlib's defaults and ours inside the block, ignoring the user's matplotlibrc."""
-    # The font manager warns of fonts for some scripts that have no bold.
-    quiet = _at_level(logging.getLogger("matplotlib.font_manager"), logging.ERROR)
-    with matplotlib.rc_context(), warnings.catch_warnings(), quiet:
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
+    with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC | {"font.family": families()})
-        yield
+        fonts.setLevel(logging.ERROR)  # it warns of fonts for some scripts that have no bold
+        try:
+            yield
+        finally:
+            fonts.setLevel(level)
 
 
 def render(figure: Figure) -> tuple[bytes, bytes]:
@@ -181,10 +183,15 @@ def controls_note(rows: Sequence[Row]) -> str:
 
 def fusion_note(rows: Sequence[Row]) -> str:
     """Write a caption's note on the letters that stand for fusions; empty if there are none."""
-    return "".join(f" {line[0].upper()}{line[1:]}." for line in fusion_legend(rows))
+    return "".join(f" {capitalised(line)}." for line in fusion_legend(rows))
 
 
-def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
+def key(label: str, **look: Any) -> Line2D:
+    """Return an entry of a legend."""
+    return Line2D([], [], label=label, **look)
+
+
+def legend(figure: Figure, handles: Sequence[Line2D], *, columns: int) -> None:
     """Set one legend below the whole figure, in up to `columns` columns, as many as fit its width."""
     for count in range(columns, 0, -1):
         made = figure.legend(handles=handles, loc="outside lower center", ncols=count)
@@ -193,7 +200,75 @@ def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
         made.remove()
 
 
-def grid_y(axes: Axes) -> None:
-    """Draw horizontal grid lines and short ticks."""
-    axes.grid(axis="y")
+def grid_lines(axes: Axes, axis: str = "y") -> None:
+    """Draw grid lines across an axis, and short ticks."""
+    axes.grid(axis=axis)
     axes.tick_params(length=2.5)
+
+
+def log_x(
+    axes: Axes,
+    text: Callable[[float], str] = "{:g}".format,
+    *,
+    subs: Sequence[int] = (1, 2, 5),
+    most: int = 12,
+) -> None:
+    """Give a panel a logarithmic x axis of up to `most` ticks, at `subs` times the powers of ten."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=most))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+BASE = "DejaVu Sans"
+"""Font of every figure, bundled with matplotlib."""
+OTHERS = (
+    "Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans Devanagari", "Noto Sans Thai",
+    "Arial Unicode MS", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic", "WenQuanYi Zen Hei",
+    "Droid Sans Fallback", "Unifont",
+)  # fmt: skip
+"""Fonts of Linux, Windows and macOS that are used, if installed, for characters missing in the base font."""
+
+
+@cache
+def families() -> list[str]:
+    """Return the fonts to draw text in; each character is drawn in the first font that contains it."""
+    installed = set(font_manager.get_font_names())
+    return [BASE, *(name for name in OTHERS if name in installed)]
+
+
+@cache
+def _characters() -> frozenset[str]:
+    files = (font_manager.findfont(name) for name in families())
+    return frozenset(chr(code) for file in files for code in FT2Font(file).get_charmap())
+
+
+def drawable(text: object, limit: int = 0) -> str:
+    """Return text as `plain` does, with characters that no font contains written as escapes.
+
+    Args:
+        text: the text
+        limit: largest width in columns (a CJK character takes two), cut in the middle; 0 for no limit
+    """
+    units = [c if c in _characters() else _escape(c) for c in plain(text)]
+    return "".join(units if not limit or columns("".join(units)) <= limit else _cut(units, limit))
+
+
+def columns(text: str) -> int:
+    """Return the width of text in columns: 2 for a wide (CJK) character, 1 for any other."""
+    return len(text) + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+
+
+def head(units: Sequence[str], width: int) -> Sequence[str]:
+    """Return the longest beginning that fits into `width` columns."""
+    return units[: sum(end <= width for end in itertools.accumulate(map(columns, units)))]
+
+
+def _cut(units: list[str], limit: int) -> list[str]:
+    """Cut text in the middle, as `plain` does, without splitting escapes."""
+    tail = head(units[::-1], (limit - 1) // 2)[::-1]
+    return [*head(units, limit - 1 - columns("".join(tail))), "…", *tail]
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode() if ord(character) > 127 else character

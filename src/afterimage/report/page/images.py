@@ -107,7 +107,8 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def _choose_quality(images: Sequence[PageImage], limit: int, pool: Executor) -> int | None:
-    size = sum(_size(file) + 100 for page_image in images for file in page_image.files)
+    files = [file for page_image in images for file in page_image.files]
+    size = sum(file.stat().st_size + 100 for file in files if file.exists())
     if size * 4 / 3 + OVERHEAD * len(images) <= min(limit, EXACT_BYTES):
         return None
     sample = images[:: max(1, len(images) // 5)]
@@ -160,12 +161,5 @@ def _webp(image: Image.Image, quality: int) -> bytes:
 def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise AfterimageError(f"cannot read the image {shown(path)}: {error.strerror}") from None
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
     except OSError as error:
         raise AfterimageError(f"cannot read the image {shown(path)}: {error.strerror}") from None

@@ -14,14 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from afterimage.config import AfterimageError, read_text, short_names, shown
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import Bound, bounds_of, curve, main_bounds
+from afterimage.report.format import NONE, Finding
 from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather, read_bytes
-from afterimage.report.rows import Row, Rows
-from afterimage.report.tables import NONE, duration, lpips_reason
+from afterimage.report.rows import Row, Rows, grouped
+from afterimage.report.tables import best_mean, duration, lpips_reason
 from afterimage.runs.files import write_atomic
 from afterimage.runs.results import METRICS
 from afterimage.runtime.terminal import Progress, silent
@@ -40,9 +41,9 @@ def write_page(
     out: str | Path,
     *,
     title: str,
-    bounds: Sequence[Mapping[str, Any]] = (),
+    bounds: Sequence[Finding] = (),
     bound_figures: Sequence[tuple[str, Path]] = (),
-    findings: Sequence[Mapping[str, Any]] = (),
+    findings: Sequence[Finding] = (),
     lead: str = "",
     problems: Sequence[str] = (),
     figures: Sequence[tuple[str, Path]] = (),
@@ -55,9 +56,9 @@ def write_page(
         rows: rows of the report
         out: file to write
         title: title of the page
-        bounds: findings on measured bounds, shown first, as dicts of the fields of `Finding`
+        bounds: findings on measured bounds, shown first
         bound_figures: `(caption, PNG file)` pairs to show with the bounds
-        findings: other findings, in the same form
+        findings: other findings
         lead: text before the findings
         problems: sentences on what could not be computed
         figures: `(caption, PNG file)` pairs
@@ -72,64 +73,72 @@ def write_page(
     """
     images = gather(rows.every)
     entries = describe_rows(rows, images)
-    context = {"title": title, "findings": findings, "lead": lead, "problems": problems, "bounds": bounds}
-    for name, drawn in {"figures": figures, "bound_figures": bound_figures}.items():
-        context[name] = [
-            {"caption": text, "uri": data_uri(read_bytes(path), "image/png")} for text, path in drawn
-        ]
+    context = {
+        "title": title, "lead": lead, "problems": problems, "bounds": bounds, "findings": findings,
+        "figures": _embedded(figures), "bound_figures": _embedded(bound_figures), **_shared(rows, entries),
+    }  # fmt: skip
+    data = {
+        "runs": entries,
+        "rows": len(rows.all),
+        "ids": image_ids(rows),
+        "net": main_net(rows),
+    }
+    environment = page_environment(TEMPLATES)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    template = environment.get_template("page.html")
+
+    def render(album: Album) -> str:
+        return template.render(album=album, data=data | {"images": album.images}, **context)
+
     # A first rendering without images shows how much room is left for them.
-    room = limit - len(_render(rows, entries, Album(total=len(images)), **context).encode())
+    room = limit - len(render(Album(total=len(images))).encode())
     if room < 0:
         raise AfterimageError(
             f"{shown(out)}: tables, charts and figures alone take more than the limit of {limit:,} bytes"
         )
-    album = embed(images, room, progress)
-    write_atomic(out, _render(rows, entries, album, **context))
+    write_atomic(out, render(embed(images, room, progress)))
     return Path(out)
 
 
-def _render(
-    rows: Rows, entries: Sequence[Mapping[str, Any]], album: Album, *, title: str, **context: Any
-) -> str:
+def _embedded(figures: Iterable[tuple[str, Path]]) -> list[dict[str, str]]:
+    return [{"caption": text, "uri": data_uri(read_bytes(path), "image/png")} for text, path in figures]
+
+
+def _shared(rows: Rows, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the template's values that depend on the rows alone, and those of every page."""
     theme, style = _text("theme.js"), "\n".join(map(_text, STYLES))
     script = "\n".join(["(() => {", '"use strict";', *map(_text, SCRIPTS), "})();"])
-    data = {
-        "runs": entries,
-        "rows": len(rows.all),
-        "images": album.images,
-        "ids": image_ids(rows),
-        "net": main_net(rows),
+    named = zip(rows.every, entries, strict=True)
+    notes = [(note, entry["name"]) for row, entry in named for note in row.notes]
+    missing = [(lpips_reason(row), row.label) for row in rows.all if not row.scores["lpips"]]
+    comparable = [metric for metric in METRICS if metric != "lpips" or len(rows.nets) < 2]
+    return {
+        "interval_name": NAME,
+        "theme": theme,
+        "style": style,
+        "script": script,
+        "script_hashes": [_hash(theme), _hash(script)],
+        "style_hash": _hash(style),
+        "rows": list(zip(rows.all, entries, strict=False)),
+        "every": list(zip(rows.every, entries, strict=True)),
+        "answers": any(entry["answers"] for entry in entries),
+        "unfinished": rows.unfinished,
+        "warnings": rows.warnings,
+        "notes": _by_text(notes),
+        "lpips_missing": _by_text(missing),
+        "nets": rows.nets,
+        "best": {metric: best_mean(rows.decoders, metric) for metric in comparable},
+        "metrics": [(name, metric.digits) for name, metric in METRICS.items()],
+        "config_text": _config_text,
+        "duration": duration,
+        "lpips_reason": lpips_reason,
+        "dash": NONE,
     }
-    return _page_template().render(
-        title=title,
-        interval_name=NAME,
-        theme=theme,
-        style=style,
-        script=script,
-        script_hashes=[_hash(theme), _hash(script)],
-        style_hash=_hash(style),
-        rows=list(zip(rows.all, entries, strict=False)),
-        every=list(zip(rows.every, entries, strict=True)),
-        answers=any(entry["answers"] for entry in entries),
-        unfinished=rows.unfinished,
-        warnings=rows.warnings,
-        notes=grouped(
-            (note, entry["name"])
-            for row, entry in zip(rows.every, entries, strict=True)
-            for note in row.notes
-        ),
-        lpips_missing=grouped((lpips_reason(row), row.label) for row in rows.all if not row.scores["lpips"]),
-        nets=rows.nets,
-        best=best_scores(rows),
-        metrics=[(name, metric.digits) for name, metric in METRICS.items()],
-        data=data,
-        album=album,
-        config_text=_config_text,
-        duration=duration,
-        lpips_reason=lpips_reason,
-        dash=NONE,
-        **context,
-    )
+
+
+def _by_text(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Return each text with the names of the rows that share it."""
+    return [(text, [name for _, name in own]) for text, own in grouped(pairs, lambda p: p[0]).items()]
 
 
 def page_environment(templates: Path) -> Environment:
@@ -141,12 +150,6 @@ def page_environment(templates: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _page_template() -> Template:
-    environment = page_environment(TEMPLATES)
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    return environment.get_template("page.html")
 
 
 def _config_text(row: Row) -> str:
@@ -198,11 +201,8 @@ def _missed(bound: Bound) -> dict[str, dict[str, float]]:
         if gaps := bound.missed(metric):
             values = bound.decoder.values(metric)
             decoder = statistics.fmean(values[name] for name in gaps)
-            ends[metric] = {
-                "decoder": decoder,
-                "bound": decoder + statistics.fmean(gaps.values()),
-                "images": len(gaps),
-            }
+            found = decoder + statistics.fmean(gaps.values())
+            ends[metric] = {"decoder": decoder, "bound": found, "images": len(gaps)}
     return ends
 
 
@@ -221,31 +221,10 @@ def image_ids(rows: Rows) -> list[str]:
     return list(dict.fromkeys(image["id"] for row in rows.every for image in row.per_image))
 
 
-def best_scores(rows: Rows) -> dict[str, str]:
-    """Return the best mean of each metric, as printed, among decoders on pretrained weights.
-
-    LPIPS is left out where several networks measured it: their distances do not compare.
-    """
-    best = {}
-    for name, metric in METRICS.items():
-        means = [row.scores[name].mean for row in rows.decoders if row.scores[name] and not row.is_random]
-        if means and not (name == "lpips" and len(rows.nets) > 1):
-            best[name] = f"{(max if metric.higher_is_better else min)(means):.{metric.digits}f}"
-    return best
-
-
 def main_net(rows: Rows) -> str:
     """Return the LPIPS network that measured the most rows; empty where LPIPS is unavailable throughout."""
     nets = Counter(row.lpips.net for row in rows.all if row.scores["lpips"])
     return nets.most_common(1)[0][0] if nets else ""
-
-
-def grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """Return each text with the names of the rows that share it."""
-    groups: dict[str, list[str]] = {}
-    for text, name in pairs:
-        groups.setdefault(text, []).append(name)
-    return list(groups.items())
 
 
 def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:

@@ -1,29 +1,39 @@
-"""Training curves: the loss on validation images by epoch."""
+"""Curves: the loss on validation images by epoch of a training, and PSNR by pass of an inversion's search."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from afterimage.config import AfterimageError, RunConfig
-from afterimage.report.figures.fonts import drawable
+from afterimage.config import AfterimageError, RunConfig, counted
+from afterimage.report.bounds import CURVE, PAST, features_of, highest, mean_curve, searched
 from afterimage.report.figures.labels import margin_labels, wrap
-from afterimage.report.figures.style import MUTED, Drawing, grid_y, legend, short_encoders
-from afterimage.report.rows import Row, Rows
+from afterimage.report.figures.style import (
+    ENCODER_COLORS,
+    MUTED,
+    Drawing,
+    drawable,
+    grid_lines,
+    key,
+    legend,
+    short_encoders,
+    style,
+)
+from afterimage.report.rows import Row, Rows, grouped
 
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
 PANELS = 12  # per figure
 TITLE = 26  # characters per line of a panel's title
 Epochs = list[dict[str, Any]]
+Trained = tuple[Row, Epochs]
 Panel = tuple[str, str, str, str]
 # Ratio of successive learning rates below which there is a drop; smooth schedules have none.
 DROP = 0.9
@@ -37,40 +47,37 @@ def training_curves(rows: Rows) -> list[Drawing]:
     """
     found = [(row, _history(row)) for row in rows.decoders]
     trained = [(row, epochs) for row, epochs in found if len(epochs) > 1]
-    groups: dict[Panel, list[tuple[Row, Epochs]]] = defaultdict(list)
-    for row, epochs in sorted(
-        trained, key=lambda pair: (*pair[0].order[:3], pair[0].decoder_order, pair[0].order)
-    ):
-        groups[row.encoder, row.control, row.decoder_label, _loss(row)].append((row, epochs))
+    if not trained:
+        return []
+    trained.sort(key=lambda pair: (*pair[0].order[:3], pair[0].decoder_order, pair[0].order))
+    panels = grouped(
+        trained, lambda pair: (pair[0].encoder, pair[0].control, pair[0].decoder_label, _loss(pair[0]))
+    )
     caption, names = _caption(trained, len(rows.decoders)), short_encoders(rows.decoders)
-    if len(groups) <= PANELS:
-        return [Drawing("training-curves", "Training", caption, _figure(groups, names))] if groups else []
+    if len(panels) <= PANELS:
+        return [Drawing("training-curves", "Training", caption, _figure(panels, names))]
     drawings = []
-    for i, encoder in enumerate(dict.fromkeys(panel[0] for panel in groups), 1):
-        own = {panel: members for panel, members in groups.items() if panel[0] == encoder}
-        drawings.append(
-            Drawing(f"training-curves-{i}", f"Training: {names[encoder]}", caption, _figure(own, names))
-        )
+    for i, (encoder, own) in enumerate(grouped(panels, lambda panel: panel[0]).items(), 1):
+        figure = _figure({panel: panels[panel] for panel in own}, names)
+        drawings.append(Drawing(f"training-curves-{i}", f"Training: {names[encoder]}", caption, figure))
     return drawings
 
 
-def _figure(groups: dict[Panel, list[tuple[Row, Epochs]]], names: dict[str, str]) -> Figure:
+def _figure(groups: dict[Panel, list[Trained]], names: dict[str, str]) -> Figure:
     places, down, across = _places(list(groups))
     figure = Figure((max(4.4, 0.4 + 2.7 * across), max(3.0, 0.6 + 2.1 * down)), layout="constrained")
-    panels = {place: figure.add_subplot(down, across, place) for place in places}
-    ends = {}
-    for axes, (encoder, control, decoder, loss) in zip(panels.values(), groups, strict=True):
-        ends[axes] = _draw(axes, groups[encoder, control, decoder, loss], loss == "mse")
+    ends, alike = {}, {}
+    for place, ((encoder, control, decoder, loss), members) in zip(places, groups.items(), strict=True):
+        axes = figure.add_subplot(down, across, place)
+        ends[axes] = _draw(axes, members, loss == "mse")
         who = f"{names[encoder]}{f', {control}' if control else ''}"
         extra = "" if loss == "mse" else f"\nloss: {wrap(drawable(loss, 40), TITLE)}"
         axes.set_title(f"{wrap(drawable(who), TITLE)}\n{wrap(drawable(decoder, 72), TITLE)}{extra}")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.set_ylabel("validation PSNR (dB) ↑" if loss == "mse" else "validation loss ↓")
-    alike: dict[str, list[Axes]] = defaultdict(list)
-    for axes, (encoder, _, _, loss) in zip(panels.values(), groups, strict=True):
         if loss == "mse":
-            alike[encoder].append(axes)
+            alike.setdefault(encoder, []).append(axes)
     for own in alike.values():
         _share_heights(own)
     legend(figure, _handles([member for members in groups.values() for member in members]), columns=2)
@@ -109,15 +116,13 @@ def _loss(row: Row) -> str:
     return row.config.recipe.loss if isinstance(row.config, RunConfig) else "unknown"
 
 
-def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> list[tuple[float, str, str]]:
+def _draw(axes: Axes, members: Sequence[Trained], is_mse: bool) -> list[tuple[float, str, str]]:
     """Draw the lines; return height, text and colour of the labels at their ends."""
-    layers: dict[str, list[tuple[Row, Epochs]]] = defaultdict(list)
-    for row, epochs in members:
-        layers[row.layer].append((row, epochs))
-    shades = [0.75 * i / max(1, len(layers) - 1) for i in range(len(layers))]
+    layers = grouped(members, lambda pair: pair[0].layer)
     ends = []
     for i, (layer, histories) in enumerate(layers.items()):
-        color = matplotlib.colors.to_hex(matplotlib.colormaps["cividis"](shades[i]))
+        shade = 0.75 * i / max(1, len(layers) - 1)
+        color = matplotlib.colors.to_hex(matplotlib.colormaps["cividis"](shade))
         for row, epochs in histories:
             points = [(float(e["epoch"]), float(e["validation_loss"])) for e in epochs]
             kept = _kept(row, points)
@@ -126,15 +131,13 @@ def _draw(axes: Axes, members: Sequence[tuple[Row, Epochs]], is_mse: bool) -> li
             if is_mse:
                 points, (kept,) = ([(x, -10 * math.log10(loss)) for x, loss in p] for p in (points, [kept]))
             axes.plot(*zip(*points, strict=True), color=color, ls=DASHES[i % len(DASHES)], lw=1.2)
-            drops = [
-                points[d - len(epochs)] for d in _drops(epochs)
-            ]  # from the end: a start may precede them
-            axes.plot(
-                [x for x, _ in drops], [y for _, y in drops], "v", color=color, ms=4.5, mec="white", mew=0.5
-            )
+            # Counted from the end, as a start may precede the epochs.
+            drops = [points[d - len(epochs)] for d in _drops(epochs)]
+            x, y = [x for x, _ in drops], [y for _, y in drops]
+            axes.plot(x, y, "v", color=color, ms=4.5, mec="white", mew=0.5)
             axes.plot(*kept, "o", mfc="white", mec=color, ms=4.5)
         ends.append((points[-1][1], drawable(layer, 18), color))
-    grid_y(axes)
+    grid_lines(axes)
     return ends
 
 
@@ -163,16 +166,16 @@ def _share_heights(panels: Sequence[Axes]) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def _handles(members: Sequence[tuple[Row, Epochs]]) -> list[Line2D]:
+def _handles(members: Sequence[Trained]) -> list[Any]:
     starts = any(row.training and row.training.best_epoch == 0 for row, _ in members)
     kept = f"epoch that is kept{' (0: the closed form, before the first)' if starts else ''}"
-    handles = [Line2D([], [], color=MUTED, marker="o", mfc="white", ls="none", label=kept)]
+    handles = [key(kept, color=MUTED, marker="o", mfc="white", ls="none")]
     if any(_drops(epochs) for _, epochs in members):
-        handles.append(Line2D([], [], color=MUTED, marker="v", ls="none", label="learning rate lowered"))
+        handles.append(key("learning rate lowered", color=MUTED, marker="v", ls="none"))
     return handles
 
 
-def _caption(trained: Sequence[tuple[Row, Epochs]], count: int) -> str:
+def _caption(trained: Sequence[Trained], count: int) -> str:
     text = (
         "Validation loss by epoch, a panel for each encoder and decoder, a line a layer (dark: shallow, "
         "light: deep)."
@@ -186,3 +189,59 @@ def _caption(trained: Sequence[tuple[Row, Epochs]], count: int) -> str:
     return text + (
         f" {missing} of {count} rows have no epochs to show (closed form, or no history)." if missing else ""
     )
+
+
+def saturation(rows: Rows) -> list[Drawing]:
+    """Draw the curves of all searches among the rows; an empty list where none is kept."""
+    drawing = draw_saturation(rows.inversions)
+    return [drawing] if drawing else []
+
+
+def draw_saturation(inversions: Sequence[Row]) -> Drawing | None:
+    """Draw the mean PSNR of inversions over passes: a line for each run, dashed if it started from grey.
+
+    None where no inversion kept the curve of a search; the caption counts searches without one.
+    """
+    lost = sum(row.config.estimate is None for row in inversions)
+    inversions = searched(inversions)
+    lost -= len(inversions)
+    if not inversions:
+        return None
+    with style():
+        figure = Figure((6.2, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        sources = dict.fromkeys(map(features_of, inversions))
+        colors = dict(zip(sources, itertools.cycle(ENCODER_COLORS), strict=False))
+        ends = []
+        for row in inversions:
+            curve = mean_curve(row.run)
+            steps, means = zip(*curve, strict=True)
+            color = colors[features_of(row)]
+            axes.plot(steps, means, color=color, ls="-" if row.inversion.start else "--")
+            ends.append((means[-1], f"{means[-1]:.1f}", color))
+            passes, peak = highest(curve)
+            if peak - means[-1] >= PAST:
+                axes.plot(passes, peak, "o", ms=4, color=color)
+                axes.annotate(
+                    f"{peak:.1f} after {passes}", (passes, peak), (0, 5),
+                    textcoords="offset points", ha="center", fontsize=8.0, color=MUTED,
+                )  # fmt: skip
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(0, max(1, *(line.get_xdata()[-1] for line in axes.lines)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("passes through the encoder and back (0: the start)")
+        axes.set_ylabel("PSNR (dB) ↑")
+        grid_lines(axes)
+        handles = [key(drawable(name, 60), color=color) for name, color in colors.items()]
+        starts = (("-", "from a decoder"), ("--", "from grey"))
+        legend(figure, handles + [key(label, color=MUTED, ls=ls) for ls, label in starts], columns=2)
+        figure.draw_without_rendering()
+        axes.set_ylim(axes.get_ylim())
+        margin_labels(axes, ends, size=8.0)
+    caption = (
+        "PSNR of the image whose features fit best so far, mean over test images, against passes through the encoder: "
+        "a lower bound on what the features keep."
+    )
+    if lost:
+        caption += f" {counted(lost, 'search', 'searches')} without {CURVE} left out."
+    return Drawing("saturation", "Where inversion saturates", caption, figure)
