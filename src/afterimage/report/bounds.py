@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from afterimage.config import RunConfig
-from afterimage.report.rows import Row, Rows
+from afterimage.report.rows import Row, Rows, grouped
 from afterimage.runs.files import read_csv
 from afterimage.runs.results import METRICS, InversionFacts
 from afterimage.runs.run import Run
@@ -54,10 +53,9 @@ class Bound:
     def answers(self) -> dict[str, Row]:
         """Existing rows by the name of their answer, such as `best estimate`."""
         consistent = "most consistent" if self.decoder else "most consistent, from grey"
-        rows = {f"decoder {self.decoder_label}": self.decoder}
-        return {
-            k: v for k, v in (rows | {"best estimate": self.estimate, consistent: self.refined}).items() if v
-        }
+        names = (f"decoder {self.decoder_label}", "best estimate", consistent)
+        rows = zip(names, (self.decoder, self.estimate, self.refined), strict=True)
+        return {name: row for name, row in rows if row}
 
     def best(self, metric: str) -> Row:
         """Return the row that bounds a metric: for LPIPS the most consistent image, else the best estimate.
@@ -76,19 +74,21 @@ class Bound:
 def bounds_of(rows: Rows) -> tuple[Bound, ...]:
     """Group inversions of equal features, start, test images and LPIPS network into bounds, in row order."""
     decoders = {row.run.name: row for row in rows.decoders}
-    groups: dict[tuple[Any, ...], dict[bool, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows.inversions:
-        key = (row.sources, row.origin, row.inversion.start, row.data.test_digest, row.lpips.net)
-        groups[key][row.config.estimate is not None].append(row)
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row.sources, row.origin, row.inversion.start, row.data.test_digest, row.lpips.net
+
     bounds = []
-    for group in groups.values():
-        estimates = sorted(group[True], key=lambda row: -row.scores["psnr"].mean)
-        refined = sorted(group[False], key=lambda row: row.inversion.feature_loss)
-        found = (refined or estimates)[0]
-        decoder = (
-            _alone(found, decoders.get(found.inversion.start)) if found.inversion.decoder_alone else None
-        )
-        bounds.append(Bound(decoder, next(iter(estimates), None), next(iter(refined), None)))
+    for group in grouped(rows.inversions, key).values():
+        estimates = [row for row in group if row.config.estimate is not None]
+        refined = [row for row in group if row.config.estimate is None]
+        estimate = max(estimates, key=lambda row: row.scores["psnr"].mean, default=None)
+        consistent = min(refined, key=lambda row: row.inversion.feature_loss, default=None)
+        facts = (consistent or estimate).inversion
+        decoder = None
+        if facts.decoder_alone:
+            decoder = _alone(consistent or estimate, decoders.get(facts.start))
+        bounds.append(Bound(decoder, estimate, consistent))
     return tuple(bounds)
 
 
@@ -104,9 +104,7 @@ def main_bounds(bounds: Sequence[Bound]) -> tuple[Bound, ...]:
 
 def by_decoder(bounds: Sequence[Bound]) -> dict[str, list[Bound]]:
     """Group the main bounds by decoder: most bounds first, among equals the highest mean PSNR first."""
-    groups: dict[str, list[Bound]] = defaultdict(list)
-    for bound in main_bounds(bounds):
-        groups[bound.decoder_label].append(bound)
+    groups = grouped(main_bounds(bounds), lambda bound: bound.decoder_label)
 
     def rank(item: tuple[str, list[Bound]]) -> tuple[int, float]:
         return -len(item[1]), -statistics.fmean(bound.decoder.scores["psnr"].mean for bound in item[1])
@@ -181,10 +179,8 @@ def curve(folder: Run) -> list[dict[str, Any]]:
 
 def mean_curve(folder: Run) -> list[tuple[int, float]]:
     """Return pairs of a number of passes and the mean PSNR over an inversion's images after them; see `curve`."""
-    values = defaultdict(list)
-    for row in curve(folder):
-        values[row["step"]].append(row["psnr"])
-    return [(step, statistics.fmean(values[step])) for step in sorted(values)]
+    passes = grouped(curve(folder), lambda row: row["step"])
+    return [(step, statistics.fmean(row["psnr"] for row in own)) for step, own in sorted(passes.items())]
 
 
 def highest(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:

@@ -31,11 +31,9 @@ COLUMNS = (
 class Measured:
     """Conditions that must be equal before scores of two rows compare.
 
-    Attributes:
-        answer: method that made the images: a decoder's name, or `linear + refined` and the like for a bound
-        passes: largest number of passes of a bound's search; 0 for a decoder
-        images: digest of the images, their split and size
-        crop: size of the crops in pixels, as text
+    `answer` is a decoder's name, or `linear + refined` and the like for a bound; `passes` the largest number
+    of a bound's search, 0 for a decoder; `images` a digest of the images, their split and size; `crop` the
+    size of the crops in pixels.
     """
 
     answer: str
@@ -52,13 +50,8 @@ class Measured:
 class Entry:
     """One row of an atlas.
 
-    Attributes:
-        features: the layers as `model:layer`, joined by ` + `
-        weights: label of the encoder's weights
-        values: number of feature values for each value of the image
-        measured: conditions of the measurement
-        scores: mean of each metric over the test images; without LPIPS where that is unavailable
-        net: name of the LPIPS network
+    `features` are its layers as `model:layer`, joined by ` + `; `values` is the number of feature values for
+    each value of the image; `scores` are means over the test images, without LPIPS where that is unavailable.
     """
 
     features: str

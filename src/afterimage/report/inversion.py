@@ -12,7 +12,7 @@ from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import PAST, Bound, features_of, highest, mean_curve, named_features, searched
 from afterimage.report.figures.style import short_encoders
 from afterimage.report.format import Finding, Numbers, interval_text, number, significant, span
-from afterimage.report.rows import Row, lpips_nets, mean_over_images
+from afterimage.report.rows import Row, grouped, lpips_nets, mean_over_images
 from afterimage.report.tables import heading
 from afterimage.runs.files import write_atomic, write_csv, write_json
 from afterimage.runs.results import METRICS, Score
@@ -21,22 +21,24 @@ from afterimage.runtime.terminal import console
 
 def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
     """Return rows by features: decoders, best estimates, inversions from grey, refinements, in this order."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for found in inversions:
-        facts, rows = found.inversion, groups.setdefault(features_of(found), [])
-        if alone := facts.decoder_alone:
-            measured = alone.scores, alone.seconds, 0, alone.feature_loss
-            row = _row(found, "decoder", facts.start_decoder, *measured)
-            if not any(_same(row, other) for other in rows):
-                rows.append(row)
-        measured = found.scores, facts.seconds_per_image, facts.steps, facts.feature_loss
-        row = _row(found, found.config.answer, found.decoder, *measured)
-        if searched([found]):
-            passes, psnr = highest(mean_curve(found.run))
-            row |= {"peak_passes": passes, "peak_psnr": psnr}
-        rows.append(row)
     order = ("decoder", "estimate", "inversion", "refined")
-    return [row for rows in groups.values() for row in sorted(rows, key=lambda row: order.index(row["way"]))]
+    rows = []
+    for own in grouped(inversions, features_of).values():
+        lines: list[dict[str, Any]] = []
+        for found in own:
+            facts = found.inversion
+            if alone := facts.decoder_alone:
+                measured = alone.scores, alone.seconds, 0, alone.feature_loss
+                line = _row(found, "decoder", facts.start_decoder, *measured)
+                if not any(_same(line, other) for other in lines):
+                    lines.append(line)
+            measured = found.scores, facts.seconds_per_image, facts.steps, facts.feature_loss
+            line = _row(found, found.config.answer, found.decoder, *measured)
+            if searched([found]):
+                line["peak_passes"], line["peak_psnr"] = highest(mean_curve(found.run))
+            lines.append(line)
+        rows += sorted(lines, key=lambda line: order.index(line["way"]))
+    return rows
 
 
 def _row(
@@ -87,14 +89,8 @@ def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
         f"The answers to the same test images, mean [{NAME}]",
         ("features", "answer", *heads, "feature distance", "images"), tuple(lines),
     )  # fmt: skip
-    return [
-        Finding(
-            TITLE,
-            paragraphs=tuple(_paragraphs(bounds, metrics)),
-            tables=(table, *_controls(bounds, names, metrics)),
-            wide=True,
-        )
-    ]
+    tables = (table, *_controls(bounds, names, metrics))
+    return [Finding(TITLE, paragraphs=tuple(_paragraphs(bounds, metrics)), tables=tables, wide=True)]
 
 
 def _controls(bounds: Sequence[Bound], names: Mapping[str, str], metrics: Sequence[str]) -> Iterable[Numbers]:
@@ -113,11 +109,8 @@ def _controls(bounds: Sequence[Bound], names: Mapping[str, str], metrics: Sequen
             lines.append((*cells, f"{found} of {controls.candidates} by {controls.distance}"))
     if not lines:
         return
-    heads = [
-        f"{METRICS[metric].title}{what}"
-        for metric in metrics
-        for what in ("", ", other original", ", prior alone")
-    ]
+    whose = ("", ", other original", ", prior alone")
+    heads = [METRICS[metric].title + what for metric in metrics for what in whose]
     yield Numbers(
         "Scores that owe nothing to the image's own features: those of an answer against another image's original, and "
         "of the same search on features that tell nothing (prior alone). Last, how many answers are nearest to their "
@@ -164,16 +157,13 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
         )
     if worse := "; ".join(_worse(bounds, metrics)):
         taught = (other_images(row.data.validation, row.config.estimate.images) for row in estimates)
-        learned = sorted({len(images) for images in taught} - {0})
-        few = (
-            f" The best estimates learned from {' or '.join(map(str, learned))} validation images."
-            if learned
-            else ""
-        )
-        yield (
+        text = (
             f"Below the decoder in the mean: {worse}. There the search found nothing that the decoder does not show, "
-            f"whose own score is the higher bound.{few}"
+            "whose own score is the higher bound."
         )
+        if learned := sorted({len(images) for images in taught} - {0}):
+            text += f" The best estimates learned from {' or '.join(map(str, learned))} validation images."
+        yield text
 
 
 def _worse(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
@@ -236,16 +226,14 @@ def print_bounds(inversions: Sequence[Row]) -> None:
     screen = console(160)
     screen.print(table)
     for row in rows:
-        if row["peak_psnr"] is not None and row["peak_psnr"] - row["psnr"] >= PAST:
-            hint = ""
-            if not row["peak_passes"]:
-                hint = "; the start is the best there is"
-            elif row["optimizer"] == "lbfgs":  # Adam's learning rate depends on the number of steps
-                hint = f". --steps {row['peak_passes']} ends there"
+        passes, peak = row["peak_passes"], row["peak_psnr"]
+        if peak is not None and peak - row["psnr"] >= PAST:
+            hint = "" if passes else "; the start is the best there is"
+            if passes and row["optimizer"] == "lbfgs":  # Adam's learning rate depends on the number of steps
+                hint = f". --steps {passes} ends there"
             screen.print(
-                f"{named_features(row['sources'], row['weights'])}, {row['how']}: highest after "
-                f"{row['peak_passes']} passes, "
-                f"{row['peak_psnr']:.2f} dB; later ones fit the features and lead away from the images, "
+                f"{named_features(row['sources'], row['weights'])}, {row['how']}: highest after {passes} passes, "
+                f"{peak:.2f} dB; later ones fit the features and lead away from the images, "
                 f"which only the originals tell{hint}",
                 soft_wrap=True,
             )
@@ -257,11 +245,11 @@ def write_bounds(inversions: Sequence[Row], output: Path) -> list[Path]:
     from afterimage.report.figures.style import render
 
     rows = bound_rows(inversions)
-    contents = {"bounds.csv": rows, "bounds.json": rows}
+    write_csv(output / "bounds.csv", rows)
+    write_json(output / "bounds.json", rows)
+    written = [output / "bounds.csv", output / "bounds.json"]
     if drawing := draw_saturation(inversions):
-        png, svg = render(drawing.figure)
-        contents |= {"saturation.png": png, "saturation.svg": svg}
-    for name, content in contents.items():
-        write = {"csv": write_csv, "json": write_json}.get(name.rpartition(".")[2], write_atomic)
-        write(output / name, content)
-    return [output / name for name in contents]
+        for suffix, content in zip(("png", "svg"), render(drawing.figure), strict=True):
+            written.append(output / f"saturation.{suffix}")
+            write_atomic(written[-1], content)
+    return written

@@ -51,12 +51,9 @@ _PATH = re.compile(r"(?<![\w.:/])(?:file:/|~)?/(?:[^\s,;:'\"()]+/)*([^\s,;:'\"()
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """Images and their reconstructions by several decoders.
+    """Images, uint8 `(H, W, 3)` each, and their reconstructions by several decoders, by the names of their runs.
 
-    Attributes:
-        what: description of the images, for the caption
-        originals: the images, uint8 `(H, W, 3)` each
-        reconstructions: the same images rebuilt by each decoder, by the name of its run
+    `what` describes the images in the caption.
     """
 
     what: str

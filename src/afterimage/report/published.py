@@ -26,13 +26,8 @@ RESNET, VGG, VIT = "resnet34.tv_in1k", "vgg16.tv_in1k", "vit_base_patch16_224.au
 class Published:
     """One published row; None where a number was not published.
 
-    Attributes:
-        sources: the layers, as `model:layer`
-        decoder: this package's name of its decoder
-        psnr: mean and deviation in dB as printed; deviations are over batch means, not over images
-        ssim: the same of SSIM
-        lpips: the same of LPIPS (alex)
-        parameters: exact number of the decoder's parameters; the printed, rounded ones differ for VGG16
+    Deviations are over batch means, not over images. `decoder` is this package's name of the decoder,
+    `parameters` its exact number of parameters; the printed, rounded ones differ for VGG16.
     """
 
     sources: tuple[str, ...]
@@ -89,11 +84,8 @@ def published(sources: Iterable[str], decoder: str) -> Published | None:
 class Beside:
     """One run with the published row that it repeats.
 
-    Attributes:
-        published: the published row
-        ours: mean scores; LPIPS is None where it was measured with another network than the published AlexNet
-        ceiling: best score of the published pipeline on the kept test images; None where none are kept
-        why: sentences on why the two may differ
+    `ours` are mean scores, without LPIPS where it was measured with another network than the published
+    AlexNet; `ceiling` is None where no test images are kept; `why` says in sentences why the two may differ.
     """
 
     published: Published
@@ -177,10 +169,7 @@ def _counterpart(row: Row) -> Published | None:
 def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None) -> str:
     """Explain why a published score and ours differ: documented facts, numbers computed here, inferences.
 
-    Args:
-        row: the published row
-        kept: our mean PSNR over the kept images; None where they have no scores
-        ceiling: ceiling of the kept images; None where none are kept
+    `kept` is our mean PSNR over the kept test images, `ceiling` theirs; None where there are none.
     """
     if ceiling is None:
         return "No test images are kept, so what the published range allows on them is not known."
@@ -209,13 +198,7 @@ STD = np.array([0.229, 0.224, 0.225])
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Best score under the published pipeline.
-
-    Attributes:
-        count: number of images
-        psnr: mean over images, in dB
-        unreachable: share of values outside the decoder's range
-    """
+    """Best score under the published pipeline: mean PSNR in dB over `count` images, and the share out of reach."""
 
     count: int
     psnr: float

@@ -19,7 +19,7 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Gallery, reduced
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.lpips import LPIPS
-from afterimage.report.audit.figures import privacy_utility
+from afterimage.report.audit.page import privacy_utility
 from afterimage.report.audit.verdict import LEAKS, OPEN, WITHIN, judge
 from afterimage.runs.audit import SIDE
 from afterimage.runs.results import Attacker, AttackFacts, Interval, Worst

@@ -1,31 +1,51 @@
-"""Files of an audit's report: the verdict as one self-contained page for people who decide, and as JSON."""
+"""Files of an audit's report: the verdict as one self-contained page, its privacy-utility curve, and JSON."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
 from afterimage.config.audit import LimitsConfig
-from afterimage.report.audit.figures import privacy_utility
+from afterimage.evaluation.intervals import NAME
 from afterimage.report.audit.verdict import (
     LEAKS,
     OPEN,
     SEVERITY,
+    SSIM_SEEN,
     UTILITY,
     WITHIN,
+    Leak,
+    Option,
     Verdict,
     attacker_text,
     interval_status,
     likeness,
     strongest,
 )
-from afterimage.report.figures import render, style
+from afterimage.report.figures.style import (
+    MUTED,
+    Drawing,
+    drawable,
+    encoder_styles,
+    grid_lines,
+    key,
+    legend,
+    log_x,
+    render,
+    style,
+)
 from afterimage.report.page.images import data_uri
 from afterimage.report.page.page import page_environment
-from afterimage.runs.audit import BLIND, DISTANCES, SIDE, Attack, Results
+from afterimage.report.rows import grouped
+from afterimage.runs.audit import BLIND, DISTANCES, SIDE, Results
 from afterimage.runs.files import read_image, write_atomic, write_json
 from afterimage.runs.run import Run
 
@@ -37,12 +57,7 @@ IMAGE = 168
 
 
 def write_audit(
-    results: Results,
-    verdict: Verdict,
-    limits: LimitsConfig,
-    root: str | Path,
-    *,
-    command: str = "",
+    results: Results, verdict: Verdict, limits: LimitsConfig, root: str | Path, *, command: str = ""
 ) -> dict[str, Path]:
     """Write `audit.json`, the page `index.html` and the curve `privacy-utility.png` and `.svg`.
 
@@ -64,7 +79,7 @@ def write_audit(
     with style():
         drawing = privacy_utility(verdict.options, limits, results.subject["name"])
     figure = {}
-    if drawing is not None:
+    if drawing:
         for suffix, content in zip((".png", ".svg"), render(drawing.figure), strict=True):
             path = root / f"{drawing.name}{suffix}"
             write_atomic(path, content)
@@ -121,19 +136,18 @@ def _table(results: Results, limits: LimitsConfig) -> list[dict[str, Any]]:
         cost = results.costs[row.layer, row.defence]
         status = [interval_status(interval, limits.max_ssim) for interval in likeness(row).values()]
         mark = max(status, key=SEVERITY.index)
-        rows.append({**vars(row), "found": found, "distance": distance, "cost": cost, "mark": mark})
+        rows.append(vars(row) | {"found": found, "distance": distance, "cost": cost, "mark": mark})
     return rows
 
 
 def _albums(results: Results, root: Path) -> list[dict[str, Any]]:
     """Return for each layer the first test images and, by defence, the answers of best mean SSIM."""
     albums = []
-    for layer in dict.fromkeys(row.layer for row in results.rows):
-        best: dict[str, Attack] = {}
-        for row in (row for row in results.rows if row.layer == layer):
-            known = best.get(row.defence)
-            if known is None or row.scores["ssim"].estimate > known.scores["ssim"].estimate:
-                best[row.defence] = row
+    for layer, rows in grouped(results.rows, lambda row: row.layer).items():
+        best = {
+            defence: max(own, key=lambda row: row.scores["ssim"].estimate)
+            for defence, own in grouped(rows, lambda row: row.defence).items()
+        }
         stored = {defence: Run(root / row.folder).images[:SHOWN] for defence, row in best.items()}
         originals = next((images for images in stored.values() if images), [])
         columns = [{"name": "original", "images": _encoded(original for _, original, _ in originals)}]
@@ -158,12 +172,87 @@ def _encoded(paths: Iterable[Path]) -> list[str]:
 
 def _percent(value: float) -> str:
     """Write `0.4 %` below ten, `31 %` above, with a space that does not break."""
-    return (
-        f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-        if 0 < value < 0.1
-        else f"{100 * value:.0f}\N{NO-BREAK SPACE}%"
-    )
+    digits = 1 if 0 < value < 0.1 else 0
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _size(count: int) -> str:
     return f"{count / 1000:,.1f} kB" if count < 1_000_000 else f"{count / 1e6:,.2f} MB"
+
+
+PANEL = (3.4, 2.7)
+MARKERS = "osD^vPX*<>h"
+MEASURES = {"identification": "images identified", "ssim": "SSIM of the reconstruction"}
+
+
+def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: str) -> Drawing | None:
+    """Draw a panel for each measure of leakage, with a point for each layer and defence; None without options.
+
+    The x axis shows what the network keeps, or the bytes sent where that is known for no option.
+
+    Args:
+        options: layers behind defences
+        limits: limits to draw as lines
+        subject: name of the audited network
+    """
+    kinds = {option.cost["kind"] for option in options} - {None}
+    shown = [option for option in options if not kinds or option.cost["kind"] is not None]
+    if not shown:
+        return None
+    layers = encoder_styles(list(dict.fromkeys(option.layer for option in shown)))
+    defences = dict.fromkeys(option.defence for option in shown)
+    markers = dict(zip(defences, itertools.cycle(MARKERS), strict=False))
+    height = PANEL[1] + 0.4 + 0.16 * (len(layers) + len(markers))
+    figure = Figure((PANEL[0] * 2, height), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, (measure, label) in zip(panels, MEASURES.items(), strict=True):
+        for option in shown:
+            color, marker = layers[option.layer].color, markers[option.defence]
+            _point(axes, option, getattr(option, measure), color, marker)
+        limit = limits.max_ssim if measure == "ssim" else limits.max_identification
+        if limit is not None:
+            axes.axhline(limit, color="#a5232f", lw=0.9, ls=(0, (4, 3)), zorder=0)
+        if measure == "identification":
+            axes.axhline(shown[0].chance, color=MUTED, lw=0.7, ls=":", zorder=0)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylabel(f"{label} (less is safer)")
+        axes.set_xlabel(_across(kinds))
+        if not kinds:
+            log_x(axes, lambda value: f"{value / 1000:g} kB", most=6)
+            axes.margins(x=0.1)
+        grid_lines(axes)
+    handles = [key(drawable(name, 30), color=style.color, lw=3) for name, style in layers.items()]
+    handles += [
+        key(drawable(name, 30), color=MUTED, marker=m, mfc="none", ls="none") for name, m in markers.items()
+    ]
+    legend(figure, handles, columns=4)
+    caption = (
+        f"{subject}: what the strongest attacker measured gets from each layer (colour) behind each defence (marker), "
+        f"against {_across(kinds)}. Bars are {NAME}s of means and exact ones of shares; the dotted line is chance"
+        + (", the dashed line the limit." if limits else ".")
+    )
+    if seen := dict.fromkeys(option.layer for option in shown if option.ssim.by == SSIM_SEEN):
+        caption += f" SSIM is that of the part that is seen for {', '.join(seen)}."
+    if missing := dict.fromkeys(option.layer for option in options if option not in shown):
+        caption += f" What the network keeps is not known for {', '.join(missing)}."
+    return Drawing("privacy-utility", "Privacy and utility", caption, figure)
+
+
+def _point(axes: Axes, option: Option, leak: Leak, color: str, marker: str) -> None:
+    score = option.cost["score"]
+    x, across = (option.cost["bytes"], None) if score is None else (score["estimate"], _bar(**score))
+    axes.errorbar(
+        [x], [leak.estimate], xerr=across, yerr=_bar(leak.estimate, leak.low, leak.high),
+        color=color, marker=marker, ms=5.5, mfc="none", mew=1.1, elinewidth=0.7, capsize=0,
+    )  # fmt: skip
+
+
+def _bar(estimate: float, low: float, high: float, count: int = 0) -> list[list[float]]:
+    return [[max(0.0, estimate - low)], [max(0.0, high - estimate)]]
+
+
+def _across(kinds: set[str]) -> str:
+    if not kinds:
+        return "bytes sent an image (log scale)"
+    return " or ".join(UTILITY[kind] for kind in sorted(kinds))

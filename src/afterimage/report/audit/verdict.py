@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from afterimage.config.audit import LimitsConfig
 from afterimage.evaluation.intervals import share_interval
+from afterimage.report.rows import grouped
 from afterimage.runs.results import Attacker, AttackFacts, Interval
 
 WITHIN, OPEN, LEAKS = "within limits", "not shown to be safe", "leaks"
@@ -56,17 +57,10 @@ class Leak:
 
 @dataclass(frozen=True)
 class Option:
-    """One layer behind one defence.
+    """One layer behind one defence, with the scores of its strongest attackers.
 
-    Attributes:
-        layer: name of the layer
-        defence: text of the defence
-        ssim: score of the strongest attacker by SSIM
-        identification: score of the strongest attacker by re-identification
-        chance: share of images that guessing would identify
-        cost: result of `measure_cost`
-        status: comparison with the limits: `WITHIN`, `OPEN` or `LEAKS`
-        reasons: sentences on what is not within the limits
+    `chance` is the share of images that guessing would identify, `cost` a result of `measure_cost`, `status` `WITHIN`,
+    `OPEN` or `LEAKS`; `reasons` say what is not within the limits.
     """
 
     layer: str
@@ -88,13 +82,9 @@ class Option:
 class Verdict:
     """Verdict of an audit.
 
-    Attributes:
-        options: every layer behind every defence
-        passed: True if all options are within the limits and nothing failed; None without limits
-        recommended: the option to deploy; None where there is none
-        reason: reason for the recommendation, or for none
-        remarks: further remarks for readers
-        scope: statement of what was measured and what was not
+    `passed` is True if all options are within the limits and nothing failed, None without limits;
+    `recommended` the option to deploy, if there is one, for `reason`; `scope` says what was measured and what
+    was not.
     """
 
     options: tuple[Option, ...]
@@ -147,50 +137,49 @@ def judge(
         failures: descriptions of what could not be measured
         unmeasured: layers and defences for which an attacker could not be measured; never within limits
     """
-    options = []
-    for (layer, defence), cost in costs.items():
-        own = [row for row in rows if (row.layer, row.defence) == (layer, defence)]
-        if own:
-            complete = (layer, defence) not in unmeasured
-            options.append(_option(layer, defence, own, cost, limits, complete))
+    attacks = grouped(rows, lambda row: (row.layer, row.defence))
+    options = [
+        _option(attacks[key], cost, limits, key not in unmeasured)
+        for key, cost in costs.items()
+        if key in attacks
+    ]
     passed = None
     if limits:
         passed = bool(options) and not failures and all(o.status == WITHIN for o in options)
-    recommended, reason = _recommend(options, limits)
-    return Verdict(
-        tuple(options), passed, recommended, reason, tuple(_remarks(rows, blind, limits, failures))
-    )
+    remarks = tuple(_remarks(rows, blind, limits, failures))
+    return Verdict(tuple(options), passed, *_recommend(options, limits), remarks)
 
 
 def _option(
-    layer: str,
-    defence: str,
-    rows: Sequence[AttackFacts],
-    cost: Mapping[str, Any],
-    limits: LimitsConfig,
-    complete: bool,
+    rows: Sequence[AttackFacts], cost: Mapping[str, Any], limits: LimitsConfig, complete: bool
 ) -> Option:
-    limit_ssim, limit_found = limits.max_ssim, limits.max_identification
-    alike = [_leak(interval, by, row) for row in rows for by, interval in likeness(row).items()]
-    ssim = _worst(alike, limit_ssim)
-    shares = [_leak(share, by, row) for row in rows for by, share in row.identification.items()]
-    found = _worst(shares, limit_found)
-    reasons, worst = [], []
-    for name, leak, limit in ((ssim.by, ssim, limit_ssim), ("identification", found, limit_found)):
-        worst.append(interval_status(leak, limit))
-        if worst[-1] != WITHIN:
+    ssim = _worst([(row, likeness(row)) for row in rows], limits.max_ssim)
+    found = _worst([(row, row.identification) for row in rows], limits.max_identification)
+    statuses, reasons = [], []
+    for name, leak, limit in (
+        (ssim.by, ssim, limits.max_ssim),
+        ("identification", found, limits.max_identification),
+    ):
+        status = interval_status(leak, limit)
+        statuses.append(status)
+        if status != WITHIN:
             reasons.append(
-                f"{name} {leak.text(limit)} against a limit of {limit:g}, {leak.attacker}: {worst[-1]}"
+                f"{name} {leak.text(limit)} against a limit of {limit:g}, {leak.attacker}: {status}"
             )
     if not complete:
-        worst.append(OPEN)
+        statuses.append(OPEN)
         reasons.append(f"an attacker could not be measured: {OPEN}")
-    status = max(worst, key=SEVERITY.index)
-    return Option(layer, defence, ssim, found, rows[0].chance, cost, status, tuple(reasons))
+    first, status = rows[0], max(statuses, key=SEVERITY.index)
+    return Option(first.layer, first.defence, ssim, found, first.chance, cost, status, tuple(reasons))
 
 
-def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
+def _worst(measured: Iterable[tuple[AttackFacts, Mapping[str, Interval]]], limit: float | None) -> Leak:
     """Choose the worst, a shown leak before a possible one: wide intervals reach far but show little."""
+    leaks = [
+        Leak(i.estimate, i.low, i.high, i.count, by, attacker_text(row.attacker))
+        for row, intervals in measured
+        for by, i in intervals.items()
+    ]
 
     def weight(leak: Leak) -> tuple[int, float]:
         status = interval_status(leak, limit)
@@ -199,50 +188,34 @@ def _worst(leaks: Sequence[Leak], limit: float | None) -> Leak:
     return max(leaks, key=weight)
 
 
-def _leak(interval: Interval, by: str, row: AttackFacts) -> Leak:
-    numbers = (interval.estimate, interval.low, interval.high, interval.count)
-    return Leak(*numbers, by=by, attacker=attacker_text(row.attacker))
-
-
 def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option | None, str]:
-    aside = any("shuffle" in option.defence for option in options)
-    options = [option for option in options if "shuffle" not in option.defence]
-    if not options:
+    unshuffled = [option for option in options if "shuffle" not in option.defence]
+    if not unshuffled:
         return None, "nothing that can be recommended was measured"
-    least = min(options, key=lambda o: (o.identification.high, o.ssim.high))
-    least_text = f"{least.layer} with {least.defence} leaks least" + (
-        ", shuffled features aside" if aside else ""
-    )
-    if limits:
-        safe = [option for option in options if option.status == WITHIN]
-        if not safe:
-            got = f"{least.identification.estimate:.0%} identified and SSIM {least.ssim.estimate:.3f}"
-            return None, f"no combination is within the limits; {least_text}: {got}"
-        rule = "within the limits for every attacker measured"
-    else:
-        known = [option for option in options if option.utility is not None]
-        safe = [option for option in known if option.utility >= ENOUGH and option.status == WITHIN]
-        if not safe:
-            who = (
-                f"none keeps {ENOUGH:.0%} of the network's own answers"
-                if known
-                else "what each costs is unknown"
-            )
-            return None, f"no limits were set and {who}; {least_text}"
-        best = min(safe, key=lambda o: (o.identification.high, o.ssim.high, o.cost["bytes"]))
-        return (
-            best,
-            f"no limits were set: it leaks least of what keeps {ENOUGH:.0%} of the network's own answers",
-        )
-    known = [option for option in safe if option.utility is not None]
+    least = min(unshuffled, key=lambda o: (o.identification.high, o.ssim.high))
+    aside = ", shuffled features aside" if len(unshuffled) < len(options) else ""
+    least_text = f"{least.layer} with {least.defence} leaks least{aside}"
+    safe = [option for option in unshuffled if option.status == WITHIN]
+    known = [option for option in (safe if limits else unshuffled) if option.utility is not None]
+    keeps = f"{ENOUGH:.0%} of the network's own answers"
+    if not limits:
+        enough = [option for option in known if option.utility >= ENOUGH and option.status == WITHIN]
+        if enough:
+            best = min(enough, key=lambda o: (o.identification.high, o.ssim.high, o.cost["bytes"]))
+            return best, f"no limits were set: it leaks least of what keeps {keeps}"
+        who = f"none keeps {keeps}" if known else "what each costs is unknown"
+        return None, f"no limits were set and {who}; {least_text}"
+    if not safe:
+        got = f"{least.identification.estimate:.0%} identified and SSIM {least.ssim.estimate:.3f}"
+        return None, f"no combination is within the limits; {least_text}: {got}"
+    rule = "within the limits for every attacker measured"
     if not known:
         best = min(safe, key=lambda o: (o.cost["bytes"], o.identification.high))
         return best, f"{rule}, and the fewest bytes of those; what it costs in accuracy is not known"
     best = max(known, key=lambda o: (o.utility, -o.cost["bytes"]))
     unknown = len(safe) - len(known)
-    return best, f"{rule}, and keeps most of the network's own answers ({best.utility:.0%})" + (
-        f"; for {unknown} others within the limits that is not known" if unknown else ""
-    )
+    others = f"; for {unknown} others within the limits that is not known" if unknown else ""
+    return best, f"{rule}, and keeps most of the network's own answers ({best.utility:.0%}){others}"
 
 
 def _remarks(

@@ -97,12 +97,7 @@ class Shown(Protocol):
 
 
 def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Drawing]:
-    """Draw the figures of `grid` for other images than the runs' test images.
-
-    Args:
-        rows: rows of the report
-        shown: original and reconstruction of every image, by run and name of the image
-    """
+    """Draw the figures of `grid` for other images than the runs' test images, given by run and name."""
     drawings = []
     for page in pages(rows):
         columns = [shown[row.run] for row in page.rows]

@@ -43,14 +43,8 @@ Point = tuple[float, Interval, Row]
 class Layout:
     """Layout of a figure whose columns and lines are encoders or decoders.
 
-    Attributes:
-        x: returns a row's place on the x axis
-        label: label of the x axis
-        column: returns a row's column
-        columns: titles of the columns, by their names
-        line: returns a row's line
-        lines: titles of the lines, by their names
-        styles: styles of the lines
+    The functions return a row's place on the x axis, its column and its line; `columns` and `lines` hold
+    titles by name.
     """
 
     x: Callable[[Row], float]

@@ -67,15 +67,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure.
-
-    Attributes:
-        name: stem of its files
-        title: heading of the figure
-        caption: description of what is shown and how
-        figure: the figure
-        folded: show the figure folded, as one of many alike
-    """
+    """A finished figure; `name` is the stem of its files, `folded` shows it folded, as one of many alike."""
 
     name: str
     title: str

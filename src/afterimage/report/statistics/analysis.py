@@ -43,17 +43,9 @@ class Score:
 class Degradation:
     """One encoder's best and worst layers under one setting.
 
-    Best and worst are chosen on the same images, which slightly overstates `drop`.
-
-    Attributes:
-        metric: name of the metric
-        setting: way of decoding
-        encoder: name of the encoder
-        best: name of the best layer
-        worst: name of the worst layer
-        drop: comparison of the worst layer with the best
-        percent: change of the mean from best to worst, in per cent of the best
-        runner_up: comparison of the best layer with the second best, corrected over the setting's encoders
+    `drop` compares the worst layer with the best, chosen on the same images, which slightly overstates it; `percent` is
+    the change of the mean in per cent of the best. `runner_up` compares the best layer with the second best, corrected
+    over the setting's encoders.
     """
 
     metric: str
@@ -81,16 +73,10 @@ class DecoderRanking:
 class Efficiency:
     """Quality of a row against its cost.
 
-    Attributes:
-        metric: name of the metric
-        name: name of the row
-        setting: way of decoding
-        gain: mean score beyond `baseline`; None without one
-        baseline: score of the mean-colour baseline on the row's test images; 0 where the study has no such
-            baseline (None for LPIPS, whose 0 is the best); None where only other test images have one
-        per_minute: gain for each minute of training; like the next two None without gain or a known cost above 0
-        per_million_parameters: gain for each million decoder parameters
-        per_thousand_values: gain for each thousand feature values
+    `gain` is the mean score beyond `baseline`, that of the mean colour on the row's test images: 0 where the
+    study has no such baseline (None for LPIPS, whose 0 is the best); None where only other test images have
+    one. The gains per minute of training, million decoder parameters and thousand feature values are None
+    without a gain or a known cost above 0.
     """
 
     metric: str
@@ -107,17 +93,9 @@ class Efficiency:
 class Analysis:
     """All results of a study; each list has one entry or more for each metric, some for each setting.
 
-    Attributes:
-        rows: the rows, seeds merged
-        scores: every row's mean
-        depth: answers to H1
-        resolution: answers to H2
-        architectures: answers to H3
-        degradation: best and worst layer of each encoder
-        efficiency: quality against its cost
-        decoders: rankings of settings that decode the same features
-        fusions: each fusion against its best member
-        notes: what was left out, and why
+    `rows` have their seeds merged; `depth`, `resolution` and `architectures` answer H1, H2 and H3; `decoders`
+    ranks settings that decode the same features; `fusions` compares each fusion with its best member; `notes`
+    say what was left out.
     """
 
     rows: tuple[Row, ...]

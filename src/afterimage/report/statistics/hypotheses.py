@@ -41,12 +41,7 @@ DEPTH_RULE = (
 class Hypothesis:
     """Answer to one hypothesis; subclasses define its name `hypothesis` and its `claim`.
 
-    Attributes:
-        metric: name of the metric
-        setting: way of decoding
-        verdict: `SUPPORTED`, `CONTRADICTED`, `UNDECIDED` or `UNTESTABLE`
-        rule: the rule that the verdict follows
-        reason: why, in words
+    `verdict` is `SUPPORTED`, `CONTRADICTED`, `UNDECIDED` or `UNTESTABLE`, by `rule`; `reason` says why, in words.
     """
 
     metric: str
@@ -61,15 +56,12 @@ class DepthOfEncoder:
     """Answer to H1 for one encoder, its layers in execution order.
 
     Attributes:
-        encoder: name of the encoder
-        layers: names of its layers
         means: mean score of each layer
         steps: comparisons of layer i + 1 with layer i
         tau: Kendall's tau between depth and the layers' mean quality
         tau_p: its exact p-value, which cannot be small for few layers: 1/12 at best for four
         tau_within: mean over images of tau within an image
         monotone: number of images whose quality falls at every step
-        verdict: the verdict on this encoder
     """
 
     encoder: str
@@ -85,11 +77,7 @@ class DepthOfEncoder:
 
 @dataclass(frozen=True)
 class Depth(Hypothesis):
-    """Answer to H1 for one metric and one setting.
-
-    Attributes:
-        encoders: answers for each encoder with two or more layers
-    """
+    """Answer to H1 for one metric and one setting, from every encoder with two or more layers."""
 
     encoders: tuple[DepthOfEncoder, ...]
     hypothesis: str = "H1"
@@ -177,10 +165,8 @@ class Resolution(Hypothesis):
     Attributes:
         layers: number of layers
         correlation: rank correlation over layers of quality (more is better for every metric) and locations
-        correlation_p: its p-value
         partial: the same given channels; None for four layers or where channels and locations rank layers
             alike
-        partial_p: its p-value
         share: share of the variance between layers that resolution accounts for (epsilon squared); None where no two
             layers share a resolution
         pairs: comparisons of every two layers of one resolution
@@ -280,11 +266,9 @@ ARCHITECTURES_RULE = (
 
 @dataclass(frozen=True)
 class Architectures(Hypothesis):
-    """Answer to H3 for one metric and one setting.
+    """Answer to H3 for one metric and one setting, from each two encoders' first layers at each resolution.
 
-    Attributes:
-        pairs: comparisons of encoders by their first layer at each resolution; the choice ignores scores, so
-            that no encoder gains from having many layers of one size
+    The choice of layers ignores scores, so that no encoder gains from having many layers of one size.
     """
 
     pairs: tuple[MatchedPair, ...] = ()

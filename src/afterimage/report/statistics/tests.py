@@ -126,21 +126,13 @@ class Comparison:
     """Comparison of `a` with `b` on the images that both have.
 
     Attributes:
-        metric: name of the metric
-        a: name of the first row
-        b: name of the second row
         difference: mean of a - b in the metric's own unit; for LPIPS below zero means that a is better
-        mean_a: mean score of a
-        mean_b: mean score of b
         p: p-value of the paired t test (Student 1908)
         p_holm: p-value corrected over the comparison's family
         wins_a: number of images on which a is better
-        wins_b: number of images on which b is better
         agreement: rank correlation of the two over images; near 1, the same images are hard for both
         won_a: ids of the images that a wins by the widest margins, at most ten, widest first
-        won_b: the same of b
         parameters_a: parameters of the decoder of a
-        parameters_b: the same of b
     """
 
     metric: str
@@ -192,20 +184,8 @@ class Comparison:
         return not self.matched_capacity and (gap > 0 if self.better == "a" else gap < 0)
 
 
-def compare(
-    a: Row,
-    b: Row,
-    metric: str,
-    *,
-    names: tuple[str, str] | None = None,
-) -> Comparison:
-    """Compare two rows over the images that both have scores for.
-
-    Args:
-        a: first row
-        b: second row
-        metric: name of the metric
-        names: names to use instead of the rows' own
+def compare(a: Row, b: Row, metric: str, *, names: tuple[str, str] | None = None) -> Comparison:
+    """Compare two rows, under their own names or these, over the images that both have scores for.
 
     Returns:
         the comparison, whose `p_holm` is `p` until `corrected` sets it once the family is known
@@ -227,13 +207,14 @@ def compare(
     gain = METRICS[metric].sign * difference
     order = np.argsort(-gain, kind="stable")
     name_a, name_b = names or (a.name, b.name)
+    mean_a, mean_b = scores.mean(axis=0).tolist()
     return Comparison(
         metric=metric,
         a=name_a,
         b=name_b,
         difference=interval,
-        mean_a=float(scores[:, 0].mean()),
-        mean_b=float(scores[:, 1].mean()),
+        mean_a=mean_a,
+        mean_b=mean_b,
         p=p,
         p_holm=p,
         wins_a=int((gain > 0).sum()),
