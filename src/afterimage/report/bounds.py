@@ -159,7 +159,7 @@ CURVE = "curve.csv"
 
 def features_of(row: Row) -> str:
     """Return an inversion's sources, with the label of its weights where they are not pretrained."""
-    return named_features(" + ".join(row.sources), row.origin)
+    return named_features(row.features_text, row.origin)
 
 
 def named_features(sources: str, weights: str) -> str:

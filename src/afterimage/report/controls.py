@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -14,7 +13,7 @@ import numpy as np
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.format import NONE, Finding, Numbers, interval_text, minus, number
-from afterimage.report.rows import Row, mean_over_images
+from afterimage.report.rows import Row, grouped, mean_over_images
 from afterimage.runs.controls import PLANES, REGIONS, STAND_INS, CodecPoint, PlaneError, read_part
 from afterimage.runs.results import Interval
 
@@ -64,11 +63,6 @@ def control_findings(rows: Sequence[Row]) -> list[Finding]:
     return findings
 
 
-def name(row: Row) -> str:
-    """Write the sources of a row."""
-    return " + ".join(row.sources)
-
-
 def decoder(row: Row) -> str:
     """Write the decoder of a row, with the name of its random control if it is one."""
     return row.decoder_label + (f" ({row.control})" if row.is_random else "")
@@ -105,13 +99,12 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float | None:
 
 def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
     header = ("features", "decoder", "own features", *STAND_INS.values(), "re-encoded", "another image")
-    table = [
-        (
-            name(p.row), decoder(p.row), *(interval_text(p.mean(f"{c}_psnr"), "psnr") for c in ("own", *STAND_INS)),
-            f"{p.facts.distances.reencoded:.3f}", f"{p.facts.distances.random_pair:.3f}",
-        )
-        for p in parts
-    ]  # fmt: skip
+    table = []
+    for p in parts:
+        scores = (interval_text(p.mean(f"{control}_psnr"), "psnr") for control in ("own", *STAND_INS))
+        distances = (p.facts.distances.reencoded, p.facts.distances.random_pair)
+        cells = (*scores, *(f"{distance:.3f}" for distance in distances))
+        table.append((p.row.features_text, decoder(p.row), *cells))
     paragraphs = [
         "Features that are not the image's go through its trained decoder, and what comes out is scored against "
         "the image: what is left is the decoder's prior. Another image's features are those of the next test "
@@ -128,16 +121,17 @@ def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
 
 def _against_random(rows: Sequence[Row]) -> Iterable[Numbers]:
     """Compare pretrained rows with the same rows on random weights, in a table for each random control."""
-    lines = defaultdict(list)
-    for trained, random in product(rows, rows):
-        if not trained.is_random and random.is_random and _differ_only_in(trained, random, "weights"):
-            gap = _difference(trained, random, "psnr")
-            means = [number(row.scores["psnr"].mean, "psnr") for row in (trained, random)]
-            lines[random.origin].append((name(trained), trained.decoder_label, *means, gap))
-    for label, found in sorted(lines.items()):
-        random = f"{label.upper()} weights (dB)"
-        header = ("features", "decoder", "pretrained (dB)", random, "what training added (dB)")
-        yield Numbers(f"The same architecture with {label} weights", header, tuple(found))
+    trained, random = ([row for row in rows if row.is_random == is_random] for is_random in (False, True))
+    pairs = [(a, b) for a, b in product(trained, random) if _differ_only_in(a, b, "weights")]
+    for label, found in sorted(grouped(pairs, lambda pair: pair[1].origin).items()):
+        lines = []
+        for pair in found:
+            means = (number(row.scores["psnr"].mean, "psnr") for row in pair)
+            names = (pair[0].features_text, pair[0].decoder_label)
+            lines.append((*names, *means, _difference(*pair, "psnr")))
+        heads = ("pretrained (dB)", f"{label.upper()} weights (dB)", "what training added (dB)")
+        title = f"The same architecture with {label} weights"
+        yield Numbers(title, ("features", "decoder", *heads), tuple(lines))
 
 
 def _differ_only_in(a: Row, b: Row, *but: str) -> bool:
@@ -173,7 +167,7 @@ def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
         planes = [interval_text(p.mean(f"psnr_{plane}"), "psnr") for plane in PLANES]
         lost = [_share(p.facts.planes[plane]) for plane in PLANES]
         kinds = [_decibels(getattr(p.facts.regions, kind).mse) for kind in REGIONS]
-        table.append((name(p.row), decoder(p.row), *planes, *lost, *kinds, half))
+        table.append((p.row.features_text, decoder(p.row), *planes, *lost, *kinds, half))
     paragraphs = [
         f"Luma, Cb and Cr are JPEG's (BT.601, full range), mean PSNR over images with its {NAME}; "
         "the variance lost is the squared error over the plane's own variance within images (above 100 %: worse "
@@ -205,7 +199,7 @@ def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
         measured = mse.row.lpips.net == other.row.lpips.net and other.row.scores["lpips"] is not None
         pairs = [" → ".join(texts) for texts in zip(*map(_detail, (mse, other)), strict=True)]
         lines.append((
-            name(mse.row), mse.row.decoder_label, losses[1], _difference(other.row, mse.row, "psnr"),
+            mse.row.features_text, mse.row.decoder_label, losses[1], _difference(other.row, mse.row, "psnr"),
             _difference(other.row, mse.row, "lpips") if measured else NONE, *pairs,
         ))  # fmt: skip
     if lines:
@@ -244,7 +238,7 @@ def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
             rows = [float(r["psnr"]) for r in p.images if r["bits"] == point.bits]
             size, bound = point.bits_per_pixel, point.entropy_bits_per_pixel
             table.append((
-                name(p.row), decoder(p.row), f"{point.bits}", f"{size:.2f}",
+                p.row.features_text, decoder(p.row), f"{point.bits}", f"{size:.2f}",
                 NONE if bound is None else f"{bound:.2f}", interval_text(mean_over_images(rows), "psnr"),
                 _codec(jpeg, size), _codec(webp, size), _size(jpeg, point.psnr),
             ))  # fmt: skip

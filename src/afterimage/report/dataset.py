@@ -57,7 +57,7 @@ def _lines(row: Row, told: Row, own_images: bool) -> Iterable[dict[str, Any]]:
         kept = {identity: pair for identity, *pair in row.run.images}
     for image, shown in zip(row.per_image, told.per_image, strict=True):
         line = {
-            "run": row.run.name, "kind": row.kind, "features": " + ".join(row.sources), "decoder": row.decoder,
+            "run": row.run.name, "kind": row.kind, "features": row.features_text, "decoder": row.decoder,
             "weights": " + ".join(weights.identity for weights in row.weights), "seed": row.seed, "image": shown["id"],
             **{metric: shown[metric] for metric in METRICS}, "lpips_net": row.lpips.net,
         }  # fmt: skip

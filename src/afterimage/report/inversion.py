@@ -10,9 +10,8 @@ from typing import Any
 from afterimage.config.inversion import other_images
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.bounds import PAST, Bound, features_of, highest, mean_curve, named_features, searched
-from afterimage.report.figures.style import short_encoders
 from afterimage.report.format import Finding, Numbers, interval_text, number, significant, span
-from afterimage.report.rows import Row, grouped, lpips_nets, mean_over_images
+from afterimage.report.rows import Row, grouped, lpips_nets, mean_over_images, short_encoders
 from afterimage.report.tables import heading
 from afterimage.runs.files import write_atomic, write_csv, write_json
 from afterimage.runs.results import METRICS, Score
@@ -47,7 +46,7 @@ def _row(
 ) -> dict[str, Any]:  # fmt: skip
     lpips = scores["lpips"]
     return {
-        "sources": " + ".join(found.sources), "weights": found.origin, "way": way, "how": name,
+        "sources": found.features_text, "weights": found.origin, "way": way, "how": name,
         "psnr": scores["psnr"].mean, "ssim": scores["ssim"].mean, "lpips": lpips and lpips.mean,
         "lpips_net": found.lpips.net, "feature_loss": loss, "passes": passes,
         "seconds_per_image": round(seconds, 3), "images": scores["psnr"].count, "run": found.run.name,

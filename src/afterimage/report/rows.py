@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from afterimage.config import PROTOCOLS, RANDOM_WEIGHTS, AfterimageError, split_source
+from afterimage.config import PROTOCOLS, RANDOM_WEIGHTS, AfterimageError, short_names, split_source
 from afterimage.evaluation.intervals import mean_interval
+from afterimage.report.format import plain
 from afterimage.runs.results import METRICS, Interval, Result
 from afterimage.runs.run import Run
 
@@ -75,6 +76,11 @@ class Row(Result):
     @property
     def decoder_label(self) -> str:
         return f"{self.decoder} ({self.variant})" if self.variant else self.decoder
+
+    @property
+    def features_text(self) -> str:
+        """Sources in one text, joined by ` + `."""
+        return " + ".join(self.sources)
 
     @property
     def shapes(self) -> tuple[str, ...]:
@@ -208,6 +214,12 @@ class Rows:
                 f"these runs were measured by different protocols: {'; '.join(told)}; report on those of one at a time"
             )
         return next(iter(found), "")
+
+
+def short_encoders(rows: Iterable[Row]) -> dict[str, str]:
+    """Return encoder names for figures: without the weights' tag where they stay distinct."""
+    names = short_names(row.encoder for row in rows if row.sources)
+    return {name: plain(short, 40) for name, short in names.items()}
 
 
 def lpips_nets(rows: Iterable[Row]) -> tuple[str, ...]:

@@ -282,7 +282,7 @@ def records(rows: Rows) -> list[dict[str, Any]]:
 def _record(row: Row) -> dict[str, Any]:
     record: dict[str, Any] = {
         "run": row.run.name, "state": "done", "kind": row.kind, "label": row.label,
-        "sources": " + ".join(row.sources), "shapes": " + ".join(row.shapes),
+        "sources": row.features_text, "shapes": " + ".join(row.shapes),
         "reductions": " + ".join(row.reductions),
         "locations": row.locations, "values_per_pixel": row.values_per_pixel,
         "fusion": row.fusion_text if len(row.sources) > 1 else "",

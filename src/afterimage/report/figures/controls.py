@@ -25,10 +25,9 @@ from afterimage.report.figures.style import (
     grid_lines,
     key,
     legend,
-    short_encoders,
 )
 from afterimage.report.format import significant
-from afterimage.report.rows import Row, Rows, grouped, mean_over_images
+from afterimage.report.rows import Row, Rows, grouped, mean_over_images, short_encoders
 from afterimage.runs.controls import PLANES, REGIONS, STAND_INS
 
 CONTROL_LOOKS = {

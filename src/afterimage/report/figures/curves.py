@@ -24,10 +24,10 @@ from afterimage.report.figures.style import (
     grid_lines,
     key,
     legend,
-    short_encoders,
     style,
+    with_control,
 )
-from afterimage.report.rows import Row, Rows, grouped
+from afterimage.report.rows import Row, Rows, grouped, short_encoders
 
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
 PANELS = 12  # per figure
@@ -70,7 +70,7 @@ def _figure(groups: dict[Panel, list[Trained]], names: dict[str, str]) -> Figure
     for place, ((encoder, control, decoder, loss), members) in zip(places, groups.items(), strict=True):
         axes = figure.add_subplot(down, across, place)
         ends[axes] = _draw(axes, members, loss == "mse")
-        who = f"{names[encoder]}{f', {control}' if control else ''}"
+        who = with_control(names[encoder], control)
         extra = "" if loss == "mse" else f"\nloss: {wrap(drawable(loss, 40), TITLE)}"
         axes.set_title(f"{wrap(drawable(who), TITLE)}\n{wrap(drawable(decoder, 72), TITLE)}{extra}")
         axes.set_xlabel("epoch")

@@ -20,7 +20,6 @@ from afterimage.report.figures.style import (
     Style,
     columns,
     controls_note,
-    dashes,
     decoder_styles,
     drawable,
     error_bars,
@@ -32,9 +31,9 @@ from afterimage.report.figures.style import (
     lpips_note,
     metric_label,
     metrics_of,
-    short_encoders,
+    with_control,
 )
-from afterimage.report.rows import Row, Rows, grouped, mean_over_images, pool
+from afterimage.report.rows import Row, Rows, grouped, mean_over_images, pool, short_encoders
 from afterimage.runs.results import METRICS, Interval
 
 LAYER_INCHES = 0.55
@@ -116,7 +115,7 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
                 _curve(axes, x, means, drawn[name], control, name, joined=joined)
             estimates += decoder + answer
         _keep_in_view(axes, estimates)
-    handles = [key(drawable(name, 48), color=look.color, marker=look.marker) for name, look in drawn.items()]
+    handles = [key(drawable(name, 48), **look.line()) for name, look in drawn.items()]
     legend(figure, [*handles, Patch(color=BAND, label="what this decoder missed")], columns=4)
     figure.draw_without_rendering()
     counts = " or ".join(str(count) for count in sorted({bound.count for bound in bounds}))
@@ -167,11 +166,9 @@ def _curve(
     axes: Axes, x: np.ndarray, means: Sequence[Interval], look: Style, control: str, label: str, *, joined: bool
 ) -> None:  # fmt: skip
     """Draw means with intervals at their places."""
-    axes.errorbar(
-        x, [mean.estimate for mean in means], error_bars(means), color=look.color, marker=look.marker,
-        mfc="white" if control else look.color, elinewidth=0.9, capsize=1.5,
-        ls=dashes(control) if joined else "none", label=label,
-    )  # fmt: skip
+    line = look.line(control) | ({} if joined else {"ls": "none"})
+    middles = [mean.estimate for mean in means]
+    axes.errorbar(x, middles, error_bars(means), label=label, elinewidth=0.9, capsize=1.5, **line)
 
 
 def _keep_in_view(axes: Axes, estimates: Sequence[float]) -> None:
@@ -259,11 +256,10 @@ def _lines(
 
 def _handles(rows: Sequence[Row], styles: dict[str, Style], has_baselines: bool) -> list[Any]:
     looks = dict.fromkeys((r.decoder_label, r.control) for r in sorted(rows, key=lambda r: r.decoder_order))
-    handles = []
-    for name, control in looks:
-        color, marker = styles[name].color, styles[name].marker
-        text, fill = drawable(name, 48) + (f", {control}" if control else ""), "white" if control else color
-        handles.append(key(text, color=color, marker=marker, ls=dashes(control), mfc=fill))
+    handles = [
+        key(with_control(drawable(name, 48), control), **styles[name].line(control))
+        for name, control in looks
+    ]
     if has_baselines:
         handles.append(key("baseline", color=MUTED, lw=0.7, ls=(0, (4, 3))))
     return handles

@@ -19,9 +19,9 @@ from afterimage.report.figures.style import (
     lpips_note,
     metric_label,
     metrics_of,
-    short_encoders,
+    with_control,
 )
-from afterimage.report.rows import Row, Rows
+from afterimage.report.rows import Row, Rows, grouped, short_encoders
 
 ROWS_A_FIGURE = 36
 ROW_INCHES = 0.2
@@ -38,8 +38,7 @@ def distributions(rows: Rows) -> list[Drawing]:
 
 def _pages(rows: Sequence[Row]) -> list[list[Row]]:
     pages: list[list[Row]] = []
-    for name in dict.fromkeys(row.encoder for row in rows):
-        group = [row for row in rows if row.encoder == name]
+    for group in grouped(rows, lambda row: row.encoder).values():
         for start in range(0, len(group), ROWS_A_FIGURE):
             part = group[start : start + ROWS_A_FIGURE]
             if pages and len(pages[-1]) + len(part) <= ROWS_A_FIGURE:
@@ -51,15 +50,12 @@ def _pages(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) -> Drawing:
     metrics, names = metrics_of(page), short_encoders(rows.decoders)
-    groups = list(dict.fromkeys((r.encoder, r.control) for r in page))
     # A group's heading has a line of its own above its rows.
     places, headings, place = [], [], 0.0
-    for encoder, control in groups:
-        headings.append((place, _heading(names, encoder, control), control))
-        for row in (r for r in page if (r.encoder, r.control) == (encoder, control)):
-            place += 1
-            places.append((place, row))
-        place += 1.3
+    for (encoder, control), members in grouped(page, lambda r: (r.encoder, r.control)).items():
+        headings.append((place, with_control(names.get(encoder, "baselines"), control), control))
+        places += [(place + i, row) for i, row in enumerate(members, 1)]
+        place += len(members) + 1.3
     figure = Figure((2.0 + 2.3 * len(metrics), 0.7 + ROW_INCHES * (place + 0.5)), layout="constrained")
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, (metric, net) in zip(panels, metrics, strict=True):
@@ -84,10 +80,6 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
         f"farthest image within 1.5 box lengths.{lpips_note(page)}"
     )
     return Drawing(f"distributions{suffix}", "Image by image", caption, figure)
-
-
-def _heading(names: dict[str, str], encoder: str, control: str) -> str:
-    return f"{names.get(encoder, 'baselines')}{f', {control}' if control else ''}"
 
 
 def _label(row: Row, has_seeds: bool) -> str:

@@ -28,7 +28,7 @@ from afterimage.report.figures.image_grid import (
     write_heads,
 )
 from afterimage.report.figures.labels import wrap
-from afterimage.report.figures.style import Drawing, drawable
+from afterimage.report.figures.style import Drawing, drawable, with_control
 from afterimage.report.format import capitalised, plain
 from afterimage.report.rows import Row, Rows
 
@@ -57,7 +57,7 @@ def fusion_weights(rows: Rows) -> list[Drawing]:
     for number, (row, lines) in enumerate(found, 1):
         name = f"fusion-weights-{number}" if len(found) > 1 else "fusion-weights"
         who = ", ".join([row.layer, row.decoder_label, *([f"seed {row.seed}"] if has_seeds else [])])
-        title = f"Fusion weights: {plain(who, 100)}" + (f", {row.control}" if row.is_random else "")
+        title = with_control(f"Fusion weights: {plain(who, 100)}", row.control)
         drawings.append(Drawing(name, title, _caption(row), _figure(row, lines), number > FEW))
     return drawings
 

@@ -24,11 +24,11 @@ from afterimage.report.figures.style import (
     Drawing,
     drawable,
     fusion_note,
-    short_encoders,
     style,
+    with_control,
 )
 from afterimage.report.format import plain
-from afterimage.report.rows import Row, Rows, grouped, lpips_nets
+from afterimage.report.rows import Row, Rows, grouped, lpips_nets, short_encoders
 from afterimage.runs.files import read_image
 from afterimage.runs.run import Run
 
@@ -202,7 +202,7 @@ def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]
         yield "Reconstructions", list(rows.decoders)
     else:
         for (encoder, control), members in grouped(rows.decoders, lambda r: (r.encoder, r.control)).items():
-            title = f"Reconstructions: {names[encoder]}" + (f", {control}" if control else "")
+            title = f"Reconstructions: {with_control(names[encoder], control)}"
             if len(members) < COLUMNS:
                 yield title, members
                 continue

@@ -17,7 +17,6 @@ from afterimage.report.figures.style import (
     Drawing,
     Style,
     controls_note,
-    dashes,
     decoder_styles,
     drawable,
     encoder_styles,
@@ -30,9 +29,8 @@ from afterimage.report.figures.style import (
     lpips_note,
     metric_label,
     metrics_of,
-    short_encoders,
 )
-from afterimage.report.rows import Row, Rows, grouped, pool
+from afterimage.report.rows import Row, Rows, grouped, pool, short_encoders
 from afterimage.runs.results import Interval
 
 PANEL = (2.35, 1.95)
@@ -147,23 +145,20 @@ def _lines(axes: Axes, rows: Sequence[Row], metric: str, layout: Layout) -> list
             continue
         points.sort(key=lambda p: (p[2].order, p[0]))
         drawn += points
-        style, fused = layout.styles[name], points[0][2].is_fused
-        axes.errorbar(
-            [p[0] for p in points], [p[1].estimate for p in points], error_bars([p[1] for p in points]),
-            color=style.color, marker=style.marker, mfc="white" if control else style.color, elinewidth=0.9,
-            capsize=1.5, lw=0.8, ls="none" if fused else dashes(control),
-        )  # fmt: skip
+        line = layout.styles[name].line(control) | ({"ls": "none"} if points[0][2].is_fused else {})
+        x, scores = [p[0] for p in points], [p[1] for p in points]
+        estimates = [score.estimate for score in scores]
+        axes.errorbar(x, estimates, error_bars(scores), elinewidth=0.9, capsize=1.5, lw=0.8, **line)
     grid_lines(axes)
     return drawn
 
 
 def _legend(figure: Figure, rows: Sequence[Row], layout: Layout) -> None:
     keys = [
-        key(drawable(layout.lines[name], 48), lw=0.8, color=style.color, marker=style.marker)
-        for name, style in layout.styles.items()
+        key(drawable(layout.lines[name], 48), lw=0.8, **style.line()) for name, style in layout.styles.items()
     ]
     for control in sorted({row.control for row in rows if row.is_random}):
-        keys.append(key(control, lw=0.8, color=MUTED, marker="o", mfc="white", ls=dashes(control)))
+        keys.append(key(control, lw=0.8, **Style(MUTED, "o").line(control)))
     legend(figure, keys, columns=4)
 
 
@@ -216,7 +211,7 @@ def standing(comparison: Comparison) -> Drawing:
     for axes in panels[-1]:
         axes.set_xlabel("feature values per pixel value")
     keys = {_bare(name, names): looks[name] for name in names} | {"atlas": OTHERS}
-    handles = [key(name, lw=0.8, color=s.color, marker=s.marker) for name, s in keys.items()]
+    handles = [key(name, lw=0.8, **look.line()) for name, look in keys.items()]
     legend(figure, handles, columns=4)
     figure.draw_without_rendering()
     for axes, firsts in named.items():

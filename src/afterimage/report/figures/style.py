@@ -24,7 +24,6 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from afterimage.config import short_names
 from afterimage.report.format import capitalised, plain
 from afterimage.report.rows import Row, fusion_legend, lpips_nets
 from afterimage.report.tables import heading, score_columns
@@ -63,6 +62,11 @@ class Style:
 
     color: str
     marker: str
+
+    def line(self, control: str = "") -> dict[str, Any]:
+        """Return the look of a line; a random control has hollow markers and is broken or dotted."""
+        fill = "white" if control else self.color
+        return {"color": self.color, "marker": self.marker, "mfc": fill, "ls": dashes(control)}
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,9 @@ def encoder_styles(names: Sequence[str]) -> dict[str, Style]:
     return {name: Style(color, marker) for name, color, marker in looks}
 
 
-def short_encoders(rows: Iterable[Row]) -> dict[str, str]:
-    """Return encoder names for figures: without the weights' tag where they stay distinct."""
-    names = short_names(row.encoder for row in rows if row.sources)
-    return {name: plain(short, 40) for name, short in names.items()}
+def with_control(name: str, control: str) -> str:
+    """Write a name, followed by that of a random control if it is one."""
+    return f"{name}, {control}" if control else name
 
 
 def metrics_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
