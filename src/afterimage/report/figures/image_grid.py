@@ -236,12 +236,12 @@ def _lines(rows: Sequence[Row]) -> Iterator[Line]:
             yield Line(identity, original, cells, psnr)
 
 
-def _pair(saved: Mapping[str, tuple[Path, Path]], identity: str) -> tuple[Pixels | None, Pixels | None]:
+def _pair(saved: Mapping[str, tuple[Path, Path]], identity: str) -> tuple[np.ndarray | None, ...]:
     """Read an original and its reconstruction; None for one that is missing or cannot be read."""
     return tuple(map(read_pixels, saved[identity])) if identity in saved else (None, None)
 
 
-def _fits(own: Pixels | None, pixels: Pixels | None, original: Pixels) -> bool:
+def _fits(own: np.ndarray | None, pixels: np.ndarray | None, original: np.ndarray) -> bool:
     """Return True for a reconstruction of this original in its size."""
     return pixels is not None and pixels.shape == original.shape and np.array_equal(own, original)
 

@@ -77,18 +77,13 @@ def write_page(
         "title": title, "lead": lead, "problems": problems, "bounds": bounds, "findings": findings,
         "figures": _embedded(figures), "bound_figures": _embedded(bound_figures), **_shared(rows, entries),
     }  # fmt: skip
-    data = {
-        "runs": entries,
-        "rows": len(rows.all),
-        "ids": image_ids(rows),
-        "net": main_net(rows),
-    }
     environment = page_environment(TEMPLATES)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    template = environment.get_template("page.html")
+    template, ids, net = environment.get_template("page.html"), image_ids(rows), main_net(rows)
 
     def render(album: Album) -> str:
-        return template.render(album=album, data=data | {"images": album.images}, **context)
+        data = {"runs": entries, "rows": len(rows.all), "images": album.images, "ids": ids, "net": net}
+        return template.render(album=album, data=data, **context)
 
     # A first rendering without images shows how much room is left for them.
     room = limit - len(render(Album(total=len(images))).encode())
