@@ -20,12 +20,11 @@ from afterimage.report.figures.image_grid import (
     GAP,
     HEAD,
     IMAGES,
-    TEXT_LINE,
     Pixels,
-    canvas,
+    in_columns,
     place_image,
     read_pixels,
-    write_heads,
+    sheet,
 )
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import Drawing, drawable, with_control
@@ -86,14 +85,11 @@ def _figure(row: Row, lines: list[Line]) -> Figure:
     ]
     means = zip(_names(row.sources), row.fusion_weights, strict=True)
     heads += [f"{name}\nmean weight {mean:.2f}" for name, mean in means]
-    top = EDGE + TEXT_LINE * max(head.count("\n") + 1 for head in heads) + 0.08
-    step = CELL + FOOT + EDGE
-    width = len(heads) * (CELL + GAP) + EDGE + BAR
-    height = top + len(lines) * step
-    figure, axes = canvas(width, height)
+    step, width = CELL + FOOT + EDGE, len(heads) * (CELL + GAP) + EDGE + BAR
+    places = in_columns(heads)
+    figure, axes, top = sheet(places, width, len(lines) * step)
     norm = Normalize(0, max(float(m.max()) for line in lines for m in line.maps) / 255 or 1)
-    left = [EDGE + column * (CELL + GAP) for column in range(len(heads))]
-    write_heads(axes, left, top, heads)
+    left = list(places)
     for y, line in zip(itertools.count(top, step), lines, strict=False):
         psnr = row.values("psnr").get(line.identity)
         feet = [drawable(line.identity, HEAD), "" if psnr is None else f"{psnr:.2f} dB"]
@@ -102,6 +98,7 @@ def _figure(row: Row, lines: list[Line]) -> Figure:
         look = {"interpolation": "nearest", "cmap": COLORS, "norm": norm}
         for x, weights in zip(left[2:], line.maps, strict=True):
             place_image(axes, weights / 255, x, y, f"{weights.mean() / 255:.2f}", **look)
+    height = figure.get_figheight()
     bottom = height - (top + (len(lines) - 1) * step + CELL)
     place = (left[-1] + CELL + 0.1, bottom, 0.1, height - top - bottom)
     bar = figure.add_axes([place[0] / width, place[1] / height, place[2] / width, place[3] / height])

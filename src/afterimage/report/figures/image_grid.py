@@ -38,7 +38,6 @@ COLUMNS = 8
 IMAGES, FEW_IMAGES, MANY_PAGES = 3, 2, 4  # IMAGES on a page, FEW_IMAGES if there are more than MANY_PAGES
 DETAIL = 4  # ratio of an image's shorter side to the side of its detail
 CELL = 1.12  # inches: at 200 dpi the 224 pixels of a usual image are printed one to one
-TEXT_LINE = 0.13  # inches for each line of text
 GAP, EDGE, FOOT = 0.06, 0.05, 0.18
 BLOCK = 2 * CELL + FOOT + 0.14  # an image, its PSNR, its detail, and the gap to the next image
 HEAD = 17  # characters that fit above a column
@@ -144,22 +143,19 @@ def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[
         return []
     founds = [bound.found for bound in bounds]
     names = short_encoders(founds)
-    heads = [_column_head(found, names) for found in founds]
-    top = EDGE + 0.15 * max(head.count("\n") + 1 for head in heads) + 0.08
     start = EDGE + CELL + GAP + LABEL
+    heads = {start + i * (CELL + GAP): _column_head(found, names) for i, found in enumerate(founds)}
     width, step = start + len(bounds) * (CELL + GAP) - GAP + EDGE, CELL + 0.2
     block = len(lines) * step + 0.1
-    figure, axes = canvas(width, top + len(originals) * block - 0.1 + EDGE)
-    text = {"fontsize": LARGE, "linespacing": 1.2}
-    left = [start + column * (CELL + GAP) for column in range(len(bounds))]
-    write_heads(axes, [EDGE, *left], top, ["original", *heads], **text)
+    below, text = len(originals) * block - 0.1 + EDGE, {"fontsize": LARGE, "linespacing": 1.2}
+    figure, axes, top = sheet({EDGE: "original", **heads}, width, below, line=0.15, **text)
     for place, (identity, original) in enumerate(originals.items()):
         y = top + place * block
         place_image(axes, original, EDGE, y, "")
         for line, (name, answers) in enumerate(lines.items()):
             middle = y + line * step + CELL / 2
             axes.text(start - 0.05, middle, drawable(name, 20), ha="right", va="center", rotation=90, **text)
-            for x, answer in zip(left, answers, strict=True):
+            for x, answer in zip(heads, answers, strict=True):
                 at = x, y + line * step
                 pixels = _answer_pixels(answer, identity, original)
                 if pixels is None:
@@ -261,22 +257,18 @@ def read_pixels(path: Path) -> Pixels | None:
 
 
 def _drawing(page: Page, lines: Sequence[Line]) -> Drawing:
-    heads = ["original", *(_head(row, page) for row in page.rows)]
-    top = EDGE + TEXT_LINE * max(head.count("\n") + 1 for head in heads) + 0.08
-    width = len(heads) * (CELL + GAP) - GAP + 2 * EDGE
-    height = top + len(lines) * BLOCK - BLOCK + 2 * CELL + FOOT + EDGE
-    figure, axes = canvas(width, height)
-    left = [EDGE + column * (CELL + GAP) for column in range(len(heads))]
-    write_heads(axes, left, top, heads)
+    heads = in_columns(["original", *(_head(row, page) for row in page.rows)])
+    width, below = len(heads) * (CELL + GAP) - GAP + 2 * EDGE, 2 * CELL + FOOT + EDGE
+    figure, axes, top = sheet(heads, width, (len(lines) - 1) * BLOCK + below)
     for place, line in enumerate(lines):
         y = top + place * BLOCK
         scores = ("" if psnr is None else f"{psnr:.2f} dB" for psnr in line.psnr)
         feet = [drawable(line.id, HEAD), *scores]
-        for x, pixels, foot in zip(left, [line.original, *line.cells], feet, strict=True):
+        for x, pixels, foot in zip(heads, [line.original, *line.cells], feet, strict=True):
             if pixels is None:
                 _absent(axes, x, y)
             else:
-                _show(axes, pixels, x, y, foot, busiest(line.original), boxed=x == left[0])
+                _show(axes, pixels, x, y, foot, busiest(line.original), boxed=x == EDGE)
     gaps = sum(pixels is None for line in lines for pixels in line.cells)
     missing = f" {gaps} images were not saved, cannot be read, or are of another original." if gaps else ""
     caption = (
@@ -304,20 +296,28 @@ def _show(
     )  # fmt: skip
 
 
-def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """Make a figure with one axes in inches from the top left: an axes for each cell would be slow."""
-    figure = Figure((width, height))
+def in_columns(heads: Sequence[str]) -> dict[float, str]:
+    """Return headings by the left ends of columns that stand side by side."""
+    return {EDGE + column * (CELL + GAP): head for column, head in enumerate(heads)}
+
+
+def sheet(
+    heads: Mapping[float, str], width: float, below: float, *, line: float = 0.13, **text: Any
+) -> tuple[Figure, Axes, float]:
+    """Make a figure with one axes in inches from the top left: an axes for each cell would be slow.
+
+    `heads` are headings by the left ends of their columns, in lines of `line` inches. Returned are also the top of
+    what is `below` inches high under them.
+    """
+    top = EDGE + line * max(head.count("\n") + 1 for head in heads.values()) + 0.08
+    figure = Figure((width, top + below))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(figure.get_figheight(), 0))
     axes.set_axis_off()
-    return figure, axes
-
-
-def write_heads(axes: Axes, left: Sequence[float], top: float, heads: Sequence[str], **text: Any) -> None:
-    """Write the headings of columns whose cells begin at `left` and below `top`."""
     look = {"ha": "center", "va": "bottom", "fontsize": 7.5, "linespacing": 1.25, **text}
-    for x, head in zip(left, heads, strict=True):
+    for x, head in heads.items():
         axes.text(x + CELL / 2, top - 0.05, head, **look)
+    return figure, axes, top
 
 
 def place_image(
