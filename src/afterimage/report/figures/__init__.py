@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 from afterimage.config import AfterimageError
-from afterimage.report.figures.controls import controls, lost, rate
+from afterimage.report.figures.controls import controls, rate, what_is_lost
 from afterimage.report.figures.curves import saturation, training_curves
 from afterimage.report.figures.depth import kept_by_depth, quality_by_depth
 from afterimage.report.figures.distribution import distributions
@@ -21,22 +21,19 @@ __all__ = ["UNDRAWABLE", "Drawing", "draw", "own_images", "render", "style"]
 
 UNDRAWABLE = (AfterimageError, ArithmeticError, ValueError)
 """Errors of images that cannot be read, and of matplotlib for numbers that no axis can show."""
-BEFORE_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
-    "kept": kept,
-    "kept by depth": kept_by_depth,
-    "quality by depth": quality_by_depth,
-}
-AFTER_GRIDS: dict[str, Callable[[Rows], list[Drawing]]] = {
-    "fusion weights": fusion_weights,
-    "quality by locations": quality_by_locations,
-    "quality by parameters": quality_by_parameters,
-    "training curves": training_curves,
-    "distributions": distributions,
-    "saturation": saturation,
-    "controls": controls,
-    "what is lost": lost,
-    "rate": rate,
-}
+BEFORE_GRIDS = (kept, kept_by_depth, quality_by_depth)
+AFTER_GRIDS = (
+    fusion_weights,
+    quality_by_locations,
+    quality_by_parameters,
+    training_curves,
+    distributions,
+    saturation,
+    controls,
+    what_is_lost,
+    rate,
+)
+"""Functions that draw the figures of rows, in the order of a report, with the grids of images in between."""
 
 
 def draw(rows: Rows, progress: Progress = silent, problems: list[str] | None = None) -> Iterator[Drawing]:
@@ -50,9 +47,11 @@ def draw(rows: Rows, progress: Progress = silent, problems: list[str] | None = N
     Yields:
         the figures
     """
-    jobs = [(name, partial(make, rows)) for name, make in BEFORE_GRIDS.items()]
-    jobs += [(page.title, partial(grid, page)) for page in pages(rows)]
-    jobs += [(name, partial(make, rows)) for name, make in AFTER_GRIDS.items()]
+    before, after = (
+        [(make.__name__.replace("_", " "), partial(make, rows)) for make in group]
+        for group in (BEFORE_GRIDS, AFTER_GRIDS)
+    )
+    jobs = [*before, *((page.title, partial(grid, page)) for page in pages(rows)), *after]
     for i, (name, job) in enumerate(jobs):
         progress("figures", i, len(jobs), figure=name)
         try:

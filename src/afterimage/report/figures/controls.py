@@ -97,7 +97,7 @@ def label(row: Row) -> str:
     return f"{drawable(shown, 36)}, {drawable(decoder(row), 30)}"
 
 
-def lost(rows: Rows) -> list[Drawing]:
+def what_is_lost(rows: Rows) -> list[Drawing]:
     """Draw the error by frequency, kind of region and place; an empty list if no run has a breakdown."""
     parts, _ = read_parts(rows.decoders, "error_breakdown")
     return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
