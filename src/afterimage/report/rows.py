@@ -132,13 +132,11 @@ class Row(Result):
     @property
     def fusion_text(self) -> str:
         """Description of the fusion, for example `attention fusion, 256 channels at 28×28`."""
-        fusion = self.fusion
-        if fusion is None:
+        if (fusion := self.fusion) is None:
             return "unknown fusion"
         wide = "" if fusion.name in ("aligned", "stacked", "sum") else f", {fusion.channels} channels"
-        return f"{fusion.name} fusion{wide} at " + (
-            f"{fusion.size}×{fusion.size}" if fusion.size else "the finest resolution"
-        )
+        size = f"{fusion.size}×{fusion.size}" if fusion.size else "the finest resolution"
+        return f"{fusion.name} fusion{wide} at {size}"
 
     @cached_property
     def intervals(self) -> dict[str, Interval | None]:
@@ -194,7 +192,7 @@ class Rows:
 
     @property
     def nets(self) -> tuple[str, ...]:
-        """LPIPS networks of all rows, see `lpips_nets`; distances of different networks do not compare."""
+        """LPIPS networks of all rows; distances of different networks do not compare."""
         return lpips_nets(self.all)
 
     @property
@@ -246,34 +244,26 @@ def read_rows(runs: Iterable[Run]) -> Rows:
             state, error = "damaged", str(damage)
         unfinished.append(Unfinished(run, state, error))
     if not finished:
-        raise AfterimageError(_nothing(unfinished))
+        lines = list(map(str, unfinished[:20]))
+        lines += [f"… {len(unfinished) - 20} more"] if len(unfinished) > 20 else []
+        reason = "no finished run to report" if unfinished else "there is no run to report"
+        raise AfterimageError("\n  ".join([reason, *lines]))
     decoded = _with_variants(_with_letters([row for row in finished if not row.is_baseline]))
-    decoded = sorted(decoded, key=lambda r: r.order)
-    inversions = tuple(row for row in decoded if row.kind == "inversion")
-    decoders = tuple(row for row in decoded if row.kind != "inversion")
+    kinds = grouped(sorted(decoded, key=lambda row: row.order), lambda row: row.kind == "inversion")
+    decoders, inversions = (tuple(kinds.get(is_inversion, ())) for is_inversion in (False, True))
     baselines = [row for row in finished if row.is_baseline]
-    baselines.sort(key=lambda r: (r.scores["psnr"].mean, natural(r.label)))
+    baselines.sort(key=lambda row: (row.scores["psnr"].mean, natural(row.label)))
     shown = decoders if decoders or baselines else inversions
     warnings = tuple(_warnings([*shown, *baselines]))
     return Rows(shown, tuple(baselines), tuple(unfinished), warnings, inversions)
-
-
-def _nothing(unfinished: Sequence[Unfinished]) -> str:
-    if not unfinished:
-        return "there is no run to report"
-    lines = [str(entry) for entry in unfinished[:20]]
-    lines += [f"… {len(unfinished) - 20} more"] if len(unfinished) > 20 else []
-    return "\n  ".join(["no finished run to report", *lines])
 
 
 def _with_letters(rows: Sequence[Row]) -> list[Row]:
     """Assign letters A, B, … to the distinct fusions, so that figures need not spell out their sources."""
     distinct = sorted({(row.sources, row.fusion_text) for row in rows if row.is_fused})
     letters = {key: _letter(i) for i, key in enumerate(distinct)}
-    return [
-        dataclasses.replace(row, fusion_letter=letters.get((row.sources, row.fusion_text), ""))
-        for row in rows
-    ]
+    named = ((row, letters.get((row.sources, row.fusion_text), "")) for row in rows)
+    return [dataclasses.replace(row, fusion_letter=letter) for row, letter in named]
 
 
 def _letter(index: int) -> str:
@@ -308,11 +298,13 @@ def _with_variants(rows: Sequence[Row]) -> list[Row]:
 def _warnings(rows: Sequence[Row]) -> Iterable[str]:
     tests = {row.data.test_digest for row in rows}
     counts = sorted({row.scores["psnr"].count for row in rows})
+    named = grouped(rows, lambda row: json.dumps(row.settings.get("data"), sort_keys=True, default=str))
+    changed = max(len({row.data.digest for row in alike}) for alike in named.values())
     if len(tests) > 1:
         yield f"The rows were measured on {len(tests)} sets of images: their scores do not compare."
     elif len(counts) > 1:
         yield f"The rows were measured on different numbers of images ({counts[0]} to {counts[-1]})."
-    elif changed := _changed(rows):
+    elif changed > 1:
         yield f"Rows that name the same data had {changed} sets of images: files changed between them."
     for name in sorted({_protocol(row) for row in rows} & PROTOCOLS.keys()):
         protocol = PROTOCOLS[name]
@@ -328,13 +320,6 @@ def _warnings(rows: Sequence[Row]) -> Iterable[str]:
         yield f"Rows marked {label.upper()} used {RANDOM_WEIGHTS[label]}: a control, not a pretrained network."
 
 
-def _changed(rows: Sequence[Row]) -> int:
-    """Return the largest number of image sets that the same settings gave; 0 if it was one each."""
-    alike = grouped(rows, lambda row: json.dumps(row.settings.get("data"), sort_keys=True, default=str))
-    most = max(len({row.data.digest for row in found}) for found in alike.values())
-    return most if most > 1 else 0
-
-
 def _uninformed(rows: Sequence[Row]) -> Iterable[str]:
     """Yield a warning of decoders whose mean PSNR does not exceed that of the mean-colour baseline."""
     lines = {
@@ -342,13 +327,12 @@ def _uninformed(rows: Sequence[Row]) -> Iterable[str]:
         for row in rows
         if row.settings.get("baseline") == "mean"
     }
+    decoders = (row for row in rows if row.kind == "decoder" and not row.is_random)
     low = [
-        row for row in rows
-        if row.kind == "decoder" and not row.is_random
-        and row.scores["psnr"].mean <= lines.get(row.data.test_digest, -math.inf)
-    ]  # fmt: skip
+        row.label for row in decoders if row.scores["psnr"].mean <= lines.get(row.data.test_digest, -math.inf)
+    ]
     if low:
-        told = ", ".join(row.label for row in low[:3]) + (", …" if len(low) > 3 else "")
+        told = ", ".join(low[:3]) + (", …" if len(low) > 3 else "")
         yield (
             f"{len(low)} decoder row{'s are' if len(low) > 1 else ' is'} not above the mean colour in PSNR ({told}): "
             "they learned too little from these images to say what the features hold."
@@ -373,10 +357,8 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by their dotted names."""
     flat = {}
     for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
 
 
