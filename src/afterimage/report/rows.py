@@ -254,8 +254,8 @@ def read_rows(runs: Iterable[Run]) -> Rows:
     baselines = [row for row in finished if row.is_baseline]
     baselines.sort(key=lambda row: (row.scores["psnr"].mean, natural(row.label)))
     shown = decoders if decoders or baselines else inversions
-    warnings = tuple(_warnings([*shown, *baselines]))
-    return Rows(shown, tuple(baselines), tuple(unfinished), warnings, inversions)
+    warnings = _warnings([*shown, *baselines])
+    return Rows(shown, tuple(baselines), tuple(unfinished), tuple(warnings), inversions)
 
 
 def _with_letters(rows: Sequence[Row]) -> list[Row]:
