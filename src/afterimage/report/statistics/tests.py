@@ -207,14 +207,13 @@ def compare(a: Row, b: Row, metric: str, *, names: tuple[str, str] | None = None
     gain = METRICS[metric].sign * difference
     order = np.argsort(-gain, kind="stable")
     name_a, name_b = names or (a.name, b.name)
-    mean_a, mean_b = scores.mean(axis=0).tolist()
     return Comparison(
         metric=metric,
         a=name_a,
         b=name_b,
         difference=interval,
-        mean_a=mean_a,
-        mean_b=mean_b,
+        mean_a=float(scores[:, 0].mean()),
+        mean_b=float(scores[:, 1].mean()),
         p=p,
         p_holm=p,
         wins_a=int((gain > 0).sum()),
