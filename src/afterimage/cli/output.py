@@ -14,7 +14,7 @@ from afterimage.runtime.terminal import complain, console, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from afterimage.report.findings import Numbers
+    from afterimage.report.format import Numbers
 
 
 def check_png(path: Path) -> None:
