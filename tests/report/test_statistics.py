@@ -10,6 +10,7 @@ from scipy import stats
 from afterimage.config import AfterimageError
 from afterimage.evaluation import intervals
 from afterimage.evaluation.intervals import interval, mean_interval
+from afterimage.report.rows import Row
 from afterimage.report.statistics.tests import (
     epsilon_squared,
     holm,
@@ -18,6 +19,7 @@ from afterimage.report.statistics.tests import (
     spearman,
     spearman_p,
 )
+from simulated_study import analyse, write_run
 
 samples = arrays(float, st.integers(3, 40), elements=st.floats(-100, 100, width=32), unique=True)
 
@@ -58,6 +60,19 @@ def test_interval_of_few_normal_values_is_as_long_as_students():
 def test_interval_of_two_images_is_students():
     found = mean_interval(np.array([19.0, 21.0]))
     assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 1, 20, 1))
+
+
+def test_intervals_of_two_images_stay_in_the_range_of_their_metric(tmp_path):
+    """Student's t interval alone would reach from 0.31 to 1.59 for this SSIM, and from -1.69 to 2.00 for this LPIPS."""
+    scores = {"psnr": (20.0, 22.0), "ssim": (0.9, 1.0), "lpips": (0.01, 0.3)}
+    rows = [{"id": i, **{metric: pair[i == "b"] for metric, pair in scores.items()}} for i in "ab"]
+    run = write_run(tmp_path, "resnet34.tv_in1k:layer1", rows)
+    of_findings = {score.metric: score.mean for score in analyse([run]).scores}
+    assert of_findings == Row.of(run).intervals
+    ends = {metric: (found.low, found.high) for metric, found in of_findings.items()}
+    assert ends["psnr"] == pytest.approx((8.294, 33.706), abs=1e-3)
+    assert ends["ssim"] == pytest.approx((0.315, 1.0), abs=1e-3)
+    assert ends["lpips"] == pytest.approx((0.0, 1.997), abs=1e-3)
 
 
 @pytest.mark.parametrize(

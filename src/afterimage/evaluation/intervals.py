@@ -108,14 +108,16 @@ def _student(count: int) -> float:
     return float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
 
 
-def mean_interval(values: np.ndarray) -> Interval:
+def mean_interval(values: np.ndarray, limits: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
     """Compute the BCa interval of a mean over images, or of a mean difference from paired differences.
 
     The mean of a resample never leaves the range of the values, and the range of two values contains the true mean only
-    half of the time. The interval of fewer than `FEW` images therefore includes Student's t interval.
+    half of the time. The interval of fewer than `FEW` images therefore includes Student's t interval, as far as a mean
+    can lie there.
 
     Args:
         values: scores or differences `(images,)`, finite
+        limits: lowest and highest value that is possible
 
     Raises:
         AfterimageError: there are fewer than two images, or values are not finite
@@ -125,7 +127,8 @@ def mean_interval(values: np.ndarray) -> Interval:
     if len(values) >= FEW or found.low == found.high:
         return found
     half = float(_student(len(values)) * values.std(ddof=1) / math.sqrt(len(values)))
-    low, high = min(found.low, found.estimate - half), max(found.high, found.estimate + half)
+    low = min(found.low, max(found.estimate - half, limits[0]))
+    high = max(found.high, min(found.estimate + half, limits[1]))
     return Interval(found.estimate, low, high, found.count, CONFIDENCE)
 
 

@@ -142,7 +142,9 @@ class Row(Result):
     def intervals(self) -> dict[str, Interval | None]:
         """Mean of each metric with its interval; None where it was not measured."""
         columns = {metric: [value for _, value in sorted(self.values(metric).items())] for metric in METRICS}
-        return {metric: mean_over_images(values) if values else None for metric, values in columns.items()}
+        return {
+            metric: mean_over_images(values, metric) if values else None for metric, values in columns.items()
+        }
 
     @cached_property
     def distinguishing(self) -> dict[str, Any]:
@@ -376,11 +378,11 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
     return groups
 
 
-def mean_over_images(values: Sequence[float]) -> Interval:
-    """Compute the mean with its interval, which is a point for a single image."""
+def mean_over_images(values: Sequence[float], metric: str = "") -> Interval:
+    """Compute the mean of scores by a metric, or of other values, with its interval; of a single image a point."""
     if len(values) == 1:
         return Interval(values[0], values[0], values[0], 1)
-    return mean_interval(np.array(values))
+    return mean_interval(np.array(values), *([METRICS[metric].limits] if metric else []))
 
 
 def pool(rows: Sequence[Row], metric: str) -> Interval | None:
@@ -392,7 +394,7 @@ def pool(rows: Sequence[Row], metric: str) -> Interval | None:
     values = [row.values(metric) for row in rows]
     common = sorted(key for key in values[0] if all(key in v for v in values))
     means = [math.fsum(v[key] for v in values) / len(values) for key in common]
-    return mean_over_images(means) if common else None
+    return mean_over_images(means, metric) if common else None
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -42,7 +42,7 @@ KINDS = {"decoder": RunConfig, "baseline": BaselineConfig, "inversion": Inversio
 
 @dataclass(frozen=True)
 class Metric:
-    """Title, unit, number of decimals and direction of a metric.
+    """Title, unit, number of decimals and direction of a metric, and the lowest and highest possible score.
 
     Differences below `negligible` do not matter: the published study names 0.1 dB for PSNR, and no margin for SSIM and
     LPIPS.
@@ -52,6 +52,7 @@ class Metric:
     unit: str
     digits: int
     higher_is_better: bool
+    limits: tuple[float, float] = (-math.inf, math.inf)
     negligible: float = 0.0
 
     @property
@@ -62,8 +63,8 @@ class Metric:
 
 METRICS = {
     "psnr": Metric("PSNR", " dB", 2, True, negligible=0.1),
-    "ssim": Metric("SSIM", "", 3, True),
-    "lpips": Metric("LPIPS", "", 3, False),
+    "ssim": Metric("SSIM", "", 3, True, (-1.0, 1.0)),
+    "lpips": Metric("LPIPS", "", 3, False, (0.0, math.inf)),
 }
 """Metrics by their names in files, in the order of tables."""
 

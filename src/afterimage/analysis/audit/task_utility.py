@@ -169,7 +169,8 @@ def measure_cost(
     found = []
     for defence, agreed, cosine in zip(defences, same, cosines, strict=True):
         extra = 4 * network.prefix * defence.specs[0].channels
-        mean, share = mean_interval(np.array(cosine)), share_interval(np.array(agreed))
+        mean = mean_interval(np.array(cosine), (-1.0, 1.0))
+        share = share_interval(np.array(agreed))
         found.append(
             {
                 "kind": network.kind,

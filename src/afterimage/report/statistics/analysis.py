@@ -158,7 +158,8 @@ def analyse(finished: Iterable[report.Row]) -> Analysis:
 def _score(row: Row, metric: str) -> Score:
     _, values = matrix([row], metric)
     label, spread = row.setting or Setting("baseline"), row.seed_spread(metric)
-    return Score(row.name, label, metric, mean_interval(values[:, 0]), len(row.runs), spread, row.runs)
+    mean = mean_interval(values[:, 0], METRICS[metric].limits)
+    return Score(row.name, label, metric, mean, len(row.runs), spread, row.runs)
 
 
 def _best_first(rows: list[Row], metric: str) -> list[Row]:

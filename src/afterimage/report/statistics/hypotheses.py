@@ -130,7 +130,7 @@ def _encoder(name: str, layers: list[Row], steps: list[Comparison], metric: str)
         steps=tuple(steps),
         tau=float(np.nan_to_num(tau)),
         tau_p=float(np.nan_to_num(tau_p, nan=1.0)),
-        tau_within=mean_interval(kendall_within(quality)),
+        tau_within=mean_interval(kendall_within(quality), (-1.0, 1.0)),
         monotone=int((np.diff(quality, axis=1) < 0).all(axis=1).sum()),
         verdict=verdict,
     )
