@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
+from afterimage.report.format import Finding
 from afterimage.report.page import images as album
 from afterimage.report.page.page import SCRIPTS, STYLES, TEMPLATES
 from afterimage.runs.run import scan
@@ -114,7 +115,7 @@ def test_names_stay_text(runs, tmp_path):
         tmp_path / "runs", "x", HOSTILE[0], "linear", sources=(f"{HOSTILE[0]}:{HOSTILE[1]}",), notes=HOSTILE
     )
     rename_images(run, HOSTILE) if run.images else None
-    finding = {"title": HOSTILE[0], "verdict": HOSTILE[1], "rule": HOSTILE[2], "paragraphs": HOSTILE}
+    finding = Finding(*HOSTILE, HOSTILE)
     without_random_controls = Parsed(
         write_page(runs, tmp_path / "honest.html", title="t", findings=[FINDING])
     )

@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
@@ -186,7 +187,7 @@ def key(label: str, **look: Any) -> Line2D:
     return Line2D([], [], label=label, **look)
 
 
-def legend(figure: Figure, handles: Sequence[Line2D], *, columns: int) -> None:
+def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
     """Set one legend below the whole figure, in up to `columns` columns, as many as fit its width."""
     for count in range(columns, 0, -1):
         made = figure.legend(handles=handles, loc="outside lower center", ncols=count)
