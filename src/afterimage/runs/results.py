@@ -7,6 +7,7 @@ of only one kind (the training, the search, the attack) are parts with types of 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
