@@ -276,5 +276,6 @@ def _most(row: Mapping[str, Any]) -> float:
 def _intervals(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, Interval | None]:
     columns = {name: [row[f"{name}{suffix}"] for row in rows] for name in METRICS}
     return {
-        name: None if None in values else mean_interval(np.array(values)) for name, values in columns.items()
+        name: None if None in values else mean_interval(np.array(values), METRICS[name].limits)
+        for name, values in columns.items()
     }
