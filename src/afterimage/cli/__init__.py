@@ -23,8 +23,20 @@ from afterimage.runtime.process import interruptible, let_idle_threads_sleep
 from afterimage.runtime.terminal import always_writable, complain, printable, say
 
 COMMANDS = (
-    *("layers", "train", "evaluate", "reconstruct", "invert", "study", "extract", "controls"),
-    *("audit", "report", "app", "compare", "push", "verify"),
+    "layers",
+    "train",
+    "evaluate",
+    "reconstruct",
+    "invert",
+    "study",
+    "extract",
+    "controls",
+    "audit",
+    "report",
+    "app",
+    "compare",
+    "push",
+    "verify",
 )
 """Names of the commands. Each has its file and a class of its name in it."""
 
