@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from afterimage.analysis.audit.defences.chain import Defence
-from afterimage.config import AfterimageError
+from afterimage.config import AfterimageError, counted
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import interval_dict, mean_interval, share_interval
 from afterimage.models.encoders.encoder import Encoder, normalise
@@ -160,7 +160,8 @@ def measure_cost(
     notes = []
     if network.prefix:
         notes.append(
-            f"{network.prefix} prefix tokens go on beside the map: they are counted, but neither defended nor attacked"
+            f"{counted(network.prefix, 'prefix token')} beside the map: counted as sent, but neither defended nor "
+            "attacked, so the network may keep its answers by them alone"
         )
     if network.bypassed(image_set.crops(range(min(2, len(image_set))), device=device)):
         notes.append(
