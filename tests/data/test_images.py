@@ -10,7 +10,7 @@ from torchvision.transforms.functional import center_crop
 from afterimage.config import DataConfig
 from afterimage.data.dataset import load_data, prepare_image
 from afterimage.data.examine import Facts
-from afterimage.data.images import ImageSet
+from afterimage.data.images import ImageSet, gather_crops
 from afterimage.data.pixel_cache import Blob, Slot
 from afterimage.data.sampling import centre_places, crop_places, order
 from some_images import some_image, write_images
@@ -131,19 +131,42 @@ def test_a_crop_depends_on_nothing_but_seed_epoch_and_index(indices, seed, epoch
     )
 
 
+@given(st.integers(0, 2**40), st.integers(0, 100), st.sampled_from([20, (13, 20), (20, 9)]))
+@settings(max_examples=40, deadline=None)
+def test_the_gather_on_a_device_equals_the_copies(seed, epoch, crop):
+    sizes = [(20, 33), (41, 20), (20, 20), (29, 27), (20, 21), (22, 50)]
+    sample_images = make_images(sizes, crop)
+    heights, widths = np.array(sizes).T
+    top, left, flip = crop_places(heights, widths, crop, np.arange(6), seed, epoch)
+    offsets = np.array([sample_images.blob.slots[content].offset for content in sample_images.content])
+    pixels = torch.from_numpy(sample_images.blob.pixels)
+    crops = gather_crops(pixels, offsets + top * widths + left, heights, widths, flip, sample_images.size)
+    assert torch.equal(crops.to(torch.float32) / 255, sample_images.crops(range(6), seed=seed, epoch=epoch))
+
+
 def test_another_device_gets_its_crops_there():
     sample_images = make_images([(20, 33), (41, 20)], crop=20)
     crops = sample_images.crops([0, 1], seed=1, device="meta")
     assert crops.device.type == "meta"
     assert crops.shape == (2, 3, 20, 20)
+    assert sample_images.blob.on(torch.device("meta")) is sample_images.blob.on(torch.device("meta"))
+
+
+def test_pixels_that_do_not_fit_on_a_device_are_cropped_before(monkeypatch):
+    monkeypatch.setattr("afterimage.data.pixel_cache.RESIDENT_LIMIT", 100)
+    sample_images = make_images([(20, 33)], crop=20)
+    assert sample_images.blob.on(torch.device("meta")) is None
+    assert sample_images.crops([0], device="meta").shape == (1, 3, 20, 20)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_crops_on_cuda_equal_those_on_the_cpu():
+def test_crops_on_cuda_equal_those_on_the_cpu(monkeypatch):
     sample_images = make_images([(20, 33), (41, 20), (20, 20)], crop=20)
     for seed in (None, 5):
         expected = sample_images.crops([2, 0, 1], seed=seed)
         assert torch.equal(sample_images.crops([2, 0, 1], seed=seed, device="cuda").cpu(), expected)
+    monkeypatch.setattr(Blob, "on", lambda self, device: None)
+    assert torch.equal(sample_images.crops([2, 0, 1], seed=5, device="cuda").cpu(), expected)
 
 
 def test_indices_outside_are_errors():

@@ -49,8 +49,8 @@ class ImageSet:
     ) -> None:
         self.ids, self.content = list(ids), list(content)
         self.blob, self.size = blob, size_pair(size)
-        sides = [blob.slots[c][1:3] for c in self.content]
-        self._heights, self._widths = np.array(sides, np.int64).reshape(-1, 2).T
+        slots = np.array([blob.slots[c][:3] for c in self.content], np.int64).reshape(-1, 3)
+        self._offsets, self._heights, self._widths = slots.T
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -109,11 +109,13 @@ class ImageSet:
         """
         indices = self._checked(indices)
         heights, widths = self._heights[indices], self._widths[indices]
-        places = zip(*self._places(indices, heights, widths, seed, epoch), strict=True)
-        crops = [
-            self._cut(self._pixels(i), *place) for i, place in zip(indices.tolist(), places, strict=True)
-        ]
-        return self._placed(crops, device)
+        top, left, flip = self._places(indices, heights, widths, seed, epoch)
+        device = torch.device(device)
+        if device.type != "cpu" and (pixels := self.blob.on(device)) is not None:
+            starts = self._offsets[indices] + top * widths + left
+            return gather_crops(pixels, starts, heights, widths, flip, self.size).to(torch.float32).div_(255)
+        places = zip(indices.tolist(), top, left, flip, strict=True)
+        return self._placed([self._cut(self._pixels(i), *place) for i, *place in places], device)
 
     def batches(
         self,
@@ -143,17 +145,47 @@ class ImageSet:
     def _cut(self, image: np.ndarray, top: np.integer, left: np.integer, flip: np.bool_) -> np.ndarray:
         height, width = self.size
         crop = image[:, top : top + height, left : left + width]
-        return crop[:, :, ::-1] if flip else crop
+        return np.ascontiguousarray(crop[:, :, ::-1]) if flip else crop
 
     def _placed(self, crops: Sequence[np.ndarray], device: str | torch.device) -> Tensor:
         """Return uint8 crops as float32 in [0, 1] on a device."""
-        pixels = np.stack(crops) if crops else np.empty((0, 3, *self.size), np.uint8)
         device = torch.device(device)
         if device.type == "cpu":
-            return torch.from_numpy(np.divide(pixels, np.float32(255), dtype=np.float32))
-        found = torch.from_numpy(pixels)
-        found = (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
-        return found.to(torch.float32).div_(255)
+            images = np.empty((len(crops), 3, *self.size), np.float32)
+            for image, crop in zip(
+                images, crops, strict=True
+            ):  # one by one: each stays in the processor's cache
+                np.divide(crop, np.float32(255), out=image, dtype=np.float32)
+            return torch.from_numpy(images)
+        pixels = torch.from_numpy(np.stack(crops) if crops else np.empty((0, 3, *self.size), np.uint8))
+        pixels = (pixels.pin_memory() if device.type == "cuda" else pixels).to(device, non_blocking=True)
+        return pixels.to(torch.float32).div_(255)
+
+
+def gather_crops(
+    pixels: UInt8[Tensor, " size"],
+    starts: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    flip: np.ndarray,
+    size: tuple[int, int],
+) -> UInt8[Tensor, "batch 3 height width"]:
+    """Cut all crops out of the pixels of many images in one operation, on the pixels' device.
+
+    Args:
+        pixels: pixels of all images, one after the other
+        starts: index of each crop's top left pixel in the first channel
+        heights: height of each crop's image in pixels
+        widths: width of each crop's image in pixels
+        flip: whether to flip each crop
+        size: height and width of the crops in pixels
+    """
+    numbers = torch.from_numpy(np.stack([starts, heights * widths, widths, flip.astype(np.int64)]))
+    start, plane, row, flipped = numbers.to(pixels.device, non_blocking=True)[..., None, None, None]
+    down, along = (torch.arange(side, device=pixels.device) for side in size)
+    channel = torch.arange(3, device=pixels.device)[:, None, None]
+    across = torch.where(flipped == 1, len(along) - 1 - along, along)
+    return pixels[start + channel * plane + down[:, None] * row + across]
 
 
 AHEAD = 2

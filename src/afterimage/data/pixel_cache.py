@@ -12,12 +12,13 @@ import logging
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
+import torch
 
 from afterimage.config import AfterimageError, shown, size_text
 from afterimage.data import decode
@@ -32,6 +33,8 @@ logger = logging.getLogger("afterimage")
 
 MEMORY_LIMIT = 4 * 2**30
 """Largest size in bytes of the images that are kept in memory if the cache cannot be written."""
+RESIDENT_LIMIT = 4 * 2**30
+"""Number of bytes that are taken to be free on a device other than a GPU; images may fill half of them."""
 FACTS = 1
 """Version of the stored `Facts`: increase it whenever their fields or meaning change."""
 MAGIC = b"aftimg01"
@@ -63,6 +66,7 @@ class Blob:
     pixels: np.ndarray
     slots: Mapping[str, Slot]
     transform: str
+    _resident: dict[torch.device, torch.Tensor | None] = field(default_factory=dict, repr=False)
 
     def image(self, content: str) -> np.ndarray:
         """Return an image, `(3, height, width)` uint8, as a view."""
@@ -72,6 +76,17 @@ class Blob:
     def sound(self, content: str) -> bool:
         """Return whether an image's pixels have the stored checksum."""
         return zlib.crc32(self.image(content)) == self.slots[content].crc
+
+    def on(self, device: torch.device) -> torch.Tensor | None:
+        """Return all pixels on a device, copied there once and kept; None if they do not fit."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device not in self._resident:
+            # Use at most half of the free memory, to leave room for the networks.
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else RESIDENT_LIMIT
+            fits = self.pixels.size <= free // 2
+            self._resident[device] = torch.from_numpy(self.pixels).to(device) if fits else None
+        return self._resident[device]
 
 
 def cached(
