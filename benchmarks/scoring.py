@@ -79,7 +79,7 @@ def write_weights(net: str, path: str) -> None:
     from afterimage.models.lpips import BACKBONES
 
     torch.manual_seed(0)
-    network = getattr(torchvision.models, BACKBONES[net].model)(weights=None)
+    network = getattr(torchvision.models, BACKBONES[net][0])(weights=None)
     save_file(network.features.state_dict(prefix="features."), path)
 
 
