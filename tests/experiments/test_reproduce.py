@@ -5,11 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from afterimage import train_runs
+from afterimage import Metrics, evaluate, load_data, load_reconstructor, train_runs
 from afterimage.cli import main
 from afterimage.config import dump_toml
 from afterimage.config.inversion import InversionConfig, InvertConfig
 from afterimage.evaluation.baselines import run_baselines
+from afterimage.experiments.inference import evaluate_run
 from afterimage.experiments.reproduce import verify_runs
 from afterimage.models.weight_files import load_tensors
 from afterimage.runs.files import read_csv, write_csv, write_json
@@ -49,6 +50,18 @@ def test_everything_holds(study, done):
     for one in verdicts:
         assert one.holds and not one.changes and one.images == 2
         assert one.worst["psnr"] <= 1e-4
+
+
+def test_a_run_is_measured_again_in_the_precision_of_its_training(done, tmp_path):
+    config = small_configs(done / "images", epochs=1)[0]
+    config = replace(config, recipe=replace(config.recipe, precision="bf16-mixed"))
+    (run,) = train_runs(config, tmp_path, cache=done / "cache", accelerator="cpu")
+    stored = [row["psnr"] for row in run.result.per_image]
+    metrics = Metrics("alex", size=min(config.data.size))
+    again = evaluate_run(run, metrics, cache=done / "cache").rows
+    assert [row["psnr"] for row in again] == pytest.approx(stored, abs=1e-5)
+    exact = evaluate(load_reconstructor(run), load_data(config.data, cache=done / "cache").test, metrics).rows
+    assert max(abs(row["psnr"] - before) for row, before in zip(exact, stored, strict=True)) > 1e-4
 
 
 def edit(run: Run, name, change):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from afterimage.config import NATIVE, DataConfig, DecoderConfig, RunConfig
 from afterimage.data.dataset import cache_folder, load_data, load_test, prepare_image
@@ -85,7 +87,10 @@ def evaluate_run(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure a finished run's decoder on test images; if these have a source of their own, no others are read.
+    """Measure a finished run's decoder on test images, in the precision of its training, as its own scores were.
+
+    If the test images have a source of their own, no others are read. A run of precision 16-mixed is measured in
+    float32 on devices other than GPUs, which lack it; `progress` then says so.
 
     Args:
         run: the run
@@ -102,12 +107,40 @@ def evaluate_run(
     data = run.config.data
     if test is not None:
         data = replace(data, test=test, limit_test=None)
-    reconstructor = load_reconstructor(run, weights=weights).to(device)
+    precision = run.config.recipe.precision
+    if precision == "16-mixed" and not device.startswith("cuda"):
+        progress("measured in float32: the run's own precision, 16-mixed, needs a GPU", 1, 1)
+        precision = "32-true"
+    reconstruct = reconstruct_in(precision, run, weights=weights, device=device)
     if data.test:
         images, _ = load_test(data, cache=cache, progress=progress)
     else:
         images = load_data(data, cache=cache, progress=progress).test
-    return evaluate(reconstructor, images, metrics, device=device, progress=progress)
+    return evaluate(reconstruct, images, metrics, device=device, progress=progress)
+
+
+def reconstruct_in(
+    precision: str, run: Run, *, weights: str | None = None, device: str | torch.device = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """Return a function that reconstructs images with a finished run, in a precision that its device has.
+
+    Args:
+        precision: one of `PRECISIONS`; the scores of a run are those of its own
+        run: the run
+        weights: file or folder of the encoders' weights; None for the run's own setting
+        device: device of the computations
+
+    Raises:
+        AfterimageError: the run has no decoder, or the encoders' weights differ from those of the training
+    """
+    reconstructor = load_reconstructor(run, weights=weights).to(device)
+    dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
+
+    def reconstruct(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, dtype, enabled=precision != "32-true"):
+            return reconstructor.reconstruct(images).float()
+
+    return reconstruct
 
 
 class Rebuilt(NamedTuple):

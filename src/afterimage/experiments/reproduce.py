@@ -26,13 +26,13 @@ from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.baselines import baseline
 from afterimage.evaluation.evaluate import Evaluation, evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
+from afterimage.experiments.inference import reconstruct_in
 from afterimage.experiments.queue import check_weights
 from afterimage.runs.files import read_json, sha256
 from afterimage.runs.results import METRICS, Result
 from afterimage.runs.run import Run, environment
 from afterimage.runtime.device import one_device
 from afterimage.runtime.terminal import Progress, silent
-from afterimage.training.checkpoint import load_reconstructor
 from afterimage.training.stored_features import open_features
 
 TOLERANCE = {"psnr": 0.01, "ssim": 1e-4, "lpips": 1e-3}
@@ -221,7 +221,7 @@ def _decoded(
     """Measure a run's decoder as its training did."""
     config = run.config
     try:
-        fabric = one_device(accelerator, config.recipe.precision)
+        device = one_device(accelerator, config.recipe.precision).device
         if config.features is not None and not weights:
             open_features(config.features, progress)
         else:
@@ -229,13 +229,8 @@ def _decoded(
             check_weights(models, absolute_weights(weights or config.weights))
     except AfterimageError as error:
         raise _Missing(str(error)) from None
-    reconstructor = load_reconstructor(run, weights=weights).to(fabric.device)
-
-    def reconstruct(images):
-        with fabric.autocast():
-            return reconstructor.reconstruct(images).float()
-
-    options = {"batch_size": config.recipe.batch_size, "device": fabric.device, "progress": progress}
+    reconstruct = reconstruct_in(config.recipe.precision, run, weights=weights, device=device)
+    options = {"batch_size": config.recipe.batch_size, "device": device, "progress": progress}
     return evaluate(reconstruct, test, metrics, **options)
 
 
