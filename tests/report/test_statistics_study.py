@@ -17,7 +17,7 @@ from afterimage.config import (
 )
 from afterimage.report import rows as report
 from afterimage.report.findings import find
-from afterimage.report.format import ahead
+from afterimage.report.hypotheses import ahead
 from afterimage.report.statistics.hypotheses import (
     architectures_differ,
     falls_with_depth,

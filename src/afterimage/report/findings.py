@@ -14,9 +14,7 @@ from afterimage.report.format import (
     NONE,
     Finding,
     Numbers,
-    ahead,
     capitalised,
-    difference,
     markdown,
     markdown_finding,
     markdown_grid,
@@ -25,7 +23,7 @@ from afterimage.report.format import (
     ratio,
     score,
 )
-from afterimage.report.hypotheses import difference_cells, hypothesis_finding
+from afterimage.report.hypotheses import ahead, difference, difference_cells, hypothesis_finding
 from afterimage.report.published import published_finding
 from afterimage.report.rows import Row, grouped
 from afterimage.report.statistics.analysis import Analysis, Efficiency, analyse

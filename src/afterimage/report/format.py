@@ -7,13 +7,8 @@ import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
 from afterimage.runs.results import METRICS, Interval
-
-if TYPE_CHECKING:
-    from afterimage.report.statistics.tests import Comparison
-
 
 NONE = "–"
 """Text of a cell without a value."""
@@ -111,19 +106,6 @@ def estimate_text(interval: Interval) -> str:
 def p_value(p: float) -> str:
     """Write a p-value, small ones as `p < 0.001`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def difference(c: Comparison) -> str:
-    """Write a difference such as `−1.32 dB [−1.45, −1.20]`."""
-    estimate = number(c.difference.estimate, c.metric, signed=True)
-    return f"{estimate}{METRICS[c.metric].unit} {span(c.difference, c.metric)}"
-
-
-def ahead(c: Comparison) -> str:
-    """Describe how `a`, the side with the better mean, compares with `b`, for example `ahead of`."""
-    if c.better == "a":
-        return "ahead of"
-    return "negligibly different from" if c.certain else "not told apart from"
 
 
 _MARKDOWN = {

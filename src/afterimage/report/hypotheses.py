@@ -11,10 +11,11 @@ from afterimage.report.format import (
     Finding,
     Numbers,
     capitalised,
-    difference,
     estimate_text,
     minus,
+    number,
     p_value,
+    span,
 )
 from afterimage.report.rows import grouped
 from afterimage.report.statistics.analysis import Analysis
@@ -131,6 +132,19 @@ def _correlation(result: Resolution) -> Iterable[str]:
             "(epsilon squared)"
         )
     yield text + "."
+
+
+def difference(c: Comparison) -> str:
+    """Write a difference such as `−1.32 dB [−1.45, −1.20]`."""
+    estimate = number(c.difference.estimate, c.metric, signed=True)
+    return f"{estimate}{METRICS[c.metric].unit} {span(c.difference, c.metric)}"
+
+
+def ahead(c: Comparison) -> str:
+    """Describe how `a`, the side with the better mean, compares with `b`, for example `ahead of`."""
+    if c.better == "a":
+        return "ahead of"
+    return "negligibly different from" if c.certain else "not told apart from"
 
 
 def difference_cells(c: Comparison) -> tuple[str, str]:
