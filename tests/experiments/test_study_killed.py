@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import random
 import signal
 import sys
@@ -44,15 +45,16 @@ def run(file, root, cache):
     from afterimage.config.study import load_study
     from afterimage.experiments.study import run_study
 
+    # Here and not in the parent: the server of later tests' children would start without it.
+    os.environ.pop("AFTERIMAGE_WEIGHTS", None)
     torch.set_num_threads(1)
     _, failures = run_study(load_study(str(file)), root, cache=cache, accelerator="cpu")
     sys.exit(len(failures))
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
+def start(tmp_path):
     """Starts a process that runs the study in a folder; returns when it has begun."""
-    monkeypatch.delenv("AFTERIMAGE_WEIGHTS", raising=False)
     file = tmp_path / "killed.toml"
     file.write_text(STUDY.format(model=MODEL, images=small_images(tmp_path / "images")))
 
