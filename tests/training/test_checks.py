@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from afterimage import AfterimageError, load_data, train_runs
+from afterimage.data import duplicates
 from afterimage.data.duplicates import check_split, near_duplicates
 from afterimage.data.images import ImageSet
 from afterimage.models.reconstructor import MultiEncoder
@@ -143,6 +144,32 @@ def test_near_duplicates_are_reported(tmp_path, cache):
     assert "again" in note and "03" in note and "new" not in note and "flat" not in note
     (run,) = train_runs(config, tmp_path / "runs", cache=cache, accelerator="cpu")
     assert run.state == "done" and note in run.result.notes
+
+
+def test_the_same_images_are_compared_once(data, tmp_path, monkeypatch):
+    leaking = replace(data, test=data.train)
+    notes = near_duplicates(leaking, tmp_path)
+    assert notes and notes == near_duplicates(leaking)
+    monkeypatch.setattr(duplicates, "_hashes", lambda images: pytest.fail("compared again"))
+    assert near_duplicates(leaking, tmp_path) == notes
+    with pytest.raises(pytest.fail.Exception):
+        near_duplicates(replace(data, test=data.validation), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"twins": []}', '{"pairs": 3}', '{"pairs": [[0, 1]]}', '{"pairs": [[2, 0, 0]]}']
+    + [f'{{"pairs": [[0, {i}, {j}]]}}' for i, j in ((0, 999), (-1, 0), ('"a"', 0), ("0.0", 0))],
+)
+def test_a_damaged_file_of_near_duplicates_is_made_again(content, data, tmp_path, caplog):
+    leaking = replace(data, test=data.validation)
+    notes = near_duplicates(leaking, tmp_path)
+    assert "validation image" in notes[0] and "training" not in notes[0]
+    (file,) = (tmp_path / "near-duplicates").iterdir()
+    whole = file.read_text()
+    file.write_text(content)
+    assert near_duplicates(leaking, tmp_path) == notes and file.read_text() == whole
+    assert "cannot be read" in caplog.text and file.name in caplog.text
 
 
 def test_smooth_images_of_other_colours_are_no_duplicates(data):

@@ -67,7 +67,7 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
     _warn(found)
     notes = check_copies([part for listing in listings for part in listing.parts], images) + found
     data = Data(config, *images, _digest(config, images))
-    near = near_duplicates(data)
+    near = near_duplicates(data, folder)
     _warn(near)
     return replace(data, notes=(*notes, *near))
 
@@ -94,7 +94,7 @@ def load_test(
         notes.append(f"whether a test image was also trained on could not be looked at: {error}")
     else:
         notes += check_copies([*others.parts, *own.parts], [*images, test])
-        notes += near_duplicates(Data(config, *images, test, digest=""))
+        notes += near_duplicates(Data(config, *images, test, digest=""), folder)
     _warn(notes)
     return test, notes
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import operator
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, UInt16
 from PIL import Image
 
-from afterimage.config import AfterimageError, listed
-from afterimage.data.images import Data, ImageSet
+from afterimage.config import AfterimageError, listed, shown
+from afterimage.data.images import Data, ImageSet, _digest
 from afterimage.data.records import Original
+from afterimage.runs.files import read_json, write_json
+
+logger = logging.getLogger("afterimage")
 
 NAMES = ("training", "validation", "test")
 SHOWN_COPIES = 20
@@ -106,29 +113,65 @@ def check_split(data: Data) -> None:
             )
 
 
-def near_duplicates(data: Data) -> list[str]:
+def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
     """Return notes on near-duplicates of test images among the training and validation images.
 
     Candidates are pairs whose difference hashes (dHash, Krawetz 2013, "Kind of like that") differ in at most `BITS` of
     64 bits. A pair counts if its 16x16 thumbnails agree too, since smooth images of any colour share their hash. This
     finds copies that were compressed again, resized or toned a little, but not cropped or mirrored ones. Pairs are
     reported and not refused, because frames of one scene may look equally alike.
+
+    Args:
+        data: the three splits
+        cache: folder that stores the pairs, so that the same images are compared only once; None stores nothing
+
+    Returns:
+        the notes; empty if there are no near-duplicates
     """
-    others = dict(zip(NAMES, (data.train, data.validation), strict=False))
     if len(data.train) + len(data.validation) + len(data.test) > MOST:
         return [f"near-duplicates of test images were not looked for among more than {MOST:,} images"]
-    if any(part.streamed for part in (*others.values(), data.test)):
+    if any(part.streamed for part in (data.train, data.validation, data.test)):
         return ["near-duplicates of test images were not looked for, since images are streamed"]
-    own, pairs = _hashes(data.test), []
-    for name, images in others.items():
+    parts = (data.train, data.validation, data.test)
+    named = f"{_digest(data.config, parts)}-{BITS}-{DIFFERENCE:g}.json"
+    path = None if cache is None else cache / "near-duplicates" / named
+    pairs = None if path is None or not path.exists() else _stored(path, data)
+    if pairs is None:
+        pairs = _near_pairs(data.test, parts[:2])
+        if path is not None:
+            with contextlib.suppress(AfterimageError):  # without the file, the next run searches again
+                write_json(path, {"pairs": pairs})
+    if not pairs:
+        return []
+    told = [f"{data.test.ids[i]} and {NAMES[p]} image {parts[p].ids[j]}" for p, i, j in pairs]
+    return [f"near-duplicates of test images: {listed(told, SHOWN_NEAR, '; ')}"]
+
+
+def _stored(path: Path, data: Data) -> list[tuple[int, int, int]] | None:
+    """Read the pairs that an earlier search stored; None, with a warning, if the file is damaged."""
+    try:
+        pairs = [tuple(map(operator.index, pair)) for pair in read_json(path)["pairs"]]
+        sizes = (len(data.train), len(data.validation))
+        if not all(p in (0, 1) and i in range(len(data.test)) and j in range(sizes[p]) for p, i, j in pairs):
+            raise ValueError("a pair is of images that there are not")
+        return pairs
+    except (AfterimageError, LookupError, TypeError, ValueError) as error:
+        logger.warning(
+            "the near-duplicates in %s cannot be read (%s) and are searched for again", shown(path), error
+        )
+        return None
+
+
+def _near_pairs(test: ImageSet, others: Sequence[ImageSet]) -> list[tuple[int, int, int]]:
+    """Find near-duplicates: tuples of the index in `others`, the test image's index and the other image's index."""
+    own, found = _hashes(test), []
+    for part, images in enumerate(others):
         hashes = _hashes(images)
         for i, hash_ in enumerate(own):
             for j in np.flatnonzero(_ONES[hashes ^ hash_].sum(1) <= BITS).tolist():
-                if _difference(data.test, i, images, j) <= DIFFERENCE:
-                    pairs.append(f"{data.test.ids[i]} and {name} image {images.ids[j]}")
-    if not pairs:
-        return []
-    return [f"near-duplicates of test images: {listed(pairs, SHOWN_NEAR, '; ')}"]
+                if _difference(test, i, images, j) <= DIFFERENCE:
+                    found.append((part, i, j))
+    return found
 
 
 def _hashes(images: ImageSet) -> UInt16[np.ndarray, "n 4"]:
